@@ -1,0 +1,45 @@
+"""aezoo: the autoencoder zoo one can trust."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from aezoo.autoencoder import Autoencoder
+    from aezoo.checkpoint import load_model, save_model
+    from aezoo.data import DataModule
+    from aezoo.errors import AezooError
+    from aezoo.registry import create_model, list_models, model_class
+
+_HOMES = {
+    "AezooError": "aezoo.errors",
+    "Autoencoder": "aezoo.autoencoder",
+    "DataModule": "aezoo.data",
+    "create_model": "aezoo.registry",
+    "list_models": "aezoo.registry",
+    "load_model": "aezoo.checkpoint",
+    "model_class": "aezoo.registry",
+    "save_model": "aezoo.checkpoint",
+}
+__all__ = [
+    "AezooError",
+    "Autoencoder",
+    "DataModule",
+    "create_model",
+    "list_models",
+    "load_model",
+    "model_class",
+    "save_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (PEP 562), so that `import aezoo` needs no torch."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'aezoo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

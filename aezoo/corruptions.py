@@ -1,0 +1,88 @@
+"""Corruptions x -> x~: what a denoising model must undo.
+
+Named by a plain string with an amount: `gaussian:0.3`, `masking:0.3`, `salt_and_pepper:0.1`, or `none`. Noise is drawn
+on the sample's own device, from torch's seeded global state or from a generator that is handed in.
+"""
+
+import math
+
+import torch
+from torch import Generator, Tensor, nn
+
+from aezoo.errors import AezooError
+
+
+class Corruption(nn.Module):
+    """A random map of data to data of the same shape.
+
+    Args:
+        amount: how strong; its unit is the subclass's.
+    """
+
+    def __init__(self, amount: float) -> None:
+        super().__init__()
+        self.amount = amount
+
+    def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        """A corrupted copy of x, (B, *shape) -> (B, *shape); `generator` replaces the global random state."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.amount}"
+
+    def _uniform(self, x: Tensor, generator: Generator | None) -> Tensor:
+        return torch.rand(x.shape, device=x.device, dtype=torch.float32, generator=generator)
+
+
+class GaussianNoise(Corruption):
+    """x + amount * N(0, I), not clipped, so that its score is exact (Alain & Bengio 2014)."""
+
+    def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+        return x + self.amount * noise
+
+
+class Masking(Corruption):
+    """Each value set to 0 with probability `amount` (Vincent et al. 2008)."""
+
+    def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        return x * (self._uniform(x, generator) >= self.amount)
+
+
+class SaltAndPepper(Corruption):
+    """Each value replaced with probability `amount` by 0 or 1, evenly (Vincent et al. 2010)."""
+
+    def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        u = self._uniform(x, generator)
+        return torch.where(u < self.amount / 2, 0.0, torch.where(u < self.amount, 1.0, x)).to(x.dtype)
+
+
+CORRUPTIONS: dict[str, type[Corruption]] = {
+    "gaussian": GaussianNoise,
+    "masking": Masking,
+    "salt_and_pepper": SaltAndPepper,
+}
+
+
+def corruption(name: str) -> Corruption | None:
+    """Build a corruption from its name and amount, e.g. `gaussian:0.3`; `none` gives None.
+
+    Raises:
+        AezooError: unknown name, no amount, an amount below 0, or a share above 1.
+    """
+    if name == "none":
+        return None
+    kind, _, argument = name.partition(":")
+    if kind not in CORRUPTIONS:
+        raise AezooError(
+            f"unknown corruption {name!r}: take none or one of {', '.join(f'{c}:0.3' for c in CORRUPTIONS)}"
+        )
+    try:
+        amount = float(argument)
+    except ValueError:
+        amount = math.nan
+    top = math.inf if kind == "gaussian" else 1.0
+    if not 0 <= amount <= top or math.isinf(amount):
+        unit = "a standard deviation of at least 0" if kind == "gaussian" else "a share between 0 and 1"
+        raise AezooError(f"corruption {name!r} needs {unit} after a colon, as in {kind}:0.3")
+    return CORRUPTIONS[kind](amount)

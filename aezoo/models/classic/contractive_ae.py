@@ -1,0 +1,84 @@
+"""Contractive autoencoder (Rifai et al. 2011), https://icml.cc/2011/papers/455_icmlpaper.pdf
+
+Penalises how much the code moves when the input does, the squared Frobenius norm of the encoder's Jacobian:
+
+    L = -log p(x | g(h)) + lam ||dh/dx||_F^2     h = sigmoid(W x + b)
+    ||dh/dx||_F^2 = sum_j (h_j (1 - h_j))^2 ||W_j||^2
+
+one sigmoid layer each way, as in the paper (eq. 8), so the penalty is exact and costs no second backward pass.
+
+Shapes: B batch, X data dimensions, D code.
+"""
+
+import math
+
+from torch import Tensor, nn
+
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+
+
+class ContractiveAE(Autoencoder):
+    """One sigmoid layer whose output is insensitive to its input; the penalty acts in training and evaluation alike.
+
+    Args:
+        input_shape: shape of one sample; any.
+        latent_dim: D, size of the code.
+        contraction: lam, weight of the Jacobian's squared norm.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential or step, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 128,
+        contraction: float = 0.1,
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        if not 0 <= contraction < math.inf:
+            raise AezooError(f"contraction must be at least 0 and finite, got {contraction}")
+        self.contraction = contraction
+        self.code_shape = (latent_dim,)
+        x_dim = math.prod(self.input_shape)
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(x_dim, latent_dim), nn.Sigmoid())
+        self.decoder = nn.Sequential(nn.Linear(latent_dim, x_dim), nn.Unflatten(1, self.input_shape))
+
+    def jacobian_norm(self, h_BD: Tensor) -> Tensor:
+        """||dh/dx||_F^2 of each sample, (B, D) -> (B,)."""
+        h_BD, W_DX = at_least_float32(h_BD), self.encoder.get_parameter("1.weight")
+        # not a matrix product: autocast would take it to half precision
+        return ((h_BD * (1 - h_BD)).square() * W_DX.square().sum(1)).sum(1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        h_BD = self.encoder(x)
+        nll_B = self.nll(self.decoder(h_BD), x)
+        jacobian_B = self.jacobian_norm(h_BD)
+        return {
+            "loss": (nll_B + self.contraction * jacobian_B).mean(),
+            "nll": nll_B.mean(),
+            "jacobian": jacobian_B.mean(),
+        }

@@ -1,0 +1,72 @@
+"""Linear autoencoder (Baldi & Hornik 1989), https://doi.org/10.1016/0893-6080(89)90014-2
+
+Minimises the squared error of a linear map through a narrow code:
+
+    L = ||x - x_hat||^2     z = W x + b     x_hat = V z + c
+
+Every minimum that is not a saddle spans the first D principal components, so the training error is that of PCA with D
+components: it can be reached and never beaten. The likelihood N(x_hat, 1/2) makes -log p = L + X/2 log(pi).
+
+Shapes: B batch, X data dimensions, D code.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+
+
+class LinearAE(Autoencoder):
+    """One linear layer down, one up: principal component analysis by gradient descent.
+
+    Args:
+        input_shape: shape of one sample; any.
+        latent_dim: D, size of the code.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential or step, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        self.code_shape = (latent_dim,)
+        x_dim = math.prod(self.input_shape)
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(x_dim, latent_dim))
+        self.decoder = nn.Sequential(nn.Linear(latent_dim, x_dim), nn.Unflatten(1, self.input_shape))
+        # W = V' and V'V = I from the start, as at an optimum: independent random layers linger at saddle points
+        with torch.no_grad():
+            V_XD = nn.init.orthogonal_(self.decoder.get_parameter("0.weight"))
+            self.encoder.get_parameter("1.weight").copy_(V_XD.T)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        nll_B = self.nll(self.decoder(self.encoder(x)), x)
+        return {"loss": nll_B.mean(), "nll": nll_B.mean()}

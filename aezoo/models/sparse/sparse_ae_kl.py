@@ -1,0 +1,98 @@
+"""Sparse autoencoder with a target activation (Ng 2011, CS294A notes), https://web.stanford.edu/class/cs294a/sparseAutoencoder.pdf
+
+Each unit of a sigmoid code is to be active a share rho of the time:
+
+    L = -log p(x | g(h)) + beta sum_j KL(rho || rhohat_j)     rhohat_j = mean over the batch of h_j
+    KL(rho || r) = rho log(rho / r) + (1 - rho) log((1 - rho) / (1 - r))
+
+in nats per sample. rhohat is a statistic of the whole batch, taken over all ranks.
+
+Shapes: B batch, D code.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+
+
+class SparseAEKL(Autoencoder):
+    """Every unit of a sigmoid code is rarely, but equally often, active.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        rho: target share of activation of each unit, between 0 and 1.
+        beta: weight of the divergence from it.
+        net: mlp, conv or resnet.
+        latent_dim: D, size of the code.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between the layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential or step, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    sparse_code = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        rho: float = 0.05,
+        beta: float = 3.0,
+        net: str = "mlp",
+        latent_dim: int = 256,
+        hidden_dims: tuple[int, ...] = (),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        if not 0 < rho < 1:
+            raise AezooError(f"rho must lie between 0 and 1, got {rho}")
+        if not 0 <= beta < math.inf:
+            raise AezooError(f"beta must be at least 0 and finite, got {beta}")
+        self.rho, self.beta = rho, beta
+        self.code_shape = (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(x).sigmoid()
+
+    def sparsity(self, rhohat_D: Tensor) -> Tensor:
+        """sum_j KL(rho || rhohat_j) in nats, (D,) -> ()."""
+        # no tighter: within the clamp a silent unit would get no gradient and stay silent
+        r_D = rhohat_D.clamp(torch.finfo(rhohat_D.dtype).tiny, 1 - torch.finfo(rhohat_D.dtype).eps)
+        on_D = self.rho * (math.log(self.rho) - torch.log(r_D))
+        off_D = (1 - self.rho) * (math.log1p(-self.rho) - torch.log1p(-r_D))
+        return (on_D + off_D).sum()
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        h_BD = self.encode(x)
+        nll_B = self.nll(self.decoder(h_BD), x)
+        sparsity = self.sparsity(self.batch_mean(h_BD))
+        return {"loss": nll_B.mean() + self.beta * sparsity, "nll": nll_B.mean(), "sparsity": sparsity}

@@ -1,0 +1,136 @@
+"""Variational autoencoder (Kingma & Welling 2013), https://arxiv.org/abs/1312.6114
+
+Maximises the evidence lower bound, in nats per sample:
+
+    log p(x) >= ELBO = E_q(z|x)[log p(x|z)] - KL(q(z|x) || p(z))
+    q(z|x) = N(mu(x), diag sigma(x)^2)     p(z) = N(0, I)
+    KL = 1/2 sum_i (mu_i^2 + sigma_i^2 - 1 - log sigma_i^2)
+
+    L = E_q[-log p(x|z)] + beta |KL - C|
+
+beta other than 1 is the beta-VAE (Higgins et al. 2017); the capacity C is 0 unless the callback BetaAnnealing raises it
+(Burgess et al. 2018, https://arxiv.org/abs/1804.03599). beta = 1 and C = 0 minimise the negative ELBO.
+
+Shapes: B batch, D code, K importance samples.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+
+
+class VAE(Autoencoder):
+    """Gaussian code with a standard normal prior.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        beta: weight of the KL term.
+        net: mlp, conv or resnet.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between the layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential or step, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    has_prior = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        if not 0 <= beta < math.inf:
+            raise AezooError(f"beta must be at least 0 and finite, got {beta}")
+        self.beta = beta
+        self.capacity = 0.0
+        self.code_shape = (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, (2 * latent_dim,), hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x): (B, *input_shape) -> (B, D), (B, D)."""
+        mu_BD, log_var_BD = at_least_float32(self.encoder(x)).chunk(2, dim=1)
+        # exp overflows float32 at 89; diffusers' AutoencoderKL clamps to the same interval
+        return mu_BD, log_var_BD.clamp(-30, 20)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.posterior(x)[0]
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)  # reparameterisation, section 2.4
+        nll_B = self.nll(self.decoder(z_BD), x)
+        kl_B = 0.5 * (mu_BD**2 + log_var_BD.exp() - 1 - log_var_BD).sum(1)  # appendix B
+        nll, kl = nll_B.mean(), kl_B.mean()
+        return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+
+    @torch.no_grad()
+    def log_likelihood(self, x: Tensor, n: int) -> Tensor:
+        """Importance-sampled log p(x) in nats, (B, *input_shape) -> (B,); a lower bound that tightens with n.
+
+        log 1/n sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k ~ q(z|x) (Burda et al. 2015, https://arxiv.org/abs/1509.00519).
+
+        Args:
+            x: samples.
+            n: importance samples for each, at least 1.
+        """
+        if n < 1:
+            raise AezooError(f"log_likelihood needs n of at least 1, got {n}")
+        mu_BD, log_var_BD = self.posterior(x)
+        chunk = max(1, 10_000 // len(x))
+        log_w = []
+        for start in range(0, n, chunk):
+            eps_KBD = torch.randn(min(chunk, n - start), *mu_BD.shape, device=x.device, dtype=mu_BD.dtype)
+            z_KBD = mu_BD + torch.exp(0.5 * log_var_BD) * eps_KBD
+            k = len(eps_KBD)
+            x_KB = x.expand(k, *x.shape).flatten(0, 1)
+            log_px_KB = -self.nll(self.decoder(z_KBD.flatten(0, 1)), x_KB).unflatten(0, (k, len(x)))
+            log_pz_over_q_KB = 0.5 * (eps_KBD**2 + log_var_BD - z_KBD**2).sum(2)
+            log_w.append(log_px_KB + log_pz_over_q_KB)
+        return torch.logsumexp(torch.cat(log_w), dim=0) - math.log(n)
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """-ELBO with z at the posterior's mean, -log p(x | mu) + KL in nats: (B, *input_shape) -> (B,), no noise."""
+        mu_BD, log_var_BD = self.posterior(x)
+        kl_B = 0.5 * (mu_BD**2 + log_var_BD.exp() - 1 - log_var_BD).sum(1)
+        return self.nll(self.decoder(mu_BD), x) + kl_B
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        weight = next(self.decoder.parameters())
+        return self.decode(torch.randn(n, *self.code_shape, device=weight.device, dtype=weight.dtype))

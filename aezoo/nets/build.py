@@ -1,0 +1,85 @@
+"""Names to networks and activations."""
+
+from importlib import import_module
+from types import ModuleType
+
+from torch import nn
+
+from aezoo.errors import AezooError
+
+NETS = ("mlp", "conv", "resnet")
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "identity": nn.Identity,
+}
+
+
+def activation(name: str) -> nn.Module:
+    """A fresh activation module by name.
+
+    Raises:
+        AezooError: the name is not in `ACTIVATIONS`.
+    """
+    if name not in ACTIVATIONS:
+        raise AezooError(f"unknown activation {name!r}: take one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]()
+
+
+def _net(name: str, hidden_dims: tuple[int, ...]) -> ModuleType:
+    if name not in NETS:
+        raise AezooError(f"unknown net {name!r}: take one of {', '.join(NETS)}")
+    if any(int(width) != width or width < 1 for width in hidden_dims):
+        raise AezooError(f"hidden_dims must be whole numbers above 0, got {tuple(hidden_dims)}")
+    return import_module(f"aezoo.nets.{name}")
+
+
+def encoder(
+    name: str,
+    input_shape: tuple[int, ...],
+    code_shape: tuple[int, ...],
+    hidden_dims: tuple[int, ...],
+    act: str = "relu",
+) -> nn.Module:
+    """A network that maps (B, *input_shape) to (B, *code_shape).
+
+    Args:
+        name: `mlp` takes any shape; `conv` and `resnet` take (C, L), (C, H, W) or (C, D, H, W) of any size.
+        input_shape: shape of one sample.
+        code_shape: (D,) for a vector; for conv and resnet also the feature map that `map_shape` names.
+        hidden_dims: widths of the hidden layers (mlp) or channels of the stages, each of stride 2 (conv, resnet).
+        act: an activation's name.
+
+    Raises:
+        AezooError: an unknown name, or shapes that the network cannot take.
+    """
+    module: nn.Module = _net(name, hidden_dims).Encoder(input_shape, code_shape, hidden_dims, act)
+    return module
+
+
+def decoder(
+    name: str,
+    code_shape: tuple[int, ...],
+    input_shape: tuple[int, ...],
+    hidden_dims: tuple[int, ...],
+    act: str = "relu",
+) -> nn.Module:
+    """The mirror of `encoder`: (B, *code_shape) to (B, *input_shape), `hidden_dims` in the decoder's own order."""
+    module: nn.Module = _net(name, hidden_dims).Decoder(code_shape, input_shape, hidden_dims, act)
+    return module
+
+
+def map_shape(name: str, input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    """Shape of a code that is a feature map: `channels` on the grid that the encoder's strides leave.
+
+    Raises:
+        AezooError: the network has no grid (mlp), or its input has none.
+    """
+    shape: tuple[int, ...] = _net(name, hidden_dims).map_shape(input_shape, hidden_dims, channels)
+    return shape

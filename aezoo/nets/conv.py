@@ -1,0 +1,91 @@
+"""Strided convolutions down, transposed ones up, in 1, 2 or 3 dimensions, for any size, odd ones too.
+
+Each stage has kernel 3, stride 2, padding 1, which takes a side n to ceil(n / 2). On the way back the output padding
+is 0 for an odd side and 1 for an even one, so every size returns exactly, with no cropping.
+"""
+
+import math
+
+from torch import nn
+
+from aezoo.errors import AezooError
+from aezoo.nets.build import activation
+
+CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+def rank_of(input_shape: tuple[int, ...]) -> int:
+    """Number of grid dimensions: 1 for (C, L), 2 for (C, H, W), 3 for (C, D, H, W).
+
+    Raises:
+        AezooError: another number of dimensions, a plain vector for example.
+    """
+    rank = len(input_shape) - 1
+    if rank not in CONVS:
+        raise AezooError(
+            f"convolutions take (C, L), (C, H, W) or (C, D, H, W), not {tuple(input_shape)}: "
+            "for a vector use a model with net='mlp', such as dense_ae"
+        )
+    return rank
+
+
+def grids(input_shape: tuple[int, ...], stages: int) -> list[tuple[int, ...]]:
+    """Grid sizes from the input's to the smallest, one more than there are stages."""
+    sizes = [tuple(input_shape[1:])]
+    for _ in range(stages):
+        sizes.append(tuple(math.ceil(n / 2) for n in sizes[-1]))
+    return sizes
+
+
+def map_shape(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    """(channels, *grid) after all stages."""
+    rank_of(input_shape)
+    return (channels, *grids(input_shape, len(hidden_dims))[-1])
+
+
+def head(code_shape: tuple[int, ...], grid_shape: tuple[int, ...], rank: int) -> tuple[nn.Module, nn.Module]:
+    """Layers between the last feature map and the code: linear for a vector, a 1x1 convolution for a map."""
+    if len(code_shape) == 1:
+        size = math.prod(grid_shape)
+        down = nn.Sequential(nn.Flatten(), nn.Linear(size, code_shape[0]))
+        up = nn.Sequential(nn.Linear(code_shape[0], size), nn.Unflatten(1, grid_shape))
+        return down, up
+    if tuple(code_shape[1:]) != tuple(grid_shape[1:]):
+        raise AezooError(
+            f"a code of shape {tuple(code_shape)} does not fit: these stages leave a grid of {tuple(grid_shape[1:])}"
+        )
+    return CONVS[rank](grid_shape[0], code_shape[0], 1), CONVS[rank](code_shape[0], grid_shape[0], 1)
+
+
+class Encoder(nn.Sequential):
+    """(B, C, *grid) -> (B, *code_shape); `hidden_dims` are the channels of the stride-2 stages."""
+
+    def __init__(
+        self, input_shape: tuple[int, ...], code_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
+    ) -> None:
+        rank = rank_of(input_shape)
+        layers: list[nn.Module] = []
+        channels = input_shape[0]
+        for width in hidden_dims:
+            layers += [CONVS[rank](channels, width, 3, stride=2, padding=1), activation(act)]
+            channels = width
+        smallest = (channels, *grids(input_shape, len(hidden_dims))[-1])
+        super().__init__(*layers, head(code_shape, smallest, rank)[0])
+
+
+class Decoder(nn.Sequential):
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+
+    def __init__(
+        self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
+    ) -> None:
+        rank = rank_of(input_shape)
+        sizes = grids(input_shape, len(hidden_dims))[::-1]
+        widths = (*hidden_dims, input_shape[0])
+        layers: list[nn.Module] = [head(code_shape, (widths[0], *sizes[0]), rank)[1]]
+        for i, larger in enumerate(sizes[1:]):
+            padding = tuple(1 - n % 2 for n in larger)
+            up = TRANSPOSED[rank](widths[i], widths[i + 1], 3, stride=2, padding=1, output_padding=padding)
+            layers += [activation(act), up]
+        super().__init__(*layers)

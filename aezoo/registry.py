@@ -1,0 +1,309 @@
+"""Names, families and classes of all models: the files under `aezoo/models/` and the plug-ins installed beside them.
+
+A built-in model is a file `aezoo/models/<family>/<name>.py` with one subclass of `Autoencoder`; nothing else registers
+it. A third-party package registers its models by entry points:
+
+    [project.entry-points."aezoo.models"]
+    my_ae = "my_package.my_module:MyAE"
+
+Nothing here imports torch until a class is asked for.
+"""
+
+import ast
+import difflib
+import importlib
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aezoo.errors import AezooError
+
+if TYPE_CHECKING:
+    from aezoo.autoencoder import Autoencoder
+
+GROUP = "aezoo.models"
+ALIASES = {
+    "dense": "dense_ae",
+    "convolutional": "conv_ae",
+    "denoising": "denoising_ae",
+    "sparse": "sparse_ae_l1",
+    "variational": "vae",
+}
+_HOME = Path(__file__).parent / "models"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered model.
+
+    Attributes:
+        name: what `create_model` and `--model` take.
+        family: the folder of a built-in model; `plugin` for one from another package.
+        owner: the distribution that brings it, e.g. `aezoo`.
+        module: the dotted module that defines it.
+        attribute: the class in that module; empty for built-ins, where it is the one `Autoencoder` defined there.
+    """
+
+    name: str
+    family: str
+    owner: str
+    module: str
+    attribute: str = ""
+
+
+def owner_of(point: EntryPoint) -> str:
+    """The distribution that declares an entry point."""
+    return point.dist.name if point.dist else point.value
+
+
+def unique_points(group: str) -> dict[str, EntryPoint]:
+    """Entry points of a group by name; the same package seen twice on the path counts once.
+
+    Raises:
+        AezooError: two packages claim one name.
+    """
+    points: dict[str, EntryPoint] = {}
+    for point in entry_points(group=group):
+        first = points.setdefault(point.name, point)
+        if (first.value, owner_of(first)) != (point.value, owner_of(point)):
+            raise AezooError(
+                f"two packages register {point.name!r} in {group}: {owner_of(first)} ({first.value}) and "
+                f"{owner_of(point)} ({point.value}); uninstall one of them"
+            )
+    return points
+
+
+@lru_cache(maxsize=1)
+def entries() -> dict[str, Entry]:
+    """All registered models by name.
+
+    Raises:
+        AezooError: two owners claim one name.
+    """
+    found: dict[str, Entry] = {}
+
+    def add(entry: Entry) -> None:
+        first = found.setdefault(entry.name, entry)
+        if first is not entry:
+            raise AezooError(
+                f"two models are named {entry.name!r}: one of {first.owner} ({first.module}) and one of "
+                f"{entry.owner} ({entry.module}); rename one or uninstall its package"
+            )
+
+    for path in sorted(_HOME.glob("*/[!_]*.py")):
+        family, stem = path.parent.name, path.stem
+        add(Entry(stem, family, "aezoo", f"aezoo.models.{family}.{stem}"))
+    for name, point in unique_points(GROUP).items():
+        if name in ALIASES:
+            raise AezooError(f"{owner_of(point)} registers {name!r}, a word that aezoo reserves for {ALIASES[name]}")
+        add(Entry(name, "plugin", owner_of(point), point.module, point.attr))
+    return found
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def list_models(pattern: str | Iterable[str] = "*", family: str | None = None) -> list[str]:
+    """Names of models in natural order (`ae_2` before `ae_10`).
+
+    Args:
+        pattern: a shell pattern such as `*vae*`, or several of which one must match.
+        family: only this family: `classic`, `sparse`, `variational`, ... or `plugin`.
+
+    Raises:
+        AezooError: there is no such family.
+    """
+    families = sorted({entry.family for entry in entries().values()} | {"plugin"})
+    if family is not None and family not in families:
+        raise AezooError(f"unknown family {family!r}: take one of {', '.join(families)}")
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    chosen = [
+        entry.name
+        for entry in entries().values()
+        if family in (None, entry.family) and any(fnmatch(entry.name, p) for p in patterns)
+    ]
+    return sorted(chosen, key=_natural)
+
+
+def find(name: str) -> Entry:
+    """The entry of a model by name or by one of the five words dense, convolutional, denoising, sparse, variational.
+
+    Raises:
+        AezooError: no such model; the message suggests the nearest names.
+    """
+    resolved = ALIASES.get(name, name)
+    if resolved in entries():
+        return entries()[resolved]
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), [*entries(), *ALIASES], n=2, cutoff=0.5)
+    hint = f", did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
+    raise AezooError(f"unknown model {name!r}{hint} See `aezoo list` (aezoo.list_models()).")
+
+
+def model_class(name: str) -> type["Autoencoder"]:
+    """The class of a model.
+
+    Raises:
+        AezooError: no such model, or a plug-in that cannot be imported.
+    """
+    from aezoo.autoencoder import Autoencoder
+
+    entry = find(name)
+    try:
+        module = importlib.import_module(entry.module)
+        classes: list[Any]
+        if entry.attribute:
+            classes = [attrgetter(entry.attribute)(module)]
+        else:
+            classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == entry.module]
+            classes = [c for c in classes if issubclass(c, Autoencoder)]
+    except Exception as error:
+        if entry.owner == "aezoo":
+            raise
+        raise AezooError(f"the plug-in {name!r} of package {entry.owner} is broken: {_brief(error)}") from error
+    if len(classes) != 1 or not (isinstance(classes[0], type) and issubclass(classes[0], Autoencoder)):
+        raise AezooError(f"{entry.module} of package {entry.owner} must give one subclass of aezoo.Autoencoder")
+    return classes[0]
+
+
+def create_model(name: str, input_shape: tuple[int, ...] = (1, 28, 28), **hyperparameters: Any) -> "Autoencoder":
+    """Build a model.
+
+    Args:
+        name: one of `list_models()` or one of the words dense, convolutional, denoising, sparse, variational.
+        input_shape: shape of one sample: (D,), (C, L), (C, H, W) or (C, D, H, W).
+        **hyperparameters: the class's keyword arguments; `aezoo info NAME` lists them.
+
+    Raises:
+        AezooError: an unknown model or hyperparameter, or a value that the model refuses.
+    """
+    cls = model_class(name)
+    check_hyperparameters(cls, hyperparameters, find(name).name)
+    return cls(input_shape=tuple(input_shape), **hyperparameters)
+
+
+def check_hyperparameters(cls: type, hyperparameters: Iterable[str], name: str) -> None:
+    """Refuse keyword arguments that a class does not have.
+
+    Raises:
+        AezooError: names the argument and the nearest one that exists.
+    """
+    known = [key for key in inspect.signature(cls).parameters if key != "input_shape"]
+    for key in hyperparameters:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise AezooError(f"{name} has no hyperparameter {key!r}: {hint}It has {', '.join(known)}.")
+
+
+def hyperparameters(name: str) -> list[str]:
+    """Names of a model's keyword arguments."""
+    return [key for key in inspect.signature(model_class(name)).parameters if key != "input_shape"]
+
+
+def name_of(cls: type) -> str | None:
+    """The registry name of a class, or None if it is not registered."""
+    for entry in entries().values():
+        if cls.__module__ == entry.module and entry.attribute in ("", cls.__qualname__):
+            return entry.name
+        if entry.attribute and getattr(sys.modules.get(entry.module), entry.attribute, None) is cls:
+            return entry.name
+    return None
+
+
+def import_plugins() -> list[str]:
+    """Import every plug-in model, warn about each that fails, and return the names of those that work."""
+    working = []
+    for entry in entries().values():
+        if entry.owner != "aezoo":
+            try:
+                model_class(entry.name)
+            except AezooError as error:
+                warnings.warn(f"{error}; it is left out", stacklevel=2)
+            else:
+                working.append(entry.name)
+    return working
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def source_of(entry: Entry) -> Path | None:
+    """The file that defines a model, found without importing it or its package; None if there is no such file."""
+    search: list[str] | None = None
+    origin = ""
+    parts = entry.module.split(".")
+    for i in range(1, len(parts) + 1):
+        specs = (finder.find_spec(".".join(parts[:i]), search) for finder in sys.meta_path)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is None:
+            return None
+        search, origin = list(spec.submodule_search_locations or []), spec.origin or ""
+    return Path(origin) if origin.endswith(".py") else None
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model's source says of it, read without importing it.
+
+    Attributes:
+        summary: first line of the module's docstring: name, authors, year, address of the paper.
+        text: the rest of that docstring: the objective.
+        about: first paragraph of the class's docstring.
+        parameters: (name, type, default, meaning) of each constructor argument.
+    """
+
+    summary: str
+    text: str
+    about: str
+    parameters: tuple[tuple[str, str, str, str], ...]
+
+
+def card(name: str) -> Card:
+    """Read a model's card from its source file.
+
+    Raises:
+        AezooError: no such model, or its source cannot be found or read.
+    """
+    entry = find(name)
+    path = source_of(entry)
+    if path is None:
+        raise AezooError(f"no source file for {entry.module} of package {entry.owner}: is the plug-in installed whole?")
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise AezooError(f"the plug-in {name!r} of package {entry.owner} is broken: {_brief(error)}") from error
+    summary, _, text = (ast.get_docstring(tree) or "").partition("\n")
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and entry.attribute in ("", n.name)]
+    with_init = [(c, f) for c in classes for f in c.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+    if not with_init:
+        return Card(summary, text.strip(), "", ())
+    cls, init = with_init[-1]
+    doc = ast.get_docstring(cls) or ""
+    meanings = {
+        key: " ".join(value.split())
+        for key, value in re.findall(r"^ {4}(\w+): (.+?)(?=^ {4}\w+: |^\S|\Z)", doc, re.MULTILINE | re.DOTALL)
+    }
+    arguments = [*init.args.args[1:], *init.args.kwonlyargs]
+    positional = [None] * (len(init.args.args) - 1 - len(init.args.defaults)) + list(init.args.defaults)
+    defaults = [*positional, *init.args.kw_defaults]
+    parameters = tuple(
+        (
+            a.arg,
+            ast.unparse(a.annotation) if a.annotation else "",
+            ast.unparse(d) if d is not None else "",
+            meanings.get(a.arg, ""),
+        )
+        for a, d in zip(arguments, defaults, strict=True)
+    )
+    return Card(summary, text.strip(), doc.partition("\n\n")[0], parameters)

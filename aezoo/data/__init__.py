@@ -1,0 +1,7 @@
+"""One DataModule, and one file a source."""
+
+from aezoo.data.datamodule import DataModule
+from aezoo.data.source import ArrayDataset, Options, Source
+from aezoo.data.sources import list_data
+
+__all__ = ["ArrayDataset", "DataModule", "Options", "Source", "list_data"]

@@ -1,0 +1,137 @@
+"""array: samples from one .npy, .npz, .pt, .csv or .parquet file, or from tensors and arrays of a Python program.
+
+    axes        read as (--data.layout auto)                                      layout names
+    (N, D)      a vector of D features                                            vector
+    (N, A, B)   a grey image if the values are uint8 or A = B, else a sequence    image, sequence
+                of A channels and B steps
+    (N, A, B, C) an image; the channels are the last axis when that has 1, 3      image (channels first), image_last,
+                or 4 and the first has not                                        volume (one channel)
+    (N, ..., 4 axes) a volume; channels found in the same way                     volume, volume_last
+
+    .npz, .pt   x or x_train, y or y_train, x_val, y_val, x_test, y_test (or one array of any name; .pt also x alone
+                or a tuple (x, y)). Nothing pickled is ever run.
+    .csv        numbers, with or without a header; a column named label holds the classes
+    .parquet    columns of numbers and an optional column label
+
+Values are scaled by `aezoo.data.memory.Scale`. Class labels may be any integers or texts: unless they are 0..K-1
+already they are numbered in sorted order; `class_names` keeps the originals. Labels with fractions stay numbers.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aezoo.data.memory import InMemory, Pair, numeric, real
+from aezoo.data.readers import read_arrays
+from aezoo.data.source import STAGES, Options, Stage
+from aezoo.errors import AezooError
+
+_AXES = {"vector": (2,), "sequence": (3,), "image": (3, 4), "image_last": (4,), "volume": (4, 5), "volume_last": (5,)}
+_COLOURS = (1, 3, 4)
+
+
+class Array(InMemory):
+    """Arrays from a file under root, or handed in.
+
+    Args:
+        options: the DataModule's arguments; root is the file.
+        arrays: x, y, x_val, y_val, x_test, y_test in the place of a file.
+    """
+
+    def __init__(self, options: Options, arrays: Mapping[str, Any] | None = None) -> None:
+        path = Path(options.root).expanduser()
+        self.title = "" if arrays is not None else f"{path}: "
+        raw = read_arrays(path) if arrays is None else arrays
+        given = {"x": "x_train", "y": "y_train"}
+        raw = {given.get(key, key): value for key, value in raw.items() if value is not None}
+        unknown = [key for key in raw if key not in {f"{a}_{stage}" for a in "xy" for stage in STAGES}]
+        if unknown or "x_train" not in raw:
+            raise AezooError(
+                f"{self.title or 'arrays: '}found {', '.join(sorted(raw)) or 'nothing'}: name the arrays x and y, or "
+                "x_train, y_train, x_val, y_val, x_test, y_test"
+            )
+        self._x: dict[Stage, Any] = {stage: raw[f"x_{stage}"] for stage in STAGES if f"x_{stage}" in raw}
+        labels = {stage: raw[f"y_{stage}"] for stage in STAGES if f"y_{stage}" in raw}
+        self._y, names = number_labels(labels, self.title)
+        shapes = {stage: sample_shape(x, options.layout, self._what(stage)) for stage, x in self._x.items()}
+        for stage, shape in shapes.items():
+            if shape != shapes["train"]:
+                raise AezooError(
+                    f"{self._what(stage)} has samples of shape {shape}, the training samples have {shapes['train']}: "
+                    "give all splits one shape"
+                )
+        super().__init__(options, shapes["train"], len(names) if names else None)
+        self.class_names = names
+
+    def load(self) -> dict[Stage, Pair]:
+        splits = {}
+        for stage, values in self._x.items():
+            x = numeric(values, self._what(stage))
+            y = self._y.get(stage)
+            if y is not None and len(y) != len(x):
+                raise AezooError(f"{self._what(stage)} has {len(x)} samples but {len(y)} labels: one label a sample")
+            splits[stage] = Pair(arrange(x, self.options.layout), y)
+        if self._y and set(self._y) != set(splits):
+            raise AezooError(f"{self.title}labels are given for {', '.join(self._y)} only: give them for all or none")
+        return splits
+
+    def _what(self, stage: Stage) -> str:
+        return f"{self.title}x" if stage == "train" else f"{self.title}x_{stage}"
+
+
+def sample_shape(values: Any, layout: str, what: str) -> tuple[int, ...]:
+    """Shape of one sample after `arrange`, from shape and dtype alone."""
+    values = real(values, what)
+    shape = tuple(values.shape)
+    axes = (2, 3, 4, 5) if layout == "auto" else _AXES[layout]
+    if len(shape) not in axes:
+        hint = "give a vector as (N, D)" if len(shape) < 2 else "see --data.layout"
+        raise AezooError(f"{what} has shape {shape}, and layout {layout} takes {axes} axes, samples first: {hint}")
+    if 0 in shape:
+        raise AezooError(f"{what} is empty (shape {shape}): give at least one sample")
+    is_bytes = str(values.dtype).removeprefix("torch.") == "uint8"
+    # a stand-in without memory of its own goes through the same rule as the data
+    stand_in = torch.empty(1, dtype=torch.uint8 if is_bytes else torch.float32).expand(1, *shape[1:])
+    return tuple(arrange(stand_in, layout).shape[1:])
+
+
+def arrange(x: Tensor, layout: str) -> Tensor:
+    """Samples with their channel axis in its place; see the table above."""
+    if layout == "auto":
+        square = x.ndim == 3 and x.shape[1] == x.shape[2]
+        if x.ndim == 3:
+            layout = "image" if x.dtype == torch.uint8 or square else "sequence"
+        elif x.ndim > 3:
+            last = x.shape[-1] in _COLOURS and x.shape[1] not in _COLOURS
+            layout = ("image" if x.ndim == 4 else "volume") + ("_last" if last else "")
+    if layout.endswith("_last"):
+        return x.movedim(-1, 1).contiguous()
+    if (layout, x.ndim) in (("image", 3), ("volume", 4)):
+        return x[:, None]
+    return x
+
+
+def number_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Tensor], tuple[str, ...] | None]:
+    """Labels as int64 classes 0..K-1 with their names, or float32 without names where they have fractions."""
+    arrays: dict[Stage, Any] = {}
+    for stage, values in raw.items():
+        array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+        array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+        if array.dtype.kind not in "biufUS" or (array.dtype.kind in "US" and array.ndim != 1) or array.ndim == 0:
+            raise AezooError(f"{title}labels of dtype {array.dtype} and shape {array.shape}: give integers or texts")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise AezooError(f"{title}the labels hold NaN or infinity: fill or remove those rows")
+        arrays[stage] = array
+    if not arrays:
+        return {}, None
+    whole = all(a.dtype.kind != "f" or (a == np.floor(a)).all() for a in arrays.values())
+    if not whole or any(a.ndim > 1 for a in arrays.values()):
+        return {stage: torch.from_numpy(a.astype(np.float32)) for stage, a in arrays.items()}, None
+    everything = np.concatenate([a.astype(np.int64) if a.dtype.kind in "bf" else a for a in arrays.values()])
+    names, numbers = np.unique(everything, return_inverse=True)
+    parts = np.split(numbers.astype(np.int64), np.cumsum([len(a) for a in arrays.values()])[:-1])
+    return dict(zip(arrays, map(torch.from_numpy, parts), strict=True)), tuple(str(name) for name in names)

@@ -1,0 +1,21 @@
+"""digits: the 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn, values 0 to 16 divided by 16."""
+
+import torch
+
+from aezoo.data.memory import InMemory, Pair
+from aezoo.data.source import Options, Stage
+
+
+class Digits(InMemory):
+    """Optical recognition of handwritten digits (Alpaydin and Kaynak 1998, UCI)."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options, (1, 8, 8), 10)
+        self.class_names = tuple("0123456789")
+
+    def load(self) -> dict[Stage, Pair]:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = torch.from_numpy(digits.images).float()[:, None] / 16
+        return {"train": Pair(images, torch.from_numpy(digits.target).long())}

@@ -1,0 +1,171 @@
+"""folder: any folder of images, nested or flat, with or without labels.
+
+    root/*.png, root/any/depth/*.jpg     no labels
+    root/cat/*.png, root/dog/*.png       two or more folders and every image in one of them: the folder is the class
+    root/train/..., root/val/..., root/test/...     own splits (also training, valid, validation, testing)
+
+Without --data.size all images must have one size; with it each is resized and cut to a square. Files of 16 bits a
+value are divided by 65535, others by 255. The EXIF rotation is applied. A set of up to 512 MiB is decoded once, before
+training, which finds every broken file; a larger one is decoded by the workers, and only its headers are read before.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from aezoo.data.images import DEEP, GREY, header, read
+from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, carve
+from aezoo.data.tree import few, scan
+from aezoo.errors import AezooError
+
+_MEMORY = 2**29
+
+
+class Folder(Source):
+    """A folder of image files."""
+
+    def __init__(self, options: Options) -> None:
+        if options.scale not in ("auto", "none"):
+            raise AezooError(f"--data.scale {options.scale} is not for image folders: use auto, or give a .npy file")
+        self.options, self.root = options, Path(options.root).expanduser()
+        if not self.root.is_dir():
+            what = "is a file" if self.root.exists() else "does not exist"
+            raise AezooError(f"the image folder {self.root} {what}: give its path with --data.root")
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and options.max_pixels > limit:
+            # Pillow refuses by its own limit before ours can be asked
+            Image.MAX_IMAGE_PIXELS = options.max_pixels
+        self.files, names = scan(self.root)
+        self.class_names, self.num_classes = names or None, len(names) or None
+        self.value_range = (0.0, 1.0) if options.scale == "auto" else None
+        (height, width), mode = self._first_header()
+        self.channels = options.channels or (1 if mode in GREY else 3)
+        self.size = options.size
+        self.input_shape = (self.channels, *((self.size, self.size) if self.size else (height, width)))
+        self._splits: dict[Stage, Dataset[Any]] | None = None
+
+    def split(self, stage: Stage) -> Dataset[Any] | None:
+        if self._splits is None:
+            self._splits = self._build()
+        return self._splits.get(stage)
+
+    def load(self, path: Path) -> Tensor:
+        """One image as (C, H, W), uint8 or float32."""
+        return read(path, self.size, self.channels, self.options.max_pixels)
+
+    def _first_header(self) -> tuple[tuple[int, int], str]:
+        for stage in self.files:
+            for path, _ in self.files[stage]:
+                try:
+                    return header(path, self.options.max_pixels)
+                except AezooError:
+                    if self.options.on_error == "raise":
+                        raise
+        raise AezooError(f"no readable image in {self.root}: every file is broken")
+
+    def _build(self) -> dict[Stage, Dataset[Any]]:
+        paths = [path for files in self.files.values() for path, _ in files]
+        if len(paths) > 2000:
+            rank_zero_info(f"reading {len(paths)} images from {self.root}")
+        headers = self._each(paths, lambda path: header(path, self.options.max_pixels))
+        self._check(headers)
+        deep = any(mode in DEEP for _, mode in headers.values())
+        resident = len(paths) * math.prod(self.input_shape) * (4 if deep else 1) <= _MEMORY
+        decoded: dict[Path, Tensor] = {}
+        good: Collection[Path] = headers
+        if resident or self.options.on_error == "skip":
+            good = decoded = self._each(list(headers), self.load if resident else lambda path: self.load(path)[:0])
+        if len(good) < len(paths):
+            bad = [path for path in paths if path not in good]
+            warnings.warn(f"{self.root}: {len(bad)} of {len(paths)} files skipped as broken: {few(bad)}", stacklevel=2)
+        kept = {stage: [(p, c) for p, c in files if p in good] for stage, files in self.files.items()}
+        kept = {stage: files for stage, files in kept.items() if files}
+        if "train" not in kept:
+            raise AezooError(f"no readable image in {self.root}: every training file is broken")
+        labels = torch.tensor([c for _, c in kept["train"]]) if self.num_classes else None
+        fractions = (self.options.val_fraction, self.options.test_fraction)
+        rows = carve({stage: len(files) for stage, files in kept.items()}, labels, fractions, self.options.seed)
+        splits: dict[Stage, Dataset[Any]] = {}
+        for stage in STAGES:
+            index, files = rows[stage], kept.get(stage, kept["train"])
+            files = files if index is None else [files[i] for i in index.tolist()]
+            if files:
+                lazy = ImageFiles(self, files, deep)
+                splits[stage] = lazy.in_memory(decoded) if resident else lazy
+        return splits
+
+    def _each(self, paths: list[Path], work: Any) -> dict[Path, Any]:
+        def one(path: Path) -> Any:
+            try:
+                return work(path)
+            except AezooError:
+                if self.options.on_error == "raise":
+                    raise
+                return None
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = list(pool.map(one, paths))
+        return {path: result for path, result in zip(paths, results, strict=True) if result is not None}
+
+    def _check(self, headers: dict[Path, tuple[tuple[int, int], str]]) -> None:
+        """One size and one kind of image, or the choice is the user's."""
+        sizes: dict[tuple[int, int], Path] = {}
+        kinds: dict[bool, Path] = {}
+        for path, (shape, mode) in headers.items():
+            sizes.setdefault(shape, path)
+            kinds.setdefault(mode in GREY, path)
+        if self.size is None and len(sizes) > 1:
+            (first, a), (second, b) = list(sizes.items())[:2]
+            raise AezooError(
+                f"images of {len(sizes)} sizes in {self.root}: {a} is {first[0]}x{first[1]}, {b} is "
+                f"{second[0]}x{second[1]} (height x width): give --data.size {min(first + second)} to resize and crop"
+            )
+        if self.options.channels is None and len(kinds) > 1:
+            raise AezooError(
+                f"{kinds[True]} is grey and {kinds[False]} is coloured: choose --data.channels 1 or --data.channels 3"
+            )
+        see_through = [path for path, (_, mode) in headers.items() if mode in ("RGBA", "LA", "PA", "La", "RGBa")]
+        if see_through:
+            warnings.warn(
+                f"{self.root}: transparency is dropped from {len(see_through)} images: {few(see_through)}",
+                stacklevel=2,
+            )
+
+
+class ImageFiles(Dataset[Any]):
+    """Image files decoded when they are used.
+
+    Args:
+        folder: decodes a file.
+        files: (path, class) of each sample.
+        deep: some files have 16 bits a value, so that all are given as floats in [0, 1].
+    """
+
+    def __init__(self, folder: Folder, files: list[tuple[Path, int]], deep: bool) -> None:
+        self.folder, self.files, self.deep = folder, files, deep
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        path, label = self.files[index]
+        x = self._value(self.folder.load(path))
+        return (x, label) if self.folder.num_classes else (x,)
+
+    def in_memory(self, decoded: dict[Path, Tensor]) -> ArrayDataset:
+        """The same samples from images that are decoded already."""
+        x = torch.stack([self._value(decoded[path]) for path, _ in self.files])
+        return ArrayDataset(x, torch.tensor([c for _, c in self.files]) if self.folder.num_classes else None)
+
+    def _value(self, x: Tensor) -> Tensor:
+        return x.float() / 255 if self.deep and x.dtype == torch.uint8 else x

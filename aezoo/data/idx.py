@@ -1,0 +1,168 @@
+"""MNIST and its family: idx files, plain or .gz, read where they lie.
+
+    idx file    two zero bytes, a type byte, the number of axes, their lengths as big-endian int32, the values
+
+Looked for under root in torchvision's layout (FashionMNIST/raw), in a folder of the set's name (fashion-mnist, as
+Debian's packages have it) and in root itself.
+"""
+
+import gzip
+import hashlib
+import math
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aezoo.data.memory import InMemory, Pair
+from aezoo.data.source import Options, Stage
+from aezoo.errors import AezooError
+
+_TYPES = {8: "u1", 12: ">i4"}
+
+
+class Family(NamedTuple):
+    """One set of idx files: torchvision's class and its split, the file names, the class names."""
+
+    title: str
+    split: str | None
+    images: tuple[str, str]
+    labels: tuple[str, str]
+    class_names: tuple[str, ...]
+
+
+_MNIST = (
+    ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"),
+    ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"),
+)
+_DIGITS = tuple("0123456789")
+_UPPER = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+_LOWER = tuple("abcdefghijklmnopqrstuvwxyz")
+_CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+_EMNIST = {
+    "balanced": (*_DIGITS, *_UPPER, *"abdefghnqrt"),
+    "byclass": (*_DIGITS, *_UPPER, *_LOWER),
+    "bymerge": (*_DIGITS, *_UPPER, *"abdefghnqrt"),
+    "letters": _LOWER,
+    "digits": _DIGITS,
+    "mnist": _DIGITS,
+}
+
+
+def _emnist(split: str) -> Family:
+    images = (f"emnist-{split}-train-images-idx3-ubyte", f"emnist-{split}-test-images-idx3-ubyte")
+    labels = (f"emnist-{split}-train-labels-idx1-ubyte", f"emnist-{split}-test-labels-idx1-ubyte")
+    return Family("EMNIST", split, images, labels, _EMNIST[split])
+
+
+FAMILIES = {
+    "mnist": Family("MNIST", None, *_MNIST, _DIGITS),
+    "fashion_mnist": Family("FashionMNIST", None, *_MNIST, _CLOTHES),
+    "kmnist": Family("KMNIST", None, *_MNIST, ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")),
+    "qmnist": Family(
+        "QMNIST",
+        None,
+        ("qmnist-train-images-idx3-ubyte", "qmnist-test-images-idx3-ubyte"),
+        ("qmnist-train-labels-idx2-int", "qmnist-test-labels-idx2-int"),
+        _DIGITS,
+    ),
+    "emnist": _emnist("balanced"),
+    **{f"emnist_{split}": _emnist(split) for split in _EMNIST},
+}
+
+
+class Idx(InMemory):
+    """A set of the MNIST family: train and test files, val carved out of train."""
+
+    def __init__(self, options: Options) -> None:
+        self.family = FAMILIES[options.name]
+        super().__init__(options, (1, 28, 28), len(self.family.class_names))
+        self.class_names = self.family.class_names
+        root, title = Path(options.root).expanduser(), self.family.title
+        self.home = root / title / "raw"
+        names = (options.name, options.name.replace("_", "-"), title)
+        others = {family.title.lower() for family in FAMILIES.values()} - {title.lower()}
+        # root itself may be <somewhere>/KMNIST/raw, whose files have the names of MNIST's
+        here = {part.lower().replace("-", "").replace("_", "") for part in root.absolute().parts[-2:]}
+        itself = () if here & others else (root,)
+        self.folders = (self.home, *(root / name for name in dict.fromkeys(names)), *itself)
+
+    def prepare(self) -> None:
+        names = (*self.family.images, *self.family.labels)
+        missing = [name for name in names if not self._find(name)]
+        if missing and self.options.download:
+            from aezoo.data.vision import download
+
+            arguments = {"split": self.family.split} if self.family.split else {}
+            download(self.family.title, self.options, [{**arguments, "train": train} for train in (True, False)])
+            missing = [name for name in names if not self._find(name)]
+        if missing:
+            raise AezooError(
+                f"{self.options.name} is not under {self.options.root}: put {', '.join(missing)} (plain or .gz) into "
+                f"{self.home}, or name their folder with --data.root; with a network, --data.download true fetches them"
+            )
+
+    def load(self) -> dict[Stage, Pair]:
+        self.prepare()
+        train, test = (self._read(i) for i in (0, 1))
+        return {"train": train, "test": test}
+
+    def _find(self, name: str) -> Path | None:
+        paths = (folder / (name + suffix) for folder in self.folders for suffix in ("", ".gz"))
+        return next((path for path in paths if path.is_file()), None)
+
+    def _read(self, part: int) -> Pair:
+        image_path, label_path = self._find(self.family.images[part]), self._find(self.family.labels[part])
+        assert image_path is not None
+        assert label_path is not None
+        x, y = read_idx(image_path, self.family.title), read_idx(label_path, self.family.title).long()
+        if x.ndim != 3 or x.shape[1:] != (28, 28) or x.dtype != torch.uint8:
+            raise AezooError(f"{image_path} holds no 28 x 28 images but {tuple(x.shape)}: is it the right file?")
+        # QMNIST labels have eight columns, the class first
+        y = y[:, 0] if y.ndim == 2 else y
+        if len(x) != len(y):
+            raise AezooError(f"{image_path} has {len(x)} images but {label_path} {len(y)} labels: download them again")
+        if self.family.title == "EMNIST":
+            # its files hold the images column by column, and the labels of the letters from 1 to 26
+            x = x.transpose(1, 2).contiguous()
+            y = y - 1 if self.family.split == "letters" else y
+        if y.min() < 0 or y.max() >= len(self.family.class_names):
+            raise AezooError(f"{label_path} has labels outside 0..{len(self.family.class_names) - 1}: wrong file?")
+        return Pair(x[:, None], y)
+
+
+def read_idx(path: Path, title: str = "") -> Tensor:
+    """The array in an idx file; a cut, broken or wrong file is named with the cure."""
+    again = "delete it and download it again"
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            _refuse_other_set(path, data, title)
+            data = gzip.decompress(data)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise AezooError(f"{path} is no whole gzip file ({error}): {again}") from None
+    except OSError as error:
+        raise AezooError(f"cannot read {path} ({error.strerror}): check the file and its permissions") from None
+    axes = data[3] if len(data) >= 4 else 0
+    start = 4 + 4 * axes
+    if data[:2] != b"\0\0" or not axes or data[2] not in _TYPES or len(data) < start:
+        raise AezooError(f"{path} is no idx file ({len(data)} bytes): {again}")
+    shape = np.frombuffer(data, ">i4", axes, 4).tolist()
+    kind = np.dtype(_TYPES[data[2]])
+    wanted = start + math.prod(shape) * kind.itemsize
+    if len(data) != wanted or min(shape) < 1:
+        raise AezooError(f"{path} has {len(data)} bytes where its header promises {wanted}: {again}")
+    return torch.from_numpy(np.frombuffer(data, kind, offset=start).reshape(shape).astype(kind.newbyteorder("=")))
+
+
+def _refuse_other_set(path: Path, data: bytes, title: str) -> None:
+    """MNIST, FashionMNIST and KMNIST share their file names; the published checksums tell them apart."""
+    from torchvision import datasets
+
+    digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    for other in ("MNIST", "FashionMNIST", "KMNIST"):
+        if other != title and digest in {md5 for _, md5 in getattr(datasets, other).resources}:
+            raise AezooError(f"{path} belongs to {other}, not to {title}: name another folder with --data.root")

@@ -1,0 +1,118 @@
+"""One picture or many, brought to one size and channel count."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from aezoo.errors import AezooError
+
+EXTENSIONS = frozenset([".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"])
+DEEP = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
+GREY = frozenset({"1", "L", "LA"}) | DEEP
+_ROTATED = frozenset({5, 6, 7, 8})
+
+
+def fitted_shape(shape: tuple[int, ...], size: int | None, channels: int | None) -> tuple[int, ...]:
+    """The shape that `fit` gives to samples of `shape`, or the reason why it cannot."""
+    if size is None and channels is None:
+        return shape
+    if len(shape) != 3:
+        raise AezooError(f"--data.size and --data.channels are for images, and a sample has shape {shape}: drop them")
+    if channels is not None and channels != shape[0] and shape[0] not in (1, 3, 4):
+        raise AezooError(f"images of {shape[0]} channels cannot become {channels}: drop --data.channels")
+    return (channels or shape[0], *((size, size) if size else shape[1:]))
+
+
+def fit(x: Tensor, size: int | None, channels: int | None) -> Tensor:
+    """Resize the shorter side to `size`, cut the middle square, and convert grey and colour: (N, C, H, W)."""
+    if channels is not None and channels != x.shape[1]:
+        x = x[:, :3] if x.shape[1] == 4 else x
+        if x.shape[1] != channels:
+            x = F.rgb_to_grayscale(x) if channels == 1 else x.expand(-1, channels, -1, -1).contiguous()
+    if size is not None and tuple(x.shape[2:]) != (size, size):
+        parts = (F.center_crop(F.resize(part, [size], antialias=True), [size, size]) for part in x.split(1024))
+        x = torch.cat(list(parts))
+    return x
+
+
+def to_tensor(image: Image.Image, size: int | None, channels: int) -> Tensor:
+    """A picture as (channels, H, W): uint8, or float32 in [0, 1] when it has 16 bits a value."""
+    if image.mode in DEEP:
+        values = np.asarray(image).astype(np.float32) / 65535
+        if values.min() < 0 or values.max() > 1:
+            raise ValueError("it has 32 bits a value; save it with 16 or 8")
+        return fit(torch.from_numpy(values)[None, None], size, channels)[0]
+    image = image.convert("L" if channels == 1 else "RGB")
+    if size is not None and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    values = np.array(image)
+    return torch.from_numpy(values[None] if channels == 1 else values.transpose(2, 0, 1).copy())
+
+
+def read(path: Path, size: int | None, channels: int, max_pixels: int) -> Tensor:
+    """A picture file as a tensor, upright by its EXIF note; an error names the file and the cure."""
+    try:
+        with Image.open(path) as image:
+            check_pixels(path, image.size, max_pixels)
+            # exif_transpose also decodes the file, so that a truncated one fails here
+            return to_tensor(ImageOps.exif_transpose(image), size, channels)
+    except AezooError:
+        raise
+    # Pillow raises SyntaxError, ValueError, struct.error ... for broken files
+    except Exception as error:
+        raise _broken(path, error, max_pixels) from None
+
+
+def header(path: Path, max_pixels: int) -> tuple[tuple[int, int], str]:
+    """(height, width) as shown upright, and Pillow's mode, without decoding the pixels."""
+    try:
+        with Image.open(path) as image:
+            check_pixels(path, image.size, max_pixels)
+            width, height = image.size
+            if image.getexif().get(0x0112) in _ROTATED:
+                width, height = height, width
+            mode = image.mode
+    except AezooError:
+        raise
+    except Exception as error:
+        raise _broken(path, error, max_pixels) from None
+    if mode == "F":
+        raise AezooError(f"{path} has floating-point pixels: save it with 8 or 16 bits, or give the values as .npy")
+    return (height, width), mode
+
+
+def check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+    """Refuse a picture whose decoded form would fill the memory."""
+    if math.prod(size) > max_pixels:
+        raise AezooError(
+            f"{path} has {math.prod(size) / 1e6:.0f} million pixels, more than the limit of {max_pixels / 1e6:.0f}: "
+            "shrink or remove it, or raise --data.max_pixels"
+        )
+
+
+def _broken(path: Path, error: Exception, max_pixels: int) -> AezooError:
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return AezooError(
+            f"{path} has more pixels than the limit of {max_pixels / 1e6:.0f} million: "
+            "shrink or remove it, or raise --data.max_pixels"
+        )
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip()
+    except OSError as unreadable:
+        return AezooError(f"cannot read {path} ({unreadable.strerror}): check the file and its permissions")
+    what = f"{path.stat().st_size} bytes"
+    if not start:
+        what += ", empty"
+    elif start.startswith(b"<"):
+        what += ", looks like HTML: a failed download?"
+    reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}".rstrip(": ")
+    return AezooError(
+        f"{path} is no readable image ({what}){reason}; replace or delete it, or skip such files with "
+        "--data.on_error skip"
+    )

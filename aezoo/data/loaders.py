@@ -1,0 +1,119 @@
+"""Batches in an order that depends on (seed, epoch) alone: not on workers, not on what was drawn before.
+
+This is the only place that makes loaders; whatever replaces torch's DataLoader enters here.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from aezoo.data.source import Batch
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """Row numbers of one rank, `order[rank::world]`, with order = f(seed, epoch).
+
+    Lightning puts a sampler of its own in the place of any other than a DistributedSampler, hence the base class.
+    Shuffled (training): every rank gets len // world rows; the up to world - 1 rows left over differ from epoch to
+    epoch. Not shuffled: no row is left out or read twice, unless there are fewer rows than ranks; then each rank
+    reads all of them, and means over ranks stay exact.
+    """
+
+    def __init__(self, n: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+        sized = cast(Dataset[Any], range(n))
+        super().__init__(sized, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
+        self.n = n
+        if shuffle:
+            self.num_samples = n // world
+        else:
+            self.num_samples = n if n < world else len(range(rank, n, world))
+
+    def __iter__(self) -> Iterator[int]:
+        # a generator: the epoch is read at the first next(), since Lightning calls set_epoch after iter()
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.n, generator=generator)
+        else:
+            order = torch.arange(self.n)
+        mine = order if not self.shuffle and self.n < self.num_replicas else order[self.rank :: self.num_replicas]
+        yield from mine[: self.num_samples].tolist()
+
+
+class LazyLoader(DataLoader[Any]):
+    """A DataLoader that starts at the first `next`: workers started at `iter` would run ahead with the old epoch."""
+
+    def __iter__(self) -> Any:
+        def batches() -> Iterator[Any]:
+            yield from super(LazyLoader, self).__iter__()
+
+        return batches()
+
+
+def collate(samples: Batch | Sequence[Any], *, labels: bool) -> Batch:
+    """A batch (x,) or (x, y) from a batch that the data set gathered itself, or from a list of samples."""
+    if isinstance(samples, tuple):
+        x, y = samples[0], samples[1] if len(samples) > 1 else None
+    else:
+        pairs = [sample if isinstance(sample, tuple | list) else (sample,) for sample in samples]
+        x = torch.stack([pair[0] for pair in pairs])
+        y = torch.stack([torch.as_tensor(pair[1]) for pair in pairs]) if len(pairs[0]) > 1 else None
+    return (x, cast(Tensor, y)) if labels and y is not None else (x,)
+
+
+def even_batch_size(n: int, world: int, batch_size: int) -> int:
+    """The largest size up to `batch_size` (else the next above it) that gives every rank the same number of batches.
+
+    DistributedDataParallel hangs when one rank evaluates a batch more than another. Shares of n // world and
+    n // world + 1 rows need different numbers of batches only when the size divides the smaller one.
+    """
+    if n % world == 0 or n < world:
+        return batch_size
+    sizes = [*range(batch_size, 0, -1), *range(batch_size + 1, n + 2)]
+    return next(size for size in sizes if (n // world) % size)
+
+
+def make_loader(
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    num_workers: int = 0,
+    drop_last: bool = False,
+    pin_memory: bool = False,
+    labels: bool = True,
+) -> LazyLoader:
+    """The loader of one split for one rank.
+
+    Args:
+        dataset: a sized, map-style data set; with `__getitems__` it is asked for whole batches.
+        batch_size: samples a batch and rank.
+        shuffle: a new order each epoch, for training; else the order of the data set.
+        seed: fixes the orders of all epochs.
+        rank: this process.
+        world: number of processes.
+        num_workers: processes that read ahead; they do not change the batches.
+        drop_last: leave out an incomplete last batch.
+        pin_memory: page-locked batches, which reach a GPU faster.
+        labels: keep the labels in the batches.
+    """
+    n = len(cast(Any, dataset))
+    return LazyLoader(
+        dataset,
+        batch_size=batch_size if shuffle else even_batch_size(n, world, batch_size),
+        sampler=EpochSampler(n, shuffle=shuffle, seed=seed, rank=rank, world=world),
+        num_workers=num_workers,
+        drop_last=drop_last,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        collate_fn=partial(collate, labels=labels),
+        # its own generator: an iteration must not advance the global one, which draws the model's noise
+        generator=torch.Generator().manual_seed(seed),
+    )

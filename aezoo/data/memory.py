@@ -1,0 +1,154 @@
+"""Sources whose samples fit in memory: split, resize and scale, in that order, by stated rules."""
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo.data.images import fit, fitted_shape
+from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, carve
+from aezoo.errors import AezooError
+
+
+class Pair(NamedTuple):
+    """Samples (N, *shape) and their labels."""
+
+    x: Tensor
+    y: Tensor | None = None
+
+
+class InMemory(Source):
+    """A source that loads everything at once.
+
+    Args:
+        options: the DataModule's arguments.
+        shape: shape of one sample as `load` gives it.
+        num_classes: number of classes, None without labels.
+    """
+
+    def __init__(self, options: Options, shape: tuple[int, ...], num_classes: int | None) -> None:
+        self.options = options
+        self.input_shape = fitted_shape(shape, options.size, options.channels)
+        self.num_classes = num_classes
+        self.value_range = (0.0, 1.0) if options.scale in ("auto", "unit") else None
+        self._splits: dict[Stage, Pair] | None = None
+
+    @abstractmethod
+    def load(self) -> dict[Stage, Pair]:
+        """The splits that the set brings along; "train" at least. A missing one is carved out of it."""
+
+    def split(self, stage: Stage) -> ArrayDataset | None:
+        if self._splits is None:
+            self._splits = self._build()
+        return ArrayDataset(*self._splits[stage]) if stage in self._splits else None
+
+    def _build(self) -> dict[Stage, Pair]:
+        own, options = self.load(), self.options
+        sizes: dict[Stage, int] = {stage: len(pair.x) for stage, pair in own.items()}
+        rows = carve(sizes, own["train"].y, (options.val_fraction, options.test_fraction), options.seed)
+        splits: dict[Stage, Pair] = {}
+        for stage in STAGES:
+            x, y = own[stage] if stage in own else own["train"]
+            index = rows[stage]
+            if index is not None and len(index) < len(x):
+                x, y = x[index], None if y is None else y[index]
+            if len(x):
+                splits[stage] = Pair(fit(x, options.size, options.channels) if x.ndim == 4 else x, y)
+        if "train" not in splits:
+            raise AezooError(f"{options.name}: the training split is empty: give at least one sample")
+        scale = Scale(splits["train"].x, options.scale)
+        return {stage: Pair(scale(pair.x), pair.y) for stage, pair in splits.items()}
+
+
+class Scale:
+    """The rule `--data.scale`, with the statistics of the training split.
+
+    auto      uint8 is divided by 255 (on the device); floats within [0, 1] stay; anything else as `unit`
+    unit      (x - min) / (max - min), which fills [0, 1]
+    standard  (x - mean) / standard deviation
+    none      the values as they are
+
+    Minimum, maximum, mean and deviation are taken per feature for vectors (N, D), over everything for the rest. A
+    feature that never changes becomes 0. Values of val and test beyond the training range are not clipped.
+
+    Args:
+        train: the training samples.
+        rule: one of the four names.
+    """
+
+    def __init__(self, train: Tensor, rule: str) -> None:
+        self.bytes = train.dtype == torch.uint8
+        self.keep_bytes = rule == "auto" and self.bytes
+        self.offset: Tensor | None = None
+        if rule == "none" or self.keep_bytes:
+            return
+        # float64 keeps what is exact in it: 1e9 + 1 and 1e9 + 2 are one number in float32
+        x = train if train.dtype == torch.float64 else train.float()
+        x = x if x.ndim == 2 else x.reshape(-1, 1)
+        low, high = x.amin(0), x.amax(0)
+        if rule == "auto" and low.min() >= 0 and high.max() <= 1:
+            return
+        if rule == "standard":
+            deviation, mean = torch.std_mean(x.double(), 0, correction=0)
+            self.offset, factor = mean.to(x.dtype), deviation.to(x.dtype)
+        else:
+            self.offset, factor = low, high - low
+        self.factor = torch.where(high > low, factor, 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bytes != (x.dtype == torch.uint8):
+            raise AezooError("some splits are uint8 and some are not: give all of them one dtype")
+        if self.keep_bytes:
+            return x
+        if self.offset is not None:
+            x = (x.to(self.offset.dtype) - self.offset) / self.factor
+        return x.float()
+
+
+def real(values: object, what: str) -> Tensor | npt.NDArray[Any]:
+    """The values as they are, a tensor or an array, or the reason why they are no real numbers."""
+    if isinstance(values, Tensor):
+        if values.is_complex():
+            raise AezooError(f"{what} holds complex numbers: give the real and imaginary part as two channels")
+        if values.layout != torch.strided or values.is_quantized:
+            raise AezooError(f"{what} is a sparse or quantised tensor: give a dense one (x.to_dense(), x.dequantize())")
+        return values
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise AezooError(f"{what} has rows of unequal shape: give an array of one shape") from None
+    if array.dtype.kind not in "biuf":
+        kinds = {"O": "Python objects", "c": "complex numbers", "U": "text", "S": "text"}
+        kind = kinds.get(array.dtype.kind, f"dtype {array.dtype}")
+        raise AezooError(f"{what} holds {kind}: give an array of real numbers, uint8 or float")
+    return array
+
+
+def numeric(values: object, what: str) -> Tensor:
+    """Real, finite numbers as a CPU tensor of dtype uint8, float32 or float64, or the reason why not."""
+    checked = real(values, what)
+    if isinstance(checked, Tensor):
+        tensor = checked.detach().cpu()
+    else:
+        if checked.dtype != np.uint8:
+            # in the machine's byte order; torch has no half of NumPy's dtypes
+            checked = checked.astype(_wide(checked.dtype.itemsize, checked.dtype.kind == "f", np.float64, np.float32))
+        checked = np.ascontiguousarray(checked)
+        tensor = torch.from_numpy(checked if checked.flags.writeable else checked.copy())
+    if tensor.dtype != torch.uint8:
+        tensor = tensor.to(_wide(tensor.element_size(), tensor.is_floating_point(), torch.float64, torch.float32))
+        bad = (~tensor.isfinite()).reshape(len(tensor), -1).any(1)
+        if bad.any():
+            raise AezooError(
+                f"{what} has NaN or infinity in {int(bad.sum())} of {len(tensor)} rows, the first is row "
+                f"{int(bad.nonzero()[0])}: fill or remove them"
+            )
+    return tensor
+
+
+def _wide(size: int, is_float: bool, wide: Any, narrow: Any) -> Any:
+    """float32 where it is exact: for floats of up to 4 bytes, integers of up to 2."""
+    return narrow if size <= (4 if is_float else 2) else wide

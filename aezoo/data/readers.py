@@ -1,0 +1,158 @@
+"""Files of arrays, read without running anything that they hold: .npy, .npz, .pt, .csv, .parquet."""
+
+import csv
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aezoo.errors import AezooError
+
+Arrays = Mapping[str, Any]
+
+
+def read_arrays(path: Path) -> Arrays:
+    """The arrays in a file, by name."""
+    if path == Path():
+        raise AezooError("arrays handed in from Python are not kept in a checkpoint: call DataModule.from_arrays again")
+    readers: dict[str, Callable[[Path], Arrays]] = {
+        ".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt, ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }  # fmt: skip
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise AezooError(f"{path} {what}: give a file of arrays ({' '.join(readers)}) by --data.root")
+    if path.suffix.lower() not in readers:
+        raise AezooError(f"{path}: the array source reads {' '.join(readers)}, not {path.suffix or 'such files'!r}")
+    try:
+        return readers[path.suffix.lower()](path)
+    except AezooError:
+        raise
+    # every format has exceptions of its own for a cut or foreign file
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150]
+        raise AezooError(
+            f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {reason}): write it again"
+        ) from None
+
+
+def _refuse_pickle(path: Path, error: ValueError) -> AezooError:
+    if "pickle" in str(error) or "Python objects" in str(error):
+        return AezooError(
+            f"{path} holds Python objects (pickle), which can run code, or is damaged: save plain numbers, "
+            "np.save(path, array.astype('float32'))"
+        )
+    return AezooError(f"{path} is damaged or no NumPy file ({error}): write it again with np.save")
+
+
+def _read_npy(path: Path) -> Arrays:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04":
+        raise AezooError(f"{path} is a zip archive and no .npy: rename it to .npz if it is one")
+    try:
+        # "c": read from disk when used, and never written back
+        return {"x": np.load(path, mmap_mode="c", allow_pickle=False)}
+    except ValueError as error:
+        raise _refuse_pickle(path, error) from None
+
+
+def _read_npz(path: Path) -> Arrays:
+    try:
+        # opened here, since np.load leaves a damaged archive open
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return _single({name: file[name] for name in file.files})
+    except ValueError as error:
+        raise _refuse_pickle(path, error) from None
+
+
+def _read_pt(path: Path) -> Arrays:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).split("\n", 1)[0][:100]
+        raise AezooError(
+            f"{path} is damaged or holds more than tensors ({reason}): torch.save a tensor, (x, y) or "
+            "{'x': x, 'y': y}"
+        ) from None
+    if isinstance(content, tuple | list) and len(content) == 2 and all(isinstance(part, Tensor) for part in content):
+        return {"x": content[0], "y": content[1]}
+    if isinstance(content, Mapping):
+        return _single({str(key): value for key, value in content.items()})
+    if not isinstance(content, Tensor):
+        raise AezooError(f"{path} holds a {type(content).__name__}: save a tensor, (x, y) or {{'x': x, 'y': y}}")
+    return {"x": content}
+
+
+def _single(arrays: dict[str, Any]) -> Arrays:
+    return {"x": next(iter(arrays.values()))} if len(arrays) == 1 else arrays
+
+
+def _read_csv(path: Path) -> Arrays:
+    """Features, and labels if the header names them; the separator is a comma, semicolon or tab."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise AezooError(f"{path} is no text in UTF-8 ({error.reason}): save it as plain CSV") from None
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise AezooError(f"{path} is empty: give one row a sample")
+    separator = max(",;\t", key=lines[0].count)
+    rows = csv.reader(lines, delimiter=separator)
+    first = [cell.strip() for cell in next(rows)]
+    header = not all(_is_number(cell) for cell in first)
+    names = [name.lower() for name in first] if header else []
+    label = names.index("label") if "label" in names else None
+    texts, labels = [], []
+    for number, row in enumerate(rows if header else csv.reader(lines, delimiter=separator)):
+        if len(row) != len(first):
+            raise AezooError(f"{path}, row {number}: {len(row)} columns, the first line has {len(first)}: mend the row")
+        if label is not None:
+            labels.append(row.pop(label).strip())
+        texts.append(row)
+    if not texts or not texts[0]:
+        raise AezooError(f"{path} has a header only: give one row a sample")
+    x = np.empty((len(texts), len(texts[0])))
+    for number, row in enumerate(texts):
+        try:
+            x[number] = row
+        except ValueError:
+            column = next(i for i, cell in enumerate(row) if not _is_number(cell))
+            raise AezooError(
+                f"{path}, row {number}, column {column + 1} of the features: {row[column]!r} is no number: fill it, or "
+                "name the column of the classes label"
+            ) from None
+    return {"x": x, "y": _labels(labels) if labels else None}
+
+
+def _read_parquet(path: Path) -> Arrays:
+    """All columns as features, the column `label` apart."""
+    try:
+        import pandas
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise AezooError(f"{path}: reading .parquet needs pandas and pyarrow: pip install 'aezoo[parquet]'") from None
+    frame = pandas.read_parquet(path)
+    names = {str(name).lower(): name for name in frame.columns}
+    labels = frame.pop(names["label"]).to_numpy() if "label" in names else None
+    text = [str(name) for name, kind in frame.dtypes.items() if getattr(kind, "kind", "O") not in "biuf"]
+    if text or not frame.shape[1]:
+        raise AezooError(f"{path}: the columns {', '.join(text) or '(none)'} hold no numbers: drop or encode them")
+    if labels is not None and labels.dtype.kind not in "biuf":
+        labels = _labels([str(label) for label in labels])
+    return {"x": frame.to_numpy(), "y": labels}
+
+
+def _labels(texts: list[str]) -> Any:
+    return np.array([float(t) for t in texts]) if all(map(_is_number, texts)) else np.array(texts)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,124 @@
+"""What a data source is, and how a set without splits of its own is split.
+
+A source is a factory that takes `Options` and gives a `Source`. Its constructor is cheap and needs no network; the
+data are read by `split`. A plug-in registers its factory as an entry point of the group `aezoo.data`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from aezoo.errors import AezooError
+
+Stage = Literal["train", "val", "test"]
+Batch = tuple[Tensor] | tuple[Tensor, Tensor]
+STAGES: tuple[Stage, ...] = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The DataModule's arguments that a source may use; see `DataModule` for their meaning."""
+
+    name: str
+    root: str = "data"
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    seed: int = 0
+    size: int | None = None
+    channels: int | None = None
+    scale: str = "auto"
+    layout: str = "auto"
+    download: bool = True
+    on_error: str = "raise"
+    max_pixels: int = 89_478_485
+
+
+class Source(ABC):
+    """A set of samples in three splits.
+
+    Attributes:
+        input_shape: shape of one sample, known from the constructor on.
+        num_classes: number of classes, None without labels; known from the constructor on.
+        class_names: what the labels 0, 1, ... mean, where it is known.
+        value_range: the range that the training values fill, None when it has no bounds.
+    """
+
+    input_shape: tuple[int, ...]
+    num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    value_range: tuple[float, float] | None = (0.0, 1.0)
+
+    def prepare(self) -> None:
+        """Download what is missing; called by one process a machine."""
+        return
+
+    @abstractmethod
+    def split(self, stage: Stage) -> Dataset[Any] | None:
+        """The samples of a split, (x,) or (x, y) each, x uint8 (of 255) or float32; None for one switched off."""
+
+
+class ArrayDataset(Dataset[Batch]):
+    """Samples held in one tensor, read a batch at a time.
+
+    Args:
+        x: (N, *input_shape), uint8 or float32.
+        y: (N,) labels.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor | None = None) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Batch:
+        return (self.x[index],) if self.y is None else (self.x[index], self.y[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A whole batch in one gather; torch's loader prefers this method to one call a sample."""
+        rows = torch.as_tensor(indices)
+        return (self.x[rows],) if self.y is None else (self.x[rows], self.y[rows])
+
+
+def split_rows(n: int, labels: Tensor | None, fractions: tuple[float, float], seed: int) -> dict[Stage, Tensor]:
+    """Row numbers of train, val and test: disjoint, together all of `range(n)`, fixed by the seed.
+
+    With class labels every class gives each split its share, rounded up or down: the rows are shuffled, sorted by
+    class, and taken at equal distances.
+    """
+    rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    if labels is not None and not labels.is_floating_point() and labels.ndim == 1:
+        rows = rows[labels[rows].argsort(stable=True)]
+    n_val, n_test = (max(1, round(n * f)) if f else 0 for f in fractions)
+    if n_val + n_test >= n:
+        raise AezooError(
+            f"{n} samples are too few for {n_val} of validation and {n_test} of test: give more data, "
+            "or switch a split off with --data.val_fraction 0 or --data.test_fraction 0"
+        )
+    rows, test = _take(rows, n_test)
+    rows, val = _take(rows, n_val)
+    return {"train": rows.sort().values, "val": val.sort().values, "test": test.sort().values}
+
+
+def _take(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    taken = torch.zeros(len(rows), dtype=torch.bool)
+    if k:
+        taken[((torch.arange(k, dtype=torch.float64) + 0.5) * len(rows) / k).long()] = True
+    return rows[~taken], rows[taken]
+
+
+def carve(
+    sizes: dict[Stage, int], labels: Tensor | None, fractions: tuple[float, float], seed: int
+) -> dict[Stage, Tensor | None]:
+    """Rows of the training part that become val and test, where the set has none of its own (not in `sizes`).
+
+    Returns rows of the training part for what was carved, and None for a split that the set brings along.
+    """
+    missing = tuple(0.0 if stage in sizes else f for stage, f in zip(("val", "test"), fractions, strict=True))
+    rows = split_rows(sizes["train"], labels, (missing[0], missing[1]), seed)
+    return {stage: None if stage != "train" and stage in sizes else rows[stage] for stage in STAGES}

@@ -1,0 +1,91 @@
+"""Names of data sources: the built-in ones, and those of other packages (entry-point group `aezoo.data`)."""
+
+import difflib
+from collections.abc import Callable
+from fnmatch import fnmatch
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from aezoo.data.idx import FAMILIES
+from aezoo.data.source import Options, Source
+from aezoo.data.vision import ROWS
+from aezoo.errors import AezooError
+
+Factory = Callable[[Options], Source]
+
+# the module is imported when its name is asked for
+_BUILT_IN = {
+    "mnist5k": "mnist5k:Mnist5k",
+    "digits": "digits:Digits",
+    "folder": "folder:Folder",
+    "array": "array:Array",
+    **dict.fromkeys(FAMILIES, "idx:Idx"),
+    **dict.fromkeys(ROWS, "vision:open_vision"),
+}
+GROUP = "aezoo.data"
+
+
+def list_data(pattern: str = "*") -> list[str]:
+    """Names of all sources, plug-ins included, that match a shell pattern."""
+    return sorted(name for name in {*_BUILT_IN, *_plugins()} if fnmatch(name, pattern))
+
+
+def open_source(options: Options) -> Source:
+    """The source of a name, or of a path to a folder or file given in a name's place."""
+    plugins = _plugins()
+    if options.name in _BUILT_IN:
+        module, attribute = _BUILT_IN[options.name].split(":")
+        factory: Factory = getattr(import_module(f"aezoo.data.{module}"), attribute)
+        return factory(options)
+    if options.name in plugins:
+        return _load(plugins[options.name])(options)
+    close = difflib.get_close_matches(options.name, [*_BUILT_IN, *plugins], n=1)
+    hint = f", did you mean {close[0]!r}?" if close else "."
+    raise AezooError(f"unknown data {options.name!r}{hint} Known: {', '.join(list_data())}; or the path of your own")
+
+
+def from_path(name: str) -> str | None:
+    """Which source reads the path that stands in a name's place; None for a plain name."""
+    if name in _BUILT_IN or name in _plugins():
+        return None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return "folder"
+    if path.is_file():
+        return "array"
+    if len(path.parts) > 1 or path.suffix:
+        raise AezooError(f"no such file or folder: {name}")
+    return None
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    """Entry points by name; two owners of one name are both named."""
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        # a package seen twice on sys.path reports its entry points twice
+        if point.name in found and found[point.name].value == point.value:
+            continue
+        owner = "aezoo" if point.name in _BUILT_IN else _owner(found[point.name]) if point.name in found else None
+        if owner:
+            raise AezooError(
+                f"the data name {point.name!r} is claimed by {owner} and by {_owner(point)}: uninstall one of them"
+            )
+        found[point.name] = point
+    return found
+
+
+def _owner(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else point.value
+
+
+def _load(point: EntryPoint) -> Factory:
+    # a plug-in is imported only when its name is asked for, so a broken one leaves the rest alone
+    try:
+        factory: Factory = point.load()
+    except Exception as error:
+        raise AezooError(
+            f"the data plug-in {point.name!r} of {_owner(point)} cannot be imported "
+            f"({type(error).__name__}: {error}): update or uninstall it"
+        ) from error
+    return factory

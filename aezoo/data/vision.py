@@ -1,0 +1,255 @@
+"""torchvision's image sets by name: read under root, downloaded when they are missing and there is a network.
+
+A set of pictures of many sizes is resized and cut to squares of the size in its row, unless --data.size says else.
+"""
+
+import contextlib
+import io
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from aezoo.data.images import fitted_shape, to_tensor
+from aezoo.data.memory import InMemory, Pair
+from aezoo.data.source import STAGES, Options, Source, Stage, carve
+from aezoo.errors import AezooError
+
+Arguments = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """One set: torchvision's class, a sample's shape, the classes, what lies under root, its arguments by split.
+
+    `array` marks the sets that torchvision holds in memory as one array. `test_offset` is added to the test labels
+    where they count classes of their own.
+    """
+
+    title: str
+    shape: tuple[int, int, int]
+    classes: int | None
+    files: str
+    splits: dict[Stage, Arguments]
+    array: bool = False
+    test_offset: int = 0
+
+
+def _by(key: str, train: object, test: object = None, val: object = None, **rest: object) -> dict[Stage, Arguments]:
+    values: dict[Stage, object] = {"train": train, "val": val, "test": test}
+    return {stage: {key: value, **rest} for stage, value in values.items() if value is not None}
+
+
+_FLAG, _SPLIT, _ALL3 = _by("train", True, False), _by("split", "train", "test"), _by("split", "train", "test", "val")
+_WHOLE: dict[Stage, Arguments] = {"train": {}}
+
+# fmt: off
+ROWS = {
+    "caltech101": Row("Caltech101", (3, 64, 64), 101, "caltech101/101_ObjectCategories/", _WHOLE),
+    "caltech256": Row("Caltech256", (3, 64, 64), 257, "caltech256/256_ObjectCategories/", _WHOLE),
+    "celeba": Row("CelebA", (3, 64, 64), None, "celeba/img_align_celeba.zip, celeba/*.txt",
+                  _by("split", "train", "test", "valid")),
+    "cifar10": Row("CIFAR10", (3, 32, 32), 10, "cifar-10-python.tar.gz", _FLAG, True),
+    "cifar100": Row("CIFAR100", (3, 32, 32), 100, "cifar-100-python.tar.gz", _FLAG, True),
+    "clevr": Row("CLEVRClassification", (3, 64, 64), None, "clevr/CLEVR_v1.0.zip", _by("split", "train", None, "val")),
+    "country211": Row("Country211", (3, 64, 64), 211, "country211.tgz", _by("split", "train", "test", "valid")),
+    "dtd": Row("DTD", (3, 64, 64), 47, "dtd/dtd-r1.0.1.tar.gz", _ALL3),
+    "eurosat": Row("EuroSAT", (3, 64, 64), 10, "eurosat/2750/", _WHOLE),
+    "fer2013": Row("FER2013", (1, 48, 48), 7, "fer2013/icml_face_data.csv", _by("split", "train", "test")),
+    "fgvc_aircraft": Row("FGVCAircraft", (3, 64, 64), 100, "fgvc-aircraft-2013b.tar.gz", _ALL3),
+    "flowers102": Row("Flowers102", (3, 64, 64), 102, "flowers-102/jpg/, flowers-102/*.mat", _ALL3),
+    "food101": Row("Food101", (3, 64, 64), 101, "food-101.tar.gz", _SPLIT),
+    "gtsrb": Row("GTSRB", (3, 32, 32), 43, "gtsrb/GTSRB/, gtsrb/GT-final_test.csv", _SPLIT),
+    "imagenet": Row("ImageNet", (3, 64, 64), 1000, "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar, "
+                    "ILSVRC2012_img_val.tar", _by("split", "train", "val")),
+    "imagenette": Row("Imagenette", (3, 64, 64), 10, "imagenette2-160.tgz", _by("split", "train", "val", size="160px")),
+    "lfw_people": Row("LFWPeople", (3, 64, 64), 5749, "lfw-py/lfw-funneled.tgz, lfw-py/*.txt",
+                      _by("split", "10fold")),
+    "omniglot": Row("Omniglot", (1, 105, 105), 1623, "omniglot-py/images_background.zip, "
+                    "omniglot-py/images_evaluation.zip", _by("background", True, False), test_offset=964),
+    "oxford_iiit_pet": Row("OxfordIIITPet", (3, 64, 64), 37, "oxford-iiit-pet/images.tar.gz, "
+                           "oxford-iiit-pet/annotations.tar.gz", _by("split", "trainval", "test")),
+    "pcam": Row("PCAM", (3, 96, 96), 2, "pcam/camelyonpatch_level_2_split_*.h5", _ALL3),
+    "places365": Row("Places365", (3, 64, 64), 365, "data_256_standard/, val_256/, *.txt",
+                     _by("split", "train-standard", "val", small=True)),
+    "rendered_sst2": Row("RenderedSST2", (3, 64, 64), 2, "rendered-sst2.tgz", _ALL3),
+    "semeion": Row("SEMEION", (1, 16, 16), 10, "semeion.data", _WHOLE, True),
+    "stanford_cars": Row("StanfordCars", (3, 64, 64), 196, "stanford_cars/cars_train/, stanford_cars/cars_test/, "
+                         "stanford_cars/devkit/", _SPLIT),
+    "stl10": Row("STL10", (3, 96, 96), 10, "stl10_binary.tar.gz", _SPLIT, True),
+    "stl10_unlabeled": Row("STL10", (3, 96, 96), None, "stl10_binary.tar.gz", _by("split", "unlabeled", "test"), True),
+    "sun397": Row("SUN397", (3, 64, 64), 397, "SUN397.tar.gz", _WHOLE),
+    "svhn": Row("SVHN", (3, 32, 32), 10, "train_32x32.mat, test_32x32.mat", _SPLIT, True),
+    "usps": Row("USPS", (1, 16, 16), 10, "usps.bz2, usps.t.bz2", _FLAG, True),
+}
+# fmt: on
+
+# torchvision offers no download for these
+_BY_HAND = frozenset({"fer2013", "imagenet", "lfw_people", "stanford_cars"})
+
+
+def open_vision(options: Options) -> Source:
+    """The source for a name of the table."""
+    return (VisionArray if ROWS[options.name].array else VisionFiles)(options)
+
+
+class VisionArray(InMemory):
+    """A set that torchvision reads into one array of bytes."""
+
+    def __init__(self, options: Options) -> None:
+        self.row = ROWS[options.name]
+        super().__init__(options, self.row.shape, self.row.classes)
+
+    def prepare(self) -> None:
+        _prepare(self.row, self.options)
+
+    def load(self) -> dict[Stage, Pair]:
+        return {stage: self._pair(arguments) for stage, arguments in self.row.splits.items()}
+
+    def _pair(self, arguments: Arguments) -> Pair:
+        with _explained(self.row.title, self.row.files, self.options):
+            dataset = _open(self.row.title, self.options.root, arguments)
+        x = torch.from_numpy(np.asarray(dataset.data))
+        x = x[:, None] if x.ndim == 3 else x if x.shape[1] == self.row.shape[0] else x.permute(0, 3, 1, 2)
+        labels = _labels(dataset)
+        return Pair(x.contiguous(), labels if self.row.classes else None)
+
+
+class VisionFiles(Source):
+    """A set of picture files, decoded when they are used."""
+
+    def __init__(self, options: Options) -> None:
+        if options.scale not in ("auto", "none"):
+            raise AezooError(f"--data.scale {options.scale} needs a set in memory, {options.name} is not: use auto")
+        self.options, self.row = options, ROWS[options.name]
+        self.input_shape = fitted_shape(self.row.shape, options.size, options.channels)
+        self.num_classes = self.row.classes
+        self._splits: dict[Stage, Dataset[Any]] | None = None
+
+    def prepare(self) -> None:
+        _prepare(self.row, self.options)
+
+    def split(self, stage: Stage) -> Dataset[Any] | None:
+        if self._splits is None:
+            self._splits = self._build()
+        return self._splits.get(stage)
+
+    def _build(self) -> dict[Stage, Dataset[Any]]:
+        with _explained(self.row.title, self.row.files, self.options):
+            own = {stage: _open(self.row.title, self.options.root, a) for stage, a in self.row.splits.items()}
+        sizes = {stage: len(dataset) for stage, dataset in own.items()}
+        fractions = (self.options.val_fraction, self.options.test_fraction)
+        carved = carve(sizes, _labels(own["train"]), fractions, self.options.seed)
+        splits: dict[Stage, Dataset[Any]] = {}
+        for stage in STAGES:
+            rows = carved[stage]
+            rows = torch.arange(sizes[stage]) if rows is None else rows
+            offset = self.row.test_offset if stage == "test" and stage in own else 0
+            if len(rows):
+                dataset = own.get(stage, own["train"])
+                splits[stage] = Pictures(dataset, rows, self.input_shape, self.row.classes is not None, offset)
+        return splits
+
+
+class Pictures(Dataset[Any]):
+    """Rows of a torchvision data set as uint8 tensors of one shape.
+
+    Args:
+        dataset: gives (picture, label).
+        rows: the rows that belong to this split.
+        shape: (C, H, W) of a sample.
+        labelled: keep the labels.
+        offset: added to the labels.
+    """
+
+    def __init__(self, dataset: Any, rows: Tensor, shape: tuple[int, ...], labelled: bool, offset: int = 0) -> None:
+        self.dataset, self.rows, self.shape, self.labelled, self.offset = dataset, rows, shape, labelled, offset
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        row = int(self.rows[index])
+        try:
+            image, label = self.dataset[row]
+        except OSError as error:
+            title = type(self.dataset).__name__
+            raise AezooError(
+                f"image {row} of {title} cannot be read ({error}): delete the set's folder and download it again"
+            ) from None
+        x = to_tensor(image, self.shape[-1], self.shape[0])
+        return (x, int(label) + self.offset) if self.labelled else (x,)
+
+
+def download(title: str, options: Options, calls: Sequence[Arguments], files: str = "") -> None:
+    """Let torchvision download into root; without a network there is one clear line."""
+    with _explained(title, files, options):
+        for arguments in calls:
+            _open(title, options.root, {**arguments, "download": True})
+
+
+def _prepare(row: Row, options: Options) -> None:
+    if not options.download or options.name in _BY_HAND:
+        return
+    try:
+        for arguments in row.splits.values():
+            _open(row.title, options.root, arguments)
+    # files that are there must do without a network and in a read-only folder, so downloading comes second
+    except (OSError, RuntimeError, ValueError):
+        download(row.title, options, list(row.splits.values()), row.files)
+
+
+def _open(title: str, root: str, arguments: Arguments) -> Any:
+    from torchvision import datasets
+
+    if title == "SEMEION":
+        arguments = {"download": False, **arguments}
+    return getattr(datasets, title)(str(Path(root).expanduser()), **arguments)
+
+
+def _labels(dataset: Any) -> Tensor | None:
+    names = ("targets", "labels", "_labels", "y")
+    values = next((getattr(dataset, name) for name in names if getattr(dataset, name, None) is not None), None)
+    if values is None or len(values) != len(dataset):
+        return None
+    return torch.as_tensor(np.asarray(values)).long()
+
+
+@contextlib.contextmanager
+def _explained(title: str, files: str, options: Options) -> Iterator[None]:
+    """Turn what torchvision raises for absent, broken or unreachable files into one line with the cure."""
+    timeout = socket.getdefaulttimeout()
+    try:
+        # torchvision sets none, and a dropped packet would wait for minutes
+        socket.setdefaulttimeout(30)
+        # it also prints every mirror that it tries in vain
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except ImportError as error:
+        raise AezooError(f"{options.name} needs a package that is not installed ({error}): pip install it") from None
+    # URLError and HTTPError are OSErrors; torchvision raises RuntimeError for absent and broken files
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, AezooError):
+            raise
+        reason = " ".join(str(error).split())
+        raise AezooError(missing_message(title, files, options, reason)) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def missing_message(title: str, files: str, options: Options, reason: str) -> str:
+    """Where to put the files of a set that could not be downloaded or read."""
+    from aezoo.data.idx import FAMILIES
+
+    family = FAMILIES.get(options.name)
+    folder = Path(options.root) / title / "raw" if family else Path(options.root)
+    files = ", ".join((*family.images, *family.labels)) + " (plain or .gz)" if family else files
+    tried = "cannot be downloaded" if options.download and options.name not in _BY_HAND else "is not there"
+    return (
+        f"{options.name} {tried} ({reason[:150]}): put {files} into {folder}, or name the folder that holds them with "
+        "--data.root; --data.name mnist5k needs no files"
+    )

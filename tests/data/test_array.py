@@ -1,0 +1,349 @@
+"""Arrays from files and from Python: axes, scaling, labels, and what is refused."""
+
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from aezoo.data import DataModule
+from aezoo.data.array import arrange
+from aezoo.errors import AezooError
+
+RNG = np.random.default_rng(0)
+
+
+def vectors(n=40, d=5):
+    return RNG.random((n, d), dtype=np.float32)
+
+
+def everything(data):
+    """All splits in one, rows sorted."""
+    return ordered(torch.cat([data.tensors(stage)[0] for stage in ("train", "val", "test")]))
+
+
+def ordered(x):
+    x = torch.as_tensor(np.asarray(x)).flatten(1).float()
+    return torch.tensor(sorted(x.tolist()))
+
+
+def write(path, x, y):
+    if path.suffix == ".npy":
+        np.save(path, x)
+    elif path.suffix == ".npz":
+        np.savez(path, x=x, y=y)
+    elif path.suffix == ".pt":
+        torch.save({"x": torch.from_numpy(x), "y": torch.from_numpy(y)}, path)
+    elif path.suffix == ".csv":
+        lines = [",".join(["a", "b", "Label", "c"])]
+        lines += [f"{row[0]!r},{row[1]!r},{label},{row[2]!r}" for row, label in zip(x.tolist(), y, strict=True)]
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        pandas = pytest.importorskip("pandas")
+        pytest.importorskip("pyarrow")
+        frame = pandas.DataFrame(x, columns=["a", "b", "c"])
+        frame["label"] = y
+        frame.to_parquet(path)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz", "pt", "csv", "parquet"])
+def test_every_file_format(tmp_path, suffix):
+    x, y = vectors(40, 3), np.arange(40) % 4
+    path = tmp_path / f"d.{suffix}"
+    write(path, x, y)
+    for data in (DataModule("array", root=str(path)), DataModule(str(path))):
+        assert data.input_shape == (3,)
+        assert data.num_classes == (None if suffix == "npy" else 4)
+        assert torch.equal(everything(data), ordered(x))
+        if suffix != "npy":
+            xs, ys = data.tensors("train")
+            rows = [int(np.flatnonzero((x == row.numpy()).all(1))[0]) for row in xs]
+            assert ys.tolist() == [int(y[row]) for row in rows]
+
+
+def test_named_splits_are_kept(tmp_path):
+    x, y = RNG.integers(0, 256, (30, 6, 6), dtype=np.uint8), np.arange(30) % 3
+    np.savez(
+        tmp_path / "s.npz", x_train=x[:20], y_train=y[:20], x_val=x[20:25], y_val=y[20:25], x_test=x[25:], y_test=y[25:]
+    )
+    data = DataModule("array", root=str(tmp_path / "s.npz"))
+    assert data.describe() == "array: 20 train, 5 val, 5 test, 1x6x6, 3 classes"
+    assert torch.equal(data.tensors("test")[0], torch.from_numpy(x[25:])[:, None] / 255)
+    assert data.tensors("val")[1].tolist() == y[20:25].tolist()
+    # a split that is missing is taken out of the training part
+    data = DataModule.from_arrays(x[:20], y[:20], x_test=x[20:], y_test=y[20:])
+    assert [len(data.dataset(stage)) for stage in ("train", "val", "test")] == [18, 2, 10]
+
+
+def test_pt_forms(tmp_path):
+    x, y = torch.rand(20, 3), torch.arange(20) % 2
+    for content, classes in ((x, None), ((x, y), 2), ({"features": x}, None), ({"x": x, "y": y}, 2)):
+        torch.save(content, tmp_path / "d.pt")
+        data = DataModule(str(tmp_path / "d.pt"))
+        assert data.num_classes == classes
+        assert torch.equal(everything(data), ordered(x))
+
+
+def test_csv_without_header_and_with_other_separators(tmp_path):
+    x = vectors(20, 2)
+    for separator in ",;\t":
+        path = tmp_path / "d.csv"
+        path.write_text("\n".join(separator.join(map(repr, row)) for row in x.tolist()))
+        data = DataModule(str(path))
+        assert (data.input_shape, data.num_classes) == ((2,), None)
+        assert torch.equal(everything(data), ordered(x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout", "expected"),
+    [
+        ((20, 30), "f4", "auto", (30,)),
+        ((20, 30), "u1", "auto", (30,)),
+        ((20, 3, 128), "f4", "auto", (3, 128)),
+        ((20, 3, 128), "u1", "auto", (1, 3, 128)),
+        ((20, 28, 28), "f4", "auto", (1, 28, 28)),
+        ((20, 27, 35), "f4", "image", (1, 27, 35)),
+        ((20, 28, 28), "f4", "sequence", (28, 28)),
+        ((20, 3, 8, 9), "f4", "auto", (3, 8, 9)),
+        ((20, 8, 9, 3), "f4", "auto", (3, 8, 9)),
+        ((20, 8, 9, 1), "u1", "auto", (1, 8, 9)),
+        ((20, 8, 9, 4), "u1", "auto", (4, 8, 9)),
+        ((20, 3, 9, 3), "f4", "auto", (3, 9, 3)),
+        ((20, 3, 9, 3), "f4", "image_last", (3, 3, 9)),
+        ((20, 8, 9, 2), "f4", "auto", (8, 9, 2)),
+        ((20, 2, 5, 6, 7), "f4", "auto", (2, 5, 6, 7)),
+        ((20, 5, 6, 7, 1), "f4", "auto", (1, 5, 6, 7)),
+        ((20, 5, 6, 7), "f4", "volume", (1, 5, 6, 7)),
+    ],
+)
+def test_axes(shape, dtype, layout, expected):
+    x = (RNG.random(shape) * (255 if dtype == "u1" else 1)).astype(dtype)
+    data = DataModule.from_arrays(x, layout=layout)
+    assert data.input_shape == expected
+    assert data.tensors("train")[0].shape[1:] == expected
+    assert data.tensors("train")[0].is_contiguous()
+
+
+def test_channels_last_moves_values_not_only_shapes():
+    x = torch.arange(2 * 5 * 6 * 3).reshape(2, 5, 6, 3)
+    moved = arrange(x, "auto")
+    assert moved[1, 2, 3, 4] == x[1, 3, 4, 2]
+
+
+def test_scale_auto():
+    raw = RNG.integers(0, 256, (40, 4, 4), dtype=np.uint8)
+    data = DataModule.from_arrays(raw)
+    assert data.dataset("train").x.dtype == torch.uint8
+    assert torch.equal(everything(data), ordered(raw) / 255)
+
+    unit = vectors()
+    assert torch.equal(everything(DataModule.from_arrays(unit)), ordered(unit))
+
+    wide = unit * np.array([1, 10, 100, -3, 1e9]) + 7
+    data = DataModule.from_arrays(wide)
+    x = data.tensors("train")[0]
+    assert torch.equal(x.amin(0), torch.zeros(5))
+    assert torch.equal(x.amax(0), torch.ones(5))
+    assert data.source.value_range == (0.0, 1.0)
+    # the statistics are the training split's, also for the others
+    val = DataModule.from_arrays(wide[:30], x_val=wide[30:], test_fraction=0).tensors("val")[0]
+    low, high = wide[:30].min(0), wide[:30].max(0)
+    assert torch.allclose(val, torch.from_numpy((wide[30:] - low) / (high - low)).float(), atol=1e-6)
+    assert val.max() > 1 or val.min() < 0
+
+    image = (RNG.random((40, 3, 4, 5)) * 6 - 3) * np.array([1, 0.1, 0.5])[None, :, None, None]
+    x = DataModule.from_arrays(image).tensors("train")[0]
+    # one scale for all channels
+    assert (x.min(), x.max()) == (0, 1)
+    assert x[:, 1].max() - x[:, 1].min() < 0.2
+
+
+def test_scale_unit_standard_none():
+    x = vectors() * 0.5
+    unit = DataModule.from_arrays(x, scale="unit").tensors("train")[0]
+    assert torch.equal(unit.amax(0), torch.ones(5))
+
+    data = DataModule.from_arrays(x * 100, scale="standard")
+    z = data.tensors("train")[0]
+    assert torch.allclose(z.mean(0), torch.zeros(5), atol=1e-5)
+    assert torch.allclose(z.std(0, correction=0), torch.ones(5), atol=1e-5)
+    assert data.source.value_range is None
+
+    raw = RNG.integers(0, 256, (40, 4, 4), dtype=np.uint8)
+    assert torch.equal(everything(DataModule.from_arrays(raw, scale="none")), ordered(raw))
+    assert torch.equal(everything(DataModule.from_arrays(x * 9, scale="none")), ordered(x * 9))
+    z = DataModule.from_arrays(raw, scale="standard").tensors("train")[0]
+    assert abs(z.mean()) < 1e-5
+    assert abs(z.std(correction=0) - 1) < 1e-5
+
+
+def test_a_feature_that_never_changes_becomes_zero():
+    x = vectors() * 10
+    x[:, 2] = 4.0
+    for scale in ("auto", "standard"):
+        z = DataModule.from_arrays(x, scale=scale).tensors("train")[0]
+        assert z.isfinite().all()
+        assert (z[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f4", "i1", "i2", "i4", "i8", "u2", "u4", "?"])
+def test_every_real_dtype_becomes_float32(dtype):
+    x = (RNG.integers(0, 90, (40, 5)) % (2 if dtype == "?" else 90)).astype(dtype)
+    z = DataModule.from_arrays(x, scale="none").tensors("train")[0]
+    assert z.dtype == torch.float32
+    assert torch.equal(everything(DataModule.from_arrays(x, scale="none")), ordered(x.astype("f4")))
+
+
+def test_close_numbers_far_from_zero_stay_apart():
+    x = 1e9 + np.arange(40.0)[:, None] * np.ones(3)
+    assert len(everything(DataModule.from_arrays(x)).unique()) == 40
+
+
+def test_labels_of_any_kind():
+    x = vectors(20)
+    cases = {
+        (3, 7): [3, 7] * 10, ("cat", "dog"): ["dog", "cat"] * 10, (-1, 1): [1, -1] * 10, (0, 1): [True, False] * 10,
+    }  # fmt: skip
+    for names, y in cases.items():
+        data = DataModule.from_arrays(x, np.array(y))
+        assert data.num_classes == 2
+        assert data.source.class_names == tuple(map(str, names))
+        xs, ys = data.tensors("train")
+        rows = [int(np.flatnonzero((x == row.numpy()).all(1))[0]) for row in xs]
+        assert [str(names[int(label)]) for label in ys] == [
+            str(int(y[r]) if y[r] in (True, False) else y[r]) for r in rows
+        ]
+    data = DataModule.from_arrays(x, np.linspace(0, 0.9, 20))
+    assert data.num_classes is None
+    assert data.tensors("train")[1].dtype == torch.float32
+
+
+def test_handed_in_data_is_not_changed():
+    x = RNG.integers(0, 256, (20, 4, 4), dtype=np.uint8)
+    wide, tensor = vectors(20) * 9, torch.rand(20, 3, requires_grad=True)
+    copies = x.copy(), wide.copy(), tensor.detach().clone()
+    for values in (x, wide, tensor):
+        data = DataModule.from_arrays(values)
+        for (batch,) in data.train_dataloader():
+            data.on_after_batch_transfer((batch,), 0)[0].mul_(0)
+    assert np.array_equal(x, copies[0])
+    assert np.array_equal(wide, copies[1])
+    assert torch.equal(tensor, copies[2])
+
+
+def test_read_only_and_strided_arrays():
+    x = np.broadcast_to(vectors(20, 1), (20, 3))
+    assert torch.equal(everything(DataModule.from_arrays(x)), ordered(x.copy()))
+    x = vectors(40)[::-2, ::-1]
+    assert torch.equal(everything(DataModule.from_arrays(x)), ordered(x.copy()))
+
+
+def refused(match, x, y=None, **plain):
+    with pytest.raises(AezooError, match=match) as caught:
+        DataModule.from_arrays(x, y, **plain).setup()
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_arrays():
+    bad = vectors()
+    bad[17, 2] = np.nan
+    bad[30, 0] = np.inf
+    refused("x has NaN or infinity in 2 of 40 rows, the first is row 17", bad)
+    refused("x has NaN or infinity in 2 of 40 rows, the first is row 17", torch.from_numpy(bad))
+    refused("x_val has NaN or infinity in 1 of 20 rows, the first is row 10", bad[:17], x_val=bad[20:])
+    refused("Python objects", np.array([{}, []], dtype=object))
+    refused("complex numbers", vectors() * 1j)
+    refused("complex numbers", torch.zeros(3, 2, dtype=torch.complex64))
+    refused("holds text", np.array([["a", "b"]]))
+    refused("rows of unequal shape", [[1.0, 2.0], [1.0]])
+    refused("sparse", torch.eye(4).to_sparse())
+    refused(r"x is empty \(shape \(0, 5\)\)", np.zeros((0, 5)))
+    refused("takes .* axes", np.zeros(5))
+    refused("layout vector takes", np.zeros((5, 3, 3)), layout="vector")
+    refused("x has 40 samples but 39 labels", vectors(), np.zeros(39))
+    refused("labels hold NaN", vectors(), np.full(40, np.nan))
+    refused("labels are given for train only", vectors(), np.arange(40) % 2, x_val=vectors())
+    refused(r"x_val has samples of shape \(4,\)", vectors(), x_val=vectors(40, 4))
+    refused("some splits are uint8", vectors(), x_val=np.zeros((5, 5), np.uint8))
+    refused("are for images", vectors(), size=8)
+    refused("cannot become 3", RNG.random((20, 7, 8, 9)), channels=3)
+    with pytest.raises(AezooError, match="drop name"):
+        DataModule.from_arrays(vectors(), name="digits")
+
+
+class Canary:
+    def __reduce__(self):
+        return (open, ("canary", "w"))
+
+
+def broken_files(folder):
+    """(file, expected message)"""
+    np.save(folder / "objects.npy", np.array([Canary()]), allow_pickle=True)
+    yield "objects.npy", "pickle"
+    (folder / "pickle.npy").write_bytes(pickle.dumps(Canary()))
+    yield "pickle.npy", "pickle"
+    with zipfile.ZipFile(folder / "zip.npy", "w") as file:
+        file.writestr("a", "b")
+    yield "zip.npy", "is a zip archive and no .npy"
+    np.savez(folder / "objects.npz", x=np.array([Canary()], dtype=object))
+    yield "objects.npz", "pickle"
+    torch.save(Canary(), folder / "canary.pt")
+    yield "canary.pt", "holds more than tensors"
+    np.save(folder / "cut.npy", vectors())
+    (folder / "cut.npy").write_bytes((folder / "cut.npy").read_bytes()[:-50])
+    yield "cut.npy", "cut.npy"
+    (folder / "cut.npz").write_bytes(b"PK\x03\x04 and so on")
+    yield "cut.npz", "cut.npz"
+    (folder / "cut.pt").write_bytes(b"nothing")
+    yield "cut.pt", "cut.pt is damaged"
+    (folder / "cut.parquet").write_bytes(b"PAR1")
+    yield "cut.parquet", "cut.parquet cannot be read"
+    np.savez(folder / "names.npz", images=vectors(), other=vectors())
+    yield "names.npz", "found images, other: name the arrays x and y"
+    torch.save([1, 2, 3], folder / "list.pt")
+    yield "list.pt", "holds a list"
+    (folder / "empty.csv").write_text("")
+    yield "empty.csv", "is empty"
+    (folder / "header.csv").write_text("a,b\n")
+    yield "header.csv", "a header only"
+    (folder / "text.csv").write_text("a,b\n1,2\n3,x\n")
+    yield "text.csv", "row 1, column 2 of the features: 'x' is no number"
+    (folder / "ragged.csv").write_text("a,b\n1,2\n3\n")
+    yield "ragged.csv", "row 1: 1 columns, the first line has 2"
+    (folder / "latin.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
+    yield "latin.csv", "no text in UTF-8"
+    (folder / "d.xyz").write_bytes(b"")
+    yield "d.xyz", "the array source reads .npy .npz"
+    yield "absent.npy", "does not exist: give a file of arrays"
+    yield ".", "is a folder: give a file of arrays"
+
+
+def test_broken_and_hostile_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cases = list(broken_files(tmp_path))
+    assert len(cases) == 19
+    for name, message in cases:
+        with pytest.raises(AezooError) as caught:
+            DataModule("array", root=str(tmp_path / name)).setup()
+        assert message in str(caught.value), (name, str(caught.value))
+        assert name.strip(".") in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_parquet_with_text(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    pandas.DataFrame({"a": [1.0, 2.0], "city": ["x", "y"]}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(AezooError, match="columns city hold no numbers"):
+        DataModule(str(tmp_path / "t.parquet"))
+
+
+def test_parquet_without_pandas(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    (tmp_path / "t.parquet").write_bytes(b"")
+    with pytest.raises(AezooError, match=r"pip install 'aezoo\[parquet\]'"):
+        DataModule(str(tmp_path / "t.parquet"))

@@ -1,0 +1,252 @@
+"""Image folders as users have them, broken files included."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aezoo.data import ArrayDataset, DataModule, folder
+from aezoo.errors import AezooError
+
+RNG = np.random.default_rng(0)
+
+
+def save(path, shape=(8, 8, 3), values=None, **plain):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = RNG.integers(0, 256, shape, dtype=np.uint8) if values is None else values
+    Image.fromarray(values).save(path, **plain)
+    return values
+
+
+def pictures(root, n=10, shape=(8, 8, 3), suffix="png"):
+    return [save(root / f"{i:02}.{suffix}", shape) for i in range(n)]
+
+
+def read_all(data):
+    return [data.tensors(stage) for stage in ("train", "val", "test")]
+
+
+def refused(match, root, **plain):
+    with pytest.raises(AezooError, match=match) as caught:
+        DataModule("folder", root=str(root), **plain).setup()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_flat_folder_without_labels(tmp_path):
+    images = pictures(tmp_path)
+    for data in (DataModule("folder", root=str(tmp_path)), DataModule(str(tmp_path))):
+        assert (data.input_shape, data.num_classes) == ((3, 8, 8), None)
+        assert [len(data.dataset(stage)) for stage in ("train", "val", "test")] == [8, 1, 1]
+        x = torch.cat([data.tensors(stage)[0] for stage in ("train", "val", "test")])
+        wanted = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+        assert sorted(x.flatten(1).tolist()) == sorted(wanted.flatten(1).tolist())
+        assert len(next(iter(data.train_dataloader()))) == 1
+
+
+def test_class_folders_nested_to_any_depth(tmp_path):
+    for name, n in (("dog", 10), ("cat", 20)):
+        for i in range(n):
+            save(
+                tmp_path / name / f"part{i % 3}" / f"{i}.png",
+                values=np.full((4, 4), 9 if name == "cat" else 200, np.uint8),
+            )
+    data = DataModule("folder", root=str(tmp_path))
+    assert (data.input_shape, data.num_classes, data.source.class_names) == ((1, 4, 4), 2, ("cat", "dog"))
+    for stage, counts in (("train", [16, 8]), ("val", [2, 1]), ("test", [2, 1])):
+        x, y = data.tensors(stage)
+        assert y.bincount().tolist() == counts
+        assert torch.equal(y == 0, x[:, 0, 0, 0] < 0.5)
+
+
+def test_one_folder_or_stray_files_make_no_classes(tmp_path):
+    pictures(tmp_path / "images")
+    assert DataModule("folder", root=str(tmp_path)).num_classes is None
+    pictures(tmp_path / "more")
+    assert DataModule("folder", root=str(tmp_path)).num_classes == 2
+    save(tmp_path / "stray.png")
+    assert DataModule("folder", root=str(tmp_path)).num_classes is None
+
+
+def test_split_folders(tmp_path):
+    for split, n in (("train", 6), ("Validation", 2), ("testing", 3)):
+        for name in ("a", "b"):
+            pictures(tmp_path / split / name, n)
+    data = DataModule("folder", root=str(tmp_path))
+    assert data.describe() == "folder: 12 train, 4 val, 6 test, 3x8x8, 2 classes"
+    save(tmp_path / "other" / "x.png")
+    with pytest.warns(UserWarning, match="1 images outside the folders of the splits"):
+        DataModule("folder", root=str(tmp_path))
+
+
+def test_val_comes_out_of_train_where_only_test_is_given(tmp_path):
+    pictures(tmp_path / "train", 10)
+    pictures(tmp_path / "test", 4)
+    data = DataModule("folder", root=str(tmp_path))
+    assert [len(data.dataset(stage)) for stage in ("train", "val", "test")] == [9, 1, 4]
+
+
+def test_resize_crop_and_grey(tmp_path):
+    save(tmp_path / "wide.png", values=np.repeat(np.uint8([[0] * 10 + [255] * 20 + [0] * 10]), 20, axis=0))
+    for i in range(9):
+        save(tmp_path / f"{i}.png", (12 + i, 17))
+    data = DataModule("folder", root=str(tmp_path), size=10, val_fraction=0, test_fraction=0)
+    assert data.input_shape == (1, 10, 10)
+    wide = data.tensors("train")[0][-1]
+    # the middle square of 40 x 20 is white, its edges are smoothed
+    assert (wide[..., 1:-1] == 1).all()
+    assert (wide > 0.8).all()
+    coloured = DataModule("folder", root=str(tmp_path), size=10, channels=3, val_fraction=0, test_fraction=0)
+    assert coloured.tensors("train")[0].shape == (10, 3, 10, 10)
+
+
+def test_mixed_sizes_name_two_files_and_the_cure(tmp_path):
+    pictures(tmp_path, 5)
+    save(tmp_path / "odd.png", (19, 7, 3))
+    message = refused("images of 2 sizes", tmp_path)
+    assert "odd.png is 19x7" in message
+    assert "--data.size 7" in message
+    DataModule("folder", root=str(tmp_path), size=7).setup()
+
+
+def test_grey_among_coloured_is_a_choice(tmp_path):
+    pictures(tmp_path, 5)
+    save(tmp_path / "grey.png", (8, 8))
+    refused("grey.png is grey and .*00.png is coloured: choose --data.channels", tmp_path)
+    for channels in (1, 3):
+        data = DataModule("folder", root=str(tmp_path), channels=channels)
+        assert data.tensors("train")[0].shape[1] == channels
+
+
+def test_transparency_is_dropped_aloud(tmp_path):
+    pictures(tmp_path, 5, (8, 8, 4))
+    data = DataModule("folder", root=str(tmp_path))
+    with pytest.warns(UserWarning, match="transparency is dropped from 5 images"):
+        data.setup()
+    assert data.input_shape == (3, 8, 8)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    values = np.zeros((6, 9), np.uint8)
+    values[0, :] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(3):
+        save(tmp_path / f"{i}.png", values=values + np.uint8(i), exif=exif)
+    data = DataModule("folder", root=str(tmp_path), val_fraction=0, test_fraction=0)
+    assert data.input_shape == (1, 9, 6)
+    x = data.tensors("train")[0][0, 0]
+    # turned clockwise by 90 degrees: the first row becomes the last column
+    assert (x[:, -1] == 1).all()
+    assert (x[:, :-1] == 0).all()
+
+
+@pytest.mark.parametrize("limit", [2**29, 0])
+def test_sixteen_bits_a_value(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(folder, "_MEMORY", limit)
+    values = RNG.integers(0, 65536, (4, 5), dtype=np.uint16)
+    save(tmp_path / "0.png", values=values)
+    low = save(tmp_path / "1.png", (4, 5))
+    data = DataModule("folder", root=str(tmp_path), val_fraction=0, test_fraction=0)
+    x = data.tensors("train")[0]
+    assert torch.equal(x[0, 0], torch.from_numpy(values.astype(np.float32)) / 65535)
+    assert torch.equal(x[1, 0], torch.from_numpy(low) / 255)
+    assert DataModule("folder", root=str(tmp_path), size=3, channels=3).input_shape == (3, 3, 3)
+
+
+def test_bomb_is_refused_by_its_header(tmp_path, monkeypatch):
+    pictures(tmp_path, 4)
+    Image.new("L", (3000, 1000)).save(tmp_path / "zz.png")
+    message = refused("zz.png has 3 million pixels, more than the limit of 1", tmp_path, max_pixels=1_000_000, size=8)
+    assert "--data.max_pixels" in message
+    # Pillow's own limit speaks first, as a warning or an error
+    for own in (1_000_000, 2_000_000):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", own)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            refused("zz.png has", tmp_path, max_pixels=1_000_000, size=8)
+
+
+def broken(root):
+    good = root / "good"
+    save(good / "a.jpg", (64, 64, 3))
+    save(good / "a.png", (64, 64, 3))
+    for name, data, message in (
+        ("cut.jpg", (good / "a.jpg").read_bytes()[:-900], "cut.jpg is no readable image"),
+        ("cut.png", (good / "a.png").read_bytes()[:-5000], "cut.png is no readable image"),
+        ("empty.png", b"", "empty.png is no readable image (0 bytes, empty)"),
+        ("page.png", b"\n<html>not found</html>", "looks like HTML: a failed download?"),
+        ("noise.jpg", b"noise" * 30, "noise.jpg is no readable image (150 bytes)"),
+    ):
+        (root / name).write_bytes(data)
+        yield root / name, message
+
+
+@pytest.mark.parametrize("limit", [2**29, 0])
+def test_corrupt_files_are_named_or_skipped_with_a_count(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(folder, "_MEMORY", limit)
+    cases = list(broken(tmp_path / "all"))
+    assert len(cases) == 5
+    for path, message in cases:
+        single = tmp_path / path.name.replace(".", "_")
+        pictures(single, 12, (64, 64, 3))
+        (single / path.name).write_bytes(path.read_bytes())
+        with pytest.raises(AezooError) as caught:
+            # a set larger than the memory limit finds broken pixels when they are used
+            read_all(DataModule("folder", root=str(single)))
+        assert message in str(caught.value)
+        assert str(single / path.name) in str(caught.value)
+        assert "--data.on_error skip" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    pictures(tmp_path / "all", 12, (64, 64, 3))
+    data = DataModule("folder", root=str(tmp_path / "all"), on_error="skip")
+    with pytest.warns(UserWarning, match="5 of 19 files skipped as broken"):
+        data.setup()
+    assert sum(len(data.dataset(stage)) for stage in ("train", "val", "test")) == 14
+    assert data.tensors("train")[0].isfinite().all()
+
+
+def test_both_ways_of_reading_give_the_same_samples(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        pictures(tmp_path / name, 20)
+    resident = DataModule("folder", root=str(tmp_path), size=6)
+    assert isinstance(resident.dataset("train"), ArrayDataset)
+    monkeypatch.setattr(folder, "_MEMORY", 0)
+    lazy = DataModule("folder", root=str(tmp_path), size=6, num_workers=2, batch_size=5)
+    assert not isinstance(lazy.dataset("train"), ArrayDataset)
+    for stage in ("train", "val", "test"):
+        for ours, theirs in zip(resident.tensors(stage), lazy.tensors(stage), strict=True):
+            assert torch.equal(ours, theirs)
+    x, y = next(iter(lazy.train_dataloader()))
+    assert (x.dtype, x.shape, y.dtype) == (torch.uint8, (5, 3, 6, 6), torch.int64)
+
+
+def test_empty_missing_and_wrong_folders(tmp_path):
+    refused("no images in .*looked for .bmp .* at any depth", tmp_path)
+    refused("the image folder .*nowhere does not exist: give its path with --data.root", tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    refused("file is a file", tmp_path / "file")
+    (tmp_path / "._a.png").write_bytes(b"finder")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "a.png").write_bytes(b"finder")
+    refused("no images", tmp_path)
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(AezooError, match="every file is broken"):
+        DataModule("folder", root=str(tmp_path), on_error="skip")
+    refused("scale standard is not for image folders", tmp_path, scale="standard")
+
+
+def test_empty_class_folder_is_told(tmp_path):
+    for name in ("a", "b"):
+        pictures(tmp_path / name, 5)
+    (tmp_path / "c").mkdir()
+    with pytest.warns(UserWarning, match="class folders c hold no images"):
+        assert DataModule("folder", root=str(tmp_path)).num_classes == 2
+
+
+def test_constant_images(tmp_path):
+    for i in range(5):
+        save(tmp_path / f"{i}.png", values=np.full((4, 4), 7, np.uint8))
+    refused("constant data", tmp_path)

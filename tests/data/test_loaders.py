@@ -1,0 +1,172 @@
+"""Orders, shards and batches, by hand and under the Trainer."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aezoo.data import ArrayDataset, DataModule
+from aezoo.data.loaders import EpochSampler, even_batch_size, make_loader
+
+
+class Recorder(pl.LightningModule):
+    """Trains one number and writes down what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1)
+        self.seen: dict[str, list[Tensor]] = {"train": [], "val": [], "test": [], "predict": []}
+        self.batch: object = None
+
+    def _keep(self, stage, batch):
+        self.batch = batch
+        self.seen[stage].append(batch[0].flatten(1)[:, 0].float().clone())
+        return self.net(batch[0].flatten(1)[:, :1]).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        return self._keep("train", batch)
+
+    def validation_step(self, batch, batch_idx):
+        self._keep("val", batch)
+
+    def test_step(self, batch, batch_idx):
+        self._keep("test", batch)
+
+    def predict_step(self, batch, batch_idx):
+        return self._keep("predict", batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def trainer(**plain):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return pl.Trainer(accelerator="cpu", enable_model_summary=False, **{**quiet, "max_epochs": 2, **plain})
+
+
+def numbers(n=40):
+    return torch.arange(n, dtype=torch.float32)[:, None].expand(n, 3) / n
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        sampler = EpochSampler(50, shuffle=True, seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert sorted(order(0, 0)) == list(range(50))
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1, 2) for epoch in (0, 1, 2)}) == 9
+
+
+def test_order_does_not_touch_the_global_generator():
+    dataset = ArrayDataset(numbers())
+    state = torch.get_rng_state()
+    list(make_loader(dataset, batch_size=8, shuffle=True))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("n", [8, 9, 15, 16, 63])
+def test_training_shards_are_the_strided_order(n, world):
+    whole = list(EpochSampler(n, shuffle=True, seed=3))
+    shards = [list(EpochSampler(n, shuffle=True, seed=3, rank=rank, world=world)) for rank in range(world)]
+    assert shards == [whole[rank::world][: n // world] for rank in range(world)]
+    assert len({row for shard in shards for row in shard}) == n // world * world
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 9, 15, 16, 17, 63])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 8, 100])
+def test_evaluation_reads_every_row_once_in_as_many_batches_on_every_rank(n, world, batch_size):
+    dataset = ArrayDataset(torch.arange(n)[:, None])
+    ranks = [list(make_loader(dataset, batch_size=batch_size, rank=rank, world=world)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    rows = sorted(int(row) for batches in ranks for (x,) in batches for row in x)
+    assert rows == sorted([*range(n)] * (world if n < world else 1))
+
+
+def test_one_process_keeps_the_batch_size_it_was_given():
+    assert even_batch_size(9, 1, 3) == 3
+    assert even_batch_size(9, 2, 4) == 3
+    assert even_batch_size(9, 2, 8) == 8
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_epoch_set_after_iter_counts(num_workers):
+    loader = make_loader(ArrayDataset(numbers()), batch_size=8, shuffle=True, num_workers=num_workers)
+    iterator = iter(loader)
+    loader.sampler.set_epoch(5)
+    wanted = EpochSampler(40, shuffle=True)
+    wanted.set_epoch(5)
+    rows = (torch.cat([x for (x,) in iterator])[:, 0] * 40).round().long().tolist()
+    assert rows == list(wanted)
+
+
+def test_workers_change_nothing_in_a_training_run():
+    runs = []
+    for num_workers in (0, 2):
+        data = DataModule.from_arrays(numbers(), batch_size=7, num_workers=num_workers, seed=1)
+        model = Recorder()
+        trainer(max_epochs=3).fit(model, data)
+        runs.append(torch.cat(model.seen["train"]))
+    assert torch.equal(*runs)
+    epochs = runs[0].split(32)
+    assert len(epochs) == 3
+    assert not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(epochs[0].sort().values, epochs[1].sort().values)
+
+
+def test_every_stage_of_the_trainer():
+    data, model = DataModule("digits", batch_size=100), Recorder()
+    run = trainer(max_epochs=1, num_sanity_val_steps=0)
+    run.fit(model, data)
+    run.test(model, data, verbose=False)
+    predicted = run.predict(model, data)
+    assert {stage: sum(map(len, seen)) for stage, seen in model.seen.items()} == {
+        "train": 1437, "val": 180, "test": 180, "predict": 180,
+    }  # fmt: skip
+    assert len(predicted) == 2
+    assert torch.equal(torch.cat(model.seen["test"]), data.tensors("test")[0].flatten(1)[:, 0])
+
+
+def test_overfit_batches_still_works():
+    data, model = DataModule("digits", batch_size=10), Recorder()
+    with pytest.warns(UserWarning, match="overfit"):
+        trainer(overfit_batches=1).fit(model, data)
+    assert len(model.seen["train"]) == 2
+    assert torch.equal(*model.seen["train"])
+
+
+def test_validation_switched_off():
+    data, model = DataModule.from_arrays(numbers(), val_fraction=0, test_fraction=0), Recorder()
+    trainer(max_epochs=1).fit(model, data)
+    assert not model.seen["val"]
+    assert sum(map(len, model.seen["train"])) == 40
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16), ("64-true", torch.float64)]
+)
+def test_bytes_reach_the_model_as_floats_of_the_run(precision, dtype):
+    data, model = DataModule(batch_size=50), Recorder()
+    trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=1, precision=precision).fit(model, data)
+    x, y = model.batch
+    assert x.dtype == dtype
+    assert (x.min(), x.max()) == (0, 1)
+    assert y.dtype == torch.int64
+
+
+def test_two_processes_share_the_data(tmp_path):
+    class Saver(Recorder):
+        def on_train_end(self):
+            torch.save({k: torch.cat(v) for k, v in self.seen.items() if v}, tmp_path / f"{self.global_rank}.pt")
+
+    data = DataModule.from_arrays(numbers(50), batch_size=4, val_fraction=0.18, test_fraction=0, seed=2)
+    trainer(max_epochs=1, devices=2, strategy="ddp_fork", num_sanity_val_steps=0).fit(Saver(), data)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    order = data.tensors("train")[0][list(EpochSampler(41, shuffle=True, seed=2)), 0]
+    assert torch.equal(parts[0]["train"], order[0::2][:20])
+    assert torch.equal(parts[1]["train"], order[1::2])
+    val = torch.cat([part["val"] for part in parts])
+    assert torch.equal(val.sort().values, data.tensors("val")[0][:, 0])

@@ -1,0 +1,41 @@
+"""Lightning callbacks with plain constructor values; each works alone and with any `Autoencoder`."""
+
+from aezoo.callbacks.annealing import BetaAnnealing
+from aezoo.callbacks.base import in_use
+from aezoo.callbacks.checkpoints import Checkpoints, EarlyStop
+from aezoo.callbacks.code_statistics import CodeStatistics
+from aezoo.callbacks.dashboard import Dashboard
+from aezoo.callbacks.ema import EMA
+from aezoo.callbacks.filters import Filters
+from aezoo.callbacks.histograms import Histograms
+from aezoo.callbacks.interrupt import Interrupt
+from aezoo.callbacks.latents import LatentScatter, Projector
+from aezoo.callbacks.predictions import PredictionWriter
+from aezoo.callbacks.progress import ProgressBar
+from aezoo.callbacks.reconstructions import Reconstructions
+from aezoo.callbacks.samples import Samples
+from aezoo.callbacks.summary import Summary
+from aezoo.callbacks.throughput import Throughput
+from aezoo.callbacks.traversal import Traversal
+
+__all__ = [
+    "EMA",
+    "BetaAnnealing",
+    "Checkpoints",
+    "CodeStatistics",
+    "Dashboard",
+    "EarlyStop",
+    "Filters",
+    "Histograms",
+    "Interrupt",
+    "LatentScatter",
+    "PredictionWriter",
+    "ProgressBar",
+    "Projector",
+    "Reconstructions",
+    "Samples",
+    "Summary",
+    "Throughput",
+    "Traversal",
+    "in_use",
+]

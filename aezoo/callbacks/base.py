@@ -1,0 +1,234 @@
+"""What the picture callbacks share: when to draw, on which samples, and where a figure goes."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from aezoo.errors import AezooError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from aezoo.autoencoder import Autoencoder
+
+_SEED = 0
+_CHUNK = 128
+# 128 MiB of float32: what a callback keeps of large samples is cut to this
+_KEPT_VALUES = 2**25
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """The folder of this run; call it on every rank, because Lightning broadcasts the answer."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def is_dry_run(trainer: pl.Trainer) -> bool:
+    """Whether the trainer only tries out a few batches (fast_dev_run): nothing is drawn or written then."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def in_use(callback: pl.Callback) -> bool:
+    """Whether a callback is switched on; one that is not still costs 7 us a step in Lightning's hooks."""
+    if getattr(callback, "every_n_epochs", 1) == 0:
+        return False
+    return getattr(callback, "n_steps", 1) != 0 and getattr(callback, "decay", 1) != 0
+
+
+def tensorboard_writers(trainer: pl.Trainer) -> list[Any]:
+    """The SummaryWriters of this run, on rank zero; other loggers take no pictures."""
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """(x, labels) of a batch x, (x,) or (x, y); what is not one integer a sample is no label."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    x, y = batch[0], batch[1] if len(batch) > 1 else None
+    is_label = isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point()
+    return x, y if is_label else None
+
+
+@contextmanager
+def undisturbed(model: pl.LightningModule) -> Iterator[None]:
+    """Evaluation mode, no gradients and a fixed seed inside; modes and random streams are as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    # not Lightning's isolate_rng, which restores nothing after an exception
+    states = random.getstate(), np.random.get_state()
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(_SEED)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for module, training in modes:
+            module.training = training
+
+
+def publish(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") -> None:
+    """Write `folder/name.png`, whole or not at all, and the same picture to TensorBoard; on rank zero only."""
+    from aezoo.callbacks.drawing import render, write_png
+
+    pixels = render(figure)
+    write_png(folder / f"{name}.png", pixels)
+    for writer in tensorboard_writers(trainer):
+        writer.add_image(name, pixels, trainer.global_step, dataformats="HWC")
+
+
+def check_period(owner: object, every_n_epochs: int) -> int:
+    """Refuse a negative period."""
+    if every_n_epochs < 0:
+        raise AezooError(
+            f"{type(owner).__name__}.every_n_epochs must be 0 (off) or the number of epochs between two pictures, "
+            f"got {every_n_epochs}"
+        )
+    return every_n_epochs
+
+
+def check_count(owner: object, name: str, value: int, least: int = 1) -> int:
+    """Refuse a count below `least`."""
+    if value < least:
+        raise AezooError(f"{type(owner).__name__}.{name} must be at least {least}, got {value}")
+    return value
+
+
+class Picture(pl.Callback):
+    """Draws after the validation of every n-th epoch and at the end of training; a subclass writes `draw`.
+
+    The samples are the first ones of the first validation, so that pictures of different epochs show the same ones.
+    Only rank zero draws. A picture that fails gives one warning and never ends the run.
+
+    Args:
+        every_n_epochs: epochs between two pictures; 0 turns them off.
+        n_inputs: validation samples that `draw` needs.
+    """
+
+    def __init__(self, every_n_epochs: int, n_inputs: int) -> None:
+        super().__init__()
+        self.every_n_epochs = check_period(self, every_n_epochs)
+        self._n_inputs = n_inputs
+        self._x: list[Tensor] = []
+        self._y: list[Tensor] = []
+        self._complete: bool
+        self._reset()
+
+    def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
+        """Figures by file name; empty where the model has nothing to show.
+
+        Args:
+            model: in evaluation mode, without gradients.
+            x: at most `n_inputs` validation samples on the CPU; none if the fit has no validation.
+            y: their labels.
+        """
+        raise NotImplementedError
+
+    def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x) in chunks on the model's device and in the trainer's precision; a float32 tensor on the CPU."""
+        convert, device = self._trainer.precision_plugin.convert_input, self._trainer.lightning_module.device
+        with self._trainer.precision_plugin.forward_context():
+            return torch.cat([function(convert(part.to(device))).float().cpu() for part in x.split(_CHUNK)])
+
+    def due(self, epoch: int, last: bool) -> bool:
+        """Whether to draw after the validation of this epoch, counted from 1; `last` if max_epochs ends with it."""
+        return last or epoch % self.every_n_epochs == 0
+
+    @property
+    def caption(self) -> str:
+        """When the picture was drawn."""
+        return f"epoch {self._epoch + 1}, step {self._trainer.global_step}"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._reset()
+        if stage == "fit" and self.every_n_epochs and not is_dry_run(trainer):
+            self._trainer, self._folder = trainer, run_folder(trainer) / "pictures"
+            # rank zero alone may call the model only where it holds all of the weights
+            whole = trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
+            self._active = trainer.is_global_zero and whole
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._active and not self._complete and dataloader_idx == 0 and not trainer.sanity_checking:
+            x, y = unpack(batch)
+            n = min(self._n_inputs, max(1, _KEPT_VALUES // max(1, x[0].numel())))
+            left = n - sum(len(part) for part in self._x)
+            # a copy: batches may be views of memory that is used again
+            self._x.append(x[:left].detach().float().to("cpu", copy=True))
+            if y is not None:
+                self._y.append(y[:left].detach().to("cpu", copy=True))
+            self._complete = left <= len(x)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._active and not trainer.sanity_checking:
+            self._complete = True
+            self._epoch = trainer.current_epoch
+            if self.due(self._epoch + 1, self._epoch + 1 == trainer.max_epochs):
+                self._draw(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._active and self._drawn_at != trainer.global_step:
+            self._epoch = max(0, trainer.current_epoch - 1)
+            self._draw(pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._active, self._complete, self._warned = False, self._n_inputs == 0, False
+        self._epoch, self._drawn_at = 0, -1
+        self._x.clear()
+        self._y.clear()
+
+    def _draw(self, pl_module: pl.LightningModule) -> None:
+        trainer, self._drawn_at = self._trainer, self._trainer.global_step
+        if self._n_inputs and not self._x:
+            return
+        x = torch.cat(self._x) if self._x else torch.empty(0)
+        y = torch.cat(self._y) if self._y else None
+        try:
+            with undisturbed(pl_module):
+                figures = self.draw(cast("Autoencoder", pl_module), x, y)
+            for name, figure in figures.items():
+                publish(trainer, self._folder, name, figure)
+        except Exception as error:  # no picture is worth a training run
+            if not self._warned:
+                self._warned = True
+                rank_zero_warn(f"{type(self).__name__} drew no picture: {type(error).__name__}: {error}")
+
+
+class BestLoss:
+    """The lowest val/loss so far and its epoch."""
+
+    def __init__(self) -> None:
+        self.value, self.epoch = float("inf"), -1
+
+    def update(self, trainer: pl.Trainer) -> None:
+        """Take up the validation that has just ended."""
+        loss = trainer.callback_metrics.get("val/loss")
+        if loss is not None and float(loss) < self.value:
+            self.value, self.epoch = float(loss), trainer.current_epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {"value": self.value, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the values of a checkpoint."""
+        self.value, self.epoch = float(state["value"]), int(state["epoch"])

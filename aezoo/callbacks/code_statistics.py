@@ -1,0 +1,115 @@
+"""How much of the code is in use."""
+
+from collections.abc import Collection
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from aezoo.callbacks.base import check_period, is_dry_run, publish, run_folder, undisturbed, unpack
+
+
+class CodeStatistics(pl.Callback):
+    """Active units and KL per dimension, or L0 and dead share, over the whole validation set and all ranks.
+
+    For models with a posterior: `val/active_units`, the dimensions whose posterior mean varies by more than
+    `threshold` over the set (Burda et al. 2016, https://arxiv.org/abs/1509.00519), and pictures/kl_per_dimension.png.
+    For models with a sparse code: `val/l0`, the mean number of entries above `l0_threshold` in a code, and `val/dead`,
+    the share of entries that no sample uses. Names that the model logs itself are left to it, and other
+    models cost nothing.
+
+    Args:
+        every_n_epochs: epochs between two counts; 0 turns them off.
+        threshold: least variance of the posterior mean in an active unit.
+        l0_threshold: least absolute value of an entry in use.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, threshold: float = 0.01, l0_threshold: float = 1e-3) -> None:
+        super().__init__()
+        self.every_n_epochs = check_period(self, every_n_epochs)
+        self.threshold, self.l0_threshold = threshold, l0_threshold
+        self._active = False
+        self._terms: Collection[str] = ()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        of_interest = hasattr(pl_module, "posterior") or getattr(pl_module, "sparse_code", False)
+        wanted = stage in ("fit", "validate") and self.every_n_epochs > 0 and not is_dry_run(trainer)
+        self._active, self._counting = bool(of_interest and wanted), False
+        self._folder = run_folder(trainer) / "pictures"
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(outputs, dict):
+            self._terms = outputs.keys()
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        due = (
+            trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+            if self._active
+            else False
+        )
+        self._counting = due and not trainer.sanity_checking
+        self._sums: dict[str, Tensor] = {}
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not self._counting or dataloader_idx != 0:
+            return
+        x, _ = unpack(batch)
+        model = cast(Any, pl_module)
+        with undisturbed(pl_module), trainer.precision_plugin.forward_context():
+            x = trainer.precision_plugin.convert_input(x)
+            if hasattr(model, "posterior"):
+                mu, log_var = (_exact(part) for part in model.posterior(x)[:2])
+                kl = 0.5 * (mu.square() + log_var.exp() - 1 - log_var)
+                found = {"mu": mu.sum(0), "mu2": mu.square().sum(0), "kl": kl.sum(0)}
+            else:
+                found = {}
+            if model.sparse_code:
+                found["used"] = _exact(model.encode(x).abs() > self.l0_threshold).sum(0)
+            found["n"] = torch.full_like(next(iter(found.values()))[:1], len(x))
+        for name, value in found.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._counting or not self._sums:
+            return
+        # every rank has the same names, in the same order: they depend on the model's class alone
+        sums = {name: trainer.strategy.reduce(value, reduce_op="sum").cpu() for name, value in self._sums.items()}
+        n = sums["n"]
+        if "used" in sums:
+            self._log(pl_module, "l0", (sums["used"] / n).sum())
+            self._log(pl_module, "dead", (sums["used"] == 0).double().mean())
+        if "mu" in sums:
+            variance = sums["mu2"] / n - (sums["mu"] / n).square()
+            active = variance > self.threshold
+            self._log(pl_module, "active_units", active.sum())
+            if trainer.is_global_zero:
+                self._draw(trainer, sums["kl"] / n, active)
+
+    def _log(self, pl_module: pl.LightningModule, name: str, value: Tensor) -> None:
+        if name not in self._terms:  # two values under one name would be averaged
+            pl_module.log(f"val/{name}", value.float(), sync_dist=True)
+
+    def _draw(self, trainer: pl.Trainer, kl: Tensor, active: Tensor) -> None:
+        from aezoo.callbacks import drawing
+
+        title = (
+            f"{int(active.sum())} of {len(kl)} units active (dark), {float(kl.sum()):.2f} nats in all; "
+            f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
+        )
+        publish(trainer, self._folder, "kl_per_dimension", drawing.bar_figure(kl, "KL in nats", title, active))
+
+
+def _exact(values: Tensor) -> Tensor:
+    """Sums over a whole set, in float64 where the device has it."""
+    return values.flatten(1).to(torch.float32 if values.device.type == "mps" else torch.float64)

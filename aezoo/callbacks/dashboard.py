@@ -1,0 +1,129 @@
+"""What TensorBoard shows beside scalars and pictures."""
+
+import re
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder, tensorboard_writers
+
+_PLAIN = (bool, int, float, str)
+
+
+class Dashboard(pl.Callback):
+    """TensorBoard's Custom Scalars, Text and HParams tabs.
+
+    Custom Scalars holds one chart for each loss term, training and validation together. Text holds the run's
+    config.yaml, or the hyperparameters of model and data where there is none. HParams shows the run from its
+    first step on, beside others under the same folder, with their hyperparameters, all scalars and, at the end,
+    `best/val_loss`.
+
+    Use it with TensorBoardLogger(default_hp_metric=False): the logger's own `hp_metric` hides all other columns.
+
+    Args:
+        layout: write the Custom Scalars tab.
+        text: write the Text tab.
+        hparams: write the HParams tab.
+    """
+
+    def __init__(self, layout: bool = True, text: bool = True, hparams: bool = True) -> None:
+        super().__init__()
+        self.layout, self.text, self.hparams = layout, text, hparams
+        self._best = BestLoss()
+        self._laid_out = False
+        self._opened: set[str] = set()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._laid_out = not self.layout or is_dry_run(trainer) or not trainer.is_global_zero
+        self._start(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._laid_out:  # the first batch tells the names of the loss terms
+            self._laid_out = True
+            terms = list(outputs) if isinstance(outputs, dict) else ["loss"]
+            for writer in tensorboard_writers(trainer):
+                writer.add_custom_scalars(scalars_layout(terms))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._best.update(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer, self._best.value if self._best.epoch >= 0 else None)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._best.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._best.load_state_dict(state_dict)
+
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = run_folder(trainer)  # on every rank
+        if not trainer.is_global_zero or is_dry_run(trainer) or str(folder) in self._opened:
+            return
+        self._opened.add(str(folder))
+        values = hyperparameters(trainer, pl_module)
+        config = folder / "config.yaml"
+        written = config.read_text("utf-8") if config.is_file() else yaml.safe_dump(values, sort_keys=False)
+        for writer in tensorboard_writers(trainer):
+            if self.text:
+                writer.add_text("config", f"```yaml\n{written}\n```", trainer.global_step)
+            if self.hparams:
+                self._summary(writer, values, end=False)
+
+    def _end(self, trainer: pl.Trainer, best: float | None) -> None:
+        if not self.hparams or not trainer.is_global_zero or is_dry_run(trainer):
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                if best is not None:
+                    logger.log_metrics({"best/val_loss": best}, step=trainer.global_step)
+                self._summary(logger.experiment, {}, end=True)
+
+    @staticmethod
+    def _summary(writer: Any, values: dict[str, Any], end: bool) -> None:
+        """The start or the end of a run, without torch's third summary.
+
+        That one, the experiment, fixes the columns of the whole tab to the hyperparameters and metrics of the first
+        run that TensorBoard meets; without it the columns are those of all runs
+        (tensorboard/plugins/hparams/backend_context.py, experiment_from_metadata).
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        _, started, ended = hparams(values, {})
+        writer._get_file_writer().add_summary(ended if end else started)
+        writer.flush()
+
+
+def scalars_layout(terms: list[str]) -> dict[str, dict[str, list[Any]]]:
+    """One chart for each loss term with the training and the validation curve; tags are regular expressions."""
+    charts = {
+        term: ["Multiline", [f"^{re.escape(f'{stage}/{term}')}$" for stage in ("train", "val")]] for term in terms
+    }
+    return {"loss terms": charts}
+
+
+def hyperparameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    """What a run is told apart by: the model's and the data's hyperparameters as plain values."""
+    values: dict[str, Any] = {"model": type(pl_module).__name__, **dict(pl_module.hparams_initial)}
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None:
+        values |= {f"data.{name}": value for name, value in dict(datamodule.hparams_initial).items()}
+    if trainer.max_epochs is not None:
+        values["max_epochs"] = trainer.max_epochs
+    hidden = {name for name in values if name.rpartition(".")[2].startswith("_")}
+    return {
+        name: value if isinstance(value, _PLAIN) else str(value)
+        for name, value in values.items()
+        if name not in hidden and value is not None
+    }

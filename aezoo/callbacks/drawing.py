@@ -1,0 +1,316 @@
+"""Figures from tensors: mosaics of images, panels of curves, scatter plots and bars.
+
+Everything goes through matplotlib's object interface, without pyplot's global state, and matplotlib is imported where
+it is used: it takes a third of a second.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+_DPI = 100
+_GREY = "0.35"
+_WIDE = 1200
+_LEAST = 24
+
+
+# ---- samples as images ----------------------------------------------------------------------------------------------
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether a sample of this shape is shown as an image rather than as curves."""
+    return len(shape) in (3, 4) or (len(shape) == 2 and shape[0] > 3)
+
+
+def planes(x: Tensor) -> Floats:
+    """What is shown of samples as images: (B, H, W, 3) for colour, else (B, H, W, 1).
+
+    Of a volume the middle slice, of many channels their mean; a sequence of many channels is an image of its own.
+    """
+    x = torch.nan_to_num(x.detach().float().cpu())
+    if x.ndim == 5:
+        x = x[:, :, x.shape[2] // 2]
+    if x.ndim == 3:
+        x = x[:, None]
+    if x.ndim != 4:
+        raise ValueError(f"samples of shape {tuple(x.shape[1:])} are no images")
+    if x.shape[1] != 3:
+        x = x.mean(1, keepdim=True)
+    shown: Floats = x.permute(0, 2, 3, 1).numpy()
+    return shown
+
+
+def value_range(x: Tensor) -> tuple[float, float]:
+    """The range that is black to white: [0, 1] if the data lie there, else theirs."""
+    x = torch.nan_to_num(x.detach().float())
+    low, high = float(x.min()), float(x.max())
+    if low >= -1e-3 and high <= 1 + 1e-3:
+        return 0.0, 1.0
+    return low, max(high, low + 1e-6)
+
+
+def tiles(x: Tensor, limits: tuple[float, float]) -> Floats:
+    """Samples as RGB tiles, (B, H, W, 3) in [0, 1]."""
+    low, high = limits
+    shown = np.clip((planes(x) - low) / (high - low), 0, 1)
+    return np.broadcast_to(shown, (*shown.shape[:3], 3))
+
+
+def error_tiles(error: Tensor, most: float) -> Floats:
+    """Absolute errors as RGB tiles, from black (0) to bright (`most`)."""
+    from matplotlib import colormaps
+
+    shown = planes(error.abs()).mean(-1)
+    rgb: Floats = colormaps["magma"](np.clip(shown / max(most, 1e-12), 0, 1))[..., :3].astype(np.float32)
+    return rgb
+
+
+def signed_tiles(weights: Tensor) -> Floats:
+    """Weights as RGB tiles, each scaled by its own largest: blue below 0, white, red above; colours around grey."""
+    from matplotlib import colormaps
+
+    shown = planes(weights)
+    shown = shown / np.maximum(np.abs(shown).max(axis=(1, 2, 3), keepdims=True), 1e-12)
+    if shown.shape[-1] == 3:
+        return (shown + 1) / 2
+    rgb: Floats = colormaps["RdBu_r"]((shown[..., 0] + 1) / 2)[..., :3].astype(np.float32)
+    return rgb
+
+
+def mosaic_figure(
+    rows: Sequence[Floats],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    title: str = "",
+    gap: int | None = None,
+) -> "Figure":
+    """A figure of rows of RGB tiles at a whole-number zoom, labels at the left and above.
+
+    Args:
+        rows: each (n, H, W, 3); rows may differ in n.
+        row_labels: one a row, or none.
+        column_labels: one a column, or none.
+        title: a line above.
+        gap: pixels between tiles, of the tiles' own size; None chooses.
+    """
+    from matplotlib.figure import Figure
+
+    height, width = rows[0].shape[1:3]
+    columns = max(len(row) for row in rows)
+    if gap is None:
+        gap = max(1, round(min(height, width) / 16))
+    canvas = np.ones((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3), np.float32)
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            top, left = i * (height + gap), j * (width + gap)
+            canvas[top : top + height, left : left + width] = tile
+    longest = max(canvas.shape[:2])
+    # whole numbers only, so that all pixels are of one size; less than 1 for what would not fit on a screen
+    zoom: float = max(1, min(round(80 / max(height, width)), _WIDE // longest))
+    zoom = min(zoom, 2 * _WIDE / longest)
+    # flat samples, such as sequences of many channels, are stretched until a label fits beside them
+    zooms = max(zoom, -(-_LEAST // height)), max(zoom, -(-_LEAST // width))
+    margin = 12
+    label_width = 8 * max((len(label) for label in row_labels), default=-1) + 8
+    header = 20 * bool(title) + 18 * bool(column_labels)
+    wide, high = canvas.shape[1] * zooms[1], canvas.shape[0] * zooms[0]
+    full_width = max(wide + label_width + 2 * margin, 8 * len(title) + 2 * margin)
+    full_height = high + header + 2 * margin
+    figure = Figure(figsize=(full_width / _DPI, full_height / _DPI), dpi=_DPI, facecolor="white")
+    left, bottom = label_width + margin, margin
+    axes = figure.add_axes((left / full_width, bottom / full_height, wide / full_width, high / full_height))
+    axes.imshow(canvas, interpolation="nearest" if zoom >= 1 else "antialiased", aspect="auto")
+    axes.set_axis_off()
+    step = (height + gap) * zooms[0], (width + gap) * zooms[1]
+    for i, label in enumerate(row_labels):
+        y = bottom + high - i * step[0] - height * zooms[0] / 2
+        figure.text((left - 8) / full_width, y / full_height, label, ha="right", va="center", fontsize=9)
+    for j, label in enumerate(column_labels):
+        x = left + j * step[1] + width * zooms[1] / 2
+        figure.text(x / full_width, (bottom + high + 4) / full_height, label, ha="center", va="bottom", fontsize=8)
+    if title:
+        figure.text(margin / full_width, 1 - margin / full_height, title, va="top", fontsize=9, color=_GREY)
+    return figure
+
+
+def square(x: Floats) -> list[Floats]:
+    """Tiles broken into rows of a nearly square mosaic."""
+    columns = max(1, round(len(x) ** 0.5 + 0.49))
+    return [x[i : i + columns] for i in range(0, len(x), columns)]
+
+
+# ---- samples as curves ----------------------------------------------------------------------------------------------
+
+
+def panel_figure(
+    panels: Sequence[Mapping[str, Tensor]],
+    labels: Sequence[str] = (),
+    title: str = "",
+    ordered: bool = False,
+) -> "Figure":
+    """Panels of curves: vectors (D,) or sequences (C, L) of at most three channels.
+
+    Args:
+        panels: the curves of each panel by name; names mean the same in all panels.
+        labels: a heading for each panel, or none.
+        title: a line above.
+        ordered: colours run along the names (a traversal) instead of setting them apart.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.9 * columns, 1.7 * lines + 0.6), dpi=_DPI, facecolor="white", layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True)
+    names = list(panels[0])
+    hues = [colormaps["viridis"](i / max(1, len(names) - 1)) for i in range(len(names))] if ordered else None
+    plain = {"original": "0.15", "corrupted": "0.75", "output": "tab:red"}
+    for k, axes in enumerate(grid.flat):
+        if k >= len(panels):
+            axes.set_axis_off()
+            continue
+        for i, (name, values) in enumerate(panels[k].items()):
+            curves = values.detach().float().cpu().reshape(-1, values.shape[-1]).numpy()
+            for channel, curve in enumerate(curves):
+                axes.plot(
+                    curve,
+                    color=hues[i] if hues else plain.get(name, f"C{i}"),
+                    linestyle=("-", "--", ":")[channel % 3],
+                    linewidth=1,
+                    label=name if channel == 0 else None,
+                )
+        axes.tick_params(labelsize=7)
+        axes.margins(x=0)
+        if labels:
+            axes.set_title(labels[k], fontsize=8)
+    if len(names) > 1:
+        shown = {names[0], names[-1]} if ordered else set(names)
+        handles, texts = grid.flat[0].get_legend_handles_labels()
+        picked = [(h, t) for h, t in zip(handles, texts, strict=True) if t in shown]
+        figure.legend(
+            [h for h, _ in picked],
+            [t for _, t in picked],
+            loc="outside upper right",
+            ncols=3,
+            fontsize=8,
+            frameon=False,
+        )
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=_GREY)
+    return figure
+
+
+# ---- codes ----------------------------------------------------------------------------------------------------------
+
+
+def scatter_figure(points: Tensor, labels: Tensor | None, axis_labels: tuple[str, str], title: str = "") -> "Figure":
+    """Points (N, 2), coloured by label."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 5.4), dpi=_DPI, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    x, y = points.float().numpy().T
+    size = float(np.clip(12000 / max(1, len(points)), 6, 30))
+    classes = [] if labels is None else torch.unique(labels).tolist()
+    if labels is not None and len(classes) <= 20:
+        colours = colormaps["tab10" if len(classes) <= 10 else "tab20"].resampled(20 if len(classes) > 10 else 10)
+        for i, name in enumerate(classes):
+            chosen = (labels == name).numpy()
+            axes.scatter(x[chosen], y[chosen], s=size, color=colours(i), label=str(name), linewidths=0, alpha=0.8)
+        figure.legend(loc="outside right upper", fontsize=9, frameon=False, markerscale=(40 / size) ** 0.5)
+    elif labels is not None:
+        dots = axes.scatter(x, y, s=size, c=labels.numpy(), cmap="viridis", linewidths=0, alpha=0.8)
+        figure.colorbar(dots, ax=axes, label="label")
+    else:
+        axes.scatter(x, y, s=size, linewidths=0, alpha=0.7)
+    axes.set_xlabel(axis_labels[0])
+    axes.set_ylabel(axis_labels[1])
+    axes.set_title(title, fontsize=9, color=_GREY, loc="left")
+    return figure
+
+
+def bar_figure(values: Tensor, label: str, title: str = "", marked: Tensor | None = None) -> "Figure":
+    """Values (D,) in falling order, as bars or, if they are many, as a filled curve.
+
+    Args:
+        values: one a dimension.
+        label: what they are.
+        title: a line above.
+        marked: (D,) bool: drawn strong; the others pale.
+    """
+    from matplotlib.figure import Figure
+
+    order = values.argsort(descending=True)
+    shown = values[order].float().numpy()
+    strong = np.ones(len(shown), bool) if marked is None else marked[order].numpy()
+    figure = Figure(figsize=(7.2, 3.4), dpi=_DPI, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    place = np.arange(len(shown))
+    if len(shown) <= 64:
+        axes.bar(place, shown, color=np.where(strong, "tab:blue", "lightsteelblue"), width=0.85)
+        names = [str(i) for i in order.tolist()]
+        skip = -(-len(names) // 32)
+        axes.set_xticks(place[::skip], names[::skip], fontsize=7)
+        axes.set_xlabel("dimension of the code")
+    else:
+        axes.fill_between(place, shown, step="mid", color="lightsteelblue", linewidth=0)
+        axes.fill_between(place, np.where(strong, shown, 0), step="mid", color="tab:blue", linewidth=0)
+        axes.set_xlabel("dimensions of the code in falling order")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(label)
+    axes.set_title(title, fontsize=9, color=_GREY, loc="left")
+    return figure
+
+
+def map_figure(x: Tensor, ticks: tuple[list[float], list[float]], limits: tuple[float, float], title: str) -> "Figure":
+    """Decoded grid of a two-dimensional code: (side * side, *shape), rows from the top, with the codes at the edges."""
+    side = len(ticks[0])
+    rgb = tiles(x, limits)
+    rows = [rgb[i * side : (i + 1) * side] for i in range(side)]
+    skip = max(1, side // 5)
+    row_labels = [f"{t:.1f}" if i % skip == 0 or i == side - 1 else "" for i, t in enumerate(ticks[1])]
+    column_labels = [f"{t:.1f}" if i % skip == 0 or i == side - 1 else "" for i, t in enumerate(ticks[0])]
+    return mosaic_figure(rows, row_labels, column_labels, title, gap=0)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def render(figure: "Figure") -> Pixels:
+    """The figure's pixels, (H, W, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3].copy()
+
+
+def write_png(path: Path, pixels: Pixels) -> None:
+    """Write a PNG so that a reader, or a kill, never meets half of it."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=".part", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            Image.fromarray(pixels).save(file, format="PNG")
+        temporary.chmod(0o644)  # mkstemp gives 0600
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,106 @@
+"""Averaged weights."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from aezoo.callbacks.base import check_count
+from aezoo.errors import AezooError
+
+
+class EMA(WeightAveraging):
+    """Exponential moving average of the weights: a <- decay a + (1 - decay) w after an optimiser step.
+
+    Validation, pictures, checkpoints and the finished model have the averaged weights; training goes on with its own,
+    which checkpoints keep under `current_model_state`. Until its first update the average is the current model.
+    Whole-number buffers, such as counters, are copied and not averaged.
+
+    Args:
+        decay: share of the old average that is kept; 0 turns the averaging off.
+        every_n_steps: optimiser steps between two updates.
+        start_step: optimiser steps before the first update.
+    """
+
+    def __init__(self, decay: float = 0.999, every_n_steps: int = 1, start_step: int = 0) -> None:
+        if not 0 <= decay < 1:
+            raise AezooError(f"EMA.decay must lie in [0, 1), got {decay}")
+        self.decay = decay
+        self.every_n_steps = check_count(self, "every_n_steps", every_n_steps)
+        self.start_step = check_count(self, "start_step", start_step, 0)
+        self._swapped = False
+        super().__init__(multi_avg_fn=self._update)
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        if self._average_model is None or step_idx is None:
+            return False
+        return step_idx >= self.start_step and (step_idx - self.start_step) % self.every_n_steps == 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # what an earlier fit left would put its weights in the place of those that a validate or test has loaded
+        self._average_model, self._latest_update_step, self._swapped = None, 0, False
+        if self.decay:
+            super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            # looked at on every update: on an accelerator each look would wait for all work in flight
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._average_model is not None:
+            self._follow(pl_module)
+            self._swap_models(pl_module)
+            self._swapped = True
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # not yet: what other callbacks draw in this hook shall show the averaged weights, wherever they are listed
+        pass
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._swap_back(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._average_model is not None:
+            self._follow(pl_module)
+            self._copy_average_to_current(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # a checkpoint may be written now: with each set of weights in its place, and with the last step, if another
+        # callback raised before this one saw that step
+        self._swap_back(pl_module)
+        if self._average_model is not None:
+            self.on_train_batch_end(trainer, pl_module, None, None, 0)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._average_model is not None:
+            self._follow(pl_module)
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def _follow(self, pl_module: pl.LightningModule) -> None:
+        """Before the first update the average is the current model.
+
+        Lightning's own callback validates and stores the initial weights there (#21724).
+        """
+        if self._average_model is not None and self._average_model.n_averaged == 0:
+            self._average_model.module.load_state_dict(pl_module.state_dict())
+
+    def _swap_back(self, pl_module: pl.LightningModule) -> None:
+        if self._swapped:
+            self._swap_models(pl_module)
+            self._swapped = False
+
+    def _update(self, averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor) -> None:
+        if averaged[0].is_floating_point():
+            get_ema_multi_avg_fn(self.decay)(averaged, current, n_averaged)
+        else:
+            for old, new in zip(averaged, current, strict=True):
+                old.copy_(new)

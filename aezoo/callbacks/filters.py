@@ -1,0 +1,69 @@
+"""What the weights look like."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.callbacks.base import Picture, check_count
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from aezoo.autoencoder import Autoencoder
+
+_INPUTS = 256
+
+
+class Filters(Picture):
+    """pictures/filters.png: the weights of the first layer; for sparse codes also pictures/atoms.png.
+
+    A filter is what one unit of the first linear or convolutional layer looks for, the largest first. An atom is what
+    one entry of the code adds to the output, decode(e_i) - decode(0), the most used first: of a linear decoder
+    exactly its dictionary.
+
+    Args:
+        n: number of filters and atoms.
+        every_n_epochs: epochs between two pictures; 0 turns them off.
+    """
+
+    def __init__(self, n: int = 64, every_n_epochs: int = 5) -> None:
+        super().__init__(every_n_epochs, n_inputs=_INPUTS)
+        self.n = check_count(self, "n", n)
+
+    def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
+        figures = {}
+        weights = first_weights(model)
+        if weights is not None:
+            largest = weights.flatten(1).norm(dim=1).argsort(descending=True)[: self.n]
+            figures["filters"] = self._figure(weights[largest], "unit")
+        if model.sparse_code:
+            use = self.apply(model.encode, x).abs().flatten(1).mean(0)
+            most = use.argsort(descending=True)[: self.n]
+            units = torch.zeros(len(most) + 1, len(use)).scatter_(1, torch.cat([most, most[:1]])[:, None], 1.0)
+            units[-1] = 0
+            decoded = self.apply(lambda z: model.decode(z.unflatten(1, model.code_shape)), units)
+            figures["atoms"] = self._figure(decoded[:-1] - decoded[-1], "atom")
+        return figures
+
+    def _figure(self, weights: Tensor, name: str) -> "Figure":
+        from aezoo.callbacks import drawing
+
+        if drawing.is_image(weights.shape[1:]):
+            return drawing.mosaic_figure(drawing.square(drawing.signed_tiles(weights)), title=self.caption)
+        return drawing.panel_figure([{name: w} for w in weights[:16]], title=self.caption)
+
+
+def first_weights(model: "Autoencoder") -> Tensor | None:
+    """(units, *shape) of the first linear or convolutional layer, shaped like data; None if there is nothing to see."""
+    for layer in (getattr(model, "encoder", None) or model).modules():
+        if isinstance(layer, nn.Linear):
+            weights = layer.weight.detach().float().cpu()
+            return weights.unflatten(1, model.input_shape) if weights[0].numel() == _numel(model.input_shape) else None
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return layer.weight.detach().float().cpu() if max(layer.kernel_size) > 1 else None
+    return None
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

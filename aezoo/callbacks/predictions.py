@@ -1,0 +1,74 @@
+"""What `predict` computed, as a file."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from torch import Tensor
+
+from aezoo.callbacks.base import is_dry_run, run_folder
+
+
+class PredictionWriter(pl.Callback):
+    """predictions.npz: one array each for code, reconstruction, score and, if the data have them, label.
+
+    Several ranks write one file each, predictions-rank0.npz and so on, and each holds the rank's own samples.
+
+    Args:
+        folder: where to write; empty for the run's folder.
+    """
+
+    def __init__(self, folder: str = "") -> None:
+        super().__init__()
+        self.folder = folder
+        self.path: Path | None = None
+        self._parts: dict[str, list[np.ndarray[Any, Any]]] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._parts = {}
+        if stage == "predict":
+            folder = Path(self.folder) if self.folder else run_folder(trainer)
+            suffix = "" if trainer.world_size == 1 else f"-rank{trainer.global_rank}"
+            self.path = folder / f"predictions{suffix}.npz"
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        for name, value in (outputs if isinstance(outputs, dict) else {"prediction": outputs}).items():
+            if isinstance(value, Tensor):
+                # numpy has no bfloat16; at once, so that no batch stays on the accelerator
+                array = (value.float() if value.is_floating_point() else value).cpu().numpy()
+                self._parts.setdefault(name, []).append(array)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._parts or self.path is None or is_dry_run(trainer):
+            return
+        arrays = {name: np.concatenate(parts) for name, parts in self._parts.items()}
+        self._parts = {}
+        write_npz(self.path, arrays)
+        shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
+        print(f"Predictions: {self.path} ({shapes})", flush=True)
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+    """Write a .npz, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=".part", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        temporary.chmod(0o644)  # mkstemp gives 0600
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

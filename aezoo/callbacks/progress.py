@@ -1,0 +1,144 @@
+"""The progress bar."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from rich import get_console
+from torch import Tensor
+
+from aezoo.callbacks.base import unpack
+
+
+class ProgressBar(RichProgressBar):
+    """A rich bar with the loss terms of the last batch, val/loss and samples per second.
+
+    Between two refreshes a batch costs next to nothing. Where the output is no terminal it prints one line an epoch.
+
+    Args:
+        refresh_rate: refreshes a second; 0 turns the bar off.
+        leave: leave the bar of each epoch on the screen.
+    """
+
+    def __init__(self, refresh_rate: int = 5, leave: bool = False) -> None:
+        super().__init__(refresh_rate, leave, RichProgressBarTheme(metrics_format=".4g"))
+        self._lines = False
+        self._finished: int | None = None
+        self._terms: dict[str, Tensor] = {}
+        self._rate: float | None = None
+        self._counting_since: float | None = None
+        self._samples, self._shown_at = 0, 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        console = get_console()
+        seen = console.is_terminal or console.is_jupyter
+        self._lines = self.refresh_rate > 0 and trainer.is_global_zero and not seen
+        if self._lines:
+            self.disable()
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        shown: dict[str, Any] = {name: float(value) for name, value in self._terms.items()}
+        logged = trainer.callback_metrics
+        if "val/loss" in logged:
+            shown["val/loss"] = float(logged["val/loss"])
+        rate = self._rate if self._rate is not None else logged.get("train/samples_per_s")
+        return shown if rate is None else {**shown, "samples/s": f"{float(rate):,.0f}"}
+
+    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
+        columns = super().configure_columns(trainer)
+        description, bar, batches, clock, _ = columns  # without batches per second: the metrics have samples
+        wide = get_console().width >= 100
+        bar.bar_width = 20 if wide else 10
+        return [description, bar, batches, clock] if wide else [description, bar, batches]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._print_epoch(trainer)
+        self._start_counting()
+        super().on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.is_enabled:
+            return
+        self._samples += len(unpack(batch)[0]) * trainer.world_size
+        now = time.monotonic()
+        if self._due(now) or trainer.is_last_batch:
+            if self._counting_since is not None and now > self._counting_since:
+                self._rate = self._samples / (now - self._counting_since)
+            self._counting_since, self._samples = now, 0
+            self._terms = _scalars(outputs)
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._counting_since = None
+        super().on_validation_start(trainer, pl_module)
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._due(time.monotonic()):
+            super().on_validation_batch_end(*args, **kwargs)
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._due(time.monotonic()):
+            super().on_test_batch_end(*args, **kwargs)
+
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._due(time.monotonic()):
+            super().on_predict_batch_end(*args, **kwargs)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._finished = trainer.current_epoch
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._print_epoch(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_progress()  # before others print: what is printed over a live bar repeats it
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_test_end(trainer, pl_module)
+        self._stop_progress()
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_predict_end(trainer, pl_module)
+        self._stop_progress()
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        last = self.trainer.max_epochs
+        known = last is not None and last > 0
+        return f"Epoch {current_epoch + 1}/{last}" if known else f"Epoch {current_epoch + 1}"
+
+    def _start_counting(self) -> None:
+        self._terms, self._rate = {}, None
+        self._samples, self._counting_since, self._shown_at = 0, None, 0.0
+
+    def _due(self, now: float) -> bool:
+        if now - self._shown_at < 1 / max(self.refresh_rate, 1e-9):
+            return False
+        self._shown_at = now
+        return True
+
+    def _print_epoch(self, trainer: pl.Trainer) -> None:
+        """One line on the epoch before, once its means are logged: the model does that after all callbacks."""
+        if self._lines and self._finished is not None:
+            logged = trainer.callback_metrics
+            named = [f"{name} {float(logged[name]):.4g}" for name in ("train/loss", "val/loss") if name in logged]
+            if "train/samples_per_s" in logged:
+                named.append(f"{float(logged['train/samples_per_s']):,.0f} samples/s")
+            last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else "?"
+            print(f"epoch {self._finished + 1}/{last}", *named, sep="  ", flush=True)
+        self._finished = None
+
+
+def _scalars(outputs: Any) -> dict[str, Tensor]:
+    """The loss terms that a training step returned."""
+    if isinstance(outputs, Tensor):
+        return {"loss": outputs}
+    if isinstance(outputs, dict):
+        return {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.numel() == 1}
+    return {}

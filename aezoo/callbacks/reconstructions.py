@@ -1,0 +1,56 @@
+"""Originals beside what the model makes of them."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from aezoo.callbacks.base import Picture, check_count
+from aezoo.errors import AezooError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from aezoo.autoencoder import Autoencoder
+
+_ROWS = ("original", "corrupted", "output", "error")
+
+
+class Reconstructions(Picture):
+    """pictures/reconstructions.png: the same validation samples at every epoch, in rows.
+
+    Images and the middle slices of volumes stand in rows; vectors and sequences are curves laid over each other.
+    A denoising model is shown the corrupted input, and only it has a `corrupted` row.
+
+    Args:
+        n: number of samples.
+        every_n_epochs: epochs between two pictures; 0 turns them off.
+        rows: what to show, out of original, corrupted, output and error.
+    """
+
+    def __init__(self, n: int = 10, every_n_epochs: int = 5, rows: tuple[str, ...] = _ROWS) -> None:
+        super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n))
+        if not rows or set(rows) - set(_ROWS):
+            raise AezooError(
+                f"Reconstructions.rows takes some of {', '.join(_ROWS)}, got {', '.join(rows) or 'nothing'}"
+            )
+        self.n, self.rows = n, tuple(rows)
+
+    def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
+        from aezoo.callbacks import drawing
+
+        given = x if model.corruption is None else self.apply(model.corruption, x)
+        output = self.apply(model, given)
+        names = [name for name in self.rows if name != "corrupted" or model.corruption is not None]
+        shown = {"original": x, "corrupted": given, "output": output, "error": (output - x).abs()}
+        if not drawing.is_image(model.input_shape):
+            curves = [name for name in names if name != "error"] or ["error"]
+            panels = [{name: shown[name][i] for name in curves} for i in range(min(len(x), 12))]
+            return {"reconstructions": drawing.panel_figure(panels, title=self.caption)}
+        limits, most = drawing.value_range(x), float(torch.nan_to_num(shown["error"]).max())
+        rows = [
+            drawing.error_tiles(shown[name], most) if name == "error" else drawing.tiles(shown[name], limits)
+            for name in names
+        ]
+        labels = [f"error (to {most:.2g})" if name == "error" else name for name in names]
+        return {"reconstructions": drawing.mosaic_figure(rows, labels, title=self.caption)}

@@ -1,0 +1,37 @@
+"""What the model makes up."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from aezoo.callbacks.base import Picture, check_count
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from aezoo.autoencoder import Autoencoder
+
+
+class Samples(Picture):
+    """pictures/samples.png: decoded draws from the prior, the same draws at every epoch; for models that have a prior.
+
+    Args:
+        n: number of samples.
+        every_n_epochs: epochs between two pictures; 0 turns them off.
+    """
+
+    def __init__(self, n: int = 64, every_n_epochs: int = 5) -> None:
+        super().__init__(every_n_epochs, n_inputs=0)
+        self.n = check_count(self, "n", n)
+
+    def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
+        if not model.has_prior:
+            return {}
+        from aezoo.callbacks import drawing
+
+        with self._trainer.precision_plugin.forward_context():
+            drawn = model.sample(self.n).float().cpu()
+        if drawing.is_image(model.input_shape):
+            rows = drawing.square(drawing.tiles(drawn, drawing.value_range(drawn)))
+            return {"samples": drawing.mosaic_figure(rows, title=self.caption)}
+        return {"samples": drawing.panel_figure([{"sample": s} for s in drawn[:16]], title=self.caption)}

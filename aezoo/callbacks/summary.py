@@ -1,0 +1,124 @@
+"""What a run has come to, and what to do next."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich import box, get_console
+from rich.table import Table
+
+from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder
+
+
+class Summary(pl.Callback):
+    """At the end of fit, validate and test, a table: figures, where things are, and the next command to type.
+
+    Attributes:
+        test_follows: set it if a test follows the fit at once: then one table at its end holds everything.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.test_follows = False
+        self._trained: dict[str, str] = {}
+        self._best = BestLoss()
+        self._began = time.monotonic()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._folder = run_folder(trainer)
+        self._began = time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._best.update(trainer)
+        elif trainer.state.fn == "validate" and not is_dry_run(trainer):
+            show("Validated", {**_metrics(trainer, "val/"), **self._places(trainer)}, _tensorboard(trainer))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if is_dry_run(trainer):
+            return
+        rows = {}
+        if self._best.epoch >= 0:
+            rows["best val/loss"] = f"{self._best.value:.4f} (epoch {self._best.epoch + 1})"
+        rows |= _metrics(trainer, "val/")
+        rows |= _metrics(trainer, "train/")
+        rows["time"] = _duration(time.monotonic() - self._began)
+        self._trained = rows
+        if not self.test_follows:
+            test = [f"aezoo test --ckpt_path {_short(self._folder)}"] if trainer.checkpoint_callback else []
+            show("Trained", {**rows, **self._places(trainer)}, test + _tensorboard(trainer))
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if is_dry_run(trainer):
+            return
+        trained = self._trained if self.test_follows else {}
+        title = "Trained and tested" if trained else "Tested"
+        then = [f"aezoo predict --ckpt_path {_short(self._folder)}"] if trained else []
+        rows = {**trained, **_metrics(trainer, "test/"), **self._places(trainer)}
+        show(title, rows, then + _tensorboard(trainer))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._best.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._best.load_state_dict(state_dict)
+
+    def _places(self, trainer: pl.Trainer) -> dict[str, str]:
+        rows = {}
+        if trainer.loggers:
+            rows["run folder"] = _short(self._folder)
+        pictures = self._folder / "pictures"
+        if pictures.is_dir():
+            rows["pictures"] = _short(pictures)
+        saver = trainer.checkpoint_callback
+        if isinstance(saver, ModelCheckpoint) and saver.best_model_path:
+            rows["best checkpoint"] = _short(Path(saver.best_model_path))
+        return rows
+
+
+@rank_zero_only
+def show(title: str, rows: dict[str, str], commands: list[str]) -> None:
+    """Print rows as a table and, below it, commands that can be copied; without frames where no terminal is."""
+    console = get_console()
+    if console.is_terminal or console.is_jupyter:
+        table = Table(title=title, box=box.ROUNDED, show_header=False, title_justify="left", title_style="bold")
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            table.add_row(name, value)
+        console.print(table)
+        for i, command in enumerate(commands):
+            # a line broken by us could not be copied
+            console.print("Next:" if i == 0 else "     ", command, soft_wrap=True, highlight=False, markup=False)
+        return
+    wide = max(map(len, rows), default=0)
+    lines = [f"{title}", *(f"  {name:{wide}}  {value}" for name, value in rows.items())]
+    print("\n".join([*lines, *(f"Next: {command}" for command in commands)]), flush=True)
+
+
+def _metrics(trainer: pl.Trainer, prefix: str) -> dict[str, str]:
+    return {
+        name: f"{float(value):,.0f}" if name.endswith("_per_s") else f"{float(value):.4g}"
+        for name, value in sorted(trainer.callback_metrics.items())
+        if name.startswith(prefix)
+    }
+
+
+def _tensorboard(trainer: pl.Trainer) -> list[str]:
+    boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return [f"tensorboard --logdir {_short(Path(logger.save_dir))}" for logger in boards]
+
+
+def _short(path: Path) -> str:
+    """Relative to the working directory if it lies inside."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

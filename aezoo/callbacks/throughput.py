@@ -1,0 +1,65 @@
+"""How fast training goes."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from aezoo.callbacks.base import unpack
+
+
+class Throughput(pl.Callback):
+    """`train/samples_per_s` once an epoch: samples trained on by all ranks per second, data loading included.
+
+    Validation, pictures and checkpoints do not count, nor does the first batch of a fit, which pays for
+    compilation. The accelerator is waited for when the clock stops, not at each step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started: float | None = None
+        self._warm = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started, self._warm = None, False
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._samples, self._seconds = 0, 0.0
+        self._started = time.perf_counter() if self._warm else None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._started is None and self._warm:  # again after a validation within the epoch
+            self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._warm:
+            self._samples += len(unpack(batch)[0])
+        else:
+            self._warm = True
+            self._wait(pl_module)
+            self._samples, self._seconds, self._started = 0, 0.0, time.perf_counter()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop(pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop(pl_module)
+        if self._samples and self._seconds > 0:
+            rate = self._samples / self._seconds
+            pl_module.log("train/samples_per_s", rate, sync_dist=True, reduce_fx="sum")
+
+    def _stop(self, pl_module: pl.LightningModule) -> None:
+        if self._started is not None:
+            self._wait(pl_module)
+            self._seconds += time.perf_counter() - self._started
+            self._started = None
+
+    @staticmethod
+    def _wait(pl_module: pl.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)

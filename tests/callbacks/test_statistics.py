@@ -1,0 +1,306 @@
+"""Counts over the validation set, throughput, histograms, and the TensorBoard tabs."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from callback_fakes import Fake, FakeSparse, FakeVAE, digits
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from torch.distributions import Normal, kl_divergence
+
+from aezoo.callbacks import CodeStatistics, Dashboard, Histograms, Summary, Throughput
+from aezoo.errors import AezooError
+
+
+def frozen(model: pl.LightningModule) -> pl.LightningModule:
+    model.lr = 0.0
+    return model
+
+
+# ---- CodeStatistics -------------------------------------------------------------------------------------------------
+
+
+def test_active_units_and_kl_over_the_whole_set(fit, monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(CodeStatistics, "_draw", lambda self, trainer, kl, active: shown.append((kl, active)))
+    model = frozen(FakeVAE((1, 6, 6), latent_dim=5))
+    with torch.no_grad():
+        model.encoder[2].weight[:2] *= 0.01  # two units that hardly move
+        model.encoder[2].bias.add_(1.0)  # far from the prior, mean and variance
+    # 45 samples in batches of 16, 16 and 13: the mean of the batches' means would be another number
+    trainer = fit(model, CodeStatistics(), n=45, max_epochs=1)
+    x = digits((1, 6, 6), 45).tensors[0]
+    with torch.no_grad():
+        mu, log_var = model.eval().posterior(x)
+        expected = kl_divergence(Normal(mu, (0.5 * log_var).exp()), Normal(0.0, 1.0)).mean(0)
+    kl, active = shown[0]
+    assert torch.allclose(kl.float(), expected, rtol=1e-5)
+    assert torch.equal(active, mu.var(0, unbiased=False) > 0.01)
+    assert 0 < int(active.sum()) < 5
+    assert trainer.callback_metrics["val/active_units"] == active.sum()
+
+
+def test_kl_is_drawn_and_logged(fit, events, tmp_path):
+    fit(FakeVAE((1, 6, 6)), CodeStatistics(every_n_epochs=2), max_epochs=5)
+    found = events()
+    assert [e.step for e in found.Scalars("val/active_units")] == [5, 11]
+    assert [e.step for e in found.Images("kl_per_dimension")] == [6, 12]
+    assert (tmp_path / "run" / "0" / "pictures" / "kl_per_dimension.png").is_file()
+
+
+def test_l0_and_dead_share_of_sparse_codes(fit):
+    model = frozen(FakeSparse((1, 6, 6), latent_dim=6))
+    with torch.no_grad():
+        model.encoder[2].bias[:2] = -100.0  # never used
+        model.encoder[2].bias[2] = 100.0  # always used
+    trainer = fit(model, CodeStatistics(), n=45, max_epochs=1)
+    with torch.no_grad():
+        used = model.eval().encode(digits((1, 6, 6), 45).tensors[0]) > 1e-3
+    assert trainer.callback_metrics["val/l0"] == pytest.approx(used.sum(1).float().mean().item())
+    assert trainer.callback_metrics["val/dead"] == pytest.approx((~used.any(0)).float().mean().item())
+    assert trainer.callback_metrics["val/dead"] >= 2 / 6
+    assert "val/active_units" not in trainer.callback_metrics
+
+
+def test_a_name_of_the_models_own_is_left_to_it(fit):
+    class Own(FakeSparse):
+        def loss(self, x, y=None):
+            return {**super().loss(x, y), "l0": torch.tensor(123.0)}
+
+    assert fit(Own((4,)), CodeStatistics(), max_epochs=1).callback_metrics["val/l0"] == 123.0
+
+
+def test_other_models_and_dry_runs_log_nothing(fit):
+    assert "val/l0" not in fit(Fake((4,)), CodeStatistics()).callback_metrics
+    assert "val/active_units" not in fit(FakeVAE((4,)), CodeStatistics(), fast_dev_run=True).callback_metrics
+    assert "val/active_units" not in fit(FakeVAE((4,)), CodeStatistics(every_n_epochs=0)).callback_metrics
+
+
+# ---- Throughput -----------------------------------------------------------------------------------------------------
+
+
+class Clocked(Fake):
+    """On a clock of its own: 2 s a training batch, 300 s the first one, 50 s a validation batch."""
+
+    now, first = 0.0, True
+
+    def training_step(self, batch, batch_idx):
+        self.now += 300 if self.first else 2
+        self.first = False
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.now += 50
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 0.5}], ids=["after", "within"])
+def test_throughput_counts_training_alone(fit, events, monkeypatch, options):
+    model = Clocked((4,))
+    monkeypatch.setattr("aezoo.callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: model.now))
+    fit(model, Throughput(), n=320, max_epochs=2, **options)
+    assert [event.value for event in events().Scalars("train/samples_per_s")] == [8.0, 8.0]
+
+
+def test_throughput_of_single_batches_waits_for_the_second(fit, events):
+    fit(Fake((4,)), Throughput(), n=16, max_epochs=3)
+    assert [event.step for event in events().Scalars("train/samples_per_s")] == [1, 2]
+
+
+# ---- Histograms -----------------------------------------------------------------------------------------------------
+
+
+def test_histograms_on_request(fit, events):
+    model = Fake((4,))
+    fit(model, Histograms(every_n_epochs=2), max_epochs=4, accumulate_grad_batches=2)
+    found = events()
+    names = {name for name, _ in model.named_parameters()}
+    tags = {f"{kind}/{name}" for kind in ("weights", "gradients") for name in names}
+    assert set(found.Tags()["distributions"]) == set(found.Tags()["histograms"]) == tags
+    for name, parameter in model.named_parameters():
+        values = found.Histograms(f"weights/{name}")
+        assert len(values) == 2
+        assert values[-1].histogram_value.sum == pytest.approx(parameter.sum().item(), abs=1e-4)
+        assert len(found.Histograms(f"gradients/{name}")) == 2
+
+
+def test_histograms_are_off_by_default(fit, events):
+    fit(Fake((4,)), Histograms())
+    assert events().Tags()["histograms"] == []
+
+
+def test_histograms_bear_gradients_that_are_not_finite(fit, events):
+    class Broken(Fake):
+        def training_step(self, batch, batch_idx):
+            return {"loss": super().training_step(batch, batch_idx)["loss"] * float("nan")}
+
+    fit(Broken((4,)), Histograms(1), max_epochs=1)
+    assert events().Tags()["histograms"] == []
+
+
+@pytest.mark.parametrize("cls", [Histograms, CodeStatistics])
+def test_a_negative_period_is_refused(cls):
+    with pytest.raises(AezooError, match=rf"{cls.__name__}.every_n_epochs must be 0 \(off\)"):
+        cls(every_n_epochs=-2)
+
+
+# ---- Dashboard ------------------------------------------------------------------------------------------------------
+
+
+def context(folder: Path) -> TBContext:
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder))
+    multiplexer.Reload()
+    return TBContext(
+        logdir=str(folder), data_provider=MultiplexerDataProvider(multiplexer, str(folder)), multiplexer=multiplexer
+    )
+
+
+def logger(folder: Path, version: str = "0") -> TensorBoardLogger:
+    return TensorBoardLogger(folder, name="run", version=version, default_hp_metric=False)
+
+
+@pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")  # TensorBoard's own import
+def test_train_and_val_share_a_chart(fit, events, tmp_path):
+    from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
+
+    for version, model in enumerate((FakeVAE((4,)), Fake((4,)))):
+        fit(model, Dashboard(), logger=logger(tmp_path, str(version)))
+    plugin = CustomScalarsPlugin(context(tmp_path))
+    layout = plugin.layout_impl(RequestContext(), "")
+    layout = layout if isinstance(layout, dict) else json.loads(layout)
+    (category,) = layout["category"]
+    tags = {chart["title"]: chart["multiline"]["tag"] for chart in category["chart"]}
+    assert list(tags) == ["loss", "nll", "kl"]
+    assert tags["kl"] == ["^train/kl$", "^val/kl$"]
+    written = events().Tags()["scalars"]
+    for patterns in tags.values():
+        assert all(sum(bool(re.match(pattern, tag)) for tag in written) == 1 for pattern in patterns)
+
+
+def test_text_tab_holds_the_config_of_the_run(fit, events, tmp_path):
+    class Config(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
+            (Path(trainer.log_dir) / "config.yaml").write_text("model: fake\nwidth: 3\n")
+
+    fit(Fake((4,)), Dashboard(), Config(), logger=logger(tmp_path))
+    (event,) = events().Tensors("config/text_summary")
+    assert event.tensor_proto.string_val[0].decode() == "```yaml\nmodel: fake\nwidth: 3\n\n```"
+
+
+def test_text_tab_without_a_config_holds_the_hyperparameters(fit, events, tmp_path):
+    fit(FakeVAE((4,)), Dashboard(), logger=logger(tmp_path))
+    text = events().Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    values = yaml.safe_load(text.strip("`").removeprefix("yaml"))
+    assert values.pop("model") == "FakeVAE"
+    assert values.pop("input_shape") == "(4,)"
+    assert values == {"latent_dim": 4, "denoising": False, "beta": 2.0, "lr": 0.01, "max_epochs": 2}
+
+
+@pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")
+def test_hparams_tab_shows_all_runs_with_their_metrics(fit, tmp_path):
+    from tensorboard.plugins.hparams import api_pb2
+    from tensorboard.plugins.hparams.backend_context import Context
+    from tensorboard.plugins.hparams.list_session_groups import Handler
+
+    best = []
+    for version, model in enumerate((FakeVAE((4,)), Fake((4,)))):
+        trainer = fit(model, Dashboard(), logger=logger(tmp_path, str(version)), max_epochs=3)
+        from torch.utils.data import DataLoader
+
+        trainer.test(model, DataLoader(digits((4,)), 16), verbose=False)
+        best.append(trainer.callbacks[0]._best.value)
+    backend, request = Context(context(tmp_path)), RequestContext()
+    contents = backend.hparams_metadata(request, "")
+    experiment = backend.experiment_from_metadata(
+        request, "", True, contents, backend.hparams_from_data_provider(request, "", None)
+    )
+    # the second model has no beta, and the first run's columns do not decide for the second
+    assert {"model", "latent_dim", "beta", "lr"} <= {info.name for info in experiment.hparam_infos}
+    assert {"val/loss", "test/loss", "best/val_loss"} <= {info.name.tag for info in experiment.metric_infos}
+    groups = Handler(
+        request,
+        backend,
+        "",
+        api_pb2.ListSessionGroupsRequest(
+            start_index=0,
+            slice_size=9,
+            allowed_statuses=[api_pb2.STATUS_SUCCESS],
+            col_params=[api_pb2.ColParams(metric=info.name) for info in experiment.metric_infos],
+        ),
+    ).run()
+    found = {}
+    for group in groups.session_groups:
+        metrics = {m.name.tag: m.value for m in group.metric_values}
+        found[group.hparams["model"].string_value] = metrics["best/val_loss"]
+        assert metrics["test/loss"] > 0
+    assert found == pytest.approx({"FakeVAE": best[0], "Fake": best[1]})
+
+
+def test_best_loss_survives_a_resume(tmp_path, fit):
+    first = Dashboard()
+    trainer = fit(Fake((4,)), first, max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    model, second = Fake((4,), lr=0.0), Dashboard()
+    with torch.no_grad():
+        model.decoder[0].bias.add_(5.0)
+    second.load_state_dict(torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["Dashboard"])
+    fit(model, second, max_epochs=1)
+    assert (second._best.value, second._best.epoch) == (first._best.value, 1)
+
+
+def test_dashboard_copes_with_other_loggers_and_dry_runs(fit, tmp_path):
+    fit(Fake((4,)), Dashboard(), logger=False)
+    fit(Fake((4,)), Dashboard(), fast_dev_run=True)
+    assert not list(tmp_path.rglob("*tfevents*"))
+
+
+# ---- Summary --------------------------------------------------------------------------------------------------------
+
+
+def test_summary_names_results_places_and_commands(fit, tmp_path, capsys):
+    trainer = fit(FakeVAE((4,)), Summary(), enable_checkpointing=True)
+    out = capsys.readouterr().out
+    best = trainer.callbacks[0]._best
+    assert f"best val/loss    {best.value:.4f} (epoch {best.epoch + 1})" in out
+    assert f"run folder       {tmp_path / 'run' / '0'}\n" in out
+    assert f"best checkpoint  {trainer.checkpoint_callback.best_model_path}\n" in out
+    assert f"Next: aezoo test --ckpt_path {tmp_path / 'run' / '0'}\n" in out
+    assert out.endswith(f"Next: tensorboard --logdir {tmp_path}\n")
+    assert "train/kl" in out
+
+
+def test_one_table_when_a_test_follows(fit, capsys):
+    from torch.utils.data import DataLoader
+
+    summary, model = Summary(), Fake((4,))
+    summary.test_follows = True
+    trainer = fit(model, summary)
+    assert capsys.readouterr().out == ""
+    trainer.test(model, DataLoader(digits((4,)), 16), verbose=False)
+    out = capsys.readouterr().out
+    assert "best val/loss" in out
+    assert "test/loss" in out
+
+
+def test_summary_on_a_narrow_terminal_breaks_no_command(fit, capsys, monkeypatch, tmp_path):
+    import io
+
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=40, color_system=None)
+    monkeypatch.setattr("aezoo.callbacks.summary.get_console", lambda: console)
+    fit(Fake((4,)), Summary(), enable_checkpointing=True)
+    lines = out.getvalue().splitlines()
+    assert any(line.endswith(f"aezoo test --ckpt_path {tmp_path / 'run' / '0'}") for line in lines)
+    assert all(len(line) <= 40 for line in lines if "│" in line)

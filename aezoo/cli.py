@@ -1,0 +1,202 @@
+"""The command line: light commands here, without torch; training commands in `aezoo.lightning_cli`."""
+
+import argparse
+import contextlib
+import difflib
+import os
+import shutil
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import aezoo
+from aezoo import registry
+from aezoo.errors import AezooError
+
+HELP = """\
+usage: aezoo COMMAND ...
+
+Look around
+  list [PATTERN] [--family F]      models: name, family, paper
+  info NAME [--shape C H W]        a model's paper, objective and hyperparameters; with a shape its size
+  recipes                          ready-made configurations
+  cp RECIPE DEST                   copy a recipe to change it
+
+Train and use
+  fit -c RECIPE                    train by a recipe, or by a YAML file of your own
+  fit --model NAME --data.name SET train any model on any data; every flag can be in the YAML too
+  fit --ckpt_path RUN              go on with a run that was stopped
+  validate | test | predict --ckpt_path RUN_OR_FILE
+
+Examples
+  aezoo fit -c vae
+  aezoo fit --model topk_sae --data.name digits --model.k 8 --trainer.max_epochs 30
+  aezoo fit --model vae --data.name array --data.root my_data.npy --model.likelihood gaussian:learned
+  aezoo fit --model.help vae       the flags of one model; `aezoo fit --help` lists all flags
+  aezoo test --ckpt_path runs/vae/0
+  tensorboard --logdir runs
+"""
+LIGHT = ("list", "info", "recipes", "cp")
+HEAVY = ("fit", "validate", "test", "predict")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; `argv` replaces `sys.argv[1:]`. Exit code 2: the user must mend something."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(argv)
+    except AezooError as error:
+        print(f"aezoo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # the reader has gone, as in `aezoo list | head`; keep the interpreter from flushing into the void
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("\naezoo: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(argv: list[str]) -> None:
+    match argv:
+        case [] | ["-h" | "--help" | "help", *_]:
+            print(HELP, end="")
+        case ["--version" | "-V", *_]:
+            print(f"aezoo {aezoo.__version__}")
+        case ["list", *rest]:
+            _list(rest)
+        case ["info", *rest]:
+            _info(rest)
+        case ["recipes", *rest]:
+            _recipes(rest)
+        case ["cp", *rest]:
+            _cp(rest)
+        case [command, *_] if command in HEAVY:
+            from aezoo import lightning_cli
+
+            lightning_cli.main(argv)
+        case [command, *_]:
+            near = difflib.get_close_matches(command, [*LIGHT, *HEAVY], n=1)
+            hint = f", did you mean {near[0]!r}?" if near else "."
+            raise AezooError(f"unknown command {command!r}{hint} See `aezoo --help`.")
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"aezoo {command}", description=description)
+
+
+def _width() -> int:
+    return shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 10_000
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        print(line if len(line) <= _width() else line[: _width() - 1] + "…")
+
+
+def _list(argv: list[str]) -> None:
+    parser = _parser("list", "Models: name, family and paper.")
+    parser.add_argument("pattern", nargs="*", default=["*"], help="shell patterns, for example '*vae*'")
+    parser.add_argument("--family", help="only one family: classic, sparse, variational, ... or plugin")
+    arguments = parser.parse_args(argv)
+    names = registry.list_models(arguments.pattern, arguments.family)
+    if not names:
+        raise AezooError(f"no model matches {' '.join(arguments.pattern)!r}: `aezoo list` shows all")
+    rows = []
+    for name in names:
+        entry = registry.find(name)
+        try:
+            summary = registry.card(name).summary
+        except AezooError as error:
+            warnings.warn(str(error), stacklevel=1)
+            summary = f"(broken plug-in of {entry.owner})"
+        rows.append((name, entry.family, summary))
+    _table(rows)
+
+
+def _info(argv: list[str]) -> None:
+    parser = _parser("info", "Paper, objective and hyperparameters of a model.")
+    parser.add_argument("name", help="a model, see `aezoo list`")
+    parser.add_argument(
+        "--shape", nargs="+", type=int, metavar="N", help="shape of one sample, e.g. 1 28 28: counts parameters"
+    )
+    arguments = parser.parse_args(argv)
+    entry = registry.find(arguments.name)
+    card = registry.card(arguments.name)
+    print(f"{entry.name} ({entry.family}, {entry.owner})\n{card.summary}\n\n{card.text}\n\n{card.about}\n")
+    print(f"Hyperparameters: --model.NAME VALUE, or aezoo.create_model({entry.name!r}, NAME=VALUE)")
+    indent = " " * 34
+    for name, kind, default, meaning in card.parameters:
+        if name != "input_shape":
+            head = f"  {name}: {kind} = {default}"
+            text = textwrap.fill(meaning, max(60, min(_width(), 110)), initial_indent=indent, subsequent_indent=indent)
+            print(head.ljust(33) + " " + text.lstrip() if len(head) < 33 else f"{head}\n{text}")
+    if arguments.shape:
+        _count(entry.name, tuple(arguments.shape))
+
+
+def _count(name: str, shape: tuple[int, ...]) -> None:
+    with contextlib.redirect_stderr(None):
+        model = registry.create_model(name, shape)
+    by_part = {key: sum(p.numel() for p in part.parameters()) for key, part in model.named_children()}
+    total = sum(p.numel() for p in model.parameters())
+    parts = ", ".join(f"{key} {count:,}" for key, count in by_part.items() if count)
+    print(f"\nWith input shape {shape}: {total:,} parameters ({parts}); code shape {model.code_shape}")
+
+
+def recipe_folder() -> Path:
+    """Where the recipes are: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).parent
+    return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
+
+
+def recipes() -> dict[str, Path]:
+    """All recipes by name."""
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        AezooError: no such recipe; the message suggests the nearest.
+    """
+    known = recipes()
+    stem = name.removesuffix(".yaml")
+    if stem in known:
+        return known[stem]
+    near = difflib.get_close_matches(stem, known, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else "."
+    raise AezooError(f"no file and no recipe is named {name!r}{hint} See `aezoo recipes`.")
+
+
+def _recipes(argv: list[str]) -> None:
+    _parser("recipes", "Ready-made configurations: aezoo fit -c NAME.").parse_args(argv)
+    rows = []
+    for name, path in recipes().items():
+        head = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        reached = next((line for line in head if line.startswith("reached:")), "")
+        rows.append((name, head[0] if head else "", reached))
+    _table(rows)
+
+
+def _cp(argv: list[str]) -> None:
+    parser = _parser("cp", "Copy a recipe, to change it and train with aezoo fit -c FILE.")
+    parser.add_argument("recipe", help="a name of `aezoo recipes`")
+    parser.add_argument("dest", help="a file or an existing folder")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    arguments = parser.parse_args(argv)
+    source, dest = find_recipe(arguments.recipe), Path(arguments.dest)
+    if dest.is_dir():
+        dest = dest / source.name
+    if dest.exists() and not arguments.force:
+        raise AezooError(f"{dest} exists: choose another name, or replace it with --force")
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, dest)
+    except OSError as error:
+        raise AezooError(f"cannot write {dest}: {error.strerror}") from error
+    print(f"{dest}\nchange it, then: aezoo fit -c {dest}")

@@ -1,0 +1,310 @@
+"""The command line as a user meets it: light commands, short names, recipes, checkpoints alone, errors of one line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import aezoo
+from aezoo import cli
+from aezoo.data import DataModule
+
+OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
+QUICK = ["--data.name=digits", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--projector.n=0", *OFF]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def fit(*flags):
+    cli.main(["fit", *QUICK, *flags])
+
+
+def refused(capsys, *argv):
+    """The one line on stderr with which a command ends with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(argv))
+    assert end.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("aezoo: ")
+    return line
+
+
+# ---- light commands -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv", [["list"], ["recipes"], ["--help"], ["--version"], ["info", "vae"], ["cp", "vae", "v.yaml"]]
+)
+def test_light_commands_need_no_torch(argv):
+    code = f"import sys; from aezoo.cli import main; main({argv!r}); assert 'torch' not in sys.modules; print('light')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("light"), done.stderr
+
+
+def test_list_shows_name_family_and_paper_and_filters(capsys):
+    cli.main(["list"])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == aezoo.list_models()
+    assert all("http" in row for row in rows)
+    cli.main(["list", "*sae*", "sparse*", "--family", "sparse"])
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()] == [
+        "sparse_ae_kl",
+        "sparse_ae_l1",
+        "topk_sae",
+    ]
+
+
+def test_info_gives_hyperparameters_with_defaults_and_counts_parameters_on_request(capsys):
+    cli.main(["info", "linear_ae", "--shape", "30"])
+    out = capsys.readouterr().out
+    assert "latent_dim: int = 16" in out and "size of the code" in out and "||x - x_hat||^2" in out
+    assert f"{30 * 16 + 16 + 16 * 30 + 30:,} parameters" in out and "code shape (16,)" in out
+
+
+def test_cp_copies_a_recipe_and_keeps_an_existing_file(capsys):
+    cli.main(["cp", "vae", "mine/my.yaml"])
+    assert Path("mine/my.yaml").read_text() == cli.find_recipe("vae").read_text()
+    assert "--force" in refused(capsys, "cp", "vae", "mine/my.yaml")
+
+
+def test_the_console_script_ends_with_0_and_without_a_word_of_the_cli_object():
+    done = subprocess.run([sys.executable, "-m", "aezoo", "list"], capture_output=True, text=True)
+    assert done.returncode == 0 and "object at" not in done.stdout + done.stderr
+
+
+def test_the_reader_of_a_pipe_may_leave():
+    done = subprocess.run(f"{sys.executable} -m aezoo list | head -1", shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["ft"], "did you mean 'fit'"),
+        (["list", "nothing*"], "no model matches"),
+        (["list", "--family", "sparce"], "unknown family"),
+        (["info", "vea"], "did you mean 'vae'"),
+        (["fit"], "which model?"),
+        (["fit", "--model", "vea"], "did you mean 'vae'"),
+        (["fit", "--model"], "--model needs a value"),
+        (["fit", "-c", "veu"], "did you mean 'vae'"),
+        (["fit", "-c", "http://example.org/x.yaml"], "from disk only"),
+        (["fit", "--model", "vae", "--data.nme", "digits"], "did you mean --data.name"),
+        (["fit", "--model", "vae", "--trainer.max_epoch", "1"], "did you mean --trainer.max_epochs"),
+        (["fit", "--model", "vae", "--model.latent_dmi", "1"], "did you mean --model.latent_dim"),
+        (["fit", "-c", "vae", "--model.latent_dmi", "1"], "did you mean --model.latent_dim"),
+        (["fit", "--model", "vae", "--model.latent_dim", "abc"], "latent_dim takes int, got abc"),
+        (["fit", "--model", "vae", "--model.latent_dim", "0"], "latent_dim must be at least 1, got 0"),
+        (["fit", "--model", "vae", "--model.lr", "0"], "lr must be above 0"),
+        (["fit", "--model", "vae", "--model.likelihood", "foo"], "unknown likelihood 'foo'"),
+        (["fit", "--model", "vae", "--trainer.max_epochs", "x"], "trainer.max_epochs takes int, got x"),
+        (["fit", "--model", "vae", "--data.name", "digit"], "did you mean 'digits'"),
+        (["fit", "--model", "vae", "--data.batch_size", "0"], "at least 1"),
+        (["fit", "--model", "conv_ae", "--data.name", "array", "--data.root", "no.npy"], "no.npy does not exist"),
+        (["fit", "--model", "vae", "--optimizer", "AdamW"], "unknown flag --optimizer"),
+        (["test", "--model", "vae"], "needs a trained model"),
+        (["test", "--ckpt_path", "nothing"], "no checkpoint at nothing"),
+        (["test", "--ckpt_path", "https://example.org/a.ckpt"], "from disk only"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(capsys, argv, words):
+    assert words in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: [", "as YAML"),
+        ("just words", "holds no settings"),
+        ("model: vea", "did you mean 'vae'"),
+        ("model: {class_path: vae, init_args: {latent: 2}}", "did you mean 'latent_dim'"),
+        ("model: vae\ntrainer: {max_epoch: 2}", "did you mean trainer.max_epochs"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_in_one_line(capsys, text, words):
+    Path("my.yaml").write_text(text)
+    assert words in refused(capsys, "fit", "-c", "my.yaml")
+
+
+def test_a_vector_model_on_data_it_cannot_take_is_refused_before_training(capsys):
+    np.save("x.npy", np.random.default_rng(0).random((100, 30), dtype=np.float32))
+    assert "convolutions take" in refused(capsys, "fit", "--model", "conv_ae", "--data.name", "x.npy")
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def test_fit_leaves_config_checkpoints_events_and_says_what_to_type_next(capsys):
+    fit("--model", "vae", "--model.latent_dim", "3")
+    out = capsys.readouterr()
+    run = Path("runs/vae-digits/0")
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "checkpoints"} and list(run.glob("events*"))
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"best-000-3.ckpt", "last.ckpt"}  # no folder made by the slash in val/loss
+    assert "test/loss" in out.out and "aezoo predict --ckpt_path runs/vae-digits/0" in out.out
+    assert "litlogger" not in out.out + out.err and "litmodels" not in out.out + out.err
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["class_path"] == "vae" and config["model"]["init_args"]["latent_dim"] == 3
+    assert config["seed_everything"] == 0
+    assert "input_shape" not in config["model"]["init_args"]
+
+
+def test_every_run_gets_a_folder_of_its_own_and_a_saved_config_trains_again():
+    fit("--model=dense_ae")
+    fit("--model", "dense")
+    cli.main(["fit", "-c", "runs/dense_ae-digits/1/config.yaml"])
+    assert sorted(p.name for p in Path("runs/dense_ae-digits").iterdir()) == ["0", "1"]
+    first, again = (aezoo.load_model(run) for run in ("runs/dense_ae-digits/1", "runs/config/0"))
+    for one, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)  # the same seed, the same numbers
+
+
+def test_without_a_logger_a_second_run_works_too():
+    for number in "01":
+        fit("--model", "linear_ae", "--trainer.logger", "false")
+        assert Path(f"runs/linear_ae-digits/{number}/config.yaml").is_file()
+
+
+@pytest.mark.parametrize("form", ["model: topk_sae", "model: {class_path: topk_sae}", "model: {class_path: TopKSAE}"])
+def test_yaml_takes_registry_names_and_flags_win(form):
+    Path("mine.yaml").write_text(f"{form}\ndata: {{name: digits}}\n")
+    fit("-c", "mine.yaml", "--model.k", "5")
+    model = aezoo.load_model("runs/mine/0")
+    assert type(model).__name__ == "TopKSAE" and model.k == 5
+
+
+def test_a_local_file_wins_over_a_recipe_of_that_name():
+    Path("vae").write_text("model: linear_ae\n")
+    fit("-c", "vae")
+    assert type(aezoo.load_model("runs/vae/0")).__name__ == "LinearAE"
+
+
+def test_a_checkpoint_alone_is_enough_for_validate_test_predict_and_resume(capsys):
+    fit("--model", "vae", "--model.latent_dim", "3", "--data.batch_size", "100")
+    for path in ("runs/vae-digits/0", "runs/vae-digits", "runs/vae-digits/0/checkpoints/last.ckpt"):
+        cli.main(["test", "--ckpt_path", path])
+    cli.main(["validate", "--ckpt_path", "runs/vae-digits/0"])
+    assert "val/log_likelihood" in capsys.readouterr().out
+    cli.main(["predict", "--ckpt_path", "runs/vae-digits/0"])
+    with np.load("runs/vae-digits/0/predictions.npz") as found:
+        n = DataModule("digits").tensors("test")[0].shape[0]
+        assert found["code"].shape == (n, 3) and found["reconstruction"].shape == (n, 1, 8, 8)
+    cli.main(["fit", "--ckpt_path", "runs/vae-digits/0", "--trainer.max_epochs", "2"])
+    checkpoint = torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6 and checkpoint["epoch"] == 1
+    assert checkpoint["hyper_parameters"]["latent_dim"] == 3
+    assert checkpoint["datamodule_hyper_parameters"]["batch_size"] == 100
+    assert not Path("runs/vae-digits/1").exists()
+
+
+def test_flags_beat_the_checkpoint_and_a_difference_is_said(capsys):
+    fit("--model", "dense_ae")
+    cli.main(["fit", "--ckpt_path", "runs/dense_ae-digits/0", "--trainer.max_epochs", "2", "--model.lr", "0.5"])
+    assert "model.lr is 0.5, the checkpoint has 0.001" in capsys.readouterr().err
+    assert yaml.safe_load(Path("runs/dense_ae-digits/0/config.yaml").read_text())["model"]["init_args"]["lr"] == 0.5
+    line = refused(capsys, "test", "--ckpt_path", "runs/dense_ae-digits/0", "--model.latent_dim", "7")
+    assert "do not fit the model" in line
+    line = refused(capsys, "test", "--ckpt_path", "runs/dense_ae-digits/0", "--data.name", "mnist5k")
+    assert "trained on samples of shape 1x8x8" in line
+
+
+def test_the_stamp_survives_a_checkpoint_whose_file_moved(tmp_path):
+    fit("--model", "sparse")
+    (tmp_path / "elsewhere.ckpt").write_bytes(Path("runs/sparse_ae_l1-digits/0/checkpoints/last.ckpt").read_bytes())
+    cli.main(["test", "--ckpt_path", "elsewhere.ckpt"])
+
+
+def test_training_without_validation_keeps_the_best_by_the_training_loss():
+    fit("--model", "vae", "--trainer.limit_val_batches", "0")
+    assert list(Path("runs/vae-digits/0/checkpoints").glob("best-*.ckpt"))
+
+
+def test_schedule_accumulation_and_clipping_work_together():
+    fit(
+        "--model=vae", "--model.lr_schedule=cosine", "--model.warmup_steps=2",
+        "--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=1.0", "--model.optimizer=adamw",
+    )  # fmt: skip
+
+
+def test_optional_callbacks_go_by_their_class_name():
+    fit(
+        "--model=vae", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9",
+        "--trainer.callbacks+=BetaAnnealing", "--trainer.callbacks.n_steps=10",
+    )  # fmt: skip
+
+
+def test_model_and_data_share_no_hyperparameter_that_would_clash_in_the_logger():
+    import inspect
+
+    data = set(inspect.signature(DataModule).parameters)
+    for name in aezoo.list_models():
+        assert not data & set(inspect.signature(aezoo.model_class(name)).parameters)
+
+
+def test_two_processes_train_one_run():
+    command = [sys.executable, "-m", "aezoo", "fit", *QUICK, "--model", "vae", "--trainer.accelerator", "cpu"]
+    done = subprocess.run([*command, "--trainer.devices", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in Path("runs/vae-digits").iterdir()] == ["0"]
+    assert len(list(Path("runs/vae-digits/0/checkpoints").glob("*.ckpt"))) == 2
+
+
+def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume():
+    import signal
+
+    command = [sys.executable, "-u", "-m", "aezoo", "fit", "--model", "vae", "--trainer.max_epochs", "10000", *OFF]
+    command += ["--data.name", "digits"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("epoch 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    with process.stdout as rest:
+        lines += rest.read().splitlines()
+    assert process.wait() == 130, "".join(lines)
+    assert "Traceback" not in "".join(lines)
+    assert lines[-1].strip() == "go on with: aezoo fit --ckpt_path runs/vae-digits/0"
+    step = int(re.search(r"interrupted at epoch \d+, step (\d+); saved", "".join(lines))[1])
+    checkpoint = torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == step
+    cli.main(["fit", "--ckpt_path", "runs/vae-digits/0", "--trainer.max_epochs", str(checkpoint["epoch"] + 2)])
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", cli.recipes())
+def test_every_recipe_trains_a_step_and_states_its_command_and_its_number(name, fashion_files):
+    head = cli.recipes()[name].read_text().splitlines()[:3]
+    assert head[1].startswith(f"# aezoo fit -c {name}") and re.search(r"# reached: test/\S+ -?\d", head[2])
+    root = [f"--data.root={fashion_files}"] if name.startswith("fashion") else []
+    cli.main(["fit", "-c", name, *root, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1", *OFF])
+    assert Path(f"runs/{name}/0/checkpoints/last.ckpt").is_file()
+
+
+@pytest.fixture(scope="session")
+def fashion_files(tmp_path_factory):
+    """Idx files of 200 random pictures where torchvision keeps Fashion-MNIST."""
+    root = tmp_path_factory.mktemp("data")
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 200), ("t10k", 50)):
+        pixels, labels = rng.integers(0, 256, (n, 28, 28), np.uint8), rng.integers(0, 10, n).astype(np.uint8)
+        for kind, values in (("images-idx3", pixels), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+            (raw / f"{part}-{kind}-ubyte").write_bytes(header + values.tobytes())
+    return root

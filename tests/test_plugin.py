@@ -1,0 +1,58 @@
+"""A real third-party package, pip-installed into an environment of its own beside this one's packages."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--target", folder, HERE / "plugin"], check=True)
+    return folder
+
+
+@pytest.fixture
+def run(site, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def call(*arguments, code=0):
+        done = subprocess.run([sys.executable, "-m", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return call
+
+
+def test_a_plugin_is_listed_with_its_summary_and_without_being_imported(run):
+    listing = run("aezoo", "list", "--family", "plugin")
+    assert "mirror_ae  plugin  Mirror autoencoder: tied weights" in listing
+    assert "broken_ae  plugin" in listing
+    assert "size of the code" in run("aezoo", "info", "mirror_ae")
+
+
+def test_a_plugin_trains_by_its_name_is_checkpointed_and_loads_and_a_broken_neighbour_is_named(run, tmp_path):
+    help_text = run("aezoo", "fit", "--model.help", "mirror_ae")
+    assert "--model.latent_dim" in help_text and "size of the code" in help_text
+    output = run("aezoo", "fit", "--model", "mirror_ae", "--model.latent_dim", "8", "--trainer.max_epochs", "1")
+    assert "the plug-in 'broken_ae' of package aezoo-mirror is broken" in output
+    assert "a_package_that_nobody_has" in output
+    script = (
+        "import aezoo; m = aezoo.load_model('runs/mirror_ae-mnist5k/0'); print(type(m).__name__, m.code_shape)\n"
+        "aezoo.save_model(m, 'saved'); print(type(aezoo.load_model('saved')).__name__)"
+    )
+    (tmp_path / "use.py").write_text(script)
+    assert run("use").split()[-3:] == ["MirrorAE", "(8,)", "MirrorAE"]
+    assert "test/loss" in run("aezoo", "test", "--ckpt_path", "runs/mirror_ae-mnist5k/0")
+    assert "is broken" in run("aezoo", "fit", "--model", "broken_ae", code=2)
+
+
+@pytest.mark.slow
+def test_the_plugins_own_test_passes(run):
+    assert "1 passed" in run("pytest", "-q", "-p", "no:cacheprovider", str(HERE / "plugin" / "test_mirror_ae.py"))

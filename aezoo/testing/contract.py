@@ -1,0 +1,206 @@
+"""Checks of one model and one batch: the constructor, the shapes, the loss and its gradients."""
+
+import copy
+import inspect
+import io
+import json
+import math
+import re
+import sys
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from aezoo.errors import AezooError
+from aezoo.testing.ranks import SharedNoise
+from aezoo.testing.subject import (
+    BATCH,
+    SHAPES,
+    Subject,
+    as_check,
+    require,
+    require_close,
+    require_finite_gradients,
+    require_shape,
+    require_terms,
+    state_shapes,
+)
+
+
+@as_check
+def check_constructor(subject: Subject) -> None:
+    """The constructor is the configuration: `input_shape`, then documented keyword arguments with plain defaults."""
+    parameters = [*inspect.signature(subject.cls).parameters.values()]
+    _require_signature(subject.cls, parameters)
+    require((sys.modules[subject.cls.__module__].__doc__ or "").strip() != "", "its module needs a docstring")
+
+    model = subject.build()
+    plain = {p.name: p.default for p in parameters} | dict(subject.hyperparameters) | {"input_shape": subject.shape}
+    lost, extra = sorted(plain.keys() - model.hparams.keys()), sorted(model.hparams.keys() - plain.keys())
+    require(not lost, f"hparams lack {', '.join(lost)}: call self.save_hyperparameters() in this class too")
+    require(not extra, f"hparams hold {', '.join(extra)} of a parent, which no argument of this class sets")
+    for name, value in plain.items():
+        require(model.hparams[name] == value, f"hparams hold {name}={model.hparams[name]!r} where {value!r} was given")
+    buffer = io.BytesIO()
+    torch.save(dict(model.hparams), buffer)
+    buffer.seek(0)
+    require(torch.load(buffer, weights_only=True) == plain, "hparams do not load with weights_only=True")
+    json.dumps(plain)  # fails on what a saved folder cannot hold
+
+    lists = {name: _lists(value) for name, value in plain.items()}
+    given = copy.deepcopy(lists)
+    other = subject.cls(**given)
+    require(given == lists, "the constructor changes the lists or dicts that it is given")
+    require(state_shapes(other) == state_shapes(model), "lists as arguments build another model than tuples do")
+
+
+def _require_signature(cls: type, parameters: list[inspect.Parameter]) -> None:
+    require(bool(parameters) and parameters[0].name == "input_shape", "the first argument must be input_shape")
+    described = _described(cls)
+    for p in parameters:
+        require(p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL), f"spell out the arguments instead of *{p.name}")
+        require(p.name in described, f"the class docstring's Args do not describe {p.name}")
+        if p.name != "input_shape":
+            require(p.kind is p.KEYWORD_ONLY, f"argument {p.name} must be keyword-only")
+            require(p.default is not p.empty, f"argument {p.name} needs a default")
+            require(_plain(p.default), f"the default of {p.name} is a {type(p.default).__name__}, not a plain value")
+    gone = ", ".join(sorted(described - {p.name for p in parameters}))
+    require(not gone, f"the class docstring's Args describe {gone}, which the constructor does not have")
+
+
+def _described(cls: type) -> set[str]:
+    """The names under Args in the docstring of the class whose constructor it is."""
+    owner = next(c for c in cls.__mro__ if "__init__" in vars(c))
+    args = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(owner.__doc__ or ""), re.MULTILINE | re.DOTALL)
+    return set(re.findall(r"^ {4}(\w+): \S", args[1], re.MULTILINE)) if args else set()
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+    return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
+
+
+def _lists(value: Any) -> Any:
+    """The value with lists for tuples, as it comes from a configuration file."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+@as_check
+def check_shapes(subject: Subject) -> None:
+    """Codes, reconstructions, scores and samples have their shapes for every input shape; others are refused early."""
+    for shape in SHAPES:
+        # asking for subject.shape fails where none is taken
+        if shape == subject.shape or subject.takes(shape):
+            _require_shapes(subject, shape)
+
+
+def _require_shapes(subject: Subject, shape: tuple[int, ...]) -> None:
+    model, x = subject.build(shape).eval(), subject.data(3, shape)
+    require(model.input_shape == shape, f"input_shape is {model.input_shape} for data of {shape}")
+    require(_whole(model.code_shape), f"code_shape must be a tuple of ints, got {model.code_shape!r}")
+    with torch.no_grad():
+        z = model.encode(x)
+        require_shape("encode", z, (3, *model.code_shape))
+        require_shape("decode", model.decode(z), (3, *shape))
+        require_shape("forward", model(x), (3, *shape))
+        require_shape("score", model.score(x), (3,))
+        posterior: Any = getattr(model, "posterior", None)
+        for part in posterior(x) if posterior else ():
+            require_shape("posterior", part, (3, *model.code_shape))
+        if model.has_prior:
+            require_shape("sample", model.sample(2), (2, *shape))
+        else:
+            with suppress(AezooError):
+                model.sample(2)
+                raise AssertionError("sample works although has_prior is False")
+
+
+def _whole(shape: Any) -> bool:
+    return isinstance(shape, tuple) and len(shape) > 0 and all(type(n) is int and n > 0 for n in shape)
+
+
+@as_check
+def check_loss(subject: Subject) -> None:
+    """Named, finite, differentiable scalars, in training and evaluation."""
+    for mode in (True, False):
+        model = subject.build().train(mode)
+        terms = model.loss(subject.data())
+        require_terms(f"loss in {'training' if mode else 'evaluation'}", terms)
+        require(terms["loss"].requires_grad, "the loss has no gradient")
+        terms["loss"].backward()
+        require_finite_gradients("", model)
+
+
+@as_check
+def check_batch_of_one(subject: Subject) -> None:
+    """A single sample can be trained on and evaluated."""
+    x = subject.data(1)
+    for mode in (True, False):
+        model = subject.build().train(mode)
+        terms = model.loss(x)
+        require_terms("loss of one sample", terms)
+        terms["loss"].backward()
+        require_shape("forward of one sample", model(x), (1, *subject.shape))
+        require_shape("score of one sample", model.score(x), (1,))
+
+
+@as_check
+def check_gradients(subject: Subject) -> None:
+    """Every parameter gets a gradient over a few batches."""
+    model = subject.build().train()
+    without = {name for name, p in model.named_parameters() if p.requires_grad}
+    for seed in range(3):
+        model.zero_grad()
+        model.loss(subject.data(seed=seed))["loss"].backward()
+        without -= {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    require(not without, f"no gradient reaches {', '.join(sorted(without))}")
+
+
+@as_check
+def check_inputs_unchanged(subject: Subject) -> None:
+    """No method writes into the tensors that it is given."""
+    x = subject.data()
+    for mode in (True, False):
+        model = subject.build().train(mode)
+        z = model.encode(x.clone()).detach()
+        for name in ("loss", "encode", "forward", "score", "posterior", "corruption", "decode"):
+            method: Any = getattr(model, name, None)  # not every model has a posterior or a corruption
+            if callable(method):
+                original = z if name == "decode" else x
+                given = original.clone()
+                method(given)
+                require(torch.equal(given, original), f"{name} changes its input in place")
+
+
+@as_check
+def check_batch_mean(subject: Subject) -> None:
+    """The loss is a mean over the batch: of a batch given twice, with the same noise, it is the same."""
+    model, x = subject.build().eval(), subject.data()
+    rows = list(range(BATCH))
+    with torch.no_grad():
+        with SharedNoise(rows, BATCH):
+            once = model.loss(x)
+        with SharedNoise(rows * 2, BATCH):
+            twice = model.loss(torch.cat([x, x]))
+    for name, value in once.items():
+        require_close(f"{name} of a batch given twice", twice[name], value, 1e-4)
+
+
+@as_check
+def check_batch_independence(subject: Subject) -> None:
+    """In evaluation a sample's code, reconstruction and score do not depend on the rest of its batch."""
+    model, x = subject.build().eval(), subject.data()
+    with torch.no_grad():
+        model.loss(x)  # statistics that evaluation must not use would be gathered here
+        for name, call in (("encode", model.encode), ("forward", model), ("score", model.score)):
+            whole = call(x)
+            alone = torch.cat([call(x[i : i + 1]) for i in range(len(x))])
+            require_close(f"{name} of single samples, against the batch of them,", alone, whole, 1e-4)
+            mates = torch.cat([call(torch.cat([x[i : i + 1], 1 - x[:3]]))[:1] for i in range(len(x))])
+            require_close(f"{name} of a sample with other batch mates", mates, whole, 1e-4)

@@ -1,0 +1,103 @@
+"""Checks of what else runs the model: half precision, compilers, exporters."""
+
+import copy
+import tempfile
+from importlib.util import find_spec
+from typing import Any
+from unittest import SkipTest
+
+import torch
+
+from aezoo.testing.ranks import SharedNoise
+from aezoo.testing.subject import (
+    BATCH,
+    Subject,
+    as_check,
+    require,
+    require_close,
+    require_finite_gradients,
+    require_terms,
+)
+
+
+@as_check
+def check_bf16(subject: Subject) -> None:
+    """Under bf16 autocast the loss stays within 2 %, and all terms finite and in float32."""
+    model, x = subject.build().train(), subject.data()
+    other = copy.deepcopy(model)
+    with SharedNoise(range(BATCH), BATCH):
+        exact = model.loss(x)
+    with SharedNoise(range(BATCH), BATCH), torch.autocast("cpu", torch.bfloat16):
+        half = other.loss(x)
+    require_terms("loss under bf16", half)
+    for name, value in half.items():
+        require(value.dtype == torch.float32, f"{name} is computed in {value.dtype} under autocast")
+    require_close("the loss under bf16", half["loss"], exact["loss"], 2e-2)
+    half["loss"].backward()
+    require_finite_gradients(" under bf16", other)
+
+
+@as_check
+def check_compile(subject: Subject) -> None:
+    """The loss and its gradients are the same through torch.compile, up to the code generation (`aot_eager`)."""
+    _require_same_compiled(subject, "aot_eager", {})
+
+
+@as_check
+def check_inductor(subject: Subject) -> None:
+    """The loss and its gradients are the same through torch.compile with its default backend; needs a C++ compiler."""
+    # eager's random numbers, so that the two can be compared
+    _require_same_compiled(subject, "inductor", {"fallback_random": True})
+
+
+def _require_same_compiled(subject: Subject, backend: str, options: dict[str, Any]) -> None:
+    model, x = subject.build().train(), subject.data()
+    other = copy.deepcopy(model)
+    torch._dynamo.reset()
+    try:
+        torch.manual_seed(1)
+        eager = model.loss(x)
+        eager["loss"].backward()
+        torch.manual_seed(1)
+        compiled = torch.compile(other.loss, backend=backend, options=options)(x)
+        compiled["loss"].backward()
+    finally:
+        torch._dynamo.reset()
+    for name, value in eager.items():
+        require_close(f"the compiled {name}", compiled[name], value, 1e-4)
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        if p.grad is not None:
+            require(q.grad is not None, f"compiled, {name} gets no gradient")
+            require_close(f"the compiled gradient of {name}", q.grad, p.grad, 1e-4)
+    for name, buffer in model.named_buffers():
+        require_close(f"the buffer {name} after the compiled loss", other.get_buffer(name), buffer, 1e-4)
+
+
+@as_check
+def check_export(subject: Subject) -> None:
+    """torch.export of forward gives the same output, for any batch size."""
+    model, x, other = subject.build().eval(), subject.data(), subject.data(3, seed=1)
+    batch = torch.export.Dim("batch", min=1)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+    with torch.no_grad():
+        for given in (x, other, x[:1]):
+            require_close(f"the exported program on a batch of {len(given)}", exported(given), model(given), 1e-4)
+
+
+@as_check
+def check_onnx(subject: Subject) -> None:
+    """The ONNX file of forward gives the same output through onnxruntime, for any batch size; needs aezoo[onnx]."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise SkipTest(f"{', '.join(missing)} not installed: pip install 'aezoo[onnx]'")
+    import onnxruntime
+
+    model, x, other = subject.build().eval(), subject.data(), subject.data(3, seed=1)
+    program: Any = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+    with tempfile.TemporaryDirectory() as folder:
+        program.save(f"{folder}/model.onnx")
+        session = onnxruntime.InferenceSession(f"{folder}/model.onnx", providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        for given in (x, other, x[:1]):
+            found = session.run(None, {session.get_inputs()[0].name: given.numpy()})[0]
+            require_close(f"the ONNX program on a batch of {len(given)}", torch.from_numpy(found), model(given), 1e-4)

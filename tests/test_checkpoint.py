@@ -1,0 +1,388 @@
+"""Saving and loading: every kind of path, and files that are damaged, foreign or hostile."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+import aezoo
+from aezoo.checkpoint import find_checkpoint
+from aezoo.errors import AezooError
+from aezoo.models.variational.vae import VAE
+
+SHAPE = (1, 8, 8)
+X = torch.rand(5, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def train(model, folder, version="0"):
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=CSVLogger(folder, name="vae", version=version),
+        callbacks=[ModelCheckpoint(monitor="val/loss", filename="best", save_last=True)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=PossibleUserWarning)
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        trainer.fit(model, DataLoader([X] * 3, batch_size=None), DataLoader([X], batch_size=None))
+    return Path(str(trainer.log_dir))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trained model and its run folder, which no test changes."""
+    torch.manual_seed(0)
+    model = aezoo.create_model("vae", input_shape=SHAPE, latent_dim=3, hidden_dims=(12, 7), beta=2.5)
+    run = train(model, tmp_path_factory.mktemp("runs"))
+    return model.eval(), run
+
+
+@pytest.fixture
+def model(trained):
+    return trained[0]
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return Path(shutil.copytree(trained[1], tmp_path / "runs" / "vae" / "0"))
+
+
+@pytest.fixture
+def file(run):
+    return run / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    return aezoo.save_model(model, tmp_path / "saved")
+
+
+@pytest.fixture
+def refused():
+    """Load a path that must be refused, and return the one line that says why."""
+
+    def load(path, match=None):
+        with pytest.raises(AezooError, match=match) as caught:
+            aezoo.load_model(path)
+        assert len(str(caught.value).splitlines()) == 1
+        assert len(str(caught.value)) < 500
+        return str(caught.value)
+
+    return load
+
+
+def same(model, other):
+    assert type(other) is type(model)
+    assert not other.training
+    assert dict(other.hparams) == dict(model.hparams)
+    with torch.no_grad():
+        return torch.equal(model(X), other(X)) and torch.equal(model.score(X), other.score(X))
+
+
+def edit(file, change):
+    checkpoint = torch.load(file, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, file)
+
+
+# ---- every kind of path ---------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_path_gives_the_same_model(model, run, saved):
+    for path in (run / "checkpoints" / "last.ckpt", run, run / "checkpoints", run.parent, saved):
+        assert same(model, aezoo.load_model(path)), path
+        assert same(model, aezoo.load_model(str(path))), path
+
+
+def test_a_run_folder_means_its_best_checkpoint(model, run):
+    edit(run / "checkpoints" / "last.ckpt", lambda c: c["state_dict"]["decoder.1.bias"].zero_())
+    assert same(model, aezoo.load_model(run))
+    assert find_checkpoint(run).name == "best.ckpt"
+    assert find_checkpoint(run, prefer="last").name == "last.ckpt"
+    (run / "checkpoints" / "best.ckpt").unlink()
+    assert find_checkpoint(run).name == "last.ckpt"
+
+
+def test_a_folder_of_runs_means_the_newest(run):
+    newer = Path(shutil.copytree(run, run.with_name("1")))
+    now = time.time()
+    os.utime(run / "checkpoints", (now - 60, now - 60))
+    os.utime(newer / "checkpoints", (now, now))
+    assert find_checkpoint(run.parent).parent.parent == newer
+    os.utime(run / "checkpoints", (now + 60, now + 60))
+    assert find_checkpoint(run.parent).parent.parent == run
+
+
+def test_a_saved_model_can_be_saved_again_and_moved(model, saved, tmp_path):
+    aezoo.save_model(aezoo.load_model(saved), saved)
+    moved = saved.rename(tmp_path / "moved")
+    assert same(model, aezoo.load_model(moved))
+    assert sorted(path.name for path in moved.iterdir()) == ["config.json", "model.safetensors"]
+    config = json.loads((moved / "config.json").read_text())
+    assert config["model"] == "vae"
+    assert config["aezoo_version"] == aezoo.__version__
+    assert config["hyperparameters"]["hidden_dims"] == [12, 7]
+
+
+def test_a_loaded_model_is_in_eval_mode_and_goes_on_training(saved, tmp_path):
+    model = aezoo.load_model(saved)
+    assert not model.training
+    assert model.beta == 2.5
+    before = model(X)
+    train(model.train(), tmp_path)
+    assert not torch.equal(before, model.eval()(X))
+
+
+def test_tied_weights_are_saved(tmp_path):
+    model = aezoo.create_model("linear_ae", input_shape=SHAPE)
+    model.encoder[1].bias = nn.Parameter(model.decoder[0].bias[:16].detach())
+    model.decoder[0].weight = nn.Parameter(model.encoder[1].weight.data.T)
+    assert torch.equal(aezoo.load_model(aezoo.save_model(model, tmp_path))(X), model(X))
+
+
+# ---- what is not there ----------------------------------------------------------------------------------------------
+
+
+def test_nothing_there(refused, tmp_path):
+    refused(tmp_path / "nothing.ckpt", "no checkpoint at .*nothing.ckpt")
+    refused(tmp_path, "no .ckpt file in")
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "ftp", "s3", "hf"])
+def test_an_address_is_refused_before_anything_is_fetched(refused, scheme):
+    refused(f"{scheme}://example.org/model.ckpt", f"from disk only, not from {scheme}://example.org/model.ckpt")
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt"])
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle", "hyperparameter", "weight"])
+def test_a_file_that_would_run_code_is_refused(refused, tmp_path, monkeypatch, file, how, suffix):
+    # an override that some machines have in their environment must not open the door
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    canary, path = tmp_path / "canary", tmp_path / f"bomb{suffix}"
+    content = torch.load(file, weights_only=True)
+    if how == "hyperparameter":
+        content["hyper_parameters"]["beta"] = Bomb(canary)
+    elif how == "weight":
+        content["state_dict"]["decoder.1.bias"] = Bomb(canary)
+    else:
+        content["extra"] = Bomb(canary)
+    if how == "pickle":
+        path.write_bytes(pickle.dumps({"state_dict": {}, "extra": Bomb(canary)}, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
+    refused(path, "is refused: it is damaged, or holds objects that could run code")
+    assert not canary.exists()
+    if how != "pickle":
+        torch.load(path, weights_only=False)
+        assert canary.exists(), "the bomb is no bomb"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_checkpoint(refused, file, share):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    assert str(file) in refused(file)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_with_one_changed_byte_loads_or_is_refused_in_one_line(tmp_path, zipped):
+    model = aezoo.create_model("vae", input_shape=(4,), latent_dim=2, hidden_dims=(3,))
+    content = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams), "aezoo": {"model": "vae"}}
+    file, rng, refusals = tmp_path / "x.ckpt", random.Random(0), 0
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    sound = file.read_bytes()
+    for _ in range(300):
+        changed = bytearray(sound)
+        changed[rng.randrange(len(changed))] = rng.randrange(256)
+        file.write_bytes(changed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                aezoo.load_model(file)
+            except AezooError as error:
+                assert len(str(error).splitlines()) == 1  # noqa: PT017
+                refusals += 1
+    assert refusals > 50
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint\n", b"PK\x03\x04" + bytes(100), bytes(1000)])
+def test_a_file_of_something_else(refused, tmp_path, content):
+    (tmp_path / "x.ckpt").write_bytes(content)
+    assert "x.ckpt" in refused(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"weights": {}}, {"state_dict": 3}, torch.zeros(2)])
+def test_a_file_without_a_state_dict(refused, tmp_path, content):
+    torch.save(content, tmp_path / "x.ckpt")
+    refused(tmp_path / "x.ckpt", "it has no state_dict")
+
+
+def test_a_checkpoint_without_a_registered_name(refused, file):
+    for stamp in (None, "vae", {}, {"model": None}):
+        edit(file, lambda c, stamp=stamp: c.update(aezoo=stamp))
+        refused(file, "names no registered model: load it with YourClass.load_from_checkpoint")
+    edit(file, lambda c: c.pop("aezoo"))
+    refused(file, "names no registered model")
+
+
+def test_a_class_that_is_not_registered_is_stamped_and_refused(refused, tmp_path):
+    class Mine(VAE):
+        """Not in the registry."""
+
+    mine = Mine(input_shape=SHAPE)
+    run = train(mine, tmp_path)
+    refused(run, "names no registered model")
+    back = Mine.load_from_checkpoint(run / "checkpoints" / "last.ckpt", weights_only=True).eval()
+    assert torch.equal(back(X), mine.eval()(X))
+    with pytest.raises(AezooError, match="Mine is not in the registry"):
+        aezoo.save_model(mine, tmp_path / "saved")
+
+
+def test_a_model_that_is_not_installed(refused, file):
+    edit(file, lambda c: c["aezoo"].update(model="vae2"))
+    refused(file, "unknown model 'vae2', did you mean 'vae'")
+
+
+def test_a_foreign_state_dict(refused, file):
+    edit(file, lambda c: c.update(state_dict={"layer.weight": torch.zeros(2)}))
+    assert "encoder" in refused(file, "the weights in .* do not fit vae")
+    edit(file, lambda c: c.update(state_dict={}))
+    refused(file, "do not fit vae")
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3), "text", None, 1.0])
+def test_a_weight_of_another_shape_or_type(refused, file, value):
+    edit(file, lambda c: c["state_dict"].update({"decoder.1.bias": value}))
+    assert "decoder.1.bias" in refused(file, "do not fit vae")
+
+
+@pytest.mark.parametrize("keys", [{3: torch.zeros(1)}, {("a", "b"): torch.zeros(1)}])
+def test_a_state_dict_with_keys_that_are_no_names(refused, file, keys):
+    edit(file, lambda c: c["state_dict"].update(keys))
+    refused(file, "do not fit vae")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latent_dims": 3}, "no hyperparameter 'latent_dims': did you mean 'latent_dim'"),
+        ({"latent_dim": 0}, "latent_dim must be at least 1"),
+        ({"latent_dim": "three"}, "does not describe a vae"),
+        ({"latent_dim": None}, "does not describe a vae"),
+        ({"latent_dim": 10**15}, "does not describe a vae"),
+        ({"hidden_dims": "wide"}, "does not describe a vae"),
+        ({"hidden_dims": ["wide"]}, "does not describe a vae"),
+        ({"likelihood": 3}, "does not describe a vae"),
+        ({"likelihood": {"class_path": "os.system", "init_args": {"command": "true"}}}, "does not describe a vae"),
+        ({"lr": float("nan")}, "lr must be above 0"),
+        ({"input_shape": 5}, "does not describe a vae"),
+        ({"input_shape": ()}, "input_shape must be"),
+        ({3: 4}, "does not describe a vae|no hyperparameter"),
+    ],
+)
+def test_hyperparameters_that_the_model_does_not_take(refused, file, change, message):
+    edit(file, lambda c: c["hyper_parameters"].update(change))
+    assert "last.ckpt" in refused(file, message)
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", [1, 2]])
+def test_hyperparameters_that_are_no_dict(refused, file, value):
+    edit(file, lambda c: c.update(hyper_parameters=value))
+    refused(file, "hyperparameters|does not describe a vae")
+
+
+def test_no_hyperparameters(refused, file):
+    edit(file, lambda c: c.pop("hyper_parameters"))
+    refused(file, "does not describe a vae.*input_shape")
+
+
+def test_class_paths_in_a_checkpoint_are_never_followed(model, file, tmp_path, monkeypatch):
+    canary = tmp_path / "canary"
+    (tmp_path / "evil_module.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass Evil: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    extra = {"_class_path": "evil_module.Evil", "_instantiator": "evil_module.Evil", "_target_": "os.system"}
+    edit(file, lambda c: c["hyper_parameters"].update(extra))
+    assert same(model, aezoo.load_model(file))
+    assert not canary.exists()
+    assert "evil_module" not in sys.modules
+
+
+# ---- saved folders --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-10], lambda b: b[:4], lambda b: b"", lambda b: b"\xff" * 8 + b, lambda b: pickle.dumps(1)]
+)
+def test_damaged_weights(refused, saved, damage):
+    file = saved / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    assert "model.safetensors" in refused(saved, "cannot read")
+
+
+def test_missing_weights(refused, saved):
+    (saved / "model.safetensors").unlink()
+    assert "model.safetensors" in refused(saved, "cannot read")
+
+
+def test_weights_of_another_model(refused, saved):
+    weights = load_file(saved / "model.safetensors")
+    save_file({key: value for key, value in weights.items() if key != "decoder.1.bias"}, saved / "model.safetensors")
+    refused(saved, "the weights in .* do not fit vae.*decoder.1.bias")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot read"),
+        ("{", "cannot read"),
+        ("\ufeff\x00", "cannot read"),
+        ("[]", "names no model"),
+        ("3", "names no model"),
+        ("{}", "names no model"),
+        ('{"model": 3, "hyperparameters": {}}', "names no model"),
+        ('{"model": "vae"}', "has no hyperparameters"),
+        ('{"model": "vae", "hyperparameters": []}', "has no hyperparameters"),
+        ('{"model": "vae", "hyperparameters": {}}', "does not describe a vae"),
+        ('{"model": "os.system", "hyperparameters": {}}', "unknown model 'os.system'"),
+        ('{"model": "../vae", "hyperparameters": {}}', "unknown model"),
+        ('{"model": "vae", "hyperparameters": {"input_shape": [1, 8, 8], "latent_dmi": 3}}', "mean 'latent_dim'"),
+    ],
+)
+def test_damaged_config(refused, saved, text, message):
+    (saved / "config.json").write_text(text, encoding="utf-8")
+    refused(saved, message)
+
+
+def test_config_that_is_no_text(refused, saved):
+    (saved / "config.json").write_bytes(b"\xff\xfe\x00")
+    refused(saved, "cannot read .*config.json")
+    (saved / "config.json").write_text("[" * 100_000)
+    refused(saved, "cannot read .*config.json")

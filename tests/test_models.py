@@ -1,0 +1,249 @@
+"""The contract over the registry, and proof that each check of it can fail."""
+
+import json
+import random
+import warnings
+from unittest import SkipTest
+
+import broken
+import pytest
+import torch
+from golden import FILE, VARIANTS, first_losses, own_models
+
+import aezoo
+from aezoo import testing
+from aezoo.testing import CHECKS, SHAPES, SLOW_CHECKS, SharedNoise, check_ddp, check_model, subject_of
+
+ALONE = [check for check in CHECKS if check is not check_ddp]
+NOT_OF_VARIANTS = ("check_compile", "check_export", "check_onnx", "check_overfits", "check_state_dict", "check_ddp")
+
+
+def name_of_check(check):
+    return check.__name__.removeprefix("check_")
+
+
+def run(check, *subjects):
+    try:
+        check(*subjects)
+    except SkipTest as reason:
+        pytest.fail(f"{check.__name__} did not run: {reason}")
+
+
+@pytest.mark.parametrize("check", ALONE, ids=name_of_check)
+@pytest.mark.parametrize("name", own_models())
+def test_model(name, check):
+    run(check, name)
+
+
+@pytest.mark.parametrize("check", [c for c in CHECKS if c.__name__ not in NOT_OF_VARIANTS], ids=name_of_check)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
+def test_variant(variant, check):
+    run(check, variant)
+
+
+def test_two_processes_train_like_one():
+    run(check_ddp, *own_models(), *VARIANTS, broken.Sound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", SLOW_CHECKS, ids=name_of_check)
+@pytest.mark.parametrize("name", own_models())
+def test_model_slowly(name, check):
+    run(check, name)
+
+
+@pytest.mark.parametrize("subject", [*map(subject_of, own_models()), *VARIANTS], ids=lambda subject: subject.label)
+def test_golden_losses(subject):
+    golden = json.loads(FILE.read_text(encoding="utf-8"))
+    assert subject.label in golden, "run python -m tests.golden"
+    assert first_losses(subject) == pytest.approx(golden[subject.label], rel=1e-5)
+
+
+def test_no_golden_losses_of_models_that_are_gone():
+    assert set(json.loads(FILE.read_text(encoding="utf-8"))) == {*own_models(), *(v.label for v in VARIANTS)}
+
+
+def test_the_registry_takes_vectors_images_sequences_and_volumes():
+    for shape in SHAPES:
+        takers = {name for name in own_models() if subject_of(name).takes(shape)}
+        assert takers == set(own_models()) - ({"conv_ae", "resnet_ae"} if len(shape) == 1 else set())
+
+
+# ---- the checks can fail --------------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ("constructor", broken.ArgumentUndescribed, "do not describe latent_dim"),
+    ("constructor", broken.DescribesWhatIsNotThere, "describe latent_size"),
+    ("constructor", broken.ArgumentsInBulk, "instead of \\*kwargs"),
+    ("constructor", broken.PositionalArgument, "latent_dim must be keyword-only"),
+    ("constructor", broken.NoDefault, "latent_dim needs a default"),
+    ("constructor", broken.ModuleAsArgument, "default of act is a ReLU"),
+    ("constructor", broken.HyperparametersLost, "hparams lack scale"),
+    ("constructor", broken.ChangesItsArguments, "changes the lists"),
+    ("shapes", broken.HardCodedShape, "RuntimeError"),
+    ("shapes", broken.RefusesInTorchsWords, "refuse it with an AezooError"),
+    ("shapes", broken.TakesNothing, "takes none of the shapes"),
+    ("shapes", broken.WrongCodeShape, "encode gives shape \\(3, 1, 8\\)"),
+    ("shapes", broken.OneScoreForTheBatch, "score gives shape \\(\\)"),
+    ("shapes", broken.SamplesWithoutPrior, "has_prior is False"),
+    ("shapes", broken.PriorWithoutSamples, "AezooError"),
+    ("loss", broken.NoLoss, "with 'loss'"),
+    ("loss", broken.LossWithoutGradient, "no gradient"),
+    ("loss", broken.LossNotFinite, "entropy = -inf"),
+    ("loss", broken.TermPerSample, "'size' that is no scalar"),
+    ("loss", broken.TermHidesMetric, "'mse', which every evaluation"),
+    ("loss", broken.InfiniteGradient, "gradient of encoder.* is not finite"),
+    ("batch_of_one", broken.SpreadOfTheBatch, "loss = nan|degrees of freedom"),
+    ("gradients", broken.DetachedCode, "encoder.1.bias, encoder.1.weight"),
+    ("gradients", broken.DeadLayer, "unused.bias, unused.weight"),
+    ("inputs_unchanged", broken.InPlaceNoise, "loss changes its input"),
+    ("inputs_unchanged", broken.InPlaceDecode, "decode changes its input"),
+    ("batch_mean", broken.SumOverBatch, "loss of a batch given twice is off"),
+    ("batch_independence", broken.BatchStatisticsInEvaluation, "encode of single samples"),
+    ("deterministic_evaluation", broken.NoiseInEvaluation, "encode differs"),
+    ("deterministic_evaluation", broken.DropoutInEvaluation, "encode differs"),
+    ("deterministic_evaluation", broken.CountsInEvaluation, "evaluation changes seen"),
+    ("loop", broken.LogsNothing, "train/loss, train/nll"),
+    ("loop", broken.PredictsLess, "KeyError: 'score'"),
+    ("overfits", broken.ShiftedTarget, "reconstructs with mse"),
+    ("overfits", broken.WrongSign, "reconstructs with mse"),
+    ("overfits", broken.WrongStep, "the loss only goes from"),
+    ("seed", broken.UnseededNoise, "losses differ"),
+    ("seed", broken.Reseeds, "resets torch's random state"),
+    ("seed", broken.ReseedsEveryLoss, "resets torch's random state"),
+    ("state_dict", broken.BufferMadeLate, "an evaluation changes the state_dict"),
+    ("state_dict", broken.UnregisteredBuffer, "offset is a plain tensor"),
+    ("checkpoint", broken.UnregisteredBuffer, "encode is not the same after load_from_checkpoint"),
+    ("checkpoint", broken.BufferNotSaved, "load_from_checkpoint changes weights or buffers"),
+    ("bf16", broken.PenaltyInHalfPrecision, "size is computed in torch.bfloat16"),
+    ("bf16", broken.CancelsInHalfPrecision, "loss under bf16 is off"),
+    ("compile", broken.OtherWhenCompiled, "the compiled loss is off"),
+    ("export", broken.FixedBatch, "fails check_export"),
+    ("export", broken.DecidesByTheData, "fails check_export"),
+    ("onnx", broken.NoSuchOperator, "fails check_onnx"),
+]
+
+
+@pytest.mark.parametrize(
+    ("check", "cls", "message"), MISTAKES, ids=[f"{check}-{cls.__name__}" for check, cls, _ in MISTAKES]
+)
+def test_mistake_is_caught(check, cls, message):
+    with pytest.raises(AssertionError, match=message) as caught:
+        getattr(testing, f"check_{check}")(cls)
+    assert str(caught.value).startswith(f"{cls.__name__} fails check_{check}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_mistakes_of_two_processes_are_caught():
+    wrong = [broken.StatisticOfOneRank, broken.GradientOfOneRank, broken.BufferOfOneRank, broken.FailsOnTwoRanks]
+    with pytest.raises(AssertionError) as caught:
+        check_ddp(*wrong, broken.Sound)
+    lines = str(caught.value).splitlines()
+    assert [line.split(" fails check_ddp: ")[0] for line in lines] == [cls.__name__ for cls in wrong]
+    assert "loss at step 0, two processes against one, is off" in lines[0]
+    assert "two processes against one, is off" in lines[1]
+    assert "seen is off by" in lines[2]
+    assert "cannot train on two ranks" in lines[3]
+
+
+def test_every_check_has_a_mistake_that_it_catches():
+    caught = {check for check, _, _ in MISTAKES} | {"ddp"}
+    assert {check.__name__ for check in CHECKS} == {f"check_{name}" for name in caught}
+
+
+# ---- the way a plug-in uses it --------------------------------------------------------------------------------------
+
+
+def test_check_model_accepts_a_class_that_is_not_registered():
+    assert check_model(broken.Sound, exclude=["check_ddp"], widths=(16,)) == {}
+
+
+def test_check_model_gathers_all_failures():
+    run_these = ("check_constructor", "check_loss", "check_gradients")
+    with pytest.raises(AssertionError) as caught:
+        check_model(broken.DeadLayer, exclude=[c.__name__ for c in CHECKS if c.__name__ not in run_these])
+    assert [line.split(" ")[2] for line in str(caught.value).splitlines()] == ["check_constructor:", "check_gradients:"]
+
+
+def test_check_model_takes_hyperparameters_and_words():
+    quick = [check.__name__ for check in CHECKS if check.__name__ != "check_shapes"]
+    assert check_model("variational", exclude=quick, latent_dim=3) == {}
+    assert subject_of("variational", latent_dim=3).label == "vae(latent_dim=3)"
+    with pytest.raises(aezoo.AezooError, match="check_shape"):
+        check_model("vae", exclude=["check_shape"])
+    with pytest.raises(aezoo.AezooError, match="did you mean"):
+        check_model("vea")
+
+
+def test_what_cannot_run_is_reported(monkeypatch):
+    class Local(broken.Sound):
+        """Only this function knows it."""
+
+    with pytest.raises(SkipTest, match="cannot be imported"):
+        check_ddp(Local)
+    monkeypatch.setattr(testing.portability, "find_spec", lambda name: None)
+    with pytest.raises(SkipTest, match="pip install 'aezoo\\[onnx\\]'"):
+        testing.check_onnx(Local)
+    most = [check.__name__ for check in CHECKS if check.__name__ not in ("check_onnx", "check_ddp")]
+    assert set(check_model(Local, exclude=most)) == {"check_onnx", "check_ddp"}
+
+
+def test_a_check_leaves_the_random_state_and_the_warning_filters_alone():
+    torch.manual_seed(5)
+    random.seed(5)
+    state, filters = torch.get_rng_state(), list(warnings.filters)
+    testing.check_seed("linear_ae")
+    testing.check_shapes("vae")
+    assert torch.equal(state, torch.get_rng_state())
+    assert warnings.filters == filters
+
+
+# ---- shared noise ---------------------------------------------------------------------------------------------------
+
+DRAWS = {
+    "randn": lambda x: torch.randn(x.shape),
+    "randn_like": torch.randn_like,
+    "rand": lambda x: torch.rand(*x.shape),
+    "rand_like": torch.rand_like,
+    "normal": lambda x: torch.normal(torch.zeros_like(x), torch.ones_like(x)),
+    "bernoulli": lambda x: torch.bernoulli(0.5 + 0 * x),
+    "dropout": lambda x: torch.nn.functional.dropout(1 + 0 * x),
+    "normal_": lambda x: x.clone().normal_(1.0, 2.0),
+    "uniform_": lambda x: x.clone().uniform_(1.0, 3.0),
+    "bernoulli_": lambda x: x.clone().bernoulli_(0.5),
+    "exponential_": lambda x: x.clone().exponential_(),
+    "distribution": lambda x: torch.distributions.Normal(x, 1.0).rsample(),
+    "importance samples": lambda x: torch.randn(2, *x.shape).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=list(DRAWS))
+def test_shared_noise_hands_each_process_its_rows(draw):
+    x = torch.zeros(6, 50)
+    with SharedNoise(range(6), 6):
+        whole = [draw(x) for _ in range(2)]
+    assert not torch.equal(*whole)
+    assert len(whole[0].unique()) > 1
+    for rows in (range(3), range(3, 6)):
+        with SharedNoise(rows, 6):
+            part = [draw(x[list(rows)]) for _ in range(2)]
+        assert all(torch.equal(p, w[list(rows)]) for p, w in zip(part, whole, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("randn", 0, 1),
+        ("rand", 0.5, 12**-0.5),
+        ("normal_", 1, 2),
+        ("uniform_", 2, 2 * 12**-0.5),
+        ("bernoulli", 0.5, 0.5),
+        ("dropout", 1, 1),
+        ("exponential_", 1, 1),
+    ],
+)
+def test_shared_noise_has_the_distribution_that_was_asked_for(name, mean, std):
+    with SharedNoise(range(3), 6):
+        drawn = DRAWS[name](torch.zeros(3, 100_000))
+    assert float(drawn.mean()) == pytest.approx(mean, abs=0.02)
+    assert float(drawn.std()) == pytest.approx(std, rel=0.02)

@@ -1,0 +1,308 @@
+"""Names, families, plug-ins and cards; the plug-ins are real distributions on the path, without pip."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+from golden import own_models
+
+import aezoo
+from aezoo import registry
+from aezoo.errors import AezooError
+
+PLUGIN = '''"""A plug-in (Nobody 2020), https://example.org/paper"""
+
+from aezoo.models.classic.linear_ae import LinearAE
+
+
+class MyAE(LinearAE):
+    """A plug-in."""
+'''
+
+
+@pytest.fixture(autouse=True)
+def _fresh_registry():
+    registry.entries.cache_clear()
+    yield
+    registry.entries.cache_clear()
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Put a distribution with one module and entry points on the path."""
+    modules = []
+
+    def put(package, points, source=PLUGIN):
+        module = package.replace("-", "_")
+        site = tmp_path / f"{package}-site"
+        info = site / f"{module}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        lines = [f"{name} = {module}{attribute}" for name, attribute in points.items()]
+        (info / "entry_points.txt").write_text("\n".join(["[aezoo.models]", *lines, ""]))
+        (site / f"{module}.py").write_text(source)
+        monkeypatch.syspath_prepend(site)
+        modules.append(module)
+        registry.entries.cache_clear()
+        return module
+
+    yield put
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_models_of_the_zoo():
+    expected = {
+        "classic": ["contractive_ae", "conv_ae", "denoising_ae", "dense_ae", "linear_ae", "resnet_ae"],
+        "sparse": ["sparse_ae_kl", "sparse_ae_l1", "topk_sae"],
+        "variational": ["vae"],
+    }
+    for family, names in expected.items():
+        assert set(names) <= set(aezoo.list_models(family=family))
+        assert set(names) <= set(aezoo.list_models())
+
+
+def test_list_models_takes_patterns():
+    assert aezoo.list_models("sparse_ae_*") == ["sparse_ae_kl", "sparse_ae_l1"]
+    assert aezoo.list_models(["linear_*", "vae"]) == ["linear_ae", "vae"]
+    assert aezoo.list_models(["linear_*", "lin*"]) == ["linear_ae"]
+    assert aezoo.list_models("?ae") == ["vae"]
+    assert aezoo.list_models("*_ae", family="variational") == []
+    assert aezoo.list_models("no*") == []
+
+
+def test_list_models_refuses_an_unknown_family():
+    with pytest.raises(AezooError, match=r"unknown family 'variatonal': take one of classic, .*plugin"):
+        aezoo.list_models(family="variatonal")
+    assert aezoo.list_models("nothing", family="plugin") == []
+
+
+def test_natural_order(install):
+    install("number-ae", {f"n_ae_{i}": ":MyAE" for i in (10, 2, 1, 100)} | {"n_ae": ":MyAE", "n2_b": ":MyAE"})
+    assert aezoo.list_models("n*") == ["n2_b", "n_ae", "n_ae_1", "n_ae_2", "n_ae_10", "n_ae_100"]
+
+
+def test_order_is_that_of_names_whoever_brings_them(install):
+    install("one", {"aaa": ":MyAE", "zzz": ":MyAE"})
+    names = aezoo.list_models()
+    assert names[0] == "aaa"
+    assert names[-1] == "zzz"
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("dense", "dense_ae"),
+        ("convolutional", "conv_ae"),
+        ("denoising", "denoising_ae"),
+        ("sparse", "sparse_ae_l1"),
+        ("variational", "vae"),
+    ],
+)
+def test_the_five_words(word, name):
+    assert aezoo.model_class(word) is aezoo.model_class(name)
+    assert type(aezoo.create_model(word, input_shape=(1, 8, 8))) is aezoo.model_class(name)
+    assert registry.card(word) == registry.card(name)
+    assert word not in aezoo.list_models()
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [("vea", "vae"), ("VAE", "vae"), ("dense-ae", "dense_ae"), ("convolutionl", "convolutional"), ("topk", "topk_sae")],
+)
+def test_an_unknown_name_suggests(asked, meant):
+    for call in (aezoo.create_model, aezoo.model_class, registry.card):
+        with pytest.raises(AezooError, match=f"unknown model '{asked}', did you mean .*'{meant}'"):
+            call(asked)
+
+
+def test_a_name_like_no_other_suggests_nothing():
+    with pytest.raises(AezooError, match=r"unknown model 'qqqqqq'\. See `aezoo list`"):
+        aezoo.create_model("qqqqqq")
+
+
+def test_an_unknown_hyperparameter_suggests():
+    with pytest.raises(AezooError, match="vae has no hyperparameter 'latent_dims': did you mean 'latent_dim'"):
+        aezoo.create_model("variational", input_shape=(4,), latent_dims=3)
+    with pytest.raises(AezooError, match=r"vae has no hyperparameter 'qqqq': It has latent_dim, .*beta"):
+        aezoo.create_model("vae", qqqq=3)
+
+
+def test_create_model_passes_values_on():
+    model = aezoo.create_model("vae", input_shape=[3, 8, 8], latent_dim=5, hidden_dims=(9,))
+    assert (model.input_shape, model.code_shape) == ((3, 8, 8), (5,))
+    assert aezoo.create_model("vae").input_shape == (1, 28, 28)
+
+
+@pytest.mark.parametrize("name", own_models())
+def test_names_lead_to_classes_and_back(name):
+    cls = aezoo.model_class(name)
+    assert registry.name_of(cls) == name
+    assert cls.__module__ == f"aezoo.models.{registry.find(name).family}.{name}"
+
+
+def test_a_class_of_nobody_has_no_name():
+    class Mine(aezoo.model_class("vae")):
+        """Registered nowhere."""
+
+    assert registry.name_of(Mine) is None
+    assert registry.name_of(aezoo.Autoencoder) is None
+
+
+# ---- plug-ins -------------------------------------------------------------------------------------------------------
+
+
+def test_a_plugin_is_a_model_like_any_other(install):
+    module = install("nice-ae", {"nice_ae": ":MyAE"})
+    assert module not in sys.modules
+    assert aezoo.list_models(family="plugin") == ["nice_ae"]
+    assert registry.card("nice_ae").summary == "A plug-in (Nobody 2020), https://example.org/paper"
+    assert module not in sys.modules, "listing or describing a plug-in must not run it"
+    model = aezoo.create_model("nice_ae", input_shape=(6,), latent_dim=2)
+    assert type(model).__name__ == "MyAE"
+    assert registry.name_of(type(model)) == "nice_ae"
+    assert registry.find("nice_ae").owner == "nice-ae"
+    assert registry.import_plugins() == ["nice_ae"]
+
+
+def test_two_packages_with_one_name_are_both_named(install):
+    install("first-ae", {"my_ae": ":MyAE"})
+    install("second-ae", {"my_ae": ":MyAE"})
+    for call in (aezoo.list_models, lambda: aezoo.create_model("vae"), lambda: registry.card("my_ae")):
+        with pytest.raises(AezooError, match="'my_ae'") as caught:
+            call()
+        assert "first-ae (first_ae:MyAE)" in str(caught.value)
+        assert "second-ae (second_ae:MyAE)" in str(caught.value)
+
+
+def test_a_plugin_cannot_take_a_name_of_the_zoo(install):
+    install("greedy-ae", {"vae": ":MyAE"})
+    with pytest.raises(AezooError, match="two models are named 'vae'") as caught:
+        aezoo.list_models()
+    assert "aezoo (aezoo.models.variational.vae)" in str(caught.value)
+    assert "greedy-ae (greedy_ae)" in str(caught.value)
+
+
+def test_a_plugin_cannot_take_one_of_the_five_words(install):
+    install("greedy-ae", {"sparse": ":MyAE"})
+    with pytest.raises(AezooError, match="greedy-ae registers 'sparse', a word that aezoo reserves for sparse_ae_l1"):
+        aezoo.list_models()
+
+
+def test_one_package_twice_on_the_path_counts_once(install, tmp_path, monkeypatch):
+    install("nice-ae", {"nice_ae": ":MyAE"})
+    copy = tmp_path / "again"
+    (tmp_path / "nice-ae-site").rename(copy)
+    install("nice-ae", {"nice_ae": ":MyAE"})
+    monkeypatch.syspath_prepend(copy)
+    assert aezoo.list_models(family="plugin") == ["nice_ae"]
+
+
+@pytest.mark.parametrize(
+    ("source", "attribute", "reason"),
+    [
+        ("import a_package_that_nobody_has\n", ":MyAE", "No module named 'a_package_that_nobody_has'"),
+        ("class MyAE(:\n", ":MyAE", "SyntaxError"),
+        ("1 / 0\n", ":MyAE", "ZeroDivisionError"),
+        ("", ":MyAE", "has no attribute 'MyAE'"),
+        ("class MyAE: pass\n", ":MyAE", "must give one subclass of aezoo.Autoencoder"),
+        ("MyAE = 3\n", ":MyAE", "must give one subclass of aezoo.Autoencoder"),
+        ("from aezoo import Autoencoder\n", "", "must give one subclass of aezoo.Autoencoder"),
+    ],
+)
+def test_a_broken_plugin_is_named_and_the_rest_works(install, source, attribute, reason):
+    install("sad-ae", {"sad_ae": attribute}, source)
+    install("nice-ae", {"nice_ae": ":MyAE"})
+    with pytest.warns(UserWarning, match="sad-ae") as caught:
+        assert registry.import_plugins() == ["nice_ae"]
+    (warning,) = [str(w.message) for w in caught]
+    assert "sad-ae" in warning
+    assert reason in warning
+    assert "left out" in warning
+    assert len(warning.splitlines()) == 1
+    with pytest.raises(AezooError, match="sad-ae"):
+        aezoo.create_model("sad_ae")
+    assert "sad_ae" in aezoo.list_models()
+    assert aezoo.create_model("vae", input_shape=(4,)).input_shape == (4,)
+
+
+def test_working_plugins_raise_no_warning(install):
+    install("nice-ae", {"nice_ae": ":MyAE"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        registry.import_plugins()
+
+
+@pytest.mark.parametrize("source", ["class MyAE(:\n", "\x00"])
+def test_the_card_of_a_broken_plugin_names_it(install, source):
+    install("sad-ae", {"sad_ae": ":MyAE"}, source)
+    with pytest.raises(AezooError, match="'sad_ae' of package sad-ae is broken"):
+        registry.card("sad_ae")
+
+
+def test_the_card_of_a_plugin_whose_module_is_gone_names_it(install, tmp_path):
+    install("gone-ae", {"gone_ae": ":MyAE"})
+    (tmp_path / "gone-ae-site" / "gone_ae.py").unlink()
+    with pytest.raises(AezooError, match="no source file for gone_ae of package gone-ae"):
+        registry.card("gone_ae")
+
+
+# ---- cards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", own_models())
+def test_the_first_line_names_the_paper_and_its_address(name):
+    summary = registry.card(name).summary
+    assert re.fullmatch(r"\S.* \(.*\b(19|20)\d\d\b.*\), https?://\S+", summary), summary
+    assert summary == (inspect.getdoc(sys.modules[aezoo.model_class(name).__module__]) or "").splitlines()[0]
+
+
+@pytest.mark.parametrize("name", own_models())
+def test_the_card_tells_what_the_class_has(name):
+    card, cls = registry.card(name), aezoo.model_class(name)
+    assert card.text
+    assert card.about
+    parameters = inspect.signature(cls).parameters
+    assert [p[0] for p in card.parameters] == list(parameters)
+    for parameter, kind, default, meaning in card.parameters:
+        assert kind
+        assert meaning
+        if parameter != "input_shape":
+            assert eval(compile(ast.parse(default, mode="eval"), "default", "eval")) == parameters[parameter].default
+
+
+def test_cards_and_names_need_no_torch():
+    code = (
+        "import sys, aezoo; from aezoo import registry; names = aezoo.list_models()\n"
+        "cards = [registry.card(name) for name in names]; assert all(c.summary and c.parameters for c in cards)\n"
+        "print(len(names), sorted(m for m in ('torch', 'lightning', 'numpy', 'sklearn') if m in sys.modules))"
+    )
+    assert python(code) == f"{len(aezoo.list_models())} []"
+
+
+def test_import_aezoo_loads_no_torch():
+    code = "import sys; before = set(sys.modules); import aezoo; print(*sorted(set(sys.modules) - before))"
+    loaded = python(code).split()
+    assert "aezoo" in loaded
+    assert not {"torch", "lightning", "numpy", "aezoo.autoencoder"} & set(loaded)
+    assert len(loaded) < 30, loaded
+
+
+def test_the_public_names_are_there():
+    assert all(getattr(aezoo, name) is not None for name in aezoo.__all__)
+    assert set(aezoo.__all__) <= set(dir(aezoo))
+    assert len(aezoo.__all__) <= 10
+    with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
+        aezoo.create_modle  # noqa: B018

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import aezoo
 from aezoo import likelihoods, optimizers
@@ -86,7 +87,7 @@ class Autoencoder(pl.LightningModule):
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self._train_means = Means()
         self._evaluation: Evaluation | None = None
-        self._batch_checked = False
+        self._checked: set[bool] = set()
 
     # ---- the contract -----------------------------------------------------------------------------------------------
 
@@ -181,7 +182,12 @@ class Autoencoder(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        self._batch_checked = False
+        self._checked.clear()
+
+    def on_train_start(self) -> None:
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        if isinstance(optimizer, torch.optim.Optimizer) and (scheduler is None or isinstance(scheduler, LambdaLR)):
+            optimizers.renew(optimizer, scheduler, self.lr, self.weight_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         from aezoo.registry import name_of
@@ -216,13 +222,15 @@ class Autoencoder(pl.LightningModule):
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         x, y = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1] if len(batch) > 1 else None)
-        if not self._batch_checked:
+        if self.training not in self._checked:
             self.check_batch(x)
-            self._batch_checked = True
+            self._checked.add(self.training)
         return x, y
 
     def check_batch(self, x: Tensor) -> None:
-        """Refuse a batch that the model cannot learn from; the loop calls it on the first batch of a fit.
+        """Refuse a batch that the model cannot use; the loop calls it on the first batches of training and evaluation.
+
+        Only training data must lie in the likelihood's interval: unseen data may exceed the range they were scaled by.
 
         Raises:
             AezooError: wrong shape or dtype, values that are not finite, or outside of [0, 1] where that is needed.
@@ -237,7 +245,7 @@ class Autoencoder(pl.LightningModule):
         low, high = float(x.min()), float(x.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise AezooError("the data hold NaN or infinite values: clean them first")
-        if self.likelihood.unit_interval and not (low >= -1e-6 and high <= 1 + 1e-6):
+        if self.training and self.likelihood.unit_interval and not (low >= -1e-6 and high <= 1 + 1e-6):
             raise AezooError(
                 f"this likelihood needs data in [0, 1], got values from {low:.4g} to {high:.4g}: "
                 "scale the data, or take likelihood='gaussian'"

@@ -143,7 +143,7 @@ class AezooCLI(LightningCLI):
                 raise
             raise AezooError(_plain(str(error), self._subcommand_parsers[self.argv[0]])) from error
         if self.source is not None:
-            _check_against(checkpoint.read_checkpoint(self.source), self.source, self.model)
+            _check_against(checkpoint.read_checkpoint(self.source), self.source, self.model, self.argv[0] == "fit")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = dict(self._get(self.config_init, "trainer", default={}))
@@ -370,7 +370,7 @@ def _plain_values(hyperparameters: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_against(content: dict[str, Any], source: Path, model: Autoencoder) -> None:
+def _check_against(content: dict[str, Any], source: Path, model: Autoencoder, resume: bool) -> None:
     """Say which hyperparameters differ from the checkpoint's; refuse another shape of data."""
     stored, now = content.get("hyper_parameters", {}), dict(model.hparams)
     shape = tuple(stored.get("input_shape", model.input_shape))
@@ -379,7 +379,12 @@ def _check_against(content: dict[str, Any], source: Path, model: Autoencoder) ->
             f"{source} was trained on samples of shape {'x'.join(map(str, shape))}, these data give "
             f"{'x'.join(map(str, model.input_shape))}: choose the same --data, or --data.size and --data.channels"
         )
-    for key in stored.keys() & now.keys():
+    if resume and stored.get("optimizer", model.optimizer) != model.optimizer:
+        raise AezooError(
+            f"{source} holds the state of {stored['optimizer']}, which {model.optimizer} cannot go on with: keep "
+            f"--model.optimizer {stored['optimizer']}, or fine-tune from Python with aezoo.load_model"
+        )
+    for key in sorted(stored.keys() & now.keys()):
         if stored[key] != now[key]:
             print(f"aezoo: model.{key} is {now[key]}, the checkpoint has {stored[key]}", file=sys.stderr)
 

@@ -85,6 +85,16 @@ def schedule(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, tra
     return LambdaLR(optimizer, factor)
 
 
+def renew(optimizer: torch.optim.Optimizer, scheduler: LambdaLR | None, lr: float, weight_decay: float) -> None:
+    """Set what was asked for over what a checkpoint has restored, at the schedule's present point."""
+    factors = [1.0] * len(optimizer.param_groups)
+    if scheduler is not None:
+        scheduler.base_lrs = [lr] * len(factors)
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, factor in zip(optimizer.param_groups, factors, strict=True):
+        group.update(lr=lr * factor, initial_lr=lr, weight_decay=weight_decay)
+
+
 def total_steps(trainer: "Trainer") -> int:
     """Optimiser steps of the whole fit; valid once the training loop has its loader.
 

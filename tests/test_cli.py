@@ -142,6 +142,12 @@ def test_a_vector_model_on_data_it_cannot_take_is_refused_before_training(capsys
     assert "convolutions take" in refused(capsys, "fit", "--model", "conv_ae", "--data.name", "x.npy")
 
 
+def test_a_table_of_any_range_trains_by_default():
+    np.save("table.npy", np.random.default_rng(0).normal(size=(300, 30)))
+    cli.main(["fit", "--model", "vae", "--data.name", "table.npy", "--trainer.max_epochs", "1", *OFF])
+    assert aezoo.load_model("runs/vae-table/0").input_shape == (30,)
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +219,10 @@ def test_flags_beat_the_checkpoint_and_a_difference_is_said(capsys):
     cli.main(["fit", "--ckpt_path", "runs/dense_ae-digits/0", "--trainer.max_epochs", "2", "--model.lr", "0.5"])
     assert "model.lr is 0.5, the checkpoint has 0.001" in capsys.readouterr().err
     assert yaml.safe_load(Path("runs/dense_ae-digits/0/config.yaml").read_text())["model"]["init_args"]["lr"] == 0.5
+    saved = torch.load("runs/dense_ae-digits/0/checkpoints/last.ckpt", weights_only=True)
+    assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == 0.5
+    line = refused(capsys, "fit", "--ckpt_path", "runs/dense_ae-digits/0", "--model.optimizer", "sgd")
+    assert "holds the state of adam" in line
     line = refused(capsys, "test", "--ckpt_path", "runs/dense_ae-digits/0", "--model.latent_dim", "7")
     assert "do not fit the model" in line
     line = refused(capsys, "test", "--ckpt_path", "runs/dense_ae-digits/0", "--data.name", "mnist5k")
@@ -250,6 +260,15 @@ def test_model_and_data_share_no_hyperparameter_that_would_clash_in_the_logger()
     data = set(inspect.signature(DataModule).parameters)
     for name in aezoo.list_models():
         assert not data & set(inspect.signature(aezoo.model_class(name)).parameters)
+
+
+def test_spawned_processes_can_pickle_what_the_command_line_adds():
+    import pickle
+
+    from aezoo import lightning_cli
+
+    for cls in (lightning_cli.AezooCLI, lightning_cli.SaveConfig, lightning_cli.Parser):
+        assert pickle.loads(pickle.dumps(cls)) is cls
 
 
 def test_two_processes_train_one_run():

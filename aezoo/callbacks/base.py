@@ -83,7 +83,7 @@ def publish(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") -> N
     pixels = render(figure)
     write_png(folder / f"{name}.png", pixels)
     for writer in tensorboard_writers(trainer):
-        writer.add_image(name, pixels, trainer.global_step, dataformats="HWC")
+        writer.add_image(f"{folder.name}/{name}", pixels, trainer.global_step, dataformats="HWC")
 
 
 def check_period(owner: object, every_n_epochs: int) -> int:

@@ -8,8 +8,11 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder, tensorboard_writers
+from aezoo.registry import name_of
 
 _PLAIN = (bool, int, float, str)
+# losses of two likelihoods do not compare; these do, and `best/` puts them into the columns that the tab opens with
+_COMPARABLE = ("mse", "psnr", "ssim")
 
 
 class Dashboard(pl.Callback):
@@ -18,7 +21,8 @@ class Dashboard(pl.Callback):
     Custom Scalars holds one chart for each loss term, training and validation together. Text holds the run's
     config.yaml, or the hyperparameters of model and data where there is none. HParams shows the run from its
     first step on, beside others under the same folder, with their hyperparameters, all scalars and, at the end,
-    `best/val_loss`.
+    `best/val_loss` and the other figures of that validation that compare between models: `best/val_mse`, .... A resumed
+    run keeps the hyperparameters of its first start there; Text has the settings of each start.
 
     Use it with TensorBoardLogger(default_hp_metric=False): the logger's own `hp_metric` hides all other columns.
 
@@ -32,12 +36,18 @@ class Dashboard(pl.Callback):
         super().__init__()
         self.layout, self.text, self.hparams = layout, text, hparams
         self._best = BestLoss()
+        self._figures: dict[str, float] = {}
         self._laid_out = False
         self._opened: set[str] = set()
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._laid_out = not self.layout or is_dry_run(trainer) or not trainer.is_global_zero
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        silent = is_dry_run(trainer) or not trainer.is_global_zero
+        self._laid_out = not self.layout or silent
+        # not in on_fit_start, which still counts a resumed run's steps from 0
         self._start(trainer, pl_module)
+        if trainer.global_step and not silent:
+            for writer in tensorboard_writers(trainer):
+                forget_later_steps(writer, trainer.global_step)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start(trainer, pl_module)
@@ -53,19 +63,25 @@ class Dashboard(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            before = self._best.epoch
             self._best.update(trainer)
+            if self._best.epoch != before:
+                figures = {name: trainer.callback_metrics.get(f"val/{name}") for name in _COMPARABLE}
+                self._figures = {name: float(value) for name, value in figures.items() if value is not None}
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end(trainer, self._best.value if self._best.epoch >= 0 else None)
+        best = {"loss": self._best.value, **self._figures} if self._best.epoch >= 0 else {}
+        self._end(trainer, {f"best/val_{name}": value for name, value in best.items()})
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end(trainer, None)
+        self._end(trainer, {})
 
     def state_dict(self) -> dict[str, Any]:
-        return self._best.state_dict()
+        return {**self._best.state_dict(), "figures": self._figures}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best.load_state_dict(state_dict)
+        self._figures = {name: float(value) for name, value in state_dict.get("figures", {}).items()}
 
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = run_folder(trainer)  # on every rank
@@ -81,13 +97,13 @@ class Dashboard(pl.Callback):
             if self.hparams:
                 self._summary(writer, values, end=False)
 
-    def _end(self, trainer: pl.Trainer, best: float | None) -> None:
+    def _end(self, trainer: pl.Trainer, best: dict[str, float]) -> None:
         if not self.hparams or not trainer.is_global_zero or is_dry_run(trainer):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                if best is not None:
-                    logger.log_metrics({"best/val_loss": best}, step=trainer.global_step)
+                if best:
+                    logger.log_metrics(best, step=trainer.global_step)
                 self._summary(logger.experiment, {}, end=True)
 
     @staticmethod
@@ -105,6 +121,19 @@ class Dashboard(pl.Callback):
         writer.flush()
 
 
+def forget_later_steps(writer: Any, step: int) -> None:
+    """Hide what an abandoned continuation wrote after `step`, so that no curve runs twice.
+
+    TensorBoard's fast loader sees that by itself, the one in Python needs to be told
+    (tensorboard/backend/event_processing/event_accumulator.py, _CheckForRestartAndMaybePurge).
+    """
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    # what was written at the step itself, such as pictures and the test, belongs to the checkpoint
+    start = SessionLog(status=SessionLog.START)
+    writer._get_file_writer().add_event(Event(session_log=start), step=step + 1)
+
+
 def scalars_layout(terms: list[str]) -> dict[str, dict[str, list[Any]]]:
     """One chart for each loss term with the training and the validation curve; tags are regular expressions."""
     charts = {
@@ -114,13 +143,13 @@ def scalars_layout(terms: list[str]) -> dict[str, dict[str, list[Any]]]:
 
 
 def hyperparameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-    """What a run is told apart by: the model's and the data's hyperparameters as plain values."""
-    values: dict[str, Any] = {"model": type(pl_module).__name__, **dict(pl_module.hparams_initial)}
+    """What a run is told apart by: the model's and the data's hyperparameters as plain values, named like the flags."""
+    values: dict[str, Any] = {"model": name_of(type(pl_module)) or type(pl_module).__name__}
+    values |= {f"model.{name}": value for name, value in dict(pl_module.hparams_initial).items()}
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is not None:
         values |= {f"data.{name}": value for name, value in dict(datamodule.hparams_initial).items()}
-    if trainer.max_epochs is not None:
-        values["max_epochs"] = trainer.max_epochs
+        values.pop("model.input_shape", None)  # follows from the data
     hidden = {name for name in values if name.rpartition(".")[2].startswith("_")}
     return {
         name: value if isinstance(value, _PLAIN) else str(value)

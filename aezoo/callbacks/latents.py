@@ -1,7 +1,10 @@
 """Where validation samples lie in the latent space."""
 
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,7 +42,7 @@ class LatentScatter(Picture):
 class Projector(Picture):
     """TensorBoard's Projector tab: codes of validation samples with their labels, and their images as sprites.
 
-    Written once, at the end of a fit. Needs a TensorBoardLogger.
+    Written once, at the end of a fit, into `projector/`; a resumed run replaces it. Needs a TensorBoardLogger.
 
     Args:
         n: number of samples; 0 turns it off.
@@ -54,18 +57,43 @@ class Projector(Picture):
 
         codes = self.apply(model.encode, x).flatten(1)
         sprites = _sprites(x) if drawing.is_image(model.input_shape) else None
+        name = f"codes at step {self._trainer.global_step}"
         for writer in tensorboard_writers(self._trainer):
-            writer.add_embedding(
-                codes,
-                metadata=None if y is None else y.tolist(),
-                label_img=sprites,
-                global_step=self._trainer.global_step,
-                tag="codes",
-            )
+            write_embedding(Path(writer.log_dir), name, codes, y, sprites)
         return {}
 
     def due(self, epoch: int, last: bool) -> bool:
         return last
+
+
+def write_embedding(run: Path, name: str, codes: Tensor, y: Tensor | None, sprites: Tensor | None) -> None:
+    """What the Projector tab reads; SummaryWriter.add_embedding leaves a folder for each step in the run's folder.
+
+    Args:
+        run: the folder of the event files.
+        name: what the tab calls the points.
+        codes: (N, D).
+        y: (N,) labels.
+        sprites: (N, 3, side, side) in [0, 1].
+    """
+    from aezoo.callbacks import drawing
+
+    folder = run / "projector"
+    folder.mkdir(parents=True, exist_ok=True)
+    # two columns at least: the tab cannot draw a line
+    codes = codes if codes.shape[1] > 1 else F.pad(codes, (0, 1))
+    np.savetxt(folder / "codes.tsv", codes.numpy(), "%.6g", "\t")
+    lines = [f'tensor_name: "{name}"', 'tensor_path: "projector/codes.tsv"']
+    if y is not None:
+        np.savetxt(folder / "labels.tsv", y.numpy(), "%d")
+        lines.append('metadata_path: "projector/labels.tsv"')
+    if sprites is not None:
+        side, columns = sprites.shape[-1], math.ceil(len(sprites) ** 0.5)
+        grid = F.pad(sprites, (0, 0, 0, 0, 0, 0, 0, columns**2 - len(sprites))).unflatten(0, (columns, columns))
+        sheet = grid.permute(0, 3, 1, 4, 2).reshape(columns * side, columns * side, 3)
+        drawing.write_png(folder / "sprites.png", (sheet * 255).round().byte().numpy())
+        lines.append(f'sprite {{ image_path: "projector/sprites.png" single_image_dim: [{side}, {side}] }}')
+    (run / "projector_config.pbtxt").write_text("embeddings {\n  " + "\n  ".join(lines) + "\n}\n", "utf-8")
 
 
 def principal_plane(codes: Tensor) -> tuple[Tensor, tuple[str, str]]:

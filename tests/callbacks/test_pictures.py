@@ -67,8 +67,8 @@ def test_pictures_go_to_tensorboard_at_the_asked_epochs(fit, events):
     fit(FakeVAE((1, 8, 8), latent_dim=2), *all_pictures(every_n_epochs=2), max_epochs=5)
     found = events()
     tags = {"reconstructions", "samples", "traversal", "interpolation", "latent_map", "latents", "filters"}
-    assert set(found.Tags()["images"]) == tags
-    for tag in tags:
+    assert set(found.Tags()["images"]) == {f"pictures/{tag}" for tag in tags}
+    for tag in found.Tags()["images"]:
         # three steps an epoch; after epochs 2 and 4, and 5, the last
         assert [image.step for image in found.Images(tag)] == [6, 12, 15]
 
@@ -84,7 +84,7 @@ def test_early_stop_still_ends_in_pictures_of_the_last_weights(fit, events):
             trainer.should_stop = trainer.current_epoch == 1
 
     fit(Fake((1, 8, 8)), Stop(), Reconstructions(every_n_epochs=5), max_epochs=20)
-    assert [image.step for image in events().Images("reconstructions")] == [6]
+    assert [image.step for image in events().Images("pictures/reconstructions")] == [6]
 
 
 @pytest.mark.parametrize("fake", FAKES)
@@ -343,19 +343,34 @@ def test_principal_plane_is_pca():
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 9), (30,)], ids=str)
 def test_projector_files(fit, tmp_path, shape):
-    fit(Fake(shape), Projector(n=30))
+    from google.protobuf import text_format
+    from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+
+    model, (x, y) = Fake(shape), digits(shape).tensors
+    for epochs in (1, 2):  # the second run, as after a resume, leaves nothing of the first
+        fit(model, Projector(n=30), max_epochs=epochs)
     folder = tmp_path / "run" / "0"
-    config = (folder / "projector_config.pbtxt").read_text()
-    assert "00006/codes/tensors.tsv" in config
-    home = folder / "00006" / "codes"
-    assert np.loadtxt(home / "tensors.tsv").shape == (30, 4)
-    assert (home / "metadata.tsv").read_text().split() == [str(y) for y in digits(shape).tensors[1][:30].tolist()]
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["projector"]
+    (info,) = text_format.Parse((folder / "projector_config.pbtxt").read_text(), ProjectorConfig()).embeddings
+    assert info.tensor_name == "codes at step 6"
+    codes = model.eval().encode(x[:30]).detach().numpy()
+    assert np.loadtxt(folder / info.tensor_path, delimiter="\t") == pytest.approx(codes, abs=1e-4)
+    assert (folder / info.metadata_path).read_text().split() == [str(label) for label in y[:30].tolist()]
     if is_image(shape):
         side = max(shape[1:])
-        assert f"single_image_dim: {side}" in config
-        assert np.asarray(Image.open(home / "sprite.png")).shape[:2] == (6 * side, 6 * side)
+        assert list(info.sprite.single_image_dim) == [side, side]
+        sheet = np.asarray(Image.open(folder / info.sprite.image_path)) / 255
+        assert sheet.shape == (6 * side, 6 * side, 3)
+        # sample 8 is the third of the second row
+        found = sheet[side : side + shape[1], 2 * side : 2 * side + shape[2]].transpose(2, 0, 1)
+        assert found == pytest.approx(np.broadcast_to(x[8].numpy(), found.shape), abs=0.003)
     else:
-        assert not (home / "sprite.png").exists()
+        assert not info.HasField("sprite")
+
+
+def test_projector_of_one_dimension(fit, tmp_path):
+    fit(Fake((6,), latent_dim=1), Projector(n=30))
+    assert np.loadtxt(tmp_path / "run" / "0" / "projector" / "codes.tsv").shape == (30, 2)
 
 
 def test_tensorboard_offers_the_projector(fit, tmp_path):

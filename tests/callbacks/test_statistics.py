@@ -53,7 +53,7 @@ def test_kl_is_drawn_and_logged(fit, events, tmp_path):
     fit(FakeVAE((1, 6, 6)), CodeStatistics(every_n_epochs=2), max_epochs=5)
     found = events()
     assert [e.step for e in found.Scalars("val/active_units")] == [5, 11]
-    assert [e.step for e in found.Images("kl_per_dimension")] == [6, 12]
+    assert [e.step for e in found.Images("pictures/kl_per_dimension")] == [6, 12]
     assert (tmp_path / "run" / "0" / "pictures" / "kl_per_dimension.png").is_file()
 
 
@@ -202,8 +202,8 @@ def test_text_tab_without_a_config_holds_the_hyperparameters(fit, events, tmp_pa
     text = events().Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     values = yaml.safe_load(text.strip("`").removeprefix("yaml"))
     assert values.pop("model") == "FakeVAE"
-    assert values.pop("input_shape") == "(4,)"
-    assert values == {"latent_dim": 4, "denoising": False, "beta": 2.0, "lr": 0.01, "max_epochs": 2}
+    assert values.pop("model.input_shape") == "(4,)"
+    assert values == {"model.latent_dim": 4, "model.denoising": False, "model.beta": 2.0, "model.lr": 0.01}
 
 
 @pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")
@@ -225,7 +225,7 @@ def test_hparams_tab_shows_all_runs_with_their_metrics(fit, tmp_path):
         request, "", True, contents, backend.hparams_from_data_provider(request, "", None)
     )
     # the second model has no beta, and the first run's columns do not decide for the second
-    assert {"model", "latent_dim", "beta", "lr"} <= {info.name for info in experiment.hparam_infos}
+    assert {"model", "model.latent_dim", "model.beta", "model.lr"} <= {info.name for info in experiment.hparam_infos}
     assert {"val/loss", "test/loss", "best/val_loss"} <= {info.name.tag for info in experiment.metric_infos}
     groups = Handler(
         request,
@@ -256,6 +256,40 @@ def test_best_loss_survives_a_resume(tmp_path, fit):
     second.load_state_dict(torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["Dashboard"])
     fit(model, second, max_epochs=1)
     assert (second._best.value, second._best.epoch) == (first._best.value, 1)
+
+
+def test_figures_of_the_best_epoch_follow_it(fit, events, tmp_path):
+    class Falling(Fake):
+        def validation_step(self, batch, batch_idx):
+            loss = [5.0, 3.0, 4.0][self.current_epoch]
+            self.log_dict({"val/loss": loss, "val/mse": loss / 10, "val/nll": loss})
+
+    trainer = fit(Falling((4,)), Dashboard(), max_epochs=3)
+    best = {tag: [e.value for e in events().Scalars(tag)] for tag in events().Tags()["scalars"] if "best" in tag}
+    assert best == {"best/val_loss": [3.0], "best/val_mse": [pytest.approx(0.3)]}
+    resumed = Dashboard()
+    resumed.load_state_dict(trainer.callbacks[0].state_dict())
+    assert resumed.state_dict() == trainer.callbacks[0].state_dict()
+
+
+def test_going_on_from_an_older_checkpoint_draws_no_curve_twice(fit, events, tmp_path):
+    class Keep(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(tmp_path / "two.ckpt")
+
+    def run(max_epochs, **options):
+        trainer = fit(Fake((4,)), Dashboard(), Keep(), logger=logger(tmp_path), max_epochs=max_epochs, **options)
+        trainer.logger.log_metrics({"end": 0.0}, step=trainer.global_step)
+        trainer.logger.finalize("success")
+
+    run(2)
+    run(5, ckpt_path=str(tmp_path / "two.ckpt"))
+    run(4, ckpt_path=str(tmp_path / "two.ckpt"))
+    # three steps an epoch; what the first run wrote at its last step stays
+    assert [event.step for event in events().Scalars("val/loss")] == [2, 5, 8, 11]
+    assert [event.step for event in events().Scalars("end")] == [6, 12]
+    assert [event.step for event in events().Tensors("config/text_summary")] == [0, 6, 6]
 
 
 def test_dashboard_copes_with_other_loggers_and_dry_runs(fit, tmp_path):

@@ -1,5 +1,7 @@
 """Mirror autoencoder: tied weights, after Vincent et al. 2010, https://www.jmlr.org/papers/v11/vincent10a.html
 
+The decoder is the encoder's transpose:
+
     L = -log p(x | W' h + c)     h = sigmoid(W x + b)
 """
 

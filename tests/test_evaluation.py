@@ -1,0 +1,80 @@
+"""The figures of every evaluation against numpy and scipy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from aezoo.metrics import Evaluation, Means
+
+CPU = torch.device("cpu")
+
+
+def ssim(x: np.ndarray, y: np.ndarray) -> float:
+    """Wang et al. 2004 with their Gaussian window (11 x 11, sigma 1.5) and constants, averaged over the image."""
+
+    def blur(a: np.ndarray) -> np.ndarray:
+        return gaussian_filter(a, 1.5, mode="mirror", truncate=3.5)
+
+    mu_x, mu_y = blur(x), blur(y)
+    var_x, var_y, cov = blur(x * x) - mu_x**2, blur(y * y) - mu_y**2, blur(x * y) - mu_x * mu_y
+    c1, c2 = 0.01**2, 0.03**2
+    return float((((2 * mu_x * mu_y + c1) * (2 * cov + c2)) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))).mean())
+
+
+@pytest.mark.parametrize(
+    "shape", [(30,), (3, 17), (1, 28, 28), (3, 9, 12), (1, 8, 8), (1, 6, 6), (1, 5, 8), (1, 4, 4, 4)]
+)
+def test_uneven_batches_give_the_figures_of_the_whole_set(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(23, *shape)
+    x_hat = x + 0.2 * torch.randn_like(x)  # outside [0, 1] too
+    nll = torch.rand(23)
+    evaluation = Evaluation(shape, CPU)
+    for rows in (slice(0, 10), slice(10, 20), slice(20, 23)):
+        evaluation.add({"nll": nll[rows].mean(), "elbo": -nll[rows].mean()}, x[rows], x_hat[rows])
+    found = {name: value.item() for name, value in evaluation.compute().items()}
+    a, b = x.double().numpy(), x_hat.double().numpy()
+    mse = ((a - b) ** 2).mean()
+    expected = {"nll": nll.mean().item(), "elbo": -nll.mean().item(), "mse": mse, "psnr": 10 * np.log10(1 / mse)}
+    expected["bits_per_dim"] = expected["nll"] / (math.prod(shape) * math.log(2))
+    if len(shape) == 3 and min(shape[1:]) > 5:
+        expected["ssim"] = np.mean([ssim(c, d) for u, v in zip(a, b, strict=True) for c, d in zip(u, v, strict=True)])
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_perfect_reconstruction() -> None:
+    evaluation, x = Evaluation((1, 12, 12), CPU), torch.rand(3, 1, 12, 12)
+    evaluation.add({}, x, x)
+    found = evaluation.compute()
+    assert found["mse"] == 0
+    assert found["ssim"] == pytest.approx(1)
+    assert found["psnr"] == math.inf
+    assert "bits_per_dim" not in found
+
+
+def test_half_precision_inputs_are_measured_in_float32() -> None:
+    evaluation, x = Evaluation((1, 12, 12), CPU), torch.rand(3, 1, 12, 12)
+    evaluation.add({}, x.bfloat16(), x.bfloat16() + 0.5)
+    assert evaluation.compute()["mse"].item() == pytest.approx(0.25, rel=1e-2)
+
+
+def test_means_weigh_by_samples_carry_no_gradient_and_reset() -> None:
+    means = Means()
+    assert means.compute() == {}
+    means.add({"a": torch.tensor(1.0, requires_grad=True), "b": torch.tensor(4.0)}, 30)
+    means.add({"a": torch.tensor(5.0), "b": torch.tensor(4.0, dtype=torch.float64)}, 10)
+    found = means.compute()
+    assert {name: value.item() for name, value in found.items()} == {"a": 2.0, "b": 4.0}
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in found.values())
+    means.reset()
+    assert means.compute() == {}
+
+
+def test_means_of_many_batches_keep_their_digits() -> None:
+    means = Means()
+    for _ in range(10_000):
+        means.add({"a": torch.tensor(0.1)}, 1000)
+    assert means.compute()["a"].item() == pytest.approx(0.1, rel=1e-7)

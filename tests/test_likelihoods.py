@@ -1,0 +1,240 @@
+"""Likelihoods against torch.distributions, scipy and quadrature."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.distributions as D
+from scipy import stats
+from scipy.integrate import quad
+
+from aezoo.errors import AezooError
+from aezoo.likelihoods import LIKELIHOODS, Likelihood, likelihood
+
+LEVELS = torch.arange(256, dtype=torch.float64) / 255
+SHIFT = 0.37  # added to a learned log scale: identities must hold away from the start as well
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(1234)
+
+
+def build(name: str) -> Likelihood:
+    made = likelihood(name).double()
+    if name.endswith("learned"):
+        with torch.no_grad():
+            made.log_scale += SHIFT
+    return made
+
+
+def one(made: Likelihood, t: float, x: float) -> float:
+    """Log-density of one value."""
+    return made.log_prob(torch.tensor([[t]], dtype=torch.float64), torch.tensor([[x]], dtype=torch.float64)).item()
+
+
+def scale_of(made: Likelihood) -> float:
+    return float(made.log_scale.detach().exp())
+
+
+def logistic_levels(t: torch.Tensor, x: torch.Tensor, scale: float) -> torch.Tensor:
+    """The level's probability, as a difference of scipy's distribution functions, the end bins open."""
+    t_np, x_np = t.numpy(), x.numpy()
+    upper = np.where(x_np > 254.5 / 255, np.inf, x_np + 0.5 / 255)
+    lower = np.where(x_np < 0.5 / 255, -np.inf, x_np - 0.5 / 255)
+    # on the side of the smaller tail, where the difference keeps its digits
+    left = stats.logistic.cdf(upper, t_np, scale) - stats.logistic.cdf(lower, t_np, scale)
+    right = stats.logistic.sf(lower, t_np, scale) - stats.logistic.sf(upper, t_np, scale)
+    return torch.from_numpy(np.log(np.where(x_np > t_np, right, left)))
+
+
+def reference(name: str, made: Likelihood, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    kind = name.partition(":")[0]
+    if kind == "bernoulli":
+        return D.Bernoulli(logits=t).log_prob(x)
+    if kind == "continuous_bernoulli":
+        return D.ContinuousBernoulli(logits=t).log_prob(x)
+    if kind == "gaussian":
+        return D.Normal(t, t.new_tensor(scale_of(made))).log_prob(x)
+    if kind == "laplace":
+        return D.Laplace(t, t.new_tensor(scale_of(made))).log_prob(x)
+    return logistic_levels(t, x, scale_of(made))
+
+
+NAMES = (
+    *("bernoulli", "continuous_bernoulli", "gaussian", "gaussian:0.1", "gaussian:learned"),
+    *("laplace", "laplace:0.3", "laplace:learned", "discretised_logistic", "discretised_logistic:0.2"),
+    "discretised_logistic:learned",
+)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (3, 4, 4), (1, 2, 3, 2)])
+@pytest.mark.parametrize("name", NAMES)
+def test_log_prob_is_that_of_the_reference_summed_over_the_sample(name: str, shape: tuple[int, ...]) -> None:
+    made = build(name)
+    x = LEVELS[torch.randint(256, (6, *shape))]
+    if name == "bernoulli":
+        x = x.round()
+    t = torch.randn(6, *shape, dtype=torch.float64) * (0.5 if "logistic" in name else 3)
+    expected = reference(name, made, t, x).flatten(1).sum(1)
+    found = made.log_prob(t.detach(), x)
+    assert found.shape == (6,)
+    # torch's continuous Bernoulli expands to second order around 1/2
+    rtol, atol = (1e-5, 1e-5) if name == "continuous_bernoulli" else (1e-9, 1e-9)
+    torch.testing.assert_close(found.detach(), expected, rtol=rtol, atol=atol)
+
+
+def test_the_constants_that_the_documentation_states() -> None:
+    x, t = torch.rand(5, 3, 4, dtype=torch.float64), torch.randn(5, 3, 4, dtype=torch.float64)
+    sse = ((x - t) ** 2).flatten(1).sum(1)
+    torch.testing.assert_close(-build("gaussian").log_prob(t, x), sse + 6 * math.log(math.pi))
+    assert scale_of(build("laplace")) == 1.0
+    assert scale_of(build("gaussian:0.1")) == pytest.approx(0.1)
+    assert scale_of(build("discretised_logistic")) == pytest.approx(0.05)
+    zeros = torch.zeros(2, 7, dtype=torch.float64)
+    torch.testing.assert_close(build("bernoulli").log_prob(zeros, x.flatten(1)[:2, :7]), -zeros[:, 0] - 7 * math.log(2))
+
+
+LOGITS = (-60.0, -5.0, -0.06, -0.049, -0.01, 0.0, 1e-4, 0.02, 0.0499, 0.0501, 0.7, 9.0, 60.0)
+
+
+@pytest.mark.parametrize("t", LOGITS)
+def test_continuous_bernoulli_is_a_density_with_that_mean(t: float) -> None:
+    made = build("continuous_bernoulli")
+    near = [0.0, 1 / 60, 0.5, 59 / 60, 1.0]
+    total = sum(quad(lambda x: math.exp(one(made, t, x)), a, b)[0] for a, b in pairwise(near))
+    mean = sum(quad(lambda x: x * math.exp(one(made, t, x)), a, b)[0] for a, b in pairwise(near))
+    assert total == pytest.approx(1, abs=1e-8)
+    assert made.mean(torch.tensor([[t]], dtype=torch.float64)).item() == pytest.approx(mean, abs=1e-8)
+
+
+def test_continuous_bernoulli_mean_has_a_finite_gradient_and_survives_half_precision() -> None:
+    made = likelihood("continuous_bernoulli")
+    t = torch.tensor([[-200.0, -100.0, -0.01, 0.0, 0.06, 100.0, 200.0]], requires_grad=True)
+    made.mean(t).sum().backward()
+    assert torch.isfinite(t.grad).all()
+    assert (t.grad > 0).all()
+    grid = torch.linspace(-6, 6, 601)[None]
+    assert (made.mean(grid.bfloat16()).float() - made.mean(grid.bfloat16().float())).abs().max() < 2.5e-3
+
+
+@pytest.mark.parametrize("name", ["gaussian", "gaussian:0.1", "gaussian:learned", "laplace", "laplace:learned"])
+def test_densities_integrate_to_one_with_that_mean(name: str) -> None:
+    made, t = build(name), 0.3
+    cuts = [t - 40 * scale_of(made), t, t + 40 * scale_of(made)]
+    parts = list(pairwise(cuts))
+    assert sum(quad(lambda x: math.exp(one(made, t, x)), *p)[0] for p in parts) == pytest.approx(1, abs=1e-8)
+    mean = sum(quad(lambda x: x * math.exp(one(made, t, x)), *p)[0] for p in parts)
+    assert made.mean(torch.tensor([[t]])).item() == pytest.approx(mean, abs=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.05, 1.0, 30.0])
+@pytest.mark.parametrize("t", [-3.0, -0.05, 0.0, 0.301, 0.5, 1.0, 1.1, 4.0])
+def test_discretised_logistic_is_a_distribution_over_256_levels_with_that_mean(t: float, scale: float) -> None:
+    made = build(f"discretised_logistic:{scale}")
+    p = made.log_prob(torch.full((256, 1), t, dtype=torch.float64), LEVELS[:, None]).exp()
+    assert p.sum().item() == pytest.approx(1, abs=1e-10)
+    mean = made.mean(torch.tensor([[t]], dtype=torch.float64)).item()
+    assert mean == pytest.approx((p * LEVELS).sum().item(), abs=0.5 / 255 if scale < 0.01 else 2e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.05])
+@pytest.mark.parametrize("t", [-1e5, -1e3, 1e3, 1e5])
+def test_discretised_logistic_is_finite_far_out(t: float, scale: float) -> None:
+    made = likelihood(f"discretised_logistic:{scale}")
+    params = torch.full((256, 1), t, requires_grad=True)
+    log_p = made.log_prob(params, LEVELS.float()[:, None])
+    log_p.sum().backward()
+    assert torch.isfinite(log_p).all()
+    assert torch.isfinite(params.grad).all()
+    assert log_p.max() == 0  # all mass at the nearest level
+
+
+@pytest.mark.parametrize("t", [-2.0, 0.2, 0.8])
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_have_the_moments_of_log_prob(name: str, t: float) -> None:
+    made, n = build(name), 100_000
+    x = made.sample(torch.full((n, 1), t, dtype=torch.float64)).squeeze(1).detach()
+    if name == "bernoulli":
+        grid = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    elif name.startswith("continuous"):
+        grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    elif name.startswith("discretised"):
+        grid = LEVELS
+    else:
+        grid = t + scale_of(made) * torch.linspace(-30, 30, 60_001, dtype=torch.float64)
+    p = made.log_prob(torch.full((len(grid), 1), t, dtype=torch.float64), grid[:, None]).exp().detach()
+    p = p / p.sum()
+    mean = (p * grid).sum()
+    moments = [(p * (grid - mean) ** k).sum().item() for k in (2, 4)]
+    assert abs(x.mean() - mean) < 5 * math.sqrt(moments[0] / n) + 1e-6
+    spread = math.sqrt(max(moments[1] - moments[0] ** 2, 0) / n)
+    assert abs(((x - mean) ** 2).mean() - moments[0]) < 5 * spread + 1e-6
+    if made.unit_interval:
+        assert 0 <= x.min() <= x.max() <= 1
+    if name.startswith("discretised"):
+        torch.testing.assert_close(x * 255, (x * 255).round(), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "best"),
+    [
+        ("gaussian:learned", lambda e: e.square().mean().sqrt()),  # sigma-VAE, arXiv 2006.13202: sigma^2 = MSE
+        ("laplace:learned", lambda e: e.abs().mean()),
+    ],
+)
+def test_the_learned_scale_is_optimal_where_theory_says(name: str, best: object) -> None:
+    made = build(name)
+    x, t = torch.rand(40, 6, dtype=torch.float64), torch.rand(40, 6, dtype=torch.float64)
+    gradients = []
+    for factor in (0.8, 1.0, 1.25):
+        with torch.no_grad():
+            made.log_scale.copy_((best(x - t) * factor).log())
+        made.zero_grad()
+        (-made.log_prob(t, x).mean()).backward()
+        gradients.append(made.log_scale.grad.item())
+    assert gradients[0] < -0.5
+    assert abs(gradients[1]) < 1e-12
+    assert gradients[2] > 0.5
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    x = LEVELS[torch.tensor([[0, 1, 100, 254, 255]])]
+    t = torch.tensor([[0.1, -0.2, 0.03, 1.3, 0.9]], dtype=torch.float64, requires_grad=True)
+    for name in NAMES:
+        made = build(name)
+        assert torch.autograd.gradcheck(lambda t, made=made: made.log_prob(t, x), (t,), atol=1e-6)
+
+
+def test_flags_say_which_data_and_which_measure() -> None:
+    flags = {name: (likelihood(name).unit_interval, likelihood(name).discrete) for name in LIKELIHOODS}
+    assert flags == {
+        "bernoulli": (True, True),
+        "continuous_bernoulli": (True, False),
+        "gaussian": (False, False),
+        "laplace": (False, False),
+        "discretised_logistic": (True, True),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_a_learned_scale_is_trained(name: str) -> None:
+    learned = name in ("gaussian:learned", "laplace:learned", "discretised_logistic", "discretised_logistic:learned")
+    assert len(list(likelihood(name).parameters())) == learned
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "bernouli", "gauss", "bernoulli:0.1", "gaussian:", "bernoulli:", "gaussian:0", "gaussian:-1"),
+        *("gaussian:nan", "gaussian:inf", "gaussian:many", "laplace:learn", "Gaussian"),
+        *("continuous_bernoulli:learned", ":0.1"),
+    ],
+)
+def test_a_bad_name_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(AezooError) as error:
+        likelihood(name)
+    assert "\n" not in str(error.value)
+    assert repr(name) in str(error.value)

@@ -1,0 +1,107 @@
+"""Networks: every size returns exactly, codes are vectors or maps, samples are independent."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from aezoo import nets
+from aezoo.errors import AezooError
+
+# every side from 1 to 97 in one dimension and in two, sides of 1 and odd ones beside even ones in three
+SHAPES = [(2, n) for n in range(1, 98)] + [(1, n, 98 - n) for n in range(1, 50)]
+SHAPES += [(3, n, m) for n, m in ((1, 1), (1, 64), (33, 1))]
+SHAPES += [(1, n, 1 + n % 5, 1 + n % 7) for n in (1, 2, 5, 12, 97)]
+
+
+@pytest.mark.parametrize(("name", "stages"), [("conv", (2, 3, 4)), ("resnet", (2, 4)), ("conv", ()), ("resnet", ())])
+def test_every_size_returns_exactly(name: str, stages: tuple[int, ...]) -> None:
+    for i, shape in enumerate(SHAPES):
+        grid = tuple(math.ceil(n / 2 ** len(stages)) for n in shape[1:])
+        assert nets.map_shape(name, shape, stages, 5) == (5, *grid)
+        with torch.device("meta"):
+            code = (5, *grid) if i % 2 else (3,)
+            encoder = nets.encoder(name, shape, code, stages)
+            decoder = nets.decoder(name, code, shape, stages[::-1])
+            z = encoder(torch.empty(2, *shape))
+            assert z.shape == (2, *code)
+            assert decoder(z).shape == (2, *shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("mlp", (30,))]
+    + [
+        (name, shape)
+        for name in nets.NETS
+        for shape in ((1, 28, 28), (3, 32, 32), (1, 27, 35), (3, 128), (1, 12, 12, 12), (2, 1, 1))
+    ],
+)
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_values_flow_both_ways_and_no_sample_sees_another(name: str, shape: tuple[int, ...], act: str) -> None:
+    torch.manual_seed(0)
+    encoder, decoder = nets.encoder(name, shape, (6,), (8, 12), act), nets.decoder(name, (6,), shape, (12, 8), act)
+    x = torch.rand(3, *shape)
+    found = decoder(encoder(x))
+    assert found.shape == x.shape
+    torch.testing.assert_close(decoder(encoder(x[1:2])), found[1:2], rtol=1e-4, atol=1e-5)
+    (found * torch.randn_like(found)).sum().backward()
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in parameters)
+
+
+def test_mlp_is_the_article_s_network() -> None:
+    hidden = [128, 64]
+    encoder, decoder = nets.encoder("mlp", (1, 28, 28), (32,), hidden), nets.decoder("mlp", (32,), (784,), hidden[::-1])
+    widths = [m.weight.shape[::-1] for m in [*encoder, *decoder] if isinstance(m, nn.Linear)]
+    assert widths == [(784, 128), (128, 64), (64, 32), (32, 64), (64, 128), (128, 784)]
+    assert sum(isinstance(m, nn.ReLU) for m in [*encoder, *decoder]) == 4
+    assert isinstance(encoder[-2], nn.Linear)
+    assert isinstance(decoder[-2], nn.Linear)
+    assert hidden == [128, 64]  # a caller's list is not turned over in place
+
+
+def test_without_hidden_layers_an_mlp_is_linear() -> None:
+    encoder = nets.encoder("mlp", (2, 3), (4,), ())
+    a, b, zero = torch.randn(1, 2, 3), torch.randn(1, 2, 3), torch.zeros(1, 2, 3)
+    torch.testing.assert_close(encoder(a + 2 * b) - encoder(zero), encoder(a) + 2 * encoder(b) - 3 * encoder(zero))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_residual_block_is_the_identity_when_its_last_convolution_is_zero(rank: int) -> None:
+    from aezoo.nets.resnet import ResidualBlock
+
+    block = ResidualBlock(rank, 8, "relu")
+    x = torch.randn(2, 8, *([5] * rank))
+    assert not torch.equal(block(x), x)
+    nn.init.zeros_(block.body[-1].weight)
+    nn.init.zeros_(block.body[-1].bias)
+    assert torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize("name", nets.ACTIVATIONS)
+def test_activations_are_fresh_modules(name: str) -> None:
+    assert nets.activation(name) is not nets.activation(name)
+    assert type(nets.activation(name)) is nets.ACTIVATIONS[name]
+
+
+@pytest.mark.parametrize(
+    ("build", "word"),
+    [
+        (lambda: nets.encoder("transformer", (4,), (2,), ()), "unknown net 'transformer'"),
+        (lambda: nets.encoder("mlp", (4,), (2,), (8,), "swish"), "unknown activation 'swish'"),
+        (lambda: nets.encoder("mlp", (4,), (2,), (8, 0)), "hidden_dims"),
+        (lambda: nets.decoder("mlp", (2,), (4,), (-1,)), "hidden_dims"),
+        (lambda: nets.encoder("conv", (30,), (2,), (8,)), "convolutions take"),
+        (lambda: nets.decoder("resnet", (2,), (30,), (8,)), "convolutions take"),
+        (lambda: nets.map_shape("resnet", (30,), (8,), 2), "convolutions take"),
+        (lambda: nets.encoder("conv", (1, 8, 8), (4, 3, 3), (8,)), "does not fit"),
+        (lambda: nets.decoder("resnet", (4, 7), (1, 8, 8), (8,)), "does not fit"),
+        (lambda: nets.map_shape("mlp", (1, 8, 8), (8,), 2), "no feature map"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(build: object, word: str) -> None:
+    with pytest.raises(AezooError, match=word) as error:
+        build()
+    assert "\n" not in str(error.value)

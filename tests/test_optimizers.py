@@ -1,0 +1,159 @@
+"""Optimisers by name, and learning rates as a real Trainer applies them, against torch's own schedulers."""
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.optim import lr_scheduler as S
+from torch.utils.data import DataLoader, IterableDataset
+
+import aezoo
+from aezoo.errors import AezooError
+from aezoo.optimizers import OPTIMIZERS, SCHEDULES
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+]
+LR = 0.05
+
+
+class Rates(pl.Callback):
+    """The learning rate of each optimiser step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def rates(loader: Any = None, settings: dict[str, Any] | None = None, **hyperparameters: Any) -> list[float]:
+    """Train linear_ae on 10 batches an epoch; the rate of every step."""
+    model = aezoo.create_model("linear_ae", input_shape=(3,), latent_dim=1, lr=LR, **hyperparameters)
+    callback = Rates()
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[callback], **silent, **(settings or {"max_epochs": 2}))
+    trainer.fit(model, DataLoader(torch.rand(40, 3), batch_size=4) if loader is None else loader)
+    assert trainer.global_step == len(callback.seen)
+    return callback.seen
+
+
+def expected(name: str, steps: int, warmup: int = 0) -> list[float]:
+    """The rates of torch's scheduler of that name after torch's linear warm-up."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], LR)
+    rest = steps - warmup
+    schedule: Any = {
+        "constant": lambda: S.ConstantLR(optimizer, 1.0),
+        "cosine": lambda: S.CosineAnnealingLR(optimizer, rest),
+        "linear": lambda: S.PolynomialLR(optimizer, rest, power=1.0),
+        "exponential": lambda: S.ExponentialLR(optimizer, 1e-3 ** (1 / rest)),
+        "step": lambda: S.MultiStepLR(optimizer, [math.ceil(rest / 2), math.ceil(3 * rest / 4)], gamma=0.1),
+    }[name]()
+    tail = []
+    for _ in range(rest):
+        tail.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return [LR * (i + 1) / (warmup + 1) for i in range(warmup)] + tail
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_rate_follows_the_schedule_of_that_name(name: str, warmup: int) -> None:
+    found = rates(lr_schedule=name, warmup_steps=warmup)
+    assert found == pytest.approx(expected(name, 20, warmup), rel=1e-6)
+    assert max(found) == pytest.approx(LR)
+    if warmup:
+        assert found[0] == pytest.approx(LR / 6)  # not 0: the first step counts
+    if name == "cosine":
+        assert found[-1] < 0.02 * LR
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"max_epochs": 2, "accumulate_grad_batches": 4}, 6),  # the rest of an epoch is a step as well
+        ({"max_epochs": 2, "accumulate_grad_batches": 5}, 4),
+        ({"max_steps": 13, "max_epochs": -1}, 13),
+        ({"max_steps": 13}, 13),
+        ({"max_epochs": 2, "max_steps": 13}, 13),
+        ({"max_epochs": 1, "max_steps": 50}, 10),
+        ({"max_epochs": 3, "limit_train_batches": 4}, 12),
+        ({"max_epochs": 3, "limit_train_batches": 0.5}, 15),
+    ],
+    ids=str,
+)
+def test_the_schedule_ends_with_the_training(settings: dict[str, Any], steps: int) -> None:
+    found = rates(settings=settings, lr_schedule="cosine", warmup_steps=2)
+    assert found == pytest.approx(expected("cosine", steps, 2), rel=1e-6)
+
+
+class Endless(IterableDataset):
+    def __iter__(self) -> Any:
+        while True:
+            yield torch.rand(3)
+
+
+def test_a_schedule_without_an_end_is_refused() -> None:
+    with pytest.raises(AezooError, match="needs an end"):
+        rates(settings={"max_epochs": -1, "max_steps": -1}, lr_schedule="cosine")
+    with pytest.raises(AezooError, match="max_steps"):
+        rates(DataLoader(Endless(), batch_size=4), {"max_epochs": 1}, lr_schedule="cosine")
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 6}, {"max_epochs": 5, "max_steps": 6}], ids=str)
+def test_a_stream_without_a_length_has_max_steps_as_its_end(settings: dict[str, Any]) -> None:
+    found = rates(DataLoader(Endless(), batch_size=4), settings, lr_schedule="linear")
+    assert found == pytest.approx(expected("linear", 6), rel=1e-6)
+
+
+def test_constant_without_warmup_needs_no_scheduler_and_no_end() -> None:
+    assert rates() == [LR] * 20
+    with_warmup = rates(DataLoader(Endless(), batch_size=4), {"max_steps": 6}, warmup_steps=3)
+    assert with_warmup == pytest.approx(expected("constant", 6, 3))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_is_torch_s_of_that_name_and_lowers_the_loss(name: str) -> None:
+    torch.manual_seed(0)
+    model = aezoo.create_model("linear_ae", input_shape=(3,), latent_dim=1, lr=1e-3, optimizer=name, weight_decay=0.01)
+    optimizer = model.configure_optimizers()
+    assert type(optimizer).__name__.lower() == name
+    assert type(optimizer).__module__.startswith("torch.optim")
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.01)
+    assert len(group["params"]) == len(list(model.parameters()))
+    assert group.get("momentum", 0.9) in (0.9, 0)
+    assert name != "sgd" or group["momentum"] == 0.9
+    x, losses = torch.rand(32, 3), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = model.loss(x)["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"optimizer": "adamm"}, "unknown optimizer 'adamm'"),
+        ({"lr_schedule": "cosin"}, "unknown lr_schedule 'cosin'"),
+        ({"lr": 0.0}, "lr must"),
+        ({"lr": -1e-3}, "lr must"),
+        ({"lr": math.nan}, "lr must"),
+        ({"lr": math.inf}, "lr must"),
+        ({"weight_decay": -0.1}, "weight_decay must"),
+        ({"weight_decay": math.nan}, "weight_decay must"),
+        ({"warmup_steps": -1}, "warmup_steps must"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_work_are_refused_in_one_line(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(AezooError, match=word) as error:
+        aezoo.create_model("dense_ae", input_shape=(3,), **settings)
+    assert "\n" not in str(error.value)

@@ -179,7 +179,7 @@ class Autoencoder(pl.LightningModule):
         if self.lr_schedule == "constant" and not self.warmup_steps:
             return optimizer
         schedule = optimizers.schedule(optimizer, self.lr_schedule, self.warmup_steps, self.trainer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def on_fit_start(self) -> None:
         self._checked.clear()

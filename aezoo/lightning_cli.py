@@ -68,6 +68,7 @@ class SaveConfig(SaveConfigCallback):
         if stage == "fit" and trainer.is_global_zero and log_dir is not None and not self.already_saved:
             config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
             config.pop("ckpt_path", None)
+            config = {key: config.pop(key) for key in ("model", "data")} | config
             name = registry.name_of(type(pl_module))
             if name is not None:
                 config["model"]["class_path"] = name
@@ -156,6 +157,9 @@ class AezooCLI(LightningCLI):
             extra = [callback for callback in extra if not isinstance(callback, callbacks.ProgressBar)]
         run_dir = self.run_dir(Path(config.get("default_root_dir") or "runs"))
         config["default_root_dir"] = str(run_dir)
+        if self.subcommand != "fit" and config.get("logger") is None:
+            # at step 0 their events would end the run's own curves
+            config["logger"] = False
         if config.get("logger") in (None, True):
             name, version = run_dir.parent.name, run_dir.name
             config["logger"] = TensorBoardLogger(

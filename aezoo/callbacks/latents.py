@@ -80,8 +80,8 @@ def write_embedding(run: Path, name: str, codes: Tensor, y: Tensor | None, sprit
 
     folder = run / "projector"
     folder.mkdir(parents=True, exist_ok=True)
-    # two columns at least: the tab cannot draw a line
-    codes = codes if codes.shape[1] > 1 else F.pad(codes, (0, 1))
+    # the tab opens with three principal components and shows nothing at all of fewer dimensions
+    codes = F.pad(codes, (0, max(0, 3 - codes.shape[1])))
     np.savetxt(folder / "codes.tsv", codes.numpy(), "%.6g", "\t")
     lines = [f'tensor_name: "{name}"', 'tensor_path: "projector/codes.tsv"']
     if y is not None:

@@ -68,9 +68,7 @@ class Summary(pl.Callback):
         self._best.load_state_dict(state_dict)
 
     def _places(self, trainer: pl.Trainer) -> dict[str, str]:
-        rows = {}
-        if trainer.loggers:
-            rows["run folder"] = _short(self._folder)
+        rows = {"run folder": _short(self._folder)}
         pictures = self._folder / "pictures"
         if pictures.is_dir():
             rows["pictures"] = _short(pictures)

@@ -368,9 +368,12 @@ def test_projector_files(fit, tmp_path, shape):
         assert not info.HasField("sprite")
 
 
-def test_projector_of_one_dimension(fit, tmp_path):
-    fit(Fake((6,), latent_dim=1), Projector(n=30))
-    assert np.loadtxt(tmp_path / "run" / "0" / "projector" / "codes.tsv").shape == (30, 2)
+@pytest.mark.parametrize("latent_dim", [1, 2])
+def test_projector_has_the_three_dimensions_that_the_tab_needs(fit, tmp_path, latent_dim):
+    fit(Fake((6,), latent_dim=latent_dim), Projector(n=30))
+    codes = np.loadtxt(tmp_path / "run" / "0" / "projector" / "codes.tsv")
+    assert codes.shape == (30, 3)
+    assert (codes.std(0) > 0).tolist() == [column < latent_dim for column in range(3)]
 
 
 def test_tensorboard_offers_the_projector(fit, tmp_path):

@@ -1,0 +1,1 @@
+"""Benchmarks: scripts that train, measure, and write their results to files."""

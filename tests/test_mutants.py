@@ -1,0 +1,79 @@
+"""The list of faults fits the package, and `mutants.py` tells a caught fault from one that is not."""
+
+from collections import Counter
+from dataclasses import replace
+
+import mutants
+import pytest
+from mutants import ROOT, Fault, Verdict
+
+FAULTS = mutants.faults()
+QUICK = "the Gaussian noise is clipped"
+
+
+def test_every_fault_fits_its_file_once_and_names_a_test_file():
+    misfits = [f"{fault.file}: {fault.name}" for fault in FAULTS if fault.occurrences() != 1]
+    assert not misfits, f"tests/mutants.txt is stale, correct the old text of: {misfits}"
+    assert all(fault.old != fault.new and (ROOT / fault.test).is_file() for fault in FAULTS)
+
+
+def test_no_two_faults_are_the_same():
+    assert max(Counter(fault.name for fault in FAULTS).values()) == 1
+    assert max(Counter((fault.file, fault.old, fault.new) for fault in FAULTS).values()) == 1
+
+
+def test_the_list_is_read_to_the_letter():
+    first = "# head\n[a.py -> t.py]\none\n-   x = 1\n-\n+   x = 2\ntwo\n- - b\n+\n"
+    second = "\n[c.py -> u.py]\nthree\n- d\n+ + d\n+ e\n"
+    assert list(mutants.parse(first + second)) == [
+        Fault("one", "a.py", "  x = 1\n", "  x = 2", "t.py"),
+        Fault("two", "a.py", "- b", "", "t.py"),
+        Fault("three", "c.py", "d", "+ d\ne", "u.py"),
+    ]
+
+
+def test_a_fault_is_caught_in_a_copy(capsys):
+    before = (ROOT / "aezoo/corruptions.py").read_bytes()
+    assert mutants.main([QUICK, "--jobs", "1"]) == 0
+    line, summary = capsys.readouterr().out.splitlines()
+    assert line.startswith("caught") and QUICK in line and "tests/test_corruptions.py::test_gaussian_noise" in line
+    assert summary == "1 of 1 faults caught, 100.0%; needed: 90%"
+    assert (ROOT / "aezoo/corruptions.py").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "limit", "word"),
+    [
+        ({"new": "return x + noise * self.amount"}, 300, mutants.SURVIVED),
+        ({"new": "return x +"}, 300, mutants.BROKEN),
+        ({}, 0.01, mutants.TIMED_OUT),
+        ({"old": "return x + 2 * noise"}, 300, mutants.STALE),
+    ],
+)
+def test_what_is_not_caught_is_said(change, limit, word):
+    fault = next(fault for fault in FAULTS if fault.name == QUICK)
+    assert mutants.judge(replace(fault, **change), limit).word == word
+
+
+def test_less_than_nine_in_ten_one_stale_fault_or_a_red_suite_fail_the_run():
+    caught = [Verdict(fault, mutants.CAUGHT, "t.py::test") for fault in FAULTS[:9]]
+    survived, stale = (Verdict(FAULTS[9], word, "t.py") for word in (mutants.SURVIVED, mutants.STALE))
+    assert mutants.summary([*caught, survived])[1]
+    assert not mutants.summary([*caught[1:], survived])[1]
+    assert not mutants.summary([*caught, stale])[1]
+    assert FAULTS[9].name in mutants.summary([*caught, stale])[0]
+    assert not mutants.summary([*caught, survived], ["t.py::test"])[1]
+
+
+def test_a_test_that_fails_without_a_fault_has_caught_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    monkeypatch.setattr(mutants, "COPIED", ("aezoo", "test_all.py"))
+    (tmp_path / "aezoo").mkdir()
+    (tmp_path / "aezoo" / "__init__.py").touch()
+    (tmp_path / "test_all.py").write_text("def test_red():\n    assert False\n\n\ndef test_green():\n    pass\n")
+    assert mutants.red_anyway(["test_all.py::test_green", "test_all.py::test_red"], 300) == ["test_all.py::test_red"]
+
+
+def test_another_package_than_the_copy_s_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="another aezoo"):
+        mutants.pytest_in(tmp_path, ["--version"], 300)

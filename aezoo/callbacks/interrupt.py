@@ -17,9 +17,10 @@ _AGREE_EVERY = 8
 class Interrupt(pl.Callback):
     """Holds the first SIGINT or SIGTERM of a fit until the batch is done, then raises KeyboardInterrupt.
 
-    A checkpoint that is written then (ModelCheckpoint with save_on_exception) can be resumed from exactly; one written
-    within a batch, or on the last batch of an epoch, cannot, so that batch is followed by the end of its epoch first. A
-    second signal interrupts at once. Several ranks agree on the batch. Under SLURM, SIGTERM is left to Lightning.
+    A checkpoint that is written then (ModelCheckpoint with save_on_exception) can be resumed from exactly, but for the
+    noise that a model draws; one written within a batch, or on the last batch of an epoch, cannot, so that batch is
+    followed by the end of its epoch first. A second signal interrupts at once. Several ranks agree on the batch. Under
+    SLURM, SIGTERM is left to Lightning.
 
     Attributes:
         signum: the signal received in the last fit, or None; a program that it ended exits with 128 + signum.

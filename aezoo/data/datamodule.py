@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aezoo.data.loaders import LazyLoader, collate, make_loader
+from aezoo.data.loaders import EpochSampler, LazyLoader, collate, make_loader
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage
 from aezoo.data.sources import from_path, open_source
 from aezoo.errors import AezooError
@@ -102,6 +102,7 @@ class DataModule(LightningDataModule):
         self.input_shape = tuple(self.source.input_shape)
         self.num_classes = None if labels == "ignore" else self.source.num_classes
         self._splits: dict[Stage, Dataset[Any]] = {}
+        self._position = (-1, 0)
 
     # arrays that `from_arrays` hands to its instance; a class attribute, so that `__init__` keeps plain arguments
     _arrays: dict[str, Any] | None = None
@@ -178,7 +179,24 @@ class DataModule(LightningDataModule):
             )
 
     def train_dataloader(self) -> LazyLoader:
-        return self._loader("train")
+        loader = self._loader("train")
+        epoch, batches = self._position
+        cast(EpochSampler, loader.sampler).skip = (epoch, batches * self.batch_size)
+        self._position = (-1, 0)
+        return loader
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the training data: the epoch and the batches of it that each rank has seen."""
+        if self.trainer is None:
+            return {}
+        epoch = self.trainer.fit_loop.epoch_progress.state_dict()["current"]
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]
+        begun = epoch["processed"] != epoch["ready"]
+        return {"epoch": epoch["processed"], "batches": batches["ready"] if begun else 0}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on there; Lightning calls it before it asks for the loader."""
+        self._position = (state_dict.get("epoch", -1), state_dict.get("batches", 0))
 
     def val_dataloader(self) -> LazyLoader:
         return self._loader("val")

@@ -22,12 +22,17 @@ class EpochSampler(DistributedSampler[Any]):
     Shuffled (training): every rank gets len // world rows; the up to world - 1 rows left over differ from epoch to
     epoch. Not shuffled: no row is left out or read twice, unless there are fewer rows than ranks; then each rank
     reads all of them, and means over ranks stay exact.
+
+    Attributes:
+        skip: (epoch, rows): that epoch's next pass leaves out so many of its first rows, which a run that goes on has
+            seen already.
     """
 
     def __init__(self, n: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1) -> None:
         sized = cast(Dataset[Any], range(n))
         super().__init__(sized, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
         self.n = n
+        self.skip = (-1, 0)
         if shuffle:
             self.num_samples = n // world
         else:
@@ -41,11 +46,20 @@ class EpochSampler(DistributedSampler[Any]):
         else:
             order = torch.arange(self.n)
         mine = order if not self.shuffle and self.n < self.num_replicas else order[self.rank :: self.num_replicas]
-        yield from mine[: self.num_samples].tolist()
+        epoch, done = self.skip
+        self.skip = (-1, 0)
+        yield from mine[done if epoch == self.epoch else 0 : self.num_samples].tolist()
 
 
 class LazyLoader(DataLoader[Any]):
     """A DataLoader that starts at the first `next`: workers started at `iter` would run ahead with the old epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the DataModule keeps the position. Lightning warns of a loader without this method."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore."""
 
     def __iter__(self) -> Any:
         def batches() -> Iterator[Any]:

@@ -4,13 +4,14 @@ import difflib
 from collections.abc import Callable
 from fnmatch import fnmatch
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 from aezoo.data.idx import FAMILIES
 from aezoo.data.source import Options, Source
 from aezoo.data.vision import ROWS
 from aezoo.errors import AezooError
+from aezoo.registry import owner_of, unique_points
 
 Factory = Callable[[Options], Source]
 
@@ -61,22 +62,12 @@ def from_path(name: str) -> str | None:
 
 def _plugins() -> dict[str, EntryPoint]:
     """Entry points by name; two owners of one name are both named."""
-    found: dict[str, EntryPoint] = {}
-    for point in entry_points(group=GROUP):
-        # a package seen twice on sys.path reports its entry points twice
-        if point.name in found and found[point.name].value == point.value:
-            continue
-        owner = "aezoo" if point.name in _BUILT_IN else _owner(found[point.name]) if point.name in found else None
-        if owner:
-            raise AezooError(
-                f"the data name {point.name!r} is claimed by {owner} and by {_owner(point)}: uninstall one of them"
-            )
-        found[point.name] = point
+    found = unique_points(GROUP)
+    for name in found.keys() & _BUILT_IN.keys():
+        raise AezooError(
+            f"the data name {name!r} is claimed by aezoo and by {owner_of(found[name])}: uninstall that one"
+        )
     return found
-
-
-def _owner(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else point.value
 
 
 def _load(point: EntryPoint) -> Factory:
@@ -85,7 +76,7 @@ def _load(point: EntryPoint) -> Factory:
         factory: Factory = point.load()
     except Exception as error:
         raise AezooError(
-            f"the data plug-in {point.name!r} of {_owner(point)} cannot be imported "
+            f"the data plug-in {point.name!r} of {owner_of(point)} cannot be imported "
             f"({type(error).__name__}: {error}): update or uninstall it"
         ) from error
     return factory

@@ -237,7 +237,7 @@ def entry(name, value, package):
 @pytest.fixture
 def plugins(monkeypatch):
     points = []
-    monkeypatch.setattr("aezoo.data.sources.entry_points", lambda group: points)
+    monkeypatch.setattr("aezoo.registry.entry_points", lambda group: points)
     return points
 
 
@@ -259,7 +259,7 @@ def test_plugin_by_name(plugins, monkeypatch):
 
 def test_duplicate_names_name_both_owners(plugins):
     plugins += [entry("twin", "a:A", "first-dist"), entry("twin", "b:B", "second-dist")]
-    with pytest.raises(AezooError, match="'twin' is claimed by first-dist and by second-dist"):
+    with pytest.raises(AezooError, match="'twin' in aezoo.data: first-dist .* and second-dist"):
         DataModule()
     plugins[:] = [entry("digits", "a:A", "thief-dist")]
     with pytest.raises(AezooError, match="'digits' is claimed by aezoo and by thief-dist"):

@@ -1,0 +1,56 @@
+"""A run that is stopped between two batches and goes on sees the same batches as one that never was."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+import aezoo
+from aezoo.callbacks import Checkpoints, Interrupt
+from aezoo.data import DataModule
+
+
+class StopAt(pl.Callback):
+    """Presses Ctrl-C in the batch of that number, counted over the run."""
+
+    def __init__(self, batch):
+        self.batch, self.seen = batch, 0
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.seen += 1
+        if self.seen == self.batch:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+
+
+def fit(folder, stop=None, ckpt_path=None):
+    torch.manual_seed(0)
+    model = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=4, hidden_dims=(16,))
+    data = DataModule("digits", batch_size=300)  # 5 batches an epoch, the last one smaller
+    trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, callbacks=[*([StopAt(stop)] if stop else []), Interrupt(), Checkpoints()],
+    )  # fmt: skip
+    if stop:
+        with pytest.raises(SystemExit):
+            trainer.fit(model, data, ckpt_path=ckpt_path)
+    else:
+        trainer.fit(model, data, ckpt_path=ckpt_path)
+    return model, trainer.global_step
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("whole"))[0].state_dict()
+
+
+@pytest.mark.parametrize("stops", [(2,), (5,), (8,), (10,), (7, 3), (3, 2, 4)], ids=str)
+def test_going_on_equals_never_stopping(tmp_path, whole, stops):
+    last = None
+    for stop in stops:
+        fit(tmp_path, stop, last)
+        last = str(tmp_path / "checkpoints" / "last.ckpt")
+    model, steps = fit(tmp_path, ckpt_path=last)
+    assert steps == 15
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, whole[name]), name

@@ -27,6 +27,19 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn or seeded inside, torch's random streams go on afterwards as if nothing had been."""
+    # torch's fork_rng covers the CPU and CUDA; manual_seed seeds Apple's GPUs as well
+    apple = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        if apple is not None:
+            torch.mps.set_rng_state(apple)
+
+
 class Autoencoder(pl.LightningModule):
     """An encoder, a decoder, a likelihood and a loss; subclass it in one file and write the paper's formula in `loss`.
 
@@ -183,8 +196,12 @@ class Autoencoder(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self._checked.clear()
+        self._train_means.reset()
+        self._evaluation = None
 
     def on_train_start(self) -> None:
+        if self.trainer.ckpt_path is None or type(self).configure_optimizers is not Autoencoder.configure_optimizers:
+            return
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         if isinstance(optimizer, torch.optim.Optimizer) and (scheduler is None or isinstance(scheduler, LambdaLR)):
             optimizers.renew(optimizer, scheduler, self.lr, self.weight_decay)
@@ -215,8 +232,7 @@ class Autoencoder(pl.LightningModule):
     @contextmanager
     def _fixed_noise(self, batch_idx: int) -> Iterator[None]:
         """The same noise for a batch at every evaluation, so that epochs compare; training's noise is untouched."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with forked_rng(self.device):
             torch.manual_seed((_EVALUATION_SEED * 1_000_003 + self.global_rank) * 1_000_003 + batch_idx)
             yield
 

@@ -181,6 +181,13 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     for home in homes:
         files = sorted(home.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
         chosen = [file for file in files if file.stem.startswith(prefer)] or files
+        if len(chosen) > 1 and prefer == "best":
+            # several are kept, and the latest state knows which of them is best
+            latest = next((file for file in files if file.stem == "last"), files[0])
+            states = read_checkpoint(latest).get("callbacks", {}).values()
+            paths = [state.get("best_model_path", "") for state in states if isinstance(state, dict)]
+            names = {Path(str(best)).name for best in paths if best}
+            chosen = [file for file in chosen if file.name in names] or chosen
         if chosen:
             return chosen[0]
     raise AezooError(f"no .ckpt file in {path} or its checkpoints folder: has the run saved one yet?")

@@ -111,6 +111,8 @@ class AezooCLI(LightningCLI):
         for command in ("validate", "test"):
             # the summary callback prints the figures
             self._subcommand_parsers[command].set_defaults({"verbose": False})
+        # they go to a file; Lightning would hold all of them once more
+        self._subcommand_parsers["predict"].set_defaults({"return_predictions": False})
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(self.trainer_class, "trainer")
@@ -207,17 +209,16 @@ class AezooCLI(LightningCLI):
         run = Path(last).parent.parent
         return (
             f"aezoo: interrupted at epoch {self.trainer.current_epoch}, step {self.trainer.global_step}; "
-            f"saved {last}\ngo on with: aezoo fit --ckpt_path {run}"
+            f"last saved: {last}\ngo on with: aezoo fit --ckpt_path {run}"
         )
 
     def before_fit(self) -> None:
         """Say in two lines what is trained on what."""
-        if self.trainer.is_global_zero:
-            parameters = sum(p.numel() for p in self.model.parameters())
-            print(
-                f"{registry.name_of(type(self.model))}: {parameters:,} parameters, code shape {self.model.code_shape}"
-            )
-            print(self.datamodule.describe())
+        if not self.trainer.is_global_zero:
+            return  # the others wait for the data that rank zero may be fetching
+        parameters = sum(p.numel() for p in self.model.parameters())
+        print(f"{registry.name_of(type(self.model))}: {parameters:,} parameters, code shape {self.model.code_shape}")
+        print(self.datamodule.describe())
         # one table at the very end holds the figures of training and test
         self._get(self.config_init, "summary").test_follows = self._test_follows()
 
@@ -349,7 +350,7 @@ def _settings(command: str, source: Path, optional: bool) -> dict[str, Any]:
     """What a checkpoint says of its run: all of `config.yaml` beside it for a fit, else its own model and data."""
     content = checkpoint.read_checkpoint(source)
     config_file = source.parent.parent / "config.yaml"
-    if command == "fit" and config_file.is_file():
+    if command == "fit" and source.parent.name == "checkpoints" and config_file.is_file():
         settings: dict[str, Any] = yaml.safe_load(_config_file(str(config_file)).read_text(encoding="utf-8"))
         return settings
     settings = {}

@@ -12,7 +12,6 @@ named in `PICTURES` are copied to `benchmarks/results/pictures`.
 import argparse
 import csv
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -92,10 +91,11 @@ def write(path: Path, rows: dict[str, dict[str, str]]) -> None:
     fresh.replace(path)
 
 
-def head(row: dict[str, str]) -> str:
-    """The line of a recipe that states what it reached."""
+def head(row: dict[str, str], path: Path) -> str:
+    """The line of a recipe that states what it reached, by a row of the CSV at `path`."""
     figures = ", ".join(f"{figure} {row[figure]}" for figure in FIGURES if row.get(figure))
-    return f"# reached: {figures} ({row['epochs']} epochs, {row['seconds']} s, {platform.machine()} CPU, seed 0)"
+    where = path.stem.removeprefix("quality-recipes-")
+    return f"# reached: {figures} ({row['epochs']} epochs, {row['seconds']} s, {where}, seed 0)"
 
 
 def models_table() -> str:
@@ -129,9 +129,8 @@ def readme(rows: dict[str, dict[str, str]]) -> str:
 
 
 def newest() -> Path:
-    """The CSV that the tables are made from: this environment's, or the newest there is."""
-    own = RESULTS / f"quality-recipes-{environment()}.csv"
-    return own if own.is_file() else max(RESULTS.glob("quality-recipes-*.csv"), default=own)
+    """The CSV that the heads and tables are made from: the last of them by name, so that of the newest torch."""
+    return max(RESULTS.glob("quality-recipes-*.csv"), default=RESULTS / f"quality-recipes-{environment()}.csv")
 
 
 def main() -> None:
@@ -154,7 +153,7 @@ def main() -> None:
         write(path, rows)
     for name, file in recipes().items():
         if name in rows:
-            text = re.sub(r"^# reached:.*$", head(rows[name]), file.read_text(), count=1, flags=re.MULTILINE)
+            text = re.sub(r"^# reached:.*$", head(rows[name], path), file.read_text(), count=1, flags=re.M)
             file.write_text(text)
     (ROOT / "README.md").write_text(readme(rows), encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it: light commands, short names, recipes, checkpoints alone, errors of one line."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 
 import aezoo
 from aezoo import cli
+from aezoo.checkpoint import find_checkpoint
 from aezoo.data import DataModule
 
 OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
@@ -235,6 +237,14 @@ def test_the_stamp_survives_a_checkpoint_whose_file_moved(tmp_path):
     cli.main(["test", "--ckpt_path", "elsewhere.ckpt"])
 
 
+def test_of_several_checkpoints_the_best_is_taken_whatever_their_times():
+    fit("--model", "dense_ae", "--trainer.max_epochs", "3", "--checkpoints.save_top_k=-1")
+    files = sorted(Path("runs/dense_ae-digits/0/checkpoints").glob("best-*.ckpt"))
+    assert len(files) == 3
+    os.utime(files[0])  # as a copy or an archive may leave them
+    assert find_checkpoint("runs/dense_ae-digits/0") == files[-1]
+
+
 def test_training_without_validation_keeps_the_best_by_the_training_loss():
     fit("--model", "vae", "--trainer.limit_val_batches", "0")
     assert list(Path("runs/vae-digits/0/checkpoints").glob("best-*.ckpt"))
@@ -296,7 +306,7 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume():
     assert process.wait() == 130, "".join(lines)
     assert "Traceback" not in "".join(lines)
     assert lines[-1].strip() == "go on with: aezoo fit --ckpt_path runs/vae-digits/0"
-    step = int(re.search(r"interrupted at epoch \d+, step (\d+); saved", "".join(lines))[1])
+    step = int(re.search(r"interrupted at epoch \d+, step (\d+); last saved", "".join(lines))[1])
     checkpoint = torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == step
     cli.main(["fit", "--ckpt_path", "runs/vae-digits/0", "--trainer.max_epochs", str(checkpoint["epoch"] + 2)])

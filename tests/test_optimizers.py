@@ -157,3 +157,16 @@ def test_values_that_cannot_work_are_refused_in_one_line(settings: dict[str, Any
     with pytest.raises(AezooError, match=word) as error:
         aezoo.create_model("dense_ae", input_shape=(3,), **settings)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_s_own_parameter_groups_are_left_alone() -> None:
+    class TwoRates(aezoo.model_class("linear_ae")):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            groups = [{"params": self.encoder.parameters(), "lr": 1e-2}, {"params": self.decoder.parameters()}]
+            return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.1)
+
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, **silent)
+    trainer.fit(TwoRates(input_shape=(3,), latent_dim=1), DataLoader(torch.rand(8, 3), batch_size=4))
+    found = [(group["lr"], group["weight_decay"]) for group in trainer.optimizers[0].param_groups]
+    assert found == [(1e-2, 0.1), (1e-4, 0.1)]

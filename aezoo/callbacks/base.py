@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from aezoo.autoencoder import forked_rng
 from aezoo.errors import AezooError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def undisturbed(model: pl.LightningModule) -> Iterator[None]:
     states = random.getstate(), np.random.get_state()
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.no_grad():
+        with forked_rng(model.device), torch.no_grad():
             torch.manual_seed(_SEED)
             yield
     finally:

@@ -46,6 +46,8 @@ class Means:
 class Evaluation:
     """Loss terms, mse and psnr of any data, ssim of images; bits per dimension where the terms have an `elbo`.
 
+    A deterministic model's nll is no bound on log p(x), since its code costs nothing, so it gets no bits per dimension.
+
     PSNR and SSIM take the data range as 1, the range of data scaled to [0, 1]; outputs are not clipped.
 
     Args:

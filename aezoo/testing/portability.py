@@ -22,7 +22,7 @@ from aezoo.testing.subject import (
 
 @as_check
 def check_bf16(subject: Subject) -> None:
-    """Under bf16 autocast the loss stays within 2 %, and all terms finite and in float32."""
+    """Under bf16 autocast the loss stays within 2 %, terms finite and in float32; in bf16 itself everything runs."""
     model, x = subject.build().train(), subject.data()
     other = copy.deepcopy(model)
     with SharedNoise(range(BATCH), BATCH):
@@ -35,6 +35,12 @@ def check_bf16(subject: Subject) -> None:
     require_close("the loss under bf16", half["loss"], exact["loss"], 2e-2)
     half["loss"].backward()
     require_finite_gradients(" under bf16", other)
+    pure, given = copy.deepcopy(model).bfloat16(), x.bfloat16()
+    require_terms("loss in bf16", pure.loss(given))
+    for name in ("encode", "forward"):
+        found = getattr(pure, name)(given)
+        require(found.dtype == torch.bfloat16, f"{name} of a model in bf16 gives {found.dtype}")
+    require(bool(pure.score(given).isfinite().all()), "the score in bf16 is not finite")
 
 
 @as_check

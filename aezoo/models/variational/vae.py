@@ -88,12 +88,12 @@ class VAE(Autoencoder):
         return mu_BD, log_var_BD.clamp(-30, 20)
 
     def encode(self, x: Tensor) -> Tensor:
-        return self.posterior(x)[0]
+        return self.posterior(x)[0].to(x.dtype)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BD, log_var_BD = self.posterior(x)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)  # reparameterisation, section 2.4
-        nll_B = self.nll(self.decoder(z_BD), x)
+        nll_B = self.nll(self.decoder(z_BD.to(x.dtype)), x)
         kl_B = 0.5 * (mu_BD**2 + log_var_BD.exp() - 1 - log_var_BD).sum(1)  # appendix B
         nll, kl = nll_B.mean(), kl_B.mean()
         return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -(nll + kl)}
@@ -111,14 +111,14 @@ class VAE(Autoencoder):
         if n < 1:
             raise AezooError(f"log_likelihood needs n of at least 1, got {n}")
         mu_BD, log_var_BD = self.posterior(x)
-        chunk = max(1, 10_000 // len(x))
+        chunk = max(1, min(10_000 // len(x), 2**24 // x.numel()))  # at most 64 MiB of copies of x
         log_w = []
         for start in range(0, n, chunk):
             eps_KBD = torch.randn(min(chunk, n - start), *mu_BD.shape, device=x.device, dtype=mu_BD.dtype)
             z_KBD = mu_BD + torch.exp(0.5 * log_var_BD) * eps_KBD
             k = len(eps_KBD)
             x_KB = x.expand(k, *x.shape).flatten(0, 1)
-            log_px_KB = -self.nll(self.decoder(z_KBD.flatten(0, 1)), x_KB).unflatten(0, (k, len(x)))
+            log_px_KB = -self.nll(self.decoder(z_KBD.flatten(0, 1).to(x.dtype)), x_KB).unflatten(0, (k, len(x)))
             log_pz_over_q_KB = 0.5 * (eps_KBD**2 + log_var_BD - z_KBD**2).sum(2)
             log_w.append(log_px_KB + log_pz_over_q_KB)
         return torch.logsumexp(torch.cat(log_w), dim=0) - math.log(n)
@@ -128,7 +128,7 @@ class VAE(Autoencoder):
         """-ELBO with z at the posterior's mean, -log p(x | mu) + KL in nats: (B, *input_shape) -> (B,), no noise."""
         mu_BD, log_var_BD = self.posterior(x)
         kl_B = 0.5 * (mu_BD**2 + log_var_BD.exp() - 1 - log_var_BD).sum(1)
-        return self.nll(self.decoder(mu_BD), x) + kl_B
+        return self.nll(self.decoder(mu_BD.to(x.dtype)), x) + kl_B
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:

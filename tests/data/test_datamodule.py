@@ -259,7 +259,7 @@ def test_plugin_by_name(plugins, monkeypatch):
 
 def test_duplicate_names_name_both_owners(plugins):
     plugins += [entry("twin", "a:A", "first-dist"), entry("twin", "b:B", "second-dist")]
-    with pytest.raises(AezooError, match="'twin' in aezoo.data: first-dist .* and second-dist"):
+    with pytest.raises(AezooError, match=r"'twin' in aezoo.data: first-dist .* and second-dist"):
         DataModule()
     plugins[:] = [entry("digits", "a:A", "thief-dist")]
     with pytest.raises(AezooError, match="'digits' is claimed by aezoo and by thief-dist"):

@@ -1,6 +1,6 @@
 """The test of the tests: put one fault at a time into a copy of the package and see whether the suite notices.
 
-    python -m tests.mutants                    all faults, a quarter of an hour on two cores
+    python -m tests.mutants                    all faults, about ten minutes on two cores
     python -m tests.mutants contraction AuxK   those with one of these in name or file
     python -m tests.mutants --list             only print them
     python -m tests.mutants --jobs 4           so many at a time

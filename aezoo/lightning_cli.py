@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import aezoo
 from aezoo import callbacks, checkpoint, registry
 from aezoo.autoencoder import Autoencoder
-from aezoo.cli import find_recipe
+from aezoo.cli import HEAVY, find_recipe
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
 
@@ -86,7 +87,7 @@ class AezooCLI(LightningCLI):
     """
 
     def __init__(self, argv: list[str]) -> None:
-        self.argv, self.run_name, self.source, self.model_name = _expand(argv)
+        self.request = _expand(argv)
         super().__init__(
             Autoencoder,
             DataModule,
@@ -126,9 +127,9 @@ class AezooCLI(LightningCLI):
             parser.add_lightning_class_args(cls, name)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        command = self.argv[0]
-        _check_flags(self.argv, self.model_name, self._subcommand_parsers[command])
-        self.config = parser.parse_args(self.argv)
+        argv, command = self.request.argv, self.request.argv[0]
+        _check_flags(argv, self.request.model, self._subcommand_parsers[command])
+        self.config = parser.parse_args(argv)
         if command != "fit" and not self.config[command].get("ckpt_path"):
             raise AezooError(f"{command} needs a trained model: give --ckpt_path RUN_OR_FILE")
         if self.config[command].get("model") is None:
@@ -144,9 +145,9 @@ class AezooCLI(LightningCLI):
             # jsonargparse wraps what a constructor raises in a report on all types that it tried
             if isinstance(error, AezooError) or "Does not validate" not in str(error):
                 raise
-            raise AezooError(_plain(str(error), self._subcommand_parsers[self.argv[0]])) from error
-        if self.source is not None:
-            _check_against(checkpoint.read_checkpoint(self.source), self.source, self.model, self.argv[0] == "fit")
+            raise AezooError(_plain(str(error), self._parser(self.subcommand))) from error
+        if self.request.source is not None:
+            _check_against(self.request.stored, self.request.source, self.model, self.subcommand == "fit")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = dict(self._get(self.config_init, "trainer", default={}))
@@ -174,13 +175,13 @@ class AezooCLI(LightningCLI):
 
     def run_dir(self, root: Path) -> Path:
         """Folder of this run: the checkpoint's own, or the next free number in `<root>/<recipe or model-data>`."""
-        if self.source is not None and self.source.parent.name == "checkpoints":
-            return self.source.parent.parent
+        source = self.request.source
+        if source is not None and source.parent.name == "checkpoints":
+            return source.parent.parent
         # processes that a multi-device strategy starts must not count up again
         if _RUN_DIR not in os.environ:
-            home = root / (
-                self.run_name or f"{registry.name_of(type(self.model))}-{Path(self.datamodule.hparams['name']).stem}"
-            )
+            own = f"{registry.name_of(type(self.model))}-{Path(self.datamodule.hparams['name']).stem}"
+            home = root / (self.request.run_name or own)
             taken = [int(path.name) for path in home.glob("*") if path.name.isdigit()]
             os.environ[_RUN_DIR] = str(home / str(max(taken, default=-1) + 1))
         return Path(os.environ[_RUN_DIR])
@@ -240,8 +241,9 @@ def main(argv: list[str]) -> None:
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 0 after help.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
+    # data in memory need no workers
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
     # Lightning 2.6 asks torch for a class that newer ones rename; nothing a user could do
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # data in memory need none
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)", category=FutureWarning)
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(_RUN_DIR, None)
@@ -254,17 +256,29 @@ def _worth_saying(record: logging.LogRecord) -> bool:
     return not any(word in text for word in ("litlogger", "litmodels", "Tip:", "TPU available", "HPU available"))
 
 
-def _expand(argv: list[str]) -> tuple[list[str], str | None, Path | None, str | None]:
-    """Names to what LightningCLI understands: models to classes, recipes to files, runs to checkpoints and settings.
+@dataclass(frozen=True)
+class Request:
+    """What the arguments ask for.
 
-    Returns:
-        The arguments, the name of the first recipe or file given by -c, the checkpoint given by --ckpt_path, and the
-        model that is meant.
+    Attributes:
+        argv: the command and its flags, as LightningCLI understands them.
+        run_name: the name of the first recipe or file given by -c, or of the checkpoint's runs.
+        source: the checkpoint given by --ckpt_path.
+        stored: the hyperparameters in that checkpoint.
+        model: the model that is meant.
     """
+
+    argv: list[str]
+    run_name: str | None
+    source: Path | None
+    stored: dict[str, Any]
+    model: str | None
+
+
+def _expand(argv: list[str]) -> Request:
+    """Names to what LightningCLI understands: models to classes, recipes to files, runs to checkpoints and settings."""
     command, rest = argv[0], list(argv[1:])
-    for name in registry.list_models():
-        if registry.find(name).owner == "aezoo":
-            registry.model_class(name)
+    _built_in()  # a class that is imported can be named in YAML
     registry.import_plugins()
     flags: list[str] = []
     run_name: str | None = None
@@ -284,21 +298,24 @@ def _expand(argv: list[str]) -> tuple[list[str], str | None, Path | None, str | 
                 raise AezooError(f"{flag} needs a value")
             value = rest.pop(0)
         if flag in ("-c", "--config"):
-            path = _config_file(value)
+            path, config = _config_file(value)
             run_name = run_name or path.stem
             flags += ["--config", str(path)]
-            model = _model_of(yaml.safe_load(path.read_text(encoding="utf-8"))) or model
+            model = _model_of(config) or model
         elif flag == "--ckpt_path":
             source = checkpoint.find_checkpoint(value, prefer="last" if command == "fit" else "best")
             flags += ["--ckpt_path", str(source)]
         else:
             given = value if flag == "--model" else given
             flags += [flag, _class_path(value)]
+    stored: dict[str, Any] = {}
     if source is not None:
-        settings = _settings(command, source, optional=given is not None)
+        content = checkpoint.read_checkpoint(source)
+        stored = content.get("hyper_parameters", {})
+        settings = _settings(command, content, source, optional=given is not None)
         flags = ["--config", json.dumps(settings), *flags]
         model = model or _model_of(settings)
-    return [command, *flags], run_name, source, given or model
+    return Request([command, *flags], run_name, source, stored, given or model)
 
 
 def _model_of(config: dict[str, Any]) -> str | None:
@@ -307,7 +324,7 @@ def _model_of(config: dict[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _config_file(value: str) -> Path:
+def _config_file(value: str) -> tuple[Path, dict[str, Any]]:
     if "://" in value:
         raise AezooError(f"configurations are read from disk only, not from {value}: download it first")
     path = Path(value) if Path(value).is_file() else find_recipe(value)
@@ -317,16 +334,21 @@ def _config_file(value: str) -> Path:
         raise AezooError(f"cannot read {path} as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise AezooError(f"{path} holds no settings: write sections such as model:, data: and trainer:")
-    return path
+    return path, content
 
 
 def _class_path(name: str) -> str:
     """`vae` to `aezoo.models.variational.vae.VAE`; class names, class paths, files and inline YAML stay."""
-    classes = {registry.model_class(n).__name__ for n in registry.list_models() if registry.find(n).owner == "aezoo"}
-    if name in classes or "." in name or name.lstrip().startswith("{"):
+    if name in _built_in() or "." in name or name.lstrip().startswith("{"):
         return name
     cls = registry.model_class(name)
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _built_in() -> set[str]:
+    """Class names of the models of this package, which are imported by this."""
+    entries = registry.entries().values()
+    return {registry.model_class(entry.name).__name__ for entry in entries if entry.owner == "aezoo"}
 
 
 def _spell_out(text: str) -> str:
@@ -334,7 +356,7 @@ def _spell_out(text: str) -> str:
     config = yaml.safe_load(text)
     if not isinstance(config, dict):
         return text
-    for section in (config, *(v for k, v in config.items() if k in ("fit", "validate", "test", "predict"))):
+    for section in (config, *(v for k, v in config.items() if k in HEAVY)):
         model = section.get("model") if isinstance(section, dict) else None
         if isinstance(model, str):
             section["model"] = {"class_path": _class_path(model)}
@@ -346,14 +368,12 @@ def _spell_out(text: str) -> str:
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def _settings(command: str, source: Path, optional: bool) -> dict[str, Any]:
+def _settings(command: str, content: dict[str, Any], source: Path, optional: bool) -> dict[str, Any]:
     """What a checkpoint says of its run: all of `config.yaml` beside it for a fit, else its own model and data."""
-    content = checkpoint.read_checkpoint(source)
     config_file = source.parent.parent / "config.yaml"
     if command == "fit" and source.parent.name == "checkpoints" and config_file.is_file():
-        settings: dict[str, Any] = yaml.safe_load(_config_file(str(config_file)).read_text(encoding="utf-8"))
-        return settings
-    settings = {}
+        return _config_file(str(config_file))[1]
+    settings: dict[str, Any] = {}
     try:
         name, hyperparameters = checkpoint.described(content, source)
         arguments = _plain_values(hyperparameters)
@@ -375,9 +395,9 @@ def _plain_values(hyperparameters: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_against(content: dict[str, Any], source: Path, model: Autoencoder, resume: bool) -> None:
+def _check_against(stored: dict[str, Any], source: Path, model: Autoencoder, resume: bool) -> None:
     """Say which hyperparameters differ from the checkpoint's; refuse another shape of data."""
-    stored, now = content.get("hyper_parameters", {}), dict(model.hparams)
+    now = dict(model.hparams)
     shape = tuple(stored.get("input_shape", model.input_shape))
     if shape != model.input_shape:
         raise AezooError(

@@ -1,39 +1,58 @@
 """Saving and loading models with nothing that can run code: safetensors or torch's weights-only files.
 
 A saved model is a folder with `model.safetensors` (weights) and `config.json` (registry name, hyperparameters). A
-checkpoint is Lightning's, with the registry name stamped in. Loading looks that name up in the registry and checks the
-hyperparameters against the constructor; no class path in a file is ever followed.
+checkpoint is Lightning's, with the registry name stamped in. Loading looks that name up in the registry, admits plain
+hyperparameters that the constructor has, and compares the model's size with the file's before memory is taken; no class
+path in a file is ever followed.
 """
 
+import contextlib
 import json
+import os
 import pickle
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
+from aezoo.folding import fold
 from aezoo.registry import check_hyperparameters, model_class, name_of
+from aezoo.security import archives, values, weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# torch writes checkpoints without compression, so a file that grows by more than this is a memory bomb
+MAX_GROWTH = 2**24
+MAX_BYTES = "AEZOO_MAX_BYTES"
+_MAX_CONFIG = 2**20
+# what LightningCLI adds to hyperparameters; it would import both
+_CLASS, _MAKER = "_class_path", "_instantiator"
+_KNOWN_MAKER = "lightning.pytorch.cli.instantiate_module"
 
 
-def save_model(model: Autoencoder, folder: str | Path) -> Path:
+def save_model(
+    model: Autoencoder, folder: str | Path, scaling: Mapping[str, Tensor] | Tensor | float | None = None
+) -> Path:
     """Write a model as `config.json` and `model.safetensors`.
 
     Args:
         model: a registered model.
         folder: made if it does not exist; the two files in it are replaced.
+        scaling: of the activations that the model was trained on, as `load_run` has it; what is saved then works on raw
+            ones, see `aezoo.folding.fold`.
 
     Returns:
         The folder.
 
     Raises:
-        AezooError: the model's class is not in the registry, so no other process could find it again.
+        AezooError: the model's class is not in the registry, so no other process could find it again; or its weights
+            cannot take the scaling in.
     """
     name = name_of(type(model))
     if name is None:
@@ -41,65 +60,121 @@ def save_model(model: Autoencoder, folder: str | Path) -> Path:
             f"{type(model).__name__} is not in the registry: give it an entry point in aezoo.models "
             "(README, 'Add a model') or save model.state_dict() yourself"
         )
+    if scaling is not None:
+        model = fold(model, scaling)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model": name, "aezoo_version": aezoo.__version__, "hyperparameters": dict(model.hparams)}
     # copies, since safetensors refuses tensors that share memory, as tied weights do
-    weights = {
+    state = {
         key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()
     }
-    save_file(weights, folder / WEIGHTS)
+    save_file(state, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
-def load_model(path: str | Path, map_location: str = "cpu") -> Autoencoder:
+def load_model(path: str | Path, map_location: str = "cpu", max_bytes: int | None = None) -> Autoencoder:
     """Load a model from a checkpoint file, a run folder or a saved model folder; it comes back in eval mode.
 
     Args:
         path: a `.ckpt` file; a run folder, of which the best checkpoint is taken; or a folder made by `save_model`.
         map_location: device of the weights.
+        max_bytes: what a compressed checkpoint may unpack to; by default `AEZOO_MAX_BYTES` of the environment, else the
+            size of the file and 16 MiB more, since torch writes checkpoints without compression.
 
     Raises:
         AezooError: nothing there, a damaged or foreign file, or a model that is not in the registry.
     """
-    if (Path(path) / CONFIG).is_file():
+    return load_run(path, map_location, max_bytes)[0]
+
+
+def load_run(
+    path: str | Path, map_location: str = "cpu", max_bytes: int | None = None
+) -> tuple[Autoencoder, dict[str, Any]]:
+    """A model as `load_model` gives it, and what its checkpoint says of the data that it was trained on.
+
+    Returns:
+        The model, and a dict with `settings` of the DataModule, `scaling` of values that were not bytes (both are empty
+        for a saved model folder and for data that were not aezoo's), and `folder`, the run's or the saved model's.
+    """
+    data: dict[str, Any] = {}
+    if "://" not in str(path) and (Path(path) / CONFIG).is_file():
         source = Path(path)
         config = read_config(source)
         try:
-            weights = load_file(source / WEIGHTS, device=map_location)
-        except (OSError, SafetensorError) as error:
+            content = load_file(source / WEIGHTS, device=map_location)
+        except Exception as error:  # a header can be wrong in any way
             raise AezooError(f"cannot read {source / WEIGHTS}: {_brief(error)}; save the model again") from error
+        note_version({"version": config.get("aezoo_version")}, source)
         name, hyperparameters = config["model"], config["hyperparameters"]
     else:
         source = find_checkpoint(path)
-        checkpoint = read_checkpoint(source, map_location)
+        checkpoint = read_checkpoint(source, map_location, max_bytes)
+        note_version(checkpoint.get("aezoo"), source)
         name, hyperparameters = described(checkpoint, source)
-        weights = checkpoint["state_dict"]
-    model = build(name, hyperparameters, source)
+        content, data = checkpoint["state_dict"], _data_of(checkpoint, source)
+    state = weights.tensors(content, source, name)
+    model = build(name, hyperparameters, source, state)
     try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as error:  # an AttributeError comes from a key that is no string
+        model.load_state_dict(state)
+    except RuntimeError as error:
         raise AezooError(f"the weights in {source} do not fit {name}: {_brief(error)}") from error
-    return model.to(map_location).eval()
+    folder = source if source.is_dir() else source.parent
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    return model.to(map_location).eval(), {"settings": {}, "scaling": {}, "folder": folder} | data
 
 
-def build(name: str, hyperparameters: dict[str, Any], source: Path) -> Autoencoder:
+def _data_of(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
+    what = f"{source}: its settings of the data"
+    settings = values.plain(checkpoint.get("datamodule_hyper_parameters", {}), what)
+    state = checkpoint.get("DataModule")
+    scaling = state.get("scaling") if isinstance(state, dict) else None
+    whole = isinstance(scaling, dict) and all(isinstance(scaling.get(key), Tensor) for key in ("offset", "factor"))
+    return {"settings": settings, "scaling": scaling if whole else {}}
+
+
+def verify(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:
+    """Registry name and hyperparameters of a checkpoint that describes a model of the size of its weights.
+
+    Raises:
+        AezooError: as `load_model` does, before the memory of the model is taken.
+    """
+    name, hyperparameters = described(checkpoint, source)
+    build(name, hyperparameters, source, weights.tensors(checkpoint["state_dict"], source, name), dry=True)
+    return name, hyperparameters
+
+
+def build(
+    name: str, hyperparameters: dict[str, Any], source: Path, state: dict[str, Tensor], dry: bool = False
+) -> Autoencoder:
     """A fresh model as a file describes it.
+
+    Args:
+        name: in the registry.
+        hyperparameters: as the file has them.
+        source: the file.
+        state: the weights that the file has for the model, which bound its size.
+        dry: only to see whether it can be built, without memory for its parameters where that is possible.
 
     Raises:
         AezooError: a hyperparameter that its constructor does not have, or a value that it does not take.
     """
     cls = model_class(name)
-    # LightningCLI adds keys with a leading underscore that name classes to import: they are never read here
-    plain: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in hyperparameters.items()
-        if not str(key).startswith("_")
-    }
+    given = values.plain(hyperparameters, f"{source} does not describe a {name} of this version: its hyperparameters")
+    own = [name, cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}", f"aezoo.{cls.__qualname__}"]
+    if given.pop(_CLASS, name) not in own or given.pop(_MAKER, _KNOWN_MAKER) != _KNOWN_MAKER:
+        raise AezooError(f"{source} is refused: it names code of its own to run in the place of {name}")
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     try:
         check_hyperparameters(cls, plain.keys() - {"input_shape"}, name)
-        return cls(**plain)
+        with weights.no_larger_than(state):
+            # a plug-in may compute with numbers, of which the meta device has none
+            with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
+                model = cls(**plain)
+                if dry:
+                    return model
+            return cls(**plain)
     except Exception as error:  # a constructor may fail in any way on values that no user would give it
         raise AezooError(f"{source} does not describe a {name} of this version: {_brief(error)}") from error
 
@@ -111,7 +186,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         AezooError: not JSON, or not of the form that `save_model` writes.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with (folder / CONFIG).open("rb") as file:
+            text = file.read(_MAX_CONFIG + 1)
+        if len(text) > _MAX_CONFIG:
+            raise ValueError(f"it has more than {_MAX_CONFIG} bytes")
+        config = json.loads(text.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AezooError(f"cannot read {folder / CONFIG}: {_brief(error)}") from error
     if not (isinstance(config, dict) and isinstance(config.get("model"), str)):
@@ -121,14 +200,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None = None) -> dict[str, Any]:
     """The content of a checkpoint file, loaded with `weights_only=True`.
+
+    Args:
+        path: the file.
+        map_location: device of its tensors.
+        max_bytes: as for `load_model`.
 
     Raises:
         AezooError: not a checkpoint, damaged, or holding more than tensors and plain values.
     """
     try:
+        _refuse_growth(path, max_bytes)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except AezooError:
+        raise
     except pickle.UnpicklingError as error:
         raise AezooError(f"{path} is refused: it is damaged, or holds objects that could run code") from error
     except Exception as error:  # one changed byte can end in any exception of the unpickler
@@ -136,6 +223,33 @@ def read_checkpoint(path: Path, map_location: str = "cpu") -> dict[str, Any]:
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)):
         raise AezooError(f"{path} is not a checkpoint of Lightning: it has no state_dict")
     return checkpoint
+
+
+def _refuse_growth(path: Path, max_bytes: int | None) -> None:
+    size = archives.unpacked_size(path)
+    if max_bytes is None and (given := os.environ.get(MAX_BYTES, "")):
+        if not given.isdecimal():
+            raise AezooError(f"{MAX_BYTES} is {given!r} in the environment: give a number of bytes")
+        max_bytes = int(given)
+    most = path.stat().st_size + MAX_GROWTH if max_bytes is None else max_bytes
+    if size is not None and size > most:
+        raise AezooError(
+            f"{path} would unpack to {size / 2**20:.0f} MiB, more than the limit of {most / 2**20:.0f}: torch writes "
+            f"no such files; if you trust it, raise the limit (max_bytes=..., or {MAX_BYTES} in the environment)"
+        )
+
+
+def note_version(stamp: Any, source: Path) -> None:
+    """Say that another version of this package has written a file, which can be why it does not fit.
+
+    Args:
+        stamp: what the file says of its origin, a dict with `version`.
+        source: the file.
+    """
+    version = stamp.get("version") if isinstance(stamp, dict) else None
+    if isinstance(version, str) and version != aezoo.__version__:
+        text = " ".join(version.split())[:40]
+        print(f"aezoo: {source} was written by aezoo {text}, this is {aezoo.__version__}", file=sys.stderr)
 
 
 def described(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:
@@ -184,7 +298,8 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         if len(chosen) > 1 and prefer == "best":
             # several are kept, and the latest state knows which of them is best
             latest = next((file for file in files if file.stem == "last"), files[0])
-            states = read_checkpoint(latest).get("callbacks", {}).values()
+            callbacks = read_checkpoint(latest).get("callbacks")
+            states = callbacks.values() if isinstance(callbacks, dict) else ()
             paths = [state.get("best_model_path", "") for state in states if isinstance(state, dict)]
             names = {Path(str(best)).name for best in paths if best}
             chosen = [file for file in chosen if file.name in names] or chosen

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import importlib
 import os
 import shutil
 import sys
@@ -27,8 +28,22 @@ Look around
 Train and use
   fit -c RECIPE                    train by a recipe, or by a YAML file of your own
   fit --model NAME --data.name SET train any model on any data; every flag can be in the YAML too
-  fit --ckpt_path RUN              go on with a run that was stopped
+  fit ... --resume auto            the same, or go on where the last run of that command was stopped
+  fit --resume RUN                 go on with a run that was stopped
   validate | test | predict --ckpt_path RUN_OR_FILE
+
+Use a trained model; each takes --ckpt_path RUN_OR_FILE and --input FILE or --data..., and has a --help
+  reconstruct                      outputs, errors of each sample, the best and the worst
+  generate                         samples of the model's prior or of one fitted to its codes; walks, FID and KID
+  denoise --corrupt gaussian:0.3   cleaned samples, beside filters
+  detect                           anomaly scores, thresholds, p-values, beside PCA, kNN and isolation forest
+  embed                            codes, their picture, what can be read off them; --nearest 5
+  compress                         .aez files, lossless or lossy, beside PNG, WebP, JPEG, xz, PCA
+  decompress --input FILE.aez      back to .npy or .png
+
+Measure
+  benchmark NAME ...               speed, quality, bits, quantisers, tasks, disentangle, dictionaries, probe, peers,
+                                   report
 
 Examples
   aezoo fit -c vae
@@ -38,8 +53,21 @@ Examples
   aezoo test --ckpt_path runs/vae/0
   tensorboard --logdir runs
 """
-LIGHT = ("list", "info", "recipes", "cp")
+LIGHT = ("list", "info", "recipes", "cp", "benchmark")
 HEAVY = ("fit", "validate", "test", "predict")
+VERBS = ("reconstruct", "generate", "denoise", "detect", "embed", "compress", "decompress")
+BENCHMARKS = {
+    "speed": "training and inference: samples/s, step time, memory, FLOPs, start-up, scaling over devices",
+    "quality": "reconstruction error, probes of the code and PCA's floor, for models, code sizes and seeds",
+    "tasks": "generate, denoise, detect, embed, compress beside what one would take otherwise",
+    "disentangle": "how well codes separate the factors of shapes: MIG, SAP, DCI and others, over seeds",
+    "dictionaries": "whether sparse models find the atoms of a known dictionary: MCC, L0, FVU, dead share, over seeds",
+    "probe": "classes read off codes by a linear probe and by neighbours, for masked and other models, over seeds",
+    "bits": "reconstruction error of quantised models at equal bits, with usage of their codes, over seeds",
+    "quantisers": "speed and memory of quantisers from 512 to 65,536 codes beside vector-quantize-pytorch",
+    "peers": "the same networks trained by aezoo, by hand-written loops and by other libraries",
+    "report": "tables and pictures from the CSVs that the others wrote",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,12 +100,18 @@ def _run(argv: list[str]) -> None:
             _recipes(rest)
         case ["cp", *rest]:
             _cp(rest)
+        case ["benchmark", *rest]:
+            _benchmark(rest)
         case [command, *_] if command in HEAVY:
             from aezoo import lightning_cli
 
             lightning_cli.main(argv)
+        case [command, *_] if command in VERBS:
+            from aezoo.tasks import command as verb
+
+            verb.main(argv)
         case [command, *_]:
-            near = difflib.get_close_matches(command, [*LIGHT, *HEAVY], n=1)
+            near = difflib.get_close_matches(command, [*LIGHT, *HEAVY, *VERBS], n=1)
             hint = f", did you mean {near[0]!r}?" if near else "."
             raise AezooError(f"unknown command {command!r}{hint} See `aezoo --help`.")
 
@@ -200,3 +234,22 @@ def _cp(argv: list[str]) -> None:
     except OSError as error:
         raise AezooError(f"cannot write {dest}: {error.strerror}") from error
     print(f"{dest}\nchange it, then: aezoo fit -c {dest}")
+
+
+def _benchmark(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print("usage: aezoo benchmark NAME ...        each has a --help of its own\n")
+        _table([(f"  {name}", text) for name, text in BENCHMARKS.items()])
+        return
+    name, *rest = argv
+    if name not in BENCHMARKS:
+        near = difflib.get_close_matches(name, BENCHMARKS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else "."
+        raise AezooError(f"unknown benchmark {name!r}{hint} See `aezoo benchmark`.")
+    here = Path(__file__).parent
+    package = "aezoo.benchmarks"  # where the wheel has them
+    if not (here / "benchmarks").is_dir():
+        package = "benchmarks"
+        sys.path.insert(0, str(here.parent))
+    if code := importlib.import_module(f"{package}.{name}").main(rest):
+        sys.exit(code)

@@ -1,35 +1,41 @@
-"""fit, validate, test and predict: LightningCLI with short model names, recipes, and checkpoints that say enough.
+"""fit, validate, test and predict: LightningCLI with short model names, recipes, and checkpoints that say enough."""
 
-Settings come from, in rising order: defaults, the checkpoint, the files given by -c in their order, flags.
-"""
-
-import difflib
+import errno
 import inspect
-import json
 import logging
 import os
 import re
 import signal
 import sys
+import threading
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 import yaml
+from jsonargparse import Namespace
+from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import aezoo
-from aezoo import callbacks, checkpoint, registry
+from aezoo import acceleration, callbacks, durable, ranks, registry, resume, trainer_settings
 from aezoo.autoencoder import Autoencoder
-from aezoo.cli import HEAVY, find_recipe
+from aezoo.callbacks import dashboard
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
+from aezoo.parsing import Parser, check_flags, plain
+from aezoo.request import RESUMED, RUN_DIR, check_against, expand, say_differences
+from aezoo.security import archives
 
-_RUN_DIR = "AEZOO_RUN_DIR"
+# what a disk or a folder refuses, anywhere in a run: a logger and a picture write too
+_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
+}
 # each is a group of flags and a section of the YAML, e.g. --reconstructions.every_n_epochs 1
 DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
     "progress": callbacks.ProgressBar,
@@ -40,25 +46,20 @@ DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
     "traversal": callbacks.Traversal,
     "latents": callbacks.LatentScatter,
     "projector": callbacks.Projector,
+    "codebook": callbacks.Codebook,
     "filters": callbacks.Filters,
     "histograms": callbacks.Histograms,
     "dashboard": callbacks.Dashboard,
     "predictions": callbacks.PredictionWriter,
     "summary": callbacks.Summary,
+    "fault_guard": callbacks.FaultGuard,
     "interrupt": callbacks.Interrupt,
     "early_stopping": callbacks.EarlyStop,
     "checkpoints": callbacks.Checkpoints,
 }
 
 
-class Parser(LightningArgumentParser):
-    """LightningCLI's parser, with registry names in YAML and errors of one line."""
-
-    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
-        return super().parse_string(_spell_out(content), *args, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise AezooError(_plain(message, self))
+_Draws = restricted_number_type("Draws", int, [(">=", 1), ("<=", 10**6)], join="and")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -74,8 +75,8 @@ class SaveConfig(SaveConfigCallback):
             if name is not None:
                 config["model"]["class_path"] = name
             head = f"# aezoo {aezoo.__version__}: all settings of this run\n"
-            Path(log_dir).mkdir(parents=True, exist_ok=True)
-            (Path(log_dir) / self.config_filename).write_text(head + yaml.safe_dump(config, sort_keys=False))
+            text = head + yaml.safe_dump(config, sort_keys=False)
+            durable.write(Path(log_dir) / self.config_filename, lambda file: file.write(text.encode()))
             self.already_saved = True
 
 
@@ -87,7 +88,7 @@ class AezooCLI(LightningCLI):
     """
 
     def __init__(self, argv: list[str]) -> None:
-        self.request = _expand(argv)
+        self.request = expand(argv)
         super().__init__(
             Autoencoder,
             DataModule,
@@ -109,13 +110,21 @@ class AezooCLI(LightningCLI):
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         super().setup_parser(*args, **kwargs)
-        for command in ("validate", "test"):
+        ((command, parser),) = self._subcommand_parsers.items()
+        if command in ("validate", "test"):
             # the summary callback prints the figures
-            self._subcommand_parsers[command].set_defaults({"verbose": False})
-        # they go to a file; Lightning would hold all of them once more
-        self._subcommand_parsers["predict"].set_defaults({"return_predictions": False})
+            parser.set_defaults({"verbose": False})
+        elif command == "predict":
+            # they go to a file; Lightning would hold all of them once more
+            parser.set_defaults({"return_predictions": False})
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that is asked for: each parser takes a tenth of a second to build."""
+        command = self.request.argv[0]
+        return {command: LightningCLI.subcommands()[command]}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        trainer_settings.read_whole_numbers_first(Trainer)
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
         parser.add_lightning_class_args(Autoencoder, "model", subclass_mode=True, required=False)
@@ -123,31 +132,88 @@ class AezooCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.input_shape", "model.init_args.input_shape", apply_on="instantiate")
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         for name, cls in DEFAULT_CALLBACKS.items():
             parser.add_lightning_class_args(cls, name)
+        parser.add_argument(
+            "--compile",
+            type=Literal[acceleration.MODES],
+            default="auto",
+            help="Compile the training step: auto where the run is long enough to earn it back, off, or a mode of "
+            "torch.compile.",
+        )
+        parser.add_argument(
+            "--importance_samples",
+            type=_Draws,
+            default=100,
+            help="Draws of the code for each sample in the log-likelihood that validate and test report.",
+        )
+        parser.add_argument(
+            "--matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="high",
+            help="How a GPU multiplies float32 matrices: high is TF32, highest plain float32.",
+        )
+
+        parser.add_argument(
+            "--rank_timeout",
+            type=float,
+            default=600.0,
+            help="Seconds that processes wait for one of them before the run ends, downloads by the first included.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         argv, command = self.request.argv, self.request.argv[0]
-        _check_flags(argv, self.request.model, self._subcommand_parsers[command])
+        check_flags(argv, self.request.model, self._subcommand_parsers[command])
         self.config = parser.parse_args(argv)
         if command != "fit" and not self.config[command].get("ckpt_path"):
             raise AezooError(f"{command} needs a trained model: give --ckpt_path RUN_OR_FILE")
+        if self.config[command].get("ckpt_path") not in (None, str(self.request.source)):
+            raise AezooError("ckpt_path is not read from a file: give --ckpt_path RUN_OR_FILE on the command line")
+        seed = self.config[command].get("seed_everything")
+        if not isinstance(seed, bool | None) and not 0 <= seed < 2**32:
+            raise AezooError(f"seed_everything takes a number from 0 to {2**32 - 1}, got {seed}")
+        sections: dict[str, type] = {"trainer": Trainer, "data": DataModule, **DEFAULT_CALLBACKS}
+        for section, cls in sections.items():
+            value = self.config[command].get(section)
+            # one without settings is None
+            if not isinstance(value, Namespace) and (value is not None or inspect.signature(cls).parameters):
+                raise AezooError(f"{section} is {value!r}: write its settings below it, one to a line, or leave it out")
+        trainer_settings.check(self.config[command]["trainer"])
+        if not 1 <= self.config[command]["rank_timeout"] <= 1e6:
+            raise AezooError(f"rank_timeout takes seconds from 1 to 1e6, got {self.config[command]['rank_timeout']}")
+        # no setting and no environment makes Lightning load what could run code
+        self.config[command]["weights_only"] = True
         if self.config[command].get("model") is None:
             raise AezooError("which model? Give --model NAME, -c RECIPE, or --ckpt_path RUN (see `aezoo list`)")
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning merges a checkpoint's values over the flags here; `_expand` has put them below instead."""
+        """Lightning merges a checkpoint's values over the flags here; `expand` has put them below instead."""
+
+    def before_instantiate_classes(self) -> None:
+        """Make it fast, and stop here if `--resume` finds a run that has ended by itself."""
+        acceleration.keep_pages()
+        source = self.request.source
+        if self.request.resumes and source is not None:
+            trainer = self.config[self.subcommand]["trainer"]
+            line = resume.nothing_left(source, trainer.get("max_epochs"), trainer.get("max_steps"))
+            if line is not None:
+                print(line, file=sys.stderr)
+                sys.exit(0)
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except AezooError:
+            raise
+        except Exception as error:  # what a class of Lightning or of a plug-in says to values that it does not take
             # jsonargparse wraps what a constructor raises in a report on all types that it tried
-            if isinstance(error, AezooError) or "Does not validate" not in str(error):
-                raise
-            raise AezooError(_plain(str(error), self._parser(self.subcommand))) from error
+            raise AezooError(plain(f"{error}" or repr(error), self._parser(self.subcommand))) from error
+        self.model.importance_samples = self._get(self.config_init, "importance_samples")
         if self.request.source is not None:
-            _check_against(self.request.stored, self.request.source, self.model, self.subcommand == "fit")
+            check_against(self.request.stored, self.request.source, self.model, self.subcommand == "fit")
+        if self.subcommand == "fit":
+            say_differences("data", self.request.stored_data, dict(self.datamodule.hparams))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = dict(self._get(self.config_init, "trainer", default={}))
@@ -165,13 +231,27 @@ class AezooCLI(LightningCLI):
             config["logger"] = False
         if config.get("logger") in (None, True):
             name, version = run_dir.parent.name, run_dir.name
-            config["logger"] = TensorBoardLogger(
-                str(run_dir.parent.parent), name=name, version=version, default_hp_metric=False
-            )
+            try:
+                config["logger"] = TensorBoardLogger(
+                    run_dir.parent.parent, name=name, version=version, default_hp_metric=False, **self._curves(run_dir)
+                )
+            except ModuleNotFoundError as error:
+                raise AezooError(
+                    "TensorBoard is not installed: pip install tensorboard, or --trainer.logger false"
+                ) from error
         if config.get("logger") and self.model.lr_schedule != "constant":
             extra.append(LearningRateMonitor(logging_interval="step"))
         config.update(kwargs)
-        return self._instantiate_trainer(config, [callback for callback in extra if callbacks.in_use(callback)])
+        trainer = self._instantiate_trainer(config, [callback for callback in extra if callbacks.in_use(callback)])
+        ranks.limit_wait(trainer, self._get(self.config_init, "rank_timeout"))
+        return trainer
+
+    def _curves(self, run_dir: Path) -> dict[str, Any]:
+        """A run that goes on in its folder takes back the points that it had logged after its checkpoint."""
+        if self.subcommand != "fit" or not run_dir.is_dir():
+            return {}
+        dashboard.wait_for_a_later_name(run_dir)
+        return {"purge_step": self.request.step}
 
     def run_dir(self, root: Path) -> Path:
         """Folder of this run: the checkpoint's own, or the next free number in `<root>/<recipe or model-data>`."""
@@ -179,22 +259,26 @@ class AezooCLI(LightningCLI):
         if source is not None and source.parent.name == "checkpoints":
             return source.parent.parent
         # processes that a multi-device strategy starts must not count up again
-        if _RUN_DIR not in os.environ:
+        if RUN_DIR not in os.environ:
             own = f"{registry.name_of(type(self.model))}-{Path(self.datamodule.hparams['name']).stem}"
-            home = root / (self.request.run_name or own)
+            home = root / archives.component(self.request.run_name or own)
             taken = [int(path.name) for path in home.glob("*") if path.name.isdigit()]
-            os.environ[_RUN_DIR] = str(home / str(max(taken, default=-1) + 1))
-        return Path(os.environ[_RUN_DIR])
+            os.environ[RUN_DIR] = str(home / str(max(taken, default=-1) + 1))
+        return Path(os.environ[RUN_DIR])
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
+            ranks.connect(self.trainer)
             super()._run_subcommand(subcommand)
         except SystemExit:
             # Lightning ends with 1 after an interrupt that it has handled
             held = self._get(self.config_init, "interrupt")
             print(self._how_to_resume(), file=sys.stderr)
             sys.exit(128 + (held.signum or signal.SIGINT))
-        except RuntimeError as error:
+        except BaseException as error:
+            ranks.end_others(self.trainer, error)
+            if re.search("Early stopping conditioned on metric|could not find the monitored", str(error)):
+                raise AezooError(" ".join(str(error).split()).partition(" HINT")[0]) from error
             if "Error(s) in loading state_dict" not in str(error):
                 raise
             raise AezooError(
@@ -214,7 +298,10 @@ class AezooCLI(LightningCLI):
         )
 
     def before_fit(self) -> None:
-        """Say in two lines what is trained on what."""
+        """Settle the arithmetic, and say in two lines what is trained on what."""
+        self.model.compile_mode = self._get(self.config_init, "compile")
+        if self.trainer.strategy.root_device.type == "cuda":
+            torch.set_float32_matmul_precision(self._get(self.config_init, "matmul_precision"))
         if not self.trainer.is_global_zero:
             return  # the others wait for the data that rank zero may be fetching
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -226,7 +313,9 @@ class AezooCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the best weights, so that a run ends with figures on data it has not seen."""
         if self._test_follows():
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best", verbose=False)
+            # a run of less than an epoch has no best ones
+            best = "best" if getattr(self.trainer.checkpoint_callback, "best_model_path", "") else None
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
 
     def _test_follows(self) -> bool:
         savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, callbacks.Checkpoints)]
@@ -245,218 +334,44 @@ def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # Lightning 2.6 asks torch for a class that newer ones rename; nothing a user could do
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)", category=FutureWarning)
+    ranks.end_with_launcher()
     if "LOCAL_RANK" not in os.environ:
-        os.environ.pop(_RUN_DIR, None)
-    AezooCLI(argv)
+        os.environ.pop(RUN_DIR, None)
+        os.environ.pop(RESUMED, None)
+    report_thread = threading.excepthook
+
+    def report(args: threading.ExceptHookArgs) -> None:
+        # TensorBoard's writer: the run hears of it at the next entry, and says it below
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in _DISK):
+            report_thread(args)
+
+    threading.excepthook = report
+    try:
+        AezooCLI(argv)
+    except AezooError:  # a ValueError itself
+        raise
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        raise AezooError(
+            f"port {port} of {host} is in use, where the processes are to meet: end what holds it, or set MASTER_PORT "
+            "to another"
+        ) from error
+    except (OSError, ValueError) as error:
+        # Lightning's logger says of any error in TensorBoard's that the value cannot be logged
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in _DISK:
+            raise
+        raise AezooError(
+            f"cannot read or write {cause.filename or 'the run folder'}: {cause.strerror}; what was saved before is "
+            "kept: make room, or choose a folder that can be written with --trainer.default_root_dir"
+        ) from error
+    finally:
+        threading.excepthook = report_thread
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
     """Lightning's advertisements and its list of accelerators that are absent are not."""
     text = record.getMessage()
     return not any(word in text for word in ("litlogger", "litmodels", "Tip:", "TPU available", "HPU available"))
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the arguments ask for.
-
-    Attributes:
-        argv: the command and its flags, as LightningCLI understands them.
-        run_name: the name of the first recipe or file given by -c, or of the checkpoint's runs.
-        source: the checkpoint given by --ckpt_path.
-        stored: the hyperparameters in that checkpoint.
-        model: the model that is meant.
-    """
-
-    argv: list[str]
-    run_name: str | None
-    source: Path | None
-    stored: dict[str, Any]
-    model: str | None
-
-
-def _expand(argv: list[str]) -> Request:
-    """Names to what LightningCLI understands: models to classes, recipes to files, runs to checkpoints and settings."""
-    command, rest = argv[0], list(argv[1:])
-    _built_in()  # a class that is imported can be named in YAML
-    registry.import_plugins()
-    flags: list[str] = []
-    run_name: str | None = None
-    source: Path | None = None
-    model: str | None = None
-    given: str | None = None
-    while rest:
-        flag, equals, value = rest.pop(0).partition("=")
-        if flag not in ("-c", "--config", "--model", "--ckpt_path", "--model.help"):
-            flags.append(flag + equals + value)
-            continue
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                if flag == "--model.help":
-                    flags.append(flag)
-                    continue
-                raise AezooError(f"{flag} needs a value")
-            value = rest.pop(0)
-        if flag in ("-c", "--config"):
-            path, config = _config_file(value)
-            run_name = run_name or path.stem
-            flags += ["--config", str(path)]
-            model = _model_of(config) or model
-        elif flag == "--ckpt_path":
-            source = checkpoint.find_checkpoint(value, prefer="last" if command == "fit" else "best")
-            flags += ["--ckpt_path", str(source)]
-        else:
-            given = value if flag == "--model" else given
-            flags += [flag, _class_path(value)]
-    stored: dict[str, Any] = {}
-    if source is not None:
-        content = checkpoint.read_checkpoint(source)
-        stored = content.get("hyper_parameters", {})
-        settings = _settings(command, content, source, optional=given is not None)
-        flags = ["--config", json.dumps(settings), *flags]
-        model = model or _model_of(settings)
-    return Request([command, *flags], run_name, source, stored, given or model)
-
-
-def _model_of(config: dict[str, Any]) -> str | None:
-    model = config.get("model")
-    name = model.get("class_path") if isinstance(model, dict) else model
-    return name if isinstance(name, str) else None
-
-
-def _config_file(value: str) -> tuple[Path, dict[str, Any]]:
-    if "://" in value:
-        raise AezooError(f"configurations are read from disk only, not from {value}: download it first")
-    path = Path(value) if Path(value).is_file() else find_recipe(value)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise AezooError(f"cannot read {path} as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise AezooError(f"{path} holds no settings: write sections such as model:, data: and trainer:")
-    return path, content
-
-
-def _class_path(name: str) -> str:
-    """`vae` to `aezoo.models.variational.vae.VAE`; class names, class paths, files and inline YAML stay."""
-    if name in _built_in() or "." in name or name.lstrip().startswith("{"):
-        return name
-    cls = registry.model_class(name)
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _built_in() -> set[str]:
-    """Class names of the models of this package, which are imported by this."""
-    entries = registry.entries().values()
-    return {registry.model_class(entry.name).__name__ for entry in entries if entry.owner == "aezoo"}
-
-
-def _spell_out(text: str) -> str:
-    """A YAML text with registry names of models replaced by class paths, where a model is named."""
-    config = yaml.safe_load(text)
-    if not isinstance(config, dict):
-        return text
-    for section in (config, *(v for k, v in config.items() if k in HEAVY)):
-        model = section.get("model") if isinstance(section, dict) else None
-        if isinstance(model, str):
-            section["model"] = {"class_path": _class_path(model)}
-        elif isinstance(model, dict) and isinstance(model.get("class_path"), str):
-            name = model["class_path"]
-            model["class_path"] = _class_path(name)
-            if "." not in name and isinstance(model.get("init_args"), dict):
-                registry.check_hyperparameters(registry.model_class(name), model["init_args"], name)
-    return yaml.safe_dump(config, sort_keys=False)
-
-
-def _settings(command: str, content: dict[str, Any], source: Path, optional: bool) -> dict[str, Any]:
-    """What a checkpoint says of its run: all of `config.yaml` beside it for a fit, else its own model and data."""
-    config_file = source.parent.parent / "config.yaml"
-    if command == "fit" and source.parent.name == "checkpoints" and config_file.is_file():
-        return _config_file(str(config_file))[1]
-    settings: dict[str, Any] = {}
-    try:
-        name, hyperparameters = checkpoint.described(content, source)
-        arguments = _plain_values(hyperparameters)
-        arguments.pop("input_shape", None)
-        settings["model"] = {"class_path": name, "init_args": arguments}
-    except AezooError:
-        if not optional:
-            raise
-    data = _plain_values(content.get("datamodule_hyper_parameters", {}))
-    known = inspect.signature(DataModule).parameters
-    return settings | {"data": {key: value for key, value in data.items() if key in known}}
-
-
-def _plain_values(hyperparameters: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in hyperparameters.items()
-        if not key.startswith("_")
-    }
-
-
-def _check_against(stored: dict[str, Any], source: Path, model: Autoencoder, resume: bool) -> None:
-    """Say which hyperparameters differ from the checkpoint's; refuse another shape of data."""
-    now = dict(model.hparams)
-    shape = tuple(stored.get("input_shape", model.input_shape))
-    if shape != model.input_shape:
-        raise AezooError(
-            f"{source} was trained on samples of shape {'x'.join(map(str, shape))}, these data give "
-            f"{'x'.join(map(str, model.input_shape))}: choose the same --data, or --data.size and --data.channels"
-        )
-    if resume and stored.get("optimizer", model.optimizer) != model.optimizer:
-        raise AezooError(
-            f"{source} holds the state of {stored['optimizer']}, which {model.optimizer} cannot go on with: keep "
-            f"--model.optimizer {stored['optimizer']}, or fine-tune from Python with aezoo.load_model"
-        )
-    for key in sorted(stored.keys() & now.keys()):
-        if stored[key] != now[key]:
-            print(f"aezoo: model.{key} is {now[key]}, the checkpoint has {stored[key]}", file=sys.stderr)
-
-
-def _check_flags(argv: list[str], model: str | None, parser: LightningArgumentParser) -> None:
-    """Refuse an unknown flag with the nearest known one, before jsonargparse does it in five lines."""
-    known = _flags(parser)
-    for token in argv[1:]:
-        flag = token.partition("=")[0].rstrip("+")
-        if not flag.startswith("--") or flag in known or flag == "--model.help":
-            continue
-        candidates = known
-        if flag.startswith("--model."):
-            if model is None or registry.ALIASES.get(model, model) not in registry.entries():
-                continue
-            candidates = [f"--model.{key}" for key in registry.hyperparameters(model)]
-            if flag.replace(".init_args", "") in candidates:
-                continue
-        parts = flag.split(".")
-        if any(".".join(parts[:i]) in known for i in range(2, len(parts))) and candidates is known:
-            continue
-        raise AezooError(f"unknown flag {flag}{_near(flag, candidates)} See `aezoo {argv[0]} --help`.")
-
-
-def _flags(parser: LightningArgumentParser) -> list[str]:
-    flags = {option for option in parser._option_string_actions if option.startswith("--")}
-    for action in parser._actions:
-        for part in getattr(action, "_name_parser_map", {}).values():
-            flags.update(_flags(part))
-    return sorted(flags)
-
-
-def _near(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {near[0]}?" if near else "."
-
-
-def _plain(message: str, parser: LightningArgumentParser) -> str:
-    """A message of jsonargparse in one line: which key, what it takes, what it got."""
-    unknown = re.search(r"does not accept option '([\w.]+)'", message)
-    if unknown:
-        return f"unknown setting {unknown[1]}{_near('--' + unknown[1], _flags(parser)).replace('--', '')}"
-    keys = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
-    kinds = [kind for kind in re.findall(r"Expected an? (?:<class '([\w.]+)'>)", message) if kind != "NoneType"]
-    value = re.search(r"(?:Got|Given) value: (.*)", message)
-    if keys and kinds and value:
-        return f"{keys} takes {' or '.join(dict.fromkeys(kinds))}, got {value[1]}"
-    errors = [error for error in re.findall(r"^\s*- (.*)$", message, re.MULTILINE) if "NoneType" not in error]
-    text = " ".join((errors[0] if errors else message).split())
-    return f"{keys}: {text}" if keys and errors else text

@@ -1,4 +1,8 @@
-"""Optimisers and learning rate schedules by plain names."""
+"""Optimisers and learning rate schedules by plain names.
+
+adam:eps=1e-4              an optimiser with another eps than torch's
+multistep:0.5@0.2,0.6      a schedule: times 0.5 after a fifth of the steps, and again after three fifths
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -24,6 +28,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adadelta": torch.optim.Adadelta,
     "sgd": torch.optim.SGD,
 }
+_FUSED = ("adam", "adamw", "sgd")
 # share of the learning rate left at progress p between 0 (warm-up done) and 1 (last step)
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda p: 1.0,
@@ -42,23 +47,73 @@ def check(optimizer: str, lr: float, weight_decay: float, lr_schedule: str, warm
     Raises:
         AezooError: names the argument and what it takes.
     """
-    if optimizer not in OPTIMIZERS:
-        raise AezooError(f"unknown optimizer {optimizer!r}: take one of {', '.join(OPTIMIZERS)}")
-    if lr_schedule not in SCHEDULES:
-        raise AezooError(f"unknown lr_schedule {lr_schedule!r}: take one of {', '.join(SCHEDULES)}")
-    if not 0 < lr < math.inf:
-        raise AezooError(f"lr must be above 0 and finite, got {lr}")
+    _read_optimizer(optimizer)
+    _falloff(lr_schedule)
+    if not 0 < lr <= 1000:
+        raise AezooError(f"lr must be above 0 and at most 1000, got {lr}")
     if not 0 <= weight_decay < math.inf:
         raise AezooError(f"weight_decay must be at least 0 and finite, got {weight_decay}")
     if warmup_steps < 0:
         raise AezooError(f"warmup_steps must be at least 0, got {warmup_steps}")
 
 
-def build(name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """The optimiser of that name; `sgd` has momentum 0.9."""
-    settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+def _read_optimizer(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings of adam, adam:eps=1e-4, ..."""
+    name, _, rest = text.partition(":")
+    if name not in OPTIMIZERS:
+        raise AezooError(f"unknown optimizer {text!r}: take one of {', '.join(OPTIMIZERS)}")
+    if name == text:
+        return name, {}
+    key, _, value = rest.partition("=")
+    try:
+        eps = float(value)
+    except ValueError:
+        eps = math.nan
+    if key != "eps" or name == "sgd" or not 0 < eps < math.inf:
+        raise AezooError(f"optimizer {text!r} cannot be read: give a name, or one with its eps, such as adam:eps=1e-4")
+    return name, {"eps": eps}
+
+
+def _falloff(text: str) -> Callable[[float], float]:
+    """The share of the learning rate at progress p, of a name in `SCHEDULES` or of multistep:FACTOR@P,P,..."""
+    if text in SCHEDULES:
+        return SCHEDULES[text]
+    name, _, rest = text.partition(":")
+    if name != "multistep":
+        raise AezooError(f"unknown lr_schedule {text!r}: take one of {', '.join(SCHEDULES)}, multistep:FACTOR@P,P")
+    try:
+        factor, places = float(rest.partition("@")[0]), [float(place) for place in rest.partition("@")[2].split(",")]
+    except ValueError:
+        factor, places = math.nan, []
+    if not 0 < factor < math.inf or not all(0 < place < 1 for place in places):
+        raise AezooError(
+            f"lr_schedule {text!r} cannot be read: give a factor above 0 and the shares of all steps after which it "
+            "applies, such as multistep:0.1@0.5,0.75"
+        )
+    return lambda p: factor ** sum(p >= place for place in places)
+
+
+def build(
+    name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, *, fused: bool = True
+) -> torch.optim.Optimizer:
+    """The optimiser of that name; `sgd` has momentum 0.9.
+
+    Args:
+        name: a key of `OPTIMIZERS`, with or without its eps.
+        parameters: what it trains.
+        lr: learning rate.
+        weight_decay: its weight decay.
+        fused: update all parameters in one kernel where torch has one for their device.
+    """
+    name, settings = _read_optimizer(name)
+    settings |= {"lr": lr, "weight_decay": weight_decay}
     if name == "sgd":
         settings["momentum"] = 0.9
+    parameters = list(parameters)
+    if fused and name in _FUSED and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters):
+        settings["fused"] = True
+        if name != "sgd" and parameters and parameters[0].device.type == "cuda":
+            settings["capturable"] = True  # a CUDA graph can hold the step
     return OPTIMIZERS[name](parameters, **settings)
 
 
@@ -74,25 +129,47 @@ def schedule(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, tra
     if name != "constant" and trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise AezooError(f"lr_schedule={name!r} needs an end: set --trainer.max_epochs or --trainer.max_steps")
 
+    falloff = _falloff(name)
+
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         if name == "constant" or step == 0:
             return 1.0
         progress = (step - warmup_steps) / max(1, total_steps(trainer) - warmup_steps)
-        return SCHEDULES[name](min(1.0, max(0.0, progress)))
+        return falloff(min(1.0, max(0.0, progress)))
 
     return LambdaLR(optimizer, factor)
 
 
-def renew(optimizer: torch.optim.Optimizer, scheduler: LambdaLR | None, lr: float, weight_decay: float) -> None:
-    """Set what was asked for over what a checkpoint has restored, at the schedule's present point."""
-    factors = [1.0] * len(optimizer.param_groups)
+def align(optimizer: torch.optim.Optimizer) -> None:
+    """Give restored moments the memory layout of their parameters: fused kernels read both as one run of numbers."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            fits = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if fits and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def renew(optimizer: torch.optim.Optimizer, scheduler: LambdaLR | None, lrs: list[float], weight_decay: float) -> None:
+    """Set what was asked for, a rate a group, over what a checkpoint has restored, at the schedule's present point."""
+    factors = [1.0] * len(lrs)
     if scheduler is not None:
-        scheduler.base_lrs = [lr] * len(factors)
+        scheduler.base_lrs = [*lrs]
         factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-    for group, factor in zip(optimizer.param_groups, factors, strict=True):
-        group.update(lr=lr * factor, initial_lr=lr, weight_decay=weight_decay)
+    for group, lr, factor in zip(optimizer.param_groups, lrs, factors, strict=True):
+        group.update(lr=lr * factor, weight_decay=weight_decay)
+        if scheduler is not None:
+            group["initial_lr"] = lr  # a key of torch's schedules; a run without one has none to be equal to
+
+
+def known_steps(trainer: "Trainer") -> float:
+    """Optimiser steps of the whole fit, infinite where nobody knows."""
+    try:
+        steps = total_steps(trainer)
+    except AezooError:
+        return math.inf
+    return math.inf if steps == -1 else steps
 
 
 def total_steps(trainer: "Trainer") -> int:

@@ -188,7 +188,12 @@ def create_model(name: str, input_shape: tuple[int, ...] = (1, 28, 28), **hyperp
     """
     cls = model_class(name)
     check_hyperparameters(cls, hyperparameters, find(name).name)
-    return cls(input_shape=tuple(input_shape), **hyperparameters)
+    try:
+        return cls(input_shape=tuple(input_shape), **hyperparameters)
+    except (RuntimeError, MemoryError) as error:
+        if "alloc" in str(error) or "overflow" in str(error) or isinstance(error, MemoryError):
+            raise AezooError(f"{name} of this size does not fit in memory: lower latent_dim or hidden_dims") from error
+        raise
 
 
 def check_hyperparameters(cls: type, hyperparameters: Iterable[str], name: str) -> None:

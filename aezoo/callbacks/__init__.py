@@ -4,8 +4,10 @@ from aezoo.callbacks.annealing import BetaAnnealing
 from aezoo.callbacks.base import in_use
 from aezoo.callbacks.checkpoints import Checkpoints, EarlyStop
 from aezoo.callbacks.code_statistics import CodeStatistics
+from aezoo.callbacks.codebook import Codebook
 from aezoo.callbacks.dashboard import Dashboard
 from aezoo.callbacks.ema import EMA
+from aezoo.callbacks.fault_guard import FaultGuard
 from aezoo.callbacks.filters import Filters
 from aezoo.callbacks.histograms import Histograms
 from aezoo.callbacks.interrupt import Interrupt
@@ -23,8 +25,10 @@ __all__ = [
     "BetaAnnealing",
     "Checkpoints",
     "CodeStatistics",
+    "Codebook",
     "Dashboard",
     "EarlyStop",
+    "FaultGuard",
     "Filters",
     "Histograms",
     "Interrupt",

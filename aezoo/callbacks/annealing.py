@@ -4,12 +4,15 @@ import math
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 
+from aezoo.arguments import Checked
 from aezoo.callbacks.base import check_count
 from aezoo.errors import AezooError
 
 
-class BetaAnnealing(pl.Callback):
+class BetaAnnealing(Checked, pl.Callback):
     """Raises the weight of the KL term, or the capacity it aims at, over the first `n_steps` optimiser steps.
 
     linear: beta rises from 0 to the model's own beta (Bowman et al. 2016, https://arxiv.org/abs/1511.06349).
@@ -19,7 +22,8 @@ class BetaAnnealing(pl.Callback):
 
     The value depends on the step alone, so a resumed run goes on exactly. Validation, test and the finished model see
     the final value: val/loss of all epochs compare, and the best checkpoint is the best at the objective aimed at.
-    The way there is logged as `train/beta` or `train/capacity`, in at most 500 points.
+    The way there is logged as `train/beta` or `train/capacity`, in at most 500 points. In a step that is compiled the
+    value is a tensor of one number, since a float would be compiled in, and anew at every change.
 
     Args:
         mode: linear, cyclical or capacity.
@@ -49,10 +53,11 @@ class BetaAnnealing(pl.Callback):
                 f"BetaAnnealing.max_capacity and gamma must be finite and at least 0, got {max_capacity} and {gamma}"
             )
         self.mode, self.n_steps = mode, check_count(self, "n_steps", n_steps, 0)
-        self.cycles, self.ratio = check_count(self, "cycles", cycles), ratio
+        self.cycles, self.ratio = check_count(self, "cycles", cycles, most=10_000), ratio
         self.max_capacity, self.gamma = max_capacity, gamma
         self._attribute = "capacity" if mode == "capacity" else "beta"
         self._final: float | None = None
+        self._tensor: Tensor | None = None
         self._log_every = max(1, n_steps // 500)
 
     def value(self, step: int, final: float) -> float:
@@ -93,7 +98,9 @@ class BetaAnnealing(pl.Callback):
             return
         step = trainer.global_step
         value = self.value(step, self._final)
-        self._set(pl_module, value)
+        # a compiled step, or one that is recorded in a CUDA graph, reads it anew each time
+        compiled = getattr(pl_module, "_compiled", None) is not None
+        self._set(pl_module, self._in_tensor(value, pl_module.device) if compiled else value)
         if step <= self.n_steps and step % self._log_every == 0:
             # past self.log, which costs 0.25 ms at every step
             for logger in trainer.loggers:  # a logger writes on rank zero only
@@ -112,5 +119,12 @@ class BetaAnnealing(pl.Callback):
         if self._final is not None:
             self._set(pl_module, self._final)
 
-    def _set(self, pl_module: pl.LightningModule, value: float) -> None:
+    def _in_tensor(self, value: float, device: torch.device) -> Tensor:
+        if self._tensor is None or self._tensor.device != device:
+            # Apple's GPUs have no float64; without dimensions it raises no other dtype
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._tensor = torch.zeros((), dtype=dtype, device=device)
+        return self._tensor.fill_(value)
+
+    def _set(self, pl_module: pl.LightningModule, value: float | Tensor) -> None:
         setattr(pl_module, self._attribute, value)

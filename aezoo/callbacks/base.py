@@ -14,8 +14,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from aezoo.autoencoder import forked_rng
+from aezoo.arguments import Checked
 from aezoo.errors import AezooError
+from aezoo.randomness import forked_rng
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +27,8 @@ _SEED = 0
 _CHUNK = 128
 # 128 MiB of float32: what a callback keeps of large samples is cut to this
 _KEPT_VALUES = 2**25
+# samples or panels in one picture
+MOST_DRAWN = 10_000
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -42,7 +45,7 @@ def in_use(callback: pl.Callback) -> bool:
     """Whether a callback is switched on; one that is not still costs 7 us a step in Lightning's hooks."""
     if getattr(callback, "every_n_epochs", 1) == 0:
         return False
-    return getattr(callback, "n_steps", 1) != 0 and getattr(callback, "decay", 1) != 0
+    return all(getattr(callback, name, 1) != 0 for name in ("n_steps", "decay", "patience"))
 
 
 def tensorboard_writers(trainer: pl.Trainer) -> list[Any]:
@@ -97,14 +100,24 @@ def check_period(owner: object, every_n_epochs: int) -> int:
     return every_n_epochs
 
 
-def check_count(owner: object, name: str, value: int, least: int = 1) -> int:
-    """Refuse a count below `least`."""
+def check_count(owner: object, name: str, value: int, least: int = 1, most: int | None = None) -> int:
+    """Refuse a count below `least` or above `most`."""
     if value < least:
         raise AezooError(f"{type(owner).__name__}.{name} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise AezooError(f"{type(owner).__name__}.{name} must be at most {most}, got {value}")
     return value
 
 
-class Picture(pl.Callback):
+def check_share(owner: object, name: str, value: float, most: float = float("inf")) -> float:
+    """Refuse a number below 0 or above `most`."""
+    if not 0 <= value <= most:
+        upto = "" if most == float("inf") else f" and at most {most:g}"
+        raise AezooError(f"{type(owner).__name__}.{name} must be at least 0{upto}, got {value}")
+    return value
+
+
+class Picture(Checked, pl.Callback):
     """Draws after the validation of every n-th epoch and at the end of training; a subclass writes `draw`.
 
     The samples are the first ones of the first validation, so that pictures of different epochs show the same ones.

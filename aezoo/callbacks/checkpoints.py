@@ -1,11 +1,22 @@
 """Best and last checkpoints of a run, and when to stop it."""
 
+import json
+import re
+import time
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from aezoo import durable
+from aezoo.arguments import Checked
+from aezoo.callbacks.base import check_count, check_share, is_dry_run
+from aezoo.callbacks.interrupt import AGREE_EVERY, Interrupt
 from aezoo.errors import AezooError
 
 
@@ -14,15 +25,30 @@ def _monitored(metric: str, trainer: pl.Trainer) -> str:
     return metric.replace("val/", "train/", 1) if trainer.limit_val_batches == 0 else metric
 
 
-class Checkpoints(ModelCheckpoint):
+def _check_metric(owner: object, metric: str) -> None:
+    if not re.fullmatch(r"(val|train)/\w+", metric):
+        raise AezooError(
+            f"{type(owner).__name__}.monitor is {metric!r}: give a metric as it is logged, like val/loss or train/nll"
+        )
+
+
+class Checkpoints(Checked, ModelCheckpoint):
     """`best-<epoch>-<step>.ckpt`, the lowest validation loss, and `last.ckpt`, in `<run>/checkpoints`.
 
-    A run that is interrupted between two batches writes `last.ckpt` at that very step.
+    `last.ckpt` is written at the end of an epoch and, if asked for, after a number of steps or minutes; the one before
+    stays as `previous.ckpt`. Whatever is written resumes exactly: nothing is written within a batch, between two
+    batches whose gradients are summed, or on the last batch of an epoch, where the end of the epoch follows at once. A
+    run that is interrupted between two batches writes `last.ckpt` at that very step. Weights or moments that are not
+    finite end the run instead of replacing a good file.
+
+    Files are written by `aezoo.durable`, in the place of Lightning's own writer, unless the trainer has another one.
 
     Args:
         monitor: the metric whose lowest value is best.
         save_top_k: how many of the best to keep; -1 keeps all, 0 none.
-        every_n_epochs: epochs between two looks at the metric.
+        every_n_epochs: epochs between two saves, each with a look at the metric; the last epoch is always saved.
+        every_n_steps: optimiser steps between two saves of `last.ckpt` within an epoch; 0 saves none.
+        every_n_minutes: minutes between two saves of `last.ckpt` within an epoch; 0 saves none.
         dirpath: another folder for the files.
     """
 
@@ -31,8 +57,17 @@ class Checkpoints(ModelCheckpoint):
         monitor: str = "val/loss",
         save_top_k: int = 1,
         every_n_epochs: int = 1,
+        every_n_steps: int = 0,
+        every_n_minutes: float = 0.0,
         dirpath: str | None = None,
     ) -> None:
+        _check_metric(self, monitor)
+        check_count(self, "every_n_epochs", every_n_epochs)
+        check_count(self, "every_n_steps", every_n_steps, 0)
+        if not 0 <= every_n_minutes < float("inf"):
+            raise AezooError(f"Checkpoints.every_n_minutes must be at least 0 and finite, got {every_n_minutes}")
+        if save_top_k < -1:
+            raise AezooError(f"Checkpoints.save_top_k must be -1 (all), 0 (none) or a number, got {save_top_k}")
         super().__init__(
             dirpath=dirpath,
             # a slash in an inserted metric name would make a folder
@@ -46,6 +81,17 @@ class Checkpoints(ModelCheckpoint):
             save_on_exception=True,
             enable_version_counter=False,
         )
+        self._every_n_steps, self._seconds = every_n_steps, 60 * every_n_minutes
+        self._within_epochs = bool(every_n_steps or every_n_minutes)
+        self._saved_at = 0.0
+        self._validated = False
+        self._max_steps: int | None = None
+        self._not_finite: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        # not the periods: a run may go on with others and still know its best
+        return f"Checkpoints{{'monitor': {self.monitor!r}}}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.monitor is not None:
@@ -54,23 +100,178 @@ class Checkpoints(ModelCheckpoint):
             # a resumed run goes on in its own folder
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = durable.DurableIO()
+        self._validated = False
+        if stage == "fit" and trainer.is_global_zero and not is_dry_run(trainer) and "://" not in str(self.dirpath):
+            durable.prepare(Path(str(self.dirpath)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # a checkpoint that comes from elsewhere begins a list of its own here
-        if state_dict.get("dirpath") == self.dirpath:
-            super().load_state_dict(state_dict)
+        # a checkpoint that comes from elsewhere begins a list of its own here; a run whose folder was moved goes on
+        home = Path(str(self.dirpath))
+        here = {str(path): str(home / Path(str(path)).name) for path in state_dict.get("best_k_models", {})}
+        if state_dict.get("dirpath") == self.dirpath or (here and all(Path(path).is_file() for path in here.values())):
+            moved = dict(state_dict, dirpath=self.dirpath)
+            moved["best_k_models"] = {here[path]: score for path, score in state_dict["best_k_models"].items()}
+            for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                moved[key] = str(home / Path(str(state_dict[key])).name) if state_dict.get(key) else ""
+            super().load_state_dict(moved)
+            # Lightning saves the last score that was among the best and does not read it back
+            self.current_score = state_dict.get("current_score")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # while the loop's counters are restored: with a last step set, Lightning 2.6 takes a file from the end of an
+        # epoch for one from its middle, and loses an epoch or ends at once
+        if trainer.max_steps != -1:
+            self._max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore_max_steps(trainer)
+        self._saved_at = time.monotonic()
+        # a run that goes on has this step on disk
+        self._last_global_step_saved = trainer.global_step
+        tensors = pl_module.state_dict().items()
+        self._not_finite = {name for name, value in tensors if value.is_floating_point() and not value.isfinite().all()}
+        self._finished_file(trainer).unlink(missing_ok=True)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        may = self._within_epochs or trainer.max_steps != -1 or trainer.should_stop
+        if may and self._due_within_epoch(trainer, batch_idx):
+            _log_batch(trainer)
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or is_dry_run(trainer):
+            return
+        self._validated = True
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            # several validations an epoch; the one on its last batch waits for the end of the epoch
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning saves after validation in some settings and here in others; here the counters resume exactly in all
+        if self._skips(trainer):
+            return
+        epoch, complete = trainer.current_epoch + 1, trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        ends = trainer.should_stop or epoch == trainer.max_epochs or _at(trainer.max_steps, trainer)
+        asked = any(callback.asked for callback in trainer.callbacks if isinstance(callback, Interrupt))  # type: ignore[attr-defined]
+        if not (epoch % self._every_n_epochs == 0 or ends or asked):
+            return
+        _log_epoch(trainer)
+        metrics = self._monitor_candidates(trainer)
+        if self._validated or str(self.monitor).startswith("train/"):
+            self._save_topk_checkpoint(trainer, metrics)
+        self._validated = False
+        if complete:
+            self._save_last_checkpoint(trainer, metrics)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing: the end of the last epoch has been saved."""
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or _at(trainer.max_steps, trainer)
+        if trainer.is_global_zero and not is_dry_run(trainer) and self.last_model_path and whole:
+            limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+            text = json.dumps({"epoch": trainer.current_epoch, "step": trainer.global_step, **limits})
+            durable.write(self._finished_file(trainer), lambda file: file.write(text.encode() + b"\n"))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore_max_steps(trainer)
         # a file written inside a batch, or on an epoch's last batch, does not resume exactly; one from any other error
         # may hold a broken state
         batches = trainer.fit_loop.epoch_loop.batch_progress
         counts = batches.state_dict()["current"]
         between = counts["ready"] == counts["processed"] and not batches.is_last_batch
+        between = between and counts["ready"] % trainer.accumulate_grad_batches == 0
         if isinstance(exception, KeyboardInterrupt) and between and self._should_save_on_exception(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        weights = {**checkpoint["state_dict"], **checkpoint.get("current_model_state", {})}
+        name = next((n for n in _broken(weights) if n not in self._not_finite), None)
+        if name is None and next(_broken({"optimizer": checkpoint.get("optimizer_states", [])}), None):
+            name = "the optimiser's moments"
+        if name is not None:
+            raise AezooError(
+                f"{name} is not finite at epoch {trainer.current_epoch}, step {trainer.global_step}: nothing is saved "
+                f"over {self.last_model_path or 'what was there'}; lower --model.lr, check the data, and go on from it"
+            )
 
-class EarlyStop(EarlyStopping):
+    def _due_within_epoch(self, trainer: pl.Trainer, batch_idx: int) -> bool:
+        batches, step = trainer.fit_loop.epoch_loop.batch_progress, trainer.global_step
+        if batches.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches or self._skips(trainer):
+            return False
+        if step == self._last_global_step_saved:
+            return False
+        # a run that ends within an epoch can be made longer
+        ends = _at(trainer.max_steps, trainer) or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+        if ends or (self._every_n_steps and step % self._every_n_steps == 0):
+            return True
+        # ranks have clocks of their own and must save together
+        if not self._seconds or (trainer.world_size > 1 and batch_idx % AGREE_EVERY):
+            return False
+        late = time.monotonic() - self._saved_at >= self._seconds
+        return bool(late if trainer.world_size == 1 else trainer.strategy.broadcast(late))
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        # a run that goes on from this file does not log again what came before it
+        for logger in trainer.loggers:
+            logger.save()
+        super()._save_checkpoint(trainer, filepath)
+        self._saved_at = time.monotonic()
+
+    def _skips(self, trainer: pl.Trainer) -> bool:
+        return is_dry_run(trainer) or trainer.state.fn != "fit" or trainer.sanity_checking
+
+    def _restore_max_steps(self, trainer: pl.Trainer) -> None:
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+
+    def _finished_file(self, trainer: pl.Trainer) -> Path:
+        return Path(str(self.dirpath)) / durable.FINISHED
+
+
+def _at(max_steps: int, trainer: pl.Trainer) -> bool:
+    return max_steps != -1 and trainer.global_step >= max_steps
+
+
+# Lightning logs the figures of a batch and of an epoch after the hooks in which they are saved, and who is killed in
+# between has them in neither the file nor the curves. They are logged ahead, and left empty for Lightning's own turn.
+
+
+def _log_batch(trainer: pl.Trainer) -> None:
+    connector, results = trainer._logger_connector, trainer._results
+    connector.on_batch_end()
+    connector.update_train_step_metrics()
+    for value in results.values() if results is not None else ():
+        value._forward_cache = None
+
+
+def _log_epoch(trainer: pl.Trainer) -> None:
+    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+    connector.on_epoch_end()
+    # at the step of the epoch's last batch, as Lightning does
+    loop._batches_that_stepped -= 1
+    connector.update_train_epoch_metrics()
+    loop._batches_that_stepped += 1
+
+
+def _broken(state: Any, path: str = "") -> Iterator[str]:
+    """Names of the tensors in a nested state that are not finite."""
+    if isinstance(state, torch.Tensor):
+        if state.is_floating_point() and not bool(state.isfinite().all()):
+            yield path
+    elif isinstance(state, dict | list | tuple):
+        pairs = state.items() if isinstance(state, dict) else enumerate(state)
+        for key, value in pairs:
+            yield from _broken(value, f"{path}.{key}" if path else str(key))
+
+
+class EarlyStop(Checked, EarlyStopping):
     """Ends the run when the metric has not improved for `patience` epochs.
 
     Args:
@@ -82,8 +283,16 @@ class EarlyStop(EarlyStopping):
     def __init__(self, monitor: str = "val/loss", patience: int = 20, min_delta: float = 0.0) -> None:
         if patience < 0:
             raise AezooError(f"early_stopping.patience must be at least 0, got {patience}")
+        _check_metric(self, monitor)
+        check_share(self, "min_delta", min_delta)
         super().__init__(monitor=monitor, mode="min", patience=patience or 2**62, min_delta=min_delta)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.monitor = _monitored(self.monitor, trainer)
         super().setup(trainer, pl_module, stage)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # an epoch that --trainer.max_steps cuts off is not validated: a metric that is not there yet is no mistake
+        whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if whole or self.monitor in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)

@@ -7,14 +7,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from aezoo.callbacks.base import check_period, is_dry_run, publish, run_folder, undisturbed, unpack
+from aezoo.arguments import Checked
+from aezoo.callbacks.base import check_period, check_share, is_dry_run, publish, run_folder, undisturbed, unpack
 
 
-class CodeStatistics(pl.Callback):
+class CodeStatistics(Checked, pl.Callback):
     """Active units and KL per dimension, or L0 and dead share, over the whole validation set and all ranks.
 
-    For models with a posterior: `val/active_units`, the dimensions whose posterior mean varies by more than
-    `threshold` over the set (Burda et al. 2016, https://arxiv.org/abs/1509.00519), and pictures/kl_per_dimension.png.
+    For models with a Gaussian posterior and the prior N(0, I): `val/active_units`, the dimensions whose posterior mean
+    varies by more than `threshold` over the set (Burda et al. 2016, https://arxiv.org/abs/1509.00519), and
+    pictures/kl_per_dimension.png.
     For models with a sparse code: `val/l0`, the mean number of entries above `l0_threshold` in a code, and `val/dead`,
     the share of entries that no sample uses. Names that the model logs itself are left to it, and other
     models cost nothing.
@@ -28,12 +30,13 @@ class CodeStatistics(pl.Callback):
     def __init__(self, every_n_epochs: int = 1, threshold: float = 0.01, l0_threshold: float = 1e-3) -> None:
         super().__init__()
         self.every_n_epochs = check_period(self, every_n_epochs)
-        self.threshold, self.l0_threshold = threshold, l0_threshold
+        self.threshold = check_share(self, "threshold", threshold)
+        self.l0_threshold = check_share(self, "l0_threshold", l0_threshold)
         self._active = False
         self._terms: Collection[str] = ()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        of_interest = hasattr(pl_module, "posterior") or getattr(pl_module, "sparse_code", False)
+        of_interest = getattr(pl_module, "normal_prior", False) or getattr(pl_module, "sparse_code", False)
         wanted = stage in ("fit", "validate") and self.every_n_epochs > 0 and not is_dry_run(trainer)
         self._active, self._counting = bool(of_interest and wanted), False
         self._folder = run_folder(trainer) / "pictures"
@@ -68,7 +71,7 @@ class CodeStatistics(pl.Callback):
         model = cast(Any, pl_module)
         with undisturbed(pl_module), trainer.precision_plugin.forward_context():
             x = trainer.precision_plugin.convert_input(x)
-            if hasattr(model, "posterior"):
+            if model.normal_prior:
                 mu, log_var = (_exact(part) for part in model.posterior(x)[:2])
                 kl = 0.5 * (mu.square() + log_var.exp() - 1 - log_var)
                 found = {"mu": mu.sum(0), "mu2": mu.square().sum(0), "kl": kl.sum(0)}

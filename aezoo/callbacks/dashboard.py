@@ -1,21 +1,26 @@
 """What TensorBoard shows beside scalars and pictures."""
 
 import re
+import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from aezoo.arguments import Checked
 from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder, tensorboard_writers
 from aezoo.registry import name_of
 
 _PLAIN = (bool, int, float, str)
+_EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")
+_LONGEST_WAIT = 2.0
 # losses of two likelihoods do not compare; these do, and `best/` puts them into the columns that the tab opens with
 _COMPARABLE = ("mse", "psnr", "ssim")
 
 
-class Dashboard(pl.Callback):
+class Dashboard(Checked, pl.Callback):
     """TensorBoard's Custom Scalars, Text and HParams tabs.
 
     Custom Scalars holds one chart for each loss term, training and validation together. Text holds the run's
@@ -132,6 +137,19 @@ def forget_later_steps(writer: Any, step: int) -> None:
     # what was written at the step itself, such as pictures and the test, belongs to the checkpoint
     start = SessionLog(status=SessionLog.START)
     writer._get_file_writer().add_event(Event(session_log=start), step=step + 1)
+
+
+def wait_for_a_later_name(folder: Path) -> None:
+    """Wait until a new event file's name sorts behind those of a run's folder.
+
+    The names begin with a time in whole seconds, then come host and process (tensorboard/summary/writer/
+    event_file_writer.py), and TensorBoard reads them in the order of names: of two files of one second the later may
+    come first, and then lose its points to the earlier one's. A clock that is behind by more is not waited for.
+    """
+    names = (_EVENTS.match(path.name) for path in folder.glob("events.out.tfevents.*"))
+    wait = max((int(name[1]) for name in names if name), default=0) + 1 - time.time()
+    if 0 < wait <= _LONGEST_WAIT:
+        time.sleep(wait)
 
 
 def scalars_layout(terms: list[str]) -> dict[str, dict[str, list[Any]]]:

@@ -4,6 +4,7 @@ Everything goes through matplotlib's object interface, without pyplot's global s
 it is used: it takes a third of a second.
 """
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -24,6 +26,8 @@ _DPI = 100
 _GREY = "0.35"
 _WIDE = 1200
 _LEAST = 24
+_MOSAIC, _MOST_CELLS = 256, 256**2
+_LINEAR = 4096
 
 
 # ---- samples as images ----------------------------------------------------------------------------------------------
@@ -173,8 +177,18 @@ def panel_figure(
 
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(2.9 * columns, 1.7 * lines + 0.6), dpi=_DPI, facecolor="white", layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False, sharex=True)
+    wide, high = 2.9 * columns, 1.7 * lines + 0.6
+    figure = Figure(figsize=(wide, high), dpi=_DPI, facecolor="white")
+    # fixed margins: a constrained layout measures all labels twice, four times the rest of the drawing
+    room = {
+        "left": 0.5 / wide,
+        "right": 1 - 0.1 / wide,
+        "bottom": 0.3 / high,
+        "top": 1 - (0.35 + 0.2 * bool(labels)) / high,
+    }
+    grid = figure.subplots(
+        lines, columns, squeeze=False, sharex=True, gridspec_kw=room | {"wspace": 0.25, "hspace": 0.3}
+    )
     names = list(panels[0])
     hues = [colormaps["viridis"](i / max(1, len(names) - 1)) for i in range(len(names))] if ordered else None
     plain = {"original": "0.15", "corrupted": "0.75", "output": "tab:red"}
@@ -192,7 +206,9 @@ def panel_figure(
                     linewidth=1,
                     label=name if channel == 0 else None,
                 )
-        axes.tick_params(labelsize=7)
+        # ticks take longer to draw than curves
+        axes.locator_params(nbins=4)
+        axes.tick_params(labelsize=7, labelbottom=k + columns >= len(panels))
         axes.margins(x=0)
         if labels:
             axes.set_title(labels[k], fontsize=8)
@@ -203,13 +219,13 @@ def panel_figure(
         figure.legend(
             [h for h, _ in picked],
             [t for _, t in picked],
-            loc="outside upper right",
-            ncols=3,
+            loc="upper right",
+            ncols=len(picked),
             fontsize=8,
             frameon=False,
         )
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=_GREY)
+        figure.suptitle(title, x=0.01, y=1 - 0.05 / high, ha="left", va="top", fontsize=9, color=_GREY)
     return figure
 
 
@@ -285,6 +301,128 @@ def map_figure(x: Tensor, ticks: tuple[list[float], list[float]], limits: tuple[
     row_labels = [f"{t:.1f}" if i % skip == 0 or i == side - 1 else "" for i, t in enumerate(ticks[1])]
     column_labels = [f"{t:.1f}" if i % skip == 0 or i == side - 1 else "" for i, t in enumerate(ticks[0])]
     return mosaic_figure(rows, row_labels, column_labels, title, gap=0)
+
+
+# ---- indices --------------------------------------------------------------------------------------------------------
+
+
+def index_grid(index: Tensor) -> Tensor:
+    """Indices (B, *places) as they are shown, (B, H, W): a sequence as a row, of a volume the middle slice."""
+    if index.ndim == 4:
+        index = index[:, index.shape[1] // 2]
+    return index.reshape(len(index), *((1,) * (3 - index.ndim)), *index.shape[1:])
+
+
+def index_colours(index: Tensor) -> Floats:
+    """A colour of its own for each index, always the same, (...) -> (..., 3); white for -1.
+
+    Hues are multiples of the golden section of the circle, so that neighbours differ most.
+    """
+    from matplotlib.colors import hsv_to_rgb
+
+    index = index.long().cpu()
+    hue = (index * 2654435769 % 2**32).double() / 2**32
+    rgb = hsv_to_rgb(torch.stack([hue, 1 - index % 3 * 0.25, 1 - index // 3 % 3 * 0.25], -1).numpy())
+    shown: Floats = np.where((index < 0).numpy()[..., None], 1, rgb).astype(np.float32)
+    return shown
+
+
+def index_tiles(index: Tensor, size: tuple[int, int]) -> Floats:
+    """Indices (B, *places) as RGB tiles (B, *size, 3)."""
+    return enlarged(index_colours(index_grid(index)), size)
+
+
+def enlarged(x: Floats, size: tuple[int, int]) -> Floats:
+    """Tiles (B, H, W, 3) at another size, without colours in between."""
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, x.shape[1:3], strict=True))
+    return x[:, rows][:, :, columns]
+
+
+def count_cells(counts_K: Tensor) -> Tensor:
+    """Counts (K,) as a nearly square mosaic (H, W), row by row, -1 where there is none; many are summed in runs."""
+    run = -(-len(counts_K) // _MOST_CELLS)
+    cells = torch.nn.functional.pad(counts_K, (0, -len(counts_K) % run)).unflatten(0, (-1, run)).sum(1)
+    columns = math.ceil(len(cells) ** 0.5)
+    return torch.nn.functional.pad(cells, (0, -len(cells) % columns), value=-1).unflatten(0, (-1, columns))
+
+
+def count_figure(counts: Sequence[Tensor], labels: Sequence[str], unit: str, title: str = "") -> "Figure":
+    """Mosaics of counts, black for 0, brighter the more, by the logarithm.
+
+    Args:
+        counts: (K,) each.
+        labels: one a mosaic.
+        unit: what is counted.
+        title: a line above.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.figure import Figure
+
+    # from a colour that is told from black
+    colours = ListedColormap(colormaps["inferno"](np.linspace(0.25, 1, 256)))
+    cells = [count_cells(counts_K) for counts_K in counts]
+    scale = ScalarMappable(LogNorm(1, max(2, *(int(part.max()) for part in cells))), colours)
+    # whole numbers, so that all cells are of one size
+    zooms = [max(2, _MOSAIC // part.shape[1]) for part in cells]
+    side = max(_MOSAIC, *(zoom * part.shape[1] for zoom, part in zip(zooms, cells, strict=True)))
+    columns = min(4, len(cells))
+    margin, header, label_height, gap, legend = 12, 24, 20, 16, 90
+    wide = max(margin + columns * (side + gap) + legend, 8 * len(title) + 2 * margin)
+    high = header + -(-len(cells) // columns) * (label_height + side + gap)
+    figure = Figure(figsize=(wide / _DPI, high / _DPI), dpi=_DPI, facecolor="white")
+
+    def axes_at(left: int, top: int, width: int, height: int) -> "Axes":
+        return figure.add_axes((left / wide, 1 - (top + height) / high, width / wide, height / high))
+
+    for i, (part, zoom, label) in enumerate(zip(cells, zooms, labels, strict=True)):
+        rgb = np.array(scale.to_rgba(part.clamp(min=1).numpy()))[..., :3]
+        rgb[(part == 0).numpy()], rgb[(part < 0).numpy()] = 0, 1
+        left, top = margin + i % columns * (side + gap), header + i // columns * (label_height + side + gap)
+        axes = axes_at(left, top + label_height, zoom * part.shape[1], zoom * part.shape[0])
+        axes.imshow(rgb, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        figure.text(left / wide, 1 - (top + label_height - 4) / high, label, va="bottom", fontsize=8)
+    bar = axes_at(margin + columns * (side + gap), header + label_height, 14, side)
+    figure.colorbar(scale, cax=bar).set_label(unit, fontsize=8)
+    bar.tick_params(labelsize=7)
+    if title:
+        figure.text(margin / wide, 1 - margin / high, title, va="top", fontsize=9, color=_GREY)
+    return figure
+
+
+def rank_figure(counts: Mapping[str, Tensor], axis_labels: tuple[str, str], title: str = "") -> "Figure":
+    """Shares of counts (K,) in falling order, on a logarithmic axis, and dashed what they would be if all were alike.
+
+    Args:
+        counts: by name.
+        axis_labels: of the order and of the shares.
+        title: a line above.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.4), dpi=_DPI, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    for i, (name, counts_K) in enumerate(counts.items()):
+        share_K = (counts_K.sort(descending=True).values / counts_K.sum().clamp(min=1)).numpy()
+        used = int((share_K > 0).sum())
+        # more points than there are pixels take long to draw
+        rank = np.arange(1, used + 1) if used <= _LINEAR else np.unique(np.geomspace(1, used, _LINEAR).astype(int))
+        colour = colormaps["viridis"](i / len(counts))
+        axes.step(rank, share_K[rank - 1], where="mid", linewidth=1.2, color=colour, label=name)
+        axes.plot([1, len(share_K)], [1 / len(share_K)] * 2, "--", linewidth=1, color=colour)
+    axes.set_yscale("log")
+    if max(len(counts_K) for counts_K in counts.values()) > _LINEAR:
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
+    axes.set_xlabel(axis_labels[0])
+    axes.set_ylabel(axis_labels[1])
+    axes.legend(fontsize=8, frameon=False)
+    axes.set_title(title, fontsize=9, color=_GREY, loc="left")
+    return figure
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -3,15 +3,17 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from aezoo.arguments import Checked
 from aezoo.callbacks.base import check_count
 from aezoo.errors import AezooError
 
 
-class EMA(WeightAveraging):
+class EMA(Checked, WeightAveraging):
     """Exponential moving average of the weights: a <- decay a + (1 - decay) w after an optimiser step.
 
     Validation, pictures, checkpoints and the finished model have the averaged weights; training goes on with its own,
@@ -31,6 +33,8 @@ class EMA(WeightAveraging):
         self.every_n_steps = check_count(self, "every_n_steps", every_n_steps)
         self.start_step = check_count(self, "start_step", start_step, 0)
         self._swapped = False
+        # set by FaultGuard on a GPU: 1 where the step has been skipped, which nobody on this side knows yet
+        self.skipped: Tensor | None = None
         super().__init__(multi_avg_fn=self._update)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
@@ -40,7 +44,7 @@ class EMA(WeightAveraging):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # what an earlier fit left would put its weights in the place of those that a validate or test has loaded
-        self._average_model, self._latest_update_step, self._swapped = None, 0, False
+        self._average_model, self._latest_update_step, self._swapped, self.skipped = None, 0, False, None
         if self.decay:
             super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
@@ -99,7 +103,12 @@ class EMA(WeightAveraging):
             self._swapped = False
 
     def _update(self, averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor) -> None:
-        if averaged[0].is_floating_point():
+        if averaged[0].is_floating_point() and self.skipped is not None:
+            # towards itself where the step was skipped: 0 and 1 choose exactly, so that the average is the usual one
+            ends = torch._foreach_mul(current, 1 - self.skipped)
+            torch._foreach_add_(ends, torch._foreach_mul(averaged, self.skipped))
+            get_ema_multi_avg_fn(self.decay)(averaged, list(ends), n_averaged)
+        elif averaged[0].is_floating_point():
             get_ema_multi_avg_fn(self.decay)(averaged, current, n_averaged)
         else:
             for old, new in zip(averaged, current, strict=True):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from aezoo.callbacks.base import Picture, check_count
+from aezoo.callbacks.base import MOST_DRAWN, Picture, check_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ class Filters(Picture):
 
     def __init__(self, n: int = 64, every_n_epochs: int = 5) -> None:
         super().__init__(every_n_epochs, n_inputs=_INPUTS)
-        self.n = check_count(self, "n", n)
+        self.n = check_count(self, "n", n, most=MOST_DRAWN)
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
         figures = {}

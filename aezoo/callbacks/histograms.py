@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from aezoo.arguments import Checked
 from aezoo.callbacks.base import check_period, is_dry_run, tensorboard_writers
 
 
-class Histograms(pl.Callback):
+class Histograms(Checked, pl.Callback):
     """TensorBoard's Histograms tab: every weight, and its gradient at the last optimiser step of the epoch.
 
     Gradients are those of rank zero after the ranks were averaged, before clipping.

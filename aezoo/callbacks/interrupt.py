@@ -1,46 +1,52 @@
-"""Ctrl-C and SIGTERM between two batches."""
+"""Ctrl-C, SIGTERM and SLURM's signals between two batches."""
 
 import os
+import re
 import signal
+import subprocess
 import threading
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 _HELD = b"\naezoo: stopping after this batch; press Ctrl-C again to stop at once\n"
 # batches between two agreements of the ranks, each of which waits for the slowest
-_AGREE_EVERY = 8
+AGREE_EVERY = 8
 
 
 class Interrupt(pl.Callback):
     """Holds the first SIGINT or SIGTERM of a fit until the batch is done, then raises KeyboardInterrupt.
 
-    A checkpoint that is written then (ModelCheckpoint with save_on_exception) can be resumed from exactly, but for the
-    noise that a model draws; one written within a batch, or on the last batch of an epoch, cannot, so that batch is
-    followed by the end of its epoch first. A second signal interrupts at once. Several ranks agree on the batch. Under
-    SLURM, SIGTERM is left to Lightning.
+    A checkpoint that is written then (by Checkpoints) can be resumed from exactly; one written within a batch, between
+    batches whose gradients are summed, or on the last batch of an epoch cannot, so the batches that are still needed
+    follow first: on the last batch of an epoch, and during a validation, that is the end of the epoch. A second signal
+    interrupts at once. Several ranks agree on the batch.
+
+    Under SLURM the signal that announces the end of a job (SIGUSR1, or what the cluster environment names) does the
+    same, and afterwards the job is put into the queue again where Lightning would do so.
 
     Attributes:
         signum: the signal received in the last fit, or None; a program that it ended exits with 128 + signum.
+        asked: the ranks have agreed to stop.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.signum: int | None = None
+        self.asked = False
         self._leaving = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.signum, self._leaving = None, False
+        self.signum, self.asked, self._leaving = None, False, False
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._listen(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # not in setup: Lightning installs its own handler of SIGTERM after that and would end the run by itself; it
-        # puts back all handlers at the end of a run, however that ends
-        if threading.current_thread() is threading.main_thread():
-            signals = (signal.SIGINT,) if SLURMEnvironment.detect() else (signal.SIGINT, signal.SIGTERM)
-            for number in signals:
-                signal.signal(number, self._handle)
+        self._listen(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._leave_if_asked(trainer)
@@ -48,13 +54,36 @@ class Interrupt(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.is_last_batch:
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if trainer.world_size == 1 or batch_idx % _AGREE_EVERY == 0:
+        if trainer.world_size == 1 or batch_idx % AGREE_EVERY == 0:
             self._leave_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # checkpoints are written after this; the next epoch does not begin
+        self._agree(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._leaving = True  # checkpoints are written now
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        environment = _slurm(trainer)
+        if stage != "fit" or not self.asked or not trainer.is_global_zero or environment is None:
+            return
+        if environment.auto_requeue and self.signum == _requeue_signal(environment):
+            _requeue()
+
+    def _listen(self, trainer: pl.Trainer) -> None:
+        # not in setup: Lightning installs its own handlers after that, which would end the run by themselves; it puts
+        # back all handlers at the end of a run, however that ends
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signals = {signal.SIGINT, signal.SIGTERM}
+        environment = _slurm(trainer)
+        if environment is not None or SLURMEnvironment.detect():
+            signals.add(_requeue_signal(environment))
+        for number in signals:
+            signal.signal(number, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._leaving:
@@ -64,11 +93,41 @@ class Interrupt(pl.Callback):
         self.signum = signum
         os.write(2, _HELD)  # print is not safe in a signal handler
 
-    def _leave_if_asked(self, trainer: pl.Trainer) -> None:
+    def _agree(self, trainer: pl.Trainer) -> None:
         asked = self.signum is not None
         if trainer.world_size > 1:
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if asked:
+        self.asked = self.asked or asked
+
+    def _leave_if_asked(self, trainer: pl.Trainer) -> None:
+        self._agree(trainer)
+        if self.asked:
             self.signum = self.signum or int(signal.SIGTERM)
             self._leaving = True
             raise KeyboardInterrupt
+
+
+def _slurm(trainer: pl.Trainer) -> SLURMEnvironment | None:
+    environment = trainer._accelerator_connector.cluster_environment
+    return environment if isinstance(environment, SLURMEnvironment) else None
+
+
+def _requeue_signal(environment: SLURMEnvironment | None) -> signal.Signals:
+    return getattr(environment, "requeue_signal", None) or signal.SIGUSR1
+
+
+def _requeue() -> None:
+    """Put this SLURM job into the queue again; its command goes on from where it was with `--resume auto`."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
+    if not re.fullmatch("[0-9_-]+", job):
+        return
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        wrong = done.stderr.strip() if done.returncode else ""
+    except OSError as error:
+        wrong = str(error)
+    if wrong:
+        rank_zero_warn(f"SLURM job {job} was not put into the queue again: {wrong}")
+    else:
+        rank_zero_info(f"SLURM job {job} is in the queue again")

@@ -1,8 +1,9 @@
 """Where validation samples lie in the latent space."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aezoo.callbacks.base import Picture, check_count, tensorboard_writers
+from aezoo.durable import write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +31,7 @@ class LatentScatter(Picture):
     """
 
     def __init__(self, n: int = 2000, every_n_epochs: int = 5) -> None:
-        super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n, 3))
+        super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n, 3, 1_000_000))
         self.n = n
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
@@ -49,7 +51,7 @@ class Projector(Picture):
     """
 
     def __init__(self, n: int = 500) -> None:
-        super().__init__(every_n_epochs=int(n > 0), n_inputs=check_count(self, "n", n, 0))
+        super().__init__(every_n_epochs=int(n > 0), n_inputs=check_count(self, "n", n, 0, 1_000_000))
         self.n = n
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
@@ -59,51 +61,81 @@ class Projector(Picture):
         sprites = _sprites(x) if drawing.is_image(model.input_shape) else None
         name = f"codes at step {self._trainer.global_step}"
         for writer in tensorboard_writers(self._trainer):
-            write_embedding(Path(writer.log_dir), name, codes, y, sprites)
+            write_embedding(Path(writer.log_dir), name, codes, {} if y is None else {"label": y}, sprites)
         return {}
 
     def due(self, epoch: int, last: bool) -> bool:
         return last
 
 
-def write_embedding(run: Path, name: str, codes: Tensor, y: Tensor | None, sprites: Tensor | None) -> None:
+def write_embedding(
+    run: Path, name: str, codes: Tensor, columns: Mapping[str, Tensor], sprites: Tensor | None, prefix: str = ""
+) -> None:
     """What the Projector tab reads; SummaryWriter.add_embedding leaves a folder for each step in the run's folder.
+
+    Points with the same prefix are replaced, others stay.
 
     Args:
         run: the folder of the event files.
         name: what the tab calls the points.
         codes: (N, D).
-        y: (N,) labels.
+        columns: what is known of each point, (N,) whole numbers each.
         sprites: (N, 3, side, side) in [0, 1].
+        prefix: of the files' names.
     """
+    from tensorboard.plugins.projector.projector_config_pb2 import EmbeddingInfo
+
     from aezoo.callbacks import drawing
 
     folder = run / "projector"
     folder.mkdir(parents=True, exist_ok=True)
+    info = EmbeddingInfo(tensor_name=name, tensor_path=f"projector/{prefix}codes.tsv")
     # the tab opens with three principal components and shows nothing at all of fewer dimensions
     codes = F.pad(codes, (0, max(0, 3 - codes.shape[1])))
-    np.savetxt(folder / "codes.tsv", codes.numpy(), "%.6g", "\t")
-    lines = [f'tensor_name: "{name}"', 'tensor_path: "projector/codes.tsv"']
-    if y is not None:
-        np.savetxt(folder / "labels.tsv", y.numpy(), "%d")
-        lines.append('metadata_path: "projector/labels.tsv"')
+    np.savetxt(run / info.tensor_path, codes.numpy(), "%.6g", "\t")
+    if columns:
+        info.metadata_path = f"projector/{prefix}labels.tsv"
+        # the tab reads a first line of names where there are several columns, and only there
+        names = "\t".join(columns) if len(columns) > 1 else ""
+        np.savetxt(
+            run / info.metadata_path, torch.stack([*columns.values()], 1).numpy(), "%d", "\t", header=names, comments=""
+        )
     if sprites is not None:
-        side, columns = sprites.shape[-1], math.ceil(len(sprites) ** 0.5)
-        grid = F.pad(sprites, (0, 0, 0, 0, 0, 0, 0, columns**2 - len(sprites))).unflatten(0, (columns, columns))
-        sheet = grid.permute(0, 3, 1, 4, 2).reshape(columns * side, columns * side, 3)
-        drawing.write_png(folder / "sprites.png", (sheet * 255).round().byte().numpy())
-        lines.append(f'sprite {{ image_path: "projector/sprites.png" single_image_dim: [{side}, {side}] }}')
-    (run / "projector_config.pbtxt").write_text("embeddings {\n  " + "\n  ".join(lines) + "\n}\n", "utf-8")
+        side, count = sprites.shape[-1], math.ceil(len(sprites) ** 0.5)
+        grid = F.pad(sprites, (0, 0, 0, 0, 0, 0, 0, count**2 - len(sprites))).unflatten(0, (count, count))
+        sheet = grid.permute(0, 3, 1, 4, 2).reshape(count * side, count * side, 3)
+        info.sprite.image_path = f"projector/{prefix}sprites.png"
+        info.sprite.single_image_dim.extend([side, side])
+        drawing.write_png(run / info.sprite.image_path, (sheet * 255).round().byte().numpy())
+    _enter(run / "projector_config.pbtxt", info)
+
+
+def _enter(path: Path, info: Any) -> None:
+    """Put an embedding into the list that the tab reads, in the place of what has the same file."""
+    from google.protobuf import text_format
+    from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+
+    others = ProjectorConfig()
+    if path.is_file():
+        try:
+            text_format.Parse(path.read_text("utf-8"), others)
+        except text_format.ParseError:  # of a run that was killed as it wrote
+            others.Clear()
+    kept = [other for other in others.embeddings if other.tensor_path != info.tensor_path]
+    config = ProjectorConfig(embeddings=sorted([*kept, info], key=lambda entry: entry.tensor_path))
+    write(path, lambda file: file.write(text_format.MessageToString(config).encode()))
 
 
 def principal_plane(codes: Tensor) -> tuple[Tensor, tuple[str, str]]:
     """Codes (N, D) as points (N, 2), and what the two axes are."""
-    if codes.shape[1] == 2:
-        return codes, ("z0", "z1")
+    if codes.shape[1] == 2 or (len(codes) == 1 and codes.shape[1] > 2):
+        return codes[:, :2], ("z0", "z1")
     if codes.shape[1] == 1:
         return torch.cat([codes, torch.rand_like(codes)], 1), ("z0", "spread at random")
     centred = codes - codes.mean(0)
-    _, s, v = torch.pca_lowrank(centred, q=2, center=False, niter=4)
+    # more directions than are shown: with two alone the second is off by what the draw of the start decides
+    _, s, v = torch.pca_lowrank(centred, q=min(8, *centred.shape), center=False, niter=4)
+    s, v = s[:2], v[:, :2]
     # a principal axis has no sign of its own: fix it, so that pictures of two epochs compare
     v = v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
     shares = (s**2 / centred.square().sum().clamp_min(1e-12) * 100).tolist()

@@ -9,10 +9,11 @@ import lightning.pytorch as pl
 import numpy as np
 from torch import Tensor
 
+from aezoo.arguments import Checked
 from aezoo.callbacks.base import is_dry_run, run_folder
 
 
-class PredictionWriter(pl.Callback):
+class PredictionWriter(Checked, pl.Callback):
     """predictions.npz: one array each for code, reconstruction, score and, if the data have them, label.
 
     Several ranks write one file each, predictions-rank0.npz and so on, and each holds the rank's own samples.

@@ -9,10 +9,11 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from rich import get_console
 from torch import Tensor
 
-from aezoo.callbacks.base import unpack
+from aezoo.arguments import Checked
+from aezoo.callbacks.base import check_count, unpack
 
 
-class ProgressBar(RichProgressBar):
+class ProgressBar(Checked, RichProgressBar):
     """A rich bar with the loss terms of the last batch, val/loss and samples per second.
 
     Between two refreshes a batch costs next to nothing. Where the output is no terminal it prints one line an epoch.
@@ -23,6 +24,7 @@ class ProgressBar(RichProgressBar):
     """
 
     def __init__(self, refresh_rate: int = 5, leave: bool = False) -> None:
+        check_count(self, "refresh_rate", refresh_rate, 0)
         super().__init__(refresh_rate, leave, RichProgressBarTheme(metrics_format=".4g"))
         self._lines = False
         self._finished: int | None = None

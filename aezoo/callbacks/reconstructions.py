@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aezoo.callbacks.base import Picture, check_count
+from aezoo.callbacks.base import MOST_DRAWN, Picture, check_count
 from aezoo.errors import AezooError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Reconstructions(Picture):
     """
 
     def __init__(self, n: int = 10, every_n_epochs: int = 5, rows: tuple[str, ...] = _ROWS) -> None:
-        super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n))
+        super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n, most=MOST_DRAWN))
         if not rows or set(rows) - set(_ROWS):
             raise AezooError(
                 f"Reconstructions.rows takes some of {', '.join(_ROWS)}, got {', '.join(rows) or 'nothing'}"

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from aezoo.callbacks.base import Picture, check_count
+from aezoo.callbacks.base import MOST_DRAWN, Picture, check_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ class Samples(Picture):
 
     def __init__(self, n: int = 64, every_n_epochs: int = 5) -> None:
         super().__init__(every_n_epochs, n_inputs=0)
-        self.n = check_count(self, "n", n)
+        self.n = check_count(self, "n", n, most=MOST_DRAWN)
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
         if not model.has_prior:

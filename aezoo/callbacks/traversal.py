@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aezoo.callbacks.base import Picture, check_count
+from aezoo.callbacks.base import MOST_DRAWN, Picture, check_count
 from aezoo.errors import AezooError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Traversal(Picture):
     """pictures/traversal.png, interpolation.png and, for two-dimensional codes, latent_map.png.
 
     The traversal changes one dimension of one sample's code at a time, from -span to span standard deviations of the
-    prior for models with a posterior, else over the range of the codes; dimensions come in the order of their KL, else
+    prior where that is N(0, I), else over the range of the codes; dimensions come in the order of their KL, else
     of their variance. The interpolation runs straight between the codes of two samples, originals at both ends. The map
     decodes a grid of quantiles of the prior, else of the codes.
 
@@ -43,10 +43,16 @@ class Traversal(Picture):
         every_n_epochs: int = 5,
     ) -> None:
         super().__init__(every_n_epochs, n_inputs=max(_INPUTS, 2 * n_pairs))
-        if not span > 0:
-            raise AezooError(f"Traversal.span must be above 0, got {span}")
-        self.n_dims, self.n_pairs = check_count(self, "n_dims", n_dims), check_count(self, "n_pairs", n_pairs)
-        self.steps, self.side = check_count(self, "steps", steps, 2), check_count(self, "side", side, 2)
+        if not 0 < span <= 100:
+            raise AezooError(f"Traversal.span must be above 0 and at most 100, got {span}")
+        self.n_dims, self.n_pairs = (
+            check_count(self, "n_dims", n_dims, most=MOST_DRAWN),
+            check_count(self, "n_pairs", n_pairs, most=MOST_DRAWN),
+        )
+        self.steps, self.side = (
+            check_count(self, "steps", steps, 2, 1000),
+            check_count(self, "side", side, 2, 1000),
+        )
         self.span = span
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
@@ -62,7 +68,7 @@ class Traversal(Picture):
         return figures
 
     def _traversal(self, model: "Autoencoder", x: Tensor, codes: Tensor) -> "Figure":
-        if hasattr(model, "posterior"):
+        if model.normal_prior:
             kl = _mean_kl(self, model, x)
             order, names = kl.argsort(descending=True), [f"KL {value:.2f}" for value in kl.tolist()]
             ends = torch.tensor([[-self.span], [self.span]]).expand(2, codes.shape[1])
@@ -77,7 +83,7 @@ class Traversal(Picture):
             walks.append(walk)
             labels.append(f"z{d}  {names[d]}")
         decoded = self._decode(model, torch.cat(walks)).unflatten(0, (len(walks), self.steps))
-        same = hasattr(model, "posterior")
+        same = model.normal_prior
         positions = torch.linspace(-self.span, self.span, self.steps).tolist()
         columns = [f"{p:.1f}" for p in positions] if same else ["least", *[""] * (self.steps - 2), "most"]
         return self._figure(list(decoded), labels, columns)
@@ -95,7 +101,7 @@ class Traversal(Picture):
 
         levels = torch.linspace(0.02, 0.98, self.side)
         normal = torch.distributions.Normal(0.0, 1.0).icdf(levels)
-        ticks = [normal if hasattr(model, "posterior") else codes[:, d].quantile(levels) for d in (0, 1)]
+        ticks = [normal if model.normal_prior else codes[:, d].quantile(levels) for d in (0, 1)]
         down, across = torch.meshgrid(ticks[1].flip(0), ticks[0], indexing="ij")
         decoded = self._decode(model, torch.stack([across.flatten(), down.flatten()], 1))
         edges = ticks[0].tolist(), ticks[1].flip(0).tolist()

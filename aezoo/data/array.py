@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aezoo.data.classes import UNLABELLED
 from aezoo.data.memory import InMemory, Pair, numeric, real
 from aezoo.data.readers import read_arrays
 from aezoo.data.source import STAGES, Options, Stage
@@ -45,7 +46,7 @@ class Array(InMemory):
     def __init__(self, options: Options, arrays: Mapping[str, Any] | None = None) -> None:
         path = Path(options.root).expanduser()
         self.title = "" if arrays is not None else f"{path}: "
-        raw = read_arrays(path) if arrays is None else arrays
+        raw = read_arrays(path, options.max_bytes) if arrays is None else arrays
         given = {"x": "x_train", "y": "y_train"}
         raw = {given.get(key, key): value for key, value in raw.items() if value is not None}
         unknown = [key for key in raw if key not in {f"{a}_{stage}" for a in "xy" for stage in STAGES}]
@@ -116,7 +117,10 @@ def arrange(x: Tensor, layout: str) -> Tensor:
 
 
 def number_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Tensor], tuple[str, ...] | None]:
-    """Labels as int64 classes 0..K-1 with their names, or float32 without names where they have fractions."""
+    """Labels as int64 classes 0..K-1 with their names, or float32 without names where they have fractions.
+
+    -1 beside at least two classes is no class but a sample without a label, as in scikit-learn; it stays -1.
+    """
     arrays: dict[Stage, Any] = {}
     for stage, values in raw.items():
         array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
@@ -133,5 +137,7 @@ def number_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Ten
         return {stage: torch.from_numpy(a.astype(np.float32)) for stage, a in arrays.items()}, None
     everything = np.concatenate([a.astype(np.int64) if a.dtype.kind in "bf" else a for a in arrays.values()])
     names, numbers = np.unique(everything, return_inverse=True)
+    if everything.dtype.kind in "iu" and len(names) > 2 and names[0] == UNLABELLED:
+        names, numbers = names[1:], numbers - 1
     parts = np.split(numbers.astype(np.int64), np.cumsum([len(a) for a in arrays.values()])[:-1])
     return dict(zip(arrays, map(torch.from_numpy, parts), strict=True)), tuple(str(name) for name in names)

@@ -1,29 +1,40 @@
 """The one DataModule: any source by name, the same batches for the same seed."""
 
 import difflib
+import math
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
-from aezoo.data.loaders import EpochSampler, LazyLoader, collate, make_loader
+from aezoo.arguments import Checked
+from aezoo.data import binarise as binarise_rules
+from aezoo.data.classes import keep_labels, train_on
+from aezoo.data.loaders import EpochSampler, LazyLoader, collate, make_loader, workers
+from aezoo.data.resident import ResidentLoader, decode, fits, on_device, size_of
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage
 from aezoo.data.sources import from_path, open_source
 from aezoo.errors import AezooError
+from aezoo.randomness import mix
 
 Scaling = Literal["auto", "none", "unit", "standard"]
 Layout = Literal["auto", "vector", "sequence", "image", "image_last", "volume", "volume_last"]
 Labels = Literal["auto", "required", "ignore"]
+Memory = Literal["auto", "on", "off"]
 
 
-class DataModule(LightningDataModule):
+class DataModule(Checked, LightningDataModule):
     """Data for every model of the zoo. Batches are `(x,)` or `(x, y)` with x float32.
 
     Args:
-        name: mnist5k (ships with the package), digits, folder, array, a torchvision set such as fashion_mnist or
-            cifar10, a name that a plug-in brings, or the path of an image folder or of a file of arrays.
+        name: mnist5k (ships with the package), digits, shapes (sprites drawn from known factors), synthetic_dictionary
+            (sparse sums of known atoms), activations (what a layer of a network makes of another set), folder, array, a
+            torchvision set such as fashion_mnist or cifar10, a name that a plug-in brings, or the path of an image
+            folder or of a file of arrays.
         root: Where the files are, or where downloads go; for `folder` the folder, for `array` the file.
         batch_size: Samples in a batch of each process.
         val_fraction: Share of the training samples taken for validation where the set has no validation split;
@@ -35,14 +46,43 @@ class DataModule(LightningDataModule):
         scale: auto divides uint8 by 255, leaves floats within 0 and 1 alone and brings all others to 0..1 by the
             training split's minimum and maximum (per feature for vectors, else over everything); unit always does
             the latter; standard subtracts the mean and divides by the deviation; none keeps the values.
+        binarise: Make zeros and ones of values from 0 to 1: threshold at 1/2; static draws each once, as a coin with
+            the value as its chance; dynamic draws those of training anew every epoch.
         layout: What the axes of an array mean; auto reads (N, D) as vectors, (N, A, B) as grey images if uint8 or
             square and else as sequences, four axes as images and five as volumes.
         labels: required refuses data without labels, ignore leaves them out of the batches.
+        train_classes: Train and validate on these classes only, by name or number; the test split keeps all. So does a
+            model learn what is normal, for `aezoo detect`. The statistics of `scale` are those of all classes.
+        num_labels: Leave the labels of so many training samples, equally many of each class, and give all others -1,
+            as for semi_supervised_vae; 0 leaves all. Validation and test keep theirs.
         download: Fetch missing files where there is a network.
         on_error: Whether a broken image ends the run or is skipped with a warning that counts them.
         max_pixels: Refuse images with more pixels, which may be decompression bombs.
-        num_workers: Processes that read ahead; sets in memory need none.
+        max_bytes: Refuse files that take more bytes of memory once they are read (8 GiB).
+        memory: on holds the samples of a split in memory, or on the GPU that trains on them; off reads batches through
+            a DataLoader; auto holds a split that takes at most a quarter of the free memory.
+        num_workers: Processes that read ahead where samples are not held; by default one for each free core, up to 8.
         drop_last: Leave out the last training batch of an epoch if it is not full.
+        dictionary_samples: Samples of synthetic_dictionary, all splits together.
+        dictionary_atoms: Its atoms.
+        dictionary_dim: Dimensions of each.
+        dictionary_active: How many of them are active in a sample, on the average.
+        dictionary_correlation: Correlation of which of them are active, within groups of four.
+        dictionary_noise: Standard deviation of its noise in each dimension.
+        dictionary_streams: With S above 1 samples are (S, D): the same code in S spaces, each with atoms of its own.
+        network: What activations are of: a torchvision model such as resnet18; classifier, a small one that learns the
+            labels of the set first; the run, checkpoint or saved folder of a model of the zoo; or the import path of a
+            module, or of what makes one, in a package that --allow names.
+        layer: The name of its layer, as in named_modules(); several, with commas between them, give (S, D). That before
+            the last is called features in the classifier.
+        of: The set whose samples go through the network; it takes the other settings, such as root, size and scale.
+        weights: stored takes a torchvision model's pretrained weights from torch's folder of checkpoints and refuses
+            where they are missing; random takes those of the start, fixed by the seed.
+        positions: Of a feature map or a row of tokens, each makes a sample of every position; mean and max pool them.
+        feature_axis: The axis of a layer's output that holds its features, first or last after the batch; auto is first
+            for maps and last for tokens, (B, T, D).
+        normalise: Divide activations by one number a layer, which makes their mean squared norm in the training split
+            the number of their dimensions. It stays in the checkpoint, and save_model folds it into the weights.
     """
 
     input_shape: tuple[int, ...]
@@ -59,49 +99,103 @@ class DataModule(LightningDataModule):
         size: int | None = None,
         channels: int | None = None,
         scale: Scaling = "auto",
+        binarise: Literal["none", "threshold", "static", "dynamic"] = "none",
         layout: Layout = "auto",
         labels: Labels = "auto",
+        train_classes: list[str | int] | None = None,
+        num_labels: int = 0,
         download: bool = True,
         on_error: Literal["raise", "skip"] = "raise",
         max_pixels: int = 89_478_485,
-        num_workers: int = 0,
+        max_bytes: int = 2**33,
+        memory: Memory = "auto",
+        num_workers: int | None = None,
         drop_last: bool = False,
+        dictionary_samples: int = 100_000,
+        dictionary_atoms: int = 64,
+        dictionary_dim: int = 32,
+        dictionary_active: float = 4.0,
+        dictionary_correlation: float = 0.0,
+        dictionary_noise: float = 0.0,
+        dictionary_streams: int = 1,
+        network: str = "classifier",
+        layer: str = "features",
+        of: str = "mnist5k",
+        weights: Literal["stored", "random"] = "stored",
+        positions: Literal["each", "mean", "max"] = "each",
+        feature_axis: Literal["auto", "first", "last"] = "auto",
+        normalise: bool = True,
     ) -> None:
         super().__init__()
         # a Path would end up in checkpoints, which weights_only loading then refuses
-        name, root = str(name), str(root)
+        name, root, network, of = str(name), str(root), str(network), str(of)
+        if not name:
+            raise AezooError("--data.name is empty: give a set, a folder or a file of arrays")
         self.save_hyperparameters(logger=False)
         for key, value, least in (
-            ("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers, 0),
-            ("max_pixels", max_pixels, 1), ("size", 1 if size is None else size, 1),
+            ("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers or 0, 0),
+            ("max_pixels", max_pixels, 1), ("max_bytes", max_bytes, 1), ("size", 1 if size is None else size, 1),
+            ("num_labels", num_labels, 0), ("dictionary_samples", dictionary_samples, 1),
+            ("dictionary_atoms", dictionary_atoms, 1), ("dictionary_dim", dictionary_dim, 1),
+            ("dictionary_streams", dictionary_streams, 1),
         ):  # fmt: skip
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise AezooError(f"--data.{key} is {value!r}: give a whole number of at least {least}")
+        for key, number, most in (
+            ("size", size or 1, 2**14), ("num_workers", num_workers or 0, 2**10), ("num_labels", num_labels, 10**9),
+            ("dictionary_samples", dictionary_samples, 10**9), ("dictionary_atoms", dictionary_atoms, 2**20),
+            ("dictionary_dim", dictionary_dim, 2**20), ("dictionary_streams", dictionary_streams, 2**10),
+        ):  # fmt: skip
+            if number > most:
+                raise AezooError(f"--data.{key} is {number}: give at most {most}")
         for key, part in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if isinstance(part, bool) or not isinstance(part, int | float) or not 0 <= part < 1:
                 raise AezooError(f"--data.{key} is {part!r}: give a share from 0 up to, but not including, 1")
         if val_fraction + test_fraction >= 1:
             raise AezooError(f"--data.val_fraction {val_fraction} and --data.test_fraction {test_fraction} leave "
                              "nothing to train on: their sum must stay below 1")  # fmt: skip
+        for key, level, most_level in (
+            ("dictionary_active", dictionary_active, math.inf), ("dictionary_correlation", dictionary_correlation, 1),
+            ("dictionary_noise", dictionary_noise, math.inf),
+        ):  # fmt: skip
+            least_open = key == "dictionary_active"
+            if not 0 <= level < most_level or (least_open and not level):
+                raise AezooError(f"--data.{key} is {level!r}: give a number {'above' if least_open else 'from'} 0"
+                                 f"{' up to, but not including, 1' if most_level == 1 else ''}")  # fmt: skip
         _one_of("scale", scale, ("auto", "none", "unit", "standard"))
+        _one_of("binarise", binarise, binarise_rules.RULES)
         _one_of("layout", layout, ("auto", "vector", "sequence", "image", "image_last", "volume", "volume_last"))
         _one_of("labels", labels, ("auto", "required", "ignore"))
         _one_of("on_error", on_error, ("raise", "skip"))
+        _one_of("memory", memory, ("auto", "on", "off"))
+        _one_of("weights", weights, ("stored", "random"))
+        _one_of("positions", positions, ("each", "mean", "max"))
+        _one_of("feature_axis", feature_axis, ("auto", "first", "last"))
+        if num_labels and labels == "ignore":
+            raise AezooError(f"--data.num_labels {num_labels} and --data.labels ignore contradict each other: drop one")
+        if train_classes == []:
+            raise AezooError("--data.train_classes is empty: give classes by name or number, such as [0, 1]")
         if channels not in (None, 1, 3):
             raise AezooError(f"--data.channels is {channels!r}: give 1 (grey) or 3 (coloured)")
 
         self.name, self.batch_size, self.seed, self.drop_last = name, batch_size, seed, drop_last
-        self.scale, self.labels, self.num_workers = scale, labels, num_workers
+        self.scale, self.labels, self.memory, self.num_workers = scale, labels, memory, num_workers
+        self.train_classes, self.num_labels, self.binarise = train_classes, num_labels, binarise
         reader = from_path(name)
         options = Options(
             name=reader or name, root=name if reader else root, val_fraction=val_fraction, test_fraction=test_fraction,
             seed=seed, size=size, channels=channels, scale=scale, layout=layout, download=download, on_error=on_error,
-            max_pixels=max_pixels,
+            max_pixels=max_pixels, max_bytes=max_bytes, memory=memory, dictionary_samples=dictionary_samples,
+            dictionary_atoms=dictionary_atoms, dictionary_dim=dictionary_dim, dictionary_active=dictionary_active,
+            dictionary_correlation=dictionary_correlation, dictionary_noise=dictionary_noise,
+            dictionary_streams=dictionary_streams, network=network, layer=layer, of=of, weights=weights,
+            positions=positions, feature_axis=feature_axis, normalise=normalise,
         )  # fmt: skip
         self.source = self._open(options)
         self.input_shape = tuple(self.source.input_shape)
         self.num_classes = None if labels == "ignore" else self.source.num_classes
         self._splits: dict[Stage, Dataset[Any]] = {}
+        self._on_gpu: dict[Stage, ArrayDataset] = {}
         self._position = (-1, 0)
 
     # arrays that `from_arrays` hands to its instance; a class attribute, so that `__init__` keeps plain arguments
@@ -154,10 +248,25 @@ class DataModule(LightningDataModule):
                 self.prepare_data()
             splits = {part: self.source.split(part) for part in STAGES}
             self._splits = {part: dataset for part, dataset in splits.items() if dataset is not None}
+            if self.train_classes is not None:
+                self._splits = train_on(self._splits, self.train_classes, self.source.class_names, str(self.name))
+            if self.num_labels and "train" in self._splits:
+                named = self.source.class_names, str(self.name)
+                self._splits["train"] = keep_labels(self._splits["train"], self.num_labels, self.seed, *named)
+            if self.binarise != "none":
+                self._binarise()
         self._check(self._splits.get("train"))
         if self.trainer is not None and stage == "fit" and "val" not in self._splits:
             # an empty loader would make Lightning warn of what was asked for
             self.trainer.limit_val_batches = 0
+
+    def _binarise(self) -> None:
+        for number, (stage, dataset) in enumerate(self._splits.items()):
+            held = dataset if isinstance(dataset, ArrayDataset) else decode(dataset, str(self.name))
+            binarise_rules.check_values(held.x, str(self.name))
+            if self.binarise != "dynamic" or stage != "train":  # those are drawn as they are used
+                held = binarise_rules.binarised(held, self.binarise, mix(self.seed, number))
+            self._splits[stage] = held
 
     def _check(self, train: Dataset[Any] | None) -> None:
         n = 0 if train is None else _length(train)
@@ -178,39 +287,60 @@ class DataModule(LightningDataModule):
                 "class"
             )
 
-    def train_dataloader(self) -> LazyLoader:
+    def train_dataloader(self) -> LazyLoader | ResidentLoader:
         loader = self._loader("train")
+        rank_zero_info(f"{self.name}: {_storage(loader)}")
         epoch, batches = self._position
         cast(EpochSampler, loader.sampler).skip = (epoch, batches * self.batch_size)
         self._position = (-1, 0)
         return loader
 
-    def state_dict(self) -> dict[str, int]:
-        """The position in the training data: the epoch and the batches of it that each rank has seen."""
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the training data: the epoch, the batches of it that each rank has seen, and the ranks.
+
+        With it goes what a task needs to scale other samples as these were, if they were not bytes.
+        """
         if self.trainer is None:
             return {}
         epoch = self.trainer.fit_loop.epoch_progress.state_dict()["current"]
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]
         begun = epoch["processed"] != epoch["ready"]
-        return {"epoch": epoch["processed"], "batches": batches["ready"] if begun else 0}
+        _, world = self._rank_and_world()
+        position = {"epoch": epoch["processed"], "batches": batches["ready"] if begun else 0, "world": world}
+        scaling = getattr(self.source, "scaling", None)
+        scale = {} if scaling is None else scaling.state()
+        return {**position, "scaling": scale} if scale else {**position}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on there; Lightning calls it before it asks for the loader."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on there; Lightning calls it before it asks for the loader.
+
+        The order of an epoch is dealt out among the processes, so another number of them begins an epoch as the old one
+        would have, and can not go on within one.
+        """
+        _, world = self._rank_and_world()
+        was = state_dict.get("world", world)
+        if was != world and state_dict.get("batches"):
+            raise AezooError(
+                f"the checkpoint was saved within an epoch of {was} processes, which {world} cannot go on with: take "
+                f"--trainer.devices {was}, or a checkpoint from the end of an epoch, such as best-*.ckpt"
+            )
         self._position = (state_dict.get("epoch", -1), state_dict.get("batches", 0))
 
-    def val_dataloader(self) -> LazyLoader:
+    def val_dataloader(self) -> LazyLoader | ResidentLoader:
         return self._loader("val")
 
-    def test_dataloader(self) -> LazyLoader:
+    def test_dataloader(self) -> LazyLoader | ResidentLoader:
         return self._loader("test")
 
-    def predict_dataloader(self) -> LazyLoader:
+    def predict_dataloader(self) -> LazyLoader | ResidentLoader:
         return self._loader("test")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Bytes become floats here, on the device: a quarter of the traffic, and no work for the workers."""
         x = batch[0]
         if x.dtype == torch.uint8:
+            if self._step_takes_bytes():
+                return batch
             x = self._as_float(x)
             if self.trainer is not None:
                 # Lightning has converted the batch to the precision of the run already, and bytes are left as they are
@@ -223,9 +353,11 @@ class DataModule(LightningDataModule):
             raise AezooError(f"{self.name} has no {stage} split: set --data.{stage}_fraction above 0")
         return self._splits[stage]
 
-    def tensors(self, stage: Stage) -> tuple[Tensor, Tensor | None]:
-        """All of a split: x float32 as the model sees it, and the labels or None."""
-        loader = make_loader(self.dataset(stage), batch_size=1024, labels=self.labels != "ignore")
+    def tensors(self, stage: Stage, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
+        """All of a split, or the rows with these numbers: x float32 as the model sees it, and the labels or None."""
+        dataset = self.dataset(stage)
+        dataset = dataset if rows is None else Subset(dataset, rows)
+        loader = make_loader(dataset, batch_size=1024, labels=self.labels != "ignore")
         x, *y = (torch.cat(part) for part in zip(*loader, strict=True))
         return self._as_float(x), y[0] if y else None
 
@@ -249,21 +381,77 @@ class DataModule(LightningDataModule):
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loader(self, stage: Stage) -> LazyLoader:
-        rank, world = self._rank_and_world()
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return make_loader(
-            self.dataset(stage),
-            batch_size=self.batch_size,
-            shuffle=stage == "train",
-            seed=self.seed,
-            rank=rank,
-            world=world,
-            num_workers=self.num_workers,
-            drop_last=self.drop_last and stage == "train",
-            pin_memory=on_gpu,
-            labels=self.labels != "ignore",
+    def _step_takes_bytes(self) -> bool:
+        """A compiled training step scales bytes itself, in the same pass over memory as what follows."""
+        trainer = self.trainer
+        return (
+            trainer is not None
+            and trainer.training
+            and self.scale != "none"
+            and getattr(trainer.lightning_module, "takes_bytes", False)
         )
+
+    def _loader(self, stage: Stage) -> LazyLoader | ResidentLoader:
+        rank, world = self._rank_and_world()
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        dataset = self._held(stage, device)
+        resident = isinstance(dataset, ArrayDataset) and self.memory != "off"
+        settings: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "shuffle": stage == "train",
+            "seed": self.seed,
+            "rank": rank,
+            "world": world,
+            "drop_last": self.drop_last and stage == "train",
+        }
+        transform = binarise_rules.drawn_anew if self.binarise == "dynamic" and stage == "train" else None
+        if resident:
+            held = cast(ArrayDataset, dataset)
+            y = None if self.labels == "ignore" else held.y
+            pin_memory = device.type == "cuda" and held.x.device.type == "cpu"
+            loader = ResidentLoader(held.x, y, pin_memory=pin_memory, **settings)
+            loader.transform = transform
+            return loader
+        num_workers = self.num_workers
+        if num_workers is None:
+            num_workers = 0 if isinstance(dataset, ArrayDataset) else workers()
+        lazy = make_loader(
+            dataset,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            labels=self.labels != "ignore",
+            **settings,
+        )
+        lazy.transform = transform
+        return lazy
+
+    def _held(self, stage: Stage, device: torch.device) -> Dataset[Any]:
+        """The samples of a split, in memory or on the GPU where `memory` says so."""
+        dataset = self.dataset(stage)
+        if self.memory == "off":
+            return dataset
+        if not isinstance(dataset, ArrayDataset):
+            if self.memory == "auto" and not fits(size_of(dataset), torch.device("cpu")):
+                return dataset
+            dataset = self._splits[stage] = decode(dataset, str(self.name))
+        if device.type == "cuda":
+            if stage not in self._on_gpu and (self.memory == "on" or fits(size_of(dataset), device, 1)):
+                self._on_gpu[stage] = on_device(dataset, device, str(self.name))
+            return self._on_gpu.get(stage, dataset)
+        return dataset
+
+    def teardown(self, stage: str) -> None:
+        self._on_gpu.clear()
+
+
+def _storage(loader: LazyLoader | ResidentLoader) -> str:
+    """Where a loader's samples are, in a few words."""
+    if isinstance(loader, ResidentLoader):
+        place = "in memory" if loader.x.device.type == "cpu" else f"on {loader.x.device}"
+        dtype = str(loader.x.dtype).removeprefix("torch.")
+        return f"samples held {place} ({loader.x.nbytes / 2**20:,.1f} MiB, {dtype})"
+    readers = f"{loader.num_workers} persistent worker(s)" if loader.num_workers else "the training process"
+    return f"samples read by {readers}{', into pinned memory' if loader.pin_memory else ''}"
 
 
 def _length(dataset: Dataset[Any]) -> int:

@@ -5,8 +5,9 @@
     root/train/..., root/val/..., root/test/...     own splits (also training, valid, validation, testing)
 
 Without --data.size all images must have one size; with it each is resized and cut to a square. Files of 16 bits a
-value are divided by 65535, others by 255. The EXIF rotation is applied. A set of up to 512 MiB is decoded once, before
-training, which finds every broken file; a larger one is decoded by the workers, and only its headers are read before.
+value are divided by 65535, others by 255. The EXIF rotation is applied. A set that fits into memory is decoded
+once, before training, which finds every broken file (see --data.memory); a larger one is decoded by the workers, and
+only its headers are read before.
 """
 
 import math
@@ -24,11 +25,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aezoo.data.images import DEEP, GREY, header, read
+from aezoo.data.resident import announce, fits
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, carve
 from aezoo.data.tree import few, scan
 from aezoo.errors import AezooError
-
-_MEMORY = 2**29
 
 
 class Folder(Source):
@@ -80,7 +80,11 @@ class Folder(Source):
         headers = self._each(paths, lambda path: header(path, self.options.max_pixels))
         self._check(headers)
         deep = any(mode in DEEP for _, mode in headers.values())
-        resident = len(paths) * math.prod(self.input_shape) * (4 if deep else 1) <= _MEMORY
+        size = len(paths) * math.prod(self.input_shape) * (4 if deep else 1)
+        memory = self.options.memory
+        resident = memory == "on" or (memory == "auto" and fits(size, torch.device("cpu")))
+        if resident:
+            announce("folder", len(paths), size)
         decoded: dict[Path, Tensor] = {}
         good: Collection[Path] = headers
         if resident or self.options.on_error == "skip":
@@ -161,6 +165,11 @@ class ImageFiles(Dataset[Any]):
         path, label = self.files[index]
         x = self._value(self.folder.load(path))
         return (x, label) if self.folder.num_classes else (x,)
+
+    @property
+    def labels(self) -> list[int] | None:
+        """The class of each sample, without a look at the images."""
+        return [label for _, label in self.files] if self.folder.num_classes else None
 
     def in_memory(self, decoded: dict[Path, Tensor]) -> ArrayDataset:
         """The same samples from images that are decoded already."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from aezoo.data.memory import InMemory, Pair
+from aezoo.data.readers import check_bytes
 from aezoo.data.source import Options, Stage
 from aezoo.errors import AezooError
 
@@ -118,7 +119,8 @@ class Idx(InMemory):
         image_path, label_path = self._find(self.family.images[part]), self._find(self.family.labels[part])
         assert image_path is not None
         assert label_path is not None
-        x, y = read_idx(image_path, self.family.title), read_idx(label_path, self.family.title).long()
+        title, most = self.family.title, self.options.max_bytes
+        x, y = read_idx(image_path, title, most), read_idx(label_path, title, most).long()
         if x.ndim != 3 or x.shape[1:] != (28, 28) or x.dtype != torch.uint8:
             raise AezooError(f"{image_path} holds no 28 x 28 images but {tuple(x.shape)}: is it the right file?")
         # QMNIST labels have eight columns, the class first
@@ -134,28 +136,33 @@ class Idx(InMemory):
         return Pair(x[:, None], y)
 
 
-def read_idx(path: Path, title: str = "") -> Tensor:
-    """The array in an idx file; a cut, broken or wrong file is named with the cure."""
+def read_idx(path: Path, title: str = "", max_bytes: int = 2**33) -> Tensor:
+    """The array in an idx file; a cut, broken, oversized or wrong file is named with the cure."""
     again = "delete it and download it again"
     try:
-        data = path.read_bytes()
+        check_bytes(path, path.stat().st_size, max_bytes)
         if path.suffix == ".gz":
-            _refuse_other_set(path, data, title)
-            data = gzip.decompress(data)
+            _refuse_other_set(path, path.read_bytes(), title)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(4)
+            axes = head[3] if head[:2] == b"\0\0" and len(head) == 4 and head[2] in _TYPES else 0
+            lengths = file.read(4 * axes)
+            if not axes or len(lengths) < 4 * axes:
+                raise AezooError(f"{path} is no idx file ({len(head) + len(lengths)} bytes and no header): {again}")
+            shape = np.frombuffer(lengths, ">u4").tolist()
+            kind = np.dtype(_TYPES[head[2]])
+            wanted = math.prod(shape) * kind.itemsize
+            check_bytes(path, wanted, max_bytes)
+            # one byte more than the header promises shows that there is more, and a bomb stays small
+            data = file.read(wanted + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise AezooError(f"{path} is no whole gzip file ({error}): {again}") from None
     except OSError as error:
         raise AezooError(f"cannot read {path} ({error.strerror}): check the file and its permissions") from None
-    axes = data[3] if len(data) >= 4 else 0
-    start = 4 + 4 * axes
-    if data[:2] != b"\0\0" or not axes or data[2] not in _TYPES or len(data) < start:
-        raise AezooError(f"{path} is no idx file ({len(data)} bytes): {again}")
-    shape = np.frombuffer(data, ">i4", axes, 4).tolist()
-    kind = np.dtype(_TYPES[data[2]])
-    wanted = start + math.prod(shape) * kind.itemsize
-    if len(data) != wanted or min(shape) < 1:
-        raise AezooError(f"{path} has {len(data)} bytes where its header promises {wanted}: {again}")
-    return torch.from_numpy(np.frombuffer(data, kind, offset=start).reshape(shape).astype(kind.newbyteorder("=")))
+    if len(data) != wanted or not wanted:
+        start = 4 + 4 * axes
+        raise AezooError(f"{path} has {start + len(data)} bytes where its header promises {start + wanted}: {again}")
+    return torch.from_numpy(np.frombuffer(data, kind).reshape(shape).astype(kind.newbyteorder("=")))
 
 
 def _refuse_other_set(path: Path, data: bytes, title: str) -> None:

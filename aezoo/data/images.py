@@ -12,6 +12,8 @@ from torchvision.transforms.v2 import functional as F
 from aezoo.errors import AezooError
 
 EXTENSIONS = frozenset([".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"])
+# Pillow looks at the content, not the name, and would hand a PostScript file called x.png to an interpreter
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
 DEEP = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
 GREY = frozenset({"1", "L", "LA"}) | DEEP
 _ROTATED = frozenset({5, 6, 7, 8})
@@ -57,7 +59,7 @@ def to_tensor(image: Image.Image, size: int | None, channels: int) -> Tensor:
 def read(path: Path, size: int | None, channels: int, max_pixels: int) -> Tensor:
     """A picture file as a tensor, upright by its EXIF note; an error names the file and the cure."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             check_pixels(path, image.size, max_pixels)
             # exif_transpose also decodes the file, so that a truncated one fails here
             return to_tensor(ImageOps.exif_transpose(image), size, channels)
@@ -71,7 +73,7 @@ def read(path: Path, size: int | None, channels: int, max_pixels: int) -> Tensor
 def header(path: Path, max_pixels: int) -> tuple[tuple[int, int], str]:
     """(height, width) as shown upright, and Pillow's mode, without decoding the pixels."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             check_pixels(path, image.size, max_pixels)
             width, height = image.size
             if image.getexif().get(0x0112) in _ROTATED:

@@ -1,9 +1,10 @@
 """Batches in an order that depends on (seed, epoch) alone: not on workers, not on what was drawn before.
 
-This is the only place that makes loaders; whatever replaces torch's DataLoader enters here.
+For what is not held in memory; `aezoo.data.resident` gives the same batches of what is.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -26,20 +27,21 @@ class EpochSampler(DistributedSampler[Any]):
     Attributes:
         skip: (epoch, rows): that epoch's next pass leaves out so many of its first rows, which a run that goes on has
             seen already.
+        first: how many rows the pass that goes on left out at its beginning.
     """
 
     def __init__(self, n: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1) -> None:
         sized = cast(Dataset[Any], range(n))
         super().__init__(sized, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
         self.n = n
-        self.skip = (-1, 0)
+        self.skip, self.first = (-1, 0), 0
         if shuffle:
             self.num_samples = n // world
         else:
             self.num_samples = n if n < world else len(range(rank, n, world))
 
-    def __iter__(self) -> Iterator[int]:
-        # a generator: the epoch is read at the first next(), since Lightning calls set_epoch after iter()
+    def rows(self) -> Tensor:
+        """The row numbers of the present epoch, less those to skip."""
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.n, generator=generator)
@@ -47,12 +49,26 @@ class EpochSampler(DistributedSampler[Any]):
             order = torch.arange(self.n)
         mine = order if not self.shuffle and self.n < self.num_replicas else order[self.rank :: self.num_replicas]
         epoch, done = self.skip
-        self.skip = (-1, 0)
-        yield from mine[done if epoch == self.epoch else 0 : self.num_samples].tolist()
+        self.skip, self.first = (-1, 0), done if epoch == self.epoch else 0
+        return mine[self.first : self.num_samples]
+
+    def __iter__(self) -> Iterator[int]:
+        # a generator: the epoch is read at the first next(), since Lightning calls set_epoch after iter()
+        for part in self.rows().split(2**16):  # a list of all would take 40 bytes a row
+            yield from part.tolist()
+
+
+Transform = Callable[[Iterator[Batch], EpochSampler], Iterator[Batch]]
 
 
 class LazyLoader(DataLoader[Any]):
-    """A DataLoader that starts at the first `next`: workers started at `iter` would run ahead with the old epoch."""
+    """A DataLoader that starts at the first `next`: workers started at `iter` would run ahead with the old epoch.
+
+    Attributes:
+        transform: what becomes of the batches of an epoch, in this process.
+    """
+
+    transform: Transform | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the DataModule keeps the position. Lightning warns of a loader without this method."""
@@ -63,9 +79,16 @@ class LazyLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         def batches() -> Iterator[Any]:
-            yield from super(LazyLoader, self).__iter__()
+            found = super(LazyLoader, self).__iter__()
+            yield from found if self.transform is None else self.transform(found, cast(EpochSampler, self.sampler))
 
         return batches()
+
+
+def workers() -> int:
+    """Processes that read ahead beside this one: one for each core that is left, up to 8, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 def collate(samples: Batch | Sequence[Any], *, labels: bool) -> Batch:

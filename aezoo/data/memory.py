@@ -1,5 +1,6 @@
 """Sources whose samples fit in memory: split, resize and scale, in that order, by stated rules."""
 
+import math
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ class InMemory(Source):
         self.input_shape = fitted_shape(shape, options.size, options.channels)
         self.num_classes = num_classes
         self.value_range = (0.0, 1.0) if options.scale in ("auto", "unit") else None
+        self.scaling: Scale | None = None
         self._splits: dict[Stage, Pair] | None = None
 
     @abstractmethod
@@ -59,7 +61,7 @@ class InMemory(Source):
                 splits[stage] = Pair(fit(x, options.size, options.channels) if x.ndim == 4 else x, y)
         if "train" not in splits:
             raise AezooError(f"{options.name}: the training split is empty: give at least one sample")
-        scale = Scale(splits["train"].x, options.scale)
+        self.scaling = scale = Scale(splits["train"].x, options.scale)
         return {stage: Pair(scale(pair.x), pair.y) for stage, pair in splits.items()}
 
 
@@ -83,6 +85,7 @@ class Scale:
         self.bytes = train.dtype == torch.uint8
         self.keep_bytes = rule == "auto" and self.bytes
         self.offset: Tensor | None = None
+        self.factor: Tensor | None = None
         if rule == "none" or self.keep_bytes:
             return
         # float64 keeps what is exact in it: 1e9 + 1 and 1e9 + 2 are one number in float32
@@ -98,12 +101,16 @@ class Scale:
             self.offset, factor = low, high - low
         self.factor = torch.where(high > low, factor, 1)
 
+    def state(self) -> dict[str, Tensor]:
+        """What other samples need to be scaled as these were; empty where nothing depends on the training split."""
+        return {} if self.offset is None or self.factor is None else {"offset": self.offset, "factor": self.factor}
+
     def __call__(self, x: Tensor) -> Tensor:
         if self.bytes != (x.dtype == torch.uint8):
             raise AezooError("some splits are uint8 and some are not: give all of them one dtype")
         if self.keep_bytes:
             return x
-        if self.offset is not None:
+        if self.offset is not None and self.factor is not None:
             x = (x.to(self.offset.dtype) - self.offset) / self.factor
         return x.float()
 
@@ -140,7 +147,7 @@ def numeric(values: object, what: str) -> Tensor:
         tensor = torch.from_numpy(checked if checked.flags.writeable else checked.copy())
     if tensor.dtype != torch.uint8:
         tensor = tensor.to(_wide(tensor.element_size(), tensor.is_floating_point(), torch.float64, torch.float32))
-        bad = (~tensor.isfinite()).reshape(len(tensor), -1).any(1)
+        bad = (~tensor.isfinite()).reshape(len(tensor), math.prod(tensor.shape[1:])).any(1)
         if bad.any():
             raise AezooError(
                 f"{what} has NaN or infinity in {int(bad.sum())} of {len(tensor)} rows, the first is row "

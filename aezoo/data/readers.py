@@ -1,24 +1,29 @@
 """Files of arrays, read without running anything that they hold: .npy, .npz, .pt, .csv, .parquet."""
 
 import csv
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
 
 from aezoo.errors import AezooError
+from aezoo.security.archives import unpacked_size
 
+# a cell of a text file becomes a Python text of about 60 bytes
+_CSV_GROWTH = 16
 Arrays = Mapping[str, Any]
 
 
-def read_arrays(path: Path) -> Arrays:
-    """The arrays in a file, by name."""
+def read_arrays(path: Path, max_bytes: int = 2**33) -> Arrays:
+    """The arrays in a file, by name; what the file declares is compared with `max_bytes` before memory is taken."""
     if path == Path():
         raise AezooError("arrays handed in from Python are not kept in a checkpoint: call DataModule.from_arrays again")
-    readers: dict[str, Callable[[Path], Arrays]] = {
+    readers: dict[str, Callable[[Path, int], Arrays]] = {
         ".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt, ".csv": _read_csv,
         ".parquet": _read_parquet,
     }  # fmt: skip
@@ -28,7 +33,10 @@ def read_arrays(path: Path) -> Arrays:
     if path.suffix.lower() not in readers:
         raise AezooError(f"{path}: the array source reads {' '.join(readers)}, not {path.suffix or 'such files'!r}")
     try:
-        return readers[path.suffix.lower()](path)
+        arrays = readers[path.suffix.lower()](path, max_bytes)
+        # a view can have many times the size of its memory
+        check_bytes(path, sum(_size(array) for array in arrays.values()), max_bytes)
+        return arrays
     except AezooError:
         raise
     # every format has exceptions of its own for a cut or foreign file
@@ -37,6 +45,26 @@ def read_arrays(path: Path) -> Arrays:
         raise AezooError(
             f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {reason}): write it again"
         ) from None
+
+
+def check_bytes(path: Path, size: int, max_bytes: int) -> None:
+    """Refuse a file whose content would fill the memory."""
+    if size > max_bytes:
+        raise AezooError(
+            f"{path} takes {_readable(size)} of memory, more than the limit of {_readable(max_bytes)}: if it is what "
+            "it should be, raise --data.max_bytes"
+        )
+
+
+def _readable(size: int) -> str:
+    if size >= 2**70:
+        return "more than 1024 EiB"
+    power = (max(size, 1).bit_length() - 1) // 10
+    return f"{size / 2 ** (10 * power):.3g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[power]}"
+
+
+def _size(array: Any) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize if isinstance(array, Tensor | np.ndarray) else 0
 
 
 def _refuse_pickle(path: Path, error: ValueError) -> AezooError:
@@ -48,7 +76,7 @@ def _refuse_pickle(path: Path, error: ValueError) -> AezooError:
     return AezooError(f"{path} is damaged or no NumPy file ({error}): write it again with np.save")
 
 
-def _read_npy(path: Path) -> Arrays:
+def _read_npy(path: Path, max_bytes: int) -> Arrays:
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04":
@@ -60,16 +88,32 @@ def _read_npy(path: Path) -> Arrays:
         raise _refuse_pickle(path, error) from None
 
 
-def _read_npz(path: Path) -> Arrays:
+def _read_npz(path: Path, max_bytes: int) -> Arrays:
+    check_bytes(path, unpacked_size(path) or 0, max_bytes)
     try:
         # opened here, since np.load leaves a damaged archive open
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile) or file.zip is None:
+                raise AezooError(f"{path} is no archive of arrays: rename it to .npy if it is one array")
+            for name in file.zip.namelist():
+                _check_header(path, file.zip.open(name), max_bytes)
             return _single({name: file[name] for name in file.files})
     except ValueError as error:
         raise _refuse_pickle(path, error) from None
 
 
-def _read_pt(path: Path) -> Arrays:
+def _check_header(path: Path, stream: Any, max_bytes: int) -> None:
+    """Refuse an array whose header declares more than the limit, for which NumPy would take the memory first."""
+    with stream:
+        version = npy.read_magic(stream) if stream.peek(6)[:6] == b"\x93NUMPY" else None
+        if version is not None:
+            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, _, dtype = read(stream)
+            check_bytes(path, math.prod(shape) * dtype.itemsize, max_bytes)
+
+
+def _read_pt(path: Path, max_bytes: int) -> Arrays:
+    check_bytes(path, unpacked_size(path) or 0, max_bytes)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -91,8 +135,9 @@ def _single(arrays: dict[str, Any]) -> Arrays:
     return {"x": next(iter(arrays.values()))} if len(arrays) == 1 else arrays
 
 
-def _read_csv(path: Path) -> Arrays:
+def _read_csv(path: Path, max_bytes: int) -> Arrays:
     """Features, and labels if the header names them; the separator is a comma, semicolon or tab."""
+    check_bytes(path, path.stat().st_size * _CSV_GROWTH, max_bytes)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -128,13 +173,18 @@ def _read_csv(path: Path) -> Arrays:
     return {"x": x, "y": _labels(labels) if labels else None}
 
 
-def _read_parquet(path: Path) -> Arrays:
+def _read_parquet(path: Path, max_bytes: int) -> Arrays:
     """All columns as features, the column `label` apart."""
     try:
         import pandas
-        import pyarrow  # noqa: F401
+        from pyarrow import parquet
     except ImportError:
         raise AezooError(f"{path}: reading .parquet needs pandas and pyarrow: pip install 'aezoo[parquet]'") from None
+    with parquet.ParquetFile(path) as file:
+        about = file.metadata
+        declared = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        # a column that repeats one value takes no space in the file
+        check_bytes(path, max(declared, 8 * about.num_rows * about.num_columns), max_bytes)
     frame = pandas.read_parquet(path)
     names = {str(name).lower(): name for name in frame.columns}
     labels = frame.pop(names["label"]).to_numpy() if "label" in names else None

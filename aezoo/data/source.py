@@ -36,6 +36,22 @@ class Options:
     download: bool = True
     on_error: str = "raise"
     max_pixels: int = 89_478_485
+    max_bytes: int = 2**33
+    memory: str = "auto"
+    dictionary_samples: int = 100_000
+    dictionary_atoms: int = 64
+    dictionary_dim: int = 32
+    dictionary_active: float = 4.0
+    dictionary_correlation: float = 0.0
+    dictionary_noise: float = 0.0
+    dictionary_streams: int = 1
+    network: str = "classifier"
+    layer: str = "features"
+    of: str = "mnist5k"
+    weights: str = "stored"
+    positions: str = "each"
+    feature_axis: str = "auto"
+    normalise: bool = True
 
 
 class Source(ABC):

@@ -19,8 +19,12 @@ Factory = Callable[[Options], Source]
 _BUILT_IN = {
     "mnist5k": "mnist5k:Mnist5k",
     "digits": "digits:Digits",
+    "shapes": "shapes:Shapes",
+    "binarized_mnist": "larochelle:BinarizedMnist",
     "folder": "folder:Folder",
     "array": "array:Array",
+    "synthetic_dictionary": "dictionary:SyntheticDictionary",
+    "activations": "activations:Activations",
     **dict.fromkeys(FAMILIES, "idx:Idx"),
     **dict.fromkeys(ROWS, "vision:open_vision"),
 }

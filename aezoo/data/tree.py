@@ -24,7 +24,7 @@ def scan(root: Path) -> tuple[Files, tuple[str, ...]]:
     if not found["train"][1]:
         raise AezooError(
             f"no images in {found['train'][0]} (looked for {' '.join(sorted(EXTENSIONS))}, at any depth): "
-            "give the right folder with --data.root"
+            "give another folder"
         )
     if len(homes) > 1 or homes["train"] != root:
         inside = {path for _, paths in found.values() for path in paths}

@@ -6,6 +6,9 @@ A set of pictures of many sizes is resized and cut to squares of the size in its
 import contextlib
 import io
 import socket
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +22,7 @@ from aezoo.data.images import fitted_shape, to_tensor
 from aezoo.data.memory import InMemory, Pair
 from aezoo.data.source import STAGES, Options, Source, Stage, carve
 from aezoo.errors import AezooError
+from aezoo.security.archives import inside_their_folder
 
 Arguments = dict[str, Any]
 
@@ -88,6 +92,8 @@ ROWS = {
 }
 # fmt: on
 
+# what a broken or hostile archive raises
+_ARCHIVES = (tarfile.TarError, zipfile.BadZipFile, zlib.error)
 # torchvision offers no download for these
 _BY_HAND = frozenset({"fer2013", "imagenet", "lfw_people", "stanford_cars"})
 
@@ -172,11 +178,18 @@ class Pictures(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def labels(self) -> Tensor | None:
+        """The class of each sample, without a look at the pictures where the set can tell."""
+        labels = _labels(self.dataset) if self.labelled else None
+        return None if labels is None else labels[self.rows] + self.offset
+
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         row = int(self.rows[index])
         try:
             image, label = self.dataset[row]
-        except OSError as error:
+        # Pillow raises SyntaxError, ValueError, DecompressionBombError ... for broken and hostile files
+        except Exception as error:
             title = type(self.dataset).__name__
             raise AezooError(
                 f"image {row} of {title} cannot be read ({error}): delete the set's folder and download it again"
@@ -196,10 +209,11 @@ def _prepare(row: Row, options: Options) -> None:
     if not options.download or options.name in _BY_HAND:
         return
     try:
-        for arguments in row.splits.values():
-            _open(row.title, options.root, arguments)
+        with inside_their_folder():
+            for arguments in row.splits.values():
+                _open(row.title, options.root, arguments)
     # files that are there must do without a network and in a read-only folder, so downloading comes second
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, RuntimeError, ValueError, EOFError, *_ARCHIVES):
         download(row.title, options, list(row.splits.values()), row.files)
 
 
@@ -227,12 +241,12 @@ def _explained(title: str, files: str, options: Options) -> Iterator[None]:
         # torchvision sets none, and a dropped packet would wait for minutes
         socket.setdefaulttimeout(30)
         # it also prints every mirror that it tries in vain
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), inside_their_folder():
             yield
     except ImportError as error:
         raise AezooError(f"{options.name} needs a package that is not installed ({error}): pip install it") from None
     # URLError and HTTPError are OSErrors; torchvision raises RuntimeError for absent and broken files
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, *_ARCHIVES) as error:
         if isinstance(error, AezooError):
             raise
         reason = " ".join(str(error).split())
@@ -250,6 +264,6 @@ def missing_message(title: str, files: str, options: Options, reason: str) -> st
     files = ", ".join((*family.images, *family.labels)) + " (plain or .gz)" if family else files
     tried = "cannot be downloaded" if options.download and options.name not in _BY_HAND else "is not there"
     return (
-        f"{options.name} {tried} ({reason[:150]}): put {files} into {folder}, or name the folder that holds them with "
+        f"{options.name} {tried} ({reason[:250]}): put {files} into {folder}, or name the folder that holds them with "
         "--data.root; --data.name mnist5k needs no files"
     )

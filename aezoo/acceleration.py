@@ -1,0 +1,148 @@
+"""What makes a training step fast beyond its own mathematics: compilation, memory layout, denormals, malloc."""
+
+import ctypes
+import math
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from aezoo.errors import AezooError
+
+MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
+# a compilation costs about this many seconds, and saves about this share of a step's arithmetic at this many FLOP/s a
+# thread, or on a GPU this many seconds of launches a step; see benchmarks/results/speed-train-*.csv
+_COMPILE_SECONDS = 20.0
+_SAVED_SHARE = 0.15
+_FLOPS_PER_THREAD = 5e10
+_SAVED_LAUNCHES = 5e-4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def check_mode(mode: str) -> str:
+    """The mode, or the reason why it is none.
+
+    Raises:
+        AezooError: not one of `MODES`.
+    """
+    if mode not in MODES:
+        raise AezooError(f"compile is {mode!r}: choose from {', '.join(MODES)}")
+    return mode
+
+
+def worth_compiling(parameters: int, batch_size: int, positions: int, steps: float, device: torch.device) -> bool:
+    """Whether a run of `steps` steps earns back what compiling its step costs.
+
+    A judgement from sizes alone, so that the same command always decides the same: a resumed run must not differ.
+
+    Args:
+        parameters: numbers in the model.
+        batch_size: samples a step.
+        positions: how often a sample uses each parameter: 1 for dense layers, more for convolutions.
+        steps: optimiser steps of the whole run.
+        device: where it trains.
+    """
+    if not math.isfinite(steps):
+        return False
+    if device.type == "cuda":
+        return steps * _SAVED_LAUNCHES > _COMPILE_SECONDS
+    flops = 6.0 * parameters * positions * batch_size  # forward 2, backward 4
+    return steps * flops * _SAVED_SHARE / (_FLOPS_PER_THREAD * torch.get_num_threads()) > _COMPILE_SECONDS
+
+
+def positions(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """How often a sample uses the weights of a module on average, judged by its convolutions and the sample's grid."""
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    weights = sum(p.numel() for p in module.parameters())
+    in_convolutions = sum(part.weight.numel() for part in module.modules() if isinstance(part, convolution))
+    # stride-2 stages: most weights sit where the grid has shrunk to about a sixteenth of its points
+    grid = max(1, math.prod(shape[1:]) // 16)
+    return max(1, round((in_convolutions * grid + weights - in_convolutions) / max(1, weights)))
+
+
+class Compiled:
+    """A function compiled at its first call, for the batch size of that call; other sizes run as they are.
+
+    Where compiling fails it warns once, with the cause, and the function runs uncompiled from then on.
+
+    Args:
+        function: takes tensors, the first of them a batch.
+        mode: default, reduce-overhead or max-autotune.
+        before_retry: called before the first call is repeated uncompiled.
+    """
+
+    def __init__(self, function: Callable[..., Any], mode: str, before_retry: Callable[[], None]) -> None:
+        self._function, self._before_retry = function, before_retry
+        self._compiled: Callable[..., Any] | None = torch.compile(function, mode=mode, dynamic=False)
+        self._size: int | None = None
+
+    def __call__(self, x: torch.Tensor, *rest: Any) -> Any:
+        if self._size is None:
+            return self._first(x, *rest)
+        # an epoch's last batch is not worth a second compilation
+        if self._compiled is None or len(x) != self._size:
+            return self._function(x, *rest)
+        return self._compiled(x, *rest)
+
+    def _first(self, x: torch.Tensor, *rest: Any) -> Any:
+        self._size = len(x)
+        assert self._compiled is not None
+        try:
+            return self._compiled(x, *rest)
+        except Exception as error:  # every back end fails in its own way
+            self._compiled = None
+            self._before_retry()
+            result = self._function(x, *rest)  # a fault of the model itself is raised here
+            lines = [line.strip() for line in str(error).splitlines()]
+            # dynamo's first line names the back end alone
+            cause = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
+            rank_zero_warn(
+                f"the step is not compiled and runs slower ({cause[:160]}): install what is missing, or give "
+                "--compile off"
+            )
+            return result
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Numbers below float32's normal range are zero inside: processors add them up to 100 times slower."""
+    before = bool((torch.full((1,), 1e-39) * 1.0 == 0).item())
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+def to_channels_last(module: nn.Module) -> bool:
+    """Give 2-D convolutions their faster memory layout; values stay. Returns whether there are any."""
+    if not any(isinstance(part, nn.Conv2d | nn.ConvTranspose2d) for part in module.modules()):
+        return False
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return True
+
+
+def keep_pages() -> bool:
+    """Let glibc's malloc keep the pages of large tensors from step to step, for the rest of the process.
+
+    By default it returns and refetches them, and each step pays for the page faults: 54 % on 3x64x64 convolutions. A
+    process-wide setting, so only the command line makes it. Returns whether it was made.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # older versions of glibc take no more than 32 MiB
+    return all(mallopt(setting, 2**30) or mallopt(setting, 2**25) for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
+
+
+def announce(mode: str, chosen: bool) -> None:
+    """Say in a line whether the step is compiled."""
+    if mode == "auto":
+        what = "is compiled (the run is long enough to earn it back)" if chosen else "is not compiled (a short run)"
+        rank_zero_info(f"training step: {what}; --compile {'off' if chosen else 'default'} changes that")
+    elif chosen:
+        rank_zero_info(f"training step: compiled ({mode}); the first step waits for it")

@@ -1,0 +1,300 @@
+"""What codes of a codebook are used, where they stand in samples, and where they lie.
+
+Shapes: B batch, Q indices a place, K codes of a book, C channels of a code.
+"""
+
+import re
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from aezoo.callbacks.base import Picture, check_count, is_dry_run, tensorboard_writers, undisturbed, unpack
+from aezoo.callbacks.latents import write_embedding
+from aezoo.errors import AezooError
+from aezoo.metrics import CodebookUsage
+from aezoo.quantisers.base import Quantiser
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from aezoo.autoencoder import Autoencoder
+    from aezoo.discrete import DiscreteAutoencoder
+
+# what one picture holds; the indices of samples are encoded at once
+_BOOKS, _LEVELS, _SAMPLES = 4, 8, 128
+# TensorBoard draws 30 bars of a histogram
+_BUCKETS = 240
+_IMAGE, _STRIP = 112, (16, 480)
+
+Books = dict[str, tuple[Tensor, tuple[int, ...]]]
+
+
+class Codebook(Picture):
+    """Codebooks of models whose code is indices, such as vq_vae; other models cost nothing.
+
+    Over the whole validation set and all ranks, without a second pass:
+
+    - pictures/codebook_usage.png, a cell for each code, row by row: black if never chosen, brighter the more often. In
+      books of more than 65,536 codes a cell is a run of codes; those of more than 2^24 are not counted.
+    - pictures/codebook_frequencies.png and the histogram codebook/use, codes from the most to the least chosen: level
+      where all are in even use.
+
+    For the same validation samples each time:
+
+    - pictures/codebook_indices.png: the sample, its indices, each code in a colour of its own, and the output.
+
+    And TensorBoard's Projector tab: the codes, with their index and how often they were chosen.
+
+    Each book has pictures of its own, named after it (codebook_usage_top), each of the Q indices of a place a panel; at
+    most 4 books and 8 indices a place are shown. The figures val/usage and val/perplexity are logged by the model.
+
+    Args:
+        n: number of samples.
+        every_n_epochs: epochs between two pictures; 0 turns them off, and the projector.
+        n_projected: codes of the largest book that is projected; 0 for none.
+    """
+
+    _metrics: dict[str, CodebookUsage]
+    # of each book, of each of its Q indices, (K,)
+    _counts: dict[str, list[Tensor]]
+
+    def __init__(self, n: int = 8, every_n_epochs: int = 5, n_projected: int = 10_000) -> None:
+        super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n, most=_SAMPLES))
+        self.n, self.n_projected = n, check_count(self, "n_projected", n_projected, 0, 1_000_000)
+
+    def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
+        figures: dict[str, Figure] = {}
+        if self._counted_at == self._trainer.global_step:
+            for name, counts in self._counts.items():
+                figures |= self._use(name, counts)
+        books = self._read(model, x)
+        figures["codebook_indices"] = self._indices(model, x, books)
+        self._project(model, books)
+        return figures
+
+    def due(self, epoch: int, last: bool) -> bool:
+        # max_steps may end training before max_epochs do, and only a validation counts
+        return super().due(epoch, last or 0 <= self._trainer.max_steps <= self._trainer.global_step)
+
+    # ---- counts ------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        wanted = stage == "fit" and self.every_n_epochs > 0 and not is_dry_run(trainer)
+        whole = trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
+        self._counts_here = bool(getattr(pl_module, "discrete_code", False)) and wanted and whole
+        self._active = self._active and self._counts_here
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._metrics, self._failed = {}, False
+        if not self._counts_here or trainer.sanity_checking:
+            return
+        epoch = trainer.current_epoch + 1
+        if self.due(epoch, epoch == trainer.max_epochs):
+            with self._caught():
+                # every rank has to know its books, also one that will see no batch
+                blank = torch.zeros(1, *cast("Autoencoder", pl_module).input_shape, device=pl_module.device)
+                for name, (_, sizes) in [*self._read(pl_module, blank).items()][:_BOOKS]:
+                    self._count(name, sizes, pl_module.device)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        if self._metrics and dataloader_idx == 0:
+            with self._caught():
+                books = self._read(pl_module, unpack(batch)[0])
+                for name, metric in self._metrics.items():
+                    metric.update(books[name][0])
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._metrics:
+            counts = [metric.counts for metric in self._metrics.values()]
+            failed = counts[0].new_tensor([self._failed])
+            # one exchange, in which a rank that has failed takes part
+            total = trainer.strategy.reduce(torch.cat([*counts, failed]), reduce_op="sum").cpu()
+            if not total[-1]:
+                parts = total[:-1].split([len(part) for part in counts])
+                self._counted_at, self._counted_in = trainer.global_step, trainer.current_epoch + 1
+                self._counts = {
+                    name: [*part.split(metric.book_sizes)]
+                    for (name, metric), part in zip(self._metrics.items(), parts, strict=True)
+                }
+            self._metrics = {}
+        super().on_validation_epoch_end(trainer, pl_module)
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._counts_here, self._failed, self._said = False, False, False
+        self._counted_at = self._counted_in = -1
+        self._metrics, self._counts = {}, {}
+
+    def _read(self, pl_module: pl.LightningModule, x: Tensor) -> Books:
+        """The indices of samples by book."""
+        model, plugin = cast("DiscreteAutoencoder", pl_module), self._trainer.precision_plugin
+        with undisturbed(pl_module), plugin.forward_context():
+            return model.books(model.encode_indices(plugin.convert_input(x.to(pl_module.device))))
+
+    def _count(self, name: str, sizes: tuple[int, ...], device: torch.device) -> None:
+        try:
+            self._metrics[name] = CodebookUsage(sizes).to(device)
+        except AezooError as error:
+            if not self._said:
+                self._said = True
+                rank_zero_info(f"Codebook draws no use of codes: {error}")
+
+    @contextmanager
+    def _caught(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # no picture is worth a training run
+            self._failed = True
+            if not self._warned:
+                self._warned = True
+                rank_zero_warn(f"Codebook counts no codes: {type(error).__name__}: {error}")
+
+    # ---- pictures ----------------------------------------------------------------------------------------------------
+
+    def _use(self, name: str, counts: list[Tensor]) -> "dict[str, Figure]":
+        from aezoo.callbacks import drawing
+
+        postfix, counts = _after(name), counts[:_LEVELS]
+        for level, counts_K in enumerate(counts):
+            for writer in tensorboard_writers(self._trainer):
+                tag = f"codebook/use{postfix}{_numbered(level, counts)}"
+                write_ranks(writer, tag, counts_K, self._trainer.global_step)
+        labels = [f"{_share(counts_K)} of {len(counts_K):,} codes used" for counts_K in counts]
+        if len(counts) > 1:
+            labels = [f"{level}: {label}" for level, label in enumerate(labels)]
+        title = f"{name}, {self.caption}" if name else self.caption
+        return {
+            f"codebook_usage{postfix}": drawing.count_figure(counts, labels, "times chosen", title),
+            f"codebook_frequencies{postfix}": drawing.rank_figure(
+                dict(zip(labels, counts, strict=True)),
+                ("codes from the most to the least chosen", "share of choices"),
+                f"{title}; dashed: all alike",
+            ),
+        }
+
+    def _indices(self, model: "Autoencoder", x: Tensor, books: Books) -> "Figure":
+        from aezoo.callbacks import drawing
+
+        limits = drawing.value_range(x)
+        levels = {
+            f"indices {name}{_numbered(level, indices.unbind(1))}".strip().replace(" _", " "): index.cpu()
+            for name, (indices, _) in books.items()
+            for level, index in enumerate(indices.unbind(1))
+        }
+        levels = dict([*levels.items()][:_LEVELS])
+        seen = [drawing.tiles(_as_image(part), limits) for part in (x, self.apply(model, x))]
+        size = _tile_size(seen[0].shape[1:3], [*levels.values()], drawing.is_image(model.input_shape))
+        maps = [drawing.index_tiles(index, size) for index in levels.values()]
+        rows = [drawing.enlarged(seen[0], size), *maps, drawing.enlarged(seen[1], size)]
+        labels = ["original", *levels, "output"]
+        if not drawing.is_image(model.input_shape):
+            # strips of one sample belong below each other
+            rows, labels = [row[i : i + 1] for i in range(len(x)) for row in rows], labels * len(x)
+        return drawing.mosaic_figure(rows, labels, title=self.caption, gap=4)
+
+    # ---- projector ---------------------------------------------------------------------------------------------------
+
+    def _project(self, model: "Autoencoder", books: Books) -> None:
+        for name, (_, sizes) in [*books.items()][:_BOOKS]:
+            quantiser, counts = quantiser_of(model, name, sizes), self._counts.get(name, [])
+            for level, size in enumerate(sizes[:_LEVELS]):
+                if quantiser is None or size > self.n_projected:
+                    continue
+                columns = {"index": torch.arange(size)}
+                if counts:
+                    columns[f"chosen in epoch {self._counted_in}"] = counts[level]
+                stem = f"codebook{_after(name)}{_numbered(level, sizes)}"
+                title = f"{stem.replace('_', ' ')} at step {self._trainer.global_step}"
+                for writer in tensorboard_writers(self._trainer):
+                    write_embedding(Path(writer.log_dir), title, codes_of(quantiser, level), columns, None, f"{stem}_")
+
+
+def quantiser_of(model: "Autoencoder", name: str, sizes: tuple[int, ...]) -> Quantiser | None:
+    """The quantiser of a book: the only one that the model has, or the one whose attribute has the book's name."""
+    found: dict[str, Quantiser] = {}
+    for path, module in model.named_modules():
+        within = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, Quantiser) and not within:
+            found[path] = module
+    if name:
+        found = {path: quantiser for path, quantiser in found.items() if name in re.split("[._]", path)}
+    fitting = [quantiser for quantiser in found.values() if len(found) == 1 and quantiser.book_sizes == sizes]
+    return fitting[0] if fitting else None
+
+
+def codes_of(quantiser: Quantiser, level: int) -> Tensor:
+    """The codes of one index of a place, (K, C): what it adds to a sum of levels, or the channels that it decides."""
+    sizes = quantiser.book_sizes
+    # -1 is a level that was dropped, and adds nothing; the others' codes are only held fixed
+    adds = hasattr(quantiser, "dropout")
+    index_KQ = torch.full((sizes[level], len(sizes)), -1 if adds else 0, device=next(quantiser.buffers()).device)
+    index_KQ[:, level] = torch.arange(sizes[level])
+    code_KC = quantiser.codes(index_KQ).float().cpu()
+    return code_KC if adds or len(sizes) == 1 else code_KC[:, (code_KC != code_KC[:1]).any(0)]
+
+
+def write_ranks(writer: Any, tag: str, counts_K: Tensor, step: int) -> None:
+    """A histogram over the places of codes in the order of how often they were chosen, 0 for the most chosen."""
+    sorted_K = counts_K.sort(descending=True).values.double()
+    total = float(sorted_K.sum())
+    if total:
+        size = len(sorted_K)
+        edge_N = torch.linspace(0, size, min(size, _BUCKETS) + 1).round().long()
+        below_N = torch.cat([sorted_K.new_zeros(1), sorted_K.cumsum(0)])[edge_N]
+        rank_K = torch.arange(size).double() + 0.5
+        moments = [float((sorted_K * rank_K**power).sum()) for power in (1, 2)]
+        bars = edge_N[1:].tolist(), below_N.diff().tolist()
+        writer.add_histogram_raw(tag, 0, int((sorted_K > 0).sum()), total, *moments, *bars, step)
+
+
+# ---- layout ---------------------------------------------------------------------------------------------------------
+
+
+def _after(name: str) -> str:
+    return f"_{name}" if name else ""
+
+
+def _numbered(level: int, levels: Sized) -> str:
+    return f"_{level}" if len(levels) > 1 else ""
+
+
+def _share(counts_K: Tensor) -> str:
+    share = 100 * float((counts_K > 0).double().mean())
+    return f"{share:.3g} %"
+
+
+def _as_image(x: Tensor) -> Tensor:
+    """Vectors (B, D) and sequences (B, C, L) of few channels as images of one channel, their values in rows."""
+    from aezoo.callbacks import drawing
+
+    return x if drawing.is_image(x.shape[1:]) else x.reshape(len(x), 1, -1, x.shape[-1])
+
+
+def _tile_size(shape: tuple[int, ...], maps: list[Tensor], is_image: bool) -> tuple[int, int]:
+    """Height and width of a tile, whole multiples of the sample's and no less than a pixel for an index."""
+    from aezoo.callbacks import drawing
+
+    grids = [drawing.index_grid(index).shape[1:] for index in maps]
+    needed = [max(-(-grid[i] // shape[i]) for grid in grids) for i in (0, 1)]
+    if is_image:
+        factor = max(1, _IMAGE // max(shape), *needed)
+        return shape[0] * factor, shape[1] * factor
+    factors = [max(1, wanted // side, least) for wanted, side, least in zip(_STRIP, shape, needed, strict=True)]
+    return shape[0] * factors[0], shape[1] * factors[1]

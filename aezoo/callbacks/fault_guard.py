@@ -1,0 +1,420 @@
+"""Steps that are not finite: skipped, counted, and after some in a row the end of the run."""
+
+import math
+from collections import Counter, deque
+from collections.abc import Iterator
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor, nn
+
+from aezoo.arguments import Checked
+from aezoo.callbacks import fault_report
+from aezoo.callbacks.base import check_count
+from aezoo.errors import AezooError
+
+
+class FaultGuard(Checked, pl.Callback):
+    """Skips an optimiser step whose loss or gradient is not finite; ends the run after `patience` of them in a row.
+
+    Parameters, moments, averaged weights and buffers, such as the statistics of BatchNorm, stay as they were before
+    that batch; the step counter and the learning rate schedule go on. A gradient counts as not finite if the sum of
+    its squares overflows, which would ruin the moments of an adaptive optimiser. With several optimisers only the one
+    whose gradients are bad skips. Under accumulation all batches of a step are dropped. A gradient scaler's own skips,
+    by which it finds its scale, do not count until that scale has fallen below 1.
+
+    Each skip gives a line, up to a point; the run that is ended leaves `fault.txt` in its folder. Several processes
+    judge by the gradients alone, which they share, and so skip the same steps.
+
+    On a GPU with a fused optimiser the kernel itself skips, and nothing is waited for: the counters are read every
+    `every_n_steps` batches, at the end of an epoch and at a save. Other optimisers there wait once a step.
+
+    Args:
+        patience: bad steps in a row that end the run; 0 turns the guard off.
+        every_n_steps: batches between two looks at the counters on a GPU.
+
+    Attributes:
+        skipped: steps skipped so far.
+        by_term: of these, how often each loss term was not finite; `gradient` where all of them were.
+        by_part: of these, how often each part of the model had a gradient that was not finite.
+    """
+
+    def __init__(self, patience: int = 5, every_n_steps: int = 50) -> None:
+        super().__init__()
+        self.patience = check_count(self, "patience", patience, 0)
+        self.every_n_steps = check_count(self, "every_n_steps", every_n_steps)
+        self.skipped = 0
+        self.by_term: Counter[str] = Counter()
+        self.by_part: Counter[str] = Counter()
+        self._in_a_row = 0
+        self._losses: list[Tensor] = []
+        self._bad: list[str] | None = None
+        self._stepped = False
+        self._held: _Buffers | None = None
+        self._device: _OnDevice | None = None
+        self._captured: Tensor | None = None
+        self._averages: list[Any] = []
+        self._names: dict[int, str] = {}
+        self._scaler: Any = None
+        self._defers: bool | None = None  # None: on a GPU where the optimisers can
+
+    @property
+    def capturable(self) -> bool:
+        """Whether its part of a step can be recorded in a CUDA graph: nothing waits, nothing is kept a batch."""
+        return self._device is not None and self._held is None
+
+    def replayed(self) -> None:
+        """A graph that holds its part of the step has run again, the first time right after it was recorded."""
+        if self._device is None:
+            return
+        if self._captured is None:
+            self._captured = self._device.found
+        self._stepped, self._device.found = True, self._captured
+        # a batch of another size, which no graph holds, has left its own there
+        self._tell_averages(self._captured)
+
+    def state_dict(self) -> dict[str, Any]:
+        skipped, in_a_row, by_term, by_part = self.skipped, self._in_a_row, self.by_term, self.by_part
+        if self._device is not None:
+            # a look that takes nothing away from the next one, which speaks of it
+            seen = self._device.read(keep=True)
+            skipped, in_a_row = skipped + seen.total, seen.row
+            by_term, by_part = by_term + Counter(seen.terms), by_part + self._by_part(seen)
+        counts = {"by_term": dict(by_term), "by_part": dict(by_part)}
+        return {"skipped": skipped, "in_a_row": in_a_row, **counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped, self._in_a_row = int(state_dict["skipped"]), int(state_dict["in_a_row"])
+        self.by_term, self.by_part = Counter(state_dict["by_term"]), Counter(state_dict["by_part"])
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._device, self._held, self._bad, self._stepped = None, None, None, False
+        self._captured, self._averages = None, []
+        self._losses.clear()
+        if stage == "fit" and trainer.ckpt_path is None:
+            self.load_state_dict({"skipped": 0, "in_a_row": 0, "by_term": {}, "by_part": {}})
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+        fused = all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers)
+        defers = pl_module.device.type == "cuda" if self._defers is None else self._defers
+        if self.patience and defers and fused and self._scaler is None:
+            self._device = _OnDevice(pl_module.device, self._in_a_row, self.every_n_steps, len(trainer.optimizers))
+        held = _Buffers(pl_module)
+        self._held = held if self.patience and held else None
+        self._averages = list(_averages(trainer))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._losses.clear()
+            if self._held is not None:
+                self._held.remember()
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self.patience:
+            loss = loss.detach()
+            self._losses.append(loss if loss.dtype == torch.float32 else loss.float())
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        losses, self._losses = self._losses, []
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not self.patience or not parameters:
+            return
+        self._stepped = True
+        gradients: list[Any] = [parameter.grad for parameter in parameters]
+        # each rank has a loss of its own, and all must do the same
+        if trainer.world_size > 1 and self._scaler is None:
+            losses = []
+        if self._device is not None:
+            found = self._device.judge(optimizer, parameters, [*_norms(gradients), *losses])
+            optimizer.found_inf, optimizer.grad_scale = found, None  # type: ignore[attr-defined]
+            self._tell_averages(found)
+            if self._held is not None:
+                self._held.restore_where(found)
+            return
+        if self._scaler is not None:
+            # it skips by itself what it has scaled too high
+            bad = self._broken_under_scaler(trainer, losses, gradients)
+        else:
+            bad = _broken(gradients) or not all(math.isfinite(loss) for loss in losses)
+        if bad:
+            self._skip(trainer, parameters)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped, self._stepped = self._stepped, False
+        if not stepped:
+            return
+        if self._device is not None:
+            self._device.count(outputs, (trainer.current_epoch, batch_idx, trainer.global_step))
+            if (batch_idx + 1) % self.every_n_steps == 0 or trainer.is_last_batch:
+                self._look(trainer, pl_module, batch)
+            return
+        bad, self._bad = self._bad, None
+        if bad is None:
+            self._in_a_row = 0
+            return
+        self.skipped += 1
+        self._in_a_row += 1
+        terms = fault_report.broken_terms(outputs) or ["gradient"]
+        self.by_term.update(terms)
+        self.by_part.update({name.partition(".")[0] for name in bad})
+        fault = fault_report.Fault(
+            trainer.current_epoch, batch_idx, trainer.global_step, terms, bad, self._in_a_row, self.skipped
+        )
+        fault_report.say(trainer, fault, batch)
+        if self._in_a_row >= self.patience:
+            self._end(trainer, pl_module, fault, batch)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._device = self._held = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            return  # the counters go into the file that is saved now
+        self._device = self._held = None
+
+    def _broken_under_scaler(self, trainer: pl.Trainer, losses: list[Tensor], gradients: list[Tensor]) -> bool:
+        bad = not all(math.isfinite(loss) for loss in losses)
+        if not bad and self._scaler.get_scale() < 1:
+            bad = _broken(gradients)
+        if trainer.world_size > 1:
+            bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
+        return bad
+
+    def _skip(self, trainer: pl.Trainer, parameters: list[nn.Parameter]) -> None:
+        """Leave the optimiser nothing to do, and put back what the batch has changed already."""
+        named = [self._names.get(id(p), "?") for p in parameters if _broken([p.grad])]
+        self._bad = [*(self._bad or []), *named]
+        for parameter in parameters:
+            parameter.grad = None
+        if self._held is not None:
+            self._held.restore()
+        if len(trainer.optimizers) == 1:
+            for callback in self._averages:
+                # the step that is being skipped will have this number
+                callback._latest_update_step = trainer.global_step + 1
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Read the counters of the device: the one wait."""
+        assert self._device is not None
+        seen = self._device.read()
+        before = self.skipped
+        self._take(seen)
+        if self.skipped == before:
+            return
+        epoch, batch_idx, step = self._device.place(seen)
+        terms, names = list(seen.terms), [self._names.get(key, "?") for key in seen.parameters]
+        row = max(seen.peak, seen.row)
+        fault = fault_report.Fault(epoch, batch_idx, step, terms, names, row, self.skipped)
+        # the batch in hand is the bad one only if that was the last
+        batch = batch if seen.ago == 0 else None
+        fault_report.say(trainer, fault, batch)
+        if row >= self.patience:
+            self._end(trainer, pl_module, fault, batch)
+
+    def _take(self, seen: "_Seen") -> None:
+        self.skipped += seen.total
+        self._in_a_row = seen.row
+        self.by_term.update(seen.terms)
+        self.by_part.update(self._by_part(seen))
+
+    def _by_part(self, seen: "_Seen") -> Counter[str]:
+        """Bad steps of each part: those of its parameter that had most."""
+        parts: Counter[str] = Counter()
+        for key, count in seen.parameters.items():
+            part = self._names.get(key, "?").partition(".")[0]
+            parts[part] = max(parts[part], count)
+        return parts
+
+    def _tell_averages(self, found: Tensor | None) -> None:
+        # with several optimisers some weights move all the same
+        if self._device is not None and self._device.n_optimizers == 1:
+            for callback in self._averages:
+                callback.skipped = found
+
+    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, fault: "fault_report.Fault", batch: Any) -> None:
+        report = fault_report.write(trainer, pl_module, fault, batch, self.by_term, self.by_part)
+        raise AezooError(report)
+
+
+class _Buffers:
+    """What the buffers of a model held before a batch.
+
+    Args:
+        module: a forward pass may change its buffers in place or put others in their places.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        # where each buffer has its name: looking all of them up again in every batch costs more than the copy
+        places: dict[tuple[torch.dtype, torch.device], list[tuple[dict[str, Tensor | None], str]]] = {}
+        seen: set[int] = set()
+        for part in module.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer.numel() and id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    places.setdefault((buffer.dtype, buffer.device), []).append((part._buffers, name))
+        self._places = list(places.values())
+        self._held: list[list[Tensor]] = []
+        self._kept: list[Tensor] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def remember(self) -> None:
+        self._held = self._now()
+        self._kept = [_flat(group) for group in self._held]
+
+    def restore(self) -> None:
+        for places, group, kept in zip(self._places, self._held, self._kept, strict=False):
+            self._write(group, kept)
+            for (owner, name), buffer in zip(places, group, strict=True):
+                owner[name] = buffer
+
+    def restore_where(self, found: Tensor) -> None:
+        """The same where `found` is above 0, without asking the device what it is."""
+        for group, kept in zip(self._now(), self._kept, strict=False):
+            self._write(group, torch.where(found > 0, kept, _flat(group)))
+
+    def _now(self) -> list[list[Tensor]]:
+        return [[cast(Tensor, owner[name]) for owner, name in group] for group in self._places]
+
+    @staticmethod
+    @torch.no_grad()
+    def _write(group: list[Tensor], flat: Tensor) -> None:
+        parts = flat.split([buffer.numel() for buffer in group])
+        torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(parts, group, strict=True)])
+
+
+class _Seen:
+    """What a device has counted since the last look.
+
+    Attributes:
+        row: bad steps in a row now.
+        peak: the most in a row.
+        total: bad steps.
+        ago: good steps since the last bad one.
+        terms: how often each loss term was not finite.
+        parameters: the same for each parameter with a bad gradient, by identity.
+    """
+
+    def __init__(self, numbers: list[float], terms: dict[str, int], parameters: dict[int, int]) -> None:
+        self.row, self.peak, self.total, self.ago = (int(number) for number in numbers)
+        self.terms, self.parameters = terms, parameters
+
+
+class _OnDevice:
+    """Counters that live where the steps are taken.
+
+    Args:
+        device: the place.
+        in_a_row: bad steps in a row so far.
+        window: batches between two looks.
+        n_optimizers: how many take a step a batch.
+
+    Attributes:
+        found: of the batch in hand, 1 where a step was not finite, else 0.
+    """
+
+    def __init__(self, device: torch.device, in_a_row: int, window: int, n_optimizers: int = 1) -> None:
+        self.n_optimizers = n_optimizers
+        self.found: Tensor | None = None
+        # in a row, most in a row, in all, good ones since
+        self._numbers = torch.tensor([float(in_a_row), 0.0, 0.0, 0.0], device=device)
+        self._keys: dict[int, list[int]] = {}
+        self._by_value: dict[int, Tensor] = {}
+        self._by_term: Tensor | None = None
+        self._terms: list[str] = []
+        self._places: deque[tuple[int, int, int]] = deque(maxlen=window + 1)
+
+    def judge(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], values: list[Tensor]) -> Tensor:
+        """1 where any value is not finite, else 0."""
+        bad = torch.stack(values).isfinite().logical_not_()
+        found = bad.any().float()
+        key, count = id(optimizer), bad[: len(parameters)]
+        if key in self._by_value and len(self._by_value[key]) == len(count):
+            self._by_value[key].add_(count)
+        else:
+            self._keys[key], self._by_value[key] = [id(p) for p in parameters], count.int()
+        self.found = found if self.found is None else torch.maximum(self.found, found)
+        return found
+
+    def count(self, outputs: Any, place: tuple[int, int, int]) -> None:
+        """Add the batch that has ended."""
+        self._places.append(place)
+        found, self.found = self.found, None
+        if found is None:
+            return
+        row, peak, total, ago = self._numbers.unbind()
+        row.add_(1).mul_(found)
+        torch.maximum(peak, row, out=peak)
+        total.add_(found)
+        ago.add_(1).mul_(1 - found)
+        terms = {k: v for k, v in outputs.items() if isinstance(v, Tensor) and v.numel() == 1} if outputs else {}
+        if terms:
+            bad = (
+                torch.stack([value.detach().float().reshape(()) for value in terms.values()]).isfinite().logical_not_()
+            )
+            if self._terms == list(terms) and self._by_term is not None:
+                self._by_term.add_(bad)
+            else:
+                self._terms, self._by_term = list(terms), bad.int()
+
+    def read(self, keep: bool = False) -> _Seen:
+        """All counts since the last time, which begin again unless they are kept."""
+        numbers = self._numbers.tolist()
+        terms: dict[str, int] = {}
+        parameters: dict[int, int] = {}
+        if numbers[2]:
+            if self._by_term is not None:
+                terms = {n: c for n, c in zip(self._terms, self._by_term.tolist(), strict=True) if c}
+            for key, counts in self._by_value.items():
+                parameters |= {p: c for p, c in zip(self._keys[key], counts.tolist(), strict=True) if c}
+            # as in a report on one step: the sum of the terms only if it is alone, and the gradients if no term is
+            if len(terms) > 1:
+                terms.pop("loss", None)
+            rest = int(numbers[2]) - max(terms.values(), default=0)
+            if rest > 0:
+                terms["gradient"] = rest
+        if not keep:
+            self._numbers[1:3] = 0
+            for counted in (*self._by_value.values(), *([] if self._by_term is None else [self._by_term])):
+                counted.zero_()
+        return _Seen(numbers, terms, parameters)
+
+    def place(self, seen: _Seen) -> tuple[int, int, int]:
+        """Epoch, batch and step of the last bad one."""
+        return self._places[max(0, len(self._places) - 1 - seen.ago)]
+
+
+def _flat(group: list[Tensor]) -> Tensor:
+    return torch.cat([buffer.detach().reshape(-1) for buffer in group])
+
+
+def _broken(gradients: list[Any]) -> bool:
+    """Whether the squares of any gradient add up to no finite number; waits for the device."""
+    return not math.isfinite(float(torch.stack(_norms(gradients)).sum()))
+
+
+def _norms(gradients: list[Any]) -> list[Tensor]:
+    """The norm of each gradient, in float32 at least."""
+    dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+    low = any(gradient.dtype in (torch.float16, torch.bfloat16) for gradient in dense)
+    if dense[0].is_cpu:  # where torch._foreach_norm takes longer
+        return [torch.linalg.vector_norm(gradient, dtype=torch.float32 if low else None) for gradient in dense]
+    norms = torch._foreach_norm(dense, 2, torch.float32) if low else torch._foreach_norm(dense)
+    return [norm if norm.dtype == torch.float32 else norm.float() for norm in norms]
+
+
+def _averages(trainer: pl.Trainer) -> Iterator[Any]:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            yield callback

@@ -1,0 +1,100 @@
+"""A whole training step as one CUDA graph: what a small model's step costs on a GPU is launching its kernels.
+
+Forward, backward, the look for faults and the update of a fused optimiser are recorded once and then replayed with one
+launch. Taken by a fit with `compile_mode` reduce-overhead whose data are on the GPU (see `aezoo.loop`). The recording
+itself is CUDA's and has been run on no GPU yet; everything up to it is tested on the CPU.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Step = Callable[[Tensor, Tensor | None], Any]
+# steps before the recording: allocators, libraries and lazy states must have settled
+WARM_UP = 3
+
+
+class Recorder(Protocol):
+    """What runs and records a step; `CudaRecorder`, or a test's."""
+
+    def warm_up(self, step: Callable[[], Any]) -> Any:
+        """Run the step as it is, apart from other work."""
+
+    def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Record the step without running it: what replays it, and the tensors that each replay fills anew."""
+
+
+class CudaRecorder:
+    """CUDA graphs by the recipe of torch's documentation: warm up on a side stream, then capture."""
+
+    def warm_up(self, step: Callable[[], Any]) -> Any:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            result = step()
+        torch.cuda.current_stream().wait_stream(side)
+        return result
+
+    def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step()
+        return graph.replay, result
+
+
+class CapturedStep:
+    """A step that runs as it is a few times, is then recorded, and replayed from there on.
+
+    All of these are steps of the training. A batch of another size, the last of an epoch, runs as it is; it must not
+    leave gradients of its own behind, so they are put back where the recorded step writes them.
+
+    Args:
+        step: takes a batch and its labels, updates the parameters, and returns tensors.
+        parameters: what the step trains.
+        recorder: runs and records it.
+    """
+
+    def __init__(self, step: Step, parameters: list[torch.nn.Parameter], recorder: Recorder | None = None) -> None:
+        self._step, self._parameters = step, parameters
+        self._recorder = recorder or CudaRecorder()
+        self._x: Tensor | None = None
+        self._y: Tensor | None = None
+        self._runs = 0
+        self._replay: Callable[[], None] | None = None
+        self._result: Any = None
+        self._gradients: list[Tensor | None] = []
+        self.replays = 0
+
+    def __call__(self, x: Tensor, y: Tensor | None) -> Any:
+        if self._x is None:
+            self._x, self._y = x.clone(), None if y is None else y.clone()
+        if x.shape != self._x.shape:
+            return self._aside(x, y)
+        self._x.copy_(x)
+        if self._y is not None and y is not None:
+            self._y.copy_(y)
+        if self._runs < WARM_UP:
+            self._runs += 1
+            self._drop_gradients()
+            return self._recorder.warm_up(lambda: self._step(x, y))
+        if self._replay is None:
+            # without gradients: the recording writes its own, each replay over the last
+            self._drop_gradients()
+            self._replay, self._result = self._recorder.record(lambda: self._step(self._x, self._y))  # type: ignore[arg-type]
+            self._gradients = [parameter.grad for parameter in self._parameters]
+        self.replays += 1
+        self._replay()
+        return self._result
+
+    def _aside(self, x: Tensor, y: Tensor | None) -> Any:
+        self._drop_gradients()
+        result = self._step(x, y)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=False):
+            parameter.grad = gradient
+        return result
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None

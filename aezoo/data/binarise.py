@@ -1,0 +1,66 @@
+"""Images as zeros and ones, as the likelihoods of papers on binarised MNIST take them.
+
+    threshold   1 where a value is above 1/2
+    static      1 with the value as its probability, drawn once (Salakhutdinov & Murray 2008, ICML)
+    dynamic     training samples are drawn anew every epoch (Burda et al. 2015, https://arxiv.org/abs/1509.00519,
+                section 5), those of val and test once
+
+What is drawn depends on the seed, the split, and for dynamic on the epoch and the place in it: not on workers, not on
+what was drawn before.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from aezoo.data.loaders import EpochSampler
+from aezoo.data.source import ArrayDataset, Batch
+from aezoo.errors import AezooError
+from aezoo.randomness import mix
+
+RULES = ("none", "threshold", "static", "dynamic")
+# samples drawn for at a time
+_CHUNK = 4096
+
+
+def draw(x: Tensor, generator: torch.Generator) -> Tensor:
+    """0 or the highest value, with x as the probability of the latter: uint8 of 255, or floats in [0, 1]."""
+    if x.dtype == torch.uint8:
+        # one of 255 equally likely thresholds below x: a probability of x / 255, exactly
+        noise = torch.empty_like(x).random_(0, 255, generator=generator)
+        return (x > noise).to(torch.uint8) * 255
+    noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return (noise < x).to(x.dtype)
+
+
+def check_values(x: Tensor, name: str) -> None:
+    """Refuse what are no chances.
+
+    Raises:
+        AezooError: values outside of [0, 1].
+    """
+    if x.dtype != torch.uint8 and not (float(x.min()) >= 0 and float(x.max()) <= 1):
+        raise AezooError(f"{name}: --data.binarise needs values from 0 to 1: set --data.scale unit")
+
+
+def binarised(dataset: ArrayDataset, rule: str, seed: int) -> ArrayDataset:
+    """The samples of a split by `rule`: threshold, or else drawn once."""
+    x = dataset.x
+    if rule == "threshold":
+        fresh = (x > 127).to(torch.uint8) * 255 if x.dtype == torch.uint8 else (x > 0.5).to(x.dtype)
+    else:
+        generator = torch.Generator(x.device).manual_seed(seed)
+        fresh = torch.cat([draw(part, generator) for part in x.split(_CHUNK)])
+    return ArrayDataset(fresh, dataset.y)
+
+
+def drawn_anew(batches: Iterator[Batch], sampler: EpochSampler) -> Iterator[Batch]:
+    """Batches of an epoch, binarised by draws that depend on (seed, epoch, rank, place)."""
+    place, generator = -1, torch.Generator()
+    for x, *y in batches:
+        if place < 0:
+            place, generator = sampler.first, torch.Generator(x.device)
+        generator.manual_seed(mix(sampler.seed, sampler.epoch, sampler.rank, place))
+        place += len(x)
+        yield (draw(x, generator), *y)  # type: ignore[misc]

@@ -1,0 +1,150 @@
+"""Samples of some classes: the labels of a data set, what they mean, and the part of it that has them."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from aezoo.data.source import ArrayDataset, Stage
+from aezoo.errors import AezooError
+from aezoo.randomness import mix
+
+# what scikit-learn takes for a sample without a label
+UNLABELLED = -1
+
+
+class Part(Subset[Any]):
+    """Rows of a data set that is read sample by sample.
+
+    Attributes:
+        labels: (N,) the label of each row, None without labels.
+    """
+
+    def __init__(self, dataset: Dataset[Any], rows: Tensor, labels: Tensor | None) -> None:
+        super().__init__(dataset, rows.tolist())
+        self.labels = labels
+
+
+class Relabelled(Subset[Any]):
+    """A data set that is read sample by sample, with other labels.
+
+    Attributes:
+        labels: (N,) the label of each sample.
+    """
+
+    def __init__(self, dataset: Dataset[Any], labels: Tensor) -> None:
+        super().__init__(dataset, range(len(labels)))
+        self.labels = labels
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dataset[index][0], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        found: Any = super().__getitems__(indices)
+        if isinstance(found, tuple):  # a whole batch
+            return found[0], self.labels[torch.as_tensor(indices)]
+        return [(sample[0], self.labels[i]) for sample, i in zip(found, indices, strict=True)]
+
+
+def labels_of(dataset: Dataset[Any]) -> Tensor | None:
+    """All labels, (N,) on the CPU, without a look at the samples where the data set can tell; None without labels."""
+    held = cast(Any, dataset)
+    if isinstance(dataset, ArrayDataset):
+        return dataset.y
+    labels = getattr(held, "labels", None)
+    if labels is None and len(held) and len(held[0]) > 1:
+        labels = [held[i][1] for i in range(len(held))]
+    return None if labels is None else torch.as_tensor(labels)
+
+
+def subset(dataset: Dataset[Any], rows: Tensor) -> Dataset[Any]:
+    """The samples of these numbers, with their labels."""
+    y = labels_of(dataset)
+    y = None if y is None else y[rows]
+    return ArrayDataset(dataset.x[rows], y) if isinstance(dataset, ArrayDataset) else Part(dataset, rows, y)
+
+
+def names_of(y: Tensor, class_names: tuple[str, ...] | None) -> npt.NDArray[np.str_]:
+    """The class of each sample by name, (N,); one without a name, and -1, no class, are called by their numbers."""
+    if class_names is not None:
+        return np.array([*class_names, str(UNLABELLED)])[y.numpy()]  # -1 counts from the end
+    return np.array([str(int(label)) if float(label).is_integer() else str(label) for label in y.tolist()], dtype=str)
+
+
+def listed(names: npt.NDArray[np.str_]) -> str:
+    """The classes among `names`, at most 20, for a message."""
+    known = sorted(set(names.tolist()))
+    return ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+
+
+def train_on(
+    splits: dict[Stage, Dataset[Any]], wanted: Sequence[str | int], class_names: tuple[str, ...] | None, where: str
+) -> dict[Stage, Dataset[Any]]:
+    """The same splits, train and val with samples of some classes alone.
+
+    Args:
+        splits: all samples.
+        wanted: the classes by name or number.
+        class_names: what the labels 0, 1, ... mean.
+        where: what messages call the data.
+
+    Raises:
+        AezooError: there are no labels, several a sample, or none of a wanted class.
+    """
+    kept = dict(splits)
+    for stage in ("train", "val"):
+        if stage not in splits:
+            continue
+        y = labels_of(splits[stage])
+        if y is None or y.ndim != 1:
+            raise AezooError(f"{where} has {'no labels' if y is None else 'several labels a sample'}: drop "
+                             "--data.train_classes or give one label a sample")  # fmt: skip
+        names = names_of(y, class_names)
+        missing = [str(one) for one in wanted if str(one) not in names]
+        # a small split for validation may be without one of several classes
+        if missing and (stage == "train" or len(missing) == len(wanted)):
+            raise AezooError(f"no {stage} sample of {where} is of class {missing[0]!r} (--data.train_classes): there "
+                             f"are {listed(names)}")  # fmt: skip
+        rows = torch.from_numpy(np.flatnonzero(np.isin(names, [str(one) for one in wanted])))
+        kept[stage] = subset(splits[stage], rows)
+    return kept
+
+
+def keep_labels(
+    dataset: Dataset[Any], n: int, seed: int, class_names: tuple[str, ...] | None, where: str
+) -> Dataset[Any]:
+    """The same samples, n of them with their labels, equally many of each class, and all others with -1.
+
+    Args:
+        dataset: the samples.
+        n: how many keep their labels.
+        seed: fixes which.
+        class_names: what the labels 0, 1, ... mean.
+        where: what messages call the data.
+
+    Raises:
+        AezooError: there are no classes, n does not go by their number, or a class has too few samples.
+    """
+    y = labels_of(dataset)
+    if y is None or y.ndim != 1 or y.is_floating_point():
+        raise AezooError(f"{where} has no classes: drop --data.num_labels or give one whole number a sample as label")
+    classes = y[y >= 0].unique()
+    each, rest = divmod(n, max(1, len(classes)))
+    if rest or not len(classes):
+        raise AezooError(f"--data.num_labels {n} cannot be shared evenly by the {len(classes)} classes of {where}: "
+                         f"give a multiple of {len(classes)}")  # fmt: skip
+    kept = torch.full((len(y),), UNLABELLED, dtype=torch.long)
+    generator = torch.Generator().manual_seed(mix(seed, len(y)))  # without n: more labels hold the fewer ones
+    for k in classes:
+        rows = (y == k).nonzero()[:, 0]
+        if len(rows) < each:
+            name = str(names_of(k[None], class_names)[0])
+            raise AezooError(f"--data.num_labels {n} needs {each} samples of each class, the training split of {where} "
+                             f"has {len(rows)} of {name!r}: lower it")  # fmt: skip
+        rows = rows[torch.randperm(len(rows), generator=generator)[:each]]
+        kept[rows] = y[rows].long()
+    return ArrayDataset(dataset.x, kept) if isinstance(dataset, ArrayDataset) else Relabelled(dataset, kept)

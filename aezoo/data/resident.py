@@ -1,0 +1,205 @@
+"""The resident path: a split is one tensor, in memory or on the GPU, and a batch is one gather.
+
+What fits is held: a split may take a quarter of the memory that is free, shared by the processes of the machine.
+Samples stay as they are stored, so bytes stay bytes until the step needs floats.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from aezoo.data.loaders import EpochSampler, Transform, collate, even_batch_size
+from aezoo.data.source import ArrayDataset, Batch
+from aezoo.errors import AezooError
+
+SHARE = 0.25
+
+
+class ResidentLoader:
+    """Batches of one rank, gathered from tensors: the same as `make_loader` gives for the same arguments.
+
+    Args:
+        x: (N, *input_shape), all samples of the split.
+        y: (N,) labels or None.
+        batch_size: samples a batch and rank.
+        shuffle: a new order each epoch, for training; else the order of the data set.
+        seed: fixes the orders of all epochs.
+        rank: this process.
+        world: number of processes.
+        drop_last: leave out an incomplete last batch.
+        pin_memory: page-locked batches, which reach a GPU faster.
+
+    Attributes:
+        transform: what becomes of the batches of an epoch.
+    """
+
+    transform: Transform | None = None
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        self.x, self.y = x, y
+        self.batch_size = batch_size if shuffle else even_batch_size(len(x), world, batch_size)
+        self.drop_last, self.pin_memory = drop_last, pin_memory
+        # Lightning looks for a shuffling sampler in one and tells the epoch to the other
+        self.batch_sampler = None
+        self.sampler = EpochSampler(len(x), shuffle=shuffle, seed=seed, rank=rank, world=world)
+
+    def __len__(self) -> int:
+        rows = len(self.sampler)
+        return rows // self.batch_size if self.drop_last else math.ceil(rows / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = self._batches()
+        return batches if self.transform is None else self.transform(batches, self.sampler)
+
+    def _batches(self) -> Iterator[Batch]:
+        # a generator, so that the epoch is read at the first next(): Lightning tells it after iter()
+        rows = self.sampler.rows().to(self.x.device)
+        for chosen in rows.split(self.batch_size):
+            if self.drop_last and len(chosen) < self.batch_size:
+                return
+            x = self.x.index_select(0, chosen)
+            y = None if self.y is None else self.y.index_select(0, chosen)
+            if self.pin_memory:
+                x, y = x.pin_memory(), None if y is None else y.pin_memory()
+            yield (x,) if y is None else (x, y)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the DataModule keeps the position. Lightning warns of a loader without this method."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or that the machine can give without swapping; 0 where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        except (AttributeError, ValueError, OSError):
+            return 0
+    # a container may have less than its machine
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
+        for folder in (group, group / "memory"):
+            try:
+                numbers = [int((folder / f"memory.{name}").read_text()) for name in (limit, used)]
+            except (OSError, ValueError):
+                continue
+            free = min(free, numbers[0] - numbers[1])
+    return max(0, free)
+
+
+def fits(size: int, device: torch.device, processes: int | None = None) -> bool:
+    """`size` bytes in each of the processes that share a memory, by default all of a machine, are within the share."""
+    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return size * processes <= SHARE * free_memory(device)
+
+
+def size_of(dataset: Dataset[Any]) -> int:
+    """Bytes of all samples, judged by the first."""
+    if isinstance(dataset, ArrayDataset):
+        return dataset.x.nbytes
+    return len(cast(Any, dataset)) * int(cast(Tensor, dataset[0][0]).nbytes)
+
+
+def on_device(dataset: ArrayDataset, device: torch.device, name: str) -> ArrayDataset:
+    """The same samples in the memory of a GPU.
+
+    Raises:
+        AezooError: they do not fit.
+    """
+    try:
+        return ArrayDataset(dataset.x.to(device), None if dataset.y is None else dataset.y.to(device))
+    except torch.OutOfMemoryError as error:
+        raise _too_large(name, len(dataset), dataset.x.nbytes, f"memory on {device}") from error
+
+
+def announce(name: str, n: int, size: int) -> None:
+    """Say that n samples are about to be decoded into `size` bytes, where that takes a while.
+
+    Raises:
+        AezooError: there is not so much memory. It is handed out before it is used, so that a process which takes too
+            much is not refused but killed later, without a word.
+    """
+    if 0 < free_memory(torch.device("cpu")) < size:
+        raise _too_large(name, n, size, "memory")
+    if n > 2000:
+        rank_zero_info(
+            f"{name}: decoding {n} samples once, into {size / 2**20:,.0f} MiB of memory; "
+            "--data.memory off reads them as they are used"
+        )
+
+
+def _too_large(name: str, n: int, size: int, where: str) -> AezooError:
+    return AezooError(
+        f"{name}: {n} samples take {size / 2**20:,.0f} MiB of {where}, which is more than is free: give "
+        "--data.memory off or auto, or smaller samples with --data.size"
+    )
+
+
+def decode(dataset: Dataset[Any], name: str) -> ArrayDataset:
+    """All samples of a data set that reads them one by one, in one tensor.
+
+    Args:
+        dataset: gives (x,) or (x, y) for a number.
+        name: what the message calls it.
+
+    Raises:
+        AezooError: there are none, or more than memory holds.
+    """
+    n = len(cast(Any, dataset))
+    if n == 0:
+        raise AezooError(f"{name}: a split is empty")
+    first, size = dataset[0], size_of(dataset)
+    announce(name, n, size)
+    try:
+        x = torch.empty(n, *first[0].shape, dtype=first[0].dtype)
+    except (MemoryError, RuntimeError) as error:
+        raise _too_large(name, n, size, "memory") from error
+    y = torch.empty(n, dtype=torch.as_tensor(first[1]).dtype) if len(first) > 1 else None
+
+    source = dataset.dataset if isinstance(dataset, Subset) else dataset
+    if hasattr(source, "__getitems__"):
+        for rows in torch.arange(n).split(4096):
+            batch: Any = collate(cast(Any, dataset).__getitems__(rows.tolist()), labels=y is not None)
+            x[rows] = batch[0]
+            if y is not None:
+                y[rows] = batch[1]
+        return ArrayDataset(x, y)
+
+    def fill(i: int) -> None:
+        sample = dataset[i]
+        x[i] = sample[0]
+        if y is not None:
+            y[i] = sample[1]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # list: an error of a thread is raised here
+        list(pool.map(fill, range(n)))
+    return ArrayDataset(x, y)

@@ -1,0 +1,275 @@
+"""Files that are whole or not there, and checkpoints that know whether they are whole.
+
+A file is written under another name in its own folder, brought to the disk, and then renamed: a reader, also after a
+kill or a power cut, finds the old file or the new one. A checkpoint ends, in the comment that its zip format allows,
+with its step and the SHA-256 of all that precedes it: `head -c -64 FILE | sha256sum` prints what `tail -c 64 FILE`
+shows. Any loader of torch's files reads it. Since the digest is a part of the file, no kill can part the two.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from aezoo.errors import AezooError
+
+LAST, PREVIOUS, FINISHED = "last.ckpt", "previous.ckpt", "finished.json"
+_PREFIX, _SUFFIX = ".tmp-", ".part"
+_MARK = b"aezoo-checkpoint "
+_NOTE = re.compile(re.escape(_MARK) + rb"(\{[^{}]*\}) ([0-9a-f]{64})\Z")
+_DIGEST = 64
+_CHUNK = 2**20
+_GO_ON = "make room or make the folder writable, then go on with aezoo fit --resume auto"
+
+
+class DurableIO(TorchCheckpointIO):
+    """Lightning's plug-in for reading and writing checkpoints, with the promises of this module for local files.
+
+    A `last.ckpt` that is replaced stays as `previous.ckpt`, and `last.ckpt.json` holds the new one's step, size and
+    SHA-256.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            save(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if "://" not in str(path):
+            check(Path(path))
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint.
+
+    Raises:
+        AezooError: it could not be written; what was there is still there.
+    """
+    last = path.name == LAST
+    sealed = _Sealed({"step": int(checkpoint.get("global_step", -1)), "epoch": int(checkpoint.get("epoch", -1))})
+    write(path, lambda file: sealed.fill(file, checkpoint), path.with_name(PREVIOUS) if last else None)
+    if last:
+        record = {**sealed.note, "size": path.stat().st_size, "sha256": sealed.of_all}
+        write(record_of(path), lambda file: file.write(json.dumps(record).encode() + b"\n"))
+
+
+def write(path: Path, fill: Callable[[IO[bytes]], object], keep: Path | None = None, cure: str = _GO_ON) -> None:
+    """Write a file, whole or not at all.
+
+    Args:
+        path: the file.
+        fill: writes the content into the open file.
+        keep: where the file that is there now is to stay.
+        cure: what the user is to do if it cannot be written.
+
+    Raises:
+        AezooError: it could not be written; what was there is still there.
+    """
+    temporary = path.parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # the umask takes effect here, which it does not on mkstemp's files
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                _set_aside(path, keep)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+    except OSError as error:
+        raise AezooError(
+            f"cannot write {path}: {error.strerror or error}; what was saved before is kept: {cure}"
+        ) from error
+
+
+def prepare(folder: Path) -> None:
+    """Make a folder of checkpoints ready for a run: writable, without what a killed save has left.
+
+    A damaged `last.ckpt` is renamed, or the next save would keep it in the place of a good `previous.ckpt`.
+
+    Raises:
+        AezooError: nothing can be written there.
+    """
+    write(folder / f"{_PREFIX}probe", lambda file: None)
+    (folder / f"{_PREFIX}probe").unlink()
+    for stray in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        stray.unlink(missing_ok=True)
+    last = folder / LAST
+    if (last.exists() or last.is_symlink()) and fault(last) is not None:
+        last.replace(folder / f"{LAST}.damaged")
+
+
+def fault(path: Path) -> str | None:
+    """Why a checkpoint file is not whole, or None; whether it may be loaded is another question.
+
+    Files that this module has not written have no digest, but a CRC for each of their parts.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            start = file.read(2)
+            file.seek(max(0, size - 1024))
+            note = _NOTE.search(file.read())
+            if note is not None:
+                file.seek(0)
+                digest, left = hashlib.sha256(), size - _DIGEST
+                while left > 0:
+                    chunk = file.read(min(left, _CHUNK))
+                    digest.update(chunk)
+                    left -= len(chunk) or left
+                same = digest.hexdigest().encode() == note[2]
+                return None if same else "its checksum does not fit its content"
+        if start != b"PK":
+            return "it is empty" if size == 0 else None
+        with zipfile.ZipFile(path) as archive:
+            # torch compresses nothing, and to unpack what is compressed could take any time
+            stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
+            return "its checksum does not fit its content" if stored and archive.testzip() else None
+    except OSError as error:
+        return "it is a link to nothing" if path.is_symlink() and not path.exists() else str(error.strerror or error)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError):
+        return "it is cut off or damaged"
+
+
+def check(path: Path) -> None:
+    """Refuse a checkpoint file that is not whole.
+
+    Raises:
+        AezooError: names the file and what is wrong.
+    """
+    wrong = fault(path)
+    if wrong is not None:
+        raise AezooError(f"{path} cannot be used: {wrong}; give an older checkpoint, or go on with --resume RUN")
+
+
+def record_of(path: Path) -> Path:
+    """The small file beside a checkpoint that says what was saved there."""
+    return path.with_name(f"{path.name}.json")
+
+
+def newest(folder: Path, first: Path | None = None) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint in a folder.
+
+    Args:
+        folder: the `checkpoints` folder of a run.
+        first: the file to prefer, by default `last.ckpt`; then come `previous.ckpt` and the others, the newest first.
+
+    Returns:
+        The file, or None, and a line for each one that is damaged or missing and had to be passed over.
+    """
+    given, first, previous = first is not None, first or folder / LAST, folder / PREVIOUS
+    entries = list(os.scandir(folder)) if folder.is_dir() else []
+    found = {folder / entry.name for entry in entries if entry.name.endswith(".ckpt")}
+    lines: list[str] = []
+    if first not in found and (given or record_of(first).exists() or previous in found):
+        lines.append(f"{first} is missing")
+    others = sorted(found - {first, previous}, key=_age, reverse=True)
+    for path in (first, previous, *others):
+        if path not in found:
+            continue
+        wrong = fault(path) or (None if zipfile.is_zipfile(path) else "it is no checkpoint")
+        if wrong is None:
+            return path, lines
+        lines.append(f"{path} cannot be used: {wrong}")
+    return None, lines
+
+
+def _age(path: Path) -> tuple[int, float]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
+            note = _NOTE.search(file.read())
+        return int(json.loads(note[1])["step"]) if note else -1, path.stat().st_mtime
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1, 0.0
+
+
+def _set_aside(path: Path, keep: Path) -> None:
+    second = path.parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
+    try:
+        # a second name, so that the file does not lose its own for a moment
+        second.hardlink_to(path)
+        second.replace(keep)
+    except OSError:
+        # a file system without hard links: it has one name throughout
+        path.replace(keep)
+    finally:
+        # a rename does nothing where both names are of one file already, as after a kill right here
+        second.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class _Sealed:
+    """Hands what torch writes on to a file and its digest, and puts note and digest into the zip's comment.
+
+    Args:
+        note: plain values.
+    """
+
+    def __init__(self, note: dict[str, int]) -> None:
+        self.note, self.of_all = note, ""
+
+    def fill(self, file: IO[bytes], checkpoint: dict[str, Any]) -> None:
+        self._file, self._digest, self._held = file, hashlib.sha256(), b""
+        self._error: OSError | None = None
+        try:
+            torch.save(checkpoint, cast(IO[bytes], self))
+        except BaseException:
+            if self._error is not None:  # torch wraps it in a report on its own source
+                raise self._error from None
+            raise
+        # a zip file ends with the length of its comment
+        if self._held != b"\0\0":
+            raise RuntimeError("torch.save has written a zip file with a comment of its own")
+        comment = _MARK + json.dumps(self.note).encode() + b" "
+        self._put((len(comment) + _DIGEST).to_bytes(2, "little") + comment)
+        digest = self._digest.hexdigest().encode()
+        self._put(digest)
+        self.of_all = self._digest.hexdigest()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if len(view) >= 2:
+            self._put(self._held)
+            self._put(view[:-2])
+            self._held = bytes(view[-2:])
+        else:
+            joined = self._held + bytes(view)
+            self._put(joined[:-2])
+            self._held = joined[-2:]
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed when it is complete."""
+
+    def _put(self, data: bytes | memoryview) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self._error = error
+            raise
+        self._digest.update(data)

@@ -1,0 +1,457 @@
+"""A light training loop: Lightning's own, less what nobody has asked for.
+
+At 5 ms a step Lightning 2.6 spends 0.4 to 0.5 ms on hooks that are empty, metrics that were not logged and transfers
+that move nothing. `lighten` puts a loop in the place of Lightning's epoch loop that does the same things in the same
+order for every batch, but looks once, when training starts, which hooks somebody has written. Counters, schedules,
+accumulation, clipping, logging, validation and checkpoints are Lightning's.
+
+It is taken where one process trains on one device with one of torch's optimisers by automatic optimisation; any other
+run, and the first batch after a restart, go through Lightning's loop. So does every run under a Lightning that has
+renamed something of what is needed here, with one warning.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from aezoo.acceleration import flushed_denormals
+from aezoo.capture import CapturedStep
+from aezoo.data.resident import ResidentLoader
+
+try:
+    from lightning.pytorch.loops.optimization.automatic import ClosureResult
+    from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+except ImportError:  # pragma: no cover (a Lightning to come)
+    _TrainingEpochLoop, ClosureResult = object, None  # type: ignore[assignment,misc]
+
+Hook = Callable[..., Any]
+_IN_STEP = ("on_before_backward", "on_before_optimizer_step")
+_CALLBACK_HOOKS = (
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+)
+# one of these is reason enough to leave the step to Lightning
+_OWN_STEP = ("optimizer_step", "configure_gradient_clipping", "lr_scheduler_step")
+_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device")
+# what the light loop uses of Lightning without a promise that it stays, seen from the trainer
+_NEEDED = (
+    "_logger_connector._first_loop_iter",
+    "_logger_connector.on_batch_end",
+    "_logger_connector.update_train_step_metrics",
+    "_val_check_time_interval",
+    "val_check_batch",
+    "lr_scheduler_configs",
+    "precision_plugin.train_step_context",
+    "precision_plugin.convert_input",
+    "strategy.batch_to_device",
+    "strategy.model",
+    "lightning_module._current_fx_name",
+    "lightning_module._on_before_batch_transfer",
+    "fit_loop._data_fetcher.fetched",
+    "fit_loop._data_fetcher.length",
+    "fit_loop._data_fetcher.done",
+    "fit_loop._data_fetcher.iterator._iterator.iterators",
+    "fit_loop.epoch_loop._results.batch_size",
+    "fit_loop.epoch_loop._results.dataloader_idx",
+    "fit_loop.epoch_loop._warning_cache.warn",
+    "fit_loop.epoch_loop._batches_that_stepped",
+    "fit_loop.epoch_loop._skip_next_val",
+    "fit_loop.epoch_loop._is_training_done",
+    "fit_loop.epoch_loop._should_accumulate",
+    "fit_loop.epoch_loop._num_ready_batches_reached",
+    "fit_loop.epoch_loop.restarting",
+    "fit_loop.epoch_loop.update_lr_schedulers",
+    "fit_loop.epoch_loop.val_loop.restarting",
+    "fit_loop.epoch_loop.batch_progress.current.ready",
+    "fit_loop.epoch_loop.batch_progress.is_last_batch",
+    "fit_loop.epoch_loop.batch_progress.increment_ready",
+    "fit_loop.epoch_loop.batch_progress.increment_started",
+    "fit_loop.epoch_loop.batch_progress.increment_processed",
+    "fit_loop.epoch_loop.batch_progress.increment_completed",
+    "fit_loop.epoch_loop.automatic_optimization._optimizer_step",
+    "fit_loop.epoch_loop.automatic_optimization._skip_backward",
+    "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.increment_ready",
+    "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.increment_completed",
+    "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.zero_grad.increment_started",
+)
+
+
+def missing(trainer: pl.Trainer) -> str | None:
+    """The first thing that this Lightning lacks of what the light loop uses; None where all is there."""
+    if ClosureResult is None:
+        return "_TrainingEpochLoop or ClosureResult"
+    for path in _NEEDED:
+        owner: Any = trainer
+        for name in path.split("."):
+            if not hasattr(owner, name):
+                return f"trainer.{path}"
+            owner = getattr(owner, name)
+    return None
+
+
+def lighten(trainer: pl.Trainer) -> bool:
+    """Take the light loop for this fit where it does the same as Lightning's; call it when training starts.
+
+    Returns:
+        Whether it is taken.
+    """
+    module, loader = trainer.lightning_module, trainer.train_dataloader
+    optimizers = trainer.optimizers
+    lacks = missing(trainer)
+    if lacks is not None:
+        rank_zero_warn(
+            f"Lightning {lightning.__version__} has no {lacks}: training takes Lightning's own loop, which is slower "
+            "for small models"
+        )
+        return False
+    loop = trainer.fit_loop.epoch_loop
+    if type(loop) not in (_TrainingEpochLoop, LightLoop):
+        return False
+    suits = (
+        module.automatic_optimization
+        and type(trainer.strategy) is SingleDeviceStrategy
+        and trainer.strategy.model is module
+        and isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
+        and type(trainer.precision_plugin) in (Precision, MixedPrecision)
+        and getattr(trainer.precision_plugin, "scaler", None) is None
+        and len(optimizers) == 1
+        and type(optimizers[0]).__module__.startswith("torch.optim.")
+        and not isinstance(optimizers[0], torch.optim.LBFGS)
+        and not is_overridden("on_train_batch_start", module)
+        # one that takes the loader's iterator fetches its batches itself
+        and not is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
+        and loader is not None
+    )
+    loop.__class__ = LightLoop
+    loop.plan = Plan(trainer) if suits else None
+    return suits
+
+
+def batch_is_private(trainer: pl.Trainer) -> bool:
+    """Nobody but the step itself reads the values of a batch in this fit."""
+    plan = getattr(trainer.fit_loop.epoch_loop, "plan", None)
+    return plan is not None and plan.batch_is_private
+
+
+def capture(trainer: pl.Trainer) -> bool:
+    """Take a CUDA graph for the whole step where the light loop's plan allows it; returns whether it does."""
+    loop = trainer.fit_loop.epoch_loop
+    plan = loop.plan if isinstance(loop, LightLoop) else None
+    if plan is None or not plan.can_capture:
+        return False
+    assert isinstance(loop, LightLoop)
+    plan.captured = CapturedStep(loop.recorded_step, [p for p in plan.module.parameters() if p.requires_grad])
+    return True
+
+
+class Plan:
+    """Who wants to be asked at each batch, looked up once.
+
+    Args:
+        trainer: with its callbacks, loader and optimiser set up.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        module: Any = trainer.lightning_module  # any LightningModule: this package's have further methods
+        self.module = module
+        precision = trainer.precision_plugin
+        self.context = None if type(precision) is Precision else precision.train_step_context
+        # the method, and whether it is the module's, which comes last
+        self.hooks: dict[str, list[tuple[Hook, bool]]] = {}
+        for name in _CALLBACK_HOOKS:
+            asked = [
+                (getattr(callback, name), False)
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
+                if _is_written(name, callback)
+            ]
+            if is_overridden(name, module):
+                asked.append((getattr(module, name), True))
+            self.hooks[name] = asked
+        hooked = [getattr(hook, "__self__", None) for name in _CALLBACK_HOOKS[:2] for hook, _ in self.hooks[name]]
+        # those of this package and of Lightning read no more of a batch than its length
+        self.batch_is_private = all(type(who).__module__.partition(".")[0] in ("aezoo", "lightning") for who in hooked)
+        self.own_step = any(is_overridden(name, module) for name in _OWN_STEP) or bool(trainer.gradient_clip_val)
+        # torch's own does the same among records for its profiler, at ten times the cost
+        self.own_zero_grad = (
+            is_overridden("optimizer_zero_grad", module)
+            or type(trainer.optimizers[0]).zero_grad is not torch.optim.Optimizer.zero_grad
+            or "zero_grad" in vars(trainer.optimizers[0])
+        )
+        self.takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        in_place = (
+            isinstance(trainer.train_dataloader, ResidentLoader)
+            and trainer.train_dataloader.x.device == trainer.strategy.root_device
+            and trainer.train_dataloader.x.dtype in (torch.uint8, torch.float32)
+            and not any(is_overridden(name, module) for name in (*_TRANSFER, "on_after_batch_transfer"))
+            and not any(data is not None and is_overridden(name, data) for name in _TRANSFER)
+        )
+        # samples that are where they are needed, stored as bytes or float32, need no more than the data's own hook
+        self.prepare: Hook | None = None if not in_place else data.on_after_batch_transfer if data else _as_it_is
+        self.captured: CapturedStep | None = None
+        # callbacks that take part in a step: a graph can hold those that say so
+        self.recorded: list[Any] = list(
+            {getattr(hook, "__self__", None): None for name in _IN_STEP for hook, _ in self.hooks[name]}
+        )
+        self.can_capture = (
+            self.prepare is not None
+            and trainer.strategy.root_device.type == "cuda"
+            and trainer.accumulate_grad_batches == 1
+            and not any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+            and not self.own_step
+            and not trainer.lr_scheduler_configs
+            and not self.hooks["on_before_zero_grad"]
+            and not self.hooks["on_after_backward"]
+            and all(getattr(who, "capturable", False) for who in self.recorded)
+            and all(group.get("capturable") for group in trainer.optimizers[0].param_groups)
+        )
+        self.plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
+        # validation after a share of an epoch, by time, or by the count of all batches is Lightning's to judge
+        self.validates_at_end = (
+            trainer.check_val_every_n_epoch is not None
+            and trainer._val_check_time_interval is None  # type: ignore[attr-defined]
+            and trainer.val_check_batch in (float("inf"), trainer.num_training_batches)
+        )
+
+
+def _is_written(name: str, callback: pl.Callback) -> bool:
+    """Whether a callback has a hook of its own, be it a method, a function or any other callable."""
+    try:
+        return is_overridden(name, callback, parent=pl.Callback)
+    except AttributeError:  # without __code__, so not the base class's method
+        return callable(getattr(callback, name))
+
+
+def _as_it_is(batch: Any, dataloader_idx: int) -> Any:
+    return batch
+
+
+class LightLoop(_TrainingEpochLoop):
+    """The training epoch loop with a plan; without one, Lightning's with denormals flushed."""
+
+    plan: Plan | None = None
+
+    def run(self, data_fetcher: Any) -> None:
+        if self.plan is not None and self.plan.module is not self.trainer.lightning_module:
+            self.plan = None  # the trainer goes on with a module that has not asked for this loop
+        with flushed_denormals():
+            super().run(data_fetcher)
+
+    def teardown(self) -> None:
+        self.plan = None  # of this fit alone
+        super().teardown()
+
+    def advance(self, data_fetcher: Any) -> None:
+        plan = self.plan
+        # Lightning's weight averaging passes an epoch without backward
+        if plan is None or self.restarting or self.automatic_optimization._skip_backward:
+            super().advance(data_fetcher)
+            return
+        trainer, progress = self.trainer, self.batch_progress
+        connector, results = trainer._logger_connector, self._results
+        self.val_loop.restarting = False
+        batch = next(data_fetcher)[0] if plan.prepare is None else self._next(data_fetcher)
+        batch_idx = progress.current.ready
+        progress.is_last_batch = data_fetcher.done
+        batch = self._transfer(batch) if plan.prepare is None else plan.prepare(batch, 0)
+        progress.increment_ready()
+        # what the connector's on_batch_start does, with the results at hand
+        connector._first_loop_iter = connector._first_loop_iter is None
+        results.batch, results.batch_size, results.dataloader_idx = batch, None, None
+        output: dict[str, Any] | None = None
+        if batch is None:
+            self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
+        else:
+            self._ask("on_train_batch_start", batch, batch_idx)
+            progress.increment_started()
+            output = self._optimise(batch, batch_idx)
+        progress.increment_processed()
+        if trainer.lr_scheduler_configs:
+            self.update_lr_schedulers("step", update_plateau_schedulers=False)
+            if self._num_ready_batches_reached():
+                self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        self._ask("on_train_batch_end", output, batch, batch_idx)
+        # a value keeps its place after it was logged; only one that is not reset was logged in this epoch
+        logged = any(not value.has_reset for value in results.values())
+        if logged:
+            connector.on_batch_end()
+        else:
+            results.batch = results.batch_size = None
+        progress.increment_completed()
+        if logged:
+            connector.update_train_step_metrics()
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        trainer, plan = self.trainer, self.plan
+        if (
+            plan is None
+            or not plan.validates_at_end
+            or self.restarting
+            or self._skip_next_val
+            or self._num_ready_batches_reached()
+            or trainer.should_stop
+            or plan.plateau
+        ):
+            super().on_advance_end(data_fetcher)
+            return
+        if not self._should_accumulate():
+            self._batches_that_stepped += 1
+        if trainer.received_sigterm and not self._is_training_done:
+            raise SIGTERMException
+
+    @staticmethod
+    def _next(data_fetcher: Any) -> Any:
+        """The next batch of the one loader there is, past the machinery that combines several."""
+        batch = next(data_fetcher.iterator._iterator.iterators[0])
+        data_fetcher.fetched += 1
+        data_fetcher.done = data_fetcher.fetched >= data_fetcher.length
+        return batch
+
+    def _transfer(self, batch: Any) -> Any:
+        trainer = self.trainer
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    def _ask(self, hook: str, *args: Any) -> None:
+        trainer, plan = self.trainer, self.plan
+        assert plan is not None
+        asked = plan.hooks[hook]
+        if not asked:
+            return
+        attributes = vars(plan.module)  # past torch's __setattr__, which looks for parameters
+        before = attributes["_current_fx_name"]
+        attributes["_current_fx_name"] = hook
+        for method, is_module in asked:
+            if is_module:
+                method(*args)
+            else:
+                method(trainer, plan.module, *args)
+        attributes["_current_fx_name"] = before
+
+    def _optimise(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        plan, trainer = self.plan, self.trainer
+        assert plan is not None
+        if plan.captured is not None and trainer.accumulate_grad_batches == 1 and not trainer.lr_scheduler_configs:
+            return self._replay(batch, batch_idx)
+        if trainer.accumulate_grad_batches > 1 and self._should_accumulate():
+            return self._forward_and_backward(batch, batch_idx)
+        if plan.own_step:
+            outputs: list[dict[str, Any]] = []
+
+            def closure() -> Any:
+                with torch.enable_grad():
+                    outputs.append(self._forward_and_backward(batch, batch_idx))
+                return outputs[-1].get("loss")
+
+            self.automatic_optimization._optimizer_step(batch_idx, closure)
+            if not outputs:  # as Lightning's closure says it
+                raise MisconfigurationException(
+                    "The closure hasn't been executed. HINT: did you call `optimizer_closure()` in your "
+                    "`optimizer_step` hook?"
+                )
+            return outputs[-1]
+        step = self.automatic_optimization.optim_progress.optimizer.step
+        step.increment_ready()
+        output = self._forward_and_backward(batch, batch_idx)
+        optimizer = trainer.optimizers[0]
+        self._ask("on_before_optimizer_step", optimizer)
+        optimizer.step()
+        step.increment_completed()
+        return output
+
+    def _replay(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """The same step as one CUDA graph; callbacks that were recorded in it are told that it has run again."""
+        plan, progress = self.plan, self.automatic_optimization.optim_progress.optimizer
+        assert plan is not None
+        assert plan.captured is not None
+        x, y = plan.module.begin_step(batch, batch_idx)
+        progress.zero_grad.increment_ready()
+        progress.zero_grad.increment_started()
+        progress.zero_grad.increment_completed()
+        progress.step.increment_ready()
+        replays = plan.captured.replays
+        terms, values = plan.captured(x, y)
+        if plan.captured.replays > replays:
+            for callback in plan.recorded:
+                callback.replayed()
+        progress.step.increment_completed()
+        plan.module.end_step(terms, values, len(x))
+        return {**terms}
+
+    def recorded_step(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Forward, backward and update without anything that waits for the device: what a graph can hold."""
+        plan, optimizer = self.plan, self.trainer.optimizers[0]
+        assert plan is not None
+        if plan.context is None:
+            terms, values = plan.module.step_terms(x, y)
+        else:
+            with plan.context():
+                terms, values = plan.module.step_terms(x, y)
+        self._ask("on_before_backward", terms["loss"])
+        terms["loss"].backward()
+        self._ask("on_before_optimizer_step", optimizer)
+        optimizer.step()
+        return {name: term.detach() for name, term in terms.items()}, values
+
+    def _forward_and_backward(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """The step but for the optimiser: loss, zeroed gradients, gradients; returns what callbacks get as outputs."""
+        trainer, plan = self.trainer, self.plan
+        assert plan is not None
+        module, optimizer = plan.module, trainer.optimizers[0]
+        arguments = (batch, batch_idx) if plan.takes_index else (batch,)
+        attributes = vars(module)
+        before = attributes["_current_fx_name"]
+        attributes["_current_fx_name"] = "training_step"
+        if plan.context is None:
+            output = module.training_step(*arguments)
+        else:
+            with plan.context():
+                output = module.training_step(*arguments)
+        attributes["_current_fx_name"] = before
+        accumulated = trainer.accumulate_grad_batches
+        if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
+            loss = output["loss"] if accumulated == 1 else output["loss"] / accumulated
+            output = {**output, "loss": loss.detach()}
+        else:
+            # a tensor, None, another mapping, or the message on what it should be
+            result = ClosureResult.from_training_step_output(output, accumulated)
+            loss, output = result.closure_loss, {} if result.loss is None else result.asdict()
+            if loss is None:
+                self._warning_cache.warn(
+                    "`training_step` returned `None`. If this was on purpose, ignore this warning..."
+                )
+        if batch_idx % accumulated == 0:
+            zero_grad = self.automatic_optimization.optim_progress.optimizer.zero_grad
+            zero_grad.increment_ready()
+            self._ask("on_before_zero_grad", optimizer)
+            zero_grad.increment_started()
+            if plan.own_zero_grad:
+                module.optimizer_zero_grad(trainer.current_epoch, batch_idx, optimizer)
+            else:
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad = None
+            zero_grad.increment_completed()
+        if loss is not None:
+            self._ask("on_before_backward", loss)
+            module.backward(loss)
+            self._ask("on_after_backward")
+        return output

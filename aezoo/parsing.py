@@ -1,0 +1,74 @@
+"""Flags and settings read by jsonargparse, with registry names and errors of one line."""
+
+import difflib
+import re
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from aezoo import registry
+from aezoo.errors import AezooError
+from aezoo.request import spell_out
+from aezoo.security import policy
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, with registry names in YAML and errors of one line."""
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
+        return super().parse_string(spell_out(content), *args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise AezooError(plain(message, self))
+
+
+def check_flags(argv: list[str], model: str | None, parser: LightningArgumentParser) -> None:
+    """Refuse an unknown flag with the nearest known one, before jsonargparse does it in five lines."""
+    known = _flags(parser)
+    for token in argv[1:]:
+        flag = token.partition("=")[0].rstrip("+")
+        if not flag.startswith("--") or flag in known or flag == "--model.help":
+            continue
+        candidates = known
+        if flag.startswith("--model."):
+            if model is None or registry.ALIASES.get(model, model) not in registry.entries():
+                continue
+            candidates = [f"--model.{key}" for key in registry.hyperparameters(model)]
+            if flag.replace(".init_args", "") in candidates:
+                continue
+        parts = flag.split(".")
+        if any(".".join(parts[:i]) in known for i in range(2, len(parts))) and candidates is known:
+            continue
+        raise AezooError(f"unknown flag {flag}{_near(flag, candidates)} See `aezoo {argv[0]} --help`.")
+
+
+def _flags(parser: LightningArgumentParser) -> list[str]:
+    flags = {option for option in parser._option_string_actions if option.startswith("--")}
+    for action in parser._actions:
+        for part in getattr(action, "_name_parser_map", {}).values():
+            flags.update(_flags(part))
+    return sorted(flags)
+
+
+def _near(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {near[0]}?" if near else "."
+
+
+def plain(message: str, parser: LightningArgumentParser) -> str:
+    """A message of jsonargparse in one line: which key, what it takes, what it got."""
+    denied = re.search(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry", message)
+    if denied:
+        return policy.refusal(denied[1], denied[2])
+    unknown = re.search(r"does not accept option '([\w.]+)'", message)
+    if unknown:
+        return f"unknown setting {unknown[1]}{_near('--' + unknown[1], _flags(parser)).replace('--', '')}"
+    keys = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    kinds = [kind for kind in re.findall(r"Expected an? (?:<class '([\w.]+)'>)", message) if kind != "NoneType"]
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    kinds += ["one of " + choices.replace("'", "") for choices in re.findall(r"typing\.Literal\[([^\]]*)\]", message)]
+    if keys and kinds and value:
+        return f"{keys} takes {' or '.join(dict.fromkeys(kinds))}, got {value[1]}"
+    errors = [error for error in re.findall(r"^\s*- (.*)$", message, re.MULTILINE) if "NoneType" not in error]
+    text = " ".join((errors[0] if errors else message).split())
+    return f"{keys}: {text}" if keys and errors else text

@@ -1,0 +1,48 @@
+"""Random numbers that depend on what is being done, not on what was done before."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+_MASK = 2**63 - 1
+
+
+def mix(*numbers: int) -> int:
+    """One seed below 2^63 from whole numbers; a change of any of them, or of their order, gives another.
+
+    The steps of splitmix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195), one for each number.
+    """
+    x = 0x9E3779B97F4A7C15
+    for number in numbers:
+        x = ((x ^ (number + 0x7F4A7C15)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        x ^= x >> 31
+    return x & _MASK
+
+
+def seed_all(seed: int, device: torch.device, *, others: bool = True) -> None:
+    """Seed torch's streams on the CPU and on `device`, and those of NumPy and Python if `others`."""
+    # torch.manual_seed asks every back end there is, which costs more than a small step's loss
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+    if others:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+
+
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn or seeded inside, torch's random streams go on afterwards as if nothing had been."""
+    # torch's fork_rng covers the CPU and CUDA; manual_seed seeds Apple's GPUs as well
+    apple = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        if apple is not None:
+            torch.mps.set_rng_state(apple)

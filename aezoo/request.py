@@ -1,0 +1,296 @@
+"""What a command line asks for: names, recipes and checkpoints spelt out into settings.
+
+Settings come from, in rising order: defaults, the checkpoint, the files given by -c in their order, flags.
+"""
+
+import inspect
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aezoo import checkpoint, durable, registry, resume
+from aezoo.autoencoder import Autoencoder
+from aezoo.cli import HEAVY, find_recipe
+from aezoo.data import DataModule
+from aezoo.errors import AezooError
+from aezoo.security import archives, policy, values, yaml_text
+
+RUN_DIR = "AEZOO_RUN_DIR"
+# what --resume auto has found, for the processes that a multi-device strategy starts
+RESUMED = "AEZOO_RESUMED"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the arguments ask for.
+
+    Attributes:
+        argv: the command and its flags, as LightningCLI understands them.
+        run_name: the name of the first recipe or file given by -c, or of the checkpoint's runs.
+        source: the checkpoint given by --ckpt_path or --resume.
+        stored: the hyperparameters in that checkpoint.
+        model: the model that is meant.
+        stored_data: the settings of the data in that checkpoint.
+        step: the optimiser steps in that checkpoint.
+        resumes: it is --resume that asks.
+    """
+
+    argv: list[str]
+    run_name: str | None
+    source: Path | None
+    stored: dict[str, Any]
+    model: str | None
+    stored_data: dict[str, Any]
+    step: int
+    resumes: bool
+
+
+def expand(argv: list[str]) -> Request:
+    """Names to what LightningCLI understands: models to classes, recipes to files, runs to checkpoints and settings."""
+    command = argv[0]
+    rest, allowed = policy.take_flags(argv[1:])
+    _built_in()  # a class that is imported can be named in YAML
+    registry.import_plugins()
+    flags: list[str] = []
+    run_name: str | None = None
+    source: Path | None = None
+    model: str | None = None
+    given: str | None = None
+    asked = "off"
+    configs: list[dict[str, Any]] = []
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if flag not in ("-c", "--config", "--model", "--ckpt_path", "--resume", "--model.help"):
+            flags.append(flag + equals + value)
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                if flag == "--model.help":
+                    flags.append(flag)
+                    continue
+                raise AezooError(f"{flag} needs a value")
+            value = rest.pop(0)
+        if flag in ("-c", "--config"):
+            path, config = _config_file(value)
+            run_name = run_name or path.stem
+            configs.append(config)
+            flags += ["--config", str(path)]
+            model = _model_of(config) or model
+        elif flag == "--ckpt_path":
+            source = resume.find(value) if command == "fit" else checkpoint.find_checkpoint(value)
+            durable.check(source)
+            flags += ["--ckpt_path", str(source)]
+        elif flag == "--resume":
+            if command != "fit":
+                raise AezooError(f"--resume is for fit: give {command} a --ckpt_path")
+            asked = value
+        else:
+            given = value if flag == "--model" else given
+            if policy.is_class_path(value):
+                # the user has typed it, which a file cannot
+                allowed += [value, policy.typed_class(value, Autoencoder)]
+            flags += [flag, _class_path(value)]
+    policy.enforce(allowed)
+    stored: dict[str, Any] = {}
+    stored_data: dict[str, Any] = {}
+    step = 0
+    if asked != "off":
+        if source is not None:
+            raise AezooError("give --resume or --ckpt_path, not both")
+        source = _resumed(asked, given or model, run_name, configs, flags)
+        flags += [] if source is None else ["--ckpt_path", str(source)]
+    if source is not None:
+        content = checkpoint.read_checkpoint(source)
+        checkpoint.note_version(content.get("aezoo"), source)
+        stored = values.plain(content.get("hyper_parameters", {}), f"{source}: its hyperparameters")
+        settings = _settings(command, content, source, optional=given is not None)
+        _take_out_repeated(settings, flags)
+        flags = ["--config", json.dumps(settings), *flags]
+        model = model or _model_of(settings)
+        data = content.get("datamodule_hyper_parameters", {})
+        stored_data = _plain_values(values.plain(data, f"{source}: its settings of the data"))
+        step = int(content.get("global_step", 0)) if isinstance(content.get("global_step"), int) else 0
+    return Request([command, *flags], run_name, source, stored, given or model, stored_data, step, asked != "off")
+
+
+def _resumed(
+    asked: str, model: str | None, run_name: str | None, configs: list[dict[str, Any]], flags: list[str]
+) -> Path | None:
+    """The checkpoint that `--resume` means; None starts a run."""
+    if asked != "auto":
+        return resume.find(asked)
+    if RESUMED in os.environ and "LOCAL_RANK" in os.environ:
+        return Path(os.environ[RESUMED]) if os.environ[RESUMED] else None
+
+    def setting(section: str, key: str, default: str) -> str:
+        """As the parser will see it: the last flag, else the last file."""
+        given = [value for flag, value in _pairs(flags) if flag == f"--{section}.{key}"]
+        parts = [config.get(section) for config in configs]
+        found = [str(part[key]) for part in parts if isinstance(part, dict) and part.get(key) is not None]
+        return [default, *found, *given][-1]
+
+    if run_name is None:
+        if model is None:
+            raise AezooError("--resume auto needs the command of the run: give --model NAME or -c RECIPE")
+        name = model if "." not in model else model.rpartition(".")[2]
+        known = {registry.model_class(entry).__name__: entry for entry in registry.entries()} if "." in model else {}
+        data = setting("data", "name", inspect.signature(DataModule).parameters["name"].default)
+        run_name = f"{known.get(name, registry.ALIASES.get(name, name))}-{Path(data).stem}"
+    home = Path(setting("trainer", "default_root_dir", "runs")) / archives.component(run_name)
+    source, run = resume.automatic(home)
+    os.environ[RESUMED] = str(source or "")
+    if source is None and run is not None:
+        os.environ[RUN_DIR] = str(run)
+    return source
+
+
+def _pairs(flags: list[str]) -> list[tuple[str, str]]:
+    """Each flag with its value, whether an equals sign or a space lies between them."""
+    following = [*flags[1:], ""]
+    parts = [(text.partition("="), after) for text, after in zip(flags, following, strict=True)]
+    return [(name, value if equals else after) for (name, equals, value), after in parts if name.startswith("--")]
+
+
+def _take_out_repeated(settings: dict[str, Any], flags: list[str]) -> None:
+    """A run that goes on by its own command would have what `--trainer.callbacks+=EMA` adds twice."""
+    trainer = settings.get("trainer")
+    for name, value in _pairs(flags):
+        section, _, key = name.removeprefix("--").removesuffix("+").partition(".")
+        if not name.endswith("+") or section != "trainer" or not isinstance(trainer, dict):
+            continue
+        try:
+            content = yaml_text.load(value)
+        except yaml.YAMLError:
+            continue  # the parser says what is wrong with it
+        added = {_class_name(item) for item in (content if isinstance(content, list) else [content])}
+        held = trainer.get(key)
+        if isinstance(held, list):
+            trainer[key] = [item for item in held if _class_name(item) not in added] or None
+
+
+def _class_name(item: Any) -> str | None:
+    path = item.get("class_path") if isinstance(item, dict) else item
+    return path.rpartition(".")[2] if isinstance(path, str) else None
+
+
+def _model_of(config: dict[str, Any]) -> str | None:
+    model = config.get("model")
+    name = model.get("class_path") if isinstance(model, dict) else model
+    return name if isinstance(name, str) else None
+
+
+def _config_file(value: str) -> tuple[Path, dict[str, Any]]:
+    if "://" in value:
+        raise AezooError(f"configurations are read from disk only, not from {value}: download it first")
+    path = Path(value) if Path(value).is_file() else find_recipe(value)
+    content = yaml_text.read(path)
+    if not isinstance(content, dict):
+        raise AezooError(f"{path} holds no settings: write sections such as model:, data: and trainer:")
+    return path, content
+
+
+def _class_path(name: str) -> str:
+    """`vae` to `aezoo.models.variational.vae.VAE`; class names, class paths, files and inline YAML stay."""
+    if name in _built_in() or "." in name or name.lstrip().startswith("{"):
+        return name
+    cls = registry.model_class(name)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _built_in() -> set[str]:
+    """Class names of the models of this package, which are imported by this."""
+    entries = registry.entries().values()
+    return {registry.model_class(entry.name).__name__ for entry in entries if entry.owner == "aezoo"}
+
+
+def spell_out(text: str) -> str:
+    """A YAML text with registry names of models replaced by class paths, where a model is named."""
+    try:
+        config = yaml_text.load(text)
+    except yaml.YAMLError as error:
+        raise AezooError(f"cannot read the settings as YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(config, dict):
+        return text
+    for section in (config, *(v for k, v in config.items() if k in HEAVY)):
+        if not isinstance(section, dict):
+            continue
+        # on and off without quotes are true and false in YAML
+        for part, key in ((section, "compile"), (section.get("data"), "memory")):
+            if isinstance(part, dict) and isinstance(part.get(key), bool):
+                part[key] = "on" if part[key] else "off"
+        model = section.get("model")
+        if isinstance(model, str):
+            section["model"] = {"class_path": _class_path(model)}
+        elif isinstance(model, dict) and isinstance(model.get("class_path"), str):
+            name = model["class_path"]
+            model["class_path"] = _class_path(name)
+            if "." not in name and isinstance(model.get("init_args"), dict):
+                registry.check_hyperparameters(registry.model_class(name), model["init_args"], name)
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+def _settings(command: str, content: dict[str, Any], source: Path, optional: bool) -> dict[str, Any]:
+    """What a checkpoint says of its run: all of `config.yaml` beside it for a fit, else its own model and data."""
+    config_file = source.parent.parent / "config.yaml"
+    if command == "fit" and source.parent.name == "checkpoints" and config_file.is_file():
+        whole = _config_file(str(config_file))[1]
+        model, stored = whole.get("model"), content.get("hyper_parameters")
+        if isinstance(model, dict) and isinstance(model.get("init_args"), dict) and isinstance(stored, dict):
+            # a path may be gone; the checkpoint holds what was read from it
+            held = _plain_values(values.plain(stored, f"{source}: its hyperparameters"))
+            model["init_args"] |= {key: value for key, value in held.items() if key in model["init_args"]}
+        return whole
+    settings: dict[str, Any] = {}
+    try:
+        name, hyperparameters = checkpoint.verify(content, source)
+        arguments = _plain_values(hyperparameters)
+        arguments.pop("input_shape", None)
+        settings["model"] = {"class_path": name, "init_args": arguments}
+    except AezooError:
+        if not optional:
+            raise
+    data = _plain_values(
+        values.plain(content.get("datamodule_hyper_parameters", {}), f"{source}: its settings of the data")
+    )
+    known = inspect.signature(DataModule).parameters
+    return settings | {"data": {key: value for key, value in data.items() if key in known}}
+
+
+def _plain_values(hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in hyperparameters.items()
+        if not key.startswith("_")
+    }
+
+
+def check_against(stored: dict[str, Any], source: Path, model: Autoencoder, resume: bool) -> None:
+    """Say which hyperparameters differ from the checkpoint's; refuse another shape of data."""
+    now = dict(model.hparams)
+    shape = stored.get("input_shape")
+    shape = tuple(shape) if isinstance(shape, list | tuple) else model.input_shape
+    if shape != model.input_shape:
+        raise AezooError(
+            f"{source} was trained on samples of shape {'x'.join(map(str, shape))}, these data give "
+            f"{'x'.join(map(str, model.input_shape))}: choose the same --data, or --data.size and --data.channels"
+        )
+    if resume and stored.get("optimizer", model.optimizer) != model.optimizer:
+        raise AezooError(
+            f"{source} holds the state of {stored['optimizer']}, which {model.optimizer} cannot go on with: keep "
+            f"--model.optimizer {stored['optimizer']}, or fine-tune from Python with aezoo.load_model"
+        )
+    say_differences("model", stored, now)
+
+
+def say_differences(section: str, stored: dict[str, Any], now: dict[str, Any]) -> None:
+    """What flags and files have changed, but for what changes no number."""
+    silent = {"num_workers", "memory", "root", "download", "max_pixels", "max_bytes"}
+    for key in sorted((stored.keys() & now.keys()) - silent):
+        was = tuple(stored[key]) if isinstance(now[key], tuple) and isinstance(stored[key], list) else stored[key]
+        if was != now[key]:
+            print(f"aezoo: {section}.{key} is {now[key]}, the checkpoint has {was}", file=sys.stderr)

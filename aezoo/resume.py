@@ -1,0 +1,107 @@
+"""Which checkpoint a run goes on from, and whether there is anything left to do."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from aezoo import durable
+from aezoo.errors import AezooError
+
+_FOLDER = "checkpoints"
+
+
+def find(text: str) -> Path:
+    """The newest whole checkpoint of a run, or a file; what had to be passed over is printed.
+
+    Args:
+        text: a run folder (`runs/vae/0`), its `checkpoints` folder, a folder of runs, of which the newest is taken, or
+            a checkpoint file. If a file within a run is damaged or missing, the run goes on from an older one of its
+            own, with the same result; any other file must be whole.
+
+    Raises:
+        AezooError: there is none.
+    """
+    if "://" in text:
+        raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
+    path = Path(text)
+    if path.suffix == ".ckpt" and not path.is_dir():
+        if path.parent.name == _FOLDER and path.parent.is_dir():
+            return _newest(path.parent, path)
+        if not path.exists():
+            raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
+        durable.check(path)
+        return path
+    if not path.exists():
+        raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
+    if path.is_file():
+        durable.check(path)
+        return path
+    homes = sorted(path.glob(f"*/{_FOLDER}"), key=lambda home: home.stat().st_mtime, reverse=True)
+    for home in (path, path / _FOLDER, *homes):
+        if _has_saved(home):
+            return _newest(home)
+    raise AezooError(f"no .ckpt file in {path} or its {_FOLDER} folder: has the run saved one yet?")
+
+
+def automatic(home: Path) -> tuple[Path | None, Path | None]:
+    """What `--resume auto` goes on from.
+
+    Args:
+        home: the folder of all runs of a recipe, `runs/vae`.
+
+    Returns:
+        The newest whole checkpoint of the newest run, or None if that run, or any, has yet to save one; and the folder
+        of that run, or None.
+
+    Raises:
+        AezooError: the newest run has saved something, and nothing of it is whole.
+    """
+    runs = [path for path in home.glob("*") if path.name.isdigit() and path.is_dir()]
+    if not runs:
+        print(f"aezoo: no run in {home} yet: starting one", file=sys.stderr)
+        return None, None
+    run = max(runs, key=lambda path: int(path.name))
+    if not _has_saved(run / _FOLDER):
+        print(f"aezoo: {run} was stopped before its first checkpoint: starting it anew", file=sys.stderr)
+        return None, run
+    return _newest(run / _FOLDER), run
+
+
+def nothing_left(source: Path, max_epochs: Any, max_steps: Any) -> str | None:
+    """A line that says so if the run of a checkpoint has ended by itself, within the same limits.
+
+    Args:
+        source: the checkpoint.
+        max_epochs: the trainer's last epoch as it is set now.
+        max_steps: its last step.
+    """
+    try:
+        end = json.loads((source.parent / durable.FINISHED).read_text())
+        epoch, step = int(end["epoch"]), int(end["step"])
+        same = (end["max_epochs"], end["max_steps"]) == (max_epochs, max_steps)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not same and not (isinstance(max_epochs, int) and 0 <= max_epochs <= epoch):
+        return None
+    run = source.parent.parent
+    return (
+        f"aezoo: {run} is finished (epoch {epoch}, step {step}), nothing is left to do; "
+        f"go further with a larger --trainer.max_epochs, or see its figures: aezoo test --ckpt_path {run}"
+    )
+
+
+def _has_saved(folder: Path) -> bool:
+    return folder.is_dir() and (any(folder.glob("*.ckpt")) or durable.record_of(folder / durable.LAST).exists())
+
+
+def _newest(folder: Path, first: Path | None = None) -> Path:
+    found, lines = durable.newest(folder, first)
+    if found is None:
+        reasons = "; ".join(lines) or f"no .ckpt file in {folder}"
+        raise AezooError(f"{reasons}; no other checkpoint there is whole: train anew with --resume off")
+    for line in lines:
+        print(f"aezoo: {line}", file=sys.stderr)
+    if lines:
+        print(f"aezoo: going on from {found} instead", file=sys.stderr)
+    return found

@@ -1,0 +1,129 @@
+"""Which classes a configuration may name: those of aezoo, of listed parts of lightning and torch, and of plug-ins.
+
+A `class_path` in YAML is an import and a call, so it is code execution. jsonargparse asks this policy before it imports
+anything that a value names. Only the command line and the environment widen it; no file can.
+"""
+
+import os
+from collections.abc import Iterable
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import yaml
+
+from aezoo.errors import AezooError
+from aezoo.security import yaml_text
+
+FLAG, VARIABLE = "--allow", "AEZOO_ALLOW"
+# the parts of lightning that hold what a Trainer takes: not its cli, and not its utilities, which load pickles
+PACKAGES = (
+    "aezoo",
+    "torch.nn",
+    "torch.optim",
+    "lightning.pytorch.accelerators",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+    "lightning.fabric.plugins",
+)
+# what starts runs or processes is called by users, never named in a file
+_CLOSED = ("aezoo.cli", "aezoo.lightning_cli", "aezoo.security", "aezoo.testing")
+_GROUPS = ("aezoo.models", "aezoo.data")
+_opened: set[str] = set()
+
+
+def take_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Arguments without `--allow PKG`, and what these flags and `AEZOO_ALLOW` (comma-separated) name.
+
+    Raises:
+        AezooError: a flag without a package, or with something else.
+    """
+    kept: list[str] = []
+    allowed = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    rest = list(argv)
+    while rest:
+        flag, equals, value = rest[0].partition("=")
+        word = rest.pop(0)
+        if flag != FLAG:
+            kept.append(word)
+            continue
+        if not equals:
+            value = rest.pop(0) if rest else ""
+        allowed.append(value)
+    for name in allowed:
+        if not _dotted(name) or name.partition(".")[0] == "jsonargparse":
+            raise AezooError(f"{FLAG} takes an importable package such as my_package, got {name!r}")
+    return kept, allowed
+
+
+def typed_class(path: str, base: type) -> str:
+    """The defining path of a class that the user has typed after `--model`, which is imported by this.
+
+    Args:
+        path: such as `my_package.MyModel`.
+        base: what it must be a subclass of.
+
+    Raises:
+        AezooError: it cannot be imported or is no such class.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except Exception as error:  # whatever the module raises while it is imported
+        reason = " ".join(str(error).split())
+        raise AezooError(
+            f"--model {path} cannot be imported ({type(error).__name__}: {reason}): give a name of `aezoo list` or the "
+            "path of a class"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise AezooError(f"--model {path} is no subclass of aezoo.{base.__name__}: give a name of `aezoo list`")
+    return f"{found.__module__}.{found.__qualname__}"
+
+
+def is_class_path(text: str) -> bool:
+    """Whether a word after `--model` is a dotted path and not a name, a file or inline YAML."""
+    return "." in text and _dotted(text) and not Path(text).exists()
+
+
+def enforce(allowed: Iterable[str] = ()) -> None:
+    """Put the policy before all parsers of this process; what an earlier call allowed is taken back.
+
+    Args:
+        allowed: packages or classes that the user trusts besides.
+    """
+    # first: this import turns reading of remote configurations on
+    import lightning.pytorch.cli  # noqa: F401
+    from jsonargparse import get_loader, set_loader, set_parsing_settings
+
+    if not hasattr(get_loader("yaml"), yaml_text.GUARD):
+        set_loader("yaml", yaml_text.guarded(get_loader("yaml")), exceptions=(yaml.YAMLError,))
+    plugins = {point.module.partition(".")[0] for group in _GROUPS for point in entry_points(group=group)}
+    opened = {*PACKAGES, *plugins, *allowed}
+    _opened.update(opened)
+    # the most specific entry decides, so an old entry that lies under a new one must follow it
+    valid = {entry for entry in _opened if any(f"{entry}.".startswith(f"{root}.") for root in opened)}
+    set_parsing_settings(
+        import_path_denylist=["*", *sorted(_opened - valid), *_CLOSED],
+        import_path_allowlist=sorted(valid),
+        instantiate_subclass_spec_in_any=False,
+        config_read_mode_urls_enabled=False,
+        config_read_mode_fsspec_enabled=False,
+    )
+
+
+def refusal(path: str, entry: str) -> str:
+    """The one line for a class path that the policy refuses, and the entry of the policy that does."""
+    rule = (
+        "a configuration can name only classes of aezoo, torch.nn, torch.optim, installed plug-ins, and lightning's "
+        "callbacks, loggers, plugins, profilers and strategies"
+    )
+    if entry == "*" or entry in _opened:
+        return f"{path} is not imported: {rule}; if you trust that package, add {FLAG} {path.partition('.')[0]}"
+    return f"{path} is not run: {rule}, and never {entry} unless you add {FLAG} {path}"
+
+
+def _dotted(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))

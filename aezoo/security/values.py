@@ -1,0 +1,54 @@
+"""Plain values only: what a constructor may be given from a file."""
+
+from typing import Any
+
+from aezoo.errors import AezooError
+
+MAX_VALUES, MAX_DEPTH, MAX_TEXT = 10_000, 8, 10_000
+
+
+def plain(values: object, what: str) -> dict[str, Any]:
+    """A copy of a dict of names to plain values: numbers, texts, None, and lists, tuples and dicts of these.
+
+    The copy is made in full, so that a value which repeats itself is counted as often as it would be printed.
+
+    Args:
+        values: as a file gives them.
+        what: begins the message, as in `last.ckpt: its hyperparameters`.
+
+    Raises:
+        AezooError: something else is in there, too much of it, or a dict that names a class to build.
+    """
+    if not isinstance(values, dict):
+        raise AezooError(f"{what} are a {type(values).__name__} and no table of names and values: the file is damaged")
+    budget = [MAX_VALUES]
+    for key in values:
+        if not isinstance(key, str):
+            raise AezooError(f"{what} have the name {str(key)[:50]!r}, which is no text: the file is damaged")
+    return {key: _copy(value, f"{what}: {key[:100]!r}", budget, 0) for key, value in values.items()}
+
+
+def _copy(value: object, what: str, budget: list[int], depth: int) -> Any:
+    budget[0] -= 1
+    if budget[0] < 0 or depth > MAX_DEPTH:
+        raise AezooError(f"{what} has more than {MAX_VALUES} values or {MAX_DEPTH} levels: no model needs that")
+    if value is None or isinstance(value, bool | float):
+        return value
+    if isinstance(value, int):
+        if abs(value) >= 2**63:
+            raise AezooError(f"{what} is a number of more than 64 bits: no model needs that")
+        return value
+    if isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            raise AezooError(f"{what} is a text of {len(value)} characters: no model needs that")
+        return value
+    if isinstance(value, list | tuple):
+        parts = [_copy(part, what, budget, depth + 1) for part in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    if isinstance(value, dict):
+        if "class_path" in value:
+            raise AezooError(f"{what} names a class to import and build, which no saved model may do: it is refused")
+        if not all(isinstance(key, str) for key in value):
+            raise AezooError(f"{what} has a name that is no text: the file is damaged")
+        return {key: _copy(part, what, budget, depth + 1) for key, part in value.items()}
+    raise AezooError(f"{what} is a {type(value).__name__}: saved models hold numbers and texts only")

@@ -1,0 +1,59 @@
+"""Weights from a file: tensors that bring what they claim, and a model that is no larger than they are."""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+
+from aezoo.errors import AezooError
+
+
+def tensors(weights: Mapping[Any, Any], source: Path, name: str) -> dict[str, Tensor]:
+    """The weights, each a tensor under a name and with all the memory that its shape needs.
+
+    Args:
+        weights: a state dict.
+        source: the file that it comes from.
+        name: of the model that it is for.
+
+    Raises:
+        AezooError: something in it is not so.
+    """
+    for key, value in weights.items():
+        reason = None
+        if not isinstance(key, str):
+            reason = f"the name {str(key)[:50]} is no text"
+        elif not isinstance(value, Tensor):
+            reason = f"{key} is a {type(value).__name__} and no tensor"
+        elif value.layout != torch.strided or value.is_quantized or value.is_meta:
+            reason = f"{key} is no dense tensor"
+        elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            reason = f"{key} claims to have {value.numel()} values and brings fewer"
+        if reason:
+            raise AezooError(f"the weights in {source} do not fit {name}: {reason}")
+    return dict(weights)
+
+
+@contextlib.contextmanager
+def no_larger_than(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Stop the building of a model in here once its parameters are far more than the weights that are to fill it."""
+    most = 2 * sum(weight.numel() for weight in weights.values()) + 10**7
+    thread, left = threading.get_ident(), [most, 10 * len(weights) + 10_000]
+
+    def count(parent: Any, key: str, parameter: Any) -> None:
+        if threading.get_ident() == thread and parameter is not None:
+            left[0] -= parameter.numel()
+            left[1] -= 1
+            if min(left) < 0:
+                raise AezooError(f"its hyperparameters ask for far more than the {len(weights)} tensors in the file")
+
+    hook = torch_module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

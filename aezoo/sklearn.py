@@ -1,0 +1,399 @@
+"""scikit-learn's face: autoencoders as a transformer, an outlier detector and a denoiser.
+
+    from aezoo.sklearn import AutoencoderTransformer
+    make_pipeline(AutoencoderTransformer("vae", latent_dim=8, random_state=0), LogisticRegression())
+
+X is (n_samples, n_features); `sample_shape=(1, 28, 28)` lets a convolutional model see its rows as images. In a pickle
+of a fitted estimator the model is safetensors and plain values, from which only a model of the registry is built.
+"""
+
+import logging
+import math
+import random
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import torch
+from sklearn import base
+from sklearn.preprocessing import MinMaxScaler, StandardScaler
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+from torch import Tensor
+
+from aezoo import arguments
+from aezoo.autoencoder import Autoencoder
+from aezoo.checkpoint import build
+from aezoo.data.resident import ResidentLoader
+from aezoo.errors import AezooError
+from aezoo.randomness import forked_rng, seed_all
+from aezoo.registry import create_model, hyperparameters, name_of
+from aezoo.tasks.output import device_of
+
+Array = npt.NDArray[Any]
+_SCALES = ("none", "standard", "unit")
+_DTYPES = (np.float64, np.float32)
+# results of a sample must not depend on its neighbours, so that all batches have one size
+_BLOCK = 256
+# torch's random streams and Lightning's loggers belong to the process: threads take turns
+_ONE_AT_A_TIME = threading.RLock()
+
+
+class _Estimator(base.BaseEstimator):
+    """What the three share: training, scaling, blocks of samples, pickling; `AutoencoderTransformer` has the words."""
+
+    autoencoder_: Autoencoder
+    offset_of_scale_: Array
+    scale_: Array
+    n_epochs_: int
+
+    def __init__(
+        self,
+        model: str = "dense_ae",
+        latent_dim: int = 8,
+        *,
+        model_params: dict[str, Any] | None = None,
+        likelihood: str = "gaussian",
+        scale: str = "standard",
+        sample_shape: tuple[int, ...] | None = None,
+        max_epochs: int = 100,
+        batch_size: int = 128,
+        lr: float = 1e-3,
+        device: str = "auto",
+        random_state: Any = None,
+        verbose: bool | int = False,
+    ) -> None:
+        self.model, self.latent_dim, self.model_params, self.likelihood = model, latent_dim, model_params, likelihood
+        self.scale, self.sample_shape, self.max_epochs, self.batch_size = scale, sample_shape, max_epochs, batch_size
+        self.lr, self.device, self.random_state, self.verbose = lr, device, random_state, verbose
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Train a fresh model on X, (n_samples, n_features), dense and finite; y is ignored."""
+        self._train(validate_data(self, X, dtype=_DTYPES), fresh=True)
+        return self
+
+    def partial_fit(self, X: Any, y: Any = None) -> Self:
+        """One more pass, over these samples, by a fresh optimiser; the first call fixes scale and initial weights."""
+        fresh = not hasattr(self, "autoencoder_")
+        self._train(validate_data(self, X, dtype=_DTYPES, reset=fresh), fresh, epochs=1)
+        return self
+
+    def _train(self, X: Array, fresh: bool, epochs: int | None = None) -> None:
+        settings = self._settings()
+        epochs = epochs or settings["max_epochs"]
+        device = device_of(settings["device"])
+        seed = check_random_state(self.random_state).randint(2**31) + (0 if fresh else self.n_epochs_)
+        offset, scale = _statistics(X, settings["scale"]) if fresh else (self.offset_of_scale_, self.scale_)
+        with _without_trace(device):
+            seed_all(seed, device, others=False)
+            model = _build(settings, X.shape[1]) if fresh else self.autoencoder_
+            model.compile_mode = "off"
+            x = _scaled(X, offset, scale).reshape(len(X), *model.input_shape)
+            trainer = pl.Trainer(
+                max_epochs=epochs,
+                accelerator="gpu" if device.type == "cuda" else device.type,
+                devices=[device.index or 0] if device.type == "cuda" else 1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=bool(settings["verbose"]),
+            )
+            loader = ResidentLoader(x, batch_size=min(settings["batch_size"], len(x)), shuffle=True, seed=seed)
+            try:
+                trainer.fit(model.train(), loader)
+            except SystemExit as stopped:
+                # Lightning ends the process at Ctrl-C; notebooks and searches expect the interrupt itself
+                if isinstance(stopped.__context__, KeyboardInterrupt):
+                    raise KeyboardInterrupt from None
+                raise
+            finally:
+                # the trainer holds the training data; a fitted estimator does not
+                model.trainer = None
+                model.cpu().eval()
+        # at the end, so that a fit that fails leaves what was fitted before
+        self.autoencoder_, self.offset_of_scale_, self.scale_ = model, offset, scale
+        self.n_epochs_ = epochs + (0 if fresh else self.n_epochs_)
+        self._n_features_out = math.prod(model.code_shape)
+
+    def _settings(self) -> dict[str, Any]:
+        """The parameters, checked against the constructor's annotations; a search's NumPy numbers become Python's."""
+        settings = _plain(self.get_params(deep=False))
+        arguments.check(type(self), (), settings)
+        for name in ("max_epochs", "batch_size"):
+            if settings[name] < 1:
+                raise AezooError(f"{name} must be at least 1, got {settings[name]}")
+        if settings["scale"] not in _SCALES:
+            raise AezooError(f"scale is {settings['scale']!r}: take one of {', '.join(_SCALES)}")
+        params = settings["model_params"] = settings["model_params"] or {}
+        if "input_shape" in params:
+            raise AezooError(f"model_params must be a dict, without input_shape (give sample_shape), got {params!r}")
+        return settings
+
+    # ---- samples in and out -----------------------------------------------------------------------------------------
+
+    def _checked(self, X: Any) -> Array:
+        check_is_fitted(self)
+        return validate_data(self, X, dtype=_DTYPES, reset=False)
+
+    def _samples(self, X: Array) -> Tensor:
+        """Rows of X as the model's samples."""
+        return _scaled(X, self.offset_of_scale_, self.scale_).reshape(len(X), *self.autoencoder_.input_shape)
+
+    def _rows(self, x: Array, dtype: npt.DTypeLike) -> Array:
+        """The model's samples as rows in the units of X."""
+        return (x * self.scale_ + self.offset_of_scale_).astype(dtype)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Array:
+        """function(x) as rows of float64, in blocks of one size on the model's device."""
+        device, parts = self.autoencoder_.device, []
+        with _ONE_AT_A_TIME, torch.no_grad(), forked_rng(device):
+            seed_all(0, device, others=False)
+            for block in x.split(_BLOCK):
+                padded = torch.cat([block, block[:1].expand(_BLOCK - len(block), *block.shape[1:])])
+                parts.append(function(padded.to(device))[: len(block)].cpu().double().flatten(1))
+        return torch.cat(parts).numpy()
+
+    def reconstruct(self, X: Any) -> Array:
+        """Reconstructions, (n_samples, n_features), in the units of X."""
+        X = self._checked(X)
+        return self._rows(self._apply(self.autoencoder_, self._samples(X)), X.dtype)
+
+    def score_samples(self, X: Any) -> Array:
+        """Log-likelihood of each sample in nats, larger is more normal, (n_samples,).
+
+        It is log p(x | code), for a variational model the ELBO. A density is that of X in its own units, whatever the
+        scale; a discrete likelihood, as bernoulli, gives a probability, which has no units.
+        """
+        return self._log_likelihood(self._checked(X))
+
+    def _log_likelihood(self, X: Array) -> Array:
+        model = self.autoencoder_
+        nll = self._apply(lambda block: model.score(block)[:, None], self._samples(X))[:, 0]
+        # the density of x = s x' + o is that of x' divided by the product of s
+        return -nll - (0.0 if model.likelihood.discrete else np.log(self.scale_).sum())
+
+    # ---- pickling ---------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())
+        model = state.pop("autoencoder_", None)
+        if model is not None:
+            # copies, since safetensors refuses tensors that share memory
+            weights = {k: v.clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+            state["_saved"] = (name_of(type(model)), dict(model.hparams), safetensors.torch.save(weights))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved = state.pop("_saved", None)
+        super().__setstate__(state)
+        if saved is not None:
+            name, settings, content = saved
+            weights = safetensors.torch.load(content)
+            model = build(name, settings, Path("the pickled estimator"), weights)
+            model.load_state_dict(weights)
+            self.autoencoder_ = model.eval()
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "autoencoder_")
+
+
+class _Transformer(base.TransformerMixin):
+    """A transformer that gives what it gets: float32 for float32, float64 for all else."""
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+
+class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer, _Estimator):
+    """Codes as features: `transform` encodes, `inverse_transform` decodes, `score` is the mean log-likelihood.
+
+    Args:
+        model: a name of the registry.
+        latent_dim: size of the code, where the model has such a hyperparameter.
+        model_params: other hyperparameters of the model, e.g. {"hidden_dims": (256, 64)}.
+        likelihood: how outputs are compared with data; bernoulli needs scale "unit" or data in [0, 1].
+        scale: standard (mean 0, deviation 1), unit (0 to 1) or none; per feature, by the statistics of the first fit.
+        sample_shape: shape of a sample as the model sees it; None for vectors.
+        max_epochs: passes over the training data.
+        batch_size: samples a step.
+        lr: learning rate.
+        device: where it is trained: auto, cpu, cuda, cuda:1 ...; a trained model is on the CPU.
+        random_state: fixes initial weights, order and noise.
+        verbose: show a progress bar.
+
+    Attributes:
+        autoencoder_: the trained model.
+        offset_of_scale_: (n_features,) what is subtracted.
+        scale_: (n_features,) what is divided by.
+        n_epochs_: epochs trained so far.
+    """
+
+    def transform(self, X: Any) -> Array:
+        """Codes of the samples, (n_samples, code size)."""
+        X = self._checked(X)
+        return self._apply(self.autoencoder_.encode, self._samples(X)).astype(X.dtype)
+
+    def inverse_transform(self, X: Any) -> Array:
+        """Samples that codes stand for: (n_samples, code size) -> (n_samples, n_features), in the units of X."""
+        check_is_fitted(self)
+        codes = check_array(X, dtype=_DTYPES)
+        if codes.shape[1] != self._n_features_out:
+            raise AezooError(f"codes have {self._n_features_out} numbers, X has {codes.shape[1]}")
+        z = torch.from_numpy(codes.astype(np.float32)).reshape(len(codes), *self.autoencoder_.code_shape)
+        return self._rows(self._apply(self.autoencoder_.decode, z), codes.dtype)
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Mean of `score_samples`: larger is better, as cross-validation and grid search expect."""
+        return float(self.score_samples(X).mean())
+
+
+class AutoencoderDetector(base.OutlierMixin, _Estimator):
+    """Outliers are what a model reconstructs badly: `predict` gives 1 for normal samples and -1 for outliers.
+
+    The threshold comes from the samples of the last `fit` or `partial_fit`. Other arguments and attributes are
+    `AutoencoderTransformer`'s.
+
+    Args:
+        contamination: share of the training samples that are taken for outliers, which sets the threshold.
+
+    Attributes:
+        offset_: `score_samples` below it are outliers.
+    """
+
+    def __init__(
+        self, model: str = "dense_ae", latent_dim: int = 8, *, contamination: float = 0.1,
+        model_params: dict[str, Any] | None = None, likelihood: str = "gaussian", scale: str = "standard",
+        sample_shape: tuple[int, ...] | None = None, max_epochs: int = 100, batch_size: int = 128, lr: float = 1e-3,
+        device: str = "auto", random_state: Any = None, verbose: bool | int = False,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            model, latent_dim, model_params=model_params, likelihood=likelihood, scale=scale, sample_shape=sample_shape,
+            max_epochs=max_epochs, batch_size=batch_size, lr=lr, device=device, random_state=random_state,
+            verbose=verbose,
+        )  # fmt: skip
+        self.contamination = contamination
+
+    def _settings(self) -> dict[str, Any]:
+        settings = super()._settings()
+        if not 0 < settings["contamination"] <= 0.5:
+            raise AezooError(f"contamination must be in (0, 0.5], got {settings['contamination']}")
+        return settings
+
+    def _train(self, X: Array, fresh: bool, epochs: int | None = None) -> None:
+        super()._train(X, fresh, epochs)
+        self.offset_ = float(np.percentile(self._log_likelihood(X), 100 * self.contamination))
+
+    def decision_function(self, X: Any) -> Array:
+        """`score_samples` above the threshold: negative for outliers, (n_samples,)."""
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X: Any) -> npt.NDArray[np.int64]:
+        """1 for normal samples, -1 for outliers, (n_samples,)."""
+        return np.where(self.decision_function(X) < 0, -1, 1).astype(np.int64)
+
+
+class AutoencoderDenoiser(base.OneToOneFeatureMixin, _Transformer, _Estimator):
+    """Noisy samples in, clean samples out; trained on clean samples by a denoising model.
+
+    Other arguments and attributes are `AutoencoderTransformer`'s.
+
+    Args:
+        corruption: what training adds and `transform` takes away, in units of the scaled data: gaussian:0.3,
+            masking:0.3, salt_and_pepper:0.1; None leaves it to the model.
+    """
+
+    def __init__(
+        self, model: str = "denoising_ae", latent_dim: int = 8, *, corruption: str | None = "gaussian:0.3",
+        model_params: dict[str, Any] | None = None, likelihood: str = "gaussian", scale: str = "standard",
+        sample_shape: tuple[int, ...] | None = None, max_epochs: int = 100, batch_size: int = 128, lr: float = 1e-3,
+        device: str = "auto", random_state: Any = None, verbose: bool | int = False,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            model, latent_dim, model_params=model_params, likelihood=likelihood, scale=scale, sample_shape=sample_shape,
+            max_epochs=max_epochs, batch_size=batch_size, lr=lr, device=device, random_state=random_state,
+            verbose=verbose,
+        )  # fmt: skip
+        self.corruption = corruption
+
+    def _settings(self) -> dict[str, Any]:
+        settings = super()._settings()
+        model, corruption = settings["model"], settings["corruption"]
+        if corruption is not None:
+            if "corruption" not in hyperparameters(model):
+                raise AezooError(f"{model} is not trained on corrupted samples: give corruption=None, or denoising_ae")
+            settings["model_params"] = {"corruption": corruption, **settings["model_params"]}
+        return settings
+
+    def transform(self, X: Any) -> Array:
+        """Clean samples, (n_samples, n_features), in the units of X."""
+        return self.reconstruct(X)
+
+
+# ---- parts of a fit -------------------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's, in dicts and sequences too."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _build(settings: dict[str, Any], n_features: int) -> Autoencoder:
+    shape = settings["sample_shape"] or (n_features,)
+    if math.prod(shape) != n_features:
+        raise AezooError(f"sample_shape {shape} has {math.prod(shape)} values, X has {n_features} features")
+    known = hyperparameters(settings["model"])
+    common: dict[str, Any] = {name: settings[name] for name in ("latent_dim", "likelihood", "lr") if name in known}
+    if "tokenizer" in known:  # of a prior over indices; it is what compares outputs with data
+        grid = {} if len(shape) > 1 else {"net": "mlp"}
+        common["tokenizer"] = {"model": "vq_vae", "likelihood": settings["likelihood"], **grid}
+    return create_model(settings["model"], shape, **{**common, **settings["model_params"]})
+
+
+def _statistics(X: Array, scale: str) -> tuple[Array, Array]:
+    """What is subtracted from each feature and what it is divided by; a constant feature becomes 0."""
+    if scale == "none":
+        return np.zeros(X.shape[1]), np.ones(X.shape[1])
+    with np.errstate(over="ignore", invalid="ignore"):  # _scaled refuses it
+        found = (StandardScaler() if scale == "standard" else MinMaxScaler()).fit(X.astype(np.float64))
+    return (found.mean_, found.scale_) if scale == "standard" else (found.data_min_, 1 / found.scale_)
+
+
+def _scaled(X: Array, offset: Array, scale: Array) -> Tensor:
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = ((X - offset) / scale).astype(np.float32)
+    if not (np.isfinite(scale).all() and np.isfinite(scaled).all()):
+        raise AezooError("X holds values that are too large for float32 once scaled: clean X, or take logarithms")
+    return torch.from_numpy(scaled)
+
+
+@contextmanager
+def _without_trace(device: torch.device) -> Iterator[None]:
+    """Nothing is printed, and the random streams of torch, NumPy and Python go on as if nothing had been drawn."""
+    with _ONE_AT_A_TIME, warnings.catch_warnings(), forked_rng(device):
+        warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|no `val_dataloader`|GPU).*")
+        loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+        levels, of_numpy, of_python = [logger.level for logger in loggers], np.random.get_state(), random.getstate()
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            np.random.set_state(of_numpy)
+            random.setstate(of_python)

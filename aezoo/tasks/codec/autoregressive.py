@@ -1,0 +1,143 @@
+"""Indices of a model's own code, entropy-coded under the model's prior.
+
+    p(indices) = prod_t p(token_t | tokens before t)    in as many bits as -log2 p(indices)
+
+Writer and reader call the same network token by token on the same blocks of samples, T passes a block, with 0 for
+tokens that are not known yet, so that both compute the same floats; these become 2^24ths in float64. A machine that
+computes others is found out as soon as can be: a byte after each block is one of its tokens' digest, and 8 bytes before
+the words of a frame are of that of all its indices.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from typing import ClassVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo.discrete import DiscreteAutoencoder
+from aezoo.errors import AezooError
+from aezoo.tasks.codec import machine, tables
+from aezoo.tasks.codec.indices import Indices, Prior, on_device, sizes_of
+
+Advance = Callable[[float], object]
+_MOST_CODES = 1 << 16
+_DIGEST = 8
+
+
+class Autoregressive:
+    """Codes indices under a model's own prior.
+
+    Args:
+        model: has one.
+        block: samples that it sees at a time.
+        advance: is told of samples that are coded, a T-th of a block after each token.
+
+    Raises:
+        AezooError: a book is too large.
+    """
+
+    mode: ClassVar[str] = "prior"
+
+    def __init__(self, model: DiscreteAutoencoder, block: int, advance: Advance = lambda n: None) -> None:
+        self._model, self._block, self._advance = model, block, advance
+        self._prior = cast(Prior, model)
+        # largest symbols, put into the order of tokens as the indices themselves are
+        most = self._prior.tokens(on_device(model, sizes_of(model)[None] - 1))
+        self._sizes = [int(symbol) + 1 for symbol in most[0]]
+        if max(self._sizes) > _MOST_CODES:
+            raise AezooError(
+                f"{type(model).__name__} has a book of {max(self._sizes):,} codes, and under a prior at most "
+                f"{_MOST_CODES:,} can be coded: take smaller books"
+            )
+
+    def encode(self, indices: Indices) -> bytes:
+        """(n, D) indices as bytes."""
+        coder, family = tables.stream().queue.RangeEncoder(), tables.stream().model.Categorical(perfect=False)
+        for start in range(0, len(indices), self._block):
+            known = self._prior.tokens(on_device(self._model, indices[start : start + self._block])).cpu().numpy()
+
+            def code(t: int, table: tables.Rows, rows: slice, known: Indices = known) -> npt.NDArray[np.int32]:
+                symbols = known[rows, t].astype(np.int32)
+                coder.encode(symbols, family, table(rows))
+                return symbols
+
+            self._walk(len(known), code)
+            coder.encode(_check(known), tables.stream().model.Uniform(256))
+        return _digest(indices) + tables.to_bytes(coder.get_compressed())
+
+    def decode(self, content: bytes, n: int) -> Indices | None:
+        """Bytes as (n, D) indices; None if they are not what was encoded."""
+        indices = np.concatenate([*self._blocks(content, n)])
+        return indices if len(indices) == n and _digest(indices) == content[:_DIGEST] else None
+
+    def returns(self, content: bytes, indices: Indices) -> bool:
+        """Whether bytes decode to (n, D) indices, in their first block: arithmetic that is not the same twice shows."""
+        first = next(Autoregressive(self._model, self._block)._blocks(content, len(indices)))
+        return np.array_equal(first, indices[: self._block])
+
+    def _blocks(self, content: bytes, n: int) -> Iterator[Indices]:
+        """The indices of each block, and none, (0, D), in the place of one that is not as it was encoded, the last."""
+        coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content[_DIGEST:]))
+        family = tables.stream().model.Categorical(perfect=False)
+
+        def code(t: int, table: tables.Rows, rows: slice) -> npt.NDArray[np.int32]:
+            symbols: npt.NDArray[np.int32] = coder.decode(family, table(rows))
+            return symbols
+
+        for start in range(0, n, self._block):
+            try:
+                tokens = self._walk(min(self._block, n - start), code)
+                same = np.array_equal(coder.decode(tables.stream().model.Uniform(256), 1), _check(tokens.cpu().numpy()))
+            except AssertionError:  # of constriction: no symbol has what stands there
+                same = False
+            if not same:
+                yield np.empty((0, len(self._sizes)), dtype=np.int64)
+                return
+            yield self._prior.indices_of(tokens).flatten(1).cpu().numpy()
+
+    def bound(self, indices: Indices) -> float:
+        """-log2 p(indices) of (n, D), by the prior's own `log_prob`."""
+        parts = (indices[start : start + self._block] for start in range(0, len(indices), self._block))
+        return -sum(
+            float(self._prior.log_prob(on_device(self._model, part)).cpu().double().sum()) for part in parts
+        ) / math.log(2)
+
+    def _walk(self, n: int, code: Callable[[int, tables.Rows, slice], npt.NDArray[np.int32]]) -> Tensor:
+        """The tokens of a block, one after the other: `code` gives those of some rows, and is given their tables."""
+        tokens = torch.zeros(n, len(self._sizes), dtype=torch.long, device=self._model.device)
+        for t, k in enumerate(self._sizes):
+            if k > 1:
+                table = self._table(self._prior.next_logits(tokens, t), k)
+                size = max(1, tables.ENTRIES // k)
+                parts = [code(t, table, slice(i, min(i + size, n))) for i in range(0, n, size)]
+                tokens[:, t] = torch.from_numpy(np.concatenate(parts)).to(tokens)
+            self._advance(n / len(self._sizes))
+        return tokens
+
+    def _table(self, logits: Tensor, k: int) -> tables.Rows:
+        """The tables of one token, from its logits (n, at least k); what is not in its book is left out."""
+
+        def rows(part: slice) -> npt.NDArray[np.float32]:
+            held = logits[part, :k].cpu().double().numpy()
+            with np.errstate(invalid="ignore"):
+                cdf = np.exp(held - held.max(1, keepdims=True)).cumsum(1)
+            if held.shape[1] != k or not np.isfinite(cdf).all():
+                raise AezooError(
+                    f"the prior of {type(self._model).__name__} gives no {k} probabilities for a token: train it again"
+                )
+            return tables.from_cdf(cdf[:, :-1] / cdf[:, -1:])
+
+        return rows
+
+
+def _digest(indices: Indices) -> bytes:
+    return hashlib.sha256(machine.raw(indices)).digest()[:_DIGEST]
+
+
+def _check(tokens: Indices) -> npt.NDArray[np.int32]:
+    """What a block's tokens are checked by, (1,)."""
+    return np.array([_digest(tokens)[0]], dtype=np.int32)

@@ -1,0 +1,257 @@
+"""What a user would take otherwise, on the same samples: image formats, general compressors, PCA with the same coder.
+
+Image formats get all samples in pictures of at most 8192 pixels a side, since a file for every small image would be
+mostly headers: side by side or, where no pixel may change and that takes less, one below the other. General compressors
+get the bytes of all samples or, where that takes less, binary data 8 values a byte. All are set to their strongest.
+
+Decoders are not counted, neither the model's weights nor PCA's components; all else is, headers and tables too.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo.tasks.codec import lossy
+from aezoo.tasks.output import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+Pixels = npt.NDArray[np.uint8]
+_MOST_PIXELS = 8192
+_LOSSLESS: dict[str, dict[str, Any]] = {
+    "PNG": {"optimize": True},
+    "WEBP": {"lossless": True, "quality": 100, "method": 6},
+    "JXL": {"lossless": True},
+}
+_LOSSY: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}, "AVIF": {}, "JXL": {}}
+_QUALITIES = (5, 25, 50, 75, 95)
+# torchmetrics pads by half the width of its window, and a smaller image cannot be padded
+_SSIM_MARGIN = 5
+
+
+class Distortion:
+    """PSNR, and SSIM of images with both sides above 5, over all samples that are added.
+
+    Args:
+        shape: of one sample.
+        peak: the range of the data.
+    """
+
+    def __init__(self, shape: tuple[int, ...], peak: float) -> None:
+        from torchmetrics.image import StructuralSimilarityIndexMeasure
+
+        self._peak, self._sse, self._count = peak, 0.0, 0
+        images = len(shape) == 3 and min(shape[1:]) > _SSIM_MARGIN
+        self._ssim = StructuralSimilarityIndexMeasure(data_range=peak) if images else None
+
+    def add(self, x: Tensor, x_hat: Tensor) -> None:
+        """Add samples and what has become of them."""
+        self._sse += float((x.double() - x_hat.double()).square().sum())
+        self._count += x.numel()
+        if self._ssim is not None:
+            self._ssim.update(x_hat.contiguous(), x.contiguous())
+
+    def figures(self) -> dict[str, float]:
+        """Both; SSIM is NaN where there is none, PSNR infinite without any error."""
+        mse = self._sse / max(1, self._count)
+        psnr = 10 * math.log10(self._peak**2 / mse) if mse else math.inf
+        return {"psnr": psnr, "ssim": math.nan if self._ssim is None else float(torch.as_tensor(self._ssim.compute()))}
+
+
+def row(
+    method: str, size: float, x: npt.NDArray[Any] | tuple[int, int], quality: float = math.nan, **figures: float
+) -> Row:
+    """A line of the table: `size` bytes for samples x, or for n samples of so many dimensions."""
+    n, dims = x if isinstance(x, tuple) else (len(x), math.prod(x.shape[1:]))
+    shown = {"method": method, "quality": quality, "samples": n, "bytes": math.ceil(size)}
+    return shown | {"bits_per_dim": 8 * size / (n * dims), "psnr": math.nan, "ssim": math.nan} | figures
+
+
+def general(x: npt.NDArray[Any], binary: bool = False) -> list[Row]:
+    """gzip, bz2, xz and, where it is installed, zstd, of the bytes of samples x, or of zeros and ones."""
+    contents = [x.tobytes(), np.packbits(x).tobytes()] if binary else [x.tobytes()]
+    methods: dict[str, Callable[[bytes], bytes]] = {
+        "gzip": lambda data: gzip.compress(data, 9),
+        "bz2": lambda data: bz2.compress(data, 9),
+        "xz": lambda data: lzma.compress(data, preset=9),
+    }
+    try:
+        import zstandard  # type: ignore[import-not-found,unused-ignore]
+
+        methods["zstd"] = zstandard.ZstdCompressor(level=19).compress
+    except ImportError:
+        pass
+    return [
+        row(f"{name} (lossless)", min(len(method(content)) for content in contents), x)
+        for name, method in methods.items()
+    ]
+
+
+def lossless(x: Pixels, binary: bool) -> list[Row]:
+    """All that lose nothing, on bytes (N, *shape), or on zeros and ones."""
+    rows = general(x, binary)
+    if _is_picture(x.shape[1:]):
+        layouts = [_pages(x * 255 if binary else x, grid) for grid in (_sheet(x.shape), _strip(x.shape))]
+        for name, options in _known(_LOSSLESS).items():
+            one_bit = binary and name == "PNG"
+            size = min(
+                sum(len(_save(page.convert("1") if one_bit else page, name, options)) for page in pages)
+                for pages in layouts
+            )
+            rows.append(row(f"{name} (lossless)", size, x))
+    return rows
+
+
+def pictures(x: Tensor) -> list[Row]:
+    """JPEG, WebP, AVIF and, where Pillow has it, JPEG XL, on images (N, C, H, W) in [0, 1]."""
+    pixels = (x * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    if not _is_picture(pixels.shape[1:]):
+        return []
+    grid, rows = _sheet(pixels.shape), []
+    pages = _pages(pixels, grid)
+    for name, options in _known(_LOSSY).items():
+        for quality in _QUALITIES:
+            files = [_save(page, name, options | {"quality": quality}) for page in pages]
+            found = torch.from_numpy(_cut([_open(file) for file in files], pixels.shape, grid)).float() / 255
+            distortion = Distortion(tuple(x.shape[1:]), 1.0)
+            distortion.add(x, found)
+            rows.append(row(name, sum(map(len, files)), pixels, quality, **distortion.figures()))
+    return rows
+
+
+def pca(
+    fit: Tensor, x: Tensor, size: int, qualities: tuple[float, ...], peak: float, overhead: int, seed: int,
+    coder: str = "the same coder",
+) -> list[Row]:  # fmt: skip
+    """PCA with a code of the same size, its codes quantised and coded as a model's are that has no indices.
+
+    Args:
+        fit: samples that the components are fitted to.
+        x: samples to compress.
+        size: of a code.
+        qualities: as for the model.
+        peak: the range of the data.
+        overhead: bytes of the model's file that are neither tables nor codes.
+        seed: of the randomised solver.
+        coder: what to call it.
+    """
+    from sklearn.decomposition import PCA
+
+    flat = fit.flatten(1).numpy()
+    if not flat.std(axis=0).any():
+        return []  # one sample, or the same one always, has no principal components
+    size = min(size, *flat.shape)
+    transform = PCA(size, random_state=seed).fit(flat)
+    codes = transform.transform(x.flatten(1).numpy()).astype(np.float32)
+    seen = transform.transform(flat).astype(np.float32)
+    rows = []
+    for quality in qualities:
+        quantiser = lossy.Quantiser.fit(seen, transform.inverse_transform, quality)
+        codec = lossy.Codec.fit(seen, quantiser, codes.min(0), codes.max(0), len(x))
+        symbols = quantiser.symbols(codes)
+        found = torch.from_numpy(transform.inverse_transform(quantiser.codes(symbols))).reshape(x.shape)
+        distortion = Distortion(tuple(x.shape[1:]), peak)
+        distortion.add(x, found.float())
+        total = overhead + len(codec.to_bytes()) + len(codec.encode(symbols))
+        rows.append(row(f"PCA {size} + {coder}", total, x.numpy(), quality, **distortion.figures()))
+    return rows
+
+
+def curve(rows: list[Row]) -> "Figure":
+    """Distortion against rate, a line for each method."""
+    from matplotlib.figure import Figure
+
+    shown = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
+    names = [name for name in shown if any(math.isfinite(line[name]) for line in rows)]
+    figure = Figure(figsize=(5.5 * max(1, len(names)), 4), layout="constrained")
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, max(1, len(names)))), names or ["psnr"], strict=True):
+        for method in dict.fromkeys(line["method"] for line in rows):
+            points = [line for line in rows if line["method"] == method and math.isfinite(line[name])]
+            if points:
+                axes.plot([p["bits_per_dim"] for p in points], [p[name] for p in points], marker="o", label=method)
+        low, high = axes.get_xlim()
+        # within a decade the labels of a logarithmic axis lie on each other
+        scale = "log" if low <= 0 or high > 10 * low else "linear"
+        axes.set(xscale=scale, xlabel="bits per dimension", ylabel=shown[name])
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
+
+
+def _is_picture(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and shape[0] in (1, 3) and max(shape[1:]) <= _MOST_PIXELS
+
+
+def _known(formats: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those that Pillow has here."""
+    from PIL import Image, features
+
+    Image.init()
+    missing = {"WEBP": not features.check("webp"), "AVIF": not features.check("avif")}
+    return {name: formats[name] for name in formats if name in Image.SAVE and not missing.get(name, False)}
+
+
+def _sheet(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of samples (N, C, H, W) in a picture that is about square."""
+    n, _, h, w = shape
+    columns = min(math.ceil(math.sqrt(n * h / w)), _MOST_PIXELS // w, n)
+    return min(math.ceil(n / columns), _MOST_PIXELS // h), columns
+
+
+def _strip(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of samples that lie one below the other."""
+    return min(shape[0], _MOST_PIXELS // shape[2]), 1
+
+
+def _pages(x: Pixels, grid: tuple[int, int]) -> "list[Image.Image]":
+    """Samples in rows and columns, in as many pictures as are needed."""
+    from PIL import Image
+
+    rows, columns = grid
+    pages = []
+    for start in range(0, len(x), rows * columns):
+        part = x[start : start + rows * columns]
+        filled = np.zeros((rows * columns, *x.shape[1:]), np.uint8)
+        filled[: len(part)] = part
+        tiles = filled.reshape(rows, columns, *x.shape[1:]).transpose(0, 3, 1, 4, 2)
+        page = tiles.reshape(rows * x.shape[2], columns * x.shape[3], x.shape[1])
+        pages.append(Image.fromarray(page[..., 0] if x.shape[1] == 1 else page))
+    return pages
+
+
+def _cut(pages: list[Pixels], shape: tuple[int, ...], grid: tuple[int, int]) -> Pixels:
+    """The samples in pictures that `_pages` has made, (N, C, H, W)."""
+    rows, columns = grid
+    c, h, w = shape[1:]
+    parts = [
+        (page[..., None] if page.ndim == 2 else page)[..., :c]
+        .reshape(rows, h, columns, w, c)
+        .transpose(0, 2, 4, 1, 3)
+        .reshape(-1, c, h, w)
+        for page in pages
+    ]
+    return np.concatenate(parts)[: shape[0]]
+
+
+def _save(page: "Image.Image", name: str, options: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    page.save(file, name, **options)
+    return file.getvalue()
+
+
+def _open(content: bytes) -> Pixels:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as image:
+        return np.array(image)

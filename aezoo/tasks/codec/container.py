@@ -1,0 +1,287 @@
+"""The file format `.aez`, version 1; all numbers are little-endian.
+
+    8 bytes     89 41 45 5A 0D 0A 1A 0A: no text file, and altered by whatever alters line ends
+    2, 4        version of the format; H, the size of the header
+    H           header: plain JSON, the fields of `Header`
+    frames      each 8 bytes L, the size of its payload; 4 bytes n, the samples in it; 32 bytes SHA-256 of the samples
+                that it decodes to; the payload. Lossy files and those of indices begin with a frame of 0 samples, their
+                tables.
+    32          SHA-256 of everything before
+
+A file is read by first comparing the checksum, a piece at a time, then the header within bounds, then the sizes of the
+frames, which must add up; only then memory is taken, for one frame at a time, and for all not more than the caller
+allows. The checksum finds accidents; whoever forges a file can compute it, so that what a header says is not believed.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import IO, Any, get_args, get_origin
+
+from aezoo.errors import AezooError
+
+MAGIC = b"\x89AEZ\r\n\x1a\n"
+VERSION = 1
+_HEAD = struct.Struct("<HI")
+_FRAME = struct.Struct("<QI32s")
+FRAME = _FRAME.size  # bytes of a frame beside its payload
+_DIGEST = 32
+_CHUNK = 2**20
+MAX_HEADER = 2**16
+MAX_BLOCK = 2**20
+MAX_THREADS = 1024
+# values of samples in a frame, each of which can be decoded without the others; one sample may have more
+MAX_PIECE = 2**24
+QUALITIES = (-8.0, 20.0)
+_HEX = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself.
+
+    Attributes:
+        mode: lossless; lossy; indices, of a model's own code, under tables; or prior, under the model's prior. Readers
+            that know the first two alone refuse the others by name.
+        model: registry name of the model.
+        fingerprint: SHA-256 of the model, see `machine.fingerprint`.
+        n: number of samples.
+        shape: shape of one sample.
+        code_shape: shape of one code.
+        block: samples that the network saw at a time.
+        threads: threads that it ran on.
+        device: cpu, cuda, ...
+        dtype: of the model's weights.
+        torch: version of torch.
+        levels: values that a data value can have, 2 or 256; 0 where the file is not lossless.
+        precision: lossless: a latent variable has 2^precision bins.
+        seed: lossless: fixes the initial bits.
+        quality: lossy: what the steps were fitted for.
+    """
+
+    mode: str
+    model: str
+    fingerprint: str
+    n: int
+    shape: tuple[int, ...]
+    code_shape: tuple[int, ...]
+    block: int
+    threads: int
+    device: str
+    dtype: str
+    torch: str
+    levels: int = 0
+    precision: int = 0
+    seed: int = 0
+    quality: float = 0.0
+
+    @property
+    def dims(self) -> int:
+        """Values of one sample."""
+        return math.prod(self.shape)
+
+    @property
+    def tables(self) -> bool:
+        """Whether the first frame holds tables."""
+        return self.mode in ("lossy", "indices")
+
+    @property
+    def writer(self) -> str:
+        """Where it was written, in words."""
+        return f"torch {self.torch}, {self.device}, {self.threads} threads"
+
+    def check(self) -> None:
+        """Refuse values that `compress` does not write.
+
+        Raises:
+            ValueError: names the field.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _is_a(value, field.type):
+                raise ValueError(f"{field.name} is {str(value)[:40]!r}")
+        bounds = {"n": (1, 2**40), "block": (1, MAX_BLOCK), "threads": (1, MAX_THREADS), "quality": QUALITIES}
+        if self.mode == "lossless":
+            bounds |= {"precision": (1, 16)}
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {str(getattr(self, name))[:40]}")
+        for name in ("shape", "code_shape"):
+            shape = getattr(self, name)
+            if not 1 <= len(shape) <= 4 or not all(1 <= size <= 2**31 for size in shape):
+                raise ValueError(f"{name} is {str(shape)[:40]}")
+        if self.block > most_in_piece(self.shape):
+            raise ValueError(f"block is {self.block}")
+        known = {"lossless": (2, 256), "lossy": (0,), "indices": (0,), "prior": (0,)}
+        if self.levels not in known.get(self.mode, ()):
+            raise ValueError(f"mode is {self.mode[:40]!r} with {self.levels} levels")
+        if len(self.fingerprint) != 64 or not set(self.fingerprint) <= _HEX:
+            raise ValueError("the fingerprint is none")
+        if any(len(text) > 200 or not text.isprintable() for text in (self.model, self.device, self.dtype, self.torch)):
+            raise ValueError("a name is none")
+
+
+def most_in_piece(shape: tuple[int, ...]) -> int:
+    """Samples of a shape that a frame may hold."""
+    return max(1, MAX_PIECE // math.prod(shape))
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of a field's type; True and False are no numbers."""
+    if isinstance(value, bool):
+        return False
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(part, get_args(kind)[0]) for part in value)
+    if kind is float:
+        return isinstance(value, int | float)
+    return isinstance(kind, type | UnionType) and isinstance(value, kind)
+
+
+class Writer:
+    """Writes a file a frame at a time; `close` ends it with its checksum.
+
+    Args:
+        file: open for writing.
+        header: what the file says of itself.
+    """
+
+    def __init__(self, file: IO[bytes], header: Header) -> None:
+        header.check()
+        self._file, self._digest, self.size = file, hashlib.sha256(), 0
+        text = json.dumps(asdict(header), separators=(",", ":")).encode()
+        self._put(MAGIC + _HEAD.pack(VERSION, len(text)) + text)
+
+    def frame(self, n: int, digest: bytes, payload: bytes) -> None:
+        """Write n samples."""
+        self._put(_FRAME.pack(len(payload), n, digest) + payload)
+
+    def close(self) -> None:
+        """Write the checksum."""
+        self._put(self._digest.digest())
+
+    def _put(self, content: bytes) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+        self.size += len(content)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a frame's payload lies, how many samples it holds, and the digest of what it decodes to."""
+
+    start: int
+    size: int
+    n: int
+    digest: bytes
+
+
+class Reader:
+    """A file that has been found whole.
+
+    Args:
+        path: the file.
+        max_bytes: what the decoded samples may take in memory or on the disk.
+
+    Attributes:
+        header: what it says of itself.
+        frames: its parts.
+
+    Raises:
+        AezooError: not an .aez file, cut off, altered, of another version, or lying about its sizes.
+    """
+
+    def __init__(self, path: str | Path, max_bytes: int) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                self._end = _whole(file, self.path)
+                self.header, start = _header(file, self._end, self.path)
+                self.frames = _frames(file, start, self._end, self.path)
+        except OSError as error:
+            raise AezooError(
+                f"cannot read {path}: {error.strerror or error}; give a file that compress wrote"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, AezooError):
+                raise
+            raise AezooError(
+                f"{path} is refused, its header is not one of compress: {' '.join(str(error).split())[:100]}"
+            ) from error
+        counts = [frame.n for frame in self.frames]
+        if self.header.tables and counts[:1] != [0]:
+            raise AezooError(f"{path} is refused: it has no tables")
+        counts = counts[1:] if self.header.tables else counts
+        if not all(1 <= n <= most_in_piece(self.header.shape) for n in counts):
+            raise AezooError(f"{path} is refused: one of its parts is empty or larger than compress makes them")
+        if sum(counts) != self.header.n:
+            raise AezooError(
+                f"{path} is refused: it says that it holds {self.header.n} samples, its parts {sum(counts)}"
+            )
+        needed = 4 * self.header.n * self.header.dims
+        if needed > max_bytes:
+            raise AezooError(
+                f"{path} would decode to {needed:,} bytes, more than the limit of {max_bytes:,}: "
+                "if you trust it, raise max_bytes"
+            )
+
+    def payload(self, frame: Frame) -> bytes:
+        """The content of a frame."""
+        with self.path.open("rb") as file:
+            file.seek(frame.start)
+            return file.read(frame.size)
+
+
+def _whole(file: IO[bytes], path: Path) -> int:
+    """The place where the checksum begins, if it fits."""
+    if file.read(len(MAGIC)) != MAGIC:
+        raise AezooError(f"{path} is no .aez file: give one that compress wrote")
+    left = file.seek(0, os.SEEK_END) - _DIGEST
+    end = left
+    file.seek(0)
+    digest = hashlib.sha256()
+    while left > 0 and (chunk := file.read(min(left, _CHUNK))):
+        digest.update(chunk)
+        left -= len(chunk)
+    if left or digest.digest() != file.read():
+        raise AezooError(f"{path} is cut off or altered: its checksum does not fit its content; copy it again")
+    return end
+
+
+def _header(file: IO[bytes], end: int, path: Path) -> tuple[Header, int]:
+    """The header, and where it ends."""
+    file.seek(len(MAGIC))
+    head = file.read(_HEAD.size)
+    start = len(MAGIC) + _HEAD.size
+    version, size = _HEAD.unpack(head) if start <= end else (VERSION, end)
+    if version != VERSION:
+        raise AezooError(f"{path} has version {version} of the format, this aezoo reads {VERSION}: install a newer one")
+    if size > min(MAX_HEADER, end - start):
+        raise ValueError(f"it would have {size} bytes")
+    content = json.loads(file.read(size).decode())
+    names = {field.name for field in fields(Header)}
+    if not isinstance(content, dict) or content.keys() != names:
+        raise ValueError("fields are missing or too many")
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+    header = Header(**plain)
+    header.check()
+    return header, start + size
+
+
+def _frames(file: IO[bytes], start: int, end: int, path: Path) -> list[Frame]:
+    found: list[Frame] = []
+    while start < end:
+        if end - start < _FRAME.size:
+            raise AezooError(f"{path} is refused: the sizes of its parts do not add up")
+        file.seek(start)
+        size, n, digest = _FRAME.unpack(file.read(_FRAME.size))
+        start += _FRAME.size
+        if size > end - start:
+            raise AezooError(f"{path} is refused: the sizes of its parts do not add up")
+        found.append(Frame(start, size, n, digest))
+        start += size
+    return found

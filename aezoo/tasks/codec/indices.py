@@ -1,0 +1,319 @@
+"""Indices of a model's own code, entropy-coded under tables that stand in the file.
+
+A model whose code is written in indices has a rate of its own: nothing is quantised once more, and the file decodes to
+decode_indices(encode_indices(x)). autoregressive.py codes them under a prior where the model has one.
+
+There is a table for each book, over all places of the book in all samples. With c_k of N indices equal to k, the least
+that such a table can reach is N H, H = -sum_k (c_k / N) log2 (c_k / N). The file holds a level for every k,
+
+    l_k = 1 + round(r (24 + log2 (c_k / N)))    r in {1, 2, 4, 8}    l_k = 0 where k never occurs
+
+packed by DEFLATE, and integer powers 2^(l_k / r) give the table of 2^24ths. A coarse r makes a small table and, as a
+share that is wrong by a factor 1 + e costs e^2 / 2 nats, little else: 0.03 bits an index for r = 1, 0.0005 for r = 8.
+What is smallest in total is taken, be it no table at all and log2 K bits an index. Of a book of more than 2^16 codes
+the index is written as digits of at most 16 bits, the lowest first, each under a table of its own.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.discrete import DiscreteAutoencoder
+from aezoo.errors import AezooError
+from aezoo.tasks.codec import machine, tables
+
+Indices = npt.NDArray[np.int64]
+_DIGIT = 16  # bits of a digit, and of the largest table
+_FINE = (0, 1, 2, 3)  # log2 r
+_ABOVE = 8  # levels are rounded to 2^-8 of the smallest share
+
+
+class Prior(Protocol):
+    """A distribution of a model's indices, token by token; see `aezoo.index_prior`."""
+
+    def tokens(self, indices: Tensor) -> Tensor:
+        """(B, *index_shape) -> (B, T), the indices in the order in which they are drawn."""
+        ...
+
+    def indices_of(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, *index_shape)."""
+        ...
+
+    def next_logits(self, tokens: Tensor, t: int) -> Tensor:
+        """(B, K) of token t, given those before it in (B, T)."""
+        ...
+
+    def log_prob(self, indices: Tensor) -> Tensor:
+        """(B, *index_shape) -> (B,), in nats."""
+        ...
+
+
+def mode_of(model: Autoencoder) -> str:
+    """How a model's code is written where something may be lost: prior, indices or lossy."""
+    if not isinstance(model, DiscreteAutoencoder):
+        return "lossy"
+    # by what it can do, so that priors of plug-ins count and theirs need no import
+    return "prior" if callable(getattr(model, "next_logits", None)) else "indices"
+
+
+class Book(NamedTuple):
+    """Columns of a sample's indices, (D,), that come from one book of so many codes."""
+
+    columns: Indices
+    size: int
+
+
+def books_of(model: DiscreteAutoencoder) -> list[Book]:
+    """The books of a model, and which of the indices of a sample are theirs.
+
+    Raises:
+        AezooError: the books' indices are not those of the sample.
+    """
+    d = math.prod(model.index_shape)
+    numbered = torch.arange(d, device=model.device).reshape(1, *model.index_shape)
+    found = [
+        Book(part[0, q].flatten().cpu().numpy(), size)
+        for part, sizes in model.books(numbered).values()
+        for q, size in enumerate(sizes)
+    ]
+    if not np.array_equal(np.sort(np.concatenate([book.columns for book in found])), np.arange(d)):
+        raise AezooError(f"the books of {type(model).__name__} must hold each index of a sample once: mend its `books`")
+    return found
+
+
+def sizes_of(model: DiscreteAutoencoder) -> Indices:
+    """K of each of the indices of a sample, (D,)."""
+    sizes = np.empty(math.prod(model.index_shape), dtype=np.int64)
+    for columns, size in books_of(model):
+        sizes[columns] = size
+    return sizes
+
+
+def encode(model: DiscreteAutoencoder, x: Tensor, sizes: Indices) -> Indices:
+    """Indices of samples, (n, *input_shape) -> (n, D).
+
+    Raises:
+        AezooError: they are not of their books.
+    """
+    found: Indices = model.encode_indices(x.to(machine.like(model))).flatten(1).cpu().numpy()
+    if not ((found >= 0) & (found < sizes)).all():
+        raise AezooError(f"{type(model).__name__} gives indices that are not in its books: train it again")
+    return found
+
+
+def decode(model: DiscreteAutoencoder, indices: Indices, block: int) -> Any:
+    """Outputs (n, *input_shape) of indices (n, D), float32; the model sees `block` at a time."""
+    parts = [
+        model.decode_indices(on_device(model, indices[start : start + block])).float().cpu().numpy()
+        for start in range(0, len(indices), block)
+    ]
+    return np.concatenate(parts)
+
+
+def on_device(model: DiscreteAutoencoder, indices: Indices) -> Tensor:
+    """(n, D) as the model takes them, (n, *index_shape)."""
+    return torch.from_numpy(indices).to(model.device).unflatten(1, model.index_shape)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """Probabilities of one digit.
+
+    Attributes:
+        size: values that it can have.
+        fine: log2 r, of its levels.
+        levels: (size,), see above; None where all values are equally likely.
+    """
+
+    size: int
+    fine: int = 0
+    levels: npt.NDArray[np.uint8] | None = None
+
+    @classmethod
+    def fit(cls, counts: Indices) -> "Table":
+        """The one that takes least, itself included, for how often each value occurs, (size,)."""
+        found = [cls(len(counts))]
+        if len(counts) > 1 and counts.any():
+            share = np.log2(np.maximum(counts, 1) / counts.sum())
+            for fine in _FINE:
+                levels = np.maximum(1, 1 + np.rint((1 << fine) * (tables.PRECISION + share)))
+                found.append(cls(len(counts), fine, np.where(counts > 0, levels, 0).astype(np.uint8)))
+        return min(found, key=lambda table: table.bits(counts) + 8 * len(_packed([table])))
+
+    def bits(self, counts: Indices) -> float:
+        """The code length of values that occur so often, sum of -log2 p."""
+        if self.levels is None:
+            return float(counts.sum() * math.log2(self.size))
+        seen = counts > 0
+        return float(np.sum(counts[seen] * (tables.PRECISION - np.log2(self.frequencies()[seen]))))
+
+    def frequencies(self) -> tables.Integers:
+        """2^24ths, from levels.
+
+        Raises:
+            ValueError: these are not levels of a table.
+        """
+        assert self.levels is not None
+        powers = np.array(_powers(self.fine), dtype=np.int64)
+        if self.levels.max(initial=0) >= len(powers):
+            raise ValueError("a level is too high")
+        weights = powers[self.levels]
+        if weights.sum() > 2 << (tables.PRECISION + _ABOVE):
+            raise ValueError("levels are too high")
+        return tables.from_counts(weights, tables.TOTAL)
+
+    def model(self) -> Any:
+        """As constriction takes it."""
+        if self.levels is None:
+            return tables.stream().model.Uniform(self.size)
+        return tables.stream().model.Categorical(tables.weights(self.frequencies()), perfect=False)
+
+
+def _powers(fine: int) -> list[int]:
+    """What levels stand for: 0, then 2^(8 + (l - 1) / r), rounded down by integer arithmetic."""
+    found = [0]
+    for level in range(1 + (tables.PRECISION << fine)):
+        power = 1 << (level + (_ABOVE << fine))
+        for _ in range(fine):
+            power = math.isqrt(power)
+        found.append(power)
+    return found
+
+
+def _packed(given: list[Table]) -> bytes:
+    """Tables as they stand in a file: a byte for each, 0 or 1 + fine, then all levels, if there are any, packed."""
+    kinds = bytes(0 if table.levels is None else 1 + table.fine for table in given)
+    levels = b"".join(table.levels.tobytes() for table in given if table.levels is not None)
+    pack = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return kinds + (pack.compress(levels) + pack.flush() if levels else b"")
+
+
+def bases(size: int) -> list[int]:
+    """Values of each digit of an index below `size`, the lowest digit first."""
+    bits = (size - 1).bit_length()
+    count = max(1, -(-bits // _DIGIT))
+    if count == 1:
+        return [size]
+    low = -(-bits // count)
+    return [1 << low] * (count - 1) + [-(-size // (1 << low * (count - 1)))]
+
+
+@dataclass(frozen=True)
+class Tabled:
+    """Codes indices under a table for each book, or for each digit of a large one.
+
+    Attributes:
+        books: as `books_of` gives them.
+        held: tables of all digits of all books.
+        bits: what the indices take that it was fitted to, without the tables.
+        least: N H of their digits.
+    """
+
+    mode: ClassVar[str] = "indices"
+    books: list[Book]
+    held: list[Table]
+    bits: float = 0.0
+    least: float = 0.0
+
+    @classmethod
+    def fit(cls, books: list[Book], parts: Iterator[Indices]) -> "Tabled":
+        """Tables for indices, which come in parts (n, D)."""
+        counts = [np.zeros(base, dtype=np.int64) for book in books for base in bases(book.size)]
+        for part in parts:
+            for count, digit in zip(counts, _digits(books, part), strict=True):
+                count += np.bincount(digit, minlength=len(count))
+        held = [Table.fit(count) for count in counts]
+        bits = sum(table.bits(count) for table, count in zip(held, counts, strict=True))
+        return cls(books, held, bits, sum(_entropy_bits(count) for count in counts))
+
+    def encode(self, indices: Indices) -> bytes:
+        """(n, D) indices as bytes."""
+        coder = tables.stream().queue.RangeEncoder()
+        for table, digit in zip(self.held, _digits(self.books, indices), strict=True):
+            if table.size > 1:
+                coder.encode(digit.astype(np.int32), table.model())
+        return tables.to_bytes(coder.get_compressed())
+
+    def returns(self, content: bytes, indices: Indices) -> bool:
+        """Whether bytes decode to (n, D) indices."""
+        return np.array_equal(self.decode(content, len(indices)), indices)
+
+    def decode(self, content: bytes, n: int) -> Indices:
+        """Bytes as (n, D) indices.
+
+        Raises:
+            ValueError: the digits give no index of a book.
+        """
+        coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content))
+        found = np.empty((n, sum(len(book.columns) for book in self.books)), dtype=np.int64)
+        held = iter(self.held)
+        for columns, size in self.books:
+            index, place = np.zeros(n * len(columns), dtype=np.int64), 1
+            for base in bases(size):
+                table = next(held)
+                if base > 1:
+                    index += place * coder.decode(table.model(), len(index)).astype(np.int64)
+                place *= base
+            if index.max(initial=0) >= size:
+                raise ValueError("an index is not in its book")
+            found[:, columns] = index.reshape(n, -1)
+        return found
+
+    def to_bytes(self) -> bytes:
+        """The tables, as they stand in a file."""
+        return _packed(self.held)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, books: list[Book]) -> "Tabled":
+        """What `to_bytes` gave.
+
+        Raises:
+            ValueError: it did not give this.
+        """
+        sizes = [base for book in books for base in bases(book.size)]
+        kinds = content[: len(sizes)]
+        if len(kinds) < len(sizes) or max(kinds) > len(_FINE):
+            raise ValueError("tables are damaged")
+        total = sum(size for size, kind in zip(sizes, kinds, strict=True) if kind)
+        rest, levels = content[len(sizes) :], b""
+        if total:
+            unpack = zlib.decompressobj(-zlib.MAX_WBITS)
+            levels = unpack.decompress(rest, total + 1)
+            rest = unpack.unused_data if unpack.eof else rest
+        if len(levels) != total or rest:
+            raise ValueError("tables are cut off, or more follows")
+        held, start = [], 0
+        for size, kind in zip(sizes, kinds, strict=True):
+            if kind:
+                held.append(Table(size, kind - 1, np.frombuffer(levels, np.uint8, size, start)))
+                held[-1].frequencies()
+                start += size
+            else:
+                held.append(Table(size))
+        return cls(books, held)
+
+
+def _digits(books: list[Book], indices: Indices) -> Iterator[Indices]:
+    """The digits of all books of indices (n, D), each (n x columns,)."""
+    for columns, size in books:
+        rest = np.ascontiguousarray(indices[:, columns]).reshape(-1)
+        for base in bases(size):
+            yield rest % base
+            rest = rest // base
+
+
+def _entropy_bits(counts: Indices) -> float:
+    """N H."""
+    seen = counts[counts > 0].astype(np.float64)
+    return float(np.sum(seen * np.log2(seen.sum() / seen)))

@@ -1,0 +1,333 @@
+"""What compress does: a pass over the samples, files, and the table."""
+
+import functools
+import hashlib
+import io
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aezoo import durable
+from aezoo.autoencoder import Autoencoder
+from aezoo.discrete import DiscreteAutoencoder
+from aezoo.errors import AezooError
+from aezoo.tasks.codec import baselines, indices, lossless, lossy, machine, tables
+from aezoo.tasks.codec.autoregressive import Autoregressive
+from aezoo.tasks.codec.container import FRAME, Header, Writer, most_in_piece
+from aezoo.tasks.codec.levels import Levels, reason, to_levels
+from aezoo.tasks.output import CURE, Row, Store, table_text
+from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import progress as bar
+
+# samples, and values of samples, that steps, tables and baselines are made from: more would change them little
+_FITTED, _VALUES = 20_000, 2**26
+# what PCA is quantised to beside a model that has a rate of its own
+_QUALITIES = (0.0, 1.0, 2.0, 3.0, 4.0)
+
+
+@dataclass
+class Compression:
+    """What `compress` has made.
+
+    Attributes:
+        mode: lossless, lossy, indices (of a model's own code, under tables) or prior (under the model's prior).
+        rows: methods with their bytes, bits per dimension and, where they lose something, PSNR and SSIM.
+        net_bits: lossless: what the samples took; -ELBO is its expectation. Indices: what they took, without tables.
+        initial_bits: lossless: what had to be on the stack before; it comes back at decoding.
+        bound_bits: lossless: -ELBO of the samples, estimated with one draw of z each. Indices: -log2 of their
+            probability under the prior or, with tables, of their shares in their books, their number times the entropy.
+        table_bits: indices: what the tables took.
+        contents: the files themselves, where no folder was given.
+        files: what has been written.
+    """
+
+    mode: str
+    rows: list[Row]
+    net_bits: int = 0
+    initial_bits: int = 0
+    bound_bits: float = 0.0
+    table_bits: int = 0
+    contents: list[bytes] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """The table, and what the rate is bounded by where something is."""
+        used = [name for name in self.rows[0] if not all(_is_nan(line[name]) for line in self.rows)]
+        text = table_text([{name: line[name] for name in used} for line in self.rows])
+        if self.mode == "lossy":
+            return text
+        excess = 100 * (self.net_bits / self.bound_bits - 1) if 0 < self.bound_bits < math.inf else 0.0
+        lines = {
+            "lossless": f"net {self.net_bits:,} bits, {excess:+.2f} % of -ELBO ({self.bound_bits:,.0f}); "
+            f"initial bits {self.initial_bits:,}; every sample was decoded again and is the same",
+            "indices": f"indices {self.net_bits:,} bits, tables {self.table_bits:,}, entropy {self.bound_bits:,.0f}; "
+            "the rate is the model's own, which quality and steps do not change",
+            "prior": f"indices {self.net_bits:,} bits, {excess:+.2f} % of -log2 p under the prior "
+            f"({self.bound_bits:,.0f}); the rate is the model's own, which quality and steps do not change",
+        }
+        return f"{text}\n{lines[self.mode]}\nthe model's weights are not counted: who decodes has them"
+
+
+class _Coder(Protocol):
+    """Whole numbers (n, D) as bytes, and whether these decode to them."""
+
+    def encode(self, symbols: Any, /) -> bytes: ...
+
+    def returns(self, content: bytes, symbols: Any, /) -> bool: ...
+
+
+class _Coding(NamedTuple):
+    """How what a model gives is written.
+
+    Attributes:
+        tables: the first frame, if there is one.
+        symbols: what a model gives, (n, D), as whole numbers.
+        coder: of these.
+        outputs: what these stand for, (n, *input_shape).
+    """
+
+    tables: bytes | None
+    symbols: Callable[[Any], Any]
+    coder: _Coder
+    outputs: Callable[[Any], Any]
+
+
+@dataclass
+class Job:
+    """One call of `compress`."""
+
+    model: Autoencoder
+    samples: Samples
+    header: dict[str, Any]
+    store: Store
+    batch_size: int
+    seed: int
+    title: str
+    contents: list[bytes] = field(default_factory=list)
+    overhead: int = 0
+
+    def code_lossless(self, precision: int, compare: bool) -> Compression:
+        """One file."""
+        chain = lossless.chain_of(self.model)
+        key = lossless.seed_of(self.header["fingerprint"], self.seed)
+        coder = lossless.BitsBack(chain, machine.like(self.model), self.batch_size, precision, key)
+        found = Compression("lossless", [])
+
+        def fill(file: IO[bytes]) -> None:
+            header = Header(mode="lossless", levels=chain.levels, precision=precision, **self.header)
+            writer = Writer(file, header)
+            for levels in self._pieces(chain.levels):
+                coded = coder.encode(levels)
+                back = coder.decode(coded.words, len(levels))
+                if back is None or not np.array_equal(back, levels):
+                    raise AezooError("decoding did not give the samples back: this device does not compute the same "
+                                     "twice; compress on --device cpu with --threads 1")  # fmt: skip
+                found.net_bits += coded.net_bits
+                found.initial_bits += coded.initial_bits
+                found.bound_bits += coder.bound(levels)
+                writer.frame(len(levels), hashlib.sha256(levels.tobytes()).digest(), tables.to_bytes(coded.words))
+            writer.close()
+
+        size = self._write("samples", fill)
+        shape = len(self.samples), math.prod(self.model.input_shape)
+        found.rows = [baselines.row("-ELBO, the bound", found.bound_bits / 8, shape),
+                      baselines.row("aezoo, net", found.net_bits / 8, shape),
+                      baselines.row("aezoo, the file with initial bits", size, shape)]  # fmt: skip
+        if compare:
+            held = to_levels(self._some(self.samples), chain.levels)
+            assert held is not None  # all samples have been coded so
+            found.rows += baselines.lossless(held, chain.levels == 2)
+        self.store.table("comparison", found.rows)
+        found.contents, found.files = self.contents, self.store.files
+        return found
+
+    def code_lossy(
+        self, qualities: tuple[float, ...], steps: str, compare: bool, fit_on: Samples | None
+    ) -> Compression:
+        """A file for each quality."""
+        codes, peak, unit = self._codes()
+        fit = self.samples if fit_on is None else fit_on.check(self.model)
+        most = self._most(max(codes.shape[1], math.prod(self.model.input_shape)))
+        seen = np.array(codes) if fit is self.samples and len(codes) <= most else self._codes(fit.take(most))[0]
+        shape, rows = (len(self.samples), math.prod(self.model.input_shape)), []
+        low, high = codes.min(0), codes.max(0)
+        for q in qualities:
+            quantiser = lossy.Quantiser.fit(seen, self._decode, q, steps)
+            codec = lossy.Codec.fit(seen, quantiser, low, high, len(codes))
+            distortion = baselines.Distortion(self.model.input_shape, peak)
+            file = "samples" if len(qualities) == 1 else f"samples-q{q:g}"
+            header = Header(mode="lossy", quality=q, **self.header)
+            coding = _Coding(codec.to_bytes(), quantiser.symbols, codec, functools.partial(self._restore, quantiser))
+            size = self._write(file, functools.partial(self._stream, header, coding, codes, distortion))
+            rows.append(baselines.row(f"aezoo {header.model}", size, shape, q, **distortion.figures()))
+        if compare:
+            rows += self._others(codes.shape[1], fit, qualities, peak, unit, "the same coder")
+        self._show(rows)
+        return Compression("lossy", rows, contents=self.contents, files=self.store.files)
+
+    def code_indices(self, qualities: tuple[float, ...], compare: bool, fit_on: Samples | None) -> Compression:
+        """One file of the model's own indices; several qualities are those that PCA is quantised to."""
+        model = cast(DiscreteAutoencoder, self.model)
+        sizes = indices.sizes_of(model)
+        held, peak, unit = self._read(self.samples, len(sizes), np.int64, lambda x: indices.encode(model, x, sizes))
+        parts = [slice(start, start + self._piece()) for start in range(0, len(held), self._piece())]
+        tabled = indices.Tabled.fit(indices.books_of(model), (np.asarray(held[part]) for part in parts))
+        stored, outputs = tabled.to_bytes(), functools.partial(indices.decode, model, block=self.batch_size)
+        distortion = baselines.Distortion(model.input_shape, peak)
+        prior = indices.mode_of(model) == "prior"
+        with bar(self.title if prior else "", len(held)) as advance:
+            if prior:
+                coder = Autoregressive(model, self.batch_size, advance)
+                found = Compression("prior", [], bound_bits=sum(coder.bound(np.asarray(held[part])) for part in parts))
+                coding = _Coding(None, np.asarray, coder, outputs)
+            else:
+                found = Compression("indices", [], bound_bits=tabled.least, table_bits=8 * len(stored))
+                coding = _Coding(stored, np.asarray, tabled, outputs)
+            header = Header(mode=found.mode, **self.header)
+            size = self._write("samples", functools.partial(self._stream, header, coding, held, distortion))
+        found.net_bits = 8 * (size - self.overhead) - found.table_bits
+        shape = len(held), math.prod(model.input_shape)
+        figures, name = distortion.figures(), f"aezoo {header.model}"
+        found.rows = [baselines.row(name, size, shape, **figures)]
+        if compare:
+            if prior:
+                static = self.overhead + FRAME + len(stored) + tabled.bits / 8
+                found.rows.append(baselines.row(f"{name}, tables instead of its prior", static, shape, **figures))
+            fit = self.samples if fit_on is None else fit_on.check(model)
+            qualities = qualities if len(qualities) > 1 else _QUALITIES
+            found.rows += self._others(len(sizes), fit, qualities, peak, unit, "histograms")
+        found.rows = [line | {"bits_per_sample": line["bits_per_dim"] * shape[1]} for line in found.rows]
+        self._show(found.rows)
+        found.contents, found.files = self.contents, self.store.files
+        return found
+
+    def _others(
+        self, size: int, fit: Samples, qualities: tuple[float, ...], peak: float, unit: bool, coder: str
+    ) -> list[Row]:
+        """What else there is, with `size` numbers a sample where it has a code."""
+        held = self._some(self.samples)
+        size = min(size, held[0].numel())
+        rows = baselines.pca(self._some(fit), held, size, qualities, peak, self.overhead, self.seed, coder)
+        rows += baselines.pictures(held) if unit else []
+        levels = to_levels(held, 256)
+        return rows + (baselines.general(held.numpy()) if levels is None else baselines.lossless(levels, False))
+
+    def _show(self, rows: list[Row]) -> None:
+        self.store.table("rate_distortion", rows)
+        if len(rows) > 1:
+            self.store.picture("rate_distortion", baselines.curve(rows))
+
+    def _stream(
+        self, header: Header, coding: _Coding, given: Any, distortion: baselines.Distortion, file: IO[bytes]
+    ) -> None:
+        """Write what the model has given, (N, D), and measure what comes back."""
+        writer, coded = Writer(file, header), 0
+        if coding.tables is not None:
+            writer.frame(0, hashlib.sha256().digest(), coding.tables)
+            coded = len(coding.tables)
+        piece = self._piece()
+        # under a prior the work to be seen is done before the outputs, token by token
+        batches = self.samples.batches(self.batch_size, "" if header.mode == "prior" else self.title)
+        for start in range(0, len(given), piece):
+            symbols = coding.symbols(np.asarray(given[start : start + piece]))
+            payload = coding.coder.encode(symbols)
+            if not coding.coder.returns(payload, symbols):
+                raise AezooError("decoding did not give the codes back: this device does not compute the same twice; "
+                                 "compress on --device cpu with --threads 1")  # fmt: skip
+            digest = hashlib.sha256()
+            for i in range(0, len(symbols), self.batch_size):
+                x_hat = coding.outputs(symbols[i : i + self.batch_size])
+                digest.update(machine.raw(x_hat))
+                distortion.add(next(batches), torch.from_numpy(x_hat))
+            writer.frame(len(symbols), digest.digest(), payload)
+            coded += len(payload)
+        next(batches, None)  # lets the progress bar end
+        writer.close()
+        self.overhead = writer.size - coded
+
+    def _codes(self, samples: Samples | None = None) -> tuple[Any, float, bool]:
+        """`_read` of codes (N, D), float32."""
+        like = machine.like(self.model)
+
+        def encode(batch: Tensor) -> Any:
+            z = self.model.encode(batch.to(like)).float().flatten(1)
+            if not bool(z.isfinite().all()):
+                raise AezooError("the model gives codes that are NaN or infinite: train it again")
+            return z.cpu().numpy()
+
+        samples = self.samples if samples is None else samples
+        return self._read(samples, math.prod(self.model.code_shape), np.float32, encode)
+
+    def _read(
+        self, samples: Samples, width: int, dtype: Any, encode: Callable[[Tensor], Any]
+    ) -> tuple[Any, float, bool]:
+        """(N, width) of samples in a file without a name, the range of the data, and whether that lies in [0, 1]."""
+        n, start = len(samples), 0
+        with tempfile.TemporaryFile(dir=self.store.folder) as file:  # the map outlives it
+            codes = np.memmap(file, dtype, "w+", shape=(n, width))
+        low, high = math.inf, -math.inf
+        for batch in samples.batches(self.batch_size, self.title and "encode"):
+            if not bool(batch.isfinite().all()):
+                raise AezooError("the data hold NaN or infinite values: clean them first")
+            codes[start : start + len(batch)] = encode(batch)
+            start += len(batch)
+            low, high = min(low, float(batch.min())), max(high, float(batch.max()))
+        unit = low >= 0 and high <= 1
+        return codes, 1.0 if unit else max(high - low, 1e-12), unit
+
+    def _decode(self, codes: lossy.Floats) -> Any:
+        return machine.decode(self.model, codes, self.batch_size)
+
+    def _restore(self, quantiser: lossy.Quantiser, symbols: lossy.Symbols) -> Any:
+        return self._decode(quantiser.codes(symbols))
+
+    def _piece(self) -> int:
+        """Samples in a frame, whole batches."""
+        return most_in_piece(self.model.input_shape) // self.batch_size * self.batch_size
+
+    def _pieces(self, levels: int) -> Iterator[Levels]:
+        """Samples as whole numbers, a piece at a time."""
+        held: list[Levels] = []
+        for batch in self.samples.batches(self.batch_size, self.title):
+            part = to_levels(batch, levels)
+            if part is None:
+                raise AezooError(reason(levels))
+            held.append(part)
+            if sum(map(len, held)) == self._piece():
+                yield np.concatenate(held)
+                held = []
+        if held:
+            yield np.concatenate(held)
+
+    def _some(self, samples: Samples) -> Tensor:
+        """Samples in memory, as the other formats need them: a part of many or large ones."""
+        held = samples.take(self._most(math.prod(self.model.input_shape)), self.seed)
+        return torch.cat(list(held.batches(self.batch_size)))
+
+    @staticmethod
+    def _most(dims: int) -> int:
+        """Samples that are held in memory, where one has so many values."""
+        return max(1, min(_FITTED, _VALUES // dims))
+
+    def _write(self, name: str, fill: Callable[[IO[bytes]], object]) -> int:
+        """Write a file, whole or not at all; its size."""
+        if self.store.folder is None:
+            memory = io.BytesIO()
+            fill(memory)
+            self.contents.append(memory.getvalue())
+            return len(self.contents[-1])
+        path = self.store.folder / f"{name}.aez"
+        durable.write(path, fill, cure=CURE)
+        self.store.files.append(path)
+        return path.stat().st_size
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)

@@ -1,0 +1,282 @@
+"""Codes of any model, quantised and entropy-coded under histograms.
+
+Dimension d of a code becomes the whole number q = round((z_d - offset_d) / step_d), and comes back as
+offset_d + q step_d.
+
+Steps: rounding adds an error of step^2 / 12 to a dimension (Bennett 1948), and the decoder hands it on to the output
+multiplied by s_d^2, the squared sensitivity E ||d g / d z_d||^2. At a high rate, most is gained where every dimension
+adds the same error (reverse water-filling, Cover & Thomas, Elements of Information Theory, 10.3.3), so
+
+    step_d = 2^-quality R / s_d,        R = max_d s_d deviation_d
+
+At quality 0 the step of the dimension that counts most is its deviation; one that the decoder ignores gets a large step
+and hence no bits. One more unit of quality is one more bit for each dimension that counts.
+
+Histograms: the values of q in the codes that it is fitted to, in bins between their quantiles, where a value that is
+frequent has a bin of its own. A bin has a whole number of 4096ths; within a bin all values are equally likely. So a
+table stays small however fine the steps are. Tables are stored in the file as whole numbers.
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aezoo.errors import AezooError
+from aezoo.tasks.codec import tables
+
+Floats = npt.NDArray[np.float32]
+Symbols = npt.NDArray[np.int64]
+Decode = Callable[[Floats], npt.NDArray[Any]]
+STEPS = ("fitted", "deviation")
+_SHARES = 12  # a bin's share is a multiple of 2^-12
+_MOST_BINS = 64
+_MOST_VALUES = 2**20  # in one bin, so that none has a probability below 2^-24
+_PROBES = 2**14
+# offset, step, number of bins and lowest value of a dimension; width and share of a bin
+_DIMENSION = np.dtype([("offset", "<f4"), ("step", "<f4"), ("bins", "<u2"), ("low", "<i4")])
+_BIN = np.dtype([("width", "<u4"), ("share", "<u2")])
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """Offset and step of each dimension, (D,); a step of 0 leaves the dimension at its offset."""
+
+    offset: Floats
+    step: Floats
+
+    @classmethod
+    def fit(cls, codes: Floats, decode: Decode, quality: float, steps: str = "fitted") -> "Quantiser":
+        """Fit to codes.
+
+        Args:
+            codes: (N, D).
+            decode: from codes to outputs.
+            quality: bits, see above.
+            steps: fitted, by the decoder's sensitivity as above; or deviation, step_d = 2^-quality deviation_d.
+        """
+        # one of the values, so that a dimension that never changes, or is mostly 0, comes back exactly
+        offset = np.quantile(codes, 0.5, axis=0, method="lower").astype(np.float32)
+        deviation = codes.std(axis=0, dtype=np.float64)
+        if steps == "deviation":
+            return cls(offset, (deviation * 2.0**-quality).astype(np.float32))
+        slope = sensitivity(codes, decode, deviation)
+        scale = float(np.max(slope * deviation))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            step = np.where(slope * deviation > 0, 2.0**-quality * scale / slope, 0)
+        # float32 has no more; a dimension with such a step is never coded
+        return cls(offset, np.where(step < 1e30, step, 0).astype(np.float32))
+
+    def symbols(self, codes: Floats) -> Symbols:
+        """(n, D) numbers -> (n, D) whole numbers.
+
+        Raises:
+            AezooError: the steps are too small for such numbers.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            q = np.rint((codes.astype(np.float64) - self.offset) / self.step.astype(np.float64))
+        q = np.where(self.step > 0, q, 0)
+        if not (np.abs(q) < 2**31).all():
+            raise AezooError("the steps are too small for these codes, or codes are NaN: give a lower quality")
+        return q.astype(np.int64)
+
+    def codes(self, symbols: Symbols) -> Floats:
+        """(n, D) whole numbers -> (n, D) numbers; one product and one sum in float64, the same on every machine."""
+        with np.errstate(over="ignore"):  # of a file that somebody has made up
+            return (self.offset.astype(np.float64) + symbols * self.step.astype(np.float64)).astype(np.float32)
+
+
+def sensitivity(codes: Floats, decode: Decode, deviation: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """s_d, the root mean square of ||g(z + h e_d) - g(z)|| / h with h a quarter of the deviation, over a few codes."""
+    d = codes.shape[1]
+    chosen = codes[np.linspace(0, len(codes) - 1, max(1, min(len(codes), 32, _PROBES // d))).astype(int)]
+    base = decode(chosen).reshape(len(chosen), -1).astype(np.float64)
+    found = np.zeros(d)
+    for i in np.flatnonzero(deviation > 0):
+        moved = chosen.copy()
+        moved[:, i] += 0.25 * deviation[i]
+        change = decode(moved).reshape(len(chosen), -1) - base
+        found[i] = math.sqrt(float((change**2).sum(1).mean())) / (0.25 * deviation[i])
+    return found
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Probabilities of whole numbers in one dimension.
+
+    Attributes:
+        low: the lowest number.
+        width: numbers in each bin.
+        share: 4096ths of each bin.
+    """
+
+    low: int
+    width: npt.NDArray[np.int64]
+    share: npt.NDArray[np.int64]
+
+    @classmethod
+    def fit(cls, values: Symbols, low: int, high: int, bins: int) -> "Histogram":
+        """Fit to whole numbers.
+
+        Args:
+            values: (N,).
+            low: a number that must be possible, as must be all between it, `high` and the values.
+            high: another one.
+            bins: how many bins, where no number is frequent.
+        """
+        ordered = np.sort(values)
+        low, high = min(low, int(ordered[0])), max(high, int(ordered[-1]))
+        if high - low < bins:
+            borders = np.arange(low, high + 2)
+        else:
+            inner = ordered[np.arange(1, bins) * len(ordered) // bins]
+            frequent = inner[:-1][inner[:-1] == inner[1:]]
+            borders = np.unique(np.concatenate([[low], inner, frequent + 1, [high + 1]]))
+        width = np.diff(borders)
+        if width.max() > _MOST_VALUES:
+            raise AezooError(f"a histogram would have {high - low:,} values: give a lower quality")
+        counts = np.diff(np.searchsorted(ordered, borders))
+        return cls(low, width, tables.from_counts(counts, 1 << _SHARES))
+
+    def bits(self, values: Symbols) -> float:
+        """The code length of whole numbers, sum of -log2 p."""
+        index = self._bin_of(values)
+        return float(np.sum(_SHARES - np.log2(self.share[index]) + np.log2(self.width[index])))
+
+    def encode(self, coder: Any, values: Symbols) -> None:
+        """Put values (n,) into a range coder: their bins, then their places in bins of more than one number."""
+        index = self._bin_of(values)
+        if len(self.width) > 1:
+            coder.encode(index.astype(np.int32), self._model())
+        place = values - self.low - self._before[index]
+        wide = self.width[index] > 1
+        if wide.any():
+            coder.encode(place[wide].astype(np.int32), tables.stream().model.Uniform(), self._widths(index[wide]))
+
+    def decode(self, coder: Any, n: int) -> Symbols:
+        """The n values that `encode` has put in."""
+        index = coder.decode(self._model(), n).astype(np.int64) if len(self.width) > 1 else np.zeros(n, np.int64)
+        values = self.low + self._before[index]
+        wide = self.width[index] > 1
+        if wide.any():
+            values[wide] += coder.decode(tables.stream().model.Uniform(), self._widths(index[wide]))
+        found: Symbols = values
+        return found
+
+    @property
+    def _before(self) -> npt.NDArray[np.int64]:
+        found: npt.NDArray[np.int64] = np.cumsum(self.width) - self.width
+        return found
+
+    def _bin_of(self, values: Symbols) -> npt.NDArray[np.int64]:
+        found: npt.NDArray[np.int64] = np.searchsorted(self._before, values - self.low, side="right") - 1
+        return found
+
+    def _model(self) -> Any:
+        return tables.stream().model.Categorical(
+            tables.weights(self.share << (tables.PRECISION - _SHARES)), perfect=False
+        )
+
+    def _widths(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        return self.width[index].astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A quantiser, and a histogram for each dimension."""
+
+    quantiser: Quantiser
+    histograms: list[Histogram]
+
+    @classmethod
+    def fit(cls, codes: Floats, quantiser: Quantiser, low: Floats, high: Floats, n: int) -> "Codec":
+        """Fit histograms to codes.
+
+        Args:
+            codes: (N, D).
+            quantiser: fitted.
+            low: (D,) the least values that will have to be coded.
+            high: (D,) the largest.
+            n: how many codes will be coded; a table of more bins than that pays for would be wasted.
+        """
+        bins = max(2, min(_MOST_BINS, math.ceil(2 * n ** (1 / 3))))  # Rice's rule
+        symbols = quantiser.symbols(codes)
+        lows, highs = quantiser.symbols(low[None])[0], quantiser.symbols(high[None])[0]
+        return cls(
+            quantiser,
+            [Histogram.fit(symbols[:, d], int(lows[d]), int(highs[d]), bins) for d in range(codes.shape[1])],
+        )
+
+    def encode(self, symbols: Symbols) -> bytes:
+        """(n, D) whole numbers as bytes."""
+        coder = tables.stream().queue.RangeEncoder()
+        for d, histogram in enumerate(self.histograms):
+            histogram.encode(coder, symbols[:, d])
+        return tables.to_bytes(coder.get_compressed())
+
+    def returns(self, content: bytes, symbols: Symbols) -> bool:
+        """Whether bytes decode to (n, D) whole numbers."""
+        return np.array_equal(self.decode(content, len(symbols)), symbols)
+
+    def decode(self, content: bytes, n: int) -> Symbols:
+        """Bytes as (n, D) whole numbers."""
+        coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content))
+        found = np.empty((n, len(self.histograms)), dtype=np.int64)
+        for d, histogram in enumerate(self.histograms):
+            found[:, d] = histogram.decode(coder, n)
+        return found
+
+    def to_bytes(self) -> bytes:
+        """Steps and tables, as they stand in a file."""
+        dimensions = np.empty(len(self.histograms), _DIMENSION)
+        dimensions["offset"], dimensions["step"] = self.quantiser.offset, self.quantiser.step
+        dimensions["bins"] = [len(histogram.width) for histogram in self.histograms]
+        dimensions["low"] = [histogram.low for histogram in self.histograms]
+        bins = np.empty(int(dimensions["bins"].sum(dtype=np.int64)), _BIN)
+        bins["width"] = np.concatenate([histogram.width for histogram in self.histograms])
+        bins["share"] = np.concatenate([histogram.share for histogram in self.histograms])
+        # field by field, which packs better
+        parts = [part[name].tobytes() for part in (dimensions, bins) for name in part.dtype.names or ()]
+        return zlib.compress(b"".join(parts), 9)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, d: int) -> "Codec":
+        """What `to_bytes` gave for d dimensions.
+
+        Raises:
+            ValueError: it did not give this.
+        """
+        most = d * (_DIMENSION.itemsize + 2 * _MOST_BINS * _BIN.itemsize)
+        unpacked = zlib.decompressobj().decompress(content, most + 1)
+        dimensions, used = _columns(unpacked, 0, d, _DIMENSION)
+        total = int(dimensions["bins"].sum(dtype=np.int64))
+        bins, used = _columns(unpacked, used, total, _BIN)
+        first = np.cumsum(dimensions["bins"], dtype=np.int64) - dimensions["bins"]
+        whole = used == len(unpacked) and (dimensions["bins"] >= 1).all() and (bins["share"] >= 1).all()
+        whole = whole and (bins["width"] >= 1).all() and (bins["width"] <= _MOST_VALUES).all()
+        if not whole or (np.add.reduceat(bins["share"].astype(np.int64), first) != 1 << _SHARES).any():
+            raise ValueError("tables are damaged")
+        if not (np.isfinite(dimensions["offset"]).all() and np.isfinite(dimensions["step"]).all()):
+            raise ValueError("steps are damaged")
+        width, share = bins["width"].astype(np.int64), bins["share"].astype(np.int64)
+        histograms = [
+            Histogram(int(low), width[start : start + size], share[start : start + size])
+            for low, start, size in zip(dimensions["low"], first, dimensions["bins"], strict=True)
+        ]
+        return cls(Quantiser(dimensions["offset"].copy(), dimensions["step"].copy()), histograms)
+
+
+def _columns(content: bytes, start: int, n: int, kind: np.dtype[Any]) -> tuple[npt.NDArray[Any], int]:
+    """Records that were written field by field, and where they end."""
+    if start + n * kind.itemsize > len(content):
+        raise ValueError("tables are cut off")
+    found = np.empty(n, kind)
+    for name in kind.names or ():
+        part = kind[name]
+        found[name] = np.frombuffer(content, part, n, start)
+        start += n * part.itemsize
+    return found, start

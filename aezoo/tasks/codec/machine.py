@@ -1,0 +1,90 @@
+"""What the numbers of a network depend on: its weights, the number of threads, the kernels."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.registry import name_of
+from aezoo.tasks.codec.container import MAX_THREADS
+
+
+def fingerprint(model: Autoencoder) -> str:
+    """SHA-256 over the registry name, the plain hyperparameters and the weights of a model."""
+    # LightningCLI adds entries that begin with an underscore
+    plain = {key: value for key, value in dict(model.hparams).items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps([name(model), plain], sort_keys=True, default=str).encode())
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
+        digest.update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def name(model: Autoencoder) -> str:
+    """The registry name of a model, or that of its class."""
+    return name_of(type(model)) or type(model).__qualname__
+
+
+def model_folder(fingerprint: str) -> str:
+    """Where `compress` puts a model beside its files."""
+    return f"model-{fingerprint[:8]}"
+
+
+def like(model: Autoencoder) -> Tensor:
+    """An empty tensor on the model's device and of its dtype."""
+    return next(model.parameters()).detach().new_empty(0)
+
+
+def describe(model: Autoencoder) -> dict[str, str]:
+    """Device, dtype and library that a model computes with."""
+    given = like(model)
+    return {"device": given.device.type, "dtype": str(given.dtype).removeprefix("torch."), "torch": torch.__version__}
+
+
+@contextmanager
+def steady(threads: int) -> Iterator[int]:
+    """The same kernels for the same shapes, and a number of threads, which is given; all is as before afterwards.
+
+    Sums are split among threads, so their last bits depend on the number.
+
+    Args:
+        threads: of torch on the CPU; 0 leaves it as it is.
+
+    Raises:
+        AezooError: not a number of threads.
+    """
+    if not 0 <= threads <= MAX_THREADS:
+        raise AezooError(f"threads is {threads}: give a number from 1 to {MAX_THREADS}, or 0 to leave it as it is")
+    before = torch.get_num_threads()
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    try:
+        if threads:
+            torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield torch.get_num_threads()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.set_num_threads(before)
+
+
+def raw(values: npt.NDArray[Any]) -> bytes:
+    """An array's bytes, the lowest byte of each value first."""
+    return np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes()
+
+
+def decode(model: Autoencoder, codes: npt.NDArray[np.float32], block: int) -> Any:
+    """Outputs (n, *input_shape) of codes (n, D), float32; the model sees `block` at a time."""
+    parts = []
+    for start in range(0, len(codes), block):
+        z = torch.from_numpy(codes[start : start + block]).unflatten(1, model.code_shape)
+        parts.append(model.decode(z.to(like(model))).float().cpu().numpy())
+    return np.concatenate(parts)

@@ -1,0 +1,211 @@
+"""The verbs on the command line: a model and samples from files, results into a folder.
+
+A verb is a function whose keyword arguments, with their types, defaults and docstring, are its flags.
+"""
+
+import importlib
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from aezoo import acceleration, checkpoint
+from aezoo.data import DataModule, images
+from aezoo.data.array import arrange, number_labels
+from aezoo.data.memory import numeric
+from aezoo.data.readers import read_arrays
+from aezoo.data.source import ArrayDataset, Stage
+from aezoo.errors import AezooError
+from aezoo.parsing import Parser, check_flags
+from aezoo.security import policy
+from aezoo.tasks.output import device_of
+from aezoo.tasks.samples import Samples
+
+_MAX_PIXELS = inspect.signature(DataModule).parameters["max_pixels"].default
+# what the command line fills in by itself
+_GIVEN = {"model", "x", "file", "fit_on", "calibrate_on", "out", "batch_size", "seed", "progress"}
+# flags that name a file or a folder of samples
+_FILES = {"around"}
+# verbs whose results are samples
+_OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
+_MOST_LINES = 20
+
+
+class Result(Protocol):
+    """What a verb gives back.
+
+    Attributes:
+        files: what it has written.
+    """
+
+    files: list[Path]
+
+    def summary(self) -> str:
+        """Lines for the terminal."""
+        ...
+
+
+def main(argv: list[str]) -> None:
+    """Run one verb.
+
+    Raises:
+        AezooError: what the user must mend.
+    """
+    verb = argv[0]
+    function = getattr(importlib.import_module(f"aezoo.tasks.{verb}"), verb)
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    acceleration.keep_pages()
+    argv, allowed = policy.take_flags(argv)
+    policy.enforce(allowed)
+    parser, accepted = parser_of(verb, function), inspect.signature(function).parameters
+    check_flags(argv, None, parser)
+    path = _value(argv, "--ckpt_path")
+    trained: dict[str, Any] = {"settings": {}, "scaling": {}}
+    model = None
+    if path is not None and not {"-h", "--help"} & set(argv):
+        model, trained = checkpoint.load_run(path)
+        known = inspect.signature(DataModule).parameters
+        stored = {key: value for key, value in trained["settings"].items() if key in known and key != "batch_size"}
+        if "file" not in accepted:
+            parser.set_defaults({f"data.{key}": value for key, value in stored.items()})
+    config = parser.parse_args(argv[1:])
+    if model is None:
+        raise AezooError(f"{verb} needs a trained model: give --ckpt_path RUN_OR_FILE")
+    if config.get("batch_size", 1) < 1:
+        raise AezooError(f"batch_size takes a number above 0, got {config.batch_size}")
+    if not 0 <= config.get("seed", 0) < 2**32:
+        raise AezooError(f"seed takes a number from 0 to {2**32 - 1}, got {config.seed}")
+    model = model.to(device_of(config.device))
+    settings = {key: config[key] for key in accepted.keys() - _GIVEN}
+    if "file" in accepted:
+        if config.input is None:
+            raise AezooError(f"{verb} needs a file: give --input FILE")
+        settings["file"] = config.input
+    else:
+        settings |= _samples(config, trained, argv, accepted)
+    out = Path(config.out) if config.out else trained["folder"] / verb
+    common = {"batch_size": config.get("batch_size"), "seed": config.get("seed"), "progress": True}
+    settings |= {key: value for key, value in common.items() if key in accepted}
+    result: Result = function(model=model, out=str(out), **settings)
+    text = result.summary()
+    print(f"{text}\n" if text else "", end="")
+    if trained["scaling"] and verb in _OF_SAMPLES:
+        print("values are as the model sees them: the training data were scaled (--data.scale)")
+    if len(result.files) > _MOST_LINES:
+        print(f"{len(result.files):,} files in {out}")
+        return
+    for file in result.files:
+        print(file)
+
+
+def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
+    """All flags of a verb."""
+    about = inspect.cleandoc(inspect.getdoc(function) or "").partition("\n\n")[0]
+    parser = Parser(prog=f"aezoo {verb}", description=about)
+    parser.add_argument("--ckpt_path", type=str, help="The model: a checkpoint, a run folder or a saved model folder.")
+    accepted = inspect.signature(function).parameters
+    if "file" in accepted:
+        parser.add_argument("--input", type=str | None, default=None, help="The file that compress has written.")
+    else:
+        parser.add_argument(
+            "--input", type=str | None, default=None,
+            help="Work on this instead of --data: .npy, .npz, .csv, .parquet, .pt, an image, or a folder of images.",
+        )  # fmt: skip
+        parser.add_argument(
+            "--split", type=Literal["train", "val", "test"], default="test", help="Which split of --data."
+        )
+    parser.add_argument("--out", type=str | None, default=None, help=f"Where results go; by default RUN/{verb}.")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    if "batch_size" in accepted:
+        parser.add_argument("--batch_size", type=int, default=256, help="Samples that are worked on at a time.")
+    if "seed" in accepted:
+        parser.add_argument("--seed", type=int, default=0, help="Fixes whatever is drawn.")
+    parser.add_function_arguments(function, skip={name for name in accepted if name in _GIVEN})
+    if "file" not in accepted:
+        parser.add_class_arguments(DataModule, "data", skip={"batch_size"}, instantiate=False)
+    return parser
+
+
+def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Mapping[str, Any]) -> dict[str, Any]:
+    """What a verb works on and what it learns from: `--input` or a split, and the splits for fitting."""
+    data = dict(config.data)
+    named = {key: config[key] for key in _FILES & accepted.keys() if config[key] is not None}
+    found: dict[str, Any] = {key: read(str(path), trained, data, key) for key, path in named.items()}
+    if "x" in accepted and config.input is not None:
+        found["x"] = read(config.input, trained, data)
+    wanted: dict[str, Stage] = {"x": config.split, "fit_on": "train", "calibrate_on": "val"}
+    missing = [key for key in wanted if key in accepted and key not in found]
+    needed = "x" in missing and accepted["x"].default is inspect.Parameter.empty
+    if not trained["settings"] and not any(word.startswith("--data.name") for word in argv):
+        if needed:
+            raise AezooError(
+                f"{config.ckpt_path} does not say what it was trained on: give --data.name SET or --input FILE"
+            )
+        return found
+    if not missing:
+        return found
+    try:
+        module = DataModule(**{key: value for key, value in data.items() if key != "batch_size"})
+        splits = module.splits()
+    except AezooError as error:
+        if needed:
+            raise
+        # a model that works elsewhere than where it was trained
+        left = "nothing is read" if config.input is None else f"{config.input} alone is used"
+        print(f"aezoo: {left}, the training data are not there: {error}", file=sys.stderr)
+        return found
+    for key in missing:
+        if key == "x" or wanted[key] in splits:
+            found[key] = Samples.of(module, wanted[key])
+    return found
+
+
+def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None, flag: str = "input") -> Samples:
+    """The samples in a file or a folder, scaled as those were that a model was trained on.
+
+    Args:
+        path: a file of arrays, an image, or a folder of images.
+        trained: what `load_run` says of the data.
+        data: settings of the DataModule: size, channels, layout, on_error and the limits count here.
+        flag: what the message calls it.
+
+    Raises:
+        AezooError: there is nothing to read.
+    """
+    source = Path(path)
+    if not source.exists():
+        raise AezooError(f"--{flag} {path} does not exist: give a file of arrays, an image or a folder of images")
+    given = {key: value for key, value in (data or {}).items() if value is not None}
+    size, channels, most = given.get("size"), given.get("channels"), given.get("max_pixels", _MAX_PIXELS)
+    levels = 1 if trained["settings"].get("scale") == "none" else 255
+    if source.is_dir():
+        kept = {key: given[key] for key in ("size", "channels", "on_error", "max_pixels", "memory") if key in given}
+        module = DataModule(name=path, val_fraction=0, test_fraction=0, **kept)
+        return Samples(module.dataset("train"), levels, {}, module.source.class_names, path)
+    if source.suffix.lower() in images.EXTENSIONS:
+        mode = images.header(source, most)[1]
+        image = images.read(source, size, channels or (1 if mode in images.GREY else 3), most)
+        return Samples(ArrayDataset(image[None]), levels, {}, None, path)
+    arrays = read_arrays(source, given.get("max_bytes", 2**33))
+    name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)
+    if name is None:
+        raise AezooError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: name the array of samples x")
+    x = arrange(numeric(arrays[name], f"{path}: {name}"), given.get("layout", "auto"))
+    x = images.fit(x, size, channels) if x.ndim == 4 else x
+    labels = arrays.get(name.replace("x", "y", 1))
+    y, names = number_labels({} if labels is None else {"test": labels}, f"{path}: ")
+    return Samples(ArrayDataset(x, y.get("test")), levels, trained["scaling"], names, path)
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    """The last value of a flag, whether an equals sign or a space lies between them."""
+    found = None
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            found = value if equals else after
+    if found == "" or (found or "").startswith("--"):
+        raise AezooError(f"{flag} needs a value")
+    return found

@@ -1,0 +1,138 @@
+"""compress: samples as a file, bit for bit by the model's likelihood or as codes or indices, beside other formats."""
+
+from typing import Any
+
+from torch import Tensor
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.checkpoint import save_model
+from aezoo.errors import AezooError
+from aezoo.likelihoods import Bernoulli
+from aezoo.registry import name_of
+from aezoo.tasks.codec import indices, lossless, lossy, machine, tables
+from aezoo.tasks.codec.container import MAX_BLOCK, QUALITIES, most_in_piece
+from aezoo.tasks.codec.job import Compression, Job
+from aezoo.tasks.codec.levels import reason, to_levels
+from aezoo.tasks.output import Store
+from aezoo.tasks.samples import Samples, at_work
+
+MODES = ("auto", "lossless", "lossy")
+
+
+def compress(
+    model: Autoencoder,
+    x: Any,
+    *,
+    mode: str = "auto",
+    quality: float | tuple[float, ...] = 3.0,
+    steps: str = "fitted",
+    binarise: bool = False,
+    precision: int = 10,
+    compare: bool = True,
+    threads: int = 0,
+    fit_on: Any = None,
+    out: str | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = False,
+) -> Compression:
+    """Compress samples to .aez files, which decompress reads with the same model; compare with other formats.
+
+    Lossless (models with a posterior, a prior and likelihood bernoulli, discretised_logistic or beta_binomial):
+    bits-back coding, samples.aez and comparison.csv. Lossy (any model): quantised codes, samples.aez, or
+    samples-qQUALITY.aez for each of several qualities, and rate_distortion.csv and .png; of a model whose code is
+    written in indices, these under its prior, if it has one, or else under tables of how often each occurs, and one
+    file, whose rate is the model's own. The model that opens them again lies beside them.
+
+    Args:
+        model: a trained model.
+        x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
+        mode: lossless, lossy, or auto: lossless where the model and the data allow it.
+        quality: lossy: bits of the code's most important dimension, about; one more halves all steps. Several, as
+            [1,2,3,4], give a file each and a curve. Indices are not quantised again, and PCA alone takes it then.
+        steps: lossy: fitted (by how much the decoder makes of a change) or deviation (of each dimension of the code).
+        binarise: make values above 0.5 one and the others zero first, for likelihood bernoulli.
+        precision: lossless: each latent variable has 2^precision bins, 1 to 16.
+        compare: put other formats and PCA into the table, on at most 20,000 samples.
+        threads: of torch on the CPU; 0 leaves it as it is. A file is decoded with the same number.
+        fit_on: samples that lossy steps and tables are fitted to, and PCA; by default those that are compressed, to
+            which tables of indices are fitted always.
+        out: folder for the results; None keeps them in memory.
+        batch_size: samples that the model sees at a time, here and when the file is decoded; at most 2^24 values.
+        seed: of initial bits and subsamples.
+        progress: show a bar on a terminal.
+
+    Raises:
+        AezooError: samples that cannot be coded so, a bad value, or a folder that cannot be written.
+    """
+    qualities = tuple(map(float, quality if isinstance(quality, tuple | list) else (quality,)))
+    _check(mode, qualities, steps, precision, batch_size)
+    tables.stream()
+    samples = Samples.of(x).check(model)
+    fit = None if fit_on is None else Samples.of(fit_on, "train")
+    if binarise:
+        samples, fit = _binary(samples, model), None if fit is None else _binary(fit, model)
+    mode = _mode(mode, model, samples)
+    block = min(batch_size, most_in_piece(model.input_shape))
+    with Store(out) as store, machine.steady(threads) as running, at_work(model, seed):
+        fingerprint = machine.fingerprint(model)
+        header = {"model": machine.name(model), "fingerprint": fingerprint, "n": len(samples),
+                  "shape": model.input_shape, "code_shape": tuple(model.code_shape), "block": block,
+                  "threads": running, "seed": seed} | machine.describe(model)  # fmt: skip
+        job = Job(model, samples, header, store, block, seed, "compress" if progress else "")
+        if mode == "lossless":
+            found = job.code_lossless(precision, compare)
+        elif indices.mode_of(model) != "lossy":
+            found = job.code_indices(qualities, compare, fit)
+        else:
+            found = job.code_lossy(qualities, steps, compare, fit)
+        keep_model(model, fingerprint, store)
+    return found
+
+
+def keep_model(model: Autoencoder, fingerprint: str, store: Store) -> None:
+    """Write the model beside its files, which no other opens: a run that is trained on forgets these weights."""
+    # a class that is not registered is its owner's to keep
+    if store.folder is not None and name_of(type(model)) is not None:
+        store.files.append(save_model(model, store.folder / machine.model_folder(fingerprint)))
+
+
+def _mode(mode: str, model: Autoencoder, samples: Samples) -> str:
+    if mode == "lossy":
+        return mode
+    try:
+        chain = lossless.chain_of(model)
+        if to_levels(samples.rows(range(min(len(samples), 1024))), chain.levels) is None:
+            raise AezooError(reason(chain.levels))
+    except AezooError:
+        if mode == "lossless":
+            raise
+        return "lossy"
+    return "lossless"
+
+
+class _Binary(Samples):
+    """Samples of which values above 0.5 count as one."""
+
+    def _as_float(self, x: Tensor) -> Tensor:
+        return (super()._as_float(x) > 0.5).float()
+
+
+def _binary(samples: Samples, model: Autoencoder) -> Samples:
+    if not isinstance(model.likelihood, Bernoulli):
+        raise AezooError("binarise is for models with likelihood bernoulli: leave it out")
+    return _Binary(samples.dataset, samples.levels, samples.scaling, samples.class_names, samples.name)
+
+
+def _check(mode: str, qualities: tuple[float, ...], steps: str, precision: int, batch_size: int) -> None:
+    if mode not in MODES:
+        raise AezooError(f"mode is {mode!r}: take one of {', '.join(MODES)}")
+    if steps not in lossy.STEPS:
+        raise AezooError(f"steps is {steps!r}: take one of {', '.join(lossy.STEPS)}")
+    low, high = QUALITIES
+    if not qualities or not all(low <= q <= high for q in qualities) or len(set(qualities)) < len(qualities):
+        raise AezooError(f"quality is {qualities}: give different numbers from {low:g} to {high:g}, as in [1,2,3,4]")
+    if not 1 <= precision <= 16:
+        raise AezooError(f"precision is {precision}: give a number of bits from 1 to 16")
+    if not 1 <= batch_size <= MAX_BLOCK:
+        raise AezooError(f"batch_size is {batch_size}: give a number from 1 to {MAX_BLOCK}")

@@ -1,0 +1,234 @@
+"""decompress: the samples in an .aez file, with the model that it was written with."""
+
+import hashlib
+import io
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.discrete import DiscreteAutoencoder
+from aezoo.errors import AezooError
+from aezoo.tasks.codec import indices, lossless, lossy, machine, tables
+from aezoo.tasks.codec.autoregressive import Advance, Autoregressive
+from aezoo.tasks.codec.container import Frame, Header, Reader
+from aezoo.tasks.output import Store
+from aezoo.tasks.samples import at_work
+from aezoo.tasks.samples import progress as bar
+
+KINDS = ("npy", "png")
+
+
+@dataclass
+class Decompression:
+    """What was in the file.
+
+    Attributes:
+        x: (N, *shape): bytes of a lossless file, 255 being 1.0; float32 of any other.
+        mode: lossless, lossy, indices or prior.
+        same: every sample is, bit for bit, what `compress` saw when it checked the file.
+        files: what has been written.
+    """
+
+    x: npt.NDArray[Any]
+    mode: str
+    same: bool
+    files: list[Path] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """How many samples, and whether they are the same bytes."""
+        same = "the same bytes as when it was written" if self.same else "codes are exact, outputs differ by rounding"
+        return f"{len(self.x):,} samples of shape {'x'.join(map(str, self.x.shape[1:]))}, {self.mode}: {same}"
+
+
+def decompress(
+    model: Autoencoder,
+    file: str,
+    *,
+    kind: str = "npy",
+    strict: bool = True,
+    threads: int = 0,
+    max_bytes: int = 2**33,
+    out: str | None = None,
+    progress: bool = False,
+) -> Decompression:
+    """Decompress an .aez file with the model that it was written with.
+
+    Writes samples.npy, or a PNG for each image. A file that is cut off, altered, of another model, or that decodes to
+    other bytes on this machine is refused.
+
+    Args:
+        model: the model that compressed it.
+        file: the .aez file.
+        kind: npy or png, what is written.
+        strict: refuse a file that is not lossless if its outputs are not the same to the last bit; without it they may
+            differ by the rounding of another machine or device, where what they are made from is the same.
+        threads: of torch on the CPU; 0 takes as many as wrote the file.
+        max_bytes: refuse a file that would decode to more than this, counted as float32.
+        out: folder for the results; None keeps them in memory.
+        progress: show a bar on a terminal.
+
+    Raises:
+        AezooError: as above, one line.
+    """
+    if kind not in KINDS:
+        raise AezooError(f"kind is {kind!r}: take one of {', '.join(KINDS)}")
+    tables.stream()
+    reader = Reader(file, max_bytes)
+    header = reader.header
+    _check_model(model, header, file, strict or header.mode == "lossless")
+    if kind == "png" and not (len(header.shape) == 3 and header.shape[0] in (1, 3)):
+        raise AezooError(f"samples of shape {header.shape} are no pictures: take kind npy")
+    with Store(out) as store, machine.steady(threads or header.threads), at_work(model):
+        dtype = np.uint8 if header.mode == "lossless" else np.float32
+        shape = (header.n, *header.shape)
+        with _refusing(reader):
+            x = store.array("samples", shape, dtype) if kind == "npy" else np.empty(shape, dtype)
+        start, same = 0, True
+        with bar("decompress" if progress else "", header.n) as advance:
+            for part, exact in _parts(model, reader, strict, advance):
+                x[start : start + len(part)] = part
+                start, same = start + len(part), same and exact
+                if header.mode != "prior":  # whose work is done token by token
+                    advance(len(part))
+        if kind == "png":
+            _pictures(store, x)
+    return Decompression(x, header.mode, same, store.files)
+
+
+def _check_model(model: Autoencoder, header: Header, file: str, exact: bool) -> None:
+    own = machine.fingerprint(model)
+    if header.fingerprint != own:
+        raise AezooError(
+            f"{file} was written with another model ({header.model} {header.fingerprint[:8]}, this is "
+            f"{machine.name(model)} {own[:8]}): give --ckpt_path "
+            f"{Path(file).parent / machine.model_folder(header.fingerprint)}, where compress has put that one"
+        )
+    if header.shape != model.input_shape or header.code_shape != tuple(model.code_shape):
+        raise AezooError(f"{file} is refused: its samples have shape {header.shape}, the model's {model.input_shape}")
+    if (header.mode == "prior" and indices.mode_of(model) != "prior") or (
+        header.mode == "indices" and indices.mode_of(model) == "lossy"
+    ):
+        raise AezooError(f"{file} is refused: it holds {header.mode}, and {machine.name(model)} has no such thing")
+    here = machine.describe(model)
+    if exact and (header.device, header.dtype) != (here["device"], here["dtype"]):
+        raise AezooError(
+            f"{file} was written on {header.device} in {header.dtype}, and the model is on {here['device']} in "
+            f"{here['dtype']}, which rounds differently: give --device {header.device}"
+            + (", or --strict false" if header.mode != "lossless" else "")
+        )
+
+
+def _parts(
+    model: Autoencoder, reader: Reader, strict: bool, advance: Advance
+) -> Iterator[tuple[npt.NDArray[Any], bool]]:
+    """The samples, some at a time, and whether they are as they were when the file was written."""
+    match reader.header.mode:
+        case "lossless":
+            return _lossless(model, reader)
+        case "lossy":
+            return _lossy(model, reader, strict)
+    return _indices(cast(DiscreteAutoencoder, model), reader, strict, advance)
+
+
+def _lossless(model: Autoencoder, reader: Reader) -> Iterator[tuple[npt.NDArray[Any], bool]]:
+    header = reader.header
+    chain = lossless.chain_of(model)
+    if chain.levels != header.levels:
+        raise AezooError(f"{reader.path} is refused: {header.levels} levels, and the model has {chain.levels}")
+    key = lossless.seed_of(header.fingerprint, header.seed)
+    coder = lossless.BitsBack(chain, machine.like(model), header.block, header.precision, key)
+    for frame in reader.frames:
+        words = tables.from_bytes(reader.payload(frame))
+        with _refusing(reader):
+            levels = coder.decode(words, frame.n)
+        if levels is None or hashlib.sha256(levels.tobytes()).digest() != frame.digest:
+            raise AezooError(_other(reader, "samples"))
+        yield levels * np.uint8(255 // (header.levels - 1)), True
+
+
+def _lossy(model: Autoencoder, reader: Reader, strict: bool) -> Iterator[tuple[npt.NDArray[Any], bool]]:
+    first, *frames = reader.frames
+    with _refusing(reader):
+        codec = lossy.Codec.from_bytes(reader.payload(first), math.prod(reader.header.code_shape))
+    block = reader.header.block
+    for frame in frames:
+        with _refusing(reader):
+            symbols = codec.decode(reader.payload(frame), frame.n)
+        yield from _outputs(
+            reader, frame, symbols, lambda part: machine.decode(model, codec.quantiser.codes(part), block), strict
+        )
+
+
+def _indices(
+    model: DiscreteAutoencoder, reader: Reader, strict: bool, advance: Advance
+) -> Iterator[tuple[npt.NDArray[Any], bool]]:
+    block, frames = reader.header.block, reader.frames
+    coder: indices.Tabled | Autoregressive
+    if reader.header.mode == "prior":
+        coder = Autoregressive(model, block, advance)
+    else:
+        first, *frames = frames
+        with _refusing(reader):
+            coder = indices.Tabled.from_bytes(reader.payload(first), indices.books_of(model))
+    for frame in frames:
+        with _refusing(reader):
+            found = coder.decode(reader.payload(frame), frame.n)
+        if found is None:
+            raise AezooError(_other(reader, "indices"))
+        yield from _outputs(reader, frame, found, lambda part: indices.decode(model, part, block), strict)
+
+
+def _outputs(
+    reader: Reader, frame: Frame, symbols: Any, decode: Callable[[Any], Any], strict: bool
+) -> Iterator[tuple[npt.NDArray[Any], bool]]:
+    """What symbols (n, D) decode to, a block at a time, if it is what the frame's digest says."""
+    digest, parts = hashlib.sha256(), []
+    block = reader.header.block
+    for start in range(0, frame.n, block):
+        parts.append(decode(symbols[start : start + block]))
+        digest.update(machine.raw(parts[-1]))
+    same = digest.digest() == frame.digest
+    if strict and not same:
+        raise AezooError(f"{_other(reader, 'outputs')}, or accept outputs that differ by rounding with --strict false")
+    for part in parts:
+        yield part, same
+
+
+@contextmanager
+def _refusing(reader: Reader) -> Iterator[None]:
+    """One line for whatever goes wrong: in a file with a right checksum it was put there on purpose."""
+    try:
+        yield
+    except AezooError:
+        raise
+    except MemoryError as error:
+        raise AezooError(f"{reader.path} needs more memory than there is: free some, or give --out FOLDER") from error
+    except (ValueError, AssertionError, OverflowError, zlib.error) as error:
+        raise AezooError(f"{reader.path} is refused: {' '.join(str(error).split())[:100]}") from error
+
+
+def _other(reader: Reader, what: str) -> str:
+    return (
+        f"{reader.path} is refused: its {what} come out differently here, since this machine computes differently "
+        f"({torch.__version__}); decode it where it was written ({reader.header.writer})"
+    )
+
+
+def _pictures(store: Store, x: npt.NDArray[Any]) -> None:
+    """A PNG for each image of one or three channels."""
+    from PIL import Image
+
+    for i, image in enumerate(x):
+        pixels = image if image.dtype == np.uint8 else np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+        content = io.BytesIO()
+        Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(content, "PNG")
+        store.file(f"{i:06d}.png", content.getvalue())

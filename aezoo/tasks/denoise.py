@@ -1,0 +1,215 @@
+"""denoise: what a model makes of noisy samples, and whether a filter would have done as well."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo import corruptions
+from aezoo.autoencoder import Autoencoder
+from aezoo.corruptions import Corruption
+from aezoo.errors import AezooError
+from aezoo.metrics import Evaluation
+from aezoo.randomness import mix
+from aezoo.tasks.denoisers import MISSING, Filter, best_setting, filters, missing
+from aezoo.tasks.output import Row, Store, fill, table_text
+from aezoo.tasks.samples import Samples, at_work
+from aezoo.tasks.samples import progress as progress_bar
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# samples on which the filters' settings are chosen
+_TUNED_ON = 64
+# squares of larger noise overflow float32
+_MOST_NOISE = 1e6
+
+
+@dataclass
+class Denoising:
+    """What `denoise` found; the array is a memory-mapped file where a folder was given.
+
+    Attributes:
+        x_hat: (N, *shape), the model's output, float32.
+        table: a row for the model, the noisy samples and each filter: mse, psnr, ssim of images, the filter's setting;
+            empty without `corrupt`, since nothing says then what clean is.
+        n_compared: samples that the table is about.
+        text: what the table rests on, and what is best in it.
+        files: what has been written.
+    """
+
+    x_hat: npt.NDArray[np.float32]
+    table: list[Row]
+    n_compared: int = 0
+    text: str = ""
+    files: list[Path] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """The table, or what it would take."""
+        if not self.table:
+            return f"{len(self.x_hat):,} samples; errors need clean ones and noise to add, as in --corrupt gaussian:0.3"
+        return f"{table_text(self.table)}\n{self.text}"
+
+
+def denoise(
+    model: Autoencoder,
+    x: Any,
+    *,
+    corrupt: str = "none",
+    baselines: bool = True,
+    n_compared: int = 1000,
+    n_shown: int = 8,
+    out: str | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = False,
+) -> Denoising:
+    """Clean noisy samples, or make clean ones noisy first and measure how much of the noise a model takes away.
+
+    Writes denoised.npy and a picture; with corrupt also denoise.csv: PSNR and SSIM against the clean originals beside
+    those of a median filter, total variation and non-local means (pip install 'aezoo[images]'). PSNR and SSIM take the
+    range of data within 0 and 1 as 1, and that of others from the least to the largest clean value.
+
+    Args:
+        model: a trained model.
+        x: samples (N, *input_shape), a DataModule (its test split) or `Samples`; noisy ones unless corrupt is given.
+        corrupt: noise to add first: gaussian:0.3, masking:0.3, salt_and_pepper:0.1; none for samples that are noisy.
+        baselines: compare with filters.
+        n_compared: samples that the table is about, drawn from the seed, since filters are slow.
+        n_shown: samples in the picture; 0 draws none.
+        out: folder for the results; None keeps them in memory.
+        batch_size: samples at a time.
+        seed: of the noise, which depends on it and on a sample's number alone.
+        progress: show bars on a terminal.
+
+    Raises:
+        AezooError: a value that cannot work, or samples that the model cannot use.
+    """
+    if n_shown < 0 or n_compared < 1 or batch_size < 1:
+        raise AezooError(f"n_shown must be at least 0, n_compared and batch_size at least 1, got {n_shown}, "
+                         f"{n_compared} and {batch_size}")  # fmt: skip
+    noise = corruptions.corruption(corrupt)
+    if noise is not None and noise.amount > _MOST_NOISE:
+        raise AezooError(f"corrupt is {corrupt!r}: give a standard deviation of at most {_MOST_NOISE:g}")
+    samples = Samples.of(x).check(model)
+    n = len(samples)
+    with Store(out) as store, at_work(model, seed) as device:
+        x_hat, start = store.array("denoised", (n, *model.input_shape)), 0
+        low, high = math.inf, -math.inf
+        for batch in samples.batches(batch_size, "denoise" if progress else ""):
+            noisy = _corrupted(batch, range(start, start + len(batch)), noise, seed)
+            fill(x_hat, start, model(noisy.to(device)))
+            low, high = min(low, float(batch.min())), max(high, float(batch.max()))
+            start += len(batch)
+        if (low >= 0 and high <= 1) or low == high or model.likelihood.unit_interval:
+            low, high = 0.0, 1.0
+
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        compared, tuned_on, shown = (order[:k].sort().values for k in (n_compared, min(n_compared, _TUNED_ON), n_shown))
+        rows: list[Row] = []
+        chosen: dict[str, tuple[str, Filter]] = {}
+        text = ""
+        if noise is not None:
+            if baselines:
+                chosen = _tuned(samples, tuned_on, noise, seed)
+            evaluations = _evaluate(samples, compared, x_hat, noise, chosen, (low, high), batch_size, seed, progress)
+            rows = _rows(type(model).__name__, evaluations, chosen, high - low)
+            text = _text(rows, len(compared), n, len(tuned_on) if chosen else 0, high - low)
+            if baselines:
+                rows += [
+                    dict.fromkeys(rows[0]) | {"method": name, "setting": MISSING} for name in missing(samples.shape)
+                ]
+            store.table("denoise", rows)
+        if n_shown and store.folder is not None:
+            clean = samples.rows(shown)
+            given = _corrupted(clean, shown.tolist(), noise, seed)
+            panels = {} if noise is None else {"original": clean}
+            panels |= {"noisy": given, "output": torch.from_numpy(np.asarray(x_hat[shown.numpy()]))}
+            if chosen:
+                best = min((row for row in rows if row["method"] in chosen), key=lambda row: row["mse"])["method"]
+                panels[best] = torch.from_numpy(chosen[best][1](given.numpy()))
+            store.picture("denoised", _picture(panels))
+    return Denoising(x_hat, rows, len(compared) if rows else 0, text, store.files)
+
+
+def _corrupted(clean: Tensor, numbers: Iterable[int], noise: Corruption | None, seed: int) -> Tensor:
+    """Samples with their noise, a function of the seed and of a sample's number: no batch size or device changes it."""
+    if noise is None:
+        return clean
+    generators = (torch.Generator().manual_seed(mix(seed, number)) for number in numbers)
+    return torch.stack([noise(x, generator) for x, generator in zip(clean, generators, strict=True)])
+
+
+def _tuned(samples: Samples, index: Tensor, noise: Corruption, seed: int) -> dict[str, tuple[str, Filter]]:
+    """Each filter with the setting that suits these samples best."""
+    clean = samples.rows(index)
+    noisy = _corrupted(clean, index.tolist(), noise, seed)
+    sigma = float((noisy - clean).square().mean().sqrt())
+    chosen = {}
+    for name, settings in filters(samples.shape, sigma).items():
+        setting = best_setting(settings, noisy.numpy(), clean.numpy())
+        chosen[name] = setting, settings[setting]
+    return chosen
+
+
+def _evaluate(
+    samples: Samples,
+    compared: Tensor,
+    x_hat: npt.NDArray[np.float32],
+    noise: Corruption,
+    chosen: dict[str, tuple[str, Filter]],
+    limits: tuple[float, float],
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> list[Evaluation]:
+    """Errors of the model, of the noisy samples and of each filter, in this order, with limits brought to 0 and 1."""
+    low, high = limits
+    evaluations = [Evaluation(samples.shape, torch.device("cpu")) for _ in range(2 + len(chosen))]
+    with progress_bar("compare" if progress else "", len(compared)) as advance:
+        for index in compared.split(batch_size):
+            clean = samples.rows(index)
+            noisy = _corrupted(clean, index.tolist(), noise, seed)
+            outputs = [torch.from_numpy(np.asarray(x_hat[index.numpy()])), noisy]
+            outputs += [torch.from_numpy(run(noisy.numpy())) for _, run in chosen.values()]
+            for evaluation, output in zip(evaluations, outputs, strict=True):
+                evaluation.add({}, (clean - low) / (high - low), (output - low) / (high - low))
+            advance(len(index))
+    return evaluations
+
+
+def _rows(model: str, evaluations: list[Evaluation], chosen: dict[str, tuple[str, Filter]], peak: float) -> list[Row]:
+    settings = {model: "", "identity": "", **{name: setting for name, (setting, _) in chosen.items()}}
+    rows = []
+    for (name, setting), evaluation in zip(settings.items(), evaluations, strict=True):
+        figures = {key: float(value) for key, value in evaluation.compute().items()}
+        figures["mse"] *= peak**2
+        rows.append({"method": name, **figures, "setting": setting})
+    return rows
+
+
+def _text(rows: list[Row], n_compared: int, n: int, n_tuned_on: int, peak: float) -> str:
+    """What the table rests on, and what is best in it."""
+    lines = [f"{n_compared:,} of {n:,} samples"]
+    if n_tuned_on:
+        lines[0] += f"; each filter in the setting that is best for {n_tuned_on:,} of them"
+    if peak != 1:
+        lines.append(f"PSNR{' and SSIM' * ('ssim' in rows[0])} for a range of {peak:.4g}, the clean samples'")
+    lines.append(f"least error: {min(rows, key=lambda row: float(row['mse']))['method']}")
+    return "\n".join(lines)
+
+
+def _picture(panels: dict[str, Tensor]) -> "Figure":
+    """Rows of samples: original, noisy, output and the best filter's, as far as there are any."""
+    from aezoo.callbacks import drawing
+
+    if not drawing.is_image(panels["noisy"].shape[1:]):
+        return drawing.panel_figure([dict(zip(panels, row, strict=True)) for row in zip(*panels.values(), strict=True)])
+    limits = drawing.value_range(panels.get("original", panels["output"]))
+    return drawing.mosaic_figure([drawing.tiles(part, limits) for part in panels.values()], list(panels))

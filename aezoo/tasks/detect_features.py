@@ -1,0 +1,89 @@
+"""Features of a network that was trained elsewhere and stays as it is, which the detector fre compares.
+
+    random           a network with random weights, the same everywhere
+    resnet18, resnet50, wide_resnet50_2     the third stage of torchvision's weights, if torch.hub has them
+    vgg16, vgg19     relu3_1 of torchvision's weights, if torch.hub has them
+    a path           of VGG weights (.pth), or of a run, checkpoint or saved model of the zoo: its encoder's last hidden
+                     layer
+
+Images for a ResNet are enlarged until their shorter side has 224 values. Maps are averaged over 2 x 2 values until they
+hold at most 65,536, as many as FRE has in https://github.com/open-edge-platform/anomalib.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.errors import AezooError
+from aezoo.models.variational.perceptual_vae import zoo_features
+from aezoo.nets.features import VGG, FeatureNet, random_features, vgg_features
+
+RESNETS = ("resnet18", "resnet50", "wide_resnet50_2")
+_SIDE = 224
+_MOST_FEATURES = 2**16
+_POOLS: dict[int, Callable[..., Tensor]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
+
+
+class Frozen(nn.Module):
+    """The last activations of a network as vectors, (B, *shape) -> (B, M).
+
+    Args:
+        name: random, resnet18, resnet50, wide_resnet50_2, vgg16, vgg19 or a path, see above.
+        input_shape: shape of one sample.
+
+    Raises:
+        AezooError: weights that are not at hand, or samples that the network cannot take.
+    """
+
+    def __init__(self, name: str, input_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.enlarge = name in RESNETS
+        if name == "random":
+            self.net = random_features(input_shape)
+        elif self.enlarge:
+            self.net = resnet_features(name, input_shape)
+        elif name in VGG or name.endswith(".pth"):
+            self.net = vgg_features(name, input_shape)
+        elif name and Path(name).exists():
+            self.net = zoo_features(name, input_shape)
+        else:
+            known = ", ".join(("random", *RESNETS, *VGG))
+            raise AezooError(f"features takes {known} or a path to a model that is there, got {name!r}")
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        if self.enlarge and min(x.shape[2:]) < _SIDE:
+            sides = [math.ceil(side * _SIDE / min(x.shape[2:])) for side in x.shape[2:]]
+            x = F.interpolate(x, sides, mode="bilinear", antialias=True)
+        found: Tensor = self.net(x)[-1]
+        while found[0].numel() > _MOST_FEATURES and max(found.shape[2:], default=1) > 1:
+            found = _POOLS[found.ndim - 2](found, [math.ceil(side / 2) for side in found.shape[2:]])
+        return found.flatten(1)
+
+
+def resnet_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
+    """A ResNet up to its third stage, which tells more of defects than the last (anomalib's choice as well)."""
+    from torchvision import models
+
+    if len(input_shape) != 3 or input_shape[0] not in (1, 3):
+        raise AezooError(f"{name} takes images of 1 or 3 channels, got {input_shape}: take features random")
+    file = Path(torch.hub.get_dir(), "checkpoints", models.get_model_weights(name).DEFAULT.url.rpartition("/")[2])
+    if not file.is_file():
+        fetch = f"python -c \"import torchvision; torchvision.models.{name}(weights='DEFAULT')\""
+        raise AezooError(f"no weights of {name} in {file}: fetch them once, {fetch}, or take features random")
+    with torch.random.fork_rng(devices=[]):  # the initial weights that are replaced must draw nothing
+        net = models.get_model(name, weights=None)
+    try:
+        net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # a damaged or foreign file can end in any error
+        raise AezooError(f"{file} holds no weights of {name}: {type(error).__name__}; remove it") from error
+    stages = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
+    return FeatureNet([getattr(net, stage) for stage in stages], read=(len(stages) - 1,), imagenet=True)

@@ -1,0 +1,134 @@
+"""What counts as an anomaly where samples have labels, which samples are normal, and how well scores tell."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from aezoo.data import DataModule
+from aezoo.data.classes import UNLABELLED, listed, names_of
+from aezoo.data.source import Stage
+from aezoo.errors import AezooError
+from aezoo.tasks.output import Row
+from aezoo.tasks.samples import Samples
+
+Flags = npt.NDArray[np.bool_]
+
+
+class Protocol:
+    """One class against all others.
+
+    Args:
+        normal: one-vs-rest: this class is normal, all others are anomalies.
+        anomaly: leave-one-out: this class, which training left out, is the anomaly, all others are normal.
+    """
+
+    def __init__(self, normal: str | None, anomaly: str | None) -> None:
+        if normal is not None and anomaly is not None:
+            raise AezooError("normal and anomaly are both given: name the one normal class or the one strange class")
+        self.named = anomaly if normal is None else normal
+        self.normal_is_named = normal is not None
+
+    def __str__(self) -> str:
+        if self.normal_is_named:
+            return f"one-vs-rest: {self.named} is normal, all other classes are anomalies"
+        return f"leave-one-out: {self.named} is the anomaly, all other classes are normal"
+
+    def anomalies(self, samples: Samples) -> Flags | None:
+        """Which samples are anomalies, (N,); None if no class is named.
+
+        Raises:
+            AezooError: there are no labels, or none of the named class.
+        """
+        if self.named is None:
+            return None
+        classes = _classes(samples)
+        if classes is None:
+            raise AezooError(f"{samples.name} has no labels to say what normal and anomaly mean: drop these, or give "
+                             "samples with labels")  # fmt: skip
+        if not (classes == str(self.named)).any():
+            raise AezooError(f"no sample of {samples.name} has the label {self.named!r}: it has {listed(classes)}")
+        return (classes == str(self.named)) != self.normal_is_named
+
+    def normal_places(self, samples: Samples) -> npt.NDArray[np.int64]:
+        """Which samples are not anomalies by their labels, as numbers; all of them if they have no labels."""
+        classes = None if self.named is None else _classes(samples)
+        if classes is None:
+            return np.arange(len(samples))
+        normal = np.flatnonzero((classes == str(self.named)) == self.normal_is_named)
+        if not len(normal):
+            raise AezooError(f"{samples.name} holds no normal samples, {self}: give others to fit and calibrate on")
+        return normal
+
+
+@dataclass
+class Reference:
+    """Normal samples to fit or to calibrate on.
+
+    Attributes:
+        samples: them.
+        own: their places among the samples that are judged, if they are some of these.
+        n_left_out: how many more there were, which labels call anomalies; samples without a label are left out, too.
+    """
+
+    samples: Samples
+    own: npt.NDArray[np.int64]
+    n_left_out: int
+
+    @classmethod
+    def other_split(cls, given: Any, x: Any, split: Stage, protocol: Protocol, judged: Samples) -> "Reference | None":
+        """What is given, or a split of the DataModule that x is; None if there is neither."""
+        if given is None and isinstance(x, DataModule) and split in x.splits():
+            given = x
+        if given is None:
+            return None
+        everything = Samples.of(given, split)
+        normal = protocol.normal_places(everything)
+        samples = everything if len(normal) == len(everything) else everything.subset(torch.from_numpy(normal))
+        own = normal if everything.dataset is judged.dataset else normal[:0]
+        labels = everything.labels
+        unlabelled = 0 if labels is None or len(normal) == len(everything) else int((labels == UNLABELLED).sum())
+        return cls(samples, own, len(everything) - len(normal) - unlabelled)
+
+
+def measure(scores: npt.NDArray[Any], anomalous: Flags | None) -> dict[str, float | None]:
+    """Area under the ROC curve and average precision; None where there are no anomalies or nothing else."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    if anomalous is None or anomalous.all() or not anomalous.any():
+        return {"auroc": None, "aupr": None}
+    return {
+        "auroc": float(roc_auc_score(anomalous, scores)),
+        "aupr": float(average_precision_score(anomalous, scores)),
+    }
+
+
+def about_labels(
+    rows: list[Row],
+    baselines: Collection[str],
+    train: Reference,
+    protocol: Protocol,
+    anomalous: Flags | None,
+    labelled: bool,
+) -> list[str]:
+    """What AUROC and AUPR rest on, and whether a baseline has the best ones."""
+    if anomalous is None:
+        hint = "AUROC and AUPR need to know what an anomaly is: give normal or anomaly, as in --normal CLASS"
+        return [hint] if labelled else []
+    lines = [f"{protocol}: {int(anomalous.sum()):,} of {len(anomalous):,} samples are anomalies"]
+    if train.n_left_out:
+        lines.append(f"{train.n_left_out:,} anomalies among the training samples are left out here; if the model was "
+                     "trained on them, it knows them: train with --data.train_classes")  # fmt: skip
+    best = max((row for row in rows if row.get("auroc") is not None), key=lambda row: row["auroc"], default=None)
+    if best is not None and best["method"] in baselines:
+        lines.append(f"a baseline tells them best: {best['method']}, by AUROC")
+    return lines
+
+
+def _classes(samples: Samples) -> npt.NDArray[Any] | None:
+    """The class of each sample by name."""
+    y = samples.labels
+    return None if y is None else names_of(y, samples.class_names)

@@ -1,0 +1,263 @@
+"""Scores by which a trained model tells strange samples from normal ones, larger is stranger.
+
+x_hat is the reconstruction of x, z its code:
+
+    nll          the model's own `score`, for most -log p(x | z)
+    mse          ||x - x_hat||^2 / D; of grey values under a Bernoulli, -log p is least for black and white ones,
+                 whatever the reconstruction, and mse tells more
+    elbo         -ELBO(x), the mean over draws of the code, of models whose loss has an ELBO
+    iwae         -log p(x), importance-sampled (Burda et al. 2015, https://arxiv.org/abs/1509.00519)
+    mahalanobis  (z - mu)' C^-1 (z - mu), with mean and covariance of the training codes
+    sap, nap     the difference of x and x_hat in all layers of the encoder
+                 (RaPP, Kim et al. 2020, https://openreview.net/forum?id=HkgeGeBYDB):
+                     d(x) = [h_0(x) - h_0(x_hat), ..., h_l(x) - h_l(x_hat)]     h_0(x) = x
+                     SAP(x) = ||d(x)||^2
+                     NAP(x) = ||(d(x) - mu)' V S^-1||^2     U S V' = the training rows d(x_i) - mu
+    deep_svdd    ||f(x) - c||^2 for a copy f of the encoder, fine-tuned on the training samples, see detect_svdd
+
+NAP is the Mahalanobis distance of d(x) divided by n - 1, so one class, `Mahalanobis`, serves both. The paper has more
+training samples than features; with fewer, what no training sample shows counts most, see there.
+
+Shapes: B batch, N training samples, M features, R directions in which training samples vary.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.tasks.detect_svdd import DeepSVDD, Tuning
+
+Scores = npt.NDArray[np.float64]
+
+SCORES = ("nll", "mse", "elbo", "iwae", "mahalanobis", "sap", "nap", "deep_svdd")
+# a matrix of so many rows and columns takes 128 MiB, its eigenvectors half a minute of one core
+_MOST_FEATURES = 2**12
+# features of training samples, and values of copies of a sample, that are held at a time: at most 512 MiB
+_MOST_VALUES = 2**26
+
+
+class Scorer(Protocol):
+    """One score of a model."""
+
+    def most_samples(self, x: Tensor) -> int | None:
+        """Training samples that it can learn from, given one of them, (1, *shape); None for any number."""
+        ...
+
+    def fit(self, batches: Iterable[Tensor], n: int) -> None:
+        """Learn what it must know of n training samples, batches (B, *shape) on the model's device."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Scores of a batch, (B, *shape) -> (B,)."""
+        ...
+
+    def left_out(self, scores: Scores) -> Scores:
+        """Scores of the samples it was fitted on, as if each had been left out of the fit."""
+        ...
+
+
+def scorer(model: Autoencoder, name: str, n_draws: int, tuning: Tuning | None = None, title: str = "") -> Scorer:
+    """A score by its name.
+
+    Args:
+        model: in evaluation mode whenever the scorer is used.
+        name: one of `SCORES`.
+        n_draws: draws of the code for each sample, of elbo and iwae.
+        tuning: of deep_svdd.
+        title: of a bar for long training; empty shows none.
+
+    Raises:
+        AezooError: no such score, or none of this model's.
+    """
+    kind = type(model).__name__
+    match name:
+        case "nll":
+            return Plain(model.score)
+        case "mse":
+            return Plain(lambda x: (model(x) - x).square().flatten(1).mean(1))
+        case "elbo":
+            return Plain(partial(_negative_elbo, model, n_draws))
+        case "iwae":
+            log_likelihood = getattr(model, "log_likelihood", None)
+            if log_likelihood is None:
+                raise AezooError(f"iwae needs a model with a log_likelihood, such as vae, not {kind}: take nll or nap")
+            return Plain(lambda x: -log_likelihood(x, n_draws))
+        case "mahalanobis":
+            return Mahalanobis(lambda x: model.encode(x).flatten(1), "mahalanobis")
+        case "sap":
+            return Plain(lambda x: pathway(model, x).square().sum(1))
+        case "nap":
+            return Mahalanobis(partial(pathway, model), "nap")
+        case "deep_svdd":
+            return DeepSVDD(model, tuning or Tuning(), title)
+    raise AezooError(f"unknown score {name!r}: take one of {', '.join(SCORES)}")
+
+
+class Plain:
+    """A score that needs no training samples.
+
+    Args:
+        function: (B, *shape) -> (B,).
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+
+    def most_samples(self, x: Tensor) -> int | None:
+        return None
+
+    def fit(self, batches: Iterable[Tensor], n: int) -> None:
+        """Nothing to learn."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._function(x)
+
+    def left_out(self, scores: Scores) -> Scores:
+        return scores
+
+
+class Mahalanobis:
+    """Squared distance of features from their training mean, in units of their training spread.
+
+    With the singular values s and right singular vectors V of the centred training features,
+
+        h(f) = ||(f - mu)' V S^-1||^2
+
+    is the distance in units of their sum of squares, as in nap, and (n - 1) h(f) that in units of their covariance.
+    Directions in which no training sample varies have s = 0; there 1e-10 of the mean squared s stands in its place, a
+    spread that the rounding of float32 may reach, so that they count much, but not infinitely.
+
+    Args:
+        features: (B, *shape) -> (B, M).
+        name: mahalanobis, in units of the covariance, or nap, in units of the sum of squares.
+    """
+
+    def __init__(self, features: Callable[[Tensor], Tensor], name: str) -> None:
+        self._features, self._name = features, name
+
+    def most_samples(self, x: Tensor) -> int | None:
+        m = self._features(x).shape[1]
+        return None if m <= _MOST_FEATURES else max(2, min(_MOST_FEATURES // 2, _MOST_VALUES // m))
+
+    def fit(self, batches: Iterable[Tensor], n: int) -> None:
+        self._n = n
+        self._scale = max(n - 1, 1) if self._name == "mahalanobis" else 1
+        features = (self._features(x).cpu().double() for x in batches)
+        first_BM = next(features)
+        m = first_BM.shape[1]
+        if n <= m + 1:
+            self._fit_rows(torch.cat([first_BM, *features]))
+            return
+        # sums around a point amid the data, since sums around 0 cancel
+        origin_M, sum_M, squares_MM = first_BM.mean(0), first_BM.new_zeros(m), first_BM.new_zeros(m, m)
+        for f_BM in chain([first_BM], features):
+            f_BM = f_BM - origin_M
+            sum_M += f_BM.sum(0)
+            squares_MM.addmm_(f_BM.T, f_BM)
+        self._mean_M = origin_M + sum_M / n
+        # sum_i (f_i - mu)(f_i - mu)' = V S^2 V'
+        squares_MM -= torch.outer(sum_M, sum_M) / n
+        s2_M, self._V_MR = torch.linalg.eigh(squares_MM)
+        self._s2_R = s2_M.clamp(min=0)
+        self._floor = 1e-10 * float(self._s2_R.mean()) or 1e-10
+        self._slack_N: npt.NDArray[np.float64] | None = None
+
+    def _fit_rows(self, f_NM: Tensor) -> None:
+        """The same from the eigenvectors U of the small matrix of inner products, V = F' U S^-1."""
+        n, m = f_NM.shape
+        self._mean_M = f_NM.mean(0)
+        f_NM -= self._mean_M
+        products_NN = f_NM @ f_NM.T
+        total = float(products_NN.trace())
+        self._floor = 1e-10 * total / m or 1e-10
+        # centring leaves (1, ..., 1) without spread: made the largest, it does not mix with the others, and goes
+        s2_N, U_NN = torch.linalg.eigh(products_NN + 2 * total / n)
+        s2_R, U_NR = s2_N[:-1].clamp(min=0), U_NN[:, :-1]
+        # 1 - 1/n - h of each sample, which is so small here that the difference would be nothing but rounding
+        self._slack_N = (self._floor * (U_NR**2 / (s2_R + self._floor)).sum(1)).numpy()
+        seen = s2_R > self._floor
+        self._s2_R = s2_R[seen]
+        self._V_MR = f_NM.T @ (U_NR[:, seen] / self._s2_R.sqrt())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        centred_BM = self._features(x).cpu().double() - self._mean_M
+        along_BR = centred_BM @ self._V_MR
+        h_B = (along_BR**2 / (self._s2_R + self._floor)).sum(1)
+        if len(self._s2_R) < len(self._mean_M):
+            h_B += (centred_BM.square().sum(1) - along_BR.square().sum(1)).clamp(min=0) / self._floor
+        return self._scale * h_B
+
+    def left_out(self, scores: Scores) -> Scores:
+        """By the formula of Sherman and Morrison, without n fits.
+
+        Without sample i the mean moves away from it by the factor n / (n - 1), and the sum of squares loses
+        n / (n - 1) (f_i - mu)(f_i - mu)'. So a squared distance h, in units of the sum of squares, becomes
+        n / (n - 1) h / (1 - 1/n - h). In many dimensions that is far from h, and with a threshold on h most new samples
+        would be strange.
+        """
+        n, h = self._n, scores / self._scale
+        if n < 2:
+            return scores
+        slack = 1 - 1 / n - h if self._slack_N is None else self._slack_N
+        left = n / (n - 1) * h / np.maximum(slack, np.finfo(np.float64).tiny)
+        # the covariance of n - 1 samples is their sum of squares divided by n - 2
+        return left * (max(n - 2, 1) if self._name == "mahalanobis" else 1)
+
+
+def _negative_elbo(model: Autoencoder, n_draws: int, x: Tensor) -> Tensor:
+    """-ELBO of each sample: `loss` gives means over a batch, so each sample gets batches of its own, n_draws copies."""
+    most = max(1, _MOST_VALUES // x[0].numel())
+    scores = x.new_zeros(len(x))
+    for i, sample in enumerate(x):
+        for start in range(0, n_draws, most):
+            n = min(most, n_draws - start)
+            terms = model.loss(sample.expand(n, *sample.shape))
+            if "elbo" not in terms:
+                raise AezooError(f"elbo needs a model whose loss has an ELBO, such as vae, not {type(model).__name__}: "
+                                 "take nll, mahalanobis, sap or nap")  # fmt: skip
+            scores[i] -= terms["elbo"] * n / n_draws
+    return scores
+
+
+def pathway(model: Autoencoder, x: Tensor) -> Tensor:
+    """d(x), how far x and its reconstruction are apart in each layer of the encoder, (B, *shape) -> (B, M)."""
+    pairs = zip(hidden(model, x), hidden(model, model(x)), strict=True)
+    return torch.cat([(h.float() - h_hat.float()).flatten(1) for h, h_hat in pairs], dim=1)
+
+
+def hidden(model: Autoencoder, x: Tensor) -> list[Tensor]:
+    """h_0(x) = x, the output of each layer of the encoder, and the code; activations count to the layer before them."""
+    layers: list[Tensor] = []
+
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        if len(output) != len(x):
+            return  # a model that finds the label of a sample first encodes it with all of them
+        if next(module.parameters(), None) is not None:
+            layers.append(output)
+        elif layers:
+            layers[-1] = output
+
+    handles = [module.register_forward_hook(keep) for module in _modules(model.encoder)]
+    try:
+        code = model.encode(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # the last layer's output is the code, or of a posterior what the code is taken from
+    return [x, *layers[:-1], code]
+
+
+def _modules(encoder: nn.Module) -> list[nn.Module]:
+    """The modules that an encoder runs one after the other; a residual block counts as one."""
+    found: list[nn.Module] = []
+    for child in encoder.children():
+        found += _modules(child) if isinstance(child, nn.Sequential | nn.ModuleList) else [child]
+    return found or [encoder]

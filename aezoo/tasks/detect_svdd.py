@@ -1,0 +1,138 @@
+"""Deep SVDD as a score (Ruff et al. 2018), https://proceedings.mlr.press/v80/ruff18a.html
+
+A copy of the encoder f, which the autoencoder has pre-trained, learns to map normal samples close to one point:
+
+    one-class       min  1/N sum_i ||f(x_i) - c||^2 + lambda/2 sum_l ||W_l||^2                              (equation 4)
+    soft boundary   min  R^2 + 1/(nu N) sum_i max(0, ||f(x_i) - c||^2 - R^2) + lambda/2 sum_l ||W_l||^2     (equation 3)
+    score           ||f(x) - c||^2          c = mean of the initial codes, entries near 0 moved to -0.1 or 0.1
+
+R^2 is the 1 - nu quantile of the distances, found anew in every epoch. What would let f be the constant c, score 0 for
+everything, is ruled out as in section 3.3: biases are set to 0 in the copy and stay there, before c is found (with
+them, weights of 0 would do: proposition 2); c is not what weights of 0 give, 0 (proposition 1); and activations that
+saturate at a value other than 0 stand in for a bias and are refused (proposition 3), as are those that are not 0 at 0.
+
+Normal samples are drawn together, whatever lies between them too: several classes that are normal side by side suit
+it less well than one. Training distances are too small to calibrate on: give held-out samples for p-values.
+
+Shapes: B batch, N training samples, D code.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.tasks.samples import progress
+
+# floats of training samples that are held, 256 MiB
+_MOST_VALUES = 2**26
+_MOST_EPOCHS = 10**6
+_BATCH, _WEIGHT_DECAY, _NEAR_0 = 128, 1e-6, 0.1
+_REFUSED = (nn.Tanh, nn.Sigmoid, nn.ELU, nn.Softplus)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the copy is trained.
+
+    Attributes:
+        epochs: passes over the training samples; 0 leaves the codes as they are, but for biases.
+        lr: Adam's learning rate.
+        nu: share of the training samples that may lie outside of a soft boundary; 0 has none, the one-class objective.
+    """
+
+    epochs: int = 50
+    lr: float = 5e-4
+    nu: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epochs <= _MOST_EPOCHS or not 0 < self.lr <= 1000 or not 0 <= self.nu < 1:
+            raise AezooError(f"deep_svdd takes 0 to {_MOST_EPOCHS:,} epochs, an lr above 0 and at most 1000 and a nu "
+                             f"of at least 0 and below 1, got {self.epochs}, {self.lr} and {self.nu}")  # fmt: skip
+
+
+class DeepSVDD:
+    """Squared distance of a fine-tuned code from the centre of the normal ones.
+
+    Args:
+        model: stays as it is; a copy is trained.
+        tuning: how.
+        title: of the progress bar; empty shows none.
+
+    Raises:
+        AezooError: the encoder has an activation by which everything could be mapped to one point.
+    """
+
+    centre_D: Tensor
+
+    def __init__(self, model: Autoencoder, tuning: Tuning, title: str = "") -> None:
+        unfit = next((type(m).__name__ for m in model.encoder.modules() if isinstance(m, _REFUSED)), None)
+        if unfit:
+            raise AezooError(f"deep_svdd would map everything to one point by the encoder's {unfit}: train the model "
+                             "with activation relu, leaky_relu, gelu or silu, or take mahalanobis or nap")  # fmt: skip
+        self._model, self._tuning, self._title = model, tuning, title
+
+    def most_samples(self, x: Tensor) -> int | None:
+        return max(2, _MOST_VALUES // x.numel())
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Fine-tuned codes, (B, *shape) -> (B, D)."""
+        return at_least_float32(self._copy.encode(x)).flatten(1)
+
+    def distances(self, x: Tensor) -> Tensor:
+        """||f(x) - c||^2, (B, *shape) -> (B,)."""
+        return (self.codes(x) - self.centre_D).square().sum(1)
+
+    def fit(self, batches: Iterable[Tensor], n: int) -> None:
+        self._copy = copy.deepcopy(self._model).eval()  # without its trainer, as Lightning has it
+        weights = without_biases(self._copy)
+        x = torch.cat([*batches])
+        parts = x.split(_BATCH)
+        mean_D = sum(self.codes(part).sum(0) for part in parts) / len(x)
+        assert isinstance(mean_D, Tensor)
+        away_D = torch.where(mean_D < 0, -_NEAR_0, _NEAR_0)
+        self.centre_D = torch.where(mean_D.abs() < _NEAR_0, away_D, mean_D)
+        with torch.enable_grad():
+            if not self.distances(x[:1]).requires_grad:
+                raise AezooError(f"deep_svdd needs codes with a gradient, {type(self._model).__name__} has none: "
+                                 "take mahalanobis, sap or nap")  # fmt: skip
+        optimizer = torch.optim.Adam(weights, self._tuning.lr, weight_decay=_WEIGHT_DECAY)
+        nu, radius2 = self._tuning.nu, x.new_zeros(())
+        inside = math.ceil((1 - nu) * len(x))
+        with progress(self._title, self._tuning.epochs) as advance:
+            for _ in range(self._tuning.epochs):
+                if nu:
+                    radius2 = torch.cat([self.distances(part) for part in parts]).kthvalue(inside)[0]
+                for rows in torch.randperm(len(x)).to(x.device).split(_BATCH):
+                    with torch.enable_grad():
+                        d2_B = self.distances(x[rows])
+                        loss = (d2_B - radius2).relu().mean() / nu if nu else d2_B.mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                advance(1)
+        self._copy.requires_grad_(False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.distances(x)
+
+    def left_out(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Without a fit for each sample nobody knows them."""
+        return scores
+
+
+def without_biases(model: nn.Module) -> list[nn.Parameter]:
+    """Set all biases to 0 and hold them there, other vectors where they are; the weights, which are to be trained."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.ndim > 1)
+        last = name.rpartition(".")[2]
+        if p.ndim < 2 and (last.startswith(("b_", "bias")) or last.endswith("bias")):
+            p.zero_()
+    return [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,287 @@
+"""Detectors with one face: a trained model, and baselines that train no neural network."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.tasks.detect_features import Frozen
+from aezoo.tasks.detect_scores import Scores, scorer
+from aezoo.tasks.detect_svdd import Tuning
+from aezoo.tasks.samples import Samples, at_work, draw_rows
+
+BASELINES = ("pca", "mean", "knn", "isolation_forest")
+_MOST_DRAWS = 10**6
+# floats that a baseline holds of the training samples, 1 GiB
+_MOST_VALUES = 2**28
+# directions that fre keeps, the proj_size of https://github.com/open-edge-platform/anomalib
+_FRE_COMPONENTS = 220
+
+
+class Detector:
+    """Anomaly detection by a trained model, with the conventions of PyOD.
+
+    `fit` sets the threshold, and learns what mahalanobis, nap and deep_svdd need; the model stays as it is.
+    PyOD: Zhao et al. 2019, https://jmlr.org/papers/v20/19-011.html
+
+    Args:
+        model: a trained model.
+        score: nll, mse, elbo, iwae, mahalanobis, sap, nap or deep_svdd, see `aezoo.tasks.detect_scores`.
+        contamination: share of the training samples that lies above the threshold, at most one half.
+        n_draws: draws of the code for each sample, of elbo and iwae.
+        svdd_epochs: passes over the training samples that deep_svdd makes.
+        svdd_lr: learning rate of deep_svdd.
+        svdd_nu: share of the training samples that may lie outside of deep_svdd's soft boundary; 0 has none.
+        batch_size: samples at a time.
+        seed: of what is drawn.
+        progress: show bars on a terminal.
+
+    Attributes:
+        decision_scores_: (N,) scores of the samples it was fitted on; of mahalanobis and nap as if each had been left
+            out of the fit.
+        threshold_: what lies above is an anomaly.
+        labels_: (N,) 1 for the anomalies among the samples it was fitted on, 0 for the others.
+
+    Raises:
+        AezooError: a value that cannot work, or a score that the model does not have.
+    """
+
+    decision_scores_: Scores
+    threshold_: float
+    labels_: npt.NDArray[np.int64]
+
+    def __init__(
+        self,
+        model: Autoencoder,
+        score: str = "nll",
+        contamination: float = 0.1,
+        *,
+        n_draws: int = 64,
+        svdd_epochs: int = 50,
+        svdd_lr: float = 5e-4,
+        svdd_nu: float = 0.0,
+        batch_size: int = 256,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        if not 0 < contamination <= 0.5:
+            raise AezooError(f"contamination is {contamination}: give a share above 0 and of at most 0.5")
+        if not 1 <= n_draws <= _MOST_DRAWS or batch_size < 1:
+            raise AezooError(f"n_draws takes 1 to {_MOST_DRAWS:,}, batch_size 1 or more, got {n_draws}, {batch_size}")
+        self.model, self.score, self.contamination = model, score, contamination
+        self.name, self.note, self.fitted_on = score, "", slice(None)
+        self.batch_size, self.seed, self.progress = batch_size, seed, progress
+        tuning = Tuning(svdd_epochs, svdd_lr, svdd_nu)
+        self._scorer = scorer(model, score, n_draws, tuning, self._title("epochs"))
+
+    def fit(self, X: Any, y: Any = None) -> "Detector":
+        """Learn from samples that are mostly normal: (N, *input_shape), a DataModule (its training split) or `Samples`.
+
+        Labels y are not used.
+        """
+        samples = Samples.of(X, "train").check(self.model)
+        n = len(samples)
+        with at_work(self.model, self.seed) as device:
+            most = self._scorer.most_samples(samples.rows([0]).to(device))
+            chosen = draw_rows(n, most, self.seed)
+            part = samples if len(chosen) == n else samples.subset(chosen)
+            batches = part.batches(self.batch_size, self._title("fit"))
+            self._scorer.fit((x.to(device) for x in batches), len(part))
+        self.decision_scores_ = self._scores(samples)
+        self.decision_scores_[chosen.numpy()] = self._scorer.left_out(self.decision_scores_[chosen.numpy()])
+        self.threshold_ = float(np.percentile(self.decision_scores_, 100 * (1 - self.contamination)))
+        self.labels_ = (self.decision_scores_ > self.threshold_).astype(np.int64)
+        return self
+
+    def decision_function(self, X: Any) -> Scores:
+        """Scores of samples, larger is stranger, (N,)."""
+        if not hasattr(self, "threshold_"):
+            raise AezooError("this Detector is not fitted: call fit(X) with samples that are mostly normal first")
+        return self._scores(Samples.of(X).check(self.model))
+
+    def predict(self, X: Any) -> npt.NDArray[np.int64]:
+        """1 for samples above the threshold, 0 for the others, (N,)."""
+        return (self.decision_function(X) > self.threshold_).astype(np.int64)
+
+    def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
+        """Scores from the least to the largest training score, as 0 to 1, (N, 2): normal, anomaly.
+
+        These are PyOD's, and no probabilities; `p_values` are.
+        """
+        scores, train = self.decision_function(X), self.decision_scores_
+        outlier = ((scores - train.min()) / (np.ptp(train) or 1.0)).clip(0, 1)
+        return np.stack([1 - outlier, outlier], axis=1)
+
+    def p_values(self, X: Any) -> Scores:
+        """How likely a normal sample is to be as strange as each of these, (N,); see `p_values`."""
+        return p_values(self.decision_function(X), self.decision_scores_)
+
+    def _scores(self, samples: Samples) -> Scores:
+        scores = np.empty(len(samples))
+        start = 0
+        with at_work(self.model, self.seed) as device:
+            for x in samples.batches(self.batch_size, self._title("scores")):
+                scores[start : start + len(x)] = self._scorer(x.to(device)).cpu().double().numpy()
+                start += len(x)
+        if not np.isfinite(scores).all():
+            worst = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise AezooError(f"the score {self.score} of sample {worst} is {scores[worst]}: take another score")
+        return scores
+
+    def _title(self, what: str) -> str:
+        return f"{self.score}: {what}" if self.progress else ""
+
+
+def p_values(scores: Scores, reference: Scores, among: bool = False) -> Scores:
+    """Conformal p-values, (1 + #{reference >= score}) / (n + 1).
+
+    If a sample is normal, and so are the n reference samples, and no model was trained on either, its p-value is p or
+    less with a probability of at most p (Bates et al. 2023, https://doi.org/10.1214/22-AOS2244).
+
+    Args:
+        scores: of samples.
+        reference: scores of normal samples.
+        among: the samples are the reference samples, and each is compared with the n - 1 others.
+    """
+    at_least = len(reference) - np.searchsorted(np.sort(reference), scores, side="left")
+    p: Scores = at_least / len(reference) if among else (1 + at_least) / (len(reference) + 1)
+    return p
+
+
+class Baseline:
+    """A detector that trains no neural network, on raw values or frozen features; fitted and asked as a `Detector` is.
+
+    Args:
+        name: pca, the squared error of a reconstruction from as many components as a code has numbers; mean, the
+            squared distance to the mean sample; knn, the distance to the fifth-nearest training sample;
+            isolation_forest (Liu et al. 2008, https://doi.org/10.1109/ICDM.2008.17). All are scikit-learn's. fre, the
+            feature reconstruction error (Ndiour et al. 2020, https://arxiv.org/abs/2012.04250): pca, of 220
+            components or half of what there could be, in the features of a frozen network. PCA is what a linear
+            autoencoder's squared error is least with, and needs no training. On photographs of industrial goods this
+            wins over autoencoders of pixels: image AUROC on MVTec AD .933 with ResNet-50 and .947 with a wide one,
+            against .421 of GANomaly (anomalib's figures).
+        contamination: as of a `Detector`.
+        n_components: of pca.
+        features: of fre, see `aezoo.tasks.detect_features`.
+        device: where the network of these runs.
+        n_fit: training samples to fit on, drawn from the seed.
+        batch_size: samples at a time.
+        seed: of what is drawn.
+        progress: show bars on a terminal.
+
+    Attributes:
+        fitted_on: numbers of the samples that it was fitted on.
+        decision_scores_: scores of these; of knn, none is its own neighbour.
+        threshold_: what lies above is an anomaly.
+        note: why it cannot be fitted, if it cannot.
+    """
+
+    fitted_on: npt.NDArray[np.int64]
+    decision_scores_: Scores
+    threshold_: float
+
+    def __init__(
+        self,
+        name: str,
+        contamination: float = 0.1,
+        *,
+        n_components: int = 16,
+        features: str = "random",
+        device: torch.device | str = "cpu",
+        n_fit: int = 10_000,
+        batch_size: int = 256,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        self.name, self.contamination, self.n_components, self.n_fit = name, contamination, n_components, n_fit
+        self.features, self.device = features, device
+        self.batch_size, self.seed, self.progress = batch_size, seed, progress
+        self.note = ""
+        self._net: Frozen | None = None
+
+    def fit(self, samples: Samples) -> "Baseline":
+        """Learn from samples that are mostly normal."""
+        if self.name == "fre":
+            self._net = Frozen(self.features, samples.shape).to(self.device)
+        most = max(2, _MOST_VALUES // self._values(samples.rows([0])).shape[1])
+        chosen = draw_rows(len(samples), min(self.n_fit, most), self.seed)
+        self.fitted_on = chosen.numpy()
+        parts = samples.subset(chosen).batches(self.batch_size, f"{self.name}: fit" if self.progress else "")
+        x = np.concatenate([self._values(part) for part in parts])
+        n, d = x.shape
+        n_components = min(_FRE_COMPONENTS, n // 2, d // 2) if self.name == "fre" else self.n_components
+        if n < 2:
+            self.note = "needs at least 2 training samples"
+        elif self.name == "pca" and n_components >= min(n, d):
+            self.note = f"{n_components:,} components lose nothing of {n:,} samples of {d:,} values"
+        else:
+            self._function, train_scores = _FITS[self.name](x, n_components, self.seed)
+            self.decision_scores_ = np.asarray(train_scores, np.float64)
+            self.threshold_ = float(np.percentile(self.decision_scores_, 100 * (1 - self.contamination)))
+        return self
+
+    def decision_function(self, samples: Samples) -> Scores:
+        """Scores of samples, larger is stranger, (N,)."""
+        batches = samples.batches(self.batch_size, f"{self.name}: scores" if self.progress else "")
+        return np.concatenate([np.asarray(self._function(self._values(x)), np.float64) for x in batches])
+
+    def _values(self, x: Tensor) -> "Rows":
+        """What is compared of samples, (B, *shape) -> (B, D)."""
+        values: Rows = (x if self._net is None else self._net(x.to(self.device)).cpu()).flatten(1).numpy()
+        return values
+
+
+Rows = npt.NDArray[np.float32]
+Fitted = tuple[Callable[[Rows], Any], Any]
+
+
+def _pca(x: Rows, n_components: int, seed: int) -> Fitted:
+    from sklearn.decomposition import PCA
+
+    with np.errstate(invalid="ignore"):  # of constant data, shares of a variance of 0
+        pca = PCA(n_components, random_state=seed).fit(x)
+
+    def score(x: Rows) -> Any:
+        return np.square(x - pca.inverse_transform(pca.transform(x))).sum(1)
+
+    return score, score(x)
+
+
+def _mean(x: Rows, n_components: int, seed: int) -> Fitted:
+    mean = x.mean(0)
+
+    def score(x: Rows) -> Any:
+        return np.square(x - mean).sum(1)
+
+    return score, score(x)
+
+
+def _knn(x: Rows, n_components: int, seed: int) -> Fitted:
+    from sklearn.neighbors import NearestNeighbors
+
+    near = NearestNeighbors(n_neighbors=min(5, len(x) - 1)).fit(x)
+
+    def score(x: Rows) -> Any:
+        return near.kneighbors(x)[0][:, -1]
+
+    # without samples to look up, none of the training samples counts as its own neighbour
+    return score, near.kneighbors()[0][:, -1]
+
+
+def _isolation_forest(x: Rows, n_components: int, seed: int) -> Fitted:
+    from sklearn.ensemble import IsolationForest
+
+    forest = IsolationForest(random_state=seed).fit(x)
+
+    def score(x: Rows) -> Any:
+        return -forest.score_samples(x)
+
+    return score, score(x)
+
+
+_FITS = {"pca": _pca, "mean": _mean, "knn": _knn, "isolation_forest": _isolation_forest, "fre": _pca}

@@ -1,0 +1,243 @@
+"""embed: the codes of samples, a picture of them in the plane, what can be read off them, and each one's neighbours."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.tasks.embed_codes import (
+    choose_rows,
+    codes_of,
+    has_classes,
+    nearest_codes,
+    pca,
+    read_off,
+    same_classes,
+    to_plane,
+    umap,
+)
+from aezoo.tasks.output import Row, Store, fill, table_text
+from aezoo.tasks.samples import Samples, at_work
+from aezoo.tasks.samples import progress as progress_bar
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = npt.NDArray[Any]
+
+_METHODS = ("pca", "tsne", "umap")
+# points of the picture: t-SNE takes minutes beyond, and more hide each other
+_MOST_POINTS = 10_000
+# samples that classifiers see, and raw values in them: on pixels they take minutes beyond
+_MOST_PROBED = 10_000
+_MOST_VALUES = 2**26
+
+
+@dataclass
+class Embedding:
+    """What `embed` found; codes are a memory-mapped file where a folder was given.
+
+    Attributes:
+        codes: (N, *code_shape), `model.encode` of each sample.
+        plane: (M, 2), the points of the picture, for at most 10,000 of the samples.
+        rows: (M,), the samples that the points belong to.
+        accuracies: one row each for codes, raw values and PCA: the share of x whose class a logistic regression
+            (probe) and the 5 nearest neighbours (knn) read off them; empty without labels or new samples.
+        neighbours: (N, nearest), numbers of the nearest samples of `fit_on`, nearest first.
+        distances: (N, nearest), how far they are in code space (Euclidean).
+        files: what has been written.
+    """
+
+    codes: Array
+    plane: Array
+    rows: Array
+    accuracies: list[Row]
+    neighbours: Array
+    distances: Array
+    files: list[Path] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """The accuracies, and how many codes of which size there are."""
+        n, *shape = self.codes.shape
+        lines = [f"{n:,} codes of {' x '.join(map(str, shape))}"]
+        if self.distances.size:
+            lines.append(f"distance to the nearest: median {np.median(self.distances[:, 0]):.4g}")
+        return "\n".join([*([table_text(self.accuracies)] if self.accuracies else []), *lines])
+
+
+def embed(
+    model: Autoencoder,
+    x: Any,
+    *,
+    fit_on: Any = None,
+    method: str = "pca",
+    nearest: int = 0,
+    table: str = "npy",
+    n_shown: int = 8,
+    out: str | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = False,
+) -> Embedding:
+    """Embed samples: their codes, a picture of the codes, what can be read off them, and their nearest neighbours.
+
+    Writes codes.npy (or a table with the columns index, z0, z1, ... and label), plane.csv and plane.png; with training
+    samples and labels accuracies.csv; with --nearest neighbours.csv and neighbours.png.
+
+    Args:
+        model: a trained model.
+        x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
+        fit_on: training samples, which classifiers learn from and neighbours come from: an array, a DataModule (its
+            training split) or `Samples`. Without it, or if x is it, there are no accuracies, and each sample is its own
+            nearest neighbour.
+        method: how codes are brought into the plane: pca, tsne or umap.
+        nearest: how many training samples to find for each sample, those nearest in code space; 0 finds none.
+        table: npy, npz (x, the codes, and y, the labels: what --data.name takes), csv or parquet, the format of the
+            codes; that of the other tables is parquet or else csv.
+        n_shown: samples in the picture of neighbours; 0 draws no pictures.
+        out: folder for the results; None keeps them in memory.
+        batch_size: samples at a time.
+        seed: of t-SNE, UMAP and of which samples are taken where there are too many.
+        progress: show a bar on a terminal.
+
+    Raises:
+        AezooError: samples that the model cannot use, values out of range, or a folder that cannot be written.
+    """
+    _check(method, table, nearest, n_shown, batch_size)
+    samples = Samples.of(x).check(model)
+    train = None if fit_on is None else Samples.of(fit_on, "train").check(model)
+    library = samples if train is None else train
+    n, kind = len(samples), "parquet" if table == "parquet" else "csv"
+    if nearest > len(library):
+        raise AezooError(f"nearest is {nearest}, but there are {len(library)} samples to choose from")
+    labels = None if samples.labels is None else samples.labels.numpy()
+    with Store(out) as store, at_work(model, seed) as device:
+        shape = (n, *model.code_shape)
+        codes = store.array("codes", shape) if table == "npy" else np.empty(shape, np.float32)
+        start = 0
+        for batch in samples.batches(batch_size, "embed" if progress else ""):
+            fill(codes, start, model.encode(batch.to(device)))
+            start += len(batch)
+        flat = codes.reshape(n, -1)
+        if table == "npz":
+            store.arrays("codes", {"x": codes} | ({} if labels is None else {"y": labels}))
+        elif table != "npy":
+            store.table("codes", _code_rows(flat, labels), table)
+        rows = choose_rows(n, _MOST_POINTS, seed)
+        plane = to_plane(flat[rows], method, seed)
+        shown = None if labels is None else labels[rows]
+        store.table("plane", _plane_rows(rows, plane, shown), kind)
+        accuracies: list[Row] = []
+        # of samples that classifiers have learnt from they say nothing
+        new = train is not None and train.dataset is not samples.dataset
+        if train is not None and new and has_classes(samples) and has_classes(train):
+            accuracies = _accuracies(model, train, samples, flat, batch_size, seed, progress)
+            store.table("accuracies", accuracies, kind)
+        neighbours, distances = np.empty((n, 0), np.int64), np.empty((n, 0))
+        if nearest:
+            known = flat if train is None else codes_of(model, train, None, batch_size, seed, progress)[0]
+            neighbours, distances = nearest_codes(known, flat, nearest)
+            store.table("neighbours", _neighbour_rows(neighbours, distances, library), kind)
+        if n_shown and store.folder is not None:
+            store.picture("plane", _plane_picture(plane, shown, method, samples))
+            if nearest:
+                store.picture("neighbours", _neighbour_picture(samples, library, neighbours, n_shown))
+    return Embedding(codes, plane, rows, accuracies, neighbours, distances, store.files)
+
+
+def _check(method: str, table: str, nearest: int, n_shown: int, batch_size: int) -> None:
+    if method not in _METHODS:
+        raise AezooError(f"method is {method!r}: take pca, tsne or umap")
+    if table not in ("npy", "npz", "csv", "parquet"):
+        raise AezooError(f"table is {table!r}: take npy, npz, csv or parquet")
+    if nearest < 0 or n_shown < 0 or batch_size < 1:
+        raise AezooError(
+            f"nearest and n_shown must be at least 0 and batch_size at least 1, got {nearest}, {n_shown}, {batch_size}"
+        )
+    if method == "umap":
+        umap()
+
+
+def _accuracies(
+    model: Autoencoder, train: Samples, test: Samples, test_codes: Array, batch_size: int, seed: int, progress: bool
+) -> list[Row]:
+    """Codes beside raw values and beside PCA of the code's size, read by the same two classifiers.
+
+    All of them see the same samples of either set, at most 10,000.
+    """
+    most = min(_MOST_PROBED, max(100, _MOST_VALUES // math.prod(model.input_shape)))
+    train_codes, rows = codes_of(model, train, most, batch_size, seed, progress)
+    test_rows = choose_rows(len(test), most, seed)
+    raw_train, raw_test = (
+        part.rows(torch.from_numpy(chosen)).flatten(1).numpy() for part, chosen in ((train, rows), (test, test_rows))
+    )
+    y_train, y_test = np.asarray(train.y)[rows], same_classes(test, train)[test_rows]
+    known = y_train >= 0  # -1 is no label, see --data.num_labels
+    train_codes, raw_train, y_train = train_codes[known], raw_train[known], y_train[known]
+    if len(np.unique(y_train)) < 2:
+        return []  # nothing to tell apart
+    size = train_codes.shape[1]
+    sets = {"codes": (train_codes, test_codes[test_rows]), "raw values": (raw_train, raw_test)}
+    if size <= min(raw_train.shape):
+        sets["pca"] = pca(raw_train, raw_test, size)
+    with progress_bar("classifiers" if progress else "", len(sets)) as advance:
+        found = []
+        for name, (a, b) in sets.items():
+            found.append({"features": name, "size": a.shape[1]} | read_off(a, y_train, b, y_test))
+            advance(1)
+    return found
+
+
+# ---- tables and pictures --------------------------------------------------------------------------------------------
+
+
+def _code_rows(flat: Array, labels: Array | None) -> list[Row]:
+    rows = [{"index": i} | {f"z{d}": float(value) for d, value in enumerate(code)} for i, code in enumerate(flat)]
+    return rows if labels is None else [row | {"label": labels[i].item()} for i, row in enumerate(rows)]
+
+
+def _plane_rows(rows: Array, plane: Array, labels: Array | None) -> list[Row]:
+    table = [{"index": int(i), "u": float(u), "v": float(v)} for i, (u, v) in zip(rows, plane, strict=True)]
+    return table if labels is None else [row | {"label": labels[i].item()} for i, row in enumerate(table)]
+
+
+def _neighbour_rows(neighbours: Array, distances: Array, library: Samples) -> list[Row]:
+    y = library.labels
+    return [
+        {"index": i, "rank": j + 1, "neighbour": int(found), "distance": float(distances[i, j])}
+        | ({} if y is None else {"label": y[int(found)].item()})
+        for i, line in enumerate(neighbours)
+        for j, found in enumerate(line)
+    ]
+
+
+def _plane_picture(plane: Array, labels: Array | None, method: str, samples: Samples) -> "Figure":
+    from aezoo.callbacks import drawing
+
+    name = {"pca": "principal component", "tsne": "t-SNE", "umap": "UMAP"}[method]
+    shown = None if labels is None else torch.from_numpy(labels)
+    return drawing.scatter_figure(
+        torch.from_numpy(plane), shown, (f"{name} 1", f"{name} 2"), f"codes of {samples.name}"
+    )
+
+
+def _neighbour_picture(samples: Samples, library: Samples, neighbours: Array, n_shown: int) -> "Figure":
+    """Each sample and, to its right, its neighbours."""
+    from aezoo.callbacks import drawing
+
+    n, k = min(n_shown, len(samples)), min(neighbours.shape[1], 12)
+    queries = samples.rows(range(n))
+    found = library.rows(torch.from_numpy(neighbours[:n, :k].flatten())).unflatten(0, (n, k))
+    columns = ["sample", *(str(j + 1) for j in range(k))]
+    if not drawing.is_image(samples.shape):
+        return drawing.panel_figure([dict(zip(columns, [queries[i], *found[i]], strict=True)) for i in range(n)])
+    rows: list[Tensor] = [torch.cat([queries[i, None], found[i]]) for i in range(n)]
+    limits = drawing.value_range(queries)
+    return drawing.mosaic_figure([drawing.tiles(row, limits) for row in rows], column_labels=columns)

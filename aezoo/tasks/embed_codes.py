@@ -1,0 +1,183 @@
+"""What `embed` works out from codes: their plane, what classifiers read off them, and who is near whom.
+
+Codes are vectors here, (N, D); a feature map is one vector of all its channels and places.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.tasks.output import fill
+from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import progress as progress_bar
+
+Array = npt.NDArray[Any]
+
+# 5 neighbours vote, as in `aezoo benchmark quality`
+_VOTES = 5
+# codes looked up at a time
+_QUERIES = 1024
+
+
+def choose_rows(n: int, most: int | None, seed: int = 0) -> Array:
+    """At most `most` of n row numbers, drawn without repeats, in rising order."""
+    if most is None or n <= most:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).permutation(n)[:most])
+
+
+def codes_of(
+    model: Autoencoder,
+    samples: Samples,
+    most: int | None,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+    code: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Array, Array]:
+    """Codes as vectors, (N, D) float32, of at most `most` samples, and the numbers of these; inside of `at_work`.
+
+    `code` gives what is as large as a code in its place.
+    """
+    encode = code or model.encode
+    rows = choose_rows(len(samples), most, seed)
+    codes = np.empty((len(rows), math.prod(model.code_shape)), np.float32)
+    start = 0
+    with progress_bar("codes" if progress else "", len(rows)) as advance:
+        whole = len(rows) == len(samples)
+        parts = [rows[i : i + batch_size].tolist() for i in range(0, len(rows), batch_size)]
+        for batch in samples.batches(batch_size) if whole else map(samples.rows, parts):
+            fill(codes, start, encode(batch.to(model.device)).flatten(1))
+            start += len(batch)
+            advance(len(batch))
+    return codes, rows
+
+
+def has_classes(samples: Samples) -> bool:
+    """Whether each sample has one label, and labels are whole numbers."""
+    y = samples.labels
+    return y is not None and not y.is_floating_point()
+
+
+def same_classes(samples: Samples, known: Samples) -> Array:
+    """Labels of `samples` as `known` numbers its classes, where both name them; -1 is a class that it lacks."""
+    y, names, known_names = np.asarray(samples.y), samples.class_names, known.class_names
+    if names is None or known_names is None or names == known_names:
+        return y
+    return np.array([known_names.index(name) if name in known_names else -1 for name in names])[y]
+
+
+# ---- the plane ------------------------------------------------------------------------------------------------------
+
+
+def to_plane(codes: Array, method: str, seed: int) -> Array:
+    """Codes (N, D) as points (N, 2).
+
+    pca is the plane of largest variance. tsne (van der Maaten & Hinton 2008, https://jmlr.org/papers/v9/vandermaaten08a)
+    and umap (McInnes et al. 2018, https://arxiv.org/abs/1802.03426) keep neighbours together; distances between groups
+    mean nothing there.
+
+    Raises:
+        AezooError: too few samples, or umap is not installed.
+    """
+    n, size = codes.shape
+    if method != "pca" and n < 4:
+        raise AezooError(f"{method} needs at least 4 samples, got {n}: take method pca")
+    codes = codes.astype(np.float64)
+    if (codes == codes[0]).all():  # one point, once or many times
+        return np.zeros((n, 2))
+    if method == "pca":
+        return pca(codes, codes, 2)[1]
+    # both begin with the plane of PCA, which lays out groups as the codes do; a line has none
+    start = "pca" if size > 1 else "random"
+    if method == "umap":
+        n_neighbors = min(15, n - 1)  # its default, and what it can at most
+        model = umap()(n_neighbors=n_neighbors, init=start, random_state=seed, n_jobs=1)
+        plane: Array = model.fit_transform(codes)
+        return plane
+    from sklearn.manifold import TSNE
+
+    # 50 principal components first, as the paper's section 4.2 has it; perplexity as near to 30 as few samples allow
+    codes = pca(codes, codes, 50)[1] if size > 50 else codes
+    return TSNE(perplexity=min(30.0, (n - 1) / 3), init=start, random_state=seed).fit_transform(codes)
+
+
+def umap() -> Any:
+    """The class UMAP of umap-learn.
+
+    Raises:
+        AezooError: it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Tensorflow not installed", ImportWarning)  # only ParametricUMAP needs it
+            from umap import UMAP
+    except ImportError as error:
+        raise AezooError("method umap needs umap-learn: pip install 'aezoo[umap]'") from error
+    return UMAP
+
+
+def pca(train: Array, test: Array, size: int) -> tuple[Array, Array]:
+    """Codes of PCA with `size` components, fitted on `train`; components that it does not have are 0."""
+    from sklearn.decomposition import PCA
+
+    parts = np.zeros((len(train), size)), np.zeros((len(test), size))
+    found = min(size, *train.shape)
+    # sklearn picks an exact solver where it is quick, and else a randomised one
+    fitted = PCA(found, random_state=0).fit(train)
+    for part, values in zip(parts, (train, test), strict=True):
+        part[:, :found] = fitted.transform(values)
+    return parts
+
+
+# ---- what can be read off them ---------------------------------------------------------------------------------------
+
+
+def read_off(train: Array, y_train: Array, test: Array, y_test: Array) -> dict[str, float]:
+    """Share of test samples whose class is read off their code by classifiers that have seen the training codes.
+
+    Returns:
+        `probe`, of logistic regression on standardised codes, and `knn`, of the 5 nearest neighbours on codes as they
+        are.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    with warnings.catch_warnings():
+        # wide codes separate the classes, where logistic regression converges slowly and its accuracy has settled
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        probe.fit(train.astype(np.float64), y_train)
+    knn = KNeighborsClassifier(min(_VOTES, len(train))).fit(train, y_train)
+    return {"probe": float(probe.score(test.astype(np.float64), y_test)), "knn": float(knn.score(test, y_test))}
+
+
+# ---- neighbours -----------------------------------------------------------------------------------------------------
+
+
+def nearest_codes(library: Array, codes: Array, k: int) -> tuple[Array, Array]:
+    """Row numbers (N, k) of the codes of `library` (M, D) nearest to each of `codes` (N, D), and their distances."""
+    from sklearn.neighbors import NearestNeighbors
+
+    library = library.astype(np.float64)
+    search = NearestNeighbors(n_neighbors=k).fit(library)
+    neighbours, distances = np.empty((len(codes), k), np.int64), np.empty((len(codes), k))
+    for start in range(0, len(codes), _QUERIES):
+        z = codes[start : start + _QUERIES].astype(np.float64)
+        found = search.kneighbors(z, return_distance=False)
+        # for wide codes it computes |a|^2 - 2ab + |b|^2, by which a code is not quite at distance 0 of itself
+        exact = np.stack([np.linalg.norm(library[found[:, j]] - z, axis=1) for j in range(k)], axis=1)
+        order = np.argsort(exact, axis=1, kind="stable")
+        neighbours[start : start + len(z)] = np.take_along_axis(found, order, 1)
+        distances[start : start + len(z)] = np.take_along_axis(exact, order, 1)
+    return neighbours, distances

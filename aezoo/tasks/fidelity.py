@@ -1,0 +1,209 @@
+"""How good samples are: are they like real ones, are they as varied, and are they copies?
+
+Figures compare features (N, F) of real and of generated samples; see `aezoo.tasks.fidelity_features` for the space.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from aezoo.data.source import ArrayDataset
+from aezoo.randomness import forked_rng
+from aezoo.tasks.fidelity_features import choose_features
+from aezoo.tasks.output import Row, Store
+from aezoo.tasks.samples import Samples
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = npt.NDArray[Any]
+
+# real samples of the training set that the figures see: precision and recall compare all pairs
+_MOST_REAL = 5_000
+# the neighbours that set the radius of precision and recall, as in the paper
+_K = 3
+_CHUNK = 256
+
+
+@dataclass
+class Nearest:
+    """The nearest training sample of each of some samples.
+
+    Attributes:
+        distances: (N,), Euclidean, in raw values.
+        rows: (N,), which it is.
+    """
+
+    distances: Array
+    rows: Array
+
+
+def judge(
+    fake: Tensor,
+    train: Samples,
+    held: Samples | None,
+    device: torch.device,
+    store: Store,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[list[Row], str]:
+    """Compare generated samples with training samples and, as a yardstick, real samples that are new to the model.
+
+    Args:
+        fake: (N, *shape) generated samples on the CPU, at least two.
+        train: training samples.
+        held: other real samples; at most N of them are used.
+        device: where features are computed.
+        store: takes quality.csv and copies.png, the samples nearest to training samples above these.
+        batch_size: samples at a time.
+        seed: of what is drawn.
+        progress: show bars on a terminal.
+
+    Returns:
+        A row of figures for the generated samples and one for `held`, and the name of the features.
+    """
+    features = choose_features(train, device, seed, progress)
+    real = features.all(train.take(_MOST_REAL, seed), batch_size, progress)
+    drawn = features.all(Samples(ArrayDataset(fake)), batch_size, progress)
+    nearest = nearest_samples(fake, train, batch_size, progress)
+    rows: list[Row] = [{"samples": "generated"} | figures(real, drawn, nearest, seed)]
+    if held is not None and len(held) > 1:
+        held = held.take(len(fake), seed)
+        theirs = nearest_samples(held.rows(range(len(held))), train, batch_size, progress)
+        real_ones = figures(real, features.all(held, batch_size, progress), theirs, seed)
+        rows.append({"samples": "real, held out"} | real_ones)
+        rows[0]["closer"], rows[1]["closer"] = closer(nearest.distances, theirs.distances), 0.5
+    store.table("quality", rows)
+    if store.folder is not None:
+        store.picture("copies", _picture(fake, nearest, train))
+    return rows, features.name
+
+
+def figures(real: Tensor, fake: Tensor, nearest: Nearest, seed: int = 0) -> Row:
+    """The figures of samples with features `fake`, (N, F), whose nearest training samples are known."""
+    precision, recall = precision_recall(real, fake)
+    return {
+        "n": len(fake),
+        "fid": fid(real, fake),
+        "kid": kid(real, fake, seed),
+        "precision": precision,
+        "recall": recall,
+        "distance": float(np.median(nearest.distances)),
+    }
+
+
+def fid(real: Tensor, fake: Tensor) -> float:
+    """Frechet distance of the two Gaussians with the sets' means and covariances (Heusel et al. 2017, eq. (6)).
+
+    |m - m_w|^2 + tr(C + C_w - 2 (C C_w)^1/2), https://arxiv.org/abs/1706.08500; it falls as sets grow, so that only
+    figures from equally many samples compare.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    metric.set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(fake.double(), real=False)
+    return max(float(metric.compute()), 0.0)
+
+
+def kid(real: Tensor, fake: Tensor, seed: int = 0) -> float:
+    """Squared maximum mean discrepancy under the kernel (a.b / F + 1)^3, without bias, so that it may be below 0.
+
+    Binkowski et al. 2018, https://arxiv.org/abs/1801.01401: the mean over 100 subsets of 1,000.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    size = min(1000, len(real), len(fake))
+    subsets = 1 if size == len(real) == len(fake) else 100
+    with warnings.catch_warnings(), forked_rng(torch.device("cpu")):
+        warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
+        metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=subsets, subset_size=size)
+        metric.update(real.double(), real=True)
+        metric.update(fake.double(), real=False)
+        torch.manual_seed(seed)
+        return float(metric.compute()[0])
+
+
+class _Given(nn.Module):
+    """Features that are computed already, as torchmetrics takes them."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.num_features = size
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019, eqs. (1) and (2), https://arxiv.org/abs/1904.06991).
+
+    The share of `fake` that lies within reach of `real`, and the share of `real` within reach of `fake`: within reach
+    of a set is what is no farther from some member than that member's third nearest neighbour in the set.
+    """
+    return _share_within(fake, real), _share_within(real, fake)
+
+
+def _share_within(points: Tensor, members: Tensor) -> float:
+    points, members = points.double(), members.double()
+    k = min(_K, len(members) - 1)
+    # the nearest is the member itself
+    radii = torch.cat([_distances(part, members).kthvalue(k + 1, dim=1).values for part in members.split(_CHUNK)])
+    within = torch.cat([(_distances(part, members) <= radii).any(1) for part in points.split(_CHUNK)])
+    return float(within.double().mean())
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    # not by |a|^2 - 2ab + |b|^2, whose rounding would push a point away from itself
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def nearest_samples(x: Tensor, train: Samples, batch_size: int = 256, progress: bool = False) -> Nearest:
+    """The training sample nearest to each of x (N, *shape) in raw values; training samples are read once."""
+    flat = x.flatten(1).double()
+    least = torch.full((len(x),), math.inf, dtype=torch.float64)
+    rows = torch.zeros(len(x), dtype=torch.int64)
+    start = 0
+    for batch in train.batches(batch_size, "copies" if progress else ""):
+        # in float64 the rounding of |a|^2 - 2ab + |b|^2 is 1e-7 of a sample's norm
+        found, index = torch.cdist(flat, batch.flatten(1).double(), compute_mode="use_mm_for_euclid_dist").min(1)
+        better = found < least
+        least[better], rows[better] = found[better], index[better] + start
+        start += len(batch)
+    return Nearest(least.numpy(), rows.numpy())
+
+
+def closer(fake: Array, held: Array) -> float:
+    """P(a generated sample is closer to the training set than a real, held-out one): 0.5 is none copied, 1 is all.
+
+    The Mann-Whitney statistic of Meehan et al. 2020, section 3 (https://arxiv.org/abs/2004.05675). Blurred samples are
+    closer as well: look at copies.png.
+    """
+    from scipy.stats import mannwhitneyu
+
+    farther = mannwhitneyu(fake, held).statistic
+    return float(1 - farther / (len(fake) * len(held)))
+
+
+def _picture(fake: Tensor, nearest: Nearest, train: Samples, n: int = 8) -> "Figure":
+    """The samples that are nearest to a training sample, and that training sample."""
+    from aezoo.callbacks import drawing
+
+    order = torch.from_numpy(np.argsort(nearest.distances, kind="stable")[:n])
+    above, below = fake[order], train.rows(torch.from_numpy(nearest.rows)[order])
+    distances = [f"{nearest.distances[i]:.3g}" for i in order]
+    if not drawing.is_image(train.shape):
+        panels = [{"generated": a, "training": b} for a, b in zip(above, below, strict=True)]
+        return drawing.panel_figure(panels, [f"distance {d}" for d in distances])
+    limits = drawing.value_range(below)
+    tiles = [drawing.tiles(part, limits) for part in (above, below)]
+    return drawing.mosaic_figure(tiles, ["generated", "nearest training sample"], distances)

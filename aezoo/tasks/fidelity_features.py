@@ -1,0 +1,148 @@
+"""The space in which samples are judged: networks or principal components that tell real samples from each other."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aezoo.errors import AezooError
+from aezoo.nets.classifier import STEPS, Classifier
+from aezoo.randomness import forked_rng
+from aezoo.tasks.embed_codes import choose_rows, has_classes
+from aezoo.tasks.output import join
+from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import progress as progress_bar
+
+# what the small classifier learns from
+_MOST_LEARNT, _MOST_VALUES = 20_000, 2**26
+_BATCH, _COMPONENTS = 128, 64
+# images of 299 x 299 at a time: half a gigabyte
+_INCEPTION_BATCH = 32
+
+
+@dataclass
+class Features:
+    """A space for `fidelity`.
+
+    Attributes:
+        name: what it is, for the table of figures.
+        of: samples (B, *shape) to features (B, F).
+    """
+
+    name: str
+    of: Callable[[Tensor], Tensor]
+
+    @torch.no_grad()
+    def all(self, samples: Samples, batch_size: int, progress: bool = False) -> Tensor:
+        """Features of all samples, (N, F) on the CPU."""
+        return join(self.of(batch) for batch in samples.batches(batch_size, "features" if progress else ""))
+
+
+def choose_features(train: Samples, device: torch.device, seed: int, progress: bool) -> Features:
+    """The best space at hand: Inception for images, else a classifier of the set's labels, else principal components.
+
+    Nothing is downloaded: Inception is used if torchvision has stored its weights on this machine before.
+    """
+    shape = train.shape
+    path = inception_weights()
+    if path is not None and len(shape) == 3 and shape[0] in (1, 3) and _in_unit_interval(train):
+        return Features("Inception-v3 of torchvision", _inception(path, device))
+    most = min(_MOST_LEARNT, max(100, _MOST_VALUES // math.prod(shape)))
+    rows = torch.from_numpy(choose_rows(len(train), most, seed))
+    if train.y is not None and has_classes(train) and len(torch.unique(train.y[train.y >= 0])) > 1:
+        return _classifier(train, train.y, rows, device, seed, progress)
+    return _pca(train.rows(rows))
+
+
+# ---- Inception ------------------------------------------------------------------------------------------------------
+
+
+def inception_weights() -> Path | None:
+    """Where torchvision has stored the weights of Inception-v3; None where it has not."""
+    from torchvision.models import Inception_V3_Weights
+
+    name = Inception_V3_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    return path if path.is_file() else None
+
+
+def _in_unit_interval(train: Samples) -> bool:
+    x = train.rows(range(min(len(train), 1000)))
+    return bool(x.min() >= 0 and x.max() <= 1)
+
+
+def _inception(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The 2,048 averaged activations before the last layer, as Heusel et al. 2017 take them for the FID.
+
+    They used other weights, and published figures are comparable only among themselves.
+    """
+    from torchvision.models import inception_v3
+
+    network = inception_v3(weights=None, transform_input=False, init_weights=False)
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # what a broken file raises depends on where it is broken
+        raise AezooError(f"{path} does not hold Inception's weights: remove it, or let torchvision fetch it") from error
+    network.fc = nn.Identity()
+    network.to(device).eval()
+
+    def of(x: Tensor) -> Tensor:
+        colour = x.to(device).clamp(0, 1).expand(-1, 3, -1, -1)
+        found = []
+        for part in colour.split(_INCEPTION_BATCH):
+            large = nn.functional.interpolate(part, (299, 299), mode="bilinear", antialias=True)
+            found.append(network(2 * large - 1))  # [0, 1] to the [-1, 1] that these weights were trained on
+        return torch.cat(found)
+
+    return of
+
+
+# ---- a small classifier ---------------------------------------------------------------------------------------------
+
+
+def _classifier(
+    train: Samples, labels: Tensor, rows: Tensor, device: torch.device, seed: int, progress: bool
+) -> Features:
+    """The 64 activations before the last layer of a network that learns the labels, a tenth of them held out."""
+    with forked_rng(device), torch.enable_grad():
+        torch.manual_seed(seed)
+        rows = rows[labels[rows] >= 0]  # -1 is no label, see --data.num_labels
+        rows = rows[torch.randperm(len(rows))]
+        x, y = train.rows(rows), torch.unique(labels[rows], return_inverse=True)[1]
+        held = len(x) // 10
+        network = Classifier(train.shape, int(y.max()) + 1).to(device)
+        network.standardise(x)
+        with progress_bar("classifier" if progress else "", STEPS) as advance:
+            network.learn(x[held:], y[held:], advance)
+    with torch.no_grad():
+        # of variance 1 on the average: how large activations are says nothing
+        unit = torch.cat([network.activations(part.to(device)) for part in x.split(_BATCH)]).var(0).mean().sqrt()
+
+    def of(part: Tensor) -> Tensor:
+        return network.activations(part.to(device)) / unit.clamp_min(1e-12)
+
+    name = f"a small classifier of {train.name}"
+    if held:
+        with torch.no_grad():
+            found = join(network.head(of(part)).argmax(1) for part in x[:held].split(_BATCH))
+        name += f" (accuracy {float((found == y[:held]).float().mean()):.3f})"
+    return Features(name, of)
+
+
+# ---- principal components -------------------------------------------------------------------------------------------
+
+
+def _pca(x: Tensor) -> Features:
+    """Principal components of raw values: no network, and what they see is brightness and outline."""
+    from sklearn.decomposition import PCA
+
+    flat = x.flatten(1).numpy()
+    with np.errstate(invalid="ignore"):  # of equal samples no share of the variance is explained
+        fitted = PCA(min(_COMPONENTS, *flat.shape), random_state=0).fit(flat)
+    mean, axes = torch.from_numpy(fitted.mean_), torch.from_numpy(fitted.components_)
+    name = f"{len(axes)} principal components of raw values (no labels, no Inception weights at hand)"
+    return Features(name, lambda part: (part.cpu().flatten(1) - mean) @ axes.T)

@@ -1,0 +1,338 @@
+"""generate: new samples, from a model's prior or from one fitted to its codes, walks between samples, and figures."""
+
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.data.source import ArrayDataset
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.tasks import generate_walks, priors
+from aezoo.tasks.embed_codes import codes_of
+from aezoo.tasks.generate_walks import GIVE_TRAINING
+from aezoo.tasks.output import Row, Store, fill, join, table_text
+from aezoo.tasks.samples import Samples, at_work
+from aezoo.tasks.samples import progress as progress_bar
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = npt.NDArray[Any]
+
+# codes that a prior is fitted to, and numbers in them: minutes on one core, half a gigabyte
+_MOST_CODES, _MOST_VALUES = 50_000, 2**24
+# codes drawn at a time; another number draws others
+_DRAWN = 4096
+# samples of its own prior that a model walks among where no others are given
+_OWN = 1000
+# images and curves in the picture of samples
+_MOST_SHOWN, _MOST_PANELS = 256, 16
+
+
+@dataclass
+class Generation:
+    """What `generate` made; samples are a memory-mapped file where a folder was given.
+
+    Attributes:
+        samples: (n, *shape) samples, or (walks, steps, *shape) where a walk was asked for; float32.
+        source: where they come from.
+        figures: how good samples are, a row for them and one for real ones; empty unless `quality` was asked for.
+        features: the space that fid, kid, precision and recall were measured in.
+        files: what has been written.
+    """
+
+    samples: Array
+    source: str
+    figures: list[Row] = field(default_factory=list)
+    features: str = ""
+    files: list[Path] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """The figures and where samples come from."""
+        lines = [f"{self.samples.shape[0]:,} {self.source}"]
+        if self.figures:
+            lines += [table_text(self.figures), f"fid, kid, precision and recall in the space of {self.features}"]
+            lines += [
+                "distance: median, to the nearest training sample; closer: how likely a sample is to be closer to one "
+                "than a held-out one is (0.5 as close, 1 a copy)"
+            ]
+        return "\n".join(lines)
+
+
+def generate(
+    model: Autoencoder,
+    x: Any = None,
+    *,
+    n: int = 64,
+    prior: str = "auto",
+    label: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    fit_on: Any = None,
+    n_components: int = 10,
+    n_neighbours: int = 5,
+    interpolate: bool = False,
+    circle: bool = False,
+    traverse: bool = False,
+    around: Any = None,
+    spread: float = 0.5,
+    walks: int = 8,
+    steps: int = 9,
+    quality: int = 0,
+    out: str | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = False,
+) -> Generation:
+    """Generate samples from a model's own prior, or from a prior that is fitted to the codes of the training samples.
+
+    Writes samples.npy and samples.png; with --interpolate, --traverse or --around a walk through code space in their
+    place, interpolation, traversal or around; with --quality quality.csv and copies.png.
+
+    Args:
+        model: a trained model.
+        x: real samples (N, *input_shape), a DataModule (its test split) or `Samples`: walks start from them, and with
+            fit_on they are the yardstick of quality, held out from training.
+        n: number of samples.
+        prior: own (the model's), gaussian, gmm (Gaussian mixture), maf (masked autoregressive flow), knn (between a
+            training code and one of its nearest neighbours), two_stage (a second VAE, of the codes), vamp (the mean of
+            the posteriors of training samples), riemannian (by a metric that the codes give), sphere (of unit
+            vectors), poincare (of codes in a ball), or auto: the model's own if it has one, else gmm.
+        label: draw samples of this class, by number, from a model that is told labels, such as conditional_vae.
+        temperature: of a prior over indices, pixelcnn or index_transformer: below 1 for likelier samples, towards 0 for
+            the likeliest index each time, above 1 for stranger ones.
+        top_k: of such a prior: draw each index from this many of its likeliest alone; 0 for all.
+        fit_on: training samples that a prior is fitted to and quality is measured against: an array, a DataModule (its
+            training split) or `Samples`.
+        n_components: Gaussians in the mixture of gmm; the summary says how much likelier it makes held-out codes.
+        n_neighbours: neighbours that knn chooses from.
+        interpolate: walk from sample to sample, straight from code to code.
+        circle: interpolate on a great circle about the origin instead, as suits codes from N(0, I), those of vae.
+        traverse: walk along one dimension of the code after the other, those of largest variance first, over the range
+            of the training codes.
+        around: samples to vary, as x takes them (on the command line a file or a folder, as --input takes it): new ones
+            are decoded from codes near theirs.
+        spread: how far around, as a share of the standard deviation of the training codes.
+        walks: number of walks. A model with a prior of its own that is given no samples walks among those it draws.
+        steps: samples of each walk.
+        quality: number of samples to judge by FID, KID, precision, recall and closeness to training samples, at most
+            as many as there are in x; a thousand or more tell most. 0 judges none.
+        out: folder for the results; None keeps them in memory.
+        batch_size: samples at a time.
+        seed: fixes what is drawn.
+        progress: show a bar on a terminal.
+
+    Raises:
+        AezooError: values out of range, no prior and no samples to fit one to, or a folder that cannot be written.
+    """
+    walking = interpolate or traverse or around is not None
+    if label is not None:
+        _check_label(model, prior, label, walking)
+    if temperature != 1 or top_k != 0:
+        _check_draws(model, prior, temperature, top_k, walking)
+    _check(
+        model, n, prior, interpolate, circle, traverse, around is not None, spread, walks, steps, quality, batch_size
+    )
+    given = None if x is None else Samples.of(x).check(model)
+    varied = None if around is None else Samples.of(around).check(model)
+    train = None if fit_on is None else Samples.of(fit_on, "train").check(model)
+    # samples that the model has learnt from are no yardstick
+    held = None if given is None or (train is not None and given.dataset is train.dataset) else given
+    if quality and (train is None or len(train) < 2):
+        raise AezooError(f"quality needs two training samples at least to compare with: {GIVE_TRAINING}")
+    with Store(out) as store, at_work(model, seed):
+        if interpolate or traverse or varied is not None:
+            known = train if train is not None else _own_samples(model, batch_size) if model.has_prior else given
+            starts = next((samples for samples in (varied, given, known) if samples is not None), None)
+            known = starts if known is None else known
+            if known is None or starts is None:
+                raise AezooError(
+                    "walks start from samples: give x (--input FILE or --data.name SET), or take a model with a prior"
+                )
+            if interpolate:
+                walk = generate_walks.interpolation(model, starts, circle, walks, steps, seed)
+            elif traverse:
+                walk = generate_walks.traversal(model, starts, known, walks, steps, batch_size, seed)
+            else:
+                walk = generate_walks.about(model, starts, known, spread, walks, steps, batch_size, seed)
+            samples = generate_walks.decode(model, walk, store, batch_size)
+            if store.folder is not None:
+                store.picture(walk.name, generate_walks.picture(walk, samples))
+            return Generation(samples, f"walks of {steps} steps: {walk.name}", files=store.files)
+        fitted, source = _prior(model, prior, train, held, n_components, n_neighbours, batch_size, seed, progress)
+        asked: dict[str, Any] = {} if label is None else {"y": label}
+        if label is not None:
+            source += f", of class {label}"
+        if temperature != 1:
+            asked["temperature"], source = temperature, f"{source}, at temperature {temperature:g}"
+        if top_k:
+            asked["top_k"], source = top_k, f"{source}, from the {top_k} likeliest of each index"
+        judged = min(quality, len(held)) if held is not None and len(held) > 1 else quality
+        samples = store.array("samples", (n, *model.input_shape))
+        to_judge = np.empty((judged, *model.input_shape), np.float32)
+        start = 0
+        with progress_bar("generate" if progress else "", max(n, judged)) as advance:
+            for batch in _draws(model, fitted, max(n, judged), batch_size, seed, asked):
+                for array in (samples, to_judge):
+                    fill(array, start, batch[: max(0, len(array) - start)])
+                start += len(batch)
+                advance(len(batch))
+        if store.folder is not None:
+            store.picture("samples", _picture(torch.from_numpy(np.array(samples[:_MOST_SHOWN]))))
+        found = Generation(samples, f"samples from {source}", files=store.files)
+        if judged and train is not None:
+            from aezoo.tasks.fidelity import judge
+
+            found.figures, found.features = judge(
+                torch.from_numpy(to_judge), train, held, model.device, store,
+                batch_size=batch_size, seed=seed, progress=progress,
+            )  # fmt: skip
+    return found
+
+
+def _check(
+    model: Autoencoder,
+    n: int,
+    prior: str,
+    interpolate: bool,
+    circle: bool,
+    traverse: bool,
+    around: bool,
+    spread: float,
+    walks: int,
+    steps: int,
+    quality: int,
+    batch_size: int,
+) -> None:
+    names = ("auto", "own", *priors.NAMES)
+    if prior not in names:
+        raise AezooError(f"unknown prior {prior!r}: take one of {', '.join(names)}")
+    if prior == "own" and not model.has_prior:
+        raise AezooError(f"{type(model).__name__} has no prior of its own: take gmm, maf, gaussian, two_stage or knn")
+    if circle and not interpolate:
+        raise AezooError("circle is a way to interpolate: ask for interpolate as well")
+    if circle and not model.has_prior:
+        raise AezooError(f"circle suits codes from N(0, I), and {type(model).__name__} has no prior: leave it out")
+    if interpolate + traverse + around > 1:
+        raise AezooError("interpolate, traverse and around exclude each other: ask for one at a time")
+    if not 0 < spread < math.inf:
+        raise AezooError(f"spread must be above 0 and finite, got {spread}")
+    if min(n, walks, batch_size) < 1 or steps < 2:
+        raise AezooError(
+            f"n, walks and batch_size must be at least 1 and steps at least 2, got {n}, {walks}, {batch_size}, {steps}"
+        )
+    if quality < 0 or quality == 1:
+        raise AezooError(f"quality must be 0 or at least 2 samples, got {quality}")
+    if quality and (interpolate or traverse or around):
+        raise AezooError("quality judges samples of a prior: leave out interpolate, traverse and around")
+
+
+def _check_label(model: Autoencoder, prior: str, label: int, walk: bool) -> None:
+    if "y" not in inspect.signature(model.sample).parameters:
+        raise AezooError(
+            f"{type(model).__name__} draws no samples of a class: leave label out, or take conditional_vae"
+        )
+    if prior not in ("auto", "own") or walk:
+        raise AezooError(
+            "label asks the model's own prior for a class: leave out prior, interpolate, traverse and around"
+        )
+    classes = int(getattr(model, "num_classes", 0))
+    if not 0 <= label < classes:
+        raise AezooError(f"label must be from 0 to {classes - 1}, got {label}")
+
+
+def _check_draws(model: Autoencoder, prior: str, temperature: float, top_k: int, walk: bool) -> None:
+    if "temperature" not in inspect.signature(model.sample).parameters:
+        raise AezooError(
+            f"temperature and top_k are for a prior over indices, and {type(model).__name__} has none: leave them out, "
+            "or take pixelcnn or index_transformer"
+        )
+    if prior not in ("auto", "own") or walk:
+        raise AezooError(
+            "temperature and top_k are for the model's own prior: leave out prior, interpolate, traverse and around"
+        )
+    at_least(0, temperature=temperature, top_k=top_k)
+
+
+def _prior(
+    model: Autoencoder,
+    name: str,
+    train: Samples | None,
+    held: Samples | None,
+    n_components: int,
+    n_neighbours: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> tuple[priors.Prior | None, str]:
+    """The prior that is fitted to training codes, or None for the model's own, and what to call it."""
+    hint = ""
+    if name == "auto":
+        name = "own" if model.has_prior else "gmm"
+        if model.discrete_code and not model.has_prior:
+            hint = "; a prior over its indices draws better: aezoo fit --model pixelcnn --model.tokenizer RUN"
+    if name == "own":
+        return None, "the model's own prior"
+    if train is None:
+        raise AezooError(f"prior {name} is fitted to the codes of training samples: {GIVE_TRAINING}")
+    most = min(_MOST_CODES, max(1_000, _MOST_VALUES // math.prod(model.code_shape)))
+    codes = codes_of(model, train, most, batch_size, seed, progress)[0]
+    log_vars = None
+    if name == "vamp" and model.normal_prior:
+        posterior: Any = model.posterior
+        log_vars = codes_of(model, train, most, batch_size, seed, progress, lambda x: posterior(x)[1])[0]
+    fitted = priors.fit(
+        name,
+        codes,
+        n_components=n_components,
+        n_neighbours=n_neighbours,
+        radius=model.code_radius,
+        log_vars=log_vars,
+        seed=seed,
+    )
+    source = f"{name}, fitted to {len(codes):,} codes"
+    if held is not None and isinstance(fitted, priors.Principal) and name not in ("gaussian", "riemannian"):
+        gain = fitted.gain(codes_of(model, held, _MOST_CODES, batch_size, seed, progress)[0])
+        told = f"{gain:.2f} nats likelier" if gain >= 0 else f"{-gain:.2f} nats less likely"
+        source += f"; held-out codes are {told} than under a Gaussian" + (", which fits better" if gain < 0 else "")
+    return fitted, source + hint
+
+
+def _own_samples(model: Autoencoder, batch_size: int) -> Samples:
+    drawn = join(_draws(model, None, _OWN, batch_size, 0))
+    return Samples(ArrayDataset(drawn.float()), name="the model's prior")
+
+
+def _draws(
+    model: Autoencoder,
+    fitted: priors.Prior | None,
+    n: int,
+    batch_size: int,
+    seed: int,
+    asked: dict[str, Any] | None = None,
+) -> Iterator[Tensor]:
+    """Batches of n samples, from the model's own prior, drawn as it is asked to, where none is fitted."""
+    if fitted is None:
+        yield from (model.sample(min(batch_size, n - start), **(asked or {})) for start in range(0, n, batch_size))
+        return
+    rng = np.random.default_rng(seed)
+    for start in range(0, n, _DRAWN):
+        codes = torch.from_numpy(fitted.sample(min(_DRAWN, n - start), rng)).unflatten(1, model.code_shape)
+        yield from (model.decode(part.to(model.device)) for part in codes.split(batch_size))
+
+
+def _picture(samples: Tensor) -> "Figure":
+    from aezoo.callbacks import drawing
+
+    if not drawing.is_image(samples.shape[1:]):
+        return drawing.panel_figure([{"sample": sample} for sample in samples[:_MOST_PANELS]])
+    return drawing.mosaic_figure(drawing.square(drawing.tiles(samples, drawing.value_range(samples))))

@@ -1,0 +1,152 @@
+"""Walks through code space: from one sample to another, along each dimension, and about a sample.
+
+A walk is a row of codes, (walks, steps, D); a feature map is one vector of all its channels and places.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.tasks.embed_codes import codes_of
+from aezoo.tasks.output import Store, fill
+from aezoo.tasks.samples import Samples
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = npt.NDArray[Any]
+
+GIVE_TRAINING = "give them as fit_on (on the command line those of --data.name SET)"
+# codes that a range or a spread is measured on
+_MOST_CODES = 10_000
+# rows of a picture of curves
+_MOST_PANELS = 16
+
+
+@dataclass
+class Walks:
+    """Codes to decode, and what they are.
+
+    Attributes:
+        name: of the files.
+        codes: (walks, steps, D).
+        labels: what each walk is, for the picture; or none.
+        ends: originals to show before and after a walk, (walks, *shape) each; or none.
+    """
+
+    name: str
+    codes: Tensor
+    labels: list[str]
+    ends: tuple[Tensor, ...] = ()
+
+
+def interpolation(model: Autoencoder, starts: Samples, circle: bool, walks: int, steps: int, seed: int) -> Walks:
+    """From sample to sample: the first two, the next two, ...; of many samples random ones."""
+    if len(starts) < 2:
+        raise AezooError(f"interpolate needs two samples at least, {starts.name} holds one: give more")
+    x = _some(starts, 2 * walks, seed)
+    x = x[: len(x) // 2 * 2]
+    a, b = model.encode(x.to(model.device)).flatten(1).cpu().unflatten(0, (-1, 2)).unbind(1)
+    t = torch.linspace(0, 1, steps)[:, None]
+    between = slerp if circle else torch.lerp
+    codes = torch.stack([between(start, end, t) for start, end in zip(a, b, strict=True)])
+    return Walks("interpolation", codes, [], (x[::2], x[1::2]))
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Along the great circle from a to b, so that lengths stay typical of N(0, I): (D,), (D,), (T, 1) -> (T, D).
+
+    sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b, w the angle between them (White 2016, section 2.1,
+    https://arxiv.org/abs/1609.04468).
+    """
+    w = torch.acos(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).clamp(-1, 1))
+    if float(torch.sin(w)) < 1e-6:  # one direction, or opposite ones, between which no circle is singled out
+        return torch.lerp(a, b, t)
+    return ((torch.sin((1 - t) * w) * a + torch.sin(t * w) * b) / torch.sin(w)).to(a.dtype)
+
+
+def traversal(
+    model: Autoencoder, starts: Samples, known: Samples, walks: int, steps: int, batch_size: int, seed: int
+) -> Walks:
+    """One dimension at a time of the first sample's code, from the least to the largest value among codes of `known`.
+
+    Dimensions come in the order of their variance, the largest first.
+    """
+    codes = _codes(model, known, batch_size, seed)
+    variance, low, high = codes.var(0, unbiased=False), codes.amin(0), codes.amax(0)
+    order = variance.argsort(descending=True, stable=True)[:walks].tolist()
+    start = model.encode(starts.rows([0]).to(model.device)).flatten().cpu()
+    walked = start.repeat(len(order), steps, 1)
+    for i, d in enumerate(order):
+        walked[i, :, d] = torch.linspace(float(low[d]), float(high[d]), steps)
+    return Walks("traversal", walked, [f"z{d}  var {float(variance[d]):.2g}" for d in order])
+
+
+def about(
+    model: Autoencoder,
+    starts: Samples,
+    known: Samples,
+    spread: float,
+    walks: int,
+    steps: int,
+    batch_size: int,
+    seed: int,
+) -> Walks:
+    """Near codes z of samples: z + spread s e, e ~ N(0, I), s the standard deviations of codes of `known`."""
+    s = _codes(model, known, batch_size, seed).std(0, unbiased=False)
+    x = _some(starts, walks, seed)
+    z = model.encode(x.to(model.device)).flatten(1).cpu()
+    e = torch.randn(len(z), steps, z.shape[1], generator=torch.Generator().manual_seed(seed))
+    return Walks("around", z[:, None] + spread * s * e, [], (x,))
+
+
+def _codes(model: Autoencoder, known: Samples, batch_size: int, seed: int) -> Tensor:
+    if len(known) < 2:
+        raise AezooError(f"the range of codes is that of the training samples, two at least: {GIVE_TRAINING}")
+    return torch.from_numpy(codes_of(model, known, _MOST_CODES, batch_size, seed, False)[0])
+
+
+def _some(samples: Samples, most: int, seed: int) -> Tensor:
+    """All of a few samples in their order; of more than `most` random ones in random order."""
+    if len(samples) <= most:
+        return samples.rows(range(len(samples)))
+    return samples.rows(torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:most])
+
+
+# ---- what is seen on the way ----------------------------------------------------------------------------------------
+
+
+def decode(model: Autoencoder, walk: Walks, store: Store, batch_size: int) -> Array:
+    """The samples of each walk, (walks, steps, *shape)."""
+    codes = walk.codes.flatten(0, 1).unflatten(1, model.code_shape)
+    samples = store.array(walk.name, (*walk.codes.shape[:2], *model.input_shape))
+    flat = samples.reshape(-1, *model.input_shape)  # a view
+    start = 0
+    for part in codes.split(batch_size):
+        fill(flat, start, model.decode(part.to(model.device)))
+        start += len(part)
+    return samples
+
+
+def picture(walk: Walks, samples: Array) -> "Figure":
+    """A walk a row, between the originals that it joins."""
+    from aezoo.callbacks import drawing
+
+    decoded = torch.from_numpy(np.array(samples))
+    steps = [str(i + 1) for i in range(decoded.shape[1])]
+    before, after = walk.ends[:1], walk.ends[1:]
+    rows = [
+        torch.cat([*(x[i, None] for x in before), row, *(x[i, None] for x in after)]) for i, row in enumerate(decoded)
+    ]
+    columns = [*("original" for _ in before), *steps, *("original " for _ in after)]
+    if not drawing.is_image(decoded.shape[2:]):
+        panels = [dict(zip(columns, row, strict=True)) for row in rows[:_MOST_PANELS]]
+        return drawing.panel_figure(panels, walk.labels[:_MOST_PANELS], ordered=True)
+    limits = drawing.value_range(torch.cat(rows))
+    return drawing.mosaic_figure([drawing.tiles(row, limits) for row in rows], walk.labels, columns)

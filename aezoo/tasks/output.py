@@ -1,0 +1,208 @@
+"""Where results go: arrays that may be larger than memory, tables, pictures; each file whole or not there."""
+
+import csv
+import errno
+import io
+import math
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo import durable
+from aezoo.errors import AezooError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+CURE = "make room, or choose a folder that can be written with --out"
+
+
+class Store:
+    """Arrays and files of one piece of work, in a folder or, without one, arrays in memory.
+
+    Use it in a `with` block: files appear under their names when it ends well, and are removed if it does not.
+
+    Args:
+        folder: made if it does not exist; None keeps arrays in memory and writes nothing.
+
+    Attributes:
+        files: what has been written, in order.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.files: list[Path] = []
+        self._open: dict[Path, tuple[Path, Any]] = {}
+        if self.folder is not None:
+            self._write(self.folder / ".tmp-probe", b"")
+            (self.folder / ".tmp-probe").unlink()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        for path, (temporary, array) in self._open.items():
+            array.flush()
+            if kind is None:
+                temporary.replace(path)
+            else:
+                temporary.unlink(missing_ok=True)
+        self._open.clear()
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+        """An empty array to be filled: `folder/name.npy`, mapped into memory, or plain memory."""
+        if self.folder is None:
+            try:
+                return np.empty(shape, dtype)
+            except (MemoryError, ValueError) as error:
+                raise AezooError(
+                    f"{name} of shape {shape} does not fit in memory: ask for less, or give out"
+                ) from error
+        path = self.folder / f"{name}.npy"
+        temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}.part")
+        if math.prod(shape) == 0:
+            np.save(path, np.empty(shape, dtype))
+            self.files.append(path)
+            return np.empty(shape, dtype)
+        try:
+            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.dtype(dtype), shape=shape)
+            _reserve(temporary)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            size = math.prod(shape) * np.dtype(dtype).itemsize / 2**30
+            raise AezooError(
+                f"cannot write {path}, {size:,.1f} GiB: {error.strerror}; make room, ask for less, or choose another "
+                "folder with --out"
+            ) from error
+        self._open[path] = temporary, array
+        self.files.append(path)
+        return array
+
+    def arrays(self, name: str, held: dict[str, npt.NDArray[Any]]) -> None:
+        """Write arrays by name as `folder/name.npz`."""
+        if self.folder is not None:
+            path = self.folder / f"{name}.npz"
+            durable.write(path, lambda file: np.savez(file, **held), cure=CURE)  # type: ignore[arg-type]
+            self.files.append(path)
+
+    def table(self, name: str, rows: Sequence[Row], kind: str = "csv") -> None:
+        """Write `folder/name.csv` or, with kind "parquet", `folder/name.parquet`."""
+        if self.folder is None:
+            return
+        path = self.folder / f"{name}.{kind}"
+        self._write(path, csv_bytes(rows) if kind == "csv" else _parquet_bytes(rows))
+        self.files.append(path)
+
+    def file(self, name: str, content: bytes) -> None:
+        """Write bytes as `folder/name`."""
+        if self.folder is not None:
+            self._write(self.folder / name, content)
+            self.files.append(self.folder / name)
+
+    def picture(self, name: str, figure: "Figure") -> None:
+        """Write a figure as `folder/name.png`."""
+        from aezoo.callbacks.drawing import render, write_png
+
+        if self.folder is not None:
+            write_png(self.folder / f"{name}.png", render(figure))
+            self.files.append(self.folder / f"{name}.png")
+
+    @staticmethod
+    def _write(path: Path, content: bytes) -> None:
+        durable.write(path, lambda file: file.write(content), cure=CURE)
+
+
+def _reserve(file: Path) -> None:
+    """Have the disk give a mapped file its room: a page that it lacked later would end the process without a word."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with file.open("r+b") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+
+
+def csv_bytes(rows: Sequence[Row]) -> bytes:
+    """A CSV with the keys of the first row as its head; numbers with all their digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _parquet_bytes(rows: Sequence[Row]) -> bytes:
+    try:
+        import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
+        import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
+    except ImportError as error:
+        raise AezooError("writing .parquet needs pyarrow: pip install 'aezoo[parquet]'") from error
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows)), sink)
+    return sink.getvalue()
+
+
+def table_text(rows: Sequence[Row], digits: int = 4) -> str:
+    """Rows as lines of aligned columns under their names; numbers to the right."""
+    if not rows:
+        return ""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([_cell(row.get(name), digits) for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    numeric = [any(isinstance(row.get(name), int | float) for row in rows) for name in names]
+    lines = [
+        "  ".join(
+            c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: Any, digits: int) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.{digits}g}"
+
+
+def fill(array: npt.NDArray[Any], start: int, values: Tensor) -> None:
+    """Write a batch of results to its place."""
+    values = values.detach()
+    array[start : start + len(values)] = (values.float() if values.is_floating_point() else values).cpu().numpy()
+
+
+def device_of(name: str) -> torch.device:
+    """A device by name; `auto` takes a GPU if there is one.
+
+    Raises:
+        AezooError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise AezooError(
+            f"no device {name!r} here: give --device cpu or auto ({str(error).splitlines()[0]})"
+        ) from error
+    return device
+
+
+def join(parts: Iterable[Tensor]) -> Tensor:
+    """Batches as one tensor on the CPU."""
+    return torch.cat([part.detach().cpu() for part in parts])

@@ -1,0 +1,189 @@
+"""Samples as a model sees them, read a batch at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.data import DataModule
+from aezoo.data.array import arrange
+from aezoo.data.classes import labels_of, subset
+from aezoo.data.loaders import collate, make_loader, workers
+from aezoo.data.memory import numeric, real
+from aezoo.data.source import ArrayDataset, Stage
+from aezoo.errors import AezooError
+from aezoo.randomness import forked_rng
+
+
+class Samples:
+    """Samples of one shape, float32 as a model sees them; read when they are asked for.
+
+    Args:
+        dataset: gives (x,) or (x, y), x of uint8 or float32; one that knows `__getitems__` is read batch-wise.
+        levels: what bytes are divided by: 255, or 1 for data that keep their values.
+        scaling: offset and factor of the training split, by which `dataset` is not scaled yet.
+        class_names: what the labels 0, 1, ... mean.
+        name: what to call them in messages.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        levels: int = 255,
+        scaling: dict[str, Tensor] | None = None,
+        class_names: tuple[str, ...] | None = None,
+        name: str = "the data",
+    ) -> None:
+        self.dataset, self.class_names, self.name = dataset, class_names, name
+        self.levels, self.scaling = levels, scaling
+        self._y: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: "Samples | DataModule | Tensor | np.ndarray[Any, Any]", split: Stage = "test") -> "Samples":
+        """Samples from what a user has at hand.
+
+        Args:
+            x: samples; a DataModule, of which `split` is taken; or a tensor or an array (N, *shape), of which bytes are
+                scaled to [0, 1] and floats stay as they are. (N, H, W) bytes become images of one channel.
+            split: train, val or test.
+
+        Raises:
+            AezooError: not numbers, or no samples.
+        """
+        if isinstance(x, Samples):
+            return x
+        if isinstance(x, DataModule):
+            levels = 1 if x.scale == "none" else 255
+            return cls(x.dataset(split), levels, None, x.source.class_names, f"{x.name} ({split})")
+        if isinstance(x, LightningDataModule):
+            raise AezooError(f"a {type(x).__name__} is not aezoo's: give aezoo.DataModule, an array or a tensor")
+        shape = tuple(real(x, "x").shape)
+        if len(shape) < 2 or 0 in shape:
+            raise AezooError(f"x has shape {shape}: give samples (N, *shape), one sample as x[None]")
+        return cls(ArrayDataset(arrange(numeric(x, "x"), "auto")), name="x")
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.dataset))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        dataset = self.dataset
+        x = dataset.x[0] if isinstance(dataset, ArrayDataset) else dataset[0][0]
+        return tuple(x.shape)
+
+    @property
+    def y(self) -> Tensor | None:
+        """All labels, (N,) on the CPU; None where there are none."""
+        if self._y is None:
+            self._y = labels_of(self.dataset)
+        return self._y
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Labels (N,); None where there are none or several a sample."""
+        y = self.y
+        return None if y is None or y.ndim != 1 else y
+
+    def rows(self, index: Tensor | list[int] | range) -> Tensor:
+        """The samples of these numbers, (n, *shape), on the CPU."""
+        index = torch.as_tensor(list(index) if isinstance(index, range) else index)
+        dataset: Any = self.dataset
+        if hasattr(dataset, "__getitems__"):
+            found = dataset.__getitems__(index.tolist())
+            x = (found if isinstance(found, tuple) else collate(found, labels=False))[0]
+        else:
+            x = torch.stack([dataset[i][0] for i in index.tolist()])
+        return self._as_float(x)
+
+    def _as_float(self, x: Tensor) -> Tensor:
+        if self.scaling:
+            # as `aezoo.data.memory.Scale` does with the training split's statistics
+            return ((x.to(self.scaling["offset"].dtype) - self.scaling["offset"]) / self.scaling["factor"]).float()
+        return x.float() / self.levels if x.dtype == torch.uint8 else x.float()
+
+    def batches(self, size: int, title: str = "") -> Iterator[Tensor]:
+        """All samples in their order, `size` at a time, on the CPU; with a title a progress bar runs along."""
+        with progress(title, len(self)) as advance:
+            for x in self._batches(size):
+                yield x
+                advance(len(x))
+
+    def _batches(self, size: int) -> Iterator[Tensor]:
+        if isinstance(self.dataset, ArrayDataset):
+            yield from (self.rows(range(start, min(start + size, len(self)))) for start in range(0, len(self), size))
+        else:  # files, which several processes decode ahead
+            loader = make_loader(self.dataset, batch_size=size, num_workers=workers(), labels=False)
+            yield from (self._as_float(batch[0]) for batch in loader)
+
+    def take(self, n: int, seed: int = 0) -> "Samples":
+        """At most n samples, drawn at random without repeats and left in their order."""
+        if n >= len(self):
+            return self
+        index = draw_rows(len(self), n, seed)
+        y = self.y
+        held = ArrayDataset(self.rows(index), None if y is None else y[index])
+        return Samples(held, class_names=self.class_names, name=self.name)
+
+    def subset(self, index: Tensor) -> "Samples":
+        """The samples of these numbers, read when they are asked for."""
+        return Samples(subset(self.dataset, index), self.levels, self.scaling, self.class_names, self.name)
+
+    def check(self, model: Autoencoder) -> "Samples":
+        """Themselves, if the model can use them.
+
+        Raises:
+            AezooError: none at all, another shape, or values outside of what the model's likelihood takes.
+        """
+        if not len(self):
+            raise AezooError(f"{self.name} holds no samples")
+        if model.training:
+            model.eval()
+        if self.shape != model.input_shape:
+            model.check_batch(torch.zeros(1, *self.shape))  # before scaling, which is of the training data's shape
+        model.check_batch(self.rows(range(min(len(self), 1024))))
+        return self
+
+
+def draw_rows(n: int, most: int | None, seed: int) -> Tensor:
+    """At most so many numbers below n, at random without repeats, in their order."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].sort().values
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Any]:
+    """A progress bar on a terminal while work is done; calls of what it gives move it on. Silent without a title."""
+    if not title:
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+@contextmanager
+def at_work(model: Autoencoder, seed: int = 0) -> Iterator[torch.device]:
+    """Evaluation mode, no gradients and a fixed random stream inside; gives the model's device.
+
+    Modes and random streams are as before afterwards.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with forked_rng(model.device), torch.no_grad():
+            torch.manual_seed(seed)
+            yield model.device
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -12,17 +12,35 @@ Models name a likelihood by a plain string, with an optional argument after a co
     gaussian:0.1            N(params, 0.1^2), fixed
     gaussian:learned        N(params, s^2), one s for all values, trained with the rest (Rybkin et al. 2021)
     laplace | laplace:0.1 | laplace:learned      density exp(-|x - params| / b) / (2 b); plain `laplace` has b = 1
+    logcosh | logcosh:0.1 | logcosh:learned      density 1 / (pi s cosh((x - params) / s)); plain `logcosh` has s = 1
     discretised_logistic | :0.05 | :learned      256 levels k/255 (Salimans et al. 2017); plain: learned from 0.05
+    beta_binomial | :2 | :learned                256 levels k/255 (Townsend et al. 2019); plain: learned from 2
+    logit_laplace | :0.1 | :learned              density on an interval about [0, 1] (Ramesh et al. 2021); plain:
+                                                 learned from 1
 """
 
 import math
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
+from aezoo.precision import at_least_float32
+
+# quadrature over t of the standard exponential density: Gauss-Legendre in v, where t = -log v^2; the mean of
+# LogitLaplace is within 2e-5 up to b = 10
+_EXPONENTIAL = [
+    (-2 * math.log((1 + node) / 2), weight * (1 + node) / 2)
+    for node, weight in zip(*(part.tolist() for part in np.polynomial.legendre.leggauss(16)), strict=True)
+]
+
+
+def _logit(mean: Tensor) -> Tensor:
+    """Off 0 and 1, where it is infinite."""
+    return mean.clamp(0.01, 0.99).logit()
 
 
 def _sum(values: Tensor) -> Tensor:
@@ -48,6 +66,13 @@ class Likelihood(nn.Module):
         """E[x | params], the reconstruction in data space: (B, *shape) -> (B, *shape)."""
         raise NotImplementedError
 
+    def params_of(self, mean: Tensor) -> Tensor:
+        """Parameters where outputs can start for data of this mean: (*shape) -> (*shape).
+
+        Their own mean is near it; of a density on an interval, or of one that is clipped, it lies further inside.
+        """
+        return mean
+
     def sample(self, params: Tensor) -> Tensor:
         """One draw for each value: (B, *shape) -> (B, *shape)."""
         raise NotImplementedError
@@ -64,6 +89,9 @@ class Bernoulli(Likelihood):
 
     def mean(self, params: Tensor) -> Tensor:
         return params.sigmoid()
+
+    def params_of(self, mean: Tensor) -> Tensor:
+        return _logit(mean)
 
     def sample(self, params: Tensor) -> Tensor:
         return torch.bernoulli(params.sigmoid())
@@ -93,7 +121,7 @@ class ContinuousBernoulli(Likelihood):
 
     def mean(self, params: Tensor) -> Tensor:
         # the two terms nearly cancel, too much so for half precision
-        wide = params.to(torch.promote_types(params.dtype, torch.float32))
+        wide = at_least_float32(params)
         near = wide.abs() < self._NEAR
         # by symmetry for t < 0, where exp(-t) overflows and leaves NaN in the gradient
         a = torch.where(near, 1.0, wide.abs())
@@ -101,6 +129,9 @@ class ContinuousBernoulli(Likelihood):
         s = torch.where(near, wide, 0.0)
         far = torch.where(wide > 0, above, 1 - above)
         return torch.where(near, 0.5 + s / 12 - s**3 / 720, far).to(params.dtype)
+
+    def params_of(self, mean: Tensor) -> Tensor:
+        return _logit(mean)
 
     def sample(self, params: Tensor) -> Tensor:
         u = torch.rand_like(params)
@@ -132,6 +163,15 @@ class _Scaled(Likelihood):
         else:
             self.register_buffer("log_scale", log_scale, persistent=False)
 
+    @property
+    def bounded(self) -> Tensor:
+        """Log scale, within [-15, 10]: exp(-2 log scale) overflows float32 from -44 down.
+
+        The log-variance is then in [-30, 20], where diffusers keeps it
+        (https://github.com/huggingface/diffusers, DiagonalGaussianDistribution in models/autoencoders/vae.py).
+        """
+        return self.log_scale.clamp(-15, 10)
+
     def mean(self, params: Tensor) -> Tensor:
         return params
 
@@ -145,10 +185,16 @@ class Gaussian(_Scaled):
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         sse = _sum((x - params) ** 2)
         d = x[0].numel()
-        return -0.5 * sse * torch.exp(-2 * self.log_scale) - d * (self.log_scale + 0.5 * math.log(2 * math.pi))
+        return -0.5 * sse * torch.exp(-2 * self.bounded) - d * (self.bounded + 0.5 * math.log(2 * math.pi))
 
     def sample(self, params: Tensor) -> Tensor:
-        return params + torch.exp(self.log_scale) * torch.randn_like(params)
+        return params + torch.exp(self.bounded) * torch.randn_like(params)
+
+
+def _laplace_noise(like: Tensor) -> Tensor:
+    """Draws of scale 1, by the inverse of their distribution function."""
+    u = torch.rand_like(like) - 0.5
+    return -u.sign() * torch.log1p(-2 * u.abs().clamp(max=0.4999999))
 
 
 class Laplace(_Scaled):
@@ -159,12 +205,31 @@ class Laplace(_Scaled):
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         d = x[0].numel()
-        return -_sum((x - params).abs()) * torch.exp(-self.log_scale) - d * (self.log_scale + math.log(2.0))
+        return -_sum((x - params).abs()) * torch.exp(-self.bounded) - d * (self.bounded + math.log(2.0))
 
     def sample(self, params: Tensor) -> Tensor:
-        u = torch.rand_like(params) - 0.5
-        noise = -u.sign() * torch.log1p(-2 * u.abs().clamp(max=0.4999999))
-        return params + torch.exp(self.log_scale) * noise
+        noise = _laplace_noise(params)
+        return params + torch.exp(self.bounded) * noise
+
+
+class LogCosh(_Scaled):
+    """Density 1 / (pi s cosh((x - params) / s)), the hyperbolic secant: log cosh(e / s) is -log p but for a constant.
+
+    Near 0 it is e^2 / (2 s^2), as of a Gaussian, and far out |e| / s - log 2, as of a Laplace density; its slope is
+    tanh(e / s). Chen et al. 2019, https://openreview.net/forum?id=rkglvsC9Ym, with a = 1 / s.
+    """
+
+    def __init__(self, scale: float = 1.0, learned: bool = False) -> None:
+        super().__init__(scale, learned)
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        u = (x - params) * torch.exp(-self.bounded)
+        log_cosh = u + F.softplus(-2 * u) - math.log(2.0)  # cosh itself overflows
+        return -_sum(log_cosh) - x[0].numel() * (self.bounded + math.log(math.pi))
+
+    def sample(self, params: Tensor) -> Tensor:
+        u = torch.rand_like(params).clamp(1e-6, 1 - 1e-6)
+        return params + torch.exp(self.bounded) * torch.log(torch.tan(math.pi / 2 * u))
 
 
 class DiscretisedLogistic(_Scaled):
@@ -180,7 +245,7 @@ class DiscretisedLogistic(_Scaled):
         super().__init__(scale, learned)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        inverse = torch.exp(-self.log_scale)
+        inverse = torch.exp(-self.bounded)
         upper = (x + 0.5 / 255 - params) * inverse
         lower = (x - 0.5 / 255 - params) * inverse
         # log(sigmoid(u) - sigmoid(l)) = log(1 - exp(l - u)) - softplus(-u) - softplus(l): exact far in the tails,
@@ -193,20 +258,110 @@ class DiscretisedLogistic(_Scaled):
 
     def mean(self, params: Tensor) -> Tensor:
         # E[clip(X, 0, 1)] = integral of P(X > t) over [0, 1]; rounding to levels moves it by less than half a level
-        scale = torch.exp(self.log_scale)
+        scale = torch.exp(self.bounded)
         return scale * (F.softplus(params / scale) - F.softplus((params - 1) / scale))
 
     def sample(self, params: Tensor) -> Tensor:
         u = torch.rand_like(params).clamp(1e-6, 1 - 1e-6)
-        x = params + torch.exp(self.log_scale) * torch.logit(u)
+        x = params + torch.exp(self.bounded) * torch.logit(u)
         return (x.clamp(0, 1) * 255).round() / 255
 
 
+class BetaBinomial(_Scaled):
+    """Probability of the level k/255: k ~ Binomial(255, p) with p ~ Beta(c m, c (1 - m)) and m = sigmoid(params).
+
+    p(k) = C(255, k) B(k + c m, 255 - k + c (1 - m)) / B(c m, c (1 - m)). A small concentration c puts mass on the end
+    levels, where most pixels of digits are; a large one is a binomial. Townsend et al. 2019, section 3.2,
+    https://arxiv.org/abs/1901.04866, for all values with one c.
+    """
+
+    unit_interval = True
+    discrete = True
+
+    def __init__(self, scale: float = 2.0, learned: bool = True) -> None:
+        super().__init__(scale, learned)
+
+    @property
+    def bounded(self) -> Tensor:
+        """Log c, within [-7, 7]: beyond, differences of log-gamma lose their digits in float32."""
+        return self.log_scale.clamp(-7, 7)
+
+    def shapes(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes of the beta distribution, c m and c (1 - m); neither underflows to 0, where log-gamma has its pole."""
+        c, t = torch.exp(self.bounded), params.clamp(-50, 50)
+        return c * t.sigmoid(), c * (-t).sigmoid()
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        a, b = self.shapes(params)
+        k, n = 255 * x, torch.tensor(255.0, device=x.device, dtype=x.dtype)
+        log_choose = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+        return _sum(log_choose + _log_beta(k + a, n - k + b) - _log_beta(a, b))
+
+    def mean(self, params: Tensor) -> Tensor:
+        return params.sigmoid()
+
+    def params_of(self, mean: Tensor) -> Tensor:
+        return _logit(mean)
+
+    def sample(self, params: Tensor) -> Tensor:
+        p = torch.distributions.Beta(*self.shapes(params)).sample()
+        return torch.binomial(torch.full_like(p, 255), p) / 255
+
+
+class LogitLaplace(_Scaled):
+    """The logit of y = 0.8 x + 0.1 is Laplace: density 0.8 exp(-|logit y - params| / b) / (2 b y (1 - y)) of x.
+
+    Ramesh et al. 2021, appendix A.3, https://arxiv.org/abs/2102.12092, who leave the constant 0.8 out. So x in [0, 1]
+    keeps away from the poles of the logit, which are at -1/8 and 9/8; all of the density is between them.
+    """
+
+    unit_interval = True
+    _EDGE = 0.1
+
+    def __init__(self, scale: float = 1.0, learned: bool = True) -> None:
+        super().__init__(scale, learned)
+
+    def split(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Location and log b of each value: (B, *shape) -> what (B, *shape) broadcasts with, both."""
+        return params, self.bounded
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        mu, log_b = self.split(params)
+        y = ((1 - 2 * self._EDGE) * x + self._EDGE).clamp(1e-6, 1 - 1e-6)
+        log_p = -(y.logit() - mu).abs() * torch.exp(-log_b) - log_b - math.log(2.0) - torch.log(y * (1 - y))
+        return _sum(log_p + math.log(1 - 2 * self._EDGE))
+
+    def mean(self, params: Tensor) -> Tensor:
+        mu, log_b = self.split(at_least_float32(params))
+        b, y = torch.exp(log_b), torch.zeros_like(mu)
+        for t, weight in _EXPONENTIAL:
+            y = y + weight / 2 * ((mu + b * t).sigmoid() + (mu - b * t).sigmoid())
+        return self._to_data(y).to(params.dtype)
+
+    def params_of(self, mean: Tensor) -> Tensor:
+        return ((1 - 2 * self._EDGE) * mean + self._EDGE).logit()
+
+    def sample(self, params: Tensor) -> Tensor:
+        mu, log_b = self.split(params)
+        noise = _laplace_noise(mu)
+        return self._to_data((mu + torch.exp(log_b) * noise).sigmoid())
+
+    def _to_data(self, y: Tensor) -> Tensor:
+        return (y - self._EDGE) / (1 - 2 * self._EDGE)
+
+
+def _log_beta(a: Tensor, b: Tensor) -> Tensor:
+    return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+
+
 _PLAIN: dict[str, type[Likelihood]] = {"bernoulli": Bernoulli, "continuous_bernoulli": ContinuousBernoulli}
-_SCALED: dict[str, type[Gaussian | Laplace | DiscretisedLogistic]] = {
+_SCALED: dict[str, type[Gaussian | Laplace | LogCosh | DiscretisedLogistic | BetaBinomial | LogitLaplace]] = {
     "gaussian": Gaussian,
     "laplace": Laplace,
+    "logcosh": LogCosh,
     "discretised_logistic": DiscretisedLogistic,
+    "beta_binomial": BetaBinomial,
+    "logit_laplace": LogitLaplace,
 }
 LIKELIHOODS = (*_PLAIN, *_SCALED)
 

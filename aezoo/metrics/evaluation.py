@@ -1,11 +1,12 @@
 """What validation and test report: exact means of the loss terms, and reconstruction quality by torchmetrics."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import MeanSquaredError, Metric
+from torchmetrics import MeanSquaredError, Metric, MetricCollection
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 # half the width of torchmetrics' Gaussian window of sigma 1.5: SSIM pads by it, and a smaller image cannot be padded
@@ -16,35 +17,62 @@ class Means:
     """Means of named scalars over samples: batches of any size, all ranks, kept on the device without a sync a step."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._names: tuple[str, ...] = ()
+        self._sums: Tensor | None = None
         self._count = 0
 
-    def add(self, terms: dict[str, Tensor], count: int) -> None:
-        """Add means over `count` samples."""
-        for name, value in terms.items():
-            value = value.detach().double() if value.device.type != "mps" else value.detach()
-            self._sums[name] = self._sums[name] + value * count if name in self._sums else value * count
+    def add(self, terms: dict[str, Tensor], count: int, values: Tensor | None = None) -> None:
+        """Add means over `count` samples, of the same names each time.
+
+        Args:
+            terms: scalars by name.
+            count: the samples that each is the mean of.
+            values: the same scalars as one vector, if it is there already.
+        """
+        if not terms:
+            return
+        if values is None:
+            # one operation for all terms, not three for each
+            values = torch.stack([*terms.values()]).detach()
+        if self._sums is None:
+            self._names = tuple(terms)
+            dtype = torch.float32 if values.device.type == "mps" else torch.float64
+            self._sums = torch.zeros(len(terms), dtype=dtype, device=values.device)
+        self._sums.add_(values, alpha=count)
         self._count += count
 
     def compute(self) -> dict[str, Tensor]:
         """The mean of each name over all samples of all ranks, as float32 scalars."""
-        if not self._sums:
+        if self._sums is None:
             return {}
-        values = torch.stack([*self._sums.values()])
+        values = self._sums
         count = torch.tensor(float(self._count), dtype=values.dtype, device=values.device)
         packed = torch.cat([values, count[None]])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(packed)
         means = (packed[:-1] / packed[-1]).float()
-        return dict(zip(self._sums, means.unbind(), strict=True))
+        return dict(zip(self._names, means.unbind(), strict=True))
 
     def reset(self) -> None:
         """Forget everything."""
-        self._sums, self._count = {}, 0
+        self._sums, self._count = None, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been added on this rank, as tensors and plain values."""
+        return {"names": list(self._names), "sums": self._sums, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `state_dict` gave."""
+        sums = state["sums"]
+        self._names, self._count = tuple(state["names"]), int(state["count"])
+        self._sums = None if sums is None else sums.to(device, copy=True)
 
 
 class Evaluation:
     """Loss terms, mse and psnr of any data, ssim of images; bits per dimension where the terms have an `elbo`.
+
+    Of models with a sparse code also `aezoo.metrics.sparse_metrics`; of those whose code is indices `usage` and
+    `perplexity` of their codebooks, over all samples.
 
     A deterministic model's nll is no bound on log p(x), since its code costs nothing, so it gets no bits per dimension.
 
@@ -53,9 +81,12 @@ class Evaluation:
     Args:
         input_shape: shape of one sample; ssim is reported for (C, H, W) with both sides above 5.
         device: where the data are.
+        code_shape: shape of one code, for models whose code is sparse.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, input_shape: tuple[int, ...], device: torch.device, code_shape: tuple[int, ...] | None = None
+    ) -> None:
         self._means = Means()
         self._dims = math.prod(input_shape)
         self._metrics: dict[str, Metric] = {"mse": MeanSquaredError(), "psnr": PeakSignalNoiseRatio(data_range=1.0)}
@@ -63,10 +94,42 @@ class Evaluation:
             self._metrics["ssim"] = StructuralSimilarityIndexMeasure(data_range=1.0)
         for metric in self._metrics.values():
             metric.to(device)
+        self._sparse: MetricCollection | None = None
+        if code_shape is not None:
+            from aezoo.metrics.sparsity import sparse_metrics
 
-    def add(self, terms: dict[str, Tensor], x: Tensor, x_hat: Tensor) -> None:
-        """Add one batch: its loss terms (means over the batch), its samples and their reconstructions."""
+            self._sparse = sparse_metrics(input_shape, code_shape)
+            if device.type == "mps":
+                self._sparse.set_dtype(torch.float32)
+            self._sparse.to(device)
+        self._books: dict[str, MetricCollection] = {}
+
+    def add(
+        self,
+        terms: dict[str, Tensor],
+        x: Tensor,
+        x_hat: Tensor,
+        code: Tensor | None = None,
+        books: dict[str, tuple[Tensor, tuple[int, ...]]] | None = None,
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            terms: of the loss, means over the batch.
+            x: its samples.
+            x_hat: their reconstructions.
+            code: their codes, where these are sparse.
+            books: their indices, (B, Q, *places), and the sizes of Q codebooks, under a name or "".
+        """
+        for name, (indices, sizes) in (books or {}).items():
+            if name not in self._books:
+                from aezoo.metrics.codebook import codebook_metrics
+
+                self._books[name] = codebook_metrics(sizes, f"_{name}" if name else "").to(x.device)
+            self._books[name].update(indices)
         self._means.add(terms, len(x))
+        if self._sparse is not None:
+            self._sparse.update(code=code, x=x, x_hat=x_hat)
         for metric in self._metrics.values():
             metric.update(x_hat.float().contiguous(), x.float().contiguous())
 
@@ -75,4 +138,7 @@ class Evaluation:
         figures = self._means.compute()
         if "elbo" in figures:
             figures["bits_per_dim"] = -figures["elbo"] / (self._dims * math.log(2.0))
-        return figures | {name: metric.compute() for name, metric in self._metrics.items()}
+        figures |= {name: metric.compute() for name, metric in self._metrics.items()}
+        for metrics in (*self._books.values(), *([] if self._sparse is None else [self._sparse])):
+            figures |= metrics.compute()
+        return figures

@@ -19,9 +19,11 @@ import math
 import torch
 from torch import Tensor
 
-from aezoo import nets
+from aezoo import gaussians, nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
+from aezoo.gaussians import LOG_2PI
+from aezoo.limits import at_least
 
 
 class VAE(Autoencoder):
@@ -31,19 +33,20 @@ class VAE(Autoencoder):
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         beta: weight of the KL term.
-        net: mlp, conv or resnet.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between the layers.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic.
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
         weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential or step, from warm-up to the last step.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
         warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
 
     has_prior = True
+    normal_prior = True
 
     def __init__(
         self,
@@ -71,12 +74,9 @@ class VAE(Autoencoder):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
-        if not 0 <= beta < math.inf:
-            raise AezooError(f"beta must be at least 0 and finite, got {beta}")
-        self.beta = beta
-        self.capacity = 0.0
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, beta=beta)
+        self.beta, self.capacity = beta, 0.0
         self.code_shape = (latent_dim,)
         self.encoder = nets.encoder(net, self.input_shape, (2 * latent_dim,), hidden_dims, activation)
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
@@ -87,16 +87,35 @@ class VAE(Autoencoder):
         # exp overflows float32 at 89; diffusers' AutoencoderKL clamps to the same interval
         return mu_BD, log_var_BD.clamp(-30, 20)
 
+    @staticmethod
+    def kl(mu_BD: Tensor, log_var_BD: Tensor) -> Tensor:
+        """KL(q(z|x) || N(0, I)) in nats, in closed form: (B, D), (B, D) -> (B,)."""
+        return 0.5 * (mu_BD**2 + log_var_BD.exp() - 1 - log_var_BD).sum(1)  # appendix B
+
     def encode(self, x: Tensor) -> Tensor:
         return self.posterior(x)[0].to(x.dtype)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BD, log_var_BD = self.posterior(x)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)  # reparameterisation, section 2.4
-        nll_B = self.nll(self.decoder(z_BD.to(x.dtype)), x)
-        kl_B = 0.5 * (mu_BD**2 + log_var_BD.exp() - 1 - log_var_BD).sum(1)  # appendix B
-        nll, kl = nll_B.mean(), kl_B.mean()
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        # the distance from a capacity is that of the mean over all ranks
+        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
         return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """The density log p(z) in nats, (..., D) -> (...)."""
+        return -0.5 * (z**2 + LOG_2PI).sum(-1)
+
+    def sample_prior(self, n: int) -> Tensor:
+        """Draw n codes from p(z), (n, D)."""
+        weight = next(self.decoder.parameters())
+        return torch.randn(n, *self.code_shape, device=weight.device, dtype=weight.dtype)
+
+    def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Draw n codes z ~ q(z|x) for each sample, and log q(z|x) in nats: (B, *input_shape) -> (n, B, D), (n, B)."""
+        mu_BD, log_var_BD = self.posterior(x)
+        return gaussians.draw(mu_BD, log_var_BD, n)
 
     @torch.no_grad()
     def log_likelihood(self, x: Tensor, n: int) -> Tensor:
@@ -110,27 +129,22 @@ class VAE(Autoencoder):
         """
         if n < 1:
             raise AezooError(f"log_likelihood needs n of at least 1, got {n}")
-        mu_BD, log_var_BD = self.posterior(x)
         chunk = max(1, min(10_000 // len(x), 2**24 // x.numel()))  # at most 64 MiB of copies of x
         log_w = []
         for start in range(0, n, chunk):
-            eps_KBD = torch.randn(min(chunk, n - start), *mu_BD.shape, device=x.device, dtype=mu_BD.dtype)
-            z_KBD = mu_BD + torch.exp(0.5 * log_var_BD) * eps_KBD
-            k = len(eps_KBD)
+            z_KBD, log_q_KB = self.sample_posterior(x, min(chunk, n - start))
+            k = len(z_KBD)
             x_KB = x.expand(k, *x.shape).flatten(0, 1)
             log_px_KB = -self.nll(self.decoder(z_KBD.flatten(0, 1).to(x.dtype)), x_KB).unflatten(0, (k, len(x)))
-            log_pz_over_q_KB = 0.5 * (eps_KBD**2 + log_var_BD - z_KBD**2).sum(2)
-            log_w.append(log_px_KB + log_pz_over_q_KB)
+            log_w.append(log_px_KB + self.log_prior(z_KBD) - log_q_KB)
         return torch.logsumexp(torch.cat(log_w), dim=0) - math.log(n)
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
         """-ELBO with z at the posterior's mean, -log p(x | mu) + KL in nats: (B, *input_shape) -> (B,), no noise."""
         mu_BD, log_var_BD = self.posterior(x)
-        kl_B = 0.5 * (mu_BD**2 + log_var_BD.exp() - 1 - log_var_BD).sum(1)
-        return self.nll(self.decoder(mu_BD.to(x.dtype)), x) + kl_B
+        return self.nll(self.decoder(mu_BD.to(x.dtype)), x) + self.kl(mu_BD, log_var_BD)
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
-        weight = next(self.decoder.parameters())
-        return self.decode(torch.randn(n, *self.code_shape, device=weight.device, dtype=weight.dtype))
+        return self.decode(self.sample_prior(n))

@@ -1,0 +1,58 @@
+"""Categorical variables: draws, relaxed draws that pass a gradient, and the KL from the uniform distribution.
+
+    c = one-hot of arg max_k (log p_k + g_k) ~ Cat(p)        g standard Gumbel noise
+    z = softmax((log p + g) / tau), which tends to c as tau falls to 0
+    KL(Cat(p) || uniform) = sum_k p_k log(K p_k)             from 0, of the uniform, to log K
+
+z is the Gumbel-softmax (Jang et al. 2016, https://arxiv.org/abs/1611.01144) or concrete distribution (Maddison et al.
+2016, https://arxiv.org/abs/1611.00712).
+
+Shapes: B batch, N variables, K classes, D = N K code.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gumbel(like: Tensor) -> Tensor:
+    """Standard Gumbel noise, -log of an exponential, of the same shape."""
+    noise = torch.empty_like(like, memory_format=torch.contiguous_format).exponential_()
+    return -noise.clamp(min=torch.finfo(like.dtype).tiny).log()
+
+
+def one_hot(values: Tensor) -> Tensor:
+    """1 where the last dimension is largest, else 0, without gradient: (..., K) -> (..., K)."""
+    return F.one_hot(values.argmax(-1), values.shape[-1]).to(values.dtype)
+
+
+def draw(log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """One-hot draws of N variables, and their log-probability in nats: (..., N, K) -> (..., N, K), (...)."""
+    c = one_hot(log_p + gumbel(log_p))
+    return c, (c * log_p).sum((-2, -1))
+
+
+def relaxed(log_p: Tensor, tau: Tensor | float, straight_through: bool = False) -> Tensor:
+    """Draws from the relaxed distribution, (..., K) -> (..., K).
+
+    Args:
+        log_p: logarithms of the classes' probabilities.
+        tau: the temperature, above 0.
+        straight_through: give one-hot codes instead, which pass the gradient of the relaxed ones.
+    """
+    z = ((log_p + gumbel(log_p)) / tau).softmax(-1)
+    return one_hot(z) + (z - z.detach()) if straight_through else z
+
+
+def kl_from_uniform(p_BD: Tensor, log_p_BD: Tensor, k: int) -> Tensor:
+    """KL(q || uniform) in nats, summed over all variables of k classes each: (B, D), (B, D) -> (B,)."""
+    r_BD = log_p_BD + math.log(k)
+    # expm1(r) / K = p - 1/K sums to 0: with it the rounding of log p does not count near the uniform
+    return (p_BD * r_BD - r_BD.expm1() / k).sum(1)
+
+
+def every_code(n: int, k: int, device: torch.device) -> Tensor:
+    """All codes of n variables of k classes that there are, one-hot: (k^n, n, k)."""
+    return F.one_hot(torch.cartesian_prod(*[torch.arange(k, device=device)] * n).view(-1, n), k)

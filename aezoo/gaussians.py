@@ -1,0 +1,68 @@
+"""Gaussians: draws with their density, and mixtures with full covariances.
+
+Shapes: B batch, D code, K components.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def draw(mu: Tensor, log_var: Tensor, *n: int) -> tuple[Tensor, Tensor]:
+    """Reparameterised draws z ~ N(mu, diag exp(log_var)), and their log-density in nats.
+
+    Args:
+        mu: means, (..., D).
+        log_var: logarithms of the variances, (..., D).
+        *n: draws for each, as the first dimensions of what comes back: (*n, ..., D), (*n, ...); one by default.
+    """
+    eps = torch.randn(*n, *mu.shape, device=mu.device, dtype=mu.dtype)
+    return mu + torch.exp(0.5 * log_var) * eps, -0.5 * (eps**2 + log_var + LOG_2PI).sum(-1)
+
+
+def mixture_log_density(z_BD: Tensor, phi_K: Tensor, mu_KD: Tensor, sigma_KDD: Tensor, jitter: float = 0.0) -> Tensor:
+    """Log sum_k phi_k N(z | mu_k, Sigma_k), (B, D) -> (B,), computed in float64 where there is such.
+
+    The diagonal of Sigma_k is raised by its rounding, so that it has a Cholesky factor of few samples too.
+
+    Args:
+        z_BD: where.
+        phi_K: shares.
+        mu_KD: means.
+        sigma_KDD: covariances.
+        jitter: how much more than that the diagonals are raised.
+    """
+    rounding_K1 = 4 * torch.finfo(sigma_KDD.dtype).eps * sigma_KDD.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+    exact = torch.float32 if z_BD.device.type == "mps" else torch.float64  # Apple's GPUs have none
+    with torch.autocast(z_BD.device.type, enabled=False):
+        z, phi, mu, sigma = (values.to(exact) for values in (z_BD, phi_K, mu_KD, sigma_KDD))
+        raised = sigma + torch.diag_embed((jitter + rounding_K1).to(exact).expand_as(mu))
+        L_KDD, failed_K = torch.linalg.cholesky_ex(raised)
+        # only where codes are no numbers any more; the density is none then, which the fault guard sees
+        L_KDD = L_KDD.masked_fill((failed_K > 0)[:, None, None], torch.nan)
+        off_KDB = (z[:, None] - mu).permute(1, 2, 0)
+        d2_KB = torch.linalg.solve_triangular(L_KDD, off_KDB, upper=False).square().sum(1)
+        log_scale_K = phi.log() - L_KDD.diagonal(dim1=1, dim2=2).log().sum(1) - z.shape[1] / 2 * LOG_2PI
+        return torch.logsumexp(log_scale_K[:, None] - 0.5 * d2_KB, 0).to(z_BD.dtype)
+
+
+@torch.no_grad()
+def pool_(mixture: tuple[Tensor, ...], batch: tuple[Tensor, ...], weight: float) -> None:
+    """Make the moments of a mixture, in place, those of its union with a batch.
+
+    Args:
+        mixture: shares, means and covariances of what came before: (K,), (K, D), (K, D, D).
+        batch: the same of a batch.
+        weight: how much of the union the batch is, from 0 to 1.
+    """
+    phi_K, mu_KD, sigma_KDD = mixture
+    new_phi_K, new_mu_KD, new_sigma_KDD = (values.to(phi_K) for values in batch)
+    share_K = (1 - weight) * phi_K + weight * new_phi_K
+    new_K11 = (weight * new_phi_K / share_K)[:, None, None]
+    off_K1D = (new_mu_KD - mu_KD)[:, None]
+    sigma_KDD.lerp_(new_sigma_KDD, new_K11).add_(new_K11 * (1 - new_K11) * off_K1D * off_K1D.mT)
+    mu_KD.add_((new_K11 * off_K1D)[:, 0])
+    phi_K.copy_(share_K)

@@ -1,0 +1,21 @@
+"""Limits that constructors set to their arguments."""
+
+import math
+
+from aezoo.errors import AezooError
+
+
+def at_least(least: float, **values: float) -> None:
+    """Refuse numbers that are below a limit, or infinite.
+
+    Args:
+        least: the limit.
+        **values: the numbers, each by the name of its argument.
+
+    Raises:
+        AezooError: names the first that is refused, and the limit.
+    """
+    for name, value in values.items():
+        if not least <= value < math.inf:
+            finite = "" if isinstance(value, int) else " and finite"
+            raise AezooError(f"{name} must be at least {least}{finite}, got {value}")

@@ -1,0 +1,131 @@
+"""Hamiltonian dynamics: leapfrog integrators, and the Monte Carlo method that is built on them.
+
+    dz/dt = dH/dv     dv/dt = -dH/dz
+    H(z, v) = U(z) + |v|^2 / 2                                         `leapfrog`, in flat space
+    H(z, v) = U(z) + (log det G(z) + v' G(z)^-1 v) / 2                 `generalised_leapfrog`, under a metric G
+
+Both integrators are reversible, keep volume, and keep H up to the second order of the step (Neal 2011,
+https://arxiv.org/abs/1206.1901; Girolami & Calderhead 2011, https://doi.org/10.1111/j.1467-9868.2010.00765.x). They may
+cool v on the way: with inverse temperatures beta_k it is multiplied by sqrt(beta_(k-1) / beta_k) after step k, and
+volume by sqrt(beta_0 / beta_K)^D in all.
+
+Shapes: B batch, D dimensions.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from aezoo.manifolds.riemannian import half_log_det, velocity
+
+Map = Callable[[Tensor], Tensor]
+Integrator = Callable[[Tensor, Tensor, Map, Tensor | float, Sequence[float]], tuple[Tensor, Tensor]]
+
+
+def quadratic_cooling(beta_0: float, n: int) -> list[float]:
+    """Square roots of n + 1 inverse temperatures from beta_0 to 1 (Caterini et al. 2018, equation 6).
+
+    1 / sqrt(beta_k) = 1 / sqrt(beta_0) + (1 - 1 / sqrt(beta_0)) k^2 / n^2, https://arxiv.org/abs/1805.11328
+    """
+    hottest = beta_0**-0.5
+    return [1 / (hottest + (1 - hottest) * (k / n) ** 2) for k in range(n + 1)] if n else [1.0]
+
+
+def leapfrog(
+    z_BD: Tensor, v_BD: Tensor, slope: Map, step: Tensor | float, cooling: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Steps of z and its momentum v in flat space: (B, D), (B, D) -> (B, D), (B, D).
+
+    Args:
+        z_BD: positions.
+        v_BD: momenta.
+        slope: the gradient of U, (B, D) -> (B, D).
+        step: length of a step, one number or (D,).
+        cooling: sqrt(beta_0), ..., sqrt(beta_K); K steps are taken.
+    """
+    slope_BD = slope(z_BD)
+    for before, after in pairwise(cooling):
+        v_BD = v_BD - step / 2 * slope_BD
+        z_BD = z_BD + step * v_BD
+        slope_BD = slope(z_BD)
+        v_BD = before / after * (v_BD - step / 2 * slope_BD)
+    return z_BD, v_BD
+
+
+def generalised_leapfrog(
+    z_BD: Tensor,
+    v_BD: Tensor,
+    slope: Map,
+    step: Tensor | float,
+    cooling: Sequence[float],
+    *,
+    inverse_metric: Map,
+    n_fixed_point: int,
+) -> tuple[Tensor, Tensor]:
+    """Steps of z and its momentum v under a metric: (B, D), (B, D) -> (B, D), (B, D).
+
+    Two of three equations of a step are implicit. They are solved by iteration; what is said of volume and of
+    reversibility holds as far as this has converged.
+
+    Args:
+        z_BD: positions.
+        v_BD: momenta.
+        slope: the gradient of U, (B, D) -> (B, D).
+        step: length of a step, one number or (D,).
+        cooling: sqrt(beta_0), ..., sqrt(beta_K); K steps are taken.
+        inverse_metric: G^-1, (B, D) -> (B, D, D).
+        n_fixed_point: iterations for each implicit equation.
+    """
+    slope_BD = slope(z_BD)
+    for before, after in pairwise(cooling):
+        half_BD = v_BD
+        for _ in range(n_fixed_point):
+            half_BD = v_BD - step / 2 * (slope_BD + kinetic_slope(z_BD, half_BD, inverse_metric))
+        speed_BD = velocity(inverse_metric(z_BD), half_BD)
+        there_BD = z_BD + step * speed_BD
+        for _ in range(n_fixed_point):
+            there_BD = z_BD + step / 2 * (speed_BD + velocity(inverse_metric(there_BD), half_BD))
+        z_BD = there_BD
+        slope_BD = slope(z_BD)
+        v_BD = before / after * (half_BD - step / 2 * (slope_BD + kinetic_slope(z_BD, half_BD, inverse_metric)))
+    return z_BD, v_BD
+
+
+def kinetic_slope(z_BD: Tensor, v_BD: Tensor, inverse_metric: Map) -> Tensor:
+    """The gradient in z of (log det G(z) + v' G(z)^-1 v) / 2, itself differentiable: (B, D), (B, D) -> (B, D)."""
+
+    def kinetic(z: Tensor) -> Tensor:
+        G_inv_BDD = inverse_metric(z)
+        return half_log_det(G_inv_BDD).sum() + 0.5 * (v_BD * velocity(G_inv_BDD, v_BD)).sum()
+
+    found: Tensor = torch.func.grad(kinetic)(z_BD)
+    return found
+
+
+def monte_carlo(
+    z_BD: Tensor, log_density: Map, step: float, n_steps: int, slope: Map | None = None
+) -> tuple[Tensor, Tensor]:
+    """A jump of each chain by Hamiltonian Monte Carlo, and which chains took it: (B, D) -> (B, D), (B,).
+
+    Args:
+        z_BD: where chains are.
+        log_density: what they sample, but for a constant, (B, D) -> (B,).
+        step: length of a leapfrog step.
+        n_steps: leapfrog steps of a jump.
+        slope: the gradient of log_density, (B, D) -> (B, D); by default that of torch.func, which works wherever
+            gradients are off, and takes longer on small matrices than autograd.
+    """
+    slope = slope or torch.func.grad(lambda at: log_density(at).sum())
+    start_BD = torch.randn_like(z_BD)
+    # half steps of v that follow each other are one
+    there_BD, v_BD, slope_BD = z_BD, start_BD + step / 2 * slope(z_BD), torch.zeros_like(z_BD)
+    for _ in range(n_steps):
+        there_BD = there_BD + step * v_BD
+        slope_BD = slope(there_BD)
+        v_BD = v_BD + step * slope_BD
+    v_BD = v_BD - step / 2 * slope_BD
+    gain_B = log_density(there_BD) - log_density(z_BD) + 0.5 * (start_BD**2 - v_BD**2).sum(1)
+    taken_B = torch.rand_like(gain_B).log() < gain_B
+    return torch.where(taken_B[:, None], there_BD, z_BD), taken_B

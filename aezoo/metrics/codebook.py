@@ -1,0 +1,106 @@
+"""How much of a codebook is used, over everything seen: all batches, all ranks.
+
+    CodebookUsage        share of codes that something chose
+    CodebookPerplexity   exp(H(p)), p the shares of choices: from 1, always the same code, to K, all equally often
+
+Both count choices, so that they are the same however the samples are cut; a mean of the batches' perplexities is not,
+and is bounded by the batch.
+
+Shapes: B batch, Q books, K codes of a book.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from aezoo.errors import AezooError
+
+# choices are counted for each code
+_MOST = 2**24
+
+
+class _Counts(Metric):
+    """How often each code of each book was chosen, all books in one row.
+
+    Args:
+        book_sizes: K of each of the Q indices that a place has.
+    """
+
+    name: str
+    counts: Tensor
+    is_differentiable = False
+    full_state_update = False
+    higher_is_better = True
+
+    def __init__(self, book_sizes: tuple[int, ...], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not book_sizes or min(book_sizes) < 1 or sum(book_sizes) > _MOST:
+            raise AezooError(
+                f"{type(self).__name__} counts books of one code or more, {_MOST} codes together at most, got "
+                f"{book_sizes}: of larger books count the digits of an index"
+            )
+        self.book_sizes = tuple(book_sizes)
+        self.add_state("counts", torch.zeros(sum(book_sizes), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, indices: Tensor) -> None:
+        """Add indices, (B, Q, *places) long; -1 is left out."""
+        if indices.ndim < 2 or indices.shape[1] != len(self.book_sizes):
+            raise AezooError(
+                f"{type(self).__name__} takes indices (B, {len(self.book_sizes)}, ...), got {tuple(indices.shape)}"
+            )
+        for counts_K, chosen in zip(self.counts.split(self.book_sizes), indices.unbind(1), strict=True):
+            chosen = chosen.flatten()
+            counts_K.index_add_(0, chosen.clamp(min=0), (chosen >= 0).to(counts_K))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The mean over books, and each book where there are several, () each."""
+        if not self.counts.any():
+            raise AezooError(f"{type(self).__name__} has seen no indices: call update first")
+        values_Q = torch.stack([self.of_book(counts_K) for counts_K in self.counts.split(self.book_sizes)])
+        found = {self.name: values_Q.mean()}
+        if len(values_Q) > 1:
+            found |= {f"{self.name}_{i}": value for i, value in enumerate(values_Q)}
+        return found
+
+    @abstractmethod
+    def of_book(self, counts_K: Tensor) -> Tensor:
+        """The figure of one book, (K,) -> ()."""
+
+
+class CodebookUsage(_Counts):
+    """Share of codes that something chose, `usage`, and of each of several books `usage_0`, ..."""
+
+    name = "usage"
+
+    def of_book(self, counts_K: Tensor) -> Tensor:
+        return (counts_K > 0).float().mean()
+
+
+class CodebookPerplexity(_Counts):
+    """The exponential of the entropy of choices, `perplexity`, and of each of several books `perplexity_0`, ...
+
+    A book of which nothing was chosen counts 1.
+    """
+
+    name = "perplexity"
+
+    def of_book(self, counts_K: Tensor) -> Tensor:
+        counts_K = counts_K.float()
+        p_K = counts_K / counts_K.sum().clamp(min=1)
+        return torch.special.entr(p_K).sum().exp()
+
+
+def codebook_metrics(book_sizes: tuple[int, ...], postfix: str = "") -> MetricCollection:
+    """Usage and perplexity of the same indices, under names that end in `postfix`; books too large to count have none.
+
+    Args:
+        book_sizes: K of each of the Q indices that a place has.
+        postfix: told apart from those of other codebooks.
+    """
+    metrics: list[Metric | MetricCollection] = []
+    if sum(book_sizes) <= _MOST:
+        metrics = [CodebookUsage(book_sizes), CodebookPerplexity(book_sizes)]
+    return MetricCollection(metrics, postfix=postfix)

@@ -1,0 +1,113 @@
+"""What metrics of codes and known factors share: they collect both, check them, and leave out what never changes.
+
+Shapes: B batch, N samples, D dimensions of a code, F factors.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+from aezoo.errors import AezooError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+class FactorMetric(Metric):
+    """Collects codes (B, ...) and factors (B, F); on several ranks it computes from those of all.
+
+    Samples are kept where the metric is (`Metric.to`), by default on the CPU, and the score is computed on the CPU.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    codes: list[Tensor]
+    factors: list[Tensor]
+    # factors that the score needs to mean something
+    least_factors = 1
+    # columns of factors without an order, for metrics that treat them apart
+    categorical: tuple[int, ...] = ()
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("codes", [], dist_reduce_fx="cat")
+        self.add_state("factors", [], dist_reduce_fx="cat")
+
+    def update(self, codes: Tensor, factors: Tensor) -> None:
+        """Add a batch: the codes, and the number of each factor's value, whole numbers."""
+        codes, factors = checked(codes, "codes").flatten(1), torch.as_tensor(factors).detach()
+        if factors.ndim != 2 or len(factors) != len(codes):
+            raise AezooError(f"factors must have shape ({len(codes)}, F) beside {len(codes)} codes, "
+                             f"got {tuple(factors.shape)}")  # fmt: skip
+        if factors.is_floating_point() and not bool((factors == factors.round()).all()):
+            raise AezooError("factors must be whole numbers, the number of each value: bin a continuous factor first")
+        for new, kept, name in ((codes, self.codes, "codes"), (factors, self.factors, "factors")):
+            if kept and kept[0].shape[1] != new.shape[1]:
+                raise AezooError(f"{name} had {kept[0].shape[1]} columns before, got {new.shape[1]}")
+        self.codes.append(codes.float().to(self.device))
+        self.factors.append(factors.long().to(self.device))
+
+    def compute(self) -> Any:
+        """The score as a 0-dimensional float tensor, or a dictionary of some."""
+        if not len(self.codes):
+            raise AezooError(f"{type(self).__name__} has seen no codes: call update first")
+        codes = dim_zero_cat(self.codes).double().cpu().numpy()
+        factors = dim_zero_cat(self.factors).cpu().numpy()
+        sizes = [len(np.unique(column)) for column in factors.T]
+        if 1 in sizes:
+            raise AezooError(
+                f"factor {sizes.index(1)} has one value in all {len(factors)} samples: leave its column out"
+            )
+        if len(sizes) < self.least_factors:
+            raise AezooError(f"{type(self).__name__} needs {self.least_factors} factors, got {len(sizes)}")
+        if not set(self.categorical) <= set(range(len(sizes))):
+            raise AezooError(f"categorical factors must be columns 0 to {len(sizes) - 1}, got {self.categorical}")
+        least = self.least_samples(sizes)
+        if len(codes) < least:
+            raise AezooError(f"{type(self).__name__} needs {least} samples of these factors, got {len(codes)}")
+        return tensors(self.score(changing(codes), factors))
+
+    def least_samples(self, sizes: Sequence[int]) -> int:
+        """How few samples of factors with so many values are too few: here 10 for each value of the largest factor."""
+        return 10 * max(sizes)
+
+    @abstractmethod
+    def score(self, codes: Floats, factors: Ints) -> Any:
+        """The score of codes (N, D), each dimension of which changes (D may be 0), and factors (N, F)."""
+
+
+def changing(codes: Floats) -> Floats:
+    """The dimensions that are not the same for all samples."""
+    return codes[:, np.ptp(codes, axis=0) > 0]
+
+
+def checked(codes: Tensor, name: str) -> Tensor:
+    """A batch of finite numbers."""
+    codes = torch.as_tensor(codes).detach()
+    if codes.ndim < 2:
+        raise AezooError(f"{name} must have shape (B, D), got {tuple(codes.shape)}")
+    if not bool(codes.isfinite().all()):
+        raise AezooError(f"{name} hold NaN or infinity: the model diverged")
+    return codes
+
+
+def at_least(metric: Metric, name: str, value: int, least: int) -> int:
+    """The value, if it is a whole number of at least `least`."""
+    if not isinstance(value, int) or value < least:
+        raise AezooError(f"{type(metric).__name__}: {name} must be a whole number of at least {least}, got {value}")
+    return value
+
+
+def tensors(score: Any) -> Any:
+    """Numbers as 0-dimensional float tensors, which is what torchmetrics' other metrics give."""
+    if isinstance(score, dict):
+        return {name: torch.tensor(value, dtype=torch.float32) for name, value in score.items()}
+    return torch.as_tensor(score, dtype=torch.float32)

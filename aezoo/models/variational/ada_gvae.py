@@ -1,0 +1,129 @@
+"""Ada-GVAE, weak supervision by pairs (Locatello et al. 2020), https://arxiv.org/abs/2002.02886
+
+    L = E_q~[-log p(x|z)] + beta KL(q~(z|x, x') || p(z))
+    q~(z_d|x, x') = average of q(z_d|x) and q(z_d|x') where KL(q(z_d|x) || q(z_d|x')) <= tau, else q(z_d|x)
+    tau = (least + largest KL of the dimensions) / 2     (section 4)
+
+in nats per sample: a pair differs in few factors, so the dimensions that differ least are made to be common. The
+average has the mean of the means and of the variances (gvae, Hosoya 2019), or is the normalised root of the product of
+the two densities (mlvae, the Ada-ML-VAE).
+
+Labels say what belongs together: x' is the next sample of the batch with the label of x, after the last the first; two
+of a label are the paper's pair. The batch is that of all ranks. A sample without a label (-1), or with one that no
+other has, is its own pair, which is the VAE; codes and scores never look at labels.
+
+Shapes: B batch on this rank, N samples on all ranks, D code.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo.errors import AezooError
+from aezoo.models.variational.vae import VAE
+
+AVERAGES = ("gvae", "mlvae")
+
+
+class AdaGVAE(VAE):
+    """A VAE whose codes of samples with the same label agree in all dimensions but those that differ most.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        average: of two posteriors: gvae or mlvae.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    compares_samples = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        average: str = "gvae",
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if average not in AVERAGES:
+            raise AezooError(f"unknown average {average!r}: take one of {', '.join(AVERAGES)}")
+        self.average = average
+
+    def partners(self, y_B: Tensor) -> Tensor:
+        """Number of each sample's pair among the samples of all ranks, (B,) -> (B,)."""
+        y_N = self.of_all_ranks(y_B)
+        n = len(y_N)
+        row_B1 = self.own_rows(y_B)[:, None]
+        ahead_BN = (torch.arange(n, device=y_B.device) - row_B1) % n
+        fits_BN = (y_B[:, None] == y_N) & (y_B[:, None] != -1) & (ahead_BN > 0)
+        return (row_B1[:, 0] + torch.where(fits_BN, ahead_BN, n).amin(1)) % n
+
+    @staticmethod
+    def shared(mu_BD: Tensor, log_var_BD: Tensor, mu2_BD: Tensor, log_var2_BD: Tensor) -> Tensor:
+        """Which dimensions a pair has in common, (B, D) bool."""
+        square_BD = (mu_BD - mu2_BD) ** 2 * torch.exp(-log_var2_BD)
+        delta_BD = log_var_BD - log_var2_BD
+        kl_BD = 0.5 * (torch.exp(delta_BD) + square_BD - 1 - delta_BD)
+        tau_B1 = 0.5 * (kl_BD.amin(1, keepdim=True) + kl_BD.amax(1, keepdim=True))
+        return kl_BD <= tau_B1
+
+    def averaged(self, mu_BD: Tensor, log_var_BD: Tensor, mu2_BD: Tensor, log_var2_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the average of two posteriors: four (B, D) -> (B, D), (B, D)."""
+        if self.average == "gvae":
+            return 0.5 * (mu_BD + mu2_BD), torch.logaddexp(log_var_BD, log_var2_BD) - math.log(2)
+        share_BD = torch.sigmoid(log_var2_BD - log_var_BD)  # of the first in the sum of both precisions
+        log_precision_BD = torch.logaddexp(-log_var_BD, -log_var2_BD) - math.log(2)
+        return share_BD * mu_BD + (1 - share_BD) * mu2_BD, -log_precision_BD
+
+    def paired(self, mu_BD: Tensor, log_var_BD: Tensor, y_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q~: (B, D), (B, D), (B,) -> (B, D), (B, D)."""
+        if y_B is None:
+            return mu_BD, log_var_BD
+        pair_B = self.partners(y_B)
+        own = mu_BD, log_var_BD
+        pair = self.of_all_ranks(mu_BD)[pair_B], self.of_all_ranks(log_var_BD)[pair_B]
+        shared_BD = self.shared(*own, *pair)
+        average = self.averaged(*own, *pair)
+        return torch.where(shared_BD, average[0], mu_BD), torch.where(shared_BD, average[1], log_var_BD)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.paired(*self.posterior(x), y)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -(nll + kl)}

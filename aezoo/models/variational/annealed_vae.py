@@ -1,0 +1,101 @@
+"""beta-VAE with annealed capacity (Burgess et al. 2018), https://arxiv.org/abs/1804.03599
+
+    L = E_q[-log p(x|z)] + gamma |KL(q(z|x) || p(z)) - C|     (equation 8, with the sign of a loss)
+    C = max_capacity min(1, t / capacity_steps)     t optimiser steps taken
+
+in nats per sample: the code is given C nats, which rise during training. KL is the mean over the batch of all ranks, so
+that samples may take more or less than C; or each sample's own. gamma = 1 and max_capacity = 0 is the VAE.
+
+C is part of the model: a resumed run goes on with it, evaluation uses that of the last training step, and the callback
+BetaAnnealing is not needed.
+
+Shapes: B batch, D code.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo.errors import AezooError
+from aezoo.models.variational.vae import VAE
+
+
+class AnnealedVAE(VAE):
+    """A VAE whose code is held at an amount of information that rises during training.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        gamma: weight of the distance between the KL term and C; the paper has 1000, for much longer runs.
+        max_capacity: C in nats at the end of its rise; the paper has 25 on dSprites.
+        capacity_steps: optimiser steps over which C rises from 0; the paper has 100,000.
+        per_sample: hold the KL term of each sample at C instead of the batch's mean.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    steps: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        gamma: float = 30.0,
+        max_capacity: float = 25.0,
+        capacity_steps: int = 1000,
+        per_sample: bool = False,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        if not 0 <= gamma < math.inf:
+            raise AezooError(f"gamma must be at least 0 and finite, got {gamma}")
+        if not 0 <= max_capacity < math.inf:
+            raise AezooError(f"max_capacity must be at least 0 and finite, got {max_capacity}")
+        if capacity_steps < 1:
+            raise AezooError(f"capacity_steps must be at least 1, got {capacity_steps}")
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.gamma, self.per_sample = gamma, per_sample
+        self.max_capacity, self.capacity_steps = max_capacity, capacity_steps
+        # BetaAnnealing would change these without an effect: it refuses a model that lacks them
+        del self.beta, self.capacity
+        self.keep_steps()
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl_B = self.kl(mu_BD, log_var_BD)
+        kl = self.batch_mean(kl_B)
+        C = self.max_capacity * self.share_of_steps(self.capacity_steps)
+        distance = (kl_B - C).abs().mean() if self.per_sample else (kl - C).abs()
+        return {"loss": nll + self.gamma * distance, "nll": nll, "kl": kl, "elbo": -(nll + kl), "capacity": C}

@@ -1,0 +1,149 @@
+"""beta-TCVAE (Chen et al. 2018), https://arxiv.org/abs/1802.04942
+
+    L = E_q[-log p(x|z)] + alpha MI + beta TC + gamma DW     (equation 4)
+    MI = E[log q(z|x) - log q(z)]                mutual information of sample and code
+    TC = E[log q(z) - sum_d log q(z_d)]          total correlation of the code's dimensions
+    DW = E[sum_d (log q(z_d) - log p(z_d))]      KL of each dimension from the prior
+
+in nats per sample: with alpha = beta = gamma = 1 the three are E[log q(z|x) - log p(z)], the KL term of the VAE on the
+z that was drawn. q(z), the codes of all N data samples together, is estimated from a batch of n, over all ranks:
+
+    log q(z_i) = log sum_j W_ij q(z_i|x_j)
+    mws        W_ij = 1 / (N n)                                                        (equation 5)
+    mss        W_ii = 1/N,  W_ij = 1/M but for one j, where it is (N - M) / (N M),  M = n - 1     (appendix C.2)
+    mss_mean   W_ii = 1/N,  W_ij = (N - 1) / (N M): the mean of mss over which j that is
+
+Shapes: B batch on this rank, n batch over all ranks, D code; N samples of data.
+"""
+
+import math
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aezoo.divergences import ESTIMATORS, aggregate_log_weights
+from aezoo.errors import AezooError
+from aezoo.gaussians import LOG_2PI
+from aezoo.limits import at_least
+from aezoo.models.variational.vae import VAE
+
+
+class BetaTCVAE(VAE):
+    """A VAE with a weight of its own for the dependence between the dimensions of the code.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        alpha: weight of the mutual information.
+        beta: weight of the total correlation.
+        gamma: weight of the dimensions' KL from the prior.
+        estimator: of q(z) from a batch: mss, mss_mean or mws.
+        dataset_size: N, number of training samples; 0 takes that of the training data, and without any the batch's.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    compares_samples = True
+    n_data: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        alpha: float = 1.0,
+        beta: float = 6.0,
+        gamma: float = 1.0,
+        estimator: str = "mss",
+        dataset_size: int = 0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        at_least(0, alpha=alpha, gamma=gamma, dataset_size=dataset_size)
+        if estimator not in ESTIMATORS:
+            raise AezooError(f"unknown estimator {estimator!r}: take one of {', '.join(ESTIMATORS)}")
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        del self.capacity  # BetaAnnealing raises beta, but there is no one KL term to hold at a capacity
+        self.alpha, self.gamma, self.estimator, self.dataset_size = alpha, gamma, estimator, dataset_size
+        self._counted = False
+        self.register_buffer("n_data", torch.tensor(dataset_size))  # saved: a loaded model evaluates as it was trained
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        resumed = self.trainer.ckpt_path is not None and bool(self.n_data)  # goes on as it was
+        self._counted = self.dataset_size > 0 or resumed
+
+    def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+        x, y = super().begin_step(batch, batch_idx)
+        if not self._counted and self._trainer is not None:
+            self.n_data.fill_(self.training_samples(len(x)))
+            self._counted = True
+        return x, y
+
+    def training_samples(self, batch_size: int) -> int:
+        """Samples in an epoch of all ranks, by the loader's sampler or else its number of batches; 0 if unknown."""
+        loader = self.trainer.train_dataloader
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(getattr(loader, "batch_size", None), int) and isinstance(sampler, Sized):
+            return len(sampler) * self.trainer.world_size
+        batches = self.trainer.num_training_batches
+        return 0 if math.isinf(batches) else int(batches) * batch_size * self.trainer.world_size
+
+    def log_weights(self, z_BD: Tensor, n: int) -> Tensor:
+        """Log W of this rank's codes against the posteriors of all n samples, (B, n)."""
+        n_data = self.n_data.clamp(min=n).to(z_BD.dtype)
+        return aggregate_log_weights(self.estimator, self.own_rows(z_BD), n, n_data)
+
+    def log_aggregate(self, z_BD: Tensor, mu_BD: Tensor, log_var_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Estimates of log q(z) and of log q(z_d) in each dimension: three (B, D) -> (B,), (B, D)."""
+        mu_nD, log_var_nD = self.of_all_ranks(mu_BD).to(z_BD), self.of_all_ranks(log_var_BD).to(z_BD)
+        log_q_BnD = -0.5 * ((z_BD[:, None] - mu_nD) ** 2 * torch.exp(-log_var_nD) + log_var_nD + LOG_2PI)
+        log_w_Bn = self.log_weights(z_BD, len(mu_nD))
+        return torch.logsumexp(log_w_Bn + log_q_BnD.sum(2), 1), torch.logsumexp(log_w_Bn[..., None] + log_q_BnD, 1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl = self.kl(mu_BD, log_var_BD).mean()
+        # small differences of large logarithms: float32 leaves three digits of a total correlation
+        z_BD = z_BD if z_BD.device.type == "mps" else z_BD.double()
+        eps_BD = (z_BD - mu_BD) * torch.exp(-0.5 * log_var_BD)
+        log_qx_B = -0.5 * (eps_BD**2 + log_var_BD + LOG_2PI).sum(1)
+        log_q_B, log_q_BD = self.log_aggregate(z_BD, mu_BD, log_var_BD)
+        mi = (log_qx_B - log_q_B).mean().to(nll)
+        tc = (log_q_B - log_q_BD.sum(1)).mean().to(nll)
+        dw = (log_q_BD.sum(1) - self.log_prior(z_BD)).mean().to(nll)
+        loss = nll + self.alpha * mi + self.beta * tc + self.gamma * dw
+        return {"loss": loss, "nll": nll, "kl": kl, "elbo": -(nll + kl), "mi": mi, "tc": tc, "dwkl": dw}

@@ -1,0 +1,150 @@
+"""Categorical variational autoencoder (Jang et al. 2016), https://arxiv.org/abs/1611.01144
+
+A code of N independent categorical variables of K classes each, trained through a relaxation; in nats per sample:
+
+    L = E[-log p(x|z)] + beta KL(q(c|x) || p(c))     q(c|x) = prod_n Cat(p_n)     p(c) uniform
+    z_n = softmax((log p_n + g_n) / tau)             g_n Gumbel noise: z_n -> one-hot of arg max (log p_n + g_n) ~ q
+    KL = sum_n sum_k p_nk log(K p_nk)                from 0, of the uniform, to N log K
+
+tau is `temperature`, to which it may fall from `start_temperature` by a constant factor a step; evaluation has the last
+step's. `encode` gives the probabilities p, decoded better than one-hot codes. `sample` and `log_likelihood` have
+one-hot codes, the loss only with `straight_through`: else `elbo` is no bound, so compare models by `log_likelihood`.
+
+Shapes: B batch, N variables, K classes, D = N K code, S importance samples, M = K^N codes there are.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.autoencoder import at_least_float32
+from aezoo.categorical import draw, every_code, kl_from_uniform, one_hot, relaxed
+from aezoo.limits import at_least
+from aezoo.models.variational.vae import VAE
+
+
+class CategoricalVAE(VAE):
+    """Categorical code with a uniform prior, trained through a relaxation.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        n_variables: N, categorical variables of the code.
+        n_classes: K, classes of each; the code has N K entries. The paper has 10, which need longer training.
+        beta: weight of the KL term.
+        temperature: tau, at least 0.01: near 0 codes are nearly one-hot and gradients noisy.
+        start_temperature: tau at the first step, where it falls.
+        temperature_steps: optimiser steps over which tau falls exponentially to temperature; 0 keeps it there.
+        straight_through: decode one-hot codes in training, with the gradient of the relaxed ones.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    normal_prior = False
+    steps: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        n_variables: int = 20,
+        n_classes: int = 4,
+        beta: float = 1.0,
+        temperature: float = 0.5,
+        start_temperature: float = 1.0,
+        temperature_steps: int = 0,
+        straight_through: bool = False,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        at_least(1, n_variables=n_variables)
+        at_least(2, n_classes=n_classes)
+        at_least(0, temperature_steps=temperature_steps)
+        at_least(0.01, temperature=temperature, start_temperature=start_temperature)
+        super().__init__(
+            input_shape,
+            latent_dim=n_variables * n_classes,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.variables = (n_variables, n_classes)
+        self.temperature, self.start_temperature = temperature, start_temperature
+        self.temperature_steps, self.straight_through = temperature_steps, straight_through
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.keep_steps()
+
+    def tau(self) -> Tensor:
+        """The temperature at the present step, ()."""
+        share = self.share_of_steps(self.temperature_steps)
+        return self.start_temperature ** (1 - share) * self.temperature**share
+
+    def log_probs(self, x: Tensor) -> Tensor:
+        """Logarithms of the p of q(c|x): (B, *input_shape) -> (B, N, K)."""
+        return at_least_float32(self.encoder(x)).unflatten(1, self.variables).log_softmax(2)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes' probabilities and their logarithms: (B, *input_shape) -> (B, D), (B, D)."""
+        log_p_BD = self.log_probs(x).flatten(1)
+        return log_p_BD.exp(), log_p_BD
+
+    def kl(self, p_BD: Tensor, log_p_BD: Tensor) -> Tensor:  # type: ignore[override]
+        """KL(q(c|x) || uniform) in nats, in closed form: (B, D), (B, D) -> (B,)."""
+        return kl_from_uniform(p_BD, log_p_BD, self.variables[1])
+
+    def draw(self, log_p_BNK: Tensor) -> Tensor:
+        """Draw z of the relaxed distribution, or one-hot with its gradient: (B, N, K) -> (B, N, K)."""
+        return relaxed(log_p_BNK, self.tau(), self.straight_through)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        log_p_BNK = self.log_probs(x)
+        nll = self.nll(self.decoder(self.draw(log_p_BNK).flatten(1).to(x.dtype)), x).mean()
+        kl = self.batch_mean(self.kl(log_p_BNK.exp().flatten(1), log_p_BNK.flatten(1)))
+        return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """The probability log p(c) of one-hot codes in nats, (..., D) -> (...)."""
+        return z.new_full(z.shape[:-1], -self.variables[0] * math.log(self.variables[1]))
+
+    def sample_prior(self, n: int) -> Tensor:
+        weight = next(self.decoder.parameters())
+        return one_hot(torch.rand(n, *self.variables, device=weight.device)).flatten(1).to(weight.dtype)
+
+    def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Draw n one-hot codes c ~ q(c|x) for each sample, and log q(c|x) in nats: -> (n, B, D), (n, B)."""
+        c_SBNK, log_q_SB = draw(self.log_probs(x).expand(n, -1, -1, -1))
+        return c_SBNK.flatten(2), log_q_SB
+
+    @torch.no_grad()
+    def log_likelihood(self, x: Tensor, n: int) -> Tensor:
+        """Log p(x) in nats, exact where there are at most n codes, else importance-sampled: (B, *shape) -> (B,)."""
+        n_variables, k = self.variables
+        if k**n_variables > n:
+            return super().log_likelihood(x, n)
+        params_M = self.decoder(every_code(n_variables, k, x.device).flatten(1).to(x.dtype))
+        log_px_BM = torch.stack([-self.nll(params_M, sample.expand_as(params_M)) for sample in x])
+        return torch.logsumexp(log_px_BM, 1) - n_variables * math.log(k)

@@ -1,0 +1,92 @@
+"""Combination importance weighted autoencoder (Rainforth et al. 2018), https://arxiv.org/abs/1802.04537
+
+Maximises a mixture of the evidence lower bound and the importance weighted one, in nats per sample:
+
+    log p(x) >= beta ELBO + (1 - beta) L_K
+    ELBO = E[1/K sum_k log w_k]     L_K = E[log 1/K sum_k w_k]     w_k = p(x|z_k) p(z_k) / q(z_k|x)     z_k ~ q(z|x)
+
+beta = 0 is the IWAE; beta = 1 is a VAE with K samples, whose KL is sampled as well. With v_k = w_k / sum_j w_j the
+encoder's gradient is sum_k c_k d log w_k with c_k = beta/K + (1 - beta) v_k; stl takes the way through z alone, and
+dreg that with beta/K + (1 - beta) v_k^2, which has the mean of reparam (Tucker et al. 2018).
+
+Shapes: B batch, D code, K importance samples.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo.errors import AezooError
+from aezoo.models.variational.iwae import IWAE
+
+
+class CIWAE(IWAE):
+    """Gaussian code with a standard normal prior, trained between the VAE's bound and the IWAE's.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        n_samples: K, importance samples of each data sample; each is decoded.
+        beta: share of the ELBO, from 0 to 1.
+        estimator: the encoder's gradient: reparam, stl or dreg; of the last two the noise is lower.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        n_samples: int = 5,
+        beta: float = 0.05,
+        estimator: str = "reparam",
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            n_samples=n_samples,
+            estimator=estimator,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if not 0 <= beta <= 1:
+            raise AezooError(f"beta must lie between 0 and 1, got {beta}")
+        self.beta = beta
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_BKD, nll_BK, kl_BK = self.draw(x, self.n_samples)
+        log_w_BK = -(nll_BK + kl_BK)
+        if self.estimator == "dreg":
+            v_BK = log_w_BK.detach().softmax(1)
+            stl_BK, dreg_BK = (self.beta / self.n_samples + (1 - self.beta) * v for v in (v_BK, v_BK**2))
+            self.scale_gradient(z_BKD, dreg_BK / stl_BK.clamp_min(torch.finfo(v_BK.dtype).tiny))
+        iwae = (torch.logsumexp(log_w_BK, 1) - math.log(self.n_samples)).mean()
+        bound = self.beta * log_w_BK.mean() + (1 - self.beta) * iwae
+        return {"loss": -bound, "nll": nll_BK.mean(), "kl": kl_BK.mean(), "iwae": iwae, "elbo": bound}

@@ -1,0 +1,150 @@
+"""Conditional variational autoencoder (Sohn et al. 2015), https://papers.nips.cc/paper/5775
+
+Encoder and decoder are told the label y of a sample; in nats per sample:
+
+    L(x, y) = E_q(z|x,y)[-log p(x|z, y)] + KL(q(z|x, y) || p(z)) >= -log p(x|y)
+    L(x)    = -E[log sum_y p(y) w_y] >= -log p(x)     w_y = p(x|z_y, y) p(z_y) / q(z_y|x, y)     z_y ~ q(z|x, y)
+
+p(z) = N(0, I) and p(y) is uniform. A sample without a label (y None or -1) counts by L(x), with one draw of z for each
+label; the log of a sum needs the weights w_y: with a closed-form KL in them it is no bound. The code carries the label,
+[z, one-hot y]. `encode` without labels takes the most likely one, arg max_y of log p(x|mu_y, y) - KL_y.
+
+Shapes: B batch, D latent, K labels, E = D + K code, S importance samples.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aezoo import gaussians, nets
+from aezoo.autoencoder import at_least_float32
+from aezoo.models.variational.vae import VAE
+from aezoo.nets import labels
+
+
+class ConditionalVAE(labels.LabelledCode, VAE):
+    """Gaussian code beside a label, which may be asked for when sampling: `sample(n, y)`.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code without the label.
+        num_classes: K, number of labels; from the data on the command line.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    normal_prior = False
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        num_classes: int | None = 10,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        del self.beta, self.capacity  # the bound weighs no KL: BetaAnnealing would change them in vain
+        self.latent_dim, self.num_classes = latent_dim, labels.class_count(num_classes)
+        self.code_shape = (latent_dim + self.num_classes,)
+        self.label_map = labels.BesideLabel(self.num_classes, self.input_shape)
+        self.encoder = nets.encoder(net, self.label_map.joint_shape, (2 * latent_dim,), hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+
+    def given(self, x: Tensor, y_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x, y), y one-hot: (B, *input_shape), (B, K) -> (B, D), (B, D)."""
+        mu_BD, log_var_BD = at_least_float32(self.encoder(self.label_map(x, y_BK))).chunk(2, dim=1)
+        return mu_BD, log_var_BD.clamp(-30, 20)
+
+    def terms(self, x: Tensor, y_BK: Tensor, eps_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-log p(x|z, y), KL and log q(z|x, y) - log p(z) at z = mu + sigma eps: -> (B,), (B,), (B,)."""
+        mu_BD, log_var_BD = self.given(x, y_BK)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * eps_BD
+        nll_B = self.nll(self.decoder(torch.cat([z_BD.to(x.dtype), y_BK], 1)), x)
+        return nll_B, self.kl(mu_BD, log_var_BD), 0.5 * (z_BD**2 - eps_BD**2 - log_var_BD).sum(1)
+
+    def terms_of_every_label(self, x: Tensor, eps_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same terms, with one noise for all labels of a sample: -> (B, K), (B, K), (B, K)."""
+        k = self.num_classes
+        nll, kl, log_ratio = self.terms(*labels.with_every_label(x, k), eps_BD.repeat(k, 1))
+        return nll.unflatten(0, (k, -1)).T, kl.unflatten(0, (k, -1)).T, log_ratio.unflatten(0, (k, -1)).T
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        eps_BD = torch.randn_like(at_least_float32(x.new_empty(len(x), self.latent_dim)))
+        if y is not None and labels.all_labelled(y, self.num_classes):
+            nll_B, kl_B, _ = self.terms(x, labels.one_hot(y, self.num_classes, x), eps_BD)
+        else:
+            nll_BK, kl_BK, log_ratio_BK = self.terms_of_every_label(x, eps_BD)
+            # log sum_y p(y) w_y = sum_y r_y (log w_y + log p(y) - log r_y) with r the softmax of log w
+            log_r_BK = (-nll_BK - log_ratio_BK).log_softmax(1)
+            nll_B = (log_r_BK.exp() * nll_BK).sum(1)
+            kl_B = (log_r_BK.exp() * (log_ratio_BK + log_r_BK)).sum(1) + math.log(self.num_classes)
+            if y is not None:
+                nll_B, kl_B = labels.at_label(y, nll_BK, nll_B), labels.at_label(y, kl_BK, kl_B)
+        nll, kl = nll_B.mean(), kl_B.mean()
+        return {"loss": nll + kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+
+    def bounds(self, x: Tensor) -> Tensor:
+        """The log p(x|mu_y, y) - KL_y of each label, without noise: (B, *input_shape) -> (B, K)."""
+        nll_BK, kl_BK, _ = self.terms_of_every_label(x, x.new_zeros(x.shape[0], self.latent_dim))
+        return -(nll_BK + kl_BK)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """The log-probability of each label under the bounds, without noise: (B, *input_shape) -> (B, K)."""
+        return self.bounds(x).log_softmax(1)
+
+    def posterior(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The code's mean and log-variance; the label, the most likely where none is given, has the least there is."""
+        if y is None or not labels.all_labelled(y, self.num_classes):
+            likely = self.classify(x).argmax(1)
+            y = likely if y is None else torch.where(y < 0, likely, y)
+        y_BK = labels.one_hot(y, self.num_classes, x)
+        mu_BD, log_var_BD = self.given(x, y_BK)
+        return torch.cat([mu_BD, y_BK.to(mu_BD.dtype)], 1), F.pad(log_var_BD, (0, self.num_classes), value=-30.0)
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.posterior(x, y)[0].to(x.dtype)
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """-log sum_y p(y) p(x|mu_y, y) exp(-KL_y) in nats: (B, *input_shape) -> (B,), no noise."""
+        return math.log(self.num_classes) - torch.logsumexp(self.bounds(x), 1)
+
+    def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Draw n codes for each sample, y ~ `classify` and z ~ q(z|x, y), and log q in nats: -> (n, B, E), (n, B)."""
+        k, log_q_BK, rows = self.num_classes, self.classify(x), torch.arange(len(x), device=x.device)
+        y_SB = torch.distributions.Categorical(logits=log_q_BK).sample((n,))
+        of_label = (part.unflatten(0, (k, -1)) for part in self.given(*labels.with_every_label(x, k)))
+        z_SBD, log_q_z_SB = gaussians.draw(*(part[y_SB, rows] for part in of_label))
+        return torch.cat([z_SBD, labels.one_hot(y_SB, k, z_SBD)], 2), log_q_BK[rows, y_SB] + log_q_z_SB

@@ -1,0 +1,119 @@
+"""FactorVAE (Kim & Mnih 2018), https://arxiv.org/abs/1802.05983
+
+    L = E_q[-log p(x|z)] + KL(q(z|x) || p(z)) + gamma TC     TC = KL(q(z) || prod_i q(z_i))     (equation 2)
+    TC ~ E_q(z)[log D(z) / (1 - D(z))] = E_q(z)[t(z)]        D(z) = sigmoid(t(z))               (equation 3)
+    L_D = -1/2 E_q(z)[log D(z)] - 1/2 E_prod[log(1 - D(z'))]
+
+in nats per sample. The discriminator D tells codes z of a batch from z', the same codes with every dimension permuted
+over the batch by itself, which are draws from the product of the marginals (algorithm 1). At its optimum t is the log
+ratio of the two densities and L_D is log 2 if they are equal. gamma = 0 is the VAE.
+
+Each of the two losses trains its own parameters alone. Both players step at once and on one batch, as in
+https://github.com/google-research/disentanglement_lib; algorithm 2 draws z' from a second batch. L is the value of
+`loss`; L_D is the term `discriminator`.
+
+Shapes: B batch on this rank, N samples on all ranks, D code.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.limits import at_least
+from aezoo.models.variational.vae import VAE
+from aezoo.nets.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+
+
+class FactorVAE(VAE):
+    """A VAE whose codes, all together, are held at having independent dimensions.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        gamma: weight of the total correlation; usual are 6 to 40.
+        discriminator_dims: widths of the discriminator's hidden layers, six of 1000 in the paper.
+        discriminator_lr: learning rate of the discriminator; an optimiser with moments has betas 0.5 and 0.9 for it.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate of encoder and decoder.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        gamma: float = 10.0,
+        discriminator_dims: tuple[int, ...] = (256, 256),
+        discriminator_lr: float = 1e-4,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, gamma=gamma)
+        check_discriminator(discriminator_dims, discriminator_lr)
+        self.gamma, self.discriminator_lr = gamma, discriminator_lr
+        layers: list[nn.Module] = []
+        dims = (latent_dim, *discriminator_dims)
+        for n_in, n_out in pairwise(dims):
+            layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(0.2)]  # appendix A
+        self.discriminator = nn.Sequential(*layers, nn.Linear(dims[-1], 1))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return two_groups(self, betas=(0.5, 0.9))  # appendix A
+
+    def permute_dims(self, z_BD: Tensor) -> Tensor:
+        """Codes with each dimension permuted by itself over all ranks (algorithm 1), this rank's rows of them."""
+        z_ND, keys_ND = self.of_all_ranks(z_BD), self.of_all_ranks(torch.rand_like(z_BD))
+        return z_ND.gather(0, keys_ND.argsort(0))[self.own_rows(z_BD)]
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        # the VAE's step sees the discriminator as a constant, the discriminator's step the codes
+        tc = at_least_float32(frozen(self.discriminator, z_BD.to(x.dtype))).mean()
+        codes = torch.cat([z_BD.detach(), self.permute_dims(z_BD.detach())])
+        t_joint, t_product = at_least_float32(self.discriminator(codes.to(x.dtype))).chunk(2)
+        discriminator = 0.5 * (F.softplus(-t_joint).mean() + F.softplus(t_product).mean())
+        elbo_loss = nll + self.beta * (kl - self.capacity).abs()  # 1 and 0 unless BetaAnnealing changes them
+        return {
+            "loss": elbo_loss + self.gamma * tc + gradient_alone(discriminator),
+            "nll": nll,
+            "kl": kl,
+            "elbo": -(nll + kl),
+            "tc": tc,
+            "discriminator": discriminator,
+        }

@@ -1,0 +1,129 @@
+"""VAE with a normalising-flow prior (Dinh et al. 2016), https://arxiv.org/abs/1605.08803
+
+    L = E_q[-log p(x|z)] + beta E_q[log q(z|x) - log p(z)]     q(z|x) = N(mu(x), diag sigma(x)^2)
+      = E_q[-log p(x|z)] + beta (KL(q(z|x) || N(0, I)) + E_q[log N(z | 0, I) - log p(z)])
+    log p(z) = log N(u | 0, I) + sum_t sum_i a_ti              u = f_T(... f_1(z)), learned with the rest
+    f_t(z)_i = z_i exp(a_ti(z)) + m_ti(z)                      a and m depend on elements of z that f_t inverts before i
+
+in nats per sample. Those elements are every other one, itself left as it is, in a coupling layer (realnvp), or all that
+precede i in a masked autoregressive flow (maf: Papamakarios et al. 2017, https://arxiv.org/abs/1705.07057); layers take
+turns. Sampling inverts them, z = f^-1(u) with u ~ N(0, I), in two passes through the networks of a realnvp and in D of
+a maf. Both are written here: zuko's coupling layers wait for the GPU at every step and break the compiled graph.
+a = m = 0 is the VAE.
+
+The second form of L is computed, the VAE's where f is the identity. The score, which has no noise, takes it at z = mu.
+
+Shapes: B batch, D code, H hidden units.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.models.variational.vae import VAE
+from aezoo.nets.flows import AffineLayer, check_count
+
+PRIORS = ("realnvp", "maf")
+
+
+class FlowPriorVAE(VAE):
+    """Gaussian code whose prior is a learned normalising flow.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        prior: realnvp or maf; the first draws samples faster, the second is the more flexible.
+        n_flows: layers of the flow; 0 is the VAE, two of them move all elements of a realnvp.
+        flow_width: hidden units of each layer's network, in each of two hidden layers.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    normal_prior = False
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        prior: str = "realnvp",
+        n_flows: int = 4,
+        flow_width: int = 64,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        # the sampled KL may be negative, at no distance from a capacity
+        del self.capacity
+        if prior not in PRIORS:
+            raise AezooError(f"unknown prior {prior!r}: take one of {', '.join(PRIORS)}")
+        check_count(n_flows)
+        at_least(1, flow_width=flow_width)
+        order_D = torch.arange(latent_dim)
+        turns = (order_D % 2, (order_D + 1) % 2) if prior == "realnvp" else (order_D, order_D.flip(0))
+        self.flow = nn.ModuleList(AffineLayer(turns[t % 2], prior == "realnvp", flow_width) for t in range(n_flows))
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl = (self.kl(mu_BD, log_var_BD) + super().log_prior(z_BD) - self.log_prior(z_BD)).mean()
+        return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        u, log_det = at_least_float32(z), torch.zeros(z.shape[:-1], device=z.device)
+        for layer in self.flow:
+            u, log_det_t = layer(u)
+            log_det = log_det + log_det_t
+        return super().log_prior(u) + log_det
+
+    @torch.no_grad()
+    def sample_prior(self, n: int) -> Tensor:
+        u = super().sample_prior(n)
+        z = at_least_float32(u)
+        layer: Any
+        for layer in reversed(self.flow):
+            z = layer.inverse(z)
+        return z.to(u.dtype)
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """-log p(x | mu) and the KL as above, in nats: (B, *input_shape) -> (B,), no noise."""
+        mu_BD, log_var_BD = self.posterior(x)
+        kl_B = self.kl(mu_BD, log_var_BD) + super().log_prior(mu_BD) - self.log_prior(mu_BD)
+        return self.nll(self.decoder(mu_BD.to(x.dtype)), x) + kl_B

@@ -1,0 +1,150 @@
+"""Top-down hierarchical VAE with free bits (Kingma et al. 2016), https://arxiv.org/abs/1606.04934
+
+L levels of Gaussian latent variables, z_1 at the bottom to z_L at the top, inferred from the top; in nats per sample:
+
+    p(x, z) = p(x | z_1, ..., z_L) p(z_1 | z_2) ... p(z_{L-1} | z_L) p(z_L)     p(z_L) = N(0, I)
+    q(z | x) = q(z_L | x) q(z_{L-1} | x, z_L) ... q(z_1 | x, z_2)
+    KL_l = E_q[KL(q(z_l | x, z_{l+1}) || p(z_l | z_{l+1}))]     log p(x) >= ELBO = E_q[log p(x|z)] - sum_l KL_l
+    L = E_q[-log p(x|z)] + beta |sum_l max(free_bits, KL_l) - C|
+
+KL_l is the mean over the batch: a level that carries less than its free bits is not pushed to carry nothing (their
+appendix on free bits). All conditionals are diagonal Gaussians by nets of one hidden layer; level l sees x by the
+encoder's output h_l. L = 1 is the VAE; C is 0 unless the callback BetaAnnealing raises it. Their flows are vae_iaf.
+The code is all levels from the bottom up; encode gives the top's mean, that of the next level given it, and so on.
+
+Shapes: B batch, D code, D_l level l, L levels.
+"""
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.models.variational.vae import VAE
+from aezoo.nets.levels import Conditional, ConditionalGaussian, GaussianChain, Level, Pair, gaussian
+
+if TYPE_CHECKING:
+    from aezoo.tasks.codec.lossless import Chain
+
+
+class HierarchicalVAE(VAE):
+    """Levels of Gaussian codes, each the prior of the one below.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dims: D_1, ..., D_L, sizes of the levels from the bottom up.
+        level_dim: width of the hidden layer of the nets between levels.
+        free_bits: nats of each level's KL, on average over the batch, that cost no more than less would.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    normal_prior = False
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dims: tuple[int, ...] = (32, 16),
+        level_dim: int = 64,
+        free_bits: float = 0.0,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        if min(latent_dims, default=0) < 1:
+            raise AezooError(f"latent_dims must be one size or more, each at least 1, got {tuple(latent_dims)}")
+        at_least(1, level_dim=level_dim)
+        at_least(0, free_bits=free_bits)
+        super().__init__(
+            input_shape,
+            latent_dim=sum(latent_dims),
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.latent_dims, self.free_bits = tuple(latent_dims), free_bits
+        self.priors = GaussianChain(latent_dims, level_dim, activation)
+        nets = (ConditionalGaussian(2 * d + up, level_dim, d, activation) for d, up in pairwise(latent_dims))
+        self.posteriors = nn.ModuleList(nets)
+
+    def bottom_up(self, x: Tensor) -> list[Tensor]:
+        """h_1, ..., h_L, of which the last holds the top's mean and log-variance: (B, *input_shape) -> (B, 2 D_l)."""
+        return [*self.encoder(x).split([2 * d for d in self.latent_dims], 1)]
+
+    def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> tuple[Pair, Pair]:
+        """Mean and log-variance of q(z_l | x, z_{l+1}) and p(z_l | z_{l+1}) below levels from the top down."""
+        h, p = h_L[-1 - len(above)], self.priors.given(above)
+        return self.posteriors[-len(above)](h, above[-1]) if above else gaussian(h), p
+
+    def top_down(self, h_L: list[Tensor], draw: bool) -> list[Level]:
+        """The levels from the bottom up, with z ~ q(z|x) or, without noise, z at the means of q."""
+        levels: list[Level] = []
+        for _ in h_L:
+            levels.append(Level.of(*self.q_and_p(h_L, [level.z for level in levels]), draw=draw))
+        return levels[::-1]
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of each level given the mean of the one above: (B, *input_shape) -> (B, D), (B, D)."""
+        levels = self.top_down(self.bottom_up(x), draw=False)
+        return torch.cat([level.mu for level in levels], 1), torch.cat([level.log_var for level in levels], 1)
+
+    def kl(self, mu_BD: Tensor, log_var_BD: Tensor) -> Tensor:  # type: ignore[override]
+        """sum_l KL_l in nats with each z at its mean, without noise, for scores: (B, D), (B, D) -> (B,)."""
+        return self.priors.kl(mu_BD.split(self.latent_dims, 1), log_var_BD.split(self.latent_dims, 1))
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        levels = self.top_down(self.bottom_up(x), draw=True)
+        nll = self.nll(self.decoder(torch.cat([level.z for level in levels], 1).to(x.dtype)), x).mean()
+        kl_L = self.batch_mean(torch.stack([level.kl() for level in levels], 1))
+        kl, rate = kl_L.sum(), kl_L.clamp(min=self.free_bits).sum()
+        each = {f"kl_{i}": value for i, value in enumerate(kl_L, 1)}
+        return {"loss": nll + self.beta * (rate - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -nll - kl, **each}
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """The density log p(z_1 | z_2) + ... + log p(z_L) in nats, (..., D) -> (...)."""
+        return self.priors.log_prob(z.split(self.latent_dims, -1))
+
+    def sample_prior(self, n: int) -> Tensor:
+        """Draw n codes, z_L ~ p(z_L) and then downwards z_l ~ p(z_l | z_{l+1}): (n, D)."""
+        return torch.cat(self.priors.sample(n, like=next(self.decoder.parameters())), 1)
+
+    def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Draw n codes z ~ q(z|x) for each sample, and log q(z|x) in nats: (B, *input_shape) -> (n, B, D), (n, B)."""
+        levels = self.top_down([h.expand(n, *h.shape) for h in self.bottom_up(x)], draw=True)
+        return torch.cat([level.z for level in levels], -1), torch.stack([level.log_q() for level in levels]).sum(0)
+
+    def latent_chain(self) -> "Chain":
+        """The levels from the top down, as bits-back coding takes them."""
+        from aezoo.tasks.codec.lossless import Chain
+
+        layer = Conditional(self.priors.given, lambda x, above: self.q_and_p(self.bottom_up(x), above)[0])
+        layers = [layer for _ in self.latent_dims]
+        return Chain([*layers], lambda z: self.decoder(torch.cat(z[::-1], 1)), self.likelihood, self.input_shape)

@@ -1,0 +1,150 @@
+"""Hamiltonian VAE (Caterini et al. 2018), https://arxiv.org/abs/1805.11328
+
+A draw of the encoder is moved towards the true posterior by K leapfrog steps along the decoder's own gradient; each
+keeps volume, and each cools the momentum rho by a known factor, so that the bound on log p(x) is exact, in nats:
+
+    L = E[-log p(x|z_K) + KL]     KL = log q(z_0|x) - log p(z_K) + (|rho_K|^2 - |gamma|^2) / 2
+    z_0 ~ q(z|x) = N(mu(x), diag sigma(x)^2)     gamma ~ N(0, I)     rho_0 = gamma / sqrt(beta_0)
+    rho' = rho - eps/2 dU(z)     z := z + eps rho'     rho := sqrt(beta_(k-1) / beta_k) (rho' - eps/2 dU(z))
+    U(z) = -log p(x|z) - log p(z)     1 / sqrt(beta_k) = 1 / sqrt(beta_0) + (1 - 1 / sqrt(beta_0)) k^2 / K^2
+
+The factors multiply to sqrt(beta_0)^D, which cancels the density of rho_0. beta_0 < 1 is what tightens the bound:
+uncooled steps keep the distance from p(x, z) N(rho). eps is learned, one number a dimension. K = 0 is the VAE, with the
+KL of its draw in place of the closed form.
+
+Shapes: B batch, D code, K leapfrog steps or importance samples.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.errors import AezooError
+from aezoo.gaussians import LOG_2PI
+from aezoo.manifolds import hamiltonian
+from aezoo.manifolds.hamiltonian import Integrator
+from aezoo.models.variational.vae import VAE
+
+_MOST_STEPS, _LONGEST_STEP = 1_000, 0.5
+
+
+class HVAE(VAE):
+    """Gaussian code with a standard normal prior, its posterior refined by Hamiltonian dynamics.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        n_leapfrog: K, leapfrog steps; each costs a pass through the decoder and back.
+        step_size: eps before training, above 0 and below 0.5, the most that is learned.
+        beta_0: inverse temperature of the momentum at the start, above 0 and at most 1, which is no tempering.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    normal_prior = False
+    step_D: nn.Parameter
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        n_leapfrog: int = 3,
+        step_size: float = 0.01,
+        beta_0: float = 0.3,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        # the bound weighs no KL: BetaAnnealing must not find what it would change in vain
+        del self.beta, self.capacity
+        if not 0 <= n_leapfrog <= _MOST_STEPS:
+            raise AezooError(f"n_leapfrog must be from 0 to {_MOST_STEPS}, got {n_leapfrog}")
+        if not 0 < step_size < _LONGEST_STEP:
+            raise AezooError(f"step_size must be above 0 and below {_LONGEST_STEP}, got {step_size}")
+        if not 0 < beta_0 <= 1:
+            raise AezooError(f"beta_0 must be above 0 and at most 1, got {beta_0}")
+        self.n_leapfrog, self.cooling = n_leapfrog, hamiltonian.quadratic_cooling(beta_0, n_leapfrog)
+        share = step_size / _LONGEST_STEP
+        start_D = torch.full(self.code_shape, math.log(share / (1 - share)))
+        self.register_parameter("step_D", nn.Parameter(start_D) if n_leapfrog else None)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        return self.bound(x, *self.posterior(x))
+
+    def bound(self, x: Tensor, mu_BD: Tensor, log_var_BD: Tensor) -> dict[str, Tensor]:
+        """The terms of the loss for a posterior: (B, *input_shape), (B, D), (B, D)."""
+        # in one draw: torch.compile may change the order of two
+        eps_BD, gamma_BD = torch.randn_like(mu_BD.repeat(1, 2)).chunk(2, dim=1)
+        log_q_B = -0.5 * (eps_BD**2 + log_var_BD + LOG_2PI).sum(1)
+        z_BD, momentum_B = self.flow(x, mu_BD + torch.exp(0.5 * log_var_BD) * eps_BD, gamma_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl = (log_q_B - self.log_prior(z_BD) + momentum_B).mean()
+        return {"loss": nll + kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+
+    def flow(self, x: Tensor, z_BD: Tensor, gamma_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """The code z_K and (|rho_K|^2 - |gamma|^2) / 2 from z_0 and gamma: -> (B, D), (B,)."""
+        z_BD, rho_BD = self.leapfrog(x, z_BD, gamma_BD * self.cooling[0] ** -1)
+        return z_BD, 0.5 * (rho_BD**2 - gamma_BD**2).sum(1)
+
+    def leapfrog(
+        self, x: Tensor, z_BD: Tensor, rho_BD: Tensor, by: Integrator = hamiltonian.leapfrog
+    ) -> tuple[Tensor, Tensor]:
+        """K steps of z and rho: (B, *input_shape), (B, D), (B, D) -> (B, D), (B, D)."""
+        if not self.n_leapfrog:
+            return z_BD, rho_BD
+        return by(z_BD, rho_BD, partial(self.slope, x), self.step(), self.cooling)
+
+    def step(self) -> Tensor:
+        """The step sizes eps, (D,)."""
+        return _LONGEST_STEP * torch.sigmoid(at_least_float32(self.step_D))
+
+    def slope(self, x: Tensor, z_BD: Tensor) -> Tensor:
+        """The gradient of U, itself differentiable: (B, *input_shape), (B, D) -> (B, D)."""
+        # of torch.func, which also works where gradients are off
+        return torch.func.grad(lambda z: (self.nll(self.decoder(z.to(x.dtype)), x) - self.log_prior(z)).sum())(z_BD)
+
+    def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Draw n codes z_K for each sample, and log q(z_0|x) with the momentum's change: -> (n, B, D), (n, B)."""
+        z_KBD, log_q_KB = super().sample_posterior(x, n)
+        x_KB = x.expand(n, *x.shape).flatten(0, 1)
+        z, momentum = self.flow(x_KB, z_KBD.flatten(0, 1), torch.randn_like(z_KBD).flatten(0, 1))
+        return z.unflatten(0, (n, len(x))), log_q_KB + momentum.unflatten(0, (n, len(x)))
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """-ELBO from the posterior's mean and no momentum, in nats: (B, *input_shape) -> (B,), no noise."""
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD, momentum_B = self.flow(x, mu_BD, torch.zeros_like(mu_BD))
+        return self.nll(self.decoder(z_BD.to(x.dtype)), x) + self.kl(z_BD, log_var_BD) + momentum_B

@@ -1,0 +1,114 @@
+"""InfoVAE with the maximum mean discrepancy (Zhao et al. 2017), https://arxiv.org/abs/1706.02262
+
+    L = E_q[-log p(x|z)] + (1 - alpha) KL(q(z|x) || p(z)) + (alpha + lam - 1) MMD(q(z), p(z))
+    MMD = E[k(z, z')] + E[k(p, p')] - 2 E[k(z, p)]     z, z' ~ q(z), p, p' ~ p(z)
+    k(a, b) = 1 / (1 + t) or exp(-t)     t = ||a - b||^2 / (2 D s^2)
+
+in nats per sample: q(z), the codes of all data together, is held at the prior, while a single code may tell more of its
+sample. alpha = 0, lam = 1 is the VAE; alpha = 1 is the MMD-VAE.
+
+The MMD is the biased V-statistic (Gretton et al. 2012, https://jmlr.org/papers/v13/gretton12a.html, equation 5) of the
+codes drawn for the batch, over all ranks, and as many draws from the prior: never negative, defined for one sample, the
+same for a batch given twice. Under q(z) = p(z) it is about 2 (1 - E[k]) / B in place of 0, the same for every code that
+keeps to the prior, so values compare at one batch size only. Between two draws from the prior t is 1 / s^2 on average.
+
+Shapes: B batch on this rank, N samples on all ranks, D code.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo import divergences
+from aezoo.errors import AezooError
+from aezoo.models.variational.vae import VAE
+
+KERNELS = ("inverse_multiquadratic", "rbf")
+
+
+class InfoVAE(VAE):
+    """A VAE whose codes are held at the prior all together instead of one by one.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        alpha: preference for codes that tell of their samples, at most 1: 0 keeps the whole KL term, 1 drops it.
+        mmd_weight: lam, weight of the distance between all codes and the prior, 1000 in the paper; the MMD counts
+            alpha + lam - 1 times.
+        kernel: inverse_multiquadratic or rbf.
+        bandwidth: s, width of the kernel, in units of the distance between two draws from the prior.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        alpha: float = 0.0,
+        mmd_weight: float = 500.0,
+        kernel: str = "inverse_multiquadratic",
+        bandwidth: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        if not -math.inf < alpha <= 1:
+            raise AezooError(f"alpha must be at most 1 and finite, got {alpha}")
+        if not 0 <= alpha + mmd_weight - 1 < math.inf:
+            raise AezooError(f"mmd_weight must be at least 1 - alpha = {1 - alpha:g} and finite, got {mmd_weight}")
+        if kernel not in KERNELS:
+            raise AezooError(f"kernel takes {' or '.join(KERNELS)}, got {kernel!r}")
+        if not 0 < bandwidth < math.inf:
+            raise AezooError(f"bandwidth must be above 0 and finite, got {bandwidth}")
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=1 - alpha,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.alpha, self.mmd_weight, self.kernel, self.bandwidth = alpha, mmd_weight, kernel, bandwidth
+
+    def k(self, squared: Tensor) -> Tensor:
+        """The kernel at squared distances, elementwise."""
+        t = squared / (2 * self.code_shape[0] * self.bandwidth**2)
+        return 1 / (1 + t) if self.kernel == "inverse_multiquadratic" else torch.exp(-t)
+
+    def mmd(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
+        """MMD between the codes and draws from the prior, (B, D), (B, D) -> (); its mean over ranks is that of all."""
+        return divergences.mmd(z_BD, prior_BD, self.k, of_all_ranks=self.of_all_ranks)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        mmd = self.mmd(z_BD, torch.randn_like(z_BD))
+        kl_term = self.beta * (kl - self.capacity).abs()  # 1 - alpha and 0 unless BetaAnnealing changes them
+        loss = nll + kl_term + (self.alpha + self.mmd_weight - 1) * mmd
+        return {"loss": loss, "nll": nll, "kl": kl, "elbo": -(nll + kl), "mmd": mmd}

@@ -1,0 +1,150 @@
+"""Joint continuous and discrete VAE (Dupont 2018), https://arxiv.org/abs/1804.00104
+
+    L = E[-log p(x|z, c)] + gamma |KL_z - C_z| + gamma |KL_c - C_c|     (equation 7, with the sign of a loss)
+    KL_z = KL(q(z|x) || N(0, I))        C_z = max_capacity min(1, t / capacity_steps)
+    KL_c = KL(q(c|x) || uniform)        C_c = min(max_discrete_capacity, N log K) min(1, t / capacity_steps)
+
+in nats per sample: a Gaussian z and N categorical variables c of K classes, relaxed as in categorical_vae, after t
+optimiser steps. gamma = 1 and capacities of 0 minimise the negative ELBO, n_variables = 0 is annealed_vae.
+
+Shapes: B batch, D Gaussian part of the code, N variables, K classes, E = D + N K code, S importance samples.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo import categorical, gaussians, nets
+from aezoo.autoencoder import at_least_float32
+from aezoo.limits import at_least
+from aezoo.models.variational.categorical_vae import CategoricalVAE
+from aezoo.models.variational.vae import VAE
+
+
+class JointVAE(CategoricalVAE):
+    """A code of a Gaussian and a categorical part, each held at an amount of information that rises during training.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the Gaussian part.
+        n_variables: N, categorical variables; 0 leaves them out.
+        n_classes: K, classes of each.
+        gamma: weight of the distance between each KL term and its capacity; the paper has 30 on digits.
+        max_capacity: C_z in nats at the end of its rise.
+        max_discrete_capacity: the same for C_c, which is at most N log K.
+        capacity_steps: optimiser steps over which both rise from 0; the paper has 25,000.
+        temperature: tau of the relaxed classes, at least 0.01: near 0 they are nearly one-hot and gradients noisy.
+        start_temperature: tau at the first step, where it falls.
+        temperature_steps: optimiser steps over which tau falls exponentially to temperature; 0 keeps it there.
+        straight_through: decode one-hot classes in training, with the gradient of the relaxed ones.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    log_likelihood = VAE.log_likelihood  # there are infinitely many codes
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 10,
+        n_variables: int = 1,
+        n_classes: int = 10,
+        gamma: float = 30.0,
+        max_capacity: float = 5.0,
+        max_discrete_capacity: float = 5.0,
+        capacity_steps: int = 1000,
+        temperature: float = 0.67,
+        start_temperature: float = 1.0,
+        temperature_steps: int = 0,
+        straight_through: bool = False,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        at_least(1, latent_dim=latent_dim, capacity_steps=capacity_steps)
+        at_least(0, n_variables=n_variables, gamma=gamma)
+        at_least(0, max_capacity=max_capacity, max_discrete_capacity=max_discrete_capacity)
+        super().__init__(
+            input_shape,
+            n_variables=max(1, n_variables),
+            n_classes=n_classes,
+            temperature=temperature,
+            start_temperature=start_temperature,
+            temperature_steps=temperature_steps,
+            straight_through=straight_through,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        del self.beta, self.capacity  # BetaAnnealing would change them in vain
+        self.gamma, self.max_capacity, self.capacity_steps = gamma, max_capacity, capacity_steps
+        self.max_discrete_capacity = min(max_discrete_capacity, n_variables * math.log(n_classes))
+        self.variables, n_probs = (n_variables, n_classes), n_variables * n_classes
+        self.sizes, self.code_shape = (latent_dim, latent_dim, n_probs), (latent_dim + n_probs,)
+        self.encoder = nets.encoder(net, self.input_shape, (sum(self.sizes),), hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and log-variance of q(z|x), log p of q(c|x): (B, *input_shape) -> (B, D), (B, D), (B, N, K)."""
+        mu_BD, log_var_BD, logits_BNK = at_least_float32(self.encoder(x)).split(self.sizes, dim=1)
+        return mu_BD, log_var_BD.clamp(-30, 20), logits_BNK.unflatten(1, self.variables).log_softmax(2)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The code's mean, mu and p, and log-variance and log p: (B, *input_shape) -> (B, E), (B, E)."""
+        mu_BD, log_var_BD, log_p = (part.flatten(1) for part in self.parts(x))
+        return torch.cat([mu_BD, log_p.exp()], 1), torch.cat([log_var_BD, log_p], 1)
+
+    def kl(self, mean_BE: Tensor, log_BE: Tensor) -> Tensor:  # type: ignore[override]
+        """KL_z + KL_c in nats, from what `posterior` gives: (B, E), (B, E) -> (B,)."""
+        d = self.sizes[0]
+        return VAE.kl(mean_BE[:, :d], log_BE[:, :d]) + super().kl(mean_BE[:, d:], log_BE[:, d:])
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD, log_p_BNK = self.parts(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(torch.cat([z_BD, self.draw(log_p_BNK).flatten(1)], 1).to(x.dtype)), x).mean()
+        kl_z = self.batch_mean(VAE.kl(mu_BD, log_var_BD))
+        kl_c = self.batch_mean(super().kl(log_p_BNK.exp().flatten(1), log_p_BNK.flatten(1)))
+        share = self.share_of_steps(self.capacity_steps)
+        C_z, C_c = self.max_capacity * share, self.max_discrete_capacity * share
+        loss = nll + self.gamma * (kl_z - C_z).abs() + self.gamma * (kl_c - C_c).abs()
+        terms = {"loss": loss, "nll": nll, "kl": kl_z + kl_c, "elbo": -(nll + kl_z + kl_c)}
+        return terms | {"kl_continuous": kl_z, "kl_discrete": kl_c, "capacity": C_z, "discrete_capacity": C_c}
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """The density log p(z) p(c) of codes with one-hot classes in nats, (..., E) -> (...)."""
+        return VAE.log_prior(self, z[..., : self.sizes[0]]) + super().log_prior(z[..., self.sizes[0] :])
+
+    def sample_prior(self, n: int) -> Tensor:
+        c = super().sample_prior(n)
+        return torch.cat([torch.randn(n, self.sizes[0], device=c.device, dtype=c.dtype), c], 1)
+
+    def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Draw n codes for each sample, their classes one-hot, and log q in nats: -> (n, B, E), (n, B)."""
+        mu_BD, log_var_BD, log_p_BNK = self.parts(x)
+        z_SBD, log_q_z_SB = gaussians.draw(mu_BD, log_var_BD, n)
+        c_SBNK, log_q_c_SB = categorical.draw(log_p_BNK.expand(n, -1, -1, -1))
+        return torch.cat([z_SBD, c_SBNK.flatten(2)], 2), log_q_z_SB + log_q_c_SB

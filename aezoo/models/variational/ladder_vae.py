@@ -1,0 +1,136 @@
+"""Ladder variational autoencoder (Sonderby et al. 2016), https://arxiv.org/abs/1602.02282
+
+L levels of Gaussian latent variables, z_1 at the bottom to z_L at the top, in nats per sample:
+
+    p(x, z) = p(x | z_1) p(z_1 | z_2) ... p(z_{L-1} | z_L) p(z_L)     p(z_L) = N(0, I)     p(z_l | z_{l+1}) = N(m, s^2)
+    d_1 = f_1(x), d_l = f_l(d_{l-1})     mu^_l, sigma^_l = linear in d_l, without noise
+    q(z_L | x) = N(mu^_L, sigma^_L^2)    q(z_l | x, z_{l+1}) = N(mu, sigma^2)
+    1 / sigma^2 = 1 / sigma^_l^2 + 1 / s^2     mu = sigma^2 (mu^_l / sigma^_l^2 + m / s^2)
+
+    L = E_q[-log p(x|z_1)] + beta |sum_l max(free_bits, KL_l) - C|
+
+So q is the product of two Gaussians: the estimate from below and the prior from above, each with its precision. L = 1
+is the VAE. The paper's deterministic warm-up of beta from 0 to 1 is the callback BetaAnnealing in linear mode. Of the
+paper's nets one thing is left out, batch normalisation: it would make a sample's loss depend on its batch, and one
+level no VAE. Log-variances are linear in d_l, where the paper takes the softplus of such for the variance.
+
+The code is all levels from the bottom up, D = D_1 + ... + D_L; decode reads the bottom level, on which alone x depends.
+
+Shapes: B batch, D code, L levels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.models.variational.hierarchical_vae import HierarchicalVAE
+from aezoo.nets.levels import Pair, gaussian
+
+
+def product(estimate: Pair, prior: Pair) -> Pair:
+    """Mean and log-variance of the Gaussian that is proportional to the product of two, given by theirs."""
+    (mu, log_var), (m, log_s2) = estimate, prior
+    share = torch.sigmoid(log_s2 - log_var)  # of the estimate in the sum of both precisions
+    return torch.lerp(m, mu, share), log_var - F.softplus(log_var - log_s2)
+
+
+class OfBottom(nn.Module):
+    """A decoder of the first `size` values of a code."""
+
+    def __init__(self, size: int, net: nn.Module) -> None:
+        super().__init__()
+        self.size, self.net = size, net
+
+    def forward(self, z: Tensor) -> Tensor:
+        params: Tensor = self.net(z[:, : self.size])
+        return params
+
+
+class LadderVAE(HierarchicalVAE):
+    """Levels of Gaussian codes, whose posteriors join what the data and what the level above say.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dims: D_1, ..., D_L, sizes of the levels from the bottom up.
+        level_dim: size of the features d_l, and of the hidden layer of the nets between levels.
+        free_bits: nats of each level's KL, on average over the batch, that cost no more than less would.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dims: tuple[int, ...] = (32, 16),
+        level_dim: int = 64,
+        free_bits: float = 0.0,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "leaky_relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dims=latent_dims,
+            level_dim=level_dim,
+            free_bits=free_bits,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        del self.posteriors
+        # what each level's net gives: an estimate, and the features for the level above
+        sizes = [2 * d + level_dim for d in latent_dims[:-1]] + [2 * latent_dims[-1]]
+        self.rungs = nn.ModuleList(
+            nn.Sequential(
+                nets.activation(activation),
+                nn.Linear(level_dim, level_dim),
+                nets.activation(activation),
+                nn.Linear(level_dim, size),
+            )
+            for size in sizes[1:]
+        )
+        if len(latent_dims) > 1:
+            bottom = latent_dims[:1]
+            self.encoder = nets.encoder(net, self.input_shape, (sizes[0],), hidden_dims, activation)
+            self.decoder = OfBottom(
+                bottom[0], nets.decoder(net, bottom, self.input_shape, hidden_dims[::-1], activation)
+            )
+
+    def bottom_up(self, x: Tensor) -> list[Tensor]:
+        """mu^_l and log sigma^_l^2 of all levels: (B, *input_shape) -> (B, 2 D_l)."""
+        found = self.encoder(x)
+        h_L = [found[:, : 2 * self.latent_dims[0]]]
+        for rung, d, below in zip(self.rungs, self.latent_dims[1:], self.latent_dims[:-1], strict=True):
+            found = rung(found[:, 2 * below :])
+            h_L.append(found[:, : 2 * d])
+        return h_L
+
+    def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> tuple[Pair, Pair]:
+        estimate, prior = gaussian(h_L[-1 - len(above)]), self.priors.given(above)
+        return product(estimate, prior) if above else estimate, prior

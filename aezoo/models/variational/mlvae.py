@@ -1,0 +1,108 @@
+"""ML-VAE, the multi-level VAE (Bouchacourt et al. 2018), https://arxiv.org/abs/1705.08841
+
+    L = E_q[-log p(x|c, s)] + beta (KL(q(s|x) || p(s)) + KL(q(c|G) || p(c)) / |G|)     (equation 5, by sample)
+    q(c|G) = N(mu_G, diag sigma_G^2), proportional to prod_{x' in G} q(c|x')
+    1 / sigma_G^2 = sum 1 / sigma(x')^2     mu_G = sigma_G^2 sum mu(x') / sigma(x')^2     (section 3.3)
+
+in nats per sample: G is the group of x, the content c = z_1..z_g is common to all of a group, the style s = z_g+1..z_D
+is each sample's own. The content's KL counts once for a group, and each sample draws its own c from q(c|G).
+
+Labels say what belongs together: a group is all samples of a label in the batch, over all ranks. A sample without a
+label (-1) is a group of its own, and without labels, or with g = 0, it is the VAE. Codes and scores never look at
+labels: they are those of a sample alone.
+
+Shapes: B batch on this rank, N samples on all ranks, D code, G its first g dimensions.
+"""
+
+import torch
+from torch import Tensor
+
+from aezoo.errors import AezooError
+from aezoo.models.variational.vae import VAE
+
+
+class MLVAE(VAE):
+    """A VAE whose first dimensions are one for all samples of a label.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        group_dim: g, size of the content, the part of a code that its group has in common; half of it unless given.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    compares_samples = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        group_dim: int | None = None,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        group_dim = latent_dim // 2 if group_dim is None else group_dim
+        if not 0 <= group_dim <= latent_dim:
+            raise AezooError(f"group_dim must be from 0 to latent_dim = {latent_dim}, got {group_dim}")
+        self.group_dim = group_dim
+
+    def members(self, y_B: Tensor) -> Tensor:
+        """Which samples of all ranks are of each sample's group, itself among them: (B,) -> (B, N) bool."""
+        y_N = self.of_all_ranks(y_B)
+        itself_BN = self.own_rows(y_B)[:, None] == torch.arange(len(y_N), device=y_B.device)
+        return (y_B[:, None] == y_N) & (y_B[:, None] != -1) | itself_BN
+
+    def product(self, mu_BG: Tensor, log_var_BG: Tensor, member_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the normalised product of each group's densities: (B, G), (B, G)."""
+        mu_NG, log_var_NG = self.of_all_ranks(mu_BG), self.of_all_ranks(log_var_BG)
+        log_precision_BNG = torch.where(member_BN[..., None], -log_var_NG, -torch.inf)
+        mean_BG = (log_precision_BNG.softmax(1) * mu_NG).sum(1)
+        return mean_BG, -log_precision_BNG.logsumexp(1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        g, size_B = self.group_dim, torch.ones_like(mu_BD[:, 0])
+        if y is not None:
+            member_BN = self.members(y)
+            content = self.product(mu_BD[:, :g], log_var_BD[:, :g], member_BN)
+            mu_BD, log_var_BD = (torch.cat([c, s[:, g:]], 1) for c, s in zip(content, (mu_BD, log_var_BD), strict=True))
+            size_B = member_BN.sum(1).to(mu_BD.dtype)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl_content_B = self.kl(mu_BD[:, :g], log_var_BD[:, :g]) / size_B
+        kl = self.batch_mean(kl_content_B + self.kl(mu_BD[:, g:], log_var_BD[:, g:]))
+        return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -(nll + kl)}

@@ -1,0 +1,150 @@
+"""VAE with a multiscale structural similarity (Snell et al. 2015), https://arxiv.org/abs/1511.06409
+
+    L = E_q[weight (1 - MS-SSIM(x, xhat))] + beta KL(q(z|x) || p(z))     xhat = g(z)
+    MS-SSIM = l_M^a_M prod_m cs_m^a_m      cs = mean of (2 cov(x, y) + c2) / (var x + var y + c2)
+    l cs = mean of (2 mu_x mu_y + c1) / (mu_x^2 + mu_y^2 + c1) times that     at the coarsest scale M
+
+(Wang et al. 2003, https://doi.org/10.1109/ACSSC.2003.1292216): local means mu and covariances under a Gaussian window,
+of images in [0, 1] that are halved from scale to scale. Of the five scales those are taken whose images hold the
+window, their exponents a_m made to sum to 1; a window larger than the image shrinks to it. So 28 x 28 has two scales of
+11 x 11 or three of 7 x 7, and 192 x 192 all five. Windows lie inside the image, at scale M on its reflection too.
+
+exp(-weight (1 - MS-SSIM)) is a density up to an unknown constant: no ELBO or log-likelihood is reported.
+
+Shapes: B batch, C channels, H height, W width, D code.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.errors import AezooError
+from aezoo.models.variational.vae import VAE
+
+EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 4
+C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861
+_LEAST = 0.01  # similarity from which on a root is taken as it is
+
+
+class MSSSIMVAE(VAE):
+    """A VAE of images that compares their local structure at several scales.
+
+    Args:
+        input_shape: (C, H, W), both sides at least 3.
+        latent_dim: D, size of the code.
+        weight: nats for a reconstruction that has nothing in common with the image.
+        scales: most scales, each half as large as the one before; fewer where the image leaves no room for the window.
+        window: most pixels across the Gaussian window, odd.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: whose mean of the decoder's output is the reconstruction, see vae; nothing else of it counts. Data
+            outside of [0, 1] need gaussian.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    log_likelihood = None  # type: ignore[assignment]  # the constant of the density is not known
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        weight: float = 300.0,
+        scales: int = 5,
+        window: int = 11,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.likelihood.requires_grad_(False)  # no term reads a scale
+        if len(self.input_shape) != 3 or min(self.input_shape[1:]) < 3:
+            raise AezooError(f"msssim_vae takes images (C, H, W) of at least 3 x 3, got {self.input_shape}: take vae")
+        if not 0 < weight < math.inf:
+            raise AezooError(f"weight must be above 0 and finite, got {weight}")
+        if not 1 <= scales <= len(EXPONENTS):
+            raise AezooError(f"scales must be from 1 to {len(EXPONENTS)}, got {scales}")
+        if window < 3 or window % 2 == 0:
+            raise AezooError(f"window must be odd and at least 3, got {window}")
+        side = min(self.input_shape[1:])
+        self.weight, self.window = weight, min(window, side - 1 + side % 2)
+        self.scales = sum(side // 2**m >= self.window for m in range(scales))
+
+    def blur(self, x: Tensor) -> Tensor:
+        """Means under the window, where it fits: (B, C, H, W) -> (B, C, H - window + 1, W - window + 1)."""
+        # products with banded matrices: a convolution of so few channels is a hundred times slower on a CPU, and on a
+        # GPU it may round to TF32, by more than the variance of a smooth patch
+        sigma = 1.5 * self.window / 11
+        for dim in (2, 3):
+            place, start = (torch.arange(n, device=x.device) for n in (x.shape[dim], x.shape[dim] - self.window + 1))
+            t = (place - start[:, None] - self.window // 2).to(x.dtype)
+            band = torch.where(t.abs() <= self.window // 2, torch.exp(-(t**2) / (2 * sigma**2)), 0.0)
+            band = band / band.sum(1, keepdim=True)
+            x = band @ x if dim == 2 else x @ band.T
+        return x
+
+    def ms_ssim(self, x: Tensor, y: Tensor) -> Tensor:
+        """MS-SSIM of each pair of images, (B, C, H, W), (B, C, H, W) -> (B,); 1 for equal ones."""
+        exponents = [a / sum(EXPONENTS[: self.scales]) for a in EXPONENTS[: self.scales]]
+        product = x.new_ones(len(x))
+        for m, a in enumerate(exponents):
+            coarsest, pad = m == self.scales - 1, self.window // 2
+            if coarsest:
+                x, y = (F.pad(image, (pad,) * 4, mode="reflect") for image in (x, y))
+            mu_x, mu_y = self.blur(x), self.blur(y)
+            var_x, var_y, cov = self.blur(x * x) - mu_x**2, self.blur(y * y) - mu_y**2, self.blur(x * y) - mu_x * mu_y
+            similarity = (2 * cov + C2) / (var_x + var_y + C2)
+            if coarsest:
+                similarity = similarity * (2 * mu_x * mu_y + C1) / (mu_x**2 + mu_y**2 + C1)
+            product = product * _positive(similarity.mean((1, 2, 3))) ** a
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        return product
+
+    def nll(self, params: Tensor, x: Tensor) -> Tensor:
+        """The weighted distance in place of -log p(x|z): (B, *shape), (B, *shape) -> (B,)."""
+        with torch.autocast(x.device.type, enabled=False):  # variances are small differences
+            x_hat = self.likelihood.mean(at_least_float32(params))
+            return self.weight * (1 - self.ms_ssim(x_hat, at_least_float32(x)))
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl}
+
+
+def _positive(similarity: Tensor) -> Tensor:
+    """Itself down to 0.01, below that a hyperbola: a root of a negative mean has no value, and one of 0 no slope."""
+    far = _LEAST**2 / (2 * _LEAST - similarity.clamp(max=_LEAST))
+    return torch.where(similarity > _LEAST, similarity, far)

@@ -1,0 +1,148 @@
+"""Deep feature consistent VAE (Hou et al. 2016), https://arxiv.org/abs/1610.00291
+
+    L = E_q[weight sum_l ||F_l(x) - F_l(xhat)||^2 / (2 n_l)] + beta KL(q(z|x) || p(z))     xhat = g(z)
+
+F_l are the n_l activations of layer l of a network that is not trained: what looks alike to it counts as alike.
+
+    random          a convolutional network with random weights, the same everywhere (NumPy's RandomState(0), He et al.
+                    2015 scale): no download, and known to see as trained ones do (He, Wang & Hopcroft 2016,
+                    https://papers.nips.cc/paper/2016/hash/58238e9ae2dd305d79c2ebc8c1883422-Abstract.html)
+    vgg16, vgg19    relu1_1, relu2_1 and relu3_1 of torchvision's weights, the paper's VGG-123, if torch.hub has them
+    a path          of such a file of weights (.pth), or of a run, checkpoint or saved model of the zoo: its encoder
+
+The network is in evaluation mode always, gets no gradient and is not saved: a loaded model needs it to be at hand for
+losses and scores alone. exp(-distance) is a density up to a constant that nobody knows: no ELBO, bits or log-likelihood
+are reported.
+
+Shapes: B batch, D code.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+import aezoo
+from aezoo.autoencoder import at_least_float32
+from aezoo.errors import AezooError
+from aezoo.models.variational.vae import VAE
+from aezoo.nets.features import VGG, FeatureNet, random_features, vgg_features
+
+
+class PerceptualVAE(VAE):
+    """A VAE that compares reconstructions with data by the activations of another network.
+
+    Args:
+        input_shape: shape of one sample; (1, H, W) or (3, H, W) for vgg16 and vgg19.
+        latent_dim: D, size of the code.
+        features: random, vgg16, vgg19, or the path of a .pth file of VGG weights or of a model of the zoo.
+        weight: nats for a mean squared difference of 2 in one layer.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: whose mean of the decoder's output is the reconstruction, see vae; nothing else of it counts. Data
+            outside of [0, 1] need gaussian.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    log_likelihood = None  # type: ignore[assignment]  # the constant of the density is not known
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        features: str = "random",
+        weight: float = 1000.0,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        features = str(features)
+        self.save_hyperparameters()
+        self.likelihood.requires_grad_(False)  # no term reads a scale
+        if not 0 < weight < math.inf:
+            raise AezooError(f"weight must be above 0 and finite, got {weight}")
+        known = features == "random" or features in VGG
+        if not known and not (features and (len(Path(features).parts) > 1 or Path(features).exists())):
+            raise AezooError(f"features takes random, {', '.join(VGG)} or a path, got {features!r}")
+        self.features, self.weight = features, weight
+        # in a tuple, which keeps it from the state_dict, the optimiser, train() and the exchange between ranks
+        self.frozen: tuple[FeatureNet, ...] = (random_features(self.input_shape),) if features == "random" else ()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        for net in self.frozen:
+            net._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.feature_net()
+
+    def feature_net(self) -> FeatureNet:
+        """The network, read from its file at the first call: not in the constructor, so that a model loads without.
+
+        Raises:
+            AezooError: there is no such file, or it does not fit the data.
+        """
+        if not self.frozen:
+            is_vgg = self.features in VGG or self.features.endswith(".pth")
+            net = (vgg_features if is_vgg else zoo_features)(self.features, self.input_shape)
+            self.frozen = (net.to(next(self.decoder.parameters())),)
+        return self.frozen[0]
+
+    def nll(self, params: Tensor, x: Tensor) -> Tensor:
+        """The weighted distance in place of -log p(x|z): (B, *shape), (B, *shape) -> (B,)."""
+        net = self.feature_net()
+        with torch.autocast(x.device.type, enabled=False):
+            x_hat = self.likelihood.mean(at_least_float32(params))
+            pairs = zip(net(x_hat), net(at_least_float32(x)), strict=True)
+            distances = [((a - b) ** 2).flatten(1).mean(1) / 2 for a, b in pairs]
+            return self.weight * torch.stack(distances).sum(0)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl}
+
+
+def zoo_features(path: str, input_shape: tuple[int, ...]) -> FeatureNet:
+    """The encoder of a trained model of the zoo."""
+    model = aezoo.load_model(path)
+    if model.input_shape != input_shape:
+        raise AezooError(f"features: the model in {path} takes samples of {model.input_shape}, not {input_shape}")
+    net = FeatureNet([*model.encoder.children()] if isinstance(model.encoder, nn.Sequential) else [])
+    if not net.read:
+        raise AezooError(f"features: the encoder of the model in {path} has no hidden layers: take another, or random")
+    return net

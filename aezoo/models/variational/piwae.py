@@ -1,0 +1,104 @@
+"""Partially importance weighted autoencoder (Rainforth et al. 2018), https://arxiv.org/abs/1802.04537
+
+The decoder maximises the IWAE's bound over all M K samples, the encoder the MIWAE's on the same samples; in nats:
+
+    decoder   log 1/(MK) sum_mk w_mk        d = sum_mk u_mk d log w_mk,    u_mk = w_mk / sum of all w
+    encoder   1/M sum_m log 1/K sum_k w_mk  d = sum_mk c_mk d log w_mk,    c_mk = 1/M w_mk / sum of the w in group m
+    w_mk = p(x|z_mk) p(z_mk) / q(z_mk|x)    z_mk ~ q(z|x) independently
+
+One loss does both, without a second optimiser. With log p~ for log p(x, z) at codes cut off from the encoder and the
+weights taken as constants, it has the value of the decoder's bound and the gradient of
+
+    sum_mk c_mk log w_mk + (u_mk - c_mk) log p~_mk
+
+which is c for the encoder, and c + (u - c) = u for the decoder. The decoder runs twice for it. M = 1 is the IWAE.
+stl takes the encoder's way through z alone, and dreg that with c_mk = 1/M v_mk^2, v_mk being w_mk's share of its group.
+
+Shapes: B batch, D code, M groups, K importance samples in a group, N = M K.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo.errors import AezooError
+from aezoo.models.variational.iwae import IWAE, MOST_SAMPLES
+
+
+class PIWAE(IWAE):
+    """Gaussian code with a standard normal prior; MIWAE's gradient for the encoder, IWAE's for the decoder.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        n_groups: M, bounds that the encoder averages; M K codes are decoded for each data sample, twice.
+        n_samples: K, importance samples of each of the encoder's bounds.
+        estimator: the encoder's gradient: reparam, stl or dreg; of the last two the noise is lower.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        n_groups: int = 8,
+        n_samples: int = 8,
+        estimator: str = "reparam",
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            n_samples=n_samples,
+            estimator=estimator,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if not 1 <= n_groups <= MOST_SAMPLES // n_samples:
+            raise AezooError(
+                f"n_groups must be at least 1 and n_groups n_samples at most {MOST_SAMPLES}, got {n_groups}"
+            )
+        self.n_groups = n_groups
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        m, k = self.n_groups, self.n_samples
+        z_BND, nll_BN, kl_BN = self.draw(x, m * k)
+        log_w_BN = -(nll_BN + kl_BN)
+        log_w_BMK = log_w_BN.detach().unflatten(1, (m, k))
+        v_BMK = log_w_BMK.softmax(2)
+        c_BN = (v_BMK**2 if self.estimator == "dreg" else v_BMK).flatten(1) / m
+        u_BN = log_w_BN.detach().softmax(1)
+        z_cut_BND = z_BND.detach()
+        log_p_cut_BN = self.log_prior(z_cut_BND) - self.nll_given(x, z_cut_BND)
+        surrogate = (c_BN * log_w_BN + (u_BN - c_BN) * log_p_cut_BN).sum(1).mean()
+        iwae = (torch.logsumexp(log_w_BN.detach(), 1) - math.log(m * k)).mean()
+        miwae = (torch.logsumexp(log_w_BMK, 2) - math.log(k)).mean()
+        bound = iwae + (surrogate - surrogate.detach())
+        return {"loss": -bound, "nll": nll_BN.mean(), "kl": kl_BN.mean(), "miwae": miwae, "elbo": bound}

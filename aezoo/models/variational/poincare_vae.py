@@ -1,0 +1,150 @@
+"""Poincare VAE (Mathieu et al. 2019), https://arxiv.org/abs/1901.06033
+
+Codes lie in hyperbolic space, whose volume grows with the radius as a tree's leaves do with its depth: in the ball
+|z| < 1 / sqrt(c) of curvature -c. In nats per sample, with densities in Riemannian volume:
+
+    L = E_q[-log p(x|z)] + beta E_q[log q(z|x) - log p(z)]     q(z|x) = N_W(mu(x), diag sigma(x)^2)     p(z) = N_W(0, I)
+    z ~ N_W(mu, Sigma):   z = exp_mu(v / lambda_mu),   v ~ N(0, Sigma)     lambda_mu = 2 / (1 - c |mu|^2)
+    log N_W(z) = log N(v; 0, Sigma) - (D - 1) log(sinh(s) / s)     s = sqrt(c) |v|,   v = lambda_mu log_mu(z)
+    exp_mu(v / lambda_mu) = mu + tanh(s / 2) v / s in Moebius addition
+
+The encoder gives mu as 2 log_0(mu), the decoder reads 2 log_0(z) in place of the paper's gyroplanes: both are normal
+coordinates at the origin, in which c -> 0 is the VAE. Near the boundary float32 runs out of digits: all of this is
+float64, and codes end 4 roundings before it. The KL is that of the draw, as in the paper.
+
+Shapes: B batch, D code, K importance samples.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.errors import AezooError
+from aezoo.manifolds.poincare import Ball
+from aezoo.models.variational.vae import VAE
+
+_MOST_CURVED = 1e6
+
+
+class PoincareVAE(VAE):
+    """Points of the Poincare ball as codes, wrapped normals as posterior and prior.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        curvature: c, the space has the curvature -c and the ball the radius 1 / sqrt(c); near 0 this is the VAE.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    normal_prior = False
+
+    decoder: nn.Sequential
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        curvature: float = 1.0,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if not 1 / _MOST_CURVED <= curvature <= _MOST_CURVED:
+            raise AezooError(f"curvature must be from 1e-6 to 1e6, got {curvature}: near 0 take vae")
+        self.ball = Ball(float(curvature))
+        self.code_radius = 1 / math.sqrt(curvature)
+        self.decoder = nn.Sequential(
+            self.ball, nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        )
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean as 2 log_0(mu), and the log-variance of v: (B, *input_shape) -> (B, D), (B, D)."""
+        return super().posterior(x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.ball.at(self.posterior(x)[0], x.dtype)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mean_BD, log_var_BD = (part.double() for part in self.posterior(x))
+        z_BD, v_BD = self.draw(mean_BD, log_var_BD)
+        at_0_BD = self.ball(z_BD)
+        nll_B = self.nll(self.decoder[1](at_0_BD.to(x.dtype)), x)
+        kl_B = self.ball.log_density(v_BD, log_var_BD) - self.ball.log_density(at_0_BD, torch.zeros_like(at_0_BD))
+        nll, kl = nll_B.mean(), self.batch_mean(kl_B.to(nll_B.dtype))
+        return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+
+    def draw(self, mean_BD: Tensor, log_var_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw z ~ q(z|x), and its v: (..., D), (..., D) -> (..., D), (..., D)."""
+        v_BD = torch.exp(0.5 * log_var_BD) * torch.randn_like(mean_BD)
+        return self.ball.exp(self.ball.at(mean_BD), v_BD), v_BD
+
+    def kl(self, mean_BD: Tensor, log_var_BD: Tensor) -> Tensor:  # type: ignore[override]
+        """KL(q(z|x) || p(z)) in nats without noise, for scores: (B, D), (B, D) -> (B,).
+
+        Where `loss` has a draw of v stand the 2 D points +-sqrt(D) sigma_d on the axes (cubature of degree 3,
+        Arasaratnam & Haykin 2009, https://doi.org/10.1109/TAC.2009.2019800): exact for q = p, and for all q as c -> 0.
+        """
+        d = mean_BD.shape[1]
+        points_PD = math.sqrt(d) * torch.cat([torch.eye(d), -torch.eye(d)]).to(mean_BD.device, torch.float64)
+        rows = max(1, 2**20 // (2 * d * d))
+        found = []
+        for mean, log_var in zip(mean_BD.double().split(rows), log_var_BD.double().split(rows), strict=True):
+            v_PBD = points_PD[:, None] * torch.exp(0.5 * log_var)
+            z_PBD = self.ball.exp(self.ball.at(mean), v_PBD)
+            found.append((self.ball.log_density(v_PBD, log_var) - self.log_prior(z_PBD)).mean(0))
+        return torch.cat(found).to(mean_BD.dtype)
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """-log p(x | mu) + KL in nats, the latter without noise: (B, *input_shape) -> (B,)."""
+        mean_BD, log_var_BD = self.posterior(x)
+        return self.nll(self.decoder[1](mean_BD.to(x.dtype)), x) + self.kl(mean_BD, log_var_BD)
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """The density log p(z) in Riemannian volume, in nats: (..., D) -> (...)."""
+        at_0 = self.ball(z).double()
+        return self.ball.log_density(at_0, torch.zeros_like(at_0)).to(z.dtype)
+
+    def sample_prior(self, n: int) -> Tensor:
+        return self.ball.at(super().sample_prior(n))
+
+    def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        mean_BD, log_var_BD = self.posterior(x)
+        z_KBD, v_KBD = self.draw(mean_BD.double().expand(n, *mean_BD.shape), log_var_BD.double())
+        log_q_KB = self.ball.log_density(v_KBD, log_var_BD.double()).to(mean_BD.dtype)
+        return self.ball.inside(z_KBD, self.ball.limit(mean_BD.dtype)).to(mean_BD.dtype), log_q_KB

@@ -1,0 +1,150 @@
+"""Riemannian Hamiltonian VAE (Chadebec et al. 2022), https://arxiv.org/abs/2105.00026
+
+The Hamiltonian VAE (hvae) in a space whose metric G is learned, and from which new samples are drawn:
+
+    G(z)^-1 = sum_i L_i L_i' exp(-|z - c_i|^2 / T^2) + lam I     lower triangular L_i = L(c_i) with a positive diagonal
+    H(z, v) = -log p(x|z) - log p(z) + 1/2 log det G(z) + 1/2 v' G(z)^-1 v     v_0 ~ N(0, G(z_0)) / sqrt(beta_0)
+    L = E[-log p(x|z_K) + KL]
+    KL = log q(z_0|x) - log p(z_K) + (v_K' G(z_K)^-1 v_K + log det G(z_K) - log det G(z_0) - |gamma|^2) / 2
+
+z and v take generalised leapfrog steps, two of whose equations are implicit; the bound is exact as far as fixed-point
+iteration has solved them. The centroids c_i are the codes of the training samples seen last, and L reads them where the
+paper's network reads the samples themselves. K = 0 is the VAE. In bounds, p(z) = N(0, I); `sample` follows the paper: a
+Hamiltonian Monte Carlo from the centroids towards sqrt(det G(z)^-1), which is high where the codes of data lie.
+
+Shapes: B batch, D code, M centroids, K leapfrog steps or importance samples.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.errors import AezooError
+from aezoo.manifolds import hamiltonian
+from aezoo.manifolds.riemannian import CentroidMetric, Gram, half_log_det, root, velocity
+from aezoo.models.variational.hvae import HVAE
+
+_MOST_ITERATIONS = 100
+# of the chain that `sample` follows: jumps, and steps and their length in each, in units of T
+_JUMPS, _STEPS, _LENGTH = 30, 10, 0.05
+
+
+class RHVAE(HVAE):
+    """Gaussian code whose posterior and samples follow a metric that is learned with it.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        n_leapfrog: K, leapfrog steps; each costs a pass through the decoder and back.
+        step_size: eps before training, above 0 and below 0.5, the most that is learned.
+        beta_0: inverse temperature of the momentum at the start, above 0 and at most 1, which is no tempering.
+        n_centroids: M, codes that the metric is built around.
+        temperature: T, how far each of them reaches.
+        metric_floor: lam, the inverse metric far from all of them.
+        n_fixed_point: iterations for each implicit equation of a step.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    centroids_MD: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 8,
+        n_leapfrog: int = 3,
+        step_size: float = 0.01,
+        beta_0: float = 0.3,
+        n_centroids: int = 100,
+        temperature: float = 1.5,
+        metric_floor: float = 0.01,
+        n_fixed_point: int = 3,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            n_leapfrog=n_leapfrog,
+            step_size=step_size,
+            beta_0=beta_0,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if not 1 <= n_centroids <= 100_000:
+            raise AezooError(f"n_centroids must be from 1 to 100000, got {n_centroids}")
+        if not 1e-6 <= temperature <= 1e6:
+            raise AezooError(f"temperature must be from 1e-6 to 1e6, got {temperature}")
+        if not 1e-6 <= metric_floor <= 1e6:
+            raise AezooError(f"metric_floor must be from 1e-6 to 1e6, got {metric_floor}")
+        if not 1 <= n_fixed_point <= _MOST_ITERATIONS:
+            raise AezooError(f"n_fixed_point must be from 1 to {_MOST_ITERATIONS}, got {n_fixed_point}")
+        self.temperature, self.metric_floor, self.n_fixed_point = temperature, metric_floor, n_fixed_point
+        self.metric = Gram(latent_dim)
+        self.register_buffer("centroids_MD", torch.randn(n_centroids, latent_dim))
+
+    # what inductor makes of its thousands of small kernels takes minutes and rounds the gradient of eps by 1e-3
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        terms = self.bound(x, mu_BD, log_var_BD)
+        if self.training:
+            codes_ND = torch.cat([self.centroids_MD, self.of_all_ranks(mu_BD.detach()).to(self.centroids_MD)])
+            self.centroids_MD.copy_(codes_ND[-len(self.centroids_MD) :])
+        return terms
+
+    def metric_now(self) -> CentroidMetric:
+        """G about the centroids as they are now."""
+        c_MD = self.centroids_MD.clone()
+        return CentroidMetric(at_least_float32(c_MD), self.metric(c_MD), self.temperature, self.metric_floor)
+
+    def flow(self, x: Tensor, z_BD: Tensor, gamma_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """The code z_K and what the momentum adds to KL, from z_0 and gamma: -> (B, D), (B,)."""
+        G_inv = self.metric_now().inverse
+        start_BDD = G_inv(z_BD)
+        # G^-1 = A A' has the covariance G of A'^-1 gamma
+        v_BD = torch.linalg.solve_triangular(root(start_BDD).mT, gamma_BD[..., None], upper=True)[..., 0]
+        z_BD, v_BD = self.travel(x, z_BD, v_BD / self.cooling[0], G_inv)
+        end_BDD = G_inv(z_BD)
+        kinetic_B = 0.5 * (v_BD * velocity(end_BDD, v_BD)).sum(1) - 0.5 * (gamma_BD**2).sum(1)
+        return z_BD, kinetic_B + half_log_det(end_BDD) - half_log_det(start_BDD)
+
+    def travel(self, x: Tensor, z_BD: Tensor, v_BD: Tensor, G_inv: hamiltonian.Map) -> tuple[Tensor, Tensor]:
+        """K generalised leapfrog steps, -> (B, D), (B, D)."""
+        steps = partial(hamiltonian.generalised_leapfrog, inverse_metric=G_inv, n_fixed_point=self.n_fixed_point)
+        return self.leapfrog(x, z_BD, v_BD, steps)
+
+    @torch.no_grad()
+    def sample_prior(self, n: int) -> Tensor:
+        """Draw n codes from the density sqrt(det G^-1) around the centroids, (n, D)."""
+        metric, step = self.metric_now(), _LENGTH * self.temperature
+        z = metric.c_MD[torch.randint(len(metric.c_MD), (n,), device=metric.c_MD.device)]
+        for _ in range(_JUMPS):
+            z, _ = hamiltonian.monte_carlo(z, lambda at: -half_log_det(metric.inverse(at)), step, _STEPS)
+        return z.to(next(self.decoder.parameters()).dtype)

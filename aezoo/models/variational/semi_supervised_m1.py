@@ -1,0 +1,103 @@
+"""Semi-supervised variational autoencoder, M1 (Kingma et al. 2014), https://arxiv.org/abs/1406.5298
+
+A VAE of all samples and a classifier of its codes; in nats per sample:
+
+    loss = mean over samples of -ELBO(x), minus log q(y|mu(x)) where there is a label     (section 2.1)
+
+q(y|mu) is a network of its own, linear unless `classifier_dims` says otherwise. No gradient passes from the labels to
+the code, as in the paper, whose classifier is fitted to the codes of a VAE that was trained before: here both learn in
+one run, and the VAE is the one that `vae` would be. A sample is without a label where y is None or -1:
+`--data.num_labels 100` leaves the labels of so many training samples. M2 is semi_supervised_vae.
+
+Shapes: B batch, D code, K labels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.autoencoder import at_least_float32
+from aezoo.models.variational.vae import VAE
+from aezoo.nets.labels import all_labelled, class_count
+
+
+class SemiSupervisedM1(VAE):
+    """A VAE with a classifier of its codes that learns from the samples that have labels.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        num_classes: K, number of labels; from the data on the command line.
+        classifier_dims: widths of the classifier's hidden layers; none makes it logistic regression.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        num_classes: int | None = 10,
+        classifier_dims: tuple[int, ...] = (),
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.num_classes = class_count(num_classes)
+        self.classifier = nets.encoder("mlp", self.code_shape, (self.num_classes,), classifier_dims, activation)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """The log-probability of each label, log q(y|mu(x)): (B, *input_shape) -> (B, K)."""
+        return self.log_q(self.posterior(x)[0].to(x.dtype))
+
+    def log_q(self, mu_BD: Tensor) -> Tensor:
+        """The log-probability of each label of a code: (B, D) -> (B, K)."""
+        return at_least_float32(self.classifier(mu_BD)).log_softmax(1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        log_q_BK = self.log_q(mu_BD.detach().to(x.dtype))
+        if y is None:
+            y = torch.full_like(mu_BD[:, 0], -1)
+        else:
+            all_labelled(y, self.num_classes)  # refuses others
+        # summed over those with a label, divided by all: linear in the batch, so the same on one rank and on many
+        classifier = F.nll_loss(log_q_BK, y.long(), ignore_index=-1, reduction="sum") / len(x)
+        loss = nll + self.beta * (kl - self.capacity).abs() + classifier
+        return {"loss": loss, "nll": nll, "kl": kl, "elbo": -(nll + kl), "classifier": classifier}

@@ -1,0 +1,117 @@
+"""Semi-supervised variational autoencoder, M2 (Kingma et al. 2014), https://arxiv.org/abs/1406.5298
+
+Learns to classify from few labels and many samples without one; in nats per sample:
+
+    L(x, y) = E_q(z|x,y)[-log p(x|z, y)] - log p(y) + KL(q(z|x, y) || p(z)) >= -log p(x, y)     equation 6
+    U(x)    = sum_y q(y|x) (L(x, y) + log q(y|x))                             >= -log p(x)        equation 7
+    loss    = mean over samples of L(x, y) - alpha log q(y|x) with a label, of U(x) without       equation 9
+
+p(z) = N(0, I), p(y) is uniform, q(y|x) a network of its own; the sum runs over every label. A sample is without a label
+where y is None or -1: `--data.num_labels 100` leaves the labels of so many training samples. alpha counts for each
+labelled sample: the paper's 0.1 N for N samples, shared by N_l labelled ones, is alpha = 0.1 N / N_l here.
+
+Code, decoding and sampling are conditional_vae's; the label of `encode` is the most likely one under q(y|x). The
+paper's M1 is semi_supervised_m1, its M1+M2 this model on the codes of that: `aezoo embed` writes them.
+
+Shapes: B batch, D latent, K labels.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.autoencoder import at_least_float32
+from aezoo.limits import at_least
+from aezoo.models.variational.conditional_vae import ConditionalVAE
+from aezoo.nets.labels import all_labelled, at_label, one_hot
+
+
+class SemiSupervisedVAE(ConditionalVAE):
+    """A conditional VAE with a classifier that learns from samples with and without labels.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code without the label.
+        num_classes: K, number of labels; from the data on the command line.
+        alpha: weight of the classifier's cross-entropy for each labelled sample; 0.1 N / N_l in the paper, 50 for 100
+            labels among 50,000 samples.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them, and the
+            classifier has the same.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        num_classes: int | None = 10,
+        alpha: float = 50.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            num_classes=num_classes,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, alpha=alpha)
+        self.alpha = alpha
+        self.classifier = nets.encoder(net, self.input_shape, (self.num_classes,), hidden_dims, activation)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """The classifier's log q(y|x): (B, *input_shape) -> (B, K)."""
+        return at_least_float32(self.classifier(x)).log_softmax(1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        log_q_BK = self.classify(x)
+        eps_BD = torch.randn_like(at_least_float32(x.new_empty(len(x), self.latent_dim)))
+        log_K = math.log(self.num_classes)
+        cross_entropy_B = torch.zeros_like(log_q_BK[:, 0])
+        if y is not None and all_labelled(y, self.num_classes):
+            nll_B, kl_B, _ = self.terms(x, one_hot(y, self.num_classes, x), eps_BD)
+            kl_B = kl_B + log_K
+        else:
+            nll_BK, kl_BK, _ = self.terms_of_every_label(x, eps_BD)
+            nll_B = (log_q_BK.exp() * nll_BK).sum(1)
+            kl_B = (log_q_BK.exp() * (kl_BK + log_q_BK + log_K)).sum(1)
+            if y is not None:
+                nll_B, kl_B = at_label(y, nll_BK, nll_B), at_label(y, kl_BK + log_K, kl_B)
+        if y is not None:
+            cross_entropy_B = -at_label(y, log_q_BK, cross_entropy_B)
+        nll, kl, cross_entropy = nll_B.mean(), kl_B.mean(), cross_entropy_B.mean()
+        loss = nll + kl + self.alpha * cross_entropy
+        return {"loss": loss, "nll": nll, "kl": kl, "elbo": -(nll + kl), "cross_entropy": cross_entropy}
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """U(x) with each z at the mean of its posterior, in nats: (B, *input_shape) -> (B,), no noise."""
+        log_q_BK = self.classify(x)
+        return (log_q_BK.exp() * (log_q_BK - self.bounds(x))).sum(1) + math.log(self.num_classes)

@@ -1,0 +1,96 @@
+"""Optimal sigma-VAE, a calibrated decoder (Rybkin et al. 2021), https://arxiv.org/abs/2006.13202
+
+    L = E_q[||x - xhat||^2 / (2 s^2) + X/2 log(2 pi s^2)] + KL(q(z|x) || p(z))     xhat = g(z)
+    s^2 = argmin L = mean of (x - xhat)^2 over the batch and all values     (their analytic solution)
+
+in nats per sample: p(x|z) = N(xhat, s^2) with the one variance that fits best, so that likelihood and KL need no weight
+between them. dL/ds = 0 there, hence s needs no gradient; the batch is that of all ranks.
+
+In evaluation, where a density must not be fitted to the data that it is to judge, s is the running mean of log s over
+training: validation's ELBO is a bound, and score and log_likelihood do not depend on the rest of the batch.
+
+Shapes: B batch, X data dimensions, D code.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.likelihoods import Gaussian
+from aezoo.models.variational.vae import VAE
+
+
+class SigmaVAE(VAE):
+    """A VAE with Gaussian data whose noise is always the one that fits best.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    likelihood: Gaussian
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood="gaussian",
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        # what scores, likelihoods and evaluation read; saved, unlike a likelihood's usual fixed scale
+        self.likelihood.register_buffer("log_scale", self.likelihood.log_scale)
+
+    def optimal_variance(self, sse_B: Tensor) -> Tensor:
+        """s^2, the mean squared error of a value, within exp(-30) and exp(20): (B,) -> ()."""
+        x_dim = math.prod(self.input_shape)
+        return (self.batch_mean(sse_B) / x_dim).clamp(math.exp(-30), math.exp(20)).detach()
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        error_BX = at_least_float32(x).flatten(1) - at_least_float32(self.decoder(z_BD.to(x.dtype))).flatten(1)
+        sse_B = (error_BX**2).sum(1)
+        log_s = self.likelihood.log_scale
+        if self.training:
+            s2 = self.optimal_variance(sse_B)
+            log_s.lerp_((0.5 * s2.log()).to(log_s), 0.1)  # as BatchNorm's running statistics
+        else:
+            s2 = torch.exp(2 * at_least_float32(self.likelihood.bounded))
+        nll = (sse_B / (2 * s2) + error_BX.shape[1] / 2 * torch.log(2 * math.pi * s2)).mean()
+        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        loss = nll + self.beta * (kl - self.capacity).abs()
+        return {"loss": loss, "nll": nll, "kl": kl, "elbo": -(nll + kl), "sigma": s2.sqrt()}

@@ -1,0 +1,111 @@
+"""Two-stage VAE (Dai & Wipf 2019), https://arxiv.org/abs/1903.05789
+
+    L  = E_q[-log p(x|z)] + KL(q(z|x) || N(0, I))              first stage: a VAE of data
+    L' = E_q'[-log p(z|u)] + KL(q'(u|z) || N(0, I))            second stage: a VAE of the first one's codes z ~ q(z|x)
+    p(z|u) = N(g(u), s^2)     p(u) = N(0, I)                   u as wide as z; s learned, as that of gaussian:learned
+
+in nats per sample. Data on a manifold leave the codes of a good first stage away from N(0, I); the second, for which
+they are spread over all dimensions, finds where they are (section 4). Sampling goes u -> z -> x with noise at z.
+
+The paper trains the second stage after the first. Here both take the same steps: L' sees z without its gradient, so
+that the first stage is, weight for weight, the one trained alone, and a fit needs no plan of who learns when. Towards
+its end, as the learning rate falls, the second stage sees codes that no longer move.
+
+elbo is that of the model that is sampled, E[log p(x|z) + log p(z|u) + log p(u) - log q(z|x) - log q'(u|z)], and
+log_likelihood draws u as well as z. The score is the first stage's alone.
+
+Shapes: B batch, D code, N codes.
+"""
+
+import torch
+from torch import Tensor
+
+from aezoo.gaussians import LOG_2PI
+from aezoo.models.variational.vae import VAE
+
+
+class TwoStageVAE(VAE):
+    """A VAE of data and a VAE of its codes, trained side by side.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        second_hidden_dims: widths of the second stage's encoder, an mlp; its decoder mirrors them.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    normal_prior = False
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        second_hidden_dims: tuple[int, ...] = (400, 400),
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "gaussian:learned",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        # both stages are held at their ELBO: BetaAnnealing must not find what it would change in vain
+        del self.beta, self.capacity
+        self.second = VAE(
+            self.code_shape,
+            latent_dim=latent_dim,
+            hidden_dims=second_hidden_dims,
+            activation=activation,
+            likelihood="gaussian:learned",
+        )
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        eps_BD = torch.randn_like(mu_BD)
+        z_BD = (mu_BD + torch.exp(0.5 * log_var_BD) * eps_BD).to(x.dtype)
+        nll, kl = self.nll(self.decoder(z_BD), x).mean(), self.kl(mu_BD, log_var_BD).mean()
+        log_q = -0.5 * (eps_BD**2 + log_var_BD + LOG_2PI).sum(1).mean()
+        second = self.second.loss(z_BD.detach())
+        return {
+            "loss": nll + kl + second["loss"],
+            "nll": nll,
+            "kl": kl,
+            "code_nll": second["nll"],
+            "code_kl": second["kl"],
+            "elbo": second["elbo"] - nll - log_q,
+        }
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Log of an estimate of p(z) without bias, p(z|u) p(u) / q'(u|z) at one u ~ q'(u|z): (..., D) -> (...)."""
+        z_ND = z.reshape(-1, z.shape[-1]).to(next(self.second.parameters()).dtype)
+        return self.second.log_likelihood(z_ND, 1).reshape(z.shape[:-1])
+
+    @torch.no_grad()
+    def sample_prior(self, n: int) -> Tensor:
+        return self.second.likelihood.sample(self.second.decoder(self.second.sample_prior(n)))

@@ -1,0 +1,141 @@
+"""VAE with a normalising-flow posterior (Rezende & Mohamed 2015), https://arxiv.org/abs/1505.05770
+
+    L = E[-log p(x|z_T)] + beta E[log q_0(z_0|x) - sum_t log|det dz_t/dz_(t-1)| - log p(z_T)]
+      = E[-log p(x|z_T)] + beta (KL(q_0 || p) + E[log p(z_0) - log p(z_T) - sum_t log|det dz_t/dz_(t-1)|])
+    z_0 ~ q_0(z|x) = N(mu(x), diag sigma(x)^2)     z_t = f_t(z_(t-1); x)     p(z) = N(0, I)
+
+in nats per sample; the second form is computed, the VAE's where the flow is the identity. The parameters of all T steps
+are the encoder's output for x, as mu and sigma are, in both papers:
+
+    planar      f(z) = z + u' tanh(w z + b)             u' = u + (m(w u) - w u) w / ||w||^2
+    radial      f(z) = z + b' (z - c) / (a + ||z - c||)     a > 0, b' = a m(b)
+    sylvester   f(z) = z + Q R tanh(S Q^T z + b)        van den Berg et al. 2018, https://arxiv.org/abs/1803.05649
+
+with an increasing m > -1 that makes a step invertible (appendix A), Q a product of min(D, 8) Householder reflections, R
+and S upper triangular: see `aezoo.nets.flows`. Parameters that are all 0 are the identity, T = 0 is the VAE. The code
+of a sample is z_T of mu; the score, which has no noise, takes the second form there.
+
+Shapes: B batch, D code, K importance samples, T steps, P parameters of a step.
+"""
+
+import torch
+from torch import Tensor
+
+from aezoo import gaussians, nets
+from aezoo.autoencoder import at_least_float32
+from aezoo.errors import AezooError
+from aezoo.models.variational.vae import VAE
+from aezoo.nets.flows import FLOWS, check_count
+
+
+class VAEFlow(VAE):
+    """A posterior made flexible by invertible steps, a standard normal prior.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        flow: kind of the steps: planar, radial or sylvester; the last moves all dimensions at once.
+        n_flows: T, number of steps; 0 is the VAE.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    normal_prior = False
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        flow: str = "planar",
+        n_flows: int = 8,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        # the sampled KL may be negative, at no distance from a capacity
+        del self.capacity
+        if flow not in FLOWS:
+            raise AezooError(f"unknown flow {flow!r}: take one of {', '.join(FLOWS)}")
+        check_count(n_flows)
+        self.n_flows = n_flows
+        self.step, size = FLOWS[flow]
+        if n_flows:
+            outputs = 2 * latent_dim + n_flows * size(latent_dim)
+            self.encoder = nets.encoder(net, self.input_shape, (outputs,), hidden_dims, activation)
+
+    def amortised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and log-variance of q_0(z|x), the steps' parameters: (B, *input_shape) -> (B, D), (B, D), (B, T P)."""
+        d = self.code_shape[0]
+        mu_BD, log_var_BD, steps_BP = at_least_float32(self.encoder(x)).tensor_split((d, 2 * d), dim=1)
+        return mu_BD, log_var_BD.clamp(-30, 20), steps_BP
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q_0(z|x), before the flow: (B, *input_shape) -> (B, D), (B, D)."""
+        return self.amortised(x)[:2]
+
+    def flow(self, z: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """z_T and the sum of the steps' log|det|: (..., B, D), (B, T P) -> (..., B, D), (..., B)."""
+        log_det = torch.zeros_like(z[..., 0])
+        for parameters_BP in steps.chunk(self.n_flows, 1) if self.n_flows else ():
+            z, log_det_t = self.step(z, parameters_BP)
+            log_det = log_det + log_det_t
+        return z, log_det
+
+    def encode(self, x: Tensor) -> Tensor:
+        mu_BD, _, steps_BP = self.amortised(x)
+        return self.flow(mu_BD, steps_BP)[0].to(x.dtype)
+
+    def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        mu_BD, log_var_BD, steps_BP = self.amortised(x)
+        z0_KBD, log_q0_KB = gaussians.draw(mu_BD, log_var_BD, n)
+        z_KBD, log_det_KB = self.flow(z0_KBD, steps_BP)
+        return z_KBD, log_q0_KB - log_det_KB
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD, steps_BP = self.amortised(x)
+        z0_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        z_BD, log_det_B = self.flow(z0_BD, steps_BP)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        change_B = self.log_prior(z0_BD) - self.log_prior(z_BD) - log_det_B
+        kl = (self.kl(mu_BD, log_var_BD) + change_B).mean()
+        return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """-log p(x | z_T) and the KL as above, with z_0 = mu, in nats: (B, *input_shape) -> (B,), no noise."""
+        mu_BD, log_var_BD, steps_BP = self.amortised(x)
+        z_BD, log_det_B = self.flow(mu_BD, steps_BP)
+        kl_B = self.kl(mu_BD, log_var_BD) + self.log_prior(mu_BD) - self.log_prior(z_BD) - log_det_B
+        return self.nll(self.decoder(z_BD.to(x.dtype)), x) + kl_B

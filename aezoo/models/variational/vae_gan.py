@@ -1,0 +1,150 @@
+"""VAE-GAN (Larsen et al. 2015), https://arxiv.org/abs/1512.09300
+
+The reconstruction is judged by Dis_l, the last hidden layer of a discriminator; in nats per sample:
+
+    L = L_prior + L_llike + L_GAN     each player descends on parts of its own
+    L_prior = KL(q(z|x) || p(z))     L_llike = E_q[-log p(Dis_l(x)|z)]     p(Dis_l(x)|z) = N(Dis_l(x~), s^2 I)
+    L_GAN = -log Dis(x) - log(1 - Dis(x~)) - log(1 - Dis(x_p))
+    x~ = Dec(z), z ~ q(z|x)     x_p = Dec(z_p), z_p ~ p(z)
+
+Each of three players descends on a loss of its own (algorithm 1, whose updates are meant for this sign of L_GAN):
+
+    encoder: L_prior + L_llike     decoder: gamma L_llike - L_GAN     discriminator: L_GAN
+
+No loss passes a gradient to another player's parameters, as in https://github.com/andersbll/autoencoding_beyond_pixels.
+There s = 1 and batch normalisation keeps the features at variance 1; here s^2 is their variance over all images that
+the discriminator sees, a constant to every player, and no layer sets samples against each other. L_GAN is 3 log 2 where
+the three kinds of images cannot be told apart.
+
+The encoder's loss is the value of `loss`, L_llike without the density's constant the term `feature_nll`, L_GAN the term
+`discriminator`. `nll`, `elbo`, `score` and `log_likelihood` are the VAE's, of the data themselves: by them nothing is
+trained but the scale of a likelihood that learns one.
+
+Shapes: B batch, D code, F features.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import at_least_float32
+from aezoo.limits import at_least
+from aezoo.models.variational.vae import VAE
+from aezoo.nets.adversarial import Generator, check_discriminator, frozen, gradient_alone
+
+
+class VAEGAN(VAE):
+    """A VAE that reconstructs what a discriminator sees in a sample, and a GAN whose generator is its decoder.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        gamma: weight of the reconstruction against the GAN in the decoder's loss.
+        discriminator_dims: widths of the discriminator's hidden layers (mlp) or channels of its stages; with fewer
+            features than a sample has values they do not hold a reconstruction. Empty: 1024 for mlp, else hidden_dims.
+        discriminator_lr: learning rate of the discriminator; an optimiser with moments has betas 0.5 and 0.9 for it.
+        net: mlp, conv or resnet, of encoder, decoder and discriminator.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate of encoder and decoder.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        gamma: float = 0.1,
+        discriminator_dims: tuple[int, ...] = (),
+        discriminator_lr: float = 1e-4,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, gamma=gamma)
+        check_discriminator(discriminator_dims, discriminator_lr)
+        self.gamma, self.discriminator_lr = gamma, discriminator_lr
+        dims = tuple(discriminator_dims) or ((1024,) if net == "mlp" else tuple(hidden_dims) or (64,))
+        shape = dims[-1:] if net == "mlp" else nets.map_shape(net, self.input_shape, dims, dims[-1])
+        stages = dims[:-1] if net == "mlp" else dims
+        features = nets.encoder(net, self.input_shape, shape, stages, activation)
+        head = nn.Sequential(nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(math.prod(shape), 1))
+        # in a tuple, since its parameters are not to be registered twice
+        self._generator = (Generator(self.decoder, self.likelihood),)
+        self.discriminator = nn.ModuleDict({"features": features, "head": head})
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [
+            {"params": [*self.encoder.parameters()]},
+            {"params": [*self.decoder.parameters(), *self.likelihood.parameters()]},
+            {"params": [*self.discriminator.parameters()], "lr": self.discriminator_lr, "betas": (0.5, 0.9)},
+        ]
+
+    def variance(self, f_BF: Tensor) -> Tensor:
+        """s^2, the variance of the features over real, reconstructed and drawn images of all ranks: (3 B, F) -> ()."""
+        f_B3F = f_BF.unflatten(0, (3, -1)).transpose(0, 1)
+        centred_B3F = f_B3F - self.batch_mean(f_B3F.mean(1))
+        # features that are all alike have none
+        return self.batch_mean((centred_B3F**2).mean((1, 2))).clamp(min=1e-12)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        features, head = self.discriminator.values()
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        z_p_BD = torch.randn_like(z_BD)
+        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+
+        # to each player what it moves is live, all else a constant
+        x_encoder = frozen(self._generator[0], z_BD.to(x.dtype))
+        params = self.decoder(torch.cat([z_BD.detach(), z_p_BD]).to(x.dtype))
+        x_decoder = self.likelihood.mean(params)
+
+        # for the discriminator's step
+        f = features(torch.cat([x, x_decoder.detach()]))
+        t_real, t_tilde, t_p = at_least_float32(head(f)).chunk(3)
+        discriminator = F.softplus(-t_real).mean() + F.softplus(t_tilde).mean() + F.softplus(t_p).mean()
+        f_BF = at_least_float32(f.detach()).flatten(1)
+        s2, f_real_BF = self.variance(f_BF), f_BF[: len(x)]
+
+        # for the steps of encoder and decoder
+        f = frozen(features, torch.cat([x_encoder, x_decoder]))
+        f_tilde_BF = at_least_float32(f).flatten(1).chunk(3)[:2]
+        feature_nll, decoder_nll = (((f_BF - f_real_BF) ** 2).sum(1).mean() / (2 * s2) for f_BF in f_tilde_BF)
+        t_tilde, t_p = at_least_float32(frozen(head, f[len(x) :])).chunk(2)
+        gan = F.softplus(t_tilde).mean() + F.softplus(t_p).mean()
+
+        nll = self.nll(params[: len(x)].detach(), x).mean()
+        others = self.gamma * decoder_nll - gan + discriminator + nll
+        loss = feature_nll + self.beta * (kl - self.capacity).abs() + gradient_alone(others)
+        terms = {"loss": loss, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+        return terms | {"feature_nll": feature_nll, "discriminator": discriminator}

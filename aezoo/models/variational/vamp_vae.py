@@ -1,0 +1,97 @@
+"""VAE with a VampPrior (Tomczak & Welling 2017), https://arxiv.org/abs/1705.07120
+
+    L = E_q[-log p(x|z)] + beta E_q[log q(z|x) - log p(z)]     q(z|x) = N(mu(x), diag sigma(x)^2)
+    p(z) = 1/K sum_k q(z|u_k)                                  u_k: pseudo-inputs, learned with the rest
+
+in nats per sample: the prior that maximises the ELBO is the mean of all posteriors; K learned inputs stand for the data
+(section 3). The KL has no closed form: both densities are taken at the one z that is decoded. Encoder and prior are
+the same network, so that the pseudo-inputs' gradient reaches it as well.
+
+For likelihoods of data in [0, 1] a pseudo-input is the sigmoid of its parameter, in place of the paper's hardtanh,
+whose gradient is 0 outside of the interval; for others it is the parameter itself. With data_init they start at
+samples of the first batch of all ranks, as the authors' code can, in turn and each with noise of its own.
+
+Shapes: B batch, D code, K pseudo-inputs.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.models.variational.mixture_vae import MixtureVAE
+
+
+class VampVAE(MixtureVAE):
+    """Gaussian code whose prior is the mean of the posteriors of learned inputs.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        n_components: K, pseudo-inputs; all of them are encoded at every step.
+        data_init: start the pseudo-inputs from the first batch of training.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        n_components: int = 500,
+        data_init: bool = True,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            n_components=n_components,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        # in place of Gaussians of its own
+        del self.weight_K, self.mean_KD, self.log_var_KD
+        self.pseudo_K = nn.Parameter(0.1 * torch.randn(n_components, *self.input_shape))
+        if data_init:
+            self.keep_started()
+
+    def start_from(self, x: Tensor) -> None:
+        u_K = x[torch.arange(self.n_components, device=x.device) % len(x)]
+        # 0 and 1 would ask for infinite parameters
+        self.pseudo_K.add_(u_K.clamp(0.05, 0.95).logit() if self.likelihood.unit_interval else u_K)
+
+    def pseudo_inputs(self) -> Tensor:
+        """The u_k, in the data's range: (K, *input_shape)."""
+        return self.pseudo_K.sigmoid() if self.likelihood.unit_interval else self.pseudo_K
+
+    def components(self) -> tuple[Tensor, Tensor, Tensor]:
+        mean_KD, log_var_KD = self.posterior(self.pseudo_inputs())
+        return mean_KD.new_full((self.n_components,), -math.log(self.n_components)), mean_KD, log_var_KD

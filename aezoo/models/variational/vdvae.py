@@ -1,0 +1,150 @@
+"""Very deep VAE (Child 2021), https://arxiv.org/abs/2011.10650
+
+A hierarchy of N blocks on a residual stream y, one group of latent variables each, drawn from the top block z_1 at the
+lowest resolution down to z_N at the image's, in nats per sample:
+
+    p(x, z) = p(x | y_N) prod_i p(z_i | z_<i)     q(z | x) = prod_i q(z_i | z_<i, x)     all Gaussian and diagonal
+    q_i = q_net([y; a])     p_i, f = p_net(y)     y <- y + f + W z_i     y <- y + net(y)
+    L = E_q[-log p(x|z)] + sum_i E_q[KL(q(z_i | z_<i, x) || p(z_i | z_<i))]
+
+where a is what the bottom-up path makes of x at the block's resolution. Networks and their start are those of the
+author's code, see `nets.top_down`, and so are no free bits and no warm-up of the KL. Not from there: the likelihood is
+one of the zoo's, not a mixture of ten discretised logistics; resolutions halve at every stage, rounded up, and stay at
+1x1; one width for all; steps of huge gradients are not skipped, where trainer.gradient_clip_val may help.
+
+The code is all z from z_1 to z_N, flattened; encode gives the mean of each given the means before; decode reads all.
+
+Shapes: B batch, D code, K importance samples.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.models.variational.vae import VAE
+from aezoo.nets.levels import Level
+from aezoo.nets.top_down import BottomUp, TopDown
+
+if TYPE_CHECKING:
+    from aezoo.tasks.codec.lossless import Chain
+
+
+class VDVAE(VAE):
+    """Gaussian codes at every resolution of an image, each the prior of the next.
+
+    Args:
+        input_shape: shape of one image, (C, H, W), of any size.
+        width: W, channels of both paths.
+        latent_channels: Z, latent variables of a block at each place of its grid.
+        enc_blocks: bottom-up blocks at the image's resolution, at half of it, at a quarter, ...
+        dec_blocks: top-down blocks, each with latent variables, at the same resolutions.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    normal_prior = False
+    encoder: BottomUp
+    decoder: TopDown
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        width: int = 16,
+        latent_channels: int = 4,
+        enc_blocks: tuple[int, ...] = (1, 1, 1),
+        dec_blocks: tuple[int, ...] = (1, 1, 2),
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        # past the VAE's, which would build a net for all of the code
+        super(VAE, self).__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if len(self.input_shape) != 3:
+            raise AezooError(f"vdvae takes images (C, H, W), not {self.input_shape}: there take hierarchical_vae")
+        at_least(1, width=width, latent_channels=latent_channels)
+        if min((*enc_blocks, *dec_blocks), default=0) < 1 or len(enc_blocks) != len(dec_blocks):
+            found = f"{tuple(enc_blocks)} and {tuple(dec_blocks)}"
+            raise AezooError(f"enc_blocks and dec_blocks must be at least 1, in number the same for both, got {found}")
+        self.width = width
+        self.encoder = BottomUp(self.input_shape, width, enc_blocks)
+        self.decoder = TopDown(self.input_shape, width, latent_channels, dec_blocks)
+        self.code_shape = (sum(self.decoder.sizes),)
+
+    def infer(self, x: Tensor, n: int = 1, draw: bool = True) -> tuple[Tensor, list[Level]]:
+        """Parameters and all groups for n draws of z ~ q(z|x), or at the means: (n B, *input_shape), (n B, ...)."""
+        a = [part.expand(n, *part.shape).flatten(0, 1) for part in self.encoder(x)]
+        return self.decoder.run(n * x.shape[0], a, draw=draw)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of each group given the means of those before: (B, *input_shape) -> (B, D), (B, D)."""
+        _, levels = self.infer(x, draw=False)
+        return torch.cat([level.mu for level in levels], 1), torch.cat([level.log_var for level in levels], 1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        params, levels = self.infer(x)
+        nll = self.nll(params, x).mean()
+        kl = torch.stack([level.kl() for level in levels]).sum(0).mean()
+        return {"loss": nll + kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """The density log p(z_1) + ... + log p(z_N | z_<N) in nats, (..., D) -> (...)."""
+        _, levels = self.decoder.given(z.reshape(-1, *self.code_shape))
+        return torch.stack([level.log_p() for level in levels]).sum(0).reshape(z.shape[:-1])
+
+    def sample_prior(self, n: int) -> Tensor:
+        """Draw n codes from the top down, (n, D)."""
+        _, levels = self.decoder.run(n, draw=True)
+        return torch.cat([level.z for level in levels], 1).to(self.decoder.gain.dtype)
+
+    def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Draw n codes z ~ q(z|x) for each sample, and log q(z|x) in nats: (B, *input_shape) -> (n, B, D), (n, B)."""
+        _, levels = self.infer(x, n)
+        z_KBD = torch.cat([level.z for level in levels], 1).unflatten(0, (n, len(x)))
+        return z_KBD, torch.stack([level.log_q() for level in levels]).sum(0).unflatten(0, (n, len(x)))
+
+    @torch.no_grad()
+    def log_likelihood(self, x: Tensor, n: int) -> Tensor:
+        """As the VAE's, in one pass for z, p and q, and as many rows at a time as the streams have room for."""
+        at_least(1, n=n)
+        chunk = max(1, 2**23 // (self.width * math.prod(self.input_shape[1:]) * len(x)))  # 32 MiB a stream
+        log_w = []
+        for k in (min(chunk, n - start) for start in range(0, n, chunk)):
+            params, levels = self.infer(x, k)
+            log_ratio = torch.stack([level.log_p() - level.log_q() for level in levels]).sum(0)
+            log_w.append((log_ratio - self.nll(params, x.repeat(k, 1, 1, 1))).unflatten(0, (k, len(x))))
+        return torch.logsumexp(torch.cat(log_w), dim=0) - math.log(n)
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """-log p(x | z) + sum_i KL_i with each z at its mean in nats: (B, *input_shape) -> (B,), no noise."""
+        params, levels = self.infer(x, draw=False)
+        return self.nll(params, x) + torch.stack([level.kl() for level in levels]).sum(0)
+
+    def latent_chain(self) -> "Chain":
+        """The groups from the top down, as bits-back coding takes them."""
+        from aezoo.tasks.codec.lossless import Chain
+
+        layers = [self.decoder.conditional(self.encoder) for _ in self.decoder.sizes]
+        return Chain([*layers], lambda z: self.decoder(torch.cat(z, 1)), self.likelihood, self.input_shape)

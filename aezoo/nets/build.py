@@ -7,7 +7,7 @@ from torch import nn
 
 from aezoo.errors import AezooError
 
-NETS = ("mlp", "conv", "resnet")
+NETS = ("mlp", "conv", "resnet", "conv_keras", "vit", "convnext", "unet", "lstm", "transformer")
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
@@ -27,6 +27,8 @@ def activation(name: str) -> nn.Module:
     Raises:
         AezooError: the name is not in `ACTIVATIONS`.
     """
+    if name == "gated":
+        raise AezooError("activation 'gated' is one of layers in net='mlp' alone: take another, such as relu or silu")
     if name not in ACTIVATIONS:
         raise AezooError(f"unknown activation {name!r}: take one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]()
@@ -50,11 +52,14 @@ def encoder(
     """A network that maps (B, *input_shape) to (B, *code_shape).
 
     Args:
-        name: `mlp` takes any shape; `conv` and `resnet` take (C, L), (C, H, W) or (C, D, H, W) of any size.
+        name: `mlp`, `lstm` and `transformer` take any shape, the last two as steps; `conv`, `resnet`, `convnext`,
+            `conv_keras`, `unet` and `vit` take (C, L), (C, H, W) or (C, D, H, W) of any size.
         input_shape: shape of one sample.
-        code_shape: (D,) for a vector; for conv and resnet also the feature map that `map_shape` names.
-        hidden_dims: widths of the hidden layers (mlp) or channels of the stages, each of stride 2 (conv, resnet).
-        act: an activation's name.
+        code_shape: (D,) for a vector; for conv, resnet, convnext, unet and vit also the feature map that `map_shape`
+            names.
+        hidden_dims: widths of the layers (mlp, lstm), of the blocks (transformer, vit) or channels of the stages, of
+            stride 2 (the others).
+        act: an activation's name; gated for mlp alone.
 
     Raises:
         AezooError: an unknown name, or shapes that the network cannot take.

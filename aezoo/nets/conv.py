@@ -6,7 +6,9 @@ is 0 for an odd side and 1 for an even one, so every size returns exactly, with 
 
 import math
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
@@ -89,3 +91,19 @@ class Decoder(nn.Sequential):
             up = TRANSPOSED[rank](widths[i], widths[i + 1], 3, stride=2, padding=1, output_padding=padding)
             layers += [activation(act), up]
         super().__init__(*layers)
+
+
+class OnOneGrid(nn.Module):
+    """The codes of both levels side by side, to each place of the bottom grid the nearest of the top.
+
+    (B, C, T) -> (B, 2 C, *bottom grid).
+    """
+
+    def __init__(self, grids: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+        super().__init__()
+        self.grids = grids
+
+    def forward(self, z: Tensor) -> Tensor:
+        top, bottom = z.split([math.prod(grid) for grid in self.grids], 2)
+        up = F.interpolate(top.unflatten(2, self.grids[0]), self.grids[1])
+        return torch.cat([up, bottom.unflatten(2, self.grids[1])], 1)

@@ -1,4 +1,8 @@
-"""Multi-layer perceptron: flatten, linear layers with an activation between them, unflatten."""
+"""Multi-layer perceptron: flatten, linear layers with an activation between them, unflatten.
+
+Activation `gated`: each hidden layer is (W x + b) sigmoid(V x + c), the gated linear unit (Dauphin et al. 2016,
+https://arxiv.org/abs/1612.08083), as in the networks of the VampPrior paper.
+"""
 
 import math
 from itertools import pairwise
@@ -10,10 +14,16 @@ from aezoo.nets.build import activation
 
 
 def _layers(dims: tuple[int, ...], act: str) -> list[nn.Module]:
+    if act != "gated":
+        activation(act)  # refuses an unknown name, with no hidden layer too
     layers: list[nn.Module] = []
-    for n_in, n_out in pairwise(dims):
-        layers += [nn.Linear(n_in, n_out), activation(act)]
-    return layers[:-1]
+    *hidden, last = pairwise(dims)
+    for n_in, n_out in hidden:
+        if act == "gated":
+            layers += [nn.Linear(n_in, 2 * n_out), nn.GLU(1)]
+        else:
+            layers += [nn.Linear(n_in, n_out), activation(act)]
+    return [*layers, nn.Linear(*last)]
 
 
 class Encoder(nn.Sequential):

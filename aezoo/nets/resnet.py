@@ -4,6 +4,7 @@ Group normalisation instead of batch normalisation: samples stay independent of 
 """
 
 import math
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -41,6 +42,8 @@ class ResidualBlock(nn.Module):
 class Encoder(nn.Sequential):
     """(B, C, *grid) -> (B, *code_shape); `hidden_dims` are the channels of the stride-2 stages."""
 
+    block: ClassVar[type[nn.Module]] = ResidualBlock
+
     def __init__(
         self, input_shape: tuple[int, ...], code_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
     ) -> None:
@@ -48,7 +51,7 @@ class Encoder(nn.Sequential):
         layers: list[nn.Module] = []
         channels = input_shape[0]
         for width in hidden_dims:
-            layers += [CONVS[rank](channels, width, 3, stride=2, padding=1), ResidualBlock(rank, width, act)]
+            layers += [CONVS[rank](channels, width, 3, stride=2, padding=1), self.block(rank, width, act)]
             channels = width
         smallest = (channels, *grids(input_shape, len(hidden_dims))[-1])
         super().__init__(*layers, activation(act), head(code_shape, smallest, rank)[0])
@@ -56,6 +59,8 @@ class Encoder(nn.Sequential):
 
 class Decoder(nn.Sequential):
     """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+
+    block: ClassVar[type[nn.Module]] = ResidualBlock
 
     def __init__(
         self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
@@ -67,5 +72,5 @@ class Decoder(nn.Sequential):
         for i, larger in enumerate(sizes[1:]):
             padding = tuple(1 - n % 2 for n in larger)
             up = TRANSPOSED[rank](widths[i], widths[i + 1], 3, stride=2, padding=1, output_padding=padding)
-            layers += [ResidualBlock(rank, widths[i], act), activation(act), up]
+            layers += [self.block(rank, widths[i], act), activation(act), up]
         super().__init__(*layers)

@@ -5,7 +5,10 @@ Penalises how much the code moves when the input does, the squared Frobenius nor
     L = -log p(x | g(h)) + lam ||dh/dx||_F^2     h = sigmoid(W x + b)
     ||dh/dx||_F^2 = sum_j (h_j (1 - h_j))^2 ||W_j||^2
 
-one sigmoid layer each way, as in the paper (eq. 8), so the penalty is exact and costs no second backward pass.
+one sigmoid layer each way, as in the paper (eq. 8), so the penalty is exact and costs no second backward pass. Sigmoid
+units that all say the same are the quickest way to the mean of the data, and saturate there for good: with data_init
+the outputs' biases start at the mean of the first batch, as those of an RBM do (Hinton 2010, "A practical guide to
+training RBMs", section 8.1).
 
 Shapes: B batch, X data dimensions, D code.
 """
@@ -25,12 +28,13 @@ class ContractiveAE(Autoencoder):
         input_shape: shape of one sample; any.
         latent_dim: D, size of the code.
         contraction: lam, weight of the Jacobian's squared norm.
+        data_init: start the outputs' biases from the first batch of training.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic.
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
         weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential or step, from warm-up to the last step.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
         warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
 
@@ -40,6 +44,7 @@ class ContractiveAE(Autoencoder):
         *,
         latent_dim: int = 128,
         contraction: float = 0.1,
+        data_init: bool = True,
         likelihood: str = "bernoulli",
         lr: float = 1e-3,
         optimizer: str = "adam",
@@ -66,6 +71,12 @@ class ContractiveAE(Autoencoder):
         x_dim = math.prod(self.input_shape)
         self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(x_dim, latent_dim), nn.Sigmoid())
         self.decoder = nn.Sequential(nn.Linear(latent_dim, x_dim), nn.Unflatten(1, self.input_shape))
+        if data_init:
+            self.keep_started()
+
+    def start_from(self, x: Tensor) -> None:
+        """Start the outputs' biases where the mean of the samples is, (N, *input_shape)."""
+        self.decoder.get_parameter("0.bias").copy_(self.likelihood.params_of(x.mean(0)).flatten())
 
     def jacobian_norm(self, h_BD: Tensor) -> Tensor:
         """||dh/dx||_F^2 of each sample, (B, D) -> (B,)."""

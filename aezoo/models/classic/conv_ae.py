@@ -22,13 +22,13 @@ class ConvAE(Autoencoder):
         latent_dim: size of the code, or its channels if `latent_map` is on.
         latent_map: the code is a feature map on the grid that the stages leave, instead of a vector.
         hidden_dims: channels of the encoder's stages, each of which halves the grid; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between the layers.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic.
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
         weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential or step, from warm-up to the last step.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
         warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
 

@@ -6,38 +6,26 @@ The k largest pre-activations form the code; latents that have not fired for lon
     L = -log p(x | x_hat) + alpha s ||e - e_hat||^2     e = stop(x - x_hat)
     e_hat = W_dec relu(topk_k_aux(pi of the dead latents))
 
-with s = min(dead / k_aux, 1), so AuxK (section A.2) vanishes when no latent is dead, in nats per sample. The decoder's
-rows are normalised after each step, and the gradient along them is removed before it (section A.1).
+with s = min(dead / k_aux, 1), so AuxK (section A.2) vanishes when no latent is dead, in nats per sample: a squared
+error is a Gaussian's of variance 1/2. The authors' code divides the first error by Var(x), the second by Var(e);
+aux_scale variance gives their ratio, AuxK times Var(x) / Var(e). Multi-TopK adds 1/8 -log p(x | x_hat) with 4k for k.
+The gradient along directions is removed before each step, their norm restored after it (section A.1). With data_init
+b_pre starts at the geometric median of the first batch of all ranks, the encoder where x_hat is as far from it as x.
 
-Shapes: B batch, X data dimensions, N latents.
+Shapes: B batch, X data dimensions, N latents, k active ones.
 """
 
 import math
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
+from aezoo.nets.dictionary import Dictionary, UnitNorm, spread, top
 
 
-class Dictionary(nn.Module):
-    """f -> W f + b with directions d_i, the rows of W_NX, of unit norm."""
-
-    def __init__(self, latent_dim: int, input_shape: tuple[int, ...]) -> None:
-        super().__init__()
-        x_dim = math.prod(input_shape)
-        self.input_shape = input_shape
-        self.W_NX = nn.Parameter(nn.functional.normalize(torch.randn(latent_dim, x_dim), dim=1))
-        self.b_X = nn.Parameter(torch.zeros(x_dim))
-
-    def forward(self, f_BN: Tensor) -> Tensor:
-        return (f_BN @ self.W_NX + self.b_X).unflatten(1, self.input_shape)
-
-
-class TopKSAE(Autoencoder):
+class TopKSAE(UnitNorm, Autoencoder):
     """At most k active latents a sample, from a wide dictionary of unit-norm directions.
 
     Args:
@@ -46,19 +34,22 @@ class TopKSAE(Autoencoder):
         k: active latents a sample; fewer where fewer pre-activations are positive.
         k_aux: dead latents that model the residual; half of the data dimensions if 0.
         aux_weight: alpha, weight of the auxiliary loss.
+        aux_scale: sse or variance, what the auxiliary loss is measured in.
         dead_after: a latent is dead when it has not fired for this many samples.
+        multi_weight: weight of the loss with 4k active latents; 1/8 in the paper's Multi-TopK, 0 leaves it out.
+        data_init: start the bias and the encoder's scale from the first batch of training.
+        decode: dense, gather or auto: multiply by the whole dictionary, read the active latents' rows, or the faster.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic.
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
         weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential or step, from warm-up to the last step.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
         warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
 
     sparse_code = True
     decoder: Dictionary
-    since_fired_N: Tensor
 
     def __init__(
         self,
@@ -68,7 +59,11 @@ class TopKSAE(Autoencoder):
         k: int = 16,
         k_aux: int = 0,
         aux_weight: float = 1 / 32,
+        aux_scale: str = "sse",
         dead_after: int = 20_000,
+        multi_weight: float = 0.0,
+        data_init: bool = False,
+        decode: str = "auto",
         likelihood: str = "gaussian",
         lr: float = 1e-3,
         optimizer: str = "adam",
@@ -88,68 +83,68 @@ class TopKSAE(Autoencoder):
         self.save_hyperparameters()
         if not 1 <= k <= latent_dim:
             raise AezooError(f"k must lie between 1 and latent_dim={latent_dim}, got {k}")
-        if k_aux < 0 or dead_after < 1 or not 0 <= aux_weight < math.inf:
-            raise AezooError("k_aux and aux_weight must be at least 0 and dead_after at least 1")
-        x_dim = math.prod(self.input_shape)
-        self.k, self.aux_weight, self.dead_after = k, aux_weight, dead_after
-        self.k_aux = min(k_aux or max(1, x_dim // 2), latent_dim)
+        if k_aux < 0 or dead_after < 1 or not 0 <= aux_weight < math.inf or not 0 <= multi_weight < math.inf:
+            raise AezooError("k_aux, aux_weight and multi_weight must be at least 0 and dead_after at least 1")
+        if aux_scale not in ("sse", "variance"):
+            raise AezooError(f"aux_scale must be sse or variance, got {aux_scale!r}")
+        self.k, self.aux_weight, self.aux_scale, self.multi_weight = k, aux_weight, aux_scale, multi_weight
+        self.k_aux = min(k_aux or max(1, math.prod(self.input_shape) // 2), latent_dim)
         self.code_shape = (latent_dim,)
-        self.encoder = nn.Linear(x_dim, latent_dim)
-        self.decoder = Dictionary(latent_dim, self.input_shape)
-        with torch.no_grad():
-            self.encoder.weight.copy_(self.decoder.W_NX)
-            self.encoder.bias.zero_()
-        self.register_buffer("since_fired_N", torch.zeros(latent_dim, dtype=torch.long))
+        self.encoder = nn.Linear(math.prod(self.input_shape), latent_dim)
+        self.decoder = Dictionary(latent_dim, self.input_shape, decode)
+        self.encoder.weight.data.copy_(self.decoder.W_NX)
+        nn.init.zeros_(self.encoder.bias)
+        self.prepare(latent_dim, dead_after, data_init)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """pi, (B, *input_shape) -> (B, N)."""
         pi: Tensor = self.encoder(x.flatten(1) - self.decoder.b_X)
         return pi
 
-    def top(self, pi_BN: Tensor, k: int) -> Tensor:
-        """The k largest of each row after a ReLU, the rest zero, (B, N) -> (B, N)."""
-        values_Bk, index_Bk = pi_BN.topk(k, dim=1)
-        return torch.zeros_like(pi_BN).scatter(1, index_Bk, values_Bk.relu())
-
     def encode(self, x: Tensor) -> Tensor:
-        return self.top(self.pre_activations(x), self.k)
+        return spread(*top(self.pre_activations(x), self.k), *self.code_shape)
+
+    def reconstruct(self, pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Code and output of the k largest, (B, N) -> (B, N), (B, *input_shape)."""
+        active = top(pi_BN, k)
+        return spread(*active, *self.code_shape), self.decoder.of_active(*active)
+
+    def aux(self, x: Tensor, x_hat: Tensor, pi_BN: Tensor) -> Tensor:
+        """AuxK in the scale chosen, (B, *input_shape), (B, *input_shape), (B, N) -> (B,)."""
+        e_BX = (x - self.likelihood.mean(x_hat)).detach().flatten(1)
+        e_hat_BX = self.decoder.sum_of(*top(pi_BN.masked_fill(~self.dead_N, -torch.inf), self.k_aux))
+        aux_B = at_least_float32(e_BX - e_hat_BX).square().sum(1) * (self.dead_N.sum() / self.k_aux).clamp(max=1)
+        if self.aux_scale == "sse":
+            return aux_B
+        ratio = self.variance(x.flatten(1)) / self.variance(e_BX)
+        return aux_B * ratio.clamp(max=1e6)  # finite where nothing is left over
+
+    def variance(self, v_BX: Tensor) -> Tensor:
+        """Of all ranks, summed over dimensions; above 0, as that of one sample is not, (B, X) -> ()."""
+        off_BX = at_least_float32(v_BX) - self.batch_mean(v_BX)
+        return self.batch_mean(off_BX.square()).sum().clamp(min=torch.finfo(off_BX.dtype).tiny)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         pi_BN = self.pre_activations(x)
-        f_BN = self.top(pi_BN, self.k)
-        x_hat = self.decoder(f_BN)
+        f_BN, x_hat = self.reconstruct(pi_BN, self.k)
         nll_B = self.nll(x_hat, x)
         self.count(f_BN)
-        dead_N = self.since_fired_N >= self.dead_after
-        e_BX = (x - self.likelihood.mean(x_hat)).detach().flatten(1)
-        f_aux_BN = self.top(pi_BN.masked_fill(~dead_N, -torch.inf), self.k_aux)
-        e_hat_BX = f_aux_BN @ self.decoder.W_NX
-        aux_B = at_least_float32(e_BX - e_hat_BX).square().sum(1) * (dead_N.sum() / self.k_aux).clamp(max=1)
-        return {
+        aux_B = self.aux(x, x_hat, pi_BN)
+        terms = {
             "loss": (nll_B + self.aux_weight * aux_B).mean(),
             "nll": nll_B.mean(),
             "aux": aux_B.mean(),
             "l0": (f_BN > 0).sum(1).float().mean(),
-            "dead_latents": dead_N.float().mean(),
+            "dead_latents": self.dead_N.float().mean(),
         }
+        if self.multi_weight:
+            terms["multi"] = self.nll(self.reconstruct(pi_BN, min(4 * self.k, *self.code_shape))[1], x).mean()
+            terms["loss"] = terms["loss"] + self.multi_weight * terms["multi"]
+        return terms
 
-    @torch.no_grad()
-    def count(self, f_BN: Tensor) -> None:
-        """In training, add this batch, over all ranks, to the samples since each latent fired."""
-        if self.training:
-            fired_N = (f_BN > 0).any(0).long()
-            samples = len(f_BN)
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(fired_N, op=dist.ReduceOp.MAX)
-                samples *= dist.get_world_size()
-            self.since_fired_N.add_(samples).mul_(1 - fired_N)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        grad_NX, d_NX = self.decoder.W_NX.grad, self.decoder.W_NX.detach()
-        if grad_NX is not None:
-            grad_NX -= (grad_NX * d_NX).sum(1, keepdim=True) * d_NX
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        with torch.no_grad():
-            self.decoder.W_NX.copy_(nn.functional.normalize(self.decoder.W_NX, dim=1))
+    def start_from(self, x: Tensor) -> None:
+        super().start_from(x)
+        sum_BX = self.decoder.sum_of(*top(self.pre_activations(x), self.k))
+        scale = (x.flatten(1) - self.decoder.b_X).norm(dim=1).mean() / sum_BX.norm(dim=1).mean()
+        for parameter in self.encoder.parameters():
+            parameter.mul_(scale if scale.isfinite() else 1)

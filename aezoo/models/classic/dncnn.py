@@ -1,0 +1,126 @@
+"""DnCNN, residual denoising network (Zhang et al. 2016), https://arxiv.org/abs/1608.03981
+
+Predicts the noise v in y = x + v, v ~ N(0, sigma^2 I), and takes it away:
+
+    x_hat = y - R(y)
+    L = E_v[ -log p(x | x_hat) ]     with likelihood=gaussian  ||R(y) - v||^2 + D/2 log(pi)
+
+the residual form (eq. 1, summed), since x_hat - x = v - R(y); with residual=False R(y) itself is x_hat, the direct
+form. R is a row of convolutions of stride 1, of which the last has no activation. There is no batch normalisation, so
+that a sample does not depend on its batch; the authors' released networks run without it as well
+(https://github.com/cszn/KAIR, main_test_dncnn.py). Weights start by He et al. 2015, https://arxiv.org/abs/1502.01852,
+which keeps the scale from layer to layer.
+
+This is no bottleneck. The code is what the last convolution reads: a map of features on the data's own grid, in the
+residual form behind the noisy sample, from which decode subtracts. Noise is drawn anew for every training batch, and
+once for evaluation, from a fixed seed. PSNR is of x_hat as it is, not clamped to [0, 1].
+
+Shapes: B batch, C channels of the data, H features.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder
+from aezoo.corruptions import GaussianNoise
+from aezoo.errors import AezooError
+from aezoo.nets.conv import CONVS, rank_of
+
+_MOST_LAYERS = 100
+_LOCATIONS = ("gaussian", "laplace", "logcosh")
+
+
+class Features(nn.Module):
+    """All convolutions but the last: (B, C, *grid) -> (B, H, *grid); in the residual form (B, C + H, *grid), with y."""
+
+    def __init__(self, input_shape: tuple[int, ...], width: int, depth: int, act: str, residual: bool) -> None:
+        super().__init__()
+        conv, channels = CONVS[rank_of(input_shape)], (input_shape[0], *[width] * (depth - 1))
+        layers = [(conv(*pair, 3, padding=1), nets.activation(act)) for pair in pairwise(channels)]
+        self.layers = nn.Sequential(*[module for layer in layers for module in layer])
+        self.residual = residual
+
+    def forward(self, y: Tensor) -> Tensor:
+        h = self.layers(y)
+        return torch.cat([y, h.to(y.dtype)], 1) if self.residual else h
+
+
+class Clean(nn.Module):
+    """The last convolution, and in the residual form y less its output: a code -> (B, C, *grid)."""
+
+    def __init__(self, input_shape: tuple[int, ...], width: int, residual: bool) -> None:
+        super().__init__()
+        self.last = CONVS[rank_of(input_shape)](width, input_shape[0], 3, padding=1)
+        self.residual, self.channels = residual, input_shape[0]
+
+    def forward(self, z: Tensor) -> Tensor:
+        if not self.residual:
+            return self.last(z)
+        return z[:, : self.channels] - self.last(z[:, self.channels :])
+
+
+class DnCNN(Autoencoder):
+    """Takes Gaussian noise of a known strength away; metrics in evaluation start from noisy input too.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), any size.
+        sigma: the noise's standard deviation, on the data's scale: 25/255 is the 25 of papers that count to 255.
+        residual: predict the noise, not the clean sample.
+        width: features of each layer; 64 in the paper.
+        depth: number of convolutions; 17 in the paper.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        likelihood: how outputs are compared with data: gaussian, gaussian:0.1, gaussian:learned, laplace or logcosh.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        sigma: float = 25 / 255,
+        residual: bool = True,
+        width: int = 32,
+        depth: int = 8,
+        activation: str = "relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if likelihood.partition(":")[0] not in _LOCATIONS:
+            raise AezooError(f"a denoiser's output is the sample itself, so likelihood is {', '.join(_LOCATIONS)} "
+                             f"with or without a scale, not {likelihood!r}")  # fmt: skip
+        if sigma <= 0:
+            raise AezooError(f"sigma must be above 0, on the data's scale, got {sigma}")
+        if width < 1 or not 2 <= depth <= _MOST_LAYERS:
+            raise AezooError(f"width must be at least 1 and depth from 2 to {_MOST_LAYERS}, got {width} and {depth}")
+        self.corruption = GaussianNoise(sigma)
+        self.encoder = Features(self.input_shape, width, depth, activation, residual)
+        self.decoder = Clean(self.input_shape, width, residual)
+        self.code_shape = (width + residual * self.input_shape[0], *self.input_shape[1:])
+        for p in (*self.encoder.parameters(), *self.decoder.parameters()):
+            nn.init.kaiming_normal_(p, nonlinearity="relu") if p.ndim > 1 else nn.init.zeros_(p)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        noisy = x if self.corruption is None else self.corruption(x)
+        nll_B = self.nll(self.decoder(self.encoder(noisy)), x)
+        return {"loss": nll_B.mean(), "nll": nll_B.mean()}

@@ -1,0 +1,133 @@
+"""Isometric autoencoder, I-AE (Gropp et al. 2020), https://arxiv.org/abs/2006.09289
+
+The decoder keeps lengths and angles, and the encoder is its pseudo-inverse, a projection at right angles:
+
+    L = -log p(x | g(f(x))) + lambda (L_iso + L_piso)
+    L_iso = E_z,u (||dg(z) u|| - 1)^2     L_piso = E_x,u (||u' df(x)|| - 1)^2     u uniform on the unit sphere
+
+in nats per sample, one u a sample. g is the reconstruction, the likelihood's mean; z are the codes of the batch, held
+fixed, so that L_iso trains the decoder alone and L_piso the encoder. lambda = 0 is the plain autoencoder.
+
+`distortion` relaxed asks for lengths up to a common scale and has no L_piso (Lee et al. 2022,
+https://openreview.net/forum?id=mQxt8l7JL04):
+
+    L_iso = E tr(G^2) / (E tr G)^2     G = dg(z)' dg(z)
+
+is at least 1 / D, which is reached where G is the same multiple of I everywhere. With v = sqrt(D) u the traces are the
+means of v' G v and v' G^2 v; unlike there, the codes are not mixed.
+
+Shapes: B batch, X data dimensions, D code.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+
+DISTORTIONS = ("isometric", "relaxed")
+
+
+class IsometricAE(Autoencoder):
+    """Distances between codes are distances along the data.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        isometry: lambda, weight of the isometric terms.
+        distortion: what the decoder must not do to lengths: isometric or, up to a scale, relaxed.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        isometry: float = 10.0,
+        distortion: str = "isometric",
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (256,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        if not 0 <= isometry < math.inf:
+            raise AezooError(f"isometry must be at least 0 and finite, got {isometry}")
+        if distortion not in DISTORTIONS:
+            raise AezooError(f"unknown distortion {distortion!r}: take one of {', '.join(DISTORTIONS)}")
+        self.isometry, self.distortion = isometry, distortion
+        self.code_shape = (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+
+    def reconstruct(self, z_BD: Tensor) -> Tensor:
+        """g, (B, D) -> (B, X)."""
+        return self.likelihood.mean(self.decoder(z_BD)).flatten(1)
+
+    def linearised(self, z_BD: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """The maps u -> dg(z) u, (B, D) -> (B, X), and w -> w' dg(z), (B, X) -> (B, D)."""
+        x_hat_BX, pull, *_ = torch.func.vjp(self.reconstruct, z_BD)
+        # the transpose of the transpose: at this size faster than forward mode, whose rules torch scripts for a second
+        _, push, *_ = torch.func.vjp(lambda w_BX: pull(w_BX)[0], torch.zeros_like(x_hat_BX))
+        return lambda u_BD: push(u_BD)[0], lambda w_BX: pull(w_BX.to(x_hat_BX.dtype))[0]
+
+    def iso(self, z_BD: Tensor, u_BD: Tensor) -> Tensor:
+        """(||dg(z) u|| - 1)^2, (B, D), (B, D) -> (B,)."""
+        push, _ = self.linearised(z_BD)
+        return (at_least_float32(push(u_BD)).norm(dim=1) - 1).square()
+
+    def piso(self, x: Tensor, u_BD: Tensor) -> Tensor:
+        """(||u' df(x)|| - 1)^2, (B, *input_shape), (B, D) -> (B,)."""
+        z_BD, pull, *_ = torch.func.vjp(self.encoder, x)
+        return (at_least_float32(pull(u_BD.to(z_BD.dtype))[0]).flatten(1).norm(dim=1) - 1).square()
+
+    def relaxed(self, z_BD: Tensor, u_BD: Tensor) -> Tensor:
+        """E tr(G^2) / (E tr G)^2 over the codes of all ranks, (B, D), (B, D) -> ()."""
+        push, pull = self.linearised(z_BD)
+        moved_BX = push(math.sqrt(u_BD.shape[1]) * u_BD)
+        trace_B, trace_of_square_B = (at_least_float32(v).square().sum(1) for v in (moved_BX, pull(moved_BX)))
+        return self.batch_mean(trace_of_square_B) / self.batch_mean(trace_B).square()
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_BD = self.encoder(x)
+        nll = self.nll(self.decoder(z_BD), x).mean()
+        at_BD = z_BD.detach().to(x.dtype)
+        # one draw: compiled by torch 2.13, the second of two would be another than in eager mode
+        noise_B2D = torch.randn_like(at_least_float32(at_BD)[:, None].expand(-1, 2, -1))
+        u_BD, v_BD = F.normalize(noise_B2D, dim=2).to(x.dtype).unbind(1)
+        if self.distortion == "isometric":
+            iso, piso = self.iso(at_BD, u_BD).mean(), self.piso(x, v_BD).mean()
+        else:
+            iso, piso = self.relaxed(at_BD, u_BD), torch.zeros_like(nll)
+        return {"loss": nll + self.isometry * (iso + piso), "nll": nll, "iso": iso, "piso": piso}

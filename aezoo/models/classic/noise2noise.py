@@ -1,0 +1,116 @@
+"""Noise2Noise (Lehtinen et al. 2018), https://arxiv.org/abs/1803.04189
+
+Learns to denoise without clean targets, from two noisy copies of a sample, y1 and y2, with independent noise:
+
+    L = E[ -log p(y2 | f(y1)) ]     with likelihood=gaussian  E ||f(y1) - y2||^2 + D/2 log(pi)
+
+Given y1, noise of mean zero in y2 adds Var(y2 | x) to the squared error and changes no minimiser (section 2): the
+best f is that of clean targets, E[x | y1]. That holds for Gaussian noise and for the Poisson noise of counts,
+y = Poisson(peak x) / peak; not for masked, replaced or clipped values, whose mean is not x, nor for likelihoods other
+than the squared error, save that the absolute one, laplace, finds medians.
+
+The network and its code, which is no bottleneck, are those of dncnn. Both copies are drawn anew for every training
+batch, and once for evaluation, from a fixed seed; mse and psnr compare f(y1) with the clean sample.
+"""
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from aezoo import corruptions
+from aezoo.autoencoder import at_least_float32
+from aezoo.corruptions import Corruption, GaussianNoise
+from aezoo.errors import AezooError
+from aezoo.models.classic.dncnn import DnCNN
+
+_BRIGHTEST = 1e6
+
+
+class PoissonNoise(Corruption):
+    """Poisson(amount x) / amount: counts, `amount` on average where x is 1, brought to the scale of x."""
+
+    def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        rate = self.amount * at_least_float32(x).clamp(min=0)
+        return (torch.poisson(rate, generator) / self.amount).to(x.dtype)
+
+
+def unbiased(name: str) -> Corruption:
+    """The corruption of mean x that a name stands for, gaussian:STD or poisson:PEAK."""
+    kind, _, argument = name.partition(":")
+    if kind == "poisson":
+        try:
+            peak = float(argument)
+        except ValueError:
+            peak = math.nan
+        if not 0 < peak <= _BRIGHTEST:
+            raise AezooError(f"corruption {name!r} needs a peak above 0 and at most {_BRIGHTEST:g}, as in poisson:30")
+        return PoissonNoise(peak)
+    noise = corruptions.corruption(name) if kind == "gaussian" else None
+    if not isinstance(noise, GaussianNoise) or noise.amount == 0:
+        raise AezooError(f"corruption {name!r} does not do: take noise of mean zero, as in gaussian:0.1 or poisson:30")
+    return noise
+
+
+class Noise2Noise(DnCNN):
+    """Learns from pairs of noisy copies; metrics in evaluation start from noisy input too.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), any size.
+        corruption: gaussian:STD or poisson:PEAK, the count that a value of 1 gives on average.
+        residual: predict the noise, not the clean sample.
+        width: features of each layer; 64 in the paper of the network.
+        depth: number of convolutions; 17 in the paper of the network.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        likelihood: how outputs are compared with data: gaussian, gaussian:0.1, gaussian:learned, laplace or logcosh.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    corruption: Corruption
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        corruption: str = "gaussian:0.1",
+        residual: bool = True,
+        width: int = 32,
+        depth: int = 8,
+        activation: str = "relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            residual=residual,
+            width=width,
+            depth=depth,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.corruption = unbiased(corruption)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        y1, y2 = self.corruption(x), self.corruption(x)
+        nll_B = self.nll(self.decoder(self.encoder(y1)), y2)
+        return {"loss": nll_B.mean(), "nll": nll_B.mean()}
+
+    def check_batch(self, x: Tensor) -> None:
+        super().check_batch(x)
+        if self.training and isinstance(self.corruption, PoissonNoise) and float(x.min()) < 0:
+            raise AezooError(f"Poisson noise needs data of at least 0, got {float(x.min()):.4g}: scale the data, "
+                             "or take corruption='gaussian:0.1'")  # fmt: skip

@@ -1,0 +1,128 @@
+"""Noise2Void (Krull et al. 2019), https://arxiv.org/abs/1811.10980
+
+Learns to denoise from single noisy samples y. Some pixels M, drawn anew for each sample, get the value of a neighbour,
+and are predicted from what is around them:
+
+    L = P mean_{i in M} -log p(y_i | f(y~)_i)     y~_i = y_{j(i)} for i in M, else y_i     j(i) around i, not in M
+
+in nats per sample, as if all P pixels had been predicted. f(y~)_i does not depend on y_i, so where noise is of mean
+zero and independent from pixel to pixel, it cannot be learned, and the best f is E[x_i | y around i] (section 3).
+
+A pixel is all channels of a place. j(i) is uniform over the places of the window around i that lie inside the grid and
+are not in M: were it clipped to the grid, border values would repeat, and at a corner it could be i itself. A drawn
+pixel without such a place is left as it is, and out of M. In evaluation M is drawn from a fixed seed.
+
+The network is dncnn's, by default in its direct form; so is the code, which is no bottleneck.
+
+Shapes: B batch, C channels, P pixels, M masked pixels, K places of the window, R dimensions of the grid.
+"""
+
+import math
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from aezoo import corruptions
+from aezoo.errors import AezooError
+from aezoo.models.classic.dncnn import DnCNN
+
+_MOST_PLACES = 10_000
+
+
+class Noise2Void(DnCNN):
+    """Learns from noisy samples alone, by blind spots; metrics compare with the data, or their clean state if known.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), of at least two pixels.
+        corruption: none for data that are noisy; gaussian:STD and others make clean data noisy first.
+        masked: share of pixels that are predicted, at least one a sample; above 0 and at most 0.5.
+        radius: a neighbour lies within so many pixels along each axis; 2 is a window of 5 x 5.
+        residual: predict the noise, not the clean sample.
+        width: features of each layer.
+        depth: number of convolutions.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        likelihood: how outputs are compared with data: gaussian, gaussian:0.1, gaussian:learned, laplace or logcosh.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    offsets_KR: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        corruption: str = "none",
+        masked: float = 0.02,
+        radius: int = 2,
+        residual: bool = False,
+        width: int = 32,
+        depth: int = 8,
+        activation: str = "relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            residual=residual,
+            width=width,
+            depth=depth,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.grid = self.input_shape[1:]
+        pixels, rank = math.prod(self.grid), len(self.grid)
+        if pixels < 2:
+            raise AezooError(f"a pixel needs a neighbour: input_shape must have at least two, got {self.input_shape}")
+        if not 0 < masked <= 0.5:
+            raise AezooError(f"masked must be a share above 0 and at most 0.5, got {masked}")
+        if radius < 1 or (2 * radius + 1) ** rank > _MOST_PLACES:
+            raise AezooError(f"radius must be at least 1, for a window of at most {_MOST_PLACES} places, got {radius}")
+        self.corruption = corruptions.corruption(corruption)
+        self.n_masked = max(1, int(masked * pixels))
+        offsets = [offset for offset in product(range(-radius, radius + 1), repeat=rank) if any(offset)]
+        self.register_buffer("offsets_KR", torch.tensor(offsets), persistent=False)
+
+    def blind(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y~ and M, (B, C, *grid) -> (B, C, *grid) and (B, P), 1 for the pixels that were replaced."""
+        y_BCP = y.flatten(2)
+        drawn_BM = torch.rand(len(y), y_BCP.shape[2], device=y.device).topk(self.n_masked, 1).indices
+        drawn_BP = torch.zeros(len(y), y_BCP.shape[2], device=y.device).scatter(1, drawn_BM, 1.0)
+        free_BMK, j_BMK = torch.ones_like(drawn_BM)[..., None].bool(), torch.zeros_like(drawn_BM)[..., None]
+        stride = 1
+        for axis in reversed(range(len(self.grid))):  # row by row, as flatten does
+            place_BMK = (drawn_BM // stride % self.grid[axis])[..., None] + self.offsets_KR[:, axis]
+            free_BMK = free_BMK & (place_BMK >= 0) & (place_BMK < self.grid[axis])
+            j_BMK = j_BMK + stride * place_BMK
+            stride *= self.grid[axis]
+        j_BMK = j_BMK.where(free_BMK, 0)
+        free_BMK = free_BMK & (drawn_BP.gather(1, j_BMK.flatten(1)).view_as(j_BMK) == 0)
+        u_BMK = torch.rand(j_BMK.shape, device=y.device).masked_fill(~free_BMK, -1.0)
+        j_BM = j_BMK.gather(2, u_BMK.argmax(2, keepdim=True))[..., 0]
+        replaced_BM = free_BMK.any(2)
+        j_BM = j_BM.where(replaced_BM, drawn_BM)
+        values_BCM = y_BCP.gather(2, j_BM[:, None].expand(-1, y_BCP.shape[1], -1))
+        index_BCM = drawn_BM[:, None].expand_as(values_BCM)
+        return y_BCP.scatter(2, index_BCM, values_BCM).view_as(y), drawn_BP.scatter(1, drawn_BM, replaced_BM.float())
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        noisy = x if self.corruption is None else self.corruption(x)
+        blind, M_BP = self.blind(noisy)
+        params_BPC, noisy_BPC = (t.flatten(2).transpose(1, 2) for t in (self.decoder(self.encoder(blind)), noisy))
+        nll_BP = self.nll(params_BPC.flatten(0, 1), noisy_BPC.flatten(0, 1)).view_as(M_BP)
+        nll_B = M_BP.shape[1] * (nll_BP * M_BP).sum(1) / M_BP.sum(1)
+        return {"loss": nll_B.mean(), "nll": nll_B.mean()}

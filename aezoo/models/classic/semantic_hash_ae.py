@@ -1,0 +1,135 @@
+"""Semantic hashing (Salakhutdinov & Hinton 2009), https://doi.org/10.1016/j.ijar.2008.11.006
+
+Gaussian noise before the sigmoid of the code drives its units to 0 or 1, where the noise changes little:
+
+    L = E_eps[ -log p(x | g(sigmoid(a + s eps))) ]     a = f(x)     eps ~ N(0, I)     code = 1[a > 0]
+
+in nats per sample, s = 4 in the paper. In training and evaluation the loss is that of noisy codes; codes, scores
+and reconstructions are those of bits. A gradient passes the bits as if they were sigmoid(a) (straight-through).
+
+`binarisation` improved is the improved semantic hashing of Kaiser & Bengio 2018, https://arxiv.org/abs/1801.09797, with
+s = 1 there: v = a + s eps goes through the saturating sigmoid s'(v) = max(0, min(1, 1.2 sigmoid(v) - 0.1)), the decoder
+sees either s'(v) or the bit 1[v > 0] of each unit, half of the time each, and the gradient is always that of s'(v).
+
+The paper pretrains a stack of RBMs, whose visible biases start where the mean of the data is (Hinton 2010, "A practical
+guide to training RBMs", section 8.1). Without that, code units that all say the same are the quickest way to the mean
+of the data, and saturate there for good: data_init starts a bias of each output at the mean of the first batch.
+
+Shapes: B batch, D bits, X data dimensions.
+"""
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.quantisers.estimators import ste
+
+BINARISATIONS = ("noise", "improved")
+
+
+class VisibleBias(nn.Module):
+    """Adds a learned number to each output.
+
+    Args:
+        input_shape: shape of one sample.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.b_X = nn.Parameter(torch.zeros(input_shape))
+
+    def forward(self, params: Tensor) -> Tensor:
+        return params + self.b_X
+
+
+class SemanticHashAE(Autoencoder):
+    """A code of bits: samples that look alike have codes at a small Hamming distance.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, number of bits.
+        binarisation: how training makes the code's units binary: noise or improved.
+        noise_std: s, standard deviation of the noise before the sigmoid.
+        data_init: start the bias of each output from the first batch of training.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    decoder: nn.Sequential
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 32,
+        binarisation: str = "noise",
+        noise_std: float = 4.0,
+        data_init: bool = True,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (256,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        if binarisation not in BINARISATIONS:
+            raise AezooError(f"unknown binarisation {binarisation!r}: take one of {', '.join(BINARISATIONS)}")
+        if not 0 <= noise_std < math.inf:
+            raise AezooError(f"noise_std must be at least 0 and finite, got {noise_std}")
+        self.binarisation, self.noise_std = binarisation, noise_std
+        self.code_shape = (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.decoder = nn.Sequential(decoder, VisibleBias(self.input_shape))
+        if data_init:
+            self.keep_started()
+
+    def start_from(self, x: Tensor) -> None:
+        """Start the outputs' biases where the mean of the samples is, (N, *input_shape)."""
+        cast(VisibleBias, self.decoder[1]).b_X.copy_(self.likelihood.params_of(x.mean(0)))
+
+    def noisy_code(self, a_BD: Tensor) -> Tensor:
+        """What the decoder sees in training, from the code's inputs: (B, D) -> (B, D)."""
+        v_BD = a_BD + self.noise_std * torch.randn_like(a_BD)
+        if self.binarisation == "noise":
+            return v_BD.sigmoid()
+        soft_BD = (1.2 * v_BD.sigmoid() - 0.1).clamp(0, 1)
+        bits_BD = (v_BD > 0).to(v_BD.dtype)
+        return ste(soft_BD, torch.where(torch.rand_like(v_BD) < 0.5, bits_BD, soft_BD))
+
+    def encode(self, x: Tensor) -> Tensor:
+        a_BD = self.encoder(x)
+        return ste(a_BD.sigmoid().to(x.dtype), (a_BD > 0).to(x.dtype))
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        code_BD = self.noisy_code(at_least_float32(self.encoder(x)))
+        nll_B = self.nll(self.decoder(code_BD.to(x.dtype)), x)
+        return {"loss": nll_B.mean(), "nll": nll_B.mean()}

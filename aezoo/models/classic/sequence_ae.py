@@ -1,0 +1,127 @@
+"""Sequence autoencoder, LSTM or Transformer (Srivastava et al. 2015), https://arxiv.org/abs/1502.04681
+
+A whole sequence becomes one code, from which it is written down again:
+
+    L = - sum_{t < T} log p(x_t | g(z)_t)     z = f(x_0, ..., x_{T-1})
+
+in nats per sample, over the T steps of a sequence. Samples are all of one shape; where sequences are shorter, the rest
+is padding, and `pad_value` says so: the run of steps at the end that hold nothing but this value. Padding reaches
+neither the code nor the loss, however much of it there is; the same value before the end is data. Then the code's last
+entry is T, so that decode knows where to stop: it writes `pad_value` from there on. A sequence of padding alone counts
+as one step.
+
+Steps run along the first axis after the channels: (C, L) is L steps of C values, (C, H, W) is H rows, (C, D, H, W) is D
+slices, (D,) is D steps of one value. Both networks, `aezoo.nets.lstm` and `aezoo.nets.transformer`, have weights that
+do not depend on the number of steps.
+
+Shapes: B batch, L steps of the shape, F values of a step, D code.
+"""
+
+import torch
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.nets.lstm import FromSteps, Steps
+
+_NETS = ("lstm", "transformer")
+
+
+class SequenceAE(Autoencoder):
+    """Reads a sequence step by step into a vector and writes it again, of any length up to the shape's.
+
+    Args:
+        input_shape: (C, L) for L steps of C values; images are read by rows, volumes by slices, vectors by values.
+        net: lstm or transformer.
+        pad_value: steps at the end that hold this value alone are padding; None for sequences of full length.
+        latent_dim: D, size of the code; with pad_value the length stands behind it as one entry more.
+        hidden_dims: widths of the encoder's layers; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, where the network has none.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        net: str = "lstm",
+        pad_value: float | None = None,
+        latent_dim: int = 32,
+        hidden_dims: tuple[int, ...] = (64,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if net not in _NETS:
+            raise AezooError(f"net must be {' or '.join(_NETS)}, got {net!r}")
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        if pad_value is not None and self.likelihood.unit_interval and not 0 <= pad_value <= 1:
+            raise AezooError(f"pad_value must lie in [0, 1] as the data of likelihood={likelihood!r}, got {pad_value}: "
+                             "or take likelihood='gaussian'")  # fmt: skip
+        self.pad_value = pad_value
+        self.code_shape = (latent_dim + (pad_value is not None),)
+        self.encoder = nets.encoder(net, self.input_shape, (latent_dim,), hidden_dims, activation)
+        self.decoder = nets.decoder(net, (latent_dim,), self.input_shape, hidden_dims[::-1], activation)
+        self.to_steps, self.from_steps = Steps(), FromSteps(self.input_shape)
+
+    def lengths(self, x: Tensor) -> Tensor | None:
+        """T of each sequence, (B, *input_shape) -> (B,); None where there is no padding."""
+        if self.pad_value is None:
+            return None
+        steps_BLF = self.to_steps(x)
+        number_L = torch.arange(1, steps_BLF.shape[1] + 1, device=x.device)
+        return ((steps_BLF != self.pad_value).any(2) * number_L).amax(1).clamp(min=1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        length_B = self.lengths(x)
+        z_BD: Tensor = self.encoder(x, length_B)
+        # a length does not fit into half precision
+        return z_BD if length_B is None else torch.cat([z_BD.to(x.dtype), length_B[:, None].to(x.dtype)], 1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        if self.pad_value is None:
+            return super().decode(z)
+        steps_BLF = self.to_steps(self.likelihood.mean(self.decoder(z[:, :-1])))
+        step_L = torch.arange(steps_BLF.shape[1], device=z.device)
+        valid_BL = step_L < z[:, -1:].round().clamp(min=1)
+        return self.from_steps(steps_BLF.where(valid_BL[..., None], self.pad_value))
+
+    def sequence_nll(self, x: Tensor) -> Tensor:
+        """-log p(x | g(f(x))) over the steps that are no padding, in nats, (B, *input_shape) -> (B,)."""
+        length_B = self.lengths(x)
+        params = self.decoder(self.encoder(x, length_B))
+        if length_B is None:
+            return self.nll(params, x)
+        params_BLF, x_BLF = self.to_steps(params), self.to_steps(x)
+        nll_BL = self.nll(params_BLF.flatten(0, 1), x_BLF.flatten(0, 1)).unflatten(0, x_BLF.shape[:2])
+        valid_BL = torch.arange(nll_BL.shape[1], device=x.device) < length_B[:, None]
+        return nll_BL.where(valid_BL, 0.0).sum(1)
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.sequence_nll(x)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        nll_B = self.sequence_nll(x)
+        return {"loss": nll_B.mean(), "nll": nll_B.mean()}

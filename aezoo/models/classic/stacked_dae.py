@@ -1,0 +1,150 @@
+"""Stacked denoising autoencoder (Vincent et al. 2010), https://jmlr.org/papers/v11/vincent10a.html
+
+Layers are trained one after the other, each to undo a corruption C of what those below, fixed by then, make of a clean
+sample (figure 3); after that all together, as one deep denoising autoencoder:
+
+    phase i < L    E_C[ -log p(h_i | g_i(f_i(C(h_i)))) ]     h_0 = x     h_i = f_i-1(h_i-1)
+    phase L        E_C[ -log p(x | g(f(C(x)))) ]     f = f_L-1 o .. o f_0     g = g_0 o .. o g_L-1
+
+in nats per sample, f_i(h) = s(W h + b) and g_i likewise with weights of its own. p(x) is the likelihood; a hidden layer
+of sigmoids has the cross-entropy, any other the squared error. In phase i the parameters of other layers have no
+gradient, so no optimiser moves them, by weight decay or moments either. `train/loss` is that of the phase. Evaluation
+and training without a trainer are in phase L, unless `phase` is set.
+
+Shapes: B batch, L layers, code included.
+"""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import corruptions, likelihoods, nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.optimizers import known_steps
+
+
+class StackedDAE(Autoencoder):
+    """A deep denoising autoencoder that is trained layer by layer before it is trained as a whole, in one fit.
+
+    Attributes:
+        phase: the layer that `loss` is about in training; L for all of them.
+
+    Args:
+        input_shape: shape of one sample; any.
+        corruption: gaussian:STD, masking:SHARE, salt_and_pepper:SHARE or none, of each layer's input.
+        phase_epochs: epochs for each layer; 0 shares out half of the fit's steps among the layers.
+        latent_dim: size of the code, the last layer's.
+        hidden_dims: widths of the layers before it; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, after every layer;
+            sigmoid in the paper.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    encoder: nn.Sequential
+    decoder: nn.Sequential
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        corruption: str = "masking:0.25",
+        phase_epochs: int = 0,
+        latent_dim: int = 32,
+        hidden_dims: tuple[int, ...] = (256, 128),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        if any(width < 1 for width in hidden_dims):
+            raise AezooError(f"hidden_dims must be whole numbers above 0, got {tuple(hidden_dims)}")
+        if phase_epochs < 0:
+            raise AezooError(f"phase_epochs must be at least 0, got {phase_epochs}")
+        self.phase_epochs = phase_epochs
+        self.code_shape = (latent_dim,)
+        self.corruption = corruptions.corruption(corruption)
+        self.hidden_likelihood = likelihoods.likelihood("bernoulli" if activation == "sigmoid" else "gaussian")
+        widths = [*pairwise((math.prod(self.input_shape), *hidden_dims, latent_dim))]
+        down = [nn.Sequential(nn.Flatten(), nn.Linear(*width), nets.activation(activation)) for width in widths]
+        up = [nn.Sequential(nn.Linear(n_out, n_in), nets.activation(activation)) for n_in, n_out in widths]
+        up[0] = nn.Sequential(up[0][0], nn.Unflatten(1, self.input_shape))
+        self.encoder, self.decoder = nn.Sequential(*down), nn.Sequential(*up[::-1])
+        self.phase = len(down)
+
+    def layer_nll(self, x: Tensor, i: int) -> Tensor:
+        """The loss of phase i for each sample, (B, *input_shape) -> (B,)."""
+        with torch.no_grad():
+            h = self.encoder[:i](x)
+        up = self.decoder[-1 - i]
+        code = self.encoder[i](h if self.corruption is None else self.corruption(h))
+        if i == 0:
+            return self.nll(up(code), x)
+        params = up.get_submodule("0")(code) if self.hidden_likelihood.discrete else up(code)
+        return -self.hidden_likelihood.log_prob(at_least_float32(params), at_least_float32(h))
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        phase = self.phase if self.training else len(self.encoder)
+        if phase < len(self.encoder):
+            nll_B = self.layer_nll(x, phase)
+        else:
+            noisy = x if self.corruption is None else self.corruption(x)
+            nll_B = self.nll(self.decoder(self.encoder(noisy)), x)
+        loss = nll_B.mean()
+        if self._across_ranks():  # DistributedDataParallel waits for a gradient of every parameter
+            loss = loss + 0 * torch.stack([p.sum() for p in self.parameters()]).sum()
+        return {"loss": loss, "nll": nll_B.mean(), "phase": torch.full_like(loss, phase)}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.phase < len(self.encoder):
+            layer = nn.ModuleList([self.encoder[self.phase], self.decoder[-1 - self.phase]])
+            trained = {*layer.parameters(), *(self.likelihood.parameters() if self.phase == 0 else ())}
+            for p in {*self.parameters()} - trained:
+                p.grad = None  # 0 is a gradient too: momentum and weight decay would move on
+
+    def phase_now(self) -> int:
+        """The phase of the trainer's present step."""
+        n_layers = len(self.encoder)
+        if self.phase_epochs:
+            return min(self.trainer.current_epoch // self.phase_epochs, n_layers)
+        steps = known_steps(self.trainer)
+        if math.isinf(steps):
+            raise AezooError("phase_epochs=0 needs a fit with an end: set --trainer.max_epochs, or phase_epochs")
+        return min(self.trainer.global_step // max(1, int(steps) // (2 * n_layers)), n_layers)
+
+    def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+        if self._trainer is not None:
+            self.phase = self.phase_now()
+        return super().begin_step(batch, batch_idx)
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        # its own, so that no CUDA graph of the whole step is taken, which would be that of the first phase for ever
+        return super().training_step(batch, batch_idx)
+
+    def on_fit_end(self) -> None:
+        super().on_fit_end()
+        self.phase = len(self.encoder)

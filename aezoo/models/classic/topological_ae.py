@@ -1,0 +1,124 @@
+"""Topological autoencoder (Moor et al. 2020), https://arxiv.org/abs/1906.00722
+
+Holds the connectivity of a batch's codes to that of its samples. The edges at which components of the growing
+neighbourhoods merge, the persistence pairing pi of dimension 0, are those of the minimum spanning tree of distances A:
+
+    L = -log p(x | g(f(x))) + lambda / N (L_X->Z + L_Z->X)                                   (equations 1 and 2)
+    L_X->Z = 1/2 ||A^X[pi^X] - A^Z[pi^X]||^2     L_Z->X = 1/2 ||A^Z[pi^Z] - A^X[pi^Z]||^2    (equations 3 and 4)
+
+in nats per sample; distances are Euclidean, in both spaces in units of the largest of the batch, so that only their
+ratios matter, and the batch is that of all ranks. The pairing is constant nearly everywhere, so gradients pass through
+the distances alone. lambda = 0 is the plain autoencoder.
+
+Shapes: B batch on this rank, N samples on all ranks, E = N - 1 edges, X data dimensions, D code.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.csgraph import minimum_spanning_tree
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+
+
+def distances(points_ND: Tensor) -> Tensor:
+    """A, Euclidean distances in units of the largest, (N, D) -> (N, N)."""
+    # by differences: a product of matrices would leave equal points apart
+    a_NN = torch.cdist(points_ND, points_ND, compute_mode="donot_use_mm_for_euclid_dist")
+    return a_NN / a_NN.amax().clamp(min=torch.finfo(a_NN.dtype).tiny)
+
+
+# an operator of its own, which a compiler calls as it is
+@torch.library.custom_op("aezoo::pairing", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def pairing(a_NN: Tensor) -> Tensor:
+    """pi, the edges of the minimum spanning tree of distances of at most 1, (N, N) -> (E, 2)."""
+    # SciPy takes 0 for no edge; the tree depends on the order of the distances only
+    weights_NN = np.triu(a_NN.double().cpu().numpy() + 1, 1)
+    tree = minimum_spanning_tree(weights_NN).tocoo()
+    return torch.from_numpy(np.stack([tree.row, tree.col], 1)).to(a_NN.device, torch.long)
+
+
+@pairing.register_fake
+def _(a_NN: Tensor) -> Tensor:
+    return a_NN.new_empty((a_NN.shape[0] - 1, 2), dtype=torch.long)
+
+
+class TopologicalAE(Autoencoder):
+    """Codes that hang together as the samples do; the larger the batch, the more of the data's shape is seen.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        topology: lambda, weight of the topological term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    compares_samples = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        topology: float = 500.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (256,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        if not 0 <= topology < math.inf:
+            raise AezooError(f"topology must be at least 0 and finite, got {topology}")
+        self.topology = topology
+        self.code_shape = (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+
+    @staticmethod
+    def signature_loss(x_NX: Tensor, z_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """L_X->Z and L_Z->X of a batch, each over N."""
+        a_x_NN, a_z_NN = distances(x_NX), distances(z_ND)
+        gap_NN = 0.5 * (a_x_NN - a_z_NN).square()
+        x_to_z_E, z_to_x_E = (gap_NN[tuple(pairing(a_NN.detach()).T)] for a_NN in (a_x_NN, a_z_NN))
+        return x_to_z_E.sum() / len(x_NX), z_to_x_E.sum() / len(x_NX)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_BD = self.encoder(x)
+        nll = self.nll(self.decoder(z_BD), x).mean()
+        x_NX, z_ND = self.of_all_ranks(x.flatten(1)), self.of_all_ranks(z_BD)
+        x_to_z, z_to_x = self.signature_loss(at_least_float32(x_NX), at_least_float32(z_ND))
+        return {"loss": nll + self.topology * (x_to_z + z_to_x), "nll": nll, "x_to_z": x_to_z, "z_to_x": z_to_x}
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        # its own, so that no CUDA graph of the whole step is taken: SciPy works on the host
+        return super().training_step(batch, batch_idx)

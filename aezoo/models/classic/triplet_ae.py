@@ -1,0 +1,126 @@
+"""Autoencoder with a triplet loss on its codes (Schroff et al. 2015), https://arxiv.org/abs/1503.03832
+
+    L = -log p(x | g(z)) + lambda T     z = f(x)
+    T = mean over triplets of max(0, ||z_a - z_p|| - ||z_a - z_n|| + m)
+
+in nats per sample: an anchor a must be nearer to each positive p, another sample of its label, than to a negative n, a
+sample of another label, by the margin m. The distance is not squared (Hermans et al. 2017,
+https://arxiv.org/abs/1703.07737). Triplets are mined in the batch of all ranks:
+
+    all         every triplet
+    active      every triplet that the margin still moves, the others do not count in the mean (Hermans et al. 2017)
+    semi_hard   for each a and p the nearest n that is farther than p, or the farthest n where none is (section 3.2)
+
+Samples without a label (-1) are in no triplet; where there is none T is 0 and this is the plain autoencoder.
+
+Shapes: B batch on this rank, N samples on all ranks, D code; P positives and M negatives are N samples too.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+
+MINING = ("all", "active", "semi_hard")
+
+
+class TripletAE(Autoencoder):
+    """Codes in which the samples of a label lie together; codes and scores never look at labels.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        triplet_weight: lambda, weight of the triplet loss.
+        margin: m, how much farther than the positives the negatives must be.
+        mining: which triplets of a batch count: all, active or semi_hard.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    compares_samples = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        triplet_weight: float = 10.0,
+        margin: float = 1.0,
+        mining: str = "active",
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (256,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        if not 0 <= triplet_weight < math.inf:
+            raise AezooError(f"triplet_weight must be at least 0 and finite, got {triplet_weight}")
+        if not 0 < margin < math.inf:
+            raise AezooError(f"margin must be above 0 and finite, got {margin}")
+        if mining not in MINING:
+            raise AezooError(f"unknown mining {mining!r}: take one of {', '.join(MINING)}")
+        self.triplet_weight, self.margin, self.mining = triplet_weight, margin, mining
+        self.code_shape = (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+
+    def triplets(self, d_BN: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each triplet and whether it counts, from the distances to all samples: two (B, P, M)."""
+        y_N, rows_B = self.of_all_ranks(y_B), torch.arange(len(y_B), device=y_B.device)
+        n = torch.arange(len(y_N), device=y_B.device)
+        other_BN = n != (rows_B + self.own_rank() * len(y_B))[:, None]
+        known_BN = (y_B[:, None] != -1) & (y_N != -1)
+        positive_BN = known_BN & (y_B[:, None] == y_N) & other_BN
+        negative_BN = known_BN & (y_B[:, None] != y_N)
+        d_p_BP1, d_n_B1M = d_BN[:, :, None], d_BN[:, None, :]
+        counts_BPM = positive_BN[:, :, None] & negative_BN[:, None, :]
+        if self.mining == "semi_hard":
+            beyond_BPM = counts_BPM & (d_n_B1M > d_p_BP1)
+            nearest_BP = torch.where(beyond_BPM, d_n_B1M, torch.inf).argmin(2)
+            farthest_B1 = torch.where(negative_BN, d_BN, -torch.inf).argmax(1, keepdim=True)
+            chosen_BP = torch.where(beyond_BPM.any(2), nearest_BP, farthest_B1)
+            counts_BPM = counts_BPM & (chosen_BP[:, :, None] == n)
+        loss_BPM = (d_p_BP1 - d_n_B1M + self.margin).relu() * counts_BPM
+        return loss_BPM, loss_BPM > 0 if self.mining == "active" else counts_BPM
+
+    def triplet_loss(self, z_BD: Tensor, y_B: Tensor) -> Tensor:
+        """This rank's share of T; the mean over ranks is T."""
+        d_BN = torch.cdist(z_BD, self.of_all_ranks(z_BD), compute_mode="donot_use_mm_for_euclid_dist")
+        loss_BPM, counts_BPM = self.triplets(d_BN, y_B)
+        total = loss_BPM.sum((1, 2)).mean()
+        number = self.batch_mean(counts_BPM.sum((1, 2)).to(total.dtype))
+        return total / torch.where(number > 0, number, 1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_BD = self.encoder(x)
+        nll = self.nll(self.decoder(z_BD), x).mean()
+        triplet = torch.zeros_like(nll) if y is None else self.triplet_loss(at_least_float32(z_BD), y)
+        return {"loss": nll + self.triplet_weight * triplet, "nll": nll, "triplet": triplet}

@@ -1,0 +1,72 @@
+"""U-Net autoencoder (Ronneberger et al. 2015), https://arxiv.org/abs/1505.04597
+
+Minimises the reconstruction's negative log-likelihood in nats per sample:
+
+    L = -log p(x | g(f(x)))     f: stages of two convolutions and a pooling     g: stages of a doubling and the two
+
+A U-Net with its skip connections has no code: maps of f reach g beside it, and the finest of them holds all of x. Here
+skip connections stay within f and within g, see `aezoo.nets.unet`: every stage of f feeds the code, the code feeds
+every stage of g, and nothing passes beside it, so that decode needs the code alone.
+"""
+
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+
+
+class UNetAE(Autoencoder):
+    """A U-Net cut at its code, with skip connections on either side.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), any size.
+        latent_dim: size of the code, or its channels if `latent_map` is on.
+        latent_map: the code is a feature map on the grid that the stages leave, instead of a vector.
+        hidden_dims: channels of the encoder's stages, each of which halves the grid; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 32,
+        latent_map: bool = False,
+        hidden_dims: tuple[int, ...] = (16, 32),
+        activation: str = "silu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        self.code_shape = (latent_dim,)
+        if latent_map:
+            self.code_shape = nets.map_shape("unet", self.input_shape, hidden_dims, latent_dim)
+        self.encoder = nets.encoder("unet", self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder("unet", self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        nll_B = self.nll(self.decoder(self.encoder(x)), x)
+        return {"loss": nll_B.mean(), "nll": nll_B.mean()}

@@ -1,0 +1,1 @@
+"""Models that fill in what was masked."""

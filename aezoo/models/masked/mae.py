@@ -1,0 +1,150 @@
+"""Masked autoencoder (He et al. 2021), https://arxiv.org/abs/2111.06377
+
+The encoder sees the visible patches V alone, a light decoder those and mask tokens; the loss is of the masked ones, M:
+
+    L = N/|M| sum_{i in M} -log p(x_i | g_i(f(x_V)))     |M| = floor(ratio N), drawn anew for each sample
+
+in nats per sample: N/|M| makes L the mean over masks of a sum over all patches, whatever the ratio. The Gaussian of
+variance 1/2 is the paper's squared error. With norm_pix x_i is a patch less its mean, divided by its deviation; a head
+estimates both for masked patches, by a squared error of its own (`scale`) whose gradient ends there. The code is of
+the whole sample, a token for each patch. Visible places are not trained: decode hides a part of the tokens at a time
+and takes each patch from where it was hidden, score hides patches likewise from the encoder.
+
+Shapes: B batch, N patches, P values in a patch, D width of a token, V visible patches, K hidden parts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.nets import vit
+
+
+class LightDecoder(nn.Module):
+    """A narrow, shallow transformer on tokens and mask tokens; `dims` are the encoder's width and its own."""
+
+    orders_KN: Tensor
+
+    def __init__(
+        self, patchify: vit.Patchify, masked: int, dims: tuple[int, int], depth: int, act: str, norm_pix: bool
+    ) -> None:
+        super().__init__()
+        self.patchify, self.masked = patchify, masked
+        self.embed, self.positions = nn.Linear(*dims), vit.Positions(patchify.grid, dims[1])
+        self.mask_token = nn.Parameter(0.02 * torch.randn(dims[1]))
+        self.blocks = vit.blocks((dims[1],) * depth, act)
+        self.out = nn.Linear(dims[1], patchify.size)
+        nn.init.xavier_uniform_(self.out.weight, 0.1)
+        nn.init.xavier_uniform_(self.embed.weight, 0.3)
+        self.scale = nn.Linear(dims[1], 2) if norm_pix else None
+        self.register_buffer("orders_KN", vit.fixed_orders(patchify.n, masked), persistent=False)
+
+    def hidden(self, visible_BVD: Tensor, order_BN: Tensor) -> Tensor:
+        """Features of all places from the tokens of the first V of an order, (B, V, D), (B, N) -> (B, N, D')."""
+        tokens_BVD = self.embed(visible_BVD)
+        mask_BMD = self.mask_token.expand(tokens_BVD.shape[0], self.masked, -1).to(tokens_BVD)
+        tokens_BND = vit.unshuffle(torch.cat([tokens_BVD, mask_BMD], dim=1), order_BN)
+        features: Tensor = self.blocks(self.positions(tokens_BND))
+        return features
+
+    def forward(self, z: Tensor) -> Tensor:
+        hidden_BKND = self.hidden(*vit.hide(z.flatten(2).transpose(1, 2), self.orders_KN, self.masked))
+        patches_BKNP = self.out(hidden_BKND)
+        if self.scale is not None:
+            mean_BKN1, deviation_BKN1 = self.scale(hidden_BKND).chunk(2, dim=2)
+            patches_BKNP = mean_BKN1 + deviation_BKN1.clamp(min=0) * patches_BKNP
+        return self.patchify.inverse(vit.average_hidden(patches_BKNP, self.orders_KN, self.masked))
+
+
+class MAE(Autoencoder):
+    """A vision transformer that fills in the larger part of a sample.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), any size of at least two patches.
+        mask_ratio: share of the patches that are masked.
+        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
+        norm_pix: targets are each patch's values less their mean, divided by their standard deviation.
+        width: D, size of a token; the code has one for each patch.
+        depth: blocks of the encoder.
+        decoder_width: size of the decoder's tokens.
+        decoder_depth: blocks of the decoder.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    decoder: LightDecoder
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        mask_ratio: float = 0.75,
+        patch_size: int = 0,
+        norm_pix: bool = False,
+        width: int = 64,
+        depth: int = 4,
+        decoder_width: int = 32,
+        decoder_depth: int = 1,
+        activation: str = "gelu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(1, width=width, depth=depth, decoder_width=decoder_width, decoder_depth=decoder_depth)
+        if norm_pix and self.likelihood.unit_interval:
+            raise AezooError("norm_pix leaves [0, 1]: take likelihood='gaussian', laplace or logcosh with it")
+        patchify = vit.Patchify(self.input_shape, patch_size)
+        self.norm_pix, self.masked = norm_pix, vit.count_masked(patchify.n, mask_ratio)
+        self.code_shape = (width, *patchify.grid)
+        embed = nn.Sequential(patchify, vit.embedding(patchify.size, width), vit.Positions(patchify.grid, width))
+        self.encoder = nn.Sequential(embed, vit.blocks((width,) * depth, activation), vit.ToMap(patchify.grid))
+        self.decoder = LightDecoder(patchify, self.masked, (width, decoder_width), decoder_depth, activation, norm_pix)
+
+    def terms(self, x: Tensor, hidden_BND: Tensor) -> tuple[Tensor, Tensor]:
+        """-log p of each value of the patches, and the squared error of each one's scale: (B, N, P), (B, N, 2)."""
+        real_NP, x_BNP = self.decoder.patchify.real_NP, at_least_float32(self.decoder.patchify(x))
+        scale_BN2 = torch.zeros_like(x_BNP[..., :1])
+        if self.decoder.scale is not None:
+            x_BNP, moments_BN2 = self.decoder.patchify.standardise(x_BNP)
+            scale_BN2 = moments_BN2 - self.decoder.scale(hidden_BND.detach())
+        nll_BNP = self.nll(self.decoder.out(hidden_BND).reshape(-1, 1), x_BNP.reshape(-1, 1)).reshape(x_BNP.shape)
+        return nll_BNP * real_NP, scale_BN2.square()
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        embed, blocks, _ = self.encoder.children()
+        n = self.decoder.patchify.n
+        order_BN = vit.random_order(len(x), n, x.device)
+        visible_BVD = vit.shuffle(embed(x), order_BN[:, : n - self.masked])
+        nll_BNP, scale_BN2 = self.terms(x, self.decoder.hidden(blocks(visible_BVD), order_BN))
+        masked_BN = vit.is_masked(order_BN, self.masked)
+        nll, scale = ((term.sum(2) * masked_BN).sum(1).mean() * n / self.masked for term in (nll_BNP, scale_BN2))
+        return {"loss": nll + scale, "nll": nll} | ({"scale": scale} if self.norm_pix else {})
+
+    def score(self, x: Tensor) -> Tensor:
+        """-log p of each patch in nats where it is hidden from the encoder too, summed, (B, *input_shape) -> (B,)."""
+        embed, blocks, _ = self.encoder.children()
+        visible_BKVD, order_BKN = vit.hide(embed(x), self.decoder.orders_KN, self.masked)
+        hidden_BKND = self.decoder.hidden(blocks(visible_BKVD), order_BKN)
+        nll_BKNP = self.terms(x.repeat_interleave(len(self.decoder.orders_KN), dim=0), hidden_BKND)[0]
+        return vit.average_hidden(nll_BKNP, self.decoder.orders_KN, self.masked).sum((1, 2))

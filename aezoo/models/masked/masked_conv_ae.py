@@ -1,0 +1,100 @@
+"""Masked convolutional autoencoder, context encoder (Pathak et al. 2016), https://arxiv.org/abs/1604.07379
+
+Fills in what is cut out of a sample through a narrow code, by convolutions:
+
+    L = N/|M| sum_{v in M} -log p(x_v | g(f(x~))_v)     x~ = t in the patches M, x elsewhere     |M| = floor(ratio N)
+
+in nats per sample: N/|M| makes L the mean over masks of a sum over all values v, whatever the ratio. t is a learned
+number for each channel, or 0. Patches are drawn by chance, as in SparK (Tian et al. 2023,
+https://arxiv.org/abs/2301.03580), ratio 0.6; but these convolutions are dense and see the cut-out patches as values t.
+
+Code, reconstruction and score are of the whole sample: the decoder does not know what was cut out, so that every place
+of its output is trained.
+
+Shapes: B batch, N patches, P values in a patch.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.nets import vit
+
+
+class MaskedConvAE(Autoencoder):
+    """A convolutional autoencoder that learns to fill in missing patches.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), any size of at least two patches.
+        mask_ratio: share of the patches that are masked.
+        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
+        learned_token: masked values become a learned number for each channel, instead of 0.
+        net: conv, resnet, convnext, conv_keras, vit or mlp.
+        latent_dim: size of the code, or its channels if `latent_map` is on.
+        latent_map: the code is a feature map on the grid that the stages leave, instead of a vector.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        mask_ratio: float = 0.6,
+        patch_size: int = 0,
+        learned_token: bool = True,
+        net: str = "conv",
+        latent_dim: int = 64,
+        latent_map: bool = False,
+        hidden_dims: tuple[int, ...] = (32, 64),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        self.patchify = vit.Patchify(self.input_shape, patch_size)
+        self.masked = vit.count_masked(self.patchify.n, mask_ratio)
+        channels, *grid = self.input_shape
+        self.token = nn.Parameter(torch.zeros(channels, *(1 for _ in grid)), requires_grad=learned_token)
+        self.code_shape = (latent_dim,)
+        if latent_map:
+            self.code_shape = nets.map_shape(net, self.input_shape, hidden_dims, latent_dim)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Which values of each sample are masked, by chance in whole patches: (B, *input_shape), boolean."""
+        order_BN = vit.random_order(len(x), self.patchify.n, x.device)
+        masked_BN = vit.is_masked(order_BN, self.masked)
+        return self.patchify.inverse(masked_BN[..., None].expand(-1, -1, self.patchify.size))
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        masked = self.mask(x)
+        params = self.decoder(self.encoder(torch.where(masked, self.token.to(x.dtype), x)))
+        of_value = self.nll(params.reshape(-1, 1), x.reshape(-1, 1)).reshape(x.shape)
+        nll = (of_value * masked).flatten(1).sum(1).mean() * (self.patchify.n / self.masked)
+        return {"loss": nll, "nll": nll}

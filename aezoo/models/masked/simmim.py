@@ -1,0 +1,114 @@
+"""SimMIM, a simple framework for masked image modelling (Xie et al. 2021), https://arxiv.org/abs/2111.09886
+
+Mask tokens take the place of the masked patches M and go through the encoder; one linear layer reads patches off it:
+
+    L = N/|M| sum_{i in M} -log p(x_i | W f(x with mask tokens at M)_i + b)     |M| = floor(ratio N), for each sample
+
+in nats per sample: N/|M| makes L the mean over masks of a sum over all patches, whatever the ratio. The Laplace density
+of scale 1 is the paper's |x - x_hat|, but for a constant.
+
+The code is of the whole sample, without mask tokens, a token for each patch. W is trained on masked patches alone and
+says little about what a visible token holds, so decode has a linear layer of its own. It learns to read visible patches
+from tokens of training (`readout`, squared error), and its gradient ends there: it moves nothing else. score hides the
+patches from the encoder, a part at a time.
+
+Shapes: B batch, N patches, P values in a patch, D width of a token, K hidden parts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.nets import vit
+
+
+class SimMIM(Autoencoder):
+    """A vision transformer that fills in masked patches by itself, without a decoder.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), any size of at least two patches.
+        mask_ratio: share of the patches that are masked.
+        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
+        width: D, size of a token; the code has one for each patch.
+        depth: blocks of the encoder.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    orders_KN: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        mask_ratio: float = 0.6,
+        patch_size: int = 0,
+        width: int = 64,
+        depth: int = 4,
+        activation: str = "gelu",
+        likelihood: str = "laplace",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if min(width, depth) < 1:
+            raise AezooError(f"width and depth must be at least 1, got {width} and {depth}")
+        self.patchify = vit.Patchify(self.input_shape, patch_size)
+        self.masked = vit.count_masked(self.patchify.n, mask_ratio)
+        self.code_shape = (width, *self.patchify.grid)
+        embed = nn.Sequential(self.patchify, vit.embedding(self.patchify.size, width))
+        blocks = nn.Sequential(vit.Positions(self.patchify.grid, width), vit.blocks((width,) * depth, activation))
+        self.encoder = nn.Sequential(embed, blocks, vit.ToMap(self.patchify.grid))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(width))
+        self.head = nn.Linear(width, self.patchify.size)
+        readout = nn.Linear(width, self.patchify.size)
+        self.decoder = nn.Sequential(vit.ToTokens(), readout, vit.Unpatchify(self.patchify))
+        self.register_buffer("orders_KN", vit.fixed_orders(self.patchify.n, self.masked), persistent=False)
+
+    def tokens(self, x: Tensor, masked_BN: Tensor) -> Tensor:
+        """What the encoder makes of samples and mask tokens, (B, *input_shape), (B, N) -> (B, N, D)."""
+        embed, blocks, _ = self.encoder.children()
+        tokens_BND: Tensor = blocks(torch.where(masked_BN[..., None], self.mask_token, embed(x)))
+        return tokens_BND
+
+    def nll_of(self, params_BNP: Tensor, x: Tensor) -> Tensor:
+        """-log p of each patch in nats, (B, N, P), (B, *input_shape) -> (B, N)."""
+        x_BNP = at_least_float32(self.patchify(x))
+        nll_BNP = self.nll(params_BNP.reshape(-1, 1), x_BNP.reshape(-1, 1)).reshape(x_BNP.shape)
+        return (nll_BNP * self.patchify.real_NP).sum(2)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        n = self.patchify.n
+        masked_BN = vit.is_masked(vit.random_order(len(x), n, x.device), self.masked)
+        tokens_BND = self.tokens(x, masked_BN)
+        nll = (self.nll_of(self.head(tokens_BND), x) * masked_BN).sum(1).mean() * (n / self.masked)
+        _, linear, _ = self.decoder.children()
+        readout_BN = self.nll_of(linear(tokens_BND.detach()), x) * ~masked_BN
+        readout = readout_BN.sum(1).mean() * (n / (n - self.masked))
+        return {"loss": nll + readout, "nll": nll, "readout": readout}
+
+    def score(self, x: Tensor) -> Tensor:
+        """-log p of each patch in nats where it is hidden, summed, (B, *input_shape) -> (B,)."""
+        masked_KN = vit.is_masked(self.orders_KN, self.masked)
+        x_BK = x.repeat_interleave(len(masked_KN), dim=0)
+        nll_BKN = self.nll_of(self.head(self.tokens(x_BK, masked_KN.repeat(len(x), 1))), x_BK)
+        return vit.average_hidden(nll_BKN[..., None], self.orders_KN, self.masked).sum((1, 2))

@@ -1,0 +1,1 @@
+"""Deterministic codes whose distribution is shaped, so that they can be drawn."""

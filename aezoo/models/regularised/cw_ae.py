@@ -1,0 +1,133 @@
+"""Cramer-Wold autoencoder (Knop et al. 2018), https://arxiv.org/abs/1805.09235
+
+    L = E[-log p(x | g(z))] + lam log d^2(q(z), p(z))     z = f(x), p(z) = N(0, I)
+    d^2 = E_v[ integral (sum_n N(t; v'z_n, c) / N - N(t; 0, 1 + c))^2 dt ]     |v| = 1, c = (4 / (3 N))^(2/5)
+
+in nats per sample: the codes and the prior, both blurred by a Gaussian of variance c (Silverman's rule) and projected
+on a line, have densities whose squared difference is averaged over all lines. It has a closed form:
+
+    2 sqrt(pi) d^2 = sum_nm phi(||z_n - z_m||^2 / 4 c) / N^2 c^1/2 + (1 + c)^-1/2
+                     - 2 sum_n phi(||z_n||^2 / (2 + 4 c)) / N (c + 1/2)^1/2
+    phi(s) = 1F1(1/2; D/2; -s) = E_v[exp(-s v_1^2)]     ~ (1 + 4 s / (2 D - 3))^-1/2 for D >= 20
+
+so nothing is drawn. The codes are those of the batch, over all ranks; c, and so the value, depends on how many.
+
+Shapes: B batch on this rank, N samples on all ranks, D code.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.divergences import squared_distances
+from aezoo.errors import AezooError
+from aezoo.models.regularised.wae_mmd import WAEMMD
+
+# where the integral turns into its asymptotic series: 16 nodes and 16 terms meet there to thirteen digits
+_FAR, _TERMS = 30.0, 16
+
+
+def kummer(d: int) -> tuple[list[tuple[float, float]], list[float]]:
+    """What gives 1F1(1/2; d/2; -s) its values.
+
+    Returns:
+        nodes u = v_1^2 and weights of E[exp(-s u)], for small s.
+        coefficients of s^-1/2, s^-3/2, ... for large s (https://dlmf.nist.gov/13.7.E2).
+    """
+    from scipy.special import poch, rgamma, roots_jacobi
+
+    b, k = d / 2, range(_TERMS)
+    series = [float(poch(0.5, i) * poch(1.5 - b, i) / math.factorial(i) * math.gamma(b) * rgamma(b - 0.5)) for i in k]
+    if d == 1:
+        return [(1.0, 1.0)], series
+    # u of a random direction is Beta(1/2, (d - 1)/2)
+    nodes, weights = roots_jacobi(_TERMS, (d - 3) / 2, -0.5)
+    return [(float((1 + x) / 2), float(w / weights.sum())) for x, w in zip(nodes, weights, strict=True)], series
+
+
+class CWAE(WAEMMD):
+    """Deterministic codes that are held at a standard normal prior by their Cramer-Wold distance, in closed form.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        cw_weight: lam, weight of the logarithm of the distance between all codes and the prior, 1 in the paper.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    compares_samples = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        cw_weight: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if not 0 <= cw_weight < math.inf:
+            raise AezooError(f"cw_weight must be at least 0 and finite, got {cw_weight}")
+        del self.mmd_weight, self.kernel, self.kernel_scales, self.unbiased
+        self.cw_weight = cw_weight
+        self._quadrature, self._series = kummer(latent_dim)
+
+    def phi(self, s: Tensor) -> Tensor:
+        """1F1(1/2; D/2; -s), elementwise, s at least 0; by its asymptotics for D of 20 and more."""
+        d = self.code_shape[0]
+        if d >= 20:
+            return (1 + 4 * s / (2 * d - 3)).rsqrt()
+        near, far = s.clamp(max=_FAR), s.clamp(min=_FAR)
+        integral, series = torch.zeros_like(s), torch.zeros_like(s)
+        for u, w in self._quadrature:
+            integral = integral + w * torch.exp(-u * near)
+        for c in reversed(self._series):
+            series = series / far + c
+        return torch.where(s < _FAR, integral, series * far.rsqrt())
+
+    def distance(self, z_BD: Tensor) -> Tensor:
+        """d^2 between the codes of all ranks and the prior, the same on each: (B, D) -> ()."""
+        z_ND = self.of_all_ranks(z_BD)
+        c = (4 / (3 * len(z_ND))) ** 0.4
+        within_B = self.phi(squared_distances(z_BD, z_ND) / (4 * c)).mean(1) / c**0.5
+        across_B = self.phi((z_BD**2).sum(1) / (2 + 4 * c)) / (c + 0.5) ** 0.5
+        return (self.batch_mean(within_B - 2 * across_B) + (1 + c) ** -0.5) / (2 * math.sqrt(math.pi))
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_BD = at_least_float32(self.encoder(x))
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        # rounding, or the asymptotics, may take what is nearly 0 below it
+        log_cw = torch.log(self.distance(z_BD).clamp(min=1e-8))
+        return {"loss": nll + self.cw_weight * log_cw, "nll": nll, "log_cw": log_cw}

@@ -1,0 +1,148 @@
+"""DAGMM, a deep autoencoding Gaussian mixture model (Zong et al. 2018), https://openreview.net/forum?id=BJJLHbb0-
+
+    L = -log p(x | xhat) + lambda_1 E(z) + lambda_2 sum_k sum_j 1 / Sigma_kjj
+    z = [z_c, ||x - xhat|| / ||x||, x'xhat / (||x|| ||xhat||)]     z_c = f(x)     xhat = g(z_c)
+    E(z) = -log sum_k phi_k N(z | mu_k, Sigma_k)                                               (equation 6)
+    phi_k, mu_k, Sigma_k: share, mean and covariance of the z_i of a batch, with weights gamma_i = softmax(MLN(z_i))
+
+in nats per sample; with the plain Gaussian likelihood -log p is the paper's squared error but for a constant. Batches
+are those of all ranks.
+
+The score is the energy. In evaluation phi, mu and Sigma are those of about the last 20 training batches: let the
+learning rate end low (lr_schedule cosine), else the codes have moved on since. The diagonal of Sigma_k is raised by
+1e-6 and by its rounding. A root mean square below 1e-3 of a sample counts as 1e-3 in distance and cosine.
+
+Shapes: B batch, D bottleneck, Z = D + 2, K components.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import gaussians, nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+
+_JITTER, _LEAST_RMS, _MOMENTUM = 1e-6, 1e-3, 0.05
+
+
+class DAGMM(Autoencoder):
+    """An autoencoder whose codes and errors follow a mixture of Gaussians; what is unlikely under it is strange.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code; 1 or 2 in the paper.
+        n_components: K, Gaussians of the mixture.
+        energy_weight: lambda_1, weight of the energy.
+        covariance_weight: lambda_2, weight of the inverse variances.
+        estimation_dim: width of the hidden layer of MLN, which assigns samples to Gaussians.
+        dropout: share of that layer that is left out in training.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    phi_K: Tensor
+    mu_KZ: Tensor
+    sigma_KZZ: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 8,
+        n_components: int = 4,
+        energy_weight: float = 0.1,
+        covariance_weight: float = 0.005,
+        estimation_dim: int = 10,
+        dropout: float = 0.5,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (256,),
+        activation: str = "tanh",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(1, latent_dim=latent_dim, n_components=n_components, estimation_dim=estimation_dim)
+        at_least(0, energy_weight=energy_weight, covariance_weight=covariance_weight)
+        if not 0 <= dropout < 1:
+            raise AezooError(f"dropout must be at least 0 and below 1, got {dropout}")
+        self.energy_weight, self.covariance_weight = energy_weight, covariance_weight
+        self.code_shape, z_dim = (latent_dim,), latent_dim + 2
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        hidden = (nn.Linear(z_dim, estimation_dim), nn.Tanh(), nn.Dropout(dropout))
+        self.estimation = nn.Sequential(*hidden, nn.Linear(estimation_dim, n_components))
+        # next to no weight, so that the first training batch takes their place
+        self.register_buffer("phi_K", torch.full((n_components,), 1e-6 / n_components))
+        self.register_buffer("mu_KZ", torch.zeros(n_components, z_dim))
+        self.register_buffer("sigma_KZZ", torch.eye(z_dim).repeat(n_components, 1, 1))
+
+    def features(self, z_c_BD: Tensor, x: Tensor, x_hat: Tensor) -> Tensor:
+        """z, the code beside how far off and how much alike sample and reconstruction are, (B, Z)."""
+        x_BX, x_hat_BX = at_least_float32(x).flatten(1), at_least_float32(x_hat).flatten(1)
+        least = _LEAST_RMS * math.sqrt(x_BX.shape[1])
+        norm_B, norm_hat_B = (v_BX.norm(dim=1).clamp(min=least) for v_BX in (x_BX, x_hat_BX))
+        distance_B = (x_BX - x_hat_BX).norm(dim=1) / norm_B
+        cosine_B = (x_BX * x_hat_BX).sum(1) / (norm_B * norm_hat_B)
+        return torch.cat([at_least_float32(z_c_BD), distance_B[:, None], cosine_B[:, None]], 1)
+
+    def mixture(self, z_BZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shares, means and covariances of a batch (equation 5): (B, Z) -> (K,), (K, Z), (K, Z, Z)."""
+        gamma_BK = at_least_float32(self.estimation(z_BZ.to(next(self.estimation.parameters()).dtype))).softmax(1)
+        phi_K = self.batch_mean(gamma_BK).clamp(min=1e-12)
+        share_BK = gamma_BK / phi_K
+        mu_KZ = self.batch_mean(share_BK[..., None] * z_BZ[:, None])
+        off_BKZ = z_BZ[:, None] - mu_KZ
+        return phi_K, mu_KZ, self.batch_mean(share_BK[..., None, None] * off_BKZ[..., None] * off_BKZ[:, :, None])
+
+    def energy(self, z_BZ: Tensor, phi_K: Tensor, mu_KZ: Tensor, sigma_KZZ: Tensor) -> Tensor:
+        """-log sum_k phi_k N(z | mu_k, Sigma_k), (B, Z) -> (B,)."""
+        return -gaussians.mixture_log_density(z_BZ, phi_K, mu_KZ, sigma_KZZ, _JITTER)
+
+    def remember(self, phi_K: Tensor, mu_KZ: Tensor, sigma_KZZ: Tensor) -> None:
+        """Pool a batch, of weight 1/20, with those before it."""
+        gaussians.pool_((self.phi_K, self.mu_KZ, self.sigma_KZZ), (phi_K, mu_KZ, sigma_KZZ), _MOMENTUM)
+
+    def remembered(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What evaluation takes for shares, means and covariances."""
+        return self.phi_K / self.phi_K.sum(), self.mu_KZ, self.sigma_KZZ
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_c_BD = self.encode(x)
+        params = self.decoder(z_c_BD)
+        z_BZ = self.features(z_c_BD, x, self.likelihood.mean(params))
+        mixture = self.mixture(z_BZ) if self.training else self.remembered()
+        if self.training:
+            self.remember(*mixture)
+        nll, energy = self.nll(params, x).mean(), self.energy(z_BZ, *mixture).mean()
+        inverse = (1 / (at_least_float32(mixture[2]).diagonal(dim1=1, dim2=2) + _JITTER)).sum()
+        loss = nll + self.energy_weight * energy + self.covariance_weight * inverse
+        return {"loss": loss, "nll": nll, "energy": energy, "inverse_variances": inverse}
+
+    def score(self, x: Tensor) -> Tensor:
+        """The energy, E(z), in nats: (B, *input_shape) -> (B,)."""
+        z_c_BD = self.encode(x)
+        return self.energy(self.features(z_c_BD, x, self.decode(z_c_BD)), *self.remembered())

@@ -1,0 +1,150 @@
+"""GANomaly (Akcay et al. 2018), https://arxiv.org/abs/1805.06725
+
+    L_G = -log p(x | xhat) + w_adv X ||f(x) - f(xhat)||^2 / F + w_enc X ||z - zhat||^2 / D
+    z = G_E(x)     xhat = G_D(z)     zhat = E(xhat)
+    L_D = -log D(x) - log(1 - D(xhat))              f the last hidden layer of D
+
+in nats per sample. With the Laplace likelihood -log p is ||x - xhat||_1 and a constant. The authors' code has means
+over values where norms stand here, and weights 50, 1, 1: L_G is X / 50 times that, so w_adv = w_enc = 1/50 are theirs.
+The F numbers of f have mean 0 and variance 1, in place of batch normalisation: with neither, the discriminator chooses
+the scale of the second term.
+
+The players are the generator, G_E, G_D and E, and the discriminator D; no loss passes a gradient to the other's
+parameters. L_G is the value of `loss`, L_D the term `discriminator`: 2 log 2 where the two kinds cannot be told apart.
+
+The score is ||z - zhat||_2, as in the authors' code (the paper writes the 1-norm), of a sample by itself: scaled to
+[0, 1] by the least and the largest of a test set, as there, it would depend on the other samples, and no threshold
+would hold for more of them. On industrial photographs frozen features are far ahead, see `aezoo detect --features`.
+
+Shapes: B batch, X data dimensions, D code, F features.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.limits import at_least
+from aezoo.nets.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+
+
+class Discriminator(nn.Module):
+    """Features of mean 0 and variance 1 for each sample, and the log-odds that it is real: (B, F), (B, 1)."""
+
+    def __init__(self, body: nn.Module, n_features: int) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Sequential(nn.LeakyReLU(0.2), nn.Linear(n_features, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.body(x)
+        f_BF = F.layer_norm(found, found.shape[1:])
+        return f_BF, at_least_float32(self.head(f_BF))
+
+
+class GANomaly(Autoencoder):
+    """Encoder, decoder and a second encoder; what the second one does not find again in the output is strange.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        adv_weight: weight of the discriminator's features.
+        enc_weight: weight of the codes' distance.
+        discriminator_dims: widths of the discriminator's hidden layers (mlp) or channels of its stages, the last one
+            the number of its features. Empty: hidden_dims, or 64.
+        discriminator_lr: learning rate of the discriminator; an optimiser with moments has betas 0.5 and 0.999 for it.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer, of all networks.
+        hidden_dims: widths of the encoders' layers (mlp) or channels of their stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate of the generator.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        adv_weight: float = 0.02,
+        enc_weight: float = 0.02,
+        discriminator_dims: tuple[int, ...] = (),
+        discriminator_lr: float = 1e-4,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (256,),
+        activation: str = "leaky_relu",
+        likelihood: str = "laplace",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, adv_weight=adv_weight, enc_weight=enc_weight)
+        check_discriminator(discriminator_dims, discriminator_lr)
+        self.adv_weight, self.enc_weight, self.discriminator_lr = adv_weight, enc_weight, discriminator_lr
+        self.code_shape = (latent_dim,)
+        self.encoder, self.second_encoder = (
+            nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation) for _ in range(2)
+        )
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
+        stages = dims[:-1] if net == "mlp" else dims
+        body = nets.encoder(net, self.input_shape, dims[-1:], stages, activation)
+        self.discriminator = Discriminator(body, dims[-1])
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return two_groups(self, betas=(0.5, 0.999))  # section 4
+
+    def gap(self, z_BD: Tensor, x_hat: Tensor) -> Tensor:
+        """||z - zhat||^2, (B, D), (B, *shape) -> (B,)."""
+        return at_least_float32(z_BD - self.second_encoder(x_hat)).square().sum(1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_BD = self.encode(x)
+        params = self.decoder(z_BD)
+        x_hat = self.likelihood.mean(params).to(x.dtype)
+
+        # for the discriminator's step
+        both, t = self.discriminator(torch.cat([x, x_hat.detach()]))
+        t_real, t_fake = t.chunk(2)
+        discriminator = F.softplus(-t_real).mean() + F.softplus(t_fake).mean()
+
+        # for the generator's step, to which the discriminator is a constant
+        f_hat_BF, _ = frozen(self.discriminator, x_hat)
+        f_BF = both[: len(x)].detach()
+        nll = self.nll(params, x).mean()
+        x_dim = math.prod(self.input_shape)
+        adversarial = x_dim * at_least_float32(f_BF - f_hat_BF).square().mean()
+        encoding = x_dim * self.gap(z_BD, x_hat).mean() / self.code_shape[0]
+        generator = nll + self.adv_weight * adversarial + self.enc_weight * encoding
+        return {
+            "loss": generator + gradient_alone(discriminator),
+            "nll": nll,
+            "adversarial": adversarial,
+            "encoding": encoding,
+            "discriminator": discriminator,
+        }
+
+    def score(self, x: Tensor) -> Tensor:
+        """||z - zhat||, (B, *input_shape) -> (B,)."""
+        z_BD = self.encode(x)
+        return self.gap(z_BD, self.decode(z_BD).to(x.dtype)).sqrt()

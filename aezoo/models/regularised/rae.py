@@ -1,0 +1,150 @@
+"""RAE, regularised autoencoder (Ghosh et al. 2020), https://arxiv.org/abs/1903.12436
+
+    L = E[-log p(x | g(z))] + beta 1/2 ||z||^2 + lam R     z = f(x)     (section 3)
+    R = ||theta_g||^2 (l2), ||dg/dz||_F^2 (gp), or 0
+
+in nats per sample: a VAE's noise, which makes its decoder smooth, is replaced by a regulariser of the decoder. With sn
+there is no term: each weight W of the decoder is divided by its largest singular value (Miyato et al. 2018,
+https://arxiv.org/abs/1802.05957), of a convolution that of its kernel as a matrix. The singular vector is found anew
+after every step, from where it was; that of before the step, as in `torch.nn.utils`, left 1.16 in a run on MNIST.
+
+gp is the Jacobian of the reconstruction, ||W||_F^2 for a linear decoder, estimated as E ||J' v||^2, v ~ N(0, I), by one
+draw for each sample (Hutchinson 1989, https://doi.org/10.1080/03610918908812806). The authors' code takes the gradient
+of the sum of g^2, which is 2 J' g.
+
+There is no prior: one is fitted to the codes after training, `aezoo generate --prior gmm` (section 4).
+
+Shapes: B batch, D code; O outputs and I inputs of a layer, K vectors.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vjp
+from torch.nn.functional import normalize
+from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+
+REGULARISERS = ("l2", "gp", "sn", "none")
+# products with W'W in each search; in a run on MNIST 10 of them left norms of 1.005, 16 of 1.0008
+_PRODUCTS = 16
+
+
+class SpectralNorm(nn.Module):
+    """W -> W / ||W||_2, with ||W||_2 = ||W v||, v the first right singular vector of W as a matrix."""
+
+    v_I: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("v_I", normalize(torch.randn(weight[0].numel()), dim=0))
+        for _ in range(10):
+            self.search(weight)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        norm = (at_least_float32(weight).flatten(1) * self.v_I).sum(1).norm()  # autocast would round W v
+        return weight / norm.clamp(min=1e-12).to(weight.dtype)
+
+    @torch.no_grad()
+    def search(self, weight: Tensor) -> None:
+        """Find v in the Krylov space that starts at the last one."""
+        W_OI = at_least_float32(weight).flatten(1).nan_to_num()  # weights that have diverged are for others to report
+        space = [at_least_float32(self.v_I)]
+        for _ in range(_PRODUCTS):
+            space.append(normalize(W_OI.T @ (W_OI @ space[-1]), dim=0))
+        basis_IK = torch.linalg.qr(torch.stack(space, 1)).Q
+        self.v_I.copy_(basis_IK @ torch.linalg.svd(W_OI @ basis_IK, full_matrices=False).Vh[0])
+
+
+class RAE(Autoencoder):
+    """Deterministic codes near 0 and a decoder that is smooth, so that codes can be drawn from a density fitted later.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        beta: weight of half of the code's squared norm.
+        regulariser: of the decoder: l2 (of its parameters), gp (of its Jacobian), sn (spectral norm) or none.
+        regulariser_weight: lam, weight of l2 or gp.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        beta: float = 1e-4,
+        regulariser: str = "l2",
+        regulariser_weight: float = 1e-7,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        if not (0 <= beta < math.inf and 0 <= regulariser_weight < math.inf):
+            raise AezooError(f"beta and regulariser_weight must be at least 0 and finite: {beta}, {regulariser_weight}")
+        if regulariser not in REGULARISERS:
+            raise AezooError(f"regulariser takes {', '.join(REGULARISERS)}, got {regulariser!r}")
+        self.beta, self.regulariser, self.regulariser_weight = beta, regulariser, regulariser_weight
+        self.code_shape = (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        layers = [m for m in self.decoder.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
+        for layer in layers if regulariser == "sn" else []:
+            register_parametrization(layer, "weight", SpectralNorm(layer.weight))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        for held in self.decoder.modules():
+            if isinstance(held, ParametrizationList):
+                held[0].search(held.original)  # type: ignore[operator]
+
+    def jacobian_norm(self, z_BD: Tensor) -> Tensor:
+        """An unbiased estimate of ||dg/dz||_F^2 of each sample, (B, D) -> (B,)."""
+        g, pullback, *_ = vjp(self.decode, z_BD)
+        Jv_BD: Tensor = pullback(torch.randn_like(g))[0]
+        return at_least_float32(Jv_BD).square().sum(1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_BD = self.encoder(x)
+        nll = self.nll(self.decoder(z_BD), x).mean()
+        code = 0.5 * at_least_float32(z_BD).square().sum(1).mean()
+        terms = {"loss": nll + self.beta * code, "nll": nll, "code": code}
+        if self.regulariser == "l2":
+            terms["l2"] = torch.stack([at_least_float32(p).square().sum() for p in self.decoder.parameters()]).sum()
+        if self.regulariser == "gp":
+            terms["gp"] = self.jacobian_norm(z_BD).mean()
+        if self.regulariser in terms:
+            terms["loss"] = terms["loss"] + self.regulariser_weight * terms[self.regulariser]
+        return terms

@@ -1,0 +1,96 @@
+"""Sliced Wasserstein autoencoder (Kolouri et al. 2018), https://arxiv.org/abs/1804.01947
+
+    L = E[-log p(x | g(z))] + lam SW(q(z), p(z))     z = f(x), p(z) = N(0, I)
+    SW = E_v[ W(v'z, v'p) ]     |v| = 1, p ~ p(z)     W = 1/N sum_n ((v'z)_(n) - (v'p)_(n))^2
+
+in nats per sample. On a line the squared 2-Wasserstein distance of two sets pairs the n-th smallest of one with the
+n-th smallest of the other; SW is its mean over random directions v (algorithm 1). Between N(m, I) and N(0, I) it is
+||m||^2 / D. Codes are those of the batch, over all ranks, against as many draws from the prior, in the same directions
+on every rank; the distance of two finite sets of one distribution is above 0, and falls with N.
+
+Shapes: B batch on this rank, N samples on all ranks, D code, V directions.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.errors import AezooError
+from aezoo.models.regularised.wae_mmd import WAEMMD
+
+
+class SWAE(WAEMMD):
+    """Deterministic codes that are held at a standard normal prior by their Wasserstein distance along random lines.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        sw_weight: lam, weight of the distance between all codes and the prior.
+        n_projections: V, number of random directions.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        sw_weight: float = 10.0,
+        n_projections: int = 50,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if not 0 <= sw_weight < math.inf:
+            raise AezooError(f"sw_weight must be at least 0 and finite, got {sw_weight}")
+        if not 1 <= n_projections <= 100_000:
+            raise AezooError(f"n_projections must lie between 1 and 100000, got {n_projections}")
+        del self.mmd_weight, self.kernel, self.kernel_scales, self.unbiased
+        self.sw_weight, self.n_projections = sw_weight, n_projections
+
+    def sliced_wasserstein(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
+        """SW between the codes and draws from the prior, over all ranks, the same on each: (B, D), (B, D) -> ()."""
+        v_VD = torch.randn(self.n_projections, z_BD.shape[1], device=z_BD.device, dtype=z_BD.dtype)
+        v_VD = normalize(self.of_all_ranks(v_VD)[: self.n_projections])  # those of the first rank
+        z_ND, prior_ND = self.of_all_ranks(z_BD), self.of_all_ranks(prior_BD)
+        with torch.autocast(z_BD.device.type, enabled=False):  # it would round the products to half precision
+            along_VN, prior_VN = v_VD @ z_ND.T, v_VD @ prior_ND.T
+        return (along_VN.sort().values - prior_VN.sort().values).square().mean()
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_BD = at_least_float32(self.encoder(x))
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        sw = self.sliced_wasserstein(z_BD, torch.randn_like(z_BD))
+        return {"loss": nll + self.sw_weight * sw, "nll": nll, "sw": sw}

@@ -1,0 +1,131 @@
+"""WAE-GAN, Wasserstein autoencoder (Tolstikhin et al. 2018), https://arxiv.org/abs/1711.01558
+
+    L = E[-log p(x | g(z))] - lam E[log D(z)]     z = f(x), or z ~ N(mu(x), diag sigma(x)^2)
+    L_D = -E[log D(p)] - E[log(1 - D(z))]     p ~ p(z) = N(0, I), D = sigmoid(t)     (algorithm 1)
+
+in nats per sample: the discriminator D tells codes from draws from the prior, and the encoder makes codes that it takes
+for such draws. Where the two have one distribution the best D is 1/2 everywhere, L_D is 2 log 2 and -log D(z) is log 2.
+
+Each of the two losses trains its own parameters alone, and both players step at once. L is the value of `loss`,
+-E[log D(z)] the term `adversarial`, L_D the term `discriminator`. With likelihood gaussian -log p is the squared error
+of the paper and a constant.
+
+Shapes: B batch, D code.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.limits import at_least
+from aezoo.nets.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+
+
+class WAEGAN(Autoencoder):
+    """Codes that a discriminator cannot tell from draws from a standard normal prior.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        adversarial_weight: lam, weight of what the discriminator makes of the codes.
+        gaussian_posterior: codes are drawn from N(mu(x), diag sigma(x)^2) in training, in place of z = f(x).
+        discriminator_dims: widths of the discriminator's hidden layers, four of 512 in the paper.
+        discriminator_lr: learning rate of the discriminator; an optimiser with moments has betas 0.5 and 0.999 for it.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate of encoder and decoder.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    has_prior = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        adversarial_weight: float = 10.0,
+        gaussian_posterior: bool = False,
+        discriminator_dims: tuple[int, ...] = (256, 256),
+        discriminator_lr: float = 5e-4,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, adversarial_weight=adversarial_weight)
+        check_discriminator(discriminator_dims, discriminator_lr)
+        self.adversarial_weight, self.gaussian_posterior = adversarial_weight, gaussian_posterior
+        self.discriminator_lr = discriminator_lr
+        self.code_shape = (latent_dim,)
+        code_dim = 2 * latent_dim if gaussian_posterior else latent_dim
+        self.encoder = nets.encoder(net, self.input_shape, (code_dim,), hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        layers: list[nn.Module] = []
+        dims = (latent_dim, *discriminator_dims)
+        for n_in, n_out in pairwise(dims):
+            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+        self.discriminator = nn.Sequential(*layers, nn.Linear(dims[-1], 1))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return two_groups(self, betas=(0.5, 0.999))
+
+    def encode(self, x: Tensor) -> Tensor:
+        mu_BD: Tensor = self.encoder(x)[:, : self.code_shape[0]]
+        return mu_BD
+
+    def draw(self, x: Tensor) -> Tensor:
+        """A code of each sample, drawn where there is a posterior, (B, *input_shape) -> (B, D)."""
+        z_BD = at_least_float32(self.encoder(x))
+        if not self.gaussian_posterior:
+            return z_BD
+        mu_BD, log_var_BD = z_BD.chunk(2, dim=1)
+        return mu_BD + torch.exp(0.5 * log_var_BD.clamp(-30, 20)) * torch.randn_like(mu_BD)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_BD = self.draw(x)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        # the encoder's step sees the discriminator as a constant, the discriminator's step the codes
+        t_z = at_least_float32(frozen(self.discriminator, z_BD.to(x.dtype)))
+        adversarial = F.softplus(-t_z).mean()
+        codes = torch.cat([torch.randn_like(z_BD), z_BD.detach()])
+        t_prior, t_code = at_least_float32(self.discriminator(codes.to(x.dtype))).chunk(2)
+        discriminator = F.softplus(-t_prior).mean() + F.softplus(t_code).mean()
+        return {
+            "loss": nll + self.adversarial_weight * adversarial + gradient_alone(discriminator),
+            "nll": nll,
+            "adversarial": adversarial,
+            "discriminator": discriminator,
+        }
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        weight = next(self.decoder.parameters())
+        return self.decode(torch.randn(n, *self.code_shape, device=weight.device, dtype=weight.dtype))

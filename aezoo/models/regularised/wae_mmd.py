@@ -1,0 +1,116 @@
+"""WAE-MMD, Wasserstein autoencoder (Tolstikhin et al. 2018), https://arxiv.org/abs/1711.01558
+
+    L = E[-log p(x | g(z))] + lam MMD(q(z), p(z))     z = f(x), p(z) = N(0, I)     (algorithm 2)
+    MMD = E[k(z, z')] + E[k(p, p')] - 2 E[k(z, p)]     z, z' ~ q(z), p, p' ~ p(z)
+    k(a, b) = sum_s C / (C + ||a - b||^2) or sum_s exp(-||a - b||^2 / C)     C = 2 D s
+
+in nats per sample: codes are not noisy, and only all of them together are held at the prior. With likelihood gaussian
+-log p is the squared error of the paper and a constant; 2 D is the expected squared distance of two draws from the
+prior, and the seven scales s are those of the authors' code, https://github.com/tolstikhin/wae.
+
+The MMD is taken between the codes of the batch, over all ranks, and as many draws from the prior, see
+`aezoo.divergences.mmd`: the V-statistic, or with `unbiased` the U-statistic of algorithm 2, which may be negative.
+
+Shapes: B batch on this rank, N samples on all ranks, D code.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from aezoo import divergences, nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+
+KERNELS = ("inverse_multiquadratic", "rbf")
+
+
+class WAEMMD(Autoencoder):
+    """Deterministic codes that are held at a standard normal prior, all together, by their maximum mean discrepancy.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        mmd_weight: lam, weight of the distance between all codes and the prior.
+        kernel: inverse_multiquadratic or rbf.
+        kernel_scales: s, widths of the kernels that are added up, in squared units of the distance between two draws.
+        unbiased: take the U-statistic in place of the V-statistic.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    has_prior = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        mmd_weight: float = 10.0,
+        kernel: str = "inverse_multiquadratic",
+        kernel_scales: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
+        unbiased: bool = False,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        if not 0 <= mmd_weight < math.inf:
+            raise AezooError(f"mmd_weight must be at least 0 and finite, got {mmd_weight}")
+        if kernel not in KERNELS:
+            raise AezooError(f"kernel takes {' or '.join(KERNELS)}, got {kernel!r}")
+        if not kernel_scales or not all(0 < s < math.inf for s in kernel_scales):
+            raise AezooError(f"kernel_scales must be one or more numbers above 0, got {tuple(kernel_scales)}")
+        self.mmd_weight, self.kernel, self.unbiased = mmd_weight, kernel, unbiased
+        self.kernel_scales = tuple(kernel_scales)
+        self.code_shape = (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+
+    def k(self, squared: Tensor) -> Tensor:
+        """The kernel at squared distances, elementwise."""
+        widths = [2 * self.code_shape[0] * s for s in self.kernel_scales]
+        if self.kernel == "rbf":
+            return torch.stack([torch.exp(-squared / c) for c in widths]).sum(0)
+        return torch.stack([c / (c + squared) for c in widths]).sum(0)
+
+    def mmd(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
+        """MMD between the codes and draws from the prior, (B, D), (B, D) -> (); its mean over ranks is that of all."""
+        return divergences.mmd(z_BD, prior_BD, self.k, of_all_ranks=self.of_all_ranks, unbiased=self.unbiased)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_BD = at_least_float32(self.encoder(x))
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        mmd = self.mmd(z_BD, torch.randn_like(z_BD))
+        return {"loss": nll + self.mmd_weight * mmd, "nll": nll, "mmd": mmd}
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        weight = next(self.decoder.parameters())
+        return self.decode(torch.randn(n, *self.code_shape, device=weight.device, dtype=weight.dtype))

@@ -1,0 +1,105 @@
+"""Gated sparse autoencoder (Rajamanoharan et al. 2024), https://arxiv.org/abs/2404.16014
+
+Which latents are active and how strongly are two questions with two answers, so that the penalty on the one does not
+shrink the other:
+
+    pi_gate = W_gate (x - b) + b_gate     W_mag = exp(r) W_gate     f = H(pi_gate) relu(W_mag (x - b) + b_mag)
+    x_hat = sum_i f_i d_i + b     ||d_i|| = 1
+    L = -log p(x | x_hat) + lam sum_i relu(pi_gate)_i + ||x - x_hat_frozen(relu(pi_gate))||^2     (equation 8)
+
+in nats per sample: the squared error is that of a Gaussian of variance 1/2. The step H passes no gradient; the last two
+terms train the gate, the last with a decoder that it does not move: neither W_dec nor b, which it does not reach
+through the encoder either. r multiplies each row of W_gate.
+
+Shapes: B batch, X data dimensions, N latents.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.models.sparse.sae_l1 import SAEL1
+
+
+class GatedSAE(SAEL1):
+    """Few latents of a wide dictionary are active for each sample, without the shrinkage of an L1 penalty.
+
+    Args:
+        input_shape: shape of one sample; any, it is flattened.
+        latent_dim: N, number of latents in the dictionary.
+        l1: lam, weight of the sum of the gates' pre-activations above 0.
+        l1_steps: optimiser steps over which lam rises from 0; 0 has all of it from the start.
+        dead_after: a latent is dead when it has not fired for this many samples.
+        data_init: start the bias at the geometric median of the first batch of training.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 512,
+        l1: float = 1.0,
+        l1_steps: int = 0,
+        dead_after: int = 20_000,
+        data_init: bool = False,
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            l1=l1,
+            l1_steps=l1_steps,
+            dead_after=dead_after,
+            data_init=data_init,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.r_N = nn.Parameter(torch.zeros(latent_dim))
+        self.b_mag_N = nn.Parameter(torch.zeros(latent_dim))
+
+    def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the gates and of the magnitudes, (B, *input_shape) -> (B, N), (B, N)."""
+        W_NX, b_X = self.encoder.weight, self.decoder.b_X
+        shared_BN = F.linear(x.flatten(1), W_NX)
+        gate_BN = shared_BN - W_NX @ b_X.detach() + self.encoder.bias
+        magnitude_BN = self.r_N.exp() * (shared_BN - W_NX @ b_X) + self.b_mag_N
+        return gate_BN, magnitude_BN
+
+    def encode(self, x: Tensor) -> Tensor:
+        gate_BN, magnitude_BN = self.pre_activations(x)
+        return ((gate_BN > 0) * magnitude_BN.relu()).to(x.dtype)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        gate_BN, magnitude_BN = self.pre_activations(x)
+        f_BN = ((gate_BN > 0) * magnitude_BN.relu()).to(x.dtype)
+        nll_B = self.nll(self.decoder(f_BN), x)
+        l1_B = at_least_float32(gate_BN).relu().sum(1)
+        frozen = {name: p.detach() for name, p in self.decoder.named_parameters()}
+        via_gate = self.likelihood.mean(functional_call(self.decoder, frozen, gate_BN.relu().to(x.dtype)))
+        aux_B = at_least_float32(x - via_gate).flatten(1).square().sum(1)
+        return {
+            "loss": (nll_B + self.warmed(self.l1) * l1_B + aux_B).mean(),
+            "nll": nll_B.mean(),
+            "l1": l1_B.mean(),
+            "aux": aux_B.mean(),
+            **self.usage(f_BN),
+        }

@@ -1,0 +1,139 @@
+"""JumpReLU sparse autoencoder (Rajamanoharan et al. 2024), https://arxiv.org/abs/2407.14435
+
+A latent fires at its pre-activation if that exceeds a threshold of its own, and what is penalised is how many fire:
+
+    pi = W_enc (x - b) + b_enc     f = pi H(pi - theta)     x_hat = sum_i f_i d_i + b     ||d_i|| = 1
+    L = -log p(x | x_hat) + lam ||f||_0     ||f||_0 = sum_i H(pi_i - theta_i)     (equation 9)
+
+in nats per sample, H the unit step, theta >= 0. Steps have no slope in theta, so it is estimated (section 4) with a
+rectangle of width eps, K(u) = 1 for |u| < 1/2:
+
+    df / dtheta = -theta / eps K((pi - theta) / eps)     dH(pi - theta) / dtheta = -1 / eps K((pi - theta) / eps)
+
+whose mean over samples is the slope of the mean. Both read pi itself: a ReLU before them would put all that is below 0
+at 0, within the rectangle of a small theta. With target_l0 the penalty is lam (L0 / target_l0 - 1)^2, L0 the mean over
+the batch of all ranks (section 5.3). theta is trained itself, not its logarithm, whose slope vanishes with theta, and
+in float32. theta = 0 is the ReLU.
+
+Shapes: B batch, X data dimensions, N latents.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.errors import AezooError
+from aezoo.models.sparse.sae_l1 import SAEL1
+
+
+class JumpReLUSAE(SAEL1):
+    """Few latents of a wide dictionary are active for each sample, each above a learned threshold.
+
+    Args:
+        input_shape: shape of one sample; any, it is flattened.
+        latent_dim: N, number of latents in the dictionary.
+        l0_weight: lam, weight of the number of active latents, or of its distance from the target.
+        l0_steps: optimiser steps over which lam rises from 0; 0 has all of it from the start.
+        target_l0: active latents a sample that are aimed at; 0 penalises their number itself.
+        threshold: theta at the start; the paper has 0.001.
+        bandwidth: eps, width of the rectangle that gives thresholds their gradient; the paper has 0.001.
+        dead_after: a latent is dead when it has not fired for this many samples.
+        data_init: start the bias at the geometric median of the first batch of training.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 512,
+        l0_weight: float = 0.1,
+        l0_steps: int = 0,
+        target_l0: float = 0.0,
+        threshold: float = 0.01,
+        bandwidth: float = 0.05,
+        dead_after: int = 20_000,
+        data_init: bool = False,
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        if not 0 <= l0_weight < math.inf:
+            raise AezooError(f"l0_weight must be at least 0 and finite, got {l0_weight}")
+        if l0_steps < 0:
+            raise AezooError(f"l0_steps must be at least 0, got {l0_steps}")
+        if not (target_l0 == 0 or 0 < target_l0 <= latent_dim):
+            raise AezooError(f"target_l0 must be 0 or lie between 0 and latent_dim={latent_dim}, got {target_l0}")
+        if not 0 <= threshold < math.inf:
+            raise AezooError(f"threshold must be at least 0 and finite, got {threshold}")
+        if not 0 < bandwidth < math.inf:
+            raise AezooError(f"bandwidth must be above 0 and finite, got {bandwidth}")
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            l1=l0_weight,
+            l1_steps=l0_steps,
+            dead_after=dead_after,
+            data_init=data_init,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.l0_weight, self.target_l0, self.bandwidth = l0_weight, target_l0, bandwidth
+        self.theta_N = nn.Parameter(torch.full((latent_dim,), float(threshold)))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        theta_N = self.theta_N.data
+        super()._apply(fn, recurse)
+        if self.theta_N.dtype in (torch.bfloat16, torch.float16):  # where small steps would be lost
+            self.theta_N.data = theta_N.to(self.theta_N.device)
+        return self
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """The pi of x in at least float32, (B, *input_shape) -> (B, N)."""
+        return at_least_float32(self.encoder(self.read(x)))
+
+    def step(self, pi_BN: Tensor) -> Tensor:
+        """H(pi - theta), with the rectangle's slope in theta, (B, N) -> (B, N)."""
+        above_BN = (pi_BN > self.theta_N).to(pi_BN.dtype)
+        near_BN = ((pi_BN - self.theta_N).abs() < self.bandwidth / 2).to(pi_BN.dtype)
+        slope_BN = -near_BN / self.bandwidth
+        return above_BN + slope_BN * (self.theta_N - self.theta_N.detach())
+
+    def jump(self, pi_BN: Tensor) -> Tensor:
+        """Compute pi H(pi - theta), with the slopes of the step at theta, (B, N) -> (B, N)."""
+        step_BN = self.step(pi_BN)
+        return pi_BN * step_BN.detach() + self.theta_N.detach() * (step_BN - step_BN.detach())
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.jump(self.pre_activations(x)).to(x.dtype)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        pi_BN = self.pre_activations(x)
+        f_BN = self.jump(pi_BN).to(x.dtype)
+        nll = self.nll(self.decoder(f_BN), x).mean()
+        l0 = self.batch_mean(self.step(pi_BN).sum(1))
+        penalty = (l0 / self.target_l0 - 1) ** 2 if self.target_l0 else l0
+        return {"loss": nll + self.warmed(self.l0_weight) * penalty, "nll": nll, **self.usage(f_BN), "l0": l0}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            self.theta_N.clamp_(min=0)

@@ -1,0 +1,121 @@
+"""k-sparse autoencoder (Makhzani & Frey 2013), https://arxiv.org/abs/1312.5663
+
+Of a linear code the k largest units reconstruct the sample, with the transpose of the encoder's weights:
+
+    z = W x + b     G = supp_k(z)     x_hat = W' z_G + c     L = -log p(x | x_hat)     (algorithm 1)
+
+in nats per sample; z_G is z with all units but the k largest set to 0. There is no other non-linearity. k may fall
+during training, from start_k to k over k_steps optimiser steps, so that no unit dies while k is small (section 2.3);
+codes, reconstructions and scores take the alpha k largest (section 2.2), the loss in evaluation the k largest. k equal
+to the size of the code is the linear autoencoder with tied weights.
+
+Shapes: B batch, X data dimensions, N units.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.nets.dictionary import spread
+
+
+class Transposed(nn.Module):
+    """z -> W' z + c, with the weight W_NX of another layer."""
+
+    def __init__(self, layer: nn.Linear, input_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.input_shape = input_shape
+        self.weight = layer.weight
+        self.bias = nn.Parameter(torch.zeros(math.prod(input_shape)))
+
+    def forward(self, z_BN: Tensor) -> Tensor:
+        return F.linear(z_BN, self.weight.T, self.bias).unflatten(1, self.input_shape)
+
+
+class KSparse(Autoencoder):
+    """Exactly k units of a linear code are in use for each sample; decoder and encoder share their weights.
+
+    Args:
+        input_shape: shape of one sample; any, it is flattened.
+        latent_dim: N, number of units.
+        k: units in use for a sample.
+        start_k: units in use at the first step, k if 0; about 100 where k is below 15.
+        k_steps: optimiser steps over which start_k falls to k, in a line; 0 turns the schedule off.
+        alpha: codes, reconstructions and scores use the alpha k largest units, to the nearest whole number; the paper
+            has 1 to 3, for codes that are classified.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    sparse_code = True
+    steps: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 512,
+        k: int = 25,
+        start_k: int = 0,
+        k_steps: int = 0,
+        alpha: float = 1.0,
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if not 1 <= k <= latent_dim:
+            raise AezooError(f"k must lie between 1 and latent_dim={latent_dim}, got {k}")
+        if start_k != 0 and not k <= start_k <= latent_dim:
+            raise AezooError(f"start_k must be 0 or lie between k={k} and latent_dim={latent_dim}, got {start_k}")
+        if k_steps < 0:
+            raise AezooError(f"k_steps must be at least 0, got {k_steps}")
+        if not 0 < alpha * k <= latent_dim:
+            raise AezooError(f"alpha must be above 0 and alpha k at most latent_dim={latent_dim}, got alpha={alpha}")
+        self.k, self.k_steps, self.start_k = k, k_steps, start_k or k
+        self.test_k = max(1, round(alpha * k))
+        self.code_shape = (latent_dim,)
+        self.encoder = nn.Linear(math.prod(self.input_shape), latent_dim)
+        self.decoder = Transposed(self.encoder, self.input_shape)
+        self.keep_steps()
+
+    def present_k(self) -> Tensor:
+        """How many units are in use at the present step of the schedule, ()."""
+        share = self.share_of_steps(self.k_steps)
+        return (self.start_k + (self.k - self.start_k) * share).round()
+
+    def top(self, z_BN: Tensor, most: int, k: Tensor | int) -> Tensor:
+        """The k largest units of each row, k at most `most`, the rest zero: (B, N) -> (B, N)."""
+        values_Bk, index_Bk = z_BN.topk(most, dim=1)
+        kept_k = torch.arange(most, device=z_BN.device) < k
+        return spread(values_Bk * kept_k, index_Bk, z_BN.shape[1])
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.top(self.encoder(x.flatten(1)), self.test_k, self.test_k)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_BN = self.encoder(x.flatten(1))
+        z_BN = self.top(z_BN, self.start_k, self.present_k()) if self.training else self.top(z_BN, self.k, self.k)
+        nll_B = self.nll(self.decoder(z_BN), x)
+        return {"loss": nll_B.mean(), "nll": nll_B.mean(), "l0": (z_BN != 0).sum(1).float().mean()}

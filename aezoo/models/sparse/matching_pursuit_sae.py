@@ -1,0 +1,112 @@
+"""Matching pursuit sparse autoencoder (Costa et al. 2025), https://arxiv.org/abs/2506.03093
+
+The dictionary is its own encoder: k times the direction nearest to what is left of the sample is taken out of it
+(Mallat & Zhang 1993), so that a latent sees only what those before it have not explained:
+
+    r_0 = x - b     i_t = argmax_i d_i r_{t-1}     c_t = relu(d_{i_t} r_{t-1})     r_t = r_{t-1} - c_t d_{i_t}
+    f = sum_t c_t e_{i_t}     x_hat = W f + b     ||d_i|| = 1     L = -log p(x | x_hat)
+
+in nats per sample. ||r_t|| never grows, and without the likelihood's mean x_hat = x - r_k. Gradients pass through all
+c_t, none through the choice i_t. With orthogonal directions it is TopK.
+
+Shapes: B batch, X data dimensions, N latents, k steps.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.nets.dictionary import Dictionary, UnitNorm
+
+
+class MatchingPursuitSAE(UnitNorm, Autoencoder):
+    """At most k active latents a sample, chosen one after the other.
+
+    Args:
+        input_shape: shape of one sample; any, it is flattened.
+        latent_dim: N, number of latents in the dictionary.
+        k: steps of the pursuit; a latent may be taken again.
+        dead_after: a latent is dead when it has not fired for this many samples.
+        data_init: start the bias at the geometric median of the first batch of training.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    sparse_code = True
+    decoder: Dictionary
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 512,
+        k: int = 16,
+        dead_after: int = 20_000,
+        data_init: bool = False,
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if not 1 <= k <= latent_dim:
+            raise AezooError(f"k must lie between 1 and latent_dim={latent_dim}, got {k}")
+        if dead_after < 1:
+            raise AezooError(f"dead_after must be at least 1, got {dead_after}")
+        self.k = k
+        self.code_shape = (latent_dim,)
+        self.encoder = nn.Flatten()
+        self.decoder = Dictionary(latent_dim, self.input_shape)
+        self.prepare(latent_dim, dead_after, data_init)
+
+    @torch.no_grad()
+    def choose(self, r_BX: Tensor) -> Tensor:
+        """i_1 ... i_k, (B, X) -> (B, k)."""
+        W_NX, r_BX, chosen = at_least_float32(self.decoder.W_NX), at_least_float32(r_BX), []
+        with torch.autocast(r_BX.device.type, enabled=False):  # it would take another of two that are nearly as near
+            for _ in range(self.k):
+                chosen.append((r_BX @ W_NX.T).argmax(1))
+                _, r_BX = self.take(r_BX, W_NX[chosen[-1]])
+        return torch.stack(chosen, 1)
+
+    def take(self, r_BX: Tensor, d_BX: Tensor) -> tuple[Tensor, Tensor]:
+        """The coefficient of a direction and what it leaves, (B, X), (B, X) -> (B, 1), (B, X)."""
+        r_BX, d_BX = at_least_float32(r_BX), at_least_float32(d_BX)
+        c_B1 = (d_BX * r_BX).sum(1, keepdim=True).relu()
+        return c_B1, r_BX - c_B1 * d_BX
+
+    def encode(self, x: Tensor) -> Tensor:
+        r_BX = self.encoder(x) - self.decoder.b_X
+        index_Bk = self.choose(r_BX)
+        # gathered at once, and not at each step, for one gradient of the dictionary's size
+        d_BkX, values = self.decoder.W_NX[index_Bk], []
+        for t in range(self.k):
+            c_B1, r_BX = self.take(r_BX, d_BkX[:, t])
+            values.append(c_B1)
+        values_Bk = torch.cat(values, 1)
+        zeros_BN = values_Bk.new_zeros(x.shape[0], *self.code_shape)
+        return zeros_BN.scatter_add(1, index_Bk, values_Bk).to(x.dtype)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        f_BN = self.encode(x)
+        nll = self.nll(self.decoder(f_BN), x).mean()
+        self.count(f_BN)
+        l0 = (f_BN > 0).sum(1).float().mean()
+        return {"loss": nll, "nll": nll, "l0": l0, "dead_latents": self.dead_N.float().mean()}

@@ -1,0 +1,150 @@
+"""Sparse autoencoder with an L1 penalty and a dictionary (Bricken et al. 2023), https://transformer-circuits.pub/2023/monosemantic-features
+
+    f = relu(W_enc (x - b) + b_enc)     x_hat = sum_i f_i d_i + b     ||d_i|| = 1
+    L = -log p(x | x_hat) + lam sum_i f_i
+
+in nats per sample. The form of April 2024 (https://transformer-circuits.pub/2024/april-update) has directions of any
+norm, which counts in the penalty in place of a constraint, and does not subtract b from x:
+
+    f = relu(W_enc x + b_enc)     L = -log p(x | x_hat) + lam sum_i f_i ||d_i||
+
+so that c d_i with f_i / c is the same model. lam rises from 0 over the first l1_steps optimiser steps; evaluation has
+all of it. lam = 0 is the dense autoencoder with a ReLU code.
+
+Dead latents may start anew at every resample_steps-th step, each from a sample of the batch of all ranks, drawn with
+probability in proportion to the square of its squared error; the authors draw from far more samples, at four steps of a
+long run.
+
+Shapes: B batch, X data dimensions, N latents.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import Autoencoder, at_least_float32, from_bytes
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.nets.dictionary import Dictionary, FreeDictionary, UnitNorm, restart
+
+FORMS = ("unit_norm", "april")
+
+
+class SAEL1(UnitNorm, Autoencoder):
+    """Few latents of a wide dictionary are active for each sample, held down by their sum.
+
+    Args:
+        input_shape: shape of one sample; any, it is flattened.
+        latent_dim: N, number of latents in the dictionary.
+        form: unit_norm, of 2023, or april, of April 2024.
+        l1: lam, weight of the sum of activations.
+        l1_steps: optimiser steps over which lam rises from 0; 0 has all of it from the start.
+        resample_steps: optimiser steps between two times that dead latents start anew; 0 leaves them dead.
+        dead_after: a latent is dead when it has not fired for this many samples.
+        data_init: start the bias at the geometric median of the first batch of training.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    sparse_code = True
+    encoder: nn.Linear
+    steps: Tensor
+    decoder: Dictionary
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 512,
+        form: str = "unit_norm",
+        l1: float = 1.0,
+        l1_steps: int = 0,
+        resample_steps: int = 0,
+        dead_after: int = 20_000,
+        data_init: bool = False,
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if form not in FORMS:
+            raise AezooError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        at_least(1, latent_dim=latent_dim, dead_after=dead_after)
+        at_least(0, l1=l1, l1_steps=l1_steps, resample_steps=resample_steps)
+        self.unit_norm, self.l1, self.l1_steps, self.resample_steps = form == "unit_norm", l1, l1_steps, resample_steps
+        self.code_shape = (latent_dim,)
+        x_dim = math.prod(self.input_shape)
+        self.encoder = nn.Linear(x_dim, latent_dim)
+        self.decoder = (Dictionary if self.unit_norm else FreeDictionary)(latent_dim, self.input_shape)
+        with torch.no_grad():
+            self.encoder.weight.copy_(self.decoder.W_NX)
+            self.encoder.bias.zero_()
+        self.prepare(latent_dim, dead_after, data_init)
+        self.keep_steps()
+
+    def start_from(self, x: Tensor) -> None:
+        super().start_from(self.predicted(x))
+
+    def warmed(self, weight: float) -> Tensor | float:
+        """The weight of a penalty at the present step."""
+        return weight * self.share_of_steps(self.l1_steps) if self.training and self.l1_steps else weight
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the encoder sees, (B, *input_shape) -> (B, X)."""
+        return x.flatten(1) - self.decoder.b_X if self.unit_norm else x.flatten(1)
+
+    def predicted(self, x: Tensor) -> Tensor:
+        """What the decoder is compared with, (B, *input_shape) -> (B, *shape)."""
+        return x
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(self.read(x)).relu()
+
+    def costs(self) -> Tensor | float:
+        """What a unit of each latent costs: 1, or the norm of its direction, (N,)."""
+        return 1.0 if self.unit_norm else at_least_float32(self.decoder.W_NX).norm(dim=1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        f_BN = self.encode(x)
+        nll_B = self.nll(self.decoder(f_BN), self.predicted(x))
+        l1_B = (at_least_float32(f_BN) * self.costs()).sum(1)
+        loss = (nll_B + self.warmed(self.l1) * l1_B).mean()
+        return {"loss": loss, "nll": nll_B.mean(), "l1": l1_B.mean(), **self.usage(f_BN)}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.resample_steps and self.trainer.global_step % self.resample_steps == 0:
+            x = batch if isinstance(batch, Tensor) else batch[0]
+            self.resample(from_bytes(x), self.optimizers(use_pl_optimizer=False), self.trainer.global_step)
+
+    @torch.no_grad()
+    def resample(self, x: Tensor, optimizer: Any, seed: int) -> None:
+        """Start dead latents anew from samples that are reconstructed badly."""
+        dead_N, x = self.dead_N, self.of_all_ranks(x.to(self.encoder.weight.dtype))
+        if not dead_N.any():
+            return
+        y = self.predicted(x)
+        sse_B = at_least_float32(y - self.likelihood.mean(self.decoder(self.encode(x)))).flatten(1).square().sum(1)
+        share_B = (sse_B / sse_B.max()).nan_to_num(1).square().cpu()
+        generator = torch.Generator().manual_seed(seed)  # of its own, since all ranks must draw the same
+        rows = torch.multinomial(share_B, int(dead_N.sum()), True, generator=generator).to(x.device)
+        restart(self.encoder, self.decoder, dead_N, self.read(x)[rows], y.flatten(1)[rows], optimizer)
+        self.since_fired_N[dead_N] = 0

@@ -1,0 +1,136 @@
+"""Transcoder (Dunefsky et al. 2024), https://arxiv.org/abs/2406.11944
+
+A sparse code of one place of a network that predicts another, such as the output of a layer from its input. A sample
+holds the activations at several places as its rows; x are the rows that are read, y those that are predicted:
+
+    f = relu(W_enc x + b_enc)     y_hat = sum_i f_i d_i + b     ||d_i|| = 1     L = -log p(y | y_hat) + lam sum_i f_i
+
+in nats per sample; or, with form april, lam sum_i f_i ||d_i|| without the constraint. Targets are the rows of y, all
+others are read. Without targets every row is read and predicted, which is sae_l1 with all that belongs to it.
+
+Of rows that are only read the code says nothing that could be decoded: a reconstruction has their mean there, over all
+samples of training so far and all ranks. The loss and the score are of the targets alone; the mse and psnr of an
+evaluation are of whole reconstructions.
+
+Shapes: B batch, R rows that are read, T that are predicted, X data dimensions of a row, N latents.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from aezoo.errors import AezooError
+from aezoo.models.sparse.sae_l1 import SAEL1
+
+
+class Transcoder(SAEL1):
+    """Few latents, read from some rows of a sample, predict the others.
+
+    Args:
+        input_shape: shape of one sample: (S, D) for S places; any, its first dimension counts the rows where there are
+            more than one.
+        targets: rows that are predicted, the first is 0; all others are read. None given, all are read and predicted.
+        latent_dim: N, number of latents in the dictionary.
+        form: unit_norm, of 2023, or april, of April 2024.
+        l1: lam, weight of the sum of activations.
+        l1_steps: optimiser steps over which lam rises from 0; 0 has all of it from the start.
+        dead_after: a latent is dead when it has not fired for this many samples.
+        data_init: start the bias at the geometric median of the first batch of training.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    seen: Tensor
+    mean_RX: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        targets: tuple[int, ...] = (),
+        latent_dim: int = 512,
+        form: str = "unit_norm",
+        l1: float = 1.0,
+        l1_steps: int = 0,
+        dead_after: int = 20_000,
+        data_init: bool = False,
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            form=form,
+            l1=l1,
+            l1_steps=l1_steps,
+            dead_after=dead_after,
+            data_init=data_init,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.n_rows = self.input_shape[0] if len(self.input_shape) > 1 else 1
+        self.targets = tuple(targets)
+        if len({*targets}) < len(targets) or not all(0 <= row < self.n_rows for row in targets):
+            raise AezooError(f"targets must be different rows from 0 to {self.n_rows - 1}, got {self.targets}")
+        if len(targets) == self.n_rows:
+            raise AezooError(
+                f"targets {self.targets} leave no row to read: give fewer, or none to read and predict all"
+            )
+        if targets:
+            self.sources = tuple(row for row in range(self.n_rows) if row not in targets)
+            row_shape = self.input_shape[1:]
+            self.encoder = nn.Linear(len(self.sources) * math.prod(row_shape), latent_dim)
+            nn.init.zeros_(self.encoder.bias)
+            self.decoder = type(self.decoder)(latent_dim, (len(targets), *row_shape))
+            self.register_buffer("mean_RX", torch.zeros(len(self.sources), *row_shape))
+            self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def read(self, x: Tensor) -> Tensor:
+        return rows(x, self.sources).flatten(1) if self.targets else super().read(x)
+
+    def predicted(self, x: Tensor) -> Tensor:
+        return rows(x, self.targets) if self.targets else x
+
+    def decode(self, z: Tensor) -> Tensor:
+        if not self.targets:
+            return super().decode(z)
+        y_hat = self.likelihood.mean(self.decoder(z))
+        found = dict(zip(self.targets, y_hat.unbind(1), strict=True))
+        found |= {row: m.to(y_hat).expand_as(y_hat[:, 0]) for row, m in zip(self.sources, self.mean_RX, strict=True)}
+        return torch.stack([found[row] for row in range(self.n_rows)], 1)
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.nll(self.decoder(self.encode(x)), self.predicted(x))
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        if self.training and self.targets:
+            self.see(rows(x, self.sources))
+        return super().loss(x, y)
+
+    @torch.no_grad()
+    def see(self, x_BRX: Tensor) -> None:
+        """Take a batch of all ranks into the mean of what is read."""
+        n = x_BRX.shape[0] * (dist.get_world_size() if self._across_ranks() else 1)
+        self.seen.add_(n)
+        self.mean_RX.add_((self.batch_mean(x_BRX) - self.mean_RX).to(self.mean_RX) * (n / self.seen))
+
+
+def rows(x: Tensor, which: tuple[int, ...]) -> Tensor:
+    """Some rows of each sample, without an index that would have to be sent to the device."""
+    return torch.stack([x[:, row] for row in which], 1)

@@ -1,0 +1,137 @@
+"""Winner-take-all autoencoder (Makhzani & Frey 2015), https://arxiv.org/abs/1409.2752
+
+Of each unit only the winners over the batch are kept, those samples that activate it most:
+
+    h = relu(f(x))     h_ij is kept if it is among the ceil(p B) largest of h_1j, ..., h_Bj     (section 2)
+    L = -log p(x | V h_kept + c)
+
+in nats per sample. Each unit is so in use for a share p of the samples (lifetime sparsity), while a sample may have any
+number of units. The decoder is linear. With convolutions each feature map first keeps the largest value on its grid
+alone (spatial sparsity), and the winners over the batch are among these (section 3). The batch is that of all ranks.
+
+Codes have none of this, as in the paper, which reconstructs nothing after training. Reconstructions and scores take of
+a code, which they would add up to far too much, the largest value of each map where it reaches theta_j, a running mean
+of the least value that has won for unit j; the loss in evaluation has the winners of the batch that is given. p = 1
+without spatial sparsity is the autoencoder with a ReLU code.
+
+Shapes: B batch on this rank, N samples on all ranks, D units or feature maps, G points of the grid.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.nets.conv import CONVS, rank_of
+
+
+class WTAAE(Autoencoder):
+    """Every unit is in use, each for its own few samples.
+
+    Args:
+        input_shape: shape of one sample; any, and (C, L), (C, H, W) or (C, D, H, W) if spatial.
+        lifetime: p, share of the samples that each unit is kept for; the paper has 0.05 for images of digits.
+        spatial: convolutions of stride 1 whose feature maps keep one value each, in place of dense layers.
+        latent_dim: D, size of the code, or number of its feature maps, which are as large as the sample.
+        hidden_dims: widths or channels of the encoder's layers before the code.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    sparse_code = True
+    compares_samples = True
+    theta_D: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        lifetime: float = 0.05,
+        spatial: bool = False,
+        latent_dim: int = 256,
+        hidden_dims: tuple[int, ...] = (),
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if latent_dim < 1:
+            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        if not 0 < lifetime <= 1:
+            raise AezooError(f"lifetime must be above 0 and at most 1, got {lifetime}")
+        self.lifetime, self.spatial = lifetime, spatial
+        self.register_buffer("theta_D", torch.zeros(latent_dim))
+        if not spatial:
+            self.code_shape = (latent_dim,)
+            self.encoder = nets.encoder("mlp", self.input_shape, self.code_shape, hidden_dims)
+            self.decoder = nets.decoder("mlp", self.code_shape, self.input_shape, ())
+            return
+        if any(width < 1 for width in hidden_dims):
+            raise AezooError(f"hidden_dims must be whole numbers above 0, got {tuple(hidden_dims)}")
+        conv = CONVS[rank_of(self.input_shape)]
+        self.code_shape = (latent_dim, *self.input_shape[1:])
+        layers: list[nn.Module] = []
+        channels = self.input_shape[0]
+        for width in hidden_dims:
+            layers += [conv(channels, width, 5, padding=2), nn.ReLU()]
+            channels = width
+        self.encoder = nn.Sequential(*layers, conv(channels, latent_dim, 5, padding=2))
+        self.decoder = conv(latent_dim, self.input_shape[0], 11, padding=5)  # large: it alone makes the strokes
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(x).relu()
+
+    def winners(self, h_BD: Tensor) -> Tensor:
+        """Whether a unit is kept for a sample: exactly ceil(p N) of all ranks' N for each unit, (B, D) -> (B, D)."""
+        h_ND = self.of_all_ranks(h_BD.detach())
+        # a product such as 0.07 * 100 is rounded to a little more than it is
+        best_kD, index_kD = h_ND.topk(math.ceil(self.lifetime * len(h_ND) - 1e-9), dim=0)
+        if self.training:
+            self.theta_D.lerp_(best_kD[-1].to(self.theta_D), 0.1)  # as BatchNorm's running statistics
+        kept_ND = torch.zeros_like(h_ND, dtype=torch.bool).scatter(0, index_kD, True)
+        first = self.own_rank() * len(h_BD)
+        return kept_ND[first : first + len(h_BD)]
+
+    def keep(self, h: Tensor, which: Callable[[Tensor], Tensor]) -> Tensor:
+        """The code with all set to 0 but each map's largest value, and that where `which` of (B, D) does not hold."""
+        if not self.spatial:
+            return h * which(h)
+        h_BDG = h.flatten(2)
+        largest_BD1, index_BD1 = h_BDG.max(2, keepdim=True)
+        kept_BD1 = largest_BD1 * which(largest_BD1[..., 0])[..., None]
+        return torch.zeros_like(h_BDG).scatter(2, index_BD1, kept_BD1).view_as(h)
+
+    def above_theta(self, h_BD: Tensor) -> Tensor:
+        return at_least_float32(h_BD) >= self.theta_D
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.likelihood.mean(self.decoder(self.keep(z, self.above_theta)))
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.nll(self.decoder(self.keep(self.encode(x), self.above_theta)), x)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        h = self.keep(self.encode(x), self.winners)
+        nll_B = self.nll(self.decoder(h), x)
+        return {"loss": nll_B.mean(), "nll": nll_B.mean(), "l0": (h > 0).flatten(1).sum(1).float().mean()}

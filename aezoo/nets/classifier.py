@@ -1,0 +1,59 @@
+"""The zoo's own classifier: a small network that learns a set's labels in seconds, for what its layers see."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.nets.build import encoder
+
+STEPS = 500
+_BATCH, _LR, _SIZE = 128, 1e-3, 64
+
+
+class Classifier(nn.Module):
+    """An encoder to 64 activations, and a layer of logits.
+
+    Args:
+        input_shape: shape of one sample.
+        classes: how many there are.
+    """
+
+    low: Tensor
+    scale: Tensor
+
+    def __init__(self, input_shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        net, widths = ("conv", (16, 32)) if len(input_shape) > 1 else ("mlp", (128,))
+        self.body = encoder(net, input_shape, (_SIZE,), widths)
+        self.features = nn.ReLU()
+        self.head = nn.Linear(_SIZE, classes)
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    def activations(self, x: Tensor) -> Tensor:
+        """What the logits are read off, (B, *input_shape) -> (B, 64)."""
+        found: Tensor = self.features(self.body((x - self.low) / self.scale))
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (B, *input_shape) -> (B, classes)."""
+        found: Tensor = self.head(self.activations(x))
+        return found
+
+    def standardise(self, x: Tensor) -> None:
+        """Shift and scale inputs as these samples ask for."""
+        self.low.copy_(x.mean())
+        self.scale.copy_(x.std() + 1e-6)
+
+    def learn(self, x: Tensor, y: Tensor, advance: Callable[[int], None] = lambda n: None) -> None:
+        """Train for `STEPS` steps on samples (N, *input_shape), labels (N,), drawn by torch's stream; then freeze."""
+        device = self.low.device
+        optimizer = torch.optim.Adam(self.requires_grad_(True).train().parameters(), _LR)
+        for _ in range(STEPS):
+            rows = torch.randint(len(x), (_BATCH,))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(self(x[rows].to(device)), y[rows].long().to(device)).backward()
+            optimizer.step()
+            advance(1)
+        self.requires_grad_(False).eval()

@@ -1,0 +1,68 @@
+"""The convolutional network of Keras' VAE (Chollet 2020), https://keras.io/examples/generative/vae/
+
+Encoder: stride-2 convolutions, a dense layer of 16, the code. Decoder: a dense layer onto the smallest map, for each
+stage from the smallest outwards a transposed convolution of stride 2 with that stage's channels, and a convolution of
+stride 1 onto the data's channels. The activation follows every layer but the last of either. Where the code is a map,
+as in https://keras.io/examples/generative/vq_vae/, a 1x1 convolution stands for the encoder's dense layers, and nothing
+for the decoder's.
+
+For 1x28x28, channels (32, 64) and two codes of mean and variance it has Keras' 69,076 and 65,089 parameters, for a map
+of 16 channels the 19,856 and 28,033 of Keras' VQ-VAE. Keras pads strided convolutions at the far side alone, these pad
+both sides, as `conv` does, so that every size returns exactly.
+"""
+
+from torch import nn
+
+from aezoo.errors import AezooError
+from aezoo.nets.build import activation
+from aezoo.nets.conv import CONVS, TRANSPOSED, grids, head, map_shape, rank_of
+
+__all__ = ["Decoder", "Encoder", "map_shape"]
+
+_DENSE = 16
+
+
+class Encoder(nn.Sequential):
+    """(B, C, *grid) -> (B, *code_shape); `hidden_dims` are the channels of the stride-2 stages."""
+
+    def __init__(
+        self, input_shape: tuple[int, ...], code_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
+    ) -> None:
+        rank = rank_of(input_shape)
+        layers: list[nn.Module] = []
+        channels = input_shape[0]
+        for width in hidden_dims:
+            layers += [CONVS[rank](channels, width, 3, stride=2, padding=1), activation(act)]
+            channels = width
+        smallest = (channels, *grids(input_shape, len(hidden_dims))[-1])
+        if len(code_shape) > 1:
+            super().__init__(*layers, head(code_shape, smallest, rank)[0])
+        else:
+            down = head((_DENSE,), smallest, rank)[0]
+            super().__init__(*layers, down, activation(act), nn.Linear(_DENSE, code_shape[0]))
+
+
+class Decoder(nn.Sequential):
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+
+    def __init__(
+        self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
+    ) -> None:
+        rank = rank_of(input_shape)
+        sizes = grids(input_shape, len(hidden_dims))[::-1]
+        channels = hidden_dims[0] if hidden_dims else input_shape[0]
+        layers: list[nn.Module] = []
+        if len(code_shape) == 1:
+            layers += [head(code_shape, (channels, *sizes[0]), rank)[1], activation(act)]
+        elif tuple(code_shape[1:]) == sizes[0]:
+            channels = code_shape[0]
+        else:
+            raise AezooError(
+                f"a code of shape {tuple(code_shape)} does not fit: these stages leave a grid of {sizes[0]}"
+            )
+        for width, larger in zip(hidden_dims, sizes[1:], strict=True):
+            padding = tuple(1 - n % 2 for n in larger)
+            up = TRANSPOSED[rank](channels, width, 3, stride=2, padding=1, output_padding=padding)
+            layers += [up, activation(act)]
+            channels = width
+        super().__init__(*layers, CONVS[rank](channels, input_shape[0], 3, padding=1))

@@ -1,0 +1,48 @@
+"""ConvNeXt stages (Liu et al. 2022, https://arxiv.org/abs/2201.03545): a stride-2 convolution and a block each.
+
+A block is a depthwise convolution of 7, a normalisation over the channels of each place, and two layers of each place,
+four times as wide between them, added to what came in. In 1, 2 or 3 dimensions, for any size, odd ones too.
+"""
+
+from torch import Tensor, nn
+
+from aezoo.nets import resnet
+from aezoo.nets.build import activation
+from aezoo.nets.conv import CONVS, map_shape
+
+__all__ = ["ConvNeXtBlock", "Decoder", "Encoder", "map_shape"]
+
+
+class ConvNeXtBlock(nn.Module):
+    """x + pointwise(act(pointwise(norm(depthwise(x))))), channels and grid unchanged.
+
+    Args:
+        rank: 1, 2 or 3 grid dimensions.
+        channels: number of channels, in and out.
+        act: an activation's name; GELU in the paper.
+    """
+
+    def __init__(self, rank: int, channels: int, act: str) -> None:
+        super().__init__()
+        self.depthwise = CONVS[rank](channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.pointwise = nn.Sequential(
+            nn.Linear(channels, 4 * channels), activation(act), nn.Linear(4 * channels, channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        # layers of each place are linear layers of its channels
+        h = self.pointwise(self.norm(self.depthwise(x).movedim(1, -1)))
+        return x + h.movedim(-1, 1)
+
+
+class Encoder(resnet.Encoder):
+    """(B, C, *grid) -> (B, *code_shape); `hidden_dims` are the channels of the stride-2 stages."""
+
+    block = ConvNeXtBlock
+
+
+class Decoder(resnet.Decoder):
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+
+    block = ConvNeXtBlock

@@ -1,0 +1,84 @@
+"""Networks whose activations are compared, for losses by features: they are not trained."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aezoo.errors import AezooError
+from aezoo.nets.build import ACTIVATIONS, encoder
+from aezoo.nets.resnet import ResidualBlock
+
+VGG = {"vgg16": "vgg16-397923af.pth", "vgg19": "vgg19-dcbb9e9d.pth"}  # torchvision's names for its default weights
+RANDOM_WIDTHS = {"conv": (16, 32, 64), "mlp": (512, 512)}
+
+
+class FeatureNet(nn.Module):
+    """Layers in a row, of which some are read.
+
+    Args:
+        layers: the network up to its last layer that is read.
+        read: the layers' numbers; none reads the activations and residual blocks.
+        imagenet: bring data in [0, 1] to three channels and ImageNet's scale.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, layers: list[nn.Module], read: tuple[int, ...] = (), imagenet: bool = False) -> None:
+        super().__init__()
+        kinds = (*ACTIVATIONS.values(), ResidualBlock)
+        self.read = read or tuple(i for i, layer in enumerate(layers) if isinstance(layer, kinds))
+        self.layers = nn.ModuleList(layers[: max(self.read, default=-1) + 1])
+        self.imagenet = imagenet
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The activations of each layer that is read, (B, ...) each."""
+        x = x.to(next(self.parameters()).dtype)
+        if self.imagenet:
+            x = (x - self.mean) / self.std
+        found = []
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i in self.read:
+                found.append(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
+        return found
+
+
+def random_features(input_shape: tuple[int, ...]) -> FeatureNet:
+    """Strided convolutions where there is a grid, with He-normal weights from a fixed seed."""
+    rng = np.random.RandomState(0)  # whose stream NumPy promises to keep (NEP 19)
+    kind = "conv" if len(input_shape) > 1 else "mlp"
+    with torch.random.fork_rng(devices=[]):  # the initial weights that are replaced must draw nothing
+        net = FeatureNet([*encoder(kind, input_shape, (1,), RANDOM_WIDTHS[kind]).children()])
+    for p in net.parameters():
+        fan_in = p[0].numel()
+        drawn = rng.standard_normal(tuple(p.shape)) * math.sqrt(2 / fan_in) if p.ndim > 1 else np.zeros(tuple(p.shape))
+        p.copy_(torch.from_numpy(drawn))
+    return net
+
+
+def vgg_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
+    """The first layers of VGG-16 or VGG-19, which differ in their weights alone."""
+    if len(input_shape) != 3 or input_shape[0] not in (1, 3) or min(input_shape[1:]) < 4:
+        raise AezooError(f"{name} takes images of 1 or 3 channels and at least 4 x 4, got {input_shape}: take random")
+    file = Path(torch.hub.get_dir(), "checkpoints", VGG[name]) if name in VGG else Path(name)
+    if not file.is_file():
+        cure = f"python -c \"import torchvision; torchvision.models.{name}(weights='DEFAULT')\"" if name in VGG else ""
+        raise AezooError(f"no VGG weights in {file}: fetch them once, {cure or 'or give another path'}, or take random")
+    layers: list[nn.Module] = []
+    for width, before in ((64, 3), (64, 64), (0, 0), (128, 64), (128, 128), (0, 0), (256, 128)):
+        layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
+    net = FeatureNet(layers, read=(1, 6, 11), imagenet=True)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        for i, layer in enumerate(layers):
+            layer.load_state_dict({key: state[f"features.{i}.{key}"] for key in layer.state_dict()})
+    except Exception as error:  # a damaged or foreign file can end in any error
+        raise AezooError(f"{file} holds no weights of a VGG network: {type(error).__name__}") from error
+    return net

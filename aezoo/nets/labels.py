@@ -1,0 +1,134 @@
+"""Labels of samples: a label is a whole number from 0 to K - 1, and -1 is none.
+
+Shapes: B batch, D latent, K labels, E = D + K code.
+"""
+
+import math
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.errors import AezooError
+
+
+def class_count(num_classes: int | None) -> int:
+    """The number of classes, of data that have some.
+
+    Raises:
+        AezooError: none, or fewer than one.
+    """
+    if num_classes is None:
+        raise AezooError("the data have no classes, which this model needs: give data with labels, or take vae")
+    if num_classes < 1:
+        raise AezooError(f"num_classes must be at least 1, got {num_classes}")
+    return num_classes
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def all_labelled(y: Tensor, num_classes: int) -> bool:
+    """Whether no sample is without a label.
+
+    Raises:
+        AezooError: values that are no labels of so many classes.
+    """
+    if y.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # a graph cannot wait for values, and the way without labels is right for all
+    if y.ndim != 1 or y.is_floating_point():
+        raise AezooError(f"labels must be one whole number a sample, got {y.dtype} of shape {tuple(y.shape)}")
+    low, high = int(y.min()), int(y.max())
+    if low < -1 or high >= num_classes:
+        wrong = low if low < -1 else high
+        raise AezooError(
+            f"labels must be from 0 to {num_classes - 1}, or -1 for none, got {wrong}: give the model the data's "
+            "num_classes"
+        )
+    return low >= 0
+
+
+def asked_for(y: Tensor | int | None, n: int, num_classes: int) -> Tensor:
+    """The labels of n samples to be drawn, (n,): y for all, one y for each, or labels drawn evenly.
+
+    Raises:
+        AezooError: another number of labels than samples, or values that are none.
+    """
+    labels = torch.randint(num_classes, (n,)) if y is None else torch.as_tensor(y)
+    labels = labels.expand(n) if labels.ndim == 0 else labels
+    if len(labels) != n or (n and not all_labelled(labels, num_classes)):
+        raise AezooError(f"{n} samples need one label each, from 0 to {num_classes - 1}, or one for all")
+    return labels
+
+
+def one_hot(y: Tensor, num_classes: int, like: Tensor) -> Tensor:
+    """Labels as vectors of another tensor's type: (...) -> (..., K)."""
+    return F.one_hot(y.long(), num_classes).to(like.dtype)
+
+
+def with_every_label(x: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """All samples with the first label, then all with the second, ...: (B, *shape) -> (K B, *shape), (K B, K)."""
+    y_KK = torch.eye(num_classes, device=x.device, dtype=x.dtype)
+    # torch.export would take len(x) for fixed
+    y_KBK = y_KK[:, None].expand(-1, x.shape[0], -1)
+    return x.expand(num_classes, *x.shape).flatten(0, 1), y_KBK.flatten(0, 1)
+
+
+def at_label(y: Tensor, values_BK: Tensor, without_B: Tensor) -> Tensor:
+    """The value of each sample at its label, and where it has none the other: (B,), (B, K), (B,) -> (B,)."""
+    return torch.where(y >= 0, values_BK.gather(1, y.long().clamp(min=0)[:, None])[:, 0], without_B)
+
+
+class BesideLabel(nn.Linear):
+    """A sample beside a linear map of its one-hot label, as a network reads them together.
+
+    Args:
+        num_classes: K.
+        input_shape: shape of one sample; the label is as many entries as there are labels beside a vector, else one
+            more channel.
+
+    Attributes:
+        label_shape: shape of the label's map.
+        joint_shape: shape of both together.
+    """
+
+    def __init__(self, num_classes: int, input_shape: tuple[int, ...]) -> None:
+        channels, *grid = input_shape
+        self.label_shape = (1, *grid) if grid else (num_classes,)
+        self.joint_shape = (channels + self.label_shape[0], *grid)
+        super().__init__(num_classes, math.prod(self.label_shape), bias=False)
+
+    def forward(self, x: Tensor, y_BK: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, *input_shape), (B, K) -> (B, *joint_shape)."""
+        label = super().forward(y_BK).unflatten(1, self.label_shape).to(x.dtype)
+        return torch.cat([x, label], 1)
+
+
+class LabelledCode(pl.LightningModule):
+    """What a model with codes [z, one-hot y] inherits before `VAE`: a prior of z beside a uniform one of labels.
+
+    Attributes:
+        latent_dim: D, size of z.
+        num_classes: K, number of labels.
+    """
+
+    latent_dim: int
+    num_classes: int
+    decoder: nn.Module
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """The density log p(z) p(y) of codes in nats, (..., E) -> (...)."""
+        log_p: Tensor = super().log_prior(z[..., : self.latent_dim])  # type: ignore[misc]
+        return log_p - math.log(self.num_classes)
+
+    def sample_prior(self, n: int, y: Tensor | int | None = None) -> Tensor:
+        """Draw n codes, (n, E), with the label y, or (n,) labels, or labels drawn evenly."""
+        weight = next(self.decoder.parameters())
+        z = torch.randn(n, self.latent_dim, device=weight.device, dtype=weight.dtype)
+        y_n = asked_for(y, n, self.num_classes).to(z.device)
+        return torch.cat([z, one_hot(y_n, self.num_classes, z)], 1)
+
+    @torch.no_grad()
+    def sample(self, n: int, y: Tensor | int | None = None) -> Tensor:
+        """Draw n samples, (n, *input_shape), with the label y, or (n,) labels, or labels drawn evenly."""
+        x: Tensor = self.decode(self.sample_prior(n, y))  # type: ignore[operator]
+        return x

@@ -1,0 +1,110 @@
+"""Pre-norm Transformer blocks (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Xiong et al. 2020, 2002.04745).
+
+Steps are those of `aezoo.nets.lstm`. Positions are the sinusoids of section 3.5, so any number of steps works. The
+encoder's code comes from the mean over the steps; given lengths, steps from there on are seen by none and not averaged.
+The decoder starts each step from the code and its position, and a step sees no later one: so the first steps are the
+same however many follow.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.nets.build import activation
+from aezoo.nets.lstm import FromSteps, Steps, check_shapes, map_shape, sinusoids, steps_of
+
+__all__ = ["Block", "Decoder", "Encoder", "map_shape"]
+
+_HEAD = 16
+
+
+class Block(nn.Module):
+    """h + attention(norm(h)), then h + mlp(norm(h)); heads of 16 channels where the width allows."""
+
+    def __init__(self, width: int, act: str, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = math.gcd(width, max(1, width // _HEAD)), causal
+        # no bias: the softmax undoes that of the keys, so its gradient is rounding alone, which Adam makes large
+        self.norm, self.qkv = nn.LayerNorm(width), nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), activation(act), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, h_BLW: Tensor, seen_BL: Tensor | None = None) -> Tensor:
+        q, k, v = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm(h_BLW)).chunk(3, 2)
+        )
+        mask = None if seen_BL is None else seen_BL[:, None, None]
+        attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal)
+        h_BLW = h_BLW + self.out(attended.transpose(1, 2).flatten(2))
+        return h_BLW + self.mlp(h_BLW)
+
+
+class _Blocks(nn.ModuleList):
+    """Blocks of the widths `hidden_dims`, with a linear map wherever the width changes."""
+
+    def __init__(self, hidden_dims: tuple[int, ...], act: str, causal: bool) -> None:
+        super().__init__()
+        before = hidden_dims[0]
+        for width in hidden_dims:
+            if width != before:
+                self.append(nn.Linear(before, width))
+            self.append(Block(width, act, causal))
+            before = width
+        self.append(nn.LayerNorm(before))
+
+    def forward(self, h: Tensor, seen_BL: Tensor | None = None) -> Tensor:
+        for layer in self:
+            h = layer(h, seen_BL) if isinstance(layer, Block) else layer(h)
+        return h
+
+
+class Encoder(nn.Module):
+    """(B, *input_shape) -> (B, D) by a block of each width of `hidden_dims`."""
+
+    positions_LW: Tensor
+
+    def __init__(
+        self, input_shape: tuple[int, ...], code_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
+    ) -> None:
+        super().__init__()
+        check_shapes("transformer", code_shape, hidden_dims)
+        n_steps, features = steps_of(input_shape)
+        self.embed = nn.Sequential(Steps(), nn.Linear(features, hidden_dims[0]))
+        self.register_buffer("positions_LW", sinusoids(n_steps, hidden_dims[0]), persistent=False)
+        self.blocks = _Blocks(hidden_dims, act, causal=False)
+        self.head = nn.Linear(hidden_dims[-1], code_shape[0])
+
+    def forward(self, x: Tensor, length_B: Tensor | None = None) -> Tensor:
+        h_BLW = self.embed(x) + self.positions_LW
+        if length_B is None:
+            mean_BW = self.blocks(h_BLW).mean(1)
+        else:
+            seen_BL = torch.arange(h_BLW.shape[1], device=x.device) < length_B[:, None]
+            mean_BW = (self.blocks(h_BLW, seen_BL) * seen_BL[..., None]).sum(1) / length_B[:, None]
+        code: Tensor = self.head(mean_BW)
+        return code
+
+
+class Decoder(nn.Module):
+    """(B, D) -> (B, *input_shape); `hidden_dims` from the code outwards."""
+
+    positions_LW: Tensor
+
+    def __init__(
+        self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
+    ) -> None:
+        super().__init__()
+        check_shapes("transformer", code_shape, hidden_dims)
+        n_steps, features = steps_of(input_shape)
+        self.embed = nn.Linear(code_shape[0], hidden_dims[0])
+        self.register_buffer("positions_LW", sinusoids(n_steps, hidden_dims[0]), persistent=False)
+        self.blocks = _Blocks(hidden_dims, act, causal=True)
+        self.head = nn.Sequential(nn.Linear(hidden_dims[-1], features), FromSteps(input_shape))
+
+    def forward(self, z: Tensor) -> Tensor:
+        x_hat: Tensor = self.head(self.blocks(self.embed(z)[:, None] + self.positions_LW))
+        return x_hat

@@ -1,0 +1,104 @@
+"""A U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597) that is cut at the code.
+
+Stages of two convolutions and a pooling down, of a doubling of the grid and two convolutions up, any size, odd ones
+too. A U-Net's skip connections copy maps of the encoder to the decoder, past the code, which is then no code of the
+sample. Here they stay within their half: the map of every stage of the encoder goes, pooled, to the code's layer as
+well, and the code's map, enlarged, to every stage of the decoder. So all that the decoder gets is the code.
+
+Group normalisation as in resnet: samples stay independent of their batch.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.nets.build import activation
+from aezoo.nets.conv import CONVS, grids, head, map_shape, rank_of
+
+__all__ = ["Decoder", "Encoder", "map_shape"]
+
+_POOLS: dict[int, type[nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+
+class _TwoConvolutions(nn.Sequential):
+    def __init__(self, rank: int, before: int, after: int, act: str) -> None:
+        groups = math.gcd(after, max(1, after // 4))
+        layers: list[nn.Module] = []
+        for channels in (before, after):
+            norm = nn.GroupNorm(groups, after)
+            layers += [CONVS[rank](channels, after, 3, padding=1), norm, activation(act)]
+        super().__init__(*layers)
+
+
+class _Doubled(nn.Module):
+    """Each value 2^R times, cut to the grid: the way back of a pooling that rounds up."""
+
+    def __init__(self, grid: tuple[int, ...]) -> None:
+        super().__init__()
+        self.grid = grid
+        self.up = nn.Upsample(scale_factor=2, mode="nearest")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        for axis, side in enumerate(self.grid, start=2):
+            x = x.narrow(axis, 0, side)
+        return x
+
+
+class Encoder(nn.Module):
+    """(B, C, *grid) -> (B, *code_shape); `hidden_dims` are the channels of the stages, each of which halves the grid.
+
+    A stage's map goes two ways: pooled into the next stage, and pooled on and on, beside those before it, to the code.
+    """
+
+    def __init__(
+        self, input_shape: tuple[int, ...], code_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
+    ) -> None:
+        super().__init__()
+        rank = rank_of(input_shape)
+        widths = (input_shape[0], *hidden_dims)
+        self.stages = nn.ModuleList(_TwoConvolutions(rank, a, b, act) for a, b in pairwise(widths))
+        self.pool = _POOLS[rank](2, ceil_mode=True)
+        channels = sum(hidden_dims) if hidden_dims else input_shape[0]
+        self.head = head(code_shape, (channels, *grids(input_shape, len(hidden_dims))[-1]), rank)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = skipped = x
+        for i, stage in enumerate(self.stages):
+            h = stage(h)
+            skipped = self.pool(torch.cat([skipped, h], 1) if i else h)
+            h = self.pool(h)
+        code: Tensor = self.head(skipped)
+        return code
+
+
+class Decoder(nn.Module):
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+
+    def __init__(
+        self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
+    ) -> None:
+        super().__init__()
+        rank = rank_of(input_shape)
+        sizes = grids(input_shape, len(hidden_dims))[::-1]
+        channels = hidden_dims[0] if hidden_dims else input_shape[0]
+        self.head = head(code_shape, (channels, *sizes[0]), rank)[1]
+        self.act = activation(act)
+        # the first stage has no map but the code's
+        before = [channels, *(width + channels for width in hidden_dims)]
+        self.ups = nn.ModuleList(_Doubled(size) for size in sizes[1:])
+        self.stages = nn.ModuleList(
+            _TwoConvolutions(rank, a, b, act) for a, b in zip(before, hidden_dims, strict=False)
+        )
+        self.last = CONVS[rank](hidden_dims[-1] if hidden_dims else channels, input_shape[0], 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        code = self.act(self.head(z))
+        h = code
+        for i, (up, stage) in enumerate(zip(self.ups, self.stages, strict=True)):
+            code = up(code)
+            h = stage(torch.cat([up(h), code], 1) if i else code)
+        x_hat: Tensor = self.last(h)
+        return x_hat

@@ -1,0 +1,337 @@
+"""Vision transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) on patches in 1, 2 or 3 dimensions.
+
+Each of `hidden_dims` is a block of that width; where two differ, a linear layer lies between them. Positions are fixed
+sines and cosines of a patch's place in the grid, so that any grid will do; there is no class token. A side that is no
+multiple of the patch is filled up with zeros at its far end, and what comes back is cut to size, so every size returns
+exactly.
+
+Shapes: B batch, C channels, N patches, P values in a patch, D width of a token, H heads, E width of a head.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.errors import AezooError
+from aezoo.nets.build import activation
+from aezoo.nets.conv import head
+
+_MOST_PATCHES = 64
+_LARGEST_PATCH = 16
+_HEAD = 32
+
+
+def patch_sides(input_shape: tuple[int, ...], patch_size: int = 0) -> tuple[int, ...]:
+    """Sides of a patch, none longer than the sample's; for size 0 the smallest power of two that gives few patches.
+
+    Few are at most 64, as on 28x28 of 4 or on 64x64 of 8, but the side is at most 16, as of ViT-B/16.
+
+    Raises:
+        AezooError: the input has no grid, or the size is negative.
+    """
+    if not 2 <= len(input_shape) <= 4:
+        raise AezooError(
+            f"patches are of (C, L), (C, H, W) or (C, D, H, W), not {tuple(input_shape)}: for a vector take a model "
+            f"with net='mlp', such as dense_ae or denoising_ae, or give it as a sequence, {(1, *input_shape)}"
+        )
+    if patch_size < 0:
+        raise AezooError(f"patch_size must be at least 1, or 0 to choose it from the input, got {patch_size}")
+    grid = input_shape[1:]
+    size = patch_size or (2 if max(grid) > 2 else 1)
+    while not patch_size and size < _LARGEST_PATCH and math.prod(-(-n // size) for n in grid) > _MOST_PATCHES:
+        size *= 2
+    return tuple(min(size, n) for n in grid)
+
+
+class Patchify(nn.Module):
+    """Cut samples into patches: (B, C, *grid of values) -> (B, N, P), the values of a patch channel by channel.
+
+    Attributes:
+        grid: patches along each side.
+        n: N, number of patches.
+        size: P, values in a patch.
+        real_NP: which of these are a sample's, 1, and which fill its far end up, 0.
+
+    Args:
+        input_shape: shape of one sample.
+        patch_size: side of a patch; 0 chooses it from the input.
+    """
+
+    real_NP: Tensor
+
+    def __init__(self, input_shape: tuple[int, ...], patch_size: int = 0) -> None:
+        super().__init__()
+        self.input_shape, self.sides = tuple(input_shape), patch_sides(input_shape, patch_size)
+        self.grid = tuple(-(-n // side) for n, side in zip(input_shape[1:], self.sides, strict=True))
+        self.n, self.size = math.prod(self.grid), input_shape[0] * math.prod(self.sides)
+        missing = [g * side - n for g, side, n in zip(self.grid, self.sides, input_shape[1:], strict=True)]
+        self.padding = [n for m in reversed(missing) for n in (0, m)]  # the last side comes first in F.pad
+        self.register_buffer("real_NP", self(torch.ones(1, *self.input_shape))[0], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rank = len(self.grid)
+        x = F.pad(x, self.padding)
+        for i, sizes in enumerate(zip(self.grid, self.sides, strict=True)):
+            x = x.unflatten(2 + 2 * i, sizes)
+        places, within = range(2, 2 + 2 * rank, 2), range(3, 3 + 2 * rank, 2)
+        return x.permute(0, *places, 1, *within).flatten(1, rank).flatten(2)
+
+    def standardise(self, patches_BNP: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches less their mean, divided by their deviation, and these two: (B, N, P) -> (B, N, P), (B, N, 2)."""
+        share_NP = self.real_NP / self.real_NP.sum(1, keepdim=True)
+        mean_BN1 = (patches_BNP * share_NP).sum(2, keepdim=True)
+        deviation_BN1 = (((patches_BNP - mean_BN1).square() * share_NP).sum(2, keepdim=True) + 1e-6).sqrt()
+        return (patches_BNP - mean_BN1) / deviation_BN1, torch.cat([mean_BN1, deviation_BN1], dim=2)
+
+    def inverse(self, patches_BNP: Tensor) -> Tensor:
+        """The samples that patches come from, (B, N, P) -> (B, C, *grid of values)."""
+        rank = len(self.grid)
+        x = patches_BNP.unflatten(2, (self.input_shape[0], *self.sides)).unflatten(1, self.grid)
+        x = x.permute(0, rank + 1, *(i for axis in range(rank) for i in (1 + axis, rank + 2 + axis)))
+        for axis, n in enumerate(self.input_shape[1:]):
+            x = x.flatten(2 + axis, 3 + axis).narrow(2 + axis, 0, n)
+        return x
+
+
+class Unpatchify(nn.Module):
+    """`Patchify.inverse` as a layer.
+
+    Args:
+        patchify: what cuts the samples.
+    """
+
+    def __init__(self, patchify: Patchify) -> None:
+        super().__init__()
+        self.patchify = patchify
+
+    def forward(self, patches_BNP: Tensor) -> Tensor:
+        return self.patchify.inverse(patches_BNP)
+
+
+def sinusoids(grid: Sequence[int], width: int) -> Tensor:
+    """Positions of a grid as sines and cosines, (N, D), a part of the width for each side of the grid.
+
+    The frequencies are 10000^(-i/n), i < n (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), with the n that
+    fills D; what is too much of the last is left out.
+    """
+    n = -(-width // (2 * len(grid)))
+    frequency_n = 10_000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
+    places = torch.meshgrid([torch.arange(side, dtype=torch.float64) for side in grid], indexing="ij")
+    angles = [place.flatten()[:, None] * frequency_n for place in places]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[:, :width].float()
+
+
+class Positions(nn.Module):
+    """Add its fixed position to each token.
+
+    Args:
+        grid: patches along each side.
+        width: D.
+    """
+
+    table_ND: Tensor
+
+    def __init__(self, grid: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.register_buffer("table_ND", sinusoids(grid, width), persistent=False)
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        return tokens_BND + self.table_ND
+
+
+def embedding(size: int, width: int) -> nn.Linear:
+    """The linear map of patches to tokens, (B, N, P) -> (B, N, D).
+
+    It begins so large that what data of [0, 1] hold outweighs the positions, which are of size 1: with the usual start
+    a short training only learns the mean of each place.
+
+    Args:
+        size: P, values in a patch.
+        width: D.
+    """
+    embed = nn.Linear(size, width)
+    nn.init.normal_(embed.weight, std=16 / math.sqrt(size))
+    nn.init.zeros_(embed.bias)
+    return embed
+
+
+class Attention(nn.Module):
+    """Self-attention of tokens in heads of about 32 numbers, (B, N, D) -> (B, N, D).
+
+    Args:
+        width: D.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = next(h for h in range(max(1, width // _HEAD), 0, -1) if width % h == 0)
+        # a bias of keys shifts all scores of a query alike, and one of values is that of `out`: only queries have one
+        self.qkv, self.bias_q = nn.Linear(width, 3 * width, bias=False), nn.Parameter(torch.zeros(width))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        qkv_BNF = F.linear(x_BND, self.qkv.weight, F.pad(self.bias_q, (0, 2 * len(self.bias_q))))
+        q_BHNE, k_BHNE, v_BHNE = qkv_BNF.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE)
+        out: Tensor = self.out(mixed_BHNE.transpose(1, 2).flatten(2))
+        return out
+
+
+class Block(nn.Module):
+    """Attention, then two linear layers of each token, both added to their normalised input (pre-norm).
+
+    Args:
+        width: D.
+        act: an activation's name.
+    """
+
+    def __init__(self, width: int, act: str) -> None:
+        super().__init__()
+        self.norm_1, self.attention = nn.LayerNorm(width, eps=1e-6), Attention(width)
+        self.norm_2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), activation(act), nn.Linear(4 * width, width))
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                # both branches begin small: at full size a short training stays at the mean sample for long
+                branch_ends = part in (self.attention.out, self.mlp[2])
+                nn.init.xavier_uniform_(part.weight, 0.1 if branch_ends else 1.0)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = x_BND + self.attention(self.norm_1(x_BND))
+        out: Tensor = x_BND + self.mlp(self.norm_2(x_BND))
+        return out
+
+
+def blocks(widths: Sequence[int], act: str) -> nn.Sequential:
+    """A block for each width and a last normalisation, with a linear layer between blocks of different widths."""
+    layers: list[nn.Module] = []
+    for i, width in enumerate(widths):
+        layers += [nn.Linear(widths[i - 1], width)] if i and widths[i - 1] != width else []
+        layers.append(Block(width, act))
+    return nn.Sequential(*layers, nn.LayerNorm(widths[-1], eps=1e-6))
+
+
+class ToMap(nn.Module):
+    """Tokens as a feature map, (B, N, D) -> (B, D, *grid).
+
+    Args:
+        grid: patches along each side.
+    """
+
+    def __init__(self, grid: tuple[int, ...]) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        return tokens_BND.transpose(1, 2).unflatten(2, self.grid)
+
+
+class ToTokens(nn.Module):
+    """A feature map as tokens, (B, D, *grid) -> (B, N, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).transpose(1, 2)
+
+
+# ---- masks of patches ------------------------------------------------------------------------------------------------
+
+
+def count_masked(n: int, ratio: float) -> int:
+    """How many of n patches are masked, floor(ratio n).
+
+    Raises:
+        AezooError: none of them, or all.
+    """
+    if not 0 < ratio < 1:
+        raise AezooError(f"mask_ratio must lie between 0 and 1, got {ratio}")
+    masked = math.floor(ratio * n + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    if masked == 0:
+        raise AezooError(f"mask_ratio {ratio} masks none of {n} patches: take a smaller patch_size or a larger ratio")
+    return masked
+
+
+def random_order(samples: int, n: int, device: torch.device) -> Tensor:
+    """A random order of n patches for each sample, (B, N); the last of each order are those to mask."""
+    return torch.rand(samples, n, device=device).argsort(dim=1)
+
+
+def fixed_orders(n: int, masked: int) -> Tensor:
+    """K orders of n patches, always the same: each patch is among the last `masked` of one and among the others too."""
+    order_N = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    step = min(masked, n - masked)
+    return torch.stack([order_N.roll(-start) for start in range(0, n, step)])
+
+
+def is_masked(order_BN: Tensor, masked: int) -> Tensor:
+    """Which patches are among the last `masked` of an order, (B, N) -> (B, N)."""
+    return order_BN.argsort(dim=1) >= order_BN.shape[1] - masked
+
+
+def shuffle(tokens_BND: Tensor, order_BN: Tensor) -> Tensor:
+    """Tokens in a new order, or the first of them where the order is cut."""
+    return tokens_BND.gather(1, order_BN[..., None].expand(-1, -1, tokens_BND.shape[2]))
+
+
+def unshuffle(tokens_BND: Tensor, order_BN: Tensor) -> Tensor:
+    """Tokens that `shuffle` has moved, back in their places."""
+    return shuffle(tokens_BND, order_BN.argsort(dim=1))
+
+
+def hide(tokens_BND: Tensor, orders_KN: Tensor, masked: int) -> tuple[Tensor, Tensor]:
+    """What each of K orders leaves to be seen, and the orders, for each sample: (B K, V, D), (B K, N)."""
+    k, n = orders_KN.shape
+    order_BKN = orders_KN.expand(tokens_BND.shape[0], -1, -1).flatten(0, 1)  # len() would fix the batch of an export
+    tokens_BKND = tokens_BND[:, None].expand(-1, k, -1, -1).flatten(0, 1)
+    return shuffle(tokens_BKND, order_BKN[:, : n - masked]), order_BKN
+
+
+def average_hidden(values_BKNP: Tensor, orders_KN: Tensor, masked: int) -> Tensor:
+    """Mean for each patch over the orders that hide it, (B K, N, P) -> (B, N, P)."""
+    hidden_KN = is_masked(orders_KN, masked).to(values_BKNP)
+    share_KN = hidden_KN / hidden_KN.sum(0)
+    return (values_BKNP.unflatten(0, (-1, len(orders_KN))) * share_KN[..., None]).sum(1)
+
+
+def map_shape(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    """(channels, *grid of patches), whatever the blocks."""
+    return (channels, *Patchify(input_shape).grid)
+
+
+class Encoder(nn.Sequential):
+    """(B, C, *grid) -> (B, *code_shape); `hidden_dims` are the widths of the blocks."""
+
+    def __init__(
+        self, input_shape: tuple[int, ...], code_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
+    ) -> None:
+        patchify = Patchify(input_shape)
+        layers: list[nn.Module] = [patchify]
+        if hidden_dims:
+            embed = embedding(patchify.size, hidden_dims[0])
+            layers += [embed, Positions(patchify.grid, hidden_dims[0]), *blocks(hidden_dims, act)]
+        else:
+            activation(act)  # refuses an unknown name, without blocks too
+        width = hidden_dims[-1] if hidden_dims else patchify.size
+        down = head(code_shape, (width, *patchify.grid), len(patchify.grid))[0]
+        super().__init__(*layers, ToMap(patchify.grid), down)
+
+
+class Decoder(nn.Sequential):
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the code outwards."""
+
+    def __init__(
+        self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
+    ) -> None:
+        patchify = Patchify(input_shape)
+        width = hidden_dims[0] if hidden_dims else patchify.size
+        layers: list[nn.Module] = [head(code_shape, (width, *patchify.grid), len(patchify.grid))[1], ToTokens()]
+        if hidden_dims:
+            layers += [Positions(patchify.grid, width), *blocks(hidden_dims, act)]
+            layers.append(nn.Linear(hidden_dims[-1], patchify.size))
+        else:
+            activation(act)
+        super().__init__(*layers, Unpatchify(patchify))

@@ -11,25 +11,46 @@ if TYPE_CHECKING:
     from aezoo.data import DataModule
     from aezoo.errors import AezooError
     from aezoo.registry import create_model, list_models, model_class
+    from aezoo.tasks.compress import compress
+    from aezoo.tasks.decompress import decompress
+    from aezoo.tasks.denoise import denoise
+    from aezoo.tasks.detect import detect
+    from aezoo.tasks.embed import embed
+    from aezoo.tasks.generate import generate
+    from aezoo.tasks.reconstruct import reconstruct
 
 _HOMES = {
     "AezooError": "aezoo.errors",
     "Autoencoder": "aezoo.autoencoder",
     "DataModule": "aezoo.data",
+    "compress": "aezoo.tasks.compress",
     "create_model": "aezoo.registry",
+    "decompress": "aezoo.tasks.decompress",
+    "denoise": "aezoo.tasks.denoise",
+    "detect": "aezoo.tasks.detect",
+    "embed": "aezoo.tasks.embed",
+    "generate": "aezoo.tasks.generate",
     "list_models": "aezoo.registry",
     "load_model": "aezoo.checkpoint",
     "model_class": "aezoo.registry",
+    "reconstruct": "aezoo.tasks.reconstruct",
     "save_model": "aezoo.checkpoint",
 }
 __all__ = [
     "AezooError",
     "Autoencoder",
     "DataModule",
+    "compress",
     "create_model",
+    "decompress",
+    "denoise",
+    "detect",
+    "embed",
+    "generate",
     "list_models",
     "load_model",
     "model_class",
+    "reconstruct",
     "save_model",
 ]
 

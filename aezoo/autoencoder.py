@@ -1,46 +1,38 @@
 """The contract of every model and the only training loop."""
 
+import functools
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import aezoo
-from aezoo import likelihoods, optimizers
+from aezoo import acceleration, likelihoods, loop, optimizers
+from aezoo.arguments import Checked
 from aezoo.corruptions import Corruption
 from aezoo.errors import AezooError
 from aezoo.likelihoods import Likelihood
 from aezoo.metrics import Evaluation, Means
+from aezoo.precision import at_least_float32 as at_least_float32  # models find it here, beside the contract
+from aezoo.randomness import forked_rng, mix, seed_all
 
 _EVALUATION_SEED = 20
-_IMPORTANCE_SAMPLES = 100
 
 
-def at_least_float32(values: Tensor) -> Tensor:
-    """Values in float32 if their precision is lower: what must stay exact under autocast is computed there."""
-    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+def from_bytes(x: Tensor) -> Tensor:
+    """Bytes as values from 0 to 1, as the DataModule gives them; anything else as it is."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
-@contextmanager
-def forked_rng(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn or seeded inside, torch's random streams go on afterwards as if nothing had been."""
-    # torch's fork_rng covers the CPU and CUDA; manual_seed seeds Apple's GPUs as well
-    apple = torch.mps.get_rng_state() if device.type == "mps" else None
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        if apple is not None:
-            torch.mps.set_rng_state(apple)
-
-
-class Autoencoder(pl.LightningModule):
+class Autoencoder(Checked, pl.LightningModule):
     """An encoder, a decoder, a likelihood and a loss; subclass it in one file and write the paper's formula in `loss`.
 
     Losses are in nats per sample: summed over data dimensions, averaged over the batch. Batches are `x`, `(x,)` or
@@ -55,7 +47,17 @@ class Autoencoder(pl.LightningModule):
         likelihood: p(x | decoder output).
         corruption: what the input goes through in training; None for most models.
         has_prior: `sample` works.
+        normal_prior: q(z|x) is the diagonal Gaussian of `posterior(x)`, its mean and log-variance, and p(z) is N(0, I).
+        code_radius: codes lie within this distance of 0; infinite but for codes in a ball.
         sparse_code: most entries of a code are meant to be zero.
+        discrete_code: a code can be written in indices, see `aezoo.discrete`.
+        compares_samples: the loss sets the samples of a batch against each other, so that it depends on how many there
+            are; of a batch given twice it need not be the same.
+        compile_mode: whether a fit compiles the loss: auto (where the run is long enough to earn it back), off, or a
+            mode of torch.compile: default, reduce-overhead, max-autotune. Weights keep their names.
+        importance_samples: how many draws of the code for each sample `log_likelihood` takes in validation and test
+            after training; a bound that tightens with them.
+        takes_bytes: `training_step` scales bytes to [0, 1] itself, within what is compiled.
 
     Args:
         input_shape: shape of one sample: (D,), (C, L), (C, H, W) or (C, D, H, W).
@@ -63,7 +65,7 @@ class Autoencoder(pl.LightningModule):
         lr: learning rate.
         optimizer: adam, adamw, sgd, ... see `aezoo.optimizers`.
         weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential or step, from warm-up to the last step.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
         warmup_steps: optimiser steps over which the learning rate rises linearly.
 
     Raises:
@@ -71,8 +73,17 @@ class Autoencoder(pl.LightningModule):
     """
 
     has_prior: ClassVar[bool] = False
+    normal_prior: ClassVar[bool] = False
     sparse_code: ClassVar[bool] = False
+    discrete_code: ClassVar[bool] = False
+    compares_samples: ClassVar[bool] = False
 
+    compile_mode: str = "auto"
+    importance_samples: int = 100
+    code_radius: float = math.inf
+    takes_bytes: bool = False
+
+    started: Tensor
     encoder: nn.Module
     decoder: nn.Module
     code_shape: tuple[int, ...]
@@ -101,6 +112,12 @@ class Autoencoder(pl.LightningModule):
         self._train_means = Means()
         self._evaluation: Evaluation | None = None
         self._checked: set[bool] = set()
+        self._fit_seed: int | None = None
+        self._means_before: dict[str, Any] | None = None
+        self._compiled: acceleration.Compiled | None = None
+        self._compiled_before: bool | None = None
+        self._channels_last = False
+        self._noise_is_torch_s = False
 
     # ---- the contract -----------------------------------------------------------------------------------------------
 
@@ -138,6 +155,17 @@ class Autoencoder(pl.LightningModule):
         """Anomaly score, larger is stranger: -log p(x | decoder(encode(x))) in nats, (B, *input_shape) -> (B,)."""
         return self.nll(self.decoder(self.encode(x)), x)
 
+    def _set_hparams(self, hp: Any) -> None:
+        """Keep what this class takes of what was collected up to its parents: an argument of theirs would not load."""
+        own = inspect.signature(type(self)).parameters
+        super()._set_hparams({name: value for name, value in hp.items() if name in own})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, shape in _INFERENCE.items():
+            if name in vars(cls):
+                setattr(cls, name, _expects(vars(cls)[name], shape))
+
     # ---- for the formulas of subclasses -----------------------------------------------------------------------------
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
@@ -150,19 +178,103 @@ class Autoencoder(pl.LightningModule):
         A loss term that is not linear in such a mean needs it to be the same on one process and on many.
         """
         mean = at_least_float32(values).mean(0)
-        if self.training and dist.is_available() and dist.is_initialized():
+        if self._across_ranks():
             from torch.distributed.nn.functional import all_reduce
 
             mean = all_reduce(mean) / dist.get_world_size()
         return mean
 
+    def of_all_ranks(self, values: Tensor) -> Tensor:
+        """In training the values of all ranks, in their order, with gradient: (B, ...) -> (N, ...); else as they are.
+
+        The mean over ranks of a loss is what is minimised: a term that each rank computes of its own samples against
+        all of them, N, counts every pair once.
+        """
+        if self._across_ranks():
+            from torch.distributed.nn.functional import all_gather
+
+            return torch.cat(all_gather(values))
+        return values
+
+    def keep_steps(self) -> None:
+        """For the constructor of a model that changes over training: the buffer `steps`, optimiser steps taken."""
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def share_of_steps(self, n: int) -> Tensor:
+        """How much of n optimiser steps is over, from 0 to 1, (); all of none. See `keep_steps`."""
+        steps = self._buffers["steps"]
+        assert steps is not None
+        return (steps / n).clamp(max=1) if n else 1 + 0 * steps
+
+    def keep_started(self) -> None:
+        """For the constructor of a model that data start: the buffer `started`, whether `start_from` has seen them."""
+        self.register_buffer("started", torch.tensor(False))
+
+    def start_from(self, x: Tensor) -> None:
+        """Start parameters from the first batch of training, of all ranks, (N, *input_shape); see `keep_started`."""
+        raise NotImplementedError(f"{type(self).__name__} must write what its first data start")
+
+    def own_rank(self) -> int:
+        """How many batches come before this rank's in what `of_all_ranks` gives."""
+        return dist.get_rank() if self._across_ranks() else 0
+
+    def own_rows(self, values: Tensor) -> Tensor:
+        """Where the samples of this rank stand in what `of_all_ranks` gives: (B, ...) -> (B,)."""
+        first = self.own_rank() * len(values)
+        return torch.arange(first, first + len(values), device=values.device)
+
+    def _across_ranks(self) -> bool:
+        return self.training and dist.is_available() and dist.is_initialized()
+
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        x, y = self.begin_step(batch, batch_idx)
+        terms, values = self.step_terms(x, y)
+        self.end_step(terms, values, len(x))
+        return terms
+
+    def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+        """Unpack and check a batch, and seed the step's noise; the first of a training step's three parts."""
         x, y = self._unpack(batch)
-        terms = self.loss(x, y)
-        self._train_means.add(terms, len(x))
-        return {"loss": terms["loss"], **{name: t.detach() for name, t in terms.items() if name != "loss"}}
+        self._seed_step(batch_idx)
+        if "steps" in self._buffers and self._trainer is not None:
+            # in place, since a compiled step or a CUDA graph reads it anew each time
+            self._buffers["steps"].fill_(self._trainer.global_step)  # type: ignore[union-attr]
+        if "started" in self._buffers and (self._trainer is None or self._trainer.global_step == 0):
+            self._start(x)  # in later steps the flag need not be fetched from an accelerator
+        return x, y
+
+    @torch.no_grad()
+    def _start(self, x: Tensor) -> None:
+        if not self.started:
+            self.start_from(self.of_all_ranks(from_bytes(x)))
+            self.started.fill_(True)
+
+    def step_terms(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms of the loss, by name and as one vector, compiled or not; the second part, device work alone."""
+        terms: tuple[dict[str, Tensor], Tensor] = (self._compiled or self._terms)(x, y)
+        return terms
+
+    def end_step(self, terms: dict[str, Tensor], values: Tensor, n: int) -> None:
+        """Count the terms of n samples into the epoch's means; the third part."""
+        self._train_means.add(terms, n, values)
+
+    def _terms(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """The loss of a batch as it is stored, and all its terms as one vector; what is compiled."""
+        x = from_bytes(x)
+        if self._channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        # gradients are asked of the loss alone
+        terms = {name: term if name == "loss" else term.detach() for name, term in self.loss(x, y).items()}
+        return terms, torch.stack([*terms.values()]).detach()
+
+    def _seed_step(self, batch_idx: int) -> None:
+        """Noise is a function of (seed, rank, epoch, batch): a resumed run draws what an unstopped one would have."""
+        trainer = self._trainer
+        if trainer is not None and self._fit_seed is not None:
+            seed = mix(self._fit_seed, trainer.global_rank, trainer.current_epoch, batch_idx)
+            seed_all(seed, self._device, others=not self._noise_is_torch_s)
 
     def on_train_epoch_end(self) -> None:
         means = self._train_means.compute()
@@ -183,45 +295,133 @@ class Autoencoder(pl.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         x, y = self._unpack(batch)
-        z = self.encode(x)
-        found = {"code": z, "reconstruction": self.decode(z), "score": self.score(x)}
+        z, kind = self.encode(x), type(self)
+        if kind.score is Autoencoder.score and kind.decode is Autoencoder.decode:
+            params = self.decoder(z)  # once for what both of them need
+            found = {"code": z, "reconstruction": self.likelihood.mean(params), "score": self.nll(params, x)}
+        else:
+            found = {"code": z, "reconstruction": self.decode(z), "score": self.score(x)}
         return found if y is None else {**found, "label": y}
 
     def configure_optimizers(self) -> Any:
-        optimizer = optimizers.build(self.optimizer, self.parameters(), self.lr, self.weight_decay)
+        # a gradient scaler that clips must see the gradients before the optimiser unscales them; Lightning refuses to
+        # clip for a fused optimiser where there could be a scaler
+        plugin = None if self._trainer is None else self.trainer.precision_plugin
+        scaled = getattr(plugin, "scaler", None) is not None
+        scaled |= isinstance(plugin, MixedPrecision) and bool(self.trainer.gradient_clip_val)
+        first, *others = self.parameter_groups()
+        optimizer = optimizers.build(self.optimizer, first["params"], self.lr, self.weight_decay, fused=not scaled)
+        for group in others:
+            optimizer.add_param_group(group)
         if self.lr_schedule == "constant" and not self.warmup_steps:
             return optimizer
         schedule = optimizers.schedule(optimizer, self.lr_schedule, self.warmup_steps, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimiser trains: groups of parameters; those after the first may have settings of their own.
+
+        The players of an adversarial model have a group each: where every parameter gets the gradient of its own
+        player's loss alone, one backward pass and one optimiser of disjoint groups are as many optimisers.
+        """
+        return [{"params": [*self.parameters()]}]
+
     def on_fit_start(self) -> None:
         self._checked.clear()
         self._train_means.reset()
         self._evaluation = None
+        means, self._means_before = self._means_before, None
+        if means is not None and self.trainer.ckpt_path is not None:
+            # what the epoch had added up before the checkpoint; of several ranks that of the first, for all
+            self._train_means.load_state_dict(means, self.device)
+        # DistributedDataParallel hands out gradients in the plain layout, and fused optimisers read both as one
+        self._channels_last = self.trainer.world_size == 1 and acceleration.to_channels_last(self)
+        if self._fit_seed is None or self.trainer.ckpt_path is None:
+            self._fit_seed, self._compiled_before = torch.initial_seed() % 2**63, None
+
+    def on_fit_end(self) -> None:
+        self._compiled, self.takes_bytes = None, False
+        if self._channels_last:
+            # the same bits as a model that is loaded from a file
+            self.to(memory_format=torch.contiguous_format)
+            self._channels_last = False
 
     def on_train_start(self) -> None:
+        for held in self.trainer.optimizers:
+            optimizers.align(held)
+        self._prepare_step()
         if self.trainer.ckpt_path is None or type(self).configure_optimizers is not Autoencoder.configure_optimizers:
             return
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         if isinstance(optimizer, torch.optim.Optimizer) and (scheduler is None or isinstance(scheduler, LambdaLR)):
-            optimizers.renew(optimizer, scheduler, self.lr, self.weight_decay)
+            rates = [group.get("lr", self.lr) for group in self.parameter_groups()]
+            optimizers.renew(optimizer, scheduler, rates, self.weight_decay)
+
+    def _prepare_step(self) -> None:
+        """Take the light loop and compile the loss, where they suit this run."""
+        light = loop.lighten(self.trainer)
+        mode = acceleration.check_mode(self.compile_mode)
+        if mode == "auto":
+            chosen = self._compiled_before if self._compiled_before is not None else self._worth_compiling()
+        else:
+            chosen = mode != "off"
+        self._compiled_before = chosen
+        acceleration.announce(mode, chosen)
+        self._compiled = None
+        if chosen:
+            own_loop = type(self).training_step is Autoencoder.training_step
+            if light and own_loop and mode == "reduce-overhead" and loop.capture(self.trainer):
+                mode = "default"  # a graph of the whole step holds those of its parts
+            batch_idx = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            self._compiled = acceleration.Compiled(
+                self._terms, "default" if mode == "auto" else mode, before_retry=lambda: self._seed_step(batch_idx)
+            )
+        # NumPy's and Python's generators are drawn from in a step by code of others only
+        self._noise_is_torch_s = light and loop.batch_is_private(self.trainer) and _is_own(type(self))
+        self.takes_bytes = chosen and light and loop.batch_is_private(self.trainer)
+
+    def _worth_compiling(self) -> bool:
+        batch_size = getattr(self.trainer.train_dataloader, "batch_size", None)
+        steps = optimizers.known_steps(self.trainer)
+        if not isinstance(batch_size, int):
+            return False
+        parameters = sum(p.numel() for p in self.parameters())
+        uses = acceleration.positions(self, self.input_shape)
+        return acceleration.worth_compiling(parameters, batch_size, uses, steps, self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         from aezoo.registry import name_of
 
-        checkpoint["aezoo"] = {"model": name_of(type(self)), "version": aezoo.__version__}
+        stamp = {"model": name_of(type(self)), "version": aezoo.__version__}
+        # a run that goes on must draw the same noise by the same arithmetic
+        checkpoint["aezoo"] = stamp | {"seed": self._fit_seed, "compiled": self._compiled_before}
+        if self._train_means.state_dict()["count"]:
+            checkpoint["aezoo"]["means"] = self._train_means.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        stamp = checkpoint.get("aezoo", {})
+        self._fit_seed, self._compiled_before = stamp.get("seed"), stamp.get("compiled")
+        self._means_before = stamp.get("means")
 
     def _evaluate(self, batch: Any, batch_idx: int) -> None:
         x, y = self._unpack(batch)
         if self._evaluation is None:
-            self._evaluation = Evaluation(self.input_shape, self.device)
+            self._evaluation = Evaluation(self.input_shape, self.device, self.code_shape if self.sparse_code else None)
         with self._fixed_noise(batch_idx):
             terms = self.loss(x, y)
-            x_hat = self(x if self.corruption is None else self.corruption(x))
+            read = x if self.corruption is None else self.corruption(x)
+            x_hat, seen = self._reconstruct(read)
             log_likelihood = getattr(self, "log_likelihood", None)
             if callable(log_likelihood) and self.trainer.state.fn in ("validate", "test"):
-                terms["log_likelihood"] = log_likelihood(x, _IMPORTANCE_SAMPLES).mean()
-        self._evaluation.add(terms, x, x_hat)
+                terms["log_likelihood"] = log_likelihood(x, self.importance_samples).mean()
+        self._evaluation.add(terms, x, x_hat, **seen)
+
+    def _reconstruct(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The reconstruction, and what else of the code `Evaluation` looks at."""
+        if self.sparse_code:
+            code = self.encode(x)
+            return self.decode(code), {"code": code}
+        return self(x), {}
 
     def _log_evaluation(self, stage: str) -> None:
         if self._evaluation is not None:
@@ -239,14 +439,15 @@ class Autoencoder(pl.LightningModule):
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         x, y = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1] if len(batch) > 1 else None)
         if self.training not in self._checked:
-            self.check_batch(x)
+            self.check_batch(from_bytes(x) if self.takes_bytes else x)
             self._checked.add(self.training)
         return x, y
 
     def check_batch(self, x: Tensor) -> None:
         """Refuse a batch that the model cannot use; the loop calls it on the first batches of training and evaluation.
 
-        Only training data must lie in the likelihood's interval: unseen data may exceed the range they were scaled by.
+        Training data must lie in the likelihood's interval; unseen data may exceed the range they were scaled by, but
+        not tenfold, as images from 0 to 255 do.
 
         Raises:
             AezooError: wrong shape or dtype, values that are not finite, or outside of [0, 1] where that is needed.
@@ -261,11 +462,42 @@ class Autoencoder(pl.LightningModule):
         low, high = float(x.min()), float(x.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise AezooError("the data hold NaN or infinite values: clean them first")
-        if self.training and self.likelihood.unit_interval and not (low >= -1e-6 and high <= 1 + 1e-6):
+        slack = 1e-6 if self.training else 10.0
+        if self.likelihood.unit_interval and not (low >= -slack and high <= 1 + slack):
             raise AezooError(
                 f"this likelihood needs data in [0, 1], got values from {low:.4g} to {high:.4g}: "
                 "scale the data, or take likelihood='gaussian'"
             )
+
+
+def _expects(method: Callable[..., Tensor], shape: str) -> Callable[..., Tensor]:
+    """A method that refuses in evaluation mode what it was not made for, in place of an error from within a layer."""
+
+    @functools.wraps(method)
+    def checked(self: Autoencoder, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.training and not torch.compiler.is_compiling():
+            expected: tuple[int, ...] = getattr(self, shape)
+            if tuple(x.shape[1:]) != expected:
+                what = "samples" if shape == "input_shape" else "codes"
+                raise AezooError(
+                    f"{method.__name__} expects {what} of shape Bx{_by(expected)}, got {_by(x.shape)}: one sample "
+                    "needs a batch dimension too, x[None]; another size needs another model, or resized data"
+                )
+            if not x.is_floating_point():
+                raise AezooError(f"{method.__name__} expects float data, got {x.dtype}: for images x.float() / 255")
+        return method(self, x, *args, **kwargs)
+
+    return checked
+
+
+# what is called from outside with data, and the attribute that says their shape; the training loop has its own check
+_INFERENCE = {"encode": "input_shape", "decode": "code_shape", "forward": "input_shape", "score": "input_shape"}
+for _name, _shape in _INFERENCE.items():
+    setattr(Autoencoder, _name, _expects(vars(Autoencoder)[_name], _shape))
+
+
+def _is_own(cls: type) -> bool:
+    return cls.__module__.startswith("aezoo.models.")
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -2,12 +2,16 @@
 
 import copy
 import tempfile
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
 from unittest import SkipTest
 
 import torch
+from torch import Tensor
 
+from aezoo.autoencoder import Autoencoder
+from aezoo.discrete import DiscreteAutoencoder
 from aezoo.testing.ranks import SharedNoise
 from aezoo.testing.subject import (
     BATCH,
@@ -57,7 +61,15 @@ def check_inductor(subject: Subject) -> None:
 
 
 def _require_same_compiled(subject: Subject, backend: str, options: dict[str, Any]) -> None:
-    model, x = subject.build().train(), subject.data()
+    try:
+        _compare_compiled(subject, backend, options, torch.float32)
+    except AssertionError:
+        # rounding, of sums in another order, vanishes there, and a mistake stays
+        _compare_compiled(subject, backend, options, torch.float64)
+
+
+def _compare_compiled(subject: Subject, backend: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    model, x = subject.build().train().to(dtype), subject.data().to(dtype)
     other = copy.deepcopy(model)
     torch._dynamo.reset()
     try:
@@ -71,39 +83,74 @@ def _require_same_compiled(subject: Subject, backend: str, options: dict[str, An
         torch._dynamo.reset()
     for name, value in eager.items():
         require_close(f"the compiled {name}", compiled[name], value, 1e-4)
+    largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         if p.grad is not None:
             require(q.grad is not None, f"compiled, {name} gets no gradient")
-            require_close(f"the compiled gradient of {name}", q.grad, p.grad, 1e-4)
+            # where a gradient nearly cancels, what is left of it has the rounding of the large ones
+            tolerance = 1e-4 * max(1.0, 0.05 * largest / max(1e-3, float(p.grad.abs().max())))
+            require_close(f"the compiled gradient of {name}", q.grad, p.grad, tolerance)
     for name, buffer in model.named_buffers():
         require_close(f"the buffer {name} after the compiled loss", other.get_buffer(name), buffer, 1e-4)
 
 
 @as_check
 def check_export(subject: Subject) -> None:
-    """torch.export of forward gives the same output, for any batch size."""
+    """torch.export of forward gives the same output, for any batch size; of indices too, where codes are those."""
     model, x, other = subject.build().eval(), subject.data(), subject.data(3, seed=1)
     batch = torch.export.Dim("batch", min=1)
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
-    with torch.no_grad():
-        for given in (x, other, x[:1]):
-            require_close(f"the exported program on a batch of {len(given)}", exported(given), model(given), 1e-4)
+    for part, (first, *others) in _parts(model, [x, other, x[:1]]):
+        exported = torch.export.export(part, (first,), dynamic_shapes=({0: batch},)).module()
+        for given in (first, *others):
+            _require_same("exported", part, given, exported(given))
 
 
 @as_check
 def check_onnx(subject: Subject) -> None:
-    """The ONNX file of forward gives the same output through onnxruntime, for any batch size; needs aezoo[onnx]."""
+    """The ONNX files of what `check_export` takes give the same through onnxruntime; needs aezoo[onnx]."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise SkipTest(f"{', '.join(missing)} not installed: pip install 'aezoo[onnx]'")
     import onnxruntime
 
     model, x, other = subject.build().eval(), subject.data(), subject.data(3, seed=1)
-    program: Any = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
-    with tempfile.TemporaryDirectory() as folder:
-        program.save(f"{folder}/model.onnx")
-        session = onnxruntime.InferenceSession(f"{folder}/model.onnx", providers=["CPUExecutionProvider"])
-    with torch.no_grad():
-        for given in (x, other, x[:1]):
-            found = session.run(None, {session.get_inputs()[0].name: given.numpy()})[0]
-            require_close(f"the ONNX program on a batch of {len(given)}", torch.from_numpy(found), model(given), 1e-4)
+    for part, (first, *others) in _parts(model, [x, other, x[:1]]):
+        program: Any = torch.onnx.export(part, (first,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+        with tempfile.TemporaryDirectory() as folder:
+            program.save(f"{folder}/model.onnx")
+            session = onnxruntime.InferenceSession(f"{folder}/model.onnx", providers=["CPUExecutionProvider"])
+        for given in (first, *others):
+            found = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+            _require_same("ONNX", part, given, map(torch.from_numpy, found))
+
+
+class _Part(torch.nn.Module):
+    """Methods of a model as one module."""
+
+    def __init__(self, model: Autoencoder, *names: str) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+        self.eval()
+
+    def forward(self, given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(getattr(self.model, name)(given) for name in self.names)
+
+
+@torch.no_grad()
+def _parts(model: Autoencoder, batches: list[Tensor]) -> Iterator[tuple[torch.nn.Module, list[Tensor]]]:
+    """What is exported of a model, and batches for it."""
+    if not isinstance(model, DiscreteAutoencoder):
+        yield _Part(model, "forward"), batches
+        return
+    yield _Part(model, "forward", "encode_indices"), batches
+    yield _Part(model, "decode_indices"), [model.encode_indices(x) for x in batches]
+
+
+@torch.no_grad()
+def _require_same(kind: str, part: Any, given: Tensor, found: Iterable[Tensor]) -> None:
+    for name, value, wanted in zip(part.names, found, part(given), strict=True):
+        what = f"the {kind} {name} of a batch of {len(given)}"
+        if wanted.is_floating_point():
+            require_close(what, value, wanted, 1e-4)
+        else:
+            require(torch.equal(value, wanted), f"{what} gives other indices")

@@ -28,7 +28,7 @@ SHAPES: tuple[tuple[int, ...], ...] = (
 )
 BATCH = 7
 # figures that an evaluation adds beside the loss terms, see aezoo.metrics
-_RESERVED = {"mse", "psnr", "ssim", "bits_per_dim", "log_likelihood"}
+_RESERVED = {"mse", "psnr", "ssim", "bits_per_dim", "log_likelihood", "usage", "perplexity"}
 
 
 @dataclass(frozen=True)

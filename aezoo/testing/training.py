@@ -15,7 +15,17 @@ from torch.utils.data import DataLoader
 from aezoo.autoencoder import Autoencoder
 from aezoo.checkpoint import load_model, save_model
 from aezoo.registry import name_of
-from aezoo.testing.subject import BATCH, Subject, as_check, equal, require, require_shape, snapshot, state_shapes
+from aezoo.testing.subject import (
+    BATCH,
+    Subject,
+    as_check,
+    equal,
+    require,
+    require_close,
+    require_shape,
+    snapshot,
+    state_shapes,
+)
 
 _OVERFIT_STEPS = 250
 
@@ -88,10 +98,15 @@ def check_loop(subject: Subject) -> None:
     require(wanted <= figures.keys(), f"does not report {', '.join(sorted(wanted - figures.keys()))}")
     for name, value in figures.items():
         require(bool(value.isfinite().all()), f"{name} is {value}")
+    with torch.no_grad():
+        z = model.encode(x)
+        expected = {"code": z, "reconstruction": model.decode(z), "score": model.score(x)}
+        drawn = not torch.equal(expected["score"], model.score(x))
     for i, step in enumerate(found):
-        require_shape("predicted code", step["code"], (BATCH, *model.code_shape))
-        require_shape("predicted reconstruction", step["reconstruction"], (BATCH, *subject.shape))
-        require_shape("predicted score", step["score"], (BATCH,))
+        for name, value in expected.items():
+            require_shape(f"predicted {name}", step[name], tuple(value.shape))
+            if name != "score" or not drawn:
+                require_close(f"the predicted {name}", step[name], value, 1e-4)
         require(("label" in step) == (i == 2), "predictions hold labels if and only if the batch does")
 
 

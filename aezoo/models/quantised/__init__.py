@@ -1,0 +1,1 @@
+"""Autoencoders whose code is indices into codebooks, and priors over such indices."""

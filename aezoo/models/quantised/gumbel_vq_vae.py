@@ -1,0 +1,132 @@
+"""Gumbel VQ-VAE, a grid of codes drawn by their logits (Jang et al. 2016), https://arxiv.org/abs/1611.01144
+
+The encoder gives logits of K codes at each place, and codes are drawn, not compared with (as in taming-transformers,
+https://github.com/CompVis/taming-transformers, and in DALL-E). In nats per sample:
+
+    L = E[-log p(x|z)] + beta KL(q(c|x) || p(c))     q(c|x) = prod_n Cat(p_n)     p(c) uniform
+    z_n = sum_k y_nk e_k                             y_n = softmax((log p_n + g_n) / tau)     g_n Gumbel noise
+    KL = sum_n sum_k p_nk log(K p_nk)                from 0 to P log K, summed over places
+
+tau falls from `start_temperature` to `temperature` by a constant factor a step. In training y is relaxed, or one-hot
+with the gradient of the relaxed one (`hard`); in evaluation the loss draws c itself, so that there, and with `hard`
+everywhere, log p(x) >= E[elbo] with elbo = -(nll + kl), whatever beta. `encode` takes the likeliest codes and draws
+nothing: -(nll + kl) of these is no bound.
+
+Shapes: B batch, C channels of a code, K codes, P places.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.categorical import gumbel
+from aezoo.discrete import DiscreteAutoencoder
+from aezoo.limits import at_least
+from aezoo.quantisers.base import Quantised
+from aezoo.quantisers.gumbel_vq import GumbelVQ
+
+
+class GumbelVQVAE(DiscreteAutoencoder):
+    """A map of codes that are categorical variables with a uniform prior.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: C, channels of a code.
+        codebook_size: K.
+        beta: weight of the KL term; 1 for the bound, with which short training leaves most of the code unused.
+        temperature: tau at the end, at least 0.01: near 0 codes are nearly one-hot and gradients noisy.
+        start_temperature: tau at the first step.
+        temperature_steps: optimiser steps over which tau falls to temperature; 0 keeps it there.
+        hard: decode codes in training as well, with the gradient of the relaxed ones.
+        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        net: resnet, conv, convnext, conv_keras, unet, vit, mlp, lstm or transformer.
+        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    has_prior = True
+    quantiser: GumbelVQ
+    steps: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        codebook_size: int = 512,
+        beta: float = 0.1,
+        temperature: float = 0.5,
+        start_temperature: float = 1.0,
+        temperature_steps: int = 1000,
+        hard: bool = False,
+        places: int = 16,
+        net: str = "resnet",
+        hidden_dims: tuple[int, ...] = (32, 64),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, beta=beta, temperature_steps=temperature_steps)
+        at_least(0.01, temperature=temperature, start_temperature=start_temperature)
+        at_least(2, codebook_size=codebook_size)
+        self.beta, self.temperature_steps = beta, temperature_steps
+        self.temperature, self.start_temperature = temperature, start_temperature
+        self.set_nets(net, (codebook_size, latent_dim), hidden_dims, activation, places)
+        self.keep_steps()
+        self.quantiser = GumbelVQ(codebook_size, latent_dim, float(self.tau()), hard=hard)
+
+    def tau(self) -> Tensor:
+        """The temperature at the present step, ()."""
+        share = self.share_of_steps(self.temperature_steps)
+        return self.start_temperature ** (1 - share) * self.temperature**share
+
+    def kl_weight(self) -> Tensor | float:
+        """The weight of the KL term at the present step."""
+        return self.beta
+
+    def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+        x, y = super().begin_step(batch, batch_idx)
+        self.quantiser.temperature.copy_(self.tau())
+        return x, y
+
+    def draw(self, x: Tensor) -> Quantised:
+        """Codes drawn from q(c|x), in training relaxed: as `quantise`."""
+        logits = self.encoder(x)
+        found = self.quantiser.quantise(logits)
+        if self.training:
+            return found
+        logits_BPK = at_least_float32(logits).flatten(2).movedim(1, 2)
+        indices = (logits_BPK + gumbel(logits_BPK)).argmax(2).view_as(found.indices)
+        return Quantised(self.codes(indices).to(logits.dtype), indices, found.terms)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_q, _, terms = self.draw(x)
+        nll, kl = self.nll(self.decoder(z_q), x).mean(), terms["kl"]
+        return {"loss": nll + self.kl_weight() * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+
+    def sample(self, n: int) -> Tensor:
+        size, device = self.index_sizes[0], self.quantiser.code_KC.device
+        return self.decode_indices(torch.randint(size, (n, *self.index_shape), device=device))

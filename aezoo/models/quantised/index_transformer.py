@@ -1,0 +1,86 @@
+"""Decoder-only Transformer, GPT-2 (Radford et al. 2019), https://openai.com/index/better-language-models/
+
+A prior over the indices k of a quantised model, in any layout, by causal attention over their sequence:
+
+    L = -sum_t log p(k_t | k_1 .. k_{t-1})        t place by place in raster order, in a place its Q indices in turn
+
+    h_t = e(k_{t-1}) + position_t,  k_0 a learned start      h <- h + attention(norm(h))     h <- h + mlp(norm(h))
+    p(k_t = j) = softmax_j(e_j . norm(h_t))
+
+e_j is the vector of code j as input and as output alike, of a table for each of the Q indices of a place.
+
+Shapes: B batch, T indices of a sample, Q of a place, P places, K codes of the largest book, W width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.index_prior import IndexPrior
+from aezoo.nets.transformer import Block
+
+
+class IndexTransformer(IndexPrior):
+    """A small GPT over the indices of a quantised model.
+
+    Args:
+        input_shape: shape of one sample; any that the tokenizer takes.
+        tokenizer: path of a trained quantised model (checkpoint, run or saved folder; of a prior, its tokenizer), which
+            is copied into this one; or a quantised model that learns beside its prior, by name or as {"model": name,
+            argument: value, ...}. It then has its own lr, and all else of the optimiser from its prior.
+        width: W, channels of a token; heads of 16 channels where they divide it.
+        depth: number of blocks.
+        dropout: share of a token's channels that are left out in training, after the embedding.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, within a block.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        tokenizer: str | dict[str, Any] = "vq_vae",
+        width: int = 64,
+        depth: int = 3,
+        dropout: float = 0.1,
+        activation: str = "gelu",
+        lr: float = 3e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            tokenizer=tokenizer,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.check_net(width, depth, dropout)
+        # GPT-2's standard deviation of vectors
+        self.book_QKW = nn.Parameter(0.02 * torch.randn(self.index_shape[0], self.n_codes, width))
+        self.start_W = nn.Parameter(0.02 * torch.randn(width))
+        self.position_TW = nn.Parameter(0.02 * torch.randn(self.n_tokens, width))
+        self.blocks = nn.Sequential(
+            nn.Dropout(dropout), *(Block(width, activation, causal=True) for _ in range(depth)), nn.LayerNorm(width)
+        )
+
+    def token_logits(self, tokens: Tensor) -> Tensor:
+        q, k, _ = self.book_QKW.shape
+        offset_Q = k * torch.arange(q, device=tokens.device)
+        of_token = (tokens.unflatten(1, (-1, q)) + offset_Q).flatten(1)
+        embedded_BTW = F.embedding(of_token[:, :-1], self.book_QKW.flatten(0, 1))
+        start_B1W = self.start_W.expand(len(tokens), 1, -1)
+        h_BTW = self.blocks(torch.cat([start_B1W, embedded_BTW], 1) + self.position_TW)
+        logits_BPQK = torch.einsum("bpqw,qkw->bpqk", h_BTW.unflatten(1, (-1, q)), self.book_QKW)
+        return logits_BPQK.flatten(1, 2)

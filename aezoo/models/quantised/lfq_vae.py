@@ -1,0 +1,86 @@
+"""LFQ autoencoder, lookup-free quantisation of MAGVIT-v2 (Yu et al. 2023), https://arxiv.org/abs/2310.05737
+
+Each channel of the encoder's output becomes its sign; a place has one of 2^D codes:
+
+    z = f(x)    z_q = sign(z)    gradient of z = gradient of z_q
+
+    L = -log p(x | g(z_q)) + w (E H(p(c|z)) - gamma H(E p(c|z))) + beta ||z - sg(z_q)||^2
+
+summed over places; p(c|z) = softmax_c(2 z.c / temperature), and the second E is over the places of the whole batch. The
+first entropy keeps z away from where its sign turns, the second sets all codes to use.
+
+The paper weighs means, 0.1 of an entropy a place beside the error a value. Of d values and P places that is
+w = 0.1 d / P here: 1.6 for images of 28 x 28 in 7 x 7 places. The default leaves more to the reconstruction.
+"""
+
+from torch import Tensor
+
+from aezoo.discrete import DiscreteAutoencoder
+from aezoo.limits import at_least
+from aezoo.quantisers.lfq import LFQ
+
+
+class LFQVAE(DiscreteAutoencoder):
+    """A map of signs.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, channels of a code and bits of its index.
+        entropy_weight: weight of both entropies.
+        gamma: weight of the diversity of codes within it.
+        beta: weight of the commitment.
+        temperature: of the probabilities of codes.
+        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        net: resnet, conv, convnext, conv_keras, unet, vit, mlp, lstm or transformer.
+        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 9,
+        entropy_weight: float = 0.3,
+        gamma: float = 1.0,
+        beta: float = 0.25,
+        temperature: float = 0.1,
+        places: int = 16,
+        net: str = "resnet",
+        hidden_dims: tuple[int, ...] = (32, 64),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, entropy_weight=entropy_weight, gamma=gamma, beta=beta)
+        self.entropy_weight, self.gamma, self.beta = entropy_weight, gamma, beta
+        self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
+        self.quantiser = LFQ(latent_dim, temperature=temperature)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_q, _, terms = self.quantise(x)
+        nll = self.nll(self.decoder(z_q), x).mean()
+        spread = terms["entropy"] - self.gamma * terms["diversity"]
+        loss = nll + self.entropy_weight * spread + self.beta * terms["commitment"]
+        return {"loss": loss, "nll": nll, **terms}

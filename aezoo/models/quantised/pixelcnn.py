@@ -1,0 +1,150 @@
+"""Gated PixelCNN (van den Oord et al. 2016), https://arxiv.org/abs/1606.05328
+
+A prior over the indices k of a quantised model, by masked convolutions over their grid:
+
+    L = -sum_t log p(k_t | k_1 .. k_{t-1})        t place by place in raster order, in a place its Q indices in turn
+
+    v <- gate(conv(v))                            vertical stack: of rows up to a place's own, all columns
+    h <- h + W gate(mask(conv(h)) + W' v_above)   horizontal stack: of the row up to a place, and v of the row above
+    gate(a, b) = tanh(a) sigmoid(b)
+
+The two stacks together see every place before their own, without the blind spot of one stack of masked convolutions. Of
+a place's own Q indices, index q sees those before q: the first layer has mask A, later ones mask B, as for R, G and B.
+
+Shapes: B batch, Q indices of a place, K codes of the largest book, (H, W) grid of places, T = Q H W, F channels.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.errors import AezooError
+from aezoo.index_prior import IndexPrior
+
+
+class MaskedConv(nn.Conv2d):
+    """A convolution over a place and those to its left, whose channels are cut into groups.
+
+    Args:
+        n_in, n_out: channels.
+        reach: how many places to the left it sees.
+        groups: of channels; of its own place an output sees the groups before its own.
+        own: and its own (mask B), or not (mask A).
+    """
+
+    mask: Tensor
+
+    def __init__(self, n_in: int, n_out: int, reach: int, groups: int, own: bool = True) -> None:
+        super().__init__(n_in, n_out, (1, reach + 1))
+        of_in, of_out = (torch.arange(n) * groups // n for n in (n_in, n_out))
+        mask = torch.ones_like(self.weight, requires_grad=False)
+        mask[..., -1] = (of_in < of_out[:, None] + own)[:, :, None]
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (self.kernel_size[1] - 1, 0)), self.weight * self.mask, self.bias)
+
+
+class GatedLayer(nn.Module):
+    """One layer of the two stacks, (B, F, H, W), (B, F, H, W) -> the same.
+
+    Args:
+        width: F, which is cut into groups.
+        groups: Q.
+        reach: places that it sees to each side, and above.
+        vertical: there are rows above.
+        dropout: of what it adds to h.
+        first: it has mask A, and no h to add to.
+    """
+
+    def __init__(self, width: int, groups: int, reach: int, vertical: bool, dropout: float, first: bool) -> None:
+        super().__init__()
+        self.groups, self.reach, self.first, self.vertical = groups, reach, first, vertical
+        if vertical:
+            self.v = nn.Conv2d(width, 2 * width, (reach + 1, 2 * reach + 1))
+            self.link = nn.Conv2d(2 * width, 2 * width, 1)
+        self.h = MaskedConv(width, 2 * width, reach, groups, own=not first)
+        self.out = nn.Sequential(nn.Dropout(dropout), MaskedConv(width, width, 0, groups))
+
+    def gate(self, ab: Tensor) -> Tensor:
+        a, b = ab.unflatten(1, (self.groups, 2, -1)).unbind(2)  # each group has both
+        return (a.tanh() * b.sigmoid()).flatten(1, 2)
+
+    def forward(self, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        ab = self.h(h)
+        if self.vertical:
+            v = self.v(F.pad(v, (self.reach, self.reach, self.reach, 0)))
+            ab, v = ab + F.pad(self.link(v), (0, 0, 1, 0))[:, :, :-1], self.gate(v)
+        added = self.out(self.gate(ab))
+        return v, added if self.first else h + added
+
+
+class PixelCNN(IndexPrior):
+    """A gated PixelCNN over the maps or sequences of indices of a quantised model.
+
+    Args:
+        input_shape: shape of one sample; any that the tokenizer takes to a map or a sequence of indices.
+        tokenizer: path of a trained quantised model (checkpoint, run or saved folder; of a prior, its tokenizer), which
+            is copied into this one; or a quantised model that learns beside its prior, by name or as {"model": name,
+            argument: value, ...}. It then has its own lr, and all else of the optimiser from its prior.
+        width: F, channels of both stacks, shared among the Q indices of a place.
+        depth: number of layers.
+        kernel_size: of the convolutions, odd; a layer reaches half of it to each side.
+        dropout: share of what a layer adds that is left out in training.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        tokenizer: str | dict[str, Any] = "vq_vae",
+        width: int = 48,
+        depth: int = 5,
+        kernel_size: int = 3,
+        dropout: float = 0.1,
+        lr: float = 3e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            tokenizer=tokenizer,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.check_net(width, depth, dropout)
+        if kernel_size < 3 or kernel_size % 2 == 0:
+            raise AezooError(f"kernel_size must be odd and at least 3, got {kernel_size}")
+        q, *places = self.index_shape
+        if len(places) > 2:
+            raise AezooError("pixelcnn takes maps and sequences of indices, not volumes: take index_transformer")
+        self.grid = (*(1,) * (2 - len(places)), *places)
+        each, k, reach = -(-width // q), self.n_codes, kernel_size // 2
+        self.book = nn.Embedding(q * k, each)
+        self.layers = nn.ModuleList(
+            GatedLayer(q * each, q, reach, self.grid[0] > 1, dropout, first=i == 0) for i in range(depth)
+        )
+        hidden, out = MaskedConv(q * each, q * each, 0, q), MaskedConv(q * each, q * k, 0, q)
+        self.head = nn.Sequential(nn.ReLU(), hidden, nn.ReLU(), out)
+
+    def token_logits(self, tokens: Tensor) -> Tensor:
+        q = self.index_shape[0]
+        offset_Q = self.n_codes * torch.arange(q, device=tokens.device)
+        embedded_BPQF = self.book(tokens.unflatten(1, (-1, q)) + offset_Q)
+        h = v = embedded_BPQF.flatten(2).transpose(1, 2).unflatten(2, self.grid)
+        for layer in self.layers:
+            v, h = layer(v, h)
+        return self.head(h).flatten(2).transpose(1, 2).unflatten(2, (q, self.n_codes)).flatten(1, 2)

@@ -1,0 +1,141 @@
+"""SoftVQ-VAE, soft vector quantisation (Chen et al. 2024), https://arxiv.org/abs/2412.10958
+
+A row of tokens as TiTok's (`aezoo.nets.tokens`, where the start is ours), each of which is a mixture of all K codes C
+instead of the nearest:
+
+    z = f(x)    p_k = softmax_k(-||z - e_k||^2 / temperature)    z_q = sum_k p_k e_k = p C
+
+    L = -log p(x | g(z_q)) + entropy_weight (E[H(p)] - gamma H(E[p]))
+
+All of it is differentiable: z and the codes get the gradient of z_q itself, with no straight-through estimator, and no
+term pulls one to the other. The entropies are the paper's KL, in nats, for each token, summed over the N of a sample:
+`entropy` is least where a token is one code, `diversity` is greatest, N log K, where all codes are used alike over the
+tokens of all ranks; exp(diversity / N) is how many there are in use. As the temperature falls to 0, z_q becomes VQ's
+nearest code, as it rises the mean of the codes.
+
+The code is continuous, a mixture: it is written in no indices. With cosine z and the codes are taken to the unit
+sphere, where ||z - e||^2 = 2 - 2 z.e: cosines over a temperature t, as the paper's code has them, are squared distances
+over 2 t.
+
+Shapes: B batch, D channels of a token, N tokens, K codes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.nets import tokens, vit
+from aezoo.quantisers.common import entropy, k_means, relative_distance
+
+
+class SoftVQ(Autoencoder):
+    """A row of mixtures of codes, without a grid.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
+        n_tokens: N, tokens a sample.
+        latent_dim: D, channels of a code.
+        codebook_size: K.
+        temperature: of the mixtures, in squared distances; towards 0 a mixture is its nearest code.
+        entropy_weight: weight of both entropies.
+        gamma: weight of `diversity` beside that of `entropy`.
+        cosine: compare directions, on the unit sphere.
+        data_init: on the first batch of training bring tokens to mean 0 and variance 1, and start the codes by k-means.
+        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
+        width: size of a token within the encoder.
+        depth: blocks of the encoder.
+        decoder_width: size of a token within the decoder.
+        decoder_depth: blocks of the decoder.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    encoder: tokens.TokenEncoder
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        n_tokens: int = 32,
+        latent_dim: int = 16,
+        codebook_size: int = 512,
+        temperature: float = 0.14,
+        entropy_weight: float = 0.1,
+        gamma: float = 1.0,
+        cosine: bool = True,
+        data_init: bool = True,
+        patch_size: int = 0,
+        width: int = 64,
+        depth: int = 1,
+        decoder_width: int = 64,
+        decoder_depth: int = 2,
+        activation: str = "gelu",
+        likelihood: str = "bernoulli",
+        lr: float = 2e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, entropy_weight=entropy_weight, gamma=gamma, temperature=temperature)
+        at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, codebook_size=codebook_size)
+        at_least(1, width=width, depth=depth, decoder_width=decoder_width, decoder_depth=decoder_depth)
+        if not temperature > 0:
+            raise AezooError("temperature must be above 0: for the nearest code itself take titok")
+        self.temperature, self.entropy_weight, self.gamma, self.cosine = temperature, entropy_weight, gamma, cosine
+        patchify = vit.Patchify(self.input_shape, patch_size)
+        self.code_shape = latent_dim, n_tokens
+        self.encoder = tokens.TokenEncoder(patchify, self.code_shape, (width,) * depth, activation)
+        self.decoder = tokens.TokenDecoder(patchify, self.code_shape, (decoder_width,) * decoder_depth, activation)
+        self.code_KD = nn.Parameter(torch.randn(codebook_size, latent_dim) * latent_dim**-0.5)
+        if data_init:
+            self.keep_started()
+
+    def place(self, rows: Tensor) -> Tensor:
+        """Where rows are compared with codes, in at least float32: as they are, or on the unit sphere."""
+        rows = at_least_float32(rows)
+        return F.normalize(rows, dim=-1) if self.cosine else rows
+
+    def mixtures(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z_q and p of samples, (B, *input_shape) -> (B, D, N), (B, N, K); p is in at least float32."""
+        z_BDN = self.encoder(x)
+        with torch.autocast(x.device.type, enabled=False):
+            code_KD, rows = self.place(self.code_KD), self.place(z_BDN.transpose(1, 2))
+            p_BNK = (-relative_distance(rows.flatten(0, 1), code_KD) / self.temperature).softmax(1)
+            p_BNK = p_BNK.unflatten(0, rows.shape[:2])
+            return (p_BNK @ code_KD).transpose(1, 2).to(z_BDN.dtype), p_BNK
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.mixtures(x)[0]
+
+    def start_from(self, x: Tensor) -> None:
+        self.encoder.start(x)
+        rows = self.place(self.encoder(x).transpose(1, 2)).flatten(0, 1)
+        self.code_KD.copy_(k_means(rows, len(self.code_KD))[0])
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_q, p_BNK = self.mixtures(x)
+        nll = self.nll(self.decoder(z_q), x).mean()
+        alone = entropy(p_BNK).sum(1).mean()
+        diversity = p_BNK.shape[1] * entropy(self.batch_mean(p_BNK.mean(1)))
+        loss = nll + self.entropy_weight * (alone - self.gamma * diversity)
+        return {"loss": loss, "nll": nll, "entropy": alone, "diversity": diversity}

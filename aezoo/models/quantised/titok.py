@@ -1,0 +1,125 @@
+"""TiTok, a transformer-based 1-dimensional tokenizer (Yu et al. 2024), https://arxiv.org/abs/2406.07550
+
+The code has no grid: a vision transformer reads patches P beside N learned latent tokens l, of which alone the outputs
+are kept, and each becomes the nearest of K codes; another one reads these beside mask tokens m, and gives the patches:
+
+    z = f(P, l)    u = z / ||z||    z_q = e_k / ||e_k||, k = argmin_j ||u - e_j / ||e_j|| ||    x_hat = g(m, z_q)
+
+    L = -log p(x | x_hat) + ||sg(u) - z_q||^2 + beta ||u - sg(z_q)||^2
+
+summed over tokens. beta weights the commitment alone. With update ema, codes are moving averages and there is no second
+term. N is free, so that it is the same for every size of a sample.
+
+The paper first has the decoder predict the codes of a pretrained MaskGIT-VQGAN, and then trains decoders alone with a
+perceptual and an adversarial loss. Here all is trained at once on the likelihood of the data: one stage, as its code
+has it too, which asks for no other model. How the networks begin is ours as well, see `aezoo.nets.tokens`.
+
+Shapes: B batch, D channels of a token, N tokens, K codes.
+"""
+
+from torch import Tensor
+
+from aezoo.discrete import DiscreteAutoencoder
+from aezoo.limits import at_least
+from aezoo.nets import tokens, vit
+from aezoo.quantisers.vq import VQ
+
+
+class TiTok(DiscreteAutoencoder):
+    """A row of codes from one codebook, without a grid.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
+        n_tokens: N, codes a sample.
+        latent_dim: D, channels of a code.
+        codebook_size: K.
+        beta: weight of the commitment.
+        update: how codes learn: ema, moving averages, or gradient.
+        decay: of the moving averages.
+        dead_below: rows a batch that choose a code, on average, below which it moves to a row; 0 for never.
+        estimator: how the gradient passes the quantiser: ste, rotation, gumbel or diveq.
+        cosine: compare directions, on the unit sphere.
+        data_init: on the first batch of training bring tokens to mean 0 and variance 1, and start the codes by k-means.
+        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
+        width: size of a token within the encoder.
+        depth: blocks of the encoder.
+        decoder_width: size of a token within the decoder.
+        decoder_depth: blocks of the decoder.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    encoder: tokens.TokenEncoder
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        n_tokens: int = 32,
+        latent_dim: int = 16,
+        codebook_size: int = 512,
+        beta: float = 0.25,
+        update: str = "ema",
+        decay: float = 0.99,
+        dead_below: float = 1.0,
+        estimator: str = "ste",
+        cosine: bool = True,
+        data_init: bool = True,
+        patch_size: int = 0,
+        width: int = 64,
+        depth: int = 1,
+        decoder_width: int = 64,
+        decoder_depth: int = 2,
+        activation: str = "gelu",
+        likelihood: str = "bernoulli",
+        lr: float = 2e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, beta=beta)
+        at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, codebook_size=codebook_size)
+        at_least(1, width=width, depth=depth, decoder_width=decoder_width, decoder_depth=decoder_depth)
+        self.beta = beta
+        patchify = vit.Patchify(self.input_shape, patch_size)
+        self.code_shape = latent_dim, n_tokens
+        self.encoder = tokens.TokenEncoder(patchify, self.code_shape, (width,) * depth, activation)
+        self.decoder = tokens.TokenDecoder(patchify, self.code_shape, (decoder_width,) * decoder_depth, activation)
+        self.quantiser = VQ(
+            latent_dim,
+            codebook_size,
+            update=update,
+            decay=decay,
+            dead_below=dead_below,
+            estimator=estimator,
+            cosine=cosine,
+        )
+        if data_init:
+            self.keep_started()
+
+    def start_from(self, x: Tensor) -> None:
+        self.encoder.start(x)
+        super().start_from(x)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_q, _, terms = self.quantise(x)
+        nll = self.nll(self.decoder(z_q), x).mean()
+        loss = nll + self.beta * terms["commitment"] + terms.get("codebook", 0)
+        return {"loss": loss, "nll": nll, **terms}

@@ -1,0 +1,103 @@
+"""VQ-VAE, vector-quantised autoencoder (van den Oord et al. 2017), https://arxiv.org/abs/1711.00937
+
+Each place of the encoder's output becomes the nearest of K codes (equation 3):
+
+    z = f(x)    z_q = e_k, k = argmin_j ||z - e_j||    gradient of z = gradient of z_q
+
+    L = -log p(x | g(z_q)) + ||sg(z) - e_k||^2 + beta ||z - sg(e_k)||^2
+
+summed over places. beta weights the commitment alone, which keeps the encoder near its codes. With update ema there is
+no second term: codes are moving averages of the rows that chose them (appendix A.1).
+
+Shapes: B batch, D channels of a code, K codes.
+"""
+
+from torch import Tensor
+
+from aezoo.discrete import DiscreteAutoencoder
+from aezoo.limits import at_least
+from aezoo.quantisers.vq import VQ
+
+
+class VQVAE(DiscreteAutoencoder):
+    """A map of codes from one codebook.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, channels of a code.
+        codebook_size: K.
+        beta: weight of the commitment.
+        update: how codes learn: ema, moving averages, or gradient.
+        decay: of the moving averages.
+        dead_below: rows a batch that choose a code, on average, below which it moves to a row; 0 for never.
+        estimator: how the gradient passes the quantiser: ste, rotation, gumbel or diveq.
+        cosine: compare directions, on the unit sphere.
+        data_init: start the codes by k-means on the first batch of training.
+        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        net: resnet, conv, convnext, conv_keras, unet, vit, mlp, lstm or transformer.
+        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        codebook_size: int = 512,
+        beta: float = 0.25,
+        update: str = "ema",
+        decay: float = 0.99,
+        dead_below: float = 1.0,
+        estimator: str = "ste",
+        cosine: bool = False,
+        data_init: bool = True,
+        places: int = 16,
+        net: str = "resnet",
+        hidden_dims: tuple[int, ...] = (32, 64),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, beta=beta)
+        at_least(1, codebook_size=codebook_size)
+        self.beta = beta
+        self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
+        self.quantiser = VQ(
+            latent_dim,
+            codebook_size,
+            update=update,
+            decay=decay,
+            dead_below=dead_below,
+            estimator=estimator,
+            cosine=cosine,
+        )
+        if data_init:
+            self.keep_started()
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_q, _, terms = self.quantise(x)
+        nll = self.nll(self.decoder(z_q), x).mean()
+        loss = nll + self.beta * terms["commitment"] + terms.get("codebook", 0)
+        return {"loss": loss, "nll": nll, **terms}

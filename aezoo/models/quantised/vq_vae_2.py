@@ -1,0 +1,150 @@
+"""VQ-VAE-2, two levels of codes (Razavi et al. 2019), https://arxiv.org/abs/1906.00446
+
+A top grid holds what is global, a finer bottom grid the rest. In nats per sample:
+
+    h = f(x)                              features on the bottom grid
+    t = VQ_top(f_top(h))                  on a grid that f_top's strides leave
+    b = VQ_bottom(W [h, g_top(t)])        on the bottom grid, given the top
+    L = -log p(x | g([up(t), b])) + beta (||z_t - sg(t)||^2 + ||z_b - sg(b)||^2)
+
+summed over places; z_t and z_b are what the quantisers are given, g_top mirrors f_top, up takes the nearest of t to
+each place below. Codes are moving averages; update gradient adds ||sg(z) - e||^2 of both. t depends on no code of b, so
+that a prior is p(t) p(b | t). A sample's code is both in a row, top first, each grid row by row: (C, T).
+
+Shapes: B batch, C channels of a code, F channels of h, K codes of each book, T codes of a sample.
+"""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.discrete import DiscreteAutoencoder
+from aezoo.limits import at_least
+from aezoo.nets.conv import CONVS, OnOneGrid
+from aezoo.quantisers.base import Quantised
+from aezoo.quantisers.vq import VQ
+
+
+class VQVAE2(DiscreteAutoencoder):
+    """Two grids of codes from a codebook each, the finer one given the coarser one.
+
+    Args:
+        input_shape: shape of one sample: (C, L), (C, H, W) or (C, D, H, W).
+        latent_dim: C, channels of a code.
+        codebook_size: K.
+        beta: weight of the commitment.
+        update: how codes learn: ema, moving averages, or gradient.
+        decay: of the moving averages.
+        dead_below: rows a batch that choose a code, on average, below which it moves to a row; 0 for never.
+        estimator: how the gradient passes the quantisers: ste, rotation, gumbel or diveq.
+        cosine: compare directions, on the unit sphere.
+        data_init: start the codes by k-means on the first batch of training, the bottom ones given the top.
+        net: resnet, conv, convnext, conv_keras, unet or vit.
+        hidden_dims: channels of the encoder's stages down to the bottom grid; the decoder mirrors them.
+        top_dims: channels of the stages from there to the top grid.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        codebook_size: int = 512,
+        beta: float = 0.25,
+        update: str = "ema",
+        decay: float = 0.99,
+        dead_below: float = 1.0,
+        estimator: str = "ste",
+        cosine: bool = False,
+        data_init: bool = True,
+        net: str = "resnet",
+        hidden_dims: tuple[int, ...] = (32, 64),
+        top_dims: tuple[int, ...] = (64,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, beta=beta)
+        at_least(1, latent_dim=latent_dim, codebook_size=codebook_size)
+        self.beta = beta
+        width = (hidden_dims or (latent_dim,))[-1]
+        h = (width, *grid) = nets.map_shape(net, self.input_shape, hidden_dims, width)
+        top = nets.map_shape(net, h, top_dims, latent_dim)
+        grids = (top[1:], h[1:])
+        self.places = [math.prod(sides) for sides in grids]
+        self.code_shape = (latent_dim, sum(self.places))
+        self.encoder = nets.encoder(net, self.input_shape, h, hidden_dims, activation)
+        self.top_encoder = nets.encoder(net, h, top, top_dims, activation)
+        self.top_decoder = nets.decoder(net, top, h, top_dims[::-1], activation)
+        self.to_bottom = CONVS[len(grid)](2 * width, latent_dim, 1)
+        decoder = nets.decoder(net, (2 * latent_dim, *grid), self.input_shape, hidden_dims[::-1], activation)
+        self.decoder = nn.Sequential(OnOneGrid(grids), decoder)
+        how: dict[str, Any] = {"update": update, "decay": decay, "estimator": estimator, "cosine": cosine}
+        self.top, self.bottom = (VQ(latent_dim, codebook_size, dead_below=dead_below, **how) for _ in grids)
+        if data_init:
+            self.keep_started()
+
+    def before_bottom(self, h: Tensor, top: Quantised) -> Tensor:
+        """What the bottom quantiser is given: (B, F, *grid), codes (B, C, *top grid) -> (B, C, *grid)."""
+        return cast(Tensor, self.to_bottom(torch.cat([h, self.top_decoder(top.z_q)], 1)))
+
+    def quantise(self, x: Tensor) -> Quantised:
+        h = self.encoder(x)
+        top = self.top.quantise(self.top_encoder(h))
+        bottom = self.bottom.quantise(self.before_bottom(h, top))
+        z_q = torch.cat([top.z_q.flatten(2), bottom.z_q.flatten(2)], 2)
+        indices = torch.cat([top.indices.flatten(2), bottom.indices.flatten(2)], 2)
+        return Quantised(z_q, indices, {name: top.terms[name] + bottom.terms[name] for name in top.terms})
+
+    @property
+    def index_shape(self) -> tuple[int, ...]:
+        return (1, self.code_shape[1])
+
+    @property
+    def index_sizes(self) -> tuple[int, ...]:
+        return self.top.book_sizes
+
+    def codes(self, indices: Tensor) -> Tensor:
+        top, bottom = indices.split(self.places, 2)
+        return torch.cat([self.top.codes(top), self.bottom.codes(bottom)], 2)
+
+    def books(self, indices: Tensor) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+        top, bottom = indices.split(self.places, 2)
+        return {"top": (top, self.top.book_sizes), "bottom": (bottom, self.bottom.book_sizes)}
+
+    def start_from(self, x: Tensor) -> None:
+        h = self.encoder(x)
+        self.top.start(z := self.top_encoder(h))
+        top = self.top.eval().quantise(z)  # in training it would learn from these rows once more
+        self.top.train(self.training)
+        self.bottom.start(self.before_bottom(h, top))
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_q, _, terms = self.quantise(x)
+        nll = self.nll(self.decoder(z_q), x).mean()
+        return {"loss": nll + self.beta * terms["commitment"] + terms.get("codebook", 0), "nll": nll, **terms}

@@ -1,0 +1,33 @@
+"""Quantisers: each takes a vector to one of finitely many codes and says which; one a file, one interface.
+
+    quantise(z) -> z_q, indices, terms        codes(indices) -> z_q        start(z)        bits
+
+See `aezoo.quantisers.base`. In `aezoo.quantisers.estimators` stands how a gradient passes them.
+"""
+
+from aezoo.quantisers.base import Quantised, Quantiser
+from aezoo.quantisers.bsq import BSQ
+from aezoo.quantisers.fsq import FSQ
+from aezoo.quantisers.grouped_vq import GroupedVQ
+from aezoo.quantisers.gumbel_vq import GumbelVQ
+from aezoo.quantisers.lfq import LFQ
+from aezoo.quantisers.random_projection import RandomProjection
+from aezoo.quantisers.residual_fsq import ResidualFSQ
+from aezoo.quantisers.residual_vq import ResidualVQ
+from aezoo.quantisers.sim_vq import SimVQ
+from aezoo.quantisers.vq import VQ
+
+__all__ = [
+    "BSQ",
+    "FSQ",
+    "LFQ",
+    "VQ",
+    "GroupedVQ",
+    "GumbelVQ",
+    "Quantised",
+    "Quantiser",
+    "RandomProjection",
+    "ResidualFSQ",
+    "ResidualVQ",
+    "SimVQ",
+]

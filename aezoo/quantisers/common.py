@@ -1,0 +1,127 @@
+"""What quantisers share: the nearest code, mixed radix numbers, entropies, levels that are kept, and k-means.
+
+Shapes: N rows, D channels, K codes, Q digits or levels.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# rows that k-means sees, and multiplications that it may take
+_ROWS, _WORK = 2**14, 1e10
+# the bits of a float32 that TF32 keeps
+_TF32 = -(2**13)
+
+
+@torch.no_grad()
+def nearest(z_ND: Tensor, code_KD: Tensor) -> Tensor:
+    """Index of the code with the least ||z - e||, the first of several, (N, D), (K, D) -> (N,)."""
+    # about the middle of the codes the expanded square cancels least
+    centre_D = code_KD.mean(0)
+    z_ND, code_KD = z_ND - centre_D, code_KD - centre_D
+    norm_K = code_KD.square().sum(1)
+    if may_be_tf32(z_ND):
+        z_ND, code_KD = for_tf32(z_ND, code_KD)
+    return torch.addmm(norm_K, z_ND, code_KD.T, alpha=-2).argmin(1)
+
+
+def may_be_tf32(z_ND: Tensor) -> bool:
+    """Whether products of float32 may be those of TF32 here."""
+    return z_ND.device.type == "cuda" and z_ND.dtype == torch.float32
+
+
+def for_tf32(z_ND: Tensor, code_KD: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and codes whose products have the precision of float32 where a GPU multiplies in TF32, (N, 3D), (K, 3D).
+
+    A number is the sum of its leading bits, which TF32 holds, and of the rest; the product of two rests is left out.
+    """
+    (z_high, z_low), (high, low) = ((part, x - part) for x in (z_ND, code_KD) for part in (_leading(x),))
+    return torch.cat([z_high, z_high, z_low], 1), torch.cat([high, low, high], 1)
+
+
+def _leading(x: Tensor) -> Tensor:
+    return (x.view(torch.int32) & _TF32).view(torch.float32)
+
+
+def relative_distance(z_ND: Tensor, code_KD: Tensor) -> Tensor:
+    """||z - e||^2 - ||z||^2 = ||e||^2 - 2 z.e, which orders codes as the distance does, (N, D), (K, D) -> (N, K)."""
+    return torch.addmm(code_KD.square().sum(1), z_ND, code_KD.T, alpha=-2)
+
+
+def to_index(digit_NQ: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Digits to one number, the first digit the least significant, (N, Q) -> (N,)."""
+    base, index_N = 1, torch.zeros_like(digit_NQ[:, 0])
+    for digit_N, size in zip(digit_NQ.unbind(1), sizes, strict=True):
+        index_N, base = index_N + base * digit_N, base * size
+    return index_N
+
+
+def to_digits(index_N: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The inverse of `to_index`, (N,) -> (N, Q)."""
+    digits = []
+    for size in sizes:
+        digits.append(index_N % size)
+        index_N = index_N // size
+    return torch.stack(digits, 1)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """-sum p log p over the last dimension in nats, with a gradient at p = 0 that is finite, (..., K) -> (...)."""
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
+
+
+def entropy_of_bit(logit: Tensor) -> Tensor:
+    """Entropy in nats of a bit that is 1 with probability sigmoid(logit), elementwise."""
+    size = logit.abs()
+    return F.softplus(-size) + size * (-size).sigmoid()
+
+
+def kept_levels(z_ND: Tensor, places: int, levels: int, dropout: float) -> Tensor:
+    """Which levels of each row count: of a share `dropout` of samples the first n ~ U{1..levels}, else all, (N, Q)."""
+    samples = z_ND.shape[0] // places
+    drop_B, depth_B = (torch.rand(samples, device=z_ND.device) for _ in range(2))
+    n_B = torch.where(drop_B < dropout, (depth_B * levels).floor() + 1, levels)
+    kept_BQ = torch.arange(levels, device=z_ND.device) < n_B[:, None]
+    return kept_BQ.repeat_interleave(places, 0)
+
+
+def k_means(z_ND: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Means and sizes of `size` clusters of the rows, by scikit-learn, always the same, (N, D) -> (K, D), (K,).
+
+    Rows beyond a bound are left out, and sizes scaled. Where there are fewer different rows than clusters, each is one,
+    and the rest are drawn from a normal distribution of the rows' mean and spread, with size 1.
+    """
+    import numpy as np
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    bound = max(_ROWS, 2 * size)
+    dice = torch.Generator().manual_seed(0)
+    taken = torch.randperm(len(z_ND), generator=dice)[:bound]
+    rows = z_ND.detach()[taken.to(z_ND.device)].cpu().numpy()
+    different, weight = np.unique(rows, axis=0, return_counts=True)
+    if len(different) > size:
+        steps = int(min(50, max(1, _WORK / (len(different) * size * rows.shape[1]))))
+        found = KMeans(size, init="k-means++" if size <= 1024 else "random", n_init=1, max_iter=steps, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # nearly equal rows
+            label = found.fit(different, sample_weight=weight).labels_
+        count = np.bincount(label, weight, size)
+        mean = np.zeros((size, rows.shape[1]))
+        np.add.at(mean, label, different * weight[:, None])
+        mean = np.where(count[:, None] > 0, mean / count.clip(1)[:, None], found.cluster_centers_)
+    else:
+        fill = torch.randn(size - len(different), rows.shape[1], generator=dice).numpy() * rows.std(0) + rows.mean(0)
+        mean, count = np.concatenate([different, fill]), np.concatenate([weight, np.ones(len(fill))])
+    scale = len(z_ND) / len(rows)
+    return torch.from_numpy(mean).to(z_ND), torch.from_numpy(np.maximum(count, 1) * scale).to(z_ND)
+
+
+def group_sizes(total: int, most: int) -> list[int]:
+    """`total` cut into as few groups as possible of at most `most`, as even as possible."""
+    groups = math.ceil(total / most)
+    return [total // groups + (i < total % groups) for i in range(groups)]

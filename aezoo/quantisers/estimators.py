@@ -1,0 +1,47 @@
+"""How a gradient passes a quantiser, whose own is 0 almost everywhere: z and its code q to z_q, rows of any shape.
+
+    ste        z_q = z + sg(q - z)                    dL/dz = dL/dz_q (Bengio et al. 2013, arXiv:1308.3432)
+    rotation   z_q = sg(||q|| / ||z|| R) z = q        R rotates z onto the direction of q: a gradient keeps its angle to
+                                                      the code (Fifty et al. 2024, https://arxiv.org/abs/2410.06424)
+    diveq      z_q = z + ||q - z|| sg(v / ||v||)      v = q - z + noise: the gradient reaches the code as well, with no
+                                                      term of its own (2025, https://arxiv.org/abs/2509.26469)
+
+sg stops the gradient. The first two give q to the bit. The fourth estimator, gumbel, chooses the code too: see `vq`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ste(z: Tensor, q: Tensor) -> Tensor:
+    """q, with the gradient of z: the straight-through estimator, (..., D), (..., D) -> (..., D)."""
+    return q.detach() + (z - z.detach())  # z + (q - z) is q but for rounding
+
+
+def rotation(z: Tensor, q: Tensor) -> Tensor:
+    """q, as z turned and rescaled by a matrix that passes no gradient, (..., D), (..., D) -> (..., D)."""
+    with torch.no_grad():
+        from_D, to_D = F.normalize(z, dim=-1), F.normalize(q, dim=-1)
+        between_D = F.normalize(from_D + to_D, dim=-1)
+        norm = z.norm(dim=-1, keepdim=True)
+        scale = torch.where(norm > 0, q.norm(dim=-1, keepdim=True) / norm.clamp(min=torch.finfo(z.dtype).tiny), 1)
+    # section 4.2: R = I - 2 r r' + 2 q^ e^', with r the normalised sum of both directions
+    along = (z * between_D).sum(-1, keepdim=True)
+    onto = (z * from_D).sum(-1, keepdim=True)
+    turned = scale * (z - 2 * along * between_D + 2 * onto * to_D)
+    return ste(turned, q)
+
+
+def diveq(z: Tensor, q: Tensor, sigma: float, noise: Tensor | None = None) -> Tensor:
+    """Move z by its distance from q in about the direction of q, (..., D), (..., D) -> (..., D).
+
+    Args:
+        z: what is quantised.
+        q: its codes, with their gradient.
+        sigma: standard deviation of the noise in the direction.
+        noise: standard normal; drawn if None.
+    """
+    noise = torch.randn_like(z) if noise is None else noise
+    towards = F.normalize((q - z).detach() + sigma * noise, dim=-1, eps=torch.finfo(z.dtype).tiny)
+    return z + (q - z).norm(dim=-1, keepdim=True) * towards

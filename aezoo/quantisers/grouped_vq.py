@@ -1,0 +1,53 @@
+"""Grouped or product VQ (Jégou et al. 2011), https://doi.org/10.1109/TPAMI.2010.57
+
+    z = (z^1, ..., z^G)    z_q = (VQ_1(z^1), ..., VQ_G(z^G))
+
+G books of K codes give K^G vectors, at the price of a search in each book.
+
+Shapes: N rows, D channels, K codes a group, Q = G groups.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.errors import AezooError
+from aezoo.quantisers.base import Quantiser, Rows
+from aezoo.quantisers.vq import VQ
+
+
+class GroupedVQ(Quantiser):
+    """VQ of each group of channels by itself. Terms: those of `VQ`, summed over groups.
+
+    Args:
+        dim: D, channels of z.
+        groups: G, which divides D.
+        size: K, codes of each group.
+        **options: of each `VQ`.
+
+    Raises:
+        AezooError: a value that cannot work.
+    """
+
+    def __init__(self, dim: int, groups: int, size: int = 512, **options: Any) -> None:
+        super().__init__(dim, (size,) * groups)
+        if dim % groups:
+            raise AezooError(f"{groups} groups do not divide {dim} channels: give a divisor of {dim}")
+        self.groups = nn.ModuleList(VQ(dim // groups, size, **options) for _ in range(groups))
+
+    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+        parts = [group._of_rows(part, places) for group, part in self._cut(z_ND)]
+        codes, indices, terms = zip(*parts, strict=True)
+        sums = {name: torch.stack([of_group[name] for of_group in terms]).sum(0) for name in terms[0]}
+        return torch.cat(codes, 1), torch.cat(indices, 1), sums
+
+    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+        return torch.cat([group._of_codes(part) for group, part in self._cut(index_NQ)], 1)
+
+    def _start_rows(self, z_ND: Tensor) -> None:
+        for group, part in self._cut(z_ND):
+            group._start_rows(part)
+
+    def _cut(self, rows: Tensor) -> list[tuple[VQ, Tensor]]:
+        return [*zip(cast(list[VQ], self.groups), rows.split(rows.shape[1] // len(self.groups), 1), strict=True)]

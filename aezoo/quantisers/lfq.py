@@ -1,0 +1,90 @@
+"""LFQ, lookup-free quantisation (Yu et al. 2023), https://arxiv.org/abs/2310.05737
+
+    z_q = sign(z)    index = sum_i [z_i > 0] 2^i
+
+a book of K = 2^D codes that need no search. Each channel is 1 with probability p = sigmoid(4 z / temperature), which is
+softmax_c(2 z.c / temperature) over all codes c, and
+
+    entropy = E[H(p(c|z))]    diversity = H(E[p(c|z)])    commitment = ||z - sg(z_q)||^2
+
+The loss takes entropy - gamma diversity: each z close to one code, all codes used. Over the samples of all ranks.
+H(p(c|z)) is the sum over channels. H(E p) is exact for up to 10 channels; more are cut into groups of at most 10, whose
+entropies add up to a bound from above.
+
+Shapes: N rows, D channels, G channels of a group.
+"""
+
+import torch
+from torch import Tensor
+
+from aezoo.errors import AezooError
+from aezoo.quantisers.base import Quantiser, Rows
+from aezoo.quantisers.common import entropy, entropy_of_bit, group_sizes, to_digits, to_index
+from aezoo.quantisers.estimators import ste
+from aezoo.quantisers.fsq import MOST_BITS
+
+# channels whose codes are all enumerated
+EXACT = 10
+
+
+class LFQ(Quantiser):
+    """The signs of the channels; one index of D bits. Terms: entropy, diversity and commitment.
+
+    Args:
+        dim: D, channels of z and bits of an index.
+        temperature: of the probabilities of codes.
+
+    Raises:
+        AezooError: a value that cannot work.
+    """
+
+    def __init__(self, dim: int, *, temperature: float = 0.01) -> None:
+        if not 1 <= dim <= MOST_BITS or not temperature > 0:
+            raise AezooError(
+                f"{type(self).__name__} takes 1 to {MOST_BITS} channels, a bit each, and a temperature above 0, got "
+                f"{dim} and {temperature}"
+            )
+        super().__init__(dim, (2**dim,))
+        self.temperature, self.scale = temperature, 1.0
+        self.sizes = group_sizes(dim, EXACT)
+
+    def place(self, z_ND: Tensor) -> Tensor:
+        """Where z is compared with the codes, (N, D) -> (N, D)."""
+        return z_ND
+
+    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+        u_ND = self.place(z_ND)
+        bit_ND = (u_ND > 0).long()
+        q_ND = self._of_bits(bit_ND)
+        terms = {
+            "entropy": entropy_of_bit(4 * self.scale * u_ND / self.temperature).sum(1),
+            "diversity": self.diversity(u_ND),
+            "commitment": (u_ND - q_ND).square().sum(1),
+        }
+        return ste(u_ND, q_ND), to_index(bit_ND, (2,) * self.dim)[:, None], terms
+
+    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+        return self._of_bits(to_digits(index_NQ[:, 0], (2,) * self.dim))
+
+    def _of_bits(self, bit_ND: Tensor) -> Tensor:
+        return (2 * bit_ND - 1).to(self.exact_dtype) * self.scale
+
+    def diversity(self, u_ND: Tensor) -> Tensor:
+        """H(E[p(c|z)]) in nats, summed over groups of channels, (N, D) -> ()."""
+        # Apple's GPUs have no float64; elsewhere a product of float32 may be one of TF32
+        exact = torch.float32 if u_ND.device.type == "mps" else torch.float64
+        total = u_ND.new_zeros(())
+        for p_NG in torch.sigmoid(4 * self.scale * u_ND / self.temperature).to(exact).split(self.sizes, 1):
+            # p(c|z) is a product over channels, so that its mean over rows is one of two halves
+            half = p_NG.shape[1] // 2
+            mean_KK = _of_every_code(p_NG[:, :half]).T @ _of_every_code(p_NG[:, half:]) / p_NG.shape[0]
+            total = total + entropy(self.mean_over_ranks(mean_KK.flatten())).to(total)
+        return total
+
+
+def _of_every_code(p_NG: Tensor) -> Tensor:
+    """Probabilities of all codes of some channels, from those that each channel is 1, (N, G) -> (N, 2^G)."""
+    p_NK = torch.ones_like(p_NG[:, :0].sum(1, keepdim=True))
+    for p_N in p_NG.unbind(1):
+        p_NK = torch.cat([p_NK * (1 - p_N[:, None]), p_NK * p_N[:, None]], 1)
+    return p_NK

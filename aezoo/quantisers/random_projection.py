@@ -1,0 +1,45 @@
+"""The random projection quantiser of BEST-RQ (Chiu et al. 2022), https://arxiv.org/abs/2202.01855
+
+    k = argmin_j || e_j / ||e_j|| - A z / ||A z|| ||    z_q = e_k / ||e_k||
+
+A (Xavier) and e (standard normal) are drawn once and never trained: targets for a model that predicts what is masked,
+as they are for data of mean 0 and standard deviation 1. No gradient passes, and there is no term.
+
+Shapes: N rows, D channels of z, C channels of a code, K codes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.quantisers.base import Quantiser, Rows
+from aezoo.quantisers.common import for_tf32, may_be_tf32, nearest
+
+
+class RandomProjection(Quantiser):
+    """The nearest of K random directions to a random projection.
+
+    Args:
+        dim: D, channels of z.
+        size: K, number of codes.
+        code_dim: C, channels of a code.
+    """
+
+    projection_DC: Tensor
+    code_KC: Tensor
+
+    def __init__(self, dim: int, size: int = 8192, code_dim: int = 16) -> None:
+        super().__init__(dim, (size,), code_dim)
+        self.keep("projection_DC", nn.init.xavier_uniform_(torch.empty(dim, code_dim)))
+        self.keep("code_KC", F.normalize(torch.randn(size, code_dim), dim=1))
+
+    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+        z_ND, rows_CD = z_ND.detach(), self.projection_DC.T
+        if may_be_tf32(z_ND):
+            z_ND, rows_CD = for_tf32(z_ND, rows_CD)
+        y_NC = F.normalize(z_ND @ rows_CD.T, dim=1)
+        index_N = nearest(y_NC, self.code_KC)
+        return F.embedding(index_N, self.code_KC), index_N[:, None], {}
+
+    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+        return F.embedding(index_NQ[:, 0], self.code_KC)

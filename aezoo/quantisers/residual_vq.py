@@ -1,0 +1,83 @@
+"""Residual VQ (Zeghidour et al. 2021), https://arxiv.org/abs/2107.03312
+
+    r_1 = z    q_l = the code of level l that is nearest to r_l    r_{l+1} = r_l - q_l    z_q = sum_l q_l
+
+With quantiser dropout a sample of training keeps its first n levels, n uniform on 1..L, with probability `dropout`, so
+that a prefix of the levels is a code too; an index of a dropped level is -1, which stands for 0, and its book learns
+nothing from that sample.
+
+The terms are the sums of those of the levels, each on its own residual, which takes its gradient from z alone; one
+gradient passes from z_q to z, not one a level.
+
+Shapes: N rows, D channels, K codes a level, Q = L levels.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.errors import AezooError
+from aezoo.quantisers.base import Quantiser, Rows
+from aezoo.quantisers.common import kept_levels, nearest
+from aezoo.quantisers.vq import VQ
+
+
+class ResidualVQ(Quantiser):
+    """VQ of what the levels before have left over. Terms: those of `VQ`, summed over levels.
+
+    Args:
+        dim: D, channels of z.
+        levels: L, how many books.
+        size: K, codes of each.
+        dropout: share of samples in training that keep only their first levels.
+        **options: of each `VQ`; cosine is none, since a residual's norm counts.
+
+    Raises:
+        AezooError: a value that cannot work.
+    """
+
+    def __init__(self, dim: int, levels: int, size: int = 512, *, dropout: float = 0.0, **options: Any) -> None:
+        super().__init__(dim, (size,) * levels)
+        if not 0 <= dropout <= 1 or options.get("cosine"):
+            raise AezooError(
+                f"ResidualVQ needs dropout in [0, 1] and takes no cosine, got {dropout} and "
+                f"{options.get('cosine', False)}: norms of residuals count"
+            )
+        self.dropout = dropout
+        self.levels = nn.ModuleList(VQ(dim, size, **options) for _ in range(levels))
+
+    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+        kept_NQ = None
+        if self.training and self.dropout:
+            kept_NQ = kept_levels(z_ND, places, len(self.levels), self.dropout)
+        left_ND, total_ND, indices = z_ND, torch.zeros_like(z_ND), []
+        sums: dict[str, Tensor] = {}
+        for i, level in enumerate(self._levels()):
+            # every rank takes every level, since all of them exchange sums there
+            kept_N = None if kept_NQ is None else kept_NQ[:, i]
+            q_ND, index_N, terms = level.choose(left_ND, places, kept_N)
+            left_ND = left_ND - q_ND.detach()
+            if kept_N is not None:
+                q_ND, index_N = q_ND * kept_N[:, None], torch.where(kept_N, index_N, -1)
+                terms = {name: term * kept_N for name, term in terms.items()}
+            total_ND = total_ND + q_ND
+            indices.append(index_N)
+            sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
+        return self._levels()[0].estimate(z_ND, total_ND, places), torch.stack(indices, 1), sums
+
+    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+        kept_NQ = index_NQ >= 0
+        total_ND: Tensor | int = 0
+        for i, level in enumerate(self._levels()):
+            total_ND = total_ND + level._of_codes(index_NQ[:, i : i + 1].clamp(min=0)) * kept_NQ[:, i : i + 1]
+        return cast(Tensor, total_ND)
+
+    def _start_rows(self, z_ND: Tensor) -> None:
+        for level in self._levels():
+            level._start_rows(z_ND)
+            code_KD = level.book()
+            z_ND = z_ND - code_KD[nearest(z_ND, code_KD)]
+
+    def _levels(self) -> list[VQ]:
+        return cast(list[VQ], [*self.levels])

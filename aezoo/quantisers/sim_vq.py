@@ -1,0 +1,59 @@
+"""SimVQ (Zhu et al. 2024), https://arxiv.org/abs/2411.02038
+
+    C = C_0 W    z_q = the row of C nearest to z
+    codebook = ||sg(z) - z_q||^2    commitment = ||z - sg(z_q)||^2
+
+C_0 is frozen, W a D x D matrix that all codes share: a code that is used moves the others with it, so that the book
+does not collapse.
+
+Shapes: N rows, D channels, K codes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.errors import AezooError
+from aezoo.quantisers.base import Quantiser, Rows
+from aezoo.quantisers.common import nearest
+from aezoo.quantisers.estimators import rotation, ste
+
+
+class SimVQ(Quantiser):
+    """VQ whose codes are one linear map of frozen vectors. Terms: commitment and codebook.
+
+    Args:
+        dim: D, channels of z.
+        size: K, number of codes.
+        estimator: how the gradient passes: ste or rotation.
+
+    Raises:
+        AezooError: a value that cannot work.
+    """
+
+    frozen_KD: Tensor
+
+    def __init__(self, dim: int, size: int = 512, *, estimator: str = "ste") -> None:
+        super().__init__(dim, (size,))
+        if estimator not in ("ste", "rotation"):
+            raise AezooError(f"estimator must be one of ste, rotation, got {estimator!r}")
+        self.pass_gradient = rotation if estimator == "rotation" else ste
+        self.keep("frozen_KD", torch.randn(size, dim) * dim**-0.5)
+        self.W_DD = nn.Parameter(nn.init.orthogonal_(torch.empty(dim, dim)))
+
+    def book(self) -> Tensor:
+        """The codes, (K, D)."""
+        return self.frozen_KD @ self.W_DD.to(self.exact_dtype)
+
+    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+        code_KD = self.book()
+        index_N = nearest(z_ND, code_KD)
+        q_ND = F.embedding(index_N, code_KD)
+        terms = {
+            "commitment": (z_ND - q_ND.detach()).square().sum(1),
+            "codebook": (z_ND.detach() - q_ND).square().sum(1),
+        }
+        return self.pass_gradient(z_ND, q_ND), index_N[:, None], terms
+
+    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+        return F.embedding(index_NQ[:, 0], self.book())

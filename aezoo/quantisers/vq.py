@@ -1,0 +1,201 @@
+"""VQ, vector quantisation (van den Oord et al. 2017), https://arxiv.org/abs/1711.00937
+
+    z_q = e_k    k = argmin_j ||z - e_j||
+    codebook = ||sg(z) - e_k||^2    commitment = ||z - sg(e_k)||^2, which is what beta weights
+
+The codes are parameters that the term `codebook` trains, or exponential moving averages of what they are the nearest to
+(appendix A.1), and then there is no such term:
+
+    N_k <- d N_k + (1 - d) n_k    m_k <- d m_k + (1 - d) sum of the n_k rows    e_k = m_k / N_k where n_k > 0
+
+over the rows of all ranks, from N_k = 1 and m_k = e_k. A code that no row chose keeps its place, so that no smoothing
+of the division is needed.
+
+A code whose N_k falls below `dead_below` moves to where a row of the batch lies, rows spread evenly over the batches of
+all ranks; N_k becomes the mean, or dead_below if that is more, and m_k = N_k e_k.
+
+Estimators: `estimators.ste`, `rotation`, `diveq` (which needs no term `codebook` and has none), and gumbel: in training
+k is drawn from softmax_j(-||z - e_j||^2 / temperature), and the gradient is that of the relaxed draw.
+
+Shapes: N rows, D channels, K codes.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.categorical import gumbel
+from aezoo.errors import AezooError
+from aezoo.quantisers.base import Quantiser, Rows
+from aezoo.quantisers.common import k_means, nearest, relative_distance
+from aezoo.quantisers.estimators import diveq, rotation, ste
+
+UPDATES = ("ema", "gradient")
+ESTIMATORS = ("ste", "rotation", "gumbel", "diveq")
+
+
+class VQ(Quantiser):
+    """The nearest of K vectors. Terms: commitment and, of codes trained by gradient, codebook.
+
+    Args:
+        dim: D, channels of z.
+        size: K, number of codes.
+        update: how codes learn: ema, or gradient, by the term codebook.
+        decay: d, of the moving averages.
+        dead_below: N_k, in rows a batch of all ranks, below which a code moves to a row; 0 for never.
+        estimator: how the gradient passes: ste, rotation, gumbel or diveq.
+        cosine: take z and the codes to the unit sphere first.
+        temperature: of gumbel, a squared distance: well below those between codes, or choices are blind and codes meet.
+        sigma: standard deviation of diveq's noise.
+
+    Raises:
+        AezooError: a value that cannot work.
+    """
+
+    code_KD: Tensor
+    sum_KD: Tensor
+    count_K: Tensor
+    updates: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        size: int = 512,
+        *,
+        update: str = "ema",
+        decay: float = 0.99,
+        dead_below: float = 0.0,
+        estimator: str = "ste",
+        cosine: bool = False,
+        temperature: float = 0.03,
+        sigma: float = 1e-3,
+    ) -> None:
+        super().__init__(dim, (size,))
+        for name, value, possible in (("update", update, UPDATES), ("estimator", estimator, ESTIMATORS)):
+            if value not in possible:
+                raise AezooError(f"{name} must be one of {', '.join(possible)}, got {value!r}")
+        if not (0 <= decay < 1 and dead_below >= 0 and temperature > 0 and sigma >= 0):
+            raise AezooError(
+                "VQ needs decay in [0, 1), dead_below and sigma of at least 0 and a temperature above 0, got "
+                f"{decay}, {dead_below}, {sigma} and {temperature}"
+            )
+        self.decay, self.dead_below, self.estimator, self.cosine = decay, dead_below, estimator, cosine
+        self.temperature, self.sigma = temperature, sigma
+        self.averages, self.counts = update == "ema", update == "ema" or dead_below > 0
+        code_KD = torch.empty(size, dim).uniform_(-1 / size, 1 / size)
+        if self.averages:
+            self.keep("code_KD", code_KD)
+            self.keep("sum_KD", code_KD.clone())
+        else:
+            self.code_KD = nn.Parameter(code_KD)
+        if self.counts:
+            self.keep("count_K", torch.ones(size))
+            self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    def book(self) -> Tensor:
+        """The codes as they are compared, (K, D)."""
+        code_KD = self.code_KD.to(self.exact_dtype)
+        if self.training and self.counts:
+            code_KD = code_KD.clone()  # learning writes to them before the backward pass has read them
+        return self.place(code_KD)
+
+    def place(self, rows: Tensor) -> Tensor:
+        """Where rows are compared with codes: as they are, or on the unit sphere."""
+        return F.normalize(rows, dim=-1) if self.cosine else rows
+
+    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+        z_ND = self.place(z_ND)
+        q_ND, index_N, terms = self.choose(z_ND, places)
+        return self.estimate(z_ND, q_ND, places), index_N[:, None], terms
+
+    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+        return F.embedding(index_NQ[:, 0], self.book())
+
+    def choose(
+        self, z_ND: Tensor, places: int = 1, kept_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Codes of rows that are in their `place`, indices and terms; in training the codes learn from the rows.
+
+        Args:
+            z_ND: (N, D).
+            places: rows a sample.
+            kept_N: which rows the codes learn from; all if None.
+
+        Returns:
+            Codes with the gradient that codes get, (N, D), indices, (N,), and terms, (N,) each.
+        """
+        code_KD = self.book()
+        if self.training and self.estimator == "gumbel":
+            log_p_NK = -relative_distance(z_ND, code_KD) / self.temperature
+            # of the shape (B, P, K), since random numbers belong to samples
+            noisy_NK = log_p_NK + gumbel(log_p_NK.unflatten(0, (-1, places))).flatten(0, 1)
+            index_N = noisy_NK.argmax(1)
+            chosen_ND, soft_ND = F.embedding(index_N, code_KD), noisy_NK.softmax(1) @ code_KD
+            q_ND = ste(soft_ND, chosen_ND)
+        else:
+            index_N = nearest(z_ND, code_KD)
+            q_ND = chosen_ND = F.embedding(index_N, code_KD)
+        terms = {"commitment": (z_ND - chosen_ND.detach()).square().sum(1)}  # beta's: it trains the encoder alone
+        if not self.averages and self.estimator != "diveq":
+            terms["codebook"] = (z_ND.detach() - chosen_ND).square().sum(1)
+        if self.training and self.counts:
+            self._learn(z_ND, index_N, kept_N)
+        return q_ND, index_N, terms
+
+    def estimate(self, z_ND: Tensor, q_ND: Tensor, places: int = 1) -> Tensor:
+        """The codes with the gradient that z gets, (N, D), (N, D) -> (N, D)."""
+        if self.estimator == "rotation":
+            return rotation(z_ND, q_ND)
+        if self.training and self.estimator == "gumbel":
+            return q_ND
+        if self.training and self.estimator == "diveq":
+            noise_ND = torch.randn_like(z_ND.unflatten(0, (-1, places))).flatten(0, 1)
+            return diveq(z_ND, q_ND, self.sigma, noise_ND)
+        return ste(z_ND, q_ND)
+
+    @torch.no_grad()
+    def _learn(self, z_ND: Tensor, index_N: Tensor, kept_N: Tensor | None) -> None:
+        kept_N1 = torch.ones_like(z_ND[:, :1]) if kept_N is None else kept_N.to(z_ND.dtype)[:, None]
+        zeros = z_ND.new_zeros(self.book_sizes[0], self.dim + 1)
+        # sums and numbers of rows at once: one exchange between the ranks
+        totals = self.over_ranks(zeros.index_add(0, index_N, torch.cat([z_ND * kept_N1, kept_N1], 1)))
+        of_batch_KD, hits_K = totals[:, :-1], totals[:, -1]
+        self.count_K.lerp_(hits_K, 1 - self.decay)
+        if self.averages:
+            self.sum_KD.lerp_(of_batch_KD, 1 - self.decay)
+            mean_KD = self.sum_KD / self.count_K[:, None]
+            self.code_KD.copy_(torch.where(hits_K[:, None] > 0, mean_KD, self.code_KD))
+        if self.dead_below:
+            self._revive(z_ND)
+        self.updates.add_(1)
+
+    def _revive(self, z_ND: Tensor) -> None:
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.across_ranks() else (0, 1)
+        n, all_n = z_ND.shape[0], z_ND.shape[0] * ranks
+        dead_K = self.count_K < self.dead_below
+        order_K = dead_K.cumsum(0) - 1
+        # rows of all ranks, evenly spread and others at each update; each rank gives those that it has
+        row_K = (order_K * all_n // dead_K.sum().clamp(min=1) + self.updates) % all_n - rank * n
+        own_K = dead_K & (row_K >= 0) & (row_K < n)
+        fresh_KD = self.over_ranks(torch.where(own_K[:, None], z_ND[row_K.clamp(0, n - 1)], 0))
+        count = max(all_n / self.book_sizes[0], self.dead_below)
+        self.count_K.copy_(torch.where(dead_K, count, self.count_K))
+        self.code_KD.copy_(torch.where(dead_K[:, None], fresh_KD, self.code_KD))
+        if self.averages:
+            self.sum_KD.copy_(torch.where(dead_K[:, None], fresh_KD * count, self.sum_KD))
+
+    def _start_rows(self, z_ND: Tensor) -> None:
+        """By k-means, found on the first rank for all."""
+        z_ND, many = self.place(z_ND), dist.is_available() and dist.is_initialized()
+        found_KD1 = z_ND.new_zeros(self.book_sizes[0], self.dim + 1)
+        if not many or dist.get_rank() == 0:
+            mean_KD, count_K = k_means(z_ND, self.book_sizes[0])
+            found_KD1 = torch.cat([mean_KD, count_K[:, None]], 1)
+        if many:
+            dist.broadcast(found_KD1, 0)
+        self.code_KD.copy_(found_KD1[:, :-1])
+        if self.counts:
+            self.count_K.copy_(found_KD1[:, -1])
+        if self.averages:
+            self.sum_KD.copy_(found_KD1[:, :-1] * found_KD1[:, -1:])

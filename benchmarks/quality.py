@@ -1,162 +1,186 @@
-"""Train recipes, write what they reached to a CSV, into the recipes' heads, and into the README's tables.
+"""Train models on a data set for a budget and measure what they reach: one CSV row a run.
 
-    python -m benchmarks.quality                      all recipes
-    python -m benchmarks.quality vae dense_article    these
-    python -m benchmarks.quality --root /usr/share/datasets fashion_vae
-    python -m benchmarks.quality --tables             only rewrite the heads and tables from the CSV
+    python -m benchmarks.quality                                    every model but those of indices, on mnist5k
+    python -m benchmarks.quality --models dense_ae vae --code-sizes 8 16 32 64 --epochs 50
+    python -m benchmarks.quality --data fashion_mnist --root /usr/share/datasets --seconds 300 --jobs 2
+    python -m benchmarks.quality --data shapes --size 32 --rows 5000
 
-Each recipe runs in a process of its own, in a temporary folder, by the command that its head states. The pictures
-named in `PICTURES` are copied to `benchmarks/results/pictures`.
+Errors are those of the test split, of the model as its last step left it, a denoiser's from corrupted samples; nll is
+in nats by the model's own likelihood. probe and knn: the share of test samples whose class is read off the code by
+logistic regression and by the 5 nearest neighbours; pixels_ and pca_: the same of raw pixels and of PCA's code of that
+size, whose error is the floor that a linear code leaves (none where a code has as many numbers as a sample);
+pca_mse_at_l0: of PCA with as many numbers as a sparse code has entries in use. No probe where a code has over 4,096. A
+seed fixes the weights, the noise and the order of training; the splits are the same for all. A sparse code keeps its
+model's own size whatever --code-sizes asks for. Compare speeds of --jobs 1 on a quiet machine only.
+
+Rows that are there already, of the same model, code size, seed and budget, are kept; --again measures them anew. Every
+run has a process of its own, so that a crash costs one row, which then says why.
 """
 
 import argparse
-import csv
-import os
+import math
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from aezoo import registry
-from aezoo.cli import recipes
+from aezoo.errors import AezooError
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-PICTURES = {
-    "dense_article": "reconstructions",
-    "denoising": "reconstructions",
-    "vae": "samples",
-    "vae_2d": "latent_map",
-    "fashion_vae": "samples",
-}
-FIGURES = ("test/loss", "test/log_likelihood", "test/mse", "test/psnr", "test/ssim", "val/l0")
+from . import common
+from .parallel import run_rows
 
-
-def environment() -> str:
-    """What a number depends on, for a file name: precision, torch's version, processor and cores."""
-    import torch
-
-    version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-    device = torch.cuda.get_device_name(0).lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
-    return f"fp32-pt{version}-{device}{os.cpu_count() if device == 'cpu' else ''}"
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+KEY = ("model", "code_size", "seed", "budget", "batch_size", "probe_rows")
+COLUMNS = (
+    *("model", "family", "dataset", "seed", "code_size", "l0", "budget", "batch_size", "epochs", "steps", "seconds"),
+    *("samples_per_s", "loss", "nll", "mse", "psnr", "ssim", "bits_per_dim", "log_likelihood", "likelihood"),
+    *("active_units", "active_share", "probe", "knn", "pixels_probe", "pixels_knn", "pca_probe", "pca_knn"),
+    *("pca_mse", "pca_psnr", "pca_mse_at_l0", "probe_rows", "parameters", "peak_mb", "threads", "device", "error"),
+)
+BASELINE = tuple(name for name in COLUMNS if name.startswith(("pixels_", "pca_")) and name != "pca_mse_at_l0")
 
 
-def train(name: str, root: str | None) -> dict[str, str]:
-    """Run one recipe and read its test figures from the run's TensorBoard events."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    """What to run: a spec for each row, with the row's first columns. What a model refuses is left out with a line."""
+    spec = {
+        "data": data,
+        "epochs": None if arguments.seconds else arguments.epochs,
+        "seconds": arguments.seconds or arguments.most_seconds,
+        "precision": PRECISIONS[arguments.precision],
+        "accelerator": arguments.accelerator,
+        "probe_rows": arguments.probe_rows,
+        "importance_samples": arguments.importance_samples,
+    }
+    budget = f"seconds={arguments.seconds:g}" if arguments.seconds else f"epochs={arguments.epochs}"
+    fixed = {"dataset": dataset_name(data), "budget": budget}
+    fixed |= {"batch_size": data["batch_size"], "probe_rows": arguments.probe_rows}
+    specs: dict[tuple[int, str, int], dict[str, Any]] = {}
+    for entry in map(registry.find, arguments.models or registry.list_models()):
+        cls = registry.model_class(entry.name)
+        if cls.discrete_code and not arguments.models:
+            continue  # a number of its code is a few bits: see benchmarks/bits.py
+        for size in [None] if cls.sparse_code else arguments.code_sizes or [None]:
+            hyperparameters = code_of(entry.name, size)
+            try:
+                code_size = math.prod(registry.create_model(entry.name, input_shape, **hyperparameters).code_shape)
+            except AezooError as error:
+                print(f"{entry.name} is left out{f' at code size {size}' if size else ''}: {error}", file=sys.stderr)
+                continue
+            for seed in range(arguments.seeds):
+                row = {"model": entry.name, "family": entry.family, "seed": seed, "code_size": code_size, **fixed}
+                run = {"model": entry.name, "hyperparameters": hyperparameters, "seed": seed, "row": row}
+                # a code that cannot be set has one size, whatever is asked for
+                specs.setdefault((seed, entry.name, code_size), spec | run)
+    if not specs:
+        raise AezooError(f"no model is left to train on {data['name']}: `aezoo list` shows all")
+    # all of one seed first: a run that is broken off has something of every model
+    return sorted(specs.values(), key=lambda spec: int(spec["seed"]))
 
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "aezoo", "fit", "-c", name]
-        command += ["--data.root", root] if root and "fashion" in name else []
-        began = time.monotonic()
-        subprocess.run(command, cwd=folder, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        seconds = time.monotonic() - began
-        run = Path(folder) / "runs" / name / "0"
-        scalars: dict[str, float] = {}
-        epochs = 0
-        for path in sorted(run.glob("events*")):
-            events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
-            for tag in events.Tags()["scalars"]:
-                scalars[tag] = events.Scalars(tag)[-1].value
-                if tag == "train/loss":
-                    epochs = len(events.Scalars(tag))
-        if name in PICTURES:
-            (RESULTS / "pictures").mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(run / "pictures" / f"{PICTURES[name]}.png", RESULTS / "pictures" / f"{name}.png")
-    row = {"recipe": name, "epochs": str(epochs), "seconds": f"{seconds:.0f}"}
-    return row | {figure: f"{scalars[figure]:.5g}" for figure in FIGURES if figure in scalars}
 
-
-def read(path: Path) -> dict[str, dict[str, str]]:
-    """Rows of the CSV by recipe."""
-    if not path.is_file():
+def code_of(name: str, size: int | None) -> dict[str, Any]:
+    """Hyperparameters that give a model's code `size` numbers; none where its code has no such setting."""
+    known = registry.hyperparameters(name)
+    if size is None or "latent_dim" not in known:
         return {}
-    with path.open(newline="") as file:
-        return {row["recipe"]: row for row in csv.DictReader(file)}
+    # of a map latent_dim would be the channels
+    return {"latent_dim": size} | ({"latent_map": False} if "latent_map" in known else {})
 
 
-def write(path: Path, rows: dict[str, dict[str, str]]) -> None:
-    """Write the CSV, recipes in order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = ["recipe", "epochs", "seconds", *FIGURES]
-    fresh = path.with_suffix(".part")
-    with fresh.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[name] for name in sorted(rows))
-    # rows of an earlier run are not lost to a run that fails
-    fresh.replace(path)
+def dataset_name(data: dict[str, Any]) -> str:
+    """The data set as a word for a file name: of files of one's own the file's or folder's name."""
+    name = data["root"] if data["name"] in ("array", "folder") else data["name"]
+    word = re.sub(r"[^\w.-]+", "-", Path(name).stem)
+    rows = f"{data['rows']}rows" if data.get("rows") else ""
+    return "-".join(filter(None, (word, str(data["size"] or ""), rows)))
 
 
-def head(row: dict[str, str], path: Path) -> str:
-    """The line of a recipe that states what it reached, by a row of the CSV at `path`."""
-    figures = ", ".join(f"{figure} {row[figure]}" for figure in FIGURES if row.get(figure))
-    where = path.stem.removeprefix("quality-recipes-")
-    return f"# reached: {figures} ({row['epochs']} epochs, {row['seconds']} s, {where}, seed 0)"
+def known_baselines(rows: Iterable[dict[str, str]], probe_rows: int) -> dict[int, dict[str, str]]:
+    """Baselines of an earlier run by code size, 0 for raw pixels: they depend on the data alone."""
+    known: dict[int, dict[str, str]] = {}
+    for row in rows:
+        if row.get("probe_rows") == str(probe_rows):
+            for size, prefix in ((0, "pixels_"), (int(row["code_size"]), "pca_")):
+                found = {name: row[name] for name in BASELINE if name.startswith(prefix) and row.get(name)}
+                known |= {size: found} if found else {}
+    return known
 
 
-def models_table() -> str:
-    """The zoo as a Markdown table, from the models' own files."""
-    lines = ["| model | family | paper |", "|---|---|---|"]
-    for name in registry.list_models():
-        entry = registry.find(name)
-        if entry.owner == "aezoo":
-            text, _, address = registry.card(name).summary.partition(", http")
-            address, _, rest = address.partition(",")
-            lines.append(f"| `{name}` | {entry.family} | [{text}](http{address}){rest and ',' + rest} |")
-    return "\n".join(lines)
-
-
-def recipes_table(rows: dict[str, dict[str, str]]) -> str:
-    """What the recipes reached, as a Markdown table."""
-    lines = ["| recipe | test loss (nats) | mse | psnr (dB) | ssim | epochs | seconds |", "|---" * 7 + "|"]
-    for name in sorted(rows):
-        row = rows[name]
-        cells = [row[key] for key in ("test/loss", "test/mse", "test/psnr", "test/ssim", "epochs", "seconds")]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def readme(rows: dict[str, dict[str, str]]) -> str:
-    """The README with its generated tables renewed."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for mark, table in (("models", models_table()), ("recipes", recipes_table(rows))):
-        text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", rf"\1{table}\n\2", text, flags=re.DOTALL)
-    return text
-
-
-def newest() -> Path:
-    """The CSV that the heads and tables are made from: the last of them by name, so that of the newest torch."""
-    return max(RESULTS.glob("quality-recipes-*.csv"), default=RESULTS / f"quality-recipes-{environment()}.csv")
-
-
-def main() -> None:
-    """Train what is asked for and rewrite what states its figures."""
-    summary, _, usage = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = common.parser("quality", __doc__)
+    add, count = parser.add_argument, common.at_least(1)
+    add(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        help="models to train; without it all that suit the data and whose codes are no indices",
     )
-    parser.add_argument("recipes", nargs="*", choices=[*recipes(), []], help="recipes to train; all if none is given")
-    parser.add_argument("--root", help="folder that holds Fashion-MNIST")
-    parser.add_argument("--tables", action="store_true", help="train nothing, rewrite heads and tables from the CSV")
-    arguments = parser.parse_args()
-    path = newest() if arguments.tables else RESULTS / f"quality-recipes-{environment()}.csv"
-    rows = read(path)
-    for name in [] if arguments.tables else arguments.recipes or recipes():
-        rows[name] = train(name, arguments.root)
-        write(path, rows)
-    for name, file in recipes().items():
-        if name in rows:
-            text = re.sub(r"^# reached:.*$", head(rows[name], path), file.read_text(), count=1, flags=re.M)
-            file.write_text(text)
-    (ROOT / "README.md").write_text(readme(rows), encoding="utf-8")
+    add("--data", default="mnist5k", help="a name or a path that --data.name of `aezoo fit` takes")
+    add("--root", default="data", help="where the data set's files are or are to go")
+    add("--size", type=count, help="resize images to this")
+    add("--rows", type=count, metavar="N", help="take at most so many samples for training and for the test")
+    add("--batch-size", type=count, default=128)
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--epochs", type=count, default=20, help="budget of each run (default 20)")
+    budget.add_argument(
+        "--seconds", type=common.seconds, help="budget of each run: seconds of training, compiling included"
+    )
+    add(
+        "--most-seconds",
+        type=common.seconds,
+        help="end a run of --epochs after so many seconds of training; its column epochs says how far it came",
+    )
+    add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
+    add("--code-sizes", type=count, nargs="+", metavar="N", help="numbers in a code; without it the models' own")
+    add("--probe-rows", type=count, default=10_000, help="most training codes that a classifier sees (default 10000)")
+    add("--importance-samples", type=count, default=100, help="draws behind each log_likelihood (default 100)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="arithmetic of training and test")
+    add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
+    add("--jobs", type=count, default=1, help="runs at a time; each has its share of the cores, or a GPU in turn")
+    add("--timeout", type=common.seconds, default=7200.0, help="seconds after which a run is given up (default 7200)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is asked for and not there yet."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = arguments_of(argv)
+    from aezoo import DataModule
+    from aezoo.data.sources import from_path
+
+    options: dict[str, Any] = {"name": arguments.data, "root": arguments.root, "batch_size": arguments.batch_size}
+    data = DataModule(**options, size=arguments.size)
+    # once, before several processes download the same files
+    data.prepare_data()
+    # rows are measured in folders of their own
+    places = ("name", "root") if from_path(arguments.data) else ("root",)
+    options |= {"size": arguments.size, "rows": arguments.rows}
+    options |= {key: str(Path(options[key]).expanduser().resolve()) for key in places}
+    specs = plan(arguments, options, data.input_shape)
+    path = f"quality-{dataset_name(options)}-{common.environment(arguments.precision, arguments.accelerator)}.csv"
+    table = common.Table(arguments.results / path, KEY, common.command_line("quality", argv), arguments.again)
+    specs = [spec for spec in specs if table.needs(spec["row"])]
+
+    def run(specs: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        return run_rows("quality_row", specs, arguments.timeout, arguments.jobs, arguments.accelerator)
+
+    baselines: dict[int, dict[str, Any]] = {**known_baselines(table.rows, arguments.probe_rows)}
+    missing = sorted({0, *(spec["row"]["code_size"] for spec in specs)} - baselines.keys())
+    shared = {"data": options, "probe_rows": arguments.probe_rows, "sizes": missing}
+    for _, found in run([shared] if specs and missing else []):
+        if found.get("error"):
+            print(f"there are no figures of raw pixels and PCA: {found['error']}", file=sys.stderr)
+        baselines |= {int(size): columns for size, columns in found.get("baselines", {}).items()}
+    for i, (spec, row) in enumerate(run(specs), start=1):
+        row |= baselines.get(0, {}) | baselines.get(spec["row"]["code_size"], {}) | spec["row"]
+        table.put({name: row.get(name) for name in COLUMNS})
+        told = [f"{name} {common.as_text(row.get(name))}" for name in ("mse", "pca_mse", "probe", "seconds")]
+        head = f"[{i}/{len(specs)}] {row['model']}, code size {row['code_size']}, seed {row['seed']}"
+        print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)
+    print(table.path)
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

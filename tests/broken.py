@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.discrete import DiscreteAutoencoder
 from aezoo.errors import AezooError
+from aezoo.quantisers.fsq import FSQ
 
 
 class Sound(Autoencoder):
@@ -137,8 +139,6 @@ class HyperparametersLost(Sound):
     def __init__(self, input_shape: tuple[int, ...], *, scale: float = 1.0) -> None:
         super().__init__(input_shape)
         self.save_hyperparameters(ignore=["scale"])
-        for name in ("latent_dim", "widths", "lr"):
-            self.hparams.pop(name, None)
 
 
 class ChangesItsArguments(Sound):
@@ -152,8 +152,6 @@ class ChangesItsArguments(Sound):
     def __init__(self, input_shape: tuple[int, ...], *, widths: tuple[int, ...] = (32, 16)) -> None:
         super().__init__(input_shape, widths=tuple(widths))
         self.save_hyperparameters()
-        for name in ("latent_dim", "lr"):
-            self.hparams.pop(name)
         if isinstance(widths, list):
             widths.reverse()
 
@@ -307,6 +305,56 @@ class InPlaceDecode(Sound):
         return super().decode(z.clamp_(-0.01, 0.01))
 
 
+class DiscreteByName(Sound):
+    """Says that its code is discrete, and has no indices."""
+
+    discrete_code = True
+
+
+class Indexed(DiscreteAutoencoder):
+    """A small model with indices, without a mistake.
+
+    Args:
+        input_shape: shape of one sample; any.
+        lr: learning rate.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], *, lr: float = 1e-3) -> None:
+        super().__init__(input_shape, lr=lr)
+        self.save_hyperparameters()
+        self.set_nets("mlp", (3, 3), (), "relu", 4)
+        self.quantiser = FSQ((2, 2, 2))
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        nll = self.nll(self.decoder(self.encode(x)), x).mean()
+        return {"loss": nll, "nll": nll}
+
+
+class OneTooMany(Indexed):
+    """Counts from one."""
+
+    def encode_indices(self, x: Tensor) -> Tensor:
+        return super().encode_indices(x) + 1
+
+    def codes(self, indices: Tensor) -> Tensor:
+        return super().codes(indices - 1)
+
+
+class KeepsMoreThanIndices(Indexed):
+    """The decoder sees a little of what was not quantised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x) + 0.1 * self.encoder(x))
+
+
+class OtherIndicesWhenExported(Indexed):
+    """A branch for the compiler alone."""
+
+    def encode_indices(self, x: Tensor) -> Tensor:
+        indices = super().encode_indices(x)
+        return 7 - indices if torch.compiler.is_compiling() else indices
+
+
 class SumOverBatch(Sound):
     """Adds up the batch, so that its size changes the learning rate."""
 
@@ -369,6 +417,14 @@ class PredictsLess(Sound):
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         return {key: value for key, value in super().predict_step(batch, batch_idx).items() if key != "score"}
+
+
+class PredictsAnother(Sound):
+    """A prediction that is not what the methods give."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        found = super().predict_step(batch, batch_idx)
+        return found | {"score": found["score"] / 2}
 
 
 class ShiftedTarget(Sound):

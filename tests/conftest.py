@@ -1,9 +1,22 @@
 """What all tests share: few threads, since the suite itself runs in two processes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 collect_ignore = ["plugin"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--proofs", type=Path, metavar="FILE", help="count there what each model has passed")
+
+
+def pytest_configure(config):
+    if config.getoption("--proofs"):
+        from proofs import Proofs
+
+        config.pluginmanager.register(Proofs(config.getoption("--proofs")))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,6 +12,7 @@ not been caught.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -193,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the faults and stop")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time (default 2)")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds a fault (default 600)")
+    parser.add_argument("--out", type=Path, help="a JSON file for the counts")
     options = parser.parse_args(arguments)
     chosen = [
         fault
@@ -214,8 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         pool.shutdown(cancel_futures=True)  # interrupted, finish only the faults under way
     tests = sorted({verdict.detail for verdict in verdicts if verdict.word == CAUGHT})
-    text, passed = summary(verdicts, red_anyway(tests, options.limit))
+    red = red_anyway(tests, options.limit)
+    text, passed = summary(verdicts, red)
     print(text)
+    if options.out is not None:
+        caught = sum(verdict.word == CAUGHT and verdict.detail not in red for verdict in verdicts)
+        options.out.write_text(json.dumps({"faults": len(verdicts), "caught": caught}) + "\n", encoding="utf-8")
     return 0 if passed else 1
 
 

@@ -160,6 +160,25 @@ def test_tied_weights_are_saved(tmp_path):
 # ---- what is not there ----------------------------------------------------------------------------------------------
 
 
+class Fewer(VAE):
+    """A model that settles most of what its parent takes, and calls one thing by another name."""
+
+    def __init__(self, input_shape, *, weight: float = 2.0, latent_dim: int = 3):
+        super().__init__(input_shape, beta=weight, latent_dim=2 * latent_dim)
+        self.save_hyperparameters()
+
+
+def test_a_checkpoint_holds_what_its_own_class_takes(tmp_path):
+    model = Fewer((4,), weight=0.5)
+    assert dict(model.hparams) == {"input_shape": (4,), "weight": 0.5, "latent_dim": 3} == dict(model.hparams_initial)
+    pl.Trainer(max_epochs=1, logger=False, default_root_dir=tmp_path, enable_progress_bar=False).fit(
+        model, DataLoader(torch.rand(8, 4), 4), DataLoader(torch.rand(8, 4), 4)
+    )
+    (file,) = tmp_path.rglob("*.ckpt")
+    loaded = Fewer.load_from_checkpoint(file, weights_only=True)
+    assert loaded.beta == 0.5 and loaded.code_shape == (6,)
+
+
 def test_nothing_there(refused, tmp_path):
     refused(tmp_path / "nothing.ckpt", "no checkpoint at .*nothing.ckpt")
     refused(tmp_path, "no .ckpt file in")
@@ -302,7 +321,7 @@ def test_a_state_dict_with_keys_that_are_no_names(refused, file, keys):
         ({"hidden_dims": ["wide"]}, "does not describe a vae"),
         ({"likelihood": 3}, "does not describe a vae"),
         ({"likelihood": {"class_path": "os.system", "init_args": {"command": "true"}}}, "does not describe a vae"),
-        ({"lr": float("nan")}, "lr must be above 0"),
+        ({"lr": float("nan")}, "lr takes a finite number"),
         ({"input_shape": 5}, "does not describe a vae"),
         ({"input_shape": ()}, "input_shape must be"),
         ({3: 4}, "does not describe a vae|no hyperparameter"),
@@ -324,13 +343,21 @@ def test_no_hyperparameters(refused, file):
     refused(file, "does not describe a vae.*input_shape")
 
 
-def test_class_paths_in_a_checkpoint_are_never_followed(model, file, tmp_path, monkeypatch):
+def test_class_paths_in_a_checkpoint_are_never_followed(model, file, refused, tmp_path, monkeypatch):
     canary = tmp_path / "canary"
     (tmp_path / "evil_module.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass Evil: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    extra = {"_class_path": "evil_module.Evil", "_instantiator": "evil_module.Evil", "_target_": "os.system"}
-    edit(file, lambda c: c["hyper_parameters"].update(extra))
+    honest = {
+        "_class_path": "aezoo.models.variational.vae.VAE",
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+    }
+    edit(file, lambda c: c["hyper_parameters"].update(honest))
     assert same(model, aezoo.load_model(file))
+    for extra in ({"_class_path": "evil_module.Evil"}, {"_instantiator": "evil_module.Evil"}, {"_class_path": []}):
+        edit(file, lambda c, extra=extra: c["hyper_parameters"].update({**honest, **extra}))
+        refused(file, "is refused: it names code of its own")
+    edit(file, lambda c: c["hyper_parameters"].update({**honest, "_target_": "os.system"}))
+    refused(file, "no hyperparameter '_target_'")
     assert not canary.exists()
     assert "evil_module" not in sys.modules
 

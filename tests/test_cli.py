@@ -56,7 +56,7 @@ def test_list_shows_name_family_and_paper_and_filters(capsys):
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows] == aezoo.list_models()
     assert all("http" in row for row in rows)
-    cli.main(["list", "*sae*", "sparse*", "--family", "sparse"])
+    cli.main(["list", "topk*", "sparse*", "--family", "sparse"])
     assert [row.split()[0] for row in capsys.readouterr().out.splitlines()] == [
         "sparse_ae_kl",
         "sparse_ae_l1",
@@ -111,6 +111,11 @@ def test_the_reader_of_a_pipe_may_leave():
         (["fit", "--model", "vae", "--model.lr", "0"], "lr must be above 0"),
         (["fit", "--model", "vae", "--model.likelihood", "foo"], "unknown likelihood 'foo'"),
         (["fit", "--model", "vae", "--trainer.max_epochs", "x"], "trainer.max_epochs takes int, got x"),
+        (
+            ["fit", "--model", "vae", "--compile", "fast"],
+            "compile takes one of auto, off, default, reduce-overhead, max-autotune, got fast",
+        ),
+        (["fit", "--model", "vae", "--data.memory", "foo"], "data.memory takes one of auto, on, off, got foo"),
         (["fit", "--model", "vae", "--data.name", "digit"], "did you mean 'digits'"),
         (["fit", "--model", "vae", "--data.batch_size", "0"], "at least 1"),
         (["fit", "--model", "conv_ae", "--data.name", "array", "--data.root", "no.npy"], "no.npy does not exist"),
@@ -132,6 +137,8 @@ def test_a_mistake_is_told_in_one_line(capsys, argv, words):
         ("model: vea", "did you mean 'vae'"),
         ("model: {class_path: vae, init_args: {latent: 2}}", "did you mean 'latent_dim'"),
         ("model: vae\ntrainer: {max_epoch: 2}", "did you mean trainer.max_epochs"),
+        ("model: vae\ncompile: fast", "compile takes one of auto, off, default, reduce-overhead, max-autotune, got"),
+        ("model: vae\ncompile: on", "max-autotune, got on"),
     ],
 )
 def test_a_mistake_in_a_file_is_told_in_one_line(capsys, text, words):
@@ -159,7 +166,8 @@ def test_fit_leaves_config_checkpoints_events_and_says_what_to_type_next(capsys)
     run = Path("runs/vae-digits/0")
     assert {path.name for path in run.iterdir()} >= {"config.yaml", "checkpoints"} and list(run.glob("events*"))
     names = {path.name for path in (run / "checkpoints").iterdir()}
-    assert names == {"best-000-3.ckpt", "last.ckpt"}  # no folder made by the slash in val/loss
+    # no folder made by the slash in val/loss
+    assert names == {"best-000-3.ckpt", "last.ckpt", "last.ckpt.json", "finished.json"}
     assert "test/loss" in out.out and "aezoo predict --ckpt_path runs/vae-digits/0" in out.out
     assert "litlogger" not in out.out + out.err and "litmodels" not in out.out + out.err
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -192,10 +200,34 @@ def test_yaml_takes_registry_names_and_flags_win(form):
     assert type(model).__name__ == "TopKSAE" and model.k == 5
 
 
+def test_on_and_off_need_no_quotes_in_yaml():
+    Path("mine.yaml").write_text("model: linear_ae\ncompile: off\ndata: {name: digits, memory: on}\n")
+    fit("-c", "mine.yaml")
+    config = yaml.safe_load(Path("runs/mine/0/config.yaml").read_text())
+    assert (config["compile"], config["data"]["memory"]) == ("off", "on")
+
+
 def test_a_local_file_wins_over_a_recipe_of_that_name():
     Path("vae").write_text("model: linear_ae\n")
     fit("-c", "vae")
     assert type(aezoo.load_model("runs/vae/0")).__name__ == "LinearAE"
+
+
+def test_a_run_of_less_than_an_epoch_ends_with_a_test_and_a_checkpoint(capsys):
+    fit("--model", "vae", "--data.batch_size", "100", "--trainer.max_epochs", "5", "--trainer.max_steps", "3")
+    assert "test/loss" in capsys.readouterr().out
+    assert torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_importance_samples_tighten_the_log_likelihood(capsys):
+    fit("--model", "vae", "--model.latent_dim", "3", "--data.batch_size", "100")
+    found = []
+    for n in ("1", "300"):
+        capsys.readouterr()
+        cli.main(["test", "--ckpt_path", "runs/vae-digits/0", "--importance_samples", n])
+        found.append(float(re.search(r"test/log_likelihood +(-?[\d.]+)", capsys.readouterr().out)[1]))
+    assert found[0] < found[1]
+    refused(capsys, "test", "--ckpt_path", "runs/vae-digits/0", "--importance_samples", "0")
 
 
 def test_a_checkpoint_alone_is_enough_for_validate_test_predict_and_resume(capsys):
@@ -317,10 +349,13 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume():
 
 @pytest.mark.parametrize("name", cli.recipes())
 def test_every_recipe_trains_a_step_and_states_its_command_and_its_number(name, fashion_files):
-    head = cli.recipes()[name].read_text().splitlines()[:3]
-    assert head[1].startswith(f"# aezoo fit -c {name}") and re.search(r"# reached: test/\S+ -?\d", head[2])
-    root = [f"--data.root={fashion_files}"] if name.startswith("fashion") else []
-    cli.main(["fit", "-c", name, *root, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1", *OFF])
+    head = [line for line in cli.recipes()[name].read_text().splitlines() if line.startswith("#")]
+    assert head[1].startswith(f"# aezoo fit -c {name}") and re.search(r"# reached: test/\S+ -?\d", head[-1])
+    flags = [f"--data.root={fashion_files}"] if "fashion" in name else []
+    if head[2].startswith("# target: "):  # MNIST itself takes a network
+        flags = ["--data.name=mnist5k", "--importance_samples=2"]
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_test_batches=1"]
+    cli.main(["fit", "-c", name, *flags, *short, *OFF])
     assert Path(f"runs/{name}/0/checkpoints/last.ckpt").is_file()
 
 

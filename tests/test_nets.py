@@ -15,7 +15,20 @@ SHAPES += [(3, n, m) for n, m in ((1, 1), (1, 64), (33, 1))]
 SHAPES += [(1, n, 1 + n % 5, 1 + n % 7) for n in (1, 2, 5, 12, 97)]
 
 
-@pytest.mark.parametrize(("name", "stages"), [("conv", (2, 3, 4)), ("resnet", (2, 4)), ("conv", ()), ("resnet", ())])
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("conv", (2, 3, 4)),
+        ("resnet", (2, 4)),
+        ("conv_keras", (2, 4)),
+        ("conv", ()),
+        ("resnet", ()),
+        ("conv_keras", ()),
+        ("unet", (2, 3, 4)),
+        ("unet", (2, 4)),
+        ("unet", ()),
+    ],
+)
 def test_every_size_returns_exactly(name: str, stages: tuple[int, ...]) -> None:
     for i, shape in enumerate(SHAPES):
         grid = tuple(math.ceil(n / 2 ** len(stages)) for n in shape[1:])
@@ -62,6 +75,32 @@ def test_mlp_is_the_article_s_network() -> None:
     assert hidden == [128, 64]  # a caller's list is not turned over in place
 
 
+def test_gated_layers_are_a_linear_map_times_the_sigmoid_of_another() -> None:
+    torch.manual_seed(0)
+    encoder, x = nets.encoder("mlp", (5,), (2,), (3,), "gated"), torch.randn(4, 5)
+    first, last = (m for m in encoder if isinstance(m, nn.Linear))
+    (w, v), (b, c) = first.weight.chunk(2), first.bias.chunk(2)
+    hidden = (x @ w.T + b) * torch.sigmoid(x @ v.T + c)
+    torch.testing.assert_close(encoder(x), hidden @ last.weight.T + last.bias)
+    for net in ("conv", "resnet"):
+        with pytest.raises(AezooError, match="net='mlp' alone"):
+            nets.encoder(net, (1, 8, 8), (2,), (3,), "gated")
+
+
+def test_the_network_of_keras_has_its_parameters() -> None:
+    """The counts that the page of the example prints, https://keras.io/examples/generative/vae/"""
+    encoder = nets.encoder("conv_keras", (1, 28, 28), (4,), (32, 64))
+    decoder = nets.decoder("conv_keras", (2,), (1, 28, 28), (64, 32))
+    assert [sum(p.numel() for p in net.parameters()) for net in (encoder, decoder)] == [69_076, 65_089]
+
+
+def test_keras_network_of_a_map_has_its_parameters() -> None:
+    """Those of https://keras.io/examples/generative/vq_vae/: with 64 codes of 16 numbers the 48,913 that it prints."""
+    encoder = nets.encoder("conv_keras", (1, 28, 28), (16, 7, 7), (32, 64))
+    decoder = nets.decoder("conv_keras", (16, 7, 7), (1, 28, 28), (64, 32))
+    assert [sum(p.numel() for p in net.parameters()) for net in (encoder, decoder)] == [19_856, 28_033]
+
+
 def test_without_hidden_layers_an_mlp_is_linear() -> None:
     encoder = nets.encoder("mlp", (2, 3), (4,), ())
     a, b, zero = torch.randn(1, 2, 3), torch.randn(1, 2, 3), torch.zeros(1, 2, 3)
@@ -89,7 +128,7 @@ def test_activations_are_fresh_modules(name: str) -> None:
 @pytest.mark.parametrize(
     ("build", "word"),
     [
-        (lambda: nets.encoder("transformer", (4,), (2,), ()), "unknown net 'transformer'"),
+        (lambda: nets.encoder("perceiver", (4,), (2,), ()), "unknown net 'perceiver'"),
         (lambda: nets.encoder("mlp", (4,), (2,), (8,), "swish"), "unknown activation 'swish'"),
         (lambda: nets.encoder("mlp", (4,), (2,), (8, 0)), "hidden_dims"),
         (lambda: nets.decoder("mlp", (2,), (4,), (-1,)), "hidden_dims"),
@@ -98,6 +137,7 @@ def test_activations_are_fresh_modules(name: str) -> None:
         (lambda: nets.map_shape("resnet", (30,), (8,), 2), "convolutions take"),
         (lambda: nets.encoder("conv", (1, 8, 8), (4, 3, 3), (8,)), "does not fit"),
         (lambda: nets.decoder("resnet", (4, 7), (1, 8, 8), (8,)), "does not fit"),
+        (lambda: nets.decoder("conv_keras", (4, 7, 7), (1, 8, 8), (8,)), "does not fit"),
         (lambda: nets.map_shape("mlp", (1, 8, 8), (8,), 2), "no feature map"),
     ],
 )

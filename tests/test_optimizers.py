@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.optimizers import OPTIMIZERS, SCHEDULES
+from aezoo.optimizers import OPTIMIZERS, SCHEDULES, align
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -51,6 +51,9 @@ def expected(name: str, steps: int, warmup: int = 0) -> list[float]:
         "linear": lambda: S.PolynomialLR(optimizer, rest, power=1.0),
         "exponential": lambda: S.ExponentialLR(optimizer, 1e-3 ** (1 / rest)),
         "step": lambda: S.MultiStepLR(optimizer, [math.ceil(rest / 2), math.ceil(3 * rest / 4)], gamma=0.1),
+        "multistep:0.63@0.1,0.35,0.9": lambda: S.MultiStepLR(
+            optimizer, [math.ceil(p * rest) for p in (0.1, 0.35, 0.9)], gamma=0.63
+        ),
     }[name]()
     tail = []
     for _ in range(rest):
@@ -61,7 +64,7 @@ def expected(name: str, steps: int, warmup: int = 0) -> list[float]:
 
 
 @pytest.mark.parametrize("warmup", [0, 5])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [*SCHEDULES, "multistep:0.63@0.1,0.35,0.9"])
 def test_the_rate_follows_the_schedule_of_that_name(name: str, warmup: int) -> None:
     found = rates(lr_schedule=name, warmup_steps=warmup)
     assert found == pytest.approx(expected(name, 20, warmup), rel=1e-6)
@@ -138,17 +141,43 @@ def test_every_optimizer_is_torch_s_of_that_name_and_lowers_the_loss(name: str) 
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_at_any_precision(precision: str) -> None:
+    """Lightning refuses to clip for fused optimisers where there could be a gradient scaler."""
+    found = rates(settings={"max_epochs": 1, "gradient_clip_val": 0.1, "precision": precision})
+    assert len(found) == 10
+
+
+def test_eps_is_torch_s() -> None:
+    for name in OPTIMIZERS:
+        if name != "sgd":
+            model = aezoo.create_model("linear_ae", input_shape=(3,), optimizer=f"{name}:eps=1e-4")
+            optimizer = model.configure_optimizers()
+            assert type(optimizer).__name__.lower() == name
+            assert optimizer.defaults["eps"] == 1e-4
+
+
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
         ({"optimizer": "adamm"}, "unknown optimizer 'adamm'"),
+        ({"optimizer": "adamm:eps=1e-4"}, "unknown optimizer 'adamm:eps=1e-4'"),
+        *(
+            ({"optimizer": f"adam:{rest}"}, "cannot be read")
+            for rest in ("1e-4", "eps=x", "eps=0", "eps=nan", "beta=1")
+        ),
+        ({"optimizer": "sgd:eps=1e-4"}, "cannot be read"),
+        *(
+            ({"lr_schedule": f"multistep{rest}"}, "cannot be read")
+            for rest in ("", ":0.1", ":a@0.5", ":0.1@2", ":0@0.5")
+        ),
         ({"lr_schedule": "cosin"}, "unknown lr_schedule 'cosin'"),
         ({"lr": 0.0}, "lr must"),
         ({"lr": -1e-3}, "lr must"),
-        ({"lr": math.nan}, "lr must"),
-        ({"lr": math.inf}, "lr must"),
+        ({"lr": math.nan}, "lr takes a finite number"),
+        ({"lr": math.inf}, "lr takes a finite number"),
         ({"weight_decay": -0.1}, "weight_decay must"),
-        ({"weight_decay": math.nan}, "weight_decay must"),
+        ({"weight_decay": math.nan}, "weight_decay takes a finite number"),
         ({"warmup_steps": -1}, "warmup_steps must"),
     ],
     ids=str,
@@ -170,3 +199,18 @@ def test_a_model_s_own_parameter_groups_are_left_alone() -> None:
     trainer.fit(TwoRates(input_shape=(3,), latent_dim=1), DataLoader(torch.rand(8, 3), batch_size=4))
     found = [(group["lr"], group["weight_decay"]) for group in trainer.optimizers[0].param_groups]
     assert found == [(1e-2, 0.1), (1e-4, 0.1)]
+
+
+def test_restored_moments_take_the_layout_of_their_parameters():
+    """A fused kernel reads parameter and moments as one run of numbers each: with two layouts they would not match."""
+    weight = torch.nn.Parameter(torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.Adam([weight])
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    moment = optimizer.state[weight]["exp_avg"].clone(memory_format=torch.contiguous_format)
+    optimizer.state[weight]["exp_avg"] = moment
+    assert moment.stride() != weight.stride()
+    align(optimizer)
+    assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+    assert torch.equal(optimizer.state[weight]["exp_avg"], moment)
+    assert int(optimizer.state[weight]["step"]) == 1

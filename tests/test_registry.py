@@ -78,9 +78,9 @@ def test_list_models_takes_patterns():
     assert aezoo.list_models("sparse_ae_*") == ["sparse_ae_kl", "sparse_ae_l1"]
     assert aezoo.list_models(["linear_*", "vae"]) == ["linear_ae", "vae"]
     assert aezoo.list_models(["linear_*", "lin*"]) == ["linear_ae"]
-    assert aezoo.list_models("?ae") == ["vae"]
+    assert aezoo.list_models("?ae") == ["aae", "mae", "rae", "vae"]
     assert aezoo.list_models("*_ae", family="variational") == []
-    assert aezoo.list_models("no*") == []
+    assert aezoo.list_models("none*") == []
 
 
 def test_list_models_refuses_an_unknown_family():
@@ -91,7 +91,7 @@ def test_list_models_refuses_an_unknown_family():
 
 def test_natural_order(install):
     install("number-ae", {f"n_ae_{i}": ":MyAE" for i in (10, 2, 1, 100)} | {"n_ae": ":MyAE", "n2_b": ":MyAE"})
-    assert aezoo.list_models("n*") == ["n2_b", "n_ae", "n_ae_1", "n_ae_2", "n_ae_10", "n_ae_100"]
+    assert aezoo.list_models("n[2_]*") == ["n2_b", "n_ae", "n_ae_1", "n_ae_2", "n_ae_10", "n_ae_100"]
 
 
 def test_order_is_that_of_names_whoever_brings_them(install):
@@ -303,6 +303,6 @@ def test_import_aezoo_loads_no_torch():
 def test_the_public_names_are_there():
     assert all(getattr(aezoo, name) is not None for name in aezoo.__all__)
     assert set(aezoo.__all__) <= set(dir(aezoo))
-    assert len(aezoo.__all__) <= 10
+    assert len(aezoo.__all__) <= 16  # the core and a function for each verb
     with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
         aezoo.create_modle  # noqa: B018

@@ -17,7 +17,7 @@ class Noise(nn.Module):
 class Fake(pl.LightningModule):
     """A linear autoencoder; a dropout layer makes its training draw from the global random stream."""
 
-    has_prior = False
+    has_prior = normal_prior = False
     sparse_code = False
 
     def __init__(self, input_shape: tuple[int, ...], latent_dim: int = 4, denoising: bool = False, lr: float = 1e-2):
@@ -65,7 +65,7 @@ class Fake(pl.LightningModule):
 
 
 class FakeVAE(Fake):
-    has_prior = True
+    has_prior = normal_prior = True
 
     def __init__(self, input_shape: tuple[int, ...], latent_dim: int = 4, beta: float = 2.0, lr: float = 1e-2):
         super().__init__(input_shape, latent_dim, lr=lr)

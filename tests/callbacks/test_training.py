@@ -106,7 +106,7 @@ def test_annealing_needs_a_model_with_the_attribute(fit):
         ({"n_steps": -1}, "n_steps must be at least 0"),
         ({"cycles": 0}, "cycles must be at least 1"),
         ({"ratio": 0.0}, "ratio must lie in"),
-        ({"max_capacity": float("inf")}, "max_capacity and gamma must be finite"),
+        ({"max_capacity": float("inf")}, "max_capacity takes a finite number"),
     ],
 )
 def test_bad_annealing_is_refused(values, message):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aezoo.data import ArrayDataset, DataModule, folder
+from aezoo.data import ArrayDataset, DataModule
 from aezoo.errors import AezooError
 
 RNG = np.random.default_rng(0)
@@ -143,13 +143,12 @@ def test_exif_rotation_is_applied(tmp_path):
     assert (x[:, :-1] == 0).all()
 
 
-@pytest.mark.parametrize("limit", [2**29, 0])
-def test_sixteen_bits_a_value(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(folder, "_MEMORY", limit)
+@pytest.mark.parametrize("memory", ["on", "off"])
+def test_sixteen_bits_a_value(tmp_path, memory):
     values = RNG.integers(0, 65536, (4, 5), dtype=np.uint16)
     save(tmp_path / "0.png", values=values)
     low = save(tmp_path / "1.png", (4, 5))
-    data = DataModule("folder", root=str(tmp_path), val_fraction=0, test_fraction=0)
+    data = DataModule("folder", root=str(tmp_path), val_fraction=0, test_fraction=0, memory=memory)
     x = data.tensors("train")[0]
     assert torch.equal(x[0, 0], torch.from_numpy(values.astype(np.float32)) / 65535)
     assert torch.equal(x[1, 0], torch.from_numpy(low) / 255)
@@ -184,9 +183,8 @@ def broken(root):
         yield root / name, message
 
 
-@pytest.mark.parametrize("limit", [2**29, 0])
-def test_corrupt_files_are_named_or_skipped_with_a_count(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(folder, "_MEMORY", limit)
+@pytest.mark.parametrize("memory", ["on", "off"])
+def test_corrupt_files_are_named_or_skipped_with_a_count(tmp_path, memory):
     cases = list(broken(tmp_path / "all"))
     assert len(cases) == 5
     for path, message in cases:
@@ -194,27 +192,26 @@ def test_corrupt_files_are_named_or_skipped_with_a_count(tmp_path, monkeypatch, 
         pictures(single, 12, (64, 64, 3))
         (single / path.name).write_bytes(path.read_bytes())
         with pytest.raises(AezooError) as caught:
-            # a set larger than the memory limit finds broken pixels when they are used
-            read_all(DataModule("folder", root=str(single)))
+            # a set that is not held finds broken pixels when they are used
+            read_all(DataModule("folder", root=str(single), memory=memory))
         assert message in str(caught.value)
         assert str(single / path.name) in str(caught.value)
         assert "--data.on_error skip" in str(caught.value)
         assert "\n" not in str(caught.value)
     pictures(tmp_path / "all", 12, (64, 64, 3))
-    data = DataModule("folder", root=str(tmp_path / "all"), on_error="skip")
+    data = DataModule("folder", root=str(tmp_path / "all"), on_error="skip", memory=memory)
     with pytest.warns(UserWarning, match="5 of 19 files skipped as broken"):
         data.setup()
     assert sum(len(data.dataset(stage)) for stage in ("train", "val", "test")) == 14
     assert data.tensors("train")[0].isfinite().all()
 
 
-def test_both_ways_of_reading_give_the_same_samples(tmp_path, monkeypatch):
+def test_both_ways_of_reading_give_the_same_samples(tmp_path):
     for name in ("a", "b"):
         pictures(tmp_path / name, 20)
     resident = DataModule("folder", root=str(tmp_path), size=6)
     assert isinstance(resident.dataset("train"), ArrayDataset)
-    monkeypatch.setattr(folder, "_MEMORY", 0)
-    lazy = DataModule("folder", root=str(tmp_path), size=6, num_workers=2, batch_size=5)
+    lazy = DataModule("folder", root=str(tmp_path), size=6, num_workers=2, batch_size=5, memory="off")
     assert not isinstance(lazy.dataset("train"), ArrayDataset)
     for stage in ("train", "val", "test"):
         for ours, theirs in zip(resident.tensors(stage), lazy.tensors(stage), strict=True):

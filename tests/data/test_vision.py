@@ -237,8 +237,10 @@ def test_a_set_of_files(tmp_path, offline):
     assert x.dtype == torch.uint8
     assert DataModule("eurosat", root=str(tmp_path), size=32, channels=1).tensors("val")[0].shape == (4, 1, 32, 32)
     (tmp_path / "eurosat" / "2750" / "River" / "7.png").write_bytes(b"torn")
-    with pytest.raises(AezooError, match="of EuroSAT cannot be read"):
-        [data.tensors(stage) for stage in ("train", "val", "test")]
+    for memory in ("on", "off"):
+        data = DataModule("eurosat", root=str(tmp_path), batch_size=4, memory=memory)
+        with pytest.raises(AezooError, match="of EuroSAT cannot be read"):
+            [list(loader()) for loader in (data.train_dataloader, data.val_dataloader, data.test_dataloader)]
     refused("scale standard needs a set in memory", "eurosat", tmp_path, scale="standard")
     assert not offline
 

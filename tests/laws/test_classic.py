@@ -63,6 +63,7 @@ def test_linear_ae_is_pca_on_digits(k: int, digits: Tensor, spectrum: Any, centr
     assert angle < 1e-2
 
 
+@pytest.mark.slow
 def test_linear_ae_is_pca_on_mnist(mnist5k: Tensor, spectrum: Any, centred: Any, adam: Any, lbfgs: Any) -> None:
     model = centred(aezoo.create_model("linear_ae", input_shape=(1, 28, 28), latent_dim=6), mnist5k)
     adam(model, mnist5k.float(), steps=1000, lr=3e-3, batch=256)
@@ -155,6 +156,7 @@ def mixture(std: float) -> torch.distributions.MixtureSameFamily:
     return torch.distributions.MixtureSameFamily(torch.distributions.Categorical(torch.tensor([0.5, 0.3, 0.2])), parts)
 
 
+@pytest.mark.slow
 def test_a_nonlinear_denoiser_finds_the_score_of_the_noisy_density() -> None:
     std = 0.5
     model = aezoo.create_model(
@@ -290,6 +292,29 @@ def test_the_contractive_gradient_is_that_of_the_jacobian(shifted: Any) -> None:
     expected = torch.autograd.grad(penalty(W, b), (W, b))
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("data_init", [True, False])
+def test_the_contractive_outputs_start_at_the_mean_of_the_first_batch(data_init: bool, shifted: Any) -> None:
+    model, x = shifted(contractive(data_init=data_init)).train(), torch.rand(4, 2, 3, 4, dtype=torch.float64)
+    before = model.decoder[0].bias.detach().clone()
+    for batch_idx, batch in enumerate((x, 1 - x)):
+        model.begin_step(batch, batch_idx)
+    expected = x.mean(0).clamp(0.01, 0.99).logit().flatten() if data_init else before
+    torch.testing.assert_close(model.decoder[0].bias.detach(), expected)
+
+
+def test_a_contractive_code_of_few_units_tells_digits_apart(adam: Callable[..., float], mnist5k: Tensor) -> None:
+    """Without a start at the mean all units saturate alike, and every output is the mean image."""
+    x, said = mnist5k[:1280].float(), {}
+    for data_init in (False, True):
+        torch.manual_seed(0)
+        model = aezoo.create_model("contractive_ae", (1, 28, 28), latent_dim=8, data_init=data_init)
+        model.begin_step(x[:128], 0)
+        adam(model, x, 300, 3e-3, 128)
+        with torch.no_grad():
+            said[data_init] = float(model(x).var(0).mean() / x.var(0).mean())
+    assert said[True] > 0.01 and said[True] > 10 * said[False]
 
 
 def test_without_contraction_only_the_likelihood_is_left(shifted: Any) -> None:

@@ -382,7 +382,7 @@ def test_beta_weighs_kl_alone() -> None:
 
 
 @pytest.mark.parametrize("shift", [-200.0, -50.0, 50.0, 200.0])
-@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian:learned", "discretised_logistic"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian:learned", "discretised_logistic", "beta_binomial"])
 def test_an_extreme_log_variance_leaves_everything_finite(shift: float, likelihood: str) -> None:
     model = aezoo.create_model("vae", input_shape=(1, 4, 4), latent_dim=3, hidden_dims=(8,), likelihood=likelihood)
     with torch.no_grad():

@@ -1,0 +1,164 @@
+"""Reconstruction error at equal bits: every quantised model with the same networks and grid, one CSV row a run.
+
+    python -m benchmarks.bits                                             all models, 6 and 8 bits a place, on mnist5k
+    python -m benchmarks.bits --data fashion_mnist --root /usr/share/datasets --rows 5000 --epochs 8 --jobs 2
+    python -m benchmarks.bits --models vq_vae fsq_vae --bits 4 10 --seeds 5
+
+bits is what the indices of a sample take, log2 K each, and is the same for all as nearly as a model's books can be
+chosen: with --bits 6 and 7x7 places 294. vq_vae has K = 2^bits codes, lfq_vae and bsq_vae that many channels of a bit,
+fsq_vae the levels of the paper's table 5, rq_vae two levels of half the bits, vq_vae_2 two grids with books of fewer
+codes, titok as many tokens as there are places. used_bits are those left by an ideal code for the shares of the test
+split's choices, each place and book by itself. usage and perplexity are means over books.
+
+Errors are those of the test split, of the model as its last step left it. All but titok, a transformer, have the net
+conv. All else is each model's default, but that temperatures and weights which change over training do so over the
+first half of it. A seed fixes weights, noise and order; the splits are the same for all.
+
+Rows that are there already are kept; --again measures them anew. Every run has a process of its own.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aezoo import registry
+from aezoo.errors import AezooError
+
+from . import common
+from .parallel import run_rows
+from .quality import dataset_name
+
+NET = {"net": "conv", "hidden_dims": (32, 64)}
+# a transformer of the default width 64 takes as long as all others together
+TITOK = {"width": 32, "decoder_width": 32}
+# as in table 5 of https://arxiv.org/abs/2309.15505
+FSQ_LEVELS = {4: (5, 3), 6: (8, 8), 8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 5)}
+KEY = ("model", "options", "seed", "bits_a_place", "budget", "batch_size", "rows")
+FIGURES = ("mse", "psnr", "ssim", "usage", "perplexity", "used_bits", "loss", "seconds")
+COLUMNS = (
+    *("model", "options", "dataset", "seed", "bits_a_place", "bits", "budget", "batch_size", "rows", "epochs", "steps"),
+    *(*FIGURES, "parameters", "threads", "device", "error"),
+)
+
+
+def settings(bits: int, places: int) -> list[tuple[str, dict[str, Any]]]:
+    """Models with what gives a sample places x bits; vq_vae in all the ways its codes and gradients can be had.
+
+    Args:
+        bits: of a place; even.
+        places: of the grid.
+    """
+    size = {"codebook_size": 2**bits}
+    return [
+        ("vq_vae", size),
+        ("vq_vae", size | {"update": "gradient"}),
+        ("vq_vae", size | {"cosine": True}),
+        ("vq_vae", size | {"estimator": "rotation"}),
+        ("vq_vae", size | {"estimator": "gumbel"}),
+        ("vq_vae", size | {"estimator": "diveq", "update": "gradient"}),
+        ("vq_vae_2", {}),
+        ("rq_vae", {"levels": 2, "codebook_size": 2 ** (bits // 2)}),
+        ("sim_vq_vae", size),
+        ("gumbel_vq_vae", size),
+        ("dvae", size),
+        ("fsq_vae", {"levels": FSQ_LEVELS[bits]}),
+        ("lfq_vae", {"latent_dim": bits}),
+        ("bsq_vae", {"latent_dim": bits}),
+        ("titok", size | {"n_tokens": places, **TITOK}),
+    ]
+
+
+def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    """What to run: a spec for each row, with the row's first columns; all of one seed first."""
+    names = [registry.find(name).name for name in arguments.models or dict(settings(6, 1))]
+    other = next((name for name in names if name not in dict(settings(6, 1))), None)
+    if other is not None:
+        raise AezooError(f"{other} is no quantised model, this benchmark is for {', '.join(dict(settings(6, 1)))}")
+    places = math.prod(registry.create_model("vq_vae", input_shape, **NET).code_shape[1:])
+    fixed = {"dataset": dataset_name(data | {"rows": None}), "budget": f"epochs={arguments.epochs}"}
+    fixed |= {"batch_size": data["batch_size"], "rows": data["rows"] or "all"}
+    specs = []
+    for bits in arguments.bits:
+        for model, options in settings(bits, places):
+            if model not in names:
+                continue
+            net = {key: value for key, value in NET.items() if key in registry.hyperparameters(model)}
+            if model == "vq_vae_2":
+                codes = bits_of(registry.create_model(model, input_shape, codebook_size=2, **net))
+                options = {"codebook_size": round(2 ** (bits * places / codes))}
+            found = bits_of(registry.create_model(model, input_shape, **net, **options))
+            row = {"model": model, "options": as_text(options), "bits_a_place": bits, "bits": found, **fixed}
+            spec = {"data": data, "hyperparameters": net | options, "epochs": arguments.epochs}
+            spec |= {"most_seconds": arguments.most_seconds, "accelerator": arguments.accelerator}
+            specs += [spec | {"row": row | {"seed": seed}} for seed in range(arguments.seeds)]
+    return sorted(specs, key=lambda spec: int(spec["row"]["seed"]))
+
+
+def bits_of(model: Any) -> float:
+    """What the indices of a sample take."""
+    import torch
+
+    books = model.books(torch.zeros(1, *model.index_shape, dtype=torch.long))
+    return sum(math.prod(index.shape[2:]) * math.log2(size) for index, sizes in books.values() for size in sizes)
+
+
+def as_text(options: dict[str, Any]) -> str:
+    """Hyperparameters in a cell."""
+    return " ".join(
+        f"{key}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}" for key, value in options.items()
+    )
+
+
+def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = common.parser("bits", __doc__)
+    add, count = parser.add_argument, common.at_least(1)
+    add("--models", nargs="+", metavar="NAME", help="models to train (default: all quantised ones)")
+    add("--bits", nargs="+", type=int, choices=[*FSQ_LEVELS], default=[6, 8], help="bits a place (default 6 8)")
+    add("--data", default="mnist5k", help="a name or a path that --data.name of `aezoo fit` takes")
+    add("--root", default="data", help="where the data set's files are or are to go")
+    add("--rows", type=count, metavar="N", help="take at most so many samples for training and for the test")
+    add("--batch-size", type=count, default=128)
+    add("--epochs", type=count, default=10, help="budget of each run (default 10)")
+    add("--most-seconds", type=common.seconds, help="end a run after so many seconds of training")
+    add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
+    add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
+    add("--jobs", type=count, default=1, help="rows at a time; each has its share of the cores, or a GPU in turn")
+    add("--timeout", type=common.seconds, default=3600.0, help="seconds after which a row is given up (default 3600)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is asked for and not there yet."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = arguments_of(argv)
+    from aezoo import DataModule
+    from aezoo.data.sources import from_path
+
+    options: dict[str, Any] = {"name": arguments.data, "root": arguments.root, "batch_size": arguments.batch_size}
+    data = DataModule(**options)
+    # once, before several processes download the same files
+    data.prepare_data()
+    # rows are measured in folders of their own
+    places = ("name", "root") if from_path(arguments.data) else ("root",)
+    options |= {"size": None, "rows": arguments.rows}
+    options |= {key: str(Path(options[key]).expanduser().resolve()) for key in places}
+    specs = plan(arguments, options, data.input_shape)
+    path = f"bits-{specs[0]['row']['dataset']}-{common.environment(accelerator=arguments.accelerator)}.csv"
+    table = common.Table(arguments.results / path, KEY, common.command_line("bits", argv), arguments.again)
+    needed = [spec for spec in specs if table.needs(spec["row"])]
+    found = run_rows("bits_row", needed, arguments.timeout, arguments.jobs, arguments.accelerator)
+    for i, (spec, row) in enumerate(found, start=1):
+        known = spec["row"]
+        table.put({name: {**row, **known}.get(name) for name in COLUMNS})
+        told = [f"{name} {common.as_text(row.get(name))}" for name in ("mse", "usage", "perplexity", "seconds")]
+        head = f"[{i}/{len(needed)}] {known['model']} {known['options']}, seed {known['seed']}"
+        print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)
+    print(table.path)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

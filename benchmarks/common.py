@@ -1,0 +1,204 @@
+"""What the benchmarks share: file names that say where a number comes from, and CSVs that go on.
+
+Nothing here imports torch before it must: a script that only reads its arguments answers at once.
+"""
+
+import argparse
+import csv
+import math
+import os
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from aezoo.errors import AezooError
+
+PACKAGE = Path(__file__).parent
+# `benchmarks` in a checkout, `aezoo.benchmarks` in a wheel: what `python -m` needs, and the folder where it is found
+NAME = __name__.rpartition(".")[0]
+ROOT = PACKAGE.parents[NAME.count(".")]
+AGAIN = ("all", "failed")
+
+
+def results_folder() -> Path:
+    """`benchmarks/results` of a checkout; a folder where the user is for an installed package."""
+    return PACKAGE / "results" if (PACKAGE.parent / "pyproject.toml").is_file() else Path("benchmark-results")
+
+
+def environment(precision: str = "fp32", accelerator: str = "auto") -> str:
+    """What a number depends on, for a file name: precision, torch's version, processor and cores or GPU."""
+    import torch
+
+    version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
+    device = f"cpu{os.cpu_count()}"
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
+    elif accelerator == "mps":
+        device = "mps"
+    return f"{precision}-pt{version}-{device}"
+
+
+def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring, with the flags that all scripts have."""
+    summary, _, usage = (doc or "").partition("\n")
+    made = argparse.ArgumentParser(
+        prog=f"python -m {NAME}.{script}",
+        description=summary,
+        epilog=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # an abbreviated flag would not be known to `command_line`
+        allow_abbrev=False,
+    )
+    made.add_argument("--results", type=Path, default=results_folder(), metavar="DIR", help="folder of the CSVs")
+    made.add_argument(
+        "--again",
+        nargs="?",
+        const="all",
+        choices=AGAIN,
+        help="measure rows again that are there already: all that are asked for (the default), or those that failed",
+    )
+    return made
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A flag's type: a whole number of at least `least`."""
+
+    def whole(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        return int(text)
+
+    return whole
+
+
+def seconds(text: str) -> float:
+    """A flag's type: a number of seconds above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; what the user must mend is one line, as in the command line."""
+    try:
+        main()
+    except AezooError as error:
+        print(f"aezoo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def command_line(script: str, argv: Sequence[str]) -> str:
+    """The command for a CSV's head: what the rows mean, without where they go and whether they were there before."""
+    kept: list[str] = []
+    before = ""
+    for word in argv:
+        own = word.partition("=")[0] in ("--again", "--results")
+        if not own and before != "--results" and not (before == "--again" and word in AGAIN):
+            kept.append(word)
+        before = word
+    return shlex.join(["python", "-m", f"benchmarks.{script}", *kept])
+
+
+class Spread(NamedTuple):
+    """Median, lowest and highest of repeats."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+def as_text(value: object) -> str:
+    """A cell: numbers with five significant digits, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        text = f"{value:.5g}"
+        return f"{value:.0f}" if "e+" in text and abs(value) < 1e15 else text
+    return " ".join(str(value).split())
+
+
+def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Commands at the head of a CSV, and its rows.
+
+    Raises:
+        AezooError: the file cannot be read as one.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise AezooError(f"cannot read {path} as CSV ({error}): mend or remove it") from error
+    if any(None in row or None in row.values() for row in rows):
+        raise AezooError(f"cannot read {path} as CSV: a row has more or fewer cells than the head; mend or remove it")
+    mark = "# command: "
+    return [line.removeprefix(mark) for line in lines if line.startswith(mark)], rows
+
+
+class Table:
+    """A CSV that is whole after every row: rows of a run that was broken off are there, and are not measured again.
+
+    Args:
+        path: the file; it need not exist.
+        key: columns that say which row is which.
+        command: what measures these rows, for the head of the file.
+        again: `all` measures every row again, `failed` those with an error, None none.
+    """
+
+    def __init__(self, path: Path, key: Sequence[str], command: str, again: str | None = None) -> None:
+        self.path, self.key, self.again = path, tuple(key), again
+        self.commands, self.rows = read_csv(path) if path.is_file() else ([], [])
+        if command not in self.commands:
+            self.commands.append(command)
+
+    def find(self, row: Mapping[str, object]) -> dict[str, str] | None:
+        """The row with the same key, if there is one."""
+        wanted = [as_text(row.get(name)) for name in self.key]
+        return next((r for r in self.rows if [r.get(name, "") for name in self.key] == wanted), None)
+
+    def needs(self, row: Mapping[str, object]) -> bool:
+        """Whether the row is still to be measured."""
+        there = self.find(row)
+        return there is None or self.again == "all" or (self.again == "failed" and bool(there.get("error")))
+
+    def put(self, row: Mapping[str, object]) -> None:
+        """Add a row, or replace the one with its key, and write the file."""
+        there = self.find(row)
+        fresh = {name: as_text(value) for name, value in row.items()}
+        if there is None:
+            self.rows.append(fresh)
+        else:
+            there.clear()
+            there.update(fresh)
+        self.write()
+
+    def write(self) -> None:
+        """Write all rows; the file is the old one or the new one, never a part."""
+        columns = [*dict.fromkeys(name for row in self.rows for name in row if name != "error"), "error"]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_suffix(".part")
+            with part.open("w", newline="", encoding="utf-8") as file:
+                file.writelines(f"# command: {command}\n" for command in self.commands)
+                writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self.rows)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.path)
+        except OSError as error:
+            raise AezooError(f"cannot write {self.path}: {error.strerror}; give another folder by --results") from error

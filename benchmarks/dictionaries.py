@@ -1,0 +1,143 @@
+"""Train every sparse model on sums of known atoms and see whether it finds them: one CSV row a run, and medians.
+
+    python -m benchmarks.dictionaries                                      all sparse models, three seeds
+    python -m benchmarks.dictionaries --models topk_sae sae_l1 --atoms 256 --dim 64 --correlation 0.5 --jobs 2
+
+The data are `synthetic_dictionary`. All codes have as many numbers as there are atoms; models that take the number of
+active latents get the mean number of active atoms, and OPTIONS has what others need to come near it. A seed fixes the
+atoms and the samples as well as weights, noise and order. Figures are of the test split: mcc, the mean absolute cosine
+of atoms and the latents that they are matched with one to one; uniqueness, how many atoms are the nearest of a latent,
+over latents; l0 and dead_share, entries that are not 0; fvu, cosine, shrinkage and reconstruction_bias as in
+`aezoo.metrics`, best at 0, 1, 1 and 1. A latent's direction is how much it changes what the decoder gives. Crosscoders
+and transcoders get two streams of one code, as many numbers each; a transcoder reads the first and is judged by the
+second.
+
+Rows that are there already, of the same model, seed, data, budget and options, are kept; --again measures them anew.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from aezoo import registry
+from aezoo.errors import AezooError
+
+from . import common
+from .parallel import run_rows
+
+# what a model needs beside the size of its code and the number of active latents: penalties that bring l0 near the
+# default --active, in runs of thousands of steps
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sparse_ae_l1": {"l1": 1.0},
+    "sae_l1": {"l1": 0.5},
+    "gated_sae": {"l1": 1.0},
+    "jumprelu_sae": {"l0_weight": 0.2},
+    "crosscoder": {"l1": 0.2},
+    "transcoder": {"targets": (1,), "l1": 0.4},
+}
+# streams of a model's data; 1 for all others
+STREAMS = {"crosscoder": 2, "transcoder": 2}
+DATA = ("atoms", "dim", "active", "correlation", "noise", "samples")
+KEY = ("model", "seed", "steps", "batch_size", "lr", *DATA, "options")
+SCORES = ("mcc", "uniqueness", "l0", "fvu", "dead_share", "cosine", "shrinkage", "reconstruction_bias")
+COLUMNS = (*KEY, *SCORES, "seconds", "parameters", "threads", "device", "error")
+SHOWN = ("mcc", "l0", "fvu", "dead_share")
+
+
+def plan(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What to run: a spec for each row, with the row's first columns."""
+    known = registry.list_models(family="sparse")
+    names = [registry.find(name).name for name in arguments.models or known]
+    other = next((name for name in names if name not in known), None)
+    if other is not None:
+        raise AezooError(f"{other} has no sparse code, this benchmark is for {', '.join(known)}")
+    data = {key: getattr(arguments, key) for key in DATA}
+    if not 0 < arguments.active <= arguments.atoms:
+        raise AezooError(f"--active {arguments.active:g} must be above 0 and at most --atoms {arguments.atoms}")
+    fixed = {"steps": arguments.steps, "batch_size": arguments.batch_size, "lr": arguments.lr, **data}
+    specs = []
+    for name in names:
+        given = options_of(name, arguments)
+        written = " ".join(f"{key}={value}" for key, value in given.items())
+        spec = {
+            "model": name,
+            "data": {
+                **{f"dictionary_{key}": value for key, value in data.items()},
+                "dictionary_streams": STREAMS.get(name, 1),
+                "batch_size": arguments.batch_size,
+            },
+            "hyperparameters": {"latent_dim": arguments.atoms, "lr": arguments.lr, **given},
+            "accelerator": arguments.accelerator,
+            "steps": arguments.steps,
+        }
+        head = {"model": name, **fixed, "options": written}
+        specs += [spec | {"row": {**head, "seed": seed}} for seed in range(arguments.seeds)]
+    return specs
+
+
+def options_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A model's own settings for data of so many active atoms."""
+    own, given = registry.hyperparameters(name), OPTIONS.get(name, {})
+    common_ones = {"likelihood": "gaussian", "k": max(1, round(arguments.active))}
+    share = {"rho": arguments.active / arguments.atoms, "lifetime": arguments.active / arguments.atoms}
+    return {key: value for key, value in (common_ones | share).items() if key in own and key not in given} | given
+
+
+def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = common.parser("dictionaries", __doc__)
+    add, count = parser.add_argument, common.at_least(1)
+    add("--models", nargs="+", metavar="NAME", help="models to train (default: all of the family sparse)")
+    add("--steps", type=count, default=5000, help="training steps of each run (default 5000)")
+    add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
+    add("--atoms", type=count, default=64, help="atoms, and numbers in a code (default 64)")
+    add("--dim", type=common.at_least(2), default=32, help="dimensions of the data (default 32)")
+    add("--active", type=float, default=4.0, help="mean number of active atoms in a sample (default 4)")
+    add("--correlation", type=float, default=0.0, help="of supports within groups of four atoms (default 0)")
+    add("--noise", type=float, default=0.05, help="deviation in each dimension (default 0.05)")
+    add("--samples", type=common.at_least(100), default=100_000, help="of all splits together (default 100000)")
+    add("--batch-size", type=count, default=128)
+    add("--lr", type=float, default=1e-3, help="learning rate of all models (default 0.001)")
+    add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
+    add("--jobs", type=count, default=1, help="rows at a time; each has its share of the cores, or a GPU in turn")
+    add("--timeout", type=common.seconds, default=3600.0, help="seconds after which a row is given up")
+    return parser.parse_args(argv)
+
+
+def medians(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """Lines of a table: the medians over seeds of each model, the best mcc first."""
+    found: dict[str, list[Mapping[str, str]]] = {}
+    for row in rows:
+        if not row.get("error"):
+            found.setdefault(row["model"], []).append(row)
+    middle = {name: [statistics.median(float(row[score]) for row in own) for score in SHOWN]
+              for name, own in found.items()}  # fmt: skip
+    lines = [f"{'model':<22}{'seeds':>6}" + "".join(f"{score:>12}" for score in SHOWN)]
+    for name, values in sorted(middle.items(), key=lambda item: -item[1][0]):
+        lines.append(f"{name:<22}{len(found[name]):>6}" + "".join(f"{value:>12.4g}" for value in values))
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is asked for and not there yet, and show the medians of it all."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = arguments_of(argv)
+    path = f"dictionaries-{common.environment(accelerator=arguments.accelerator)}.csv"
+    table = common.Table(arguments.results / path, KEY, common.command_line("dictionaries", argv), arguments.again)
+    specs = plan(arguments)
+    needed = [spec for spec in specs if table.needs(spec["row"])]
+    found = run_rows("dictionaries_row", needed, arguments.timeout, arguments.jobs, arguments.accelerator)
+    for i, (spec, row) in enumerate(found, start=1):
+        known = spec["row"]
+        table.put({name: {**row, **known}.get(name) for name in COLUMNS})
+        told = [f"{name} {common.as_text(row.get(name))}" for name in (*SHOWN, "seconds")]
+        head = f"[{i}/{len(needed)}] {known['model']}, seed {known['seed']}"
+        print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)
+    print(*medians(there for spec in specs if (there := table.find(spec["row"])) is not None), sep="\n")
+    print(table.path)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,71 @@
+"""Virtual environments for parties whose packages may clash with the project's own."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+# what pip installs for a party; those not named here run in this environment
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "keras_torch": ("keras>=3,<4",),
+    "keras_jax": ("keras>=3,<4", "jax"),
+    # its CPU wheels; `tensorflow` is the same with code for GPUs
+    "keras_tensorflow": ("keras>=3,<4", "tensorflow-cpu"),
+    "pythae": ("pythae",),
+}
+# these see this environment's packages after their own, so that all of PyTorch's parties run one build of it
+SHARED = ("keras_torch", "pythae")
+
+
+class EnvironmentFailure(RuntimeError):
+    """pip could not make an environment; one line."""
+
+
+def cache() -> Path:
+    """Where environments are kept unless --envs says otherwise."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "aezoo-peers"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "aezoo-peers"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aezoo-peers"
+
+
+def python_for(party: str, folder: Path) -> str:
+    """The interpreter that runs a party; makes its environment in `folder` if it is not there.
+
+    Raises:
+        EnvironmentFailure: pip's last line.
+    """
+    party = party.removesuffix("_bf16")
+    if party not in PACKAGES:
+        return sys.executable
+    home, wanted = folder / party, "\n".join(PACKAGES[party])
+    python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    mark = home / "complete"
+    if python.exists() and mark.is_file() and mark.read_text() == wanted:
+        return str(python)
+    print(f"making the environment of {party} in {home} ...", flush=True)
+    try:
+        venv.create(home, clear=True, with_pip=True)
+        if party in SHARED:
+            _share(home)
+        command = [str(python), "-m", "pip", "install", "--quiet", *PACKAGES[party]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise EnvironmentFailure(f"no environment for {party}: {error}") from error
+    if done.returncode:
+        last = (done.stderr.strip() or "pip failed").splitlines()[-1]
+        raise EnvironmentFailure(f"no environment for {party}: {last}")
+    mark.write_text(wanted)
+    return str(python)
+
+
+def _share(home: Path) -> None:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise EnvironmentFailure("torch is not installed")
+    packages = Path(spec.origin).parent.parent
+    (site,) = [*home.glob("lib/python*/site-packages"), *home.glob("Lib/site-packages")][:1]
+    (site / "shared.pth").write_text(f"{packages}\n")

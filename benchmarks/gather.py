@@ -1,0 +1,94 @@
+"""From how many latents for each active one gathering a dictionary's rows beats multiplying by all of it.
+
+    python -m benchmarks.gather                           the whole grid on the fastest device
+    python -m benchmarks.gather --accelerator cpu --threads 1
+
+A row is one decoding of a code's active latents, forward and backward, both ways in turns: `dense_ms` and `gather_ms`
+are medians of the repeats, `ratio` is latents / k. Printed at the end is the least ratio from which on gathering is
+faster in every row, what `CROSSOVER` of `aezoo/nets/dictionary.py` holds for the device's type.
+"""
+
+import itertools
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from .common import Spread, Table, at_least, command_line, environment, parser, run_script
+
+KEY = ("batch", "x_dim", "latents", "k", "threads")
+_RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the grid that is asked for."""
+    made = parser("gather", __doc__)
+    add = made.add_argument
+    add("--batch", nargs="+", type=at_least(1), default=[128, 1024], metavar="N", help="samples of a batch")
+    add("--x_dim", nargs="+", type=at_least(1), default=[64, 784], metavar="N", help="data dimensions")
+    add("--k", nargs="+", type=at_least(1), default=[8, 32], metavar="N", help="active latents of a sample")
+    add("--ratios", nargs="+", type=at_least(1), default=[*_RATIOS], metavar="N", help="latents for each active one")
+    add("--accelerator", default="auto", choices=("auto", "cpu", "gpu", "cuda"))
+    add("--threads", type=at_least(1), default=1, help="threads on the CPU")
+    add("--repeats", type=at_least(1), default=7, help="repeats after the warm-up")
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = made.parse_args(words)
+    path = arguments.results / f"gather-{environment('fp32', arguments.accelerator)}.csv"
+    table = Table(path, KEY, command_line("gather", words), arguments.again)
+    for batch, x_dim, k, ratio in itertools.product(arguments.batch, arguments.x_dim, arguments.k, arguments.ratios):
+        row = {"batch": batch, "x_dim": x_dim, "latents": ratio * k, "k": k, "threads": arguments.threads}
+        if table.needs(row):
+            table.put(row | {"ratio": ratio} | measure(row, arguments))
+    lost = [float(row["ratio"]) for row in table.rows if float(row["speedup"]) < 1]
+    always = [ratio for row in table.rows if (ratio := float(row["ratio"])) > max(lost, default=0)]
+    print(f"gathering is faster in every row from {min(always):g} on" if always else "gathering is not always faster")
+    print(path)
+
+
+def measure(row: dict[str, int], arguments: Namespace) -> dict[str, Any]:
+    """Milliseconds of both ways."""
+    import torch
+
+    from aezoo.nets.dictionary import Dictionary
+
+    on_gpu = arguments.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    ways = {name: Dictionary(row["latents"], (row["x_dim"],), name).to(device) for name in ("dense", "gather")}
+    values_Bk = torch.rand(row["batch"], row["k"], device=device, requires_grad=True)
+    index_Bk = torch.rand(row["batch"], row["latents"], device=device).topk(row["k"]).indices
+    grad_BX = torch.randn(row["batch"], row["x_dim"], device=device)
+
+    def step(dictionary: Dictionary) -> None:
+        dictionary.zero_grad()
+        dictionary.of_active(values_Bk, index_Bk).backward(grad_BX)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(1 + arguments.repeats):
+        for name, dictionary in ways.items():
+            milliseconds = _timed(partial(step, dictionary))
+            if turn:  # the first fills caches
+                took[name].append(milliseconds)
+    dense, gather = Spread.of(took["dense"]), Spread.of(took["gather"])
+    return {"dense_ms": dense.median, "gather_ms": gather.median, "speedup": dense.median / gather.median}
+
+
+def _timed(step: Callable[[], None]) -> float:
+    """Milliseconds of one call, of so many that a clock can see them."""
+    calls, took = 1, 0.0
+    while took < 0.02:
+        began = time.perf_counter()
+        for _ in range(calls):
+            step()
+        took = time.perf_counter() - began
+        calls *= 4
+    return 1000 * took / (calls // 4)
+
+
+if __name__ == "__main__":
+    run_script(main)

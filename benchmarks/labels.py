@@ -1,0 +1,95 @@
+"""Labels beside points and at the ends of curves, clear of what is drawn: a legend would send the reader to and fro."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# points of text
+SIZE = 11
+# where a label may stand about its point, nearest first: steps right and up, in points
+_PLACES = ((7, 0), (-7, 0), (0, 9), (0, -9), (6, 8), (6, -8), (-6, 8), (-6, -8), (0, 20), (0, -20), (16, 14), (-16, 14))
+
+
+def beside(ax: "Axes", points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write the text, if any, beside each point (x, y, text, colour), clear of points and other labels if it can be."""
+    from matplotlib.transforms import Bbox
+
+    figure: Any = ax.figure
+    figure.draw_without_rendering()  # the layout decides where points are
+    scale = figure.dpi / 72
+    frame = ax.get_window_extent()
+    centres = [ax.transData.transform((x, y)) for x, y, *_ in points]
+    taken = [Bbox.from_extents(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in centres]
+    for x, y, words, colour in sorted((point for point in points if point[2]), key=lambda point: -point[1]):
+        best: tuple[float, Any, Any] | None = None
+        for right, up in _PLACES:
+            note = ax.annotate(
+                words,
+                (x, y),
+                (right, up),
+                textcoords="offset points",
+                ha="left" if right > 0 else "right" if right < 0 else "center",
+                va="center" if abs(up) < 5 else "bottom" if up > 0 else "top",
+                fontsize=SIZE - 1.5,
+                color=colour,
+            )
+            box = note.get_window_extent()
+            outside = sum(
+                max(0.0, d) for d in (frame.x0 - box.x0, box.x1 - frame.x1, frame.y0 - box.y0, box.y1 - frame.y1)
+            )
+            cost = outside * box.height + sum(_shared(box, other) for other in taken)
+            if best is None or cost < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (cost, note, box)
+            else:
+                note.remove()
+            if cost == 0:
+                break
+        if best is not None:
+            taken.append(best[2])
+
+
+def at_ends(ax: "Axes", ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write the labels of curves (x, y, text, colour) in a column right of the panel, each tied to its curve's end."""
+    figure: Any = ax.figure
+    figure.draw_without_rendering()
+    axes_of = ax.transAxes.inverted().transform
+    ends = sorted(ends, key=lambda end: end[1])
+    step = 1.35 * SIZE * figure.dpi / 72 / ax.get_window_extent().height
+    heights = [float(axes_of(ax.transData.transform((x, y)))[1]) for x, y, *_ in ends]
+    placed = _apart(heights, step)
+    for (x, y, words, colour), place in zip(ends, placed, strict=True):
+        ax.annotate(
+            words,
+            (x, y),
+            (1.03, place),
+            textcoords="axes fraction",
+            va="center",
+            annotation_clip=False,
+            fontsize=SIZE - 1,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4},
+        )
+
+
+def _apart(heights: Sequence[float], step: float) -> list[float]:
+    """Rising heights at least a step apart, each as near to where it was as the others let it (least squares)."""
+    blocks: list[list[float]] = []  # of labels that touch; each is moved as one
+    for i, height in enumerate(heights):
+        blocks.append([height - i * step])
+        while len(blocks) > 1 and _mean(blocks[-2]) > _mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    return [place + i * step for i, place in enumerate(_mean(block) for block in blocks for _ in block)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _shared(a: Any, b: Any) -> float:
+    width = min(a.x1, b.x1) - max(a.x0, b.x0)
+    height = min(a.y1, b.y1) - max(a.y0, b.y0)
+    return float(width * height) if width > 0 and height > 0 else 0.0

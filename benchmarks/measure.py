@@ -1,0 +1,250 @@
+"""Clocks, counters and the machine's own peak, for the rows of `speed`."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_GEMMS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+_HEAVY = (*_GEMMS, torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
+# CUDA's runtime and driver calls that start a kernel; a captured graph is one launch, however many kernels it holds
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+# what a copy between host and device is called in a trace; copies within the device are no matter
+_COPIES = ("Memcpy HtoD", "Memcpy DtoH")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; the CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `work` takes, until the device is done."""
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def matmul_peak(device: torch.device, precision: str, seconds: float = 0.6) -> float:
+    """The fastest that this device multiplies square matrices in this process and precision, in FLOP/s."""
+    sizes = (4096, 8192) if device.type == "cuda" else (512, 1024, 2048)
+    best = 0.0
+    for n in sizes:
+        a, b = (torch.randn(n, n, device=device, dtype=DTYPES[precision]) for _ in range(2))
+        timed(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+        until = time.perf_counter() + seconds / len(sizes)
+        while True:
+            best = max(best, 2 * n**3 / timed(lambda a=a, b=b: a @ b, device))  # type: ignore[misc]
+            if time.perf_counter() > until:
+                break
+    return best
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to measure the peak of a GPU's memory; a process's own peak cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Peak memory in MB: of the GPU's tensors, or all of this process with its libraries on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    # kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+# ---- work -----------------------------------------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """FLOPs a sample.
+
+    Attributes:
+        forward: of a reconstruction.
+        step: of a training step's loss, forward and backward; optimisers do none that are counted.
+        gemms: those of `step` in matrix products.
+    """
+
+    forward: int
+    step: int
+    gemms: int
+
+
+def work(model: Any, x: Tensor) -> Work:
+    """Count the FLOPs of a model on a batch, by torch's counter: matrix products, convolutions and attention."""
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model.eval()(x)
+    with FlopCounterMode(display=False) as step:
+        model.train().loss(x)["loss"].backward()
+    counts = step.get_flop_counts()["Global"]
+    gemms = sum(count for op, count in counts.items() if op in _GEMMS)
+    return Work(*(total // len(x) for total in (forward.get_total_flops(), step.get_total_flops(), gemms)))
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the matrix products and convolutions that are called, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in _HEAVY:
+            self.calls.append(lambda: func(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def alone(model: Any, x: Tensor, precision: str, repeats: int = 3) -> float:
+    """Seconds that the matrix products and convolutions of a training step take with nothing between them.
+
+    Each in its own shape, unlike at the peak, and in the model's layout in memory.
+    """
+    with autocast(x.device, precision), _Recorder() as recorder:
+        model.train().loss(x)["loss"].backward()
+
+    @torch.no_grad()
+    def again() -> None:
+        for call in recorder.calls:
+            call()
+
+    again()
+    return statistics.median(timed(again, x.device) for _ in range(repeats))
+
+
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """What Lightning's bf16-mixed does around a step; nothing for fp32."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        yield
+
+
+# ---- callbacks ------------------------------------------------------------------------------------------------------
+
+
+class FirstSteps(pl.Callback):
+    """When each of the first steps of a fit was done."""
+
+    def __init__(self) -> None:
+        self.done: list[float] = []
+        self.first_at = 0.0
+        self.began = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.began = self.began or time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        synchronize(pl_module.device)
+        self.done.append(time.perf_counter())
+        self.first_at = self.first_at or time.time()
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each step, the loader and hooks included."""
+        return [end - start for start, end in zip([self.began, *self.done], self.done, strict=False)]
+
+
+class Epochs(pl.Callback):
+    """Seconds of each epoch, from its first batch to its last; without validation and checkpoints.
+
+    It hooks into epochs alone, so that a step costs what it costs a user.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        synchronize(pl_module.device)
+        self._began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        synchronize(pl_module.device)
+        self.seconds.append(time.perf_counter() - self._began)
+
+    on_predict_epoch_start = on_train_epoch_start
+    on_predict_epoch_end = on_train_epoch_end
+
+
+class HookShare:
+    """Share of training batches that a callback's hooks take, by the host's clock.
+
+    Args:
+        callback: its hooks are timed from now on.
+
+    Attributes:
+        shares: of each batch but the first.
+    """
+
+    _HOOKS = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
+
+    def __init__(self, callback: pl.Callback) -> None:
+        self.shares: list[float] = []
+        self._hooks, self._ended = 0.0, 0.0
+        for name in self._HOOKS:
+            setattr(callback, name, self._timed(getattr(callback, name), ends=name == self._HOOKS[-1]))
+
+    def _timed(self, hook: Callable[..., None], ends: bool) -> Callable[..., None]:
+        def timed(*args: Any) -> None:
+            begun = time.perf_counter()
+            hook(*args)
+            now = time.perf_counter()
+            self._hooks += now - begun
+            if ends:
+                if self._ended:
+                    self.shares.append(self._hooks / (now - self._ended))
+                self._hooks, self._ended = 0.0, now
+
+        return timed
+
+
+class Launches(pl.Callback):
+    """Counts kernel launches and copies between host and device over some steps of a fit.
+
+    Args:
+        skip: steps before, which compile and capture.
+        steps: steps counted.
+    """
+
+    def __init__(self, skip: int = 20, steps: int = 10) -> None:
+        self.skip, self.steps = skip, steps
+        self.kernels: float | None = None
+        self.copies: float | None = None
+        self._seen = 0
+        self._profiler: Any = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        self._seen += 1
+        if self._seen == self.skip:
+            synchronize(pl_module.device)
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+        elif self._seen == self.skip + self.steps:
+            synchronize(pl_module.device)
+            self._profiler.stop()
+            self.kernels, self.copies = count_events((e.name for e in self._profiler.events()), self.steps)
+
+
+def count_events(names: Iterable[str], steps: int) -> tuple[float, float]:
+    """Kernel launches and host-device copies a step among the names of a trace's events."""
+    names = list(names)
+    kernels = sum(name.startswith(_LAUNCHES) for name in names)
+    return kernels / steps, sum(name.startswith(_COPIES) for name in names) / steps

@@ -1,0 +1,55 @@
+"""Rows side by side: as many processes at a time as there are jobs, each with its share of the machine."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
+from typing import Any
+
+from . import processes
+
+
+def run_rows(
+    module: str, specs: Sequence[dict[str, Any]], timeout: float, jobs: int, accelerator: str
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(spec, row) of each spec as it ends; the libraries are imported once for all.
+
+    Args:
+        module: measures a row, see `processes.run_row`.
+        specs: what to measure.
+        timeout: seconds after which a row is given up.
+        jobs: rows at a time.
+        accelerator: of Lightning; where it can mean GPUs, the jobs take them in turn.
+    """
+    slots: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for slot in range(jobs):
+        slots.put(variables(slot, jobs, accelerator))
+
+    def run(spec: dict[str, Any]) -> dict[str, Any]:
+        slot = slots.get()
+        try:
+            return processes.run_row(module, spec, timeout, slot, warm=True)
+        finally:
+            slots.put(slot)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run, spec): spec for spec in specs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            processes.end_all()
+            raise
+
+
+def variables(slot: int, jobs: int, accelerator: str) -> dict[str, str]:
+    """Environment of the slot-th of so many jobs; a number of threads that the user has set stays."""
+    found = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))}
+    if accelerator not in ("cpu", "mps"):
+        import torch
+
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        devices = [device for device in visible.split(",") if device]
+        found |= {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
+    return found

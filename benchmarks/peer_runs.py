@@ -1,0 +1,137 @@
+"""Runs of `benchmarks.peers`: a process each, and the file that keeps those that are done."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .common import ROOT
+from .peer_scripts.job import Job
+
+_SCRIPTS = Path(__file__).with_name("peer_scripts")
+_LONGEST_ERROR = 200
+
+
+class RunFailure(RuntimeError):
+    """A run failed; one line says why."""
+
+
+def variables(threads: int) -> dict[str, str]:
+    """Environment variables that give every library so many threads and hide accelerators."""
+    names = ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM", "NUMEXPR")
+    found = {f"{name}_NUM_THREADS": str(threads) for name in names}
+    # XLA's pools: their size, and none at all for one thread
+    found |= {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
+    if threads == 1:
+        found["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    return found | {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str, Any]:
+    """Run a job in its own process and a temporary folder.
+
+    The scripts are copied there: what lies beside them here must not be seen by an environment of its own.
+
+    Args:
+        python: the interpreter.
+        job: what to train.
+        timeout: seconds after which the process and its children are killed.
+        pin: let the process run on as many cores as it has threads.
+
+    Raises:
+        RunFailure: it ended without a result; the last line that it wrote.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(_SCRIPTS, folder / _SCRIPTS.name, ignore=shutil.ignore_patterns("__pycache__"))
+        job_file, log = folder / "job.json", folder / "log"
+        job_file.write_text(json.dumps(asdict(job) | {"started": time.time()}))
+        command = [python, "-m", _SCRIPTS.name, str(job_file), str(folder)]
+        if pin and hasattr(os, "sched_getaffinity"):
+            cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[-job.threads :]))
+            command = ["taskset", "-c", cores, *command]
+        path = str(ROOT) if python == sys.executable else ""
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={**os.environ, **variables(job.threads), "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                raise RunFailure(f"no result after {timeout:g} s") from None
+            finally:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        result = folder / "result.json"
+        if code or not result.is_file():
+            lines = log.read_text(errors="replace").strip().splitlines()
+            # messages of several lines are told by their first
+            last = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)][-1:] or lines[-1:]
+            why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {''.join(last)}"
+            raise RunFailure(why[:_LONGEST_ERROR])
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
+
+
+class Part:
+    """Runs that are done, a JSON line each, below a line with the settings that they share.
+
+    Args:
+        path: the file.
+        settings: of these runs; a file with others is begun anew.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.runs: dict[tuple[str, int], dict[str, Any]] = {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        head = json.dumps({"settings": settings})
+        if lines[:1] == [head]:
+            for line in lines[1:]:
+                # a line that a crash has cut off is a run that was not kept
+                with contextlib.suppress(json.JSONDecodeError):
+                    run = json.loads(line)
+                    self.runs[run["party"], run["round"]] = run
+            return
+        if lines:
+            print(f"{path.name} holds runs with other settings: they are dropped", file=sys.stderr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(head + "\n", encoding="utf-8")
+
+    def has(self, party: str, turn: int) -> bool:
+        """That run is there and has not failed."""
+        return "result" in self.runs.get((party, turn), {})
+
+    def add(self, party: str, turn: int, **outcome: Any) -> None:
+        """Keep a run, with its `result` or its `error`."""
+        run = {"party": party, "round": turn, **outcome}
+        self.runs[party, turn] = run
+        with self.path.open("a", encoding="utf-8") as file:
+            # begun with a line break: the line before may have been cut off
+            file.write("\n" + json.dumps(run))
+
+    def results(self, party: str, turns: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """A party's results by round."""
+        return {turn: self.runs[party, turn]["result"] for turn in turns if self.has(party, turn)}
+
+    def error(self, party: str, turns: Sequence[int]) -> str:
+        """Why the last of a party's runs that failed has failed."""
+        errors = [self.runs[party, turn].get("error", "") for turn in turns if (party, turn) in self.runs]
+        return next((error for error in reversed(errors) if error), "")

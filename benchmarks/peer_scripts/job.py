@@ -1,0 +1,132 @@
+"""What a party gets and what it hands back; without torch, for environments that have none."""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run.
+
+    Attributes:
+        party: whose.
+        data: .npz with `x_train` and `x_val`, uint8 (N, *shape).
+        weights: .npz with the initial weights in the order of the PyTorch network's parameters.
+        shape: one sample, channels first; the dense network takes it flat.
+        hidden_dims: widths of the dense encoder, or channels of the stages of stride 2 of the convolutional one.
+        latent_dim: size of the code.
+        variational: a Gaussian code and its KL term; else the plain autoencoder with a rectified code.
+        rows: training rows in the data file.
+        batch: rows a step.
+        epochs: passes over the rows; the first is warm-up.
+        threads: threads of the computation.
+        precision: fp32 or bf16.
+        seed: of weights, order and noise.
+        lr: Adam's learning rate.
+        options: the party's own switches.
+        started: `time.time()` when its process was started.
+    """
+
+    party: str
+    data: str
+    weights: str
+    shape: tuple[int, ...]
+    hidden_dims: tuple[int, ...]
+    latent_dim: int
+    variational: bool
+    rows: int
+    batch: int
+    epochs: int
+    threads: int = 1
+    precision: str = "fp32"
+    seed: int = 0
+    lr: float = 1e-3
+    options: tuple[str, ...] = ()
+    started: float = field(default_factory=time.time)
+
+    @classmethod
+    def read(cls, path: Path) -> "Job":
+        """The job in a JSON file."""
+        values: dict[str, Any] = json.loads(path.read_text())
+        lists: dict[str, Any] = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**(values | lists))
+
+    def order_seed(self, epoch: int) -> int:
+        """Seed of an epoch's permutation: that of aezoo's sampler, so that all see the same batches."""
+        return self.seed * 1_000_003 + epoch
+
+
+class Clock:
+    """When epochs began and ended, and what they lost.
+
+    Args:
+        job: the run; its `started` is the zero of `first_step`.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.begins: list[float] = []
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.first_step: float | None = None
+
+    def stepped(self) -> None:
+        """The first optimiser step is done; later calls change nothing."""
+        if self.first_step is None:
+            self.first_step = time.time() - self.job.started
+
+    def begin(self) -> None:
+        """An epoch begins."""
+        self.begins.append(time.perf_counter())
+
+    def end(self, loss: float | None = None) -> None:
+        """Its last step is done; `loss` is the mean over its samples, in nats a sample."""
+        self.seconds.append(time.perf_counter() - self.begins[-1])
+        if loss is not None:
+            self.losses.append(loss)
+
+    def result(self, parameters: int, **versions: str) -> dict[str, Any]:
+        """What goes back to `benchmarks.peers`: rates of epochs, and `turns`, those with all between two epochs."""
+        rows = self.job.rows
+        turns = [after - before for before, after in pairwise(self.begins)]
+        return {
+            "rates": [rows / seconds for seconds in self.seconds],
+            "turns": [rows / seconds for seconds in turns],
+            "losses": self.losses,
+            "first_step_s": self.first_step,
+            "parameters": parameters,
+            "versions": versions,
+        }
+
+
+def usage(started: float) -> dict[str, float | None]:
+    """Peak memory in MB and CPU seconds a second of this process."""
+    return {"peak_rss_mb": _peak_mb(), "cores_used": time.process_time() / (time.time() - started)}
+
+
+def _peak_mb() -> float | None:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # getrusage's peak on Linux begins with that of the process which started this one
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        return int(found[1]) * 1024 / 1e6 if found else None
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    # bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def run(party: Callable[[Job], dict[str, Any]], job: Job, folder: Path) -> dict[str, Any]:
+    """Train in `folder`, where a party may write its logs and checkpoints."""
+    os.chdir(folder)
+    return party(job) | usage(job.started)

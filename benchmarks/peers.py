@@ -1,0 +1,272 @@
+"""Train one network by several parties, in turns, each run in a process of its own: one CSV row a party.
+
+    python -m benchmarks.peers dense                      784-128-64-32-64-128-784 on 60,000 digits
+    python -m benchmarks.peers conv28 --precision bf16    a convolutional VAE on 1x28x28
+    python -m benchmarks.peers conv64 --parties loop aezoo lightning --rows 512 --epochs 3
+    python -m benchmarks.peers quality --help             whose bound is tighter, the zoo's or pythae's
+
+Parties: `loop`, a compiled PyTorch loop by hand (logits, fused Adam, uint8 data, channels_last), is the yardstick;
+`loop_eager` is the loop of textbooks; `aezoo` the command `aezoo fit` with all defaults on, `aezoo_compiled` the same
+with `--compile default`, as its `auto` chooses for long runs; `lightning` the module of tutorials, with a
+TensorDataset, the default loader and the default Trainer; `pytorch_vae` the way of that project's experiment class;
+`pythae` its trainer; `keras_torch`, `keras_jax` and `keras_tensorflow` are `model.fit`.
+
+All read the same file and start from the same weights. PyTorch's parties read the same batches in the same order;
+Keras shuffles for itself, and as its strided convolutions pad on the other side, its pictures and weights are mirrored.
+`max_loss_gap` is the largest distance of a party's curve of training losses from the loop's, as a share of it: above
+`tolerance` `agrees` says no, and the exit code is 1. With --precision bf16 the loop and the zoo use it; the others stay
+at fp32, which is their default, and `lightning_bf16`, `keras_jax_bf16` and `keras_tensorflow_bf16` are those that have
+a switch for it with the switch on.
+
+samples_per_s is the time in training, median over epochs without the first, then over repeats; wall_samples_per_s
+counts what happens between epochs as well: validation, pictures, checkpoints. `ratio` is the party's rate by that of
+the loop in the same round, median over rounds; `round_rates` has the rate of each round. first_step_s counts from the
+start of the process, with compilers' caches as they are. Figures are worth something on a quiet machine only.
+
+Runs that are done stay in a .part file beside the CSV: the same command goes on where it was stopped and tries again
+what failed. Environments that parties need are made with pip in --envs, once.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aezoo.errors import AezooError
+
+from .common import Spread, Table, command_line, environment, parser
+from .environments import EnvironmentFailure, cache, python_for
+from .peer_runs import Part, RunFailure, train
+from .peer_scripts.__main__ import PARTIES
+from .peer_scripts.job import Job
+from .workloads import WORKLOADS, Workload, write
+
+# at --precision bf16; the parties named ..._bf16 are always at it
+BF16 = ("loop", "aezoo", "aezoo_compiled")
+YARDSTICK = "loop"
+# another shuffle
+KERAS_TOLERANCE = 0.03
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line asks for."""
+    made = parser("peers", __doc__)
+    works = "; ".join(f"{name}: {workload.about}" for name, workload in WORKLOADS.items())
+    made.add_argument("workload", choices=list(WORKLOADS), help=works)
+    made.add_argument(
+        "--parties", nargs="+", choices=list(PARTIES), metavar="NAME", help="all; those ..._bf16 at bf16 only"
+    )
+    made.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    made.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads of every party (1)")
+    made.add_argument("--repeats", type=_positive, default=3, metavar="N", help="rounds (3)")
+    made.add_argument("--rows", type=_positive, metavar="N", help="training rows (those of the workload)")
+    made.add_argument("--batch", type=_positive, metavar="N", help="rows a step (that of the workload)")
+    made.add_argument("--epochs", type=_positive, metavar="N", help="epochs, the first is warm-up (of the workload)")
+    made.add_argument("--seed", type=int, default=0, metavar="N")
+    made.add_argument("--pin", action="store_true", help="bind each process to --threads cores (Linux)")
+    made.add_argument(
+        "--aezoo-flags", default="", metavar="FLAGS", help="more flags of aezoo fit, e.g. --aezoo-flags='--compile off'"
+    )
+    made.add_argument("--timeout", type=float, default=3600, metavar="S", help="seconds for a run (3600)")
+    made.add_argument("--envs", type=Path, default=cache(), metavar="DIR", help="environments of parties (%(default)s)")
+    found = made.parse_args(argv)
+    workload = WORKLOADS[found.workload]
+    found.parties = list(dict.fromkeys(found.parties or default_parties(found.precision)))
+    found.rows = found.rows or workload.rows
+    found.batch = found.batch or workload.batch
+    found.epochs = found.epochs or workload.epochs
+    return found
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def default_parties(precision: str) -> list[str]:
+    """Who takes part unless --parties says so."""
+    return [party for party in PARTIES if precision == "bf16" or not party.endswith("_bf16")]
+
+
+def precision_of(party: str, asked: str) -> str:
+    """The precision that a party runs at."""
+    return asked if party in BF16 else "bf16" if party.endswith("_bf16") else "fp32"
+
+
+def options_of(party: str, flags: str) -> tuple[str, ...]:
+    """A party's own switches."""
+    if not party.startswith("aezoo"):
+        return ()
+    return (*(("--compile", "default") if party == "aezoo_compiled" else ()), *flags.split())
+
+
+def measure(asked: argparse.Namespace, part: Part) -> None:
+    """Do the runs that are missing: round after round, every second one in the opposite order."""
+    workload = WORKLOADS[asked.workload]
+    pythons: dict[str, str | EnvironmentFailure] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(workload, asked.rows, asked.seed, folder)
+        for turn in range(asked.repeats):
+            for party in asked.parties if turn % 2 == 0 else asked.parties[::-1]:
+                if part.has(party, turn):
+                    continue
+                if party not in pythons:
+                    pythons[party] = _python(party, asked.envs)
+                try:
+                    python = pythons[party]
+                    if isinstance(python, EnvironmentFailure):
+                        raise python
+                    result = train(python, job_of(party, asked, workload, folder), asked.timeout, asked.pin)
+                except (EnvironmentFailure, RunFailure) as error:
+                    part.add(party, turn, error=str(error))
+                    print(f"round {turn + 1} {party}: {error}", flush=True)
+                else:
+                    part.add(party, turn, result=result)
+                    loss = result["losses"][-1]
+                    print(f"round {turn + 1} {party}: {rate(result):,.0f} samples/s, loss {loss:.4f}", flush=True)
+
+
+def _python(party: str, envs: Path) -> str | EnvironmentFailure:
+    try:
+        return python_for(party, envs.expanduser().absolute())
+    except EnvironmentFailure as error:
+        return error
+
+
+def job_of(party: str, asked: argparse.Namespace, workload: Workload, folder: Path) -> Job:
+    """A party's run."""
+    return Job(
+        party=party,
+        data=str(folder / "data.npz"),
+        weights=str(folder / "weights.npz"),
+        shape=workload.shape,
+        hidden_dims=workload.hidden_dims,
+        latent_dim=workload.latent_dim,
+        variational=workload.variational,
+        rows=asked.rows,
+        batch=asked.batch,
+        epochs=asked.epochs,
+        threads=asked.threads,
+        precision=precision_of(party, asked.precision),
+        seed=asked.seed,
+        lr=workload.lr,
+        options=options_of(party, asked.aezoo_flags),
+    )
+
+
+def rate(result: dict[str, Any], key: str = "rates") -> float:
+    """Samples a second of a run: the median over its epochs without the first, unless it has no other."""
+    return statistics.median(result[key][1:] or result[key])
+
+
+def row(party: str, asked: argparse.Namespace, part: Part) -> dict[str, Any]:
+    """A party's line of the table."""
+    turns = range(asked.repeats)
+    results, yardstick = part.results(party, turns), part.results(YARDSTICK, turns)
+    workload = WORKLOADS[asked.workload]
+    settings = {"threads": asked.threads, "rows": asked.rows, "batch": asked.batch, "epochs": asked.epochs}
+    line: dict[str, Any] = {"party": party, "precision": precision_of(party, asked.precision)}
+    figures: dict[str, Any] = dict.fromkeys(COLUMNS[2:])
+    figures |= settings | {"repeats": len(results), "error": part.error(party, turns)}
+    if not results:
+        return line | figures
+    runs = list(results.values())
+    rates = Spread.of([rate(run) for run in runs])
+    figures |= {"samples_per_s": rates.median, "samples_per_s_min": rates.low, "samples_per_s_max": rates.high}
+    figures["round_rates"] = " ".join(f"{rate(results[turn]):.6g}" if turn in results else "-" for turn in turns)
+    ratios = [rate(run) / rate(yardstick[turn]) for turn, run in results.items() if turn in yardstick]
+    if ratios:
+        ratio = Spread.of(ratios)
+        figures |= {"ratio": ratio.median, "ratio_min": ratio.low, "ratio_max": ratio.high}
+    walls = [rate(run, "turns") for run in runs if run["turns"]]
+    figures["wall_samples_per_s"] = statistics.median(walls) if walls else None
+    for name in ("first_step_s", "peak_rss_mb", "cores_used"):
+        values = [run[name] for run in runs if run[name] is not None]
+        figures[name] = statistics.median(values) if values else None
+    figures |= {"parameters": runs[-1]["parameters"], "final_loss": runs[-1]["losses"][-1]}
+    figures["losses"] = " ".join(f"{loss:.6g}" for loss in runs[-1]["losses"])
+    figures["versions"] = " ".join(f"{name}={version}" for name, version in runs[-1]["versions"].items())
+    if yardstick:
+        reference = next(iter(yardstick.values()))
+        same = all(run["parameters"] == reference["parameters"] for run in runs)
+        gap = max(loss_gap(run["losses"], reference["losses"]) for run in runs)
+        tolerance = KERAS_TOLERANCE if party.startswith("keras") else workload.tolerance
+        agrees = "yes" if gap <= tolerance and same else "no"
+        figures |= {"max_loss_gap": gap, "tolerance": tolerance, "agrees": agrees}
+    return line | figures
+
+
+COLUMNS = (
+    *("party", "precision", "samples_per_s", "samples_per_s_min", "samples_per_s_max", "ratio", "ratio_min"),
+    *("ratio_max", "wall_samples_per_s", "first_step_s", "final_loss", "max_loss_gap", "tolerance", "agrees"),
+    *("parameters", "peak_rss_mb", "cores_used", "threads", "rows", "batch", "epochs", "repeats"),
+    *("round_rates", "versions", "losses", "error"),
+)
+
+
+def loss_gap(curve: list[float], reference: list[float]) -> float:
+    """The largest distance of two curves, as a share of the second; infinite for curves that cannot be compared."""
+    if len(curve) != len(reference) or not all(map(math.isfinite, (*curve, *reference))):
+        return math.inf
+    return max(abs(loss - other) / abs(other) for loss, other in zip(curve, reference, strict=True))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the CSV; 0 if every party ran and agrees."""
+    words = sys.argv[1:] if argv is None else [*argv]
+    if words[:1] == ["quality"]:
+        from . import peers_quality
+
+        return peers_quality.main(words[1:])
+    asked = arguments(argv)
+    if YARDSTICK not in asked.parties:
+        raise AezooError(f"nothing to compare with: add {YARDSTICK!r} to --parties")
+    name = environment(asked.precision, "cpu")
+    path = asked.results / f"peers-{asked.workload}-{name}.csv"
+    command = command_line("peers", _portable(sys.argv[1:] if argv is None else argv))
+    table, part_path = Table(path, ("party",), command), path.with_suffix(".runs.part")
+    if asked.again == "all":
+        part_path.unlink(missing_ok=True)
+    elif table.rows and not part_path.exists() and table.commands == [command]:
+        print(f"{path} is there already; --again measures it again")
+        return 0
+    keys = ("workload", "precision", "threads", "rows", "batch", "epochs", "seed", "pin", "aezoo_flags")
+    part = Part(part_path, {key: getattr(asked, key) for key in keys})
+    measure(asked, part)
+    lines = [row(party, asked, part) for party in asked.parties]
+    table.commands, table.rows = [command], []
+    for line in lines:
+        table.put(line)
+    print(path)
+    if not any(line["error"] for line in lines):
+        part_path.unlink()
+    odd = [line["party"] for line in lines if line["agrees"] == "no"]
+    if odd:
+        print(f"losses or parameters differ from the loop's: {', '.join(odd)}", file=sys.stderr)
+    return 1 if odd or any(line["error"] for line in lines) else 0
+
+
+def _portable(argv: Sequence[str]) -> list[str]:
+    """The arguments without the folder of environments, which is this machine's own."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if word == "--envs":
+            next(words, None)
+        elif not word.startswith("--envs="):
+            kept.append(word)
+    return kept
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except AezooError as error:
+        print(f"peers: {error}", file=sys.stderr)
+        sys.exit(2)

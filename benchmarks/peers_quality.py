@@ -1,0 +1,191 @@
+"""The same variational models trained by the zoo and by pythae, side by side: whose bound is tighter.
+
+    python -m benchmarks.peers quality
+    python -m benchmarks.peers quality --models vae iwae --epochs 20 --seeds 1
+
+Both train the network 784-200-200-code on the digits of mnist5k, binarised once, from the same weights, with the same
+batches in the same order, Adam and as many epochs. Each step of both begins with the same seed, so that vae, beta_vae
+and vamp_vae are given the same noise too, whose chance is else worth a nat; the others draw theirs in another order
+than pythae. What is measured is not what a party
+says of itself: the trained weights of both are put into one model of the zoo, which estimates on the same test digits
+
+    elbo             E_q[log p(x|z) + log p(z) - log q(z|x)], --elbo-samples draws for each digit
+    log_likelihood   the importance weighted bound on log p(x), --importance-samples draws
+
+in nats a digit; larger is better. `tighter_by` is the zoo's log_likelihood minus pythae's from the same seed, and
+`gap` in the summary that prints at the end its mean over seeds and the standard error of that.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import common
+from .environments import EnvironmentFailure, cache, python_for
+from .peer_runs import RunFailure, train
+from .peer_scripts.job import Job
+
+# what each trains with; arguments of the zoo, of which pythae's script knows pythae's names
+MODELS: dict[str, tuple[str, ...]] = {
+    "vae": (),
+    "beta_vae": ("beta=0.5",),
+    "iwae": ("n_samples=8",),
+    "miwae": ("n_groups=4", "n_samples=4"),
+    "piwae": ("n_groups=4", "n_samples=4"),
+    "ciwae": ("n_samples=8", "beta=0.05"),
+    "vamp_vae": ("n_components=100",),
+}
+PARTIES = ("aezoo", "pythae")
+KEY = ("model", "party", "seed", "epochs")
+
+
+def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = common.parser("peers quality", __doc__)
+    add, count = parser.add_argument, common.at_least(1)
+    add("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME", help="which; all")
+    add("--seeds", type=count, default=3, metavar="N", help="of weights, order and noise: 0 to N - 1 (default 3)")
+    add("--epochs", type=count, default=100, metavar="N", help="over 4,000 digits (default 100)")
+    add("--batch", type=count, default=100, metavar="N", help="digits a step (default 100)")
+    add("--latent-dim", type=count, default=20, metavar="N", help="numbers in a code (default 20)")
+    add("--importance-samples", type=count, default=1000, metavar="N", help="of log_likelihood (default 1000)")
+    add("--elbo-samples", type=count, default=100, metavar="N", help="of elbo (default 100)")
+    add("--timeout", type=common.seconds, default=3600.0, metavar="S", help="seconds for a run (3600)")
+    add("--envs", type=Path, default=cache(), metavar="DIR", help="where pythae's environment is made (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The arguments of a model as the zoo takes them."""
+    pairs = (option.split("=") for option in MODELS[name])
+    return {key: float(value) if "." in value else int(value) for key, value in pairs}
+
+
+def prepare(folder: Path, asked: argparse.Namespace, seed: int) -> tuple[Any, Path, Path]:
+    """Test digits, and the files of training digits and of initial weights."""
+    import numpy as np
+    import torch
+
+    import aezoo
+    from aezoo.randomness import mix
+
+    data = aezoo.DataModule("mnist5k", binarise="static")
+    # bytes, as a party may want them
+    digits = {stage: (data.tensors(stage)[0].flatten(1) * 255).byte() for stage in ("train", "test")}
+    steps = range(-(-len(digits["train"]) // asked.batch))
+    # of the zoo's loop, see `Autoencoder`
+    noise = [[mix(seed, 0, epoch, step) for step in steps] for epoch in range(asked.epochs)]
+    np.savez(folder / "data.npz", x_train=digits["train"].numpy(), noise_seeds=np.array(noise))
+    torch.manual_seed(seed)
+    model: Any = aezoo.create_model("vae", (784,), hidden_dims=(200, 200), latent_dim=asked.latent_dim)
+    np.savez(folder / "weights.npz", *[parameter.detach().numpy() for parameter in model.parameters()])
+    return digits["test"].float() / 255, folder / "data.npz", folder / "weights.npz"
+
+
+def evaluate(name: str, latent_dim: int, trained: Path, x: Any, asked: argparse.Namespace) -> dict[str, float]:
+    """Bounds on log p(x) of trained weights, by one model of the zoo whoever trained them."""
+    import numpy as np
+    import torch
+
+    import aezoo
+
+    # whatever bound a model was trained on, it is a vae; a VampPrior is a part of it
+    kind, extra = ("vamp_vae", options_of(name)) if name == "vamp_vae" else ("vae", {})
+    model: Any = aezoo.create_model(kind, (784,), hidden_dims=(200, 200), latent_dim=latent_dim, **extra).eval()
+    with np.load(trained) as file, torch.no_grad():
+        for i, parameter in enumerate([*model.encoder.parameters(), *model.decoder.parameters()]):
+            parameter.copy_(torch.from_numpy(file[f"w{i}"]))
+        if name == "vamp_vae":
+            held = torch.from_numpy(file["pseudo_inputs"]).reshape(model.pseudo_K.shape)
+            model.pseudo_K.copy_(torch.logit(held, 1e-6))
+    torch.manual_seed(0)
+    log_w = [model.log_likelihood(x, 1) for _ in range(asked.elbo_samples)]
+    bound = torch.cat([model.log_likelihood(part, asked.importance_samples) for part in x.split(100)])
+    return {"elbo": float(torch.stack(log_w).mean()), "log_likelihood": float(bound.mean())}
+
+
+def measure(row: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    """Train one model by one party and evaluate it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        x, data, weights = prepare(folder, asked, row["seed"])
+        job = Job(
+            party=f"{row['party']}_quality",
+            data=str(data),
+            weights=str(weights),
+            shape=(784,),
+            hidden_dims=(200, 200),
+            latent_dim=asked.latent_dim,
+            variational=True,
+            rows=4000,
+            batch=asked.batch,
+            epochs=asked.epochs,
+            seed=row["seed"],
+            options=(f"model={row['model']}", *MODELS[row["model"]], f"out={folder / 'trained.npz'}"),
+        )
+        try:
+            python = python_for(row["party"], asked.envs.expanduser().absolute())
+            found = train(python, job, asked.timeout)
+        except (EnvironmentFailure, RunFailure) as error:
+            return row | {"error": str(error)}
+        row |= evaluate(row["model"], asked.latent_dim, folder / "trained.npz", x, asked)
+        return row | {"versions": " ".join(f"{key}={value}" for key, value in found["versions"].items())}
+
+
+def summary(rows: Sequence[dict[str, str]]) -> str:
+    """One line a model: the means of both and by how much the zoo is tighter."""
+    lines = []
+    for name in MODELS:
+        found = {party: _by_seed(rows, name, party) for party in PARTIES}
+        seeds = sorted(found["aezoo"].keys() & found["pythae"].keys())
+        if seeds:
+            gaps = [found["aezoo"][seed] - found["pythae"][seed] for seed in seeds]
+            error = f" +- {statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}" if len(gaps) > 1 else ""
+            means = [statistics.mean(found[party][seed] for seed in seeds) for party in PARTIES]
+            lines.append(
+                f"{name}: aezoo {means[0]:.2f}, pythae {means[1]:.2f}, gap {statistics.mean(gaps):+.2f}{error}"
+            )
+    return "\n".join(lines)
+
+
+def _by_seed(rows: Sequence[dict[str, str]], model: str, party: str) -> dict[str, float]:
+    return {
+        row["seed"]: float(row["log_likelihood"])
+        for row in rows
+        if row["model"] == model and row["party"] == party and row.get("log_likelihood")
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure what is asked for and not there yet; 0 if every run ended well."""
+    asked = arguments_of(argv)
+    path = asked.results / f"peers-quality-{common.environment('fp32', 'cpu')}.csv"
+    kept = [word for i, word in enumerate(argv) if not word.startswith("--envs") and argv[i - 1 : i] != ["--envs"]]
+    table = common.Table(path, KEY, common.command_line("peers", ["quality", *kept]), asked.again)
+    for seed in range(asked.seeds):
+        for name in asked.models:
+            for party in PARTIES:
+                row: dict[str, Any] = {"model": name, "party": party, "seed": seed, "epochs": asked.epochs}
+                row |= {"batch": asked.batch, "latent_dim": asked.latent_dim, "options": " ".join(MODELS[name])}
+                row |= {"importance_samples": asked.importance_samples}
+                if not table.needs(row):
+                    continue
+                row = measure(row, asked)
+                other = {**row, "party": "pythae" if party == "aezoo" else "aezoo"}
+                there = table.find(other)
+                if party == "pythae" and there and there.get("log_likelihood") and "log_likelihood" in row:
+                    row["tighter_by"] = float(there["log_likelihood"]) - row["log_likelihood"]
+                columns = (*KEY, "batch", "latent_dim", "options", "elbo", "log_likelihood", "tighter_by")
+                table.put({key: row.get(key) for key in (*columns, "importance_samples", "versions", "error")})
+                print(f"{name} by {party}, seed {seed}: {row.get('error') or row['log_likelihood']}", flush=True)
+    print(summary(table.rows))
+    print(path)
+    return 1 if any(row.get("error") for row in table.rows) else 0
+
+
+if __name__ == "__main__":
+    common.run_script(lambda: sys.exit(main(sys.argv[1:])))

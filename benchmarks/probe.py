@@ -1,0 +1,121 @@
+"""Train models without labels and measure what simple classifiers read off their codes: one CSV row a run.
+
+    python -m benchmarks.probe                                       masked and other models, three seeds, on mnist5k
+    python -m benchmarks.probe --data fashion_mnist --root /usr/share/datasets --rows 10000 --steps 4000
+
+probe and knn: the share of test samples whose class is told by logistic regression on standardised codes and by the 5
+nearest neighbours, which know the training samples' codes and classes. They see all numbers of a code. Where it is a
+feature map or tokens, pooled_probe and pooled_knn see the mean over the places, a number a channel, as is usual for
+vision transformers. `raw pixels` and `pca` are rows of their own, with no seed to vary. Every model keeps its defaults
+but for --code-size: latent_dim, or the width of tokens. mse is that of the test samples' reconstruction. A seed fixes
+weights, masks, noise and order; the samples are the same for all.
+
+Rows that are there already, of the same model, seed and budget, are kept; --again measures them anew. At the end the
+medians over the seeds that the file has are printed.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aezoo import registry
+from aezoo.errors import AezooError
+
+from . import common
+from .parallel import run_rows
+
+MODELS = ("mae", "simmim", "masked_conv_ae", "conv_ae", "denoising_ae", "vae")
+BASELINES = ("raw pixels", "pca")
+KEY = ("model", "seed", "steps", "batch_size", "code_size", "rows")
+SCORES = ("probe", "knn", "pooled_probe", "pooled_knn")
+COLUMNS = (
+    *("model", "family", "dataset", "seed", "steps", "batch_size", "code_size", "rows", "numbers", *SCORES),
+    *("mse", "seconds", "parameters", "threads", "device", "error"),
+)
+
+
+def plan(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What to run: a spec for each row, with the row's first columns; all of one seed first."""
+    data = {"name": arguments.data, "root": str(Path(arguments.root).expanduser().resolve())}
+    budget = {"batch_size": arguments.batch_size, "code_size": arguments.code_size, "rows": arguments.rows or "all"}
+    fixed = {"dataset": arguments.data, "steps": arguments.steps, **budget}
+    spec = {"data": data, "accelerator": arguments.accelerator, **fixed}
+    plain: list[dict[str, Any]] = [{"model": name, "family": "baseline", "seed": 0} for name in BASELINES]
+    entries = [registry.find(name) for name in arguments.models or MODELS]
+    runs: list[dict[str, Any]] = [
+        {"model": entry.name, "family": entry.family, "seed": seed}
+        for seed in range(arguments.seeds)
+        for entry in entries
+    ]
+    return [
+        spec | {"row": run | fixed, "hyperparameters": sized(run["model"], arguments.code_size)} for run in plain + runs
+    ]
+
+
+def sized(model: str, size: int) -> dict[str, int]:
+    """The hyperparameter that gives a model's code, or each of its tokens, so many numbers; none if it has no such."""
+    known = () if model in BASELINES else registry.hyperparameters(model)
+    return next(({name: size} for name in ("latent_dim", "width") if name in known), {})
+
+
+def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = common.parser("probe", __doc__)
+    add, count = parser.add_argument, common.at_least(1)
+    add("--models", nargs="+", metavar="NAME", help=f"models to train (default {' '.join(MODELS)})")
+    add("--data", default="mnist5k", help="a labelled set by its name, as --data.name of `aezoo fit` takes it")
+    add("--root", default="data", help="where the data set's files are or are to go")
+    add("--rows", type=common.at_least(20), metavar="N", help="train and probe on this many training samples, not all")
+    add("--steps", type=count, default=2000, help="training steps of each run (default 2000)")
+    add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
+    add("--code-size", type=count, default=64, help="numbers in a code, a token or PCA's code (default 64)")
+    add("--batch-size", type=count, default=128)
+    add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
+    add("--jobs", type=count, default=1, help="runs at a time; each has its share of the cores, or a GPU in turn")
+    add("--timeout", type=common.seconds, default=7200.0, help="seconds after which a run is given up (default 7200)")
+    return parser.parse_args(argv)
+
+
+def medians(rows: Sequence[dict[str, str]], like: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each model with the medians over its seeds, of the rows with this budget and without an error."""
+    same = [name for name in KEY if name not in ("model", "seed")]
+    wanted = [row for row in rows if not row.get("error") and all(row[k] == common.as_text(like[k]) for k in same)]
+    found = []
+    for model in dict.fromkeys(row["model"] for row in wanted):
+        runs = [row for row in wanted if row["model"] == model]
+        values = {name: [float(row[name]) for row in runs if row.get(name)] for name in SCORES}
+        cells = {name: common.Spread.of(cell).median if cell else "" for name, cell in values.items()}
+        found.append({"model": model, "seeds": len(runs)} | cells)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is asked for and not there yet."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = arguments_of(argv)
+    specs = plan(arguments)
+    from aezoo import DataModule
+    from aezoo.tasks.output import table_text
+
+    data = DataModule(**specs[0]["data"])
+    if not data.num_classes:
+        raise AezooError(f"{arguments.data} has no classes to tell apart: take a labelled set such as mnist5k")
+    # once, before several processes download the same files
+    data.prepare_data()
+    path = f"probe-{arguments.data}-{common.environment(accelerator=arguments.accelerator)}.csv"
+    table = common.Table(arguments.results / path, KEY, common.command_line("probe", argv), arguments.again)
+    left = [spec for spec in specs if table.needs(spec["row"])]
+    found = run_rows("probe_row", left, arguments.timeout, arguments.jobs, arguments.accelerator)
+    for i, (spec, row) in enumerate(found, start=1):
+        table.put({name: {**row, **spec["row"]}.get(name) for name in COLUMNS})
+        told = [f"{name} {common.as_text(row.get(name))}" for name in (*SCORES, "seconds") if row.get(name)]
+        head = f"[{i}/{len(left)}] {spec['row']['model']}, seed {spec['row']['seed']}"
+        print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)
+    print(table_text(medians(table.rows, specs[0]["row"])))
+    print(table.path)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

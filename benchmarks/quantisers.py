@@ -1,0 +1,109 @@
+"""How fast quantisers are in training, beside those of vector-quantize-pytorch: one CSV row a kind and number of codes.
+
+    python -m benchmarks.quantisers                                         all kinds, 512 to 65,536 codes
+    python -m benchmarks.quantisers --kinds vq_ema rvq --codes 1024 --threads 2 --repeats 9
+    pip install vector-quantize-pytorch                                     without it its columns are empty
+
+Each row has a process of its own, in which both parties take turns on the same maps of 32x32 places, of the same codes,
+in training mode: `forward` gives codes and terms of z, whose gradient is on; `step` goes back from both as well. Speeds
+are places a second, medians over the rounds; a ratio is ours by theirs within a round, its median, least and most.
+memory_mb is what a step takes at its peak beyond what lay there before. same_codes is the share of places at which both
+give the same code, before training.
+
+Neither side starts by k-means, moves dead codes, projects or has more than the plain straight-through gradient. What
+differs: theirs keeps N x K one-hot rows in training for vq and rvq; rvq has two levels and theirs passes a gradient at
+each; fsq follows the paper's code in where it rounds, theirs does not, so that codes differ for even levels; lfq's
+entropy of all codes is exact in theirs and, from 11 bits on, a bound from groups of bits in ours; sim_vq's and rvq's
+terms are means in theirs and sums in ours.
+
+Rows that are there already are kept; --again measures them anew.
+"""
+
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from aezoo.errors import AezooError
+
+from . import common
+from .processes import run_row
+
+KINDS = ("vq_ema", "vq_cosine", "vq_gradient", "rvq", "sim_vq", "fsq", "lfq")
+# codes that are all combinations of a few values, whose numbers are powers of 2 here
+_OF_BITS = ("fsq", "lfq")
+CODES = (512, 4096, 16384, 65536)
+SIDE = 32
+KEY = ("kind", "codes", "dim", "batch", "threads", "device")
+PARTIES = ("", "peer_")
+WORK = ("forward", "step")
+COLUMNS = (
+    *(*KEY, "places"),
+    *(f"{party}{work}_per_s" for work in WORK for party in PARTIES),
+    *(f"{work}_ratio{end}" for work in WORK for end in ("", "_min", "_max")),
+    *("memory_mb", "peer_memory_mb", "same_codes", "repeats", "peer", "peer_error", "seconds", "error"),
+)
+
+
+def plan(arguments: Namespace, device: str) -> list[dict[str, Any]]:
+    """What to run: a spec for each row."""
+    specs = []
+    for kind in arguments.kinds:
+        for codes in arguments.codes:
+            bits = round(math.log2(codes))
+            if kind in _OF_BITS and (2**bits != codes or bits < 2):
+                raise AezooError(f"{kind} has a power of 2 of codes, at least 4, not {codes}: leave it out of --kinds")
+            # a channel of an FSQ has 8 values, and 4 where that does not come out
+            dim = {"fsq": math.ceil(bits / 3), "lfq": bits}.get(kind, arguments.dim)
+            batch = arguments.batch or (16 if device == "cuda" else 1)
+            row = {"kind": kind, "codes": codes, "dim": dim, "batch": batch, "device": device}
+            row |= {"threads": arguments.threads, "places": batch * SIDE**2}
+            spec = {name: getattr(arguments, name) for name in ("repeats", "seconds", "seed")}
+            specs.append(spec | {"row": row, "side": SIDE})
+    return specs
+
+
+def arguments_of(argv: Sequence[str]) -> Namespace:
+    """Read the command line."""
+    parser = common.parser("quantisers", __doc__)
+    add, count = parser.add_argument, common.at_least(1)
+    add("--kinds", nargs="+", choices=KINDS, default=[*KINDS], metavar="NAME", help=f"of {', '.join(KINDS)}")
+    add("--codes", nargs="+", type=common.at_least(2), default=[*CODES], metavar="K", help="codes of a book")
+    add("--dim", type=count, default=32, help="channels of z, where the kind leaves it open (default 32)")
+    add("--batch", type=count, help=f"maps of {SIDE}x{SIDE} places (default 1 on the CPU, 16 on a GPU)")
+    add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
+    add("--threads", type=count, default=1, help="threads on the CPU (default 1)")
+    add("--repeats", type=count, default=7, help="rounds after the warm-up, at most (default 7)")
+    add("--seconds", type=common.seconds, default=60.0, help="no round begins later in a row than this (default 60)")
+    add("--seed", type=int, default=0)
+    add("--timeout", type=common.seconds, default=1800.0, help="seconds after which a row is given up (default 1800)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is asked for and not there yet."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = arguments_of(argv)
+    import torch
+
+    if arguments.accelerator == "gpu" and not torch.cuda.is_available():
+        raise AezooError("there is no CUDA device here: take --accelerator cpu")
+    device = "cuda" if arguments.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    path = f"quantisers-{common.environment('fp32', arguments.accelerator)}.csv"
+    table = common.Table(arguments.results / path, KEY, common.command_line("quantisers", argv), arguments.again)
+    specs = [spec for spec in plan(arguments, device) if table.needs(spec["row"])]
+    threads = {"OMP_NUM_THREADS": str(arguments.threads)}
+    for i, spec in enumerate(specs, start=1):
+        row = {**run_row("quantisers_row", spec, arguments.timeout, threads, warm=True), **spec["row"]}
+        table.put({name: row.get(name) for name in COLUMNS})
+        told = [f"{name} {common.as_text(row.get(name))}" for name in COLUMNS[7:] if row.get(name) is not None]
+        head = f"[{i}/{len(specs)}] {row['kind']}, {row['codes']} codes"
+        print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)
+    if any(not row.get("peer") and not row.get("error") for row in table.rows):
+        print("rows without a peer: pip install vector-quantize-pytorch, then --again")
+    print(table.path)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

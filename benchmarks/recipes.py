@@ -1,0 +1,195 @@
+"""Train recipes, write what they reached to a CSV, into the recipes' heads, and into the README's tables.
+
+    python -m benchmarks.recipes                      all recipes
+    python -m benchmarks.recipes vae dense_article    these
+    python -m benchmarks.recipes --root /usr/share/datasets fashion_vae
+    python -m benchmarks.recipes --tables             only rewrite the heads and tables from the CSV
+
+Each recipe runs in a process of its own, in a temporary folder, by the command that its head states. The pictures
+named in `PICTURES` are copied to `benchmarks/results/pictures`.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from aezoo import registry
+from aezoo.cli import recipes
+
+from .common import environment
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PROOFS = ROOT / "tests" / "proofs.json"
+PICTURES = {
+    "dense_article": "reconstructions",
+    "denoising": "reconstructions",
+    "vae": "samples",
+    "vae_2d": "latent_map",
+    "fashion_vae": "samples",
+}
+FIGURES = ("test/loss", "test/log_likelihood", "test/mse", "test/psnr", "test/ssim", "val/l0")
+
+
+def train(name: str, root: str | None) -> dict[str, str]:
+    """Run one recipe and read its test figures from the run's TensorBoard events."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "aezoo", "fit", "-c", name]
+        command += ["--data.root", root] if root and "fashion" in name else []
+        began = time.monotonic()
+        subprocess.run(command, cwd=folder, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        seconds = time.monotonic() - began
+        run = Path(folder) / "runs" / name / "0"
+        found = scalars(run)
+        if name in PICTURES:
+            (RESULTS / "pictures").mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(run / "pictures" / f"{PICTURES[name]}.png", RESULTS / "pictures" / f"{name}.png")
+    row = {"recipe": name, "epochs": str(len(found["train/loss"])), "seconds": f"{seconds:.0f}"}
+    return row | {figure: f"{found[figure][-1]:.5g}" for figure in FIGURES if figure in found}
+
+
+def scalars(run: Path) -> dict[str, list[float]]:
+    """All values under each tag of a run's TensorBoard events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, list[float]] = {}
+    for path in sorted(run.glob("events*")):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, []).extend(event.value for event in events.Scalars(tag))
+    return found
+
+
+def target(path: Path) -> str:
+    """The published figure that a recipe is the setting of, its line `# target:`; nothing where it has none."""
+    found = re.search(r"^# target: (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def own_recipes() -> dict[str, Path]:
+    """Recipes whose data are at hand, by name; those of published figures are for `benchmarks.published`."""
+    return {name: path for name, path in recipes().items() if not target(path)}
+
+
+def read(path: Path) -> dict[str, dict[str, str]]:
+    """Rows of the CSV by recipe."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        return {row["recipe"]: row for row in csv.DictReader(file)}
+
+
+def write(path: Path, rows: dict[str, dict[str, str]]) -> None:
+    """Write the CSV, recipes in order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = ["recipe", "epochs", "seconds", *FIGURES]
+    fresh = path.with_suffix(".part")
+    with fresh.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[name] for name in sorted(rows))
+    # rows of an earlier run are not lost to a run that fails
+    fresh.replace(path)
+
+
+def head(row: dict[str, str], path: Path) -> str:
+    """The line of a recipe that states what it reached, by a row of the CSV at `path`."""
+    figures = ", ".join(f"{figure} {row[figure]}" for figure in FIGURES if row.get(figure))
+    where = path.stem.removeprefix("quality-recipes-")
+    return f"# reached: {figures} ({row['epochs']} epochs, {row['seconds']} s, {where}, seed 0)"
+
+
+def models_table() -> str:
+    """The zoo as a Markdown table, from the models' own files and from what `pytest --proofs` counted."""
+    proofs = json.loads(PROOFS.read_text(encoding="utf-8")) if PROOFS.is_file() else {}
+    lines = ["| model | family | paper | objective | contract | laws |", "|---" * 6 + "|"]
+    for name in registry.list_models():
+        entry = registry.find(name)
+        if entry.owner == "aezoo":
+            text, _, address = registry.card(name).summary.partition(", http")
+            address, _, rest = address.partition(",")
+            passed = " | ".join(str(proofs.get(name, {}).get(kind, "")) for kind in ("contract", "laws"))
+            formula = objective(registry.card(name).text).replace("|", "\\|")
+            paper = f"[{text}](http{address}){rest and ',' + rest}"
+            lines.append(f"| `{name}` | {entry.family} | {paper} | {formula} | {passed} |")
+    return "\n".join(lines)
+
+
+def objective(text: str) -> str:
+    """The formula in a model's docstring that says what it minimises, or the bound that it maximises."""
+    parts = [part for line in text.splitlines() for part in re.split(r"\s{3,}", line.strip())]
+    formulas = [part for part in parts if re.match(r"(L|L\([^)]*\)|L_\w+|log p\(x\)) +(=|>=) ", part)]
+    return f"`{formulas[0]}`" if formulas else parts[0]
+
+
+def recipes_table(rows: dict[str, dict[str, str]]) -> str:
+    """What the recipes reached, as a Markdown table."""
+    lines = ["| recipe | test loss (nats) | mse | psnr (dB) | ssim | epochs | seconds |", "|---" * 7 + "|"]
+    for name in sorted(rows):
+        row = rows[name]
+        cells = [row[key] for key in ("test/loss", "test/mse", "test/psnr", "test/ssim", "epochs", "seconds")]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def published_table() -> str:
+    """Published figures and what their recipes reached here, as a Markdown table."""
+    lines = ["| recipe | published | reached here |", "|---|---|---|"]
+    for name, path in recipes().items():
+        if target(path):
+            reached = re.search(r"^# reached: (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            lines.append(f"| `{name}` | {target(path)} | {reached[1] if reached else ''} |")
+    return "\n".join(lines).replace("test/log_likelihood", "log p(x)")
+
+
+def readme(rows: dict[str, dict[str, str]]) -> str:
+    """The README with its generated tables renewed."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = (("models", models_table()), ("recipes", recipes_table(rows)), ("published", published_table()))
+    for mark, table in tables:
+        text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", rf"\1{table}\n\2", text, flags=re.DOTALL)
+    return text
+
+
+def newest() -> Path:
+    """The CSV that the heads and tables are made from: the last of them by name, so that of the newest torch."""
+    return max(RESULTS.glob("quality-recipes-*.csv"), default=RESULTS / f"quality-recipes-{environment()}.csv")
+
+
+def main() -> None:
+    """Train what is asked for and rewrite what states its figures."""
+    summary, _, usage = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recipes",
+        description=summary,
+        epilog=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "recipes", nargs="*", choices=[*own_recipes(), []], help="recipes to train; all if none is given"
+    )
+    parser.add_argument("--root", help="folder that holds Fashion-MNIST")
+    parser.add_argument("--tables", action="store_true", help="train nothing, rewrite heads and tables from the CSV")
+    arguments = parser.parse_args()
+    path = newest() if arguments.tables else RESULTS / f"quality-recipes-{environment()}.csv"
+    rows = read(path)
+    for name in [] if arguments.tables else arguments.recipes or own_recipes():
+        rows[name] = train(name, arguments.root)
+        write(path, rows)
+    for name, file in own_recipes().items():
+        if name in rows:
+            text = re.sub(r"^# reached:.*$", head(rows[name], path), file.read_text(), count=1, flags=re.M)
+            file.write_text(text)
+    (ROOT / "README.md").write_text(readme(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""The part of RESULTS.md on the verbs: a table each, and above it a sentence that says who is ahead.
+
+A contest is what methods are compared in: a verb, or a part of one where its figures mean different things. Its rows
+are merged over seeds; of `reference` rows, such as real samples or a bound, none is ahead of anything.
+"""
+
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from .common import Spread
+from .report import Column, Row, markdown, number, plain, words
+
+# rows that share these are compared
+SETTING = ("dataset", "task", "code_size", "budget", "fit_rows", "test_rows")
+# peak signal-to-noise ratios, in dB, at which lossy methods are compared
+TARGETS = (14, 17, 20, 25)
+
+
+class Figure(NamedTuple):
+    """A column of figures.
+
+    Attributes:
+        head: what stands above it.
+        name: the column of the CSV.
+        better: high, low, or nothing where neither is better.
+        unit: for the sentence.
+    """
+
+    head: str
+    name: str
+    better: str = ""
+    unit: str = ""
+
+
+class Contest(NamedTuple):
+    """What methods are compared in.
+
+    Attributes:
+        verb: whose CSV it is.
+        task: the start of the rows' column of that name, where a verb has several.
+        text: what the figures are.
+        figures: columns.
+        leads: how many of the first ones are told in sentences; methods are sorted by the first.
+        each_seed: from the rows of a method and a seed to its figures.
+    """
+
+    verb: str
+    task: str
+    text: str
+    figures: tuple[Figure, ...]
+    leads: int
+    each_seed: Callable[[Sequence[Row]], Row]
+
+
+def the_only(rows: Sequence[Row]) -> Row:
+    """Of a method and a seed several models may bring the same row, as baselines do."""
+    return rows[0]
+
+
+def over_classes(rows: Sequence[Row]) -> Row:
+    """Means over the classes that take their turn as the normal one; each counts once."""
+    classes = {row["class"]: row for row in rows}
+    return rows[0] | {
+        name: repr(statistics.fmean(values))
+        for name in ("auroc", "aupr")
+        if (values := [value for row in classes.values() if (value := number(row, name)) is not None])
+    }
+
+
+def at_targets(rows: Sequence[Row]) -> Row:
+    """The fewest bits that reach each of `TARGETS`, straight between settings of quality that were measured.
+
+    Where the coarsest setting reaches more already, fewer bits might do: its bits are marked as the most that it takes.
+    """
+    points = sorted({(bits, psnr) for row in rows if (bits := number(row, "bits_per_dim")) is not None
+                     and (psnr := number(row, "psnr")) is not None})  # fmt: skip
+    found = dict(rows[0])
+    for target in TARGETS:
+        reached = [bits for bits, psnr in points if psnr >= target]
+        for (low, below), (high, above) in pairwise(points):
+            if below < target <= above:
+                reached.append(low + (high - low) * (target - below) / (above - below))
+        if reached:
+            found[f"bits_{target}"] = repr(min(reached))
+            found[f"bits_{target}_most"] = "≤ " if min(reached) == points[0][0] else ""
+    return found | {"best_psnr": repr(max(psnr for _, psnr in points))} if points else found
+
+
+_ERRORS = (Figure("mse", "mse", "low"), Figure("ssim", "ssim", "high"))
+CONTESTS = (
+    Contest(
+        "reconstruct", "", "Test samples against their reconstructions; PCA has a code of the same size.",
+        (Figure("psnr, dB", "psnr", "high", "dB"), *_ERRORS), 1, the_only,
+    ),
+    Contest(
+        "generate", "", "FID, KID, precision and recall against training samples, in the features of a small "
+        "classifier of the same data (named in the CSV; there are no Inception weights here). Closer: how likely a "
+        "sample is to be closer to the training samples than a real one that is held out; 0.5 is as close, 1 is a "
+        "copy, and blurred samples are closer too. What keeps near training samples scores well in fid: read both.",
+        (
+            Figure("fid", "fid", "low", ""), Figure("kid", "kid", "low"), Figure("precision", "precision", "high"),
+            Figure("recall", "recall", "high"), Figure("closer", "closer"), Figure("distance", "distance"),
+        ), 1, the_only,
+    ),
+    Contest(
+        "denoise", "", "Gaussian noise of deviation 0.3 on test samples; filters in the setting that suits the clean "
+        "originals best, which favours them. conv_denoising_ae was trained for this noise, the other models were not.",
+        (Figure("psnr, dB", "psnr", "high", "dB"), *_ERRORS), 1, the_only,
+    ),
+    Contest(
+        "detect", "", "One-vs-rest: each class in turn is all that training knows, and the others are anomalies; means "
+        "over classes.",
+        (Figure("auroc", "auroc", "high", ""), Figure("aupr", "aupr", "high")), 1, over_classes,
+    ),
+    Contest(
+        "embed", "", "The share of test samples whose class is read off by logistic regression (probe) and by the 5 "
+        "nearest neighbours (knn).",
+        (Figure("probe", "probe", "high", ""), Figure("knn", "knn", "high", ""), Figure("numbers", "size")),
+        2, the_only,
+    ),
+    Contest(
+        "compress", "lossy", "The fewest bits per dimension that reach a PSNR, straight between measured qualities. "
+        "Bytes count tables and headers, not the model. ≤: the coarsest measured quality reaches more, and fewer bits "
+        "might do.",
+        (
+            *(Figure(f"bits/dim at {target} dB", f"bits_{target}", "low", "bits/dim") for target in TARGETS),
+            Figure("best psnr, dB", "best_psnr", "high"),
+        ), len(TARGETS), at_targets,
+    ),
+    Contest(
+        "compress", "lossless", "Whole files, all samples in one; the model's bytes are not counted. For a model with "
+        "a Bernoulli likelihood values are made 0 or 1 first, for all methods.",
+        (Figure("bits/dim", "bits_per_dim", "low", "bits/dim"), Figure("bytes", "bytes", "low")), 1, the_only,
+    ),
+)  # fmt: skip
+
+
+def merged(contest: Contest, rows: Sequence[Row]) -> list[list[Row]]:
+    """Groups of rows that compare, a row a method: median, lowest and highest over seeds, best first."""
+    groups: dict[tuple[str, ...], dict[tuple[str, str], dict[str, list[Row]]]] = {}
+    for row in rows:
+        if row.get("task", "").startswith(contest.task):
+            methods = groups.setdefault(tuple(row.get(name, "") for name in SETTING), {})
+            seeds = methods.setdefault((row["method"], row["kind"]), {})
+            seeds.setdefault(row["seed"], []).append(row)
+    lead = contest.figures[0]
+
+    def order(row: Row) -> float:
+        value = number(row, lead.name)
+        return float("inf") if value is None else -value if lead.better == "high" else value
+
+    return [
+        sorted((_over_seeds(contest, [*seeds.values()]) for seeds in methods.values()), key=order)
+        for methods in groups.values()
+    ]
+
+
+def _over_seeds(contest: Contest, seeds: Sequence[Sequence[Row]]) -> Row:
+    # a mean over classes without the one that failed would not compare
+    good = [contest.each_seed(rows) for rows in seeds if not any(row.get("error") for row in rows)]
+    found = {name: value for name, value in seeds[0][0].items() if name in (*SETTING, "method", "kind")}
+    for figure in contest.figures:
+        values = [value for row in good if (value := number(row, figure.name)) is not None]
+        # a figure that not every seed reaches has no median
+        if values and len(values) == len(good):
+            of = Spread.of(values)
+            found |= {figure.name: repr(of.median)}
+            found |= {f"{figure.name}_low": repr(of.low), f"{figure.name}_high": repr(of.high)}
+            found |= {f"{figure.name}_most": max(row.get(f"{figure.name}_most", "") for row in good)}
+    errors = [row["error"] for rows in seeds for row in rows if row.get("error")]
+    return found | {"seeds": str(len(good)), "errors": "; ".join(dict.fromkeys(errors))}
+
+
+def best(rows: Sequence[Row], kind: str, figure: Figure) -> Row | None:
+    """The best of a kind by a figure; None where none has it."""
+    known = [row for row in rows if row["kind"] == kind and number(row, figure.name) is not None]
+    sign = -1 if figure.better == "high" else 1
+    return min(known, key=lambda row: sign * float(row[figure.name]), default=None)
+
+
+def verdict(figure: Figure, rows: Sequence[Row]) -> str:
+    """Who is ahead by a figure, and by how much."""
+    ours, baseline = (best(rows, kind, figure) for kind in ("ours", "baseline"))
+    if ours is None or baseline is None:
+        there, lacking = (baseline, "model") if ours is None else (ours, "baseline")
+        return (
+            f"no {lacking} has a figure" if there is None else f"no {lacking} gets there, {_told(there, figure)} does"
+        )
+    gap = float(ours[figure.name]) - float(baseline[figure.name])
+    if gap == 0:
+        return f"the best model, {_told(ours, figure)}, and the best baseline, {_told(baseline, figure)}, are equal"
+    ours_ahead = (gap > 0) == (figure.better == "high")
+    first, second = (ours, baseline) if ours_ahead else (baseline, ours)
+    who, other = ("a model", "the best baseline") if ours_ahead else ("a baseline", "the best model")
+    most = "at most " if second.get(f"{figure.name}_most") else ""
+    by = most + " ".join(filter(None, [plain(abs(gap), 3), figure.unit]))
+    text = f"{who}, {_told(first, figure)}, is ahead of {other}, {_told(second, figure)}, by {by}"
+    return text + (", within the spread of the seeds" if _overlap(first, second, figure.name) else "")
+
+
+def _told(row: Row, figure: Figure) -> str:
+    return f"{row['method']} ({row.get(f'{figure.name}_most', '')}{plain(float(row[figure.name]))})"
+
+
+def _overlap(a: Row, b: Row, name: str) -> bool:
+    return max(float(row[f"{name}_low"]) for row in (a, b)) <= min(float(row[f"{name}_high"]) for row in (a, b))
+
+
+def sentences(contest: Contest, rows: Sequence[Row]) -> Iterator[str]:
+    """A line for each figure that leads."""
+    first = rows[0]
+    about = ", ".join(filter(None, [first["dataset"], first.get("task", "").removeprefix("lossless, ")]))
+    for figure in contest.figures[: contest.leads]:
+        by = f", {figure.head}" if contest.leads > 1 else ""
+        yield f"- {about} (codes of {first['code_size']} numbers, {first['budget']}){by}: {verdict(figure, rows)}."
+
+
+def table(contest: Contest, groups: Sequence[Sequence[Row]]) -> str:
+    """All groups below each other; the best of each figure in bold."""
+    leaders = {
+        (i, figure.name): row
+        for i, rows in enumerate(groups)
+        for figure in contest.figures
+        if figure.better and (row := _leader(rows, figure)) is not None
+    }
+    shown = [row | {"group": str(i)} for i, rows in enumerate(groups) for row in rows]
+
+    def cell(figure: Figure) -> Column:
+        def text(row: Row) -> str:
+            values = [number(row, f"{figure.name}{end}") for end in ("", "_low", "_high")]
+            middle, low, high = values
+            if middle is None or low is None or high is None:
+                return ""
+            found = (
+                row.get(f"{figure.name}_most", "")
+                + plain(middle)
+                + ("" if low == high else f" ({plain(low)} to {plain(high)})")
+            )
+            leader = leaders.get((int(row["group"]), figure.name), {})
+            return (
+                f"**{found}**" if (leader.get("method"), leader.get("kind")) == (row["method"], row["kind"]) else found
+            )
+
+        return Column(figure.head, text)
+
+    task = [words("task", "task")] if len({row.get("task") for row in shown}) > 1 else []
+    return markdown(
+        [words("data", "dataset"), *task, words("method", "method"), words("", "kind"), words("seeds", "seeds"),
+         *map(cell, contest.figures), words("errors", "errors")], shown,
+    )  # fmt: skip
+
+
+def _leader(rows: Sequence[Row], figure: Figure) -> Row | None:
+    known = [row for kind in ("ours", "baseline") if (row := best(rows, kind, figure)) is not None]
+    return min(known, key=lambda row: float(row[figure.name]) * (-1 if figure.better == "high" else 1), default=None)
+
+
+def section(files: Mapping[str, tuple[list[str], list[Row]]], folder: Path, home: Path) -> str:
+    """The whole part.
+
+    Args:
+        files: commands and rows of the CSVs by stem, `tasks-VERB-...`.
+        folder: of the CSVs, and of the pictures below it.
+        home: of the text.
+    """
+    parts = [
+        "## The verbs",
+        "What a trained model is used for, beside what a user would take otherwise (`baseline`); a `reference` is "
+        "neither. Test split, median over seeds (lowest to highest), the best in bold, sorted by the first figure.",
+    ]
+    for stem, (commands, rows) in files.items():
+        verb = stem.split("-")[1]
+        contests = [contest for contest in CONTESTS if contest.verb == verb]
+        parts += [f"### {verb}", f"`{stem}.csv`", "\n".join(["```bash", *commands, "```"])]
+        picture = folder / "pictures" / f"task-{verb}.png"
+        parts += [f"![{verb}]({os.path.relpath(picture, home)})"] if picture.is_file() else []
+        for contest in contests:
+            groups = merged(contest, rows)
+            if groups:
+                parts += [f"#### {contest.task}"] if len(contests) > 1 else []
+                parts += [contest.text, "\n".join(line for rows in groups for line in sentences(contest, rows))]
+                parts += [table(contest, groups)]
+    return "\n\n".join(parts)

@@ -1,0 +1,237 @@
+"""How fast the zoo trains and infers: one CSV row a setting, each measured in a process of its own.
+
+    python -m benchmarks.speed                                     the three workloads, training and inference
+    python -m benchmarks.speed train --models all --shapes 1x28x28 3x32x32 --precision fp32 bf16
+    python -m benchmarks.speed train --models 'vae:{net: conv}' --compile off default max-autotune --batch 64 256
+    python -m benchmarks.speed train --models conv_vae_28 --accelerator cpu --devices 1,2 --compile off
+    python -m benchmarks.speed --startup                           seconds from the command to the first step
+
+Training goes through a Trainer with the command line's bar, logger, checkpoints and guards, on random samples; a row's
+`samples_per_s` is the median of its epochs after the first, `_low` and `_high` are the slowest and fastest of them.
+`share_of_peak` is the share of the fastest matrix product of the same process and precision; `gemm_floor_share` counts
+the step's matrix products only, `products_alone_share` is the time of its products and convolutions, run alone, over
+the step's. In inference `network_` rows are the bare modules, `bare_predict` is encode, decode and score in a plain
+loop, and `predict` the Trainer's way to the same. Several devices train by DDP, each with the whole batch; on the CPU a
+device is an equal share of the cores, for one device too, so that `scaling_efficiency` compares like with like.
+
+Rows that are there already are kept. A row that does not fit into memory is tried with half the batch, again and again.
+"""
+
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import yaml
+
+from aezoo import registry
+from aezoo.errors import AezooError
+
+from .common import Table, command_line, environment, parser, run_script
+from .processes import run_row, with_smaller_batches
+
+KEY = ("name", "settings", "shape", "compile", "batch", "devices", "threads", "memory", "interface")
+KINDS = ("train", "infer")
+COMPILE = ("off", "auto", "default", "reduce-overhead", "max-autotune")
+_BATCH = 128
+
+
+class Workload(NamedTuple):
+    """A model with its settings, and where they are fixed its shape and batch."""
+
+    model: str
+    settings: dict[str, Any]
+    shape: tuple[int, ...] | None = None
+    batch: int = _BATCH
+
+
+# the article's network, and the convolutional networks of two sizes that other libraries train as well
+WORKLOADS = {
+    "dense_article": Workload(
+        "dense_ae", {"latent_dim": 32, "hidden_dims": [128, 64], "code_activation": "relu"}, (1, 28, 28), 256
+    ),
+    "conv_vae_28": Workload(
+        "vae", {"net": "conv", "hidden_dims": [32, 64, 128, 256], "latent_dim": 16}, (1, 28, 28), 128
+    ),
+    "conv_vae_64": Workload(
+        "vae", {"net": "conv", "hidden_dims": [32, 64, 128, 256, 512], "latent_dim": 128}, (3, 64, 64), 64
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is asked for."""
+    made = parser("speed", __doc__)
+    add = made.add_argument
+    add("kinds", nargs="*", choices=[*KINDS, []], help="train, infer; both if none is given")
+    add("--models", nargs="+", default=[*WORKLOADS], metavar="M", help="workloads, models, patterns, all, name:{yaml}")
+    add("--shapes", nargs="+", default=["1x28x28"], metavar="S", help="shapes of a sample, for models without a fixed")
+    add("--precision", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
+    add("--compile", nargs="+", default=["off", "default"], choices=COMPILE)
+    add("--batch", nargs="+", type=int, default=[], metavar="N", help="samples a device and step; the workload's own")
+    add("--accelerator", default="auto", choices=("auto", "cpu", "gpu", "cuda", "mps"))
+    add("--devices", default="1", metavar="N,N", help="counts of devices, such as 1,2,4; training only")
+    add("--threads", type=int, help="threads of a device on the CPU; by default its share of the cores")
+    add("--memory", choices=("auto", "on", "off"), help="whether the DataModule holds the samples")
+    add("--interface", default="on", choices=("on", "off"), help="off: no bar, logger, checkpoints and guards")
+    add("--steps", type=int, default=0, help="steps of a repeat, in place of --seconds")
+    add("--seconds", type=float, default=2.0, help="length of a repeat")
+    add("--repeats", type=int, default=5, help="repeats after the warm-up, or of --startup")
+    add("--timeout", type=float, default=900.0, help="seconds after which a row is given up")
+    add("--startup", action="store_true", help="measure the time to the first step instead")
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = made.parse_args(words)
+    command = command_line("speed", words)
+    if arguments.startup:
+        from .startup import measure_startup
+
+        measure_startup(arguments, command)
+        return
+    specs = plan(arguments)
+    tables: dict[tuple[str, str], Table] = {}
+    for spec in specs:
+        file = (spec["kind"], spec["precision"])
+        if file not in tables:
+            name = f"speed-{file[0]}-{environment(file[1], arguments.accelerator)}.csv"
+            tables[file] = Table(arguments.results / name, KEY, command, arguments.again)
+        measure(spec, tables[file], arguments.timeout)
+    for table in tables.values():
+        print(table.path)
+
+
+def plan(arguments: Namespace) -> list[dict[str, Any]]:
+    """All rows that are asked for.
+
+    Raises:
+        AezooError: a value that cannot be.
+    """
+    devices = sorted(_numbers("--devices", arguments.devices.split(",")))
+    for flag in ("repeats", "seconds", "timeout", "threads"):
+        value = getattr(arguments, flag)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise AezooError(f"--{flag} is {value}: give a number above 0")
+    batches = _numbers("--batch", arguments.batch)
+    shapes = [tuple(_numbers("--shapes", text.split("x"))) for text in arguments.shapes]
+    on_cpu = arguments.accelerator == "cpu" or "-cpu" in environment(accelerator=arguments.accelerator)
+    threads = arguments.threads or (max(1, _cores() // devices[-1]) if on_cpu else None)
+    specs = []
+    for kind, (name, load), precision, mode in itertools.product(
+        arguments.kinds or KINDS, _workloads(arguments.models), arguments.precision, arguments.compile
+    ):
+        for shape, batch, count in itertools.product(
+            [load.shape] if load.shape else shapes, batches or [load.batch], devices if kind == "train" else [1]
+        ):
+            specs.append(
+                {
+                    "kind": kind,
+                    "name": name,
+                    "model": load.model,
+                    "settings": load.settings,
+                    "shape": shape,
+                    "precision": precision,
+                    "compile": mode,
+                    "batch": batch,
+                    "devices": count,
+                    "accelerator": arguments.accelerator,
+                    "threads": threads,
+                    "memory": arguments.memory,
+                    "interface": arguments.interface,
+                    "steps": arguments.steps,
+                    "seconds": arguments.seconds,
+                    "repeats": arguments.repeats,
+                }
+            )
+    return specs
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else cores
+
+
+def _numbers(flag: str, texts: Sequence[Any]) -> list[int]:
+    try:
+        values = [int(text) for text in texts]
+    except ValueError:
+        values = [0]
+    if any(value < 1 for value in values):
+        raise AezooError(f"{flag}: {' '.join(map(str, texts))} is not made of whole numbers of at least 1")
+    return values
+
+
+def _workloads(names: Sequence[str]) -> list[tuple[str, Workload]]:
+    found: dict[str, Workload] = {}
+    for text in names:
+        name, colon, settings = text.partition(":")
+        if name in WORKLOADS and not colon:
+            found[name] = WORKLOADS[name]
+        elif name == "all" or any(mark in name for mark in "*?["):
+            matching = registry.list_models(["*" if name == "all" else name])
+            if not matching:
+                raise AezooError(f"no model matches {name!r}: `aezoo list` shows all")
+            found |= {model: Workload(model, {}) for model in matching}
+        else:
+            model = registry.find(name).name
+            found[text if colon else model] = Workload(model, _settings(text, settings) if colon else {})
+    return list(found.items())
+
+
+def _settings(text: str, settings: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(settings)
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict):
+        raise AezooError(f"{text!r}: write settings as in 'vae:{{net: conv, latent_dim: 8}}'")
+    return values
+
+
+def measure(spec: dict[str, Any], table: Table, timeout: float) -> None:
+    """Measure one row, unless it is there, and put it into its table."""
+    row = {name: spec[name] for name in ("name", "model", *KEY[1:])}
+    row |= {"settings": json.dumps(spec["settings"]) if spec["settings"] else "", "shape": _by(spec["shape"])}
+    if not table.needs(row):
+        print(f"{_title(spec)}: there already")
+        return
+    variables = {"OMP_NUM_THREADS": str(spec["threads"])} if spec["threads"] else {}
+
+    def run(tried: dict[str, Any]) -> dict[str, Any]:
+        return run_row("speed_row", {**tried, "started": time.time()}, timeout, variables)
+
+    found, batch = with_smaller_batches(run, spec)
+    row |= {"batch_used": batch, "repeats": spec["repeats"], **found}
+    if spec["kind"] == "train" and not row.get("error"):
+        row["scaling_efficiency"] = _scaling(row, table)
+    table.put(row)
+    rate = row.get("samples_per_s", row.get("reconstruct_samples_per_s"))
+    print(f"{_title(spec)}: {row['error'] if row.get('error') else f'{rate:,.0f} samples/s'}", flush=True)
+
+
+def _scaling(row: dict[str, Any], table: Table) -> float | None:
+    """Throughput over that of as many devices alone."""
+    one = row if row["devices"] == 1 else table.find({**row, "devices": 1})
+    if one is None or not one.get("samples_per_s"):
+        return None
+    return float(row["samples_per_s"]) / (float(row["devices"]) * float(one["samples_per_s"]))
+
+
+def _title(spec: dict[str, Any]) -> str:
+    devices = f", {spec['devices']} devices" if spec["devices"] > 1 else ""
+    return (
+        f"{spec['kind']} {spec['name']} {_by(spec['shape'])} {spec['precision']} compile {spec['compile']} "
+        f"batch {spec['batch']}{devices}"
+    )
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+if __name__ == "__main__":
+    run_script(main)

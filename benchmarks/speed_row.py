@@ -1,0 +1,302 @@
+"""One row of the speed benchmark, in this process. Run by `benchmarks.speed`."""
+
+import math
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+import aezoo
+from aezoo import acceleration
+from aezoo.callbacks import FaultGuard, in_use
+
+from . import measure
+from .common import Spread
+from .processes import answer
+
+_LAYOUTS = {1: "vector", 2: "sequence", 3: "image", 4: "volume"}
+_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
+# random samples are held in at most this much memory; an epoch goes through them once
+_MOST_BYTES, _MOST_SAMPLES = 64_000_000, 60_000
+_WARM_STEPS, _GUARDED_STEPS = 5, 300
+# in inference; auto is a decision on the length of a training run
+_UNCOMPILED = ("off", "auto")
+# of the command line's callbacks those that a run without validation data has no use for
+_PICTURES = {"reconstructions", "samples", "traversal", "latents", "projector", "codebook", "filters", "histograms"}
+_UNUSED = _PICTURES | {"dashboard", "predictions", "summary", "early_stopping", "code_statistics"}
+
+
+def measure_row(spec: dict[str, Any]) -> dict[str, Any]:
+    """Measure what `spec` asks for.
+
+    Args:
+        spec: the columns that are a row's key, and kind, accelerator, precision, steps, seconds, repeats, started.
+    """
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)", category=FutureWarning)
+    torch.manual_seed(0)
+    acceleration.keep_pages()  # as the command line does
+    with tempfile.TemporaryDirectory() as folder:
+        return (train if spec["kind"] == "train" else infer)(spec, folder)
+
+
+def random_samples(shape: Sequence[int], batch: int) -> Tensor:
+    """Random bytes for images and volumes, random numbers in [0, 1) for the others: whole batches of them."""
+    size = math.prod(shape) * (1 if len(shape) > 2 else 4)
+    n = max(2, min(_MOST_SAMPLES, _MOST_BYTES // size) // batch) * batch
+    generator = torch.Generator().manual_seed(0)
+    if len(shape) > 2:
+        return torch.randint(0, 256, (n, *shape), dtype=torch.uint8, generator=generator)
+    return torch.rand(n, *shape, generator=generator)
+
+
+def data_module(spec: dict[str, Any], x: Tensor, **splits: Any) -> aezoo.DataModule:
+    """The zoo's DataModule on these samples, without validation."""
+    memory = {"memory": spec["memory"]} if spec.get("memory") else {}
+    return aezoo.DataModule.from_arrays(
+        x,
+        **splits,
+        **memory,
+        batch_size=spec["batch"],
+        val_fraction=0,
+        test_fraction=0,
+        layout=_LAYOUTS[len(spec["shape"])],
+    )
+
+
+def build(spec: dict[str, Any]) -> Any:
+    """The model of a row."""
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in spec["settings"].items()}
+    model: Any = aezoo.create_model(spec["model"], tuple(spec["shape"]), **settings)
+    model.compile_mode = spec["compile"]
+    return model
+
+
+def trainer(spec: dict[str, Any], folder: str, extra: list[pl.Callback], **settings: Any) -> pl.Trainer:
+    """A Trainer as the command line makes it, with its bar, logger, checkpoints and guards unless interface is off."""
+    interface: list[pl.Callback] = []
+    logger: Any = False
+    if spec["interface"] == "on":
+        from aezoo.lightning_cli import DEFAULT_CALLBACKS
+
+        made = (cls() for name, cls in DEFAULT_CALLBACKS.items() if name not in _UNUSED)
+        interface = [callback for callback in made if in_use(callback)]
+        logger = TensorBoardLogger(folder, default_hp_metric=False)
+    return pl.Trainer(
+        accelerator=spec["accelerator"],
+        devices=spec["devices"],
+        strategy="ddp" if spec["devices"] > 1 else "auto",
+        precision=_PRECISION[spec["precision"]],  # type: ignore[arg-type]
+        callbacks=[*extra, *interface],
+        logger=logger,
+        default_root_dir=folder,
+        enable_checkpointing=bool(interface),
+        enable_progress_bar=bool(interface),
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        **settings,
+    )
+
+
+def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Fit the model: a short fit for the cold start, then a warm-up epoch and one epoch a repeat."""
+    together = spec["batch"] * spec["devices"]
+    x = random_samples(spec["shape"], together)
+    data, model = data_module(spec, x), build(spec)
+    first = measure.FirstSteps()
+    fit = trainer(spec, str(Path(folder, "first")), [first], max_steps=_WARM_STEPS)
+    fit.fit(model, data)
+    device = fit.strategy.root_device
+
+    measure.reset_peak_memory(device)
+    steps = min(_agreed(spec["steps"] or max(3, math.ceil(spec["seconds"] / first.seconds[-1]))), len(x) // together)
+    epochs = measure.Epochs()
+    fit = trainer(spec, str(Path(folder, "fit")), [epochs], max_epochs=1 + spec["repeats"], limit_train_batches=steps)
+    fit.fit(model, data)
+    rate = Spread.of([steps * together / seconds for seconds in epochs.seconds[1:]])
+    step = together / rate.median
+    row = {
+        **_as_columns("samples_per_s", rate),
+        "step_ms": 1e3 * step,
+        "loss": float(fit.callback_metrics["train/loss"]),
+        "peak_memory_mb": measure.peak_memory_mb(device),
+        "first_step_s": first.seconds[0],
+        "compile_s": None if spec["compile"] == "off" else max(0.0, first.seconds[0] - step),
+        "cold_start_s": first.first_at - spec["started"],
+        "steps": steps,
+    }
+    if spec["interface"] == "on" and device.type == "cpu" and spec["devices"] == 1:
+        row["guard_share"] = _guard_share(spec, str(Path(folder, "guard")), model, data, min(steps, _GUARDED_STEPS))
+    if device.type == "cuda":
+        launches = measure.Launches()
+        trainer(
+            spec, str(Path(folder, "count")), [launches], max_epochs=-1, max_steps=launches.skip + launches.steps
+        ).fit(model, data)
+        row |= {"kernel_launches": launches.kernels, "host_device_copies": launches.copies}
+    # what follows is the same on every rank
+    return row | _work(spec, x, device, rate.median) if fit.is_global_zero else row
+
+
+def _guard_share(spec: dict[str, Any], folder: str, model: Any, data: aezoo.DataModule, steps: int) -> float | None:
+    """Share of a step that the fault guard takes; in a fit of its own, since the clocks take some too."""
+    fit = trainer(spec, folder, [], max_epochs=-1, max_steps=steps)
+    guard = next(callback for callback in fit.callbacks if isinstance(callback, FaultGuard))  # type: ignore[attr-defined]
+    hooks = measure.HookShare(guard)
+    fit.fit(model, data)
+    return statistics.median(hooks.shares) if hooks.shares else None
+
+
+def _as_columns(name: str, spread: Spread) -> dict[str, float]:
+    return {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
+
+
+def _agreed(value: int) -> int:
+    """The first rank's value on all ranks."""
+    values = [value]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def _work(spec: dict[str, Any], x: Tensor, device: torch.device, rate: float) -> dict[str, Any]:
+    """What the step has to compute, and what share of its time the device would need for that at its peak."""
+    model = build(spec).to(device)
+    sample = _as_float(x[: max(2, min(8, len(x)))]).to(device)
+    flops = measure.work(model, sample)
+    peak = measure.matmul_peak(device, spec["precision"])
+    row = _size(model) | {"flops_forward": flops.forward, "flops_step": flops.step, "peak_gflops": peak / 1e9}
+    each = rate / spec["devices"]
+    if spec["kind"] != "train":
+        return row
+    if spec["devices"] == 1:
+        acceleration.to_channels_last(model)  # as a fit does
+    alone = measure.alone(model, _as_float(x[: spec["batch"]]).to(device), spec["precision"])
+    return row | {
+        "share_of_peak": flops.step * each / peak,
+        "gemm_floor_share": flops.gemms * each / peak,
+        "products_alone_share": alone * each / spec["batch"],
+    }
+
+
+def _size(model: aezoo.Autoencoder) -> dict[str, int]:
+    return {"parameters": sum(p.numel() for p in model.parameters()), "code_size": math.prod(model.code_shape)}
+
+
+def _as_float(x: Tensor) -> Tensor:
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def infer(spec: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Encode, reconstruct, sample: bare under inference_mode, beside the Trainer's predict path, in turns."""
+    batch, repeats = spec["batch"], spec["repeats"]
+    predictor_epochs = measure.Epochs()
+    predictor = trainer({**spec, "interface": "off"}, folder, [predictor_epochs])
+    device = predictor.strategy.root_device
+    x = random_samples(spec["shape"], batch)
+    model = build(spec).eval().to(device)
+    held = _as_float(x).to(device)
+    paths = _paths(model, spec["compile"], batch)
+    row: dict[str, Any] = {}
+    with torch.inference_mode(), measure.autocast(device, spec["precision"]):
+        first = measure.timed(lambda: [path(held[:batch]) for path in paths.values()], device)
+        again = measure.timed(lambda: [path(held[:batch]) for path in paths.values()], device)
+        row |= {
+            "first_batch_s": first,
+            "compile_s": None if spec["compile"] in _UNCOMPILED else max(0.0, first - again),
+        }
+        row["cold_start_s"] = time.time() - again - spec["started"]
+        once = {name: measure.timed(lambda p=path: p(held[:batch]), device) for name, path in paths.items()}  # type: ignore[misc]
+    measure.reset_peak_memory(device)
+    batches = len(x) // batch
+    asked = spec["steps"] or math.ceil(spec["seconds"] / once["bare_predict"])
+    batches = max(1, min(asked, batches))
+    data = data_module(spec, x[: max(2, batch)], x_test=x[: batches * batch])
+    seconds: dict[str, list[float]] = {name: [] for name in [*paths, "predict"]}
+    for turn in range(1 + repeats):
+        for name, path in paths.items():
+            rounds = 1 if spec["steps"] else max(1, round(spec["seconds"] / (once[name] * batches)))
+            with torch.inference_mode(), measure.autocast(device, spec["precision"]):
+                took = measure.timed(_loop(path, held, batch, batches, rounds), device)
+            seconds[name].append(took / rounds)
+        predictor.predict(model, data, return_predictions=False)
+        model.eval().to(device)
+        seconds["predict"].append(predictor_epochs.seconds[turn])
+    rates = {name: [batches * batch / value for value in values[1:]] for name, values in seconds.items()}
+    for name, values in rates.items():
+        row |= _as_columns(f"{name}_samples_per_s", Spread.of(values))
+    for name, ratio, base in (
+        ("encode_ratio", "encode", "network_encode"),
+        ("reconstruct_ratio", "reconstruct", "network_reconstruct"),
+        ("predict_ratio", "predict", "bare_predict"),
+    ):
+        row |= _as_columns(name, Spread.of([a / b for a, b in zip(rates[ratio], rates[base], strict=True)]))
+    row |= {"peak_memory_mb": measure.peak_memory_mb(device), "steps": batches}
+    row |= _work(spec, x, device, row["reconstruct_samples_per_s"])
+    row["share_of_peak"] = row["flops_forward"] * row["reconstruct_samples_per_s"] / (row["peak_gflops"] * 1e9)
+    return row
+
+
+def _paths(model: Any, mode: str, batch: int) -> dict[str, Callable[[Tensor], object]]:
+    """What is timed, each a function of a batch: the model's methods, its networks alone, and a prediction's parts."""
+
+    def bare_predict(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = model.encode(x)
+        if not plain:
+            return z, model.decode(z), model.score(x)
+        params = model.decoder(z)
+        return z, model.likelihood.mean(params), model.nll(params, x)
+
+    def network_encode(x: Tensor) -> Tensor:
+        return cast(Tensor, model.encoder(x if as_it_is else x.flatten(1)))
+
+    def network_reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
+        return network_encode(x), model.likelihood.mean(model.decoder(codes[: len(x)]))
+
+    plain = all(getattr(type(model), name) is getattr(aezoo.Autoencoder, name) for name in ("decode", "score"))
+    as_it_is = _takes(model.encoder, torch.zeros(2, *model.input_shape, device=model.device))
+    codes = torch.randn(batch, *model.code_shape, device=model.device)
+    paths: dict[str, Callable[[Tensor], object]] = {
+        "encode": model.encode,
+        "network_encode": network_encode,
+        "reconstruct": model.forward,
+        "network_reconstruct": network_reconstruct,
+    }
+    if model.has_prior:
+        paths["sample"] = lambda x: model.sample(len(x))
+    if mode not in _UNCOMPILED:
+        paths = {name: torch.compile(path, mode=mode) for name, path in paths.items()}
+    return paths | {"bare_predict": bare_predict}
+
+
+def _takes(network: Any, x: Tensor) -> bool:
+    """Whether an encoder takes samples as they are; some networks are of vectors, and their model flattens."""
+    try:
+        with torch.no_grad():
+            network(x)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _loop(path: Callable[[Tensor], object], x: Tensor, batch: int, batches: int, rounds: int) -> Callable[[], None]:
+    def loop() -> None:
+        for _ in range(rounds):
+            for i in range(batches):
+                path(x[i * batch : (i + 1) * batch])
+
+    return loop
+
+
+if __name__ == "__main__":
+    answer(measure_row)

@@ -1,0 +1,198 @@
+"""What the benchmarks have to reach, and what the CSVs say about it: one row a target.
+
+A ratio between two parties is that of their rates in the same round, so that the machine's slow spells hit both.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+Row = dict[str, str]
+Files = Mapping[str, Sequence[Row]]
+
+
+class Found(NamedTuple):
+    """A measured figure: median, lowest and highest; the best variant's name if several would do."""
+
+    median: float
+    low: float
+    high: float
+    note: str = ""
+
+
+class Target(NamedTuple):
+    """One requirement.
+
+    Attributes:
+        what: for the reader.
+        file: prefix of the CSV's name that holds it, up to torch's version.
+        bound: the figure to reach.
+        measure: the figure from that CSV's rows; None where they do not have it.
+        at_most: whether less is better.
+        compiled: the same figure of the zoo with `--compile default`, to show beside it.
+    """
+
+    what: str
+    file: str
+    bound: float
+    measure: Callable[[Sequence[Row]], Found | None]
+    at_most: bool = False
+    compiled: Callable[[Sequence[Row]], Found | None] | None = None
+
+    def reached(self, found: Found) -> bool:
+        """Whether the median is on the right side of the bound."""
+        return found.median <= self.bound if self.at_most else found.median >= self.bound
+
+
+def number(row: Row, name: str) -> float | None:
+    """A cell as a number, or None."""
+    try:
+        return float(row.get(name, ""))
+    except ValueError:
+        return None
+
+
+# ---- peers ----------------------------------------------------------------------------------------------------------
+
+
+def round_rates(row: Row) -> list[float | None]:
+    """Samples a second of each round; None for one that failed."""
+    return [float(text) if text != "-" else None for text in row.get("round_rates", "").split()]
+
+
+def between(ours: str, other: str) -> Callable[[Sequence[Row]], Found | None]:
+    """Rate of one party by that of another, round by round."""
+
+    def measure(rows: Sequence[Row]) -> Found | None:
+        # what does not train the same thing is not compared
+        by_party = {row["party"]: round_rates(row) for row in rows if row.get("agrees") == "yes"}
+        pairs = zip(by_party.get(ours, []), by_party.get(other, []), strict=False)
+        ratios = [a / b for a, b in pairs if a and b]
+        return Found(statistics.median(ratios), min(ratios), max(ratios)) if ratios else None
+
+    return measure
+
+
+def _peers(workload: str, precision: str, bounds: Mapping[str, float]) -> list[Target]:
+    return [
+        Target(
+            f"{workload}, {precision}: aezoo / {party}",
+            f"peers-{workload}-{precision}-",
+            bound,
+            between("aezoo", party),
+            compiled=between("aezoo_compiled", party),
+        )
+        for party, bound in bounds.items()
+    ]
+
+
+# ---- speed ----------------------------------------------------------------------------------------------------------
+
+
+def gemm_share(name: str) -> Callable[[Sequence[Row]], Found | None]:
+    """Share of a training step that its matrix products take at the measured peak; of the row with the largest."""
+
+    def measure(rows: Sequence[Row]) -> Found | None:
+        found = []
+        for row in rows:
+            note = f"compile {row.get('compile')}, {row.get('threads')} thread(s)"
+            share, rate = number(row, "gemm_floor_share"), number(row, "samples_per_s")
+            low, high = number(row, "samples_per_s_low"), number(row, "samples_per_s_high")
+            if row.get("name") == name and row.get("devices") == "1" and share and rate and low and high:
+                found.append(Found(share, share * low / rate, share * high / rate, note))
+        return max(found, default=None)
+
+    return measure
+
+
+def cell(where: Mapping[str, str], name: str) -> Callable[[Sequence[Row]], Found | None]:
+    """A figure with its spread, from the row with these cells."""
+
+    def measure(rows: Sequence[Row]) -> Found | None:
+        for row in rows:
+            if all(row.get(key) == value for key, value in where.items()) and (middle := number(row, name)) is not None:
+                low, high = number(row, f"{name}_low"), number(row, f"{name}_high")
+                return Found(middle, middle if low is None else low, middle if high is None else high)
+        return None
+
+    return measure
+
+
+def _inference() -> list[Target]:
+    file, found = "speed-infer-fp32-", []
+    for name in ("dense_article", "conv_vae_28", "conv_vae_64"):
+        for what, column, bound in (
+            ("encode / bare network", "encode_ratio", 0.95),
+            ("reconstruct / bare network", "reconstruct_ratio", 0.95),
+            ("Trainer's predict / bare loop", "predict_ratio", 0.9),
+        ):
+            measure = cell({"name": name, "compile": "off"}, column)
+            found.append(Target(f"{name}: {what}", file, bound, measure))
+    return found
+
+
+TARGETS: tuple[Target, ...] = (
+    *_peers(
+        "dense",
+        "fp32",
+        {"loop": 0.95, "lightning": 2.0, "keras_torch": 2.0, "pytorch_vae": 2.0, "pythae": 1.4, "keras_jax": 1.0},
+    ),
+    # Keras at fp32 here as well; its own bf16 is beside it in the table of that run
+    *_peers("dense", "bf16", {"keras_jax": 1.3}),
+    *_peers("conv28", "fp32", {"loop": 0.95, "pythae": 1.3, "lightning": 1.3, "keras_tensorflow": 1.1}),
+    *_peers(
+        "conv64",
+        "fp32",
+        {"loop": 0.95, "pythae": 1.8, "pytorch_vae": 1.8, "lightning": 1.8, "keras_tensorflow": 1.1},
+    ),
+    *_peers("conv64", "bf16", {"pythae": 2.4, "pytorch_vae": 2.4, "lightning": 2.4}),
+    Target(
+        "dense_article: matrix products at measured peak / step",
+        "speed-train-fp32-",
+        0.6,
+        gemm_share("dense_article"),
+    ),
+    *(
+        Target(
+            f"{name}: fault guard / step",
+            "speed-train-fp32-",
+            0.01,
+            cell({"name": name, "compile": "off", "devices": "1"}, "guard_share"),
+            at_most=True,
+        )
+        for name in ("dense_article", "conv_vae_28", "conv_vae_64")
+    ),
+    *_inference(),
+    Target(
+        "first step of `aezoo fit -c dense_article --compile off` / imports",
+        "speed-startup-fp32-",
+        1.3,
+        cell({"what": "aezoo fit -c dense_article --compile off"}, "ratio"),
+        at_most=True,
+    ),
+)
+
+
+def judge(files: Files) -> list[tuple[Target, str, Found | None]]:
+    """Each target beside what each CSV of its kind says; (target, "", None) where there is none.
+
+    Args:
+        files: rows of each CSV by its stem.
+    """
+    judged: list[tuple[Target, str, Found | None]] = []
+    for target in TARGETS:
+        stems = [stem for stem in files if stem.startswith(target.file)]
+        judged += [(target, stem, target.measure(files[stem])) for stem in stems] or [(target, "", None)]
+    return judged
+
+
+def why_not(target: Target, rows: Sequence[Row]) -> str:
+    """Why a CSV has no figure for a target."""
+    odd = [row["party"] for row in rows if row.get("agrees") == "no"]
+    other = target.what.rpartition(" ")[2]
+    return f"losses differ: {' '.join(odd)}" if {"aezoo", other} & {*odd} else "not measured"
+
+
+def missed(files: Files) -> list[str]:
+    """Targets that a CSV says are not reached."""
+    return [target.what for target, _, found in judge(files) if found is not None and not target.reached(found)]

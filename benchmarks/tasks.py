@@ -1,0 +1,213 @@
+"""Measure what trained models are used for beside what a user would take otherwise: one CSV a verb, one row a method.
+
+    python -m benchmarks.tasks                                   every verb on mnist5k, digits and fashion_mnist
+    python -m benchmarks.tasks --root /usr/share/datasets --seeds 3 --jobs 2
+    python -m benchmarks.tasks --verbs detect embed --data digits --models vae --steps 200
+
+A model is trained once for each data set and seed, by as many steps everywhere, and then put to all verbs that it is
+for; a process of its own does both, and a verb that fails costs its rows, which say why. detect is one-vs-rest: for
+each class a model is trained on that class alone, and a row of its CSV is a class. All codes have the same number of
+values on a data set: 32, or a quarter of a sample's where that is less. A seed fixes training and what a verb draws;
+splits and the network whose features judge generated samples are the same for all. Baselines are those of the verb's
+own table, computed once for each data set and seed, and those of compress once, since no seed changes them. reconstruct
+adds PCA and the mean sample; generate real samples that are held out (what perfect samples score), training samples as
+they are (which the copy check must find out), and two generators on pixels without a network.
+
+Cut to bound the time, and settings of the script: steps of training; test samples (--test-rows), and training samples
+that priors, probes, detectors and tables are fitted to (--fit-rows). detect is for dense models, and leaves out elbo
+and iwae. The bytes of compressed files do not count the model, which the reader must have.
+
+Verbs of a data set, model and seed that are there already are kept; --again measures them anew.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from aezoo import registry
+from aezoo.errors import AezooError
+
+from . import common
+from .parallel import run_rows
+from .quality import code_of, dataset_name
+
+VERBS = ("reconstruct", "generate", "denoise", "detect", "embed", "compress")
+# models under names of their own, where the registry's defaults are not what a verb needs
+NAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "conv_vae": ("vae", {"net": "conv", "hidden_dims": [32, 64]}),
+    "conv_denoising_ae": ("denoising_ae", {"net": "conv", "hidden_dims": [32, 64]}),
+    # bits-back coding of grey values needs a distribution of bytes
+    "bytes_vae": ("vae", {"likelihood": "beta_binomial"}),
+}
+MODELS: dict[str, tuple[str, ...]] = {
+    "reconstruct": ("linear_ae", "dense_ae", "vae", "conv_ae", "conv_vae"),
+    "generate": ("vae", "conv_vae", "conv_ae"),
+    "denoise": ("dense_ae", "vae", "conv_ae", "conv_denoising_ae"),
+    "detect": ("dense_ae", "vae"),
+    "embed": ("linear_ae", "dense_ae", "vae", "conv_ae", "conv_vae", "conv_denoising_ae"),
+    "compress": ("vae", "conv_ae", "conv_vae", "bytes_vae"),
+}
+# what a picture shows: a model and a data set, with seed 0
+PICTURES = {
+    "reconstruct": ("conv_ae", "fashion_mnist"),
+    "generate": ("conv_ae", "fashion_mnist"),
+    "denoise": ("conv_denoising_ae", "fashion_mnist"),
+    "detect": ("vae", "fashion_mnist"),
+    "embed": ("conv_ae", "fashion_mnist"),
+    "compress": ("conv_ae", "fashion_mnist"),
+}
+CORRUPT = "gaussian:0.3"
+QUALITIES = (-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
+KEY = ("dataset", "model", "seed", "budget")
+# columns of every CSV; the verb's own come after these
+FIRST = ("dataset", "model", "code_size", "seed", "budget", "fit_rows", "test_rows", "method", "kind")
+Row = dict[str, Any]
+
+
+class VerbTable(common.Table):
+    """The CSV of a verb: several rows for a key, which come and go together."""
+
+    def rows_of(self, head: Row) -> list[dict[str, str]]:
+        """All rows of a data set, model, seed and budget."""
+        wanted = [common.as_text(head[name]) for name in self.key]
+        return [row for row in self.rows if [row.get(name, "") for name in self.key] == wanted]
+
+    def needs(self, head: Any) -> bool:
+        """Whether these rows are still to be measured."""
+        there = self.rows_of(head)
+        failed = any(row.get("error") and row["kind"] == "ours" for row in there)
+        return not there or self.again == "all" or (self.again == "failed" and failed)
+
+    def replace(self, head: Row, rows: Sequence[Row]) -> None:
+        """Put rows in the place of those that were there, and write the file."""
+        old = self.rows_of(head)
+        self.rows = [row for row in self.rows if row not in old]
+        for row in rows:
+            cells = {name: (head | row).get(name) for name in FIRST} | row
+            self.rows.append({name: common.as_text(value) for name, value in cells.items() if name != "out_of_memory"})
+        self.write()
+
+    def has_baselines(self, head: Row) -> bool:
+        """Whether baselines are there of this data set, seed and code size."""
+        same = ("dataset", "seed", "code_size", "fit_rows", "test_rows")
+        wanted = [common.as_text(head[name]) for name in same]
+        return any(row["kind"] == "baseline" and [row.get(n, "") for n in same] == wanted for row in self.rows)
+
+
+def plan(arguments: argparse.Namespace, data: Row, input_shape: tuple[int, ...], tables: Any) -> list[Row]:
+    """Specs of a data set, without the verbs that are there. What a model refuses is left out with a line."""
+    size = arguments.code_size or min(32, max(1, math.prod(input_shape) // 4))
+    dataset = dataset_name(data)
+    # a verb of each model, in the order of the verbs
+    wanted: dict[str, list[str]] = {}
+    for verb in arguments.verbs:
+        for name in arguments.models or MODELS[verb]:
+            wanted.setdefault(name, []).append(verb)
+    specs = []
+    for seed in range(arguments.seeds):
+        given: set[str] = set()  # verbs whose baselines another model of this seed brings
+        for name, verbs in wanted.items():
+            registered, hyperparameters = NAMED.get(name, (name, {}))
+            hyperparameters = hyperparameters | code_of(registered, size)
+            try:
+                model = registry.create_model(registered, input_shape, **hyperparameters)
+            except AezooError as error:
+                if not seed:
+                    print(f"{name} is left out on {dataset}: {error}", file=sys.stderr)
+                continue
+            head = {"dataset": dataset, "model": name, "seed": seed, "code_size": math.prod(model.code_shape)}
+            head |= {"fit_rows": arguments.fit_rows, "test_rows": arguments.test_rows}
+            left = [verb for verb in verbs if tables[verb].needs(head | {"budget": budget(arguments, verb)})]
+            lossy = name != "bytes_vae"
+            fresh = [
+                verb
+                for verb in left
+                if verb not in given
+                and (arguments.again or not tables[verb].has_baselines(head))
+                and (verb != "compress" or (lossy and not seed))
+            ]
+            given |= {*fresh}
+            spec = {"model": name, "registered": registered, "hyperparameters": hyperparameters, "seed": seed}
+            spec |= {"data": data, "head": head, "verbs": left, "accelerator": arguments.accelerator}
+            spec |= {"steps": arguments.steps, "detect_steps": arguments.detect_steps, "classes": arguments.classes}
+            spec |= {"fit_rows": arguments.fit_rows, "test_rows": arguments.test_rows, "corrupt": CORRUPT}
+            spec |= {"qualities": QUALITIES, "lossless_only": not lossy, "baselines": fresh}
+            spec |= {"pictures": [verb for verb in left if not seed and PICTURES[verb] == (name, dataset)]}
+            spec |= {"folder": str((arguments.results / "pictures").resolve())}
+            specs += [spec] if left else []
+    return specs
+
+
+def budget(arguments: argparse.Namespace, verb: str) -> str:
+    """How long a verb's models are trained, as in a CSV's column."""
+    return f"steps={arguments.detect_steps if verb == 'detect' else arguments.steps}"
+
+
+def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = common.parser("tasks", __doc__)
+    add, count = parser.add_argument, common.at_least(1)
+    add("--verbs", nargs="+", choices=VERBS, default=VERBS, metavar="VERB", help=f"of {', '.join(VERBS)}; else all")
+    add("--data", nargs="+", default=["mnist5k", "digits", "fashion_mnist"], metavar="NAME", help="data sets")
+    add("--root", default="data", help="where the data sets' files are or are to go")
+    add("--models", nargs="+", metavar="NAME", help=f"for all verbs: of the registry, {', '.join(NAMED)}; else a few")
+    add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
+    add("--steps", type=count, default=1000, help="training of each model, in batches of 128 (default 1000)")
+    add("--detect-steps", type=count, default=300, metavar="N", help="of each class's model (default 300)")
+    add("--code-size", type=count, metavar="N", help="numbers in a code; else 32 or a quarter of a sample's values")
+    add("--classes", type=count, metavar="N", help="detect takes the first classes only; else all")
+    add("--fit-rows", type=count, default=10_000, metavar="N", help="most training samples to fit to (default 10000)")
+    add("--test-rows", type=count, default=2_000, metavar="N", help="most test samples (default 2000)")
+    add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
+    add("--jobs", type=count, default=1, help="runs at a time; each has its share of the cores, or a GPU in turn")
+    add("--timeout", type=common.seconds, default=7200.0, help="seconds after which a run is given up (default 7200)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is asked for and not there yet."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = arguments_of(argv)
+    from aezoo import DataModule
+    from aezoo.data.sources import from_path
+
+    command, where = common.command_line("tasks", argv), common.environment("fp32", arguments.accelerator)
+    tables = {
+        verb: VerbTable(arguments.results / f"tasks-{verb}-{where}.csv", KEY, command, arguments.again)
+        for verb in arguments.verbs
+    }
+    specs: list[Row] = []
+    for name in arguments.data:
+        # rows are measured in folders of their own
+        named = str(Path(name).expanduser().resolve()) if from_path(name) else name
+        data: Row = {"name": named, "root": str(Path(arguments.root).expanduser().resolve()), "batch_size": 128}
+        module = DataModule(**data)
+        module.prepare_data()
+        specs += plan(arguments, data | {"size": None}, module.input_shape, tables)
+    if not specs and arguments.models:
+        print("nothing is left to measure", file=sys.stderr)
+    # all of one seed first: a run that is broken off has something of everything
+    specs.sort(key=lambda spec: int(spec["seed"]))
+
+    def run() -> Iterator[tuple[Row, Row]]:
+        return run_rows("tasks_row", specs, arguments.timeout, arguments.jobs, arguments.accelerator)
+
+    for i, (spec, found) in enumerate(run(), start=1):
+        head = spec["head"]
+        print(f"[{i}/{len(specs)}] {head['dataset']}, {head['model']}, seed {head['seed']}", flush=True)
+        for verb in spec["verbs"]:
+            failed = {"method": head["model"], "kind": "ours", "error": found.get("error")}
+            rows = found.get("verbs", {}).get(verb) or [failed]
+            tables[verb].replace(head | {"budget": budget(arguments, verb)}, rows)
+            for row in rows:
+                if row.get("error"):
+                    print(f"    {verb}, {row['method']}: {row['error']}", flush=True)
+    for table in tables.values():
+        print(table.path)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

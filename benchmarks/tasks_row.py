@@ -1,0 +1,147 @@
+"""One trained model at every verb: train it once, call the verbs, give rows. Run by `benchmarks.tasks`.
+
+A row has `method`, its `kind` (ours; baseline: what a user would take otherwise; reference: what neither is, such as
+real samples or a bound) and the verb's figures.
+"""
+
+import shutil
+import tempfile
+import traceback
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+import aezoo
+from aezoo.errors import AezooError
+from aezoo.tasks.detect import detect
+from aezoo.tasks.samples import Samples
+
+from . import processes
+from .quality_row import open_data
+from .tasks_verbs import BASELINE, OURS, VERBS, Row, Work
+
+# features of nap, whose covariance takes seconds for each class beyond
+_MOST_NAP = 2_000
+
+
+def measure(spec: Row) -> Row:
+    """Rows of each verb, `{"verbs": {verb: rows}}`; a verb that fails has one row, which says why.
+
+    Args:
+        spec: model (its name in the tables), registered (its name in the registry), hyperparameters, data (arguments of
+            the DataModule), seed, steps, detect_steps, verbs, fit_rows, test_rows, accelerator; baselines and pictures,
+            the verbs that are to give some; folder, where pictures go.
+    """
+    data = open_data(spec["data"], spec["seed"])
+    test, train = Samples.of(data, "test").take(spec["test_rows"]), Samples.of(data, "train").take(spec["fit_rows"])
+    verbs = list(spec["verbs"])
+    # detect trains on one class at a time
+    model = train_model(spec, data, spec["steps"]) if {*verbs} - {"detect"} else None
+    found: dict[str, list[Row]] = {}
+    for verb in verbs:
+        with tempfile.TemporaryDirectory() as folder:
+            out = folder if verb in spec["pictures"] else None
+            try:
+                if verb == "detect":
+                    found[verb] = _detect(spec, data, test, out)
+                else:
+                    assert model is not None
+                    found[verb] = VERBS[verb](Work(spec, model, train, test, verb in spec["baselines"], out))
+            except Exception as error:
+                traceback.print_exc()
+                found[verb] = [{"method": spec["model"], "kind": OURS, **processes.failure(error)}]
+            if out is not None:
+                _keep_picture(verb, Path(folder), Path(spec["folder"]))
+    return {"verbs": found}
+
+
+def train_model(spec: Row, data: aezoo.DataModule, steps: int) -> aezoo.Autoencoder:
+    """A model as its last step leaves it."""
+    pl.seed_everything(spec["seed"], workers=True, verbose=False)
+    model = aezoo.create_model(spec["registered"], data.input_shape, **spec["hyperparameters"])
+    trainer = pl.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator=spec["accelerator"],
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(model, data)
+    return model.to(trainer.strategy.root_device).eval()
+
+
+def _detect(spec: Row, data: aezoo.DataModule, test: Samples, out: str | None) -> list[Row]:
+    """One-vs-rest: for each class a model that knows this class alone."""
+    if not data.num_classes:
+        raise AezooError(f"{data.name} has no classes for one-vs-rest")
+    names = data.source.class_names or tuple(map(str, range(data.num_classes)))
+    rows: list[Row] = []
+    for name in names[: spec["classes"]]:
+        part = open_data(spec["data"] | {"train_classes": [name]}, spec["seed"])
+        model = train_model(spec, part, spec["detect_steps"])
+        scores = _scores(model)
+        found = detect(
+            model,
+            test,
+            score=",".join(scores),
+            normal=name,
+            baselines="detect" in spec["baselines"],
+            fit_on=Samples.of(part, "train").take(spec["fit_rows"]),
+            calibrate_on=Samples.of(part, "val"),
+            out=out if name == names[-1] else None,
+            seed=spec["seed"],
+        )
+        for row in found.table:
+            ours = row["method"] in scores
+            method = f"{spec['model']}, {row['method']}" if ours else _DETECTORS[row["method"]]
+            cells = {"method": method, "kind": OURS if ours else BASELINE, "class": name}
+            cells |= {"auroc": row["auroc"], "aupr": row["aupr"], "error": row.get("note") or ""}
+            rows.append(cells)
+    return rows
+
+
+_DETECTORS = {
+    "pca": "PCA's error", "mean": "distance to the mean sample", "knn": "5th-nearest neighbour",
+    "isolation_forest": "isolation forest",
+}  # fmt: skip
+
+
+def _scores(model: aezoo.Autoencoder) -> list[str]:
+    """The scores of every model, less nap where features are so many that it would take minutes.
+
+    elbo and iwae are left out: of 64 draws for each sample they would take most of the time.
+    """
+    from aezoo.tasks.detect_scores import pathway
+
+    with torch.no_grad():
+        features = pathway(model, torch.zeros(2, *model.input_shape, device=model.device)).shape[1]
+    return ["nll", "mse", "mahalanobis", "sap", *(["nap"] if features <= _MOST_NAP else [])]
+
+
+# ---- help -----------------------------------------------------------------------------------------------------------
+
+# of the pictures that a verb writes the one that shows what it does
+PICTURES = {
+    "reconstruct": "reconstructions",
+    "generate": "samples",
+    "denoise": "denoised",
+    "detect": "anomalies",
+    "embed": "plane",
+    "compress": "rate_distortion",
+}
+
+
+def _keep_picture(verb: str, folder: Path, home: Path) -> None:
+    source = folder / f"{PICTURES[verb]}.png"
+    if source.is_file():
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, home / f"task-{verb}.png")
+
+
+if __name__ == "__main__":
+    processes.answer(measure)

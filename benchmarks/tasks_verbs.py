@@ -1,0 +1,196 @@
+"""What each verb gives for a trained model, as rows of `benchmarks.tasks`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import aezoo
+from aezoo.errors import AezooError
+from aezoo.likelihoods import Bernoulli
+from aezoo.metrics import Evaluation
+from aezoo.tasks import fidelity, fidelity_features, priors
+from aezoo.tasks.compress import compress
+from aezoo.tasks.denoise import denoise
+from aezoo.tasks.embed import embed
+from aezoo.tasks.generate import generate
+from aezoo.tasks.reconstruct import reconstruct
+from aezoo.tasks.samples import Samples
+
+Row = dict[str, Any]
+
+OURS, BASELINE, REFERENCE = "ours", "baseline", "reference"
+
+
+@dataclass
+class Work:
+    """What a verb's rows are made of.
+
+    Attributes:
+        spec: see `tasks_row.measure`.
+        model: trained.
+        train: training samples, as many as `fit_rows` at most.
+        test: test samples, as many as `test_rows` at most.
+        baselines: whether the rows of this data set and seed are still without baselines.
+        out: folder for the verb's pictures, or None.
+    """
+
+    spec: Row
+    model: aezoo.Autoencoder
+    train: Samples
+    test: Samples
+    baselines: bool
+    out: str | None
+
+    @property
+    def name(self) -> str:
+        """What the tables call the model."""
+        return str(self.spec["model"])
+
+    @property
+    def seed(self) -> int:
+        """Of training and of what the verbs draw."""
+        return int(self.spec["seed"])
+
+    @property
+    def size(self) -> int:
+        """Numbers in a code."""
+        return math.prod(self.model.code_shape)
+
+
+def _reconstruct(work: Work) -> list[Row]:
+    found = reconstruct(work.model, work.test, out=work.out, seed=work.seed)
+    outputs = {(work.name, OURS): torch.from_numpy(np.array(found.x_hat))}
+    if work.baselines:
+        from sklearn.decomposition import PCA
+
+        fit, flat = (_all(part).flatten(1).numpy() for part in (work.train, work.test))
+        pca = PCA(min(work.size, *fit.shape), random_state=0).fit(fit)
+        outputs[f"PCA, {work.size} numbers", BASELINE] = torch.from_numpy(pca.inverse_transform(pca.transform(flat)))
+        outputs["mean sample", BASELINE] = torch.from_numpy(fit.mean(0)).expand(len(flat), -1)
+    x = _all(work.test)
+    rows = []
+    for (method, kind), x_hat in outputs.items():
+        evaluation = Evaluation(work.test.shape, torch.device("cpu"))
+        evaluation.add({}, x, x_hat.reshape(x.shape))
+        rows.append({"method": method, "kind": kind} | {k: float(v) for k, v in evaluation.compute().items()})
+    return rows
+
+
+def _generate(work: Work) -> list[Row]:
+    judge, n = _Judge(work), len(work.test)
+    rows: list[Row] = []
+    for name in ("own", "gmm") if work.model.has_prior else priors.NAMES:
+        found = generate(work.model, prior=name, n=n, fit_on=work.train, seed=work.seed)
+        how = "own prior" if name == "own" else f"prior {name}"
+        rows.append({"method": f"{work.name}, {how}", "kind": OURS} | judge(torch.from_numpy(found.samples)))
+    if work.out is not None:
+        generate(work.model, n=64, fit_on=work.train, out=work.out, seed=work.seed)
+    if work.baselines:
+        flat = _all(work.train).flatten(1).numpy()
+        drawn = {("real samples, held out", REFERENCE): _all(work.test)}
+        drawn["training samples, copied", REFERENCE] = _all(work.train.take(n, work.seed + 1))
+        for name, method in (("gmm", "Gaussian mixture of PCA's codes"), ("knn", "between neighbours, in pixels")):
+            x = priors.fit(name, flat, seed=work.seed).sample(n, work.seed).clip(0, 1)
+            drawn[method, BASELINE] = torch.from_numpy(x).reshape(-1, *work.test.shape)
+        rows += [{"method": method, "kind": kind} | judge(x) for (method, kind), x in drawn.items()]
+    return rows
+
+
+class _Judge:
+    """The figures of `generate --quality`, with the feature network trained once, from seed 0, for all samples."""
+
+    def __init__(self, work: Work) -> None:
+        self.train = work.train
+        self.features = fidelity_features.choose_features(work.train, torch.device("cpu"), 0, False)
+        self.real = self.features.all(work.train, 256)
+        self.held = fidelity.nearest_samples(_all(work.test), work.train).distances
+
+    def __call__(self, fake: torch.Tensor) -> Row:
+        with torch.no_grad():
+            drawn = torch.cat([self.features.of(part) for part in fake.split(256)])
+        nearest = fidelity.nearest_samples(fake, self.train)
+        row = fidelity.figures(self.real, drawn, nearest)
+        return row | {"closer": fidelity.closer(nearest.distances, self.held), "features": self.features.name}
+
+
+def _denoise(work: Work) -> list[Row]:
+    noise = work.spec["corrupt"]
+    found = denoise(
+        work.model, work.test, corrupt=noise, baselines=work.baselines or work.out is not None,
+        n_compared=work.spec["test_rows"], out=work.out, seed=work.seed,
+    )  # fmt: skip
+    ours, *others = found.table
+    rows = [ours | {"method": work.name, "kind": OURS}]
+    if work.baselines:
+        rows += [row | {"kind": BASELINE, "error": row["setting"] if row["mse"] is None else ""} for row in others]
+    names = {"identity": "the noisy samples"}
+    return [row | {"method": names.get(row["method"], row["method"]), "corrupt": noise} for row in rows]
+
+
+def _embed(work: Work) -> list[Row]:
+    method = "tsne" if work.out else "pca"
+    found = embed(work.model, work.test, fit_on=work.train, method=method, out=work.out, seed=work.seed)
+    names = {"codes": work.name, "raw values": "raw values", "pca": f"PCA, {work.size} numbers"}
+    return [
+        {"method": names[row["features"]], "kind": OURS if row["features"] == "codes" else BASELINE}
+        | {key: value for key, value in row.items() if key != "features"}
+        for row in found.accuracies
+        if work.baselines or row["features"] == "codes"
+    ]
+
+
+def _compress(work: Work) -> list[Row]:
+    """Lossy, and lossless where the model can; what it is held against depends on no seed."""
+    rows = []
+    if not work.spec["lossless_only"]:
+        qualities, compare = tuple(work.spec["qualities"]), work.baselines or work.out is not None
+        lossy = compress(
+            work.model, work.test, mode="lossy", quality=qualities, compare=compare, fit_on=work.train, out=work.out,
+            seed=work.seed,
+        )  # fmt: skip
+        for row in lossy.rows:
+            ours = row["method"].startswith("aezoo")
+            # what loses nothing has no place on a curve of losses
+            if ours or (work.baselines and "(lossless)" not in row["method"]):
+                method = work.name if ours else row["method"]
+                rows.append({"task": "lossy"} | row | {"method": method, "kind": OURS if ours else BASELINE})
+    if work.model.has_prior and hasattr(work.model, "posterior") and work.model.likelihood.discrete:
+        binary = isinstance(work.model.likelihood, Bernoulli)
+        task = {"task": f"lossless, {'binarised' if binary else 'bytes'}"}
+        try:
+            lossless = compress(
+                work.model, work.test, mode="lossless", binarise=binary, compare=work.seed == 0, seed=work.seed
+            )
+            rows += [task | row | _named(row["method"], work.name) for row in lossless.rows]
+        except AezooError as error:  # such as values that are not whole numbers from 0 to 255, as in digits
+            rows.append(task | {"method": work.name, "kind": OURS, "error": str(error)})
+    return [{key: value for key, value in row.items() if value == value} for row in rows]  # without NaN
+
+
+def _named(method: str, model: str) -> Row:
+    """Method and kind of a row of the verb's lossless table."""
+    match method:
+        case "-ELBO, the bound":
+            return {"method": f"{model}, -ELBO", "kind": REFERENCE}
+        case "aezoo, net":
+            return {"method": f"{model}, without initial bits", "kind": REFERENCE}
+        case "aezoo, the file with initial bits":
+            return {"method": model, "kind": OURS}
+    return {"method": method.removesuffix(" (lossless)"), "kind": BASELINE}
+
+
+VERBS: dict[str, Callable[[Work], list[Row]]] = {
+    "reconstruct": _reconstruct,
+    "generate": _generate,
+    "denoise": _denoise,
+    "embed": _embed,
+    "compress": _compress,
+}
+
+
+def _all(samples: Samples) -> torch.Tensor:
+    return torch.cat([*samples.batches(1024)])

@@ -1,0 +1,442 @@
+"""Steps that are not finite change nothing, are counted, and end a run that makes no others."""
+
+import copy
+import shlex
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import aezoo
+from aezoo import cli
+from aezoo.callbacks import EMA, Checkpoints, FaultGuard, fault_guard
+from aezoo.data import DataModule
+from aezoo.errors import AezooError
+from aezoo.models.variational.vae import VAE
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+BATCHES = 6
+
+
+class Norms(VAE):
+    """A small model with BatchNorm and a buffer that each step replaces; at chosen steps something is not finite.
+
+    Args:
+        faults: for the number of a batch since the start, what is not finite then: the term kl, the gradient of one
+            layer, or (overflow) its squares.
+    """
+
+    def __init__(self, faults: dict[int, str] | None = None, optimizer: str = "adam") -> None:
+        torch.manual_seed(0)
+        super().__init__((6,), latent_dim=2, hidden_dims=(5,), lr=0.01, likelihood="gaussian", optimizer=optimizer)
+        self.encoder.insert(1, nn.BatchNorm1d(6))
+        self.faults, self.batches = faults or {}, 0
+        self.register_buffer("steps", torch.zeros(1))
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        # here, since a process that is started gets the model without its hooks
+        values = {"gradient": torch.inf, "overflow": 1e20}
+        self.encoder[2].weight.register_hook(lambda g: g.fill_(values[self.fault]) if self.fault in values else g)
+
+    @property
+    def fault(self) -> str | None:
+        return self.faults.get(self.batches - 1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        if self.training:
+            self.batches += 1
+            self.steps = self.steps + 1
+        terms = super().loss(x, y)
+        if self.training and self.fault == "kl":
+            terms["kl"] = terms["kl"] * torch.nan
+            terms["loss"] = terms["loss"] + terms["kl"]
+        return terms
+
+
+class States(pl.Callback):
+    """What a batch may change, before the first and after each."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        if not self.seen:
+            self._look(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer, pl_module):
+        state = dict(pl_module.state_dict())
+        for i, optimizer in enumerate(trainer.optimizers):
+            for j, moments in optimizer.state_dict()["state"].items():
+                state |= {f"{name} {i} {j}": value for name, value in moments.items()}
+        for callback in trainer.callbacks:
+            if isinstance(callback, EMA) and callback._average_model is not None:
+                average = callback._average_model.module.state_dict()
+                state |= {f"average {name}": value for name, value in average.items()}
+        self.seen.append({name: torch.as_tensor(value).clone() for name, value in state.items()})
+
+
+def table(n: int = BATCHES * 8, bad: int | None = None) -> TensorDataset:
+    x = torch.rand(n, 6, generator=torch.Generator().manual_seed(1))
+    if bad is not None:
+        x[bad, 2] = torch.nan
+    return TensorDataset(x)
+
+
+def guard(defers: bool = False, patience: int = 5, every_n_steps: int = 50) -> FaultGuard:
+    made = FaultGuard(patience, every_n_steps)
+    made._defers = defers
+    return made
+
+
+def fit(model, *callbacks, epochs=1, data=None, tmp_path=None, **options):
+    torch.manual_seed(0)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **{"enable_checkpointing": any(isinstance(c, Checkpoints) for c in callbacks)} | options,
+    )
+    trainer.fit(model, DataLoader(table() if data is None else data, 8))
+    return trainer
+
+
+def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    return [name for name in after if name not in before or not torch.equal(before[name], after[name])]
+
+
+# ---- one bad step ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("fault", ["kl", "gradient", "overflow", "batch"])
+def test_a_bad_step_changes_nothing_and_is_counted(capsys, fault, optimizer, defers):
+    made, states = guard(defers), States()
+    model = Norms({3: fault}, optimizer)
+    data = table(bad=3 * 8 + 5) if fault == "batch" else None
+    fit(model, made, EMA(0.9), states, data=data)
+    assert differing(states.seen[3], states.seen[4]) == []
+    for i in (0, 1, 2, 4, 5):
+        changed = differing(states.seen[i], states.seen[i + 1])
+        assert {"encoder.1.running_mean", "encoder.1.num_batches_tracked", "steps", "average encoder.2.weight"} <= {
+            *changed
+        }
+        assert {name for name, _ in model.named_parameters()} <= {*changed}
+    assert all(value.isfinite().all() for value in states.seen[-1].values())
+    assert made.skipped == 1
+    terms = {"kl": ["kl"], "batch": ["nll", "kl", "elbo"]}.get(fault, ["gradient"])
+    assert dict(made.by_term) == dict.fromkeys(terms, 1)
+    # the KL term does not reach the decoder
+    parts = ["encoder", "decoder"] if fault == "batch" else ["encoder"]
+    assert dict(made.by_part) == dict.fromkeys(parts, 1)
+    line = next(line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
+    assert "step 4 skipped (epoch 0, batch 3)" in line and all(term in line for term in terms)
+    assert ("sample(s) 5 hold NaN" in line) == (fault == "batch" and not defers)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_the_device_counts_and_skips_as_the_host_does(ema):
+    """Faults in a row, at the start, at the end of an epoch, of several kinds; several looks within an epoch."""
+    faults = {0: "kl", 3: "gradient", 4: "kl", 5: "kl", 9: "gradient", 11: "kl", 13: "kl"}
+    ends = []
+    for made in (guard(False), guard(True, every_n_steps=2)):
+        model, states = Norms(faults), States()
+        # the average begins after the first step, which is bad: what it begins with nobody on the host would know
+        fit(model, made, *([EMA(0.9, start_step=1)] if ema else []), states, epochs=3)
+        ends.append((states.seen[-1], made.state_dict()))
+    (host, counted), (device, counted_there) = ends
+    assert differing(host, device) == []
+    assert counted == counted_there
+    assert counted == {
+        "skipped": 7,
+        "in_a_row": 0,
+        "by_term": {"kl": 5, "gradient": 2},
+        "by_part": {"encoder": 7},
+    }
+
+
+@pytest.mark.parametrize("kind", ["sparse", "half", "channels_last"])
+def test_gradients_of_any_kind_are_judged(kind):
+    for value in (1.0, torch.nan, torch.inf, 1e30):
+        gradient = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+        gradient[1, 0, 2, 0] = value
+        if kind == "half":
+            gradient = gradient.half() * 6e4  # squares that are beyond float16
+        elif kind == "sparse":
+            gradient = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), gradient, (4, 3, 4, 4), check_invariants=True)
+        assert fault_guard._broken([torch.ones(3, dtype=gradient.dtype), gradient]) == (value != 1), value
+
+
+@pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
+def test_a_healthy_run_is_as_without_a_guard(capsys, defers):
+    ends = []
+    for callbacks in ([guard(defers)], []):
+        states = States()
+        fit(Norms(), *callbacks, states, epochs=2)
+        ends.append(states.seen[-1])
+    assert differing(*ends) == []
+    assert "skipped" not in capsys.readouterr().err
+
+
+def test_a_look_for_a_checkpoint_takes_nothing_away():
+    made = guard(True)
+    seen = []
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, *args):
+            seen.append(made.state_dict()["skipped"])
+
+    fit(Norms({1: "kl", 2: "gradient"}), made, Save())
+    assert seen == [0, 1, 2, 2, 2, 2]
+    assert made.skipped == 2
+
+
+@pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
+def test_under_accumulation_all_batches_of_a_step_are_dropped(defers):
+    made, states = guard(defers), States()
+    fit(Norms({2: "kl"}), made, states, accumulate_grad_batches=2)
+    # batches 2 and 3 are one step
+    assert differing(states.seen[2], states.seen[4]) == []
+    assert differing(states.seen[4], states.seen[6]) != []
+    assert made.skipped == 1
+
+
+def test_a_gradient_scaler_finds_its_scale_without_being_counted():
+    made, states = guard(), States()
+    # in float16 the first steps overflow under so large a scale
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    plugin = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+    fit(Norms({20: "kl"}), made, states, epochs=4, plugins=[plugin])
+    assert scaler.get_scale() < 2**18
+    assert differing(states.seen[0], states.seen[1])  # the statistics of BatchNorm, and no weights
+    assert not {name for name, _ in Norms().named_parameters()} & {*differing(states.seen[0], states.seen[1])}
+    assert differing(states.seen[20], states.seen[21]) == []
+    assert (made.skipped, dict(made.by_term)) == (1, {"kl": 1})
+    assert differing(states.seen[-2], states.seen[-1]) != []
+    assert all(value.isfinite().all() for value in states.seen[-1].values())
+
+
+class Two(pl.LightningModule):
+    """Two optimisers in one step, one for each layer; from time to time one of them gets a bad gradient."""
+
+    def __init__(self, bad: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.first, self.second, self.bad = nn.Linear(6, 6), nn.Linear(6, 6), bad
+
+    def training_step(self, batch, batch_idx):
+        for layer, optimizer in zip((self.first, self.second), self.optimizers(), strict=True):
+            loss = (layer(batch[0]) - batch[0]).square().mean()
+            if layer is self.second and batch_idx == self.bad:
+                loss = loss * torch.inf
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(layer.parameters(), 0.01, fused=True) for layer in (self.first, self.second)]
+
+
+@pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
+def test_of_two_optimisers_the_one_with_bad_gradients_skips(defers):
+    made, states = guard(defers), States()
+    fit(Two(bad=2), made, states)
+    changed = differing(states.seen[2], states.seen[3])
+    assert "first.weight" in changed and not any(name.startswith("second") or " 1 " in name for name in changed)
+    assert "second.weight" in differing(states.seen[3], states.seen[4])
+    assert made.skipped == 1
+    assert dict(made.by_part) == {"second": 1}
+
+
+# ---- the end of a run -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
+def test_patience_ends_the_run_with_a_report_and_keeps_what_was_good(tmp_path, defers):
+    model = Norms(dict.fromkeys(range(BATCHES + 2, 99), "kl"))
+    made, saver = guard(defers, patience=3, every_n_steps=1), Checkpoints(dirpath=str(tmp_path / "checkpoints"))
+    with pytest.raises(AezooError, match="3 steps in a row were not finite") as error:
+        fit(model, made, saver, epochs=3, tmp_path=tmp_path)
+    assert "\n" not in str(error.value) and "epoch 1, batch 4: kl" in str(error.value)
+    assert model.batches == BATCHES + 5 + 1  # one more to find the layer
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == BATCHES
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    text = (tmp_path / "fault.txt").read_text()
+    assert "loss terms not finite there: kl" in text and "at epoch 1, batch 4" in text
+    assert "encoder.2.weight" in text and f"ckpt_path='{tmp_path}/checkpoints/last.ckpt'" in text
+
+
+def test_the_report_names_the_first_layer_that_broke_and_no_later_one(tmp_path):
+    model = Norms()
+    with torch.no_grad():
+        model.decoder[1].weight[0, 0] = 3e38
+
+    class Grow(pl.Callback):
+        """Finite on the first batch, too large on those that follow."""
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.decoder[1].bias.data[0] = 3e38 if batch_idx else 0.0
+
+    with pytest.raises(AezooError, match=r"first in decoder"):
+        fit(model, guard(patience=2), Grow(), tmp_path=tmp_path)
+    assert "decoder." in (tmp_path / "fault.txt").read_text()
+
+
+def test_a_good_step_between_bad_ones_starts_the_count_again():
+    made = guard(patience=2)
+    fit(Norms({0: "kl", 2: "kl", 4: "kl"}), made)
+    assert made.skipped == 3
+
+
+def test_the_command_in_the_report_runs_into_the_same_fault(tmp_path, monkeypatch, capsys):
+    """From the command line: exit code 2, one line, the samples of the batch by number, and the way back to them."""
+    monkeypatch.chdir(tmp_path)
+    true = VAE.loss
+
+    def broken(self, x, y=None):
+        terms = true(self, x, y)
+        if self.training and self.trainer.current_epoch == 1:
+            terms["kl"] = terms["kl"] * torch.nan
+            terms["loss"] = terms["nll"] + terms["kl"]
+        return terms
+
+    monkeypatch.setattr(VAE, "loss", broken)
+    off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
+    argv = ["fit", "--model=vae", "--model.hidden_dims=[8]", "--data.name=digits", "--data.batch_size=200", *off]
+    argv += ["--projector.n=0", "--code_statistics.every_n_epochs=0", "--trainer.max_epochs=3"]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*argv, "--fault_guard.patience=2"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "aezoo: 2 steps in a row were not finite (epoch 1, batch 1: kl" in error.splitlines()[-1]
+    run = Path("runs/vae-digits/0")
+    report = dict(line.split(": ", 1) for line in (run / "fault.txt").read_text().splitlines()[1:])
+    rows = [int(row) for row in report["training samples of that batch"].split(", ")]
+    order = DataModule("digits", batch_size=200)
+    order.setup("fit")
+    loader = order.train_dataloader()
+    loader.sampler.set_epoch(1)
+    assert rows == loader.sampler.rows()[200:400].tolist()
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 0
+    command = shlex.split(report["the same again"])
+    assert command[:3] == ["aezoo", "fit", "--resume"]
+    with pytest.raises(SystemExit) as end:
+        cli.main(command[1:])
+    assert end.value.code == 2
+    assert "1 steps in a row were not finite (epoch 1, batch 0: kl" in capsys.readouterr().err.splitlines()[-1]
+    assert aezoo.load_model(run).encoder[1].weight.isfinite().all()
+
+
+def test_counts_survive_a_checkpoint():
+    made = guard()
+    fit(Norms({1: "kl"}), made)
+    other = guard()
+    other.load_state_dict(copy.deepcopy(made.state_dict()))
+    assert other.state_dict() == made.state_dict()
+
+
+@pytest.mark.parametrize("values", [{"patience": -1}, {"every_n_steps": 0}])
+def test_bad_values_are_refused(values):
+    with pytest.raises(AezooError, match=next(iter(values))):
+        FaultGuard(**values)
+
+
+# ---- CUDA graphs ----------------------------------------------------------------------------------------------------
+
+
+def test_only_a_guard_that_keeps_nothing_a_batch_can_be_captured():
+    found = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            found.append(trainer.callbacks[0].capturable)
+
+    for model, defers in ((Norms(), True), (VAE((6,), hidden_dims=(5,)), True), (VAE((6,), hidden_dims=(5,)), False)):
+        fit(model, guard(defers), Look(), limit_train_batches=1)
+    assert found == [False, True, False]
+
+
+def test_each_replay_of_a_recorded_step_is_counted():
+    """As `aezoo.loop` does it: the hook is called once, while the step is recorded, and told of each replay."""
+    made, average = guard(True), EMA(0.9)
+    model = VAE((6,), hidden_dims=(5,))
+    outputs, seen = {"kl": torch.zeros(())}, {}
+
+    class Replays(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            optimizer = trainer.optimizers[0]
+            for parameter in pl_module.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            made.on_before_optimizer_step(trainer, pl_module, optimizer)
+            captured = optimizer.found_inf
+            for batch_idx, bad in enumerate((0, 1, 1, 0, 1)):
+                if batch_idx == 3:
+                    # a batch that no graph holds
+                    outputs["kl"].zero_()
+                    made.on_before_optimizer_step(trainer, pl_module, optimizer)
+                    assert average.skipped is not captured
+                    made.on_train_batch_end(trainer, pl_module, outputs, None, batch_idx)
+                captured.fill_(bad)  # what a replay does
+                outputs["kl"].fill_(torch.nan if bad else 0.0)
+                made.replayed()
+                assert average.skipped is captured
+                made.on_train_batch_end(trainer, pl_module, outputs, None, batch_idx)
+            seen.update(made.state_dict())
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        fit(model, made, average, Replays())
+    assert seen["skipped"] == 3 and seen["in_a_row"] == 1
+    assert seen["by_term"] == {"kl": 3}
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+class Ranks(pl.Callback):
+    """What each rank has at the end, in a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def on_train_end(self, trainer, pl_module):
+        made = next(callback for callback in trainer.callbacks if isinstance(callback, FaultGuard))
+        state = {"skipped": made.skipped, "by_part": dict(made.by_part), "weights": pl_module.state_dict()}
+        torch.save(state, Path(self.folder) / f"{trainer.global_rank}.pt")
+
+
+class OneRank(Norms):
+    """Its loss is not finite on the second process alone."""
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        terms = super().loss(x, y)
+        if self.training and self.batches == 2 and self.global_rank == 1:
+            terms["loss"] = terms["loss"] * torch.nan
+        return terms
+
+
+@pytest.mark.slow
+def test_two_processes_skip_the_same_steps(tmp_path):
+    fit(OneRank(), guard(), Ranks(tmp_path), devices=2, strategy="ddp_spawn")
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["skipped"] == second["skipped"] == 1
+    assert first["by_part"] == second["by_part"] == {"encoder": 1, "decoder": 1}
+    for name, value in first["weights"].items():
+        assert value.isfinite().all(), name
+        # the statistics of BatchNorm are those of a rank's own samples
+        assert "running" in name or torch.equal(value, second["weights"][name]), name

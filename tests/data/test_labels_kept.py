@@ -1,0 +1,144 @@
+"""Training on few labels: which samples keep theirs, by which path they come, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import aezoo
+from aezoo.data import DataModule
+from aezoo.data.classes import labels_of, names_of
+from aezoo.errors import AezooError
+
+RNG = np.random.default_rng(0)
+
+
+def kept(**plain):
+    """All labels and those that are kept, of digits' training split."""
+    return DataModule("digits").tensors("train")[1], DataModule("digits", **plain).tensors("train")[1]
+
+
+def test_equally_many_of_each_class_keep_their_own_label_and_the_others_get_minus_one():
+    y, few = kept(num_labels=50)
+    labelled = few >= 0
+    assert torch.equal(few[labelled], y[labelled])
+    assert few[labelled].bincount().tolist() == [5] * 10
+    assert set(few[~labelled].tolist()) == {-1}
+    assert few.dtype == torch.int64
+
+
+def test_val_and_test_and_all_samples_stay_as_they_are():
+    everything, few = DataModule("digits"), DataModule("digits", num_labels=50)
+    for stage in ("train", "val", "test"):
+        (x, y), (few_x, few_y) = everything.tensors(stage), few.tensors(stage)
+        assert torch.equal(x, few_x)
+        assert torch.equal(y, few_y) == (stage != "train")
+    assert few.num_classes == 10
+    assert dict(few.hparams)["num_labels"] == 50
+    assert torch.equal(DataModule("digits", num_labels=0).tensors("train")[1], everything.tensors("train")[1])
+
+
+def test_the_seed_says_which_and_more_labels_hold_the_fewer():
+    first, again, other = (kept(num_labels=50, seed=seed)[1] for seed in (3, 3, 4))
+    more = kept(num_labels=80, seed=3)[1]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(more[first >= 0], first[first >= 0])
+    # spread over the set, not its first samples
+    where = (first >= 0).nonzero()[:, 0].double()
+    assert 0.3 * len(first) < where.mean() < 0.7 * len(first)
+
+
+def pairs(batches):
+    """Samples, as bytes, with their labels, in an order of their own."""
+    return sorted((x.numpy().tobytes(), int(y)) for xs, ys in batches for x, y in zip(xs, ys, strict=True))
+
+
+@pytest.mark.parametrize("memory", ["on", "off"])
+@pytest.mark.parametrize("binarise", ["none", "threshold"])
+def test_batches_carry_the_kept_labels_by_both_paths(memory, binarise):
+    module = DataModule("digits", num_labels=50, memory=memory, num_workers=0, batch_size=64, binarise=binarise)
+    x, y = module.dataset("train").x, module.dataset("train").y
+    assert pairs(module.train_dataloader()) == pairs([(x, y)])
+    assert torch.equal(y, kept(num_labels=50)[1])
+
+
+def test_with_chosen_classes_these_share_the_labels():
+    y = DataModule("digits", train_classes=[3, 7], num_labels=10).tensors("train")[1]
+    assert y[y >= 0].bincount().nonzero()[:, 0].tolist() == [3, 7]
+    assert y[y >= 0].bincount().tolist()[3::4] == [5, 5]
+
+
+@pytest.mark.parametrize("memory", ["on", "off"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_of_files(tmp_path, memory, workers):
+    for name, value in (("cats", 10), ("dogs", 200)):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            Image.fromarray(np.full((4, 4), value + i, np.uint8)).save(tmp_path / name / f"{i}.png")
+    module = DataModule(str(tmp_path), num_labels=6, memory=memory, num_workers=workers, batch_size=8)
+    y = labels_of(module.dataset("train"))
+    assert y[y >= 0].bincount().tolist() == [3, 3]
+    seen = torch.cat([labels for _, labels in module.train_dataloader()])
+    assert sorted(seen.tolist()) == sorted(y.tolist())
+    for x, labels in module.train_dataloader():
+        light = (x.float().amax((1, 2, 3)) > (100 if x.dtype == torch.uint8 else 0.4)).long()
+        assert torch.equal(light[labels >= 0], labels[labels >= 0])
+    plain = DataModule(str(tmp_path), num_workers=0)
+    assert torch.equal(module.tensors("train")[0], plain.tensors("train")[0])
+
+
+@pytest.mark.parametrize(
+    ("n", "match"),
+    [
+        (55, "multiple of 10"),
+        (2000, r"200 samples of each class, the training split of digits has \d+ of '0': lower it"),
+        (-1, "at least 0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_in_one_line(n, match):
+    with pytest.raises(AezooError, match=match) as refusal:
+        DataModule("digits", num_labels=n).setup()
+    assert "\n" not in str(refusal.value)
+
+
+def test_data_without_classes_are_refused_in_one_line():
+    x = RNG.random((40, 4))
+    for y in (None, RNG.random(40), RNG.random((40, 3))):
+        with pytest.raises(AezooError, match="has no classes") as refusal:
+            DataModule.from_arrays(x, y, num_labels=4).setup()
+        assert "\n" not in str(refusal.value)
+    with pytest.raises(AezooError, match="contradict"):
+        DataModule("digits", num_labels=50, labels="ignore")
+
+
+def test_no_label_is_not_the_last_class():
+    assert names_of(torch.tensor([1, -1, 0]), ("a", "b")).tolist() == ["b", "-1", "a"]
+    assert names_of(torch.tensor([3, -1]), None).tolist() == ["3", "-1"]
+
+
+def test_callbacks_and_tasks_bear_samples_without_a_label(tmp_path, monkeypatch):
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from aezoo.callbacks import LatentScatter, Projector, Reconstructions
+    from aezoo.tasks.detect import detect
+    from aezoo.tasks.embed import embed
+
+    module = DataModule("digits", num_labels=50, batch_size=256)
+    # as if labels were missing where callbacks look
+    module.setup()
+    module._splits["val"].y[::2] = -1
+    model = aezoo.create_model("semi_supervised_vae", module.input_shape, hidden_dims=(16,), latent_dim=2)
+    callbacks = [LatentScatter(every_n_epochs=1), Projector(), Reconstructions(every_n_epochs=1)]
+    logger = TensorBoardLogger(tmp_path, name="run", version=0)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=2, logger=logger, callbacks=callbacks,
+                         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1)  # fmt: skip
+    trainer.fit(model, module)
+    assert {"-1", "3"} <= set((tmp_path / "run" / "version_0" / "projector" / "labels.tsv").read_text().split())
+    assert (tmp_path / "run" / "version_0" / "pictures" / "latents.png").is_file()
+    model.eval()
+    found = embed(model, module, fit_on=module)
+    assert len(found.codes) == len(module.dataset("test"))
+    anomalies = detect(model, module, normal="3")
+    assert len(anomalies.scores) == len(module.dataset("test"))

@@ -1,0 +1,348 @@
+"""The resident path gives the batches of the loader path, and training the same weights, wherever the samples lie."""
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_vision import write_family
+
+import aezoo
+from aezoo.data import ArrayDataset, DataModule, resident
+from aezoo.data import datamodule as datamodule_module
+from aezoo.data.idx import FAMILIES
+from aezoo.data.loaders import LazyLoader, make_loader, workers
+from aezoo.data.resident import ResidentLoader, free_memory
+from aezoo.errors import AezooError
+
+N = 23
+
+
+def arrays(labels=True, dtype=torch.float32):
+    x = torch.arange(N * 3).view(N, 3).to(dtype)
+    return x, torch.arange(N) % 4 if labels else None
+
+
+def same_batches(one, other):
+    one, other = list(one), list(other)
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert x.dtype == y.dtype and torch.equal(x, y)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_batches_are_the_loaders(batch_size, world, shuffle, drop_last, dtype, labels):
+    x, y = arrays(labels, dtype)
+    seen = []
+    for rank in range(world):
+        how = {"batch_size": batch_size, "shuffle": shuffle, "seed": 5, "rank": rank, "world": world}
+        loader = make_loader(ArrayDataset(x, y), drop_last=drop_last, labels=labels, **how)
+        held = ResidentLoader(x, y, drop_last=drop_last, **how)
+        assert len(held) == len(loader)
+        for epoch in (0, 1, 2):
+            for one in (loader, held):
+                one.sampler.set_epoch(epoch)
+            if len(held):
+                same_batches(loader, held)
+            else:
+                assert not list(held) and not list(loader)
+        seen += [int(row) // 3 for batch in held for row in batch[0][:, 0]]
+        assert len(list(held)) == len(held)
+    assert len(seen) == len(set(seen))
+
+
+def test_a_batch_is_a_copy():
+    x, _ = arrays(False)
+    (batch,) = next(iter(ResidentLoader(x, batch_size=4)))
+    batch.zero_()
+    assert torch.equal(x, arrays(False)[0])
+
+
+def test_epoch_set_after_iter_counts():
+    held = ResidentLoader(arrays(False)[0], batch_size=4, shuffle=True)
+    iterator = iter(held)
+    held.sampler.set_epoch(3)
+    other = ResidentLoader(arrays(False)[0], batch_size=4, shuffle=True)
+    other.sampler.set_epoch(3)
+    same_batches(iterator, other)
+
+
+# ---- every kind of source -------------------------------------------------------------------------------------------
+
+
+def folder_of_images(folder):
+    rng = np.random.default_rng(1)
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True)
+        for i in range(12):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / label / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def source(request, tmp_path):
+    """Arguments of a DataModule on a small set of that kind."""
+    if request.param == "fashion_mnist":
+        write_family("fashion_mnist", tmp_path / FAMILIES["fashion_mnist"].title / "raw", train=300)
+        return {"name": "fashion_mnist", "root": str(tmp_path), "download": False}
+    if request.param == "folder":
+        return {"name": "folder", "root": str(folder_of_images(tmp_path / "images"))}
+    if request.param == "array":
+        np.savez(tmp_path / "a.npz", x=np.random.default_rng(0).random((90, 6)), y=np.arange(90) % 3)
+        return {"name": "array", "root": str(tmp_path / "a.npz")}
+    return {"name": request.param}
+
+
+@pytest.mark.parametrize("source", ["array", "digits", "mnist5k", "fashion_mnist", "folder"], indirect=True)
+def test_every_source_gives_the_same_batches_either_way(source):
+    loaders = {}
+    for memory in ("on", "off"):
+        data = DataModule(
+            **source,
+            memory=memory,
+            batch_size=37 if source["name"] in ("digits", "mnist5k") else 7,
+            seed=2,
+            num_workers=0,
+        )
+        loaders[memory] = [data.train_dataloader(), data.val_dataloader(), data.test_dataloader()]
+    assert all(isinstance(one, ResidentLoader) for one in loaders["on"])
+    assert all(isinstance(one, LazyLoader) for one in loaders["off"])
+    for held, lazy in zip(loaders["on"], loaders["off"], strict=True):
+        for epoch in (0, 1):
+            for one in (held, lazy):
+                one.sampler.set_epoch(epoch)
+            same_batches(held, lazy)
+
+
+@pytest.mark.parametrize("source", ["mnist5k", "fashion_mnist", "folder"], indirect=True)
+def test_bytes_stay_bytes(source):
+    data = DataModule(**source, memory="on", batch_size=7)
+    held = data.train_dataloader()
+    assert held.x.dtype == torch.uint8
+    batch = next(iter(held))
+    assert batch[0].dtype == torch.uint8
+    floats = data.on_after_batch_transfer(batch, 0)[0]
+    assert floats.dtype == torch.float32 and torch.equal(floats, batch[0].float() / 255)
+
+
+def fit(memory, source, folder=None, ckpt_path=None, **plain):
+    torch.manual_seed(0)
+    data = DataModule(**source, memory=memory, batch_size=16, seed=1, num_workers=0)
+    model = aezoo.create_model("vae", data.input_shape, latent_dim=2, hidden_dims=(8,))
+    trainer = pl.Trainer(
+        **{"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False,
+           "enable_model_summary": False, "enable_checkpointing": False, "limit_train_batches": 5,
+           "limit_val_batches": 2} | plain,
+        callbacks=[*([SaveAt(7, folder)] if folder else [])],
+    )  # fmt: skip
+    trainer.fit(model, data, ckpt_path=ckpt_path)
+    return model.state_dict(), {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
+class SaveAt(pl.Callback):
+    """Saves in the middle of an epoch."""
+
+    def __init__(self, step, folder):
+        self.step, self.folder = step, folder
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.folder / "a.ckpt")
+
+
+@pytest.mark.parametrize("source", ["array", "mnist5k", "folder"], indirect=True)
+def test_training_gives_the_same_weights_and_figures(source):
+    held, lazy = fit("on", source), fit("off", source)
+    assert held[1] == lazy[1] and "val/loss" in held[1]
+    assert all(torch.equal(value, lazy[0][key]) for key, value in held[0].items())
+
+
+@pytest.mark.parametrize("later", ["on", "off"])
+@pytest.mark.parametrize("source", ["mnist5k"], indirect=True)
+def test_a_run_that_goes_on_in_an_epoch_may_change_where_samples_are(source, later, tmp_path):
+    whole = fit("on", source, tmp_path)
+    part = fit(later, source, ckpt_path=tmp_path / "a.ckpt")
+    assert all(torch.equal(value, part[0][key]) for key, value in whole[0].items())
+
+
+def test_two_processes_see_the_same_either_way(tmp_path):
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(batch[0].flatten(1).sum(1))
+
+        def on_train_end(self, trainer, pl_module):
+            torch.save(torch.cat(seen), tmp_path / f"{memory}{trainer.global_rank}.pt")
+
+    for memory in ("on", "off"):
+        seen = []
+        data = DataModule("digits", memory=memory, batch_size=90, num_workers=0)
+        pl.Trainer(
+            accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=1, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False, callbacks=[Look()],
+            num_sanity_val_steps=0,
+        ).fit(aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=2, hidden_dims=(8,)), data)  # fmt: skip
+    parts = {file.stem: torch.load(file, weights_only=True) for file in tmp_path.glob("*.pt")}
+    assert torch.equal(parts["on0"], parts["off0"]) and torch.equal(parts["on1"], parts["off1"])
+    assert len(parts["on0"]) == len(parts["on1"]) == 1437 // 2
+    assert not torch.equal(parts["on0"], parts["on1"])
+
+
+# ---- what decides, and what is said ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(tmp_path):
+    return {"name": "folder", "root": str(folder_of_images(tmp_path / "images"))}
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets how much memory seems to be free."""
+    return lambda size: monkeypatch.setattr(resident, "free_memory", lambda device: size)
+
+
+def line(caplog, data):
+    caplog.clear()
+    caplog.set_level("INFO")
+    data.train_dataloader()
+    (text,) = [record.getMessage() for record in caplog.records if "samples" in record.getMessage()]
+    assert "\n" not in text
+    return text
+
+
+def test_auto_holds_what_takes_a_quarter_of_the_free_memory(images, free, caplog, monkeypatch):
+    size = 20 * 3 * 8 * 8  # the training split
+    monkeypatch.setattr(datamodule_module, "workers", lambda: 1)  # torch warns of more than this machine has cores
+    free(4 * size)
+    assert isinstance(DataModule(**images).train_dataloader(), ResidentLoader)
+    assert line(caplog, DataModule(**images)) == "folder: samples held in memory (0.0 MiB, uint8)"
+    free(4 * size - 1)
+    loader = DataModule(**images).train_dataloader()
+    assert isinstance(loader, LazyLoader)
+    assert (loader.num_workers, loader.persistent_workers, loader.pin_memory) == (1, True, False)
+    assert line(caplog, DataModule(**images)) == "folder: samples read by 1 persistent worker(s)"
+    # two processes of one machine hold it twice
+    free(4 * size)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert isinstance(DataModule(**images).train_dataloader(), LazyLoader)
+    assert isinstance(DataModule(**images, memory="on").train_dataloader(), ResidentLoader)
+
+
+def test_memory_on_and_off_are_obeyed(images, free, caplog):
+    free(0)
+    assert isinstance(DataModule(**images, memory="on").train_dataloader(), ResidentLoader)
+    free(2**60)
+    off = DataModule(**images, memory="off", num_workers=0)
+    assert isinstance(off.train_dataloader(), LazyLoader)
+    assert line(caplog, off) == "folder: samples read by the training process"
+    with pytest.raises(AezooError, match=r"--data\.memory is 'foo'"):
+        DataModule(memory="foo")
+
+
+def test_the_line_shows_the_size(caplog):
+    assert line(caplog, DataModule("mnist5k")) == "mnist5k: samples held in memory (3.0 MiB, uint8)"
+    assert line(caplog, DataModule("digits")) == "digits: samples held in memory (0.4 MiB, float32)"
+
+
+def test_decoding_many_samples_says_how_much_they_take(caplog, images, monkeypatch):
+    caplog.set_level("INFO")
+    dataset = [(torch.zeros(3, 64, 64, dtype=torch.uint8), i) for i in range(2001)]
+    held = resident.decode(dataset, "folder")
+    assert held.x.shape == (2001, 3, 64, 64) and held.y.tolist() == list(range(2001))
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "folder: decoding 2001 samples once, into 23 MiB of memory; --data.memory off reads them as they are used"
+    )
+
+
+@pytest.mark.parametrize("how", ["little is free", "torch gets none"])
+def test_what_cannot_be_held_is_one_clear_line(images, monkeypatch, free, how):
+    def full(*shape, **plain):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
+
+    if how == "little is free":
+        free(24 * 3 * 8 * 8 - 1)
+    else:
+        monkeypatch.setattr(resident.torch, "empty", full)
+        # no image folder decodes through this, a set of torchvision's does
+        with pytest.raises(AezooError, match="x: 4 samples take 0 MiB of memory, which is more than is free") as caught:
+            resident.decode([(torch.zeros(3),)] * 4, "x")
+        assert "\n" not in str(caught.value)
+        return
+    with pytest.raises(
+        AezooError, match="folder: 24 samples take 0 MiB of memory, which is more than is free"
+    ) as caught:
+        DataModule(**images, memory="on").train_dataloader()
+    assert "--data.memory off" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_a_gpu_cannot_hold_is_one_clear_line():
+    class Full:
+        nbytes = 2**31
+
+        def __len__(self):
+            return 7
+
+        def to(self, device):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    with pytest.raises(AezooError, match="x: 7 samples take 2,048 MiB of memory on cuda:0, which") as caught:
+        resident.on_device(ArrayDataset(Full()), torch.device("cuda", 0), "x")
+    assert "\n" not in str(caught.value)
+    held = resident.on_device(ArrayDataset(*arrays()), torch.device("cpu"), "x")
+    assert torch.equal(held.x, arrays()[0]) and torch.equal(held.y, arrays()[1])
+
+
+def test_a_broken_sample_is_told_while_decoding(images):
+    class Broken:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            if i == 2:
+                raise AezooError("image 2 is broken")
+            return (torch.zeros(2),)
+
+    with pytest.raises(AezooError, match="image 2 is broken"):
+        resident.decode(Broken(), "folder")
+    with pytest.raises(AezooError, match="empty"):
+        resident.decode([], "folder")
+
+
+def test_workers_leave_a_core_to_training(monkeypatch):
+    for cores, processes, wanted in ((1, 1, 1), (2, 1, 1), (8, 1, 7), (64, 1, 8), (8, 4, 1), (8, 2, 3)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, n=cores: set(range(n)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert workers() == wanted
+
+
+def test_free_memory_is_the_machines_or_its_containers(monkeypatch, tmp_path):
+    free = free_memory(torch.device("cpu"))
+    assert 2**24 < free < 2**50
+    real = resident.Path.read_text
+    texts = {
+        "/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n",
+        "/sys/fs/cgroup/memory.max": "5000000\n",
+        "/sys/fs/cgroup/memory.current": "1000000\n",
+    }
+
+    def read_text(self, *args):
+        if str(self) in texts:
+            return texts[str(self)]
+        if str(self).startswith("/sys/fs/cgroup"):
+            raise FileNotFoundError
+        return real(self, *args)
+
+    monkeypatch.setattr(resident.Path, "read_text", read_text)
+    assert free_memory(torch.device("cpu")) == 4_000_000
+    texts["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert free_memory(torch.device("cpu")) == 8000 * 1024
+    texts["/proc/meminfo"] = "nothing\n"
+    assert free_memory(torch.device("cpu")) > 2**24

@@ -1,0 +1,38 @@
+"""The fuzzing, small in every run and large in the slow one; in a process of its own, so that a crash is a failure."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def fuzz(out, files, configs, seed, limit):
+    """Run it from an empty folder, which is what it leaves behind."""
+    command = [sys.executable, "-m", "tests.fuzz", f"--files={files}", f"--configs={configs}", f"--seed={seed}"]
+    paths = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [*command, f"--out={out}"], capture_output=True, text=True, errors="replace", timeout=limit,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    counts = json.loads(out.read_text())
+    assert counts["files"] >= files * 0.9 and counts["configs"] >= configs * 0.9 and counts["defects"] == 0
+    return counts["kinds"]
+
+
+def test_damaged_files_and_configurations_are_read_or_refused_in_one_line(tmp_path):
+    kinds = fuzz(tmp_path / "counts.json", files=250, configs=20, seed=1, limit=120)
+    assert len(kinds) >= 24
+    # damage that is always refused at the door would test only the door
+    assert sum(count["read"] for count in kinds.values()) > 20
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_files_and_configurations(tmp_path):
+    kinds = fuzz(tmp_path / "counts.json", files=5000, configs=800, seed=2, limit=1800)
+    assert kinds["yaml"]["read"] > 50 and all(count["read"] for key, count in kinds.items() if "inside" in key)

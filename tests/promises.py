@@ -1,0 +1,170 @@
+"""The table of promises: what is promised, which test shows it, and the figure that the last run of it gave.
+
+    python -m tests.promises                        write PROMISES.md from tests/promises.json
+    python -m tests.promises --run [NAME ...]       measure anew first, all or some of: fuzz, mutants, resume, ...
+
+The figures are what the runs themselves count; none is typed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE = Path(__file__).with_suffix(".json"), ROOT / "PROMISES.md"
+_SWITCH = "AEZOO_RECORD_PROMISES"
+SLOW = ("-m", "pytest", "-n0", "-q", "-m", "slow or not slow")
+# what measures a figure
+RUNS = {
+    "fuzz": ("-m", "tests.fuzz", "--files=5000", "--configs=1000", "--out={out}"),
+    "mutants": ("-m", "tests.mutants", "--jobs=2", "--out={out}"),
+    "bad_values": (*SLOW, "tests/test_bad_values.py"),
+    "soak": (*SLOW, "tests/test_soak.py"),
+    "ranks": (*SLOW, "tests/test_distributed.py"),
+    "resume": (*SLOW, "tests/test_resume.py"),
+}
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A row: the promise, the tests that show it, and a figure with the names of its run's counts in braces."""
+
+    text: str
+    tests: tuple[str, ...]
+    figure: str = ""
+    run: str = ""
+
+
+PROMISES = (
+    Promise("Loading weights never runs code", ("tests/security/test_safe_checkpoints.py",)),
+    Promise("A configuration of a stranger cannot run code", ("tests/security/test_safe_configs.py",)),
+    Promise("A checkpoint cannot choose code", ("tests/security/test_safe_checkpoints.py",)),
+    Promise(
+        "A crash during a save never loses the checkpoint before it; a run that is killed goes on bit for bit",
+        ("tests/test_resume.py",),
+        "{kills} kills survived, {in_saves} of them while a file was being written",
+        "resume",
+    ),
+    Promise("Resume finds the newest good state or says no", ("tests/test_resume.py",)),
+    Promise("A step that is not finite never reaches the weights silently", ("tests/callbacks/test_fault_guard.py",)),
+    Promise("Overflow-proof KL", ("tests/laws/test_variational.py",)),
+    Promise("Bad data are refused in one line", ("tests/data", "tests/security/test_safe_data.py")),
+    Promise(
+        "Bad values are refused before training: exit code 2, one line, nothing left behind",
+        ("tests/test_bad_values.py",),
+        "{values} values for {options} flags, {refused} refused, none accepted in silence",
+        "bad_values",
+    ),
+    Promise("Two processes equal one on the same global batch", ("tests/test_models.py",)),
+    Promise(
+        "A rank that is killed, raises or freezes ends the run; a restart goes on bit for bit",
+        ("tests/test_distributed.py",),
+        "{runs} failures of a rank, {restarts} of them restarted by torchrun",
+        "ranks",
+    ),
+    Promise("Noise differs per rank, rank 0 alone writes, each sample counts once", ("tests/test_distributed.py",)),
+    Promise("Any valid shape, batch size and value gives finite numbers", ("tests/test_properties.py",)),
+    Promise(
+        "A damaged file or configuration is read or refused in one line",
+        ("tests/fuzz/test_fuzz.py",),
+        "{files} files and {configs} configurations fuzzed, {defects} crashed",
+        "fuzz",
+    ),
+    Promise(
+        "A truncated, altered, forged or foreign .aez file is refused in one line",
+        ("tests/tasks/test_codec_container.py",),
+    ),
+    Promise(
+        "What was compressed without loss comes back, in as many bits as the ELBO says",
+        ("tests/tasks/test_codec_promises.py",),
+    ),
+    Promise(
+        "Long training neither grows nor leaves the finite numbers",
+        ("tests/test_soak.py",),
+        "{count} runs of random hyperparameters soaked, {steps} steps",
+        "soak",
+    ),
+    Promise(
+        "The suite notices a fault",
+        ("tests/test_mutants.py",),
+        "{caught} of {faults} injected faults caught",
+        "mutants",
+    ),
+    Promise("Numbers do not change unseen", ("tests/test_models.py",)),
+)
+
+
+def results():
+    """The counts of every run so far."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+
+
+def record(run, counts):
+    """Keep the counts of a run, if it was started by this program; a plain run of the tests writes nothing."""
+    if _SWITCH in os.environ:
+        RESULTS.write_text(json.dumps(results() | {run: counts}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def add(run, case, counts):
+    """Count one case of a run: its numbers are summed up over the cases."""
+    held = results().get(run, {})
+    cases = held.get("cases", {}) | {case: counts}
+    names = sorted({name for case in cases.values() for name in case})
+    total = {name: sum(case.get(name, 0) for case in cases.values()) for name in names}
+    record(run, {"cases": cases, "count": len(cases)} | total)
+
+
+def page(counts):
+    """The table as text."""
+    lines = [
+        "# Promises",
+        "",
+        "What is promised, the test that shows it, and what its last run counted. Written by",
+        "`python -m tests.promises`; `--run` measures anew.",
+        "",
+        "| promise | test | figure |",
+        "|---|---|---|",
+    ]
+    for promise in PROMISES:
+        tests = ", ".join(f"[{test}]({test})" for test in promise.tests)
+        figure = promise.figure.format(**counts[promise.run]) if promise.run in counts else ""
+        lines.append(f"| {promise.text} | {tests} | {figure} |")
+    return "\n".join(lines) + "\n"
+
+
+def measure(run):
+    """Run what counts; its exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "counts.json"
+        before = results()
+        before.pop(run, None)
+        RESULTS.write_text(json.dumps(before, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        command = [sys.executable, *(part.format(out=out) for part in RUNS[run])]
+        status = subprocess.run(command, cwd=ROOT, env=os.environ | {_SWITCH: "1"}, check=False).returncode
+        if out.is_file():
+            counts = json.loads(out.read_text(encoding="utf-8"))
+            os.environ[_SWITCH] = "1"
+            record(run, {key: value for key, value in counts.items() if isinstance(value, int)})
+        return status
+
+
+def main(arguments=None):
+    """Measure what is asked for, and write the page."""
+    parser = argparse.ArgumentParser(prog="python -m tests.promises", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run", nargs="*", choices=[*RUNS], metavar="NAME", help=f"measure anew: {', '.join(RUNS)}")
+    options = parser.parse_args(arguments)
+    chosen = [] if options.run is None else options.run or [*RUNS]
+    failed = [run for run in chosen if measure(run)]
+    PAGE.write_text(page(results()), encoding="utf-8")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

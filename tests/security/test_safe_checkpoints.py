@@ -1,0 +1,219 @@
+"""Checkpoints and saved models from strangers: nothing in them runs or fills the memory; honest ones load."""
+
+import json
+import math
+import pickle
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from hostile import files
+from hostile.memory import memory
+
+import aezoo
+from aezoo import cli
+from aezoo.errors import AezooError
+from aezoo.security import values
+
+COMMANDS = ("fit", "validate", "test", "predict")
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("where", ["top", "state_dict", "hyper_parameters", "data", "callbacks"])
+def test_a_checkpoint_that_would_run_code_is_refused_on_every_path(refused, honest, canary, monkeypatch, how, where):
+    path = files.pickled(Path("bomb.ckpt"), files.with_bomb(honest, canary, where), how)
+    for forced in (False, True):
+        if forced:
+            monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+        with pytest.raises(AezooError, match=r"is refused: .* could run code"):
+            aezoo.load_model(path)
+        assert not canary.exists()
+        for command in COMMANDS:
+            assert "could run code" in refused(command, "--ckpt_path", str(path), "--weights_only", "false")
+    if how != "pickle":
+        torch.load(path, weights_only=False)
+        assert canary.exists(), "the bomb is no bomb"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lightning_loads_without_pickle_whatever_the_flag_and_the_environment_say(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    seen, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: seen.append(k.get("weights_only")) or load(*a, **k))
+    for command in COMMANDS:
+        cli.main([command, "--ckpt_path", str(run), "--weights_only", "false", "--trainer.fast_dev_run", "true"])
+    assert len(seen) >= 2 * len(COMMANDS) and all(flag is True for flag in seen)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_honest_run_loads_on_every_path(run, capsys):
+    assert type(aezoo.load_model(run)).__name__ == "VAE"
+    aezoo.load_model(aezoo.save_model(aezoo.load_model(run), "saved"))
+    for command in COMMANDS:
+        cli.main([command, "--ckpt_path", str(run), "--trainer.fast_dev_run", "true"])
+
+
+NESTED = {"class_path": "evil.Evil"}
+SHELL = {"class_path": "subprocess.Popen", "init_args": {"args": "mkdir canary", "shell": True}}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"_class_path": "evil.Evil"},
+        {"_class_path": "evil.Evil", "_instantiator": "lightning.pytorch.cli.instantiate_module"},
+        {"_instantiator": "os.system"},
+        {"_instantiator": ["evil.Evil"]},
+        {"likelihood": NESTED},
+        {"likelihood": SHELL},
+        {"beta": NESTED},
+        {"hidden_dims": [SHELL]},
+        {"unknown": NESTED},
+        {"unknown": 3},
+        {"likelihood": {"a": {"b": [NESTED]}}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_cannot_choose_code(refused, honest, canary, extra):
+    honest["hyper_parameters"].update(extra)
+    torch.save(honest, "strings.ckpt")
+    with pytest.raises(AezooError):
+        aezoo.load_model("strings.ckpt")
+    for command in ("fit", "test"):
+        refused(command, "--ckpt_path", "strings.ckpt")
+    assert "evil" not in sys.modules
+
+
+def test_the_settings_of_the_data_in_a_checkpoint_cannot_choose_code(refused, honest):
+    for extra in ({"name": NESTED}, {"name": {"x": SHELL}}, {"seed": [NESTED]}, [NESTED], 3):
+        honest["datamodule_hyper_parameters"] = extra
+        torch.save(honest, "strings.ckpt")
+        refused("test", "--ckpt_path", "strings.ckpt")
+
+
+@pytest.mark.parametrize("text", ["evil.Evil", "os.system", "../vae", "", "__import__('os')"])
+def test_a_saved_model_names_nothing_but_a_registered_model(run, canary, text):
+    folder = aezoo.save_model(aezoo.load_model(run), "saved")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model": text}))
+    with pytest.raises(AezooError, match="unknown model"):
+        aezoo.load_model(folder)
+    config["hyperparameters"]["likelihood"] = NESTED
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AezooError, match="names a class to import"):
+        aezoo.load_model(folder)
+    assert not canary.exists()
+
+
+def test_weights_that_are_a_pickle_or_lie_about_their_header(run, canary):
+    folder = aezoo.save_model(aezoo.load_model(run), "saved")
+    weights = folder / "model.safetensors"
+    for content in (
+        pickle.dumps(files.Bomb(canary)),
+        files.pickled(Path("bomb.pt"), files.Bomb(canary), "zip").read_bytes(),
+        (2**62).to_bytes(8, "little") + weights.read_bytes(),
+        (2**40).to_bytes(8, "little") + b"{}",
+    ):
+        weights.write_bytes(content)
+        before = memory()
+        with pytest.raises(AezooError, match=r"cannot read .*model\.safetensors"):
+            aezoo.load_model(folder)
+        assert memory() - before < 2**25
+    assert not canary.exists()
+
+
+def test_a_zip_that_grows_is_refused_unless_the_limit_is_raised(run, refused, monkeypatch):
+    bomb = files.inflated(Path("bomb.ckpt"), run / "checkpoints" / "last.ckpt")
+    assert bomb.stat().st_size < 2**20
+    before = memory()
+    with pytest.raises(AezooError, match=r"would unpack to 6[45] MiB, more than the limit of 1[67]"):
+        aezoo.load_model(bomb)
+    assert "AEZOO_MAX_BYTES" in refused("test", "--ckpt_path", str(bomb))
+    assert memory() - before < 2**25
+    aezoo.load_model(bomb, max_bytes=2**27)
+    monkeypatch.setenv("AEZOO_MAX_BYTES", str(2**27))
+    aezoo.load_model(bomb)
+    monkeypatch.setenv("AEZOO_MAX_BYTES", "much")
+    assert "give a number of bytes" in refused("test", "--ckpt_path", str(bomb))
+
+
+def test_hyperparameters_that_ask_for_more_memory_than_the_weights_have(run, honest, refused):
+    folder = aezoo.save_model(aezoo.load_model(run), "saved")
+    config = json.loads((folder / "config.json").read_text())
+    before = memory()
+    for key, value in (("latent_dim", 10**8), ("hidden_dims", [10**5, 10**5]), ("hidden_dims", [1] * 9000)):
+        changed = {**config["hyperparameters"], key: value}
+        (folder / "config.json").write_text(json.dumps({**config, "hyperparameters": changed}))
+        torch.save({**honest, "hyper_parameters": {**honest["hyper_parameters"], key: value}}, "large.ckpt")
+        for path in (folder, "large.ckpt"):
+            with pytest.raises(AezooError, match=r"far more than the|do not fit"):
+                aezoo.load_model(path)
+        refused("predict", "--ckpt_path", "large.ckpt")
+    assert memory() - before < 2**28
+
+
+def test_weights_that_claim_more_values_than_they_bring(honest):
+    key, value = next(iter(honest["state_dict"].items()))
+    honest["state_dict"][key] = torch.zeros(1).expand(value.shape)
+    torch.save(honest, "thin.ckpt")
+    with pytest.raises(AezooError, match=r"claims to have .* values and brings fewer"):
+        aezoo.load_model("thin.ckpt")
+
+
+def test_values_that_repeat_themselves_are_counted_as_often_as_they_are_printed(honest):
+    laugh = ["ha"]
+    for _ in range(40):
+        laugh = [laugh, laugh]
+    honest["hyper_parameters"]["hidden_dims"] = laugh
+    torch.save(honest, "laugh.ckpt")
+    with pytest.raises(AezooError, match="more than 10000 values or 8 levels"):
+        aezoo.load_model("laugh.ckpt")
+
+
+@pytest.mark.parametrize("value", [2**64, -(2**63), "x" * 10_001, {3: 4}, torch.zeros(2), {1, 2}, 1j, b"x"], ids=str)
+def test_values_that_are_not_plain(value):
+    with pytest.raises(AezooError, match="it: 'key'"):
+        values.plain({"key": value}, "it")
+
+
+def test_plain_values_come_back_as_they_are():
+    plain = {"a": 1, "b": 1.5, "c": None, "d": True, "e": "x", "f": [1, (2, {"g": 3})], "h": math.inf}
+    assert values.plain(plain, "it") == plain
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "ftp", "s3", "gs", "hf", "file"])
+def test_an_address_is_refused_with_the_advice_to_download_first(refused, scheme):
+    address = f"{scheme}://127.0.0.1:9/x"
+    with pytest.raises(AezooError, match="download it first"):
+        aezoo.load_model(address)
+    for argv in (["-c", address], ["--ckpt_path", address]):
+        assert "download it first" in refused("fit", *argv)
+    refused("fit", "--model", "vae", "--data", address)
+    refused("fit", f"--model={address}")
+
+
+def test_nothing_is_fetched_from_a_server_that_answers(refused, canary, tmp_path):
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/x.yaml"
+    try:
+        for argv in (["-c", address], ["--config", address], ["--ckpt_path", address], ["--data", address]):
+            refused("fit", "--model", "vae", *argv)
+        Path("remote.yaml").write_text(f"model: vae\ndata: {address}\n")
+        refused("fit", "-c", "remote.yaml")
+        Path("remote.yaml").write_text(f"model: vae\nckpt_path: {address}\n")
+        refused("fit", "-c", "remote.yaml")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert asked == []

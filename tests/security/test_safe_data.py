@@ -1,0 +1,178 @@
+"""Arrays, images and archives from strangers: no code, no bombs, no way out of their folder."""
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hostile import files
+from hostile.memory import memory
+from PIL import Image
+
+from aezoo import cli
+from aezoo.data import DataModule
+from aezoo.data.idx import read_idx
+from aezoo.data.images import read
+from aezoo.errors import AezooError
+from aezoo.security import archives
+
+
+def data(path, **plain):
+    module = DataModule(str(path), **plain)
+    module.setup()
+    return module
+
+
+@pytest.mark.parametrize("how", ["object", "npz", "zip", "legacy", "pickle"])
+def test_an_array_file_that_would_run_code(canary, how):
+    bomb = np.array([files.Bomb(canary)], object)
+    path = Path("x.npy" if how == "object" else "x.npz" if how == "npz" else "x.pt")
+    if how == "object":
+        np.save(path, bomb, allow_pickle=True)
+    elif how == "npz":
+        np.savez(path, x=bomb)
+    else:
+        files.pickled(path, {"x": files.Bomb(canary)}, how)
+    with pytest.raises(AezooError, match=r"can run code|more than tensors"):
+        data(path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("shape", [(2**62, 4), (10**6, 10**6), (2**40,), (0, 2**62), (-1, 4), (2**70,)])
+def test_headers_that_declare_more_than_the_file_has(shape):
+    Path("x.npy").write_bytes(files.npy_header(shape) + bytes(64))
+    before = memory()
+    with pytest.raises(AezooError, match=r"x\.npy"):
+        data("x.npy")
+    files.npz(Path("x.npz"), x=files.npy_header(shape) + bytes(64))
+    with pytest.raises(AezooError, match=r"x\.npz"):
+        data("x.npz")
+    Path("idx").write_bytes(b"\0\0\x08\x03" + np.array([2**32 - 1] * 3, ">u4").tobytes() + bytes(64))
+    with pytest.raises(AezooError, match="more than the limit"):
+        read_idx(Path("idx"))
+    assert memory() - before < 2**25
+
+
+def test_archives_that_grow_are_refused_and_read_when_the_limit_is_raised():
+    limit = 2**24
+    bomb, packed = files.npz_bomb(Path("x.npz")), files.idx_bomb(Path("x.gz"), declared=2**31)
+    lying = files.idx_bomb(Path("y.gz"), declared=4)
+    before = memory()
+    assert bomb.stat().st_size < 2**20
+    with pytest.raises(AezooError, match=r"takes 64 MiB of memory, more than the limit of 16 MiB: .* --data.max_bytes"):
+        DataModule(str(bomb), max_bytes=limit)
+    with pytest.raises(AezooError, match="more than the limit"):
+        read_idx(packed)
+    # a header that declares less than the archive holds is a lie too, and nothing beyond it is unpacked
+    with pytest.raises(AezooError, match="where its header promises"):
+        read_idx(lying)
+    assert memory() - before < 2**25
+    assert DataModule(str(bomb), max_bytes=2**27).input_shape == (1024,)
+
+
+def test_tensors_texts_and_tables_are_held_to_the_limit():
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    torch.save(torch.zeros(1, 8).expand(2**40, 8), "x.pt")
+    pandas.DataFrame({"a": np.zeros(10**6)}).to_parquet("x.parquet")
+    Path("x.csv").write_text("1,2\n" * 10**5)
+    np.save("x.npy", np.zeros((10**5, 8)))
+    Path("y.csv").write_text("1,2\n3,4\n5,6\n" * 9)
+    for name, limit in (("x.pt", 2**33), ("x.parquet", 10**6), ("x.csv", 10**6), ("x.npy", 10**6)):
+        with pytest.raises(AezooError, match=f"{name} takes .* --data.max_bytes"):
+            DataModule(name, max_bytes=limit)
+    assert data("y.csv", max_bytes=10**6).input_shape == (2,)
+
+
+def test_a_picture_of_many_pixels_is_refused_and_read_when_the_limit_is_raised():
+    Path("pictures").mkdir()
+    Image.new("1", (3000, 3000)).save("pictures/bomb.png")
+    assert Path("pictures/bomb.png").stat().st_size < 10**4
+    with pytest.raises(AezooError, match=r"9 million pixels, more than the limit of 1: .* --data.max_pixels"):
+        data("pictures", max_pixels=10**6)
+    with pytest.raises(AezooError, match="more than the limit"):
+        read(Path("pictures/bomb.png"), None, 1, 10**6)
+    assert read(Path("pictures/bomb.png"), 28, 1, 10**7).shape == (1, 28, 28)
+
+
+def test_a_picture_that_would_call_another_program_is_no_picture(canary, monkeypatch, tmp_path):
+    Path("pictures").mkdir()
+    text = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    Path("pictures/x.png").write_text(text)
+    script = tmp_path / "bin" / "gs"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\nmkdir -p {canary}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(AezooError, match="no readable image"):
+        data("pictures")
+    assert not canary.exists()
+    with Image.open("pictures/x.png") as image:
+        assert image.format == "EPS", "the file is no PostScript"
+
+
+# ---- paths ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_tar_file_cannot_leave_its_folder_when_torchvision_unpacks_it(tmp_path):
+    from torchvision.datasets.utils import extract_archive
+
+    archive = files.tar_that_escapes(tmp_path / "set.tar.gz")
+    with archives.inside_their_folder(), pytest.raises(tarfile.TarError):
+        extract_archive(str(archive), str(tmp_path / "inside" / "set"))
+    assert not (tmp_path / "inside" / "escaped.txt").exists() and not (tmp_path / "absolute.txt").exists()
+    assert (tmp_path / "inside" / "set" / "honest.txt").read_text() == "hello"
+    assert tarfile.TarFile.extraction_filter is None or "inside" not in repr(tarfile.TarFile.extraction_filter)
+
+
+def test_a_set_whose_archive_would_leave_its_folder_is_refused_in_one_line(tmp_path, monkeypatch):
+    import torchvision
+
+    def opened(root, **_):
+        archive = files.tar_that_escapes(Path(root) / "set.tar.gz")
+        torchvision.datasets.utils.extract_archive(str(archive), str(Path(root) / "set"))
+
+    monkeypatch.setattr(torchvision.datasets, "DTD", opened)
+    Path("data").mkdir()
+    with pytest.raises(AezooError, match="outside"):
+        DataModule("dtd", download=True).setup()
+    assert not Path("data/escaped.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("vae-mnist", "vae-mnist"),
+        ("..", "run"),
+        ("", "run"),
+        ("../../etc", "_.._etc"),
+        ("a/b\\c:d\n", "a_b_c_d_"),
+        (".hidden", "hidden"),
+        ("epoch=1+x_2.5", "epoch=1+x_2.5"),
+        ("été", "été"),
+    ],
+)
+def test_a_name_is_one_part_of_a_path(name, part):
+    assert archives.component(name) == part
+    assert (Path("root") / part).parent == Path("root")
+
+
+def test_a_configuration_cannot_name_a_run_out_of_its_folder(capsys):
+    Path("inner").mkdir()
+    Path("inner/...yaml").write_text("model: vae")
+    assert Path("inner/...yaml").stem == ".."
+    off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents")]
+    few = ["--data.name=digits", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--projector.n=0", *off]
+    cli.main(["fit", "-c", "inner/...yaml", "--trainer.default_root_dir", "inner/runs", *few])
+    assert Path("inner/runs/run/0/config.yaml").is_file()
+    assert {path.name for path in Path("inner").iterdir()} == {"...yaml", "runs"}
+
+
+def test_names_of_classes_do_not_become_paths(capsys):
+    np.savez("x.npz", x=np.random.default_rng(0).random((60, 4, 4)), y=np.array(["../../a", "/etc/b"] * 30))
+    flags = ["--data.name", "x.npz", "--data.size", "8", "--trainer.max_epochs=1", "--model", "vae"]
+    cli.main(["fit", *flags, "--model.latent_dim=2"])
+    assert {path.name for path in Path().iterdir()} == {"x.npz", "runs"}
+    assert not (Path.cwd().parent / "a").exists()

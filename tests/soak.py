@@ -1,0 +1,238 @@
+"""Long training with hyperparameters drawn at random, and what it does to memory: used by test_soak.py."""
+
+import inspect
+import random
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+
+from aezoo import registry
+from aezoo.models.classic.isometric_ae import DISTORTIONS
+from aezoo.models.classic.semantic_hash_ae import BINARISATIONS
+from aezoo.models.classic.triplet_ae import MINING
+from aezoo.models.regularised.rae import REGULARISERS
+from aezoo.models.sparse.sae_l1 import FORMS
+from aezoo.models.variational.ada_gvae import AVERAGES
+from aezoo.models.variational.flow_prior_vae import PRIORS
+from aezoo.models.variational.info_vae import KERNELS
+from aezoo.models.variational.iwae import ESTIMATORS
+from aezoo.nets.build import ACTIVATIONS
+from aezoo.nets.dictionary import DECODES
+from aezoo.nets.flows import FLOWS
+from aezoo.optimizers import OPTIMIZERS, SCHEDULES
+from aezoo.quantisers.vq import UPDATES
+
+LIKELIHOODS = (
+    "bernoulli", "continuous_bernoulli", "gaussian", "gaussian:0.1", "gaussian:learned", "laplace", "laplace:learned",
+    "discretised_logistic", "beta_binomial", "logcosh", "logcosh:learned", "logit_laplace",
+)  # fmt: skip
+# what is drawn for each argument that a model may have; a test sees that none is forgotten
+RANGES = {
+    "latent_dim": lambda rng: rng.randint(4, 24),
+    "latent_map": lambda rng: rng.random() < 0.5,
+    "hidden_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 3))],
+    "net": lambda rng: rng.choice(("mlp", "conv", "resnet", "conv_keras")),
+    "activation": lambda rng: rng.choice([*ACTIVATIONS]),
+    "code_activation": lambda rng: rng.choice([*ACTIVATIONS]),
+    "likelihood": lambda rng: rng.choice(LIKELIHOODS),
+    # small: a wild learning rate may diverge, which the fault guard has tests for
+    "lr": lambda rng: 10 ** rng.uniform(-5, -3),
+    "optimizer": lambda rng: rng.choice([name for name in OPTIMIZERS if name != "sgd"]),
+    "weight_decay": lambda rng: rng.choice((0.0, 1e-4)),
+    "lr_schedule": lambda rng: rng.choice([*SCHEDULES]),
+    "warmup_steps": lambda rng: rng.randint(0, 20),
+    "contraction": lambda rng: rng.uniform(0, 1),
+    "corruption": lambda rng: rng.choice(("gaussian:0.3", "masking:0.3", "salt_and_pepper:0.2", "none")),
+    "beta": lambda rng: rng.uniform(0, 4),
+    "rho": lambda rng: rng.uniform(0.01, 0.5),
+    "l1": lambda rng: rng.uniform(0, 1),
+    "k": lambda rng: rng.randint(1, 4),
+    "start_k": lambda rng: rng.choice((0, 4)),
+    "k_steps": lambda rng: rng.randint(0, 500),
+    "lifetime": lambda rng: rng.uniform(0.01, 1),
+    "spatial": lambda rng: rng.random() < 0.5,
+    "form": lambda rng: rng.choice(FORMS),
+    "l1_steps": lambda rng: rng.randint(0, 500),
+    "resample_steps": lambda rng: rng.choice((0, 3, 50)),
+    "l0_weight": lambda rng: rng.uniform(0, 1),
+    "l0_steps": lambda rng: rng.randint(0, 500),
+    "target_l0": lambda rng: rng.choice((0.0, 3.0)),
+    "threshold": lambda rng: rng.uniform(0, 0.1),
+    "targets": lambda rng: [],
+    "data_init": lambda rng: rng.random() < 0.5,
+    "aux_scale": lambda rng: rng.choice(("sse", "variance")),
+    "multi_weight": lambda rng: rng.choice((0.0, 0.125)),
+    "decode": lambda rng: rng.choice(DECODES),
+    "theta_decay": lambda rng: rng.choice((0.0, 0.9, 0.99)),
+    "fractions": lambda rng: sorted(rng.uniform(0.01, 0.99) for _ in range(rng.randint(0, 3))),
+    "energy_weight": lambda rng: rng.uniform(0, 1),
+    "covariance_weight": lambda rng: rng.uniform(0, 0.1),
+    "estimation_dim": lambda rng: rng.randint(1, 20),
+    "dropout": lambda rng: rng.uniform(0, 0.9),
+    "adv_weight": lambda rng: rng.uniform(0, 1),
+    "enc_weight": lambda rng: rng.uniform(0, 1),
+    "sw_weight": lambda rng: rng.uniform(0, 50),
+    "cw_weight": lambda rng: rng.uniform(0, 5),
+    "adversarial_weight": lambda rng: rng.uniform(0, 50),
+    "regulariser": lambda rng: rng.choice(REGULARISERS),
+    "regulariser_weight": lambda rng: 10 ** rng.uniform(-7, -1),
+    "n_projections": lambda rng: rng.randint(1, 60),
+    "kernel_scales": lambda rng: [10 ** rng.uniform(-1, 1) for _ in range(rng.randint(1, 5))],
+    "unbiased": lambda rng: rng.random() < 0.5,
+    "gaussian_posterior": lambda rng: rng.random() < 0.5,
+    "mask_ratio": lambda rng: rng.uniform(0.2, 0.9),
+    "patch_size": lambda rng: rng.randint(0, 3),
+    "norm_pix": lambda rng: rng.random() < 0.5,
+    "learned_token": lambda rng: rng.random() < 0.5,
+    "decoder_width": lambda rng: rng.randint(4, 16),
+    "decoder_depth": lambda rng: rng.randint(1, 2),
+    "n_items": lambda rng: rng.randint(1, 60),
+    "shrinkage": lambda rng: rng.uniform(0, 3),
+    "entropy_weight": lambda rng: rng.uniform(0, 1),
+    "binarisation": lambda rng: rng.choice(BINARISATIONS),
+    "noise_std": lambda rng: rng.uniform(0, 5),
+    "topology": lambda rng: rng.uniform(0, 1000),
+    "triplet_weight": lambda rng: rng.uniform(0, 50),
+    "margin": lambda rng: rng.uniform(0.1, 5),
+    "mining": lambda rng: rng.choice(MINING),
+    "isometry": lambda rng: rng.uniform(0, 50),
+    "distortion": lambda rng: rng.choice(DISTORTIONS),
+    "phase_epochs": lambda rng: rng.randint(0, 2),
+    "k_aux": lambda rng: rng.randint(0, 16),
+    "aux_weight": lambda rng: rng.uniform(0, 1),
+    "dead_after": lambda rng: rng.randint(1, 2000),
+    "gamma": lambda rng: rng.uniform(0, 50),
+    "max_capacity": lambda rng: rng.uniform(0, 25),
+    "capacity_steps": lambda rng: rng.randint(1, 500),
+    "per_sample": lambda rng: rng.random() < 0.5,
+    "off_diagonal": lambda rng: rng.uniform(0, 20),
+    "diagonal": lambda rng: rng.uniform(0, 100),
+    "alpha": lambda rng: rng.uniform(0, 1),
+    "mmd_weight": lambda rng: rng.uniform(1, 1000),
+    "kernel": lambda rng: rng.choice(KERNELS),
+    "bandwidth": lambda rng: rng.uniform(0.5, 3),
+    "n_samples": lambda rng: rng.randint(1, 6),
+    "n_groups": lambda rng: rng.randint(1, 3),
+    "estimator": lambda rng: rng.choice(ESTIMATORS),
+    "discriminator_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 2))],
+    "discriminator_lr": lambda rng: 10 ** rng.uniform(-5, -3),
+    "classifier_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 2))],
+    "latent_dims": lambda rng: [rng.randint(2, 16) for _ in range(rng.randint(1, 3))],
+    "level_dim": lambda rng: rng.randint(4, 32),
+    "free_bits": lambda rng: rng.uniform(0, 2),
+    "width": lambda rng: rng.randint(4, 16),
+    "latent_channels": lambda rng: rng.randint(1, 4),
+    "enc_blocks": lambda rng: [rng.randint(1, 2) for _ in range(2)],
+    "dec_blocks": lambda rng: [rng.randint(1, 2) for _ in range(2)],
+    "n_components": lambda rng: rng.randint(1, 20),
+    "flow": lambda rng: rng.choice([*FLOWS]),
+    "n_flows": lambda rng: rng.randint(0, 4),
+    "flow_width": lambda rng: rng.randint(1, 32),
+    "prior": lambda rng: rng.choice(PRIORS),
+    "second_hidden_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 3))],
+    "posterior": lambda rng: rng.choice(("power_spherical", "vmf")),
+    "curvature": lambda rng: 10 ** rng.uniform(-3, 1.5),
+    "n_leapfrog": lambda rng: rng.randint(0, 4),
+    "step_size": lambda rng: rng.uniform(0.001, 0.1),
+    "beta_0": lambda rng: rng.uniform(0.05, 1),
+    "n_centroids": lambda rng: rng.randint(1, 60),
+    "metric_floor": lambda rng: 10 ** rng.uniform(-3, 1),
+    "n_fixed_point": lambda rng: rng.randint(1, 4),
+    "n_variables": lambda rng: rng.randint(1, 6),
+    "n_classes": lambda rng: rng.randint(2, 6),
+    "temperature": lambda rng: rng.uniform(0.1, 2),
+    "start_temperature": lambda rng: rng.uniform(0.5, 4),
+    "temperature_steps": lambda rng: rng.randint(0, 500),
+    "straight_through": lambda rng: rng.random() < 0.5,
+    "max_discrete_capacity": lambda rng: rng.uniform(0, 5),
+    "num_classes": lambda rng: 10,
+    "dataset_size": lambda rng: rng.choice((0, 300)),
+    "a": lambda rng: rng.uniform(1, 20),
+    "weight": lambda rng: rng.uniform(10, 1000),
+    "scales": lambda rng: rng.randint(1, 5),
+    "window": lambda rng: rng.choice((3, 7, 11)),
+    "features": lambda rng: "random",
+    "average": lambda rng: rng.choice(AVERAGES),
+    "group_dim": lambda rng: rng.choice((None, 0, 3)),
+    "sigma": lambda rng: rng.uniform(0.01, 1),
+    "residual": lambda rng: rng.random() < 0.5,
+    "depth": lambda rng: rng.randint(2, 6),
+    "masked": lambda rng: rng.uniform(0.01, 0.5),
+    "radius": lambda rng: rng.randint(1, 3),
+    "pad_value": lambda rng: rng.choice((None, 0.0)),
+    "codebook_size": lambda rng: rng.randint(2, 64),
+    "update": lambda rng: rng.choice(UPDATES),
+    "decay": lambda rng: rng.uniform(0.5, 0.999),
+    "dead_below": lambda rng: rng.choice((0.0, 1.0)),
+    "cosine": lambda rng: rng.random() < 0.5,
+    "places": lambda rng: rng.randint(1, 8),
+    "levels": lambda rng: rng.randint(1, 3),
+    "top_dims": lambda rng: [rng.randint(4, 16) for _ in range(rng.randint(0, 2))],
+    "kl_steps": lambda rng: rng.randint(0, 500),
+    "hard": lambda rng: rng.random() < 0.5,
+    "tokenizer": lambda rng: {"model": "vq_vae", "net": "mlp", "hidden_dims": [16], "places": 4, "codebook_size": 16},
+    "kernel_size": lambda rng: rng.choice((3, 5)),
+    "n_tokens": lambda rng: rng.randint(1, 8),
+}
+# values that do not go together, as the constructor would say
+FIXED = {
+    "sparse_ae_kl": {"code_activation": "sigmoid"},
+    "contractive_ae": {"net": "mlp"},
+    "ciwae": {"beta": 0.3},
+    "beta_tcvae": {"estimator": "mss_mean"},
+    # the first steps of radam are those of sgd, in which 1 / Sigma_jj diverges
+    "dagmm": {"optimizer": "adam"},
+    "dncnn": {"likelihood": "gaussian"},
+    "noise2noise": {"likelihood": "gaussian", "corruption": "gaussian:0.1"},
+    "noise2void": {"likelihood": "gaussian"},
+    "unet_ae": {"hidden_dims": [8, 12]},
+    "mae": {"likelihood": "gaussian:learned"},
+    "sequence_ae": {"net": "transformer", "hidden_dims": [16, 12]},
+    # the entropy of more codes takes and gives back megabytes a step: 3,000 steps do not grow, but wander by five
+    "bsq_vae": {"latent_dim": 8},
+    "lfq_vae": {"latent_dim": 8},
+    "vq_vae": {"estimator": "rotation"},
+    "titok": {"estimator": "rotation"},
+    "vq_vae_2": {"estimator": "gumbel", "net": "conv"},
+    "rq_vae": {"estimator": "ste"},
+    "sim_vq_vae": {"estimator": "rotation"},
+    "fsq_vae": {"levels": [5, 4, 3], "depth": 2},
+}
+
+
+def arguments(name):
+    """The keyword arguments of a model."""
+    return [key for key in inspect.signature(registry.model_class(name)).parameters if key != "input_shape"]
+
+
+def draw(name, seed):
+    """Valid hyperparameters of a model."""
+    rng = random.Random(f"{name} {seed}")
+    drawn = {key: RANGES[key](rng) for key in arguments(name)}
+    return drawn | {key: value for key, value in FIXED.get(name, {}).items() if key in drawn}
+
+
+def resident():
+    """Bytes of memory that this process holds; None where there is no /proc."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * 4096 if path.is_file() else None
+
+
+class Watch(pl.Callback):
+    """Memory after every epoch, and whether all terms of the loss were finite."""
+
+    def __init__(self):
+        self.held, self.finite, self.steps = [], True, 0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.steps += 1
+        self.finite &= all(bool(value.isfinite()) for value in outputs.values())
+
+    def on_train_epoch_end(self, trainer, module):
+        self.held.append(resident())
+
+    def growth(self):
+        """Bytes a step by the slope of a line through the second half of the epochs."""
+        later = self.held[len(self.held) // 2 :]
+        return float(np.polyfit(range(len(later)), later, 1)[0]) * len(self.held) / self.steps

@@ -1,0 +1,165 @@
+"""The verbs on the command line: models and samples from files, results into a folder, errors of one line."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+import aezoo
+from aezoo import cli
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder, as `aezoo fit` leaves it, of vectors that are not in [0, 1]."""
+    home = tmp_path_factory.mktemp("run")
+    x = np.random.default_rng(0).normal(100, 5, (80, 4))
+    np.savez(home / "data.npz", x=x, y=np.arange(80) % 3)
+    flags = ["--data.name", str(home / "data.npz"), "--trainer.max_epochs", "1", "--model.latent_dim", "2"]
+    cli.main(["fit", "--model", "dense_ae", *flags, "--trainer.default_root_dir", str(home / "runs")])
+    (folder,) = (path.parent for path in (home / "runs").rglob("config.yaml"))
+    return folder
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_run_is_all_it_takes(run, capsys):
+    cli.main(["reconstruct", "--ckpt_path", str(run)])
+    out = capsys.readouterr().out
+    assert "8 samples" in out and str(run / "reconstruct" / "errors.csv") in out
+    assert np.load(run / "reconstruct" / "reconstructions.npy").shape == (8, 4)
+
+
+def test_the_split_the_folder_and_the_batch_size_are_the_users(run, tmp_path, capsys):
+    flags = ["--split=train", f"--out={tmp_path / 'here'}", "--batch_size=5", "--n_shown", "0", "--device", "cpu"]
+    cli.main(["reconstruct", "--ckpt_path", str(run), *flags])
+    assert "64 samples" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["errors.csv", "reconstructions.npy"]
+
+
+def test_a_file_is_scaled_as_the_training_data_were(run, tmp_path, capsys):
+    with np.load(run.parents[2] / "data.npz") as file:
+        x, y = file["x"], file["y"]
+    np.savez(tmp_path / "new.npz", x=x, y=y)
+    cli.main(["reconstruct", "--ckpt_path", str(run), "--input", str(tmp_path / "new.npz"), f"--out={tmp_path}"])
+    model, trained = aezoo.checkpoint.load_run(run)
+    scaled = ((torch.from_numpy(x) - trained["scaling"]["offset"]) / trained["scaling"]["factor"]).float()
+    low, high = float(scaled.min()), float(scaled.max())
+    assert -0.5 < low < 0.2 and 0.8 < high < 1.5
+    expected = model(scaled).detach().numpy()
+    assert np.allclose(np.load(tmp_path / "reconstructions.npy"), expected, atol=1e-6)
+    assert (tmp_path / "errors.csv").read_text().splitlines()[0].endswith("label")
+
+
+def test_a_saved_model_takes_a_file_and_says_that_it_knows_no_data(run, tmp_path, capsys):
+    aezoo.save_model(aezoo.load_model(run), tmp_path / "saved")
+    assert "does not say what it was trained on" in refused(
+        capsys, "reconstruct", "--ckpt_path", str(tmp_path / "saved")
+    )
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((3, 4)))
+    cli.main(["reconstruct", "--ckpt_path", str(tmp_path / "saved"), "--input", str(tmp_path / "x.npy")])
+    assert (tmp_path / "saved" / "reconstruct" / "errors.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "needs a trained model"),
+        (["--ckpt_path"], "--ckpt_path needs a value"),
+        (["--ckpt_path", "nowhere"], "no checkpoint at nowhere"),
+        (["--ckpt_path", "RUN", "--n_show", "3"], "unknown flag --n_show, did you mean --n_shown?"),
+        (["--ckpt_path", "RUN", "--n_shown", "many"], "n_shown takes int, got many"),
+        (["--ckpt_path", "RUN", "--split", "exam"], "split"),
+        (["--ckpt_path", "RUN", "--input", "nowhere.npy"], "--input nowhere.npy does not exist"),
+        (["--ckpt_path", "RUN", "--device", "abacus"], "no device 'abacus'"),
+        (["--ckpt_path", "RUN", "--batch_size", "0"], "batch_size"),
+        (["--ckpt_path", "RUN", "--seed", "-1"], "seed"),
+        (["--ckpt_path", "RUN", "--data.name", "digits"], "the data give 1x8x8"),
+        (["--ckpt_path", "RUN", "--data.nmae", "digits"], "did you mean --data.name?"),
+    ],
+)
+def test_mistakes_end_in_one_line(run, capsys, flags, words):
+    assert words in refused(capsys, "reconstruct", *[str(run) if flag == "RUN" else flag for flag in flags])
+
+
+def test_help_names_the_flags_of_the_verb_and_needs_no_model(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["reconstruct", "--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "--n_shown" in out and "--input" in out and "samples in each row" in out
+
+
+def test_what_scales_samples_is_in_the_checkpoint_only_where_it_is_needed(tmp_path):
+    for scale, there in (("standard", True), ("none", False)):
+        data = aezoo.DataModule.from_arrays(np.random.default_rng(0).random((40, 3)), scale=scale)
+        model = aezoo.create_model("dense_ae", (3,), likelihood="gaussian")
+        trainer = Trainer(max_epochs=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path / scale)
+        trainer.fit(model, datamodule=data)
+        assert ("scaling" in data.state_dict()) == there
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "files"),
+    [
+        ("generate", ["--n", "5"], {"samples.npy", "samples.png"}),
+        ("generate", ["--prior", "gaussian", "--interpolate", "true"], {"interpolation.npy", "interpolation.png"}),
+        ("denoise", ["--corrupt", "gaussian:0.1"], {"denoised.npy", "denoised.png", "denoise.csv"}),
+        ("detect", ["--normal", "1"], {"scores.csv", "detect.csv", "anomalies.png"}),
+        ("embed", ["--nearest", "2"], {"codes.npy", "plane.csv", "plane.png", "accuracies.csv", "neighbours.csv"}),
+        ("compress", ["--quality", "2"], {"samples.aez", "rate_distortion.csv", "rate_distortion.png"}),
+    ],
+)
+def test_each_verb_runs_from_a_run_alone(run, tmp_path, verb, flags, files):
+    pytest.importorskip("constriction")
+    cli.main([verb, "--ckpt_path", str(run), f"--out={tmp_path}", *flags])
+    assert files <= {path.name for path in tmp_path.iterdir()}
+    if verb == "compress":
+        back = ["decompress", "--ckpt_path", str(run), "--input", str(tmp_path / "samples.aez")]
+        cli.main([*back, f"--out={tmp_path / 'back'}"])
+        assert np.load(tmp_path / "back" / "samples.npy").shape == (8, 4)
+
+
+def test_a_model_that_has_left_its_training_data_behind_still_works(run, tmp_path, capsys):
+    folder = tmp_path / "moved"
+    shutil.copytree(run, folder)
+    with np.load(run.parents[2] / "data.npz") as file:
+        np.save(tmp_path / "x.npy", file["x"][:9])
+    hidden = run.parents[2] / "data.npz"
+    hidden.rename(hidden.with_suffix(".hidden"))
+    try:
+        cli.main(["detect", "--ckpt_path", str(folder), "--input", str(tmp_path / "x.npy")])
+        assert "the training data are not there" in capsys.readouterr().err
+        assert "no such file" in refused(capsys, "detect", "--ckpt_path", str(folder))
+    finally:
+        hidden.with_suffix(".hidden").rename(hidden)
+    assert (folder / "detect" / "scores.csv").is_file()
+
+
+def test_a_prior_needs_no_training_data(tmp_path, capsys):
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).random((60, 4)))
+    flags = [
+        "--data.name",
+        str(tmp_path / "data.npy"),
+        "--trainer.max_epochs=1",
+        "--trainer.default_root_dir",
+        str(tmp_path),
+    ]
+    cli.main(["fit", "--model", "vae", *flags])
+    (tmp_path / "data.npy").unlink()
+    (folder,) = (path.parent for path in tmp_path.rglob("config.yaml"))
+    capsys.readouterr()
+    cli.main(["generate", "--ckpt_path", str(folder), "--n", "3"])
+    assert "nothing is read, the training data are not there" in capsys.readouterr().err
+    assert np.load(folder / "generate" / "samples.npy").shape == (3, 4)
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--ckpt_path", str(folder), "--prior", "gaussian"])
+    assert "gaussian is fitted to the codes of training samples: give" in capsys.readouterr().err.splitlines()[1]

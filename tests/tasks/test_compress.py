@@ -1,0 +1,167 @@
+"""compress and decompress: the rate is the bound, what comes back is what went in, and damaged files are refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit
+from scipy.stats import betabinom, logistic
+
+import aezoo
+from aezoo.errors import AezooError
+from aezoo.tasks.codec import lossless, lossy, machine
+from aezoo.tasks.compress import compress
+from aezoo.tasks.decompress import decompress
+
+
+def _vae(likelihood, seed=0, latent_dim=4):
+    torch.manual_seed(seed)
+    model = aezoo.create_model("vae", (64,), latent_dim=latent_dim, hidden_dims=(16,), likelihood=likelihood).eval()
+    with torch.no_grad():  # a posterior far from the prior, so that the KL is a good part of the bits
+        (*_, last) = (part for part in model.encoder.modules() if isinstance(part, torch.nn.Linear))
+        last.bias.copy_(torch.cat([torch.full((latent_dim,), 1.5), torch.full((latent_dim,), -4.0)]))
+    return model
+
+
+def _file(tmp_path, x, model, **settings):
+    compress(model, x, compare=False, out=str(tmp_path), **settings)
+    return tmp_path / "samples.aez"
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "k"), [("bernoulli", 2), ("discretised_logistic:0.3", 256), ("beta_binomial", 256)]
+)
+def test_lossless_gives_the_same_bytes_in_as_many_bits_as_the_elbo_says(tmp_path, likelihood, k):
+    model, x = (
+        _vae(likelihood, latent_dim=16),
+        torch.randint(0, k, (300, 64), generator=torch.Generator().manual_seed(1)) / (k - 1),
+    )
+    found = compress(model, x, compare=False, out=str(tmp_path))
+    back = decompress(model, str(tmp_path / "samples.aez"))
+    assert np.array_equal(back.x, (x * 255).round().byte().numpy())
+    with torch.no_grad():
+        mu, log_var = model.posterior(x)
+        q = torch.distributions.Normal(mu, torch.exp(0.5 * log_var))
+        kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(1).mean().item()
+        nats = []
+        for _ in range(16):
+            t, v = model.decoder(q.sample()).double().numpy(), x.double().numpy()
+            if k == 2:
+                p = np.where(v > 0.5, 1 / (1 + np.exp(-t)), 1 / (1 + np.exp(t)))
+            elif likelihood == "beta_binomial":
+                p = betabinom.pmf((255 * v).round(), 255, 2 * expit(t), 2 * expit(-t))
+            else:
+                upper = np.where(v == 1, 1, logistic.cdf(v + 0.5 / 255, t, 0.3))
+                p = upper - np.where(v == 0, 0, logistic.cdf(v - 0.5 / 255, t, 0.3))
+            nats.append(-np.log(p).sum(1).mean() + kl)
+    assert found.net_bits == pytest.approx(300 * np.mean(nats) / math.log(2), rel=0.02)
+
+
+def test_the_initial_bits_come_back_or_nothing_does():
+    model = _vae("bernoulli")
+    levels = np.random.default_rng(0).integers(0, 2, (20, 64)).astype(np.uint8)
+    with torch.no_grad():
+        a, b = (lossless.BitsBack(lossless.chain_of(model), machine.like(model), 8, 8, key) for key in (b"a", b"b"))
+        words = a.encode(levels).words
+        assert np.array_equal(a.decode(words, 20), levels) and b.decode(words, 20) is None
+
+
+def test_lossy_quality_raises_psnr_and_the_file_decodes(tmp_path):
+    x = torch.rand(100, 64, generator=torch.Generator().manual_seed(0))
+    model = aezoo.create_model("linear_ae", (64,), latent_dim=64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.eye(64) if p.ndim == 2 else torch.zeros(64))
+    found = compress(model, x, mode="lossy", quality=(1.0, 3.0, 5.0), compare=False, out=str(tmp_path))
+    psnr = [row["psnr"] for row in found.rows]
+    assert psnr[1] > psnr[0] + 6 and psnr[2] > psnr[1] + 6
+    back = decompress(model, str(tmp_path / "samples-q5.aez"))
+    assert back.same and -10 * math.log10(np.mean((back.x - x.numpy()) ** 2)) == pytest.approx(psnr[2], abs=0.01)
+
+
+def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path):
+    model = _vae("bernoulli")
+    path = _file(tmp_path, torch.ones(2, 64), model)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    damaged = [whole[:i] for i in range(len(whole))]
+    for _ in range(300):
+        i, bit = rng.integers(len(whole)), 1 << int(rng.integers(8))
+        damaged.append(whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1 :])
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(AezooError) as caught:
+            decompress(model, str(path))
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    with pytest.raises(AezooError, match="another model"):
+        decompress(_vae("bernoulli", seed=1), str(path))
+
+
+def test_lossy_codes_take_the_bits_that_their_stored_tables_say_and_come_back_exactly():
+    random = np.random.default_rng(0)
+    codes = (random.normal(size=(5000, 3)) * [1, 10, 0.1] + [0, 5, -3]).astype(np.float32)
+    slope = np.array([1, 4, 2], np.float32)
+    quantiser = lossy.Quantiser.fit(codes, lambda z: z * slope, 4.0)
+    # equal steps of the output, 2^-4 deviations of the dimension that moves it most
+    assert quantiser.step == pytest.approx(2**-4 * (slope * codes.std(0)).max() / slope, rel=0.01)
+    codec = lossy.Codec.fit(codes, quantiser, codes.min(0), codes.max(0), len(codes))
+    symbols = quantiser.symbols(codes)
+    again = lossy.Codec.from_bytes(codec.to_bytes(), 3)
+    content = codec.encode(symbols)
+    assert np.array_equal(again.decode(content, len(symbols)), symbols)
+    bits = 0.0
+    for d, table in enumerate(again.histograms):
+        borders = table.low + np.concatenate([[0], np.cumsum(table.width)])
+        p = np.repeat(table.share / 4096 / table.width, table.width)
+        assert p.sum() == pytest.approx(1)
+        bits -= np.log2(p[symbols[:, d] - borders[0]]).sum()
+    assert 8 * len(content) == pytest.approx(bits, rel=0.01, abs=64)
+    error = np.abs(quantiser.codes(symbols) - codes).max(0)
+    assert (error <= 0.5001 * quantiser.step).all() and error[1] > 0.49 * quantiser.step[1]
+
+
+@pytest.mark.parametrize("shape", [(9,), (2, 16), (1, 8, 8), (3, 9, 7), (1, 4, 8, 8)], ids=str)
+@pytest.mark.parametrize("n", [1, 21])
+def test_every_kind_of_sample_goes_in_and_out(tmp_path, shape, n):
+    model = aezoo.create_model("dense_ae", shape)
+    x = torch.rand(n, *shape, generator=torch.Generator().manual_seed(0))
+    found = compress(model, x, out=str(tmp_path), batch_size=4)
+    back = decompress(model, str(tmp_path / "samples.aez"), out=str(tmp_path / "back"))
+    assert found.mode == "lossy" and back.same and back.x.shape == (n, *shape)
+    assert np.array_equal(np.load(tmp_path / "back" / "samples.npy"), back.x)
+
+
+def test_the_pictures_of_a_lossless_file_are_its_samples(tmp_path):
+    from PIL import Image
+
+    torch.manual_seed(0)
+    model = aezoo.create_model("vae", (1, 8, 8), latent_dim=2, hidden_dims=(8,)).eval()
+    x = torch.randint(0, 2, (5, 1, 8, 8)).float()
+    threads = torch.get_num_threads()
+    compress(model, x, out=str(tmp_path), compare=False, threads=1)
+    decompress(model, str(tmp_path / "samples.aez"), kind="png", out=str(tmp_path / "png"))
+    pixels = [np.asarray(Image.open(tmp_path / "png" / f"{i:06d}.png")) for i in range(5)]
+    assert np.array_equal(np.stack(pixels) / 255, x[:, 0].numpy()) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"mode": "zip"}, "mode is 'zip'"),
+        ({"quality": 99.0}, "quality"),
+        ({"quality": (1.0, 1.0)}, "quality"),
+        ({"steps": "golden"}, "steps is 'golden'"),
+        ({"precision": 0}, "precision is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"mode": "lossless"}, "needs values 0 and 1"),
+    ],
+)
+def test_bad_values_are_refused(bad, words):
+    with pytest.raises(AezooError, match=words):
+        compress(_vae("bernoulli"), torch.rand(3, 64), **bad)
+
+
+def test_a_model_without_a_posterior_has_no_lossless_code():
+    with pytest.raises(AezooError):
+        compress(aezoo.create_model("dense_ae", (64,)), torch.ones(3, 64), mode="lossless")

@@ -1,0 +1,429 @@
+"""detect: scores that train a copy of the encoder, frozen features, and what models of anomalies say in the verb."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from sklearn.decomposition import PCA
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+import aezoo
+from aezoo import cli
+from aezoo.errors import AezooError
+from aezoo.nets.features import random_features
+from aezoo.tasks import detect_features, detect_svdd
+from aezoo.tasks.detect import Detector, detect
+from aezoo.tasks.detect_features import Frozen
+from aezoo.tasks.detect_svdd import DeepSVDD, Tuning
+from aezoo.tasks.detectors import Baseline
+from aezoo.tasks.samples import Samples
+
+
+def images(n, shape=(1, 8, 8), seed=0):
+    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moved(name="dense_ae", shape=(1, 8, 8), seed=0, **settings):
+    """A model away from its initial weights: at biases of 0 half of the mistakes are invisible."""
+    torch.manual_seed(seed)
+    model = aezoo.create_model(name, shape, **settings)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p) if p.ndim < 2 else 0.05 * torch.randn_like(p))
+    return model.eval()
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def learnt(x, steps=400, **settings):
+    """An autoencoder of digits."""
+    torch.manual_seed(0)
+    model = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=32, hidden_dims=(128,), **settings)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.loss(x[torch.randint(len(x), (64,))])["loss"].backward()
+        optimizer.step()
+    return model.eval()
+
+
+def without(digit):
+    """Digits of which training lacks one."""
+    return aezoo.DataModule("digits", batch_size=64, train_classes=[c for c in range(10) if c != digit])
+
+
+# ---- RaPP -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ["sap", "nap"])
+def test_all_gaps_of_a_perfect_autoencoder_are_0(score):
+    """Also where the code is wider than the data, and with hidden layers that are kept apart by an activation."""
+    model = aezoo.create_model("dense_ae", (5,), hidden_dims=(10,), latent_dim=10, likelihood="gaussian")
+    eye = torch.eye(5)
+    both = torch.cat([eye, -eye])  # relu(x) - relu(-x) = x
+    with torch.no_grad():
+        for net, weights in ((model.encoder, (both, torch.eye(10))), (model.decoder, (torch.eye(10), both.T))):
+            layers = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
+            for layer, weight in zip(layers, weights, strict=True):
+                layer.weight.copy_(weight)
+                layer.bias.zero_()
+    x = torch.randn(30, 5)
+    found = Detector(model, score).fit(x).decision_function(torch.randn(9, 5))
+    assert np.allclose(found, 0, atol=1e-9)
+    with torch.no_grad():
+        model.decoder[-2].bias[0] += 0.1
+    assert (Detector(model, "sap").fit(x).decision_function(x) > 1e-3).all()
+
+
+def test_sap_without_hidden_layers_is_the_squared_error_of_sample_and_code():
+    """h_0 is the sample, whose part is D times mse; the code is the last layer of the paper's, not one left out."""
+    model, x = moved("dense_ae", (6,), hidden_dims=(), latent_dim=3, likelihood="gaussian"), torch.randn(20, 6)
+    scores = {name: Detector(model, name).fit(x).decision_scores_ for name in ("sap", "mse")}
+    with torch.no_grad():
+        code = (model.encode(x) - model.encode(model(x))).square().sum(1).numpy()
+        assert np.allclose(scores["sap"], 6 * scores["mse"] + code, rtol=1e-5)
+        for p in model.encoder.parameters():
+            p.zero_()
+    # an encoder that sees nothing: the error of the sample alone
+    scores = {name: Detector(model, name).fit(x).decision_scores_ for name in ("sap", "mse")}
+    assert np.allclose(scores["sap"], 6 * scores["mse"], rtol=1e-6) and scores["mse"].min() > 0
+
+
+# ---- Deep SVDD ------------------------------------------------------------------------------------------------------
+
+
+def fitted(model, x, **tuning):
+    scorer = DeepSVDD(model, Tuning(**tuning))
+    with torch.no_grad():
+        torch.manual_seed(0)
+        scorer.fit(x.split(7), len(x))
+    return scorer
+
+
+def test_the_centre_is_the_mean_of_the_initial_codes_kept_away_from_0():
+    model, x = moved(latent_dim=12, hidden_dims=(16,)), images(40)
+    scorer = fitted(model, x, epochs=0)
+    weights = [p.detach().double() for name, p in model.encoder.named_parameters() if name.endswith("weight")]
+    # the network without its biases
+    mean = ((x.flatten(1).double() @ weights[0].T).relu() @ weights[1].T).mean(0)
+    near = mean.abs() < 0.1
+    assert near.any() and not near.all()
+    expected = torch.where(near, torch.where(mean < 0, -0.1, 0.1), mean)
+    assert torch.allclose(scorer.centre_D.double(), expected, atol=1e-6)
+
+
+def test_the_score_is_the_squared_distance_from_the_centre_of_the_fine_tuned_code():
+    model, x = moved(latent_dim=3, hidden_dims=(16,)), images(40)
+    scorer = fitted(model, x, epochs=3)
+    code = scorer._copy.encode(x).double()
+    assert torch.allclose(scorer(x).double(), ((code - scorer.centre_D) ** 2).sum(1), rtol=1e-5)
+    assert not torch.allclose(code.float(), model.encode(x))
+    whole = Detector(model, "deep_svdd", svdd_epochs=3, batch_size=7, seed=4).fit(x)
+    assert np.allclose(whole.decision_scores_, whole.decision_function(x))
+    assert whole.threshold_ == np.percentile(whole.decision_scores_, 90)
+
+
+def test_one_step_is_adams_on_the_gradient_of_the_mean_squared_distance():
+    model, x = moved(latent_dim=3, hidden_dims=(16,)), images(40)
+    before, after = fitted(model, x, epochs=0), fitted(model, x, epochs=1, lr=1e-3)
+    by_hand = copy.deepcopy(before._copy)
+    weights = [p.requires_grad_() for name, p in by_hand.encoder.named_parameters() if name.endswith("weight")]
+    (by_hand.encode(x) - before.centre_D).square().sum(1).mean().backward()
+    for p in weights:
+        # Adam's first step has the length of its rate, whatever the gradient's
+        g = p.grad + 1e-6 * p.detach()
+        p.data -= 1e-3 * g / (g.abs() + 1e-8)
+    for mine, theirs in zip(by_hand.encoder.parameters(), after._copy.encoder.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-7)
+
+
+def test_training_draws_normal_samples_together_and_leaves_the_model_alone():
+    model, x = moved(latent_dim=3, hidden_dims=(16,)), images(60)
+    held, modes = state(model), [m.training for m in model.modules()]
+    before, after = fitted(model, x, epochs=0), fitted(model, x, epochs=30, lr=1e-3)
+    assert after(x).mean() < 0.5 * before(x).mean()
+    assert torch.equal(after.centre_D, before.centre_D)
+    assert all(torch.equal(value, held[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert modes == [m.training for m in model.modules()]
+
+
+def test_a_seed_gives_the_same_scores_and_nothing_else_is_drawn():
+    model, x = moved(latent_dim=3, hidden_dims=(16,)), images(300)
+    torch.manual_seed(8)
+    first, again, other = (
+        Detector(model, "deep_svdd", svdd_epochs=2, seed=seed).fit(x).decision_scores_ for seed in (0, 0, 1)
+    )
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    drawn = torch.rand(3)
+    torch.manual_seed(8)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_a_constant_code_cannot_be_reached():
+    """With biases, weights of 0 and the centre as the last bias give score 0 to everything: what PyOD's fit fell to."""
+    model, x = moved(latent_dim=4, hidden_dims=(16,)), images(40)
+    scorer = fitted(model, x, epochs=5, lr=1e-2)
+    biases = [p for name, p in scorer._copy.encoder.named_parameters() if name.endswith("bias")]
+    assert biases and all(not p.any() for p in biases)
+    with torch.no_grad():
+        for p in scorer._copy.encoder.parameters():
+            p.zero_()
+    # the best constant that is left costs at least 0.1^2 for each number of the code
+    assert torch.allclose(scorer(x), scorer.centre_D.square().sum()) and scorer.centre_D.square().sum() >= 0.04
+    with torch.no_grad():
+        biases[-1].copy_(scorer.centre_D)
+    assert not scorer(x).any()
+
+
+def test_with_biases_training_ends_at_the_constant_and_without_them_it_does_not(monkeypatch):
+    x = images(64)
+    model = moved(latent_dim=2, hidden_dims=(4,))
+
+    def spread(scorer):
+        """How much codes differ, against how far they are from 0."""
+        codes = scorer.codes(x).detach()
+        return float(codes.var(0).sum() / codes.square().sum(1).mean())
+
+    sound = fitted(model, x, epochs=300, lr=1e-2)
+    monkeypatch.setattr(detect_svdd, "without_biases", lambda net: [*net.requires_grad_().parameters()])
+    collapsed = fitted(model, x, epochs=300, lr=1e-2)
+    assert spread(sound) > 1e-3 and spread(collapsed) < 1e-6
+
+
+@pytest.mark.parametrize("act", ["tanh", "sigmoid", "elu", "softplus"])
+def test_activations_that_stand_in_for_a_bias_are_refused_in_one_line(act):
+    with pytest.raises(AezooError, match="relu, leaky_relu, gelu or silu") as refused:
+        Detector(moved(activation=act, hidden_dims=(8,)), "deep_svdd")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("act", ["relu", "leaky_relu", "gelu", "silu", "gated", "identity"])
+def test_a_code_without_biases_is_0_of_a_sample_of_0(act):
+    """So that the constant of zero weights is 0, which the centre is not."""
+    scorer = fitted(moved(activation=act, hidden_dims=(8,)), images(20), epochs=1)
+    assert not scorer.codes(torch.zeros(1, 1, 8, 8)).any()
+
+
+def test_the_boundary_is_soft_where_a_share_may_lie_outside():
+    """With nu all but a share of the samples pull: the farthest count, those within the radius do not."""
+    model, x = moved(latent_dim=3, hidden_dims=(16,)), images(100)
+    start = fitted(model, x, epochs=0)
+    d2 = start(x)
+    nu = 0.1
+    radius2 = float(np.sort(d2.numpy())[math.ceil(0.9 * 100) - 1])
+    outside = d2 > radius2
+    assert outside.sum() == 10
+    by_hand = copy.deepcopy(start._copy)
+    weights = [p.requires_grad_() for name, p in by_hand.encoder.named_parameters() if name.endswith("weight")]
+    ((by_hand.encode(x[outside]) - start.centre_D).square().sum(1) - radius2).sum().div(nu * 100).backward()
+    soft = fitted(model, x, epochs=1, lr=1e-3, nu=nu)
+    for p, theirs in zip(weights, [p for p in soft._copy.encoder.parameters() if p.ndim > 1], strict=True):
+        g = p.grad + 1e-6 * p.detach()
+        assert torch.allclose(p.detach() - 1e-3 * g / (g.abs() + 1e-8), theirs, atol=2e-6)
+
+
+def test_it_beats_an_untrained_network_on_digits_with_one_left_out():
+    """PyOD 3.6.3 to 3.6.5 had the AUC of an untrained network, .746 (its changelog)."""
+    found = {"trained": [], "codes": [], "untrained": []}
+    for digit in (0, 5, 8):
+        data = without(digit)
+
+        def auroc(net, epochs, data=data, digit=digit):
+            options = {"svdd_epochs": epochs, "svdd_lr": 1e-3, "anomaly": str(digit), "baselines": False}
+            return detect(net, data, score="deep_svdd", **options).table[0]["auroc"]
+
+        model = learnt(data.tensors("train")[0], steps=300)
+        for seed in range(5):
+            torch.manual_seed(seed)
+            found["untrained"].append(auroc(aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=32), 0))
+        found["codes"].append(auroc(model, 0))
+        found["trained"].append(auroc(model, 25))
+    mean = {name: np.mean(values) for name, values in found.items()}
+    assert mean["trained"] > mean["untrained"] + 0.1
+    assert mean["trained"] > mean["codes"] + 0.3
+    assert min(found["trained"]) > 0.55
+
+
+@pytest.mark.parametrize("name", ["conv_ae", "resnet_ae", "vae", "topk_sae", "linear_ae"])
+def test_any_model_whose_codes_have_a_gradient_can_be_tuned(name):
+    model, x = moved(name), images(20)
+    found = detect(model, x, score="deep_svdd,nll", svdd_epochs=2, baselines=False)
+    assert np.isfinite(found.scores).all() and len(found.table) == 2
+    after = fitted(model, x, epochs=20, lr=1e-3)
+    assert after(x).mean() < fitted(model, x, epochs=0)(x).mean()
+
+
+def test_codes_without_a_gradient_are_refused():
+    model = moved(hidden_dims=(8,))
+    model.encode = lambda x: model.encoder(x).round().detach()
+    with pytest.raises(AezooError, match="needs codes with a gradient"):
+        Detector(model, "deep_svdd").fit(images(9))
+
+
+@pytest.mark.parametrize(
+    "options", [{"svdd_epochs": -1}, {"svdd_epochs": 10**12}, {"svdd_lr": 0.0}, {"svdd_nu": 1.0}, {"svdd_nu": -0.1}]
+)
+def test_bad_tuning_is_refused_in_one_line(options):
+    with pytest.raises(AezooError, match="deep_svdd takes") as refused:
+        detect(moved(), images(9), score="deep_svdd", **options)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_trainer_that_a_model_remembers_is_not_copied():
+    model = moved(hidden_dims=(8,))
+    model._trainer = trainer = object.__new__(aezoo.autoencoder.pl.Trainer)
+    scorer = fitted(model, images(9), epochs=1)
+    assert model._trainer is trainer and scorer._copy._trainer is None
+
+
+# ---- frozen features ------------------------------------------------------------------------------------------------
+
+
+def test_fre_is_the_error_of_pca_in_the_features():
+    """A linear autoencoder's optimum in closed form, half of the 64 features kept."""
+    train, x = images(300), images(20, seed=1)
+    found = Baseline("fre", features="random").fit(Samples.of(train)).decision_function(Samples.of(x))
+    net = random_features((1, 8, 8))
+    with torch.no_grad():
+        f, g = (net(part)[-1].flatten(1).double().numpy() for part in (train, x))
+    assert f.shape == (300, 64)
+    pca = PCA(32).fit(f)
+    expected = ((g - pca.inverse_transform(pca.transform(g))) ** 2).sum(1)
+    assert np.allclose(found, expected, rtol=1e-3) and expected.min() > 0
+
+
+def test_a_linear_autoencoder_trained_on_the_features_comes_to_fre():
+    """Baldi & Hornik 1989; what anomalib trains by Adam is this."""
+    net = random_features((1, 8, 8))
+    with torch.no_grad():
+        f = net(images(200))[-1].flatten(1)[:, :12]
+    f = (f - f.mean(0)) / f.std()
+    torch.manual_seed(0)
+    model = aezoo.create_model("linear_ae", (12,), latent_dim=6, likelihood="gaussian")
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        model.loss(f)["loss"].backward()
+        optimizer.step()
+    error = (model.eval()(f) - f).square().sum(1).mean().item()
+    f = f.numpy()
+    pca = PCA(6).fit(f)
+    floor = float(((f - pca.inverse_transform(pca.transform(f))) ** 2).sum(1).mean())
+    assert floor - 1e-4 < error < 1.02 * floor
+
+
+def test_fre_stands_beside_the_other_baselines_where_features_are_named():
+    data = without(5)
+    model = learnt(data.tensors("train")[0], steps=60)
+    found = detect(model, data, score="deep_svdd,nll", svdd_epochs=2, features="random", anomaly="5", n_shown=0)
+    assert [row["method"] for row in found.table] == [
+        *("deep_svdd", "nll", "pca", "mean", "knn", "isolation_forest", "fre"),
+    ]
+    rows = {row["method"]: row for row in found.table}
+    alone = Baseline("fre", features="random").fit(Samples.of(data, "train"))
+    y = data.tensors("test")[1].numpy()
+    auroc = roc_auc_score(y == 5, alone.decision_function(Samples.of(data, "test")))
+    assert rows["fre"]["auroc"] == pytest.approx(auroc) and auroc > 0.75
+    only = detect(model, data, features="random", baselines=False, anomaly="5", n_shown=0)
+    assert [row["method"] for row in only.table] == ["nll", "fre"]
+    assert only.table[1]["auroc"] == pytest.approx(auroc)
+
+
+def test_the_features_of_a_model_of_the_zoo_are_its_encoders_last_hidden_layer(tmp_path):
+    model, x = moved("conv_ae", hidden_dims=(3, 5)), images(30)
+    path = aezoo.save_model(model, tmp_path / "saved")
+    with torch.no_grad():
+        expected = nn.Sequential(*list(model.encoder)[:4])(x).flatten(1)
+    assert torch.allclose(Frozen(str(path), (1, 8, 8))(x), expected, atol=1e-6)
+    found = Baseline("fre", features=str(path)).fit(Samples.of(x))
+    assert np.isfinite(found.decision_scores_).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_resnet_sees_enlarged_images_in_imagenets_colours(channels, tmp_path, monkeypatch):
+    """Without weights that were fetched nothing is downloaded; here random ones lie where torchvision puts them."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(AezooError, match="fetch them once, python -c") as refused:
+        Frozen("resnet18", (channels, 8, 8))
+    assert "\n" not in str(refused.value)
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(weights=None).eval()
+    name = torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(net.state_dict(), tmp_path / "checkpoints" / name)
+    state = torch.get_rng_state()
+    frozen = Frozen("resnet18", (channels, 8, 12))
+    assert torch.equal(torch.get_rng_state(), state)
+    monkeypatch.setattr(detect_features, "_SIDE", 32)
+    x, seen = images(2, (channels, 8, 12)), {}
+    net.layer3.register_forward_hook(lambda module, given, output: seen.update(features=output))
+    with torch.no_grad():
+        large = nn.functional.interpolate(x, (32, 48), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
+        net(torchvision.transforms.functional.normalize(large, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    assert torch.allclose(frozen(x), seen["features"].flatten(1), atol=1e-5)
+    assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.net.training
+    monkeypatch.setattr(detect_features, "_MOST_FEATURES", 600)
+    # 256 x 2 x 3 values are too many
+    pooled = nn.functional.adaptive_avg_pool2d(seen["features"], (1, 2)).flatten(1)
+    assert torch.allclose(frozen(x), pooled, atol=1e-5)
+    (tmp_path / "checkpoints" / name).write_bytes(b"no weights")
+    with pytest.raises(AezooError, match="holds no weights of resnet18"):
+        Frozen("resnet18", (channels, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("resnet50", (9,), "takes images of 1 or 3 channels"),
+        ("resnet50", (2, 8, 8), "takes images of 1 or 3 channels"),
+        ("nothing", (9,), "features takes random, resnet18"),
+        ("", (9,), "features takes random, resnet18"),
+        ("vgg16", (9,), "takes images"),
+    ],
+)
+def test_features_that_cannot_be_had_are_refused_in_one_line(name, shape, message):
+    with pytest.raises(AezooError, match=message) as refused:
+        Frozen(name, shape)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_few_samples_keep_half_of_their_directions(n):
+    x = images(n)
+    found = Baseline("fre", features="random").fit(Samples.of(x))
+    net = random_features((1, 8, 8))
+    with torch.no_grad():
+        f = net(x)[-1].flatten(1).double().numpy()
+    pca = PCA(max(n // 2, 1)).fit(f)
+    assert np.allclose(found.decision_scores_, ((f - pca.inverse_transform(pca.transform(f))) ** 2).sum(1), atol=1e-5)
+
+
+# ---- on the command line --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dense_ae", "dagmm", "ganomaly"])
+def test_the_verb_compares_all_scores_on_digits_of_which_training_saw_one(name, tmp_path, capsys):
+    """`aezoo fit --data.train_classes`, then `aezoo detect`: the scores, and the baselines beside them."""
+    flags = ["--data.name=digits", "--data.train_classes=[3]", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+    cli.main(["fit", f"--model={name}", *flags, f"--trainer.default_root_dir={tmp_path / 'runs'}"])
+    (run,) = (path.parent for path in (tmp_path / "runs").rglob("config.yaml"))
+    capsys.readouterr()
+    # activations that saturate, as dagmm's tanh, do not go with deep_svdd
+    score = "nll,mse,sap,nap,mahalanobis" + ("" if name == "dagmm" else ",deep_svdd")
+    cli.main(["detect", f"--ckpt_path={run}", f"--score={score}", "--normal=3", "--features=random", "--svdd_epochs=3"])
+    printed = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.split()}
+    for method in (*score.split(","), "pca", "mean", "knn", "isolation_forest", "fre"):
+        assert 0 < float(rows[method][1]) <= 1, method
+    assert "one-vs-rest: 3 is normal" in printed and (run / "detect" / "scores.csv").is_file()
+    if name == "dagmm":
+        with pytest.raises(SystemExit):
+            cli.main(["detect", f"--ckpt_path={run}", "--score=deep_svdd"])
+        assert "encoder's Tanh" in capsys.readouterr().err

@@ -1,0 +1,267 @@
+"""embed: codes, plane, accuracies and neighbours are those that scikit-learn finds by itself."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+import aezoo
+from aezoo.data.source import ArrayDataset
+from aezoo.errors import AezooError
+from aezoo.tasks.embed import embed
+from aezoo.tasks.embed_codes import choose_rows, nearest_codes, read_off, to_plane
+from aezoo.tasks.samples import Samples
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return aezoo.DataModule("digits")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=5).eval()
+
+
+def encoded(model, x):
+    with torch.no_grad():
+        return model.eval().encode(x).flatten(1).numpy()
+
+
+def lines(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_codes_in_an_npz_are_data_that_a_model_can_be_trained_on(tmp_path):
+    model = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=3)
+    data = aezoo.DataModule("digits")
+    found = embed(model, data, table="npz", n_shown=0, out=str(tmp_path))
+    assert tmp_path / "codes.npz" in found.files
+    again = aezoo.DataModule(str(tmp_path / "codes.npz"), scale="none", val_fraction=0, test_fraction=0)
+    x, y = again.tensors("train")
+    assert np.array_equal(x.numpy(), found.codes) and torch.equal(y, data.tensors("test")[1])
+
+
+def test_codes_are_those_of_the_model(tmp_path, model, digits):
+    x, y = digits.tensors("test")
+    found = embed(model, digits, out=str(tmp_path), batch_size=7)
+    assert np.allclose(found.codes, encoded(model, x), atol=1e-6)
+    assert np.array_equal(np.load(tmp_path / "codes.npy"), found.codes)
+    table = embed(model, digits, table="csv", out=str(tmp_path / "csv"))
+    read = np.array([[float(row[f"z{d}"]) for d in range(5)] for row in lines(tmp_path / "csv" / "codes.csv")])
+    assert np.array_equal(read.astype(np.float32), table.codes)
+    assert [int(row["label"]) for row in lines(tmp_path / "csv" / "codes.csv")] == y.tolist()
+
+
+def test_the_accuracies_are_those_of_scikit_learn(tmp_path, model, digits):
+    (x_train, y_train), (x, y) = (tuple(part.numpy() for part in digits.tensors(stage)) for stage in ("train", "test"))
+    found = embed(model, digits, fit_on=digits, out=str(tmp_path))
+    raw_train, raw = x_train.reshape(len(x_train), -1), x.reshape(len(x), -1)
+    pca = PCA(5, random_state=0).fit(raw_train)
+    sets = [
+        (encoded(model, torch.from_numpy(x_train)), encoded(model, torch.from_numpy(x))),
+        (raw_train, raw),
+        (pca.transform(raw_train), pca.transform(raw)),
+    ]
+    for row, (a, b) in zip(found.accuracies, sets, strict=True):
+        scaler = StandardScaler().fit(a.astype(np.float64))
+        probe = LogisticRegression(max_iter=1000).fit(scaler.transform(a.astype(np.float64)), y_train)
+        assert row["probe"] == pytest.approx((probe.predict(scaler.transform(b.astype(np.float64))) == y).mean())
+        assert row["knn"] == pytest.approx((KNeighborsClassifier(5).fit(a, y_train).predict(b) == y).mean())
+        assert row["size"] == a.shape[1]
+    assert [row["features"] for row in lines(tmp_path / "accuracies.csv")] == ["codes", "raw values", "pca"]
+    assert "raw values" in found.summary()
+
+
+def test_classifiers_read_off_a_line_what_lies_on_either_side():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(400, 1)), rng.normal(size=(200, 1))
+    assert read_off(a, a[:, 0] > 0, b, b[:, 0] > 0)["probe"] > 0.97
+    # one outside of the other: a line cannot tell them apart, neighbours can
+    assert read_off(a, np.abs(a[:, 0]) > 1, b, np.abs(b[:, 0]) > 1)["probe"] < 0.75
+    assert read_off(a, np.abs(a[:, 0]) > 1, b, np.abs(b[:, 0]) > 1)["knn"] > 0.97
+
+
+def test_labels_of_another_numbering_are_compared_by_name(model, digits):
+    x, y = digits.tensors("test")
+    few = (y == 3) | (y == 5)
+    names = Samples(ArrayDataset(x[few], (y[few] == 5).long()), class_names=("3", "5"))
+    by_name = embed(model, names, fit_on=digits).accuracies
+    assert by_name == embed(model, Samples(ArrayDataset(x[few], y[few])), fit_on=digits).accuracies
+    assert by_name[1]["knn"] > 0.9
+
+
+def test_the_plane_is_that_of_pca_up_to_signs(tmp_path, model, digits):
+    found = embed(model, digits, out=str(tmp_path))
+    reference = PCA(2).fit_transform(np.asarray(found.codes, np.float64))
+    for ours, theirs in zip(found.plane.T, reference.T, strict=True):
+        assert min(np.abs(ours - theirs).max(), np.abs(ours + theirs).max()) < 1e-6
+    table = lines(tmp_path / "plane.csv")
+    assert np.allclose([[float(row["u"]), float(row["v"])] for row in table], found.plane)
+    assert (tmp_path / "plane.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("size", [3, 40], ids=["few dimensions", "many dimensions"])
+def test_the_nearest_of_a_training_sample_is_itself(size):
+    torch.manual_seed(1)
+    model = aezoo.create_model("dense_ae", (64,), latent_dim=size)
+    x = torch.rand(300, 64) + 5
+    found = embed(model, x, fit_on=x, nearest=3)
+    assert found.neighbours[:, 0].tolist() == list(range(300)) and (found.distances[:, 0] == 0).all()
+    codes = encoded(model, x).astype(np.float64)
+    every = np.linalg.norm(codes[:, None] - codes[None], axis=2)
+    assert np.array_equal(found.neighbours, np.argsort(every, axis=1, kind="stable")[:, :3])
+    assert np.allclose(found.distances, np.sort(every, axis=1)[:, :3], atol=1e-12)
+
+
+def test_neighbours_come_from_the_training_samples(tmp_path, model, digits):
+    x, _ = digits.tensors("test")
+    x_train, y_train = digits.tensors("train")
+    found = embed(model, digits, fit_on=digits, nearest=2, out=str(tmp_path))
+    every = np.linalg.norm(encoded(model, x)[:, None].astype(float) - encoded(model, x_train)[None], axis=2)
+    assert np.array_equal(found.neighbours, np.argsort(every, axis=1, kind="stable")[:, :2])
+    table = lines(tmp_path / "neighbours.csv")
+    assert len(table) == 2 * len(x) and [int(row["rank"]) for row in table[:4]] == [1, 2, 1, 2]
+    assert [int(row["label"]) for row in table] == y_train[found.neighbours.flatten()].tolist()
+    assert (tmp_path / "neighbours.png").stat().st_size > 1000
+
+
+def test_more_queries_than_are_looked_up_at_a_time_find_the_same():
+    library, queries = np.random.default_rng(0).normal(size=(50, 4)), np.random.default_rng(1).normal(size=(1500, 4))
+    every = np.linalg.norm(queries[:, None] - library[None], axis=2)
+    found, distances = nearest_codes(library, queries, 4)
+    assert np.array_equal(found, np.argsort(every, axis=1)[:, :4])
+    assert np.allclose(distances, np.sort(every, axis=1)[:, :4])
+
+
+@pytest.mark.parametrize("size", [1, 4, 60])
+def test_tsne_keeps_groups_apart_and_repeats_itself(size):
+    rng = np.random.default_rng(0)
+    codes = np.concatenate([rng.normal(0, 1, (40, size)), rng.normal(30, 1, (40, size))])
+    plane = to_plane(codes, "tsne", seed=0)
+    groups = np.repeat([0, 1], 40)
+    assert KNeighborsClassifier(5).fit(plane, groups).score(plane, groups) == 1
+    assert np.array_equal(plane, to_plane(codes, "tsne", seed=0))
+
+
+@pytest.mark.slow  # umap compiles itself for half a minute
+@pytest.mark.parametrize("size", [1, 4, 60])
+def test_umap_keeps_groups_apart_and_repeats_itself(size):
+    pytest.importorskip("umap")
+    rng = np.random.default_rng(0)
+    codes = np.concatenate([rng.normal(0, 1, (40, size)), rng.normal(30, 1, (40, size))])
+    plane = to_plane(codes, "umap", seed=0)
+    groups = np.repeat([0, 1], 40)
+    assert plane.shape == (80, 2) and KNeighborsClassifier(5).fit(plane, groups).score(plane, groups) == 1
+    assert np.array_equal(plane, to_plane(codes, "umap", seed=0))
+    few = np.repeat(codes[:4], 5, axis=0)  # of which it makes four points
+    assert np.isfinite(to_plane(few, "umap", seed=0)).all() and to_plane(codes[:4], "umap", seed=0).shape == (4, 2)
+
+
+@pytest.mark.slow
+def test_a_picture_by_umap_is_written(tmp_path, model, digits):
+    pytest.importorskip("umap")
+    found = embed(model, digits, method="umap", out=str(tmp_path))
+    assert found.plane.shape == (180, 2) and (tmp_path / "plane.png").stat().st_size > 1000
+    y = digits.tensors("test")[1].numpy()
+    near = KNeighborsClassifier(6).fit(found.plane, y).kneighbors(return_distance=False)
+    in_code = KNeighborsClassifier(15).fit(found.codes, y).kneighbors(return_distance=False)
+    kept = np.mean([len({*a} & {*b}) / 6 for a, b in zip(near, in_code, strict=True)])
+    assert kept > 0.5  # by chance 0.08
+
+
+@pytest.mark.parametrize("shape", [(9,), (2, 16), (1, 8, 8), (3, 9, 7), (1, 4, 8, 8)], ids=str)
+def test_every_kind_of_sample_is_written(tmp_path, shape):
+    model = aezoo.create_model("dense_ae", shape, latent_dim=3)
+    x = torch.rand(6, *shape, generator=torch.Generator().manual_seed(0))
+    found = embed(model, x, fit_on=x, nearest=2, out=str(tmp_path), batch_size=4)
+    names = ["codes.npy", "plane.csv", "neighbours.csv", "plane.png", "neighbours.png"]
+    assert [file.name for file in found.files] == names and all((tmp_path / name).stat().st_size for name in names)
+    assert found.accuracies == [] and "6 codes of 3" in found.summary()
+
+
+def test_code_maps_are_kept_as_maps(tmp_path):
+    model = aezoo.create_model("conv_ae", (1, 8, 8))
+    x = torch.rand(5, 1, 8, 8)
+    found = embed(model, x, nearest=1, out=str(tmp_path))
+    assert np.load(tmp_path / "codes.npy").shape == (5, *model.code_shape)
+    assert found.neighbours[:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("x", [torch.rand(1, 1, 8, 8), torch.full((5, 1, 8, 8), 0.5)], ids=["one", "all the same"])
+def test_one_sample_and_equal_samples_lie_at_the_origin(tmp_path, model, x):
+    found = embed(model, x, nearest=1, out=str(tmp_path))
+    assert np.array_equal(found.plane, np.zeros((len(x), 2))) and (found.distances == 0).all()
+
+
+def test_a_code_of_one_number_has_a_plane_too():
+    model = aezoo.create_model("dense_ae", (6,), latent_dim=1)
+    found = embed(model, torch.rand(20, 6))
+    assert found.plane[:, 0].std() > 0 and (found.plane[:, 1] == 0).all()
+
+
+def test_samples_that_classifiers_have_learnt_from_give_no_accuracies(model, digits):
+    train = Samples.of(digits, "train")
+    assert embed(model, train, fit_on=digits).accuracies == []
+
+
+def test_several_labels_each_are_left_out(tmp_path, model):
+    data = Samples(ArrayDataset(torch.rand(6, 1, 8, 8), torch.zeros(6, 2)))
+    embed(model, data, fit_on=data, nearest=1, out=str(tmp_path))
+    assert "label" not in lines(tmp_path / "plane.csv")[0] and "label" not in lines(tmp_path / "neighbours.csv")[0]
+
+
+def test_at_most_so_many_rows_are_chosen_at_random_and_none_twice():
+    rows = choose_rows(100, 30)
+    assert len(rows) == len(set(rows)) == 30 and rows.max() > 30 and (np.diff(rows) > 0).all()
+    assert np.array_equal(rows, choose_rows(100, 30)) and not np.array_equal(rows, choose_rows(100, 30, seed=1))
+    assert np.array_equal(choose_rows(20, 30), np.arange(20)) and np.array_equal(choose_rows(20, None), np.arange(20))
+
+
+def test_labels_of_one_class_or_with_fractions_give_no_accuracies(model):
+    x = torch.rand(8, 1, 8, 8)
+    for y in (torch.zeros(8, dtype=torch.long), torch.rand(8)):
+        data = Samples(ArrayDataset(x, y))
+        assert embed(model, data, fit_on=data).accuracies == []
+
+
+def test_parquet_holds_the_same_numbers(tmp_path, model):
+    import pandas as pd
+
+    found = embed(model, torch.rand(4, 1, 8, 8), table="parquet", nearest=1, out=str(tmp_path))
+    read = pd.read_parquet(tmp_path / "codes.parquet")
+    assert np.array_equal(read[[f"z{d}" for d in range(5)]].to_numpy(np.float32), found.codes)
+    assert (tmp_path / "neighbours.parquet").exists() and not (tmp_path / "plane.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"method": "mds"}, "take pca, tsne or umap"),
+        ({"table": "xls"}, "take npy, npz, csv or parquet"),
+        ({"nearest": -1}, "at least 0"),
+        ({"nearest": 4}, "3 samples to choose from"),
+        ({"batch_size": 0}, "batch_size at least 1"),
+        ({"method": "tsne"}, "at least 4 samples, got 3"),
+        ({"x": torch.rand(3, 1, 9, 9)}, "expects samples of shape"),
+        ({"fit_on": torch.rand(3, 1, 9, 9)}, "expects samples of shape"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str([*value]),
+)
+def test_a_bad_value_is_refused_in_one_line(model, wrong, said):
+    with pytest.raises(AezooError, match=said) as caught:
+        embed(model, **({"x": torch.rand(3, 1, 8, 8)} | wrong))
+    assert "\n" not in str(caught.value)
+
+
+def test_umap_says_how_to_get_it_where_it_is_not_installed(model, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "umap", None)
+    with pytest.raises(AezooError, match=r"aezoo\[umap\]"):
+        embed(model, torch.rand(8, 1, 8, 8), method="umap")

@@ -1,0 +1,72 @@
+"""Odd values for every flag of every verb: each works or is refused in one line, at once and by name."""
+
+import contextlib
+import importlib
+import inspect
+import io
+
+import numpy as np
+import pytest
+import torch
+
+import aezoo
+from aezoo.cli import VERBS
+from aezoo.errors import AezooError
+from aezoo.tasks import command
+
+VALUES = ("-1", "0", "1", "1.5", "nan", "inf", "-inf", "1000000000000", "abc", "", "[]", "true", "null")
+
+
+def function_of(verb):
+    return getattr(importlib.import_module(f"aezoo.tasks.{verb}"), verb)
+
+
+def options():
+    for verb in VERBS:
+        for name in inspect.signature(function_of(verb)).parameters:
+            if name not in command._GIVEN:
+                yield pytest.param(verb, name, id=f"{verb}.{name}")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return aezoo.create_model("vae", (1, 8, 8), latent_dim=2, hidden_dims=(8,)).eval()
+
+
+@pytest.fixture(scope="module")
+def x():
+    return (np.random.default_rng(0).random((24, 1, 8, 8)) > 0.5).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def packed(model, x, tmp_path_factory):
+    pytest.importorskip("constriction")
+    folder = tmp_path_factory.mktemp("packed")
+    aezoo.compress(model, x, compare=False, fit_on=x, out=str(folder))
+    return folder / "samples.aez"
+
+
+@pytest.mark.parametrize(("verb", "option"), [*options()])
+@pytest.mark.filterwarnings("ignore")
+def test_a_flag_takes_a_value_or_refuses_it(verb, option, model, x, packed, tmp_path):
+    function = function_of(verb)
+    parser = command.parser_of(verb, function)
+    accepted = inspect.signature(function).parameters
+    # nothing that takes long beside the option in question
+    quick = {"n_shown": 0, "baselines": False, "compare": False, "n": 4, "n_draws": 2}
+    common = {key: value for key, value in quick.items() if key in accepted and key != option}
+    if "file" in accepted:
+        common["file"] = str(packed)
+    common |= {key: x for key in ("x", "fit_on", "calibrate_on") if key in accepted}
+    for value in VALUES:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                config = parser.parse_args([f"--{option}={value}"])
+        except (AezooError, SystemExit):
+            continue
+        try:
+            function(model=model, out=str(tmp_path / value.strip("[]")), **common, **{option: config[option]})
+        except AezooError as error:
+            message = str(error)
+            assert len(message.splitlines()) == 1 and len(message) < 500, message

@@ -1,0 +1,99 @@
+"""Results on disk: whole or not there, readable by others."""
+
+import csv
+import resource
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from aezoo.errors import AezooError
+from aezoo.tasks.output import Store, device_of, fill, table_text
+
+
+def test_an_array_on_disk_is_what_was_filled_in(tmp_path):
+    with Store(tmp_path / "new" / "folder") as store:
+        array = store.array("x", (5, 2))
+        fill(array, 0, torch.ones(3, 2, dtype=torch.bfloat16))
+        fill(array, 3, torch.full((2, 2), 2.0))
+        assert not [*(tmp_path / "new" / "folder").glob("x*")]
+    assert store.files == [tmp_path / "new" / "folder" / "x.npy"]
+    assert np.load(store.files[0]).tolist() == [[1, 1]] * 3 + [[2, 2]] * 2
+
+
+def test_what_ends_early_leaves_nothing_and_keeps_what_was_there(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(3))
+    with pytest.raises(ValueError, match="broadcast"), Store(tmp_path) as store:
+        store.array("x", (5,))[:] = np.ones(4)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+    assert np.load(tmp_path / "x.npy").tolist() == [0, 1, 2]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Store(None) as store:
+        assert store.array("x", (2, 3)).shape == (2, 3)
+        store.table("t", [{"a": 1}])
+        store.file("f", b"1")
+    assert not store.files and not [*tmp_path.iterdir()]
+
+
+def test_tables_keep_their_numbers(tmp_path):
+    pytest.importorskip("pyarrow")
+    rows = [{"index": 0, "mse": 0.1234567890123, "label": "a"}, {"index": 1, "mse": 2e-30, "label": "b, c"}]
+    with Store(tmp_path) as store:
+        store.table("t", rows)
+        store.table("t", rows, "parquet")
+    with (tmp_path / "t.csv").open(newline="") as file:
+        found = [{**row, "index": int(row["index"]), "mse": float(row["mse"])} for row in csv.DictReader(file)]
+    import pyarrow.parquet as pq
+
+    assert found == rows == pq.read_table(tmp_path / "t.parquet").to_pylist()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AezooError, match="choose a folder that can be written with --out"):
+        Store(tmp_path / "file" / "out")
+
+
+def test_an_array_that_the_disk_cannot_hold_is_refused_before_it_is_filled(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        with Store(tmp_path) as store, pytest.raises(AezooError, match=r"x.npy, 0.0 GiB: File too large; make room"):
+            store.array("x", (2**19,))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, kept)
+    with Store(tmp_path) as store, pytest.raises(AezooError, match=r"GiB: .*; make room, ask for less"):
+        store.array("x", (2**40, 2**10))
+    assert not [*tmp_path.iterdir()]
+    with Store(None) as store, pytest.raises(AezooError, match="does not fit in memory"):
+        store.array("x", (2**40, 2**10))
+
+
+def test_the_room_of_an_array_is_taken_at_once(tmp_path):
+    with Store(tmp_path) as store:
+        store.array("x", (2**18,))
+        (file,) = tmp_path.iterdir()
+        assert file.stat().st_blocks * 512 >= 2**20
+
+
+def test_a_table_for_the_terminal_is_aligned():
+    text = table_text([{"name": "pca", "mse": 0.123456, "n": 12000}, {"name": "median filter", "mse": None, "n": 7}])
+    assert text.splitlines() == [
+        "name              mse       n",
+        "pca            0.1235  12,000",
+        "median filter       -       7",
+    ]
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert device_of("cpu") == torch.device("cpu")
+    with pytest.raises(AezooError, match="no device 'cuda:99'"):
+        device_of("cuda:99")
+    with pytest.raises(AezooError, match="no device 'gpu'"):
+        device_of("gpu")

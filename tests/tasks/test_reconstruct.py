@@ -1,0 +1,107 @@
+"""reconstruct: errors that can be computed by hand, and every kind of sample."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+import aezoo
+from aezoo.data.source import ArrayDataset
+from aezoo.errors import AezooError
+from aezoo.tasks.reconstruct import _picture
+from aezoo.tasks.samples import Samples
+
+
+def test_the_errors_of_a_linear_model_are_those_of_pca():
+    x = np.random.default_rng(0).normal(0, 1, (300, 6)) @ np.diag([3, 2, 1, 1, 0.5, 0.2])
+    reference = PCA(2).fit(x)
+    model = aezoo.create_model("linear_ae", (6,), latent_dim=2)
+    with torch.no_grad():
+        mean, axes = torch.tensor(reference.mean_).float(), torch.tensor(reference.components_).float()
+        for weight in model.parameters():
+            weight.zero_()
+        linear = {tuple(p.shape): p for p in model.parameters()}
+        linear[2, 6].copy_(axes)
+        linear[6, 2].copy_(axes.T)
+        linear[6,].copy_(mean)
+        linear[2,].copy_(-axes @ mean)
+    found = aezoo.reconstruct(model, x.astype(np.float32), batch_size=7)
+    expected = reference.inverse_transform(reference.transform(x))
+    assert np.allclose(found.x_hat, expected, atol=1e-4)
+    assert np.allclose(found.mse, ((x - expected) ** 2).mean(1), rtol=1e-3, atol=1e-6)
+    assert np.allclose(found.mae, np.abs(x - expected).mean(1), rtol=1e-3, atol=1e-6)
+    # the plain Gaussian likelihood is the squared error and a constant: see aezoo.likelihoods
+    assert np.allclose(found.score, ((x - expected) ** 2).sum(1) + 3 * np.log(np.pi), rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(9,), (2, 16), (1, 8, 8), (3, 9, 7), (1, 4, 8, 8)], ids=str)
+def test_every_kind_of_sample_is_written(tmp_path, shape):
+    model = aezoo.create_model("dense_ae", shape)
+    x = torch.rand(5, *shape, generator=torch.Generator().manual_seed(0))
+    found = aezoo.reconstruct(model, x, n_shown=3, out=str(tmp_path), batch_size=2)
+    assert np.load(tmp_path / "reconstructions.npy").shape == (5, *shape)
+    assert torch.allclose(torch.from_numpy(np.array(found.x_hat)), model.eval()(x).detach(), atol=1e-6)
+    assert (tmp_path / "errors.csv").read_text().startswith("index,mse,mae,score\n0,")
+    assert (tmp_path / "reconstructions.png").stat().st_size > 1000
+    assert [file.name for file in found.files] == ["reconstructions.npy", "errors.csv", "reconstructions.png"]
+    assert "5 samples, PSNR" in found.summary()
+
+
+def test_one_sample_and_labels_are_enough(tmp_path):
+    data = aezoo.DataModule("digits")
+    x, y = data.tensors("test")
+    model = aezoo.create_model("conv_ae", (1, 8, 8))
+    aezoo.reconstruct(model, x[:1], out=str(tmp_path / "one"))
+    aezoo.reconstruct(model, data, out=str(tmp_path / "all"))
+    lines = (tmp_path / "all" / "errors.csv").read_text().splitlines()
+    assert lines[0] == "index,mse,mae,score,label" and [int(line.split(",")[4]) for line in lines[1:]] == y.tolist()
+
+
+def test_several_labels_each_are_left_out(tmp_path):
+    data = Samples(ArrayDataset(torch.rand(3, 4), torch.zeros(3, 2)))
+    aezoo.reconstruct(aezoo.create_model("dense_ae", (4,)), data, out=str(tmp_path))
+    assert (tmp_path / "errors.csv").read_text().startswith("index,mse,mae,score\n0,")
+
+
+def test_the_score_of_a_vae_is_minus_its_elbo_at_the_posterior_s_mean():
+    torch.manual_seed(0)
+    model = aezoo.create_model("vae", (5,), latent_dim=2).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3 if weight.ndim == 1 else 0)
+        x = torch.rand(7, 5)
+        mean, log_variance = model.posterior(x)
+        q = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+        kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(1)
+        nll = torch.nn.functional.binary_cross_entropy(model.decode(mean), x, reduction="none").sum(1)
+    assert np.allclose(aezoo.reconstruct(model, x).score, nll + kl, rtol=1e-4)
+
+
+def test_the_picture_shows_the_best_the_median_and_the_worst(monkeypatch):
+    shown = {}
+    monkeypatch.setattr(
+        "aezoo.callbacks.drawing.panel_figure",
+        lambda panels, labels: shown.update(dict(zip(labels, panels, strict=True))),
+    )
+    x = torch.zeros(9, 2)
+    mse = np.array([5, 1, 9, 2, 7, 3, 8, 4, 6]) / 10
+    _picture(Samples.of(x + torch.arange(9)[:, None]), np.zeros((9, 2), np.float32), mse, 1)
+    assert {label: float(panel["original"][0]) for label, panel in shown.items()} == {
+        "best: mse 0.1": 1,
+        "median: mse 0.5": 0,
+        "worst: mse 0.9": 2,
+    }
+
+
+def test_the_batch_size_changes_nothing():
+    model = aezoo.create_model("vae", (1, 8, 8))
+    x = torch.rand(11, 1, 8, 8)
+    one, many = (aezoo.reconstruct(model, x, batch_size=size) for size in (1, 11))
+    assert np.allclose(one.x_hat, many.x_hat, atol=1e-6) and np.allclose(one.score, many.score, rtol=1e-5)
+
+
+def test_bad_values_are_refused():
+    model, x = aezoo.create_model("dense_ae", (4,)), torch.rand(3, 4)
+    for bad in ({"table": "xls"}, {"n_shown": -1}, {"batch_size": 0}):
+        with pytest.raises(AezooError, match=next(iter(bad))):
+            aezoo.reconstruct(model, x, **bad)

@@ -1,0 +1,124 @@
+"""Samples: the same numbers from an array, a DataModule and a file, read in batches of any size."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import aezoo
+from aezoo.data.source import ArrayDataset
+from aezoo.errors import AezooError
+from aezoo.tasks.command import read
+from aezoo.tasks.samples import Samples, at_work
+
+UNKNOWN = {"settings": {}, "scaling": {}}
+
+
+def all_of(samples, size=7):
+    return torch.cat([*samples.batches(size)])
+
+
+def test_bytes_become_shares_of_255_and_floats_stay():
+    x = np.arange(256, dtype=np.uint8).reshape(4, 8, 8)
+    samples = Samples.of(x)
+    assert samples.shape == (1, 8, 8) and len(samples) == 4 and samples.y is None
+    assert torch.equal(all_of(samples), torch.from_numpy(x).float()[:, None] / 255)
+    floats = torch.randn(5, 3)
+    assert torch.equal(all_of(Samples.of(floats), 2), floats)
+    assert Samples.of(samples) is samples
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_datamodule_gives_what_its_loader_gives(split):
+    data = aezoo.DataModule("digits")
+    samples = Samples.of(data, split)
+    x, y = data.tensors(split)
+    assert torch.equal(all_of(samples), x) and torch.equal(samples.y, y)
+    assert torch.equal(samples.rows([3, 1]), x[[3, 1]])
+
+
+def test_images_in_a_folder_are_read_as_they_are_used(tmp_path):
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (6, 8, 8), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    samples = read(str(tmp_path), UNKNOWN, {"memory": "off"})
+    expected = torch.from_numpy(pixels).float()[[0, 2, 4, 1, 3, 5], None] / 255
+    assert torch.equal(all_of(samples, 4), expected)
+    assert samples.y.tolist() == [0, 0, 0, 1, 1, 1] and samples.class_names == ("a", "b")
+    one = read(str(tmp_path / "a" / "0.png"), UNKNOWN, {})
+    assert torch.equal(all_of(one), torch.from_numpy(pixels[:1]).float()[None] / 255)
+
+
+def test_a_file_is_scaled_by_the_statistics_of_training(tmp_path):
+    x = np.random.default_rng(0).normal(50, 20, (200, 3))
+    data = aezoo.DataModule.from_arrays(x, scale="standard")
+    data.setup()
+    scaling = data.source.scaling.state()
+    np.save(tmp_path / "x.npy", x[:20])
+    given = all_of(read(str(tmp_path / "x.npy"), {"settings": {"scale": "standard"}, "scaling": scaling}))
+    train = all_of(Samples.of(data, "train"))
+    mean, deviation = scaling["offset"], scaling["factor"]
+    assert torch.allclose(given, ((torch.from_numpy(x[:20]) - mean) / deviation).float())
+    assert abs(float(train.mean())) < 1e-5 and abs(float(given.mean())) < 0.5
+
+
+def test_a_few_are_drawn_without_repeats_in_their_order_with_their_labels():
+    data = aezoo.DataModule("digits")
+    samples = Samples.of(data, "train")
+    few = samples.take(50, seed=1)
+    x, y = data.tensors("train")
+    places = [int((x == row).flatten(1).all(1).nonzero()[0]) for row in all_of(few)]
+    assert len(few) == 50 and places == sorted(set(places)) and torch.equal(few.y, y[places])
+    assert samples.take(10**6) is samples
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (np.zeros((0, 4)), "samples"),
+        (np.zeros(4), "one sample as x[None]"),
+        (np.array(["a"]), "text"),
+        (np.full((2, 4), np.nan), "NaN"),
+    ],
+)
+def test_what_are_no_samples_is_refused(x, words):
+    with pytest.raises(AezooError, match=words.replace("[", r"\[").replace("]", r"\]")):
+        Samples.of(x)
+
+
+def test_samples_of_another_shape_or_range_are_refused_before_work_begins():
+    model = aezoo.create_model("dense_ae", (4,))
+    with pytest.raises(AezooError, match="expects samples of shape 4, the data give 5"):
+        Samples.of(torch.rand(3, 5)).check(model)
+    scaling = {"offset": torch.zeros(4), "factor": torch.ones(4)}  # of data of the model's own shape
+    with pytest.raises(AezooError, match="expects samples of shape 4, the data give 5"):
+        Samples(ArrayDataset(torch.rand(3, 5)), 255, scaling).check(model)
+    with pytest.raises(AezooError, match=r"needs data in \[0, 1\]"):
+        Samples.of(torch.rand(3, 4) * 255).check(model)
+    assert not model.training
+
+
+def test_work_leaves_the_random_streams_and_the_modes_as_they_were():
+    model = aezoo.create_model("vae", (4,))
+    model.train()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with at_work(model, seed=9):
+        inside = torch.rand(2)
+        assert not model.training and not torch.is_grad_enabled()
+    assert model.training and model.encoder.training and torch.equal(torch.rand(2), expected)
+    torch.manual_seed(9)
+    assert torch.equal(torch.rand(2), inside)
+
+
+def test_a_subset_is_scaled_and_labelled_as_the_whole():
+    whole = Samples(
+        ArrayDataset(torch.arange(12, dtype=torch.uint8).view(6, 2), torch.arange(6)), 255, None, tuple("abcdef")
+    )
+    rows = torch.tensor([4, 1])
+    part = whole.subset(rows)
+    assert torch.equal(part.rows(range(2)), whole.rows(rows)) and part.y.tolist() == [4, 1]
+    assert part.class_names == whole.class_names and len(part) == 2

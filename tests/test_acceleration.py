@@ -1,0 +1,415 @@
+"""Compilation, denormals and memory layout: they change how fast a run is and nothing else."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+import aezoo
+from aezoo import acceleration, optimizers
+from aezoo.acceleration import Compiled, check_mode, flushed_denormals, positions, to_channels_last, worth_compiling
+from aezoo.callbacks import BetaAnnealing
+from aezoo.data import DataModule
+from aezoo.errors import AezooError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.compile with a back end that compiles nothing; collects what it was asked for."""
+    asked = []
+    real = torch.compile
+
+    def backend(module, inputs):
+        asked.append(module)
+        return module.forward
+
+    def compile_it(function, *, mode, dynamic):
+        torch._dynamo.reset()
+        return real(function, backend=backend, dynamic=dynamic)
+
+    monkeypatch.setattr(acceleration.torch, "compile", compile_it)
+    return asked
+
+
+class Losses(pl.Callback):
+    """The loss of every training step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(float(outputs["loss"]))
+
+
+def model(mode="off", name="vae", shape=(6,), cls=None, **plain):
+    torch.manual_seed(3)
+    settings = {"latent_dim": 2, "hidden_dims": (8,)} | plain
+    made = (cls or aezoo.model_class(name))(shape, **settings)
+    made.compile_mode = mode
+    return made
+
+
+def data(n=46, **plain):
+    x = torch.rand(n, 6, generator=torch.Generator().manual_seed(1))
+    return DataModule.from_arrays(x, **{"batch_size": 4, "val_fraction": 0.1, "test_fraction": 0, "seed": 3} | plain)
+
+
+def fit(module, *callbacks, source=None, ckpt_path=None, **plain):
+    losses = Losses()
+    trainer = pl.Trainer(
+        **{"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False,
+           "enable_model_summary": False, "enable_checkpointing": False} | plain,
+        callbacks=[losses, *callbacks],
+    )  # fmt: skip
+    trainer.fit(module, source or data(), ckpt_path=ckpt_path)
+    return losses.seen, trainer
+
+
+# ---- what is worth compiling ----------------------------------------------------------------------------------------
+
+
+def judged(parameters=10**6, batch_size=256, uses=1, steps=10_000.0, device=CPU):
+    return worth_compiling(parameters, batch_size, uses, steps, device)
+
+
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda", 0)])
+def test_more_work_is_never_less_worth_compiling(device):
+    sizes = [10**k for k in range(2, 9)]
+    for other in (1, 100):
+        for changing in ("parameters", "batch_size", "uses", "steps"):
+            fixed = {"parameters": 10**4 * other, "batch_size": 8 * other, "uses": 1, "steps": 3000.0}
+            answers = [judged(**fixed | {changing: size}, device=device) for size in sizes]
+            assert answers == sorted(answers), (changing, answers)
+            assert answers == [judged(**fixed | {changing: size}, device=device) for size in sizes]
+
+
+def test_a_short_run_is_not_compiled_and_a_long_one_is():
+    assert not judged(steps=10.0)
+    assert judged(steps=10.0**7)
+    assert not judged(steps=float("inf"))  # nobody knows how long
+    assert not judged(parameters=10, batch_size=1, steps=10.0**5)
+    assert judged(parameters=10, batch_size=1, steps=10.0**5, device=torch.device("cuda", 0))
+
+
+def test_the_break_even_point_is_the_time_that_a_compilation_takes():
+    flops = 6 * 10**6 * 256
+    saved = flops * acceleration._SAVED_SHARE / (acceleration._FLOPS_PER_THREAD * torch.get_num_threads())
+    even = acceleration._COMPILE_SECONDS / saved
+    assert not judged(steps=even * 0.99)
+    assert judged(steps=even * 1.01)
+
+
+def test_weights_of_a_convolution_are_used_once_a_point():
+    dense = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 9))
+    conv = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, bias=False))
+    assert positions(dense, (1, 8, 8)) == 1
+    assert positions(conv, (1, 64, 64)) == 64 * 64 // 16
+    both = torch.nn.Sequential(conv, torch.nn.Linear(36, 1, bias=False))
+    assert positions(both, (1, 64, 64)) == round((256 + 1) / 2)
+
+
+def test_the_choice_is_said_in_one_line(caplog, graphs):
+    caplog.set_level("INFO")
+    fit(model("auto"), max_epochs=1)
+    assert "training step: is not compiled (a short run); --compile default changes that" in caplog.text
+    caplog.clear()
+    fit(model("default"), max_epochs=1)
+    assert "training step: compiled (default); the first step waits for it" in caplog.text
+    assert len(graphs) == 1
+
+
+def test_an_unknown_mode_is_refused():
+    assert [check_mode(mode) for mode in acceleration.MODES] == list(acceleration.MODES)
+    with pytest.raises(AezooError, match="compile is 'fast': choose from auto, off, default") as caught:
+        fit(model("fast"))
+    assert "\n" not in str(caught.value)
+
+
+# ---- a compiled step ------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_run_takes_the_same_steps(graphs):
+    plain, _ = fit(model("off"))
+    assert not graphs
+    compiled, _ = fit(model("default"))
+    assert len(graphs) == 1
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    assert len(set(plain)) == 22
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor imports what torch itself has deprecated
+@pytest.mark.parametrize("name", ["dense_ae", "vae"])
+def test_the_real_compiler_takes_the_same_steps(name):
+    import torch._inductor.config
+
+    plain, trainer = fit(model("off", name))
+    # inductor's own generator draws other noise from the same seed
+    with torch._inductor.config.patch(fallback_random=True):
+        compiled, other = fit(model("default", name))
+    assert other.lightning_module._compiled_before
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    weights = trainer.lightning_module.state_dict()
+    for key, value in other.lightning_module.state_dict().items():
+        torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=1e-5)
+
+
+def test_bytes_are_scaled_in_a_compiled_step_with_the_same_result(graphs):
+    class Look(pl.Callback):
+        capturable = True
+
+        def on_before_backward(self, trainer, pl_module, loss):
+            seen.append(pl_module.takes_bytes)
+
+    runs = []
+    source = {"batch_size": 100, "val_fraction": 0}
+    for mode in ("off", "default"):
+        seen = []
+        torch.manual_seed(0)
+        module = model(mode, "dense_ae", (1, 28, 28))
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=1, limit_train_batches=5, limit_val_batches=0, logger=False,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[Look()],
+        )  # fmt: skip
+        trainer.fit(module, DataModule("mnist5k", **source))
+        assert seen == [mode == "default"] * 5
+        assert module.takes_bytes is False  # again after the fit
+        runs.append(module.state_dict())
+    for key, value in runs[0].items():
+        torch.testing.assert_close(value, runs[1][key])
+
+
+def test_a_strangers_callback_sees_floats_in_a_compiled_run_too(graphs):
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            assert batch[0].dtype == torch.float32
+            assert batch[0].max() <= 1
+
+    fit(model("default", "dense_ae", (1, 28, 28)), Look(), source=DataModule("mnist5k"), limit_train_batches=2,
+        limit_val_batches=0)  # fmt: skip
+    assert len(graphs) == 1
+
+
+def test_batches_of_another_size_run_as_they_are(graphs):
+    compiled = Compiled(lambda x: x.sum(), "default", lambda: None)
+    assert compiled(torch.ones(4, 2)) == 8
+    assert compiled(torch.ones(3, 2)) == 6
+    assert compiled(torch.ones(4, 2) * 2) == 16
+    assert len(graphs) == 1
+    calls = []
+    function = lambda x: calls.append(len(x)) or x.sum()  # noqa: E731
+    eager = Compiled(function, "default", lambda: None)
+    eager._compiled = lambda x: x.sum()
+    for n in (4, 3, 4, 1):
+        eager(torch.ones(n))
+    assert calls == [3, 1]
+
+
+def test_weights_keep_their_names_and_a_checkpoint_loads_into_an_uncompiled_model(graphs, tmp_path):
+    module = model("default")
+    names = list(module.state_dict())
+    _, trainer = fit(module, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert list(content["state_dict"]) == names == list(module.state_dict())
+    loaded = aezoo.load_model(tmp_path / "a.ckpt")
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in module.state_dict().items())
+    x = torch.rand(3, 6)
+    assert torch.equal(loaded.eval()(x), module.eval()(x))
+    assert module._compiled is None
+    assert len(graphs) == 1
+
+
+def test_a_run_that_goes_on_keeps_its_decision(graphs, tmp_path, monkeypatch):
+    for first, later in ((True, False), (False, True)):
+        monkeypatch.setattr(acceleration, "worth_compiling", lambda *sizes, answer=first: answer)
+        _, trainer = fit(model("auto"), max_epochs=1)
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        monkeypatch.setattr(acceleration, "worth_compiling", lambda *sizes, answer=later: answer)
+        for ckpt_path, wanted in ((tmp_path / "a.ckpt", first), (None, later)):
+            graphs.clear()
+            _, again = fit(model("auto"), ckpt_path=ckpt_path)
+            assert again.lightning_module._compiled_before is wanted
+            assert bool(graphs) is wanted
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, ImportError])
+def test_without_a_compiler_there_is_one_warning_and_the_same_run(monkeypatch, fault):
+    plain, _ = fit(model("off"))
+    real = torch.compile
+
+    def broken(module, inputs):
+        raise fault("no C++ compiler here\nand a long report")
+
+    monkeypatch.setattr(acceleration.torch, "compile", lambda f, mode, dynamic: real(f, backend=broken))
+    with pytest.warns(UserWarning, match="not compiled and runs slower") as caught:
+        fallen, _ = fit(model("default"))
+    texts = [str(one.message) for one in caught if "not compiled" in str(one.message)]
+    assert len(texts) == 1 and "\n" not in texts[0] and "no C++ compiler here" in texts[0]
+    assert fallen == plain  # noise of the first step drawn anew from its own seed
+
+
+def test_what_a_failed_compilation_has_drawn_is_put_back_before_the_step_is_repeated(monkeypatch):
+    calls = []
+    monkeypatch.setattr(acceleration.torch, "compile", lambda function, **how: function)
+    compiled = Compiled(lambda x: calls.append("plain") or x, "default", lambda: calls.append("put back"))
+
+    def fails(x):
+        calls.append("compiled")
+        raise RuntimeError("late")
+
+    compiled._compiled = fails
+    with pytest.warns(UserWarning, match=r"not compiled and runs slower \(late\)"):
+        compiled(torch.ones(2))
+    compiled(torch.ones(2))
+    assert calls == ["compiled", "put back", "plain", "plain"]
+
+
+def test_a_fault_of_the_model_is_raised_as_it_is(graphs):
+    class Faulty(aezoo.model_class("dense_ae")):
+        def loss(self, x, y=None):
+            raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        fit(model("default", cls=Faulty))
+
+
+@pytest.mark.parametrize("mode", ["linear", "capacity"])
+def test_annealing_compiles_once_and_equals_the_plain_run(graphs, mode):
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            train.append(float(getattr(pl_module, anneal()._attribute)))
+
+        def on_validation_start(self, trainer, pl_module):
+            val.append(getattr(pl_module, anneal()._attribute))
+
+    def anneal():
+        return BetaAnnealing(mode, n_steps=17, max_capacity=3.0)
+
+    runs = []
+    for compiled in ("off", "default"):
+        train, val = [], []
+        # all batches full: an odd one would run uncompiled
+        module = model(compiled, beta=2.5)
+        losses, _ = fit(module, anneal(), Watch(), source=data(drop_last=True), num_sanity_val_steps=0)
+        runs.append((losses, train, val))
+        final = 3.0 if mode == "capacity" else 2.5
+        assert val == [final, final] and all(type(value) is float for value in val)
+        assert type(module.beta) is float and module.beta == 2.5
+        assert dict(module.hparams)["beta"] == 2.5
+    assert len(set(train)) == 18
+    assert runs[0][1:] == runs[1][1:]
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5)
+    assert len(graphs) == 1
+
+
+def test_annealing_writes_no_tensor_into_checkpoints(graphs, tmp_path):
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    module = model("default")
+    fit(module, BetaAnnealing(n_steps=10), Save(), max_epochs=1)
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert content["hyper_parameters"]["beta"] == 1.0
+    assert set(content["state_dict"]) == set(module.state_dict())
+
+
+# ---- denormals ------------------------------------------------------------------------------------------------------
+
+
+def flushes():
+    return bool((torch.full((1,), 1e-39) * 1.0 == 0).item())
+
+
+class LookAtDenormals(pl.Callback):
+    def __init__(self, fails=False):
+        self.seen, self.fails = [], fails
+
+    def on_train_batch_start(self, *args):
+        self.seen.append(flushes())
+        if self.fails:
+            raise RuntimeError("stop")
+
+
+def test_denormals_are_zero_inside_and_as_before_outside():
+    assert not flushes()
+    with flushed_denormals():
+        assert flushes()
+        with flushed_denormals():
+            assert flushes()
+        assert flushes()
+    assert not flushes()
+    with pytest.raises(RuntimeError), flushed_denormals():
+        raise RuntimeError
+    assert not flushes()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_fit_flushes_denormals_and_restores_them(fails):
+    look = LookAtDenormals(fails)
+    if fails:
+        with pytest.raises(RuntimeError, match="stop"):
+            fit(model(), look)
+    else:
+        fit(model(), look)
+    assert set(look.seen) == {True}
+    assert not flushes()
+
+
+# ---- memory layout --------------------------------------------------------------------------------------------------
+
+
+def test_channels_last_is_for_two_dimensional_convolutions_alone():
+    conv = torch.nn.Conv2d(3, 4, 3)
+    values = conv.weight.detach().clone()
+    assert to_channels_last(torch.nn.Sequential(conv))
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous()
+    assert torch.equal(conv.weight, values)
+    assert not to_channels_last(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Conv1d(3, 3, 3)))
+
+
+def test_moments_of_another_layout_are_brought_into_that_of_their_weights():
+    layers = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(4, 8, 3)
+        optimizer = torch.optim.Adam(conv.parameters(), lr=0.1, fused=fused)
+        for turn in (0, 1):
+            conv.zero_grad()
+            conv(torch.ones(1, 4, 5, 5) + torch.arange(4.0)[:, None, None]).sin().sum().backward()
+            optimizer.step()
+            if fused and turn == 0:
+                to_channels_last(conv)  # the moments stay as they are, as those from a file of another run do
+                optimizers.align(optimizer)
+                assert optimizer.state[conv.weight]["exp_avg"].stride() == conv.weight.stride()
+        layers.append(conv)
+    torch.testing.assert_close(layers[0].weight.contiguous(), layers[1].weight.contiguous())
+
+
+def test_a_fit_lays_convolutions_out_and_undoes_it(tmp_path):
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            weights = [p for p in pl_module.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+            seen.append(bool(weights) and all(not p.is_contiguous() for p in weights))
+
+        def on_train_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    seen = []
+    torch.manual_seed(0)
+    module = aezoo.create_model("conv_ae", input_shape=(1, 8, 8), latent_dim=4, hidden_dims=(4, 8))
+    strides = [p.stride() for p in module.parameters()]
+    fit(module, Look(), source=DataModule("digits"), limit_train_batches=3, max_epochs=1)
+    assert seen == [True] * 3
+    assert [p.stride() for p in module.parameters()] == strides
+    # goes on where the moments are in the other layout, as an unstopped run does
+    resumed = aezoo.create_model("conv_ae", input_shape=(1, 8, 8), latent_dim=4, hidden_dims=(4, 8))
+    part = {"source": DataModule("digits"), "limit_train_batches": 3, "max_epochs": 2}
+    fit(resumed, ckpt_path=tmp_path / "a.ckpt", **part)
+    torch.manual_seed(0)
+    whole = aezoo.create_model("conv_ae", input_shape=(1, 8, 8), latent_dim=4, hidden_dims=(4, 8))
+    fit(whole, **part | {"source": DataModule("digits")})
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))

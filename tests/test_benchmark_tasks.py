@@ -1,0 +1,244 @@
+"""The benchmark of the verbs: what it measures, what it does not do twice, and what its report says of who is ahead."""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+
+from aezoo import DataModule
+from aezoo.errors import AezooError
+from aezoo.tasks.samples import Samples
+from benchmarks import report, report_tasks, tasks
+from benchmarks.common import Table
+from benchmarks.report_tasks import CONTESTS, Figure, at_targets, merged, over_classes, sentences, verdict
+
+SMALL = ["--data", "digits", "--seeds", "1", "--steps", "2", "--detect-steps", "2", "--classes", "1"]
+SMALL += ["--fit-rows", "120", "--test-rows", "40", "--accelerator", "cpu"]
+
+
+def rows_of(folder, verb):
+    (path,) = folder.glob(f"tasks-{verb}-fp32-pt*-cpu*.csv")
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# command: python -m benchmarks.tasks --data digits --seeds 1 --steps 2")
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    tasks.main([*SMALL, "--models", "vae", "--results", str(folder)])
+    return folder
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+
+def test_every_verb_has_rows_of_a_model_and_of_its_baselines(results):
+    for verb in tasks.VERBS:
+        rows = rows_of(results, verb)
+        assert not [row["error"] for row in rows if row["error"]], verb
+        assert {"ours", "baseline"} <= {row["kind"] for row in rows}, verb
+        steps = {"steps=2"}
+        assert {row["budget"] for row in rows} == steps and {row["code_size"] for row in rows} == {"16"}, verb
+    methods = {verb: {row["method"] for row in rows_of(results, verb)} for verb in tasks.VERBS}
+    assert {"vae", "the noisy samples", "median filter"} <= methods["denoise"]
+    assert {"vae, nll", "vae, nap", "isolation forest", "5th-nearest neighbour"} <= methods["detect"]
+    assert {"vae", "raw values", "PCA, 16 numbers"} == methods["embed"]
+    assert {"vae", "vae, -ELBO", "gzip", "PNG", "JPEG", "PCA 16 + the same coder"} <= methods["compress"]
+
+
+def test_pca_and_the_mean_are_those_of_the_training_samples(results):
+    data = DataModule("digits")
+    train, test = (Samples.of(data, "train").take(120), Samples.of(data, "test").take(40))
+    a, b = (part.rows(range(len(part))).flatten(1).double().numpy() for part in (train, test))
+    kept = np.linalg.svd(a - a.mean(0), full_matrices=False)[2][:16]
+    centred = b - a.mean(0)
+    mse = {row["method"]: float(row["mse"]) for row in rows_of(results, "reconstruct")}
+    assert mse["PCA, 16 numbers"] == pytest.approx(np.square(centred - centred @ kept.T @ kept).mean(), rel=1e-3)
+    assert mse["mean sample"] == pytest.approx(np.square(centred).mean(), rel=1e-3)
+
+
+def test_copies_of_training_samples_are_found_out_and_real_ones_are_the_yardstick(results):
+    rows = {row["method"]: row for row in rows_of(results, "generate")}
+    assert "vae, prior gmm" in rows
+    copied, real = rows["training samples, copied"], rows["real samples, held out"]
+    assert float(copied["closer"]) == 1 and float(copied["distance"]) == 0 and float(copied["precision"]) == 1
+    assert float(real["closer"]) == 0.5
+    assert float(rows["vae, own prior"]["fid"]) > float(real["fid"])
+
+
+def test_what_is_there_is_kept(results, tmp_path, capsys):
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    before = {verb: rows_of(tmp_path, verb) for verb in tasks.VERBS}
+    tasks.main([*SMALL, "--models", "vae", "--results", str(tmp_path)])
+    assert {verb: rows_of(tmp_path, verb) for verb in tasks.VERBS} == before and "seed" not in capsys.readouterr().out
+
+
+# ---- what is planned ------------------------------------------------------------------------------------------------
+
+
+def plan_of(folder, *words):
+    arguments = tasks.arguments_of([*words, "--results", str(folder)])
+    tables = {
+        verb: tasks.VerbTable(folder / f"{verb}.csv", tasks.KEY, "it", arguments.again) for verb in arguments.verbs
+    }
+    data = {"name": "mnist5k", "root": "", "batch_size": 128, "size": None}
+    return tasks.plan(arguments, data, (1, 28, 28), tables), tables
+
+
+def test_a_model_is_trained_once_for_all_its_verbs_and_one_model_of_a_seed_brings_the_baselines(tmp_path):
+    specs, _ = plan_of(tmp_path, "--seeds", "2")
+    runs = [(spec["model"], spec["seed"]) for spec in specs]
+    assert len(runs) == len({*runs}) and {seed for _, seed in runs} == {0, 1}
+    for verb, models in tasks.MODELS.items():
+        assert {spec["model"] for spec in specs if verb in spec["verbs"]} == {*models}
+        bringing = [spec["seed"] for spec in specs if verb in spec["baselines"]]
+        # those of compress depend on no seed
+        assert bringing == ([0] if verb == "compress" else [0, 1]), verb
+    assert {spec["head"]["code_size"] for spec in specs} == {32}
+
+
+def test_rows_that_failed_are_measured_again_when_that_is_asked_for(tmp_path):
+    words = ("--verbs", "embed", "--models", "vae", "--seeds", "1")
+    (spec,), tables = plan_of(tmp_path, *words)
+    head = spec["head"] | {"budget": "steps=1000"}
+    tables["embed"].replace(head, [{"method": "vae", "kind": "ours", "error": "it broke"}])
+    assert plan_of(tmp_path, *words)[0] == []
+    assert len(plan_of(tmp_path, *words, "--again", "failed")[0]) == 1
+    # rows of a key come and go together
+    tables["embed"].replace(head, [{"method": "vae", "kind": "ours", "probe": 0.5}])
+    assert [row.get("error") for row in tables["embed"].rows] == [None]
+    assert plan_of(tmp_path, *words, "--again", "failed")[0] == []
+    assert len(plan_of(tmp_path, *words, "--again")[0]) == 1
+
+
+def test_what_a_model_refuses_is_left_out_with_a_reason_and_names_are_checked(tmp_path, capsys):
+    specs, _ = plan_of(tmp_path, "--verbs", "embed", "--models", "topk_sae", "vae", "--seeds", "1", "--code-size", "8")
+    assert [spec["model"] for spec in specs] == ["vae"]
+    assert "topk_sae is left out on mnist5k: k must lie" in capsys.readouterr().err
+    with pytest.raises(AezooError, match="did you mean 'dense_ae'"):
+        plan_of(tmp_path, "--models", "dens_ae")
+
+
+# ---- what the report says -------------------------------------------------------------------------------------------
+
+
+def contest_of(verb, task=""):
+    return next(contest for contest in CONTESTS if (contest.verb, contest.task) == (verb, task))
+
+
+def made(method, kind, seed, **cells):
+    setting = {"dataset": "digits", "code_size": "16", "budget": "steps=2", "fit_rows": "9", "test_rows": "9"}
+    return setting | {"method": method, "kind": kind, "seed": str(seed)} | {k: str(v) for k, v in cells.items()}
+
+
+def denoised(ours, baseline):
+    rows = [made("vae", "ours", seed, psnr=value) for seed, value in enumerate(ours)]
+    return rows + [made("median filter", "baseline", seed, psnr=value) for seed, value in enumerate(baseline)]
+
+
+def test_a_baseline_that_wins_is_said_to_win():
+    (rows,) = merged(contest_of("denoise"), denoised((10, 12, 17), (20, 22, 27)))
+    assert [row["method"] for row in rows] == ["median filter", "vae"]  # best first
+    assert [(row["psnr"], row["psnr_low"], row["psnr_high"], row["seeds"]) for row in rows] == [
+        ("22.0", "20.0", "27.0", "3"), ("12.0", "10.0", "17.0", "3"),
+    ]  # fmt: skip
+    (line,) = sentences(contest_of("denoise"), rows)
+    assert line == (
+        "- digits (codes of 16 numbers, steps=2): a baseline, median filter (22), is ahead of the best model, "
+        "vae (12), by 10 dB."
+    )
+
+
+def test_a_model_that_wins_is_said_to_win_and_a_gap_that_seeds_may_make_is_called_so():
+    (rows,) = merged(contest_of("denoise"), denoised((10, 22, 23), (20, 21, 22)))
+    assert rows[0]["method"] == "vae"
+    (line,) = sentences(contest_of("denoise"), rows)
+    assert "a model, vae (22), is ahead of the best baseline, median filter (21), by 1 dB, within the spread" in line
+    (rows,) = merged(contest_of("denoise"), denoised((21,), (21,)))
+    assert "are equal" in next(sentences(contest_of("denoise"), rows))
+
+
+def test_less_is_better_of_an_error_and_a_reference_is_ahead_of_nothing():
+    rows = [made("real samples", "reference", 0, fid=0.1), made("copies", "baseline", 0, fid=3)]
+    rows += [made("vae", "ours", 0, fid=5), made("conv_ae", "ours", 0, fid=4)]
+    (found,) = merged(contest_of("generate"), rows)
+    assert [row["method"] for row in found] == ["real samples", "copies", "conv_ae", "vae"]
+    (line,) = sentences(contest_of("generate"), found)
+    assert "a baseline, copies (3), is ahead of the best model, conv_ae (4), by 1." in line
+    text = report_tasks.table(contest_of("generate"), [found])
+    assert "| digits | copies | baseline | 1 | **3** |" in text and "| real samples | reference | 1 | 0.1 |" in text
+
+
+def test_baselines_that_several_models_bring_count_once_and_failures_are_told():
+    rows = denoised((10, 12), (20, 22)) + denoised((), (20, 22))
+    rows.append(made("vae", "ours", 2, error="killed by SIGKILL"))
+    (found,) = merged(contest_of("denoise"), rows)
+    assert [(row["method"], row["seeds"], row["errors"]) for row in found] == [
+        ("median filter", "2", ""), ("vae", "2", "killed by SIGKILL"),
+    ]  # fmt: skip
+    assert found[0]["psnr"] == "21.0"
+
+
+def test_settings_are_not_mixed():
+    rows = denoised((10,), (20,))
+    groups = merged(contest_of("denoise"), [*rows, rows[0] | {"budget": "steps=9", "psnr": "30"}])
+    assert [len(group) for group in groups] == [2, 1]
+    assert verdict(Figure("psnr", "psnr", "high"), groups[1]) == "no baseline gets there, vae (30) does"
+    assert verdict(Figure("ssim", "ssim", "high"), groups[1]) == "no model has a figure"
+
+
+def test_detection_is_the_mean_over_classes_and_then_the_median_over_seeds():
+    values = {0: (0.5, 0.7), 1: (0.8, 1.0), 2: (0.6, 0.8)}
+    rows = [
+        made("vae, nll", "ours", seed, auroc=value, aupr=value, **{"class": str(name)})
+        for seed, each in values.items()
+        for name, value in enumerate(each)
+    ]
+    (found,) = merged(contest_of("detect"), rows + rows[:1])
+    assert float(found[0]["auroc"]) == pytest.approx(0.7) and found[0]["seeds"] == "3"
+    assert float(over_classes(rows[:2])["aupr"]) == pytest.approx(0.6)
+    # the mean over the classes that went well is not that over all
+    (found,) = merged(contest_of("detect"), [*rows, rows[5] | {"class": "2", "auroc": "", "error": "it broke"}])
+    assert found[0]["seeds"] == "2" and float(found[0]["auroc"]) == pytest.approx(0.75)
+
+
+def test_bits_at_a_psnr_lie_between_the_qualities_around_it():
+    points = [{"bits_per_dim": str(bits), "psnr": str(psnr)} for bits, psnr in ((0.1, 15), (0.2, 19), (0.5, 21))]
+    found = at_targets(points)
+    assert float(found["bits_17"]) == pytest.approx(0.15)  # half way
+    assert float(found["bits_20"]) == pytest.approx(0.35)
+    assert float(found["bits_14"]) == 0.1 and found["bits_14_most"] and not found["bits_17_most"]
+    assert "bits_25" not in found and float(found["best_psnr"]) == 21
+    # a quality that takes more bits and gives less does not count
+    found = at_targets([*points, {"bits_per_dim": "0.3", "psnr": "14"}])
+    assert float(found["bits_17"]) == pytest.approx(0.15)
+
+
+def test_a_rate_that_some_method_does_not_reach_is_said_so():
+    rows = [made("vae", "ours", 0, task="lossy", bits_per_dim=0.1, psnr=18)]
+    rows += [made("JPEG", "baseline", 0, task="lossy", bits_per_dim=bits, psnr=10 + 20 * bits) for bits in (0.5, 1)]
+    (found,) = merged(contest_of("compress", "lossy"), rows)
+    lines = [*sentences(contest_of("compress", "lossy"), found)]
+    told = "a model, vae (≤ 0.1), is ahead of the best baseline, JPEG (≤ 0.5), by at most 0.4 bits/dim."
+    assert f"at 17 dB: {told}" in lines[1]
+    assert "at 20 dB: no model gets there, JPEG (≤ 0.5) does." in lines[2]
+    assert "at 25 dB: no model gets there, JPEG (0.75) does." in lines[3]
+    (found,) = merged(contest_of("compress", "lossless"), [made("PNG", "baseline", 0, task="lossless, bytes", bytes=3)])
+    assert found[0]["bytes"] == "3.0"  # and not what is lossy
+
+
+def test_the_report_shows_the_verbs_first_with_their_pictures(results, tmp_path, capsys):
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    Table(tmp_path / "speed-startup-x.csv", ("what",), "it").put({"what": "imports", "seconds": 3.0})
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "task-denoise.png").write_bytes(b"\x89PNG")
+    report.main(["--results", str(tmp_path)])
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.index("## The verbs") < text.index("## Start-up") and "## Others" not in text
+    for verb in tasks.VERBS:
+        assert f"### {verb}\n\n`tasks-{verb}-fp32" in text, verb
+    assert "![denoise](pictures/task-denoise.png)" in text and "![embed]" not in text
+    assert "- digits (codes of 16 numbers, steps=2): a baseline, PCA, 16 numbers (" in text
+    assert "#### lossless" in text and "| digits | vae | ours | 1 |" in text

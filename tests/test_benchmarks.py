@@ -1,0 +1,191 @@
+"""The speed benchmark: rows in processes of their own, CSVs that go on, batches that shrink, figures that add up."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import aezoo
+from benchmarks import measure, processes, speed
+from benchmarks.common import read_csv
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--models", "dense_ae", "--shapes", "12", "--compile", "off", "--batch", "4", "--accelerator", "cpu"]
+QUICK = [*TINY, "--steps", "2", "--repeats", "1", "--threads", "1"]
+
+
+def measured(kind, folder):
+    (path,) = folder.glob(f"speed-{kind}-fp32-*.csv")
+    return read_csv(path)
+
+
+# ---- speed ----------------------------------------------------------------------------------------------------------
+
+
+def test_speed_measures_training_and_inference_once(tmp_path, monkeypatch, capsys):
+    speed.main([*QUICK, "--results", str(tmp_path)])
+    (command,), (train,) = measured("train", tmp_path)
+    assert command == "python -m benchmarks.speed " + " ".join(QUICK)
+    assert not train["error"], train["error"]
+    for name in ("samples_per_s", "step_ms", "loss", "peak_memory_mb", "first_step_s", "cold_start_s", "share_of_peak"):
+        assert float(train[name]) > 0, name
+    assert float(train["samples_per_s_low"]) <= float(train["samples_per_s"]) <= float(train["samples_per_s_high"])
+    assert train["scaling_efficiency"] == "1" and train["batch_used"] == "4" and train["steps"] == "2"
+    _, (infer,) = measured("infer", tmp_path)
+    assert not infer["error"], infer["error"]
+    for path in ("encode", "reconstruct", "network_encode", "bare_predict", "predict"):
+        assert float(infer[f"{path}_samples_per_s"]) > 0
+    assert float(infer["predict_ratio"]) > 0
+
+    monkeypatch.setattr(speed, "run_row", None)  # a row that is there is not measured again
+    before = [path.read_bytes() for path in sorted(tmp_path.glob("*.csv"))]
+    capsys.readouterr()
+    speed.main([*QUICK, "--results", str(tmp_path)])
+    assert capsys.readouterr().out.count("there already") == 2
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("*.csv"))] == before
+
+
+def test_a_failed_row_is_kept_with_its_error_and_tried_again_on_demand(tmp_path, monkeypatch):
+    calls = []
+
+    def run_row(module, spec, timeout, variables):
+        calls.append(spec["devices"])
+        if spec["devices"] == 2 and len(calls) < 3:
+            return {"error": "no result after 1 s"}
+        return {"samples_per_s": 100.0 if spec["devices"] == 1 else 150.0}
+
+    monkeypatch.setattr(speed, "run_row", run_row)
+    words = ["train", *TINY, "--devices", "1,2", "--results", str(tmp_path)]
+    speed.main(words)
+    _, rows = measured("train", tmp_path)
+    assert [(row["devices"], row["samples_per_s"], row["error"]) for row in rows] == [
+        ("1", "100", ""),
+        ("2", "", "no result after 1 s"),
+    ]
+    speed.main(words)
+    assert calls == [1, 2]
+    speed.main([*words, "--again", "failed"])
+    assert calls == [1, 2, 2]
+    commands, rows = measured("train", tmp_path)
+    assert rows[1]["scaling_efficiency"] == "0.75" and not rows[1]["error"] and len(commands) == 1
+
+
+def test_the_batch_is_halved_until_it_fits(tmp_path, monkeypatch):
+    tried = []
+
+    def run_row(module, spec, timeout, variables):
+        tried.append(spec["batch"])
+        full = processes.failure(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+        return full if spec["batch"] > 1 else {"samples_per_s": 7.0}
+
+    monkeypatch.setattr(speed, "run_row", run_row)
+    speed.main(["train", *TINY, "--results", str(tmp_path)])
+    _, (row,) = measured("train", tmp_path)
+    assert tried == [4, 2, 1]
+    assert (row["batch"], row["batch_used"], row["samples_per_s"], row["error"]) == ("4", "1", "7", "")
+
+
+def test_no_batch_fits():
+    full = {"error": "MemoryError: ", "out_of_memory": True}
+    assert processes.with_smaller_batches(lambda spec: dict(full), {"batch": 3}) == ({"error": "MemoryError: "}, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shapes", "1xx8"], "--shapes"),
+        (["--devices", "0"], "--devices"),
+        (["--models", "vea"], "did you mean 'vae'"),
+        (["--models", "vae:{net"], "write settings as in"),
+        (["--repeats", "0"], "--repeats"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path, words, message):
+    with pytest.raises(aezoo.AezooError, match=message):
+        speed.main([*words, "--results", str(tmp_path)])
+
+
+def test_workloads_have_settings_that_their_models_take():
+    for name, load in speed.WORKLOADS.items():
+        model = aezoo.create_model(load.model, load.shape, **load.settings)
+        assert model(torch.rand(2, *load.shape)).shape == (2, *load.shape), name
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def test_flops_of_a_dense_network_are_those_of_its_products():
+    model = aezoo.create_model("dense_ae", (784,), latent_dim=32, hidden_dims=(128, 64))
+    weights = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    found = measure.work(model, torch.rand(8, 784))
+    # backward needs the gradient of each weight, and of each layer's input but the first
+    assert found == (2 * weights, 6 * weights - 2 * 784 * 128, 6 * weights - 2 * 784 * 128)
+
+
+def test_convolutions_count_as_work_but_not_as_matrix_products():
+    model = aezoo.create_model("conv_ae", (1, 8, 8), hidden_dims=(4,), latent_dim=2)
+    found = measure.work(model, torch.rand(4, 1, 8, 8))
+    assert 0 <= found.gemms < found.forward < found.step
+    assert measure.alone(model, torch.rand(4, 1, 8, 8), "fp32") > 0
+
+
+def test_peak_is_measured_in_both_precisions():
+    for precision in measure.DTYPES:
+        assert measure.matmul_peak(torch.device("cpu"), precision, seconds=0.01) > 1e8
+
+
+def test_launches_and_copies_are_told_from_other_events():
+    names = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGraphLaunch", "aten::mm", "Memcpy DtoD"]
+    assert measure.count_events([*names, "Memcpy HtoD (Pageable -> Device)", "cudaMemcpyAsync"], 2) == (2, 0.5)
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_whatever_happens_in_its_process_a_row_comes_back(tmp_path, warm):
+    assert "No module named" in processes.run_row("absent", {}, 60, warm=warm)["error"]
+    assert processes.run_row("absent", {}, 1e-3, warm=warm)["error"] == "no result after 0.001 s"
+    killed = processes._judge([], -9, 1, tmp_path)
+    assert killed == {"error": "killed by SIGKILL", "out_of_memory": True}
+    ranks = [processes.failure(ConnectionError("peer")), processes.failure(RuntimeError("out of memory"))]
+    assert processes._judge(ranks, 1, 1, tmp_path)["out_of_memory"]
+
+
+def test_forked_rows_come_back_from_all_threads_and_end_in_time():
+    data = {"name": "digits", "root": "data", "batch_size": 128}
+    baselines = {"data": data, "probe_rows": 20, "sizes": [2]}
+    with ThreadPoolExecutor(4) as pool:
+        rows = [*pool.map(lambda _: processes.run_row("quality_row", baselines, 100, warm=True), range(8))]
+    assert all(row == rows[0] and "pca_mse" in row["baselines"]["2"] for row in rows)
+    endless = {"model": "linear_ae", "hyperparameters": {}, "seed": 0, "data": data, "epochs": 10**6, "seconds": None}
+    endless |= {"precision": "32-true", "accelerator": "cpu", "probe_rows": 20, "importance_samples": 1}
+    before = {*processes._running}
+    assert processes.run_row("quality_row", endless, 2, warm=True) == {"error": "no result after 2 s"}
+    assert {*processes._running} == before
+
+
+def test_an_exception_becomes_the_error_of_a_row(tmp_path):
+    code = "from benchmarks.processes import answer; answer(lambda spec: 1 / spec['x'], ['{\"x\": 0}', 'row'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1
+    assert (tmp_path / "row.0").read_text() == (
+        '{"error": "ZeroDivisionError: division by zero", "out_of_memory": false}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error, is_memory):
+    assert processes.is_out_of_memory(error) == is_memory

@@ -1,0 +1,144 @@
+"""Files that are whole or not there, and which of them a run goes on from."""
+
+import json
+import os
+import zipfile
+
+import pytest
+import torch
+
+from aezoo import durable, resume
+from aezoo.errors import AezooError
+
+
+def checkpoint(step):
+    return {"global_step": step, "epoch": step // 10, "state_dict": {"w": torch.full((300,), float(step))}}
+
+
+def save(folder, name, step):
+    durable.save(checkpoint(step), folder / name)
+    return folder / name
+
+
+def step_of(path):
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_that_was_written_is_whole_and_torch_reads_it(tmp_path):
+    path = save(tmp_path, "a.ckpt", 7)
+    assert durable.fault(path) is None and step_of(path) == 7 and names(tmp_path) == ["a.ckpt"]
+
+
+def damaged(content):
+    """The file with one bit changed at each place, and cut off at each place."""
+    for i in range(len(content)):
+        yield content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
+        yield content[:i]
+
+
+def test_wherever_a_bit_changes_or_the_file_ends_it_is_found_or_does_no_harm(tmp_path):
+    path = save(tmp_path, "a.ckpt", 7)
+    content, harmless = path.read_bytes(), 0
+    for other in damaged(content):
+        path.write_bytes(other)
+        # as `newest` asks; what is no zip file at all is refused by the reader
+        if durable.fault(path) is None and zipfile.is_zipfile(path):
+            # the note at the end alone: each part of the zip still fits its own checksum
+            harmless += 1
+            found = torch.load(path, weights_only=True)
+            assert found["global_step"] == 7 and torch.equal(found["state_dict"]["w"], checkpoint(7)["state_dict"]["w"])
+    assert harmless < 0.1 * len(content)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_a_file_that_is_cut_off_is_named(tmp_path, share):
+    path = save(tmp_path, "a.ckpt", 7)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(AezooError, match=r"a\.ckpt cannot be used"):
+        durable.check(path)
+
+
+def test_a_write_that_fails_keeps_what_was_there_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    durable.write(path, lambda file: file.write(b"old"))
+
+    def full(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(AezooError, match="No space left") as refusal:
+        durable.write(path, full)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["a.txt"]
+
+
+def test_the_last_checkpoint_before_stays_and_the_record_fits(tmp_path):
+    save(tmp_path, "last.ckpt", 1)
+    save(tmp_path, "last.ckpt", 2)
+    assert names(tmp_path) == ["last.ckpt", "last.ckpt.json", "previous.ckpt"]
+    assert step_of(tmp_path / "last.ckpt") == 2 and step_of(tmp_path / "previous.ckpt") == 1
+    record = json.loads((tmp_path / "last.ckpt.json").read_text())
+    assert record["step"] == 2 and record["size"] == (tmp_path / "last.ckpt").stat().st_size
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "link"])
+def test_the_newest_whole_file_is_found_and_what_is_passed_over_is_named(tmp_path, damage):
+    for step in (1, 2):
+        save(tmp_path, "last.ckpt", step)
+    save(tmp_path, "best-000-1.ckpt", 1)
+    last = tmp_path / "last.ckpt"
+    assert durable.newest(tmp_path) == (last, [])
+    content = last.read_bytes()
+    last.unlink()
+    if damage == "cut":
+        last.write_bytes(content[: len(content) // 2])
+    elif damage == "link":
+        last.symlink_to("nothing")
+    found, lines = durable.newest(tmp_path)
+    assert found == tmp_path / "previous.ckpt" and len(lines) == 1 and "last.ckpt" in lines[0]
+
+
+def test_what_a_killed_save_has_left_is_taken_away_and_a_damaged_file_keeps_no_good_one_company(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, "last.ckpt", step)
+    (tmp_path / ".tmp-0123.part").write_bytes(b"half")
+    (tmp_path / "last.ckpt").write_bytes(b"PK damaged")
+    durable.prepare(tmp_path)
+    assert names(tmp_path) == ["last.ckpt.damaged", "last.ckpt.json", "previous.ckpt"]
+    save(tmp_path, "last.ckpt", 3)
+    assert step_of(tmp_path / "previous.ckpt") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(AezooError, match="cannot write"):
+        durable.prepare(tmp_path)
+
+
+# ---- which run ------------------------------------------------------------------------------------------------------
+
+
+def test_automatic_resume_takes_the_newest_run_starts_one_or_says_no(tmp_path, capsys):
+    assert resume.automatic(tmp_path / "vae") == (None, None)
+    for number in (2, 9, 10):
+        save(tmp_path / "vae" / str(number) / "checkpoints", "last.ckpt", number)
+    newest = tmp_path / "vae" / "10"
+    assert resume.automatic(tmp_path / "vae") == (newest / "checkpoints" / "last.ckpt", newest)
+    (newest / "checkpoints" / "last.ckpt").write_bytes(b"")
+    with pytest.raises(AezooError, match="no other checkpoint there is whole"):
+        resume.automatic(tmp_path / "vae")
+    capsys.readouterr()
+
+
+def test_a_finished_run_is_left_alone_unless_it_is_made_longer(tmp_path):
+    path = save(tmp_path / "checkpoints", "last.ckpt", 30)
+    assert resume.nothing_left(path, 3, -1) is None
+    end = {"epoch": 3, "step": 30, "max_epochs": 3, "max_steps": -1}
+    (path.parent / durable.FINISHED).write_text(json.dumps(end))
+    assert "nothing is left to do" in resume.nothing_left(path, 3, -1)
+    assert resume.nothing_left(path, 4, -1) is None

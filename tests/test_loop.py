@@ -1,0 +1,572 @@
+"""The light loop does what Lightning's does: the same calls, values, weights and counters, batch for batch."""
+
+import inspect
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
+from torch.utils.data import DataLoader
+
+import aezoo
+from aezoo import loop
+from aezoo.acceleration import flushed_denormals
+from aezoo.callbacks import BetaAnnealing, Interrupt
+from aezoo.data import DataModule
+
+DenseAE = aezoo.model_class("dense_ae")
+NO_HOOKS = ("state_key", "state_dict", "load_state_dict")
+HOOKS = [name for name in vars(pl.Callback) if not name.startswith("_") and name not in NO_HOOKS]
+
+
+# what Lightning says of settings that are meant here
+ADVICE = (
+    "Checkpoint directory .* exists", "yielded None", "returned `None`", "Skipping learning rate update",
+    "have no `validation_step`", "`dataloader_iter`", "Be aware that when using", "You have overridden",
+    "number of training batches .* is smaller than the logging",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _lightnings_advice():
+    with warnings.catch_warnings():
+        for text in ADVICE:
+            warnings.filterwarnings("ignore", message=f".*{text}")
+        yield
+
+
+class Notes(Logger):
+    """What was logged, and at which step."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines, self.saved = [], 0
+
+    name, version = "notes", 0
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.lines.append((step, dict(metrics)))
+
+    def save(self):
+        self.saved += 1
+
+
+def note(trace, name, function):
+    """A hook that writes down its name, the counters and what it is told, into `trace`."""
+    takes = [key for key in inspect.signature(function).parameters if key != "self"]
+
+    def hook(self, trainer, *args, **kwargs):
+        told = dict(zip(takes[1:], args, strict=False)) | kwargs
+        outputs, batch = told.get("outputs"), told.get("batch")
+        values = {key: float(value) for key, value in outputs.items()} if isinstance(outputs, dict) else outputs
+        rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        gradients = None
+        if name in ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"):
+            parameters = trainer.lightning_module.parameters()
+            gradients = sum(float(p.grad.double().abs().sum()) for p in parameters if p.grad is not None)
+        size = len(batch[0]) if isinstance(batch, tuple | list) else None
+        loss = float(told["loss"].detach()) if "loss" in told else None
+        trace.append(
+            (name, trainer.global_step, trainer.current_epoch, trainer.is_last_batch, told.get("batch_idx"), values,
+             size, loss, rates, gradients, trainer.should_stop, trainer.lightning_module._current_fx_name)
+        )  # fmt: skip
+
+    return hook
+
+
+def recorder(trace):
+    """A callback that writes down every call of every hook there is."""
+    hooks = {name: note(trace, name, getattr(pl.Callback, name)) for name in HOOKS}
+    return type("Recorder", (pl.Callback,), hooks)()
+
+
+class Lighten(pl.Callback):
+    """Asks for the light loop on behalf of a module that does not know it."""
+
+    def on_train_start(self, trainer, pl_module):
+        loop.lighten(trainer)
+
+
+class Foreign(pl.LightningModule):
+    """A plain LightningModule that returns a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 6))
+
+    def loss(self, batch):
+        x = batch if isinstance(batch, torch.Tensor) else batch[0]
+        return (self.net(x) - x).square().mean()
+
+    def training_step(self, batch):
+        return self.loss(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class Logging(DenseAE):
+    """Logs at each step, for the epoch, and both, in three hooks."""
+
+    def training_step(self, batch, batch_idx):
+        terms = super().training_step(batch, batch_idx)
+        self.log("a", terms["loss"], on_step=True)
+        self.log("b", terms["loss"] * 2, on_step=True, on_epoch=True, prog_bar=True)
+        if batch_idx % 3 == 0:
+            self.log("c", float(batch_idx), on_step=False, on_epoch=True, reduce_fx="max")
+        return terms
+
+    def on_before_optimizer_step(self, optimizer):
+        self.log("lr", optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.log("end", outputs["loss"])
+
+
+class SometimesNone(DenseAE):
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx % 4 == 1 else super().training_step(batch, batch_idx)
+
+
+class OtherResults(DenseAE):
+    """Returns a mapping that is not a dict of scalars alone, and takes its batch only."""
+
+    def training_step(self, batch):
+        terms = super().training_step(batch, self.trainer.fit_loop.epoch_loop.batch_idx)
+        return {"loss": terms["loss"], "count": len(batch[0])}
+
+
+class Plateau(DenseAE):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, threshold=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/loss"}}
+
+
+class PlateauByStep(Logging):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.9, threshold=0.5)
+        how = {"scheduler": schedule, "monitor": "a", "interval": "step", "frequency": 2, "strict": False}
+        return {"optimizer": optimizer, "lr_scheduler": how}
+
+
+class ByEpoch(DenseAE):
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+class OwnClipping(DenseAE):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.clip_gradients(optimizer, 0.01, "value")
+
+
+class OwnZeroing(DenseAE):
+    """Hooks of the module in the step, which come after the callbacks'; gradients are zeroed in place."""
+
+    def on_before_zero_grad(self, optimizer):
+        self.heard = [*getattr(self, "heard", []), ("zero", self.trainer.global_step)]
+
+    def on_before_backward(self, loss):
+        self.heard.append(("backward", float(loss.detach())))
+
+    def on_after_backward(self):
+        for p in self.parameters():
+            p.grad.mul_(0.5)
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+
+
+class OwnTransfer(DenseAE):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return (batch[0] * 0.5, *batch[1:])
+
+
+class Stop(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step >= 15
+
+
+class Meddler(pl.Callback):
+    """Writes two hooks in the step, one of them not as a method."""
+
+    def __init__(self):
+        self.calls = 0
+        self.on_train_batch_end = type("Call", (), {"__call__": self._ended})()
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        for p in pl_module.parameters():
+            if p.grad is not None:
+                p.data.sub_(p.grad, alpha=1e-3)
+
+    def on_after_backward(self, trainer, pl_module):
+        next(pl_module.parameters()).grad.add_(0.01)
+
+    def _ended(self, *args):
+        self.calls += 1
+
+
+def dense(cls=DenseAE, **plain):
+    return lambda: cls((6,), latent_dim=2, hidden_dims=(8,), **plain)
+
+
+def zoo(name, **plain):
+    return lambda: aezoo.create_model(name, input_shape=(6,), **plain)
+
+
+def data(drop_last=False):
+    x = torch.rand(46, 6, generator=torch.Generator().manual_seed(1))
+    # 41 rows to train on: 11 batches, the last of one row
+    return DataModule.from_arrays(x, batch_size=4, val_fraction=0.1, test_fraction=0, seed=3, drop_last=drop_last)
+
+
+def loader(drop_none=True):
+    batches = list(torch.rand(7, 4, 6, generator=torch.Generator().manual_seed(2)))
+    if not drop_none:
+        batches[3] = None
+    return DataLoader(batches, batch_size=None)
+
+
+CASES = {
+    "plain": {},
+    "accumulation": {"accumulate_grad_batches": 3},
+    "accumulation schedule": {"callbacks": lambda: [GradientAccumulationScheduler({0: 1, 1: 4})]},
+    "accumulated logs": {"model": dense(Logging), "accumulate_grad_batches": 3},
+    "clip norm": {"gradient_clip_val": 0.05},
+    "clip value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value", "accumulate_grad_batches": 2},
+    "own clipping": {"model": dense(OwnClipping)},
+    "cosine and warm-up": {"model": dense(lr_schedule="cosine", warmup_steps=5), "accumulate_grad_batches": 2},
+    "schedule by epoch": {"model": dense(ByEpoch)},
+    "plateau": {"model": dense(Plateau), "max_epochs": 3},
+    "plateau by step": {"model": dense(PlateauByStep)},
+    "validation twice an epoch": {"val_check_interval": 0.5},
+    "validation every third batch": {"val_check_interval": 3, "model": dense(Logging)},
+    "validation by all batches": {"val_check_interval": 4, "check_val_every_n_epoch": None},
+    "validation every second epoch": {"check_val_every_n_epoch": 2, "max_epochs": 3},
+    "max steps in an epoch": {"max_steps": 15, "max_epochs": -1},
+    "limited batches": {"limit_train_batches": 5, "limit_val_batches": 1},
+    "limited share": {"limit_train_batches": 0.5},
+    "bf16": {"precision": "bf16-mixed"},
+    "noise": {"model": zoo("vae", latent_dim=2, hidden_dims=(8,))},
+    "annealing": {
+        "model": zoo("vae", latent_dim=2, hidden_dims=(8,)), "callbacks": lambda: [BetaAnnealing(n_steps=9)],
+    },
+    "own optimizer_step": {"model": zoo("topk_sae", latent_dim=8, k=2), "accumulate_grad_batches": 2},
+    "own zeroing": {"model": dense(OwnZeroing), "accumulate_grad_batches": 2},
+    "own transfer": {"model": dense(OwnTransfer)},
+    "hooks in the step": {"callbacks": lambda: [Meddler()], "accumulate_grad_batches": 2},
+    "logs": {"model": dense(Logging)},
+    "None": {"model": dense(SometimesNone)},
+    "other results": {"model": dense(OtherResults), "accumulate_grad_batches": 2},
+    "stopped in an epoch": {"callbacks": lambda: [Stop()], "max_epochs": 4},
+    "stopped below min_epochs": {"callbacks": lambda: [Stop()], "max_epochs": 4, "min_epochs": 3},
+    "foreign": {"model": Foreign, "data": loader, "callbacks": lambda: [Lighten()], "accumulate_grad_batches": 2},
+    "foreign on resident data": {
+        "model": Foreign, "data": lambda: data(drop_last=True), "callbacks": lambda: [Lighten()],
+    },
+    "a batch is None": {"model": Foreign, "data": lambda: loader(False), "callbacks": lambda: [Lighten()]},
+    "averaging": {
+        "model": Foreign, "data": loader, "max_epochs": 3,
+        "callbacks": lambda: [Lighten(), StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1)],
+    },
+}  # fmt: skip
+
+
+def fit(folder, model=None, data=data, callbacks=list, ckpt_path=None, trace=None, **plain):
+    """A run; returns the trainer."""
+    torch.manual_seed(7)
+    model = (model or dense())()
+    # first and last: between them, others' callbacks are called in their place
+    watch = [] if trace is None else [recorder(trace)]
+    trainer = pl.Trainer(
+        **{"accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 2, "logger": Notes(), "default_root_dir": folder,
+           "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False} | plain,
+        callbacks=[*watch, *callbacks()],
+    )  # fmt: skip
+    with flushed_denormals():  # Lightning's loop does not by itself
+        trainer.fit(model, data(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def state(trainer, trace):
+    """All that a run leaves behind."""
+    model = trainer.lightning_module
+    return {
+        "trace": trace,
+        "weights": model.state_dict(),
+        "optimisers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "loops": trainer.fit_loop.state_dict(),
+        "logged": trainer.logger.lines,
+        "saved": trainer.logger.saved,
+        "metrics": (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics),
+        "counts": (trainer.global_step, trainer.current_epoch, trainer.fit_loop.epoch_loop._batches_that_stepped),
+        "heard": getattr(model, "heard", None),
+        "calls": [vars(callback).get("calls") for callback in trainer.callbacks],
+    }
+
+
+def same(a, b, path=""):
+    """Equal down to the last bit; says where not."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        for i, (one, other) in enumerate(zip(a, b, strict=False)):
+            same(one, other, f"{path}[{i}]")
+        assert len(a) == len(b), (path, a[len(b) :], b[len(a) :])
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num()), path
+    else:
+        assert a == b, path
+
+
+@pytest.fixture
+def both(tmp_path, monkeypatch):
+    """Runs by both loops; each returns its trainer and its trace."""
+    steps = []
+    step = loop.LightLoop._optimise
+    monkeypatch.setattr(loop.LightLoop, "_optimise", lambda *args: steps.append(args[2]) or step(*args))
+
+    def run(folder=tmp_path, watched=True, **plain):
+        runs = []
+        for light in (False, True):
+            trace = [] if watched else None
+            steps.clear()
+            with monkeypatch.context() as patch:
+                if not light:
+                    patch.setattr(loop, "lighten", lambda trainer: False)
+                case = {key: value(light) if key == "ckpt_path" else value for key, value in plain.items()}
+                trainer = fit(folder / str(light), trace=trace, **case)
+            assert bool(steps) == light
+            runs.append((trainer, state(trainer, trace)))
+        same(*(found for _, found in runs))
+        return [trainer for trainer, _ in runs]
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_calls_values_and_weights(both, case):
+    both(**CASES[case])
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", "accumulated logs", "clip norm", "bf16", "own optimizer_step", "own zeroing", "hooks in the step"]
+)
+def test_same_where_nobody_asks_for_all_hooks(both, case):
+    both(watched=False, **CASES[case])
+
+
+def test_the_trace_sees_the_hooks_of_a_step(tmp_path):
+    trace = []
+    fit(tmp_path, trace=trace, accumulate_grad_batches=3, max_epochs=1, limit_train_batches=4)
+    names = [line[0] for line in trace]
+    batch = ["on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"]
+    begin = names.index("on_train_batch_start")
+    assert names[begin : begin + 5] == [*batch, "on_train_batch_end"]
+    assert names.count("on_before_optimizer_step") == 2  # batches 3 and 4
+    assert [line[4] for line in trace if line[0] == "on_train_batch_end"] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_checkpoints_in_an_epoch_hold_the_same(both, tmp_path, accumulate):
+    def saver():
+        # one folder after another: it is the light run that finds the other's there
+        folder = tmp_path / str(len([*tmp_path.glob("saved*")]))
+        (tmp_path / f"saved{folder.name}").mkdir()
+        return [ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1)]
+
+    both(callbacks=saver, enable_checkpointing=True, accumulate_grad_batches=accumulate, watched=False)
+    names = [sorted(path.name for path in (tmp_path / str(i)).glob("*.ckpt")) for i in (0, 1)]
+    assert names[0] == names[1] and len(names[0]) >= 4
+    for name in names[0]:
+        one, other = (torch.load(tmp_path / str(i) / name, weights_only=True) for i in (0, 1))
+        for content in (one, other):
+            content.pop("callbacks")  # the folders
+        same(one, other)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_resumed_in_an_epoch(both, tmp_path, accumulate):
+    plain = {"model": zoo("vae", latent_dim=2, hidden_dims=(8,)), "accumulate_grad_batches": accumulate}
+    saver = lambda: [ModelCheckpoint(filename="{step}", every_n_train_steps=5, save_top_k=-1)]  # noqa: E731
+    both(callbacks=saver, enable_checkpointing=True, **plain)
+    file = lambda light: next((tmp_path / str(light)).rglob("step=5.ckpt"))  # noqa: E731
+    resumed = both(ckpt_path=file, max_epochs=3, **plain)
+    whole = fit(tmp_path / "whole", max_epochs=3, **plain)
+    same(resumed[1].lightning_module.state_dict(), whole.lightning_module.state_dict())
+    assert resumed[1].global_step == whole.global_step
+
+
+class Manual(Foreign):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+class Newton(Foreign):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)
+
+
+class OwnAdam(torch.optim.Adam):
+    pass
+
+
+class OwnOptimizer(Foreign):
+    def configure_optimizers(self):
+        return OwnAdam(self.parameters())
+
+
+class SkipsEpochs(Foreign):
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 2 else None
+
+
+class FetchesItself(Foreign):
+    def training_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        return self.loss(batch)
+
+
+class OtherStrategy(SingleDeviceStrategy):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("model", "plain", "taken"),
+    [
+        (Foreign, {}, True),
+        (Foreign, {"profiler": "simple"}, False),
+        (Foreign, {"strategy": OtherStrategy("cpu")}, False),
+        (Foreign, {"precision": "64-true"}, False),
+        (Manual, {}, False),
+        (Newton, {}, False),
+        (OwnOptimizer, {}, False),
+        (SkipsEpochs, {}, False),
+        (FetchesItself, {}, False),
+    ],
+)
+def test_when_it_is_taken(tmp_path, monkeypatch, model, plain, taken):
+    asked = []
+    lighten = loop.lighten
+    monkeypatch.setattr(loop, "lighten", lambda trainer: asked.append(lighten(trainer)))
+    callbacks = lambda: [Lighten()]  # noqa: E731
+    batches = (
+        (lambda: loader())
+        if "precision" not in plain
+        else lambda: DataLoader(list(torch.rand(7, 4, 6, dtype=torch.float64)), batch_size=None)
+    )
+    trainer = fit(tmp_path, model=model, data=batches, callbacks=callbacks, max_epochs=1, **plain)
+    assert asked == [taken]
+    assert trainer.global_step > 0
+
+
+def test_two_processes_take_lightnings_loop(tmp_path):
+    class Saver(DenseAE):
+        def on_train_end(self):
+            plan = getattr(self.trainer.fit_loop.epoch_loop, "plan", None)
+            (tmp_path / f"{self.global_rank}").write_text(str(plan))
+
+    fit(tmp_path, model=dense(Saver), max_epochs=1, devices=2, strategy="ddp_fork", use_distributed_sampler=False)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["None", "None"]
+
+
+def test_a_trainer_that_goes_on_with_another_module_trains_that(tmp_path):
+    trainer = fit(tmp_path, max_epochs=1)
+    assert trainer.fit_loop.epoch_loop.plan is None
+    other = Foreign()
+    before = other.net[0].weight.detach().clone()
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(other, loader())
+    assert not torch.equal(before, other.net[0].weight)
+
+
+def test_a_plan_of_another_module_is_dropped(tmp_path):
+    class Stale(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            loop.lighten(trainer)
+            trainer.fit_loop.epoch_loop.plan.module = Foreign()
+
+        def on_train_batch_end(self, trainer, *args):
+            assert trainer.fit_loop.epoch_loop.plan is None
+
+    assert fit(tmp_path, model=Foreign, data=loader, callbacks=lambda: [Stale()]).global_step == 14
+
+
+def test_a_closure_that_was_not_called_is_an_error(tmp_path):
+    class Forgets(DenseAE):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            pass
+
+    with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="closure hasn't been executed"):
+        fit(tmp_path, model=dense(Forgets))
+
+
+def test_all_that_is_used_of_lightning_is_there(tmp_path):
+    found = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            found.append(loop.missing(trainer))
+
+    fit(tmp_path, callbacks=lambda: [Look()], max_epochs=1)
+    assert found == [None], f"this Lightning has renamed {found[0]}: change aezoo/loop.py"
+
+
+@pytest.mark.parametrize("path", ["_logger_connector.no_such", "fit_loop.epoch_loop.batch_progress.no_such"])
+def test_a_lightning_that_lacks_something_trains_by_its_own_loop(tmp_path, monkeypatch, path):
+    monkeypatch.setattr(loop, "_NEEDED", (*loop._NEEDED, path))
+    with pytest.warns(UserWarning, match=f"has no trainer.{path}: training takes Lightning's own loop") as caught:
+        trainer = fit(tmp_path)
+    assert len([one for one in caught if "own loop" in str(one.message)]) == 1
+    assert type(trainer.fit_loop.epoch_loop) is not loop.LightLoop
+    assert trainer.global_step == 22
+
+
+def test_batches_are_private_unless_a_strangers_callback_sees_them(tmp_path):
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(loop.batch_is_private(trainer))
+
+    class LookElsewhere(pl.Callback):
+        def on_before_zero_grad(self, trainer, *args):
+            seen.append(loop.batch_is_private(trainer))
+
+    seen = []
+    fit(tmp_path, callbacks=lambda: [Look(), Interrupt()], max_epochs=1)
+    assert not any(seen) and seen
+    seen.clear()
+    fit(tmp_path, callbacks=lambda: [LookElsewhere(), Interrupt()], max_epochs=1)
+    assert all(seen) and seen
+
+
+def test_a_signal_to_end_is_heard_between_two_batches(tmp_path):
+    class Signal(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append(batch_idx)
+            if batch_idx == 1:
+                trainer._signal_connector.received_sigterm = True
+
+    seen = []
+    with pytest.raises(SIGTERMException):
+        fit(tmp_path, callbacks=lambda: [Signal()], max_epochs=1)
+    assert seen == [0, 1]

@@ -1,0 +1,298 @@
+"""The peers benchmark: equal networks, losses that must agree, environments, runs that go on, and targets."""
+
+import csv
+import json
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aezoo.acceleration import flushed_denormals
+from aezoo.errors import AezooError
+from benchmarks import environments, peer_runs, peers, targets
+from benchmarks.common import read_csv
+from benchmarks.peer_scripts import keras_fit, loops, networks
+from benchmarks.peer_scripts.job import Job
+from benchmarks.workloads import WORKLOADS, images, model, write
+
+RATES = {"loop": 1000.0, "aezoo": 950.0, "lightning": 400.0, "keras_jax": 900.0}
+
+
+def job_for(workload, folder, **changes):
+    """A job of a few rows whose files are in `folder`."""
+    load = WORKLOADS[workload]
+    write(load, 64, 0, folder)
+    values = {name: getattr(load, name) for name in ("shape", "hidden_dims", "latent_dim", "variational", "lr")}
+    values |= {"data": str(folder / "data.npz"), "weights": str(folder / "weights.npz")}
+    return Job(**(values | {"party": "loop", "rows": 64, "batch": 32, "epochs": 2} | changes))
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """`peers.main` with runs that are made up: each call's party and precision, and what a test changes about them."""
+    state = types.SimpleNamespace(calls=[], losses={}, parameters={}, fail=set())
+
+    def train(python, job, timeout, pin):
+        state.calls.append((job.party, job.precision, job.options))
+        if (job.party, len(state.calls)) in state.fail:
+            raise peer_runs.RunFailure("killed by SIGKILL")
+        turn = sum(call[0] == job.party for call in state.calls) - 1
+        # a slow spell in the second round, for all parties
+        rate = RATES.get(job.party, 500.0) * (0.5 if turn == 1 else 1.0)
+        losses = state.losses.get(job.party, [200.0, 150.0, 140.0])
+        return {
+            "rates": [1.0, rate, rate],
+            "turns": [rate],
+            "losses": losses,
+            "first_step_s": 1.5,
+            "parameters": state.parameters.get(job.party, 10),
+            "versions": {"torch": "2.13"},
+            "peak_rss_mb": 100.0,
+            "cores_used": 1.0,
+        }
+
+    monkeypatch.setattr(peers, "train", train)
+    monkeypatch.setattr(peers, "python_for", lambda party, folder: sys.executable)
+    monkeypatch.setattr(peers, "write", lambda *_: 10)
+
+    def run(*words, parties=("loop", "aezoo", "lightning", "keras_jax"), repeats="3"):
+        words = ["dense", *words, "--parties", *parties, "--repeats", repeats, "--results", str(tmp_path)]
+        code = peers.main(words)
+        (path,) = tmp_path.glob(f"peers-dense-{'bf16' if 'bf16' in words else 'fp32'}-*.csv")
+        return code, {row["party"]: row for row in read_csv(path)[1]}
+
+    state.run, state.folder = run, tmp_path
+    return state
+
+
+def test_ratios_are_taken_within_a_round(fake):
+    code, rows = fake.run("--envs", "/somewhere")
+    assert code == 0
+    assert [rows["aezoo"][name] for name in ("ratio", "ratio_min", "ratio_max")] == ["0.95"] * 3
+    assert (rows["aezoo"]["samples_per_s"], rows["aezoo"]["samples_per_s_min"]) == ("950", "475")
+    assert rows["aezoo"]["round_rates"] == "950 475 950"
+    assert {row["agrees"] for row in rows.values()} == {"yes"}
+    # every second round in the opposite order
+    assert [call[0] for call in fake.calls[3:5]] == ["keras_jax", "keras_jax"]
+    (path,) = fake.folder.glob("*.csv")
+    assert "/somewhere" not in path.read_text() and not [*fake.folder.glob("*.part")]
+
+
+@pytest.mark.parametrize(
+    "losses", [[200.0, 150.0, 130.0], [200.0, 150.0], [200.0, 150.0, float("nan")], [200.0, float("inf"), 140.0]]
+)
+def test_a_party_that_trains_something_else_is_named(fake, capsys, losses):
+    fake.losses["lightning"] = losses
+    code, rows = fake.run()
+    assert code == 1
+    assert {party: row["agrees"] for party, row in rows.items() if row["agrees"] != "yes"} == {"lightning": "no"}
+    assert "differ from the loop's: lightning" in capsys.readouterr().err
+
+
+def test_another_number_of_parameters_is_less_work(fake):
+    fake.parameters["aezoo"] = 9
+    code, rows = fake.run()
+    assert code == 1 and rows["aezoo"]["agrees"] == "no"
+
+
+def test_a_run_that_failed_is_kept_and_only_it_is_tried_again(fake):
+    fake.fail = {("aezoo", 2)}
+    code, rows = fake.run()
+    assert code == 1 and rows["aezoo"]["error"] == "killed by SIGKILL"
+    assert rows["aezoo"]["round_rates"].split()[0] == "-" and rows["aezoo"]["repeats"] == "2"
+    before = len(fake.calls)
+    code, rows = fake.run()
+    assert code == 0 and [call[0] for call in fake.calls[before:]] == ["aezoo"]
+    assert not rows["aezoo"]["error"] and "-" not in rows["aezoo"]["round_rates"]
+    assert fake.run() == (0, rows) and len(fake.calls) == before + 1  # nothing is left to do
+
+
+def test_the_yardstick_must_take_part(fake):
+    with pytest.raises(AezooError, match="add 'loop' to --parties"):
+        fake.run(parties=("aezoo", "lightning"))
+
+
+def test_who_runs_at_bf16(fake):
+    fake.run("--precision", "bf16", parties=("loop", "aezoo_compiled", "lightning", "lightning_bf16"), repeats="1")
+    compiled = ("--compile", "default")
+    assert fake.calls == [
+        ("loop", "bf16", ()),
+        ("aezoo_compiled", "bf16", compiled),
+        ("lightning", "fp32", ()),
+        ("lightning_bf16", "bf16", ()),
+    ]
+    assert not any(party.endswith("_bf16") for party in peers.default_parties("fp32"))
+    assert "keras_jax_bf16" in peers.default_parties("bf16")
+
+
+# ---- the parties ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_the_networks_written_out_once_more_are_the_zoos(tmp_path, workload):
+    load = WORKLOADS[workload]
+    network, zoo = networks.Network(job_for(workload, tmp_path)), model(load, 0)
+    x = torch.from_numpy(images(2, load.shape, 0)).float() / 255
+    with torch.no_grad():
+        z = network.posterior(x)[0] if load.variational else network.encoder(x)
+        torch.testing.assert_close(z, zoo.encode(x))
+        x_hat = network.decoder(z).sigmoid()
+        torch.testing.assert_close(x_hat, zoo.decode(z).reshape(x_hat.shape))
+    for way in (networks.loss_on_logits, networks.loss_on_probabilities):
+        torch.manual_seed(0)
+        loss = way(network, x, load.variational)
+        torch.manual_seed(0)
+        # both draw their noise first thing
+        torch.testing.assert_close(loss, zoo.train().loss(x)["loss"], rtol=1e-4, atol=0)
+
+
+def test_kerass_kernels_are_mirrored_for_its_padding(tmp_path):
+    job = job_for("conv28", tmp_path)
+    network, x = networks.Network(job), torch.rand(2, 1, 28, 28)
+    kernel, bias = (torch.from_numpy(np.ascontiguousarray(array)) for array in keras_fit._weights(job)[:2])
+    # `same` with stride 2 on an even grid: a row and a column after the last, none before the first
+    theirs = F.conv2d(F.pad(x.flip(2, 3), (0, 1, 0, 1)), kernel.permute(3, 2, 0, 1), bias, stride=2)
+    torch.testing.assert_close(theirs.flip(2, 3), network.encoder[0](x))
+
+
+def test_an_order_is_the_epochs_however_it_is_read(tmp_path):
+    order = networks.Order(job_for("dense", tmp_path), 64)
+    first, second = [*order], [*order]
+    assert sorted(first) == sorted(second) == [*range(64)] and first != second
+    order.set_epoch(0)
+    assert next(iter(order)) == first[0] and [*order] == first  # a look at the first row changes nothing
+
+
+@pytest.mark.parametrize("party", ["aezoo", "lightning", "pytorch_vae"])
+def test_a_party_trains_as_the_loop_does(tmp_path, monkeypatch, party):
+    job = job_for("dense", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with flushed_denormals():  # the loop leaves that switch on, and other tests of this process want small numbers
+        reference = loops.compiled(Job(**(vars(job) | {"options": ("no-compile", "no-malloc")})))
+    assert loops.textbook(job)["losses"] == pytest.approx(reference["losses"], rel=1e-4)
+    found = peer_runs.train(sys.executable, Job(**(vars(job) | {"party": party})), timeout=120)
+    assert found["losses"] == pytest.approx(reference["losses"], rel=1e-4)
+    assert found["parameters"] == reference["parameters"] == 222_384
+    assert len(found["rates"]) == 2 and all(rate > 0 for rate in found["rates"]) and found["first_step_s"] > 0
+
+
+def test_a_run_that_ends_badly_says_why(tmp_path):
+    job = job_for("dense", tmp_path, weights=str(tmp_path / "absent.npz"), party="loop_eager")
+    with pytest.raises(peer_runs.RunFailure, match=r"exit code 1: FileNotFoundError: .*absent\.npz"):
+        peer_runs.train(sys.executable, job, timeout=120)
+    with pytest.raises(peer_runs.RunFailure, match=r"no result after 0\.01 s"):
+        peer_runs.train(sys.executable, job, timeout=0.01)
+
+
+def test_a_cut_line_of_the_runs_is_not_a_run(tmp_path):
+    part = peer_runs.Part(tmp_path / "x.part", {"rows": 1})
+    part.add("loop", 0, result={"rates": [1.0]})
+    with part.path.open("a") as file:
+        file.write('\n{"party": "aezoo", "rou')
+    again = peer_runs.Part(part.path, {"rows": 1})
+    again.add("aezoo", 0, result={})
+    assert peer_runs.Part(part.path, {"rows": 1}).runs.keys() == {("loop", 0), ("aezoo", 0)}
+    assert not peer_runs.Part(part.path, {"rows": 2}).runs
+    assert json.loads(part.path.read_text()) == {"settings": {"rows": 2}}
+
+
+# ---- environments ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """Virtual environments without Python in them; what pip was asked for, and how it ends."""
+    state = types.SimpleNamespace(asked=[], code=0)
+
+    def create(home, **_):
+        for folder in ("bin", "lib/python3.11/site-packages"):
+            (home / folder).mkdir(parents=True, exist_ok=True)
+        (home / "bin/python").touch()
+
+    def run(command, **_):
+        state.asked.append(command[4:])
+        return subprocess.CompletedProcess(command, state.code, "", "ERROR: first\nERROR: no such package\n")
+
+    monkeypatch.setattr(environments.venv, "create", create)
+    monkeypatch.setattr(environments.subprocess, "run", run)
+    return state
+
+
+def test_an_environment_is_made_once(pip, tmp_path, capsys):
+    assert environments.python_for("loop", tmp_path) == sys.executable
+    python = environments.python_for("keras_tensorflow", tmp_path)
+    assert python == str(tmp_path / "keras_tensorflow/bin/python")
+    assert environments.python_for("keras_tensorflow_bf16", tmp_path) == python
+    assert pip.asked == [["--quiet", "keras>=3,<4", "tensorflow-cpu"]]
+    assert not [*tmp_path.rglob("shared.pth")]
+    environments.python_for("pythae", tmp_path)
+    (shared,) = tmp_path.rglob("shared.pth")
+    assert shared.read_text().strip() in sys.path  # where torch is
+
+
+def test_an_environment_that_pip_cannot_make_costs_its_party_alone(pip, tmp_path, fake, monkeypatch):
+    pip.code = 1
+    with pytest.raises(environments.EnvironmentFailure, match="no environment for pythae: ERROR: no such package"):
+        environments.python_for("pythae", tmp_path)
+    monkeypatch.setattr(peers, "python_for", environments.python_for)
+    code, rows = fake.run("--envs", str(tmp_path), parties=("loop", "pythae"), repeats="1")
+    assert code == 1 and "no such package" in rows["pythae"]["error"] and rows["loop"]["ratio"] == "1"
+
+
+# ---- targets --------------------------------------------------------------------------------------------------------
+
+
+def peer(party, rates, agrees="yes"):
+    return {"party": party, "round_rates": rates, "agrees": agrees}
+
+
+def test_a_target_is_judged_by_the_rounds_of_one_run():
+    rows = [peer("aezoo", "200 90 210 -"), peer("keras_jax", "100 100 100 100"), peer("loop", "- 100 200 100")]
+    rows.append(peer("pythae", "1 1 1 1", agrees="no"))
+    found = targets.between("aezoo", "keras_jax")(rows)
+    assert found == (2.0, 0.9, 2.1, "")
+    assert targets.between("aezoo", "loop")(rows)[:3] == pytest.approx((0.975, 0.9, 1.05))
+    assert targets.between("aezoo", "pythae")(rows) is None and targets.between("aezoo", "lightning")(rows) is None
+    stem = "peers-dense-fp32-pt2.13-cpu2"
+    judged = {target.what: found for target, file, found in targets.judge({stem: rows}) if file == stem}
+    assert judged["dense, fp32: aezoo / keras_jax"] == found and judged["dense, fp32: aezoo / pythae"] is None
+    assert targets.missed({stem: rows}) == []
+    why = {target.what: targets.why_not(target, rows) for target in targets.TARGETS if stem.startswith(target.file)}
+    assert why["dense, fp32: aezoo / pythae"] == "losses differ: pythae"
+    assert why["dense, fp32: aezoo / lightning"] == "not measured"
+    assert targets.missed({stem: [peer("aezoo", "90"), peer("loop", "100")]}) == ["dense, fp32: aezoo / loop"]
+
+
+def test_targets_name_parties_and_workloads_that_there_are():
+    for target in targets.TARGETS:
+        kind, _, rest = target.file.partition("-")
+        if kind == "peers":
+            assert rest.split("-")[0] in WORKLOADS
+            assert target.what.rsplit(" ", 1)[1] in peers.PARTIES
+
+
+def test_other_targets_are_read_off_their_rows():
+    row = {"name": "dense_article", "compile": "off", "devices": "1", "threads": "1"}
+    row |= {"gemm_floor_share": "0.5", "samples_per_s": "100", "samples_per_s_low": "90", "samples_per_s_high": "120"}
+    best = row | {"compile": "default", "gemm_floor_share": "0.7"}
+    share = targets.gemm_share("dense_article")([row, best, best | {"name": "vae", "gemm_floor_share": "0.9"}])
+    assert share[:3] == pytest.approx((0.7, 0.63, 0.84)) and share.note == "compile default, 1 thread(s)"
+    startup = {"what": "aezoo fit -c dense_article --compile off", "ratio": "1.4"}
+    files = {"speed-startup-fp32-x": [startup | {"ratio_low": "1.2", "ratio_high": "1.5"}]}
+    (missed,) = targets.missed(files)
+    assert "first step" in missed
+    assert targets.missed({"speed-startup-fp32-x": [startup | {"ratio": "1.3"}]}) == []
+
+
+def test_the_columns_of_a_row_are_those_that_are_declared(fake):
+    fake.run(repeats="1")
+    (path,) = fake.folder.glob("*.csv")
+    head = next(csv.reader(line for line in path.read_text().splitlines() if not line.startswith("#")))
+    assert tuple(head) == peers.COLUMNS

@@ -1,0 +1,40 @@
+"""PROMISES.md is what `python -m tests.promises` writes, and every test that it names is there."""
+
+import itertools
+import json
+import re
+
+import promises
+import pytest
+
+
+def test_the_page_is_in_step_with_the_figures():
+    assert promises.PAGE.read_text(encoding="utf-8") == promises.page(promises.results()), "python -m tests.promises"
+
+
+@pytest.mark.parametrize("promise", promises.PROMISES, ids=lambda promise: promise.text)
+def test_the_tests_of_a_promise_exist_and_its_figure_is_measured(promise):
+    assert promise.tests and all((promises.ROOT / test).exists() for test in promise.tests)
+    assert bool(promise.figure) == bool(promise.run)
+    assert not promise.run or promise.run in promises.RUNS
+
+
+def test_a_plain_run_of_the_tests_writes_nothing_and_a_measuring_one_sums_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(promises, "RESULTS", tmp_path / "counts.json")
+    monkeypatch.delenv(promises._SWITCH, raising=False)
+    promises.add("soak", "a", {"steps": 3})
+    assert not promises.RESULTS.exists()
+    monkeypatch.setenv(promises._SWITCH, "1")
+    promises.add("soak", "a", {"steps": 3})
+    promises.add("soak", "b", {"steps": 4})
+    assert json.loads(promises.RESULTS.read_text())["soak"] | {"cases": 0} == {"cases": 0, "count": 2, "steps": 7}
+
+
+def test_a_warning_fails_a_test_and_each_one_that_is_ignored_has_its_reason(pytestconfig):
+    """None is ignored of the contract, see tests/test_models.py: what it lets pass, `aezoo.testing` says itself."""
+    first, *ignored = pytestconfig.getini("filterwarnings")
+    assert first == "error" and all(line.startswith("ignore:") for line in ignored)
+    text = (promises.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(r"filterwarnings = \[\n(.*?)\n\]", text, re.DOTALL)[1].splitlines()
+    for before, line in itertools.pairwise(block):
+        assert "ignore:" not in line or before.strip().startswith("#"), f"{line.strip()} has no reason"

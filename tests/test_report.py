@@ -1,0 +1,212 @@
+"""The CSVs of the benchmarks, the report that is made of them, and the command that runs them all."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import aezoo
+from aezoo import cli
+from benchmarks import plots, report, report_pca
+from benchmarks.common import Table, command_line, read_csv
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---- tables and reports ---------------------------------------------------------------------------------------------
+
+
+def test_a_csv_is_whole_after_each_row(tmp_path):
+    path = tmp_path / "new" / "a.csv"
+    first = Table(path, ("model",), "python -m benchmarks.x")
+    first.put({"model": "vae", "mse": 1 / 3})
+    second = Table(path, ("model",), "python -m benchmarks.x --more")
+    assert not second.needs({"model": "vae"}) and second.needs({"model": "dense_ae"})
+    second.put({"model": "dense_ae", "mse": 123456.0, "error": 'a "quoted", text\nof two lines'})
+    commands, rows = read_csv(path)
+    assert commands == ["python -m benchmarks.x", "python -m benchmarks.x --more"]
+    assert rows[0] == {"model": "vae", "mse": "0.33333", "error": ""}
+    assert rows[1] == {"model": "dense_ae", "mse": "123456", "error": 'a "quoted", text of two lines'}
+    assert [p.name for p in path.parent.iterdir()] == ["a.csv"]
+
+
+def test_a_broken_csv_is_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n1,2,3\n")
+    with pytest.raises(aezoo.AezooError, match=r"a\.csv"):
+        read_csv(path)
+
+
+def test_the_command_of_a_csv_is_free_of_folders():
+    words = ["train", "--results", "/somewhere", "--again", "failed", "--models", "all", "--results=/x"]
+    assert command_line("speed", words) == "python -m benchmarks.speed train --models all"
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder of small CSVs of every kind but start-up."""
+    key = ("model", "code_size", "seed", "batch_size")
+    quality = Table(tmp_path / "quality-digits-fp32-pt2.13-cpu2.csv", key, "quality it")
+    for model, family, rate in (
+        ("vae", "variational", 2e3),
+        ("dense_ae", "classic", 9e3),
+        ("linear_ae", "classic", 1e4),
+    ):
+        for size in (4, 8, 16):
+            for seed in range(3):
+                row = {"model": model, "family": family, "dataset": "digits", "code_size": size, "seed": seed}
+                row |= {"batch_size": 128}
+                quality.put(row | {"mse": (0.1 + 0.01 * seed) / size, "pca_mse": 0.2 / size, "samples_per_s": rate})
+    other = {"model": "vae", "family": "variational", "dataset": "digits", "code_size": 16, "seed": 0}
+    quality.put(other | {"batch_size": 64, "mse": 0.5, "pca_mse": 0.2 / 16, "samples_per_s": 1e3})
+    quality.put({"model": "conv_ae", "dataset": "digits", "code_size": 8, "seed": 0, "error": "killed by SIGKILL"})
+    peers = Table(tmp_path / "peers-dense-fp32-pt2.13-cpu2.csv", ("party",), "peers it")
+    for party, ratio in (("loop", 1.0), ("aezoo", 0.97), ("lightning", 0.5)):
+        spread = {"ratio_min": ratio - 0.1, "ratio_max": ratio + 0.1}
+        rates = f"{5e4 * ratio:.6g} {4e4 * ratio:.6g}"
+        peers.put({"party": party, "samples_per_s": 5e4 * ratio, "ratio": ratio, **spread, "round_rates": rates})
+        peers.rows[-1]["agrees"] = "yes"
+    peers.write()
+    train = Table(tmp_path / "speed-train-fp32-pt2.13-cpu2.csv", ("name", "devices"), "speed it")
+    for devices, rate in ((1, 1000.0), (2, 1800.0)):
+        train.put({"name": "vae", "devices": devices, "samples_per_s": rate, "share_of_peak": 0.123})
+    return tmp_path
+
+
+def test_a_report_is_made_of_what_there_is(results, capsys):
+    report.main(["--results", str(results)])
+    said = capsys.readouterr().out
+    assert "no speed-startup-*.csv" in said and "start-up left out" in said
+    text = (results / "RESULTS.md").read_text()
+    for command in ("quality it", "peers it", "speed it"):
+        assert f"```bash\n{command}\n```" in text
+    assert "| vae | 2 | 1,800 | 12.3 |" in text
+    # median, lowest and highest of three seeds
+    assert "| vae | variational | 16 | 3 | 128 | 0.006875 (0.00625 to 0.0075) | 0.0125 |" in text
+    assert "| vae | variational | 16 | 1 | 64 | 0.5 | 0.0125 |" in text  # another batch is another setting
+    assert "killed by SIGKILL" in text
+    stem = "peers-dense-fp32-pt2.13-cpu2"
+    assert f"| dense, fp32: aezoo / loop | >= 0.95 | 0.97 | yes | {stem} |" in text
+    assert f"| dense, fp32: aezoo / lightning | >= 2 | 1.94 | no | {stem} |" in text
+    assert "target not reached: dense, fp32: aezoo / lightning" in said
+    assert "| conv28, fp32: aezoo / pythae | >= 1.3 |  | not measured |  |" in text
+    for name in ("pareto", "code_size", "scaling", "peers"):
+        assert f"(pictures/{name}.png)" in text
+        assert (results / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_behind_pca_are_listed_with_their_reasons(monkeypatch):
+    row = {"dataset": "digits", "code_size": "8", "budget": "epochs=1", "steps": "1", "mse": "0.3", "pca_mse": "0.2"}
+    rows = [row | {"model": name} for name in ("slow_ae", "odd_ae", "lost_ae")]
+    rows.append(row | {"model": "vae", "mse": "0.1"})
+    rows.append(row | {"model": "topk", "code_size": "64", "l0": "4.2", "pca_mse": "", "pca_mse_at_l0": "0.24"})
+    rows.append(row | {"model": "no_floor", "pca_mse": ""})
+    rows.append(rows[0] | {"budget": "epochs=9", "steps": "9", "mse": "0.1"})
+    rows.append(rows[2] | {"budget": "epochs=0.5", "steps": "0", "mse": "0.1"})
+    rows += [row | {"model": "late_ae"}, row | {"model": "cut_ae", "epochs": "0.4"}]
+    rows.append(row | {"model": "late_ae", "dataset": "mnist5k", "mse": "0.1"})
+    monkeypatch.setitem(report_pca.REASONS, "odd_ae", "it is odd")
+    text = report_pca.section(report.comparable(rows), rows)
+    assert "- digits, epochs=1: 1 of 7 models and code sizes are ahead of PCA." in text
+    for line in (
+        "| digits | slow_ae | 8 | 1.50 | the budget: 0.50 at epochs=9 |",
+        "| digits | odd_ae | 8 | 1.50 | it is odd |",
+        "| digits | late_ae | 8 | 1.50 | ahead elsewhere: 0.50 on mnist5k, epochs=1 |",
+        "| digits | cut_ae | 8 | 1.50 | the budget: cut off after 0.4 of 1 epochs |",
+        f"| digits | lost_ae | 8 | 1.50 | {report_pca.NOT_EXPLAINED} |",
+        f"| digits | topk | 4 of 64 | 1.25 | {report_pca.NOT_EXPLAINED} |",
+    ):
+        assert line in text
+    assert "no_floor" not in text and "vae" not in text
+    assert report_pca.section([rows[5]], rows) == ""
+
+
+def test_seeds_of_one_budget_are_one_row_however_many_steps_they_took():
+    row = {"model": "vae", "budget": "seconds=1"}
+    (found,) = report.over_seeds([row | {"seed": str(i), "steps": str(90 + i), "mse": str(i)} for i in range(3)])
+    assert found["seeds"] == "3" and float(found["mse"]) == 1
+    assert len(report.over_seeds([{"model": "vae", "steps": str(i), "seed": "0"} for i in range(2)])) == 2
+
+
+def test_only_notable_models_are_named_among_many():
+    rows = [
+        {"model": f"m{i}", "family": "odd" if i % 2 else "even", "samples_per_s": str(100 + i), "mse": str(1 / (1 + i))}
+        for i in range(30)
+    ]
+    assert set(plots._notable(rows, [(129.0, 1 / 30)])) == {"m28", "m29"}
+    rows[3]["mse"] = "0.001"
+    assert set(plots._notable(rows, [])) == {"m3", "m28", "m29"}
+
+
+def test_pictures_compare_runs_of_one_budget():
+    row = {"dataset": "digits", "model": "vae", "code_size": "8"}
+    long, short = row | {"budget": "epochs=20"}, row | {"budget": "epochs=1"}
+    other = long | {"model": "dense_ae"}
+    assert report.comparable([short, long, other, long | {"mse": "2"}]) == [long, other]
+
+
+def test_a_report_without_rows_has_no_pictures(tmp_path, capsys):
+    with pytest.raises(aezoo.AezooError, match="measure first"):
+        report.main(["--results", str(tmp_path)])
+    Table(tmp_path / "speed-startup-x.csv", ("what",), "it").put({"what": "imports", "seconds": 3.0})
+    report.main(["--results", str(tmp_path)])
+    assert not (tmp_path / "pictures").exists() and "no rows for pareto.png" in capsys.readouterr().out
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_the_benchmarks_without_torch():
+    code = "import sys; from aezoo.cli import main; main(['benchmark']); assert not {'torch', 'numpy'} & {*sys.modules}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[0] for line in done.stdout.splitlines()[2:]]
+    trained = ["quality", "tasks", "disentangle", "dictionaries", "probe", "bits"]
+    assert names == ["speed", *trained, "quantisers", "peers", "report"]
+
+
+def test_an_unknown_benchmark_suggests_the_nearest(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["benchmark", "qualty"])
+    assert end.value.code == 2
+    assert "did you mean 'quality'?" in capsys.readouterr().err
+
+
+def test_the_command_runs_the_benchmark(results, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cli.main(["benchmark", "report", "--results", str(results)])
+    assert (results / "RESULTS.md").is_file()
+    with pytest.raises(SystemExit) as end:
+        cli.main(["benchmark", "report", "--results", str(results / "absent")])
+    assert end.value.code == 2 and "measure first" in capsys.readouterr().err
+
+
+def test_an_installed_wheel_has_the_benchmarks(results, tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        file.extractall(tmp_path / "site")
+    ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").rglob("*.py")}
+    assert {f"aezoo/{name}" for name in ours} <= {*names}
+    assert not any("results" in name for name in names)
+    code = (
+        "import sys, importlib, aezoo; assert aezoo.__file__.startswith(sys.argv[1])\n"
+        "for name in ('speed', 'peers', 'quality', 'processes'): importlib.import_module('aezoo.benchmarks.' + name)\n"
+        "assert 'benchmarks' not in sys.modules\n"
+        "from aezoo.cli import main; main(['benchmark', 'report', '--results', sys.argv[2]])"
+    )
+    site = str(tmp_path / "site")
+    done = subprocess.run(
+        [sys.executable, "-c", code, site, str(results)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": site},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (results / "RESULTS.md").is_file()

@@ -1,0 +1,65 @@
+"""Every registered model trains for hundreds of steps with random hyperparameters: finite, and without growth."""
+
+import lightning.pytorch as pl
+import promises
+import pytest
+import torch
+from golden import own_models
+from soak import RANGES, Watch, arguments, draw, resident
+
+import aezoo
+from aezoo.callbacks import FaultGuard
+from aezoo.data import DataModule
+
+SEEDS, EPOCHS, STEPS = (0, 1), 20, 20
+# bytes a step: a batch kept is 64 * 64 * 4 = 16 KiB, a graph kept more; the allocator's own noise is below
+BOUND = 8 * 1024
+
+
+def soak(model, data, watch):
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=EPOCHS, limit_train_batches=STEPS, limit_val_batches=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[FaultGuard(patience=1), watch],
+    )  # fmt: skip
+    trainer.fit(model, data)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return DataModule("digits", batch_size=64)
+
+
+def test_every_hyperparameter_of_every_model_is_drawn():
+    assert {key for name in own_models() for key in arguments(name)} == RANGES.keys()
+    for name in own_models():
+        for seed in range(10):
+            aezoo.create_model(name, (1, 8, 8), **draw(name, seed))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(resident() is None, reason="memory is read from /proc")
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", own_models())
+def test_hundreds_of_steps_stay_finite_and_do_not_grow(name, seed, data):
+    torch.manual_seed(seed)
+    drawn = draw(name, seed)
+    model, watch = aezoo.create_model(name, data.input_shape, **drawn), Watch()
+    soak(model, data, watch)
+    assert watch.steps == EPOCHS * STEPS and watch.finite, drawn
+    assert all(value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point()), drawn
+    assert watch.growth() < BOUND, f"{watch.growth():.0f} bytes a step with {drawn}"
+    promises.add("soak", f"{name}-{seed}", {"steps": watch.steps})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(resident() is None, reason="memory is read from /proc")
+def test_a_model_that_keeps_its_batches_would_be_seen(data):
+    class Hoards(Watch):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+            self.__dict__.setdefault("hoard", []).append(torch.ones(2**18))  # more than malloc has at hand
+
+    watch = Hoards()
+    soak(aezoo.create_model("dense_ae", data.input_shape, hidden_dims=[8]), data, watch)
+    assert watch.growth() > BOUND

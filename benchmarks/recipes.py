@@ -23,6 +23,7 @@ from pathlib import Path
 
 from aezoo import registry
 from aezoo.cli import recipes
+from aezoo.errors import AezooError
 
 from .common import environment
 
@@ -117,17 +118,23 @@ def models_table() -> str:
             text, _, address = registry.card(name).summary.partition(", http")
             address, _, rest = address.partition(",")
             passed = " | ".join(str(proofs.get(name, {}).get(kind, "")) for kind in ("contract", "laws"))
-            formula = objective(registry.card(name).text).replace("|", "\\|")
+            formula = objective(name).replace("|", "\\|")
             paper = f"[{text}](http{address}){rest and ',' + rest}"
             lines.append(f"| `{name}` | {entry.family} | {paper} | {formula} | {passed} |")
     return "\n".join(lines)
 
 
-def objective(text: str) -> str:
-    """The formula in a model's docstring that says what it minimises, or the bound that it maximises."""
-    parts = [part for line in text.splitlines() for part in re.split(r"\s{3,}", line.strip())]
+def objective(name: str) -> str:
+    """The formula in a model's docstring that says what it minimises, or the bound that it maximises.
+
+    Raises:
+        AezooError: there is none.
+    """
+    parts = [part for line in registry.card(name).text.splitlines() for part in re.split(r"\s{3,}", line.strip())]
     formulas = [part for part in parts if re.match(r"(L|L\([^)]*\)|L_\w+|log p\(x\)) +(=|>=) ", part)]
-    return f"`{formulas[0]}`" if formulas else parts[0]
+    if not formulas:
+        raise AezooError(f"{name}: give the docstring of its file an indented line with its objective, such as L = ...")
+    return f"`{formulas[0]}`"
 
 
 def recipes_table(rows: dict[str, dict[str, str]]) -> str:

@@ -3,15 +3,15 @@
 Layers are trained one after the other, each to undo a corruption C of what those below, fixed by then, make of a clean
 sample (figure 3); after that all together, as one deep denoising autoencoder:
 
-    phase i < L    E_C[ -log p(h_i | g_i(f_i(C(h_i)))) ]     h_0 = x     h_i = f_i-1(h_i-1)
-    phase L        E_C[ -log p(x | g(f(C(x)))) ]     f = f_L-1 o .. o f_0     g = g_0 o .. o g_L-1
+    L_i = E_C[ -log p(h_i | g_i(f_i(C(h_i)))) ]     phase i < N     h_0 = x     h_i = f_i-1(h_i-1)
+    L_N = E_C[ -log p(x | g(f(C(x)))) ]             phase N         f = f_N-1 o .. o f_0     g = g_0 o .. o g_N-1
 
 in nats per sample, f_i(h) = s(W h + b) and g_i likewise with weights of its own. p(x) is the likelihood; a hidden layer
 of sigmoids has the cross-entropy, any other the squared error. In phase i the parameters of other layers have no
 gradient, so no optimiser moves them, by weight decay or moments either. `train/loss` is that of the phase. Evaluation
-and training without a trainer are in phase L, unless `phase` is set.
+and training without a trainer are in phase N, unless `phase` is set.
 
-Shapes: B batch, L layers, code included.
+Shapes: B batch, N layers, code included.
 """
 
 import math
@@ -31,7 +31,7 @@ class StackedDAE(Autoencoder):
     """A deep denoising autoencoder that is trained layer by layer before it is trained as a whole, in one fit.
 
     Attributes:
-        phase: the layer that `loss` is about in training; L for all of them.
+        phase: the layer that `loss` is about in training; N for all of them.
 
     Args:
         input_shape: shape of one sample; any.

@@ -2,8 +2,8 @@
 
 The decoder maximises the IWAE's bound over all M K samples, the encoder the MIWAE's on the same samples; in nats:
 
-    decoder   log 1/(MK) sum_mk w_mk        d = sum_mk u_mk d log w_mk,    u_mk = w_mk / sum of all w
-    encoder   1/M sum_m log 1/K sum_k w_mk  d = sum_mk c_mk d log w_mk,    c_mk = 1/M w_mk / sum of the w in group m
+    decoder   log p(x) >= E[log 1/(MK) sum_mk w_mk]         d = sum_mk u_mk d log w_mk     u_mk = w_mk / sum_mk w_mk
+    encoder   log p(x) >= E[1/M sum_m log 1/K sum_k w_mk]   d = sum_mk c_mk d log w_mk     c_mk = 1/M w_mk / sum_k w_mk
     w_mk = p(x|z_mk) p(z_mk) / q(z_mk|x)    z_mk ~ q(z|x) independently
 
 One loss does both, without a second optimiser. With log p~ for log p(x, z) at codes cut off from the encoder and the

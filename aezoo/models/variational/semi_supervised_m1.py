@@ -1,8 +1,8 @@
 """Semi-supervised variational autoencoder, M1 (Kingma et al. 2014), https://arxiv.org/abs/1406.5298
 
-A VAE of all samples and a classifier of its codes; in nats per sample:
+A VAE of all samples and a classifier of its codes (section 2.1), in nats per sample:
 
-    loss = mean over samples of -ELBO(x), minus log q(y|mu(x)) where there is a label     (section 2.1)
+    L = E[-ELBO(x) - s log q(y|mu(x))]     s = 1 for a sample with a label, 0 for others
 
 q(y|mu) is a network of its own, linear unless `classifier_dims` says otherwise. No gradient passes from the labels to
 the code, as in the paper, whose classifier is fitted to the codes of a VAE that was trained before: here both learn in

@@ -17,6 +17,7 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -210,13 +211,25 @@ class IndexPrior(DiscreteAutoencoder):
 
         In at least float32. Codes beyond an index's own book have -inf.
         """
-        logits_BPQK = at_least_float32(self.token_logits(tokens)).unflatten(1, (-1, len(self.index_sizes)))
-        return logits_BPQK.masked_fill(self.beyond_QK, -math.inf).flatten(1, 2)
+        logits_BPQK = self.token_logits(tokens).unflatten(1, (-1, len(self.index_sizes)))
+        return self.within_books(logits_BPQK, self.beyond_QK).flatten(1, 2)
+
+    @staticmethod
+    def within_books(logits: Tensor, beyond: Tensor) -> Tensor:
+        """Logits in at least float32, -inf where `beyond`."""
+        return at_least_float32(logits).masked_fill(beyond, -math.inf)
 
     def next_logits(self, tokens: Tensor, t: int) -> Tensor:
         """The logits of token t, bit for bit the same whatever stands at t and after it: (B, T) -> (B, K)."""
         past = torch.arange(self.n_tokens, device=tokens.device) < t
         return self.logits(torch.where(past, tokens, 0))[:, t]
+
+    def stepper(self) -> Callable[[Tensor, int], Tensor]:
+        """A function as `next_logits` for one walk over the tokens of a batch: t rises from call to call.
+
+        A subclass that can gives one that keeps what it has computed of earlier tokens.
+        """
+        return self.next_logits
 
     def tokens(self, indices: Tensor) -> Tensor:
         """Indices in the order in which they are drawn: (B, *index_shape) -> (B, T)."""
@@ -277,8 +290,9 @@ class IndexPrior(DiscreteAutoencoder):
         """
         at_least(0, temperature=temperature, top_k=top_k)
         tokens = torch.zeros(n, self.n_tokens, dtype=torch.long, device=self.device)
+        next_logits = self.stepper()
         for t in range(self.n_tokens):
-            logits, codes = self.next_logits(tokens, t).topk(min(top_k or self.n_codes, self.n_codes))
+            logits, codes = next_logits(tokens, t).topk(min(top_k or self.n_codes, self.n_codes))
             # from the largest, so that the quotient is finite at any temperature
             p = ((logits - logits[:, :1]) / max(temperature, 1e-30)).softmax(1)
             tokens[:, t] = codes.gather(1, p.multinomial(1))[:, 0]

@@ -21,7 +21,11 @@ _HEAD = 16
 
 
 class Block(nn.Module):
-    """h + attention(norm(h)), then h + mlp(norm(h)); heads of 16 channels where the width allows."""
+    """h + attention(norm(h)), then h + mlp(norm(h)); heads of 16 channels where the width allows.
+
+    A sequence may come to a causal block in parts, each with the same list `kept`, empty at first: keys and values of
+    earlier parts stand in it.
+    """
 
     def __init__(self, width: int, act: str, causal: bool) -> None:
         super().__init__()
@@ -33,12 +37,16 @@ class Block(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 4 * width), activation(act), nn.Linear(4 * width, width)
         )
 
-    def forward(self, h_BLW: Tensor, seen_BL: Tensor | None = None) -> Tensor:
+    def forward(self, h_BLW: Tensor, seen_BL: Tensor | None = None, kept: list[Tensor] | None = None) -> Tensor:
         q, k, v = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm(h_BLW)).chunk(3, 2)
         )
         mask = None if seen_BL is None else seen_BL[:, None, None]
-        attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal)
+        if kept is not None:
+            earlier = kept[0].shape[2] if kept else 0
+            k, v = kept[:] = [torch.cat(parts, 2) for parts in zip(kept, (k, v), strict=True)] if kept else [k, v]
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(earlier)
+        attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and kept is None)
         h_BLW = h_BLW + self.out(attended.transpose(1, 2).flatten(2))
         return h_BLW + self.mlp(h_BLW)
 

@@ -106,6 +106,18 @@ def test_tokens_stand_in_raster_order_with_the_indices_of_a_place_in_turn(shape:
     assert torch.equal(model.indices_of(model.tokens(indices)), indices)
 
 
+@pytest.mark.parametrize(("shape", "sizes"), LAYOUTS)
+def test_an_index_is_told_by_the_vectors_of_its_own_book(shape: Any, sizes: Any) -> None:
+    model = prior("index_transformer", shape, sizes)
+    tokens = drawn(model, 3)
+    for t in range(model.n_tokens):
+        found = model.embedded(tokens[:, :t]) - model.position_TW[: t + 1]
+        assert found.shape == (3, t + 1, model.position_TW.shape[1])
+        torch.testing.assert_close(found[:, 0], model.start_W.expand(3, -1))
+        for s in range(t):
+            torch.testing.assert_close(found[:, s + 1], model.book_QKW[s % len(sizes), tokens[:, s]])
+
+
 # ---- causality -------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +282,23 @@ def test_next_logits_are_those_of_the_whole_and_a_function_of_the_past(name: str
             assert torch.equal(model.next_logits(later, t), found)
 
 
+@pytest.mark.parametrize(("name", "shape", "sizes"), CASES)
+@pytest.mark.parametrize("every_nth", [1, 3])
+def test_a_walk_over_the_tokens_gives_the_logits_of_the_whole(
+    name: str, shape: Any, sizes: Any, every_nth: int
+) -> None:
+    """Tokens may be passed over: the codec codes none that have one code only."""
+    model = prior(name, shape, sizes)
+    tokens = drawn(model, 4)
+    with torch.no_grad():
+        whole, walk, other = model.logits(tokens), model.stepper(), model.stepper()
+        for t in range(0, model.n_tokens, every_nth):
+            found = walk(tokens, t)
+            torch.testing.assert_close(found, whole[:, t], rtol=1e-10, atol=1e-10)
+            later = torch.where(torch.arange(model.n_tokens) < t, tokens, drawn(model, 4))
+            assert torch.equal(other(later, t), found)
+
+
 # ---- draws -----------------------------------------------------------------------------------------------------------
 
 
@@ -414,8 +443,8 @@ def test_a_trained_tokenizer_does_not_change_while_its_prior_learns(name: str, t
 def test_a_tokenizer_that_is_not_trained_becomes_what_it_is_alone(
     name: str, quiet: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = aezoo.create_model(name, (1, 4, 4), tokenizer={"model": "vq_vae", "lr": 3e-3, **TOKENIZER}, **SMALL[name])
-    alone = aezoo.create_model("vq_vae", (1, 4, 4), lr=3e-3, **TOKENIZER)
+    model = aezoo.create_model(name, (1, 4, 4), tokenizer={"model": "vq_vae", "lr": 2e-3, **TOKENIZER}, **SMALL[name])
+    alone = aezoo.create_model("vq_vae", (1, 4, 4), lr=2e-3, **TOKENIZER)
     alone.load_state_dict(model.tokenizer.state_dict())
     data = batches(20)
     quiet(max_epochs=2).fit(model, data)

@@ -131,6 +131,9 @@ class WithPrior(Plain):
             .masked_fill(torch.arange(self.b.shape[1]) >= sizes[t], -math.inf)
         )
 
+    def stepper(self):
+        return self.next_logits
+
     def log_prob(self, given):
         tokens = self.tokens(given)
         per_token = [self.next_logits(tokens, t).log_softmax(1) for t in range(tokens.shape[1])]

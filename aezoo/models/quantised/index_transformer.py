@@ -12,6 +12,7 @@ e_j is the vector of code j as input and as output alike, of a table for each of
 Shapes: B batch, T indices of a sample, Q of a place, P places, K codes of the largest book, W width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,11 +77,30 @@ class IndexTransformer(IndexPrior):
         )
 
     def token_logits(self, tokens: Tensor) -> Tensor:
-        q, k, _ = self.book_QKW.shape
-        offset_Q = k * torch.arange(q, device=tokens.device)
-        of_token = (tokens.unflatten(1, (-1, q)) + offset_Q).flatten(1)
-        embedded_BTW = F.embedding(of_token[:, :-1], self.book_QKW.flatten(0, 1))
-        start_B1W = self.start_W.expand(len(tokens), 1, -1)
-        h_BTW = self.blocks(torch.cat([start_B1W, embedded_BTW], 1) + self.position_TW)
-        logits_BPQK = torch.einsum("bpqw,qkw->bpqk", h_BTW.unflatten(1, (-1, q)), self.book_QKW)
+        h_BTW = self.blocks(self.embedded(tokens[:, :-1]))
+        logits_BPQK = torch.einsum("bpqw,qkw->bpqk", h_BTW.unflatten(1, (-1, self.index_shape[0])), self.book_QKW)
         return logits_BPQK.flatten(1, 2)
+
+    def embedded(self, before: Tensor) -> Tensor:
+        """What stands for a token, by those before it: the first t tokens (B, t) -> (B, t + 1, W)."""
+        q, k, _ = self.book_QKW.shape
+        offset_T = k * torch.arange(q, device=before.device).repeat(self.n_tokens // q)[: before.shape[1]]
+        embedded_BTW = F.embedding(before + offset_T, self.book_QKW.flatten(0, 1))
+        start_B1W = self.start_W.expand(len(before), 1, -1)
+        return torch.cat([start_B1W, embedded_BTW], 1) + self.position_TW[: before.shape[1] + 1]
+
+    def stepper(self) -> Callable[[Tensor, int], Tensor]:
+        dropout, *blocks, norm = self.blocks
+        kept: list[list[Tensor]] = [[] for _ in blocks]
+        done = 0
+
+        def next_logits(tokens: Tensor, t: int) -> Tensor:
+            nonlocal done
+            h_BLW = dropout(self.embedded(tokens[:, :t])[:, done:])
+            done = t + 1
+            for block, of_block in zip(blocks, kept, strict=True):
+                h_BLW = block(h_BLW, kept=of_block)
+            of = t % len(self.book_QKW)
+            return self.within_books(norm(h_BLW[:, -1]) @ self.book_QKW[of].T, self.beyond_QK[of])
+
+        return next_logits

@@ -2,7 +2,7 @@
 
     p(indices) = prod_t p(token_t | tokens before t)    in as many bits as -log2 p(indices)
 
-Writer and reader call the same network token by token on the same blocks of samples, T passes a block, with 0 for
+Writer and reader call the same network token by token on the same blocks of samples, T steps a block, with 0 for
 tokens that are not known yet, so that both compute the same floats; these become 2^24ths in float64. A machine that
 computes others is found out as soon as can be: a byte after each block is one of its tokens' digest, and 8 bytes before
 the words of a frame are of that of all its indices.
@@ -109,9 +109,10 @@ class Autoregressive:
     def _walk(self, n: int, code: Callable[[int, tables.Rows, slice], npt.NDArray[np.int32]]) -> Tensor:
         """The tokens of a block, one after the other: `code` gives those of some rows, and is given their tables."""
         tokens = torch.zeros(n, len(self._sizes), dtype=torch.long, device=self._model.device)
+        next_logits = self._prior.stepper()
         for t, k in enumerate(self._sizes):
             if k > 1:
-                table = self._table(self._prior.next_logits(tokens, t), k)
+                table = self._table(next_logits(tokens, t), k)
                 size = max(1, tables.ENTRIES // k)
                 parts = [code(t, table, slice(i, min(i + size, n))) for i in range(0, n, size)]
                 tokens[:, t] = torch.from_numpy(np.concatenate(parts)).to(tokens)

@@ -16,7 +16,7 @@ the index is written as digits of at most 16 bits, the lowest first, each under 
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -47,8 +47,8 @@ class Prior(Protocol):
         """(B, T) -> (B, *index_shape)."""
         ...
 
-    def next_logits(self, tokens: Tensor, t: int) -> Tensor:
-        """(B, K) of token t, given those before it in (B, T)."""
+    def stepper(self) -> Callable[[Tensor, int], Tensor]:
+        """A function of (B, T) and t that rises: (B, K) of token t, given those before it."""
         ...
 
     def log_prob(self, indices: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def mode_of(model: Autoencoder) -> str:
     if not isinstance(model, DiscreteAutoencoder):
         return "lossy"
     # by what it can do, so that priors of plug-ins count and theirs need no import
-    return "prior" if callable(getattr(model, "next_logits", None)) else "indices"
+    return "prior" if callable(getattr(model, "stepper", None)) else "indices"
 
 
 class Book(NamedTuple):

@@ -38,7 +38,8 @@ ONNX_AT_ONCE = ("dense_ae", "conv_ae", "vae", "topk_sae", "mae", "vq_vae")
 # 5 to 35 seconds each
 OVERFIT_LATE = (
     *("rhvae", "hvae", "dncnn", "dvae", "gumbel_vq_vae", "bsq_vae", "rq_vae", "fsq_vae", "pixelcnn"),
-    *("index_transformer", "noise2noise", "vdvae"),
+    *("index_transformer", "noise2noise", "noise2void", "vdvae", "soft_vq", "sim_vq_vae", "vq_vae_2", "piwae"),
+    "unet_ae",
 )
 
 
@@ -82,7 +83,9 @@ def test_model_slowly(name, check):
 def test_golden_losses(subject):
     golden = json.loads(FILE.read_text(encoding="utf-8"))
     assert subject.label in golden, "run python -m tests.golden"
-    assert first_losses(subject) == pytest.approx(golden[subject.label], rel=1e-5)
+    # rounding, which differs between processors, chooses between two codes that are as near
+    rel = 1e-4 if subject.cls.discrete_code else 1e-5
+    assert first_losses(subject) == pytest.approx(golden[subject.label], rel=rel)
 
 
 def test_no_golden_losses_of_models_that_are_gone():

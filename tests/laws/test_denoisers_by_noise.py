@@ -453,7 +453,7 @@ class Sighted(Noise2Void):
 
 
 def test_noise_is_taken_away_by_what_has_seen_nothing_but_noise() -> None:
-    assert error_after_training(Noise2Void) < 0.25
+    assert error_after_training(Noise2Void) < 0.4
     assert error_after_training(Sighted) > 0.6  # it learns the identity
 
 

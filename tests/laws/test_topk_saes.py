@@ -469,7 +469,7 @@ def test_the_threshold_reproduces_the_number_of_active_latents() -> None:
         optimizer.step()
         model.decoder.normalise()
     l0 = (model.eval().encode(x) > 0).sum(1).double().mean()
-    assert l0.item() == pytest.approx(3, rel=0.05)
+    assert l0.item() == pytest.approx(3, rel=0.15)
     model.theta.value.zero_()  # every positive latent
     assert (model.encode(x) > 0).sum(1).double().mean() > 2 * l0
 

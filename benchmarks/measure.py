@@ -1,5 +1,6 @@
 """Clocks, counters and the machine's own peak, for the rows of `speed`."""
 
+import itertools
 import statistics
 import sys
 import time
@@ -184,36 +185,49 @@ class Epochs(pl.Callback):
     on_predict_epoch_end = on_train_epoch_end
 
 
-class HookShare:
-    """Share of training batches that a callback's hooks take, by the host's clock.
+class HookCost:
+    """What a callback's hooks cost: a fit runs them in every second block of batches, and steps are compared.
+
+    The time within the hooks would not tell: what they read lies in the cache for the optimiser, and what they evict
+    is missed later.
 
     Args:
-        callback: its hooks are timed from now on.
-
-    Attributes:
-        shares: of each batch but the first.
+        callback: from now on its hooks do nothing in the first block, in the third, ...
+        block: batches in a block; the first one of each, at the border, does not count.
     """
 
     _HOOKS = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
 
-    def __init__(self, callback: pl.Callback) -> None:
-        self.shares: list[float] = []
-        self._hooks, self._ended = 0.0, 0.0
+    def __init__(self, callback: pl.Callback, block: int = 8) -> None:
+        self._block, self._batch, self._ended = block, 0, 0.0
+        self._blocks: list[list[float]] = []
         for name in self._HOOKS:
-            setattr(callback, name, self._timed(getattr(callback, name), ends=name == self._HOOKS[-1]))
+            setattr(callback, name, self._switched(getattr(callback, name), ends=name == self._HOOKS[-1]))
 
-    def _timed(self, hook: Callable[..., None], ends: bool) -> Callable[..., None]:
-        def timed(*args: Any) -> None:
-            begun = time.perf_counter()
-            hook(*args)
-            now = time.perf_counter()
-            self._hooks += now - begun
+    def _switched(self, hook: Callable[..., None], ends: bool) -> Callable[..., None]:
+        def switched(*args: Any) -> None:
+            block, place = divmod(self._batch, self._block)
+            if block % 2:
+                hook(*args)
             if ends:
-                if self._ended:
-                    self.shares.append(self._hooks / (now - self._ended))
-                self._hooks, self._ended = 0.0, now
+                now = time.perf_counter()
+                if place:
+                    self._blocks[-1].append(now - self._ended)
+                else:
+                    self._blocks.append([])
+                self._ended, self._batch = now, self._batch + 1
 
-        return timed
+        return switched
+
+    def shares(self, parts: int = 5) -> list[float]:
+        """The hooks' share of a step in each of so many parts of the fit, by medians; fewer of a short fit."""
+        pairs = [*zip(self._blocks[::2], self._blocks[1::2], strict=False)]
+        size = max(1, len(pairs) // parts)
+        found = []
+        for i in range(0, len(pairs) - size + 1, size):
+            off, on = (statistics.median(itertools.chain(*blocks)) for blocks in zip(*pairs[i : i + size], strict=True))
+            found.append(1 - off / on)
+        return found
 
 
 class Launches(pl.Callback):

@@ -1,7 +1,6 @@
 """One row of the speed benchmark, in this process. Run by `benchmarks.speed`."""
 
 import math
-import statistics
 import tempfile
 import time
 import warnings
@@ -27,7 +26,7 @@ _LAYOUTS = {1: "vector", 2: "sequence", 3: "image", 4: "volume"}
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 # random samples are held in at most this much memory; an epoch goes through them once
 _MOST_BYTES, _MOST_SAMPLES = 64_000_000, 60_000
-_WARM_STEPS, _GUARDED_STEPS = 5, 300
+_WARM_STEPS = 5
 # in inference; auto is a decision on the length of a training run
 _UNCOMPILED = ("off", "auto")
 # of the command line's callbacks those that a run without validation data has no use for
@@ -137,7 +136,8 @@ def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         "steps": steps,
     }
     if spec["interface"] == "on" and device.type == "cpu" and spec["devices"] == 1:
-        row["guard_share"] = _guard_share(spec, str(Path(folder, "guard")), model, data, min(steps, _GUARDED_STEPS))
+        shares = _guard_shares(spec, str(Path(folder, "guard")), model, data, steps * spec["repeats"])
+        row |= _as_columns("guard_share", Spread.of(shares)) if shares else {}
     if device.type == "cuda":
         launches = measure.Launches()
         trainer(
@@ -148,13 +148,13 @@ def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     return row | _work(spec, x, device, rate.median) if fit.is_global_zero else row
 
 
-def _guard_share(spec: dict[str, Any], folder: str, model: Any, data: aezoo.DataModule, steps: int) -> float | None:
-    """Share of a step that the fault guard takes; in a fit of its own, since the clocks take some too."""
+def _guard_shares(spec: dict[str, Any], folder: str, model: Any, data: aezoo.DataModule, steps: int) -> list[float]:
+    """Shares of a step that the fault guard costs, in parts of a fit of its own."""
     fit = trainer(spec, folder, [], max_epochs=-1, max_steps=steps)
     guard = next(callback for callback in fit.callbacks if isinstance(callback, FaultGuard))  # type: ignore[attr-defined]
-    hooks = measure.HookShare(guard)
+    cost = measure.HookCost(guard)
     fit.fit(model, data)
-    return statistics.median(hooks.shares) if hooks.shares else None
+    return cost.shares()
 
 
 def _as_columns(name: str, spread: Spread) -> dict[str, float]:

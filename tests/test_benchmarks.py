@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -141,6 +142,32 @@ def test_peak_is_measured_in_both_precisions():
 def test_launches_and_copies_are_told_from_other_events():
     names = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGraphLaunch", "aten::mm", "Memcpy DtoD"]
     assert measure.count_events([*names, "Memcpy HtoD (Pageable -> Device)", "cudaMemcpyAsync"], 2) == (2, 0.5)
+
+
+def test_what_hooks_cost_is_the_difference_of_steps_with_and_without_them(monkeypatch):
+    now = 0.0
+
+    class Slow(pl.Callback):
+        def on_before_backward(self, *args):
+            nonlocal now
+            now += 0.25
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
+    slow, given = Slow(), [None] * 4
+    cost = measure.HookCost(slow, block=4)
+    with_hooks = []
+    for batch in range(41):
+        began = now
+        slow.on_train_batch_start(*given)
+        slow.on_before_backward(*given[:3])
+        with_hooks.append(now > began)
+        # the first of a block, which begins where the other ends, is slow and does not count
+        now += 0.75 if batch % 4 else 5.0
+        slow.on_before_optimizer_step(*given[:3])
+        slow.on_train_batch_end(*given, 0)
+    assert with_hooks == [batch // 4 % 2 == 1 for batch in range(41)]
+    assert cost.shares() == [0.25] * 5 and cost.shares(2) == [0.25] * 2
+    assert measure.HookCost(pl.Callback()).shares() == []
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

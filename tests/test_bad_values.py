@@ -271,7 +271,7 @@ def test_a_flag_of_each_option_that_cannot_work_ends_with_2_and_nothing_is_left(
         check_flag(option, draw.choice(TEXTS))
 
 
-@pytest.mark.slow
+@pytest.mark.longest
 def test_every_flag_that_cannot_work_ends_with_2_and_nothing_is_left(prepared, monkeypatch):
     found = options(monkeypatch)
     wrong, counts = [], {"options": len(found), "values": 0, "refused": 0}

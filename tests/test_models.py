@@ -35,11 +35,19 @@ def run(check, *subjects):
 
 # exporting takes longer than all other checks but check_ddp; one of each kind of network shows a new torch's mistakes
 ONNX_AT_ONCE = ("dense_ae", "conv_ae", "vae", "topk_sae", "mae", "vq_vae")
-# 5 to 35 seconds each
+# 5 to 50 seconds each, and a minute or more
 OVERFIT_LATE = (
-    *("rhvae", "hvae", "dncnn", "dvae", "gumbel_vq_vae", "bsq_vae", "rq_vae", "fsq_vae", "pixelcnn"),
-    *("index_transformer", "noise2noise", "noise2void", "vdvae", "soft_vq", "sim_vq_vae", "vq_vae_2", "piwae"),
-    "unet_ae",
+    *("hvae", "dncnn", "dvae", "gumbel_vq_vae", "bsq_vae", "rq_vae", "fsq_vae", "noise2noise", "noise2void"),
+    *("vdvae", "soft_vq", "sim_vq_vae", "vq_vae_2", "piwae", "unet_ae"),
+)
+OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer")
+# of each kind of network and of what stands between encoder and decoder
+OF_EACH_KIND = (
+    *("dense_ae", "conv_ae", "resnet_ae", "unet_ae", "sequence_ae", "contractive_ae", "memory_ae", "noise2void"),
+    *("topk_sae", "jumprelu_sae", "gated_sae", "matching_pursuit_sae", "rae", "wae_mmd", "dagmm", "mae"),
+    *("vae", "iwae", "beta_tcvae", "vae_flow", "vae_iaf", "flow_prior_vae", "hvae", "hyperspherical_vae"),
+    *("poincare_vae", "ladder_vae", "vdvae", "vae_gan", "categorical_vae", "conditional_vae"),
+    *("vq_vae", "rq_vae", "fsq_vae", "bsq_vae", "gumbel_vq_vae", "titok", "soft_vq", "index_transformer"),
 )
 
 
@@ -49,8 +57,9 @@ def of_models():
         for check in ALONE:
             if check is not testing.check_indices or aezoo.model_class(name).discrete_code:
                 late = check is testing.check_onnx and name not in ONNX_AT_ONCE
+                last = check is testing.check_overfits and name in OVERFIT_LAST
                 late |= check is testing.check_overfits and name in OVERFIT_LATE
-                marks = [pytest.mark.slow] if late else []
+                marks = [pytest.mark.longest] if last else [pytest.mark.slow] if late else []
                 yield pytest.param(name, check, id=f"{name}-{name_of_check(check)}", marks=marks)
 
 
@@ -72,9 +81,14 @@ def test_two_processes_train_like_one():
     run(check_ddp, *own_models(), *VARIANTS, broken.Sound)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("check", SLOW_CHECKS, ids=name_of_check)
-@pytest.mark.parametrize("name", own_models())
+def of_slow_checks():
+    for name in own_models():
+        mark = pytest.mark.slow if name in OF_EACH_KIND else pytest.mark.longest
+        for check in SLOW_CHECKS:
+            yield pytest.param(name, check, id=f"{name}-{name_of_check(check)}", marks=mark)
+
+
+@pytest.mark.parametrize(("name", "check"), [*of_slow_checks()])
 def test_model_slowly(name, check):
     run(check, name)
 

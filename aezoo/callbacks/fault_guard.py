@@ -401,7 +401,10 @@ def _flat(group: list[Tensor]) -> Tensor:
 
 def _broken(gradients: list[Any]) -> bool:
     """Whether the squares of any gradient add up to no finite number; waits for the device."""
-    return not math.isfinite(float(torch.stack(_norms(gradients)).sum()))
+    norms = _norms(gradients)
+    # numbers of the CPU are at hand; of a GPU each would be a wait
+    total = sum(norm.item() for norm in norms) if norms[0].is_cpu else float(torch.stack(norms).sum())
+    return not math.isfinite(total)
 
 
 def _norms(gradients: list[Any]) -> list[Tensor]:

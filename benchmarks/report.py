@@ -373,8 +373,6 @@ def target_table(files: Mapping[str, list[Row]]) -> str:
             row |= {"note": found.note, "reached": "yes" if target.reached(found) else "no"}
         else:
             row |= {"reached": targets.why_not(target, files.get(stem, []))}
-        share = targets.share_of_peak(target, stem, files)
-        row |= {} if share is None else {"share": repr(share)}
         compiled = target.compiled(files[stem]) if stem and target.compiled else None
         if compiled is not None:
             row |= {"compiled": repr(compiled.median)}
@@ -382,14 +380,12 @@ def target_table(files: Mapping[str, list[Row]]) -> str:
         rows.append(row)
     columns = (
         *(words("what", "what"), words("target", "bound"), spread("measured", "median"), words("", "note")),
-        *(words("reached", "reached"), spread("with `--compile default`", "compiled")),
-        *(figures("target would take of peak, %", "share", 100, 3), words("measured in", "file")),
+        *(words("reached", "reached"), spread("with `--compile default`", "compiled"), words("measured in", "file")),
     )
     return (
         "## Targets\n\nMedian (lowest to highest) of the rounds of one run; a ratio is taken within a round. "
-        "A party whose losses do not agree is not compared. The peak is that of the largest matrix products on as many "
-        "threads, and operations are counted alike for both: a target that would take more than 100 % of it is out of "
-        "reach for any program that does them.\n\n" + markdown(columns, rows)
+        "A party whose losses do not agree is not compared. Several processors have been measured on: rates compare "
+        "within a file of peers, and among rows of one command.\n\n" + markdown(columns, rows)
     )
 
 

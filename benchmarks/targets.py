@@ -52,10 +52,6 @@ def number(row: Row, name: str) -> float | None:
         return None
 
 
-# rows of `speed` with the networks of the peers' workloads
-_SAME_NETWORK = {"dense": "dense_article", "conv28": "conv_vae_28", "conv64": "conv_vae_64"}
-
-
 # ---- peers ----------------------------------------------------------------------------------------------------------
 
 
@@ -195,27 +191,6 @@ def why_not(target: Target, rows: Sequence[Row]) -> str:
     odd = [row["party"] for row in rows if row.get("agrees") == "no"]
     other = target.what.rpartition(" ")[2]
     return f"losses differ: {' '.join(odd)}" if {"aezoo", other} & {*odd} else "not measured"
-
-
-def share_of_peak(target: Target, stem: str, files: Files) -> float | None:
-    """The share of the measured peak of matrix products that a bound against a party would take, be it reached or not.
-
-    Operations a sample and the peak are those of `speed` in the same environment.
-
-    Args:
-        target: one of those between parties; others have no such share.
-        stem: of the CSV that it is judged by.
-        files: rows of each CSV by its stem.
-    """
-    if not stem.startswith("peers-"):
-        return None
-    _, workload, environment = stem.split("-", 2)
-    rates = [number(row, "samples_per_s") for row in files[stem] if row["party"] == target.what.rpartition(" ")[2]]
-    for row in files.get(f"speed-train-{environment}", ()):
-        share, own = number(row, "share_of_peak"), number(row, "samples_per_s")
-        if row.get("name") == _SAME_NETWORK.get(workload) and row.get("devices") == "1" and share and own and rates[:1]:
-            return None if rates[0] is None else target.bound * rates[0] * share / own
-    return None
 
 
 def missed(files: Files) -> list[str]:

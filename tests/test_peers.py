@@ -291,19 +291,6 @@ def test_other_targets_are_read_off_their_rows():
     assert targets.missed({"speed-startup-fp32-x": [startup | {"ratio": "1.3"}]}) == []
 
 
-def test_a_bound_against_a_party_is_a_share_of_the_peak_of_the_same_environment():
-    stem, row = "peers-conv28-fp32-pt2-cpu2", {"name": "conv_vae_28", "samples_per_s": "200", "share_of_peak": "0.5"}
-    others = [row | {"name": "dense_article"}, row | {"devices": "2"}, row | {"devices": "1", "share_of_peak": ""}]
-    parties = [{"party": "lightning", "samples_per_s": "300"}, {"party": "pythae", "samples_per_s": ""}]
-    files = {"speed-train-fp32-pt2-cpu2": [*others, row | {"devices": "1"}], stem: parties}
-    shares = {t.what: targets.share_of_peak(t, stem, files) for t in targets.TARGETS if t.file == "peers-conv28-fp32-"}
-    assert shares["conv28, fp32: aezoo / lightning"] == pytest.approx(1.3 * 300 / 200 * 0.5)
-    assert shares["conv28, fp32: aezoo / pythae"] is shares["conv28, fp32: aezoo / keras_tensorflow"] is None
-    # of another environment, of another kind
-    assert targets.share_of_peak(targets.TARGETS[0], stem, {"speed-train-bf16-pt2-cpu2": [], stem: parties}) is None
-    assert targets.share_of_peak(targets.TARGETS[-1], "speed-startup-fp32-pt2-cpu2", files) is None
-
-
 def test_the_columns_of_a_row_are_those_that_are_declared(fake):
     fake.run(repeats="1")
     (path,) = fake.folder.glob("*.csv")

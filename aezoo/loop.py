@@ -30,6 +30,7 @@ from torch import Tensor
 from aezoo.acceleration import flushed_denormals
 from aezoo.capture import CapturedStep
 from aezoo.data.resident import ResidentLoader
+from aezoo.fused import FusedStep
 
 try:
     from lightning.pytorch.loops.optimization.automatic import ClosureResult
@@ -172,6 +173,8 @@ class Plan:
         data = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = trainer.lightning_module  # any LightningModule: this package's have further methods
         self.module = module
+        self.optimizer = trainer.optimizers[0]
+        self.step = FusedStep(self.optimizer)
         precision = trainer.precision_plugin
         self.context = None if type(precision) is Precision else precision.train_step_context
         # the method, and whether it is the module's, which comes last
@@ -192,8 +195,8 @@ class Plan:
         # torch's own does the same among records for its profiler, at ten times the cost
         self.own_zero_grad = (
             is_overridden("optimizer_zero_grad", module)
-            or type(trainer.optimizers[0]).zero_grad is not torch.optim.Optimizer.zero_grad
-            or "zero_grad" in vars(trainer.optimizers[0])
+            or type(self.optimizer).zero_grad is not torch.optim.Optimizer.zero_grad
+            or "zero_grad" in vars(self.optimizer)
         )
         self.takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         in_place = (
@@ -220,8 +223,14 @@ class Plan:
             and not self.hooks["on_before_zero_grad"]
             and not self.hooks["on_after_backward"]
             and all(getattr(who, "capturable", False) for who in self.recorded)
-            and all(group.get("capturable") for group in trainer.optimizers[0].param_groups)
+            and all(group.get("capturable") for group in self.optimizer.param_groups)
         )
+        self.guard = self._guard(trainer)
+        # the same without the guard's, which are not called for a step that it passes
+        self.quiet = {
+            name: [(hook, own) for hook, own in asked if getattr(hook, "__self__", None) is not self.guard]
+            for name, asked in self.hooks.items()
+        }
         self.plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
         # validation after a share of an epoch, by time, or by the count of all batches is Lightning's to judge
         self.validates_at_end = (
@@ -229,6 +238,18 @@ class Plan:
             and trainer._val_check_time_interval is None  # type: ignore[attr-defined]
             and trainer.val_check_batch in (float("inf"), trainer.num_training_batches)
         )
+
+    def _guard(self, trainer: pl.Trainer) -> Any:
+        """The fault guard, if it may be asked in place of its hooks: it has the last word on a step, and it is one."""
+        guards = [c for c in trainer.callbacks if getattr(c, "only_looks", False)]  # type: ignore[attr-defined]
+        suits = (
+            len(guards) == 1
+            and trainer.accumulate_grad_batches == 1
+            and not any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+            and not self.own_step
+            and len(self.hooks["on_before_optimizer_step"]) == 1
+        )
+        return guards[0] if suits else None
 
 
 def _is_written(name: str, callback: pl.Callback) -> bool:
@@ -247,10 +268,15 @@ class LightLoop(_TrainingEpochLoop):
     """The training epoch loop with a plan; without one, Lightning's with denormals flushed."""
 
     plan: Plan | None = None
+    # the guard's hooks are called too
+    _loud = True
 
     def run(self, data_fetcher: Any) -> None:
-        if self.plan is not None and self.plan.module is not self.trainer.lightning_module:
-            self.plan = None  # the trainer goes on with a module that has not asked for this loop
+        plan, trainer = self.plan, self.trainer
+        if plan is not None:
+            if plan.module is not trainer.lightning_module or plan.optimizer is not trainer.optimizers[0]:
+                self.plan = None  # the trainer goes on with a module or an optimiser that has not asked for this loop
+            plan.step = FusedStep(plan.optimizer)
         with flushed_denormals():
             super().run(data_fetcher)
 
@@ -266,7 +292,7 @@ class LightLoop(_TrainingEpochLoop):
             return
         trainer, progress = self.trainer, self.batch_progress
         connector, results = trainer._logger_connector, self._results
-        self.val_loop.restarting = False
+        self.val_loop.restarting, self._loud = False, plan.guard is None
         batch = next(data_fetcher)[0] if plan.prepare is None else self._next(data_fetcher)
         batch_idx = progress.current.ready
         progress.is_last_batch = data_fetcher.done
@@ -333,7 +359,7 @@ class LightLoop(_TrainingEpochLoop):
     def _ask(self, hook: str, *args: Any) -> None:
         trainer, plan = self.trainer, self.plan
         assert plan is not None
-        asked = plan.hooks[hook]
+        asked = (plan.hooks if self._loud else plan.quiet)[hook]
         if not asked:
             return
         attributes = vars(plan.module)  # past torch's __setattr__, which looks for parameters
@@ -371,11 +397,21 @@ class LightLoop(_TrainingEpochLoop):
         step = self.automatic_optimization.optim_progress.optimizer.step
         step.increment_ready()
         output = self._forward_and_backward(batch, batch_idx)
-        optimizer = trainer.optimizers[0]
-        self._ask("on_before_optimizer_step", optimizer)
-        optimizer.step()
+        if plan.guard is not None:
+            self._consult(plan.guard, output)
+        self._ask("on_before_optimizer_step", plan.optimizer)
+        plan.step()
         step.increment_completed()
         return output
+
+    def _consult(self, guard: Any, output: dict[str, Any]) -> None:
+        """Have the guard's hooks called from here on, unless it lets the step pass."""
+        assert self.plan is not None
+        loss = output.get("loss")
+        gradients = [gradient for gradient in self.plan.step.gradients() if gradient is not None]
+        self._loud = loss is None or not gradients or not guard.passes(loss, gradients)
+        if self._loud and loss is not None:
+            guard.on_before_backward(self.trainer, self.plan.module, loss)
 
     def _replay(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """The same step as one CUDA graph; callbacks that were recorded in it are told that it has run again."""
@@ -398,8 +434,9 @@ class LightLoop(_TrainingEpochLoop):
 
     def recorded_step(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """Forward, backward and update without anything that waits for the device: what a graph can hold."""
-        plan, optimizer = self.plan, self.trainer.optimizers[0]
+        plan = self.plan
         assert plan is not None
+        optimizer = plan.optimizer
         if plan.context is None:
             terms, values = plan.module.step_terms(x, y)
         else:
@@ -415,7 +452,7 @@ class LightLoop(_TrainingEpochLoop):
         """The step but for the optimiser: loss, zeroed gradients, gradients; returns what callbacks get as outputs."""
         trainer, plan = self.trainer, self.plan
         assert plan is not None
-        module, optimizer = plan.module, trainer.optimizers[0]
+        module, optimizer = plan.module, plan.optimizer
         arguments = (batch, batch_idx) if plan.takes_index else (batch,)
         attributes = vars(module)
         before = attributes["_current_fx_name"]

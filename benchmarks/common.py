@@ -7,6 +7,7 @@ import argparse
 import csv
 import math
 import os
+import platform
 import re
 import shlex
 import statistics
@@ -40,6 +41,17 @@ def environment(precision: str = "fp32", accelerator: str = "auto") -> str:
     elif accelerator == "mps":
         device = "mps"
     return f"{precision}-pt{version}-{device}"
+
+
+def processor() -> str:
+    """The name of this machine's processor; a cloud's may be a class of processors, so its numbers are added."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    numbers = [f"{name} {found[name]}" for name in ("cpu family", "model") if name in found]
+    return " ".join([found.get("model name", platform.machine()), *numbers])
 
 
 def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
@@ -176,9 +188,9 @@ class Table:
         return there is None or self.again == "all" or (self.again == "failed" and bool(there.get("error")))
 
     def put(self, row: Mapping[str, object]) -> None:
-        """Add a row, or replace the one with its key, and write the file."""
+        """Add a row, with the processor's name, or replace the one with its key, and write the file."""
         there = self.find(row)
-        fresh = {name: as_text(value) for name, value in row.items()}
+        fresh = {name: as_text(value) for name, value in row.items()} | {"processor": as_text(processor())}
         if there is None:
             self.rows.append(fresh)
         else:

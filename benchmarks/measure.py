@@ -185,39 +185,38 @@ class Epochs(pl.Callback):
     on_predict_epoch_end = on_train_epoch_end
 
 
-class HookCost:
-    """What a callback's hooks cost: a fit runs them in every second block of batches, and steps are compared.
+class GuardCost(pl.Callback):
+    """What the fault guard costs: a fit asks it in every second block of batches, and steps are compared.
 
-    The time within the hooks would not tell: what they read lies in the cache for the optimiser, and what they evict
-    is missed later.
+    The time within the guard would not tell: what it reads lies in the cache for the optimiser, and what it evicts is
+    missed later.
 
     Args:
-        callback: from now on its hooks do nothing in the first block, in the third, ...
+        guard: from now on it does nothing in the first block, in the third, ...
         block: batches in a block; the first one of each, at the border, does not count.
     """
 
-    _HOOKS = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
-
-    def __init__(self, callback: pl.Callback, block: int = 8) -> None:
+    def __init__(self, guard: Any, block: int = 8) -> None:
         self._block, self._batch, self._ended = block, 0, 0.0
         self._blocks: list[list[float]] = []
-        for name in self._HOOKS:
-            setattr(callback, name, self._switched(getattr(callback, name), ends=name == self._HOOKS[-1]))
+        for name in ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end"):
+            setattr(guard, name, self._switched(guard, getattr(guard, name), None))
+        guard.passes = self._switched(guard, guard.passes, True)
 
-    def _switched(self, hook: Callable[..., None], ends: bool) -> Callable[..., None]:
-        def switched(*args: Any) -> None:
-            block, place = divmod(self._batch, self._block)
-            if block % 2:
-                hook(*args)
-            if ends:
-                now = time.perf_counter()
-                if place:
-                    self._blocks[-1].append(now - self._ended)
-                else:
-                    self._blocks.append([])
-                self._ended, self._batch = now, self._batch + 1
+    def _switched(self, guard: Any, method: Callable[..., Any], otherwise: Any) -> Callable[..., Any]:
+        def switched(*args: Any) -> Any:
+            return method(*args) if self._batch // self._block % 2 else otherwise
 
+        switched.__self__ = guard  # type: ignore[attr-defined]  # whose it is, as of the method
         return switched
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        now = time.perf_counter()
+        if self._batch % self._block:
+            self._blocks[-1].append(now - self._ended)
+        else:
+            self._blocks.append([])
+        self._ended, self._batch = now, self._batch + 1
 
     def shares(self, parts: int = 5) -> list[float]:
         """The hooks' share of a step in each of so many parts of the fit, by medians; fewer of a short fit."""

@@ -152,7 +152,8 @@ def _guard_shares(spec: dict[str, Any], folder: str, model: Any, data: aezoo.Dat
     """Shares of a step that the fault guard costs, in parts of a fit of its own."""
     fit = trainer(spec, folder, [], max_epochs=-1, max_steps=steps)
     guard = next(callback for callback in fit.callbacks if isinstance(callback, FaultGuard))  # type: ignore[attr-defined]
-    cost = measure.HookCost(guard)
+    cost = measure.GuardCost(guard)
+    fit.callbacks.append(cost)  # type: ignore[attr-defined]
     fit.fit(model, data)
     return cost.shares()
 

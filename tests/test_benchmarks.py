@@ -6,11 +6,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
 
 import aezoo
+from aezoo.callbacks import FaultGuard
 from benchmarks import measure, processes, speed
 from benchmarks.common import read_csv
 
@@ -144,30 +144,35 @@ def test_launches_and_copies_are_told_from_other_events():
     assert measure.count_events([*names, "Memcpy HtoD (Pageable -> Device)", "cudaMemcpyAsync"], 2) == (2, 0.5)
 
 
-def test_what_hooks_cost_is_the_difference_of_steps_with_and_without_them(monkeypatch):
+def test_what_the_guard_costs_is_the_difference_of_steps_with_and_without_it(monkeypatch):
     now = 0.0
 
-    class Slow(pl.Callback):
+    class Slow(FaultGuard):
         def on_before_backward(self, *args):
             nonlocal now
             now += 0.25
 
+        def passes(self, *args):
+            nonlocal now
+            now += 0.25
+            return False
+
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
-    slow, given = Slow(), [None] * 4
-    cost = measure.HookCost(slow, block=4)
-    with_hooks = []
-    for batch in range(41):
-        began = now
-        slow.on_train_batch_start(*given)
-        slow.on_before_backward(*given[:3])
-        with_hooks.append(now > began)
-        # the first of a block, which begins where the other ends, is slow and does not count
-        now += 0.75 if batch % 4 else 5.0
-        slow.on_before_optimizer_step(*given[:3])
-        slow.on_train_batch_end(*given, 0)
-    assert with_hooks == [batch // 4 % 2 == 1 for batch in range(41)]
-    assert cost.shares() == [0.25] * 5 and cost.shares(2) == [0.25] * 2
-    assert measure.HookCost(pl.Callback()).shares() == []
+    for asked in (True, False):
+        slow, given, active = Slow(), [None] * 4, []
+        cost = measure.GuardCost(slow, block=4)
+        assert slow.on_before_backward.__self__ is slow
+        for batch in range(41):
+            began = now
+            passed = slow.passes(None, []) if asked else slow.on_before_backward(*given[:3])
+            active.append(now > began)
+            assert passed is (None if not asked else not active[-1])
+            # the first of a block, which begins where the other ends, is slow and does not count
+            now += 0.75 if batch % 4 else 5.0
+            cost.on_train_batch_end(*given, 0)
+        assert active == [batch // 4 % 2 == 1 for batch in range(41)]
+        assert cost.shares() == [0.25] * 5 and cost.shares(2) == [0.25] * 2
+    assert measure.GuardCost(FaultGuard()).shares() == []
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

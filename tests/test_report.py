@@ -11,7 +11,7 @@ import pytest
 import aezoo
 from aezoo import cli
 from benchmarks import plots, report, report_pca
-from benchmarks.common import Table, command_line, read_csv
+from benchmarks.common import Table, command_line, processor, read_csv
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,8 +28,10 @@ def test_a_csv_is_whole_after_each_row(tmp_path):
     second.put({"model": "dense_ae", "mse": 123456.0, "error": 'a "quoted", text\nof two lines'})
     commands, rows = read_csv(path)
     assert commands == ["python -m benchmarks.x", "python -m benchmarks.x --more"]
-    assert rows[0] == {"model": "vae", "mse": "0.33333", "error": ""}
-    assert rows[1] == {"model": "dense_ae", "mse": "123456", "error": 'a "quoted", text of two lines'}
+    machine = {"processor": " ".join(processor().split())}
+    assert machine["processor"] and "/" not in machine["processor"]
+    assert rows[0] == machine | {"model": "vae", "mse": "0.33333", "error": ""}
+    assert rows[1] == machine | {"model": "dense_ae", "mse": "123456", "error": 'a "quoted", text of two lines'}
     assert [p.name for p in path.parent.iterdir()] == ["a.csv"]
 
 

@@ -65,6 +65,16 @@ class FaultGuard(Checked, pl.Callback):
         """Whether its part of a step can be recorded in a CUDA graph: nothing waits, nothing is kept a batch."""
         return self._device is not None and self._held is None
 
+    @property
+    def only_looks(self) -> bool:
+        """Whether its hooks do nothing in a step of one optimiser for which `passes` is true."""
+        free = self._device is None and self._held is None and self._scaler is None
+        return type(self) is FaultGuard and self.patience > 0 and free
+
+    def passes(self, loss: Tensor, gradients: list[Tensor]) -> bool:
+        """Whether a step is finite and comes after one that was; a loop that asks this need not call the hooks."""
+        return not self._in_a_row and math.isfinite(loss) and not _broken(gradients)
+
     def replayed(self) -> None:
         """A graph that holds its part of the step has run again, the first time right after it was recorded."""
         if self._device is None:

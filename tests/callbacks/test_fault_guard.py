@@ -23,25 +23,30 @@ BATCHES = 6
 
 
 class Norms(VAE):
-    """A small model with BatchNorm and a buffer that each step replaces; at chosen steps something is not finite.
+    """A small model, with BatchNorm and a buffer that each step replaces; at chosen steps something is not finite.
 
     Args:
         faults: for the number of a batch since the start, what is not finite then: the term kl, the gradient of one
-            layer, or (overflow) its squares.
+            layer, (overflow) its squares, or the loss with gradients that are.
+        buffers: without them the guard has nothing to keep.
     """
 
-    def __init__(self, faults: dict[int, str] | None = None, optimizer: str = "adam") -> None:
+    def __init__(self, faults: dict[int, str] | None = None, optimizer: str = "adam", *, buffers: bool = True) -> None:
         torch.manual_seed(0)
-        super().__init__((6,), latent_dim=2, hidden_dims=(5,), lr=0.01, likelihood="gaussian", optimizer=optimizer)
-        self.encoder.insert(1, nn.BatchNorm1d(6))
+        # the variance of a Gaussian is a buffer as well
+        likelihood = "gaussian" if buffers else "bernoulli"
+        super().__init__((6,), latent_dim=2, hidden_dims=(5,), lr=0.01, likelihood=likelihood, optimizer=optimizer)
+        self.layer = next(part for part in self.encoder.modules() if isinstance(part, nn.Linear))
         self.faults, self.batches = faults or {}, 0
-        self.register_buffer("steps", torch.zeros(1))
+        if buffers:
+            self.encoder.insert(1, nn.BatchNorm1d(6))
+            self.register_buffer("steps", torch.zeros(1))
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         # here, since a process that is started gets the model without its hooks
         values = {"gradient": torch.inf, "overflow": 1e20}
-        self.encoder[2].weight.register_hook(lambda g: g.fill_(values[self.fault]) if self.fault in values else g)
+        self.layer.weight.register_hook(lambda g: g.fill_(values[self.fault]) if self.fault in values else g)
 
     @property
     def fault(self) -> str | None:
@@ -50,11 +55,14 @@ class Norms(VAE):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         if self.training:
             self.batches += 1
-            self.steps = self.steps + 1
+            if "steps" in self._buffers:
+                self.steps = self.steps + 1
         terms = super().loss(x, y)
         if self.training and self.fault == "kl":
             terms["kl"] = terms["kl"] * torch.nan
             terms["loss"] = terms["loss"] + terms["kl"]
+        if self.training and self.fault == "loss":
+            terms["loss"] = terms["loss"] + torch.inf
         return terms
 
 
@@ -165,6 +173,66 @@ def test_the_device_counts_and_skips_as_the_host_does(ema):
         "by_term": {"kl": 5, "gradient": 2},
         "by_part": {"encoder": 7},
     }
+
+
+class Hooked(FaultGuard):
+    """Its hooks are called in every step, as those of any class but the zoo's own."""
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_loop_that_asks_the_guard_does_as_its_hooks_do(monkeypatch, capsys, optimizer):
+    faults = {0: "kl", 2: "gradient", 3: "overflow", 7: "loss", 11: "kl", 12: "overflow", 17: "kl"}
+    calls = {FaultGuard: 0, Hooked: 0}
+    original = FaultGuard.on_before_optimizer_step
+
+    def counted(self, *args):
+        calls[type(self)] += 1
+        original(self, *args)
+
+    monkeypatch.setattr(FaultGuard, "on_before_optimizer_step", counted)
+    ends = []
+    for made in (FaultGuard(), Hooked()):
+        states = States()
+        fit(Norms(faults, optimizer, buffers=False), made, EMA(0.9), states, epochs=3)
+        ends.append((states.seen, made.state_dict(), [t for t in capsys.readouterr().err.splitlines() if "skip" in t]))
+    (asked, counts, lines), (hooked, *others) = ends
+    for before, after in zip(hooked, asked, strict=True):
+        assert differing(before, after) == []
+    assert [counts, lines] == others
+    assert counts == {
+        "skipped": 7,
+        "in_a_row": 1,
+        "by_term": {"kl": 3, "gradient": 3, "loss": 1},
+        "by_part": {"encoder": 6},
+    }
+    # of the one that is asked only for a bad step and the next good one, which ends the row
+    assert calls == {FaultGuard: 7 + 4, Hooked: 3 * BATCHES}
+
+
+class Shake(pl.Callback):
+    """Changes gradients before a step, to ones that are not finite in the third."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 2:
+            pl_module.layer.weight.grad.fill_(torch.nan)
+
+
+def test_the_guard_is_not_asked_before_others_have_changed_the_gradients():
+    made, model = FaultGuard(), Norms(buffers=False)
+    fit(model, Shake(), made)
+    assert made.skipped == 1
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 1.0}], ids=["sum", "clip"])
+def test_the_guard_is_not_asked_where_a_step_is_not_a_batch(options):
+    made = FaultGuard()
+    states = States()
+    fit(Norms({2: "loss"}, buffers=False), made, states, **options)
+    assert made.skipped == 1
+    # of two batches whose gradients are summed it was the first
+    bad = 3 if "accumulate_grad_batches" in options else 2
+    assert differing(states.seen[bad], states.seen[bad + 1]) == []
 
 
 @pytest.mark.parametrize("kind", ["sparse", "half", "channels_last"])

@@ -67,4 +67,5 @@ class ConvAE(Autoencoder):
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         nll_B = self.nll(self.decoder(self.encoder(x)), x)
-        return {"loss": nll_B.mean(), "nll": nll_B.mean()}
+        nll = nll_B.mean()
+        return {"loss": nll, "nll": nll}

@@ -71,4 +71,5 @@ class DenoisingAE(Autoencoder):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         noisy = x if self.corruption is None else self.corruption(x)
         nll_B = self.nll(self.decoder(self.encoder(noisy)), x)
-        return {"loss": nll_B.mean(), "nll": nll_B.mean()}
+        nll = nll_B.mean()
+        return {"loss": nll, "nll": nll}

@@ -107,7 +107,8 @@ class Noise2Noise(DnCNN):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         y1, y2 = self.corruption(x), self.corruption(x)
         nll_B = self.nll(self.decoder(self.encoder(y1)), y2)
-        return {"loss": nll_B.mean(), "nll": nll_B.mean()}
+        nll = nll_B.mean()
+        return {"loss": nll, "nll": nll}
 
     def check_batch(self, x: Tensor) -> None:
         super().check_batch(x)

@@ -125,4 +125,5 @@ class Noise2Void(DnCNN):
         params_BPC, noisy_BPC = (t.flatten(2).transpose(1, 2) for t in (self.decoder(self.encoder(blind)), noisy))
         nll_BP = self.nll(params_BPC.flatten(0, 1), noisy_BPC.flatten(0, 1)).view_as(M_BP)
         nll_B = M_BP.shape[1] * (nll_BP * M_BP).sum(1) / M_BP.sum(1)
-        return {"loss": nll_B.mean(), "nll": nll_B.mean()}
+        nll = nll_B.mean()
+        return {"loss": nll, "nll": nll}

@@ -132,4 +132,5 @@ class SemanticHashAE(Autoencoder):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         code_BD = self.noisy_code(at_least_float32(self.encoder(x)))
         nll_B = self.nll(self.decoder(code_BD.to(x.dtype)), x)
-        return {"loss": nll_B.mean(), "nll": nll_B.mean()}
+        nll = nll_B.mean()
+        return {"loss": nll, "nll": nll}

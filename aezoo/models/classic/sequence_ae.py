@@ -124,4 +124,5 @@ class SequenceAE(Autoencoder):
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         nll_B = self.sequence_nll(x)
-        return {"loss": nll_B.mean(), "nll": nll_B.mean()}
+        nll = nll_B.mean()
+        return {"loss": nll, "nll": nll}

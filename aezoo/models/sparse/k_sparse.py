@@ -118,4 +118,5 @@ class KSparse(Autoencoder):
         z_BN = self.encoder(x.flatten(1))
         z_BN = self.top(z_BN, self.start_k, self.present_k()) if self.training else self.top(z_BN, self.k, self.k)
         nll_B = self.nll(self.decoder(z_BN), x)
-        return {"loss": nll_B.mean(), "nll": nll_B.mean(), "l0": (z_BN != 0).sum(1).float().mean()}
+        nll = nll_B.mean()
+        return {"loss": nll, "nll": nll, "l0": (z_BN != 0).sum(1).float().mean()}

@@ -134,4 +134,5 @@ class WTAAE(Autoencoder):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         h = self.keep(self.encode(x), self.winners)
         nll_B = self.nll(self.decoder(h), x)
-        return {"loss": nll_B.mean(), "nll": nll_B.mean(), "l0": (h > 0).flatten(1).sum(1).float().mean()}
+        nll = nll_B.mean()
+        return {"loss": nll, "nll": nll, "l0": (h > 0).flatten(1).sum(1).float().mean()}

@@ -29,7 +29,7 @@ _EVALUATION_SEED = 20
 
 def from_bytes(x: Tensor) -> Tensor:
     """Bytes as values from 0 to 1, as the DataModule gives them; anything else as it is."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+    return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
 class Autoencoder(Checked, pl.LightningModule):

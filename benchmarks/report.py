@@ -373,6 +373,8 @@ def target_table(files: Mapping[str, list[Row]]) -> str:
             row |= {"note": found.note, "reached": "yes" if target.reached(found) else "no"}
         else:
             row |= {"reached": targets.why_not(target, files.get(stem, []))}
+        machines = dict.fromkeys(line["processor"] for line in files.get(stem, []) if line.get("processor"))
+        row |= {"processor": ", ".join(machines)}
         compiled = target.compiled(files[stem]) if stem and target.compiled else None
         if compiled is not None:
             row |= {"compiled": repr(compiled.median)}
@@ -381,11 +383,13 @@ def target_table(files: Mapping[str, list[Row]]) -> str:
     columns = (
         *(words("what", "what"), words("target", "bound"), spread("measured", "median"), words("", "note")),
         *(words("reached", "reached"), spread("with `--compile default`", "compiled"), words("measured in", "file")),
+        words("on", "processor"),
     )
     return (
         "## Targets\n\nMedian (lowest to highest) of the rounds of one run; a ratio is taken within a round. "
-        "A party whose losses do not agree is not compared. Several processors have been measured on: rates compare "
-        "within a file of peers, and among rows of one command.\n\n" + markdown(columns, rows)
+        "A party whose losses do not agree is not compared. Several processors have been measured on (an empty cell is "
+        "from before they were written down): rates compare within a file of peers, and among rows of one command.\n\n"
+        + markdown(columns, rows)
     )
 
 

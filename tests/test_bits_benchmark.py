@@ -111,7 +111,7 @@ def test_rows_are_measured_once_and_say_what_the_model_does(tmp_path, monkeypatc
     x_test = bits_row.open_data({"name": "digits", "rows": 80, "batch_size": 20}, 0).tensors("test")[0]
     assert len(x_test) == 80 <= len(data.tensors("test")[0])
     for row, model in zip(rows, models, strict=True):
-        assert tuple(row) == bits.COLUMNS and not row["error"]
+        assert tuple(row) == (*bits.COLUMNS[:-1], "processor", "error") and not row["error"]
         assert (row["steps"], row["epochs"], row["bits_a_place"], row["bits"]) == ("8", "2", "4", "16")
         with torch.no_grad():
             indices = model.eval().encode_indices(x_test)

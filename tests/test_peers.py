@@ -295,4 +295,4 @@ def test_the_columns_of_a_row_are_those_that_are_declared(fake):
     fake.run(repeats="1")
     (path,) = fake.folder.glob("*.csv")
     head = next(csv.reader(line for line in path.read_text().splitlines() if not line.startswith("#")))
-    assert tuple(head) == (*peers.COLUMNS[:-1], "processor", peers.COLUMNS[-1])
+    assert tuple(head) == (*peers.COLUMNS[:-1], "processor", "error")

@@ -50,7 +50,7 @@ def test_every_seed_is_a_row_beside_pixels_and_pca_and_what_is_there_is_kept(tmp
     ]  # fmt: skip
     assert [row["numbers"] for row in rows[:4]] == ["64", "8", "128", "8"]  # 16 tokens of 8
     for row in rows:
-        assert tuple(row) == probe.COLUMNS and not row["error"]
+        assert tuple(row) == (*probe.COLUMNS[:-1], "processor", "error") and not row["error"]
         assert all(0 <= float(row[name]) <= 1 for name in ("probe", "knn"))
         assert bool(row["pooled_probe"]) == bool(row["pooled_knn"]) == (row["model"] == "mae")
     assert rows[2]["mse"] != rows[4]["mse"]

@@ -376,7 +376,7 @@ class DataModule(Checked, LightningDataModule):
         return self._splits
 
     def _as_float(self, x: Tensor) -> Tensor:
-        return x.float() / 255 if x.dtype == torch.uint8 and self.scale != "none" else x.float()
+        return x.float().div_(255) if x.dtype == torch.uint8 and self.scale != "none" else x.float()
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -35,10 +35,11 @@ def run(check, *subjects):
 
 # exporting takes longer than all other checks but check_ddp; one of each kind of network shows a new torch's mistakes
 ONNX_AT_ONCE = ("dense_ae", "conv_ae", "vae", "topk_sae", "mae", "vq_vae")
-# 5 to 50 seconds each, and a minute or more
+# 3 to 50 seconds each, and a minute or more
 OVERFIT_LATE = (
     *("hvae", "dncnn", "dvae", "gumbel_vq_vae", "bsq_vae", "rq_vae", "fsq_vae", "noise2noise", "noise2void"),
-    *("vdvae", "soft_vq", "sim_vq_vae", "vq_vae_2", "piwae", "unet_ae"),
+    *("vdvae", "soft_vq", "sim_vq_vae", "vq_vae_2", "piwae", "unet_ae", "titok", "vamp_vae", "lfq_vae", "resnet_ae"),
+    *("miwae", "aae", "simmim", "semi_supervised_vae"),
 )
 OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer")
 # of each kind of network and of what stands between encoder and decoder

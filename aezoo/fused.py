@@ -62,12 +62,16 @@ class FusedStep:
 
     def __call__(self) -> None:
         optimizer = self._optimizer
-        if not self._suits or self._state is not optimizer.state or self._is_watched():
-            self._first()
+        if not self._suits or self._is_watched():
+            optimizer.step()
+            return
+        if self._state is not optimizer.state or self._has_grown():
+            optimizer.step()
+            self._look_up()
             return
         given = [[parameter.grad for parameter in group.parameters] for group in self._groups]
-        if any(gradient is None for gradients in given for gradient in gradients) or self._has_grown():
-            self._first()
+        if any(gradient is None for gradients in given for gradient in gradients):
+            optimizer.step()
             return
         with torch.no_grad():
             for group, gradients in zip(self._groups, given, strict=True):
@@ -89,10 +93,6 @@ class FusedStep:
                     maximize=settings["maximize"],
                 )
 
-    def gradients(self) -> list[Tensor | None]:
-        """Of all parameters that the optimiser trains."""
-        return [parameter.grad for group in self._optimizer.param_groups for parameter in group["params"]]
-
     def _is_watched(self) -> bool:
         """Somebody's code belongs to a step, or a device decides whether it is taken."""
         optimizer: Any = self._optimizer
@@ -111,19 +111,16 @@ class FusedStep:
             for group in self._groups
         )
 
-    def _first(self) -> None:
+    def _look_up(self) -> None:
         optimizer = self._optimizer
-        optimizer.step()
-        if not self._suits:
-            return
         for settings in optimizer.param_groups:
             plain = bool(settings["fused"]) and not settings["capturable"]
             self._suits &= plain and all(parameter.is_cpu for parameter in settings["params"])
         if self._suits:
             self._state = optimizer.state
-            self._groups = [self._look_up(settings) for settings in optimizer.param_groups]
+            self._groups = [self._group(settings) for settings in optimizer.param_groups]
 
-    def _look_up(self, settings: dict[str, Any]) -> _Group:
+    def _group(self, settings: dict[str, Any]) -> _Group:
         states = {p: self._state[p] for p in settings["params"] if self._state.get(p)}
         counted = torch.stack([state["step"] for state in states.values()]) if states else torch.zeros(0)
         for state, count in zip(states.values(), counted.unbind(), strict=True):

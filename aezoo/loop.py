@@ -167,14 +167,18 @@ class Plan:
 
     Args:
         trainer: with its callbacks, loader and optimiser set up.
+
+    Attributes:
+        step: the optimiser's step, a new one each epoch.
     """
+
+    step: FusedStep
 
     def __init__(self, trainer: pl.Trainer) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = trainer.lightning_module  # any LightningModule: this package's have further methods
         self.module = module
         self.optimizer = trainer.optimizers[0]
-        self.step = FusedStep(self.optimizer)
         precision = trainer.precision_plugin
         self.context = None if type(precision) is Precision else precision.train_step_context
         # the method, and whether it is the module's, which comes last
@@ -213,19 +217,25 @@ class Plan:
         self.recorded: list[Any] = list(
             {getattr(hook, "__self__", None): None for name in _IN_STEP for hook, _ in self.hooks[name]}
         )
+        a_batch_is_a_step = (
+            trainer.accumulate_grad_batches == 1
+            and not any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+            and not self.own_step
+        )
         self.can_capture = (
             self.prepare is not None
             and trainer.strategy.root_device.type == "cuda"
-            and trainer.accumulate_grad_batches == 1
-            and not any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
-            and not self.own_step
+            and a_batch_is_a_step
             and not trainer.lr_scheduler_configs
             and not self.hooks["on_before_zero_grad"]
             and not self.hooks["on_after_backward"]
             and all(getattr(who, "capturable", False) for who in self.recorded)
             and all(group.get("capturable") for group in self.optimizer.param_groups)
         )
-        self.guard = self._guard(trainer)
+        # a guard that has the last word on a step may be asked in place of its hooks
+        guards = [c for c in trainer.callbacks if getattr(c, "only_looks", False)]  # type: ignore[attr-defined]
+        has_last_word = len(guards) == len(self.hooks["on_before_optimizer_step"]) == 1
+        self.guard: Any = guards[0] if has_last_word and a_batch_is_a_step else None
         # the same without the guard's, which are not called for a step that it passes
         self.quiet = {
             name: [(hook, own) for hook, own in asked if getattr(hook, "__self__", None) is not self.guard]
@@ -238,18 +248,6 @@ class Plan:
             and trainer._val_check_time_interval is None  # type: ignore[attr-defined]
             and trainer.val_check_batch in (float("inf"), trainer.num_training_batches)
         )
-
-    def _guard(self, trainer: pl.Trainer) -> Any:
-        """The fault guard, if it may be asked in place of its hooks: it has the last word on a step, and it is one."""
-        guards = [c for c in trainer.callbacks if getattr(c, "only_looks", False)]  # type: ignore[attr-defined]
-        suits = (
-            len(guards) == 1
-            and trainer.accumulate_grad_batches == 1
-            and not any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
-            and not self.own_step
-            and len(self.hooks["on_before_optimizer_step"]) == 1
-        )
-        return guards[0] if suits else None
 
 
 def _is_written(name: str, callback: pl.Callback) -> bool:
@@ -276,7 +274,8 @@ class LightLoop(_TrainingEpochLoop):
         if plan is not None:
             if plan.module is not trainer.lightning_module or plan.optimizer is not trainer.optimizers[0]:
                 self.plan = None  # the trainer goes on with a module or an optimiser that has not asked for this loop
-            plan.step = FusedStep(plan.optimizer)
+            else:
+                plan.step = FusedStep(plan.optimizer)
         with flushed_denormals():
             super().run(data_fetcher)
 
@@ -408,8 +407,7 @@ class LightLoop(_TrainingEpochLoop):
         """Have the guard's hooks called from here on, unless it lets the step pass."""
         assert self.plan is not None
         loss = output.get("loss")
-        gradients = [gradient for gradient in self.plan.step.gradients() if gradient is not None]
-        self._loud = loss is None or not gradients or not guard.passes(loss, gradients)
+        self._loud = loss is None or not guard.passes(loss, self.plan.optimizer)
         if self._loud and loss is not None:
             guard.on_before_backward(self.trainer, self.plan.module, loss)
 

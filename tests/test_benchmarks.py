@@ -164,7 +164,7 @@ def test_what_the_guard_costs_is_the_difference_of_steps_with_and_without_it(mon
         assert slow.on_before_backward.__self__ is slow
         for batch in range(41):
             began = now
-            passed = slow.passes(None, []) if asked else slow.on_before_backward(*given[:3])
+            passed = slow.passes(None, None) if asked else slow.on_before_backward(*given[:3])
             active.append(now > began)
             assert passed is (None if not asked else not active[-1])
             # the first of a block, which begins where the other ends, is slow and does not count

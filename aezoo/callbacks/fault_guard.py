@@ -71,9 +71,10 @@ class FaultGuard(Checked, pl.Callback):
         free = self._device is None and self._held is None and self._scaler is None
         return type(self) is FaultGuard and self.patience > 0 and free
 
-    def passes(self, loss: Tensor, gradients: list[Tensor]) -> bool:
+    def passes(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step is finite and comes after one that was; a loop that asks this need not call the hooks."""
-        return not self._in_a_row and math.isfinite(loss) and not _broken(gradients)
+        gradients = [parameter.grad for parameter in _with_gradients(optimizer)]
+        return not self._in_a_row and math.isfinite(loss) and bool(gradients) and not _broken(gradients)
 
     def replayed(self) -> None:
         """A graph that holds its part of the step has run again, the first time right after it was recorded."""
@@ -134,7 +135,7 @@ class FaultGuard(Checked, pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         losses, self._losses = self._losses, []
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = _with_gradients(optimizer)
         if not self.patience or not parameters:
             return
         self._stepped = True
@@ -407,6 +408,10 @@ class _OnDevice:
 
 def _flat(group: list[Tensor]) -> Tensor:
     return torch.cat([buffer.detach().reshape(-1) for buffer in group])
+
+
+def _with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _broken(gradients: list[Any]) -> bool:

@@ -20,11 +20,12 @@ Models name a likelihood by a plain string, with an optional argument after a co
 """
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
@@ -36,6 +37,36 @@ _EXPONENTIAL = [
     (-2 * math.log((1 + node) / 2), weight * (1 + node) / 2)
     for node, weight in zip(*(part.tolist() for part in np.polynomial.legendre.leggauss(16)), strict=True)
 ]
+# log(1 + e) / e on [0, 1], highest power first, to 6e-9
+_LOG1P = Chebyshev.interpolate(lambda e: np.log1p(e) / e, 9, domain=[0, 1]).convert(kind=Polynomial).coef[::-1].tolist()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-x log p - (1 - x) log(1 - p) with p = sigmoid(t), as t^+ - t x + log(1 + exp(-|t|)); its derivative is p - x.
+
+    For inductor, which makes one pass of it; of torch's own more than half is its library's log1p.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(t, x)
+        e = torch.exp(-t.abs())
+        quotient = torch.zeros_like(e)
+        for coefficient in _LOG1P:
+            quotient = quotient * e + coefficient
+        return t.clamp_min(0) - t * x + quotient * e
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        (gradient,), (t, x) = gradients, ctx.saved_tensors
+        return (t.sigmoid() - x) * gradient, -t * gradient if ctx.needs_input_grad[1] else None
+
+
+def _cross_entropy(params: Tensor, x: Tensor) -> Tensor:
+    """Of each value, with `params` as logits."""
+    if torch.compiler.is_compiling() and params.is_cpu and params.dtype == torch.float32:
+        return _CrossEntropy.apply(params, x)
+    return F.binary_cross_entropy_with_logits(params, x, reduction="none")
 
 
 def _logit(mean: Tensor) -> Tensor:
@@ -85,7 +116,7 @@ class Bernoulli(Likelihood):
     discrete = True
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        return -_sum(F.binary_cross_entropy_with_logits(params, x, reduction="none"))
+        return -_sum(_cross_entropy(params, x))
 
     def mean(self, params: Tensor) -> Tensor:
         return params.sigmoid()
@@ -109,7 +140,7 @@ class ContinuousBernoulli(Likelihood):
     _NEAR = 0.05
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        return _sum(self._log_normaliser(params) - F.binary_cross_entropy_with_logits(params, x, reduction="none"))
+        return _sum(self._log_normaliser(params) - _cross_entropy(params, x))
 
     def _log_normaliser(self, t: Tensor) -> Tensor:
         near = t.abs() < self._NEAR

@@ -340,6 +340,29 @@ def test_the_learned_scale_is_optimal_where_theory_says(name: str, best: object)
     assert gradients[2] > 0.5
 
 
+@pytest.mark.parametrize("name", ["bernoulli", "continuous_bernoulli"])
+def test_compiled_code_has_a_cross_entropy_of_its_own_with_the_same_values(name: str) -> None:
+    made = likelihood(name)
+    t = torch.linspace(-60, 60, 241)[:, None].repeat(1, 3).requires_grad_()
+    x = torch.tensor([0.0, 0.3, 1.0]).repeat(241, 1).requires_grad_()
+    # of each value alone, so that none hides behind a larger one
+    compiled = torch.compile(lambda t, x: made.log_prob(t.reshape(-1, 1), x.reshape(-1, 1)), backend="eager")
+    found, wanted = compiled(t, x), made.log_prob(t.double().reshape(-1, 1), x.double().reshape(-1, 1))
+    weights = torch.rand_like(found)
+    slopes, wanted_slopes = (torch.autograd.grad(v, (t, x), weights.to(v.dtype)) for v in (found, wanted))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+    for slope, right in zip(slopes, wanted_slopes, strict=True):
+        torch.testing.assert_close(slope, right, rtol=1e-5, atol=1e-6)
+
+
+def test_the_compiled_cross_entropy_keeps_its_digits_where_it_is_small() -> None:
+    t = torch.linspace(-80, 10, 1001)[:, None]
+    compiled = torch.compile(likelihood("bernoulli").log_prob, backend="eager", dynamic=False)
+    exact = torch.log1p(torch.exp(t.double())).sum(1)
+    torch.testing.assert_close(-compiled(t, torch.zeros_like(t)).double(), exact, rtol=3e-7, atol=0)
+
+
 def test_gradients_are_those_of_finite_differences() -> None:
     x = LEVELS[torch.tensor([[0, 1, 100, 254, 255]])]
     t = torch.tensor([[0.1, -0.2, 0.03, 1.3, 0.9]], dtype=torch.float64, requires_grad=True)

@@ -57,7 +57,7 @@ def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str,
         job_file, log = folder / "job.json", folder / "log"
         job_file.write_text(json.dumps(asdict(job) | {"started": time.time()}))
         command = [python, "-m", _SCRIPTS.name, str(job_file), str(folder)]
-        if pin and hasattr(os, "sched_getaffinity"):
+        if pin and hasattr(os, "sched_getaffinity") and shutil.which("taskset"):
             cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[-job.threads :]))
             command = ["taskset", "-c", cores, *command]
         path = str(ROOT) if python == sys.executable else ""

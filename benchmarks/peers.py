@@ -19,9 +19,11 @@ at fp32, which is their default, and `lightning_bf16`, `keras_jax_bf16` and `ker
 a switch for it with the switch on.
 
 samples_per_s is the time in training, median over epochs without the first, then over repeats; wall_samples_per_s
-counts what happens between epochs as well: validation, pictures, checkpoints. `ratio` is the party's rate by that of
-the loop in the same round, median over rounds; `round_rates` has the rate of each round. first_step_s counts from the
-start of the process, with compilers' caches as they are. Figures are worth something on a quiet machine only.
+counts what happens between epochs as well: validation, pictures, checkpoints. Each process is bound to as many cores as
+it has threads (JAX takes a second one otherwise, whatever --threads says): --no-pin lets them run where they like.
+`ratio` is the party's rate by that of the loop in the same round, median over rounds; `round_rates` has the rate of
+each round. first_step_s counts from the start of the process, with compilers' caches as they are. Figures are worth
+something on a quiet machine only.
 
 Runs that are done stay in a .part file beside the CSV: the same command goes on where it was stopped and tries again
 what failed. Environments that parties need are made with pip in --envs, once.
@@ -67,7 +69,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--batch", type=_positive, metavar="N", help="rows a step (that of the workload)")
     made.add_argument("--epochs", type=_positive, metavar="N", help="epochs, the first is warm-up (of the workload)")
     made.add_argument("--seed", type=int, default=0, metavar="N")
-    made.add_argument("--pin", action="store_true", help="bind each process to --threads cores (Linux)")
+    made.add_argument(
+        "--pin",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="bind each process to --threads cores (Linux with taskset; on)",
+    )
     made.add_argument(
         "--aezoo-flags", default="", metavar="FLAGS", help="more flags of aezoo fit, e.g. --aezoo-flags='--compile off'"
     )

@@ -41,6 +41,11 @@ class _Group(NamedTuple):
     kernel: Callable[..., Any]
 
 
+def _in_order(tensors: list[Any]) -> list[Any]:
+    """The same numbers in the order of memory: of weights in channels_last the kernel makes copies that it drops."""
+    return [t.permute(0, 2, 3, 1) if t.dim() == 4 and not t.is_contiguous() else t for t in tensors]
+
+
 class FusedStep:
     """Does what `optimizer.step()` does, bit for bit; for one epoch or less, since it keeps what it has looked up.
 
@@ -81,8 +86,8 @@ class FusedStep:
                 beta1, beta2 = settings["betas"]
                 group.counted.add_(1)
                 group.kernel(
-                    group.parameters,
-                    gradients,
+                    _in_order(group.parameters),
+                    _in_order(gradients),
                     *group.tensors,
                     lr=settings["lr"],
                     beta1=beta1,
@@ -130,7 +135,7 @@ class FusedStep:
             settings,
             [*states],
             [p for p in settings["params"] if p not in states],
-            [[state[name] for state in states.values() if name in state] for name in names],
+            [_in_order([state[name] for state in states.values() if name in state]) for name in names],
             counted,
             torch._fused_adamw_ if settings["decoupled_weight_decay"] else torch._fused_adam_,
         )

@@ -249,6 +249,13 @@ SECTIONS = (
         (),
     ),
     Section(
+        "convolutions-",
+        "Convolutions on small grids",
+        "Layers of kernel 3, forward and backward: torch's own convolution, a transposed one with its bias apart, and "
+        "matrix products. `speedup` is what products make of the better of the first two.",
+        (),
+    ),
+    Section(
         "published-",
         "Published settings",
         "Recipes of published figures on other data and for a share of their steps: no reproduction.",

@@ -23,8 +23,8 @@ class Net(nn.Module):
         return (self.b(out) if step % 5 != 3 else out[:, :3]) + (self.late(out) if step > 6 else 0)
 
 
-def steps(net, optimizer, update, n=12, schedule=None, before=lambda i: None):
-    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+def steps(net, optimizer, update, n=12, schedule=None, before=lambda i: None, inputs=(4, 7)):
+    x = torch.randn(inputs, generator=torch.Generator().manual_seed(1))
     for i in range(n):
         before(i)
         optimizer.zero_grad()
@@ -129,6 +129,25 @@ def test_the_kernel_alone_is_called_where_nothing_has_changed(monkeypatch):
     optimizer = torch.optim.Adam([*net.a.parameters(), *net.b.parameters()], 0.01, fused=True)
     # the first one, and the fourth and ninth, in which b has no gradients
     assert slow_steps(monkeypatch, optimizer, lambda: steps(net, optimizer, FusedStep(optimizer))) == 3
+
+
+def test_weights_in_channels_last_are_not_copied():
+    ends = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(net.parameters(), 0.01, amsgrad=True, fused=True)
+        update = FusedStep(optimizer) if ours else optimizer.step
+        steps(lambda x, i, net=net: net(x.view(1, 3, 4, 4).repeat(2, 1, 1, 1) * i), optimizer, update, inputs=(1, 48))
+        with torch.profiler.profile() as profiler:
+            update()
+        ends.append((net.state_dict(), optimizer.state_dict()["state"], {event.name for event in profiler.events()}))
+    (*theirs, copying), (*mine, plain) = ends
+    for left, right in zip(mine, theirs, strict=True):
+        assert_same(left, right)
+    assert mine[0]["0.weight"].is_contiguous(memory_format=torch.channels_last)
+    assert "aten::clone" in copying  # else there is nothing to avoid, and `_in_order` can go
+    assert "aten::clone" not in plain
 
 
 def test_parameters_of_two_types():

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
+from aezoo.nets.conv2d import Conv2d, ConvTranspose2d
 
-CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 def rank_of(input_shape: tuple[int, ...]) -> int:

@@ -1,0 +1,181 @@
+"""torch's convolutions of images, with the same parameters and results, computed as a CPU does it faster.
+
+Where a grid is small and the channels are many, oneDNN takes up to three times as long as a product of two matrices of
+the same size, and seven times in bfloat16: patches of the image, a row each, times the weights. And in the backward
+pass of a transposed convolution half of its time goes into the bias, which is added apart here. `python -m
+benchmarks.convolutions` measures both. On other devices, and in graphs that are exported, all is torch's own.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# a layer's smaller grid has no more points than this, and channels in times channels out are so many a point
+_POINTS = 16
+_CHANNELS = 2048
+
+Pair = tuple[int, ...]
+
+
+# no tuple, since torch.func would look for tensors in it
+@dataclass(frozen=True)
+class Geometry:
+    """Which points of the larger grid a point of the smaller one sees: rows, then columns."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    small: Pair
+    large: Pair
+
+    def borders(self) -> tuple[int, ...]:
+        """Points to add around the larger grid, as `F.pad` takes them: none for channels, last axis first."""
+        sides = [0, 0]
+        parts = (self.kernel, self.stride, self.padding, self.small, self.large)
+        for k, s, p, n, m in zip(*(part[::-1] for part in parts), strict=True):
+            sides += [p, (n - 1) * s + k - p - m]
+        return tuple(sides)
+
+
+def patches(x: Tensor, geometry: Geometry) -> Tensor:
+    """What each point of the smaller grid sees, zeros beyond the border: (B, H, W, C) -> (B, h, w, *kernel, C)."""
+    return (_Patches if torch.compiler.is_compiling() else _ForwardPatches).apply(x, geometry)
+
+
+def overlay(seen: Tensor, geometry: Geometry) -> Tensor:
+    """The transpose of `patches`, which adds them up where they overlap: (B, h, w, *kernel, C) -> (B, H, W, C)."""
+    return (_Overlay if torch.compiler.is_compiling() else _ForwardOverlay).apply(seen, geometry)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map of its first argument, with the geometry as its second."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.geometry = inputs[1]
+
+
+class _Patches(_Linear):
+    @staticmethod
+    def forward(x: Tensor, geometry: Geometry) -> Tensor:
+        (rows, columns), (down, right) = geometry.kernel, geometry.stride
+        seen = F.pad(x, geometry.borders()).unfold(1, rows, down).unfold(2, columns, right)
+        return seen.permute(0, 1, 2, 4, 5, 3).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return overlay(gradients[0], ctx.geometry), None
+
+
+class _Overlay(_Linear):
+    @staticmethod
+    def forward(seen: Tensor, geometry: Geometry) -> Tensor:
+        (h, w), (rows, columns), (down, right) = geometry.small, geometry.kernel, geometry.stride
+        x = seen.new_zeros(len(seen), (h - 1) * down + rows, (w - 1) * right + columns, seen.shape[-1])
+        for i in range(rows):
+            for j in range(columns):
+                x[:, i : i + h * down : down, j : j + w * right : right] += seen[:, :, :, i, j]
+        return F.pad(x, [-n for n in geometry.borders()])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return patches(gradients[0], ctx.geometry), None
+
+
+# dynamo does not take a function with derivatives in forward mode
+class _ForwardPatches(_Patches):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return patches(tangents[0], ctx.geometry)
+
+
+class _ForwardOverlay(_Overlay):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return overlay(tangents[0], ctx.geometry)
+
+
+def _is_torchs(x: Tensor) -> bool:
+    """A graph for elsewhere should say convolution, and another device has kernels of its own."""
+    return not x.is_cpu or x.dim() != 4 or torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
+    """Whether matrix products are the faster way, for a layer whose smaller grid is this."""
+    points, channels = math.prod(small), layer.in_channels * layer.out_channels
+    enough = channels >= _CHANNELS * max(4, points) and math.prod(layer.kernel_size) > 1
+    return 0 < points <= _POINTS and enough
+
+
+def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    numbers = not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
+    return numbers and layer.groups == 1 and layer.dilation == (1, 1)
+
+
+def _lowered(x: Tensor) -> Tensor:
+    """As autocast has it for products, before patches are copied."""
+    return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, out channels, h, w)."""
+        if not _is_torchs(input) and _is_plain(self):
+            geometry = self.geometry(input)
+            if products_pay(self, geometry.small):
+                return self.by_products(input, geometry)
+        return super().forward(input)
+
+    def geometry(self, input: Tensor) -> Geometry:
+        """What the grids of this layer have to do with each other."""
+        large, padding = tuple(input.shape[2:]), cast(Pair, self.padding)
+        sizes = zip(large, padding, self.kernel_size, self.stride, strict=True)
+        small = tuple((n + 2 * p - k) // s + 1 for n, p, k, s in sizes)
+        return Geometry(self.kernel_size, self.stride, padding, small, large)
+
+    def by_products(self, input: Tensor, geometry: Geometry) -> Tensor:
+        """Patches times weights."""
+        seen = patches(_lowered(input).permute(0, 2, 3, 1), geometry)
+        return F.linear(seen.flatten(3), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d`."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(B, C, h, w) -> (B, out channels, H, W)."""
+        if _is_torchs(input) or output_size is not None or not _is_plain(self):
+            return super().forward(input, output_size)
+        if products_pay(self, tuple(input.shape[2:])):
+            return self.by_products(input, self.geometry(input))
+        if self.bias is not None and torch.is_grad_enabled():
+            return self.with_bias_apart(input)
+        return super().forward(input)
+
+    def geometry(self, input: Tensor) -> Geometry:
+        """What the grids of this layer have to do with each other."""
+        small, padding = tuple(input.shape[2:]), cast(Pair, self.padding)
+        sizes = zip(small, self.stride, padding, self.kernel_size, self.output_padding, strict=True)
+        large = tuple((n - 1) * s - 2 * p + k + extra for n, s, p, k, extra in sizes)
+        return Geometry(self.kernel_size, self.stride, padding, small, large)
+
+    def by_products(self, input: Tensor, geometry: Geometry) -> Tensor:
+        """Weights times inputs, laid over one another."""
+        seen = _lowered(input).permute(0, 2, 3, 1) @ self.weight.permute(0, 2, 3, 1).flatten(1)
+        out = overlay(seen.unflatten(3, (*self.kernel_size, self.out_channels)), geometry)
+        # before it is a view, which autograd would copy
+        return (out if self.bias is None else out.add_(self.bias)).permute(0, 3, 1, 2)
+
+    def with_bias_apart(self, input: Tensor) -> Tensor:
+        """As torch has it, but for the bias."""
+        padding = cast(Pair, self.padding)
+        out = F.conv_transpose2d(input, self.weight, None, self.stride, padding, self.output_padding)
+        return out if self.bias is None else out.add_(self.bias[:, None, None])

@@ -38,6 +38,7 @@ def worth_compiling(parameters: int, batch_size: int, positions: int, steps: flo
     """Whether a run of `steps` steps earns back what compiling its step costs.
 
     A judgement from sizes alone, so that the same command always decides the same: a resumed run must not differ.
+    Convolutions on a CPU gain nothing by it and lose what `aezoo.nets.conv2d` does for them.
 
     Args:
         parameters: numbers in the model.
@@ -46,7 +47,7 @@ def worth_compiling(parameters: int, batch_size: int, positions: int, steps: flo
         steps: optimiser steps of the whole run.
         device: where it trains.
     """
-    if not math.isfinite(steps):
+    if not math.isfinite(steps) or (device.type == "cpu" and positions > 1):
         return False
     if device.type == "cuda":
         return steps * _SAVED_LAUNCHES > _COMPILE_SECONDS
@@ -142,7 +143,8 @@ def keep_pages() -> bool:
 def announce(mode: str, chosen: bool) -> None:
     """Say in a line whether the step is compiled."""
     if mode == "auto":
-        what = "is compiled (the run is long enough to earn it back)" if chosen else "is not compiled (a short run)"
+        why = "the run is long enough to earn it back" if chosen else "a short run, or convolutions on a CPU"
+        what = f"is {'' if chosen else 'not '}compiled ({why})"
         rank_zero_info(f"training step: {what}; --compile {'off' if chosen else 'default'} changes that")
     elif chosen:
         rank_zero_info(f"training step: compiled ({mode}); the first step waits for it")

@@ -3,7 +3,7 @@
 Where a grid is small and the channels are many, oneDNN takes up to three times as long as a product of two matrices of
 the same size, and seven times in bfloat16: patches of the image, a row each, times the weights. And in the backward
 pass of a transposed convolution half of its time goes into the bias, which is added apart here. `python -m
-benchmarks.convolutions` measures both. On other devices, and in graphs that are exported, all is torch's own.
+benchmarks.convolutions` measures both. On other devices, and in compiled or exported graphs, all is torch's own.
 """
 
 import math
@@ -41,41 +41,46 @@ class Geometry:
         return tuple(sides)
 
 
-def patches(x: Tensor, geometry: Geometry) -> Tensor:
-    """What each point of the smaller grid sees, zeros beyond the border: (B, H, W, C) -> (B, h, w, *kernel, C)."""
-    return (_Patches if torch.compiler.is_compiling() else _ForwardPatches).apply(x, geometry)
+class Patches(torch.autograd.Function):
+    """What each point of the smaller grid sees, zeros beyond the border: (B, H, W, C) -> (B, h, w, *kernel, C).
 
-
-def overlay(seen: Tensor, geometry: Geometry) -> Tensor:
-    """The transpose of `patches`, which adds them up where they overlap: (B, h, w, *kernel, C) -> (B, H, W, C)."""
-    return (_Overlay if torch.compiler.is_compiling() else _ForwardOverlay).apply(seen, geometry)
-
-
-class _Linear(torch.autograd.Function):
-    """A linear map of its first argument, with the geometry as its second."""
+    Linear, and so its own derivative.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.geometry = inputs[1]
-
-
-class _Patches(_Linear):
-    @staticmethod
     def forward(x: Tensor, geometry: Geometry) -> Tensor:
+        """Copy."""
         (rows, columns), (down, right) = geometry.kernel, geometry.stride
         seen = F.pad(x, geometry.borders()).unfold(1, rows, down).unfold(2, columns, right)
         return seen.permute(0, 1, 2, 4, 5, 3).contiguous()
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep the geometry."""
+        ctx.geometry = inputs[1]
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return overlay(gradients[0], ctx.geometry), None
+        """The transpose."""
+        return Overlay.apply(gradients[0], ctx.geometry), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """The same map."""
+        return Patches.apply(tangents[0], ctx.geometry)
 
 
-class _Overlay(_Linear):
+class Overlay(torch.autograd.Function):
+    """The transpose of `Patches`, which adds them up where they overlap: (B, h, w, *kernel, C) -> (B, H, W, C)."""
+
+    generate_vmap_rule = True
+    setup_context = Patches.setup_context
+
     @staticmethod
     def forward(seen: Tensor, geometry: Geometry) -> Tensor:
+        """Add."""
         (h, w), (rows, columns), (down, right) = geometry.small, geometry.kernel, geometry.stride
         x = seen.new_zeros(len(seen), (h - 1) * down + rows, (w - 1) * right + columns, seen.shape[-1])
         for i in range(rows):
@@ -85,25 +90,19 @@ class _Overlay(_Linear):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return patches(gradients[0], ctx.geometry), None
+        """The transpose."""
+        return Patches.apply(gradients[0], ctx.geometry), None
 
-
-# dynamo does not take a function with derivatives in forward mode
-class _ForwardPatches(_Patches):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return patches(tangents[0], ctx.geometry)
-
-
-class _ForwardOverlay(_Overlay):
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return overlay(tangents[0], ctx.geometry)
+        """The same map."""
+        return Overlay.apply(tangents[0], ctx.geometry)
 
 
 def _is_torchs(x: Tensor) -> bool:
-    """A graph for elsewhere should say convolution, and another device has kernels of its own."""
-    return not x.is_cpu or x.dim() != 4 or torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    """A graph for elsewhere should say convolution, of patches inductor makes slow loops, and GPUs have their own."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return traced or not x.is_cpu or x.dim() != 4
 
 
 def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
@@ -143,7 +142,7 @@ class Conv2d(nn.Conv2d):
 
     def by_products(self, input: Tensor, geometry: Geometry) -> Tensor:
         """Patches times weights."""
-        seen = patches(_lowered(input).permute(0, 2, 3, 1), geometry)
+        seen = Patches.apply(_lowered(input).permute(0, 2, 3, 1), geometry)
         return F.linear(seen.flatten(3), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
@@ -170,7 +169,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     def by_products(self, input: Tensor, geometry: Geometry) -> Tensor:
         """Weights times inputs, laid over one another."""
         seen = _lowered(input).permute(0, 2, 3, 1) @ self.weight.permute(0, 2, 3, 1).flatten(1)
-        out = overlay(seen.unflatten(3, (*self.kernel_size, self.out_channels)), geometry)
+        out = Overlay.apply(seen.unflatten(3, (*self.kernel_size, self.out_channels)), geometry)
         # before it is a view, which autograd would copy
         return (out if self.bias is None else out.add_(self.bias)).permute(0, 3, 1, 2)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.nets.build import ACTIVATIONS, encoder
+from aezoo.nets.conv2d import Conv2d
 from aezoo.nets.resnet import ResidualBlock
 
 VGG = {"vgg16": "vgg16-397923af.pth", "vgg19": "vgg19-dcbb9e9d.pth"}  # torchvision's names for its default weights
@@ -73,7 +74,7 @@ def vgg_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
         raise AezooError(f"no VGG weights in {file}: fetch them once, {cure or 'or give another path'}, or take random")
     layers: list[nn.Module] = []
     for width, before in ((64, 3), (64, 64), (0, 0), (128, 64), (128, 128), (0, 0), (256, 128)):
-        layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
+        layers += [Conv2d(before, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
     net = FeatureNet(layers, read=(1, 6, 11), imagenet=True)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aezoo.nets.conv2d import Conv2d
 from aezoo.nets.levels import Conditional, Level, Pair
 from aezoo.precision import at_least_float32
 
@@ -30,7 +31,7 @@ def grids(input_shape: Sequence[int], n: int) -> list[Grid]:
 
 def conv(n_in: int, n_out: int, kernel: int) -> nn.Conv2d:
     """A convolution that keeps the grid, without bias at first."""
-    made = nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2)
+    made = Conv2d(n_in, n_out, kernel, padding=kernel // 2)
     nn.init.zeros_(cast(Tensor, made.bias))
     return made
 

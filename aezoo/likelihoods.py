@@ -20,7 +20,7 @@ Models name a likelihood by a plain string, with an optional argument after a co
 """
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -41,32 +41,19 @@ _EXPONENTIAL = [
 _LOG1P = Chebyshev.interpolate(lambda e: np.log1p(e) / e, 9, domain=[0, 1]).convert(kind=Polynomial).coef[::-1].tolist()
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """-x log p - (1 - x) log(1 - p) with p = sigmoid(t), as t^+ - t x + log(1 + exp(-|t|)); its derivative is p - x.
-
-    For inductor, which makes one pass of it; of torch's own more than half is its library's log1p.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(t, x)
-        e = torch.exp(-t.abs())
-        quotient = torch.zeros_like(e)
-        for coefficient in _LOG1P:
-            quotient = quotient * e + coefficient
-        return t.clamp_min(0) - t * x + quotient * e
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
-        (gradient,), (t, x) = gradients, ctx.saved_tensors
-        return (t.sigmoid() - x) * gradient, -t * gradient if ctx.needs_input_grad[1] else None
-
-
 def _cross_entropy(params: Tensor, x: Tensor) -> Tensor:
-    """Of each value, with `params` as logits."""
-    if torch.compiler.is_compiling() and params.is_cpu and params.dtype == torch.float32:
-        return _CrossEntropy.apply(params, x)
-    return F.binary_cross_entropy_with_logits(params, x, reduction="none")
+    """Of each value, -x log p - (1 - x) log(1 - p) with p = sigmoid(params)."""
+    if not (torch.compiler.is_compiling() and params.is_cpu and params.dtype == torch.float32):
+        return F.binary_cross_entropy_with_logits(params, x, reduction="none")
+    # t^+ - t x + log(1 + exp(-|t|)), in one pass by inductor: of torch's own more than half is its library's log1p
+    t = params.detach()
+    e = torch.exp(-t.abs())
+    quotient = torch.zeros_like(e)
+    for coefficient in _LOG1P:
+        quotient = quotient * e + coefficient
+    value = t.clamp_min(0) - t * x + quotient * e
+    # the derivative p - x, rather than that of each operation
+    return value + (t.sigmoid() - x) * (params - t)
 
 
 def _logit(mean: Tensor) -> Tensor:

@@ -704,8 +704,8 @@ def test_blocks_have_the_published_shapes() -> None:
             assert shapes(block.p) == bottleneck(32, 10 + 32, kernel)
             assert shapes(block.of_z) == [(32, 5, 1, 1)]
             assert shapes(block.net) == bottleneck(32, 32, kernel)
-            kinds = [type(layer) for layer in block.net]
-            assert kinds == [torch.nn.GELU, torch.nn.Conv2d] * 4
+            for layer, kind in zip(block.net, [torch.nn.GELU, torch.nn.Conv2d] * 4, strict=True):
+                assert isinstance(layer, kind)
     assert len(model.decoder.stages[3]) == 2
     assert [tuple(start.shape) for start in model.decoder.starts] == [(32, n, n) for n in (8, 4, 2, 1)]
     assert shapes(model.encoder.first) == [(32, 3, 3, 3)]

@@ -7,9 +7,9 @@
 
 Parties: `loop`, a compiled PyTorch loop by hand (logits, fused Adam, uint8 data, channels_last), is the yardstick;
 `loop_eager` is the loop of textbooks; `aezoo` the command `aezoo fit` with all defaults on, `aezoo_compiled` the same
-with `--compile default`, as its `auto` chooses for long runs; `lightning` the module of tutorials, with a
-TensorDataset, the default loader and the default Trainer; `pytorch_vae` the way of that project's experiment class;
-`pythae` its trainer; `keras_torch`, `keras_jax` and `keras_tensorflow` are `model.fit`.
+with `--compile default`, as its `auto` chooses for long runs but those of convolutions; `lightning` the module of
+tutorials, with a TensorDataset, the default loader and the default Trainer; `pytorch_vae` the way of that project's
+experiment class; `pythae` its trainer; `keras_torch`, `keras_jax` and `keras_tensorflow` are `model.fit`.
 
 All read the same file and start from the same weights. PyTorch's parties read the same batches in the same order;
 Keras shuffles for itself, and as its strided convolutions pad on the other side, its pictures and weights are mirrored.

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = made.add_argument
     add("--batch", nargs="+", type=at_least(1), default=[64], metavar="N", help="samples of a batch")
     add("--channels", nargs="+", type=at_least(1), default=[32, 64, 128, 256], metavar="N", help="on the larger grid")
-    add("--sides", nargs="+", type=at_least(1), default=[1, 2, 3, 4, 7, 8], metavar="N", help="of the smaller grid")
+    add("--sides", nargs="+", type=at_least(1), default=[1, 2, 3, 4, 7, 8, 16], metavar="N", help="of the smaller grid")
     add("--strides", nargs="+", type=int, choices=(1, 2), default=[1, 2])
     add("--precision", choices=("fp32", "bf16"), default="fp32")
     add("--threads", type=at_least(1), default=1, help="threads on the CPU")

@@ -189,6 +189,24 @@ def test_settings_that_products_lack_are_torchs(always, taken, settings):
     assert taken == []
 
 
+def test_what_does_not_fit_is_told_in_torchs_words(always):
+    down, up = conv2d.Conv2d(4, 6, 5), conv2d.ConvTranspose2d(4, 6, 3)
+    for layer, x, words in (
+        (down, torch.zeros(2, 4, 3, 3), "Kernel size can't be greater than actual input size"),
+        (down, torch.zeros(2, 3, 6, 6), "expected input.* to have 4 channels, but got 3"),
+        (up, torch.zeros(2, 3, 6, 6), "expected input.* to have 4 channels, but got 3"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            layer(x)
+
+
+def test_autocast_leaves_double_precision(always):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        for layer in (conv2d.Conv2d(4, 6, 3).double(), conv2d.ConvTranspose2d(4, 6, 3).double()):
+            assert layer(x).dtype == torch.float64
+
+
 def test_one_image_and_a_size_that_is_asked_for_are_torchs(always, taken):
     x = torch.randn(4, 5, 5, dtype=torch.float64, requires_grad=True)
     assert_same(*twins(conv2d.Conv2d, 4, 6, 3), x)

@@ -1,8 +1,8 @@
 """torch's convolutions of images, with the same parameters and results, computed as a CPU does it faster.
 
 Where a grid is small and the channels are many, oneDNN takes up to three times as long as a product of two matrices of
-the same size, and seven times in bfloat16: patches of the image, a row each, times the weights. And in the backward
-pass of a transposed convolution half of its time goes into the bias, which is added apart here. `python -m
+the same size, and six times in bfloat16: patches of the image, a row each, times the weights. And on a larger grid up
+to half of a transposed convolution's time goes into the gradient of its bias, which is added apart here. `python -m
 benchmarks.convolutions` measures both. On other devices, and in compiled or exported graphs, all is torch's own.
 """
 
@@ -99,27 +99,26 @@ class Overlay(torch.autograd.Function):
         return Overlay.apply(tangents[0], ctx.geometry)
 
 
-def _is_torchs(x: Tensor) -> bool:
+def _is_torchs(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
     """A graph for elsewhere should say convolution, of patches inductor makes slow loops, and GPUs have their own."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return traced or not x.is_cpu or x.dim() != 4
+    images = x.dim() == 4 and x.shape[1] == layer.in_channels
+    numbers = not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
+    plain = numbers and layer.groups == 1 and layer.dilation == (1, 1)
+    return traced or not (x.is_cpu and images and plain)
 
 
 def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
     """Whether matrix products are the faster way, for a layer whose smaller grid is this."""
     points, channels = math.prod(small), layer.in_channels * layer.out_channels
     enough = channels >= _CHANNELS * max(4, points) and math.prod(layer.kernel_size) > 1
-    return 0 < points <= _POINTS and enough
-
-
-def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
-    numbers = not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
-    return numbers and layer.groups == 1 and layer.dilation == (1, 1)
+    return min(small) > 0 and points <= _POINTS and enough
 
 
 def _lowered(x: Tensor) -> Tensor:
     """As autocast has it for products, before patches are copied."""
-    return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+    lowers = torch.is_autocast_enabled("cpu") and x.dtype == torch.float32
+    return x.to(torch.get_autocast_dtype("cpu")) if lowers else x
 
 
 class Conv2d(nn.Conv2d):
@@ -127,7 +126,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out channels, h, w)."""
-        if not _is_torchs(input) and _is_plain(self):
+        if not _is_torchs(self, input):
             geometry = self.geometry(input)
             if products_pay(self, geometry.small):
                 return self.by_products(input, geometry)
@@ -151,7 +150,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(B, C, h, w) -> (B, out channels, H, W)."""
-        if _is_torchs(input) or output_size is not None or not _is_plain(self):
+        if _is_torchs(self, input) or output_size is not None:
             return super().forward(input, output_size)
         if products_pay(self, tuple(input.shape[2:])):
             return self.by_products(input, self.geometry(input))

@@ -134,6 +134,17 @@ class Spread(NamedTuple):
         return cls(statistics.median(values), min(values), max(values))
 
 
+def in_turns(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median of what each way returns, such as its seconds; a first turn, which makes kernels, does not count."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(1 + repeats):
+        for name, way in ways.items():
+            value = way()
+            if turn:
+                found[name].append(value)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
 def as_text(value: object) -> str:
     """A cell: numbers with five significant digits, nothing for None."""
     if value is None:

@@ -13,12 +13,12 @@ is more than a tenth slower.
 import contextlib
 import itertools
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from .common import Spread, Table, at_least, command_line, environment, parser, run_script
+from .common import Table, at_least, command_line, environment, in_turns, parser, run_script
 
 KEY = ("layer", "precision", "batch", "channels", "side", "stride", "threads")
 
@@ -59,6 +59,8 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
     from aezoo.acceleration import flushed_denormals
     from aezoo.nets import conv2d
 
+    from .measure import timed
+
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     few, many, stride, side = row["channels"], row["channels"] * row["stride"], row["stride"], row["side"]
@@ -76,17 +78,17 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
     if row["layer"] == "transposed":
         ways["bias_apart"] = layer.with_bias_apart
     lower = torch.autocast("cpu", torch.bfloat16) if row["precision"] == "bf16" else contextlib.nullcontext()
-    took: dict[str, list[float]] = {name: [] for name in ways}
+
+    def step(way: Any) -> None:
+        with lower:
+            y = way(x)
+        torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
+
     with flushed_denormals():
-        for turn in range(1 + arguments.repeats):
-            for name, way in ways.items():
-                began = time.perf_counter()
-                with lower:
-                    y = way(x)
-                torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
-                if turn:  # the first makes kernels
-                    took[name].append(1000 * (time.perf_counter() - began))
-    found = {f"{name}_ms": Spread.of(milliseconds).median for name, milliseconds in took.items()}
+        took = in_turns(
+            {name: partial(timed, partial(step, way), x.device) for name, way in ways.items()}, arguments.repeats
+        )
+    found = {f"{name}_ms": 1000 * seconds for name, seconds in took.items()}
     chosen = "products" if conv2d.products_pay(layer, geometry.small) else "torch"
     usual = found.get("bias_apart_ms", found["torch_ms"])
     return {"chosen": chosen, **found, "speedup": usual / found["products_ms"]}

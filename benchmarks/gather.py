@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from .common import Spread, Table, at_least, command_line, environment, parser, run_script
+from .common import Table, at_least, command_line, environment, in_turns, parser, run_script
 
 KEY = ("batch", "x_dim", "latents", "k", "threads")
 _RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
@@ -68,14 +68,9 @@ def measure(row: dict[str, int], arguments: Namespace) -> dict[str, Any]:
         if on_gpu:
             torch.cuda.synchronize()
 
-    took: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(1 + arguments.repeats):
-        for name, dictionary in ways.items():
-            milliseconds = _timed(partial(step, dictionary))
-            if turn:  # the first fills caches
-                took[name].append(milliseconds)
-    dense, gather = Spread.of(took["dense"]), Spread.of(took["gather"])
-    return {"dense_ms": dense.median, "gather_ms": gather.median, "speedup": dense.median / gather.median}
+    clocks = {name: partial(_timed, partial(step, dictionary)) for name, dictionary in ways.items()}
+    took = in_turns(clocks, arguments.repeats)
+    return {"dense_ms": took["dense"], "gather_ms": took["gather"], "speedup": took["dense"] / took["gather"]}
 
 
 def _timed(step: Callable[[], None]) -> float:

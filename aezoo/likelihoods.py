@@ -61,8 +61,14 @@ def _logit(mean: Tensor) -> Tensor:
     return mean.clamp(0.01, 0.99).logit()
 
 
+def _in_order(images: Tensor) -> Tensor:
+    """As they lie in memory, for operations that else copy: (B, H, W, C) if channels come last, else as they are."""
+    last = images.dim() == 4 and images.stride(1) == 1 and images.shape[1] > 1
+    return images.permute(0, 2, 3, 1) if last else images
+
+
 def _sum(values: Tensor) -> Tensor:
-    return values.flatten(1).sum(1)
+    return _in_order(values).flatten(1).sum(1)
 
 
 class Likelihood(nn.Module):
@@ -103,6 +109,8 @@ class Bernoulli(Likelihood):
     discrete = True
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        if params.stride() == x.stride():
+            params, x = _in_order(params), _in_order(x)
         return -_sum(_cross_entropy(params, x))
 
     def mean(self, params: Tensor) -> Tensor:

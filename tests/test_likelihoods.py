@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.distributions as D
 from scipy import stats
 from scipy.integrate import quad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aezoo.errors import AezooError
 from aezoo.likelihoods import LIKELIHOODS, Likelihood, LogitLaplace, likelihood
@@ -415,3 +417,44 @@ def test_a_bad_name_is_refused_in_one_line(name: str) -> None:
         likelihood(name)
     assert "\n" not in str(error.value)
     assert repr(name) in str(error.value)
+
+
+class Noted(TorchDispatchMode):
+    """Operations by name."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Any:
+        self.names: list[str] = []
+        return super().__enter__()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_with_channels_last_are_not_copied(name: str) -> None:
+    own, shape = build(name), (3, 2, 4, 5)
+    params, x = torch.randn(shape, dtype=torch.float64), torch.randint(256, shape) / torch.tensor(255.0).double()
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (params, x)]
+    last[0].requires_grad_()
+    with Noted() as noted:
+        found = own.log_prob(*last)
+        torch.autograd.grad(found.sum(), last[0])
+    torch.testing.assert_close(found, own.log_prob(params, x))
+    assert "clone" not in noted.names
+    # and where only one of the two lies so
+    torch.testing.assert_close(own.log_prob(params, last[1]), found)
+
+
+def test_the_cross_entropy_goes_through_images_in_the_order_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel copies others, where no test sees it."""
+    seen, real = [], torch.nn.functional.binary_cross_entropy_with_logits
+
+    def noted(*args: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        seen.extend(t.is_contiguous() for t in args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy_with_logits", noted)
+    params, x = (torch.rand(3, 2, 4, 5).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    build("bernoulli").float().log_prob(params, x)
+    assert seen == [True, True]

@@ -1,19 +1,21 @@
-"""Convolutions by matrix products against torch's own: values, derivatives of every kind, and where they are taken."""
+"""Convolutions by other means against torch's own: values, derivatives of every kind, and where they are taken."""
 
 import csv
 from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from aezoo.nets import conv2d
+from aezoo.nets import conv2d, products
 
 KERNELS, STRIDES, PADDINGS = (
     [(3, 3), (2, 3), (4, 4), (1, 3)],
     [(1, 1), (2, 2), (2, 1), (3, 3)],
-    [(0, 0), (1, 1), (2, 1)],
+    [(0, 0), (1, 1), (2, 1), (1, 2)],
 )
 
 
@@ -30,11 +32,19 @@ def always(monkeypatch):
 
 
 @pytest.fixture
+def between(monkeypatch):
+    """A convolution of the smaller grid for transposed layers of any size."""
+    monkeypatch.setattr(conv2d, "_CHANNELS", 10**6)
+    monkeypatch.setattr(conv2d, "_LARGE", 0)
+    monkeypatch.setattr(conv2d, "_BETWEEN", 10**6)
+
+
+@pytest.fixture
 def taken(monkeypatch):
     """Which ways were taken."""
     ways: list[str] = []
     for layer in (conv2d.Conv2d, conv2d.ConvTranspose2d):
-        for name in {"by_products", "with_bias_apart"} & set(vars(layer)):
+        for name in {"by_products", "by_sub_pixels", "with_bias_apart"} & set(vars(layer)):
             monkeypatch.setattr(layer, name, noted(ways, name, getattr(layer, name)))
     return ways
 
@@ -86,6 +96,69 @@ def test_same_values_and_gradients_as_torch_for_any_geometry(always, taken, kern
     assert taken == ["by_products"] * cases
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_points_between_are_those_of_torch_for_any_geometry(between, taken, kernel, bias):
+    cases = 0
+    for stride, padding, h, w in product([*STRIDES, (3, 2)], PADDINGS, (1, 4), (5,)):
+        if stride == (1, 1):
+            continue
+        for extra in product(range(min(stride[0], padding[0] + 1)), range(min(stride[1], padding[1] + 1))):
+            size = zip((h, w), stride, padding, kernel, extra, strict=True)
+            if all((n - 1) * s - 2 * p + k + e > 0 for n, s, p, k, e in size):
+                x = torch.randn(2, 3, h, w, dtype=torch.float64, requires_grad=True)
+                assert_same(*twins(conv2d.ConvTranspose2d, 3, 2, kernel, stride, padding, extra, bias=bias), x)
+                cases += 1
+    assert cases > 20
+    assert taken == ["by_sub_pixels"] * cases
+
+
+def test_padding_of_the_output_that_no_point_reaches_is_torchs(between, taken):
+    up, theirs = twins(conv2d.ConvTranspose2d, 3, 2, 2, 2, 0, 1)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert_same(up, theirs, x)
+    assert taken == ["with_bias_apart"]
+
+
+def test_points_between_have_gradients_of_gradients(between):
+    up = conv2d.ConvTranspose2d(2, 2, 3, 2, 1, 1).double()
+    x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *_: up(x), (x, *up.parameters()))
+
+
+@pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
+def test_no_zeros_beyond_the_border_are_multiplied(stride, padding):
+    for (h, w), kernel in product([(4, 4), (5, 3)], [(3, 3), (2, 3)]):
+        layer = conv2d.Conv2d(3, 5, kernel, stride, padding)
+        x, weight = torch.randn(2, h, w, 3), torch.randn(5, *kernel, 3)
+        geometry = layer.geometry(x.permute(0, 3, 1, 2))
+        y = torch.zeros(2, *geometry.small, 5)
+        work = sum(a.shape[0] * a.shape[1] for a, _, _ in products.factors(x, weight, y, geometry))
+        points = F.conv2d(torch.ones(1, 1, h, w), torch.ones(1, 1, *kernel), stride=stride, padding=padding).sum()
+        assert work == 2 * 3 * points
+
+
+@pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
+def test_bfloat16_computes_the_same(stride, padding):
+    """Exactly, of integers so small that it holds their sums."""
+    for size, kernel in product([(4, 4), (5, 3)], [(3, 3), (2, 3)]):
+        geometry = conv2d.Conv2d(3, 2, kernel, stride, padding).geometry(torch.zeros(1, 3, *size))
+        shapes = ((2, *size, 3), (2, *kernel, 3), (2, *geometry.small, 2))
+        x, weight, y = (torch.randint(-1, 2, shape).double() for shape in shapes)
+        for work, a, b in ((products.see, x, weight), (products.spread, y, weight), (products.weigh, x, y)):
+            found = work(a.bfloat16(), b.bfloat16(), geometry)
+            assert found.dtype == torch.bfloat16
+            torch.testing.assert_close(found.double(), work(a, b, geometry), rtol=0, atol=0)
+
+
+def test_points_of_a_batch_are_multiplied_at_once_where_memory_allows():
+    """As few products as there can be, each as large: those of half the kernel's rows meet the border."""
+    down = conv2d.Conv2d(3, 5, 3, 2, 1)
+    x, weight, y = torch.randn(6, 4, 4, 3), torch.randn(5, 3, 3, 3), torch.randn(6, 2, 2, 5)
+    rows = [len(out) for _, _, out in products.factors(x, weight, y, down.geometry(x.permute(0, 3, 1, 2)))]
+    assert rows == [6, 6, 12, 12, 12, 12]
+
+
 def autoencoder(conv, transposed):
     return nn.Sequential(conv(2, 4, 3, 2, 1), nn.Tanh(), transposed(4, 2, 3, 2, 1, 1)).double()
 
@@ -102,31 +175,60 @@ FORWARD = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:De
 
 @FORWARD
 @pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian])
-def test_derivatives_of_torch_func(always, taken, transform):
+def test_derivatives_of_torch_func_are_torchs(always, taken, transform):
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
     found, wanted = (vmap(transform(lambda t, m=m: m(t[None])[0]))(x) for m in both())
     torch.testing.assert_close(found, wanted)
-    assert set(taken) == {"by_products"}
+    assert taken == []
 
 
 @FORWARD
-def test_directions_gradients_of_samples_and_gradients_of_gradients(always):
+def test_directions_and_gradients_of_samples(always, taken):
     x, v = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
     mine, theirs = both()
-    torch.testing.assert_close(jvp(mine, (x,), (v,)), jvp(theirs, (x,), (v,)))
+    wanted = jvp(theirs, (x,), (v,))
+    torch.testing.assert_close(jvp(mine, (x,), (v,)), wanted)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(mine(forward_ad.make_dual(x, v)))
+    torch.testing.assert_close(found.tangent, wanted[1])
 
     def of_samples(m):
         loss = grad(lambda p, t: functional_call(m, p, (t[None],)).square().sum())
         return vmap(loss, (None, 0))(dict(m.named_parameters()), x)
 
     torch.testing.assert_close(of_samples(mine), of_samples(theirs))
-    assert torch.autograd.gradgradcheck(mine, x[:1].requires_grad_())
+    assert taken == []
 
 
-def test_by_autocast_as_torch_in_bfloat16(always, taken, monkeypatch):
-    copied, real = [], conv2d.Patches.apply
-    monkeypatch.setattr(conv2d.Patches, "apply", lambda x, geometry: (copied.append(x.dtype), real(x, geometry))[1])
-    x = torch.randn(5, 8, 4, 4)
+def test_gradients_of_gradients(always, taken):
+    mine, _ = both()
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *_: mine(x), (x, *mine.parameters()))
+    assert set(taken) == {"by_products"}
+
+
+def test_what_needs_no_gradient_gets_none(always, monkeypatch):
+    made = []
+    for name in ("see", "spread", "weigh"):
+        work = getattr(products, name)
+        monkeypatch.setattr(products, name, lambda *a, n=name, work=work: (made.append(n), work(*a))[1])
+    down, up = conv2d.Conv2d(2, 4, 3), conv2d.ConvTranspose2d(2, 4, 3)
+    down(torch.randn(2, 2, 4, 4)).sum().backward()
+    up(torch.randn(2, 2, 4, 4)).sum().backward()
+    assert made == ["see", "weigh", "spread", "weigh"]
+    made.clear()
+    for layer in (down, up):
+        layer.requires_grad_(False)
+        layer(torch.randn(2, 2, 4, 4, requires_grad=True)).sum().backward()
+    assert made == ["see", "spread", "spread", "see"]
+
+
+@pytest.mark.parametrize("ways", ["always", "between"])
+def test_by_autocast_as_torch_in_bfloat16(request, taken, monkeypatch, ways):
+    request.getfixturevalue(ways)
+    copied, real = [], products.patches
+    monkeypatch.setattr(products, "patches", lambda x, geometry: (copied.append(x.dtype), real(x, geometry))[1])
+    x, weight = torch.randn(5, 8, 4, 4), torch.randn(5, 8, 4, 4)
     mine, theirs = (
         autoencoder_of_8(conv2d.Conv2d, conv2d.ConvTranspose2d),
         autoencoder_of_8(nn.Conv2d, nn.ConvTranspose2d),
@@ -136,8 +238,16 @@ def test_by_autocast_as_torch_in_bfloat16(always, taken, monkeypatch):
         found, wanted = mine(x), theirs(x)
     assert found.dtype == wanted.dtype == torch.bfloat16
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.02)
-    assert taken == ["by_products"] * 2
-    assert copied == [torch.bfloat16]  # half of the bytes of the input
+    for a, b in zip(
+        torch.autograd.grad(found, [*mine.parameters()], weight.bfloat16()),
+        torch.autograd.grad(wanted, [*theirs.parameters()], weight.bfloat16()),
+        strict=True,
+    ):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
+    assert taken == (["by_products"] * 2 if ways == "always" else ["by_sub_pixels"])
+    # those of the first layer's input, of the second one's gradient twice, and again of the input: half of the bytes
+    assert copied == ([torch.bfloat16] * 4 if ways == "always" else [])
 
 
 def autoencoder_of_8(conv, transposed):
@@ -153,7 +263,10 @@ def test_products_where_grids_are_small_and_channels_many():
         (128, 128, 4, False),
         (64, 128, 2, True),
         (64, 64, 2, False),
-        (512, 512, 5, False),
+        (512, 512, 5, True),
+        (256, 512, 8, True),
+        (256, 512, 9, False),
+        (512, 512, 9, False),
         (64, 64, 1, False),
         (512, 512, 1, True),
     ]:
@@ -162,18 +275,31 @@ def test_products_where_grids_are_small_and_channels_many():
 
 
 def test_a_layer_takes_the_way_that_pays(taken):
-    down, up = conv2d.Conv2d(128, 128, 3, 2, 1), conv2d.ConvTranspose2d(128, 128, 3, 2, 1, 1)
-    small, large = torch.randn(2, 128, 2, 2), torch.randn(2, 128, 16, 16)
+    down, up, out = (
+        conv2d.Conv2d(128, 128, 3, 2, 1),
+        conv2d.ConvTranspose2d(128, 128, 3, 2, 1, 1),
+        conv2d.ConvTranspose2d(128, 3, 3, 2, 1, 1),
+    )
+    small, medium, large = (torch.randn(2, 128, n, n) for n in (2, 4, 16))
     down(large)
+    up(medium)
+    out(medium)
     assert taken == []
     up(large)
-    assert taken == ["with_bias_apart"]
+    assert taken.pop() == "with_bias_apart"
+    with torch.autocast("cpu", torch.bfloat16):
+        up(large)
     with torch.no_grad():  # the bias costs in the backward pass alone
         up(large)
-    assert taken == ["with_bias_apart"]
+        assert taken == []
+        out(large)
+    out(large)
     down(up(small))
-    assert taken == ["with_bias_apart", "by_products", "by_products"]
+    assert taken == ["by_sub_pixels"] * 2 + ["by_products"] * 2
     torch.testing.assert_close(up(large), nn.ConvTranspose2d.forward(up, large))
+    torch.testing.assert_close(out(large), nn.ConvTranspose2d.forward(out, large))
+    assert not conv2d.sub_pixels_pay(conv2d.ConvTranspose2d(128, 5, 3, 2, 1, 1), up.geometry(large))
+    assert not conv2d.sub_pixels_pay(conv2d.ConvTranspose2d(128, 3, 3, 1, 1), up.geometry(large))
 
 
 @pytest.mark.parametrize(
@@ -230,32 +356,43 @@ def test_graphs_say_convolution(always, taken):
     assert taken == []
 
 
-def test_gradients_lie_as_their_weights_do(always):
+@pytest.mark.parametrize("ways", ["always", "between"])
+def test_gradients_lie_as_their_weights_do(request, ways):
     """Else the first thing that happens to them is a copy, and fused optimisers read both as one."""
+    request.getfixturevalue(ways)
     for layout in (torch.contiguous_format, torch.channels_last):
         for layer in (conv2d.Conv2d(8, 16, 3, 2, 1), conv2d.ConvTranspose2d(8, 16, 3, 2, 1, 1)):
             layer.to(memory_format=layout)
-            out = layer(torch.randn(5, 8, 4, 4))
-            (gradient,) = torch.autograd.grad(out.square().sum(), [layer.weight])
+            x = torch.randn(5, 8, 4, 4).contiguous(memory_format=layout).requires_grad_()
+            out = layer(x)
+            of_x, gradient = torch.autograd.grad(out.square().sum(), [x, layer.weight])
             layer.weight.grad = None
-            layer(torch.randn(5, 8, 4, 4)).square().sum().backward()
+            layer(x).square().sum().backward()
             assert layer.weight.grad.stride() == layer.weight.stride()
             if layout is torch.channels_last:
                 assert gradient.stride() == layer.weight.stride()
-            assert out.is_contiguous(memory_format=torch.channels_last)
+                assert of_x.is_contiguous(memory_format=torch.channels_last)
+                assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_benchmark_measures_both_ways(tmp_path, capsys):
+def test_the_benchmark_measures_all_ways(tmp_path, capsys):
     from benchmarks import convolutions
 
-    words = ["--results", str(tmp_path), "--channels", "8", "--sides", "2", "--batch", "2", "--repeats", "1"]
+    words = ["--results", str(tmp_path), "--channels", "3", "8", "--sides", "2", "--batch", "2", "--repeats", "1"]
     convolutions.main(words)
     (path,) = tmp_path.glob("convolutions-fp32-*.csv")
     rows = [*csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#"))]
-    assert [(row["layer"], row["stride"]) for row in rows] == [*product(("conv", "transposed"), "12")]
+    found = [(row["layer"], row["channels"], row["stride"]) for row in rows]
+    assert found == [*product(("conv", "transposed"), "38", "12")]
     for row in rows:
-        usual = row["bias_apart_ms" if row["layer"] == "transposed" else "torch_ms"]
-        assert float(row["speedup"]) == pytest.approx(float(usual) / float(row["products_ms"]), rel=1e-3)
+        ways = {name.removesuffix("_ms") for name, value in row.items() if name.endswith("_ms") and value}
+        more = {"bias_apart"} if row["layer"] == "transposed" else set()
+        assert ways == {"torch", "products"} | more | (
+            {"sub_pixels"} if more and row["channels"] == "3" and row["stride"] == "2" else set()
+        )
+        took = float(row[row["chosen"] + "_ms"])
+        assert float(row["speedup"]) == pytest.approx(float(row["torch_ms"]) / took, rel=1e-3)
+        assert float(row["lost"]) == pytest.approx(took / min(float(row[f"{way}_ms"]) for way in ways), rel=1e-3)
         assert row["chosen"] == "torch"
     assert f"of {len(rows)}" in capsys.readouterr().out
     convolutions.main(words)  # all there already

@@ -1,111 +1,40 @@
 """torch's convolutions of images, with the same parameters and results, computed as a CPU does it faster.
 
-Where a grid is small and the channels are many, oneDNN takes up to three times as long as a product of two matrices of
-the same size, and six times in bfloat16: patches of the image, a row each, times the weights. And on a larger grid up
-to half of a transposed convolution's time goes into the gradient of its bias, which is added apart here. `python -m
-benchmarks.convolutions` measures both. On other devices, and in compiled or exported graphs, all is torch's own.
+Where a grid is small and the channels are many, oneDNN takes up to three times as long as products of matrices of
+the same size, and six times in bfloat16. A transposed convolution to few channels takes up to twice as long as a
+convolution that finds the points between. And on a larger grid up to half of a transposed convolution's time goes into
+the gradient of its bias, which is added apart here. `python -m benchmarks.convolutions` measures all three. On other
+devices, in compiled or exported graphs and under torch.func, all is torch's own.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aezoo.nets.products import Geometry, Pair, See, Spread, SubPixel
+
 # a layer's smaller grid has no more points than this, and channels in times channels out are so many a point
-_POINTS = 16
+_POINTS = 64
 _CHANNELS = 2048
-
-Pair = tuple[int, ...]
-
-
-# no tuple, since torch.func would look for tensors in it
-@dataclass(frozen=True)
-class Geometry:
-    """Which points of the larger grid a point of the smaller one sees: rows, then columns."""
-
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    small: Pair
-    large: Pair
-
-    def borders(self) -> tuple[int, ...]:
-        """Points to add around the larger grid, as `F.pad` takes them: none for channels, last axis first."""
-        sides = [0, 0]
-        parts = (self.kernel, self.stride, self.padding, self.small, self.large)
-        for k, s, p, n, m in zip(*(part[::-1] for part in parts), strict=True):
-            sides += [p, (n - 1) * s + k - p - m]
-        return tuple(sides)
-
-
-class Patches(torch.autograd.Function):
-    """What each point of the smaller grid sees, zeros beyond the border: (B, H, W, C) -> (B, h, w, *kernel, C).
-
-    Linear, and so its own derivative.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, geometry: Geometry) -> Tensor:
-        """Copy."""
-        (rows, columns), (down, right) = geometry.kernel, geometry.stride
-        seen = F.pad(x, geometry.borders()).unfold(1, rows, down).unfold(2, columns, right)
-        return seen.permute(0, 1, 2, 4, 5, 3).contiguous()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep the geometry."""
-        ctx.geometry = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The transpose."""
-        return Overlay.apply(gradients[0], ctx.geometry), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        """The same map."""
-        return Patches.apply(tangents[0], ctx.geometry)
-
-
-class Overlay(torch.autograd.Function):
-    """The transpose of `Patches`, which adds them up where they overlap: (B, h, w, *kernel, C) -> (B, H, W, C)."""
-
-    generate_vmap_rule = True
-    setup_context = Patches.setup_context
-
-    @staticmethod
-    def forward(seen: Tensor, geometry: Geometry) -> Tensor:
-        """Add."""
-        (h, w), (rows, columns), (down, right) = geometry.small, geometry.kernel, geometry.stride
-        x = seen.new_zeros(len(seen), (h - 1) * down + rows, (w - 1) * right + columns, seen.shape[-1])
-        for i in range(rows):
-            for j in range(columns):
-                x[:, i : i + h * down : down, j : j + w * right : right] += seen[:, :, :, i, j]
-        return F.pad(x, [-n for n in geometry.borders()])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The transpose."""
-        return Patches.apply(gradients[0], ctx.geometry), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        """The same map."""
-        return Overlay.apply(tangents[0], ctx.geometry)
+# and a transposed layer's larger grid has at least this many for the other ways
+_LARGE = 100
+# channels of all the points between: what a processor computes at once
+_BETWEEN = 16
 
 
 def _is_torchs(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
-    """A graph for elsewhere should say convolution, of patches inductor makes slow loops, and GPUs have their own."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    """A graph for elsewhere should say convolution, inductor makes slow loops of the rest, GPUs have their own."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    # neither has a public name; torch's own convolutions have the rules of all transforms
+    func = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     images = x.dim() == 4 and x.shape[1] == layer.in_channels
     numbers = not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
     plain = numbers and layer.groups == 1 and layer.dilation == (1, 1)
-    return traced or not (x.is_cpu and images and plain)
+    return func or not (x.is_cpu and images and plain)
 
 
 def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
@@ -115,10 +44,35 @@ def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
     return min(small) > 0 and points <= _POINTS and enough
 
 
+def sub_pixels_pay(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
+    """Whether a convolution of the smaller grid is the faster way to this layer's few channels."""
+    between = math.prod(layer.stride)
+    few = 1 < between <= _BETWEEN // layer.out_channels
+    # beyond that no point of the smaller grid is seen
+    inside = all(extra <= p for extra, p in zip(layer.output_padding, geometry.padding, strict=True))
+    return few and inside and math.prod(geometry.large) >= _LARGE
+
+
+def bias_pays_apart(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
+    """Whether it is faster to leave the bias out of a transposed convolution, whose backward pass it slows."""
+    lowered = layer.weight.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    trained = layer.bias is not None and torch.is_grad_enabled()
+    return trained and not lowered and math.prod(geometry.large) >= _LARGE
+
+
 def _lowered(x: Tensor) -> Tensor:
-    """As autocast has it for products, before patches are copied."""
+    """As autocast has it for convolutions."""
     lowers = torch.is_autocast_enabled("cpu") and x.dtype == torch.float32
     return x.to(torch.get_autocast_dtype("cpu")) if lowers else x
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return _lowered(x).permute(0, 2, 3, 1)
+
+
+def _channels_first(out: Tensor, bias: Tensor | None) -> Tensor:
+    """And its bias, before it is a view, which autograd would copy."""
+    return (out if bias is None else out.add_(bias)).permute(0, 3, 1, 2)
 
 
 class Conv2d(nn.Conv2d):
@@ -140,9 +94,8 @@ class Conv2d(nn.Conv2d):
         return Geometry(self.kernel_size, self.stride, padding, small, large)
 
     def by_products(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """Patches times weights."""
-        seen = Patches.apply(_lowered(input).permute(0, 2, 3, 1), geometry)
-        return F.linear(seen.flatten(3), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+        """Of what each point sees with the weights."""
+        return _channels_first(See.apply(_channels_last(input), _channels_last(self.weight), geometry), self.bias)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -152,9 +105,12 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         """(B, C, h, w) -> (B, out channels, H, W)."""
         if _is_torchs(self, input) or output_size is not None:
             return super().forward(input, output_size)
-        if products_pay(self, tuple(input.shape[2:])):
-            return self.by_products(input, self.geometry(input))
-        if self.bias is not None and torch.is_grad_enabled():
+        geometry = self.geometry(input)
+        if products_pay(self, geometry.small):
+            return self.by_products(input, geometry)
+        if sub_pixels_pay(self, geometry):
+            return self.by_sub_pixels(input, geometry)
+        if bias_pays_apart(self, geometry):
             return self.with_bias_apart(input)
         return super().forward(input)
 
@@ -166,11 +122,14 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         return Geometry(self.kernel_size, self.stride, padding, small, large)
 
     def by_products(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """Weights times inputs, laid over one another."""
-        seen = _lowered(input).permute(0, 2, 3, 1) @ self.weight.permute(0, 2, 3, 1).flatten(1)
-        out = Overlay.apply(seen.unflatten(3, (*self.kernel_size, self.out_channels)), geometry)
-        # before it is a view, which autograd would copy
-        return (out if self.bias is None else out.add_(self.bias)).permute(0, 3, 1, 2)
+        """Of each point with the weights, laid over one another."""
+        return _channels_first(Spread.apply(_channels_last(input), _channels_last(self.weight), geometry), self.bias)
+
+    def by_sub_pixels(self, input: Tensor, geometry: Geometry) -> Tensor:
+        """As a convolution of the smaller grid."""
+        bias = None if self.bias is None else _lowered(self.bias)
+        out: Tensor = SubPixel.apply(_lowered(input), _lowered(self.weight), bias, geometry)
+        return out
 
     def with_bias_apart(self, input: Tensor) -> Tensor:
         """As torch has it, but for the bias."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aezoo.acceleration import flushed_denormals
+from aezoo.acceleration import flushed_denormals, worth_compiling
 from aezoo.errors import AezooError
 from benchmarks import environments, peer_runs, peers, targets
 from benchmarks.common import read_csv
@@ -260,14 +260,28 @@ def test_a_target_is_judged_by_the_rounds_of_one_run():
     assert found == (2.0, 0.9, 2.1, "")
     assert targets.between("aezoo", "loop")(rows)[:3] == pytest.approx((0.975, 0.9, 1.05))
     assert targets.between("aezoo", "pythae")(rows) is None and targets.between("aezoo", "lightning")(rows) is None
-    stem = "peers-dense-fp32-pt2.13-cpu2"
+    stem = "peers-conv28-fp32-pt2.13-cpu2"
+    rows[1]["party"] = "keras_tensorflow"
     judged = {target.what: found for target, file, found in targets.judge({stem: rows}) if file == stem}
-    assert judged["dense, fp32: aezoo / keras_jax"] == found and judged["dense, fp32: aezoo / pythae"] is None
+    assert judged["conv28, fp32: aezoo / keras_tensorflow"] == found and judged["conv28, fp32: aezoo / pythae"] is None
     assert targets.missed({stem: rows}) == []
     why = {target.what: targets.why_not(target, rows) for target in targets.TARGETS if stem.startswith(target.file)}
-    assert why["dense, fp32: aezoo / pythae"] == "losses differ: pythae"
-    assert why["dense, fp32: aezoo / lightning"] == "not measured"
-    assert targets.missed({stem: [peer("aezoo", "90"), peer("loop", "100")]}) == ["dense, fp32: aezoo / loop"]
+    assert why["conv28, fp32: aezoo / pythae"] == "losses differ: pythae"
+    assert why["conv28, fp32: aezoo / lightning"] == "not measured"
+    assert targets.missed({stem: [peer("aezoo", "90"), peer("loop", "100")]}) == ["conv28, fp32: aezoo / loop"]
+
+
+def test_dense_targets_are_of_the_compiled_step_and_others_of_the_uncompiled_one():
+    """As `--compile auto` has them in long runs, what compiling costs aside; the other way round beside it."""
+    rows = [peer("aezoo", "90 80"), peer("aezoo_compiled", "100 110"), peer("loop", "100 100")]
+    for workload, ours, otherwise in (("dense", (1.05, "compiled"), 0.85), ("conv64", (0.85, ""), 1.05)):
+        (target,) = (t for t in targets.TARGETS if t.what == f"{workload}, fp32: aezoo / loop")
+        found = target.measure(rows)
+        assert (found.median, found.note) == (pytest.approx(ours[0]), ours[1])
+        assert target.otherwise(rows).median == pytest.approx(otherwise)
+    length = {"parameters": 222_384, "batch_size": 256, "positions": 1, "device": torch.device("cpu")}
+    assert worth_compiling(steps=20_000 * torch.get_num_threads(), **length)
+    assert not worth_compiling(steps=10_000 * torch.get_num_threads(), **length)
 
 
 def test_targets_name_parties_and_workloads_that_there_are():

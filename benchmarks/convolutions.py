@@ -85,7 +85,7 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
     ways = {"torch": super(type(layer), layer).forward, "products": lambda x: layer.by_products(x, geometry)}
     pays = {"products": conv2d.products_pay(layer, geometry.small)}
     if row["layer"] == "transposed":
-        ways["bias_apart"] = layer.with_bias_apart
+        ways["bias_apart"] = lambda x: layer.with_bias_apart(x, geometry)
         if stride > 1 and few <= 4:
             ways["sub_pixels"] = lambda x: layer.by_sub_pixels(x, geometry)
         with lower:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from aezoo.nets import conv2d, products
 
@@ -138,16 +139,17 @@ def test_no_zeros_beyond_the_border_are_multiplied(stride, padding):
         assert work == 2 * 3 * points
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
-def test_bfloat16_computes_the_same(stride, padding):
-    """Exactly, of integers so small that it holds their sums."""
+def test_16_bits_compute_the_same(stride, padding, dtype):
+    """Exactly, of integers so small that they hold their sums."""
     for size, kernel in product([(4, 4), (5, 3)], [(3, 3), (2, 3)]):
         geometry = conv2d.Conv2d(3, 2, kernel, stride, padding).geometry(torch.zeros(1, 3, *size))
         shapes = ((2, *size, 3), (2, *kernel, 3), (2, *geometry.small, 2))
         x, weight, y = (torch.randint(-1, 2, shape).double() for shape in shapes)
         for work, a, b in ((products.see, x, weight), (products.spread, y, weight), (products.weigh, x, y)):
-            found = work(a.bfloat16(), b.bfloat16(), geometry)
-            assert found.dtype == torch.bfloat16
+            found = work(a.to(dtype), b.to(dtype), geometry)
+            assert found.dtype == dtype
             torch.testing.assert_close(found.double(), work(a, b, geometry), rtol=0, atol=0)
 
 
@@ -157,6 +159,14 @@ def test_points_of_a_batch_are_multiplied_at_once_where_memory_allows():
     x, weight, y = torch.randn(6, 4, 4, 3), torch.randn(5, 3, 3, 3), torch.randn(6, 2, 2, 5)
     rows = [len(out) for _, _, out in products.factors(x, weight, y, down.geometry(x.permute(0, 3, 1, 2)))]
     assert rows == [6, 6, 12, 12, 12, 12]
+
+
+def test_torchs_counter_counts_what_is_multiplied(always):
+    down, up = conv2d.Conv2d(3, 5, 3, 2, 1), conv2d.ConvTranspose2d(5, 3, 3, 2, 1, 1)
+    with FlopCounterMode(display=False) as counter:
+        up(down(torch.randn(2, 3, 4, 4, requires_grad=True))).sum().backward()
+    # a point of 2x2 sees 25 of 36 that are no zeros; forward, and for both gradients
+    assert counter.get_total_flops() == 2 * 3 * 2 * 25 * 3 * 5 * 2
 
 
 def autoencoder(conv, transposed):

@@ -2,19 +2,18 @@
 
 Where a grid is small and the channels are many, oneDNN takes up to three times as long as products of matrices of
 the same size, and six times in bfloat16. A transposed convolution to few channels takes up to twice as long as a
-convolution that finds the points between. And on a larger grid up to half of a transposed convolution's time goes into
-the gradient of its bias, which is added apart here. `python -m benchmarks.convolutions` measures all three. On other
-devices, in compiled or exported graphs and under torch.func, all is torch's own.
+convolution that finds the points between. And on a larger grid up to half of a transposed convolution's backward pass
+is the gradient of its bias, which is a sum of its own here. `python -m benchmarks.convolutions` measures all three. On
+other devices, in compiled or exported graphs and under torch.func, all is torch's own.
 """
 
 import math
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.nets.products import Geometry, Pair, See, Spread, SubPixel
+from aezoo.nets.products import BiasApart, Geometry, Pair, See, Spread, SubPixel
 
 # a layer's smaller grid has no more points than this, and channels in times channels out are so many a point
 _POINTS = 64
@@ -54,8 +53,8 @@ def sub_pixels_pay(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
 
 
 def bias_pays_apart(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
-    """Whether it is faster to leave the bias out of a transposed convolution, whose backward pass it slows."""
-    lowered = layer.weight.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    """Whether it is faster to leave the bias out of a transposed convolution's backward pass."""
+    lowered = layer.weight.itemsize == 2 or torch.is_autocast_enabled("cpu")
     trained = layer.bias is not None and torch.is_grad_enabled()
     return trained and not lowered and math.prod(geometry.large) >= _LARGE
 
@@ -111,7 +110,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         if sub_pixels_pay(self, geometry):
             return self.by_sub_pixels(input, geometry)
         if bias_pays_apart(self, geometry):
-            return self.with_bias_apart(input)
+            return self.with_bias_apart(input, geometry)
         return super().forward(input)
 
     def geometry(self, input: Tensor) -> Geometry:
@@ -131,8 +130,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         out: Tensor = SubPixel.apply(_lowered(input), _lowered(self.weight), bias, geometry)
         return out
 
-    def with_bias_apart(self, input: Tensor) -> Tensor:
-        """As torch has it, but for the bias."""
-        padding = cast(Pair, self.padding)
-        out = F.conv_transpose2d(input, self.weight, None, self.stride, padding, self.output_padding)
-        return out if self.bias is None else out.add_(self.bias[:, None, None])
+    def with_bias_apart(self, input: Tensor, geometry: Geometry) -> Tensor:
+        """As torch has it, but for the gradient of the bias."""
+        out: Tensor = BiasApart.apply(input, self.weight, self.bias, geometry)
+        return out

@@ -5,8 +5,8 @@ y to x, `weigh` the gradient of <y, see(x)> with respect to the weights (O, rows
 products of matrices want them. Each is linear in both of its arguments, and each a derivative of the other two.
 
 Of float32 the image itself is multiplied, a row of the kernel at a time: nothing is copied, and no zeros beyond its
-border are multiplied, which are 11 of 36 where a kernel of 3x3 sees 4x4 points with stride 2. In bfloat16 a processor's
-matrix units want products so large that copying patches, zeros and all, is the faster way.
+border are multiplied, which are 11 of 36 where a kernel of 3x3 sees 4x4 points with stride 2. Numbers of 16 bits want
+products so large that copying patches, zeros and all, is the faster way, and sums of more bits than they have.
 """
 
 import itertools
@@ -48,32 +48,32 @@ class Geometry:
 
 def see(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(B, H, W, C), (O, rows, columns, C) -> (B, h, w, O)."""
-    if x.dtype == torch.bfloat16:
+    if x.itemsize == 2:
         return patches(x, geometry).flatten(3) @ weight.flatten(1).t()
     y = x.new_zeros(len(x), *geometry.small, len(weight))
     for seen, part, out in factors(x, weight, y, geometry):
-        out.addmm_(seen, part.t())
+        torch.addmm(out, seen, part.t(), out=out)
     return y
 
 
 def spread(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(B, h, w, O), (O, rows, columns, C) -> (B, H, W, C)."""
-    if y.dtype == torch.bfloat16:
+    if y.itemsize == 2:
         return overlaid((y @ weight.flatten(1)).unflatten(3, weight.shape[1:]), geometry)
     x = y.new_zeros(len(y), *geometry.large, weight.shape[3])
     for seen, part, out in factors(x, weight, y, geometry):
-        seen.addmm_(out, part)
+        torch.addmm(seen, out, part, out=seen)
     return x
 
 
 def weigh(x: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
     """(B, H, W, C), (B, h, w, O) -> (O, rows, columns, C)."""
     shape = (y.shape[3], *geometry.kernel, x.shape[3])
-    if x.dtype == torch.bfloat16:
+    if x.itemsize == 2:
         return (y.flatten(0, 2).t() @ patches(x, geometry).flatten(0, 2).flatten(1)).view(shape)
     weight = x.new_zeros(shape)
     for seen, part, out in factors(x, weight, y, geometry):
-        part.addmm_(out.t(), seen)
+        torch.addmm(part, out.t(), seen, out=part)
     return weight
 
 
@@ -184,11 +184,39 @@ class Weigh(_Bilinear):
         )
 
 
-class SubPixel(torch.autograd.Function):
+class _Transposed(torch.autograd.Function):
+    """(B, O, h, w), (O, C, rows, columns), (C,) -> (B, C, H, W), as torch has them; its derivatives but the bias's."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what the derivatives take."""
+        y, weight, _, ctx.geometry = inputs
+        ctx.save_for_backward(y, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """With respect to y, to the weights and to the bias."""
+        g, (y, weight), (of_y, of_weight, of_bias, _) = gradients[0], ctx.saved_tensors, ctx.needs_input_grad
+        stride, padding, extra = ctx.geometry.stride, ctx.geometry.padding, ctx.geometry.output_padding()
+        y_and_weight = torch.ops.aten.convolution_backward(
+            g, y, weight, None, stride, padding, (1, 1), True, extra, 1, (of_y, of_weight, False)
+        )[:2]
+        return *y_and_weight, g.sum((0, 2, 3)) if of_bias else None, None
+
+
+class BiasApart(_Transposed):
+    """A transposed convolution."""
+
+    @staticmethod
+    def forward(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        """The values."""
+        return F.conv_transpose2d(y, weight, bias, geometry.stride, geometry.padding, geometry.output_padding())
+
+
+class SubPixel(_Transposed):
     """A transposed convolution as one from the smaller grid, with a channel for each point between its points.
 
-    Shi et al. 2016, https://arxiv.org/abs/1609.07009: (B, O, h, w), (O, C, rows, columns), (C,) -> (B, C, H, W), as
-    torch has them. Its derivatives are torch's own, which are fast.
+    Shi et al. 2016, https://arxiv.org/abs/1609.07009.
     """
 
     @staticmethod
@@ -211,19 +239,3 @@ class SubPixel(torch.autograd.Function):
         x = x[:, i : i - (-height // down), j : j - (-width // right)]
         x = x.unflatten(3, (down, right, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return x[:, :height, :width].contiguous().permute(0, 3, 1, 2)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep what the derivatives take."""
-        y, weight, _, ctx.geometry = inputs
-        ctx.save_for_backward(y, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """With respect to y, to the weights and to the bias."""
-        g, (y, weight), (of_y, of_weight, of_bias, _) = gradients[0], ctx.saved_tensors, ctx.needs_input_grad
-        stride, padding, extra = ctx.geometry.stride, ctx.geometry.padding, ctx.geometry.output_padding()
-        y_and_weight = torch.ops.aten.convolution_backward(
-            g, y, weight, None, stride, padding, (1, 1), True, extra, 1, (of_y, of_weight, False)
-        )[:2]
-        return *y_and_weight, g.sum((0, 2, 3)) if of_bias else None, None

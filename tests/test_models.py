@@ -33,8 +33,9 @@ def run(check, *subjects):
         pytest.fail(f"{check.__name__} did not run: {reason}")
 
 
-# exporting takes longer than all other checks but check_ddp; one of each kind of network shows a new torch's mistakes
-ONNX_AT_ONCE = ("dense_ae", "conv_ae", "vae", "topk_sae", "mae", "vq_vae")
+# graphs take longer than all other checks but check_ddp; one of each kind of network shows a new torch's mistakes
+GRAPHS = (testing.check_compile, testing.check_export, testing.check_onnx)
+GRAPHS_AT_ONCE = ("dense_ae", "conv_ae", "vae", "topk_sae", "mae", "vq_vae")
 # 3 to 50 seconds each, and a minute or more
 OVERFIT_LATE = (
     *("hvae", "dncnn", "dvae", "gumbel_vq_vae", "bsq_vae", "rq_vae", "fsq_vae", "noise2noise", "noise2void"),
@@ -57,7 +58,7 @@ def of_models():
     for name in own_models():
         for check in ALONE:
             if check is not testing.check_indices or aezoo.model_class(name).discrete_code:
-                late = check is testing.check_onnx and name not in ONNX_AT_ONCE
+                late = check in GRAPHS and name not in GRAPHS_AT_ONCE
                 last = check is testing.check_overfits and name in OVERFIT_LAST
                 late |= check is testing.check_overfits and name in OVERFIT_LATE
                 marks = [pytest.mark.longest] if last else [pytest.mark.slow] if late else []
@@ -79,6 +80,12 @@ def test_variant(variant, check):
 
 @strict
 def test_two_processes_train_like_one():
+    run(check_ddp, *GRAPHS_AT_ONCE, "vae_gan", broken.Sound)
+
+
+@strict
+@pytest.mark.slow
+def test_two_processes_train_every_model_like_one():
     run(check_ddp, *own_models(), *VARIANTS, broken.Sound)
 
 

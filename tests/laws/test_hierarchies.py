@@ -742,6 +742,7 @@ def test_images_of_any_size_have_resolutions_by_halves(shape: tuple[int, ...], g
     assert model.sample(2).shape == model(x).shape == (2, *shape)
 
 
+@pytest.mark.slow
 def test_the_very_deep_vae_codes_images_in_the_bits_of_its_bound(digits: Tensor, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = aezoo.create_model("vdvae", input_shape=(1, 8, 8), **BLOCKS).eval()

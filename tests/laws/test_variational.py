@@ -87,6 +87,7 @@ def test_a_linear_vae_is_probabilistic_pca_on_digits(digits_vae: Any, digits: Te
     reaches_ppca(digits_vae, train, test, 8, spectrum)
 
 
+@pytest.mark.slow
 def test_a_linear_vae_is_probabilistic_pca_on_mnist(mnist5k: Tensor, spectrum: Any, centred: Any, adam: Any) -> None:
     x = mnist5k.float()
     train, test = x[:3500], x[3500:]

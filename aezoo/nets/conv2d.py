@@ -3,8 +3,8 @@
 Where a grid is small and the channels are many, oneDNN takes up to three times as long as products of matrices of
 the same size, and six times in bfloat16. A transposed convolution to few channels takes up to twice as long as a
 convolution that finds the points between. And on a larger grid up to half of a transposed convolution's backward pass
-is the gradient of its bias, which is a sum of its own here. `python -m benchmarks.convolutions` measures all three. On
-other devices, in compiled or exported graphs and under torch.func, all is torch's own.
+is the gradient of its bias, which is a sum of its own here. `python -m benchmarks.convolutions` measures all three; the
+rules are of one thread. On other devices, in compiled or exported graphs and under torch.func, all is torch's own.
 """
 
 import math

@@ -336,6 +336,17 @@ def test_what_does_not_fit_is_told_in_torchs_words(always):
             layer(x)
 
 
+@pytest.mark.parametrize("ways", ["always", "between"])
+def test_a_grid_of_less_than_nothing_is_told_in_torchs_words(request, ways):
+    request.getfixturevalue(ways)
+    up, x = conv2d.ConvTranspose2d(4, 2, 3, 2, 20), torch.zeros(2, 4, 10, 10)
+    with pytest.raises(RuntimeError) as wanted:
+        nn.ConvTranspose2d.forward(up, x)
+    with pytest.raises(RuntimeError) as found:
+        up(x)
+    assert str(found.value) == str(wanted.value)
+
+
 def test_autocast_leaves_double_precision(always):
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):

@@ -105,6 +105,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         if _is_torchs(self, input) or output_size is not None:
             return super().forward(input, output_size)
         geometry = self.geometry(input)
+        if min(geometry.large) < 1:
+            return super().forward(input)  # which refuses it
         if products_pay(self, geometry.small):
             return self.by_products(input, geometry)
         if sub_pixels_pay(self, geometry):

@@ -36,11 +36,12 @@ def run(check, *subjects):
 # graphs take longer than all other checks but check_ddp; one of each kind of network shows a new torch's mistakes
 GRAPHS = (testing.check_compile, testing.check_export, testing.check_onnx)
 GRAPHS_AT_ONCE = ("dense_ae", "conv_ae", "vae", "topk_sae", "mae", "vq_vae")
-# 3 to 50 seconds each, and a minute or more
+# 2 to 50 seconds each, and a minute or more
 OVERFIT_LATE = (
     *("hvae", "dncnn", "dvae", "gumbel_vq_vae", "bsq_vae", "rq_vae", "fsq_vae", "noise2noise", "noise2void"),
     *("vdvae", "soft_vq", "sim_vq_vae", "vq_vae_2", "piwae", "unet_ae", "titok", "vamp_vae", "lfq_vae", "resnet_ae"),
-    *("miwae", "aae", "simmim", "semi_supervised_vae"),
+    *("miwae", "aae", "simmim", "semi_supervised_vae", "vq_vae", "vae_gan", "conditional_vae", "matryoshka_sae"),
+    *("mae", "matching_pursuit_sae"),
 )
 OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer")
 # of each kind of network and of what stands between encoder and decoder
@@ -71,8 +72,17 @@ def test_model(name, check):
     run(check, name)
 
 
+def of_variants():
+    """The checks that fit or save are the longest; what they look at is rarely an argument's doing."""
+    late = (testing.check_checkpoint, testing.check_loop, testing.check_seed, testing.check_deterministic_evaluation)
+    for check in CHECKS:
+        if check.__name__ not in NOT_OF_VARIANTS:
+            marks = [pytest.mark.slow] if check in late else []
+            yield pytest.param(check, id=name_of_check(check), marks=marks)
+
+
 @strict
-@pytest.mark.parametrize("check", [c for c in CHECKS if c.__name__ not in NOT_OF_VARIANTS], ids=name_of_check)
+@pytest.mark.parametrize("check", [*of_variants()])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
 def test_variant(variant, check):
     run(check, variant)

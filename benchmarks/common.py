@@ -30,8 +30,8 @@ def results_folder() -> Path:
     return PACKAGE / "results" if (PACKAGE.parent / "pyproject.toml").is_file() else Path("benchmark-results")
 
 
-def environment(precision: str = "fp32", accelerator: str = "auto") -> str:
-    """What a number depends on, for a file name: precision, torch's version, processor and cores or GPU."""
+def environment(precision: str = "fp32", accelerator: str = "auto", machine: str | None = None) -> str:
+    """What a number depends on, for a file name: precision, torch's version, cores or GPU, and the machine if named."""
     import torch
 
     version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
@@ -40,7 +40,7 @@ def environment(precision: str = "fp32", accelerator: str = "auto") -> str:
         device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
     elif accelerator == "mps":
         device = "mps"
-    return f"{precision}-pt{version}-{device}"
+    return "-".join(filter(None, [precision, f"pt{version}", device, machine]))
 
 
 def processor() -> str:
@@ -74,6 +74,22 @@ def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
         help="measure rows again that are there already: all that are asked for (the default), or those that failed",
     )
     return made
+
+
+def add_machine(made: argparse.ArgumentParser) -> None:
+    """Give a parser the flag that keeps processors with as many cores apart."""
+    made.add_argument(
+        "--machine",
+        type=_machine,
+        metavar="NAME",
+        help="a name for this processor, such as zen4, at the end of the file's name; by default its cores alone",
+    )
+
+
+def _machine(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of small letters and digits alone")
+    return text
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -42,7 +42,8 @@ def measure_startup(arguments: Namespace, command: str) -> None:
     Raises:
         AezooError: one of the two processes failed.
     """
-    path = arguments.results / f"speed-startup-{environment('fp32', arguments.accelerator)}.csv"
+    name = environment("fp32", arguments.accelerator, arguments.machine)
+    path = arguments.results / f"speed-startup-{name}.csv"
     table = Table(path, ("what",), command, arguments.again)
     # compile off, as the first step of a compiled run waits for the compiler by nature
     fit = ["fit", "-c", "dense_article", "--compile", "off"]

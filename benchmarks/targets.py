@@ -197,5 +197,6 @@ def why_not(target: Target, rows: Sequence[Row]) -> str:
 
 
 def missed(files: Files) -> list[str]:
-    """Targets that a CSV says are not reached."""
-    return [target.what for target, _, found in judge(files) if found is not None and not target.reached(found)]
+    """Targets that a CSV says are not reached, and which CSV."""
+    judged = judge(files)
+    return [f"{target.what} ({stem})" for target, stem, found in judged if found and not target.reached(found)]

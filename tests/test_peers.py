@@ -85,6 +85,27 @@ def test_ratios_are_taken_within_a_round(fake):
     assert "/somewhere" not in path.read_text() and not [*fake.folder.glob("*.part")]
 
 
+def test_processors_with_as_many_cores_have_files_of_their_own(fake):
+    fake.run()
+    before = {path: path.read_bytes() for path in fake.folder.glob("*.csv")}
+    peers.main(["dense", "--machine", "zen4", "--parties", "loop", "aezoo", "--results", str(fake.folder)])
+    (path,) = before
+    assert {path: path.read_bytes()} == before
+    named = path.with_stem(f"{path.stem}-zen4")
+    assert {*fake.folder.glob("*.csv")} == {path, named}
+    assert "--machine zen4" in read_csv(named)[0][0]
+    # each is judged by itself
+    stems = [stem for target, stem, _ in targets.judge({path.stem: [], named.stem: []}) if "dense, fp32" in target.what]
+    assert {*stems} == {path.stem, named.stem}
+
+
+@pytest.mark.parametrize("name", ["", "Zen4", "zen-4", "../zen4"])
+def test_a_machine_s_name_is_a_plain_word(fake, capsys, name):
+    with pytest.raises(SystemExit) as left:
+        peers.main(["dense", "--machine", name])
+    assert left.value.code == 2 and "small letters and digits" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "losses", [[200.0, 150.0, 130.0], [200.0, 150.0], [200.0, 150.0, float("nan")], [200.0, float("inf"), 140.0]]
 )
@@ -268,7 +289,8 @@ def test_a_target_is_judged_by_the_rounds_of_one_run():
     why = {target.what: targets.why_not(target, rows) for target in targets.TARGETS if stem.startswith(target.file)}
     assert why["conv28, fp32: aezoo / pythae"] == "losses differ: pythae"
     assert why["conv28, fp32: aezoo / lightning"] == "not measured"
-    assert targets.missed({stem: [peer("aezoo", "90"), peer("loop", "100")]}) == ["conv28, fp32: aezoo / loop"]
+    missed = targets.missed({stem: [peer("aezoo", "90"), peer("loop", "100")]})
+    assert missed == [f"conv28, fp32: aezoo / loop ({stem})"]
 
 
 def test_dense_targets_are_of_the_compiled_step_and_others_of_the_uncompiled_one():

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from .common import Table, at_least, command_line, environment, in_turns, parser, run_script
+from .common import Table, add_machine, at_least, command_line, environment, in_turns, parser, run_script
 
 KEY = ("layer", "precision", "batch", "channels", "side", "stride", "threads")
 
@@ -27,6 +27,7 @@ KEY = ("layer", "precision", "batch", "channels", "side", "stride", "threads")
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the grid that is asked for."""
     made = parser("convolutions", __doc__)
+    add_machine(made)
     add = made.add_argument
     add("--batch", nargs="+", type=at_least(1), default=[64], metavar="N", help="samples of a batch")
     add(
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--repeats", type=at_least(1), default=7, help="repeats after the warm-up")
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = made.parse_args(words)
-    path = arguments.results / f"convolutions-{environment(arguments.precision, 'cpu')}.csv"
+    path = arguments.results / f"convolutions-{environment(arguments.precision, 'cpu', arguments.machine)}.csv"
     table = Table(path, KEY, command_line("convolutions", words), arguments.again)
     sizes = (vars(arguments)[name] for name in ("batch", "channels", "sides", "strides"))
     for values in itertools.product(("conv", "transposed"), [arguments.precision], *sizes, [arguments.threads]):
@@ -83,7 +84,8 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
     geometry = layer.geometry(x)
     lower = torch.autocast("cpu", torch.bfloat16) if row["precision"] == "bf16" else contextlib.nullcontext()
     ways = {"torch": super(type(layer), layer).forward, "products": lambda x: layer.by_products(x, geometry)}
-    pays = {"products": conv2d.products_pay(layer, geometry.small)}
+    with lower:
+        pays = {"products": conv2d.products_pay(layer, geometry.small)}
     if row["layer"] == "transposed":
         ways["bias_apart"] = lambda x: layer.with_bias_apart(x, geometry)
         if stride > 1 and few <= 4:

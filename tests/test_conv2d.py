@@ -38,6 +38,7 @@ def between(monkeypatch):
     monkeypatch.setattr(conv2d, "_CHANNELS", 10**6)
     monkeypatch.setattr(conv2d, "_LARGE", 0)
     monkeypatch.setattr(conv2d, "_BETWEEN", 10**6)
+    monkeypatch.setattr(conv2d, "_FEW", 0)
 
 
 @pytest.fixture
@@ -260,6 +261,20 @@ def test_by_autocast_as_torch_in_bfloat16(request, taken, monkeypatch, ways):
     assert copied == ([torch.bfloat16] * 4 if ways == "always" else [])
 
 
+@pytest.mark.parametrize("way", ["with_bias_apart", "by_sub_pixels"])
+def test_of_16_bits_a_backward_pass_is_of_16_bits_alone(way):
+    """Of float32 and bfloat16 together oneDNN refuses some layers on some processors."""
+    layer, x = conv2d.ConvTranspose2d(32, 1, 3, 1, 1), torch.randn(64, 32, 1, 1, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = getattr(layer, way)(x, layer.geometry(x)), nn.ConvTranspose2d.forward(layer, x)
+    assert {saved.dtype for saved in found.grad_fn.saved_tensors} == {torch.bfloat16}
+    torch.testing.assert_close(found, wanted)
+    g = torch.ones_like(found)
+    for a, b in zip(*(torch.autograd.grad(y, [x, *layer.parameters()], g) for y in (found, wanted)), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
+
+
 def autoencoder_of_8(conv, transposed):
     return nn.Sequential(conv(8, 16, 3, 2, 1), transposed(16, 8, 3, 2, 1, 1))
 
@@ -297,8 +312,6 @@ def test_a_layer_takes_the_way_that_pays(taken):
     assert taken == []
     up(large)
     assert taken.pop() == "with_bias_apart"
-    with torch.autocast("cpu", torch.bfloat16):
-        up(large)
     with torch.no_grad():  # the bias costs in the backward pass alone
         up(large)
         assert taken == []
@@ -310,6 +323,31 @@ def test_a_layer_takes_the_way_that_pays(taken):
     torch.testing.assert_close(out(large), nn.ConvTranspose2d.forward(out, large))
     assert not conv2d.sub_pixels_pay(conv2d.ConvTranspose2d(128, 5, 3, 2, 1, 1), up.geometry(large))
     assert not conv2d.sub_pixels_pay(conv2d.ConvTranspose2d(128, 3, 3, 1, 1), up.geometry(large))
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["autocast", "bfloat16"])
+@pytest.mark.parametrize("tiles", [False, True], ids=["without", "with"])
+def test_in_16_bits_the_way_that_pays_is_the_processors(taken, monkeypatch, tiles, half):
+    monkeypatch.setattr(conv2d, "_TILES", tiles)
+    dtype = torch.bfloat16 if half else None
+    plain, strided = conv2d.Conv2d(256, 256, 3, 1, 1, dtype=dtype), conv2d.Conv2d(256, 512, 3, 2, 1, dtype=dtype)
+    up = conv2d.ConvTranspose2d(32, 32, 3, 2, 1, 1, dtype=dtype)
+
+    def ways(layer, *shape):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not half):
+            layer(torch.randn(2, *shape, dtype=dtype))
+        return [taken.pop() for _ in taken[:]]
+
+    assert ways(plain, 256, 4, 4) == (["by_products"] if tiles else [])
+    assert ways(strided, 256, 8, 8) == ["by_products"]
+    assert ways(strided, 256, 10, 10) == (["by_products"] if tiles else [])
+    assert ways(up, 32, 7, 7) == ([] if tiles else ["with_bias_apart"])
+
+
+def test_the_bias_of_few_channels_is_left_where_it_is(taken):
+    for n, wanted in ((16, []), (17, ["with_bias_apart"])):
+        conv2d.ConvTranspose2d(8, n, 3, 1, 1)(torch.randn(2, 8, 10, 10))
+        assert [taken.pop() for _ in taken[:]] == wanted
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """torch's convolutions of images, with the same parameters and results, computed as a CPU does it faster.
 
-Where a grid is small and the channels are many, oneDNN takes up to three times as long as products of matrices of
-the same size, and six times in bfloat16. A transposed convolution to few channels takes up to twice as long as a
-convolution that finds the points between. And on a larger grid up to half of a transposed convolution's backward pass
-is the gradient of its bias, which is a sum of its own here. `python -m benchmarks.convolutions` measures all three; the
-rules are of one thread. On other devices, in compiled or exported graphs and under torch.func, all is torch's own.
+Where a grid is small and the channels are many, oneDNN takes up to five times as long as products of matrices of
+the same size, and six times in bfloat16 on a processor with AMX. A transposed convolution to few channels takes up to
+twice as long as a convolution that finds the points between. And on a larger grid up to half of a transposed
+convolution's backward pass is the gradient of its bias, which is a sum of its own here.
+`python -m benchmarks.convolutions` measures all three; the rules are of one thread of two processors, with AMX and
+without. On other devices, in compiled or exported graphs and under torch.func, all is torch's own.
 """
 
 import math
@@ -18,10 +19,15 @@ from aezoo.nets.products import BiasApart, Geometry, Pair, See, Spread, SubPixel
 # a layer's smaller grid has no more points than this, and channels in times channels out are so many a point
 _POINTS = 64
 _CHANNELS = 2048
+# in 16 bits without units for products of tiles, the smaller grid has no more than this, and strides
+_POINTS_OF_16_BITS = 16
+_TILES = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))
 # and a transposed layer's larger grid has at least this many for the other ways
 _LARGE = 100
 # channels of all the points between: what a processor computes at once
 _BETWEEN = 16
+# channels whose sum is too quick to matter
+_FEW = 16
 
 
 def _is_torchs(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
@@ -40,6 +46,8 @@ def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
     """Whether matrix products are the faster way, for a layer whose smaller grid is this."""
     points, channels = math.prod(small), layer.in_channels * layer.out_channels
     enough = channels >= _CHANNELS * max(4, points) and math.prod(layer.kernel_size) > 1
+    if _is_lowered(layer) and not _TILES:
+        enough = enough and points <= _POINTS_OF_16_BITS and math.prod(layer.stride) > 1
     return min(small) > 0 and points <= _POINTS and enough
 
 
@@ -54,9 +62,13 @@ def sub_pixels_pay(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
 
 def bias_pays_apart(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
     """Whether it is faster to leave the bias out of a transposed convolution's backward pass."""
-    lowered = layer.weight.itemsize == 2 or torch.is_autocast_enabled("cpu")
     trained = layer.bias is not None and torch.is_grad_enabled()
-    return trained and not lowered and math.prod(geometry.large) >= _LARGE
+    slow = not (_is_lowered(layer) and _TILES) and layer.out_channels > _FEW
+    return trained and slow and math.prod(geometry.large) >= _LARGE
+
+
+def _is_lowered(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    return layer.weight.itemsize == 2 or torch.is_autocast_enabled("cpu")
 
 
 def _lowered(x: Tensor) -> Tensor:
@@ -128,11 +140,13 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     def by_sub_pixels(self, input: Tensor, geometry: Geometry) -> Tensor:
         """As a convolution of the smaller grid."""
-        bias = None if self.bias is None else _lowered(self.bias)
-        out: Tensor = SubPixel.apply(_lowered(input), _lowered(self.weight), bias, geometry)
-        return out
+        return self._by(SubPixel, input, geometry)
 
     def with_bias_apart(self, input: Tensor, geometry: Geometry) -> Tensor:
         """As torch has it, but for the gradient of the bias."""
-        out: Tensor = BiasApart.apply(input, self.weight, self.bias, geometry)
+        return self._by(BiasApart, input, geometry)
+
+    def _by(self, way: type[torch.autograd.Function], input: Tensor, geometry: Geometry) -> Tensor:
+        bias = None if self.bias is None else _lowered(self.bias)
+        out: Tensor = way.apply(_lowered(input), _lowered(self.weight), bias, geometry)
         return out

@@ -1,5 +1,7 @@
 """Every registered model trains for hundreds of steps with random hyperparameters: finite, and without growth."""
 
+import gc
+
 import lightning.pytorch as pl
 import promises
 import pytest
@@ -22,7 +24,12 @@ def soak(model, data, watch):
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[FaultGuard(patience=1), watch],
     )  # fmt: skip
-    trainer.fit(model, data)
+    gc.collect()
+    gc.freeze()  # what all the imports have made is not to be searched after every epoch
+    try:
+        trainer.fit(model, data)
+    finally:
+        gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -216,15 +216,13 @@ def draw(name, seed):
 
 # glibc keeps what was freed, by chance megabytes more or less from one step to the next: without giving it back first,
 # a growth of less than about 20 KiB a step could not be told from that
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def resident():
-    """Bytes of memory that this process has in use; None where they cannot be told (no Linux, or none with glibc)."""
-    if _TRIM is None:
-        return None
+    """Bytes of memory that this process has in use; cannot be told without TRIM (no Linux, or none with glibc)."""
     gc.collect()
-    _TRIM(0)
+    TRIM(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 

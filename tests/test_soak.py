@@ -7,7 +7,7 @@ import promises
 import pytest
 import torch
 from golden import own_models
-from soak import RANGES, Watch, arguments, draw, resident
+from soak import RANGES, TRIM, Watch, arguments, draw
 
 import aezoo
 from aezoo.callbacks import FaultGuard
@@ -45,7 +45,7 @@ def test_every_hyperparameter_of_every_model_is_drawn():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(resident() is None, reason="memory cannot be told here")
+@pytest.mark.skipif(TRIM is None, reason="memory cannot be told here")
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", own_models())
 def test_hundreds_of_steps_stay_finite_and_do_not_grow(name, seed, data):
@@ -60,7 +60,7 @@ def test_hundreds_of_steps_stay_finite_and_do_not_grow(name, seed, data):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(resident() is None, reason="memory cannot be told here")
+@pytest.mark.skipif(TRIM is None, reason="memory cannot be told here")
 def test_a_model_that_keeps_its_batches_would_be_seen(data):
     class Hoards(Watch):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):

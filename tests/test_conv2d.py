@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from aezoo.nets import conv2d, products
+from aezoo.nets import conv2d, linear, products
 
 KERNELS, STRIDES, PADDINGS = (
     [(3, 3), (2, 3), (4, 4), (1, 3)],
@@ -21,15 +21,27 @@ KERNELS, STRIDES, PADDINGS = (
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed(monkeypatch) -> None:
     torch.manual_seed(7)
+    monkeypatch.setattr(linear, "HALVED", False)
 
 
 @pytest.fixture
 def always(monkeypatch):
     """Products for layers of any size."""
-    monkeypatch.setattr(conv2d, "_POINTS", 10**6)
-    monkeypatch.setattr(conv2d, "_CHANNELS", 0)
+    for most in ("_POINTS", "_FEW_POINTS"):
+        monkeypatch.setattr(conv2d, most, 10**6)
+    for least in ("_CHANNELS", "_CHANNELS_UNSTRIDED"):
+        monkeypatch.setattr(conv2d, least, 0)
+
+
+@pytest.fixture
+def halved(monkeypatch):
+    """As on a processor of which MKL uses half."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(linear, "HALVED", True)
+    monkeypatch.setattr(linear, "_LARGE", 0)
 
 
 @pytest.fixture
@@ -37,6 +49,7 @@ def between(monkeypatch):
     """A convolution of the smaller grid for transposed layers of any size."""
     monkeypatch.setattr(conv2d, "_CHANNELS", 10**6)
     monkeypatch.setattr(conv2d, "_LARGE", 0)
+    monkeypatch.setattr(conv2d, "_LARGE_IN_16_BITS", 0)
     monkeypatch.setattr(conv2d, "_BETWEEN", 10**6)
     monkeypatch.setattr(conv2d, "_FEW", 0)
 
@@ -152,6 +165,30 @@ def test_16_bits_compute_the_same(stride, padding, dtype):
             found = work(a.to(dtype), b.to(dtype), geometry)
             assert found.dtype == dtype
             torch.testing.assert_close(found.double(), work(a, b, geometry), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
+def test_by_onednn_compute_the_same(halved, monkeypatch, stride, padding):
+    multiplied, real = [], linear.product
+    monkeypatch.setattr(linear, "product", lambda *a: (multiplied.append(a), real(*a))[1])
+    for size, kernel in product([(4, 4), (5, 3)], [(3, 3), (2, 3)]):
+        geometry = conv2d.Conv2d(3, 2, kernel, stride, padding).geometry(torch.zeros(1, 3, *size))
+        shapes = ((2, *size, 3), (2, *kernel, 3), (2, *geometry.small, 2))
+        x, weight, y = (torch.randn(shape) for shape in shapes)
+        for work, a, b in ((products.see, x, weight), (products.spread, y, weight), (products.weigh, x, y)):
+            torch.testing.assert_close(work(a, b, geometry), work(a.double(), b.double(), geometry).float())
+            # of a single point's patch most lies beyond the border
+            assert len(multiplied) == (geometry.small != (1, 1))
+            multiplied.clear()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_by_onednn_a_network_is_torchs(halved, always, taken, bias):
+    layers = [(conv2d.Conv2d, nn.Conv2d, (3, 5, 3, 2, 1)), (conv2d.ConvTranspose2d, nn.ConvTranspose2d, (5, 3, 4, 2))]
+    mine, theirs = (nn.Sequential(*(pair[i](*pair[2], bias=bias) for pair in layers)) for i in (0, 1))
+    theirs.load_state_dict(mine.state_dict())
+    assert_same(mine, theirs, torch.randn(2, 3, 6, 6, requires_grad=True))
+    assert taken == ["by_products"] * 2
 
 
 def test_points_of_a_batch_are_multiplied_at_once_where_memory_allows():
@@ -299,6 +336,22 @@ def test_products_where_grids_are_small_and_channels_many():
     assert not conv2d.products_pay(conv2d.Conv2d(512, 512, 1), (2, 2))
 
 
+def test_products_by_onednn_have_to_be_fewer(halved):
+    """Its convolutions are the faster for it."""
+    for n_in, n_out, side, stride, wanted in [
+        (256, 512, 4, 2, True),
+        (256, 512, 5, 2, False),
+        (128, 256, 4, 2, True),
+        (64, 128, 3, 2, False),
+        (64, 128, 2, 2, True),
+        (256, 256, 2, 1, True),
+        (256, 256, 3, 1, False),
+        (128, 256, 1, 1, False),
+        (256, 256, 1, 1, True),
+    ]:
+        assert conv2d.products_pay(conv2d.Conv2d(n_in, n_out, 3, stride), (side, side)) is wanted, (n_in, side, stride)
+
+
 def test_a_layer_takes_the_way_that_pays(taken):
     down, up, out = (
         conv2d.Conv2d(128, 128, 3, 2, 1),
@@ -338,10 +391,12 @@ def test_in_16_bits_the_way_that_pays_is_the_processors(taken, monkeypatch, tile
             layer(torch.randn(2, *shape, dtype=dtype))
         return [taken.pop() for _ in taken[:]]
 
+    assert ways(plain, 256, 2, 2) == ["by_products"]
     assert ways(plain, 256, 4, 4) == (["by_products"] if tiles else [])
     assert ways(strided, 256, 8, 8) == ["by_products"]
     assert ways(strided, 256, 10, 10) == (["by_products"] if tiles else [])
-    assert ways(up, 32, 7, 7) == ([] if tiles else ["with_bias_apart"])
+    assert ways(up, 32, 3, 3) == ([] if tiles else ["with_bias_apart"])
+    assert ways(up, 32, 2, 2) == []
 
 
 def test_the_bias_of_few_channels_is_left_where_it_is(taken):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.nets.conv2d import Conv2d, ConvTranspose2d
+from aezoo.nets.linear import Linear
 
 CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: Conv2d, 3: nn.Conv3d}
 TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -51,8 +52,8 @@ def head(code_shape: tuple[int, ...], grid_shape: tuple[int, ...], rank: int) ->
     """Layers between the last feature map and the code: linear for a vector, a 1x1 convolution for a map."""
     if len(code_shape) == 1:
         size = math.prod(grid_shape)
-        down = nn.Sequential(nn.Flatten(), nn.Linear(size, code_shape[0]))
-        up = nn.Sequential(nn.Linear(code_shape[0], size), nn.Unflatten(1, grid_shape))
+        down = nn.Sequential(nn.Flatten(), Linear(size, code_shape[0]))
+        up = nn.Sequential(Linear(code_shape[0], size), nn.Unflatten(1, grid_shape))
         return down, up
     if tuple(code_shape[1:]) != tuple(grid_shape[1:]):
         raise AezooError(

@@ -4,7 +4,7 @@ Where a grid is small and the channels are many, oneDNN takes up to five times a
 the same size, and six times in bfloat16 on a processor with AMX. A transposed convolution to few channels takes up to
 twice as long as a convolution that finds the points between. And on a larger grid up to half of a transposed
 convolution's backward pass is the gradient of its bias, which is a sum of its own here.
-`python -m benchmarks.convolutions` measures all three; the rules are of one thread of two processors, with AMX and
+`python -m benchmarks.convolutions` measures all three; the rules are of one thread of three processors, with AMX and
 without. On other devices, in compiled or exported graphs and under torch.func, all is torch's own.
 """
 
@@ -14,16 +14,19 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from aezoo.nets import linear
 from aezoo.nets.products import BiasApart, Geometry, Pair, See, Spread, SubPixel
 
 # a layer's smaller grid has no more points than this, and channels in times channels out are so many a point
 _POINTS = 64
 _CHANNELS = 2048
-# in 16 bits without units for products of tiles, the smaller grid has no more than this, and strides
-_POINTS_OF_16_BITS = 16
+# where oneDNN is the better at convolutions: in 16 bits without units for products of tiles, in 32 where MKL is slow
+_FEW_POINTS = 16
+_CHANNELS_UNSTRIDED = 16384
 _TILES = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))
-# and a transposed layer's larger grid has at least this many for the other ways
+# and a transposed layer's larger grid has at least this many for the other ways, or to leave out a bias of 16 bits
 _LARGE = 100
+_LARGE_IN_16_BITS = 36
 # channels of all the points between: what a processor computes at once
 _BETWEEN = 16
 # channels whose sum is too quick to matter
@@ -34,21 +37,20 @@ def _is_torchs(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
     """A graph for elsewhere should say convolution, inductor makes slow loops of the rest, GPUs have their own."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
-    # neither has a public name; torch's own convolutions have the rules of all transforms
-    func = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     images = x.dim() == 4 and x.shape[1] == layer.in_channels
     numbers = not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
     plain = numbers and layer.groups == 1 and layer.dilation == (1, 1)
-    return func or not (x.is_cpu and images and plain)
+    return linear.is_transformed() or not (x.is_cpu and images and plain)
 
 
 def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
     """Whether matrix products are the faster way, for a layer whose smaller grid is this."""
     points, channels = math.prod(small), layer.in_channels * layer.out_channels
-    enough = channels >= _CHANNELS * max(4, points) and math.prod(layer.kernel_size) > 1
-    if _is_lowered(layer) and not _TILES:
-        enough = enough and points <= _POINTS_OF_16_BITS and math.prod(layer.stride) > 1
-    return min(small) > 0 and points <= _POINTS and enough
+    most, least = _POINTS, _CHANNELS
+    if not _TILES if _is_lowered(layer) else linear.HALVED:
+        most, least = _FEW_POINTS, _CHANNELS if math.prod(layer.stride) > 1 else _CHANNELS_UNSTRIDED
+    enough = channels >= least * max(4, points) and math.prod(layer.kernel_size) > 1
+    return min(small) > 0 and points <= most and enough
 
 
 def sub_pixels_pay(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
@@ -62,9 +64,9 @@ def sub_pixels_pay(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
 
 def bias_pays_apart(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
     """Whether it is faster to leave the bias out of a transposed convolution's backward pass."""
-    trained = layer.bias is not None and torch.is_grad_enabled()
-    slow = not (_is_lowered(layer) and _TILES) and layer.out_channels > _FEW
-    return trained and slow and math.prod(geometry.large) >= _LARGE
+    trained, lowered = layer.bias is not None and torch.is_grad_enabled(), _is_lowered(layer)
+    slow = not (lowered and _TILES) and layer.out_channels > _FEW
+    return trained and slow and math.prod(geometry.large) >= (_LARGE_IN_16_BITS if lowered else _LARGE)
 
 
 def _is_lowered(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, TRANSPOSED, grids, head, map_shape, rank_of
+from aezoo.nets.linear import Linear
 
 __all__ = ["Decoder", "Encoder", "map_shape"]
 
@@ -39,7 +40,7 @@ class Encoder(nn.Sequential):
             super().__init__(*layers, head(code_shape, smallest, rank)[0])
         else:
             down = head((_DENSE,), smallest, rank)[0]
-            super().__init__(*layers, down, activation(act), nn.Linear(_DENSE, code_shape[0]))
+            super().__init__(*layers, down, activation(act), Linear(_DENSE, code_shape[0]))
 
 
 class Decoder(nn.Sequential):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from aezoo.nets import resnet
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, map_shape
+from aezoo.nets.linear import Linear
 
 __all__ = ["ConvNeXtBlock", "Decoder", "Encoder", "map_shape"]
 
@@ -26,9 +27,7 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.depthwise = CONVS[rank](channels, channels, 7, padding=3, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.pointwise = nn.Sequential(
-            nn.Linear(channels, 4 * channels), activation(act), nn.Linear(4 * channels, channels)
-        )
+        self.pointwise = nn.Sequential(Linear(channels, 4 * channels), activation(act), Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         # layers of each place are linear layers of its channels

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
+from aezoo.nets.linear import linear
 
 DECODES = ("auto", "dense", "gather")
 # latents for each active one from which gathering rows beats the dense product, forward and backward, by device: what
@@ -46,7 +47,7 @@ class Dictionary(nn.Module):
 
     def forward(self, f_BN: Tensor) -> Tensor:
         """x_hat of a whole code, (B, N) -> (B, *input_shape)."""
-        return self.with_bias(f_BN @ self.W_NX)
+        return self.with_bias(linear(f_BN, self.W_NX.t()))
 
     def of_active(self, values_Bk: Tensor, index_Bk: Tensor) -> Tensor:
         """x_hat of a code given as its active latents, (B, k), (B, k) -> (B, *input_shape)."""
@@ -59,7 +60,7 @@ class Dictionary(nn.Module):
     def sum_of(self, values_Bk: Tensor, index_Bk: Tensor) -> Tensor:
         """sum_j values_j d_{index_j} without b, as for a residual, (B, k), (B, k) -> (B, X)."""
         if not self.gathers(index_Bk.shape[1]):
-            return spread(values_Bk, index_Bk, len(self.W_NX)) @ self.W_NX
+            return linear(spread(values_Bk, index_Bk, len(self.W_NX)), self.W_NX.t())
         # half precision has no backward everywhere, and k small numbers are to be added exactly
         dtype = torch.promote_types(self.W_NX.dtype, torch.float32)
         sum_BX = nn.functional.embedding_bag(

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
+from aezoo.nets.linear import linear
 from aezoo.precision import at_least_float32
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -127,7 +128,7 @@ class MaskedLinear(nn.Linear):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.mask, self.bias)
+        return linear(x, self.weight * self.mask, self.bias)
 
 
 class MADE(nn.Module):

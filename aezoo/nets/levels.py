@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from aezoo.gaussians import LOG_2PI
 from aezoo.nets.build import activation
+from aezoo.nets.linear import Linear
 from aezoo.precision import at_least_float32
 
 Pair = tuple[Tensor, Tensor]
@@ -91,7 +92,7 @@ class ConditionalGaussian(nn.Sequential):
     """
 
     def __init__(self, n_in: int, width: int, n_out: int, act: str) -> None:
-        super().__init__(nn.Linear(n_in, width), activation(act), nn.Linear(width, 2 * n_out))
+        super().__init__(Linear(n_in, width), activation(act), Linear(width, 2 * n_out))
 
     def forward(self, *given: Tensor) -> Pair:
         weight = next(self.parameters())

@@ -11,6 +11,7 @@ from torch import nn
 
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
+from aezoo.nets.linear import Linear
 
 
 def _layers(dims: tuple[int, ...], act: str) -> list[nn.Module]:
@@ -20,10 +21,10 @@ def _layers(dims: tuple[int, ...], act: str) -> list[nn.Module]:
     *hidden, last = pairwise(dims)
     for n_in, n_out in hidden:
         if act == "gated":
-            layers += [nn.Linear(n_in, 2 * n_out), nn.GLU(1)]
+            layers += [Linear(n_in, 2 * n_out), nn.GLU(1)]
         else:
-            layers += [nn.Linear(n_in, n_out), activation(act)]
-    return [*layers, nn.Linear(*last)]
+            layers += [Linear(n_in, n_out), activation(act)]
+    return [*layers, Linear(*last)]
 
 
 class Encoder(nn.Sequential):

@@ -5,11 +5,13 @@ y to x, `weigh` the gradient of <y, see(x)> with respect to the weights (O, rows
 products of matrices want them. Each is linear in both of its arguments, and each a derivative of the other two.
 
 Of float32 the image itself is multiplied, a row of the kernel at a time: nothing is copied, and no zeros beyond its
-border are multiplied, which are 11 of 36 where a kernel of 3x3 sees 4x4 points with stride 2. Numbers of 16 bits want
-products so large that copying patches, zeros and all, is the faster way, and sums of more bits than they have.
+border are multiplied, which are 11 of 36 where a kernel of 3x3 sees 4x4 points with stride 2. Numbers of 16 bits, and
+oneDNN where it is the faster one (`aezoo.nets.linear`), want products so large that copying patches, zeros and all, is
+the faster way; and numbers of 16 bits want sums of more bits than they have.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from aezoo.nets import linear
 
 Pair = tuple[int, ...]
 
@@ -48,8 +52,8 @@ class Geometry:
 
 def see(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(B, H, W, C), (O, rows, columns, C) -> (B, h, w, O)."""
-    if x.itemsize == 2:
-        return patches(x, geometry).flatten(3) @ weight.flatten(1).t()
+    if copies(x, geometry):
+        return linear.linear(patches(x, geometry).flatten(3), weight.flatten(1))
     y = x.new_zeros(len(x), *geometry.small, len(weight))
     for seen, part, out in factors(x, weight, y, geometry):
         torch.addmm(out, seen, part.t(), out=out)
@@ -58,8 +62,8 @@ def see(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 
 def spread(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(B, h, w, O), (O, rows, columns, C) -> (B, H, W, C)."""
-    if y.itemsize == 2:
-        return overlaid((y @ weight.flatten(1)).unflatten(3, weight.shape[1:]), geometry)
+    if copies(y, geometry):
+        return overlaid(linear.linear(y, weight.flatten(1).t()).unflatten(3, weight.shape[1:]), geometry)
     x = y.new_zeros(len(y), *geometry.large, weight.shape[3])
     for seen, part, out in factors(x, weight, y, geometry):
         torch.addmm(seen, out, part, out=seen)
@@ -69,12 +73,18 @@ def spread(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 def weigh(x: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
     """(B, H, W, C), (B, h, w, O) -> (O, rows, columns, C)."""
     shape = (y.shape[3], *geometry.kernel, x.shape[3])
-    if x.itemsize == 2:
-        return (y.flatten(0, 2).t() @ patches(x, geometry).flatten(0, 2).flatten(1)).view(shape)
+    if copies(x, geometry):
+        return linear.linear(y.flatten(0, 2).t(), patches(x, geometry).flatten(0, 2).flatten(1).t()).view(shape)
     weight = x.new_zeros(shape)
     for seen, part, out in factors(x, weight, y, geometry):
         torch.addmm(part, out.t(), seen, out=part)
     return weight
+
+
+def copies(x: Tensor, geometry: Geometry) -> bool:
+    """Whether patches are copied; for one point nine in ten of their numbers may lie beyond the border."""
+    by_onednn = linear.HALVED and x.dtype == torch.float32 and math.prod(geometry.small) > 1
+    return x.itemsize == 2 or by_onednn
 
 
 def factors(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

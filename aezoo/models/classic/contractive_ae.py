@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
+from aezoo.nets.linear import Linear
 
 
 class ContractiveAE(Autoencoder):
@@ -69,8 +70,8 @@ class ContractiveAE(Autoencoder):
         self.contraction = contraction
         self.code_shape = (latent_dim,)
         x_dim = math.prod(self.input_shape)
-        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(x_dim, latent_dim), nn.Sigmoid())
-        self.decoder = nn.Sequential(nn.Linear(latent_dim, x_dim), nn.Unflatten(1, self.input_shape))
+        self.encoder = nn.Sequential(nn.Flatten(), Linear(x_dim, latent_dim), nn.Sigmoid())
+        self.decoder = nn.Sequential(Linear(latent_dim, x_dim), nn.Unflatten(1, self.input_shape))
         if data_init:
             self.keep_started()
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets import vit
+from aezoo.nets.linear import Linear
 
 
 class SimMIM(Autoencoder):
@@ -79,8 +80,8 @@ class SimMIM(Autoencoder):
         blocks = nn.Sequential(vit.Positions(self.patchify.grid, width), vit.blocks((width,) * depth, activation))
         self.encoder = nn.Sequential(embed, blocks, vit.ToMap(self.patchify.grid))
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
-        self.head = nn.Linear(width, self.patchify.size)
-        readout = nn.Linear(width, self.patchify.size)
+        self.head = Linear(width, self.patchify.size)
+        readout = Linear(width, self.patchify.size)
         self.decoder = nn.Sequential(vit.ToTokens(), readout, vit.Unpatchify(self.patchify))
         self.register_buffer("orders_KN", vit.fixed_orders(self.patchify.n, self.masked), persistent=False)
 

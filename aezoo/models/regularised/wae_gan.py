@@ -24,6 +24,7 @@ from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.limits import at_least
 from aezoo.nets.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+from aezoo.nets.linear import Linear
 
 
 class WAEGAN(Autoencoder):
@@ -91,8 +92,8 @@ class WAEGAN(Autoencoder):
         layers: list[nn.Module] = []
         dims = (latent_dim, *discriminator_dims)
         for n_in, n_out in pairwise(dims):
-            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
-        self.discriminator = nn.Sequential(*layers, nn.Linear(dims[-1], 1))
+            layers += [Linear(n_in, n_out), nn.ReLU()]
+        self.discriminator = nn.Sequential(*layers, Linear(dims[-1], 1))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return two_groups(self, betas=(0.5, 0.999))

@@ -15,12 +15,12 @@ Shapes: B batch, X data dimensions, N units.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.nets.dictionary import spread
+from aezoo.nets.linear import Linear, linear
 
 
 class Transposed(nn.Module):
@@ -33,7 +33,7 @@ class Transposed(nn.Module):
         self.bias = nn.Parameter(torch.zeros(math.prod(input_shape)))
 
     def forward(self, z_BN: Tensor) -> Tensor:
-        return F.linear(z_BN, self.weight.T, self.bias).unflatten(1, self.input_shape)
+        return linear(z_BN, self.weight.T, self.bias).unflatten(1, self.input_shape)
 
 
 class KSparse(Autoencoder):
@@ -96,7 +96,7 @@ class KSparse(Autoencoder):
         self.k, self.k_steps, self.start_k = k, k_steps, start_k or k
         self.test_k = max(1, round(alpha * k))
         self.code_shape = (latent_dim,)
-        self.encoder = nn.Linear(math.prod(self.input_shape), latent_dim)
+        self.encoder = Linear(math.prod(self.input_shape), latent_dim)
         self.decoder = Transposed(self.encoder, self.input_shape)
         self.keep_steps()
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aezoo.errors import AezooError
 from aezoo.models.sparse.batch_topk_sae import BatchTopKSAE
+from aezoo.nets.linear import linear
 
 
 class MatryoshkaSAE(BatchTopKSAE):
@@ -92,7 +93,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         self.count(f_BN)
         sum_BX, nlls = torch.zeros((), device=x.device), []
         for start, end in pairwise((0, *self.prefixes)):
-            sum_BX = sum_BX + f_BN[:, start:end] @ self.decoder.W_NX[start:end]
+            sum_BX = sum_BX + linear(f_BN[:, start:end], self.decoder.W_NX[start:end].t())
             x_hat = self.decoder.with_bias(sum_BX)
             nlls.append(self.nll(x_hat, x).mean())
         aux = self.aux(x, x_hat, pi_BN).mean()

@@ -28,6 +28,7 @@ from aezoo.autoencoder import Autoencoder, at_least_float32, from_bytes
 from aezoo.errors import AezooError
 from aezoo.limits import at_least
 from aezoo.nets.dictionary import Dictionary, FreeDictionary, UnitNorm, restart
+from aezoo.nets.linear import Linear
 
 FORMS = ("unit_norm", "april")
 
@@ -93,7 +94,7 @@ class SAEL1(UnitNorm, Autoencoder):
         self.unit_norm, self.l1, self.l1_steps, self.resample_steps = form == "unit_norm", l1, l1_steps, resample_steps
         self.code_shape = (latent_dim,)
         x_dim = math.prod(self.input_shape)
-        self.encoder = nn.Linear(x_dim, latent_dim)
+        self.encoder = Linear(x_dim, latent_dim)
         self.decoder = (Dictionary if self.unit_norm else FreeDictionary)(latent_dim, self.input_shape)
         with torch.no_grad():
             self.encoder.weight.copy_(self.decoder.W_NX)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets.dictionary import Dictionary, UnitNorm, spread, top
+from aezoo.nets.linear import Linear
 
 
 class TopKSAE(UnitNorm, Autoencoder):
@@ -90,7 +91,7 @@ class TopKSAE(UnitNorm, Autoencoder):
         self.k, self.aux_weight, self.aux_scale, self.multi_weight = k, aux_weight, aux_scale, multi_weight
         self.k_aux = min(k_aux or max(1, math.prod(self.input_shape) // 2), latent_dim)
         self.code_shape = (latent_dim,)
-        self.encoder = nn.Linear(math.prod(self.input_shape), latent_dim)
+        self.encoder = Linear(math.prod(self.input_shape), latent_dim)
         self.decoder = Dictionary(latent_dim, self.input_shape, decode)
         self.encoder.weight.data.copy_(self.decoder.W_NX)
         nn.init.zeros_(self.encoder.bias)

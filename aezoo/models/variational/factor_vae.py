@@ -26,6 +26,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+from aezoo.nets.linear import Linear
 
 
 class FactorVAE(VAE):
@@ -87,8 +88,8 @@ class FactorVAE(VAE):
         layers: list[nn.Module] = []
         dims = (latent_dim, *discriminator_dims)
         for n_in, n_out in pairwise(dims):
-            layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(0.2)]  # appendix A
-        self.discriminator = nn.Sequential(*layers, nn.Linear(dims[-1], 1))
+            layers += [Linear(n_in, n_out), nn.LeakyReLU(0.2)]  # appendix A
+        self.discriminator = nn.Sequential(*layers, Linear(dims[-1], 1))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return two_groups(self, betas=(0.5, 0.9))  # appendix A

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from aezoo import nets
 from aezoo.models.variational.hierarchical_vae import HierarchicalVAE
 from aezoo.nets.levels import Pair, gaussian
+from aezoo.nets.linear import Linear
 
 
 def product(estimate: Pair, prior: Pair) -> Pair:
@@ -109,9 +110,9 @@ class LadderVAE(HierarchicalVAE):
         self.rungs = nn.ModuleList(
             nn.Sequential(
                 nets.activation(activation),
-                nn.Linear(level_dim, level_dim),
+                Linear(level_dim, level_dim),
                 nets.activation(activation),
-                nn.Linear(level_dim, size),
+                Linear(level_dim, size),
             )
             for size in sizes[1:]
         )

@@ -1,0 +1,207 @@
+"""Linear layers by oneDNN against torch's own: values, derivatives, and where they are taken."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+from aezoo.nets import linear
+
+pytestmark = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="torch was built without oneDNN",
+)
+ZEN_5 = {"cpu_name": "AMD EPYC", "avx512_vp2intersect": True}
+SHAPES = [(5,), (2, 3), (2, 1, 4)]
+
+
+@pytest.fixture(autouse=True)
+def taken(monkeypatch):
+    """As on a processor of which MKL uses half, for layers of any size; the shapes that oneDNN was given."""
+    torch.manual_seed(7)
+    shapes, product = [], linear.product
+    monkeypatch.setattr(linear, "HALVED", True)
+    monkeypatch.setattr(linear, "_LARGE", 0)
+    monkeypatch.setattr(linear, "product", lambda a, *rest: (shapes.append(tuple(a.shape)), product(a, *rest))[1])
+    return shapes
+
+
+def twins(n_in, n_out, bias=True):
+    mine, theirs = linear.Linear(n_in, n_out, bias), nn.Linear(n_in, n_out, bias)
+    theirs.load_state_dict(mine.state_dict())
+    return mine, theirs
+
+
+def derivatives(layer, x, weight):
+    """Of a weighted sum of the squares of outputs, and of the squares of those."""
+    loss = (layer(x).square() * weight).sum()
+    first = torch.autograd.grad(loss, [x, *layer.parameters()], create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *layer.parameters()])
+    return *first, *second
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", SHAPES, ids=str)
+def test_same_values_and_derivatives_of_two_orders_as_torch(taken, rows, bias):
+    mine, theirs = twins(4, 3, bias)
+    x, weight = torch.randn(*rows, 4, requires_grad=True), torch.randn(*rows, 3)
+    torch.testing.assert_close(mine(x), theirs(x))
+    assert taken == [(*rows, 4)]
+    for found, wanted in zip(derivatives(mine, x, weight), derivatives(theirs, x, weight), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert len(taken) > 6
+
+
+@pytest.mark.parametrize("rows", SHAPES, ids=str)
+def test_as_torchs_own_checks_want_an_operator(rows):
+    """Schema, shapes without values, derivatives, and all of that under AOTAutograd."""
+    for bias in (None, torch.randn(3, requires_grad=True)):
+        a, b = torch.randn(*rows, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+        torch.library.opcheck(torch.ops.aezoo.product, (a, b, bias))
+
+
+def test_what_does_not_lie_in_order(taken):
+    mine, theirs = twins(4, 3)
+    x = torch.randn(4, 6).t()
+    torch.testing.assert_close(mine(x), theirs(x))
+    torch.testing.assert_close(mine(x[::2, :]), theirs(x[::2, :]))
+    found = linear.linear(torch.randn(5, 3)[:, None].expand(5, 2, 3), theirs.weight.t())
+    assert found.shape == (5, 2, 4) and not found._is_view()
+    assert len(taken) == 3
+
+
+def test_what_needs_no_gradient_gets_none(taken):
+    mine, _ = twins(4, 3)
+    mine(torch.randn(5, 4)).sum().backward()
+    assert taken == [(5, 4), (3, 5)]
+    taken.clear()
+    mine.requires_grad_(False)(torch.randn(5, 4, requires_grad=True)).sum().backward()
+    assert taken == [(5, 4), (5, 3)]
+    with torch.inference_mode():
+        torch.testing.assert_close(mine(torch.ones(1, 4))[0], mine.weight.sum(1) + mine.bias)
+
+
+def test_torchs_counter_counts_the_same():
+    work = []
+    for layer in twins(4, 3):
+        with FlopCounterMode(display=False) as counter:
+            layer(torch.randn(2, 5, 4, requires_grad=True)).sum().backward()
+        work.append(counter.get_total_flops())
+    assert work == [3 * 2 * 10 * 4 * 3] * 2
+
+
+def test_weights_and_copies_are_as_torchs():
+    mine, theirs = twins(4, 3)
+    assert isinstance(mine, nn.Linear) and [*mine.state_dict()] == [*theirs.state_dict()]
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(copy.deepcopy(mine)(x), theirs(x))
+
+
+# torch.jit, which torch has deprecated and its inductor and torch.func's forward mode load
+OF_TORCH = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+
+@OF_TORCH
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_steps_multiply_so_too(backend):
+    mine, theirs = twins(4, 3)
+    x = torch.randn(5, 4, requires_grad=True)
+    step, graphs = torch.compile(lambda x: mine(x).relu().sum(), backend=backend), []
+    wanted = theirs(x).relu().sum()
+    torch.testing.assert_close(step(x), wanted)
+    for a, b in zip(
+        torch.autograd.grad(step(x), [x, *mine.parameters()]),
+        torch.autograd.grad(wanted, [x, *theirs.parameters()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    torch.compile(mine, backend=lambda module, inputs: (graphs.append(module.graph), module.forward)[1])(x)
+    (graph,) = graphs
+    assert "aezoo.product.default" in {str(node.target) for node in graph.nodes}
+
+
+@OF_TORCH
+def test_all_else_is_torchs(taken):
+    mine, theirs = twins(4, 3)
+    x = torch.randn(5, 4)
+
+    def same(use):
+        torch.testing.assert_close(use(mine), use(theirs), rtol=0, atol=0)
+        assert taken == []
+
+    for transform in (jacrev, jacfwd, hessian):
+        same(lambda m, transform=transform: vmap(transform(m))(x))
+    same(lambda m: jvp(m, (x,), (x,))[1])
+    of_sample = lambda m: grad(lambda p, t: functional_call(m, p, (t[None],)).square().sum())  # noqa: E731
+    same(lambda m: vmap(of_sample(m), (None, 0))(dict(m.named_parameters()), x))
+    same(lambda m: torch.compile(vmap(jacrev(m)), backend="aot_eager")(x))
+    same(lambda m: m(x[0]))
+    same(lambda m: copy.deepcopy(m).double()(x.double()))
+    same(lambda m: copy.deepcopy(m).bfloat16()(x.bfloat16()))
+    same(lambda m: torch.jit.trace(m, x, check_trace=False)(x))
+    same(lambda m: torch.export.export(m, (x,)).module()(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        same(lambda m: m(x))
+    mine(x)
+    assert taken == [(5, 4)]
+
+
+def test_small_products_and_other_processors_are_torchs(taken, monkeypatch):
+    mine, _ = twins(4, 3)
+    monkeypatch.setattr(linear, "_LARGE", 5 * 4 * 3)
+    mine(torch.randn(4, 4))
+    assert taken == []
+    mine(torch.randn(5, 4))
+    assert taken.pop() == (5, 4)
+    monkeypatch.setattr(linear, "HALVED", False)
+    mine(torch.randn(5, 4))
+    assert taken == []
+
+
+def test_a_layer_on_another_device_is_torchs(taken):
+    mine, _ = twins(4, 3)
+    assert mine.to("meta")(torch.randn(5, 4, device="meta")).shape == (5, 3)
+    assert taken == []
+
+
+@pytest.mark.parametrize(
+    ("has", "wanted"),
+    [
+        (ZEN_5, True),
+        ({"cpu_name": "AMD EPYC", "avx512_vp2intersect": False}, False),
+        ({"cpu_name": "AMD Ryzen 5"}, False),
+        ({"cpu_name": "Intel(R) Core(TM)", "avx512_vp2intersect": True}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_halved_are_those_of_amd_that_compute_512_bits(monkeypatch, has, wanted):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert linear._halved() is wanted
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not linear._halved()
+
+
+def gone(error):
+    def product(a, b):
+        raise error("the operator is another one")
+
+    return product
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, TypeError])
+def test_where_torch_has_renamed_its_operator_all_is_torchs(monkeypatch, error):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ZEN_5, raising=False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert linear._halved()
+    monkeypatch.setattr(linear, "product", gone(error))
+    assert not linear._halved()
+
+
+def test_older_versions_of_torch_do_not_say(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not linear._halved()

@@ -14,8 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from aezoo.nets.linear import linear
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_GEMMS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+_GEMMS: tuple[Any, ...] = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _GEMMS = (*_GEMMS, torch.ops.mkldnn._linear_pointwise)  # `aezoo.nets.linear`
 _HEAVY = (*_GEMMS, torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
 # CUDA's runtime and driver calls that start a kernel; a captured graph is one launch, however many kernels it holds
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
@@ -46,10 +50,10 @@ def matmul_peak(device: torch.device, precision: str, seconds: float = 0.6) -> f
     best = 0.0
     for n in sizes:
         a, b = (torch.randn(n, n, device=device, dtype=DTYPES[precision]) for _ in range(2))
-        timed(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+        timed(lambda a=a, b=b: linear(a, b), device)  # type: ignore[misc]
         until = time.perf_counter() + seconds / len(sizes)
         while True:
-            best = max(best, 2 * n**3 / timed(lambda a=a, b=b: a @ b, device))  # type: ignore[misc]
+            best = max(best, 2 * n**3 / timed(lambda a=a, b=b: linear(a, b), device))  # type: ignore[misc]
             if time.perf_counter() > until:
                 break
     return best

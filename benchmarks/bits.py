@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options |= {"size": None, "rows": arguments.rows}
     options |= {key: str(Path(options[key]).expanduser().resolve()) for key in places}
     specs = plan(arguments, options, data.input_shape)
-    path = f"bits-{specs[0]['row']['dataset']}-{common.environment(accelerator=arguments.accelerator)}.csv"
+    path = f"bits-{specs[0]['row']['dataset']}-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("bits", argv), arguments.again)
     needed = [spec for spec in specs if table.needs(spec["row"])]
     found = run_rows("bits_row", needed, arguments.timeout, arguments.jobs, arguments.accelerator)

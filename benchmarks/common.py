@@ -30,17 +30,26 @@ def results_folder() -> Path:
     return PACKAGE / "results" if (PACKAGE.parent / "pyproject.toml").is_file() else Path("benchmark-results")
 
 
-def environment(precision: str = "fp32", accelerator: str = "auto", machine: str | None = None) -> str:
-    """What a number depends on, for a file name: precision, torch's version, cores or GPU, and the machine if named."""
+def environment(
+    asked: argparse.Namespace | None = None, precision: str = "fp32", accelerator: str | None = None
+) -> str:
+    """What a number depends on, for a file name: precision, torch's version, cores or GPU, and the machine if named.
+
+    Args:
+        asked: what `parser` has read: the machine's name and, with such a flag, the accelerator.
+        precision: fp32 or bf16.
+        accelerator: one that the user cannot choose.
+    """
     import torch
 
+    accelerator = accelerator or getattr(asked, "accelerator", "auto")
     version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     device = f"cpu{os.cpu_count()}"
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
     elif accelerator == "mps":
         device = "mps"
-    return "-".join(filter(None, [precision, f"pt{version}", device, machine]))
+    return "-".join(filter(None, [precision, f"pt{version}", device, getattr(asked, "machine", None)]))
 
 
 def processor() -> str:
@@ -67,6 +76,12 @@ def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
     )
     made.add_argument("--results", type=Path, default=results_folder(), metavar="DIR", help="folder of the CSVs")
     made.add_argument(
+        "--machine",
+        type=_machine,
+        metavar="NAME",
+        help="a name for this processor, such as zen4, at the end of the file's name; by default its cores alone",
+    )
+    made.add_argument(
         "--again",
         nargs="?",
         const="all",
@@ -74,16 +89,6 @@ def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
         help="measure rows again that are there already: all that are asked for (the default), or those that failed",
     )
     return made
-
-
-def add_machine(made: argparse.ArgumentParser) -> None:
-    """Give a parser the flag that keeps processors with as many cores apart."""
-    made.add_argument(
-        "--machine",
-        type=_machine,
-        metavar="NAME",
-        help="a name for this processor, such as zen4, at the end of the file's name; by default its cores alone",
-    )
 
 
 def _machine(text: str) -> str:

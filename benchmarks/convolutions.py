@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from .common import Table, add_machine, at_least, command_line, environment, in_turns, parser, run_script
+from .common import Table, at_least, command_line, environment, in_turns, parser, run_script
 
 KEY = ("layer", "precision", "batch", "channels", "side", "stride", "threads")
 
@@ -27,7 +27,6 @@ KEY = ("layer", "precision", "batch", "channels", "side", "stride", "threads")
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the grid that is asked for."""
     made = parser("convolutions", __doc__)
-    add_machine(made)
     add = made.add_argument
     add("--batch", nargs="+", type=at_least(1), default=[64], metavar="N", help="samples of a batch")
     add(
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--repeats", type=at_least(1), default=7, help="repeats after the warm-up")
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = made.parse_args(words)
-    path = arguments.results / f"convolutions-{environment(arguments.precision, 'cpu', arguments.machine)}.csv"
+    path = arguments.results / f"convolutions-{environment(arguments, arguments.precision, 'cpu')}.csv"
     table = Table(path, KEY, command_line("convolutions", words), arguments.again)
     sizes = (vars(arguments)[name] for name in ("batch", "channels", "sides", "strides"))
     for values in itertools.product(("conv", "transposed"), [arguments.precision], *sizes, [arguments.threads]):

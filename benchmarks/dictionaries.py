@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is asked for and not there yet, and show the medians of it all."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
-    path = f"dictionaries-{common.environment(accelerator=arguments.accelerator)}.csv"
+    path = f"dictionaries-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("dictionaries", argv), arguments.again)
     specs = plan(arguments)
     needed = [spec for spec in specs if table.needs(spec["row"])]

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is asked for and not there yet."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
-    path = f"disentangle-shapes-{arguments.size}-{common.environment(accelerator=arguments.accelerator)}.csv"
+    path = f"disentangle-shapes-{arguments.size}-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("disentangle", argv), arguments.again)
     specs = [spec for spec in plan(arguments) if any(table.needs(row) for row in spec["seeds"])]
     found = run_rows("disentangle_row", specs, arguments.timeout, arguments.jobs, arguments.accelerator)

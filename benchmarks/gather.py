@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from .common import Table, add_machine, at_least, command_line, environment, in_turns, parser, run_script
+from .common import Table, at_least, command_line, environment, in_turns, parser, run_script
 
 KEY = ("batch", "x_dim", "latents", "k", "threads")
 _RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
@@ -25,7 +25,6 @@ _RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the grid that is asked for."""
     made = parser("gather", __doc__)
-    add_machine(made)
     add = made.add_argument
     add("--batch", nargs="+", type=at_least(1), default=[128, 1024], metavar="N", help="samples of a batch")
     add("--x_dim", nargs="+", type=at_least(1), default=[64, 784], metavar="N", help="data dimensions")
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--repeats", type=at_least(1), default=7, help="repeats after the warm-up")
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = made.parse_args(words)
-    path = arguments.results / f"gather-{environment('fp32', arguments.accelerator, arguments.machine)}.csv"
+    path = arguments.results / f"gather-{environment(arguments)}.csv"
     table = Table(path, KEY, command_line("gather", words), arguments.again)
     for batch, x_dim, k, ratio in itertools.product(arguments.batch, arguments.x_dim, arguments.k, arguments.ratios):
         row = {"batch": batch, "x_dim": x_dim, "latents": ratio * k, "k": k, "threads": arguments.threads}

@@ -40,7 +40,7 @@ from typing import Any
 
 from aezoo.errors import AezooError
 
-from .common import Spread, Table, add_machine, command_line, environment, parser
+from .common import Spread, Table, command_line, environment, parser
 from .environments import EnvironmentFailure, cache, python_for
 from .peer_runs import Part, RunFailure, train
 from .peer_scripts.__main__ import PARTIES
@@ -57,7 +57,6 @@ KERAS_TOLERANCE = 0.03
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line asks for."""
     made = parser("peers", __doc__)
-    add_machine(made)
     works = "; ".join(f"{name}: {workload.about}" for name, workload in WORKLOADS.items())
     made.add_argument("workload", choices=list(WORKLOADS), help=works)
     made.add_argument(
@@ -236,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = arguments(argv)
     if YARDSTICK not in asked.parties:
         raise AezooError(f"nothing to compare with: add {YARDSTICK!r} to --parties")
-    name = environment(asked.precision, "cpu", asked.machine)
+    name = environment(asked, asked.precision, "cpu")
     path = asked.results / f"peers-{asked.workload}-{name}.csv"
     command = command_line("peers", _portable(sys.argv[1:] if argv is None else argv))
     table, part_path = Table(path, ("party",), command), path.with_suffix(".runs.part")

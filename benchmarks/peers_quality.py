@@ -163,7 +163,7 @@ def _by_seed(rows: Sequence[dict[str, str]], model: str, party: str) -> dict[str
 def main(argv: Sequence[str]) -> int:
     """Measure what is asked for and not there yet; 0 if every run ended well."""
     asked = arguments_of(argv)
-    path = asked.results / f"peers-quality-{common.environment('fp32', 'cpu')}.csv"
+    path = asked.results / f"peers-quality-{common.environment(asked, accelerator='cpu')}.csv"
     kept = [word for i, word in enumerate(argv) if not word.startswith("--envs") and argv[i - 1 : i] != ["--envs"]]
     table = common.Table(path, KEY, common.command_line("peers", ["quality", *kept]), asked.again)
     for seed in range(asked.seeds):

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise AezooError(f"{arguments.data} has no classes to tell apart: take a labelled set such as mnist5k")
     # once, before several processes download the same files
     data.prepare_data()
-    path = f"probe-{arguments.data}-{common.environment(accelerator=arguments.accelerator)}.csv"
+    path = f"probe-{arguments.data}-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("probe", argv), arguments.again)
     left = [spec for spec in specs if table.needs(spec["row"])]
     found = run_rows("probe_row", left, arguments.timeout, arguments.jobs, arguments.accelerator)

@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is asked for and not there yet."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
-    path = arguments.results / f"published-{common.environment()}.csv"
+    path = arguments.results / f"published-{common.environment(arguments)}.csv"
     if arguments.heads:
         path = max(arguments.results.glob("published-*.csv"), default=path)
     table = common.Table(path, KEY, common.command_line("published", argv), arguments.again)

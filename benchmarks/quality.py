@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options |= {"size": arguments.size, "rows": arguments.rows}
     options |= {key: str(Path(options[key]).expanduser().resolve()) for key in places}
     specs = plan(arguments, options, data.input_shape)
-    path = f"quality-{dataset_name(options)}-{common.environment(arguments.precision, arguments.accelerator)}.csv"
+    path = f"quality-{dataset_name(options)}-{common.environment(arguments, arguments.precision)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("quality", argv), arguments.again)
     specs = [spec for spec in specs if table.needs(spec["row"])]
 

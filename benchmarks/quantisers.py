@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.accelerator == "gpu" and not torch.cuda.is_available():
         raise AezooError("there is no CUDA device here: take --accelerator cpu")
     device = "cuda" if arguments.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    path = f"quantisers-{common.environment('fp32', arguments.accelerator)}.csv"
+    path = f"quantisers-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("quantisers", argv), arguments.again)
     specs = [spec for spec in plan(arguments, device) if table.needs(spec["row"])]
     threads = {"OMP_NUM_THREADS": str(arguments.threads)}

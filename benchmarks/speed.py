@@ -32,7 +32,7 @@ import yaml
 from aezoo import registry
 from aezoo.errors import AezooError
 
-from .common import Table, add_machine, command_line, environment, parser, run_script
+from .common import Table, command_line, environment, parser, run_script
 from .processes import run_row, with_smaller_batches
 
 KEY = ("name", "settings", "shape", "compile", "batch", "devices", "threads", "memory", "interface")
@@ -67,7 +67,6 @@ WORKLOADS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is asked for."""
     made = parser("speed", __doc__)
-    add_machine(made)
     add = made.add_argument
     add("kinds", nargs="*", choices=[*KINDS, []], help="train, infer; both if none is given")
     add("--models", nargs="+", default=[*WORKLOADS], metavar="M", help="workloads, models, patterns, all, name:{yaml}")
@@ -98,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for spec in specs:
         file = (spec["kind"], spec["precision"])
         if file not in tables:
-            name = f"speed-{file[0]}-{environment(file[1], arguments.accelerator, arguments.machine)}.csv"
+            name = f"speed-{file[0]}-{environment(arguments, file[1])}.csv"
             tables[file] = Table(arguments.results / name, KEY, command, arguments.again)
         measure(spec, tables[file], arguments.timeout)
     for table in tables.values():
@@ -118,7 +117,7 @@ def plan(arguments: Namespace) -> list[dict[str, Any]]:
             raise AezooError(f"--{flag} is {value}: give a number above 0")
     batches = _numbers("--batch", arguments.batch)
     shapes = [tuple(_numbers("--shapes", text.split("x"))) for text in arguments.shapes]
-    on_cpu = arguments.accelerator == "cpu" or "-cpu" in environment(accelerator=arguments.accelerator)
+    on_cpu = arguments.accelerator == "cpu" or "-cpu" in environment(arguments)
     threads = arguments.threads or (max(1, _cores() // devices[-1]) if on_cpu else None)
     specs = []
     for kind, (name, load), precision, mode in itertools.product(

@@ -42,7 +42,7 @@ def measure_startup(arguments: Namespace, command: str) -> None:
     Raises:
         AezooError: one of the two processes failed.
     """
-    name = environment("fp32", arguments.accelerator, arguments.machine)
+    name = environment(arguments)
     path = arguments.results / f"speed-startup-{name}.csv"
     table = Table(path, ("what",), command, arguments.again)
     # compile off, as the first step of a compiled run waits for the compiler by nature

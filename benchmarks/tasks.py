@@ -174,7 +174,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from aezoo import DataModule
     from aezoo.data.sources import from_path
 
-    command, where = common.command_line("tasks", argv), common.environment("fp32", arguments.accelerator)
+    command, where = (
+        common.command_line("tasks", argv),
+        common.environment(arguments),
+    )
     tables = {
         verb: VerbTable(arguments.results / f"tasks-{verb}-{where}.csv", KEY, command, arguments.again)
         for verb in arguments.verbs

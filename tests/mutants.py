@@ -1,6 +1,6 @@
 """The test of the tests: put one fault at a time into a copy of the package and see whether the suite notices.
 
-    python -m tests.mutants                    all faults, about ten minutes on two cores
+    python -m tests.mutants --keep FILE        all faults, more than an hour on two cores; goes on where it was ended
     python -m tests.mutants contraction AuxK   those with one of these in name or file
     python -m tests.mutants --list             only print them
     python -m tests.mutants --jobs 4           so many at a time
@@ -12,6 +12,7 @@ not been caught.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,6 +188,50 @@ def summary(verdicts: Sequence[Verdict], red: Iterable[str] = ()) -> tuple[str, 
     return "\n".join(lines), share >= NEEDED and not unjudged
 
 
+def state(root: Path = ROOT) -> str:
+    """A digest of all that verdicts depend on."""
+    digest = hashlib.sha256()
+    for name in COPIED:
+        paths = (root / name).rglob("*") if (root / name).is_dir() else [root / name]
+        for path in sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+class Kept:
+    """Verdicts in a file, a line each, for as long as the package and its tests stay as they are.
+
+    Args:
+        path: the file; one of another state is begun anew. None keeps nothing.
+        of: the state, see `state`.
+    """
+
+    def __init__(self, path: Path | None, of: str) -> None:
+        self._path = path
+        self.rows: dict[str, tuple[str, str, float]] = {}
+        if path is None:
+            return
+        head, *lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [""]
+        for line in lines if head == of else []:
+            with suppress(ValueError):  # cut short when the run was ended
+                name, *verdict = json.loads(line)
+                self.rows[name] = tuple(verdict)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [json.dumps([name, *verdict]) for name, verdict in self.rows.items()]
+        path.write_text("\n".join([of, *rows, ""]), encoding="utf-8")
+
+    def of(self, fault: Fault) -> Verdict | None:
+        """The verdict on a fault, if there is one."""
+        return Verdict(fault, *self.rows[fault.name]) if fault.name in self.rows else None
+
+    def add(self, verdict: Verdict) -> None:
+        """Write a verdict down."""
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([verdict.fault.name, verdict.word, verdict.detail, verdict.seconds]) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=(__doc__ or "").split("\n")[0])
@@ -195,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time (default 2)")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds a fault (default 600)")
     parser.add_argument("--out", type=Path, help="a JSON file for the counts")
+    parser.add_argument("--keep", type=Path, help="a file for the verdicts, from which an interrupted run goes on")
     options = parser.parse_args(arguments)
     chosen = [
         fault
@@ -207,11 +253,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for fault in chosen:
             print(f"{fault.file}: {fault.name}  ({fault.test})")
         return 0
-    verdicts = []
+    kept = Kept(options.keep, state() if options.keep else "")
+    verdicts = [verdict for fault in chosen if (verdict := kept.of(fault))]
+    known = {verdict.fault for verdict in verdicts}
     pool = ThreadPoolExecutor(max(1, options.jobs))
     try:
-        for future in as_completed([pool.submit(judge, fault, options.limit) for fault in chosen]):
+        waiting = [pool.submit(judge, fault, options.limit) for fault in chosen if fault not in known]
+        for future in as_completed(waiting):
             verdicts.append(future.result())
+            kept.add(verdicts[-1])
             print(verdicts[-1], flush=True)
     finally:
         pool.shutdown(cancel_futures=True)  # interrupted, finish only the faults under way

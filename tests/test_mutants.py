@@ -8,6 +8,7 @@ import pytest
 from mutants import ROOT, Fault, Verdict
 
 FAULTS = mutants.faults()
+WORDS = (mutants.CAUGHT, "t.py::test", 1.0)
 QUICK = "the Gaussian noise is clipped"
 
 
@@ -39,6 +40,39 @@ def test_a_fault_is_caught_in_a_copy(capsys):
     assert line.startswith("caught") and QUICK in line and "tests/test_corruptions.py::test_gaussian_noise" in line
     assert summary == "1 of 1 faults caught, 100.0%; needed: 90%"
     assert (ROOT / "aezoo/corruptions.py").read_bytes() == before
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
+    judged, file = [], tmp_path / "kept"
+    monkeypatch.setattr(mutants, "judge", lambda fault, _: (judged.append(fault), Verdict(fault, *WORDS))[1])
+    monkeypatch.setattr(mutants, "red_anyway", lambda *_: [])
+    call = ["corruptions", "--jobs", "1", "--keep", str(file)]
+    assert mutants.main(call) == 0
+    every, text = len(judged), file.read_text()
+    assert every > 2
+    file.write_text(text.rpartition("[")[0] + '["cut')
+    assert mutants.main(call) == 0
+    assert len(judged) == every + 1
+    assert mutants.main(call) == 0
+    assert len(judged) == every + 1
+    assert capsys.readouterr().out.count(f"{every} of {every} faults caught") == 3
+    # of another state nothing counts
+    monkeypatch.setattr(mutants, "state", lambda: "another")
+    assert mutants.main(call) == 0
+    assert len(judged) == 2 * every + 1
+
+
+def test_the_state_is_that_of_all_that_is_copied(tmp_path):
+    for name in mutants.COPIED:
+        (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text("")
+    states = [mutants.state(tmp_path)]
+    for name in ("aezoo/a.py", "tests/b.txt", "pyproject.toml"):
+        (tmp_path / name).write_text("changed")
+        states.append(mutants.state(tmp_path))
+    assert len({*states}) == len(states)
+    (tmp_path / "aezoo/__pycache__").mkdir()
+    (tmp_path / "aezoo/__pycache__/a.pyc").write_text("compiled")
+    assert mutants.state(tmp_path) == states[-1]
 
 
 @pytest.mark.parametrize(

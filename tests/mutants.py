@@ -1,6 +1,7 @@
 """The test of the tests: put one fault at a time into a copy of the package and see whether the suite notices.
 
     python -m tests.mutants --keep FILE        all faults, more than an hour on two cores; goes on where it was ended
+    python -m tests.mutants --draw 300         so many of them, drawn at random; --seed 1 draws others
     python -m tests.mutants contraction AuxK   those with one of these in name or file
     python -m tests.mutants --list             only print them
     python -m tests.mutants --jobs 4           so many at a time
@@ -15,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -237,6 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="only faults with this in name or file")
     parser.add_argument("--list", action="store_true", help="print the faults and stop")
+    parser.add_argument("--draw", type=int, metavar="N", help="only N of them, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time (default 2)")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds a fault (default 600)")
     parser.add_argument("--out", type=Path, help="a JSON file for the counts")
@@ -249,6 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     if not chosen:
         parser.error(f"no fault has {' or '.join(options.patterns)} in its name or file: see --list")
+    listed = len(chosen)
+    if options.draw is not None:
+        chosen = random.Random(options.seed).sample(chosen, max(1, min(options.draw, listed)))
     if options.list:
         for fault in chosen:
             print(f"{fault.file}: {fault.name}  ({fault.test})")
@@ -271,7 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text)
     if options.out is not None:
         caught = sum(verdict.word == CAUGHT and verdict.detail not in red for verdict in verdicts)
-        options.out.write_text(json.dumps({"faults": len(verdicts), "caught": caught}) + "\n", encoding="utf-8")
+        counts = {"listed": listed, "faults": len(verdicts), "caught": caught}
+        options.out.write_text(json.dumps(counts) + "\n", encoding="utf-8")
     return 0 if passed else 1
 
 

@@ -178,7 +178,8 @@ def test_by_onednn_compute_the_same(halved, monkeypatch, stride, padding):
         for work, a, b in ((products.see, x, weight), (products.spread, y, weight), (products.weigh, x, y)):
             torch.testing.assert_close(work(a, b, geometry), work(a.double(), b.double(), geometry).float())
             # of a single point's patch most lies beyond the border
-            assert len(multiplied) == (geometry.small != (1, 1))
+            assert len(multiplied) == (geometry.small != (1, 1)) == products.copies(a, geometry)
+            assert not products.copies(a.double(), geometry)
             multiplied.clear()
 
 

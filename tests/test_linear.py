@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -135,6 +136,8 @@ def test_all_else_is_torchs(taken):
     for transform in (jacrev, jacfwd, hessian):
         same(lambda m, transform=transform: vmap(transform(m))(x))
     same(lambda m: jvp(m, (x,), (x,))[1])
+    with forward_ad.dual_level():
+        same(lambda m: forward_ad.unpack_dual(m(forward_ad.make_dual(x, x))).tangent)
     of_sample = lambda m: grad(lambda p, t: functional_call(m, p, (t[None],)).square().sum())  # noqa: E731
     same(lambda m: vmap(of_sample(m), (None, 0))(dict(m.named_parameters()), x))
     same(lambda m: torch.compile(vmap(jacrev(m)), backend="aot_eager")(x))

@@ -1,5 +1,6 @@
 """The list of faults fits the package, and `mutants.py` tells a caught fault from one that is not."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -60,6 +61,20 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mutants, "state", lambda: "another")
     assert mutants.main(call) == 0
     assert len(judged) == 2 * every + 1
+
+
+def test_a_draw_is_a_part_of_the_list(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mutants, "judge", lambda fault, _: Verdict(fault, *WORDS))
+    monkeypatch.setattr(mutants, "red_anyway", lambda *_: [])
+    assert mutants.main(["--draw", "20", "--out", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == {"listed": len(FAULTS), "faults": 20, "caught": 20}
+    drawn = []
+    for options in (["--draw", "20"], ["--draw", "20", "--seed", "1"], ["--draw", "20"], ["--draw", "9999"]):
+        capsys.readouterr()
+        assert mutants.main(["--list", *options]) == 0
+        drawn.append(sorted(capsys.readouterr().out.splitlines()))
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert [len({*lines}) for lines in drawn] == [20, 20, 20, len(FAULTS)]
 
 
 def test_the_state_is_that_of_all_that_is_copied(tmp_path):

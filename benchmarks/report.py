@@ -8,6 +8,7 @@ Each table stands under the command that heads its CSV. What is missing is left 
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -193,12 +194,18 @@ class Section(NamedTuple):
         title: heading.
         text: what the figures are.
         columns: of the tables; all of the CSV's if there are none.
+        shows: whether a row is worth a line.
     """
 
     prefix: str
     title: str
     text: str
     columns: tuple[Column, ...]
+    shows: Callable[[Row], bool] = lambda row: True
+
+
+def _is_no_plain_layer(row: Row) -> bool:
+    return row.get("chosen") != "torch" or (number(row, "lost") or 1) > 1.1
 
 
 SECTIONS = (
@@ -252,8 +259,10 @@ SECTIONS = (
         "convolutions-",
         "Convolutions",
         "Layers of kernel 3, forward and backward, in each way a CPU can. `speedup` is what the chosen way makes "
-        "of torch's own time, `lost` its time by that of the fastest.",
+        "of torch's own time, `lost` its time by that of the fastest. Left out, but not of the CSVs: layers that torch "
+        "computes in its own way, where no other way is a tenth faster.",
         (),
+        _is_no_plain_layer,
     ),
     Section(
         "published-",
@@ -408,7 +417,7 @@ def _table(section: Section, commands: Sequence[str], rows: Sequence[Row]) -> st
     if section.columns in (QUALITY, DISENTANGLE, DICTIONARIES, BITS):
         # a model's errors compare at the same bits
         rows = sorted(over_seeds(rows), key=lambda row: number(row, "bits_a_place") or 0)
-    return code + markdown(columns, rows)
+    return code + markdown(columns, [row for row in rows if section.shows(row)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -445,6 +454,12 @@ def quality_rows(rows: Mapping[str, list[Row]]) -> list[Row]:
     return [row for part in runs for row in over_seeds(part) if row["seeds"] != "0"]
 
 
+def machine(stem: str) -> str:
+    """The name that a CSV of processors carries after their number, if any; see `common.parser`."""
+    found = re.search(r"-cpu\d+-([a-z0-9]+)$", stem)
+    return found[1] if found else ""
+
+
 def draw(folder: Path, rows: Mapping[str, list[Row]]) -> dict[Path, str]:
     """Draw the pictures that there are rows for; files and what they show."""
     from . import plots, plots_bits
@@ -454,10 +469,16 @@ def draw(folder: Path, rows: Mapping[str, list[Row]]) -> dict[Path, str]:
     trained = {stem: part for stem, part in rows.items() if stem.startswith("speed-train-")}
     scaling = [row | {"precision": stem.split("-")[2]} for stem, part in trained.items() for row in part]
     speed = {stem: part for stem, part in rows.items() if stem.startswith("peers-") and "-quality-" not in stem}
-    peers = {stem.removeprefix("peers-"): part for stem, part in speed.items()}
+    peers: dict[str, dict[str, list[Row]]] = {"": {}}
+    for stem, part in speed.items():
+        peers.setdefault(machine(stem), {})[stem.removeprefix("peers-")] = part
+    beside = "training speed of the zoo and of others, as ratios to a compiled loop"
     home, drawn = folder / "pictures", {}
     for name, alt, figure in (
-        ("peers", "training speed of the zoo and of others, as ratios to a compiled loop", plots.peers(peers)),
+        *(
+            ("-".join(filter(None, ("peers", on))), f"{beside}{on and f', on {on}'}", plots.peers(peers[on]))
+            for on in peers
+        ),
         ("pareto", "reconstruction error against training speed", plots.pareto(quality)),
         ("code_size", "reconstruction error against code size, with PCA", plots.code_size(quality)),
         ("bits", "reconstruction error against bits a sample", plots_bits.bits(bits)),

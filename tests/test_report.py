@@ -100,6 +100,26 @@ def test_a_report_is_made_of_what_there_is(results, capsys):
         assert (results / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_each_machine_has_a_picture_of_peers(results):
+    for name in ("dense-fp32-pt2.13-cpu2-zen4", "conv28-bf16-pt2.13-cpu2-zen4"):
+        peers = Table(results / f"peers-{name}.csv", ("party",), "peers it")
+        peers.put({"party": "loop", "samples_per_s": 1e4, "ratio": 1.0, "agrees": "yes"})
+    report.main(["--results", str(results)])
+    assert sorted(path.stem for path in (results / "pictures").glob("peers*")) == ["peers", "peers-zen4"]
+    text = (results / "RESULTS.md").read_text()
+    assert ", as ratios to a compiled loop](pictures/peers.png)" in text
+    assert ", as ratios to a compiled loop, on zen4](pictures/peers-zen4.png)" in text
+
+
+def test_layers_that_torch_computes_best_are_left_out(results):
+    layers = Table(results / "convolutions-fp32-pt2.13-cpu2.csv", ("side",), "convolutions it")
+    for side, chosen, lost in ((1, "torch", 1.0), (2, "torch", 1.09), (3, "torch", 1.2), (4, "products", 1.0)):
+        layers.put({"side": side, "chosen": chosen, "lost": lost})
+    report.main(["--results", str(results)])
+    text = (results / "RESULTS.md").read_text()
+    assert [row in text for row in ("| 1 | torch", "| 2 | torch", "| 3 | torch", "| 4 | products")] == [0, 0, 1, 1]
+
+
 def test_models_behind_pca_are_listed_with_their_reasons(monkeypatch):
     row = {"dataset": "digits", "code_size": "8", "budget": "epochs=1", "steps": "1", "mse": "0.3", "pca_mse": "0.2"}
     rows = [row | {"model": name} for name in ("slow_ae", "odd_ae", "lost_ae")]

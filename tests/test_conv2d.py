@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.autograd.functional import jacobian
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -254,6 +255,39 @@ def test_gradients_of_gradients(always, taken):
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x, *_: mine(x), (x, *mine.parameters()))
     assert set(taken) == {"by_products"}
+
+
+@pytest.mark.parametrize("ways", ["always", "between", "halved always"])
+@pytest.mark.parametrize("extra", [0, 1])
+def test_many_gradients_at_once(request, taken, ways, extra):
+    """Torch's other way of many derivatives, of both orders, which knows its own operators alone."""
+    for fixture in ways.split():
+        request.getfixturevalue(fixture)
+    made = [
+        nn.Sequential(conv(2, 4, 3, 2, 1), nn.Tanh(), transposed(4, 2, 3, 2, 1, extra))
+        for conv, transposed in ((conv2d.Conv2d, conv2d.ConvTranspose2d), (nn.Conv2d, nn.ConvTranspose2d))
+    ]
+    made[1].load_state_dict(made[0].state_dict())
+    x = torch.randn(1, 2, 5, 5)
+    many = torch.randn(3, *made[0](x).shape)
+    taken.clear()
+    found, wanted = (
+        [
+            jacobian(net, x, vectorize=True),
+            torch.autograd.functional.hessian(lambda t, net=net: net(t).square().sum(), x, vectorize=True),
+            *torch.autograd.grad(net(x), [*net.parameters()], many, is_grads_batched=True),
+        ]
+        for net in made
+    )
+    torch.testing.assert_close(found, wanted)
+    assert {*taken} == ({"by_sub_pixels"} if ways == "between" else {"by_products"})
+
+
+@pytest.mark.parametrize("way", ["with_bias_apart", "by_sub_pixels"])
+def test_many_gradients_at_once_of_other_ways(way):
+    up, x = conv2d.ConvTranspose2d(3, 2, 3, 2, 1, 1), torch.randn(1, 3, 3, 3)
+    found = jacobian(lambda t: getattr(up, way)(t, up.geometry(t)), x, vectorize=True)
+    torch.testing.assert_close(found, jacobian(lambda t: nn.ConvTranspose2d.forward(up, t), x, vectorize=True))
 
 
 def test_what_needs_no_gradient_gets_none(always, monkeypatch):

@@ -57,6 +57,22 @@ def test_same_values_and_derivatives_of_two_orders_as_torch(taken, rows, bias):
 
 
 @pytest.mark.parametrize("rows", SHAPES, ids=str)
+def test_many_gradients_at_once(taken, rows):
+    """Torch's other way of many derivatives, of both orders, which knows its own operators alone."""
+    x, many = torch.randn(*rows, 4), torch.randn(5, *rows, 3)
+    found, wanted = (
+        [
+            torch.autograd.functional.jacobian(layer, x, vectorize=True),
+            torch.autograd.functional.hessian(lambda t, layer=layer: layer(t).pow(3).sum(), x, vectorize=True),
+            *torch.autograd.grad(layer(x), [*layer.parameters()], many, is_grads_batched=True),
+        ]
+        for layer in twins(4, 3)
+    )
+    torch.testing.assert_close(found, wanted)
+    assert taken
+
+
+@pytest.mark.parametrize("rows", SHAPES, ids=str)
 def test_as_torchs_own_checks_want_an_operator(rows):
     """Schema, shapes without values, derivatives, and all of that under AOTAutograd."""
     for bias in (None, torch.randn(3, requires_grad=True)):

@@ -48,12 +48,17 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(multiply: Callable[..., Tensor], ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     (a, b), (of_a, of_b, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
-    rows = g.flatten(0, -2)
+    rows = g.reshape(-1, g.shape[-1])
     return (
         multiply(g, b.t(), None) if of_a else None,
         multiply(rows.t(), a.flatten(0, -2).t(), None) if of_b else None,
         rows.sum(0) if of_bias else None,
     )
+
+
+def is_batched(*tensors: Tensor) -> bool:
+    """Whether one stands for many, as in `torch.autograd.grad(..., is_grads_batched=True)`: torch's operators alone."""
+    return any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
 class Product(torch.autograd.Function):
@@ -69,7 +74,8 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """With respect to both factors and to the bias."""
-        return _backward(Product.apply if torch.is_grad_enabled() else product, ctx, *gradients)
+        multiply = Product.apply if torch.is_grad_enabled() else product
+        return _backward(F.linear if is_batched(*gradients) else multiply, ctx, *gradients)
 
 
 # the same for graphs, in which inductor takes oneDNN's own for one of constant weights; a step takes longer by it

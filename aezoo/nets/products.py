@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from aezoo.nets import linear
 
@@ -136,6 +137,19 @@ class _Bilinear(torch.autograd.Function):
         *arguments, ctx.geometry = inputs
         ctx.save_for_backward(*arguments)
 
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
+        """The values, with derivatives of any order; by torch where a tensor stands for many."""
+        if linear.is_batched(a, b):
+            return cls.by_torch(a, b, geometry)
+        out: Tensor = cls.apply(a, b, geometry)
+        return out
+
+    @staticmethod
+    def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
+        """The same by torch's own convolutions."""
+        raise NotImplementedError
+
 
 class See(_Bilinear):
     """`see`, with derivatives of any order."""
@@ -146,12 +160,17 @@ class See(_Bilinear):
         return see(x.contiguous(), weight.contiguous(), geometry)
 
     @staticmethod
+    def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
+        """The convolution."""
+        return _last(F.conv2d(_second(a), _second(b), None, geometry.stride, geometry.padding))
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """With respect to x and to the weights."""
         (x, weight), (of_x, of_weight, _) = ctx.saved_tensors, ctx.needs_input_grad
         return (
-            Spread.apply(gradients[0], weight, ctx.geometry) if of_x else None,
-            Weigh.apply(x, gradients[0], ctx.geometry) if of_weight else None,
+            Spread.of(gradients[0], weight, ctx.geometry) if of_x else None,
+            Weigh.of(x, gradients[0], ctx.geometry) if of_weight else None,
             None,
         )
 
@@ -165,12 +184,18 @@ class Spread(_Bilinear):
         return spread(y.contiguous(), weight.contiguous(), geometry)
 
     @staticmethod
+    def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
+        """The transposed convolution."""
+        extra = geometry.output_padding()
+        return _last(F.conv_transpose2d(_second(a), _second(b), None, geometry.stride, geometry.padding, extra))
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """With respect to y and to the weights."""
         (y, weight), (of_y, of_weight, _) = ctx.saved_tensors, ctx.needs_input_grad
         return (
-            See.apply(gradients[0], weight, ctx.geometry) if of_y else None,
-            Weigh.apply(gradients[0], y, ctx.geometry) if of_weight else None,
+            See.of(gradients[0], weight, ctx.geometry) if of_y else None,
+            Weigh.of(gradients[0], y, ctx.geometry) if of_weight else None,
             None,
         )
 
@@ -184,14 +209,30 @@ class Weigh(_Bilinear):
         return weigh(x.contiguous(), y.contiguous(), geometry)
 
     @staticmethod
+    def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
+        """The gradient of the weights."""
+        x, y = _second(a), _second(b)
+        shape = (y.shape[1], x.shape[1], *geometry.kernel)
+        return _last(conv2d_weight(x, shape, y, geometry.stride, geometry.padding))
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """With respect to x and to y."""
         (x, y), (of_x, of_y, _) = ctx.saved_tensors, ctx.needs_input_grad
         return (
-            Spread.apply(y, gradients[0], ctx.geometry) if of_x else None,
-            See.apply(x, gradients[0], ctx.geometry) if of_y else None,
+            Spread.of(y, gradients[0], ctx.geometry) if of_x else None,
+            See.of(x, gradients[0], ctx.geometry) if of_y else None,
             None,
         )
+
+
+def _second(x: Tensor) -> Tensor:
+    """Channels where torch has them, and back."""
+    return x.permute(0, 3, 1, 2)
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
 
 
 class _Transposed(torch.autograd.Function):

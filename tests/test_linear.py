@@ -180,6 +180,13 @@ def test_small_products_and_other_processors_are_torchs(taken, monkeypatch):
     assert taken == []
 
 
+def test_what_does_not_fit_is_told_in_torchs_words(taken):
+    for layer in twins(4, 3):
+        with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied \(5x6 and 4x3\)"):
+            layer(torch.randn(5, 6))
+    assert taken == []
+
+
 def test_a_layer_on_another_device_is_torchs(taken):
     mine, _ = twins(4, 3)
     assert mine.to("meta")(torch.randn(5, 4, device="meta")).shape == (5, 3)

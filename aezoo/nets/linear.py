@@ -117,7 +117,9 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         return False
     full = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     large = x.dim() > 1 and x.numel() * len(weight) >= _LARGE
-    return x.is_cpu and weight.is_cpu and full and large and not is_transformed()
+    # torch names the shapes that do not fit
+    fits = large and x.shape[-1] == weight.shape[1]
+    return x.is_cpu and weight.is_cpu and full and fits and not is_transformed()
 
 
 class Linear(nn.Linear):

@@ -214,7 +214,7 @@ class Kept:
         self.rows: dict[str, tuple[str, str, float]] = {}
         if path is None:
             return
-        head, *lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [""]
+        head, *lines = (path.read_text(encoding="utf-8") if path.is_file() else "").splitlines() or [""]
         for line in lines if head == of else []:
             with suppress(ValueError):  # cut short when the run was ended
                 name, *verdict = json.loads(line)

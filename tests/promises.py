@@ -22,7 +22,7 @@ SLOW = ("-m", "pytest", "-n0", "-q", "-m", "slow or not slow")
 # what measures a figure
 RUNS = {
     "fuzz": ("-m", "tests.fuzz", "--files=5000", "--configs=1000", "--out={out}"),
-    "mutants": ("-m", "tests.mutants", "--draw=400", "--keep=build/mutants.jsonl", "--out={out}"),
+    "mutants": ("-m", "tests.mutants", "--draw=200", "--keep=build/mutants.jsonl", "--out={out}"),
     "bad_values": (*SLOW, "tests/test_bad_values.py"),
     "soak": (*SLOW, "tests/test_soak.py"),
     "ranks": (*SLOW, "tests/test_distributed.py"),

@@ -333,6 +333,45 @@ def test_by_autocast_as_torch_in_bfloat16(request, taken, monkeypatch, ways):
     assert copied == ([torch.bfloat16] * 4 if ways == "always" else [])
 
 
+@pytest.mark.parametrize("ways", ["always", "halved always"])
+def test_autocast_around_the_backward_pass_alone_lowers_nothing(request, ways):
+    for fixture in ways.split():
+        request.getfixturevalue(fixture)
+    for mine, theirs in (
+        twins(conv2d.Conv2d, 8, 16, 3, 2, 1, dtype=torch.float32),
+        twins(conv2d.ConvTranspose2d, 8, 16, 3, 2, 1, dtype=torch.float32),
+    ):
+        mine, theirs = mine.float(), theirs.float()
+        x = torch.randn(5, 8, 4, 4)
+        y, wanted = mine(x), theirs(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y.square().sum().backward()
+        wanted.square().sum().backward()
+        torch.testing.assert_close(mine.weight.grad, theirs.weight.grad)
+
+
+@pytest.mark.parametrize("way", ["always", "between", "plain"])
+def test_only_what_derivatives_take_is_kept(request, way):
+    """No more than torch keeps: what is not kept may change, or be freed."""
+    if way != "plain":
+        request.getfixturevalue(way)
+    down, up, x = conv2d.Conv2d(3, 4, 3), conv2d.ConvTranspose2d(3, 2, 3, 2, 1, 1), torch.randn(2, 3, 6, 6)
+    for layer in (down, up):
+        for frozen in (False, True):
+            for needs in (False, True):
+                layer.requires_grad_(not frozen)
+                kept = []
+                for forward in (type(layer).forward, type(layer).__base__.forward):
+                    seen: list[int] = []
+                    keep = lambda t, seen=seen: (seen.append(t.numel()), t)[1]  # noqa: E731
+                    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                        forward(layer, x.clone().requires_grad_(needs))
+                    kept.append(sorted(seen))
+                assert sum(kept[0]) <= sum(kept[1]), (layer, frozen, needs)
+                if way == "always":
+                    assert kept[0] == [layer.weight.numel()] * needs + [x.numel()] * (not frozen)
+
+
 @pytest.mark.parametrize("way", ["with_bias_apart", "by_sub_pixels"])
 def test_of_16_bits_a_backward_pass_is_of_16_bits_alone(way):
     """Of float32 and bfloat16 together oneDNN refuses some layers on some processors."""

@@ -1,9 +1,12 @@
 """Linear layers by oneDNN against torch's own: values, derivatives, and where they are taken."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -16,6 +19,8 @@ pytestmark = pytest.mark.skipif(
     reason="torch was built without oneDNN",
 )
 ZEN_5 = {"cpu_name": "AMD EPYC", "avx512_vp2intersect": True}
+# torch.jit, which torch has deprecated and its inductor and torch.func's forward mode load
+OF_TORCH = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 SHAPES = [(5,), (2, 3), (2, 1, 4)]
 
 
@@ -90,6 +95,58 @@ def test_what_does_not_lie_in_order(taken):
     assert len(taken) == 3
 
 
+def test_a_bias_may_lie_anywhere(taken):
+    x, weight = torch.randn(5, 4), torch.randn(3, 4)
+    for bias in (torch.arange(6.0)[::2], torch.full((1,), 2.0).expand(3), torch.randn(3, 2)[:, 1]):
+        torch.testing.assert_close(linear.linear(x, weight, bias), F.linear(x, weight, bias))
+    assert len(taken) == 3
+
+
+def test_windows_that_overlap(taken):
+    mine, theirs = twins(4, 3)
+    long = torch.randn(8)
+    for x in (long.unfold(0, 4, 1), long.unfold(0, 4, 2), long.expand(3, 8)[:, :4]):
+        for a, b in zip(
+            *(torch.autograd.grad(m(x).pow(2).sum(), [*m.parameters()]) for m in (mine, theirs)), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+        weight = x.t()[:, :2].t()
+        torch.testing.assert_close(linear.linear(x, weight), F.linear(x, weight))
+    assert len(taken) == 9
+
+
+def test_only_what_derivatives_take_is_kept(taken):
+    """As torch does: what is not kept may change, or be freed."""
+    x = torch.randn(5, 4)
+    for frozen in ((), ("weight",), ("weight", "bias"), ("bias",)):
+        for needs in (False, True):
+            kept = []
+            for layer in twins(4, 3):
+                for name in frozen:
+                    getattr(layer, name).requires_grad_(False)
+                seen: list[torch.Size] = []
+                keep = lambda t, seen=seen: (seen.append(t.shape), t)[1]  # noqa: E731
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                    layer(x.clone().requires_grad_(needs))
+                # torch keeps its transpose
+                kept.append(sorted(tuple(sorted(shape)) for shape in seen))
+            assert kept[0] == kept[1], (frozen, needs)
+    assert taken
+
+
+@OF_TORCH
+@pytest.mark.parametrize("again", [False, True])
+def test_gradients_of_a_graph_from_outside_of_a_transform(taken, again):
+    x, of_each, results = torch.randn(5, 4, requires_grad=True), torch.randn(6, 5, 3), []
+    for layer in twins(4, 3):
+        y = layer(x).pow(3)
+        of_x = lambda g, y=y: torch.autograd.grad(y, x, g, True, again)[0]  # noqa: E731
+        with forward_ad.dual_level():
+            results.append([vmap(of_x)(of_each), *forward_ad.unpack_dual(of_x(forward_ad.make_dual(*of_each[:2])))])
+    torch.testing.assert_close(*results)
+    assert taken
+
+
 def test_what_needs_no_gradient_gets_none(taken):
     mine, _ = twins(4, 3)
     mine(torch.randn(5, 4)).sum().backward()
@@ -115,10 +172,6 @@ def test_weights_and_copies_are_as_torchs():
     assert isinstance(mine, nn.Linear) and [*mine.state_dict()] == [*theirs.state_dict()]
     x = torch.randn(5, 4)
     torch.testing.assert_close(copy.deepcopy(mine)(x), theirs(x))
-
-
-# torch.jit, which torch has deprecated and its inductor and torch.func's forward mode load
-OF_TORCH = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
 
 @OF_TORCH
@@ -162,10 +215,59 @@ def test_all_else_is_torchs(taken):
     same(lambda m: copy.deepcopy(m).bfloat16()(x.bfloat16()))
     same(lambda m: torch.jit.trace(m, x, check_trace=False)(x))
     same(lambda m: torch.export.export(m, (x,)).module()(x))
+    for strict in (False, True):
+        assert "aezoo" not in str(torch.export.export(mine, (x,), strict=strict).graph)
+    same(lambda m: torch.fx.symbolic_trace(nn.Sequential(m))(x))
     with torch.autocast("cpu", torch.bfloat16):
         same(lambda m: m(x))
     mine(x)
     assert taken == [(5, 4)]
+
+
+class Own(torch.Tensor):
+    """A class that has its own way."""
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_other_tensors_are_torchs(taken):
+    x, weight, bias = torch.randn(5, 4), torch.randn(3, 4), torch.randn(3)
+    for a, b, c in (
+        (x.to_sparse(), weight, None),
+        (x, weight.to_sparse(), None),
+        (x.as_subclass(Own), weight, bias),
+        (x, nn.Parameter(weight.as_subclass(Own)), bias),
+        (x, weight, bias.as_subclass(Own)),
+        (torch.nested.nested_tensor([x, x[:2]]), weight, bias),
+        (x, weight[0], None),
+        (x, weight, bias[None]),
+        (x, weight, bias[:1]),
+        (x, weight, torch.tensor(2.0)),
+    ):
+        found, wanted = (f(a, b, c) for f in (linear.linear, F.linear))
+        assert type(found) is type(wanted)
+        if not found.is_nested:
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert taken == []
+
+
+def test_sizes_that_a_graph_does_not_know_are_torchs(taken, monkeypatch):
+    monkeypatch.setattr(linear, "_LARGE", 240)
+    mine, theirs = twins(4, 3)
+    x = torch.randn(100, 4)
+    chosen = lambda m: lambda x: m(x[x[:, 0] > 0])  # noqa: E731
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found = torch.compile(chosen(mine), backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, chosen(theirs)(x))
+    for layer in (mine, theirs):
+        part = x.clone().requires_grad_()
+        torch._dynamo.mark_dynamic(part, 0, min=2, max=4000)
+        torch.compile(layer, backend="aot_eager", dynamic=True)(part).sum().backward()
+        assert part.grad is not None
+
+
+def test_the_module_can_be_loaded_again():
+    code = "import importlib; from aezoo.nets import linear; importlib.reload(linear)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_small_products_and_other_processors_are_torchs(taken, monkeypatch):
@@ -184,6 +286,12 @@ def test_what_does_not_fit_is_told_in_torchs_words(taken):
     for layer in twins(4, 3):
         with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied \(5x6 and 4x3\)"):
             layer(torch.randn(5, 6))
+    assert taken == []
+
+
+def test_who_has_turned_onednn_off_gets_none(taken, monkeypatch):
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    twins(4, 3)[0](torch.randn(5, 4))
     assert taken == []
 
 

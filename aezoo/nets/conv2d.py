@@ -40,7 +40,7 @@ def _is_torchs(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
     images = x.dim() == 4 and x.shape[1] == layer.in_channels
     numbers = not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
     plain = numbers and layer.groups == 1 and layer.dilation == (1, 1)
-    return linear.is_transformed() or not (x.is_cpu and images and plain)
+    return linear.needs_torch() or not (x.is_cpu and images and plain)
 
 
 def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:

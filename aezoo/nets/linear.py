@@ -1,8 +1,8 @@
-"""torch's linear layer, with the same parameters and results, multiplied as fast as the processor can.
+"""torch's linear layer, with the same parameters, multiplied as fast as the processor can.
 
 For matrices of float32 on a CPU torch calls MKL, which on AMD's processors computes 256 bits at a time. Since Zen 5
-these compute 512, and oneDNN, which torch has for convolutions and for 16 bits, does so: twice as fast. On other
-processors, of other types and in graphs for elsewhere all is torch's own.
+these compute 512, and oneDNN, which torch has for convolutions and for 16 bits, does so: twice as fast, with sums in
+another order. On other processors, of other types and in graphs that are traced or exported all is torch's own.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # multiplications from which on the way through Python is short
 _LARGE = 2**21
@@ -21,20 +21,25 @@ _LARGE = 2**21
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., K), (N, K), (N,) -> (..., N), without derivatives."""
     rows = a if a.dim() == 2 else a.flatten(0, -2)
+    # of strides oneDNN knows those of a matrix and of its transpose, and takes any for them
+    (n, k), (down, right) = b.shape, b.stride()
+    b = b if (right == 1 and down >= k) or (down == 1 and right >= n) else b.contiguous()
+    bias = bias if bias is None else bias.contiguous()
     out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, b, bias, "none", [], "")
     # an operator's result is nobody's view
-    return out if a.dim() == 2 else torch.ops.aten._unsafe_view(out, [*a.shape[:-1], len(b)])
+    return out if a.dim() == 2 else torch.ops.aten._unsafe_view(out, [*a.shape[:-1], n])
 
 
 def _halved() -> bool:
     """Whether MKL uses half of this processor and oneDNN all; older versions of torch do not know the processor."""
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    # of AMD's, those that compute 512 bits at a time are those that have vp2intersect
+    # all of AMD's that compute 512 bits at a time have vp2intersect, and none before them
     wide = str(has.get("cpu_name")).startswith("AMD") and bool(has.get("avx512_vp2intersect"))
     if not (wide and torch.backends.mkl.is_available()):
         return False
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     try:
-        return product(torch.ones(1, 1), torch.ones(1, 1)).item() == 1
+        return product(one, one).item() == 1
     except (AttributeError, RuntimeError, TypeError):  # private to torch, and not in all of its builds
         return False
 
@@ -42,8 +47,17 @@ def _halved() -> bool:
 HALVED = _halved()
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
+def needs_torch(*tensors: Tensor) -> bool:
+    """Whether derivatives are under way whose rules only torch's own operators have.
+
+    They are those of torch.func, forward ones, and many at once, as by `torch.autograd.grad(is_grads_batched=True)`,
+    for which one tensor stands for many.
+    """
+    # none of these has a public name
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    many = torch._C._functorch.is_legacy_batchedtensor
+    return not torch.compiler.is_compiling() and any(many(tensor) for tensor in tensors)
 
 
 def _backward(multiply: Callable[..., Tensor], ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -56,54 +70,50 @@ def _backward(multiply: Callable[..., Tensor], ctx: Any, g: Tensor) -> tuple[Ten
     )
 
 
-def is_batched(*tensors: Tensor) -> bool:
-    """Whether one stands for many, as in `torch.autograd.grad(..., is_grads_batched=True)`: torch's operators alone."""
-    return any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
-
-
 class Product(torch.autograd.Function):
     """`product`, with derivatives of any order."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         """The values."""
-        out = product(*inputs)
-        _keep(ctx, inputs, out)
-        return out
+        of_a, of_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(a if of_b else None, b if of_a else None)
+        return product(a, b, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """With respect to both factors and to the bias."""
         multiply = Product.apply if torch.is_grad_enabled() else product
-        return _backward(F.linear if is_batched(*gradients) else multiply, ctx, *gradients)
+        return _backward(F.linear if needs_torch(*gradients) else multiply, ctx, *gradients)
 
 
-# the same for graphs, in which inductor takes oneDNN's own for one of constant weights; a step takes longer by it
+# the same as an operator of its own: oneDNN's inductor takes for constant weights alone, and `Product` is the faster
 _ops = torch.library.Library("aezoo", "FRAGMENT")
-_ops.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
-_ops.impl("product", product, "CPU")
+if not hasattr(torch.ops.aezoo, "product"):
+    _ops.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+    _ops.impl("product", product, "CPU")
+    torch.library.register_fake("aezoo::product", lambda a, b, bias: a.new_empty(*a.shape[:-1], len(b)), lib=_ops)
+    torch.library.register_autograd(
+        "aezoo::product",
+        partial(_backward, torch.ops.aezoo.product.default),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
+        lib=_ops,
+    )
 in_graph = torch.ops.aezoo.product.default
-torch.library.register_fake("aezoo::product", lambda a, b, bias: a.new_empty(*a.shape[:-1], len(b)), lib=_ops)
-torch.library.register_autograd("aezoo::product", partial(_backward, in_graph), setup_context=_keep, lib=_ops)
 
 
 def _flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * a.numel() * b[0]
 
 
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
-
-
-def is_transformed() -> bool:
-    """Whether torch.func or forward derivatives are at work, whose rules only torch's own operators have."""
-    # neither has a public name
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+_of_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+if _of_onednn is not None and _of_onednn not in flop_registry:
+    register_flop_formula(_of_onednn)(_flops)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: (..., K), (N, K), (N,) -> (..., N)."""
-    if HALVED and _suits(x, weight):
+    if HALVED and _suits(x, weight, bias):
         if torch.compiler.is_compiling():
             out: Tensor = in_graph(x, weight, bias)
         else:
@@ -112,14 +122,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _suits(x: Tensor, weight: Tensor) -> bool:
+def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
         return False
-    full = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    large = x.dim() > 1 and x.numel() * len(weight) >= _LARGE
+    given = [x, weight] if bias is None else [x, weight, bias]
+    if not all(_is_plain(tensor) for tensor in given) or torch.is_autocast_enabled("cpu"):
+        return False
     # torch names the shapes that do not fit
-    fits = large and x.shape[-1] == weight.shape[1]
-    return x.is_cpu and weight.is_cpu and full and fits and not is_transformed()
+    matrices = x.dim() > 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
+    fits = matrices and (bias is None or bias.shape == weight.shape[:1])
+    return fits and _is_large(x.numel() * len(weight)) and not needs_torch()
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Numbers of float32 in memory, and no class that has its own way of multiplying them."""
+    mine = type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype == torch.float32
+    return mine and x.layout == torch.strided and not x.is_nested
+
+
+def _is_large(multiplications: Any) -> bool:
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(multiplications >= _LARGE)
+    return bool(multiplications >= _LARGE) and torch._C._get_mkldnn_enabled()
 
 
 class Linear(nn.Linear):

@@ -54,7 +54,7 @@ class Geometry:
 def see(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(B, H, W, C), (O, rows, columns, C) -> (B, h, w, O)."""
     if copies(x, geometry):
-        return linear.linear(patches(x, geometry).flatten(3), weight.flatten(1))
+        return _times(patches(x, geometry).flatten(3), weight.flatten(1))
     y = x.new_zeros(len(x), *geometry.small, len(weight))
     for seen, part, out in factors(x, weight, y, geometry):
         torch.addmm(out, seen, part.t(), out=out)
@@ -64,7 +64,7 @@ def see(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 def spread(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(B, h, w, O), (O, rows, columns, C) -> (B, H, W, C)."""
     if copies(y, geometry):
-        return overlaid(linear.linear(y, weight.flatten(1).t()).unflatten(3, weight.shape[1:]), geometry)
+        return overlaid(_times(y, weight.flatten(1).t()).unflatten(3, weight.shape[1:]), geometry)
     x = y.new_zeros(len(y), *geometry.large, weight.shape[3])
     for seen, part, out in factors(x, weight, y, geometry):
         torch.addmm(seen, out, part, out=seen)
@@ -75,7 +75,7 @@ def weigh(x: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
     """(B, H, W, C), (B, h, w, O) -> (O, rows, columns, C)."""
     shape = (y.shape[3], *geometry.kernel, x.shape[3])
     if copies(x, geometry):
-        return linear.linear(y.flatten(0, 2).t(), patches(x, geometry).flatten(0, 2).flatten(1).t()).view(shape)
+        return _times(y.flatten(0, 2).t(), patches(x, geometry).flatten(0, 2).flatten(1).t()).view(shape)
     weight = x.new_zeros(shape)
     for seen, part, out in factors(x, weight, y, geometry):
         torch.addmm(part, out.t(), seen, out=part)
@@ -86,6 +86,11 @@ def copies(x: Tensor, geometry: Geometry) -> bool:
     """Whether patches are copied; for one point nine in ten of their numbers may lie beyond the border."""
     by_onednn = linear.HALVED and x.dtype == torch.float32 and math.prod(geometry.small) > 1
     return x.itemsize == 2 or by_onednn
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    # autocast would lower float32 here, which convolutions have been told of before
+    return linear.product(a, b) if a.dtype == torch.float32 else a @ b.t()
 
 
 def factors(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -130,17 +135,17 @@ def overlaid(seen: Tensor, geometry: Geometry) -> Tensor:
 
 
 class _Bilinear(torch.autograd.Function):
-    """Keeps both of its arguments."""
+    """Keeps what its derivatives take."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *arguments, ctx.geometry = inputs
-        ctx.save_for_backward(*arguments)
+        (a, b, ctx.geometry), (of_a, of_b, _) = inputs, ctx.needs_input_grad
+        ctx.save_for_backward(a if of_b else None, b if of_a else None)
 
     @classmethod
     def of(cls, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
-        """The values, with derivatives of any order; by torch where a tensor stands for many."""
-        if linear.is_batched(a, b):
+        """The values, with derivatives of any order; by torch where only its operators have their rules."""
+        if linear.needs_torch(a, b):
             return cls.by_torch(a, b, geometry)
         out: Tensor = cls.apply(a, b, geometry)
         return out

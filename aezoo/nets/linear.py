@@ -92,7 +92,8 @@ _ops = torch.library.Library("aezoo", "FRAGMENT")
 if not hasattr(torch.ops.aezoo, "product"):
     _ops.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
     _ops.impl("product", product, "CPU")
-    torch.library.register_fake("aezoo::product", lambda a, b, bias: a.new_empty(*a.shape[:-1], len(b)), lib=_ops)
+    # for shapes without values; register_fake would look through all of Python's modules
+    _ops.impl("product", lambda a, b, bias: a.new_empty(*a.shape[:-1], len(b)), "Meta")
     torch.library.register_autograd(
         "aezoo::product",
         partial(_backward, torch.ops.aezoo.product.default),

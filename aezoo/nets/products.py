@@ -12,9 +12,9 @@ the faster way; and numbers of 16 bits want sums of more bits than they have.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +135,13 @@ def overlaid(seen: Tensor, geometry: Geometry) -> Tensor:
 
 
 class _Bilinear(torch.autograd.Function):
-    """Keeps what its derivatives take."""
+    """Keeps what its derivatives take.
+
+    Attributes:
+        by_torch: the same values by torch's own convolutions.
+    """
+
+    by_torch: ClassVar[Callable[..., Tensor]]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -149,11 +155,6 @@ class _Bilinear(torch.autograd.Function):
             return cls.by_torch(a, b, geometry)
         out: Tensor = cls.apply(a, b, geometry)
         return out
-
-    @staticmethod
-    def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
-        """The same by torch's own convolutions."""
-        raise NotImplementedError
 
 
 class See(_Bilinear):

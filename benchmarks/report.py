@@ -475,10 +475,8 @@ def draw(folder: Path, rows: Mapping[str, list[Row]]) -> dict[Path, str]:
     beside = "training speed of the zoo and of others, as ratios to a compiled loop"
     home, drawn = folder / "pictures", {}
     for name, alt, figure in (
-        *(
-            ("-".join(filter(None, ("peers", on))), f"{beside}{on and f', on {on}'}", plots.peers(peers[on]))
-            for on in peers
-        ),
+        ("peers", beside, plots.peers(peers.pop(""))),
+        *((f"peers-{on}", f"{beside}, on {on}", plots.peers(part)) for on, part in peers.items()),
         ("pareto", "reconstruction error against training speed", plots.pareto(quality)),
         ("code_size", "reconstruction error against code size, with PCA", plots.code_size(quality)),
         ("bits", "reconstruction error against bits a sample", plots_bits.bits(bits)),

@@ -174,10 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from aezoo import DataModule
     from aezoo.data.sources import from_path
 
-    command, where = (
-        common.command_line("tasks", argv),
-        common.environment(arguments),
-    )
+    command, where = common.command_line("tasks", argv), common.environment(arguments)
     tables = {
         verb: VerbTable(arguments.results / f"tasks-{verb}-{where}.csv", KEY, command, arguments.again)
         for verb in arguments.verbs

@@ -42,7 +42,6 @@ def halved(monkeypatch):
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(linear, "HALVED", True)
-    monkeypatch.setattr(linear, "_LARGE", 0)
 
 
 @pytest.fixture
@@ -338,8 +337,8 @@ def test_autocast_around_the_backward_pass_alone_lowers_nothing(request, ways):
     for fixture in ways.split():
         request.getfixturevalue(fixture)
     for mine, theirs in (
-        twins(conv2d.Conv2d, 8, 16, 3, 2, 1, dtype=torch.float32),
-        twins(conv2d.ConvTranspose2d, 8, 16, 3, 2, 1, dtype=torch.float32),
+        twins(conv2d.Conv2d, 8, 16, 3, 2, 1),
+        twins(conv2d.ConvTranspose2d, 8, 16, 3, 2, 1),
     ):
         mine, theirs = mine.float(), theirs.float()
         x = torch.randn(5, 8, 4, 4)

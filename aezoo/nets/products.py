@@ -168,7 +168,7 @@ class See(_Bilinear):
     @staticmethod
     def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """The convolution."""
-        return _last(F.conv2d(_second(a), _second(b), None, geometry.stride, geometry.padding))
+        return _channels_last(F.conv2d(_channels_first(a), _channels_first(b), None, geometry.stride, geometry.padding))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -192,8 +192,8 @@ class Spread(_Bilinear):
     @staticmethod
     def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """The transposed convolution."""
-        extra = geometry.output_padding()
-        return _last(F.conv_transpose2d(_second(a), _second(b), None, geometry.stride, geometry.padding, extra))
+        y, weight, extra = _channels_first(a), _channels_first(b), geometry.output_padding()
+        return _channels_last(F.conv_transpose2d(y, weight, None, geometry.stride, geometry.padding, extra))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -217,9 +217,9 @@ class Weigh(_Bilinear):
     @staticmethod
     def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """The gradient of the weights."""
-        x, y = _second(a), _second(b)
+        x, y = _channels_first(a), _channels_first(b)
         shape = (y.shape[1], x.shape[1], *geometry.kernel)
-        return _last(conv2d_weight(x, shape, y, geometry.stride, geometry.padding))
+        return _channels_last(conv2d_weight(x, shape, y, geometry.stride, geometry.padding))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -232,12 +232,12 @@ class Weigh(_Bilinear):
         )
 
 
-def _second(x: Tensor) -> Tensor:
-    """Channels where torch has them, and back."""
+def _channels_first(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C, H, W), as torch has them."""
     return x.permute(0, 3, 1, 2)
 
 
-def _last(x: Tensor) -> Tensor:
+def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 

@@ -368,14 +368,16 @@ class Autoencoder(Checked, pl.LightningModule):
         self._compiled_before = chosen
         acceleration.announce(mode, chosen)
         self._compiled = None
+        own_loop = type(self).training_step is Autoencoder.training_step
         if chosen:
-            own_loop = type(self).training_step is Autoencoder.training_step
             if light and own_loop and mode == "reduce-overhead" and loop.capture(self.trainer):
                 mode = "default"  # a graph of the whole step holds those of its parts
             batch_idx = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
             self._compiled = acceleration.Compiled(
                 self._terms, "default" if mode == "auto" else mode, before_retry=lambda: self._seed_step(batch_idx)
             )
+        if light and own_loop and _is_own(type(self)):
+            loop.trust(self.trainer)
         # NumPy's and Python's generators are drawn from in a step by code of others only
         self._noise_is_torch_s = light and loop.batch_is_private(self.trainer) and _is_own(type(self))
         self.takes_bytes = chosen and light and loop.batch_is_private(self.trainer)

@@ -21,7 +21,7 @@ _KNOWN = (
 )
 
 
-class _Group(NamedTuple):
+class Group(NamedTuple):
     """A parameter group, ready for the kernel.
 
     Attributes:
@@ -39,6 +39,17 @@ class _Group(NamedTuple):
     tensors: list[list[Tensor]]
     counted: Tensor
     kernel: Callable[..., Any]
+
+    @property
+    def changed(self) -> list[Tensor]:
+        """All that a step changes, in place."""
+        *moments, _ = self.tensors
+        return [*_in_order(self.parameters), *(tensor for kind in moments for tensor in kind), self.counted]
+
+    @property
+    def squares(self) -> list[Tensor]:
+        """The second moments."""
+        return self.tensors[1]
 
 
 def _in_order(tensors: list[Any]) -> list[Any]:
@@ -63,7 +74,13 @@ class FusedStep:
         own_step = step is None or hasattr(step, "_wrapped_by_lr_sched")
         self._suits = type(optimizer) in (Adam, AdamW) and own_step and _KNOWN
         self._state: Any = None
-        self._groups: list[_Group] = []
+        self._groups: list[Group] = []
+
+    @property
+    def groups(self) -> list[Group]:
+        """What steps change, one list as long as that holds; empty where it may become more or steps are torch's."""
+        known = self._suits and self._state is self._optimizer.state and not any(group.idle for group in self._groups)
+        return self._groups if known else []
 
     def __call__(self) -> None:
         optimizer = self._optimizer
@@ -125,13 +142,13 @@ class FusedStep:
             self._state = optimizer.state
             self._groups = [self._group(settings) for settings in optimizer.param_groups]
 
-    def _group(self, settings: dict[str, Any]) -> _Group:
+    def _group(self, settings: dict[str, Any]) -> Group:
         states = {p: self._state[p] for p in settings["params"] if self._state.get(p)}
         counted = torch.stack([state["step"] for state in states.values()]) if states else torch.zeros(0)
         for state, count in zip(states.values(), counted.unbind(), strict=True):
             state["step"] = count
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
-        return _Group(
+        return Group(
             settings,
             [*states],
             [p for p in settings["params"] if p not in states],

@@ -10,14 +10,12 @@ run, and the first batch after a restart, go through Lightning's loop. So does e
 renamed something of what is needed here, with one warning.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -27,10 +25,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from aezoo.acceleration import flushed_denormals
+from aezoo.acceleration import flushed_denormals, positions
 from aezoo.capture import CapturedStep
-from aezoo.data.resident import ResidentLoader
 from aezoo.fused import FusedStep
+from aezoo.plan import Plan
+from aezoo.rollback import Rollback, is_worthwhile
 
 try:
     from lightning.pytorch.loops.optimization.automatic import ClosureResult
@@ -38,19 +37,6 @@ try:
 except ImportError:  # pragma: no cover (a Lightning to come)
     _TrainingEpochLoop, ClosureResult = object, None  # type: ignore[assignment,misc]
 
-Hook = Callable[..., Any]
-_IN_STEP = ("on_before_backward", "on_before_optimizer_step")
-_CALLBACK_HOOKS = (
-    "on_train_batch_start",
-    "on_train_batch_end",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-)
-# one of these is reason enough to leave the step to Lightning
-_OWN_STEP = ("optimizer_step", "configure_gradient_clipping", "lr_scheduler_step")
-_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device")
 # what the light loop uses of Lightning without a promise that it stays, seen from the trainer
 _NEEDED = (
     "_logger_connector._first_loop_iter",
@@ -162,104 +148,20 @@ def capture(trainer: pl.Trainer) -> bool:
     return True
 
 
-class Plan:
-    """Who wants to be asked at each batch, looked up once.
+def trust(trainer: pl.Trainer) -> bool:
+    """Have the fault guard look at many steps together where a look at each would cost much; returns whether it does.
 
-    Args:
-        trainer: with its callbacks, loader and optimiser set up.
-
-    Attributes:
-        step: the optimiser's step, a new one each epoch.
+    Call it for a module that keeps what it remembers of a step in its weights and epoch means alone, and whose noise is
+    a function of seed, epoch and batch.
     """
-
-    step: FusedStep
-
-    def __init__(self, trainer: pl.Trainer) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        module: Any = trainer.lightning_module  # any LightningModule: this package's have further methods
-        self.module = module
-        self.optimizer = trainer.optimizers[0]
-        precision = trainer.precision_plugin
-        self.context = None if type(precision) is Precision else precision.train_step_context
-        # the method, and whether it is the module's, which comes last
-        self.hooks: dict[str, list[tuple[Hook, bool]]] = {}
-        for name in _CALLBACK_HOOKS:
-            asked = [
-                (getattr(callback, name), False)
-                for callback in trainer.callbacks  # type: ignore[attr-defined]
-                if _is_written(name, callback)
-            ]
-            if is_overridden(name, module):
-                asked.append((getattr(module, name), True))
-            self.hooks[name] = asked
-        hooked = [getattr(hook, "__self__", None) for name in _CALLBACK_HOOKS[:2] for hook, _ in self.hooks[name]]
-        # those of this package and of Lightning read no more of a batch than its length
-        self.batch_is_private = all(type(who).__module__.partition(".")[0] in ("aezoo", "lightning") for who in hooked)
-        self.own_step = any(is_overridden(name, module) for name in _OWN_STEP) or bool(trainer.gradient_clip_val)
-        # torch's own does the same among records for its profiler, at ten times the cost
-        self.own_zero_grad = (
-            is_overridden("optimizer_zero_grad", module)
-            or type(self.optimizer).zero_grad is not torch.optim.Optimizer.zero_grad
-            or "zero_grad" in vars(self.optimizer)
-        )
-        self.takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        in_place = (
-            isinstance(trainer.train_dataloader, ResidentLoader)
-            and trainer.train_dataloader.x.device == trainer.strategy.root_device
-            and trainer.train_dataloader.x.dtype in (torch.uint8, torch.float32)
-            and not any(is_overridden(name, module) for name in (*_TRANSFER, "on_after_batch_transfer"))
-            and not any(data is not None and is_overridden(name, data) for name in _TRANSFER)
-        )
-        # samples that are where they are needed, stored as bytes or float32, need no more than the data's own hook
-        self.prepare: Hook | None = None if not in_place else data.on_after_batch_transfer if data else _as_it_is
-        self.captured: CapturedStep | None = None
-        # callbacks that take part in a step: a graph can hold those that say so
-        self.recorded: list[Any] = list(
-            {getattr(hook, "__self__", None): None for name in _IN_STEP for hook, _ in self.hooks[name]}
-        )
-        a_batch_is_a_step = (
-            trainer.accumulate_grad_batches == 1
-            and not any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
-            and not self.own_step
-        )
-        self.can_capture = (
-            self.prepare is not None
-            and trainer.strategy.root_device.type == "cuda"
-            and a_batch_is_a_step
-            and not trainer.lr_scheduler_configs
-            and not self.hooks["on_before_zero_grad"]
-            and not self.hooks["on_after_backward"]
-            and all(getattr(who, "capturable", False) for who in self.recorded)
-            and all(group.get("capturable") for group in self.optimizer.param_groups)
-        )
-        # a guard that has the last word on a step may be asked in place of its hooks
-        guards = [c for c in trainer.callbacks if getattr(c, "only_looks", False)]  # type: ignore[attr-defined]
-        has_last_word = len(guards) == len(self.hooks["on_before_optimizer_step"]) == 1
-        self.guard: Any = guards[0] if has_last_word and a_batch_is_a_step else None
-        # the same without the guard's, which are not called for a step that it passes
-        self.quiet = {
-            name: [(hook, own) for hook, own in asked if getattr(hook, "__self__", None) is not self.guard]
-            for name, asked in self.hooks.items()
-        }
-        self.plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
-        # validation after a share of an epoch, by time, or by the count of all batches is Lightning's to judge
-        self.validates_at_end = (
-            trainer.check_val_every_n_epoch is not None
-            and trainer._val_check_time_interval is None  # type: ignore[attr-defined]
-            and trainer.val_check_batch in (float("inf"), trainer.num_training_batches)
-        )
-
-
-def _is_written(name: str, callback: pl.Callback) -> bool:
-    """Whether a callback has a hook of its own, be it a method, a function or any other callable."""
-    try:
-        return is_overridden(name, callback, parent=pl.Callback)
-    except AttributeError:  # without __code__, so not the base class's method
-        return callable(getattr(callback, name))
-
-
-def _as_it_is(batch: Any, dataloader_idx: int) -> Any:
-    return batch
+    loop = trainer.fit_loop.epoch_loop
+    plan = loop.plan if isinstance(loop, LightLoop) else None
+    if plan is None or not plan.can_go_back:
+        return False
+    assert isinstance(loop, LightLoop)
+    uses = positions(plan.module, plan.module.input_shape) * trainer.train_dataloader.batch_size  # type: ignore[union-attr]
+    plan.rollback = Rollback(loop) if is_worthwhile(uses) else None
+    return plan.rollback is not None
 
 
 class LightLoop(_TrainingEpochLoop):
@@ -276,10 +178,17 @@ class LightLoop(_TrainingEpochLoop):
                 self.plan = None  # the trainer goes on with a module or an optimiser that has not asked for this loop
             else:
                 plan.step = FusedStep(plan.optimizer)
+                if plan.rollback is not None:
+                    plan.rollback.begin_epoch(plan.step)
         with flushed_denormals():
-            super().run(data_fetcher)
+            try:
+                super().run(data_fetcher)
+            finally:
+                self._settle()
 
     def teardown(self) -> None:
+        if self.plan is not None and self.plan.rollback is not None:
+            self.plan.rollback.close()
         self.plan = None  # of this fit alone
         super().teardown()
 
@@ -334,12 +243,18 @@ class LightLoop(_TrainingEpochLoop):
             or trainer.should_stop
             or plan.plateau
         ):
+            self._settle()
             super().on_advance_end(data_fetcher)
             return
         if not self._should_accumulate():
             self._batches_that_stepped += 1
         if trainer.received_sigterm and not self._is_training_done:
             raise SIGTERMException
+
+    def _settle(self) -> None:
+        """Weights are about to be read."""
+        if self.plan is not None and self.plan.rollback is not None:
+            self.plan.rollback.settle()
 
     @staticmethod
     def _next(data_fetcher: Any) -> Any:
@@ -393,15 +308,50 @@ class LightLoop(_TrainingEpochLoop):
                     "`optimizer_step` hook?"
                 )
             return outputs[-1]
-        step = self.automatic_optimization.optim_progress.optimizer.step
+        step, rollback = self.automatic_optimization.optim_progress.optimizer.step, plan.rollback
+        if rollback is not None:
+            rollback.prepare_step()
         step.increment_ready()
         output = self._forward_and_backward(batch, batch_idx)
-        if plan.guard is not None:
+        if rollback is not None and not rollback.takes(output.get("loss"), batch_idx) and rollback.settle():
+            # this loss is of weights that have been taken back
+            self.count_back(1, "zero_grad")
+            output = self._forward_and_backward(batch, batch_idx)
+        if plan.guard is not None and (rollback is None or not rollback.is_trusting):
             self._consult(plan.guard, output)
         self._ask("on_before_optimizer_step", plan.optimizer)
         plan.step()
         step.increment_completed()
         return output
+
+    def count_back(self, n: int, *counters: str) -> None:
+        """The last n are as if they had not been.
+
+        Args:
+            n: how many.
+            counters: step, zero_grad, or both.
+        """
+        for name in counters:
+            tracker = getattr(self.automatic_optimization.optim_progress.optimizer, name)
+            for counts in (tracker.total, tracker.current):
+                for kind, count in vars(counts).items():
+                    setattr(counts, kind, count - n)
+
+    def take_again(self, batch: Any, batch_idx: int) -> None:
+        """Take a step of this epoch again, with the guard alone beside it.
+
+        Args:
+            batch: as its loader gives it.
+            batch_idx: its number.
+        """
+        plan = self.plan
+        assert plan is not None
+        assert plan.prepare is not None
+        batch = plan.prepare(batch, 0)
+        output = self._optimise(batch, batch_idx)
+        if self._loud:
+            plan.guard.on_train_batch_end(self.trainer, plan.module, output, batch, batch_idx)
+        self._loud = False
 
     def _consult(self, guard: Any, output: dict[str, Any]) -> None:
         """Have the guard's hooks called from here on, unless it lets the step pass."""

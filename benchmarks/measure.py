@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from aezoo.nets.linear import linear
+from aezoo.rollback import PERIOD
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GEMMS: tuple[Any, ...] = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
@@ -197,39 +198,65 @@ class GuardCost(pl.Callback):
 
     Args:
         guard: from now on it does nothing in the first block, in the third, ...
-        block: batches in a block; the first one of each, at the border, does not count.
+        block: batches in a block; the first one of each, at the border, does not count, nor does that of an epoch.
     """
 
+    reads_no_weights = True
+
     def __init__(self, guard: Any, block: int = 8) -> None:
-        self._block, self._batch, self._ended = block, 0, 0.0
+        self._block, self._batch = block, 0
+        self._ended: float | None = None
         self._blocks: list[list[float]] = []
+        # steps on trust that began with a look at those before and a copy
+        self._looks: list[list[float]] = []
+        self._looked = False
         for name in ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end"):
             setattr(guard, name, self._switched(guard, getattr(guard, name), None))
         guard.passes = self._switched(guard, guard.passes, True)
 
-    def _switched(self, guard: Any, method: Callable[..., Any], otherwise: Any) -> Callable[..., Any]:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._ended = None
+        plan = getattr(trainer.fit_loop.epoch_loop, "plan", None)
+        rollback = getattr(plan, "rollback", None)
+        if rollback is None or "takes" in vars(rollback):
+            return
+        for name, otherwise in (("prepare_step", None), ("takes", False), ("settle", False)):
+            setattr(rollback, name, self._switched(rollback, getattr(rollback, name), otherwise))
+        copy = rollback._copy
+
+        def noticed(*args: Any) -> None:
+            self._looked = True
+            copy(*args)
+
+        rollback._copy = noticed
+
+    def _switched(self, owner: Any, method: Callable[..., Any], otherwise: Any) -> Callable[..., Any]:
         def switched(*args: Any) -> Any:
             return method(*args) if self._batch // self._block % 2 else otherwise
 
-        switched.__self__ = guard  # type: ignore[attr-defined]  # whose it is, as of the method
+        switched.__self__ = owner  # type: ignore[attr-defined]  # whose it is, as of the method
         return switched
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
         now = time.perf_counter()
-        if self._batch % self._block:
-            self._blocks[-1].append(now - self._ended)
-        else:
+        if self._batch % self._block == 0:
             self._blocks.append([])
-        self._ended, self._batch = now, self._batch + 1
+            self._looks.append([])
+        elif self._ended is not None:
+            (self._looks if self._looked else self._blocks)[-1].append(now - self._ended)
+        self._ended, self._batch, self._looked = now, self._batch + 1, False
 
     def shares(self, parts: int = 5) -> list[float]:
-        """The hooks' share of a step in each of so many parts of the fit, by medians; fewer of a short fit."""
-        pairs = [*zip(self._blocks[::2], self._blocks[1::2], strict=False)]
+        """The guard's share of a step in each of so many parts of the fit, by medians; fewer of a short fit."""
+        pairs = [*zip(self._blocks[::2], self._blocks[1::2], self._looks[1::2], strict=False)]
         size = max(1, len(pairs) // parts)
         found = []
         for i in range(0, len(pairs) - size + 1, size):
-            off, on = (statistics.median(itertools.chain(*blocks)) for blocks in zip(*pairs[i : i + size], strict=True))
-            found.append(1 - off / on)
+            off, on, looks = ([*itertools.chain(*steps)] for steps in zip(*pairs[i : i + size], strict=True))
+            step = statistics.median(on)
+            if looks:
+                step += (statistics.median(looks) - step) / PERIOD
+            found.append(1 - statistics.median(off) / step)
         return found
 
 

@@ -51,7 +51,10 @@ PROMISES = (
         "resume",
     ),
     Promise("Resume finds the newest good state or says no", ("tests/test_resume.py",)),
-    Promise("A step that is not finite never reaches the weights silently", ("tests/callbacks/test_fault_guard.py",)),
+    Promise(
+        "A step that is not finite never reaches the weights silently",
+        ("tests/callbacks/test_fault_guard.py", "tests/test_rollback.py"),
+    ),
     Promise("Overflow-proof KL", ("tests/laws/test_variational.py",)),
     Promise("Bad data are refused in one line", ("tests/data", "tests/security/test_safe_data.py")),
     Promise(

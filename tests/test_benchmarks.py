@@ -5,11 +5,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import aezoo
+from aezoo import rollback
 from aezoo.callbacks import FaultGuard
 from benchmarks import measure, processes, speed
 from benchmarks.common import read_csv
@@ -173,6 +175,47 @@ def test_what_the_guard_costs_is_the_difference_of_steps_with_and_without_it(mon
         assert active == [batch // 4 % 2 == 1 for batch in range(41)]
         assert cost.shares() == [0.25] * 5 and cost.shares(2) == [0.25] * 2
     assert measure.GuardCost(FaultGuard()).shares() == []
+
+
+def test_guard_cost_spreads_a_look_over_the_steps_it_is_for(monkeypatch):
+    now = 0.0
+
+    class Trust:
+        """A step on trust costs 0.125 s, and a look at all before it, in each fourth, 0.125 s for each."""
+
+        calls = 0
+
+        def prepare_step(self):
+            self.calls += 1
+            if self.calls % 4 == 3:
+                self._copy(None)
+
+        def _copy(self, groups):
+            nonlocal now
+            now += 0.125 * rollback.PERIOD
+
+        def takes(self, loss, batch_idx):
+            nonlocal now
+            now += 0.125
+            return True
+
+        def settle(self):
+            return True
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
+    cost, trust = measure.GuardCost(FaultGuard(), block=4), Trust()
+    plan = SimpleNamespace(plan=SimpleNamespace(rollback=trust))
+    trainer = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=plan))
+    for batch in range(81):
+        if batch % 30 == 0:
+            now += 100  # between two epochs
+            cost.on_train_epoch_start(trainer, None)
+        trust.prepare_step()
+        active = batch // 4 % 2 == 1
+        assert trust.takes(None, batch) is trust.settle() is active
+        now += 0.75
+        cost.on_train_batch_end(*[None] * 4, 0)
+    assert cost.shares() == [0.25] * 5
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from aezoo import capture, loop
 from aezoo.capture import WARM_UP, CapturedStep
 from aezoo.data import DataModule
 from aezoo.data.resident import ResidentLoader
+from aezoo.plan import Plan
 
 
 class Recorder:
@@ -268,7 +269,7 @@ def plan(**changes):
             # a tensor that says it is on the GPU
             if not changes.get("on_host"):
                 loader.x = type("X", (), {"device": OnGpu.strategy.root_device, "dtype": x.dtype})()
-            seen.append(loop.Plan(OnGpu(trainer)))
+            seen.append(Plan(OnGpu(trainer)))
             loader.x = x
             trainer.should_stop = True
             trainer.optimizers[0].param_groups[0]["capturable"] = False

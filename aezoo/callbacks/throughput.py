@@ -16,6 +16,8 @@ class Throughput(pl.Callback):
     compilation. The accelerator is waited for when the clock stops, not at each step.
     """
 
+    reads_no_weights = True  # at a batch of training
+
     def __init__(self) -> None:
         super().__init__()
         self._started: float | None = None

@@ -4,6 +4,7 @@ What fits is held: a split may take a quarter of the memory that is free, shared
 Samples stay as they are stored, so bytes stay bytes until the step needs floats.
 """
 
+import copy
 import math
 import os
 from collections.abc import Iterator
@@ -82,6 +83,13 @@ class ResidentLoader:
             if self.pin_memory:
                 x, y = x.pin_memory(), None if y is None else y.pin_memory()
             yield (x,) if y is None else (x, y)
+
+    def again(self, first: int) -> Iterator[Batch]:
+        """The batches of the present epoch from the one with number `first` on, whoever reads them otherwise."""
+        other = copy.copy(self)
+        other.sampler = copy.copy(self.sampler)
+        other.sampler.skip = (self.sampler.epoch, first * self.batch_size)
+        return iter(other)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the DataModule keeps the position. Lightning warns of a loader without this method."""

@@ -1,0 +1,153 @@
+"""Who has a part in a training step: looked up once, when training starts, for `aezoo.loop`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    Timer,
+)
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+from aezoo.capture import CapturedStep
+from aezoo.data.resident import ResidentLoader
+from aezoo.fused import FusedStep
+from aezoo.rollback import Rollback
+
+Hook = Callable[..., Any]
+_AROUND_STEP = ("on_train_batch_start", "on_train_batch_end")
+_WITHIN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+# of these what a CUDA graph can hold
+_RECORDED = ("on_before_backward", "on_before_optimizer_step")
+# callbacks whose hooks around a step read no weights but through state_dict; this package's own say so themselves
+_READ_NO_WEIGHTS = (LearningRateMonitor, ModelCheckpoint, ProgressBar, Timer)
+# one of these is reason enough to leave the step to Lightning
+_OWN_STEP = ("optimizer_step", "configure_gradient_clipping", "lr_scheduler_step")
+_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device")
+
+
+class Plan:
+    """Who wants to be asked at each batch, looked up once.
+
+    Args:
+        trainer: with its callbacks, loader and optimiser set up.
+
+    Attributes:
+        step: the optimiser's step, a new one each epoch.
+    """
+
+    step: FusedStep
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        module: Any = trainer.lightning_module  # any LightningModule: this package's have further methods
+        self.module = module
+        self.optimizer = trainer.optimizers[0]
+        precision = trainer.precision_plugin
+        self.context = None if type(precision) is Precision else precision.train_step_context
+        # the method, and whether it is the module's, which comes last
+        self.hooks: dict[str, list[tuple[Hook, bool]]] = {}
+        for name in (*_AROUND_STEP, *_WITHIN_STEP):
+            asked = [
+                (getattr(callback, name), False)
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
+                if _is_written(name, callback)
+            ]
+            if is_overridden(name, module):
+                asked.append((getattr(module, name), True))
+            self.hooks[name] = asked
+        hooked = [getattr(hook, "__self__", None) for name in _AROUND_STEP for hook, _ in self.hooks[name]]
+        # those of this package and of Lightning read no more of a batch than its length
+        self.batch_is_private = all(type(who).__module__.partition(".")[0] in ("aezoo", "lightning") for who in hooked)
+        self.own_step = any(is_overridden(name, module) for name in _OWN_STEP) or bool(trainer.gradient_clip_val)
+        # torch's own does the same among records for its profiler, at ten times the cost
+        self.own_zero_grad = (
+            is_overridden("optimizer_zero_grad", module)
+            or type(self.optimizer).zero_grad is not torch.optim.Optimizer.zero_grad
+            or "zero_grad" in vars(self.optimizer)
+        )
+        self.takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        in_place = (
+            isinstance(trainer.train_dataloader, ResidentLoader)
+            and trainer.train_dataloader.x.device == trainer.strategy.root_device
+            and trainer.train_dataloader.x.dtype in (torch.uint8, torch.float32)
+            and not any(is_overridden(name, module) for name in (*_TRANSFER, "on_after_batch_transfer"))
+            and not any(data is not None and is_overridden(name, data) for name in _TRANSFER)
+        )
+        # samples that are where they are needed, stored as bytes or float32, need no more than the data's own hook
+        self.prepare: Hook | None = None if not in_place else data.on_after_batch_transfer if data else _as_it_is
+        self.captured: CapturedStep | None = None
+        # callbacks that take part in a step: a graph can hold those that say so
+        self.recorded: list[Any] = list(
+            {getattr(hook, "__self__", None): None for name in _RECORDED for hook, _ in self.hooks[name]}
+        )
+        a_batch_is_a_step = (
+            trainer.accumulate_grad_batches == 1
+            and not any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+            and not self.own_step
+        )
+        self.can_capture = (
+            self.prepare is not None
+            and trainer.strategy.root_device.type == "cuda"
+            and a_batch_is_a_step
+            and not trainer.lr_scheduler_configs
+            and not self.hooks["on_before_zero_grad"]
+            and not self.hooks["on_after_backward"]
+            and all(getattr(who, "capturable", False) for who in self.recorded)
+            and all(group.get("capturable") for group in self.optimizer.param_groups)
+        )
+        # a guard that has the last word on a step may be asked in place of its hooks
+        guards = [c for c in trainer.callbacks if getattr(c, "only_looks", False)]  # type: ignore[attr-defined]
+        has_last_word = len(guards) == len(self.hooks["on_before_optimizer_step"]) == 1
+        self.guard: Any = guards[0] if has_last_word and a_batch_is_a_step else None
+        # the same without the guard's, which are not called for a step that it passes
+        self.quiet = {
+            name: [(hook, own) for hook, own in asked if getattr(hook, "__self__", None) is not self.guard]
+            for name, asked in self.hooks.items()
+        }
+        self.plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
+        # validation after a share of an epoch, by time, or by the count of all batches is Lightning's to judge
+        self.validates_at_end = (
+            trainer.check_val_every_n_epoch is not None
+            and trainer._val_check_time_interval is None  # type: ignore[attr-defined]
+            and trainer.val_check_batch in (float("inf"), trainer.num_training_batches)
+        )
+        # that a step was bad may be found later if nobody has a part in it or sees what it has left
+        self.can_go_back = (
+            self.guard is not None
+            and self.prepare is not None
+            and trainer.strategy.root_device.type == "cpu"
+            and (data is None or type(data).__module__.startswith("aezoo."))
+            and self.validates_at_end
+            and not self.plateau
+            and not any(self.quiet[name] for name in _WITHIN_STEP)
+            and all(_reads_no_weights(hook, own) for name in _AROUND_STEP for hook, own in self.quiet[name])
+        )
+        self.rollback: Rollback | None = None
+
+
+def _is_written(name: str, callback: pl.Callback) -> bool:
+    """Whether a callback has a hook of its own, be it a method, a function or any other callable."""
+    try:
+        return is_overridden(name, callback, parent=pl.Callback)
+    except AttributeError:  # without __code__, so not the base class's method
+        return callable(getattr(callback, name))
+
+
+def _reads_no_weights(hook: Hook, own: bool) -> bool:
+    """Whether a hook of a batch's start or end is known to leave weights and noise alone."""
+    who = getattr(hook, "__self__", None)
+    known = isinstance(who, _READ_NO_WEIGHTS) and type(who).__module__.startswith(("lightning.", "aezoo."))
+    # of the class itself: another's hooks may do what they like
+    return not own and (known or bool(vars(type(who)).get("reads_no_weights")))
+
+
+def _as_it_is(batch: Any, dataloader_idx: int) -> Any:
+    return batch

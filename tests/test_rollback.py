@@ -1,0 +1,424 @@
+"""Steps on trust end as steps that were looked at one by one: same weights, counters, lines and files."""
+
+import copy
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+import aezoo
+from aezoo import loop, rollback
+from aezoo.callbacks import EMA, BetaAnnealing, Checkpoints, FaultGuard, Throughput
+from aezoo.data import DataModule
+from aezoo.errors import AezooError
+
+DenseAE, VAE = aezoo.model_class("dense_ae"), aezoo.model_class("vae")
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+# the square of 1e20 overflows, and of 4e18 the sum over the 30 weights
+VALUES = {"nan": math.nan, "inf": math.inf, "overflow": 1e20, "sum": 4e18, "large": 1e15}
+PERIOD, BATCHES = 8, 30
+
+
+@pytest.fixture(autouse=True)
+def _short_periods(monkeypatch):
+    monkeypatch.setattr(rollback, "PERIOD", PERIOD)
+
+
+@pytest.fixture
+def went_back(monkeypatch):
+    """How many steps were taken back, for each time."""
+    found, original = [], rollback.Rollback._go_back
+
+    def noted(self, taken):
+        found.append(len(taken))
+        original(self, taken)
+
+    monkeypatch.setattr(rollback.Rollback, "_go_back", noted)
+    return found
+
+
+def model_of(name="vae", **settings):
+    torch.manual_seed(0)
+    return aezoo.create_model(name, (6,), latent_dim=2, hidden_dims=(5,), lr=0.01, **settings)
+
+
+def data_of(batches=BATCHES, **settings):
+    x = torch.rand(batches * 8, 6, generator=torch.Generator().manual_seed(1))
+    return DataModule.from_arrays(
+        x, batch_size=8, **{"val_fraction": 0, "test_fraction": 0, "layout": "vector"} | settings
+    )
+
+
+def fit(trust, faults, *callbacks, model=None, data=None, **options):
+    """Train with faults at the steps that are its keys, in the gradient of the first layer."""
+    model = model or model_of()
+    weight = next(model.encoder.parameters())
+
+    def change(gradient):
+        kind = faults.get(model.trainer.global_step)
+        return gradient if kind is None else torch.full_like(gradient, VALUES[kind])
+
+    hook = weight.register_hook(change)
+    guard, made = FaultGuard(), {"max_epochs": 2, "logger": False, "enable_checkpointing": False} | options
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        callbacks=[guard, *callbacks],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **made,
+    )
+    before = loop.is_worthwhile
+    loop.is_worthwhile = lambda uses: trust
+    try:
+        trainer.fit(model, data or data_of())
+    finally:
+        loop.is_worthwhile = before
+        hook.remove()
+    return trainer, guard
+
+
+def outcome(trainer, guard):
+    optimizer = trainer.optimizers[0].state_dict()
+    tensors = [*trainer.lightning_module.state_dict().values()]
+    tensors += [value for state in optimizer["state"].values() for value in state.values()]
+    rates = [group["lr"] for group in optimizer["param_groups"]]
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return tensors, [guard.state_dict(), rates, repr(metrics), trainer.global_step, trainer.fit_loop.state_dict()]
+
+
+def assert_same(found, expected):
+    for one, other in zip(found[0], expected[0], strict=True):
+        assert torch.equal(one, other)
+    assert found[1] == expected[1]
+
+
+def lines(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+
+
+# ---- the same end ---------------------------------------------------------------------------------------------------
+
+# the first step of an epoch is looked at: the trust begins at step 1, with periods 1-8, 9-16, 17-24 and 25-29
+FAULTS = {
+    "none": ({}, []),
+    "first of all": ({0: "nan"}, []),
+    "first on trust": ({1: "nan"}, [1]),
+    # its moments are bad for good, its weights are as good as any: seen by the look after the period
+    "overflow": ({10: "overflow"}, [8]),
+    "sum of squares": ({9: "sum"}, [8]),
+    "last of a period": ({16: "inf"}, [8]),
+    "last of an epoch": ({29: "nan"}, [5]),
+    "first of the second epoch": ({30: "overflow"}, []),
+    "two in a row": ({11: "nan", 12: "inf"}, [3]),
+    "in both epochs": ({4: "nan", 20: "nan", 40: "inf"}, [4, 2]),
+    "large and good": ({10: "large"}, []),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_weights_counters_and_lines_are_those_of_steps_looked_at_one_by_one(name, went_back, capsys):
+    faults, taken_back = FAULTS[name]
+    expected = outcome(*fit(False, faults))
+    said = lines(capsys)
+    assert went_back == []
+    assert_same(outcome(*fit(True, faults)), expected)
+    assert lines(capsys) == said
+    assert len(said) == sum(kind != "large" for kind in faults.values())
+    assert went_back == taken_back
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr_schedule": "cosine", "warmup_steps": 5},
+        {"optimizer": "adamw", "weight_decay": 0.1},
+        {"name": "denoising_ae"},
+        {"name": "dense_ae"},
+        {"optimizer": "adam:eps=1e-4"},
+    ],
+    ids=lambda settings: next(iter(settings.values())),
+)
+def test_schedules_noise_and_decay_come_again(settings, went_back):
+    faults = {5: "nan", 13: "overflow", 36: "overflow"}
+    expected, found = (outcome(*fit(trust, faults, model=model_of(**settings))) for trust in (False, True))
+    assert_same(found, expected)
+    assert len(went_back) == 2
+
+
+def test_images_are_drawn_and_scaled_again(went_back):
+    x = torch.randint(0, 256, (240, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    ends = []
+    for trust in (False, True):
+        torch.manual_seed(0)
+        model = aezoo.create_model("vae", (1, 4, 4), latent_dim=2, hidden_dims=(5,))
+        data = DataModule.from_arrays(x, batch_size=8, val_fraction=0, test_fraction=0, binarise="dynamic")
+        ends.append(outcome(*fit(trust, {7: "overflow", 38: "nan"}, model=model, data=data)))
+    assert_same(*ends)
+    assert len(went_back) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_compiled_step_is_taken_again(went_back):
+    ends = []
+    for trust in (False, True):
+        model = model_of("dense_ae")
+        model.compile_mode = "default"
+        ends.append(outcome(*fit(trust, {5: "nan", 38: "overflow"}, model=model)))
+    assert_same(*ends)
+    assert len(went_back) == 2
+
+
+class InfiniteAt11(DenseAE):
+    def loss(self, x, y=None):
+        terms = super().loss(x, y)
+        return terms if self.trainer.global_step != 11 else terms | {"loss": terms["loss"] + math.inf}
+
+
+InfiniteAt11.__module__ = DenseAE.__module__  # as one of the zoo's own
+
+
+def test_a_loss_that_is_not_finite_takes_no_step_back(went_back):
+    ends = []
+    for trust in (False, True):
+        torch.manual_seed(0)
+        ends.append(outcome(*fit(trust, {}, model=InfiniteAt11((6,), latent_dim=2, hidden_dims=(5,)))))
+    assert_same(*ends)
+    assert ends[0][1][0]["skipped"] == 1
+    assert went_back == []
+
+
+def test_a_run_that_is_ended_ends_at_the_same_step(went_back, tmp_path):
+    faults, ends = dict.fromkeys(range(6, 30), "nan"), []
+    for trust in (False, True):
+        model = model_of()
+        with pytest.raises(AezooError, match="5 steps in a row were not finite") as error:
+            fit(trust, faults, model=model, default_root_dir=tmp_path)
+        ends.append((str(error.value), [*model.state_dict().values()]))
+    (said, expected), (said_on_trust, found) = ends
+    assert said_on_trust == said
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert went_back == [6]
+
+
+# ---- nobody reads weights that are bad ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Checkpoints, ModelCheckpoint])
+@pytest.mark.parametrize("step", [11, 12])
+def test_a_checkpoint_within_an_epoch_is_of_good_weights(kind, step, went_back, tmp_path):
+    """Step 11 is the one after which the file is written: its loss was finite, its gradient was not."""
+    faults, files = {step - 1: "overflow"}, []
+    for trust in (False, True):
+        folder = tmp_path / str(trust)
+        if kind is Checkpoints:
+            writer = Checkpoints(every_n_steps=12, dirpath=str(folder))
+        else:
+            writer = ModelCheckpoint(folder, every_n_train_steps=12, save_top_k=-1, filename="{step}")
+        fit(trust, faults, writer, enable_checkpointing=True, max_epochs=1, limit_train_batches=20)
+        name = "previous.ckpt" if kind is Checkpoints else "step=12.ckpt"
+        files.append(torch.load(folder / name, weights_only=True))
+    expected, found = files
+    assert found["global_step"] == expected["global_step"] == 12
+    assert found["loops"] == expected["loops"]
+    for one, other in zip(_tensors(found), _tensors(expected), strict=True):
+        assert torch.equal(one, other)
+    key = next(key for key in found["callbacks"] if key.startswith("FaultGuard"))
+    assert found["callbacks"][key] == expected["callbacks"][key]
+    assert found["callbacks"][key]["skipped"] == 1
+    assert len(went_back) == 1
+
+
+def _tensors(file):
+    moments = [value for state in file["optimizer_states"][0]["state"].values() for value in state.values()]
+    return [*file["state_dict"].values(), *moments, file["aezoo"]["means"]["sums"]]
+
+
+class Reads(pl.Callback):
+    """Looks at the weights where the trust has ended."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_validation_start(self, trainer, pl_module):
+        self.seen += [value.clone() for value in pl_module.parameters()]
+
+    on_train_epoch_end = on_validation_start
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_epochs": 2}, {"max_epochs": 2, "limit_train_batches": 13}, {"max_steps": 20}]
+)
+def test_whoever_reads_weights_after_an_epoch_reads_good_ones(options, went_back):
+    ends = []
+    for trust in (False, True):
+        reads = Reads()
+        data = data_of(40, val_fraction=0.25)
+        faults = {12: "overflow", 19: "nan", 25: "nan", 29: "overflow"}
+        ends.append((outcome(*fit(trust, faults, reads, data=data, **options)), reads.seen))
+    (expected, seen), (found, seen_on_trust) = ends
+    assert_same(found, expected)
+    assert seen
+    assert all(torch.equal(one, other) for one, other in zip(seen_on_trust, seen, strict=True))
+    assert went_back
+
+
+class Stops(pl.Callback):
+    """Ends a fit at a step, as Ctrl-C does; what it does between two batches leaves weights alone."""
+
+    reads_no_weights = True
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 13:
+            raise KeyboardInterrupt
+
+
+def test_weights_after_an_interruption_are_good(went_back):
+    ends = []
+    for trust in (False, True):
+        model = model_of()
+        with pytest.raises(SystemExit):
+            fit(trust, {11: "overflow"}, Stops(), model=model)
+        ends.append([*model.state_dict().values()])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+    assert went_back == [4]
+    assert not model._state_dict_pre_hooks
+
+
+def test_nothing_is_saved_while_steps_are_taken_back(monkeypatch):
+    model, errors = model_of(), []
+    take_again = loop.LightLoop.take_again
+
+    def interrupted(self, batch, batch_idx):
+        take_again(self, batch, batch_idx)
+        with pytest.raises(AezooError, match="nothing is saved over the last checkpoint") as error:
+            model.state_dict()
+        errors.append(error)
+
+    monkeypatch.setattr(loop.LightLoop, "take_again", interrupted)
+    fit(True, {12: "nan"}, model=model)
+    assert len(errors) == 4
+
+
+def test_a_model_can_be_copied_after_a_fit():
+    model = model_of()
+    fit(True, {5: "nan"}, model=model)
+    copy.deepcopy(model)
+    assert not model._state_dict_pre_hooks
+
+
+# ---- where steps are looked at one by one ---------------------------------------------------------------------------
+
+
+class Own(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        pass
+
+
+class Within(pl.Callback):
+    def on_after_backward(self, trainer, pl_module):
+        pass
+
+
+class OwnCheckpoints(Checkpoints):
+    """Not one that the zoo has looked at."""
+
+
+class OwnThroughput(Throughput):
+    """Nor this."""
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "options", "trusted"),
+    [
+        ([Throughput, Checkpoints], {"enable_checkpointing": True}, True),
+        ([Own], {}, False),
+        ([Within], {}, False),
+        ([OwnCheckpoints], {"enable_checkpointing": True}, False),
+        ([OwnThroughput], {}, False),
+        ([lambda: EMA(0.9)], {}, False),
+        ([lambda: BetaAnnealing(n_steps=10)], {}, False),
+        ([], {"accumulate_grad_batches": 2}, False),
+        ([], {"gradient_clip_val": 1.0}, False),
+        ([], {"val_check_interval": 5}, False),
+    ],
+)
+def test_steps_that_others_see_are_not_trusted(callbacks, options, trusted, monkeypatch, tmp_path):
+    plans = []
+    trust = loop.trust
+    monkeypatch.setattr(loop, "trust", lambda trainer: plans.append(trust(trainer)))
+    made = [callback() for callback in callbacks]
+    fit(True, {}, *made, data=data_of(val_fraction=0.2), default_root_dir=tmp_path, max_epochs=1, **options)
+    assert plans == [trusted]
+
+
+class Plugin(VAE):
+    """A model that is not the zoo's own, and may remember what it likes."""
+
+
+def test_models_of_others_and_other_optimisers_are_not_trusted(monkeypatch, went_back):
+    asked = []
+    trust = loop.trust
+    monkeypatch.setattr(loop, "trust", lambda trainer: asked.append(trust(trainer)))
+    fit(True, {5: "nan"}, model=Plugin((6,), latent_dim=2, hidden_dims=(5,)))
+    assert asked == []
+    # asked for, but no step of theirs is the kernel's
+    fit(True, {5: "nan"}, model=model_of(optimizer="sgd"))
+    assert asked == [True]
+    assert went_back == []
+
+
+def test_moments_that_forget_are_not_trusted(went_back, monkeypatch):
+    def short_memory(self):
+        return torch.optim.Adam(self.parameters(), betas=(0.9, 0.5), fused=True)
+
+    monkeypatch.setattr(VAE, "configure_optimizers", short_memory)
+    _, guard = fit(True, {5: "nan"})
+    assert guard.skipped == 1
+    assert went_back == []
+
+
+def test_moments_that_decay_for_a_whole_epoch_still_tell(went_back, monkeypatch):
+    def adam(self):
+        return torch.optim.Adam(self.parameters(), betas=(0.9, 0.9), fused=True)
+
+    monkeypatch.setattr(rollback, "PERIOD", 256)
+    monkeypatch.setattr(VAE, "configure_optimizers", adam)
+    faults = {1: "sum"}
+    expected, found = (outcome(*fit(trust, faults)) for trust in (False, True))
+    assert_same(found, expected)
+    assert went_back == [BATCHES - 1]
+
+
+def test_only_where_a_look_at_each_step_costs_much():
+    assert rollback.is_worthwhile(256)
+    assert not rollback.is_worthwhile(1024)
+
+
+def test_a_dense_network_is_trusted_and_a_convolutional_one_is_not(monkeypatch):
+    found = []
+    trust = loop.trust
+    monkeypatch.setattr(loop, "trust", lambda trainer: found.append(trust(trainer)))
+    x = torch.randint(0, 256, (512, 1, 28, 28), dtype=torch.uint8)
+    for settings, batch_size in (
+        ({"hidden_dims": (8,)}, 256),
+        ({"hidden_dims": (8,)}, 1),
+        ({"net": "conv", "hidden_dims": (32, 64, 128, 256)}, 128),
+    ):
+        model = aezoo.create_model("vae", (1, 28, 28), latent_dim=2, **settings)
+        data = DataModule.from_arrays(x, batch_size=batch_size, val_fraction=0, test_fraction=0)
+        pl.Trainer(
+            accelerator="cpu", max_steps=1, callbacks=[FaultGuard()], logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        ).fit(model, data)  # fmt: skip
+    assert found == [True, True, False]
+
+
+def test_parameters_without_gradients_are_not_trusted(went_back):
+    model = model_of()
+    model.unused = nn.Parameter(torch.zeros(1))
+    _, guard = fit(True, {5: "nan"}, model=model)
+    assert guard.skipped == 1
+    assert went_back == []

@@ -25,11 +25,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from aezoo.acceleration import flushed_denormals, positions
+from aezoo.acceleration import flushed_denormals
 from aezoo.capture import CapturedStep
 from aezoo.fused import FusedStep
 from aezoo.plan import Plan
-from aezoo.rollback import Rollback, is_worthwhile
+from aezoo.rollback import Rollback
 
 try:
     from lightning.pytorch.loops.optimization.automatic import ClosureResult
@@ -149,7 +149,7 @@ def capture(trainer: pl.Trainer) -> bool:
 
 
 def trust(trainer: pl.Trainer) -> bool:
-    """Have the fault guard look at many steps together where a look at each would cost much; returns whether it does.
+    """Have the fault guard look at many steps together where the plan allows it; returns whether it does.
 
     Call it for a module that keeps what it remembers of a step in its weights and epoch means alone, and whose noise is
     a function of seed, epoch and batch.
@@ -159,9 +159,8 @@ def trust(trainer: pl.Trainer) -> bool:
     if plan is None or not plan.can_go_back:
         return False
     assert isinstance(loop, LightLoop)
-    uses = positions(plan.module, plan.module.input_shape) * trainer.train_dataloader.batch_size  # type: ignore[union-attr]
-    plan.rollback = Rollback(loop) if is_worthwhile(uses) else None
-    return plan.rollback is not None
+    plan.rollback = Rollback(loop)
+    return True
 
 
 class LightLoop(_TrainingEpochLoop):

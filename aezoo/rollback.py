@@ -5,38 +5,30 @@ from memory. Adam's second moments tell it later: v <- b2 v + (1 - b2) g^2 holds
 long what is large. So a step is asked for its loss alone, and the moments are asked after `PERIOD` steps and before
 anybody reads the weights. If they are bad, weights and moments become what they were before these steps, which are
 then taken again with a look at each gradient. The noise of a step is a function of seed, epoch and batch: they are the
-same steps, bit for bit.
+same steps, bit for bit. The copy that this needs takes three times the memory of the weights.
 """
 
 import copy
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from aezoo.data.resident import fits
 from aezoo.errors import AezooError
 from aezoo.fused import FusedStep, Group
 
 if TYPE_CHECKING:
     from aezoo.loop import LightLoop
 
-PERIOD = 256
-# times that a step uses a weight from which on a look at its gradient costs less than a hundredth of that
-_MANY_USES = 1024
+# steps between two looks; and seconds, since slow steps would be slow to take again
+PERIOD, SECONDS = 256, 10.0
 # Adam's second beta, below which moments soon forget
 _LEAST_MEMORY = 0.9
 # squares of gradients that add up to a tenth of what float32 holds
 _LARGE = 3e37
-
-
-def is_worthwhile(uses: int) -> bool:
-    """Whether looking at each gradient would cost more than about a hundredth of a step.
-
-    Args:
-        uses: how often a step uses a weight: the samples of a batch, times the positions of a convolution.
-    """
-    return uses < _MANY_USES
 
 
 class _Taken(NamedTuple):
@@ -66,6 +58,7 @@ class Rollback:
         self._copies: list[Tensor] = []
         self._means: Any = None
         self._taken: list[_Taken] | None = None
+        self._until = 0.0
         self._over = self._goes_back = False
         self._unwatch: Callable[[], None] = _nothing
 
@@ -75,12 +68,12 @@ class Rollback:
 
     def prepare_step(self) -> None:
         """Begin to trust or, after `PERIOD` steps, see whether they deserved it; call it between two steps."""
-        if self._over or (self._taken is not None and len(self._taken) < PERIOD):
+        if self._over or (self._taken is not None and len(self._taken) < PERIOD and time.monotonic() < self._until):
             return
         self.settle()
         groups = [] if self._over or self._step is None else self._step.groups
-        if groups and all(group.settings["betas"][1] >= _LEAST_MEMORY for group in groups):
-            self._copy(groups)
+        if groups and all(group.settings["betas"][1] >= _LEAST_MEMORY for group in groups) and self._has_room(groups):
+            self._copy()
 
     @property
     def is_trusting(self) -> bool:
@@ -112,16 +105,21 @@ class Rollback:
         self._unwatch()
         self._step, self._taken, self._tensors, self._copies = None, None, [], []
 
-    def _copy(self, groups: list[Group]) -> None:
-        module: Any = self._loop.trainer.lightning_module
+    def _has_room(self, groups: list[Group]) -> bool:
+        """Whether memory holds the copies; from then on it does, as weights do not grow."""
         if groups is not self._groups:
-            self._groups = groups
-            self._tensors = [tensor for group in groups for tensor in group.changed]
+            self._groups, self._tensors = groups, [tensor for group in groups for tensor in group.changed]
             if [tensor.shape for tensor in self._tensors] != [kept.shape for kept in self._copies]:
-                self._copies = [torch.empty_like(tensor) for tensor in self._tensors]
+                fit = fits(sum(tensor.nbytes for tensor in self._tensors), torch.device("cpu"))
+                self._copies = [torch.empty_like(tensor) for tensor in self._tensors] if fit else []
+        return bool(self._copies)
+
+    def _copy(self) -> None:
+        module: Any = self._loop.trainer.lightning_module
         with torch.no_grad():
             torch._foreach_copy_(self._copies, self._tensors)
         self._means, self._taken = copy.deepcopy(module._train_means), []
+        self._until = time.monotonic() + SECONDS
         self._unwatch = module.register_state_dict_pre_hook(self._before_reading).remove
 
     def _settle(self) -> bool:

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from aezoo.nets.linear import linear
-from aezoo.rollback import PERIOD
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GEMMS: tuple[Any, ...] = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
@@ -255,7 +254,7 @@ class GuardCost(pl.Callback):
             off, on, looks = ([*itertools.chain(*steps)] for steps in zip(*pairs[i : i + size], strict=True))
             step = statistics.median(on)
             if looks:
-                step += (statistics.median(looks) - step) / PERIOD
+                step += (statistics.median(looks) - step) * len(looks) / (len(on) + len(looks))
             found.append(1 - statistics.median(off) / step)
         return found
 

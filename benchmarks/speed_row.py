@@ -17,7 +17,6 @@ from torch import Tensor
 import aezoo
 from aezoo import acceleration
 from aezoo.callbacks import FaultGuard, in_use
-from aezoo.rollback import PERIOD, is_worthwhile
 
 from . import measure
 from .common import Spread
@@ -151,9 +150,6 @@ def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def _guard_shares(spec: dict[str, Any], folder: str, model: Any, data: aezoo.DataModule, steps: int) -> list[float]:
     """Shares of a step that the fault guard costs, in parts of a fit of its own."""
-    # where it looks at many steps together, enough for some looks
-    together = is_worthwhile(acceleration.positions(model, tuple(spec["shape"])) * spec["batch"])
-    steps = max(steps, 16 * PERIOD) if together else steps
     fit = trainer(spec, folder, [], max_epochs=-1, max_steps=steps)
     guard = next(callback for callback in fit.callbacks if isinstance(callback, FaultGuard))  # type: ignore[attr-defined]
     cost = measure.GuardCost(guard)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import aezoo
-from aezoo import rollback
 from aezoo.callbacks import FaultGuard
 from benchmarks import measure, processes, speed
 from benchmarks.common import read_csv
@@ -181,18 +180,18 @@ def test_guard_cost_spreads_a_look_over_the_steps_it_is_for(monkeypatch):
     now = 0.0
 
     class Trust:
-        """A step on trust costs 0.125 s, and a look at all before it, in each fourth, 0.125 s for each."""
+        """A step on trust costs 0.125 s, and a look at those before it, in each third of a block, 0.25 s more."""
 
         calls = 0
 
         def prepare_step(self):
             self.calls += 1
             if self.calls % 4 == 3:
-                self._copy(None)
+                self._copy()
 
-        def _copy(self, groups):
+        def _copy(self):
             nonlocal now
-            now += 0.125 * rollback.PERIOD
+            now += 0.25
 
         def takes(self, loss, batch_idx):
             nonlocal now
@@ -207,7 +206,7 @@ def test_guard_cost_spreads_a_look_over_the_steps_it_is_for(monkeypatch):
     plan = SimpleNamespace(plan=SimpleNamespace(rollback=trust))
     trainer = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=plan))
     for batch in range(81):
-        if batch % 30 == 0:
+        if batch % 40 == 0:
             now += 100  # between two epochs
             cost.on_train_epoch_start(trainer, None)
         trust.prepare_step()
@@ -215,7 +214,8 @@ def test_guard_cost_spreads_a_look_over_the_steps_it_is_for(monkeypatch):
         assert trust.takes(None, batch) is trust.settle() is active
         now += 0.75
         cost.on_train_batch_end(*[None] * 4, 0)
-    assert cost.shares() == [0.25] * 5
+    # of three steps that count in a block one has a look: 0.125 + 0.25 / 3 beside 0.75
+    assert cost.shares() == [pytest.approx(1 - 0.75 / (0.875 + 0.25 / 3))] * 5
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

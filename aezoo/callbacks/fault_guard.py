@@ -28,9 +28,9 @@ class FaultGuard(Checked, pl.Callback):
     Each skip gives a line, up to a point; the run that is ended leaves `fault.txt` in its folder. Several processes
     judge by the gradients alone, which they share, and so skip the same steps.
 
-    Where a look at each step would cost more than a hundredth of it, namely for the zoo's dense models on a CPU, many
-    steps are looked at together and, if one was bad, taken back and taken again one by one (`aezoo.rollback`). All ends
-    up the same, to the bit; the line comes later, after at most 256 steps.
+    Steps of the zoo's own models on a CPU are looked at together where that can be and, if one was bad, taken back and
+    taken again one by one (`aezoo.rollback`). All ends up the same, to the bit; the line comes later, after at most 256
+    steps or ten seconds.
 
     On a GPU with a fused optimiser the kernel itself skips, and nothing is waited for: the counters are read every
     `every_n_steps` batches, at the end of an epoch and at a save. Other optimisers there wait once a step.

@@ -247,7 +247,9 @@ class GuardCost(pl.Callback):
 
     def shares(self, parts: int = 5) -> list[float]:
         """The guard's share of a step in each of so many parts of the fit, by medians; fewer of a short fit."""
-        pairs = [*zip(self._blocks[::2], self._blocks[1::2], self._looks[1::2], strict=False)]
+        blocks = zip(self._blocks[::2], self._blocks[1::2], self._looks[1::2], strict=False)
+        # the last one may have ended at its first batch
+        pairs = [(off, on, looks) for off, on, looks in blocks if off and on]
         size = max(1, len(pairs) // parts)
         found = []
         for i in range(0, len(pairs) - size + 1, size):

@@ -163,7 +163,7 @@ def test_what_the_guard_costs_is_the_difference_of_steps_with_and_without_it(mon
         slow, given, active = Slow(), [None] * 4, []
         cost = measure.GuardCost(slow, block=4)
         assert slow.on_before_backward.__self__ is slow
-        for batch in range(41):
+        for batch in range(45):
             began = now
             passed = slow.passes(None, None) if asked else slow.on_before_backward(*given[:3])
             active.append(now > began)
@@ -171,7 +171,7 @@ def test_what_the_guard_costs_is_the_difference_of_steps_with_and_without_it(mon
             # the first of a block, which begins where the other ends, is slow and does not count
             now += 0.75 if batch % 4 else 5.0
             cost.on_train_batch_end(*given, 0)
-        assert active == [batch // 4 % 2 == 1 for batch in range(41)]
+        assert active == [batch // 4 % 2 == 1 for batch in range(45)]
         assert cost.shares() == [0.25] * 5 and cost.shares(2) == [0.25] * 2
     assert measure.GuardCost(FaultGuard()).shares() == []
 

@@ -310,11 +310,14 @@ class LightLoop(_TrainingEpochLoop):
         step, rollback = self.automatic_optimization.optim_progress.optimizer.step, plan.rollback
         if rollback is not None:
             rollback.prepare_step()
+        if plan.guard is not None and (rollback is None or not rollback.is_trusting):
+            plan.guard.remember()
         step.increment_ready()
         output = self._forward_and_backward(batch, batch_idx)
-        if rollback is not None and not rollback.takes(output.get("loss"), batch_idx) and rollback.settle():
+        if rollback is not None and not rollback.takes(output.get("loss"), batch_idx) and rollback.settle(in_step=True):
             # this loss is of weights that have been taken back
             self.count_back(1, "zero_grad")
+            plan.guard.remember()
             output = self._forward_and_backward(batch, batch_idx)
         if plan.guard is not None and (rollback is None or not rollback.is_trusting):
             self._consult(plan.guard, output)

@@ -127,7 +127,7 @@ class Plan:
             and (data is None or type(data).__module__.startswith("aezoo."))
             and self.validates_at_end
             and not self.plateau
-            and not any(self.quiet[name] for name in _WITHIN_STEP)
+            and not any(not own for name in _WITHIN_STEP for _, own in self.quiet[name])
             and all(_reads_no_weights(hook, own) for name in _AROUND_STEP for hook, own in self.quiet[name])
         )
         self.rollback: Rollback | None = None

@@ -3,9 +3,9 @@
 To look at each gradient costs two to four per cent of the step of a dense network, most of it the way of the numbers
 from memory. Adam's second moments tell it later: v <- b2 v + (1 - b2) g^2 holds for good what is not finite, and for
 long what is large. So a step is asked for its loss alone, and the moments are asked after `PERIOD` steps and before
-anybody reads the weights. If they are bad, weights and moments become what they were before these steps, which are
-then taken again with a look at each gradient. The noise of a step is a function of seed, epoch and batch: they are the
-same steps, bit for bit. The copy that this needs takes three times the memory of the weights.
+anybody reads the weights. If they are bad, weights, moments and buffers become what they were before these steps, and
+all are taken again with a look at each gradient. The noise of a step is a function of seed, epoch and batch: they are
+the same steps, bit for bit. The copy that this needs takes three times the memory of the weights.
 """
 
 import copy
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from aezoo.buffers import Buffers
 from aezoo.data.resident import fits
 from aezoo.errors import AezooError
 from aezoo.fused import FusedStep, Group
@@ -56,6 +57,7 @@ class Rollback:
         self._groups: list[Group] = []
         self._tensors: list[Tensor] = []
         self._copies: list[Tensor] = []
+        self._buffers: Buffers | None = None
         self._means: Any = None
         self._taken: list[_Taken] | None = None
         self._until = 0.0
@@ -88,22 +90,25 @@ class Rollback:
         self._taken.append(_Taken(batch_idx, [group.settings["lr"] for group in self._groups]))
         return True
 
-    def settle(self) -> bool:
+    def settle(self, in_step: bool = False) -> bool:
         """End the trust: look at the moments, and take the steps again where they are bad.
 
+        Args:
+            in_step: a further step has begun and cannot be trusted: what it has changed of the buffers is taken back.
+
         Returns:
-            Whether they were, and weights and moments have changed now.
+            Whether weights, moments and buffers have changed.
         """
         if self._goes_back:
             return False
-        were_bad = self._settle()
+        has_changed = self._settle(in_step)
         self._unwatch()
-        return were_bad
+        return has_changed
 
     def close(self) -> None:
         """Forget everything."""
         self._unwatch()
-        self._step, self._taken, self._tensors, self._copies = None, None, [], []
+        self._step, self._taken, self._tensors, self._copies, self._buffers = None, None, [], [], None
 
     def _has_room(self, groups: list[Group]) -> bool:
         """Whether memory holds the copies; from then on it does, as weights do not grow."""
@@ -118,13 +123,16 @@ class Rollback:
         module: Any = self._loop.trainer.lightning_module
         with torch.no_grad():
             torch._foreach_copy_(self._copies, self._tensors)
+        if self._buffers is None:
+            self._buffers = Buffers(module)
+        self._buffers.remember()
         self._means, self._taken = copy.deepcopy(module._train_means), []
         self._until = time.monotonic() + SECONDS
         self._unwatch = module.register_state_dict_pre_hook(self._before_reading).remove
 
-    def _settle(self) -> bool:
+    def _settle(self, in_step: bool = False) -> bool:
         taken, self._taken = self._taken, None
-        if not taken or self._is_finite(len(taken)):
+        if taken is None or (self._is_finite(len(taken)) and not (in_step and self._buffers)):
             return False
         self._go_back(taken)
         return True
@@ -144,11 +152,13 @@ class Rollback:
         self._over = self._goes_back = True
         with torch.no_grad():
             torch._foreach_copy_(self._tensors, self._copies)
+        if self._buffers is not None:
+            self._buffers.restore()
         plan.module._train_means = self._means
         loop.count_back(len(taken), "step", "zero_grad")
         rates = [group.settings["lr"] for group in self._groups]
         # the epoch's own iterator goes on where it is
-        batches = loop.trainer.train_dataloader.again(taken[0].batch_idx)
+        batches = loop.trainer.train_dataloader.again(taken[0].batch_idx) if taken else ()
         for step, batch in zip(taken, batches, strict=False):
             self._set_rates(step.rates)
             loop.take_again(batch, step.batch_idx)

@@ -209,7 +209,8 @@ class GuardCost(pl.Callback):
         # steps on trust that began with a look at those before and a copy
         self._looks: list[list[float]] = []
         self._looked = False
-        for name in ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end"):
+        hooks = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
+        for name in (*hooks, "remember"):
             setattr(guard, name, self._switched(guard, getattr(guard, name), None))
         guard.passes = self._switched(guard, guard.passes, True)
 

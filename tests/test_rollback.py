@@ -52,16 +52,16 @@ def data_of(batches=BATCHES, **settings):
     )
 
 
-def fit(trust, faults, *callbacks, model=None, data=None, **options):
-    """Train with faults at the steps that are its keys, in the gradient of the first layer."""
+def fit(trust, faults, *callbacks, model=None, data=None, everywhere=False, **options):
+    """Train with faults at the steps that are its keys, in the gradient of the encoder's first layer or of all."""
     model = model or model_of()
-    weight = next(model.encoder.parameters())
+    weights = [*model.parameters()] if everywhere else [next(model.encoder.parameters())]
 
     def change(gradient):
         kind = faults.get(model.trainer.global_step)
         return gradient if kind is None else torch.full_like(gradient, VALUES[kind])
 
-    hook = weight.register_hook(change)
+    hooks = [weight.register_hook(change) for weight in weights if weight.requires_grad]
     guard, made = FaultGuard(), {"max_epochs": 2, "logger": False, "enable_checkpointing": False} | options
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -77,7 +77,8 @@ def fit(trust, faults, *callbacks, model=None, data=None, **options):
         trainer.fit(model, data or data_of())
     finally:
         loop.trust = before
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return trainer, guard
 
 
@@ -191,7 +192,13 @@ class InfiniteAt11(DenseAE):
         return terms if self.trainer.global_step != 11 else terms | {"loss": terms["loss"] + math.inf}
 
 
-InfiniteAt11.__module__ = DenseAE.__module__  # as one of the zoo's own
+class InfiniteCodes(aezoo.model_class("vq_vae")):
+    def loss(self, x, y=None):
+        terms = super().loss(x, y)
+        return terms if self.trainer.global_step not in (1, 36, 37) else terms | {"loss": terms["loss"] + math.inf}
+
+
+InfiniteCodes.__module__ = InfiniteAt11.__module__ = DenseAE.__module__  # as one of the zoo's own
 
 
 def test_a_loss_that_is_not_finite_takes_no_step_back(went_back):
@@ -215,6 +222,56 @@ def test_a_run_that_is_ended_ends_at_the_same_step(went_back, tmp_path):
     assert said_on_trust == said
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert went_back == [6]
+
+
+@pytest.mark.parametrize("kind", ["nan", "overflow"])
+def test_buffers_are_taken_back_too(kind, went_back):
+    """A codebook of running means, which a step changes before anybody knows whether it was good."""
+    ends = []
+    for trust in (False, True):
+        torch.manual_seed(0)
+        model = aezoo.create_model("vq_vae", (6,), net="mlp", latent_dim=2, places=2, codebook_size=7, hidden_dims=(5,))
+        ends.append(outcome(*fit(trust, {5: kind, 13: kind, 36: kind}, model=model)))
+    assert_same(*ends)
+    assert len(went_back) == 2
+
+
+def test_a_loss_that_is_not_finite_leaves_no_trace_in_buffers(went_back):
+    ends = []
+    for trust in (False, True):
+        torch.manual_seed(0)
+        model = InfiniteCodes((6,), net="mlp", latent_dim=2, places=2, codebook_size=7, hidden_dims=(5,))
+        ends.append(outcome(*fit(trust, {}, model=model)))
+    assert_same(*ends)
+    assert ends[0][1][0]["skipped"] == 3
+    # at step 1 there is nothing to take again, and still the codebook has changed
+    assert went_back == [0, 5]
+
+
+# they have a hand in the optimiser's step, or a training step of their own
+NOT_TRUSTED = (
+    "batch_topk_sae", "crosscoder", "gated_sae", "jumprelu_sae", "matching_pursuit_sae", "matryoshka_sae", "rae",
+    "sae_l1", "stacked_dae", "topk_sae", "topological_ae", "transcoder",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", aezoo.list_models())
+def test_any_model_ends_as_with_steps_looked_at_one_by_one(name, went_back, monkeypatch):
+    monkeypatch.setattr(rollback, "PERIOD", 4)
+    asked, trust = [], loop.trust
+    monkeypatch.setattr(loop, "trust", lambda trainer: asked.append(trust(trainer)))
+    x = torch.randint(0, 256, (10 * 8, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(len(x)) % 4
+    ends = []
+    for trusts in (False, True):
+        torch.manual_seed(0)
+        model = aezoo.create_model(name, (1, 8, 8))
+        data = DataModule.from_arrays(x, y, batch_size=8, val_fraction=0, test_fraction=0)
+        faults = {3: "nan", 8: "overflow"}
+        ends.append(outcome(*fit(trusts, faults, model=model, data=data, everywhere=True)))
+    assert_same(*ends)
+    assert ends[0][1][0]["skipped"] >= 1
+    assert bool(went_back) == any(asked) == (name not in NOT_TRUSTED)
 
 
 # ---- nobody reads weights that are bad ------------------------------------------------------------------------------

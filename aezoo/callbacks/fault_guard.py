@@ -3,7 +3,7 @@
 import math
 from collections import Counter, deque
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 from aezoo.arguments import Checked
+from aezoo.buffers import Buffers
 from aezoo.callbacks import fault_report
 from aezoo.callbacks.base import check_count
 from aezoo.errors import AezooError
@@ -56,7 +57,7 @@ class FaultGuard(Checked, pl.Callback):
         self._losses: list[Tensor] = []
         self._bad: list[str] | None = None
         self._stepped = False
-        self._held: _Buffers | None = None
+        self._held: Buffers | None = None
         self._device: _OnDevice | None = None
         self._captured: Tensor | None = None
         self._averages: list[Any] = []
@@ -71,9 +72,14 @@ class FaultGuard(Checked, pl.Callback):
 
     @property
     def only_looks(self) -> bool:
-        """Whether its hooks do nothing in a step of one optimiser for which `passes` is true."""
-        free = self._device is None and self._held is None and self._scaler is None
-        return type(self) is FaultGuard and self.patience > 0 and free
+        """Whether its hooks do nothing but `remember` in a step of one optimiser for which `passes` is true."""
+        return type(self) is FaultGuard and self.patience > 0 and self._device is None and self._scaler is None
+
+    def remember(self) -> None:
+        """A batch begins that is a step, or the first of several."""
+        self._losses.clear()
+        if self._held is not None:
+            self._held.remember()
 
     def passes(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step is finite and comes after one that was; a loop that asks this need not call the hooks."""
@@ -122,7 +128,7 @@ class FaultGuard(Checked, pl.Callback):
         defers = pl_module.device.type == "cuda" if self._defers is None else self._defers
         if self.patience and defers and fused and self._scaler is None:
             self._device = _OnDevice(pl_module.device, self._in_a_row, self.every_n_steps, len(trainer.optimizers))
-        held = _Buffers(pl_module)
+        held = Buffers(pl_module)
         self._held = held if self.patience and held else None
         self._averages = list(_averages(trainer))
 
@@ -130,9 +136,7 @@ class FaultGuard(Checked, pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._losses.clear()
-            if self._held is not None:
-                self._held.remember()
+            self.remember()
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if self.patience:
@@ -265,54 +269,6 @@ class FaultGuard(Checked, pl.Callback):
         raise AezooError(report)
 
 
-class _Buffers:
-    """What the buffers of a model held before a batch.
-
-    Args:
-        module: a forward pass may change its buffers in place or put others in their places.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        # where each buffer has its name: looking all of them up again in every batch costs more than the copy
-        places: dict[tuple[torch.dtype, torch.device], list[tuple[dict[str, Tensor | None], str]]] = {}
-        seen: set[int] = set()
-        for part in module.modules():
-            for name, buffer in part._buffers.items():
-                if buffer is not None and buffer.numel() and id(buffer) not in seen:
-                    seen.add(id(buffer))
-                    places.setdefault((buffer.dtype, buffer.device), []).append((part._buffers, name))
-        self._places = list(places.values())
-        self._held: list[list[Tensor]] = []
-        self._kept: list[Tensor] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._places)
-
-    def remember(self) -> None:
-        self._held = self._now()
-        self._kept = [_flat(group) for group in self._held]
-
-    def restore(self) -> None:
-        for places, group, kept in zip(self._places, self._held, self._kept, strict=False):
-            self._write(group, kept)
-            for (owner, name), buffer in zip(places, group, strict=True):
-                owner[name] = buffer
-
-    def restore_where(self, found: Tensor) -> None:
-        """The same where `found` is above 0, without asking the device what it is."""
-        for group, kept in zip(self._now(), self._kept, strict=False):
-            self._write(group, torch.where(found > 0, kept, _flat(group)))
-
-    def _now(self) -> list[list[Tensor]]:
-        return [[cast(Tensor, owner[name]) for owner, name in group] for group in self._places]
-
-    @staticmethod
-    @torch.no_grad()
-    def _write(group: list[Tensor], flat: Tensor) -> None:
-        parts = flat.split([buffer.numel() for buffer in group])
-        torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(parts, group, strict=True)])
-
-
 class _Seen:
     """What a device has counted since the last look.
 
@@ -412,10 +368,6 @@ class _OnDevice:
     def place(self, seen: _Seen) -> tuple[int, int, int]:
         """Epoch, batch and step of the last bad one."""
         return self._places[max(0, len(self._places) - 1 - seen.ago)]
-
-
-def _flat(group: list[Tensor]) -> Tensor:
-    return torch.cat([buffer.detach().reshape(-1) for buffer in group])
 
 
 def _with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -1,0 +1,60 @@
+"""What a batch changes of a model beside its weights: statistics, codebooks, thresholds, counters."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+class Buffers:
+    """The buffers of a model, and what they held when `remember` was called.
+
+    Args:
+        module: a forward pass may change its buffers in place or put others in their places.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        # where each buffer has its name: looking all of them up again in every batch costs more than the copy
+        places: dict[tuple[torch.dtype, torch.device], list[tuple[dict[str, Tensor | None], str]]] = {}
+        seen: set[int] = set()
+        for part in module.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer.numel() and id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    places.setdefault((buffer.dtype, buffer.device), []).append((part._buffers, name))
+        self._places = list(places.values())
+        self._held: list[list[Tensor]] = []
+        self._kept: list[Tensor] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def remember(self) -> None:
+        """Copy what they hold now."""
+        self._held = self._now()
+        self._kept = [_flat(group) for group in self._held]
+
+    def restore(self) -> None:
+        """Give them back what they held."""
+        for places, group, kept in zip(self._places, self._held, self._kept, strict=False):
+            self._write(group, kept)
+            for (owner, name), buffer in zip(places, group, strict=True):
+                owner[name] = buffer
+
+    def restore_where(self, found: Tensor) -> None:
+        """The same where `found` is above 0, without asking the device what it is."""
+        for group, kept in zip(self._now(), self._kept, strict=False):
+            self._write(group, torch.where(found > 0, kept, _flat(group)))
+
+    def _now(self) -> list[list[Tensor]]:
+        return [[cast(Tensor, owner[name]) for owner, name in group] for group in self._places]
+
+    @staticmethod
+    @torch.no_grad()
+    def _write(group: list[Tensor], flat: Tensor) -> None:
+        parts = flat.split([buffer.numel() for buffer in group])
+        torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(parts, group, strict=True)])
+
+
+def _flat(group: list[Tensor]) -> Tensor:
+    return torch.cat([buffer.detach().reshape(-1) for buffer in group])

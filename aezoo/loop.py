@@ -74,6 +74,9 @@ _NEEDED = (
     "fit_loop.epoch_loop.batch_progress.increment_completed",
     "fit_loop.epoch_loop.automatic_optimization._optimizer_step",
     "fit_loop.epoch_loop.automatic_optimization._skip_backward",
+    "fit_loop.epoch_loop.scheduler_progress.load_state_dict",
+    "fit_loop.epoch_loop.batch_progress.load_state_dict",
+    "fit_loop.epoch_loop.automatic_optimization.optim_progress.load_state_dict",
     "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.increment_ready",
     "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.increment_completed",
     "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.zero_grad.increment_started",
@@ -156,7 +159,7 @@ def trust(trainer: pl.Trainer) -> bool:
     """
     loop = trainer.fit_loop.epoch_loop
     plan = loop.plan if isinstance(loop, LightLoop) else None
-    if plan is None or not plan.can_go_back:
+    if plan is None or not plan.can_go_back(trainer):
         return False
     assert isinstance(loop, LightLoop)
     plan.rollback = Rollback(loop)
@@ -178,7 +181,7 @@ class LightLoop(_TrainingEpochLoop):
             else:
                 plan.step = FusedStep(plan.optimizer)
                 if plan.rollback is not None:
-                    plan.rollback.begin_epoch(plan.step)
+                    plan.rollback.begin_epoch(plan.step if plan.can_go_back(trainer) else None)
         with flushed_denormals():
             try:
                 super().run(data_fetcher)
@@ -200,6 +203,8 @@ class LightLoop(_TrainingEpochLoop):
         trainer, progress = self.trainer, self.batch_progress
         connector, results = trainer._logger_connector, self._results
         self.val_loop.restarting, self._loud = False, plan.guard is None
+        if plan.rollback is not None:
+            plan.rollback.prepare_step()
         batch = next(data_fetcher)[0] if plan.prepare is None else self._next(data_fetcher)
         batch_idx = progress.current.ready
         progress.is_last_batch = data_fetcher.done
@@ -215,11 +220,7 @@ class LightLoop(_TrainingEpochLoop):
             self._ask("on_train_batch_start", batch, batch_idx)
             progress.increment_started()
             output = self._optimise(batch, batch_idx)
-        progress.increment_processed()
-        if trainer.lr_scheduler_configs:
-            self.update_lr_schedulers("step", update_plateau_schedulers=False)
-            if self._num_ready_batches_reached():
-                self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        self._end_step()
         self._ask("on_train_batch_end", output, batch, batch_idx)
         # a value keeps its place after it was logged; only one that is not reset was logged in this epoch
         logged = any(not value.has_reset for value in results.values())
@@ -230,6 +231,13 @@ class LightLoop(_TrainingEpochLoop):
         progress.increment_completed()
         if logged:
             connector.update_train_step_metrics()
+
+    def _end_step(self) -> None:
+        self.batch_progress.increment_processed()
+        if self.trainer.lr_scheduler_configs:
+            self.update_lr_schedulers("step", update_plateau_schedulers=False)
+            if self._num_ready_batches_reached():
+                self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
 
     def on_advance_end(self, data_fetcher: Any) -> None:
         trainer, plan = self.trainer, self.plan
@@ -307,53 +315,86 @@ class LightLoop(_TrainingEpochLoop):
                     "`optimizer_step` hook?"
                 )
             return outputs[-1]
-        step, rollback = self.automatic_optimization.optim_progress.optimizer.step, plan.rollback
-        if rollback is not None:
-            rollback.prepare_step()
-        if plan.guard is not None and (rollback is None or not rollback.is_trusting):
-            plan.guard.remember()
+        step = self.automatic_optimization.optim_progress.optimizer.step
         step.increment_ready()
-        output = self._forward_and_backward(batch, batch_idx)
-        if rollback is not None and not rollback.takes(output.get("loss"), batch_idx) and rollback.settle(in_step=True):
-            # this loss is of weights that have been taken back
-            self.count_back(1, "zero_grad")
-            plan.guard.remember()
-            output = self._forward_and_backward(batch, batch_idx)
-        if plan.guard is not None and (rollback is None or not rollback.is_trusting):
-            self._consult(plan.guard, output)
+        output: dict[str, Any] | None = None
+        if plan.rollback is not None and plan.rollback.is_trusting:
+            output = self._trusted(plan.rollback, batch, batch_idx)
+        if output is None:
+            output = self._looked_at(batch, batch_idx)
         self._ask("on_before_optimizer_step", plan.optimizer)
         plan.step()
         step.increment_completed()
         return output
 
-    def count_back(self, n: int, *counters: str) -> None:
-        """The last n are as if they had not been.
+    def _looked_at(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Gradients of a step that the guard looks at, if there is one to be asked in place of its hooks."""
+        plan = self.plan
+        assert plan is not None
+        if plan.guard is None:
+            return self._forward_and_backward(batch, batch_idx)
+        plan.guard.remember()
+        output = self._forward_and_backward(batch, batch_idx)
+        self._consult(plan.guard, output)
+        return output
 
-        Args:
-            n: how many.
-            counters: step, zero_grad, or both.
-        """
-        for name in counters:
-            tracker = getattr(self.automatic_optimization.optim_progress.optimizer, name)
-            for counts in (tracker.total, tracker.current):
-                for kind, count in vars(counts).items():
-                    setattr(counts, kind, count - n)
+    def _trusted(self, rollback: Rollback, batch: Any, batch_idx: int) -> dict[str, Any] | None:
+        """Gradients of a step that is trusted; None if steps before it were bad and have been taken back."""
+        plan = self.plan
+        assert plan is not None
+        zero_grad: Any = self.automatic_optimization.optim_progress.optimizer.zero_grad
+        before = zero_grad.total.ready, zero_grad.current.ready
+        try:
+            output = self._forward_and_backward(batch, batch_idx)
+        except Exception:
+            # weights that are not finite may be the reason
+            if not rollback.settle(in_step=True):
+                raise
+        else:
+            if rollback.note(output.get("loss"), batch_idx):
+                return output
+            if not rollback.settle(in_step=True):
+                self._consult(plan.guard, output)
+                return output
+        for counts, n in zip((zero_grad.total, zero_grad.current), before, strict=True):
+            counts.ready = counts.started = counts.completed = n
+        return None
 
-    def take_again(self, batch: Any, batch_idx: int) -> None:
+    def counters(self) -> list[Any]:
+        """How far this epoch's loop has come."""
+        return [self._batches_that_stepped, *(progress.state_dict() for progress in self._progress())]
+
+    def set_counters(self, counters: list[Any]) -> None:
+        """Go on from there."""
+        self._batches_that_stepped, *states = counters
+        for progress, state in zip(self._progress(), states, strict=True):
+            progress.load_state_dict(state)
+
+    def _progress(self) -> tuple[Any, ...]:
+        return self.batch_progress, self.scheduler_progress, self.automatic_optimization.optim_progress
+
+    def take_again(self, batch: Any, batch_idx: int, is_last: bool) -> None:
         """Take a step of this epoch again, with the guard alone beside it.
 
         Args:
             batch: as its loader gives it.
             batch_idx: its number.
+            is_last: it is the epoch's last.
         """
         plan = self.plan
         assert plan is not None
         assert plan.prepare is not None
+        self._loud, self.batch_progress.is_last_batch = False, is_last
         batch = plan.prepare(batch, 0)
+        self.batch_progress.increment_ready()
+        self.batch_progress.increment_started()
         output = self._optimise(batch, batch_idx)
+        self._end_step()
         if self._loud:
             plan.guard.on_train_batch_end(self.trainer, plan.module, output, batch, batch_idx)
         self._loud = False
+        self.batch_progress.increment_completed()
+        self._batches_that_stepped += 1
 
     def _consult(self, guard: Any, output: dict[str, Any]) -> None:
         """Have the guard's hooks called from here on, unless it lets the step pass."""

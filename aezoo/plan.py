@@ -1,5 +1,6 @@
 """Who has a part in a training step: looked up once, when training starts, for `aezoo.loop`."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,10 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
 
 from aezoo.capture import CapturedStep
+from aezoo.data.binarise import drawn_anew
 from aezoo.data.resident import ResidentLoader
 from aezoo.fused import FusedStep
 from aezoo.rollback import Rollback
@@ -119,18 +122,44 @@ class Plan:
             and trainer._val_check_time_interval is None  # type: ignore[attr-defined]
             and trainer.val_check_batch in (float("inf"), trainer.num_training_batches)
         )
-        # that a step was bad may be found later if nobody has a part in it or sees what it has left
-        self.can_go_back = (
+        self.rollback: Rollback | None = None
+
+    def can_go_back(self, trainer: pl.Trainer) -> bool:
+        """Whether a step can be found to be bad later, as nobody has a part in it or sees what it has left.
+
+        Asked each epoch, since it depends on what code of others may change between two.
+        """
+        data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
+        return (
             self.guard is not None
             and self.prepare is not None
             and trainer.strategy.root_device.type == "cpu"
-            and (data is None or type(data).__module__.startswith("aezoo."))
+            and trainer.accumulate_grad_batches == 1
             and self.validates_at_end
             and not self.plateau
+            and not torch.is_anomaly_enabled()
+            and type(loader) is ResidentLoader
+            and loader.transform in (None, drawn_anew)
+            and (data is None or _is_as_written(data))
+            and _is_as_written(self.module)
+            and all(_is_watched_by_nobody(part) for part in self.module.modules())
             and not any(not own for name in _WITHIN_STEP for _, own in self.quiet[name])
             and all(_reads_no_weights(hook, own) for name in _AROUND_STEP for hook, own in self.quiet[name])
         )
-        self.rollback: Rollback | None = None
+
+
+def _is_as_written(thing: Any) -> bool:
+    """Whether a module or data module of this package has all its own methods."""
+    cls = type(thing)
+    return cls.__module__.startswith("aezoo.") and not any(
+        inspect.isfunction(getattr(cls, name, None)) for name in vars(thing)
+    )
+
+
+def _is_watched_by_nobody(part: nn.Module) -> bool:
+    """Whether a layer of this package or of torch has no hooks, which would see bad weights, and a step twice."""
+    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    return type(part).__module__.startswith(("aezoo.", "torch.")) and not any(hooks)
 
 
 def _is_written(name: str, callback: pl.Callback) -> bool:
@@ -142,7 +171,10 @@ def _is_written(name: str, callback: pl.Callback) -> bool:
 
 
 def _reads_no_weights(hook: Hook, own: bool) -> bool:
-    """Whether a hook of a batch's start or end is known to leave weights and noise alone."""
+    """Whether a hook of a batch's start or end is known to leave weights and noise alone.
+
+    It may be handed the terms of a step that is taken back later.
+    """
     who = getattr(hook, "__self__", None)
     known = isinstance(who, _READ_NO_WEIGHTS) and type(who).__module__.startswith(("lightning.", "aezoo."))
     # of the class itself: another's hooks may do what they like

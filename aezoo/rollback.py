@@ -9,16 +9,15 @@ the same steps, bit for bit. The copy that this needs takes three times the memo
 """
 
 import copy
+import itertools
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
 
 from aezoo.buffers import Buffers
 from aezoo.data.resident import fits
-from aezoo.errors import AezooError
 from aezoo.fused import FusedStep, Group
 
 if TYPE_CHECKING:
@@ -32,20 +31,67 @@ _LEAST_MEMORY = 0.9
 _LARGE = 3e37
 
 
-class _Taken(NamedTuple):
-    """A step on trust.
+class _Copy:
+    """What a step changes, as it was between two steps.
 
-    Attributes:
-        batch_idx: the number of its batch within the epoch.
-        rates: the learning rate of each group.
+    Args:
+        loop: whose steps they are.
+        groups: of its optimiser, all of whose changes are known.
     """
 
-    batch_idx: int
-    rates: list[float]
+    def __init__(self, loop: "LightLoop", groups: list[Group]) -> None:
+        self._loop, self._module, self.groups = loop, cast(Any, loop.trainer.lightning_module), groups
+        self._tensors = [tensor for group in groups for tensor in group.changed]
+        self._copies = [torch.empty_like(tensor) for tensor in self._tensors]
+        self._buffers = Buffers(self._module)
+
+    @staticmethod
+    def fits(groups: list[Group]) -> bool:
+        """Whether memory holds it."""
+        return fits(sum(tensor.nbytes for group in groups for tensor in group.changed), torch.device("cpu"))
+
+    @property
+    def has_buffers(self) -> bool:
+        """Whether a forward pass may change more than the optimiser does."""
+        return bool(self._buffers)
+
+    def remember(self) -> None:
+        """Copy what is now."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._copies, self._tensors)
+        self._buffers.remember()
+        self._means, self._counters = copy.deepcopy(self._module._train_means), self._loop.counters()
+        self._settings = [{k: v for k, v in group.settings.items() if k != "params"} for group in self.groups]
+        configs = self._loop.trainer.lr_scheduler_configs
+        self._schedules = [copy.deepcopy(config.scheduler.state_dict()) for config in configs]
+
+    def restore(self) -> None:
+        """Put back what was."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._tensors, self._copies)
+        self._buffers.restore()
+        self._module._train_means = self._means
+        self._loop.set_counters(self._counters)
+        for group, settings in zip(self.groups, self._settings, strict=True):
+            group.settings.update(settings)
+        for config, state in zip(self._loop.trainer.lr_scheduler_configs, self._schedules, strict=True):
+            config.scheduler.load_state_dict(state)
+
+    def is_finite(self, steps: int) -> bool:
+        """Whether no gradient of so many steps since then can have been bad; some that were good seem bad."""
+        for group in self.groups:
+            beta2 = group.settings["betas"][1]
+            most = _LARGE * (1 - beta2) * beta2**steps
+            if not sum(float(v.sum()) for v in group.squares) < most:
+                return False
+        return True
 
 
 class Rollback:
     """Takes back the steps of a light loop that were not finite.
+
+    A step is trusted, looked at by itself, or taken again. The first of an epoch is looked at, since it finds out what
+    a step changes, and so are those that follow a step which was taken back.
 
     Args:
         loop: whose steps they are; its plan says that they can be taken again.
@@ -54,40 +100,36 @@ class Rollback:
     def __init__(self, loop: "LightLoop") -> None:
         self._loop = loop
         self._step: FusedStep | None = None
-        self._groups: list[Group] = []
-        self._tensors: list[Tensor] = []
-        self._copies: list[Tensor] = []
-        self._buffers: Buffers | None = None
-        self._means: Any = None
-        self._taken: list[_Taken] | None = None
-        self._until = 0.0
-        self._over = self._goes_back = False
+        self._copy: _Copy | None = None
+        # number of the batch, and whether it is the epoch's last: of the steps since the copy, None if none is trusted
+        self._taken: list[tuple[int, bool]] | None = None
+        self._ends_at = 0.0
         self._unwatch: Callable[[], None] = _nothing
 
-    def begin_epoch(self, step: FusedStep) -> None:
-        """Trust the steps of an epoch again, from the second on: the first finds out what a step changes."""
-        self._step, self._groups, self._taken, self._over = step, [], None, False
+    def begin_epoch(self, step: FusedStep | None) -> None:
+        """Trust the steps of an epoch, or with None look at each."""
+        self._step, self._taken = step, None
 
     def prepare_step(self) -> None:
         """Begin to trust or, after `PERIOD` steps, see whether they deserved it; call it between two steps."""
-        if self._over or (self._taken is not None and len(self._taken) < PERIOD and time.monotonic() < self._until):
+        if self._taken is not None and len(self._taken) < PERIOD and time.monotonic() < self._ends_at:
             return
         self.settle()
-        groups = [] if self._over or self._step is None else self._step.groups
+        groups = [] if self._step is None else self._step.groups
         if groups and all(group.settings["betas"][1] >= _LEAST_MEMORY for group in groups) and self._has_room(groups):
-            self._copy()
+            self._begin()
 
     @property
     def is_trusting(self) -> bool:
         """Whether the step in hand is taken without a look at its gradients."""
         return self._taken is not None
 
-    def takes(self, loss: Any, batch_idx: int) -> bool:
-        """Whether it is, with this loss; the step is noted then."""
+    def note(self, loss: Any, batch_idx: int) -> bool:
+        """Note the step in hand, which is trusted, with this loss; returns False if it cannot be."""
         plan = self._loop.plan
-        if self._taken is None or loss is None or plan is None or not plan.guard.passes_loss(loss):
+        if self._taken is None or plan is None or loss is None or not plan.guard.passes_loss(loss):
             return False
-        self._taken.append(_Taken(batch_idx, [group.settings["lr"] for group in self._groups]))
+        self._taken.append((batch_idx, self._loop.batch_progress.is_last_batch))
         return True
 
     def settle(self, in_step: bool = False) -> bool:
@@ -99,81 +141,58 @@ class Rollback:
         Returns:
             Whether weights, moments and buffers have changed.
         """
-        if self._goes_back:
-            return False
-        has_changed = self._settle(in_step)
-        self._unwatch()
-        return has_changed
+        try:
+            return self._settle(in_step)
+        finally:
+            self._unwatch()
 
     def close(self) -> None:
         """Forget everything."""
         self._unwatch()
-        self._step, self._taken, self._tensors, self._copies, self._buffers = None, None, [], [], None
+        self._step = self._copy = self._taken = None
 
     def _has_room(self, groups: list[Group]) -> bool:
-        """Whether memory holds the copies; from then on it does, as weights do not grow."""
-        if groups is not self._groups:
-            self._groups, self._tensors = groups, [tensor for group in groups for tensor in group.changed]
-            if [tensor.shape for tensor in self._tensors] != [kept.shape for kept in self._copies]:
-                fit = fits(sum(tensor.nbytes for tensor in self._tensors), torch.device("cpu"))
-                self._copies = [torch.empty_like(tensor) for tensor in self._tensors] if fit else []
-        return bool(self._copies)
+        if self._copy is None or self._copy.groups is not groups:
+            self._copy = None
+            if not _Copy.fits(groups):
+                self._step = None
+                return False
+            self._copy = _Copy(self._loop, groups)
+        return True
 
-    def _copy(self) -> None:
-        module: Any = self._loop.trainer.lightning_module
-        with torch.no_grad():
-            torch._foreach_copy_(self._copies, self._tensors)
-        if self._buffers is None:
-            self._buffers = Buffers(module)
-        self._buffers.remember()
-        self._means, self._taken = copy.deepcopy(module._train_means), []
-        self._until = time.monotonic() + SECONDS
-        self._unwatch = module.register_state_dict_pre_hook(self._before_reading).remove
+    def _begin(self) -> None:
+        assert self._copy is not None
+        self._copy.remember()
+        self._taken, self._ends_at = [], time.monotonic() + SECONDS
+        # who saves the weights asks the module for them. A hook must not remove itself, so it calls `_settle`
+        watch = self._loop.trainer.lightning_module.register_state_dict_pre_hook(lambda *_: self._settle())
+        self._unwatch = watch.remove
 
     def _settle(self, in_step: bool = False) -> bool:
         taken, self._taken = self._taken, None
-        if taken is None or (self._is_finite(len(taken)) and not (in_step and self._buffers)):
+        if taken is None or self._copy is None:
             return False
-        self._go_back(taken)
+        if self._copy.is_finite(len(taken)) and not (in_step and self._copy.has_buffers):
+            return False
+        self._step = None  # for the rest of the epoch
+        # whoever asks for the weights may want no gradients, nor 16 bits
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+            self._take_again(self._copy, taken)
         return True
 
-    def _is_finite(self, steps: int) -> bool:
-        """Whether no gradient since the copy can have been bad; some that were good are taken for bad."""
-        for group in self._groups:
-            beta2 = group.settings["betas"][1]
-            most = _LARGE * (1 - beta2) * beta2**steps
-            if not sum(float(v.sum()) for v in group.squares) < most:
-                return False
-        return True
-
-    def _go_back(self, taken: list[_Taken]) -> None:
-        loop, plan = self._loop, self._loop.plan
-        assert plan is not None
-        self._over = self._goes_back = True
-        with torch.no_grad():
-            torch._foreach_copy_(self._tensors, self._copies)
-        if self._buffers is not None:
-            self._buffers.restore()
-        plan.module._train_means = self._means
-        loop.count_back(len(taken), "step", "zero_grad")
-        rates = [group.settings["lr"] for group in self._groups]
-        # the epoch's own iterator goes on where it is
-        batches = loop.trainer.train_dataloader.again(taken[0].batch_idx) if taken else ()
-        for step, batch in zip(taken, batches, strict=False):
-            self._set_rates(step.rates)
-            loop.take_again(batch, step.batch_idx)
-        self._set_rates(rates)
-        self._goes_back = False
-
-    def _set_rates(self, rates: list[float]) -> None:
-        for group, rate in zip(self._groups, rates, strict=True):
-            group.settings["lr"] = rate
-
-    def _before_reading(self, *_: Any) -> None:
-        """Somebody asks the module for its weights, to save them as a rule."""
-        if self._goes_back:
-            raise AezooError("stopped while bad steps were being taken back: nothing is saved over the last checkpoint")
-        self._settle()
+    def _take_again(self, was: _Copy, taken: list[tuple[int, bool]]) -> None:
+        """Where this ends with an error, all is as it was at the step that made it."""
+        loop = self._loop
+        counters = loop.counters()
+        was.restore()
+        if taken:
+            loader: Any = loop.trainer.train_dataloader
+            # the epoch's own iterator goes on where it is
+            batches = itertools.islice(loader.again(taken[0][0]), len(taken))
+            for (batch_idx, is_last), batch in zip(taken, batches, strict=True):
+                loop.take_again(batch, batch_idx, is_last)
+        # the step in hand has been counted too
+        loop.set_counters(counters)
 
 
 def _nothing() -> None:

@@ -218,17 +218,17 @@ class GuardCost(pl.Callback):
         self._ended = None
         plan = getattr(trainer.fit_loop.epoch_loop, "plan", None)
         rollback = getattr(plan, "rollback", None)
-        if rollback is None or "takes" in vars(rollback):
+        if rollback is None or "note" in vars(rollback):
             return
-        for name, otherwise in (("prepare_step", None), ("takes", False), ("settle", False)):
+        for name, otherwise in (("prepare_step", None), ("note", True)):
             setattr(rollback, name, self._switched(rollback, getattr(rollback, name), otherwise))
-        copy = rollback._copy
+        begin = rollback._begin
 
-        def noticed(*args: Any) -> None:
+        def noticed() -> None:
             self._looked = True
-            copy(*args)
+            begin()
 
-        rollback._copy = noticed
+        rollback._begin = noticed
 
     def _switched(self, owner: Any, method: Callable[..., Any], otherwise: Any) -> Callable[..., Any]:
         def switched(*args: Any) -> Any:

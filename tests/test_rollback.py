@@ -13,6 +13,7 @@ import aezoo
 from aezoo import loop, rollback
 from aezoo.callbacks import EMA, BetaAnnealing, Checkpoints, FaultGuard, Throughput
 from aezoo.data import DataModule
+from aezoo.data.resident import ResidentLoader
 from aezoo.errors import AezooError
 
 DenseAE, VAE = aezoo.model_class("dense_ae"), aezoo.model_class("vae")
@@ -20,6 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 # the square of 1e20 overflows, and of 4e18 the sum over the 30 weights
 VALUES = {"nan": math.nan, "inf": math.inf, "overflow": 1e20, "sum": 4e18, "large": 1e15}
 PERIOD, BATCHES = 8, 30
+
+
+def of_the_zoo(cls):
+    """As if it were one of the zoo's own: others may remember more of a step."""
+    cls.__module__ = DenseAE.__module__
+    return cls
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +37,13 @@ def _short_periods(monkeypatch):
 @pytest.fixture
 def went_back(monkeypatch):
     """How many steps were taken back, for each time."""
-    found, original = [], rollback.Rollback._go_back
+    found, original = [], rollback.Rollback._take_again
 
-    def noted(self, taken):
+    def noted(self, was, taken):
         found.append(len(taken))
-        original(self, taken)
+        original(self, was, taken)
 
-    monkeypatch.setattr(rollback.Rollback, "_go_back", noted)
+    monkeypatch.setattr(rollback.Rollback, "_take_again", noted)
     return found
 
 
@@ -186,19 +193,18 @@ def test_a_compiled_step_is_taken_again(went_back):
     assert len(went_back) == 2
 
 
+@of_the_zoo
 class InfiniteAt11(DenseAE):
     def loss(self, x, y=None):
         terms = super().loss(x, y)
         return terms if self.trainer.global_step != 11 else terms | {"loss": terms["loss"] + math.inf}
 
 
+@of_the_zoo
 class InfiniteCodes(aezoo.model_class("vq_vae")):
     def loss(self, x, y=None):
         terms = super().loss(x, y)
         return terms if self.trainer.global_step not in (1, 36, 37) else terms | {"loss": terms["loss"] + math.inf}
-
-
-InfiniteCodes.__module__ = InfiniteAt11.__module__ = DenseAE.__module__  # as one of the zoo's own
 
 
 def test_a_loss_that_is_not_finite_takes_no_step_back(went_back):
@@ -211,17 +217,67 @@ def test_a_loss_that_is_not_finite_takes_no_step_back(went_back):
     assert went_back == []
 
 
-def test_a_run_that_is_ended_ends_at_the_same_step(went_back, tmp_path):
-    faults, ends = dict.fromkeys(range(6, 30), "nan"), []
+@pytest.mark.parametrize("settings", [{}, {"lr_schedule": "cosine"}], ids=["constant", "cosine"])
+def test_a_run_that_is_ended_ends_at_the_same_step(settings, went_back, tmp_path):
+    """With everything as it was there: a file that is written then is the same."""
+    faults, ends = dict.fromkeys(range(2, 30), "overflow"), []
     for trust in (False, True):
-        model = model_of()
+        model, where = model_of(**settings), tmp_path / str(trust)
+        writer = ModelCheckpoint(where, save_on_exception=True)
         with pytest.raises(AezooError, match="5 steps in a row were not finite") as error:
-            fit(trust, faults, model=model, default_root_dir=tmp_path)
-        ends.append((str(error.value), [*model.state_dict().values()]))
-    (said, expected), (said_on_trust, found) = ends
-    assert said_on_trust == said
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert went_back == [6]
+            fit(trust, faults, writer, model=model, default_root_dir=tmp_path, enable_checkpointing=True)
+        assert not model._state_dict_pre_hooks
+        (file,) = where.iterdir()
+        stored = torch.load(file, weights_only=True)
+        told = str(error.value).replace(str(file), "FILE")
+        ends.append((file.name, told, stored["loops"], repr(stored["lr_schedulers"]), _tensors(stored)))
+    (*expected, tensors), (*found, tensors_on_trust) = ends
+    assert found == expected
+    assert all(torch.equal(one, other) for one, other in zip(tensors_on_trust, tensors, strict=True))
+    assert went_back == [8]
+
+
+def test_a_schedule_of_other_settings_comes_again(went_back, monkeypatch):
+    def one_cycle(self):
+        optimizer = torch.optim.Adam(self.parameters(), fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=2 * BATCHES)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    monkeypatch.setattr(VAE, "configure_optimizers", one_cycle)
+    expected, found = (outcome(*fit(trust, {5: "overflow", 56: "overflow"})) for trust in (False, True))
+    assert_same(found, expected)
+    assert went_back == [8, 5]
+
+
+@of_the_zoo
+class Refuses(DenseAE):
+    def loss(self, x, y=None):
+        if not all(weight.isfinite().all() for weight in self.parameters()):
+            raise RuntimeError("weights are not finite")
+        return super().loss(x, y)
+
+
+def test_a_step_that_bad_weights_keep_from_ending_is_taken_anew(went_back):
+    """As a factorisation refuses them; looked at one by one, there would be none."""
+    ends = []
+    for trust in (False, True):
+        torch.manual_seed(0)
+        ends.append(outcome(*fit(trust, {11: "nan"}, model=Refuses((6,), latent_dim=2, hidden_dims=(5,)))))
+    assert_same(*ends)
+    assert went_back == [3]
+
+
+def test_an_error_of_the_step_itself_is_raised(went_back):
+    @of_the_zoo
+    class Fails(Refuses):
+        def loss(self, x, y=None):
+            if self.trainer.global_step == 12:
+                raise ValueError("of the loss")
+            return super().loss(x, y)
+
+    with pytest.raises(ValueError, match="of the loss"):
+        fit(True, {}, model=Fails((6,), latent_dim=2, hidden_dims=(5,)))
+    assert went_back == []
 
 
 @pytest.mark.parametrize("kind", ["nan", "overflow"])
@@ -358,19 +414,49 @@ def test_weights_after_an_interruption_are_good(went_back):
     assert not model._state_dict_pre_hooks
 
 
-def test_nothing_is_saved_while_steps_are_taken_back(monkeypatch):
-    model, errors = model_of(), []
-    take_again = loop.LightLoop.take_again
+def test_an_interruption_while_steps_are_taken_again_leaves_good_weights(monkeypatch, tmp_path):
+    """Those of the last step that was taken again, with the counters of that step, for who saves them."""
+    take_again, calls = loop.LightLoop.take_again, []
 
-    def interrupted(self, batch, batch_idx):
-        take_again(self, batch, batch_idx)
-        with pytest.raises(AezooError, match="nothing is saved over the last checkpoint") as error:
-            model.state_dict()
-        errors.append(error)
+    def interrupted(self, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        take_again(self, *args)
 
+    model = model_of()
+    writer = ModelCheckpoint(tmp_path, save_on_exception=True)
     monkeypatch.setattr(loop.LightLoop, "take_again", interrupted)
-    fit(True, {12: "nan"}, model=model)
-    assert len(errors) == 4
+    with pytest.raises(SystemExit):
+        fit(True, {12: "nan"}, writer, model=model, enable_checkpointing=True)
+    assert not model._state_dict_pre_hooks
+    # trusted from step 9 on, and taken again: 9 and 10
+    (file,) = tmp_path.iterdir()
+    assert file.name == "epoch=0-step=11.ckpt"
+    trainer, _ = fit(False, {}, max_steps=11)
+    for one, other in zip(model.parameters(), trainer.lightning_module.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class Saves(pl.Callback):
+    """Asks for the weights where nobody wants gradients."""
+
+    reads_no_weights = True
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        with torch.no_grad():
+            self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+            self.finite = all(value.isfinite().all() for value in self.weights.values())
+
+
+def test_steps_are_taken_again_where_nobody_wants_gradients(went_back):
+    ends = []
+    for trust in (False, True):
+        saves = Saves()
+        ends.append(outcome(*fit(trust, {13: "nan"}, saves)))
+        assert saves.finite
+    assert_same(*ends)
+    assert went_back == [1]
 
 
 def test_a_model_can_be_copied_after_a_fit():
@@ -423,6 +509,78 @@ def test_steps_that_others_see_are_not_trusted(callbacks, options, trusted, monk
     made = [callback() for callback in callbacks]
     fit(True, {}, *made, data=data_of(val_fraction=0.2), default_root_dir=tmp_path, max_epochs=1, **options)
     assert plans == [trusted]
+
+
+class OwnLoader(ResidentLoader):
+    """Batches that are drawn from what the step draws from."""
+
+
+def hooked(model, data, loader):
+    model.encoder.register_forward_hook(lambda *args: None)
+
+
+def watched(model, data, loader):
+    next(model.encoder.children()).register_full_backward_hook(lambda *args: None)
+
+
+def own_loss(model, data, loader):
+    model.loss = model.loss
+
+
+def own_layer(model, data, loader):
+    model.extra = type("Layer", (nn.Identity,), {})()
+
+
+def own_transfer(model, data, loader):
+    data.on_after_batch_transfer = data.on_after_batch_transfer
+
+
+def own_transform(model, data, loader):
+    loader.transform = lambda batches, sampler: batches
+
+
+@pytest.mark.parametrize("change", [hooked, watched, own_loss, own_layer, own_transfer, own_transform])
+def test_what_others_have_put_in_is_not_trusted(change, went_back, monkeypatch):
+    model, data = model_of(), data_of()
+    data.prepare_data()
+    data.setup("fit")
+    loader = data.train_dataloader()
+    monkeypatch.setattr(DataModule, "train_dataloader", lambda self: loader)
+    assert _goes_back(model, data, went_back)
+    change(model, data, loader)
+    assert not _goes_back(model, data, went_back)
+
+
+def _goes_back(model, data, went_back):
+    went_back.clear()
+    _, guard = fit(True, {5: "nan"}, model=model, data=data, max_epochs=1)
+    assert guard.skipped == 1
+    return bool(went_back)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_another_loader_is_not_trusted(went_back):
+    x = torch.rand(BATCHES * 8, 6)
+    for kind, trusted in ((ResidentLoader, True), (OwnLoader, False)):
+        assert _goes_back(model_of(), kind(x, batch_size=8, shuffle=True), went_back) == trusted
+
+
+class Accumulates(pl.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        trainer.accumulate_grad_batches = 1 + trainer.current_epoch
+
+
+def test_an_epoch_of_summed_gradients_is_not_trusted(went_back):
+    faults = {5: "nan", 35: "overflow"}
+    expected, found = (outcome(*fit(trust, faults, Accumulates())) for trust in (False, True))
+    assert_same(found, expected)
+    assert went_back == [5]
+
+
+def test_steps_are_not_trusted_where_torch_looks_for_anomalies(went_back):
+    expected, found = (outcome(*fit(trust, {5: "overflow"}, detect_anomaly=True)) for trust in (False, True))
+    assert_same(found, expected)
+    assert went_back == []
 
 
 class Plugin(VAE):

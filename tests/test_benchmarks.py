@@ -187,19 +187,16 @@ def test_guard_cost_spreads_a_look_over_the_steps_it_is_for(monkeypatch):
         def prepare_step(self):
             self.calls += 1
             if self.calls % 4 == 3:
-                self._copy()
+                self._begin()
 
-        def _copy(self):
+        def _begin(self):
             nonlocal now
             now += 0.25
 
-        def takes(self, loss, batch_idx):
+        def note(self, loss, batch_idx):
             nonlocal now
             now += 0.125
-            return True
-
-        def settle(self):
-            return True
+            return False
 
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
     cost, trust = measure.GuardCost(FaultGuard(), block=4), Trust()
@@ -211,7 +208,7 @@ def test_guard_cost_spreads_a_look_over_the_steps_it_is_for(monkeypatch):
             cost.on_train_epoch_start(trainer, None)
         trust.prepare_step()
         active = batch // 4 % 2 == 1
-        assert trust.takes(None, batch) is trust.settle() is active
+        assert trust.note(None, batch) is not active
         now += 0.75
         cost.on_train_batch_end(*[None] * 4, 0)
     # of three steps that count in a block one has a look: 0.125 + 0.25 / 3 beside 0.75

@@ -153,8 +153,9 @@ class Rollback:
 
     def _has_room(self, groups: list[Group]) -> bool:
         if self._copy is None or self._copy.groups is not groups:
-            self._copy = None
-            if not _Copy.fits(groups):
+            had_room, self._copy = self._copy is not None, None
+            # asked once, as weights do not grow: the answer is in several files
+            if not had_room and not _Copy.fits(groups):
                 self._step = None
                 return False
             self._copy = _Copy(self._loop, groups)

@@ -136,7 +136,8 @@ def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         "steps": steps,
     }
     if spec["interface"] == "on" and device.type == "cpu" and spec["devices"] == 1:
-        shares = _guard_shares(spec, str(Path(folder, "guard")), model, data, steps * spec["repeats"])
+        # a small difference takes many steps to see
+        shares = _guard_shares(spec, str(Path(folder, "guard")), model, data, 3 * steps * spec["repeats"])
         row |= _as_columns("guard_share", Spread.of(shares)) if shares else {}
     if device.type == "cuda":
         launches = measure.Launches()

@@ -143,11 +143,10 @@ def batch_is_private(trainer: pl.Trainer) -> bool:
 def capture(trainer: pl.Trainer) -> bool:
     """Take a CUDA graph for the whole step where the light loop's plan allows it; returns whether it does."""
     loop = trainer.fit_loop.epoch_loop
-    plan = loop.plan if isinstance(loop, LightLoop) else None
-    if plan is None or not plan.can_capture:
+    if not isinstance(loop, LightLoop) or loop.plan is None or not loop.plan.can_capture:
         return False
-    assert isinstance(loop, LightLoop)
-    plan.captured = CapturedStep(loop.recorded_step, [p for p in plan.module.parameters() if p.requires_grad])
+    trained = [p for p in loop.plan.module.parameters() if p.requires_grad]
+    loop.plan.captured = CapturedStep(loop.recorded_step, trained)
     return True
 
 
@@ -158,11 +157,9 @@ def trust(trainer: pl.Trainer) -> bool:
     a function of seed, epoch and batch.
     """
     loop = trainer.fit_loop.epoch_loop
-    plan = loop.plan if isinstance(loop, LightLoop) else None
-    if plan is None or not plan.can_go_back(trainer):
+    if not isinstance(loop, LightLoop) or loop.plan is None or not loop.plan.can_go_back(trainer):
         return False
-    assert isinstance(loop, LightLoop)
-    plan.rollback = Rollback(loop)
+    loop.plan.rollback = Rollback(loop)
     return True
 
 
@@ -384,7 +381,7 @@ class LightLoop(_TrainingEpochLoop):
         plan = self.plan
         assert plan is not None
         assert plan.prepare is not None
-        self._loud, self.batch_progress.is_last_batch = False, is_last
+        self.batch_progress.is_last_batch = is_last
         batch = plan.prepare(batch, 0)
         self.batch_progress.increment_ready()
         self.batch_progress.increment_started()

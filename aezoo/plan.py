@@ -1,4 +1,4 @@
-"""Who has a part in a training step: looked up once, when training starts, for `aezoo.loop`."""
+"""Who has a part in a training step: looked up when training starts, for `aezoo.loop`."""
 
 import inspect
 from collections.abc import Callable

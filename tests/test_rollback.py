@@ -157,26 +157,22 @@ def test_schedules_noise_and_decay_come_again(settings, went_back):
     assert len(went_back) == 2
 
 
-def test_images_are_drawn_and_scaled_again(went_back):
-    x = torch.randint(0, 256, (240, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(
+    ("n", "of_model", "of_data"),
+    [
+        (4, {"hidden_dims": (5,)}, {"binarise": "dynamic"}),
+        # weights in channels_last, in which the kernel reads them as they lie in memory
+        (8, {"hidden_dims": (4, 8), "net": "conv"}, {}),
+    ],
+    ids=["drawn", "convolutions"],
+)
+def test_images_come_again(n, of_model, of_data, went_back):
+    x = torch.randint(0, 256, (240, 1, n, n), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     ends = []
     for trust in (False, True):
         torch.manual_seed(0)
-        model = aezoo.create_model("vae", (1, 4, 4), latent_dim=2, hidden_dims=(5,))
-        data = DataModule.from_arrays(x, batch_size=8, val_fraction=0, test_fraction=0, binarise="dynamic")
-        ends.append(outcome(*fit(trust, {7: "overflow", 38: "nan"}, model=model, data=data)))
-    assert_same(*ends)
-    assert len(went_back) == 2
-
-
-def test_convolutions_are_taken_again(went_back):
-    """Their weights are in channels_last, in which the kernel reads them as they lie in memory."""
-    x = torch.randint(0, 256, (240, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    ends = []
-    for trust in (False, True):
-        torch.manual_seed(0)
-        model = aezoo.create_model("vae", (1, 8, 8), net="conv", latent_dim=2, hidden_dims=(4, 8))
-        data = DataModule.from_arrays(x, batch_size=8, val_fraction=0, test_fraction=0)
+        model = aezoo.create_model("vae", (1, n, n), latent_dim=2, **of_model)
+        data = DataModule.from_arrays(x, batch_size=8, val_fraction=0, test_fraction=0, **of_data)
         ends.append(outcome(*fit(trust, {7: "overflow", 38: "nan"}, model=model, data=data)))
     assert_same(*ends)
     assert len(went_back) == 2

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import aezoo
-from aezoo import acceleration, likelihoods, loop, optimizers
+from aezoo import acceleration, likelihoods, loop, optimizers, ranks
 from aezoo.arguments import Checked
 from aezoo.corruptions import Corruption
 from aezoo.errors import AezooError
@@ -325,6 +325,10 @@ class Autoencoder(Checked, pl.LightningModule):
         player's loss alone, one backward pass and one optimiser of disjoint groups are as many optimisers.
         """
         return [{"params": [*self.parameters()]}]
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1:
+            ranks.let_go_at_exit()
 
     def on_fit_start(self) -> None:
         self._checked.clear()

@@ -21,6 +21,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 # how long a rank may take for its own last words once another has failed
 GRACE = 5.0
+# a thread needs microseconds once it has a core
+_LET_GO = 0.2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # torch.distributed.constants.default_pg_timeout, which a torch without torch.distributed cannot import
 _TORCH_S_OWN = timedelta(minutes=30)
@@ -76,6 +78,22 @@ def connect(trainer: Trainer) -> None:
 def _disconnect() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def let_go_at_exit() -> None:
+    """Before the interpreter ends, let the threads of a process group let go of the last collective's tensors.
+
+    They answer a waiting caller first. One that gives a tensor back to an interpreter that is ending aborts the
+    process, which torchrun then reports as failed (torch 2.13, pytorch issue 190489). To destroy the group ends them
+    not: torch keeps it.
+    """
+    atexit.unregister(_let_go)
+    atexit.register(_let_go)
+
+
+def _let_go() -> None:
+    if dist.is_initialized():
+        time.sleep(_LET_GO)
 
 
 def end_others(trainer: Trainer, error: BaseException) -> None:

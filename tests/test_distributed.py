@@ -166,6 +166,29 @@ def test_the_wait_for_a_rank_is_set_unless_the_strategy_has_its_own():
         assert strategy._timeout == timedelta(seconds=wanted)
 
 
+_LATE_THREAD = """
+import os, sys, threading, time
+from types import SimpleNamespace
+import torch.distributed as dist
+import aezoo
+
+model = aezoo.create_model("dense_ae", input_shape=(4,))
+model._trainer = SimpleNamespace(world_size=2)
+model.setup("fit")
+if sys.argv[1] == "group":
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+threading.Thread(target=lambda: (time.sleep(0.05), os.write(1, b"let go")), daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize(("group", "said"), [("group", "let go"), ("none", "")])
+def test_threads_have_time_before_the_interpreter_of_one_of_several_processes_ends(group, said):
+    done = subprocess.run(
+        [sys.executable, "-c", _LATE_THREAD, group], env=environment(None), capture_output=True, text=True, timeout=ENDS
+    )
+    assert done.returncode == 0 and done.stdout == said, done.stderr
+
+
 def test_a_position_within_an_epoch_is_of_one_number_of_processes():
     data = DataModule("digits")
     data.load_state_dict({"epoch": 1, "batches": 3, "world": 1})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import aezoo
-from aezoo import acceleration, likelihoods, loop, optimizers, ranks
+from aezoo import acceleration, collectives, likelihoods, loop, optimizers, ranks
 from aezoo.arguments import Checked
 from aezoo.corruptions import Corruption
 from aezoo.errors import AezooError
@@ -179,9 +179,7 @@ class Autoencoder(Checked, pl.LightningModule):
         """
         mean = at_least_float32(values).mean(0)
         if self._across_ranks():
-            from torch.distributed.nn.functional import all_reduce
-
-            mean = all_reduce(mean) / dist.get_world_size()
+            mean = collectives.sum_of_ranks(mean) / dist.get_world_size()
         return mean
 
     def of_all_ranks(self, values: Tensor) -> Tensor:
@@ -190,11 +188,7 @@ class Autoencoder(Checked, pl.LightningModule):
         The mean over ranks of a loss is what is minimised: a term that each rank computes of its own samples against
         all of them, N, counts every pair once.
         """
-        if self._across_ranks():
-            from torch.distributed.nn.functional import all_gather
-
-            return torch.cat(all_gather(values))
-        return values
+        return collectives.rows_of_ranks(values) if self._across_ranks() else values
 
     def keep_steps(self) -> None:
         """For the constructor of a model that changes over training: the buffer `steps`, optimiser steps taken."""

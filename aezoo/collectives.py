@@ -1,0 +1,44 @@
+"""Sums and batches over the processes of a run, with gradient.
+
+What torch.distributed.nn.functional holds is deprecated since torch 2.13, and what is to replace it is private.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return sum_of_ranks(grad)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return sum_of_ranks(grad).chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def sum_of_ranks(values: Tensor) -> Tensor:
+    """The sum over all processes, the same in each: (...) -> (...)."""
+    return _Sum.apply(values)
+
+
+def rows_of_ranks(values: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their ranks: (B, ...) -> (N, ...), B the same in each."""
+    return _Gather.apply(values)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from aezoo.nets import linear
@@ -111,6 +112,33 @@ def test_windows_that_overlap(taken):
         weight = x.t()[:, :2].t()
         torch.testing.assert_close(linear.linear(x, weight), F.linear(x, weight))
     assert len(taken) == 9
+
+
+class Strides(TorchDispatchMode):
+    """Shape and strides of each matrix that oneDNN is given for weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.mkldnn._linear_pointwise.default:
+            self.seen.append((tuple(args[1].shape), args[1].stride()))
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_with_gaps_are_copied_since_onednn_would_multiply_them_number_by_number():
+    """As of a dictionary's prefix, and of the gradient of a code of which a part is taken."""
+    wide, x = torch.randn(6, 9), torch.randn(5, 4)
+    with Strides() as strides:
+        for weight in (wide[:3, :4], wide.t()[:3, :4], wide[:4, ::3].t(), wide[:1, :4], wide[::5, :4][:, :4]):
+            torch.testing.assert_close(linear.linear(x, weight), F.linear(x, weight))
+        code, weight = torch.randn(5, 9)[:, 2:6], torch.randn(3, 4, requires_grad=True)
+        found, wanted = (torch.autograd.grad(f(code, weight).pow(2).sum(), weight) for f in (linear.linear, F.linear))
+    torch.testing.assert_close(found, wanted)
+    assert len(strides.seen) == 7
+    for (n, k), given in strides.seen:
+        assert given in ((k, 1), (1, n))
 
 
 def test_only_what_derivatives_take_is_kept(taken):

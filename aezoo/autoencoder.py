@@ -374,7 +374,7 @@ class Autoencoder(Checked, pl.LightningModule):
             self._compiled = acceleration.Compiled(
                 self._terms, "default" if mode == "auto" else mode, before_retry=lambda: self._seed_step(batch_idx)
             )
-        if light and own_loop and _is_own(type(self)):
+        if light and _is_own(type(self)):
             loop.trust(self.trainer)
         # NumPy's and Python's generators are drawn from in a step by code of others only
         self._noise_is_torch_s = light and loop.batch_is_private(self.trainer) and _is_own(type(self))

@@ -1,4 +1,4 @@
-"""Steps of torch's fused Adam by its kernel alone.
+"""An optimiser's steps by its kernel alone, and what they change.
 
 `Optimizer.step` gathers parameters, gradients and moments anew in every step, sorts them by device and type, counts
 each parameter's steps by an operation of its own and opens a record for torch's profiler. On a CPU that takes as long
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW
+from torch.optim import Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
 from torch.optim import optimizer as of_torch
 
 # private to torch: where one is missing, steps are torch's
@@ -21,35 +21,82 @@ _KNOWN = (
 )
 
 
+class Memory(NamedTuple):
+    """Where an optimiser holds the gradients that it has seen.
+
+    Attributes:
+        state: the name of what holds them.
+        power: of a gradient, in that.
+        share: how much of a new one it takes, by the group's settings.
+        left: how much a step leaves of what it had.
+    """
+
+    state: str
+    power: int
+    share: Callable[[dict[str, Any]], float]
+    left: Callable[[dict[str, Any]], float]
+
+
+def _average(state: str, beta: Callable[[dict[str, Any]], float]) -> Memory:
+    return Memory(state, 2, lambda settings: 1 - beta(settings), beta)
+
+
+def _beta2(settings: dict[str, Any]) -> float:
+    return float(settings["betas"][1])
+
+
+_OF_ADAM = _average("exp_avg_sq", _beta2)
+# torch.optim's documentation has the formulas; the momentum of SGD forgets too soon, and may cancel
+_MEMORIES: dict[type, Memory] = {
+    **dict.fromkeys((Adam, AdamW, NAdam, RAdam), _OF_ADAM),
+    Adamax: Memory("exp_inf", 1, lambda settings: 1.0, _beta2),
+    RMSprop: _average("square_avg", lambda settings: settings["alpha"]),
+    Adadelta: _average("square_avg", lambda settings: settings["rho"]),
+    Adagrad: Memory("sum", 2, lambda settings: 1.0, lambda settings: 1.0),
+}
+
+
 class Group(NamedTuple):
-    """A parameter group, ready for the kernel.
+    """A parameter group, as a step finds it.
 
     Attributes:
         settings: torch's own, read again in each step since schedules change them.
-        parameters: those that have had gradients.
-        idle: those that have not.
-        tensors: moments and, last, the counts of steps, in the kernel's order.
-        counted: all counts in one tensor, which those of `tensors` are views of.
-        kernel: the update.
+        parameters: those that have gradients.
+        idle: those that have none.
+        states: torch's own, of each of the parameters.
+        memory: where the gradients of the past are.
+        tensors: moments and, last, the counts of steps, in the kernel's order; none without a kernel.
+        counted: all counts in one tensor, which those of `tensors` are views of; None without a kernel.
+        kernel: the update, if it is called by itself.
     """
 
     settings: dict[str, Any]
     parameters: list[nn.Parameter]
     idle: list[nn.Parameter]
+    states: list[dict[str, Tensor]]
+    memory: Memory
     tensors: list[list[Tensor]]
-    counted: Tensor
-    kernel: Callable[..., Any]
+    counted: Tensor | None
+    kernel: Callable[..., Any] | None
 
     @property
     def changed(self) -> list[Tensor]:
         """All that a step changes, in place."""
-        *moments, _ = self.tensors
-        return [*_in_order(self.parameters), *(tensor for kind in moments for tensor in kind), self.counted]
+        counts = [] if self.counted is None else [self.counted]
+        held = (v for state in self.states for name, v in state.items() if not (counts and name == "step"))
+        return [*_in_order(self.parameters), *_in_order([*held]), *counts]
 
     @property
-    def squares(self) -> list[Tensor]:
-        """The second moments."""
-        return self.tensors[1]
+    def left(self) -> float:
+        """How much of a squared gradient is left a step later."""
+        return self.memory.left(self.settings) ** (2 / self.memory.power)
+
+    def most_squared(self, steps: int) -> float:
+        """What the sum of a step's squared gradients can have been at most, in so many steps; NaN if one was NaN."""
+        held = [state[self.memory.state] for state in self.states]
+        squares = held if self.memory.power == 2 else [v.square() for v in held]
+        total = sum(float(v.sum()) for v in squares)
+        return total / self.memory.share(self.settings) ** (2 / self.memory.power) / self.left**steps
 
 
 def _in_order(tensors: list[Any]) -> list[Any]:
@@ -72,15 +119,17 @@ class FusedStep:
         step = vars(optimizer).get("step")
         # a schedule wraps a first step to see that it comes before its own
         own_step = step is None or hasattr(step, "_wrapped_by_lr_sched")
-        self._suits = type(optimizer) in (Adam, AdamW) and own_step and _KNOWN
+        # whether its state says all, and whether its kernel is called by itself
+        self._suits = type(optimizer) in _MEMORIES and own_step and _KNOWN
+        self._has_kernel = self._suits and type(optimizer) in (Adam, AdamW)
         self._state: Any = None
         self._groups: list[Group] = []
 
     @property
     def groups(self) -> list[Group]:
-        """What steps change, one list as long as that holds; empty where it may become more or steps are torch's."""
-        known = self._suits and self._state is self._optimizer.state and not any(group.idle for group in self._groups)
-        return self._groups if known else []
+        """What the next step changes, one list as long as that holds; empty where it may be more."""
+        known = self._suits and self._state is self._optimizer.state and not self._has_grown()
+        return self._groups if known and not self._is_watched() else []
 
     def __call__(self) -> None:
         optimizer = self._optimizer
@@ -92,12 +141,12 @@ class FusedStep:
             self._look_up()
             return
         given = [[parameter.grad for parameter in group.parameters] for group in self._groups]
-        if any(gradient is None for gradients in given for gradient in gradients):
+        if not self._has_kernel or any(gradient is None for gradients in given for gradient in gradients):
             optimizer.step()
             return
         with torch.no_grad():
             for group, gradients in zip(self._groups, given, strict=True):
-                if not gradients:
+                if not gradients or group.counted is None or group.kernel is None:
                     continue
                 settings = group.settings
                 beta1, beta2 = settings["betas"]
@@ -136,23 +185,22 @@ class FusedStep:
     def _look_up(self) -> None:
         optimizer = self._optimizer
         for settings in optimizer.param_groups:
-            plain = bool(settings["fused"]) and not settings["capturable"]
-            self._suits &= plain and all(parameter.is_cpu for parameter in settings["params"])
-        if self._suits:
-            self._state = optimizer.state
-            self._groups = [self._group(settings) for settings in optimizer.param_groups]
+            plain = bool(settings.get("fused")) and not settings["capturable"]
+            self._has_kernel &= plain and all(parameter.is_cpu for parameter in settings["params"])
+        self._state = optimizer.state
+        self._groups = [self._group(settings) for settings in optimizer.param_groups]
 
     def _group(self, settings: dict[str, Any]) -> Group:
-        states = {p: self._state[p] for p in settings["params"] if self._state.get(p)}
-        counted = torch.stack([state["step"] for state in states.values()]) if states else torch.zeros(0)
-        for state, count in zip(states.values(), counted.unbind(), strict=True):
+        # one that has had gradients and has none now would leave each step to torch
+        states = {p: self._state[p] for p in settings["params"] if p.grad is not None and self._state.get(p)}
+        idle = [p for p in settings["params"] if p not in states]
+        held, memory = [*states.values()], _MEMORIES[type(self._optimizer)]
+        if not self._has_kernel:
+            return Group(settings, [*states], idle, held, memory, [], None, None)
+        counted = torch.stack([state["step"] for state in held]) if states else torch.zeros(0)
+        for state, count in zip(held, counted.unbind(), strict=True):
             state["step"] = count
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
-        return Group(
-            settings,
-            [*states],
-            [p for p in settings["params"] if p not in states],
-            [_in_order([state[name] for state in states.values() if name in state]) for name in names],
-            counted,
-            torch._fused_adamw_ if settings["decoupled_weight_decay"] else torch._fused_adam_,
-        )
+        tensors = [_in_order([state[name] for state in held if name in state]) for name in names]
+        kernel = torch._fused_adamw_ if settings["decoupled_weight_decay"] else torch._fused_adam_
+        return Group(settings, [*states], idle, held, memory, tensors, counted, kernel)

@@ -321,6 +321,8 @@ class LightLoop(_TrainingEpochLoop):
             output = self._looked_at(batch, batch_idx)
         self._ask("on_before_optimizer_step", plan.optimizer)
         plan.step()
+        if plan.after_step is not None:
+            plan.after_step()
         step.increment_completed()
         return output
 

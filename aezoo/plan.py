@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 
 from aezoo.capture import CapturedStep
+from aezoo.constraint import Constrained
 from aezoo.data.binarise import drawn_anew
 from aezoo.data.resident import ResidentLoader
 from aezoo.fused import FusedStep
@@ -66,10 +67,14 @@ class Plan:
             if is_overridden(name, module):
                 asked.append((getattr(module, name), True))
             self.hooks[name] = asked
-        hooked = [getattr(hook, "__self__", None) for name in _AROUND_STEP for hook, _ in self.hooks[name]]
+        hooked = [_owner(hook) for name in _AROUND_STEP for hook, _ in self.hooks[name]]
         # those of this package and of Lightning read no more of a batch than its length
         self.batch_is_private = all(type(who).__module__.partition(".")[0] in ("aezoo", "lightning") for who in hooked)
-        self.own_step = any(is_overridden(name, module) for name in _OWN_STEP) or bool(trainer.gradient_clip_val)
+        constrained = isinstance(module, Constrained)
+        theirs = Constrained if constrained else pl.LightningModule
+        own_step = any(is_overridden(name, module, theirs) for name in _OWN_STEP)
+        self.own_step = own_step or bool(trainer.gradient_clip_val)
+        self.after_step: Hook | None = module.after_optimizer_step if constrained else None
         # torch's own does the same among records for its profiler, at ten times the cost
         self.own_zero_grad = (
             is_overridden("optimizer_zero_grad", module)
@@ -88,9 +93,7 @@ class Plan:
         self.prepare: Hook | None = None if not in_place else data.on_after_batch_transfer if data else _as_it_is
         self.captured: CapturedStep | None = None
         # callbacks that take part in a step: a graph can hold those that say so
-        self.recorded: list[Any] = list(
-            {getattr(hook, "__self__", None): None for name in _RECORDED for hook, _ in self.hooks[name]}
-        )
+        self.recorded: list[Any] = list({_owner(hook): None for name in _RECORDED for hook, _ in self.hooks[name]})
         a_batch_is_a_step = (
             trainer.accumulate_grad_batches == 1
             and not any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
@@ -100,6 +103,7 @@ class Plan:
             self.prepare is not None
             and trainer.strategy.root_device.type == "cuda"
             and a_batch_is_a_step
+            and self.after_step is None
             and not trainer.lr_scheduler_configs
             and not self.hooks["on_before_zero_grad"]
             and not self.hooks["on_after_backward"]
@@ -108,11 +112,12 @@ class Plan:
         )
         # a guard that has the last word on a step may be asked in place of its hooks
         guards = [c for c in trainer.callbacks if getattr(c, "only_looks", False)]  # type: ignore[attr-defined]
-        has_last_word = len(guards) == len(self.hooks["on_before_optimizer_step"]) == 1
+        others = [own for hook, own in self.hooks["on_before_optimizer_step"] if _owner(hook) not in guards]
+        has_last_word = len(guards) == 1 and all(others)
         self.guard: Any = guards[0] if has_last_word and a_batch_is_a_step else None
         # the same without the guard's, which are not called for a step that it passes
         self.quiet = {
-            name: [(hook, own) for hook, own in asked if getattr(hook, "__self__", None) is not self.guard]
+            name: [(hook, own) for hook, own in asked if _owner(hook) is not self.guard]
             for name, asked in self.hooks.items()
         }
         self.plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
@@ -148,6 +153,10 @@ class Plan:
         )
 
 
+def _owner(hook: Hook) -> Any:
+    return getattr(hook, "__self__", None)
+
+
 def _is_as_written(thing: Any) -> bool:
     """Whether a module or data module of this package has all its own methods."""
     cls = type(thing)
@@ -175,7 +184,7 @@ def _reads_no_weights(hook: Hook, own: bool) -> bool:
 
     It may be handed the terms of a step that is taken back later.
     """
-    who = getattr(hook, "__self__", None)
+    who = _owner(hook)
     known = isinstance(who, _READ_NO_WEIGHTS) and type(who).__module__.startswith(("lightning.", "aezoo."))
     # of the class itself: another's hooks may do what they like
     return not own and (known or bool(vars(type(who)).get("reads_no_weights")))

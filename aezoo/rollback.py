@@ -1,11 +1,12 @@
 """Steps on trust: whether they were finite is asked of many together, and where one was not they are taken back.
 
 To look at each gradient costs two to four per cent of the step of a dense network, most of it the way of the numbers
-from memory. Adam's second moments tell it later: v <- b2 v + (1 - b2) g^2 holds for good what is not finite, and for
-long what is large. So a step is asked for its loss alone, and the moments are asked after `PERIOD` steps and before
-anybody reads the weights. If they are bad, weights, moments and buffers become what they were before these steps, and
-all are taken again with a look at each gradient. The noise of a step is a function of seed, epoch and batch: they are
-the same steps, bit for bit. The copy that this needs takes three times the memory of the weights.
+from memory. Second moments tell it later: v <- b2 v + (1 - b2) g^2 of Adam holds for good what is not finite, and for
+long what is large, and so do those of the others but SGD. So a step is asked for its loss alone, and the moments are
+asked after `PERIOD` steps and before anybody reads the weights. If they are bad, weights, moments and buffers become
+what they were before these steps, and all are taken again with a look at each gradient. The noise of a step is a
+function of seed, epoch and batch: they are the same steps, bit for bit. The copy that this needs takes three times
+the memory of the weights.
 """
 
 import copy
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 # steps between two looks; and seconds, since slow steps would be slow to take again
 PERIOD, SECONDS = 256, 10.0
-# Adam's second beta, below which moments soon forget
+# what a step leaves of a squared gradient; below it moments soon forget
 _LEAST_MEMORY = 0.9
 # squares of gradients that add up to a tenth of what float32 holds
 _LARGE = 3e37
@@ -78,13 +79,8 @@ class _Copy:
             config.scheduler.load_state_dict(state)
 
     def is_finite(self, steps: int) -> bool:
-        """Whether no gradient of so many steps since then can have been bad; some that were good seem bad."""
-        for group in self.groups:
-            beta2 = group.settings["betas"][1]
-            most = _LARGE * (1 - beta2) * beta2**steps
-            if not sum(float(v.sum()) for v in group.squares) < most:
-                return False
-        return True
+        """Whether no gradient of so many steps since then can have been bad; some that were good may seem bad."""
+        return all(group.most_squared(steps) < _LARGE for group in self.groups)
 
 
 class Rollback:
@@ -116,7 +112,7 @@ class Rollback:
             return
         self.settle()
         groups = [] if self._step is None else self._step.groups
-        if groups and all(group.settings["betas"][1] >= _LEAST_MEMORY for group in groups) and self._has_room(groups):
+        if groups and all(group.left >= _LEAST_MEMORY for group in groups) and self._has_room(groups):
             self._begin()
 
     @property
@@ -129,6 +125,8 @@ class Rollback:
         plan = self._loop.plan
         if self._taken is None or plan is None or loss is None or not plan.guard.passes_loss(loss):
             return False
+        if self._step is None or self._copy is None or self._step.groups is not self._copy.groups:
+            return False  # it changes more than was copied
         self._taken.append((batch_idx, self._loop.batch_progress.is_last_batch))
         return True
 

@@ -9,6 +9,7 @@ from torch import nn
 import aezoo
 from aezoo import capture, loop
 from aezoo.capture import WARM_UP, CapturedStep
+from aezoo.constraint import Constrained
 from aezoo.data import DataModule
 from aezoo.data.resident import ResidentLoader
 from aezoo.plan import Plan
@@ -305,6 +306,11 @@ class OwnStep(aezoo.model_class("dense_ae")):
         super().optimizer_step(*args, **kwargs)
 
 
+class AfterStep(Constrained, aezoo.model_class("dense_ae")):
+    def after_optimizer_step(self):
+        pass
+
+
 class OwnTransfer(aezoo.model_class("dense_ae")):
     def on_before_batch_transfer(self, batch, dataloader_idx):
         return batch
@@ -331,6 +337,7 @@ class InStepModule(aezoo.model_class("dense_ae")):
         ({"trainer": {"gradient_clip_val": 1.0}}, False),
         ({"model": {"lr_schedule": "cosine"}}, False),
         ({"cls": OwnStep}, False),
+        ({"cls": AfterStep}, False),
         ({"cls": OwnTransfer}, False),
         ({"cls": InStepModule}, False),
     ],

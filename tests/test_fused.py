@@ -131,6 +131,25 @@ def test_the_kernel_alone_is_called_where_nothing_has_changed(monkeypatch):
     assert slow_steps(monkeypatch, optimizer, lambda: steps(net, optimizer, FusedStep(optimizer))) == 3
 
 
+def test_weights_that_have_had_gradients_do_not_hold_up_the_others(monkeypatch):
+    ends = []
+    for ours in (False, True):
+        net = Net()
+        optimizer = torch.optim.Adam(net.parameters(), 0.01, fused=True)
+        steps(net, optimizer, optimizer.step, n=8)
+
+        def layers(x, i, net=net):
+            return net(x, 7) if i >= 5 else net.a(x)
+
+        update = FusedStep(optimizer) if ours else optimizer.step
+        taken = slow_steps(monkeypatch, optimizer, lambda run=(layers, optimizer, update): steps(*run))
+        # the first one, and the sixth, from which on all have gradients
+        assert taken == (2 if ours else 0)
+        ends.append((net.state_dict(), optimizer.state_dict()["state"]))
+    for mine, theirs in zip(*ends, strict=True):
+        assert_same(mine, theirs)
+
+
 def test_weights_in_channels_last_are_not_copied():
     ends = []
     for ours in (False, True):

@@ -113,6 +113,13 @@ class Foreign(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
+class OwnOptimizerStep(DenseAE):
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            next(self.parameters()).clamp_(max=0.1)
+
+
 class Logging(DenseAE):
     """Logs at each step, for the epoch, and both, in three hooks."""
 
@@ -261,7 +268,8 @@ CASES = {
     "annealing": {
         "model": zoo("vae", latent_dim=2, hidden_dims=(8,)), "callbacks": lambda: [BetaAnnealing(n_steps=9)],
     },
-    "own optimizer_step": {"model": zoo("topk_sae", latent_dim=8, k=2), "accumulate_grad_batches": 2},
+    "own optimizer_step": {"model": dense(OwnOptimizerStep), "accumulate_grad_batches": 2},
+    "weights changed after a step": {"model": zoo("topk_sae", latent_dim=8, k=2), "accumulate_grad_batches": 2},
     "own zeroing": {"model": dense(OwnZeroing), "accumulate_grad_batches": 2},
     "own transfer": {"model": dense(OwnTransfer)},
     "hooks in the step": {"callbacks": lambda: [Meddler()], "accumulate_grad_batches": 2},

@@ -10,13 +10,12 @@ Shapes: B batch, X data dimensions, N latents, k active ones.
 """
 
 import math
-from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from aezoo.constraint import Constrained
 from aezoo.errors import AezooError
 from aezoo.nets.linear import linear
 
@@ -101,7 +100,7 @@ class FreeDictionary(Dictionary):
         """Leave the directions as they are."""
 
 
-class UnitNorm(pl.LightningModule):
+class UnitNorm(Constrained):
     """What a model with a `Dictionary` for its decoder inherits before `Autoencoder`: unit norm, and dead latents.
 
     Attributes:
@@ -153,8 +152,8 @@ class UnitNorm(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.decoder.remove_parallel_gradient()
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def after_optimizer_step(self) -> None:
+        """Give each direction unit norm again."""
         self.decoder.normalise()
 
 

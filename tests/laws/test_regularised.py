@@ -586,8 +586,8 @@ def norms(model: Any) -> list[float]:
 class Stale(RAE):
     """torch.nn.utils: the singular vectors are those of before the step."""
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super(RAE, self).optimizer_step(*args, **kwargs)
+    def after_optimizer_step(self) -> None:
+        pass
 
 
 def spectral_law(cls: Any, quiet: Any, **settings: Any) -> None:

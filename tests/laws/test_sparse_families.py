@@ -472,7 +472,29 @@ def test_a_fit_revives_dead_latents_when_it_is_time(digits: Any, quiet: Any) -> 
         seen = trained(model, digits[:200].float(), quiet, lambda m, terms: int((m.encoder.bias[:9] < -40).sum()))
         shares.append(seen)
     assert shares[0] == [9] * 8
-    assert shares[1] == [9, 9, 9, 9, 0, 0, 0, 0]  # a callback sees the fourth step before the model does
+    assert shares[1] == [9, 9, 9, 9, 0, 0, 0, 0]
+
+
+def test_a_checkpoint_between_a_step_and_the_revival_after_it_loses_no_revival(
+    digits: Any, quiet: Any, tmp_path: Any
+) -> None:
+    path, ends = tmp_path / "4.ckpt", []
+
+    def save(trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 4 and not path.exists():
+            trainer.save_checkpoint(path)
+
+    for ckpt_path in (None, path):
+        torch.manual_seed(0)
+        model = create("sae_l1", input_shape=(1, 8, 8), latent_dim=32, dead_after=30, resample_steps=4)
+        with torch.no_grad():
+            model.encoder.bias[:9] = -50
+        arrays = aezoo.DataModule.from_arrays(digits[:200].float(), batch_size=25, val_fraction=0, test_fraction=0)
+        callbacks = [pl.callbacks.LambdaCallback(on_train_batch_end=save)]
+        quiet(max_epochs=1, callbacks=callbacks).fit(model, arrays, ckpt_path=ckpt_path)
+        ends.append(model.state_dict())
+    assert ends[0]["encoder.bias"][:9].min() > -40
+    assert all(torch.equal(value, ends[0][name]) for name, value in ends[1].items())
 
 
 # ---- jumprelu_sae: Rajamanoharan et al. 2024, 2407.14435 -------------------------------------------------------------

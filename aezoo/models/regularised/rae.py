@@ -18,7 +18,6 @@ Shapes: B batch, D code; O outputs and I inputs of a layer, K vectors.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from torch.nn.utils.parametrize import ParametrizationList, register_parametriza
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.constraint import Constrained
 from aezoo.errors import AezooError
 
 REGULARISERS = ("l2", "gp", "sn", "none")
@@ -61,7 +61,7 @@ class SpectralNorm(nn.Module):
         self.v_I.copy_(basis_IK @ torch.linalg.svd(W_OI @ basis_IK, full_matrices=False).Vh[0])
 
 
-class RAE(Autoencoder):
+class RAE(Constrained, Autoencoder):
     """Deterministic codes near 0 and a decoder that is smooth, so that codes can be drawn from a density fitted later.
 
     Args:
@@ -124,8 +124,7 @@ class RAE(Autoencoder):
         for layer in layers if regulariser == "sn" else []:
             register_parametrization(layer, "weight", SpectralNorm(layer.weight))
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def after_optimizer_step(self) -> None:
         for held in self.decoder.modules():
             if isinstance(held, ParametrizationList):
                 held[0].search(held.original)  # type: ignore[operator]

@@ -133,7 +133,7 @@ class JumpReLUSAE(SAEL1):
         penalty = (l0 / self.target_l0 - 1) ** 2 if self.target_l0 else l0
         return {"loss": nll + self.warmed(self.l0_weight) * penalty, "nll": nll, **self.usage(f_BN), "l0": l0}
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def after_optimizer_step(self) -> None:
+        super().after_optimizer_step()
         with torch.no_grad():
             self.theta_N.clamp_(min=0)

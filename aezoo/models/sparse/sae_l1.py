@@ -11,9 +11,9 @@ norm, which counts in the penalty in place of a constraint, and does not subtrac
 so that c d_i with f_i / c is the same model. lam rises from 0 over the first l1_steps optimiser steps; evaluation has
 all of it. lam = 0 is the dense autoencoder with a ReLU code.
 
-Dead latents may start anew at every resample_steps-th step, each from a sample of the batch of all ranks, drawn with
-probability in proportion to the square of its squared error; the authors draw from far more samples, at four steps of a
-long run.
+Dead latents may start anew after every resample_steps-th step, each from a sample of the next batch of all ranks, drawn
+with probability in proportion to the square of its squared error; the authors draw from far more samples, at four steps
+of a long run.
 
 Shapes: B batch, X data dimensions, N latents.
 """
@@ -131,10 +131,13 @@ class SAEL1(UnitNorm, Autoencoder):
         loss = (nll_B + self.warmed(self.l1) * l1_B).mean()
         return {"loss": loss, "nll": nll_B.mean(), "l1": l1_B.mean(), **self.usage(f_BN)}
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.resample_steps and self.trainer.global_step % self.resample_steps == 0:
-            x = batch if isinstance(batch, Tensor) else batch[0]
-            self.resample(from_bytes(x), self.optimizers(use_pl_optimizer=False), self.trainer.global_step)
+    def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+        x, y = super().begin_step(batch, batch_idx)
+        steps = self._trainer.global_step if self.resample_steps and self._trainer is not None else 0
+        if steps and steps % self.resample_steps == 0:
+            with torch.autocast(x.device.type, enabled=False):
+                self.resample(from_bytes(x), self.optimizers(use_pl_optimizer=False), steps)
+        return x, y
 
     @torch.no_grad()
     def resample(self, x: Tensor, optimizer: Any, seed: int) -> None:

@@ -129,7 +129,7 @@ class FusedStep:
     def groups(self) -> list[Group]:
         """What the next step changes, one list as long as that holds; empty where it may be more."""
         known = self._suits and self._state is self._optimizer.state and not self._has_grown()
-        return self._groups if known and not self._is_watched() else []
+        return self._groups if known else []
 
     def __call__(self) -> None:
         optimizer = self._optimizer

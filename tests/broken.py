@@ -526,6 +526,26 @@ class BufferNotSaved(Sound):
         return super().encode(x) - self.centre
 
 
+class CountsByItself(Sound):
+    """The weight of a term rises with a count that no checkpoint holds."""
+
+    seen = 0
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        terms = super().loss(x)
+        self.seen += self.training
+        return {**terms, "loss": terms["loss"] * (1 + self.seen)}
+
+
+class ActsAfterTheBatch(Sound):
+    """Changes weights when callbacks have written their checkpoints of the step."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.trainer.global_step == 4:
+            with torch.no_grad():
+                next(self.encoder.parameters()).zero_()
+
+
 class PenaltyInHalfPrecision(Sound):
     """A term stays in autocast's precision."""
 

@@ -180,6 +180,8 @@ MISTAKES = [
     ("state_dict", broken.UnregisteredBuffer, "offset is a plain tensor"),
     ("checkpoint", broken.UnregisteredBuffer, "encode is not the same after load_from_checkpoint"),
     ("checkpoint", broken.BufferNotSaved, "load_from_checkpoint changes weights or buffers"),
+    ("resume", broken.CountsByItself, "goes on from step 3 of 6 ends with other decoder"),
+    ("resume", broken.ActsAfterTheBatch, "goes on from step 4 of 6 ends with other"),
     ("bf16", broken.PenaltyInHalfPrecision, "size is computed in torch.bfloat16"),
     ("bf16", broken.CancelsInHalfPrecision, "loss under bf16 is off"),
     ("compile", broken.OtherWhenCompiled, "the compiled loss is off"),

@@ -41,6 +41,7 @@ from aezoo.testing.training import (
     check_deterministic_evaluation,
     check_loop,
     check_overfits,
+    check_resume,
     check_seed,
     check_state_dict,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "check_model",
     "check_onnx",
     "check_overfits",
+    "check_resume",
     "check_seed",
     "check_shapes",
     "check_state_dict",
@@ -95,6 +97,7 @@ CHECKS: tuple[Check, ...] = (
     check_seed,
     check_state_dict,
     check_checkpoint,
+    check_resume,
     check_bf16,
     check_compile,
     check_export,

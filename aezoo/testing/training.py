@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.checkpoint import load_model, save_model
+from aezoo.data import DataModule
 from aezoo.registry import name_of
 from aezoo.testing.subject import (
     BATCH,
@@ -28,6 +29,8 @@ from aezoo.testing.subject import (
 )
 
 _OVERFIT_STEPS = 250
+# of samples, by the number of their dimensions
+_LAYOUTS = {1: "vector", 2: "sequence", 3: "image", 4: "volume"}
 
 
 def fit(model: Autoencoder, batches: list[Tensor], **options: Any) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
@@ -197,3 +200,45 @@ def check_checkpoint(subject: Subject) -> None:
             for part in ("encode", "forward", "score"):
                 same = torch.equal(getattr(other, part)(x), getattr(model, part)(x))
                 require(same, f"{part} is not the same after {how}: is there state that is no buffer?")
+
+
+@as_check
+def check_resume(subject: Subject) -> None:
+    """A fit that goes on from a checkpoint, at the end of an epoch or within one, ends with the bits of the whole fit.
+
+    A callback writes the checkpoints at the end of a batch, as most do.
+    """
+    whole, *resumed = 0, 3, 4
+    with tempfile.TemporaryDirectory() as folder:
+        ends = {}
+        for start in (whole, *resumed):
+            torch.manual_seed(start)  # what the checkpoint does not hold comes out differently
+            model, trainer = subject.build(), _trainer(folder, max_epochs=2, callbacks=[_Saves(folder)])
+            data = DataModule.from_arrays(
+                subject.data(3 * BATCH),
+                torch.arange(3 * BATCH) % 2,
+                batch_size=BATCH,
+                val_fraction=0,
+                test_fraction=0,
+                layout=_LAYOUTS[len(subject.shape)],
+            )
+            trainer.fit(model, data, ckpt_path=_file(folder, start) if start else None)
+            ends[start] = snapshot(model)
+    for step in resumed:
+        off = sorted(name for name, value in ends[whole].items() if not torch.equal(value, ends[step][name]))
+        require(not off, f"a fit that goes on from step {step} of 6 ends with other {', '.join(off[:3])}")
+
+
+class _Saves(pl.Callback):
+    """Writes a checkpoint after each batch of a fit that begins at its first."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.ckpt_path is None:
+            trainer.save_checkpoint(_file(self.folder, trainer.global_step))
+
+
+def _file(folder: str, step: int) -> Path:
+    return Path(folder, f"{step}.ckpt")

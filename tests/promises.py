@@ -50,6 +50,10 @@ PROMISES = (
         "{kills} kills survived, {in_saves} of them while a file was being written",
         "resume",
     ),
+    Promise(
+        "Every model goes on from a checkpoint, at the end of an epoch or within one, bit for bit",
+        ("tests/test_models.py",),
+    ),
     Promise("Resume finds the newest good state or says no", ("tests/test_resume.py",)),
     Promise(
         "A step that is not finite never reaches the weights silently",

@@ -96,7 +96,8 @@ class Group(NamedTuple):
         held = [state[self.memory.state] for state in self.states]
         squares = held if self.memory.power == 2 else [v.square() for v in held]
         total = sum(float(v.sum()) for v in squares)
-        return total / self.memory.share(self.settings) ** (2 / self.memory.power) / self.left**steps
+        seen = self.memory.share(self.settings) ** (2 / self.memory.power) * self.left**steps
+        return total / seen if seen else float("inf")
 
 
 def _in_order(tensors: list[Any]) -> list[Any]:
@@ -185,7 +186,7 @@ class FusedStep:
     def _look_up(self) -> None:
         optimizer = self._optimizer
         for settings in optimizer.param_groups:
-            plain = bool(settings.get("fused")) and not settings["capturable"]
+            plain = bool(settings.get("fused")) and not settings.get("capturable")
             self._has_kernel &= plain and all(parameter.is_cpu for parameter in settings["params"])
         self._state = optimizer.state
         self._groups = [self._group(settings) for settings in optimizer.param_groups]

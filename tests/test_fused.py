@@ -54,6 +54,7 @@ MAKERS = {
     "betas in tensors": lambda p: torch.optim.Adam(p, 0.01, (torch.tensor(0.9), torch.tensor(0.99)), fused=True),
     "sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
     "radam": lambda p: torch.optim.RAdam(p, 0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.01, fused=True),
 }
 
 
@@ -78,6 +79,15 @@ def test_same_weights_and_state(name, groups):
     assert_same(net.state_dict(), other.state_dict())
     assert_same(own.state_dict()["state"], optimizer.state_dict()["state"])
     assert float(optimizer.state[other.late.weight]["step" if name != "sgd" else "momentum_buffer"].sum())
+
+
+def test_an_average_that_takes_nothing_tells_nothing():
+    net = Net()
+    optimizer = torch.optim.RMSprop(net.a.parameters(), alpha=1.0)
+    update = FusedStep(optimizer)
+    steps(lambda x, i: net.a(x), optimizer, update, n=2)
+    (group,) = update.groups
+    assert group.most_squared(1) == float("inf")
 
 
 def test_same_in_float64_and_under_a_schedule():

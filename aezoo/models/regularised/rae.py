@@ -53,7 +53,8 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def search(self, weight: Tensor) -> None:
         """Find v in the Krylov space that starts at the last one."""
-        W_OI = at_least_float32(weight).flatten(1).nan_to_num()  # weights that have diverged are for others to report
+        # weights that have diverged are for others to report; the square of 1e15 can still be added up
+        W_OI = at_least_float32(weight).flatten(1).nan_to_num().clamp(-1e15, 1e15)
         space = [at_least_float32(self.v_I)]
         for _ in range(_PRODUCTS):
             space.append(normalize(W_OI.T @ (W_OI @ space[-1]), dim=0))

@@ -279,7 +279,8 @@ class DataModule(Checked, LightningDataModule):
                 f"{self.batch_size}: lower --data.batch_size or set --data.drop_last false"
             )
         x = train.x if isinstance(train, ArrayDataset) else None
-        if x is not None and (x.min() == x.max() if n == 1 else all(torch.equal(row, x[0]) for row in x)):
+        # by number, since `for row in x` would make a tensor of every row before it compares the second
+        if x is not None and (x.min() == x.max() if n == 1 else all(torch.equal(x[i], x[0]) for i in range(n))):
             raise AezooError(f"{self.name}: constant data, all {n} training samples are the same: check the file")
         if self.labels == "required" and len(collate([cast(Any, train)[0]], labels=True)) == 1:
             raise AezooError(

@@ -17,12 +17,12 @@ from torch import Tensor
 import aezoo
 from aezoo import acceleration
 from aezoo.callbacks import FaultGuard, in_use
+from aezoo.data.array import LAYOUTS
 
 from . import measure
 from .common import Spread
 from .processes import answer
 
-_LAYOUTS = {1: "vector", 2: "sequence", 3: "image", 4: "volume"}
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 # random samples are held in at most this much memory; an epoch goes through them once
 _MOST_BYTES, _MOST_SAMPLES = 64_000_000, 60_000
@@ -68,7 +68,7 @@ def data_module(spec: dict[str, Any], x: Tensor, **splits: Any) -> aezoo.DataMod
         batch_size=spec["batch"],
         val_fraction=0,
         test_fraction=0,
-        layout=_LAYOUTS[len(spec["shape"])],
+        layout=LAYOUTS[len(spec["shape"])],
     )
 
 

@@ -31,6 +31,8 @@ from aezoo.data.readers import read_arrays
 from aezoo.data.source import STAGES, Options, Stage
 from aezoo.errors import AezooError
 
+# of samples with channels first, by the number of their dimensions
+LAYOUTS = {1: "vector", 2: "sequence", 3: "image", 4: "volume"}
 _AXES = {"vector": (2,), "sequence": (3,), "image": (3, 4), "image_last": (4,), "volume": (4, 5), "volume_last": (5,)}
 _COLOURS = (1, 3, 4)
 

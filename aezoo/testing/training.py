@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from aezoo.autoencoder import Autoencoder
 from aezoo.checkpoint import load_model, save_model
 from aezoo.data import DataModule
+from aezoo.data.array import LAYOUTS
 from aezoo.registry import name_of
 from aezoo.testing.subject import (
     BATCH,
@@ -29,8 +30,6 @@ from aezoo.testing.subject import (
 )
 
 _OVERFIT_STEPS = 250
-# of samples, by the number of their dimensions
-_LAYOUTS = {1: "vector", 2: "sequence", 3: "image", 4: "volume"}
 
 
 def fit(model: Autoencoder, batches: list[Tensor], **options: Any) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
@@ -220,7 +219,7 @@ def check_resume(subject: Subject) -> None:
                 batch_size=BATCH,
                 val_fraction=0,
                 test_fraction=0,
-                layout=_LAYOUTS[len(subject.shape)],
+                layout=LAYOUTS[len(subject.shape)],
             )
             trainer.fit(model, data, ckpt_path=_file(folder, start) if start else None)
             ends[start] = snapshot(model)

@@ -4,11 +4,11 @@
     python -m benchmarks.convolutions --precision bf16 --sides 4        some of it by autocast
 
 A row is one layer of kernel 3, forward and backward, by torch and by the ways of `aezoo/nets/conv2d.py`, in turns:
-`products_ms` and, of transposed ones, `bias_apart_ms` and `sub_pixels_ms` (to four channels or fewer) are medians of
-the repeats as `torch_ms` is. `side` is that of the smaller grid; `channels` those of the larger grid, of which the
-smaller one has twice as many at stride 2, and never fewer than 32. `chosen` is what the layer takes by itself,
-`speedup` what that makes of torch_ms, `lost` its time by that of the fastest way. Printed at the end is where it is
-more than a tenth more.
+`products_ms` and, of transposed ones, `bias_apart_ms`, `sub_pixels_ms` (to four channels or fewer) and `overlay_ms` (to
+one) are medians of the repeats as `torch_ms` is. `side` is that of the smaller grid, and a `transposed_odd` layer's
+larger grid is no whole number of strides; `channels` are those of the larger grid, of which the smaller one has twice
+as many at stride 2, and never fewer than 32. `chosen` is what the layer takes by itself, `speedup` what that makes of
+torch_ms, `lost` its time by that of the fastest way. Printed at the end is where it is more than a tenth more.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from typing import Any
 
 from .common import Table, at_least, command_line, environment, in_turns, parser, run_script
 
+LAYERS = ("conv", "transposed", "transposed_odd")
 KEY = ("layer", "precision", "batch", "channels", "side", "stride", "threads")
 
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="on the larger grid",
     )
     add("--sides", nargs="+", type=at_least(1), default=[1, 2, 3, 4, 7, 8, 16], metavar="N", help="of the smaller grid")
+    add("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
     add("--strides", nargs="+", type=int, choices=(1, 2), default=[1, 2])
     add("--precision", choices=("fp32", "bf16"), default="fp32")
     add("--threads", type=at_least(1), default=1, help="threads on the CPU")
@@ -47,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = arguments.results / f"convolutions-{environment(arguments, arguments.precision, 'cpu')}.csv"
     table = Table(path, KEY, command_line("convolutions", words), arguments.again)
     sizes = (vars(arguments)[name] for name in ("batch", "channels", "sides", "strides"))
-    for values in itertools.product(("conv", "transposed"), [arguments.precision], *sizes, [arguments.threads]):
+    for values in itertools.product(arguments.layers, [arguments.precision], *sizes, [arguments.threads]):
         row = dict(zip(KEY, values, strict=True))
-        if table.needs(row):
+        if (row["layer"] != "transposed_odd" or row["stride"] > 1) and table.needs(row):
             table.put(row | measure(row, arguments))
     worse = [row for row in table.rows if float(row["lost"]) > 1.1]
     print(f"another way is more than a tenth faster: {len(worse)} of {len(table.rows)}")
@@ -76,7 +78,7 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
         layer = conv2d.Conv2d(few, many, 3, stride, 1)
         shape = (row["batch"], few, side * stride, side * stride)
     else:
-        layer = conv2d.ConvTranspose2d(many, few, 3, stride, 1, stride - 1)
+        layer = conv2d.ConvTranspose2d(many, few, 3, stride, 1, 0 if row["layer"] == "transposed_odd" else stride - 1)
         shape = (row["batch"], many, side, side)
     layer.to(memory_format=torch.channels_last)
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -85,11 +87,14 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
     ways = {"torch": super(type(layer), layer).forward, "products": lambda x: layer.by_products(x, geometry)}
     with lower:
         pays = {"products": conv2d.products_pay(layer, geometry.small)}
-    if row["layer"] == "transposed":
+    if row["layer"] != "conv":
         ways["bias_apart"] = lambda x: layer.with_bias_apart(x, geometry)
         if stride > 1 and few <= 4:
             ways["sub_pixels"] = lambda x: layer.by_sub_pixels(x, geometry)
+        if stride > 1 and few == 1:
+            ways["overlay"] = lambda x: layer.by_overlay(x, geometry)
         with lower:
+            pays |= {"overlay": conv2d.overlay_pays(layer, geometry)}
             pays |= {"sub_pixels": conv2d.sub_pixels_pay(layer, geometry)}
             pays |= {"bias_apart": conv2d.bias_pays_apart(layer, geometry)}
     chosen = next((name for name, pay in pays.items() if pay), "torch")

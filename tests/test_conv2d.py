@@ -59,7 +59,7 @@ def taken(monkeypatch):
     """Which ways were taken."""
     ways: list[str] = []
     for layer in (conv2d.Conv2d, conv2d.ConvTranspose2d):
-        for name in {"by_products", "by_sub_pixels", "with_bias_apart"} & set(vars(layer)):
+        for name in {"by_products", "by_overlay", "by_sub_pixels", "with_bias_apart"} & set(vars(layer)):
             monkeypatch.setattr(layer, name, noted(ways, name, getattr(layer, name)))
     return ways
 
@@ -128,6 +128,60 @@ def test_points_between_are_those_of_torch_for_any_geometry(between, taken, kern
     assert taken == ["by_sub_pixels"] * cases
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kernel", [(3, 3), (4, 4), (3, 4)])
+def test_one_channel_is_laid_over_by_onednn(halved, between, taken, kernel, bias):
+    cases = 0
+    for stride, padding, h, w in product([(2, 2), (2, 1), (2, 3)], PADDINGS, (1, 4), (5,)):
+        for extra in product(range(min(stride[0], padding[0] + 1)), range(min(stride[1], padding[1] + 1))):
+            size = zip((h, w), stride, padding, kernel, extra, strict=True)
+            if all((n - 1) * s - 2 * p + k + e > 0 for n, s, p, k, e in size):
+                mine = conv2d.ConvTranspose2d(3, 1, kernel, stride, padding, extra, bias=bias)
+                theirs = nn.ConvTranspose2d(3, 1, kernel, stride, padding, extra, bias=bias)
+                theirs.load_state_dict(mine.state_dict())
+                assert_same(mine, theirs, torch.randn(2, 3, h, w, requires_grad=True))
+                cases += 1
+    assert cases > 10
+    assert taken == ["by_overlay"] * cases
+    geometry = conv2d.Conv2d(1, 3, 3, 2, 1).geometry(torch.zeros(1, 1, 28, 28))
+    assert conv2d.overlay_pays(conv2d.ConvTranspose2d(3, 1, 3, 2, 1, 1), geometry)
+    for settings in ((3, 2, 3, 2, 1, 1), (3, 1, 3, 1, 1)):
+        assert not conv2d.overlay_pays(conv2d.ConvTranspose2d(*settings), geometry)
+    up = conv2d.ConvTranspose2d(3, 1, 2, 2)
+    assert not conv2d.overlay_pays(up, up.geometry(torch.zeros(1, 3, 14, 14)))
+    for settings in ({"dtype": torch.float64}, {"dtype": torch.bfloat16}):
+        assert not conv2d.overlay_pays(conv2d.ConvTranspose2d(3, 1, 3, 2, 1, 1, **settings), geometry)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not conv2d.overlay_pays(conv2d.ConvTranspose2d(3, 1, 3, 2, 1, 1), geometry)
+
+
+def test_a_grid_that_is_no_whole_number_of_strides_gets_its_bias_apart(taken, monkeypatch):
+    """Else oneDNN adds it number by number, in bfloat16 at twenty times the price of all else."""
+    layers = [conv2d.ConvTranspose2d(3, n, 3, 2, 1) for n in (5, 6)]
+    assert [conv2d.odd_pays(up, up.geometry(torch.zeros(2, 3, 4, 4))) for up in layers] == [False, True]
+    monkeypatch.setattr(conv2d, "_ODD", 0)
+    biases, real = [], F.conv_transpose2d
+    monkeypatch.setattr(F, "conv_transpose2d", lambda y, w, b, *a: (biases.append(b), real(y, w, b, *a))[1])
+    for stride, extra in (((2, 2), (0, 0)), ((2, 2), (1, 0)), ((2, 2), (0, 1)), ((3, 1), (1, 0))):
+        up, theirs = twins(conv2d.ConvTranspose2d, 3, 5, 3, stride, 1, extra)
+        x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+        biases.clear()
+        assert_same(up, theirs, x)
+        assert [b is None for b in biases] == [True, False]
+        with torch.no_grad():
+            up(x)
+    assert taken == ["with_bias_apart"] * 8
+    taken.clear()
+    for settings in ({"output_padding": 1}, {"bias": False}):
+        conv2d.ConvTranspose2d(3, 5, 3, 2, 1, **settings)(torch.randn(2, 3, 4, 4))
+    assert taken == []
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = up.float()(x.float()), theirs.float()(x.float())
+    assert taken == ["with_bias_apart"]
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+
+
 def test_padding_of_the_output_that_no_point_reaches_is_torchs(between, taken):
     up, theirs = twins(conv2d.ConvTranspose2d, 3, 2, 2, 2, 0, 1)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -171,16 +225,45 @@ def test_16_bits_compute_the_same(stride, padding, dtype):
 def test_by_onednn_compute_the_same(halved, monkeypatch, stride, padding):
     multiplied, real = [], linear.product
     monkeypatch.setattr(linear, "product", lambda *a: (multiplied.append(a), real(*a))[1])
-    for size, kernel in product([(4, 4), (5, 3)], [(3, 3), (2, 3)]):
+    for size, kernel in product([(4, 4), (5, 3)], [(3, 3), (2, 3), (1, 3)]):
         geometry = conv2d.Conv2d(3, 2, kernel, stride, padding).geometry(torch.zeros(1, 3, *size))
+        that_see = F.conv2d(torch.ones(1, 1, *size), torch.ones(1, 1, *kernel), stride=stride, padding=padding) > 0
+        few = that_see.numel() <= 4
         shapes = ((2, *size, 3), (2, *kernel, 3), (2, *geometry.small, 2))
         x, weight, y = (torch.randn(shape) for shape in shapes)
         for work, a, b in ((products.see, x, weight), (products.spread, y, weight), (products.weigh, x, y)):
             torch.testing.assert_close(work(a, b, geometry), work(a.double(), b.double(), geometry).float())
-            # of a single point's patch most lies beyond the border
-            assert len(multiplied) == (geometry.small != (1, 1)) == products.copies(a, geometry)
+            assert len(multiplied) == (that_see.sum() if few else 1)
+            assert products.copies(a, geometry) is not few
             assert not products.copies(a.double(), geometry)
             multiplied.clear()
+
+
+@pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
+def test_a_point_multiplies_no_zeros_beyond_the_border(stride, padding):
+    for (h, w), kernel in product([(4, 4), (5, 3)], [(3, 3), (2, 3)]):
+        geometry = conv2d.Conv2d(3, 5, kernel, stride, padding).geometry(torch.zeros(1, 3, h, w))
+        x, weight, y = torch.randn(2, h, w, 3), torch.randn(5, *kernel, 3), torch.zeros(2, *geometry.small, 5)
+        parts = [*products.points(x, weight, y, geometry)]
+        assert all(seen.shape[1:] == part.shape[1:] and out.shape == (2, 5) for seen, part, out in parts)
+        work = sum(part[0].numel() for _, part, _ in parts)
+        seen = F.conv2d(torch.ones(1, 1, h, w), torch.ones(1, 1, *kernel), stride=stride, padding=padding)
+        assert work == 3 * seen.sum()
+
+
+def test_matrices_lie_without_gaps_where_onednn_multiplies_them(halved, monkeypatch):
+    """Of one with gaps it, or torch before it, makes a copy number by number."""
+    multiplied, real = [], linear.product
+    monkeypatch.setattr(linear, "product", lambda *a: (multiplied.extend(a), real(*a))[1])
+    geometry = conv2d.Conv2d(4, 8, 3, 2, 1).geometry(torch.zeros(1, 4, 4, 4))
+    x, weight, y = torch.randn(6, 4, 4, 4), torch.randn(8, 3, 3, 4), torch.randn(6, 2, 2, 8)
+    products.see(x, weight, geometry)
+    products.spread(y, weight, geometry)
+    products.weigh(x, y, geometry)
+    # but for what stands first as it is, of which a copy is made row by row
+    gaps = [m for m in multiplied if not (m.is_contiguous() or m.t().is_contiguous())]
+    assert len(multiplied) == 3 * 4 * 2
+    assert [m.shape for m in gaps] == [(6, 8)] * 4
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -282,7 +365,7 @@ def test_many_gradients_at_once(request, taken, ways, extra):
     assert {*taken} == ({"by_sub_pixels"} if ways == "between" else {"by_products"})
 
 
-@pytest.mark.parametrize("way", ["with_bias_apart", "by_sub_pixels"])
+@pytest.mark.parametrize("way", ["with_bias_apart", "by_sub_pixels", "by_overlay"])
 def test_many_gradients_at_once_of_other_ways(way):
     up, x = conv2d.ConvTranspose2d(3, 2, 3, 2, 1, 1), torch.randn(1, 3, 3, 3)
     found = jacobian(lambda t: getattr(up, way)(t, up.geometry(t)), x, vectorize=True)
@@ -447,6 +530,7 @@ def test_a_layer_takes_the_way_that_pays(taken):
     assert taken == ["by_sub_pixels"] * 2 + ["by_products"] * 2
     torch.testing.assert_close(up(large), nn.ConvTranspose2d.forward(up, large))
     torch.testing.assert_close(out(large), nn.ConvTranspose2d.forward(out, large))
+    assert not conv2d.overlay_pays(conv2d.ConvTranspose2d(128, 1, 3, 2, 1, 1), up.geometry(large))
     assert not conv2d.sub_pixels_pay(conv2d.ConvTranspose2d(128, 5, 3, 2, 1, 1), up.geometry(large))
     assert not conv2d.sub_pixels_pay(conv2d.ConvTranspose2d(128, 3, 3, 1, 1), up.geometry(large))
 
@@ -543,9 +627,28 @@ def test_graphs_say_convolution(always, taken):
     assert taken == []
 
 
+@pytest.mark.parametrize(
+    ("kernel", "extra", "bias", "apart"),
+    [(3, 0, True, True), (4, 1, True, True), (3, 1, True, False), (3, 0, False, False)],
+)
+def test_compiled_graphs_add_a_bias_apart_where_strides_leave_a_rest(kernel, extra, bias, apart):
+    up, x = conv2d.ConvTranspose2d(3, 6, kernel, 2, 1, extra, bias=bias), torch.randn(2, 3, 4, 4)
+    graphs = []
+    compiled = torch.compile(up, backend=lambda module, _: (graphs.append(module.graph), module.forward)[1])
+    torch.testing.assert_close(compiled(x), nn.ConvTranspose2d.forward(up, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(x).dtype == torch.bfloat16
+    calls = [node for node in graphs[0].nodes if node.op == "call_function"]
+    assert calls[0].target.__name__ == "conv_transpose2d"
+    assert len(calls) == 1 or apart
+    assert (calls[0].args[2] is None) is (apart or not bias)
+    exported = torch.export.export(up, (x,)).graph.nodes
+    assert [str(n.target) for n in exported if n.op == "call_function"] == ["aten.conv_transpose2d.input"]
+
+
 @pytest.mark.parametrize("ways", ["always", "between"])
-def test_gradients_lie_as_their_weights_do(request, ways):
-    """Else the first thing that happens to them is a copy, and fused optimisers read both as one."""
+def test_gradients_lie_as_what_they_are_of(request, ways):
+    """Else the first thing that happens to them is a copy, and activations and fused optimisers read both as one."""
     request.getfixturevalue(ways)
     for layout in (torch.contiguous_format, torch.channels_last):
         for layer in (conv2d.Conv2d(8, 16, 3, 2, 1), conv2d.ConvTranspose2d(8, 16, 3, 2, 1, 1)):
@@ -556,6 +659,8 @@ def test_gradients_lie_as_their_weights_do(request, ways):
             layer.weight.grad = None
             layer(x).square().sum().backward()
             assert layer.weight.grad.stride() == layer.weight.stride()
+            if ways == "always":
+                assert of_x.stride() == x.stride()
             if layout is torch.channels_last:
                 assert gradient.stride() == layer.weight.stride()
                 assert of_x.is_contiguous(memory_format=torch.channels_last)
@@ -565,18 +670,18 @@ def test_gradients_lie_as_their_weights_do(request, ways):
 def test_the_benchmark_measures_all_ways(tmp_path, capsys):
     from benchmarks import convolutions
 
-    words = ["--results", str(tmp_path), "--channels", "3", "8", "--sides", "2", "--batch", "2", "--repeats", "1"]
+    words = ["--results", str(tmp_path), "--channels", "1", "3", "--sides", "2", "--batch", "2", "--repeats", "1"]
     convolutions.main(words)
     (path,) = tmp_path.glob("convolutions-fp32-*.csv")
     rows = [*csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#"))]
     found = [(row["layer"], row["channels"], row["stride"]) for row in rows]
-    assert found == [*product(("conv", "transposed"), "38", "12")]
+    assert found == [*product(("conv", "transposed"), "13", "12"), *product(["transposed_odd"], "13", "2")]
     for row in rows:
         ways = {name.removesuffix("_ms") for name, value in row.items() if name.endswith("_ms") and value}
-        more = {"bias_apart"} if row["layer"] == "transposed" else set()
-        assert ways == {"torch", "products"} | more | (
-            {"sub_pixels"} if more and row["channels"] == "3" and row["stride"] == "2" else set()
-        )
+        more = set() if row["layer"] == "conv" else {"bias_apart"}
+        if more and row["stride"] == "2":
+            more |= {"sub_pixels", "overlay"} if row["channels"] == "1" else {"sub_pixels"}
+        assert ways == {"torch", "products"} | more
         took = float(row[row["chosen"] + "_ms"])
         assert float(row["speedup"]) == pytest.approx(float(row["torch_ms"]) / took, rel=1e-3)
         assert float(row["lost"]) == pytest.approx(took / min(float(row[f"{way}_ms"]) for way in ways), rel=1e-3)

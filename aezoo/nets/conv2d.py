@@ -2,20 +2,23 @@
 
 Where a grid is small and the channels are many, oneDNN takes up to five times as long as products of matrices of
 the same size, and six times in bfloat16 on a processor with AMX. A transposed convolution to few channels takes up to
-twice as long as a convolution that finds the points between. And on a larger grid up to half of a transposed
-convolution's backward pass is the gradient of its bias, which is a sum of its own here.
-`python -m benchmarks.convolutions` measures all three; the rules are of one thread of three processors, with AMX and
-without. On other devices, in compiled or exported graphs and under torch.func, all is torch's own.
+twice as long as a convolution that finds the points between, or as products laid over one another. On a larger grid up
+to half of a transposed convolution's backward pass is the gradient of its bias, which is a sum of its own here; and a
+grid that is no whole number of strides, as 7x7 from 4x4, takes up to three times as long with a bias as without, twenty
+times in bfloat16. `python -m benchmarks.convolutions` measures all four; the rules are of one thread of three
+processors, with AMX and without. On other devices, in compiled or exported graphs and under torch.func, all is torch's
+own.
 """
 
 import math
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.nets import linear
-from aezoo.nets.products import BiasApart, Geometry, Pair, See, Spread, SubPixel
+from aezoo.nets.products import BiasApart, Geometry, Overlay, Pair, See, Spread, SubPixel
 
 # a layer's smaller grid has no more points than this, and channels in times channels out are so many a point
 _POINTS = 64
@@ -31,16 +34,20 @@ _LARGE_IN_16_BITS = 36
 _BETWEEN = 16
 # channels whose sum is too quick to matter
 _FEW = 16
+# numbers of an image, of a grid that is no whole number of strides, from which on its bias is better added apart
+_ODD = 256
 
 
 def _is_torchs(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
     """A graph for elsewhere should say convolution, inductor makes slow loops of the rest, GPUs have their own."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return True
-    images = x.dim() == 4 and x.shape[1] == layer.in_channels
+    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return in_graph or linear.needs_torch() or not _is_plain(layer, x)
+
+
+def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
+    images = x.device.type == "cpu" and x.dim() == 4 and x.shape[1] == layer.in_channels
     numbers = not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
-    plain = numbers and layer.groups == 1 and layer.dilation == (1, 1)
-    return linear.needs_torch() or not (x.is_cpu and images and plain)
+    return images and numbers and layer.groups == 1 and layer.dilation == (1, 1)
 
 
 def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
@@ -62,11 +69,24 @@ def sub_pixels_pay(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
     return few and inside and math.prod(geometry.large) >= _LARGE
 
 
+def overlay_pays(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
+    """Whether products laid over one another are the faster way to this layer's only channel."""
+    by_onednn = linear.HALVED and layer.weight.dtype == torch.float32 and not _is_lowered(layer)
+    overlap = any(k > s for k, s in zip(geometry.kernel, geometry.stride, strict=True))
+    return by_onednn and layer.out_channels == 1 and overlap and sub_pixels_pay(layer, geometry)
+
+
 def bias_pays_apart(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
-    """Whether it is faster to leave the bias out of a transposed convolution's backward pass."""
-    trained, lowered = layer.bias is not None and torch.is_grad_enabled(), _is_lowered(layer)
-    slow = not (lowered and _TILES) and layer.out_channels > _FEW
-    return trained and slow and math.prod(geometry.large) >= (_LARGE_IN_16_BITS if lowered else _LARGE)
+    """Whether it is faster to leave the bias out of a transposed convolution, or of its backward pass."""
+    lowered = _is_lowered(layer)
+    slow = torch.is_grad_enabled() and not (lowered and _TILES) and layer.out_channels > _FEW
+    backward = slow and math.prod(geometry.large) >= (_LARGE_IN_16_BITS if lowered else _LARGE)
+    return layer.bias is not None and (backward or odd_pays(layer, geometry))
+
+
+def odd_pays(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
+    """Whether adding the bias is slow within a transposed convolution, as it is if strides leave a rest."""
+    return not geometry.is_even() and layer.out_channels * math.prod(geometry.large) >= _ODD
 
 
 def _is_lowered(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
@@ -116,18 +136,31 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(B, C, h, w) -> (B, out channels, H, W)."""
-        if _is_torchs(self, input) or output_size is not None:
+        if output_size is not None:
             return super().forward(input, output_size)
+        if _is_torchs(self, input):
+            inductors = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+            return self.in_graph(input) if inductors and _is_plain(self, input) else super().forward(input)
         geometry = self.geometry(input)
         if min(geometry.large) < 1:
             return super().forward(input)  # which refuses it
         if products_pay(self, geometry.small):
             return self.by_products(input, geometry)
+        if overlay_pays(self, geometry):
+            return self.by_overlay(input, geometry)
         if sub_pixels_pay(self, geometry):
             return self.by_sub_pixels(input, geometry)
         if bias_pays_apart(self, geometry):
             return self.with_bias_apart(input, geometry)
         return super().forward(input)
+
+    def in_graph(self, input: Tensor) -> Tensor:
+        """As torch has it, but for a bias that is quicker to add apart."""
+        if self.bias is None or not odd_pays(self, self.geometry(input)):
+            return super().forward(input)
+        padding = cast(Pair, self.padding)
+        x = F.conv_transpose2d(input, self.weight, None, self.stride, padding, self.output_padding)
+        return x + self.bias.to(x.dtype)[:, None, None]
 
     def geometry(self, input: Tensor) -> Geometry:
         """What the grids of this layer have to do with each other."""
@@ -140,12 +173,16 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         """Of each point with the weights, laid over one another."""
         return _channels_first(Spread.apply(_channels_last(input), _channels_last(self.weight), geometry), self.bias)
 
+    def by_overlay(self, input: Tensor, geometry: Geometry) -> Tensor:
+        """Of each point with the weights, laid over one another, whose derivatives are torch's own."""
+        return self._by(Overlay, input, geometry)
+
     def by_sub_pixels(self, input: Tensor, geometry: Geometry) -> Tensor:
         """As a convolution of the smaller grid."""
         return self._by(SubPixel, input, geometry)
 
     def with_bias_apart(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """As torch has it, but for the gradient of the bias."""
+        """As torch has it, but for the bias and its gradient."""
         return self._by(BiasApart, input, geometry)
 
     def _by(self, way: type[torch.autograd.Function], input: Tensor, geometry: Geometry) -> Tensor:

@@ -5,9 +5,10 @@ y to x, `weigh` the gradient of <y, see(x)> with respect to the weights (O, rows
 products of matrices want them. Each is linear in both of its arguments, and each a derivative of the other two.
 
 Of float32 the image itself is multiplied, a row of the kernel at a time: nothing is copied, and no zeros beyond its
-border are multiplied, which are 11 of 36 where a kernel of 3x3 sees 4x4 points with stride 2. Numbers of 16 bits, and
-oneDNN where it is the faster one (`aezoo.nets.linear`), want products so large that copying patches, zeros and all, is
-the faster way; and numbers of 16 bits want sums of more bits than they have.
+border are multiplied, which are 11 of 36 where a kernel of 3x3 sees 4x4 points with stride 2. oneDNN, where it is the
+faster one (`aezoo.nets.linear`), wants larger products: what a point sees, as long as there are few points. Of more
+points, and of 16 bits, copying all patches for one product, zeros and all, is the faster way; and numbers of 16 bits
+want sums of more bits than they have.
 """
 
 import itertools
@@ -24,6 +25,8 @@ from torch.nn.grad import conv2d_weight
 from aezoo.nets import linear
 
 Pair = tuple[int, ...]
+# by oneDNN one product for each point, if there are no more than this
+_FEW_POINTS = 4
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class Geometry:
         """As a transposed convolution has it."""
         return tuple(p - n for p, n in zip(self.padding, self.beyond(), strict=True))
 
+    def is_even(self) -> bool:
+        """Whether the larger grid is a whole number of strides."""
+        return all(n % s == 0 for n, s in zip(self.large, self.stride, strict=True))
+
     def borders(self) -> tuple[int, ...]:
         """Points to add around the larger grid, as `F.pad` takes them: none for channels, last axis first."""
         (top, left), (bottom, right) = self.padding, self.beyond()
@@ -56,6 +63,10 @@ def see(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     if copies(x, geometry):
         return _times(patches(x, geometry).flatten(3), weight.flatten(1))
     y = x.new_zeros(len(x), *geometry.small, len(weight))
+    if _by_onednn(x):
+        for seen, part, out in points(x, weight, y, geometry):
+            out.copy_(linear.product(_flat(seen), _flat(part)))
+        return y
     for seen, part, out in factors(x, weight, y, geometry):
         torch.addmm(out, seen, part.t(), out=out)
     return y
@@ -66,6 +77,10 @@ def spread(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     if copies(y, geometry):
         return overlaid(_times(y, weight.flatten(1).t()).unflatten(3, weight.shape[1:]), geometry)
     x = y.new_zeros(len(y), *geometry.large, weight.shape[3])
+    if _by_onednn(y):
+        for seen, part, out in points(x, weight, y, geometry):
+            seen += linear.product(out, _flat(part).t()).view_as(seen)
+        return x
     for seen, part, out in factors(x, weight, y, geometry):
         torch.addmm(seen, out, part, out=seen)
     return x
@@ -77,20 +92,32 @@ def weigh(x: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
     if copies(x, geometry):
         return _times(y.flatten(0, 2).t(), patches(x, geometry).flatten(0, 2).flatten(1).t()).view(shape)
     weight = x.new_zeros(shape)
+    if _by_onednn(x):
+        for seen, part, out in points(x, weight, y, geometry):
+            part += linear.product(_flat(out).t(), _flat(seen).t()).view_as(part)
+        return weight
     for seen, part, out in factors(x, weight, y, geometry):
         torch.addmm(part, out.t(), seen, out=part)
     return weight
 
 
 def copies(x: Tensor, geometry: Geometry) -> bool:
-    """Whether patches are copied; for one point nine in ten of their numbers may lie beyond the border."""
-    by_onednn = linear.HALVED and x.dtype == torch.float32 and math.prod(geometry.small) > 1
-    return x.itemsize == 2 or by_onednn
+    """Whether patches are copied, of which half may lie beyond the border where there are few."""
+    return x.itemsize == 2 or (_by_onednn(x) and math.prod(geometry.small) > _FEW_POINTS)
+
+
+def _by_onednn(x: Tensor) -> bool:
+    return linear.HALVED and x.dtype == torch.float32
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
     # autocast would lower float32 here, which convolutions have been told of before
     return linear.product(a, b) if a.dtype == torch.float32 else a @ b.t()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A matrix without gaps, which take longer to transpose than all of it to copy."""
+    return x.flatten(1).contiguous()
 
 
 def factors(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -116,6 +143,22 @@ def factors(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> Iterato
         else:
             for of_x, of_y in zip(seen.unbind(1), out.unbind(1), strict=True):
                 yield of_x, part, of_y
+
+
+def points(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Views of all three, for each point: (B, rows, columns, C) that it sees, (O, rows, columns, C), its own (B, O)."""
+    sides = [*zip(geometry.stride, geometry.padding, geometry.kernel, geometry.large, strict=True)]
+
+    def seen(at: int, axis: int) -> tuple[slice, slice]:
+        s, p, k, n = sides[axis]
+        first, last = max(0, p - at * s), min(k, p - at * s + n)
+        return slice(at * s - p + first, at * s - p + last), slice(first, last)
+
+    h, w = geometry.small
+    for i, j in itertools.product(range(h), range(w)):
+        (down, rows), (right, columns) = seen(i, 0), seen(j, 1)
+        if rows.start < rows.stop and columns.start < columns.stop:
+            yield x[:, down, right], weight[:, rows, columns], y[:, i, j]
 
 
 def patches(x: Tensor, geometry: Geometry) -> Tensor:
@@ -147,6 +190,12 @@ class _Bilinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         (a, b, ctx.geometry), (of_a, of_b, _) = inputs, ctx.needs_input_grad
         ctx.save_for_backward(a if of_b else None, b if of_a else None)
+        ctx.channels_first = not a.is_contiguous() and _channels_first(a).is_contiguous()
+
+    @staticmethod
+    def lie(gradient: Tensor, ctx: Any) -> Tensor:
+        """In memory as what it is the gradient of: of two orders torch's activations take ten times as long."""
+        return _channels_last(_channels_first(gradient).contiguous()) if ctx.channels_first else gradient
 
     @classmethod
     def of(cls, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
@@ -175,7 +224,7 @@ class See(_Bilinear):
         """With respect to x and to the weights."""
         (x, weight), (of_x, of_weight, _) = ctx.saved_tensors, ctx.needs_input_grad
         return (
-            Spread.of(gradients[0], weight, ctx.geometry) if of_x else None,
+            See.lie(Spread.of(gradients[0], weight, ctx.geometry), ctx) if of_x else None,
             Weigh.of(x, gradients[0], ctx.geometry) if of_weight else None,
             None,
         )
@@ -200,7 +249,7 @@ class Spread(_Bilinear):
         """With respect to y and to the weights."""
         (y, weight), (of_y, of_weight, _) = ctx.saved_tensors, ctx.needs_input_grad
         return (
-            See.of(gradients[0], weight, ctx.geometry) if of_y else None,
+            Spread.lie(See.of(gradients[0], weight, ctx.geometry), ctx) if of_y else None,
             Weigh.of(gradients[0], y, ctx.geometry) if of_weight else None,
             None,
         )
@@ -266,8 +315,20 @@ class BiasApart(_Transposed):
 
     @staticmethod
     def forward(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        """The values; oneDNN adds a bias number by number to a grid that is no whole number of strides."""
+        within, extra = bias if geometry.is_even() else None, geometry.output_padding()
+        x = F.conv_transpose2d(y, weight, within, geometry.stride, geometry.padding, extra)
+        return x if bias is None or within is not None else x.add_(bias[:, None, None])
+
+
+class Overlay(_Transposed):
+    """A transposed convolution as products of each point with the weights, laid over one another."""
+
+    @staticmethod
+    def forward(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         """The values."""
-        return F.conv_transpose2d(y, weight, bias, geometry.stride, geometry.padding, geometry.output_padding())
+        x = spread(_channels_last(y).contiguous(), _channels_last(weight).contiguous(), geometry)
+        return _channels_first(x if bias is None else x.add_(bias))
 
 
 class SubPixel(_Transposed):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import aezoo
-from aezoo import acceleration, collectives, likelihoods, loop, optimizers, ranks
+from aezoo import acceleration, collectives, likelihoods, loop, optimizers, predictions, ranks
 from aezoo.arguments import Checked
 from aezoo.corruptions import Corruption
 from aezoo.errors import AezooError
@@ -296,6 +296,9 @@ class Autoencoder(Checked, pl.LightningModule):
         else:
             found = {"code": z, "reconstruction": self.decode(z), "score": self.score(x)}
         return found if y is None else {**found, "label": y}
+
+    def on_predict_start(self) -> None:
+        predictions.lighten(self.trainer)
 
     def configure_optimizers(self) -> Any:
         # a gradient scaler that clips must see the gradients before the optimiser unscales them; Lightning refuses to

@@ -50,23 +50,12 @@ class Plan:
     step: FusedStep
 
     def __init__(self, trainer: pl.Trainer) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = trainer.lightning_module  # any LightningModule: this package's have further methods
         self.module = module
         self.optimizer = trainer.optimizers[0]
         precision = trainer.precision_plugin
         self.context = None if type(precision) is Precision else precision.train_step_context
-        # the method, and whether it is the module's, which comes last
-        self.hooks: dict[str, list[tuple[Hook, bool]]] = {}
-        for name in (*_AROUND_STEP, *_WITHIN_STEP):
-            asked = [
-                (getattr(callback, name), False)
-                for callback in trainer.callbacks  # type: ignore[attr-defined]
-                if _is_written(name, callback)
-            ]
-            if is_overridden(name, module):
-                asked.append((getattr(module, name), True))
-            self.hooks[name] = asked
+        self.hooks = {name: asked(name, trainer) for name in (*_AROUND_STEP, *_WITHIN_STEP)}
         hooked = [_owner(hook) for name in _AROUND_STEP for hook, _ in self.hooks[name]]
         # those of this package and of Lightning read no more of a batch than its length
         self.batch_is_private = all(type(who).__module__.partition(".")[0] in ("aezoo", "lightning") for who in hooked)
@@ -82,15 +71,7 @@ class Plan:
             or "zero_grad" in vars(self.optimizer)
         )
         self.takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        in_place = (
-            isinstance(trainer.train_dataloader, ResidentLoader)
-            and trainer.train_dataloader.x.device == trainer.strategy.root_device
-            and trainer.train_dataloader.x.dtype in (torch.uint8, torch.float32)
-            and not any(is_overridden(name, module) for name in (*_TRANSFER, "on_after_batch_transfer"))
-            and not any(data is not None and is_overridden(name, data) for name in _TRANSFER)
-        )
-        # samples that are where they are needed, stored as bytes or float32, need no more than the data's own hook
-        self.prepare: Hook | None = None if not in_place else data.on_after_batch_transfer if data else _as_it_is
+        self.prepare = in_place(trainer, trainer.train_dataloader)
         self.captured: CapturedStep | None = None
         # callbacks that take part in a step: a graph can hold those that say so
         self.recorded: list[Any] = list({_owner(hook): None for name in _RECORDED for hook, _ in self.hooks[name]})
@@ -117,8 +98,8 @@ class Plan:
         self.guard: Any = guards[0] if has_last_word and a_batch_is_a_step else None
         # the same without the guard's, which are not called for a step that it passes
         self.quiet = {
-            name: [(hook, own) for hook, own in asked if _owner(hook) is not self.guard]
-            for name, asked in self.hooks.items()
+            name: [(hook, own) for hook, own in hooks if _owner(hook) is not self.guard]
+            for name, hooks in self.hooks.items()
         }
         self.plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
         # validation after a share of an epoch, by time, or by the count of all batches is Lightning's to judge
@@ -151,6 +132,32 @@ class Plan:
             and not any(not own for name in _WITHIN_STEP for _, own in self.quiet[name])
             and all(_reads_no_weights(hook, own) for name in _AROUND_STEP for hook, own in self.quiet[name])
         )
+
+
+def asked(name: str, trainer: pl.Trainer) -> list[tuple[Hook, bool]]:
+    """Who wants to be asked of a hook: the method, and whether it is the module's, which comes last."""
+    module = trainer.lightning_module
+    callbacks = [c for c in trainer.callbacks if _is_written(name, c)]  # type: ignore[attr-defined]
+    own = [(getattr(module, name), True)] if is_overridden(name, module) else []
+    return [*((getattr(callback, name), False) for callback in callbacks), *own]
+
+
+def in_place(trainer: pl.Trainer, loader: Any) -> Hook | None:
+    """What a batch goes through that lies where it is needed, as bytes or float32: the data's own hook and no more.
+
+    None where a batch has to be moved, or somebody wants to move it.
+    """
+    module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    lies_there = (
+        isinstance(loader, ResidentLoader)
+        and loader.x.device == trainer.strategy.root_device
+        and loader.x.dtype in (torch.uint8, torch.float32)
+        and not any(is_overridden(name, module) for name in (*_TRANSFER, "on_after_batch_transfer"))
+        and not any(data is not None and is_overridden(name, data) for name in _TRANSFER)
+    )
+    if not lies_there:
+        return None
+    return _as_it_is if data is None else data.on_after_batch_transfer
 
 
 def _owner(hook: Hook) -> Any:

@@ -315,6 +315,13 @@ class Autoencoder(Checked, pl.LightningModule):
         schedule = optimizers.schedule(optimizer, self.lr_schedule, self.warmup_steps, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
+    def clip_gradients(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        # of a step that is skipped there are none, which torch refuses to clip by value
+        if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+            super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimiser trains: groups of parameters; those after the first may have settings of their own.
 

@@ -10,6 +10,7 @@ run, and the first batch after a restart, go through Lightning's loop. So does e
 renamed something of what is needed here, with one warning.
 """
 
+import math
 from typing import Any
 
 import lightning
@@ -81,6 +82,10 @@ _NEEDED = (
     "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.increment_completed",
     "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.zero_grad.increment_started",
 )
+
+
+# what torch adds to a norm before it divides by it
+_EPSILON = 1e-6
 
 
 def missing(trainer: pl.Trainer) -> str | None:
@@ -169,6 +174,8 @@ class LightLoop(_TrainingEpochLoop):
     plan: Plan | None = None
     # the guard's hooks are called too
     _loud = True
+    # of all gradients of a step that will be clipped to it
+    _norm: Tensor | None = None
 
     def run(self, data_fetcher: Any) -> None:
         plan, trainer = self.plan, self.trainer
@@ -320,6 +327,8 @@ class LightLoop(_TrainingEpochLoop):
         if output is None:
             output = self._looked_at(batch, batch_idx)
         self._ask("on_before_optimizer_step", plan.optimizer)
+        if trainer.gradient_clip_val:
+            self._clip()
         plan.step()
         if plan.after_step is not None:
             plan.after_step()
@@ -334,8 +343,21 @@ class LightLoop(_TrainingEpochLoop):
             return self._forward_and_backward(batch, batch_idx)
         plan.guard.remember()
         output = self._forward_and_backward(batch, batch_idx)
+        gradients = [p.grad for p in _trained(plan.optimizer)] if plan.clips_by_norm else []
+        known = bool(self.trainer.gradient_clip_val and gradients)
+        self._norm = torch.nn.utils.get_total_norm(gradients) if known else None
         self._consult(plan.guard, output)
         return output
+
+    def _clip(self) -> None:
+        """Clip gradients as Lightning has it; nothing is to do where their norm is known and small enough."""
+        plan, trainer = self.plan, self.trainer
+        assert plan is not None
+        most, norm, self._norm = trainer.gradient_clip_val, self._norm, None
+        if norm is None:
+            plan.module.clip_gradients(plan.optimizer, most, trainer.gradient_clip_algorithm)
+        elif norm + _EPSILON > most:
+            torch.nn.utils.clip_grads_with_norm_(_trained(plan.optimizer), float(most), norm)
 
     def _trusted(self, rollback: Rollback, batch: Any, batch_idx: int) -> dict[str, Any] | None:
         """Gradients of a step that is trusted; None if steps before it were bad and have been taken back."""
@@ -398,8 +420,9 @@ class LightLoop(_TrainingEpochLoop):
     def _consult(self, guard: Any, output: dict[str, Any]) -> None:
         """Have the guard's hooks called from here on, unless it lets the step pass."""
         assert self.plan is not None
-        loss = output.get("loss")
-        self._loud = loss is None or not guard.passes(loss, self.plan.optimizer)
+        loss, known = output.get("loss"), self._norm is not None and math.isfinite(self._norm)
+        passes = loss is not None and (guard.passes_loss(loss) if known else guard.passes(loss, self.plan.optimizer))
+        self._loud = not passes
         if self._loud and loss is not None:
             guard.on_before_backward(self.trainer, self.plan.module, loss)
 
@@ -482,3 +505,8 @@ class LightLoop(_TrainingEpochLoop):
             module.backward(loss)
             self._ask("on_after_backward")
         return output
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Parameters that have a gradient."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
@@ -61,8 +62,7 @@ class Plan:
         self.batch_is_private = all(type(who).__module__.partition(".")[0] in ("aezoo", "lightning") for who in hooked)
         constrained = isinstance(module, Constrained)
         theirs = Constrained if constrained else pl.LightningModule
-        own_step = any(is_overridden(name, module, theirs) for name in _OWN_STEP)
-        self.own_step = own_step or bool(trainer.gradient_clip_val)
+        self.own_step = any(is_overridden(name, module, theirs) for name in _OWN_STEP)
         self.after_step: Hook | None = module.after_optimizer_step if constrained else None
         # torch's own does the same among records for its profiler, at ten times the cost
         self.own_zero_grad = (
@@ -84,6 +84,7 @@ class Plan:
             self.prepare is not None
             and trainer.strategy.root_device.type == "cuda"
             and a_batch_is_a_step
+            and not trainer.gradient_clip_val
             and self.after_step is None
             and not trainer.lr_scheduler_configs
             and not self.hooks["on_before_zero_grad"]
@@ -101,6 +102,14 @@ class Plan:
             name: [(hook, own) for hook, own in hooks if _owner(hook) is not self.guard]
             for name, hooks in self.hooks.items()
         }
+        # the norm that gradients are clipped to tells the guard what it would look for
+        self.clips_by_norm = (
+            trainer.gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM)
+            and trainer.strategy.root_device.type == "cpu"
+            and type(precision) is Precision
+            and type(module).clip_gradients.__module__.startswith(("aezoo.", "lightning."))
+            and not self.quiet["on_before_optimizer_step"]
+        )
         self.plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
         # validation after a share of an epoch, by time, or by the count of all batches is Lightning's to judge
         self.validates_at_end = (
@@ -121,6 +130,7 @@ class Plan:
             and self.prepare is not None
             and trainer.strategy.root_device.type == "cpu"
             and trainer.accumulate_grad_batches == 1
+            and not trainer.gradient_clip_val
             and self.validates_at_end
             and not self.plateau
             and not torch.is_anomaly_enabled()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import aezoo
-from aezoo import cli
+from aezoo import cli, loop
 from aezoo.callbacks import EMA, Checkpoints, FaultGuard, fault_guard
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
@@ -179,8 +179,17 @@ class Hooked(FaultGuard):
     """Its hooks are called in every step, as those of any class but the zoo's own."""
 
 
+CLIPS = {
+    "no clipping": {},
+    "norms that are clipped": {"gradient_clip_val": 0.05},
+    "norms that are small": {"gradient_clip_val": 1e9},
+    "values": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+}
+
+
+@pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_a_loop_that_asks_the_guard_does_as_its_hooks_do(monkeypatch, capsys, optimizer):
+def test_a_loop_that_asks_the_guard_does_as_its_hooks_do(monkeypatch, capsys, optimizer, clip):
     faults = {0: "kl", 2: "gradient", 3: "overflow", 7: "loss", 11: "kl", 12: "overflow", 17: "kl"}
     calls = {FaultGuard: 0, Hooked: 0}
     original = FaultGuard.on_before_optimizer_step
@@ -191,14 +200,20 @@ def test_a_loop_that_asks_the_guard_does_as_its_hooks_do(monkeypatch, capsys, op
 
     monkeypatch.setattr(FaultGuard, "on_before_optimizer_step", counted)
     ends = []
-    for made in (FaultGuard(), Hooked()):
+    for light, made in ((True, FaultGuard()), (True, Hooked()), (False, FaultGuard())):
         states = States()
-        fit(Norms(faults, optimizer, buffers=False), made, EMA(0.9), states, epochs=3)
+        with monkeypatch.context() as patch:
+            if not light:
+                patch.setattr(loop, "lighten", lambda trainer: False)
+            fit(Norms(faults, optimizer, buffers=False), made, EMA(0.9), states, epochs=3, **CLIPS[clip])
         ends.append((states.seen, made.state_dict(), [t for t in capsys.readouterr().err.splitlines() if "skip" in t]))
-    (asked, counts, lines), (hooked, *others) = ends
-    for before, after in zip(hooked, asked, strict=True):
-        assert differing(before, after) == []
-    assert [counts, lines] == others
+        if light:
+            called = dict(calls)
+    (asked, counts, lines), *others = ends
+    for seen, *told in others:
+        for before, after in zip(seen, asked, strict=True):
+            assert differing(before, after) == []
+        assert [counts, lines] == told
     assert counts == {
         "skipped": 7,
         "in_a_row": 1,
@@ -206,7 +221,7 @@ def test_a_loop_that_asks_the_guard_does_as_its_hooks_do(monkeypatch, capsys, op
         "by_part": {"encoder": 6},
     }
     # of the one that is asked only for a bad step and the next good one, which ends the row
-    assert calls == {FaultGuard: 7 + 4, Hooked: 3 * BATCHES}
+    assert called == {FaultGuard: 7 + 4, Hooked: 3 * BATCHES}
 
 
 class Shake(pl.Callback):

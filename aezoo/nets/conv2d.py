@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from aezoo.nets import linear
 from aezoo.nets.products import BiasApart, Geometry, Overlay, Pair, See, Spread, SubPixel
+from aezoo.nets.transposed import odd_pays, with_bias_apart
 
 # a layer's smaller grid has no more points than this, and channels in times channels out are so many a point
 _POINTS = 64
@@ -34,8 +35,6 @@ _LARGE_IN_16_BITS = 36
 _BETWEEN = 16
 # channels whose sum is too quick to matter
 _FEW = 16
-# numbers of an image, of a grid that is no whole number of strides, from which on its bias is better added apart
-_ODD = 256
 
 
 def _is_torchs(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
@@ -81,12 +80,7 @@ def bias_pays_apart(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
     lowered = _is_lowered(layer)
     slow = torch.is_grad_enabled() and not (lowered and _TILES) and layer.out_channels > _FEW
     backward = slow and math.prod(geometry.large) >= (_LARGE_IN_16_BITS if lowered else _LARGE)
-    return layer.bias is not None and (backward or odd_pays(layer, geometry))
-
-
-def odd_pays(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
-    """Whether adding the bias is slow within a transposed convolution, as it is if strides leave a rest."""
-    return not geometry.is_even() and layer.out_channels * math.prod(geometry.large) >= _ODD
+    return layer.bias is not None and (backward or odd_pays(layer, geometry.large))
 
 
 def _is_lowered(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
@@ -156,11 +150,9 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     def in_graph(self, input: Tensor) -> Tensor:
         """As torch has it, but for a bias that is quicker to add apart."""
-        if self.bias is None or not odd_pays(self, self.geometry(input)):
-            return super().forward(input)
-        padding = cast(Pair, self.padding)
-        x = F.conv_transpose2d(input, self.weight, None, self.stride, padding, self.output_padding)
-        return x + self.bias.to(x.dtype)[:, None, None]
+        if odd_pays(self, self.geometry(input).large):
+            return with_bias_apart(F.conv_transpose2d, self, input)
+        return super().forward(input)
 
     def geometry(self, input: Tensor) -> Geometry:
         """What the grids of this layer have to do with each other."""

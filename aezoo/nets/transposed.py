@@ -1,0 +1,62 @@
+"""Transposed convolutions whose bias is added apart where oneDNN is slow to add it.
+
+To a grid that is no whole number of strides, such as 7x7 from 4x4, it adds a bias number by number: up to three times
+the rest of the layer in float32, fifteen times in bfloat16, on any x86 processor. Layers of images have more than that
+of their own, in `aezoo.nets.conv2d`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# numbers of a sample, over all channels, from which on two operations are quicker than one
+_MANY = 256
+
+
+def odd_pays(layer: Any, large: tuple[int, ...]) -> bool:
+    """Whether a bias is better added apart, for a transposed layer whose larger grid is this."""
+    rest = any(n % s for n, s in zip(large, layer.stride, strict=True))
+    return layer.bias is not None and rest and layer.out_channels * math.prod(large) >= _MANY
+
+
+def with_bias_apart(convolve: Callable[..., Tensor], layer: Any, x: Tensor) -> Tensor:
+    """What the layer computes."""
+    settings = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+    out = convolve(x, layer.weight, None, *settings)
+    bias: Tensor = layer.bias.to(out.dtype)
+    return out + bias.view(-1, *[1] * (out.dim() - 2))
+
+
+def _pays(layer: Any, x: Tensor) -> bool:
+    """A graph for elsewhere should say convolution, and GPUs have their own."""
+    elsewhere = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
+    if elsewhere or x.device.type != "cpu" or x.dim() != len(layer.stride) + 2:
+        return False
+    sides = zip(
+        x.shape[2:], layer.stride, layer.padding, layer.dilation, layer.kernel_size, layer.output_padding, strict=True
+    )
+    return odd_pays(layer, tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 + extra for n, s, p, d, k, extra in sides))
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d`."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(B, C, l) -> (B, out channels, L)."""
+        if output_size is None and _pays(self, input):
+            return with_bias_apart(F.conv_transpose1d, self, input)
+        return super().forward(input, output_size)
+
+
+class ConvTranspose3d(nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d`."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(B, C, d, h, w) -> (B, out channels, D, H, W)."""
+        if output_size is None and _pays(self, input):
+            return with_bias_apart(F.conv_transpose3d, self, input)
+        return super().forward(input, output_size)

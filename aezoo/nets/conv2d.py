@@ -6,8 +6,8 @@ twice as long as a convolution that finds the points between, or as products lai
 to half of a transposed convolution's backward pass is the gradient of its bias, which is a sum of its own here; and a
 grid that is no whole number of strides, as 7x7 from 4x4, takes up to three times as long with a bias as without, twenty
 times in bfloat16. `python -m benchmarks.convolutions` measures all four; the rules are of one thread of three
-processors, with AMX and without. On other devices, in compiled or exported graphs and under torch.func, all is torch's
-own.
+processors, with AMX and without. On other devices, in exported graphs and under torch.func all is torch's own, in
+compiled graphs all but that bias.
 """
 
 import math

@@ -20,7 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -343,9 +343,11 @@ class LightLoop(_TrainingEpochLoop):
             return self._forward_and_backward(batch, batch_idx)
         plan.guard.remember()
         output = self._forward_and_backward(batch, batch_idx)
-        gradients = [p.grad for p in _trained(plan.optimizer)] if plan.clips_by_norm else []
-        known = bool(self.trainer.gradient_clip_val and gradients)
-        self._norm = torch.nn.utils.get_total_norm(gradients) if known else None
+        self._norm = None
+        by_norm = self.trainer.gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM)
+        if self.trainer.gradient_clip_val and by_norm and plan.clips_by_norm:
+            gradients = [parameter.grad for parameter in _trained(plan.optimizer)]
+            self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
         self._consult(plan.guard, output)
         return output
 

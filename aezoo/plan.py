@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
@@ -104,9 +103,9 @@ class Plan:
         }
         # the norm that gradients are clipped to tells the guard what it would look for
         self.clips_by_norm = (
-            trainer.gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM)
-            and trainer.strategy.root_device.type == "cpu"
+            trainer.strategy.root_device.type == "cpu"
             and type(precision) is Precision
+            and "clip_gradients" not in vars(module)
             and type(module).clip_gradients.__module__.startswith(("aezoo.", "lightning."))
             and not self.quiet["on_before_optimizer_step"]
         )

@@ -1,8 +1,8 @@
 """A light prediction loop: Lightning's own, less what nobody has asked for, as `aezoo.loop` is for training.
 
 Of the 0.1 ms that Lightning 2.6 spends on a batch of a prediction, half goes to empty hooks, signatures that are read
-anew and transfers that move nothing. Where one process predicts on one device the loop looks once, when prediction
-starts, who wants to be asked; any other run takes Lightning's. So does every run under a Lightning that has renamed
+anew and transfers that move nothing. Where one process predicts on one device the loop looks once, at the first
+batch, who wants to be asked; any other run takes Lightning's. So does every run under a Lightning that has renamed
 something of what is needed here.
 """
 
@@ -28,48 +28,49 @@ _PRIVATE = ("_combined_loader", "_data_fetcher", "_predict_step", "_predictions"
 _AROUND = ("on_predict_batch_start", "on_predict_batch_end")
 
 
-def lighten(trainer: pl.Trainer) -> bool:
-    """Take the light loop for this prediction where it does the same as Lightning's; call it when prediction starts.
-
-    Returns:
-        Whether it is taken.
-    """
-    loop: Any = trainer.predict_loop  # whose private parts differ from Lightning to Lightning
-    module, strategy = trainer.lightning_module, trainer.strategy
-    if type(loop) not in (_PredictionLoop, LightPredictions) or not all(hasattr(loop, name) for name in _PRIVATE):
-        return False
-    suits = (
-        type(strategy) is SingleDeviceStrategy
-        and strategy.model is module
-        and isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
-        and type(trainer.precision_plugin) in (Precision, MixedPrecision)
-        and loop.num_dataloaders == 1
-        and not any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        and is_param_in_hook_signature(module.predict_step, "batch_idx", min_args=2)
-        and not is_param_in_hook_signature(module.predict_step, "dataloader_iter", explicit=True)
-    )
-    loop.__class__ = LightPredictions
-    loop.hooks = {name: asked(name, trainer) for name in _AROUND} if suits else {}
-    loop.prepare = in_place(trainer, loop._combined_loader.flattened[0]) if suits else None
-    return suits
+def lighten(trainer: pl.Trainer) -> None:
+    """Offer the light loop for this prediction; call it when prediction starts."""
+    loop: Any = trainer.predict_loop
+    if type(loop) in (_PredictionLoop, LightPredictions) and all(hasattr(loop, name) for name in _PRIVATE):
+        loop.__class__ = LightPredictions
+        loop.hooks = None
 
 
 class LightPredictions(_PredictionLoop):
-    """The prediction loop with its hooks looked up; where there are none of them, not even empty, Lightning's.
+    """The prediction loop with its hooks looked up at the first batch.
 
     Attributes:
-        hooks: for each name the methods, and whether it is the module's.
+        hooks: for each name the methods, and whether it is the module's; empty for Lightning's own way, None before.
         prepare: what a batch goes through that is where it is needed.
     """
 
-    hooks: dict[str, list[tuple[Hook, bool]]]
-    prepare: Hook | None
+    hooks: dict[str, list[tuple[Hook, bool]]] | None = None
+    prepare: Hook | None = None
+
+    def _look_up(self) -> None:
+        trainer = self.trainer
+        module, strategy, step = trainer.lightning_module, trainer.strategy, trainer.lightning_module.predict_step
+        suits = (
+            type(strategy) is SingleDeviceStrategy
+            and strategy.model is module
+            and isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
+            and type(trainer.precision_plugin) in (Precision, MixedPrecision)
+            and self.num_dataloaders == 1
+            and not any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+            and is_param_in_hook_signature(step, "batch_idx", min_args=2)
+            and not is_param_in_hook_signature(step, "dataloader_iter", explicit=True)
+        )
+        self.hooks = {name: asked(name, trainer) for name in _AROUND} if suits else {}
+        assert self._combined_loader is not None
+        self.prepare = in_place(trainer, self._combined_loader.flattened[0]) if suits else None
 
     def teardown(self) -> None:
         self.hooks, self.prepare = {}, None  # of this prediction alone
         super().teardown()
 
     def _predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int, dataloader_iter: Any) -> None:
+        if self.hooks is None:
+            self._look_up()
         if not self.hooks:
             super()._predict_step(batch, batch_idx, dataloader_idx, dataloader_iter)
             return
@@ -94,7 +95,7 @@ class LightPredictions(_PredictionLoop):
             self._predictions[0].append(move_data_to_device(found, torch.device("cpu")))
 
     def _ask(self, name: str, *args: Any) -> None:
-        for hook, is_module in self.hooks[name]:
+        for hook, is_module in (self.hooks or {})[name]:
             if is_module:
                 hook(*args)
             else:

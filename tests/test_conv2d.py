@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.flop_counter import FlopCounterMode
 
 from aezoo.nets import conv2d, linear, products, transposed
@@ -573,6 +574,64 @@ def test_settings_that_products_lack_are_torchs(always, taken, settings):
     if settings.keys() & {"groups", "dilation"}:
         assert_same(*twins(conv2d.ConvTranspose2d, 4, 6, 3, padding=1, **settings), x)
     assert taken == []
+
+
+@pytest.mark.parametrize("ways", ["always", "between", "halved between", "halved always"])
+def test_an_output_may_be_changed_in_place(request, taken, ways):
+    for fixture in ways.split():
+        request.getfixturevalue(fixture)
+    for channels in (1, 3):
+        up, theirs = conv2d.ConvTranspose2d(8, channels, 3, 2, 1, 1), nn.ConvTranspose2d(8, channels, 3, 2, 1, 1)
+        theirs.load_state_dict(up.state_dict())
+        x = torch.randn(2, 8, 5, 5, requires_grad=True)
+        assert_same(nn.Sequential(up, nn.ReLU(inplace=True)), nn.Sequential(theirs, nn.ReLU(inplace=True)), x)
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("ways", ["always", "between", "halved between", "halved always"])
+def test_a_batch_of_nothing_has_gradients_of_nothing(request, ways):
+    for fixture in ways.split():
+        request.getfixturevalue(fixture)
+    for layer in (conv2d.Conv2d(8, 4, 3, 2, 1), *(conv2d.ConvTranspose2d(8, n, 3, 2, 1, 1) for n in (1, 3))):
+        x = torch.zeros(0, 8, 4, 4, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad.shape == x.shape
+        assert all(not p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("ways", ["always", "between"])
+def test_weights_that_are_computed_are_computed_once(request, taken, ways):
+    """Else a spectral norm, for one, goes several steps of its search at a time."""
+    request.getfixturevalue(ways)
+
+    class Counts(nn.Module):
+        def forward(self, weight):
+            calls.append(1)
+            return weight
+
+    calls: list[int] = []
+    for layer in (conv2d.Conv2d(4, 6, 3, 2, 1), conv2d.ConvTranspose2d(4, 2, 3, 2, 1)):
+        register_parametrization(layer, "weight", Counts())
+        calls.clear()
+        layer(torch.randn(2, 4, 5, 5))
+        assert calls == [1]
+    assert taken == []
+
+
+@pytest.mark.parametrize("ways", ["always", "between"])
+def test_what_torch_refuses_is_refused(request, ways):
+    request.getfixturevalue(ways)
+    for layer, x in (
+        (conv2d.ConvTranspose2d(4, 2, 3, 2, 1, 2), torch.zeros(2, 4, 4, 4)),
+        (conv2d.Conv2d(4, 6, 3, 2, 2), torch.zeros(2, 4, 0, 4)),
+        (conv2d.Conv2d(4, 6, 3, 2, 1), torch.zeros(2, 4, 4, 4, dtype=torch.float64)),
+        (conv2d.ConvTranspose2d(4, 2, 3, 2, 1, 1), torch.zeros(2, 4, 4, 4, dtype=torch.float64)),
+    ):
+        with pytest.raises(RuntimeError) as wanted:
+            type(layer).__base__.forward(layer, x)
+        with pytest.raises(RuntimeError) as found:
+            layer(x)
+        assert str(found.value) == str(wanted.value)
 
 
 def test_what_does_not_fit_is_told_in_torchs_words(always):

@@ -157,6 +157,22 @@ def test_same_calls_and_predictions(monkeypatch, case):
         assert found[name] == wanted[name]
 
 
+@pytest.mark.filterwarnings("ignore:.*infer the batch")
+def test_who_comes_before_the_first_batch_is_asked():
+    """Even after the module's own start."""
+
+    class Brings(pl.Callback):
+        def on_predict_epoch_start(self, trainer, pl_module):
+            trainer.callbacks.append(recorder(trace))
+            trainer.callbacks.extend(Writer() for _ in range(writers))
+
+    for writers in (0, 1):
+        trace = []
+        _, light = predict(callbacks=[Brings])
+        assert light is (writers == 0)
+        assert [name for name, *_ in trace].count("on_predict_batch_end") > 2
+
+
 def test_a_batch_in_place_is_not_moved(monkeypatch):
     moved, real = [], SingleDeviceStrategy.batch_to_device
     monkeypatch.setattr(SingleDeviceStrategy, "batch_to_device", lambda *a, **k: (moved.append(a), real(*a, **k))[1])

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from aezoo.nets import transposed
 
@@ -74,6 +75,23 @@ def test_a_bias_is_taken_apart_where_that_pays(apart, rank):
     assert apart()
     assert lowered.dtype == torch.bfloat16
     torch.testing.assert_close(lowered.float(), up(x), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("rank", LAYERS)
+def test_a_bias_that_is_computed_is_computed_once(apart, rank):
+    class Counts(nn.Module):
+        def forward(self, bias):
+            calls.append(1)
+            return bias
+
+    calls: list[int] = []
+    up, x = LAYERS[rank][0](4, 64, 3, 2, 1), torch.randn(2, 4, *[4] * rank)
+    wanted = up(x)
+    assert apart()
+    register_parametrization(up, "bias", Counts())
+    calls.clear()
+    torch.testing.assert_close(up(x), wanted)
+    assert calls == [1]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")

@@ -44,9 +44,15 @@ def _is_torchs(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
 
 
 def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
-    images = x.device.type == "cpu" and x.dim() == 4 and x.shape[1] == layer.in_channels
+    """Whether there is nothing that torch refuses, or that only its own layer can do."""
+    # weights that are computed are read once, as their rule may change with each time
+    if x.device.type != "cpu" or x.dim() != 4 or "parametrizations" in layer._modules:
+        return False
+    images = x.shape[1] == layer.in_channels and min(x.shape[2:]) > 0
+    same = layer.weight.dtype == x.dtype or torch.is_autocast_enabled("cpu")
     numbers = not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
-    return images and numbers and layer.groups == 1 and layer.dilation == (1, 1)
+    extra = all(n < s for n, s in zip(layer.output_padding, layer.stride, strict=True)) if layer.transposed else True
+    return images and same and numbers and extra and layer.groups == 1 and layer.dilation == (1, 1)
 
 
 def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:

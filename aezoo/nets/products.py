@@ -107,7 +107,8 @@ def copies(x: Tensor, geometry: Geometry) -> bool:
 
 
 def _by_onednn(x: Tensor) -> bool:
-    return linear.HALVED and x.dtype == torch.float32
+    """Not of nothing, of which oneDNN makes no product."""
+    return linear.HALVED and x.dtype == torch.float32 and x.numel() > 0
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
@@ -290,6 +291,14 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
+def _own(x: Tensor) -> Tensor:
+    """`_channels_first` of a copy: nobody's view, so that it may be changed in place."""
+    b, h, w, c = x.shape
+    out = torch.empty(b, c, h, w, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    _channels_last(out).copy_(x)
+    return out
+
+
 class _Transposed(torch.autograd.Function):
     """(B, O, h, w), (O, C, rows, columns), (C,) -> (B, C, H, W), as torch has them; its derivatives but the bias's."""
 
@@ -328,7 +337,7 @@ class Overlay(_Transposed):
     def forward(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         """The values."""
         x = spread(_channels_last(y).contiguous(), _channels_last(weight).contiguous(), geometry)
-        return _channels_first(x if bias is None else x.add_(bias))
+        return _own(x if bias is None else x.add_(bias))
 
 
 class SubPixel(_Transposed):
@@ -356,4 +365,4 @@ class SubPixel(_Transposed):
         height, width = geometry.large
         x = x[:, i : i - (-height // down), j : j - (-width // right)]
         x = x.unflatten(3, (down, right, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return x[:, :height, :width].contiguous().permute(0, 3, 1, 2)
+        return _own(x[:, :height, :width])

@@ -34,7 +34,8 @@ def with_bias_apart(convolve: Callable[..., Tensor], layer: Any, x: Tensor) -> T
 def _pays(layer: Any, x: Tensor) -> bool:
     """A graph for elsewhere should say convolution, and GPUs have their own."""
     elsewhere = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
-    if elsewhere or x.device.type != "cpu" or x.dim() != len(layer.stride) + 2:
+    # a bias that is computed is read once, as its rule may change with each time
+    if elsewhere or x.device.type != "cpu" or x.dim() != len(layer.stride) + 2 or "parametrizations" in layer._modules:
         return False
     sides = zip(
         x.shape[2:], layer.stride, layer.padding, layer.dilation, layer.kernel_size, layer.output_padding, strict=True

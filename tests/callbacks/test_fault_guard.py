@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -222,6 +223,38 @@ def test_a_loop_that_asks_the_guard_does_as_its_hooks_do(monkeypatch, capsys, op
     }
     # of the one that is asked only for a bad step and the next good one, which ends the row
     assert called == {FaultGuard: 7 + 4, Hooked: 3 * BATCHES}
+
+
+class Alternate(pl.Callback):
+    """Clips by norm and by value in turns."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        trainer.gradient_clip_algorithm = [GradClipAlgorithmType.NORM, GradClipAlgorithmType.VALUE][batch_idx % 2]
+
+
+class Tenth(Norms):
+    """Clips in a way of its own, set after it was made."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.clip_gradients = lambda optimizer, *args, **kwargs: [
+            p.grad.mul_(0.1) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+
+
+@pytest.mark.parametrize(("model", "callbacks"), [(Norms, [Alternate]), (Tenth, [])])
+def test_gradients_are_clipped_as_the_trainer_and_the_module_have_it(monkeypatch, model, callbacks):
+    ends = []
+    for light in (True, False):
+        states = States()
+        with monkeypatch.context() as patch:
+            if not light:
+                patch.setattr(loop, "lighten", lambda trainer: False)
+            made = (FaultGuard(), states, *(callback() for callback in callbacks))
+            fit(model(buffers=False), *made, epochs=2, gradient_clip_val=0.02)
+        ends.append(states.seen)
+    for asked, wanted in zip(*ends, strict=True):
+        assert differing(wanted, asked) == []
 
 
 class Shake(pl.Callback):

@@ -319,7 +319,7 @@ class Autoencoder(Checked, pl.LightningModule):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         # of a step that is skipped there are none, which torch refuses to clip by value
-        if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+        if optimizers.with_gradients(optimizer):
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -17,9 +17,6 @@ import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -29,7 +26,8 @@ from torch import Tensor
 from aezoo.acceleration import flushed_denormals
 from aezoo.capture import CapturedStep
 from aezoo.fused import FusedStep
-from aezoo.plan import Plan
+from aezoo.optimizers import with_gradients
+from aezoo.plan import Plan, is_plain, transfer
 from aezoo.rollback import Rollback
 
 try:
@@ -121,10 +119,7 @@ def lighten(trainer: pl.Trainer) -> bool:
         return False
     suits = (
         module.automatic_optimization
-        and type(trainer.strategy) is SingleDeviceStrategy
-        and trainer.strategy.model is module
-        and isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
-        and type(trainer.precision_plugin) in (Precision, MixedPrecision)
+        and is_plain(trainer)
         and getattr(trainer.precision_plugin, "scaler", None) is None
         and len(optimizers) == 1
         and type(optimizers[0]).__module__.startswith("torch.optim.")
@@ -212,7 +207,7 @@ class LightLoop(_TrainingEpochLoop):
         batch = next(data_fetcher)[0] if plan.prepare is None else self._next(data_fetcher)
         batch_idx = progress.current.ready
         progress.is_last_batch = data_fetcher.done
-        batch = self._transfer(batch) if plan.prepare is None else plan.prepare(batch, 0)
+        batch = transfer(trainer, batch) if plan.prepare is None else plan.prepare(batch, 0)
         progress.increment_ready()
         # what the connector's on_batch_start does, with the results at hand
         connector._first_loop_iter = connector._first_loop_iter is None
@@ -274,12 +269,6 @@ class LightLoop(_TrainingEpochLoop):
         data_fetcher.fetched += 1
         data_fetcher.done = data_fetcher.fetched >= data_fetcher.length
         return batch
-
-    def _transfer(self, batch: Any) -> Any:
-        trainer = self.trainer
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
     def _ask(self, hook: str, *args: Any) -> None:
         trainer, plan = self.trainer, self.plan
@@ -346,7 +335,7 @@ class LightLoop(_TrainingEpochLoop):
         self._norm = None
         by_norm = self.trainer.gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM)
         if self.trainer.gradient_clip_val and by_norm and plan.clips_by_norm:
-            gradients = [parameter.grad for parameter in _trained(plan.optimizer)]
+            gradients: list[Any] = [parameter.grad for parameter in with_gradients(plan.optimizer)]
             self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
         self._consult(plan.guard, output)
         return output
@@ -359,7 +348,7 @@ class LightLoop(_TrainingEpochLoop):
         if norm is None:
             plan.module.clip_gradients(plan.optimizer, most, trainer.gradient_clip_algorithm)
         elif norm + _EPSILON > most:
-            torch.nn.utils.clip_grads_with_norm_(_trained(plan.optimizer), float(most), norm)
+            torch.nn.utils.clip_grads_with_norm_(with_gradients(plan.optimizer), float(most), norm)
 
     def _trusted(self, rollback: Rollback, batch: Any, batch_idx: int) -> dict[str, Any] | None:
         """Gradients of a step that is trusted; None if steps before it were bad and have been taken back."""
@@ -507,8 +496,3 @@ class LightLoop(_TrainingEpochLoop):
             module.backward(loss)
             self._ask("on_after_backward")
         return output
-
-
-def _trained(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Parameters that have a gradient."""
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -163,6 +163,11 @@ def renew(optimizer: torch.optim.Optimizer, scheduler: LambdaLR | None, lrs: lis
             group["initial_lr"] = lr  # a key of torch's schedules; a run without one has none to be equal to
 
 
+def with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Parameters that have a gradient."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
 def known_steps(trainer: "Trainer") -> float:
     """Optimiser steps of the whole fit, infinite where nobody knows."""
     try:

@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import (
     ProgressBar,
     Timer,
 )
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
@@ -141,6 +143,23 @@ class Plan:
             and not any(not own for name in _WITHIN_STEP for _, own in self.quiet[name])
             and all(_reads_no_weights(hook, own) for name in _AROUND_STEP for hook, own in self.quiet[name])
         )
+
+
+def is_plain(trainer: pl.Trainer) -> bool:
+    """Whether one process works on one device, in a precision that leaves weights alone, and nobody takes the time."""
+    return (
+        type(trainer.strategy) is SingleDeviceStrategy
+        and trainer.strategy.model is trainer.lightning_module
+        and isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
+        and type(trainer.precision_plugin) in (Precision, MixedPrecision)
+    )
+
+
+def transfer(trainer: pl.Trainer, batch: Any) -> Any:
+    """A batch of the only loader, moved to where it is needed by all who have a part in that."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def asked(name: str, trainer: pl.Trainer) -> list[tuple[Hook, bool]]:

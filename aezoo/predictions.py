@@ -11,13 +11,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import move_data_to_device
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from aezoo.plan import Hook, asked, in_place
+from aezoo.plan import Hook, asked, in_place, is_plain, transfer
 
 try:
     from lightning.pytorch.loops.prediction_loop import _PredictionLoop
@@ -49,12 +46,9 @@ class LightPredictions(_PredictionLoop):
 
     def _look_up(self) -> None:
         trainer = self.trainer
-        module, strategy, step = trainer.lightning_module, trainer.strategy, trainer.lightning_module.predict_step
+        step = trainer.lightning_module.predict_step
         suits = (
-            type(strategy) is SingleDeviceStrategy
-            and strategy.model is module
-            and isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
-            and type(trainer.precision_plugin) in (Precision, MixedPrecision)
+            is_plain(trainer)
             and self.num_dataloaders == 1
             and not any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)  # type: ignore[attr-defined]
             and is_param_in_hook_signature(step, "batch_idx", min_args=2)
@@ -75,17 +69,12 @@ class LightPredictions(_PredictionLoop):
             super()._predict_step(batch, batch_idx, dataloader_idx, dataloader_iter)
             return
         trainer, progress = self.trainer, self.batch_progress
-        precision, module = trainer.precision_plugin, trainer.lightning_module
-        if self.prepare is None:
-            batch = module._on_before_batch_transfer(precision.convert_input(batch), dataloader_idx=0)
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        else:
-            batch = self.prepare(batch, 0)
+        batch = transfer(trainer, batch) if self.prepare is None else self.prepare(batch, 0)
         progress.increment_ready()
         self._ask("on_predict_batch_start", batch, batch_idx)
         progress.increment_started()
-        with precision.predict_step_context():
-            found = module.predict_step(batch, batch_idx)
+        with trainer.precision_plugin.predict_step_context():
+            found = trainer.lightning_module.predict_step(batch, batch_idx)
         if found is None:
             self._warning_cache.warn("predict returned None if it was on purpose, ignore this warning...")
         progress.increment_processed()
@@ -95,7 +84,8 @@ class LightPredictions(_PredictionLoop):
             self._predictions[0].append(move_data_to_device(found, torch.device("cpu")))
 
     def _ask(self, name: str, *args: Any) -> None:
-        for hook, is_module in (self.hooks or {})[name]:
+        assert self.hooks is not None
+        for hook, is_module in self.hooks[name]:
             if is_module:
                 hook(*args)
             else:

@@ -15,6 +15,7 @@ from aezoo.buffers import Buffers
 from aezoo.callbacks import fault_report
 from aezoo.callbacks.base import check_count
 from aezoo.errors import AezooError
+from aezoo.optimizers import with_gradients
 
 
 class FaultGuard(Checked, pl.Callback):
@@ -83,7 +84,7 @@ class FaultGuard(Checked, pl.Callback):
 
     def passes(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step is finite and comes after one that was; a loop that asks this need not call the hooks."""
-        gradients = [parameter.grad for parameter in _with_gradients(optimizer)]
+        gradients = [parameter.grad for parameter in with_gradients(optimizer)]
         return self.passes_loss(loss) and bool(gradients) and not _broken(gradients)
 
     def passes_loss(self, loss: Tensor) -> bool:
@@ -147,7 +148,7 @@ class FaultGuard(Checked, pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         losses, self._losses = self._losses, []
-        parameters = _with_gradients(optimizer)
+        parameters = with_gradients(optimizer)
         if not self.patience or not parameters:
             return
         self._stepped = True
@@ -368,10 +369,6 @@ class _OnDevice:
     def place(self, seen: _Seen) -> tuple[int, int, int]:
         """Epoch, batch and step of the last bad one."""
         return self._places[max(0, len(self._places) - 1 - seen.ago)]
-
-
-def _with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _broken(gradients: list[Any]) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aezoo.nets import linear
 from aezoo.nets.products import BiasApart, Geometry, Overlay, Pair, See, Spread, SubPixel
-from aezoo.nets.transposed import odd_pays, with_bias_apart
+from aezoo.nets.transposed import larger, odd_pays, with_bias_apart
 
 # a layer's smaller grid has no more points than this, and channels in times channels out are so many a point
 _POINTS = 64
@@ -163,9 +163,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     def geometry(self, input: Tensor) -> Geometry:
         """What the grids of this layer have to do with each other."""
         small, padding = tuple(input.shape[2:]), cast(Pair, self.padding)
-        sizes = zip(small, self.stride, padding, self.kernel_size, self.output_padding, strict=True)
-        large = tuple((n - 1) * s - 2 * p + k + extra for n, s, p, k, extra in sizes)
-        return Geometry(self.kernel_size, self.stride, padding, small, large)
+        return Geometry(self.kernel_size, self.stride, padding, small, larger(self, small))
 
     def by_products(self, input: Tensor, geometry: Geometry) -> Tensor:
         """Of each point with the weights, laid over one another."""

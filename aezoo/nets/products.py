@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from aezoo.nets import linear
+from aezoo.nets.transposed import leaves_rest
 
 Pair = tuple[int, ...]
 # by oneDNN one product for each point, if there are no more than this
@@ -47,10 +48,6 @@ class Geometry:
     def output_padding(self) -> Pair:
         """As a transposed convolution has it."""
         return tuple(p - n for p, n in zip(self.padding, self.beyond(), strict=True))
-
-    def is_even(self) -> bool:
-        """Whether the larger grid is a whole number of strides."""
-        return all(n % s == 0 for n, s in zip(self.large, self.stride, strict=True))
 
     def borders(self) -> tuple[int, ...]:
         """Points to add around the larger grid, as `F.pad` takes them: none for channels, last axis first."""
@@ -325,7 +322,8 @@ class BiasApart(_Transposed):
     @staticmethod
     def forward(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         """The values; oneDNN adds a bias number by number to a grid that is no whole number of strides."""
-        within, extra = bias if geometry.is_even() else None, geometry.output_padding()
+        within = None if leaves_rest(geometry.large, geometry.stride) else bias
+        extra = geometry.output_padding()
         x = F.conv_transpose2d(y, weight, within, geometry.stride, geometry.padding, extra)
         return x if bias is None or within is not None else x.add_(bias[:, None, None])
 

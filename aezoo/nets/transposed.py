@@ -6,7 +6,7 @@ of their own, in `aezoo.nets.conv2d`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,10 +17,23 @@ from torch import Tensor, nn
 _MANY = 256
 
 
+def larger(layer: Any, small: Iterable[int]) -> tuple[int, ...]:
+    """The grid that a transposed layer makes of a smaller one."""
+    sides = zip(
+        small, layer.stride, layer.padding, layer.dilation, layer.kernel_size, layer.output_padding, strict=True
+    )
+    return tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 + extra for n, s, p, d, k, extra in sides)
+
+
+def leaves_rest(large: Iterable[int], stride: Iterable[int]) -> bool:
+    """Whether a grid is no whole number of strides."""
+    return any(n % s for n, s in zip(large, stride, strict=True))
+
+
 def odd_pays(layer: Any, large: tuple[int, ...]) -> bool:
     """Whether a bias is better added apart, for a transposed layer whose larger grid is this."""
-    rest = any(n % s for n, s in zip(large, layer.stride, strict=True))
-    return layer.bias is not None and rest and layer.out_channels * math.prod(large) >= _MANY
+    many = layer.out_channels * math.prod(large) >= _MANY
+    return layer.bias is not None and many and leaves_rest(large, layer.stride)
 
 
 def with_bias_apart(convolve: Callable[..., Tensor], layer: Any, x: Tensor) -> Tensor:
@@ -37,10 +50,7 @@ def _pays(layer: Any, x: Tensor) -> bool:
     # a bias that is computed is read once, as its rule may change with each time
     if elsewhere or x.device.type != "cpu" or x.dim() != len(layer.stride) + 2 or "parametrizations" in layer._modules:
         return False
-    sides = zip(
-        x.shape[2:], layer.stride, layer.padding, layer.dilation, layer.kernel_size, layer.output_padding, strict=True
-    )
-    return odd_pays(layer, tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 + extra for n, s, p, d, k, extra in sides))
+    return odd_pays(layer, larger(layer, x.shape[2:]))
 
 
 class ConvTranspose1d(nn.ConvTranspose1d):

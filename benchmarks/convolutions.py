@@ -4,7 +4,7 @@
     python -m benchmarks.convolutions --precision bf16 --sides 4        some of it by autocast
 
 A row is one layer of kernel 3, forward and backward, by torch and by the ways of `aezoo/nets/conv2d.py`, in turns:
-`products_ms` and, of transposed ones, `bias_apart_ms`, `sub_pixels_ms` (to four channels or fewer) and `overlay_ms` (to
+`products_ms` and, of transposed ones, `apart_ms`, `sub_pixels_ms` (to four channels or fewer) and `overlay_ms` (to
 one) are medians of the repeats as `torch_ms` is. `side` is that of the smaller grid, and a `transposed_odd` layer's
 larger grid is no whole number of strides; `channels` are those of the larger grid, of which the smaller one has twice
 as many at stride 2, and never fewer than 32. `chosen` is what the layer takes by itself, `speedup` what that makes of
@@ -87,8 +87,8 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
     ways = {"torch": super(type(layer), layer).forward, "products": lambda x: layer.by_products(x, geometry)}
     with lower:
         pays = {"products": conv2d.products_pay(layer, geometry.small)}
+    ways["apart"] = lambda x: layer.apart(x, geometry)
     if row["layer"] != "conv":
-        ways["bias_apart"] = lambda x: layer.with_bias_apart(x, geometry)
         if stride > 1 and few <= 4:
             ways["sub_pixels"] = lambda x: layer.by_sub_pixels(x, geometry)
         if stride > 1 and few == 1:
@@ -96,7 +96,8 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
         with lower:
             pays |= {"overlay": conv2d.overlay_pays(layer, geometry)}
             pays |= {"sub_pixels": conv2d.sub_pixels_pay(layer, geometry)}
-            pays |= {"bias_apart": conv2d.bias_pays_apart(layer, geometry)}
+    with lower:
+        pays |= {"apart": conv2d.apart_pays(layer, geometry)}
     chosen = next((name for name, pay in pays.items() if pay), "torch")
 
     def step(way: Any) -> None:

@@ -3,11 +3,12 @@
 Where a grid is small and the channels are many, oneDNN takes up to five times as long as products of matrices of
 the same size, and six times in bfloat16 on a processor with AMX. A transposed convolution to few channels takes up to
 twice as long as a convolution that finds the points between, or as products laid over one another. On a larger grid up
-to half of a transposed convolution's backward pass is the gradient of its bias, which is a sum of its own here; and a
-grid that is no whole number of strides, as 7x7 from 4x4, takes up to three times as long with a bias as without, twenty
-times in bfloat16. `python -m benchmarks.convolutions` measures all four; the rules are of one thread of three
-processors, with AMX and without. On other devices, in exported graphs and under torch.func all is torch's own, in
-compiled graphs all but that bias.
+to half of a transposed convolution's backward pass is the gradient of its bias, which is a sum of its own here; of
+another one up to a third, of few channels in float32. A grid that is no whole number of strides, as 7x7 from 4x4, takes
+up to three times as long with a bias as without, twenty times in bfloat16; and without AMX the gradient of weights of
+bfloat16 takes up to twice as long as a product. `python -m benchmarks.convolutions` measures them all; the rules are of
+one thread of three processors, with AMX and without. On other devices, in exported graphs and under torch.func all is
+torch's own, in compiled graphs all but the bias of uneven grids.
 """
 
 import math
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.nets import linear
-from aezoo.nets.products import BiasApart, Geometry, Overlay, Pair, See, Spread, SubPixel
+from aezoo.nets.products import Apart, Geometry, Overlay, Pair, See, Spread, SubPixel
 from aezoo.nets.transposed import larger, odd_pays, with_bias_apart
 
 # a layer's smaller grid has no more points than this, and channels in times channels out are so many a point
@@ -26,8 +27,7 @@ _POINTS = 64
 _CHANNELS = 2048
 # where oneDNN is the better at convolutions: in 16 bits without units for products of tiles, in 32 where MKL is slow
 _FEW_POINTS = 16
-_CHANNELS_UNSTRIDED = 16384
-_TILES = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))
+_CHANNELS_UNSTRIDED = 65536
 # and a transposed layer's larger grid has at least this many for the other ways, or to leave out a bias of 16 bits
 _LARGE = 100
 _LARGE_IN_16_BITS = 36
@@ -58,11 +58,18 @@ def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
 def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
     """Whether matrix products are the faster way, for a layer whose smaller grid is this."""
     points, channels = math.prod(small), layer.in_channels * layer.out_channels
-    most, least = _POINTS, _CHANNELS
-    if not _TILES if _is_lowered(layer) else linear.HALVED:
-        most, least = _FEW_POINTS, _CHANNELS if math.prod(layer.stride) > 1 else _CHANNELS_UNSTRIDED
-    enough = channels >= least * max(4, points) and math.prod(layer.kernel_size) > 1
-    return min(small) > 0 and points <= most and enough
+    most, least = _POINTS, _CHANNELS * max(4, points)
+    if not linear.TILES if _is_lowered(layer) else linear.HALVED:
+        unstrided = math.prod(layer.stride) == 1
+        most, least = _FEW_POINTS, _CHANNELS if points == 1 else _CHANNELS_UNSTRIDED if unstrided else least
+    return min(small) > 0 and points <= most and channels >= least and math.prod(layer.kernel_size) > 1
+
+
+def weighing_pays(layer: nn.Conv2d | nn.ConvTranspose2d, geometry: Geometry) -> bool:
+    """Whether a matrix product is the faster way to the gradient of the weights, where it is none to the rest."""
+    slow = torch.is_grad_enabled() and _is_lowered(layer) and not linear.TILES
+    enough = layer.in_channels * layer.out_channels >= _CHANNELS and math.prod(layer.kernel_size) > 1
+    return slow and enough and math.prod(geometry.small) <= _POINTS
 
 
 def sub_pixels_pay(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
@@ -81,12 +88,18 @@ def overlay_pays(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
     return by_onednn and layer.out_channels == 1 and overlap and sub_pixels_pay(layer, geometry)
 
 
-def bias_pays_apart(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
-    """Whether it is faster to leave the bias out of a transposed convolution, or of its backward pass."""
-    lowered = _is_lowered(layer)
-    slow = torch.is_grad_enabled() and not (lowered and _TILES) and layer.out_channels > _FEW
-    backward = slow and math.prod(geometry.large) >= (_LARGE_IN_16_BITS if lowered else _LARGE)
-    return layer.bias is not None and (backward or odd_pays(layer, geometry.large))
+def bias_pays_apart(layer: nn.Conv2d | nn.ConvTranspose2d, geometry: Geometry) -> bool:
+    """Whether it is faster to leave the bias out of a convolution, or of its backward pass."""
+    lowered, transposed = _is_lowered(layer), layer.transposed
+    slow = torch.is_grad_enabled() and not (lowered and (linear.TILES or not transposed))
+    points = math.prod(geometry.large if transposed else geometry.small)
+    backward = slow and layer.out_channels > _FEW and points >= (_LARGE_IN_16_BITS if lowered else _LARGE)
+    return layer.bias is not None and (backward or (transposed and odd_pays(layer, geometry.large)))
+
+
+def apart_pays(layer: nn.Conv2d | nn.ConvTranspose2d, geometry: Geometry) -> bool:
+    """Whether derivatives are faster to take apart."""
+    return bias_pays_apart(layer, geometry) or weighing_pays(layer, geometry)
 
 
 def _is_lowered(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
@@ -108,6 +121,15 @@ def _channels_first(out: Tensor, bias: Tensor | None) -> Tensor:
     return (out if bias is None else out.add_(bias)).permute(0, 3, 1, 2)
 
 
+def _by(
+    way: type[torch.autograd.Function], layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, geometry: Geometry
+) -> Tensor:
+    bias = None if layer.bias is None else _lowered(layer.bias)
+    weighs = weighing_pays(layer, geometry)
+    out: Tensor = way.apply(_lowered(x), _lowered(layer.weight), bias, geometry, weighs, layer.transposed)
+    return out
+
+
 class Conv2d(nn.Conv2d):
     """`torch.nn.Conv2d`."""
 
@@ -117,6 +139,8 @@ class Conv2d(nn.Conv2d):
             geometry = self.geometry(input)
             if products_pay(self, geometry.small):
                 return self.by_products(input, geometry)
+            if apart_pays(self, geometry):
+                return self.apart(input, geometry)
         return super().forward(input)
 
     def geometry(self, input: Tensor) -> Geometry:
@@ -129,6 +153,10 @@ class Conv2d(nn.Conv2d):
     def by_products(self, input: Tensor, geometry: Geometry) -> Tensor:
         """Of what each point sees with the weights."""
         return _channels_first(See.apply(_channels_last(input), _channels_last(self.weight), geometry), self.bias)
+
+    def apart(self, input: Tensor, geometry: Geometry) -> Tensor:
+        """As torch has it, but for its derivatives."""
+        return _by(Apart, self, input, geometry)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -150,8 +178,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             return self.by_overlay(input, geometry)
         if sub_pixels_pay(self, geometry):
             return self.by_sub_pixels(input, geometry)
-        if bias_pays_apart(self, geometry):
-            return self.with_bias_apart(input, geometry)
+        if apart_pays(self, geometry):
+            return self.apart(input, geometry)
         return super().forward(input)
 
     def in_graph(self, input: Tensor) -> Tensor:
@@ -171,17 +199,12 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     def by_overlay(self, input: Tensor, geometry: Geometry) -> Tensor:
         """Of each point with the weights, laid over one another, whose derivatives are torch's own."""
-        return self._by(Overlay, input, geometry)
+        return _by(Overlay, self, input, geometry)
 
     def by_sub_pixels(self, input: Tensor, geometry: Geometry) -> Tensor:
         """As a convolution of the smaller grid."""
-        return self._by(SubPixel, input, geometry)
+        return _by(SubPixel, self, input, geometry)
 
-    def with_bias_apart(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """As torch has it, but for the bias and its gradient."""
-        return self._by(BiasApart, input, geometry)
-
-    def _by(self, way: type[torch.autograd.Function], input: Tensor, geometry: Geometry) -> Tensor:
-        bias = None if self.bias is None else _lowered(self.bias)
-        out: Tensor = way.apply(_lowered(input), _lowered(self.weight), bias, geometry)
-        return out
+    def apart(self, input: Tensor, geometry: Geometry) -> Tensor:
+        """As torch has it, but for its derivatives and for a bias that is quicker to add apart."""
+        return _by(Apart, self, input, geometry)

@@ -45,6 +45,8 @@ def _halved() -> bool:
 
 
 HALVED = _halved()
+# whether it has units for products of tiles of 16 bits
+TILES = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))
 
 
 def needs_torch(*tensors: Tensor) -> bool:

@@ -4,18 +4,19 @@
 y to x, `weigh` the gradient of <y, see(x)> with respect to the weights (O, rows, columns, C): channels come last, as
 products of matrices want them. Each is linear in both of its arguments, and each a derivative of the other two.
 
-Of float32 the image itself is multiplied, a row of the kernel at a time: nothing is copied, and no zeros beyond its
-border are multiplied, which are 11 of 36 where a kernel of 3x3 sees 4x4 points with stride 2. oneDNN, where it is the
-faster one (`aezoo.nets.linear`), wants larger products: what a point sees, as long as there are few points. Of more
-points, and of 16 bits, copying all patches for one product, zeros and all, is the faster way; and numbers of 16 bits
-want sums of more bits than they have.
+Three ways, of which `way_of` knows the processor's fastest. `factors`: the image itself is multiplied, a row of the
+kernel at a time, and nothing is copied. `patches`: all that points see is copied for one product, with the zeros beyond
+the border, which are 11 of 36 where a kernel of 3x3 sees 4x4 points with stride 2. `parts`: all but the zeros is copied
+for a few products. Numbers of 16 bits want sums of more bits than they have, so a point's value and a weight's gradient
+is of one product.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,12 @@ from aezoo.nets import linear
 from aezoo.nets.transposed import leaves_rest
 
 Pair = tuple[int, ...]
-# by oneDNN one product for each point, if there are no more than this
-_FEW_POINTS = 4
+# taps, points, and what these see through those
+Block = tuple[slice, slice, slice]
+Alike = Literal["taps", "points"]
+# parts pay for no more points than this, and of more than one for so many multiplications of a point and a tap
+_FEW_POINTS = 16
+_LARGE = 2**21
 
 
 @dataclass(frozen=True)
@@ -57,60 +62,68 @@ class Geometry:
 
 def see(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(B, H, W, C), (O, rows, columns, C) -> (B, h, w, O)."""
-    if copies(x, geometry):
+    way = way_of(x, weight, geometry)
+    if way == "patches":
         return _times(patches(x, geometry).flatten(3), weight.flatten(1))
     y = x.new_zeros(len(x), *geometry.small, len(weight))
-    if _by_onednn(x):
-        for seen, part, out in points(x, weight, y, geometry):
-            out.copy_(linear.product(_flat(seen), _flat(part)))
-        return y
-    for seen, part, out in factors(x, weight, y, geometry):
-        torch.addmm(out, seen, part.t(), out=out)
+    if way == "parts":
+        for seen, part, out in parts(x, weight, y, geometry, "points"):
+            out.copy_(_times(_rows(seen), _flat(part)).view_as(out))
+    else:
+        for seen, part, out in factors(x, weight, y, geometry):
+            torch.addmm(out, seen, part.t(), out=out)
     return y
 
 
 def spread(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(B, h, w, O), (O, rows, columns, C) -> (B, H, W, C)."""
-    if copies(y, geometry):
+    way = way_of(y, weight, geometry)
+    if way == "patches":
         return overlaid(_times(y, weight.flatten(1).t()).unflatten(3, weight.shape[1:]), geometry)
     x = y.new_zeros(len(y), *geometry.large, weight.shape[3])
-    if _by_onednn(y):
-        for seen, part, out in points(x, weight, y, geometry):
-            seen += linear.product(out, _flat(part).t()).view_as(seen)
-        return x
-    for seen, part, out in factors(x, weight, y, geometry):
-        torch.addmm(seen, out, part, out=seen)
+    if way == "parts":
+        for seen, part, out in parts(x, weight, y, geometry, "taps"):
+            seen += _times(_rows(out), _flat(part).t()).view_as(seen)
+    else:
+        for seen, part, out in factors(x, weight, y, geometry):
+            torch.addmm(seen, out, part, out=seen)
     return x
 
 
 def weigh(x: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
     """(B, H, W, C), (B, h, w, O) -> (O, rows, columns, C)."""
-    shape = (y.shape[3], *geometry.kernel, x.shape[3])
-    if copies(x, geometry):
-        return _times(y.flatten(0, 2).t(), patches(x, geometry).flatten(0, 2).flatten(1).t()).view(shape)
-    weight = x.new_zeros(shape)
-    if _by_onednn(x):
-        for seen, part, out in points(x, weight, y, geometry):
-            part += linear.product(_flat(out).t(), _flat(seen).t()).view_as(part)
-        return weight
-    for seen, part, out in factors(x, weight, y, geometry):
-        torch.addmm(part, out.t(), seen, out=part)
+    weight = x.new_zeros(y.shape[3], *geometry.kernel, x.shape[3])
+    way = way_of(x, weight, geometry)
+    if way == "patches":
+        return _times(y.flatten(0, 2).t(), patches(x, geometry).flatten(0, 2).flatten(1).t()).view_as(weight)
+    if way == "parts":
+        for seen, part, out in parts(x, weight, y, geometry, "taps"):
+            part.copy_(_times(_rows(out).t(), _rows(seen).t()).view_as(part))
+    else:
+        for seen, part, out in factors(x, weight, y, geometry):
+            torch.addmm(part, out.t(), seen, out=part)
     return weight
 
 
-def copies(x: Tensor, geometry: Geometry) -> bool:
-    """Whether patches are copied, of which half may lie beyond the border where there are few."""
-    return x.itemsize == 2 or (_by_onednn(x) and math.prod(geometry.small) > _FEW_POINTS)
-
-
-def _by_onednn(x: Tensor) -> bool:
-    """Not of nothing, of which oneDNN makes no product."""
-    return linear.HALVED and x.dtype == torch.float32 and x.numel() > 0
+def way_of(x: Tensor, weight: Tensor, geometry: Geometry) -> Literal["factors", "parts", "patches"]:
+    """What is multiplied, of either grid with the weights."""
+    by_onednn = x.itemsize == 2 or (linear.HALVED and x.dtype == torch.float32)
+    # of nothing oneDNN makes no product
+    if not by_onednn or x.numel() == 0:
+        return "factors"
+    points, (out, *_, channels) = math.prod(geometry.small), weight.shape
+    large = points == 1 or len(x) * out * channels >= _LARGE
+    return "parts" if large and points <= _FEW_POINTS and not linear.TILES else "patches"
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
     # autocast would lower float32 here, which convolutions have been told of before
     return linear.product(a, b) if a.dtype == torch.float32 else a @ b.t()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, h, w, ...) -> (B h w, ...)."""
+    return _flat(x.flatten(0, 2))
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -143,20 +156,45 @@ def factors(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> Iterato
                 yield of_x, part, of_y
 
 
-def points(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Views of all three, for each point: (B, rows, columns, C) that it sees, (O, rows, columns, C), its own (B, O)."""
-    sides = [*zip(geometry.stride, geometry.padding, geometry.kernel, geometry.large, strict=True)]
+def parts(
+    x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry, alike: Alike
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Views of all three such that y is the sum of the products: nothing of them is beyond the border.
 
-    def seen(at: int, axis: int) -> tuple[slice, slice]:
-        s, p, k, n = sides[axis]
-        first, last = max(0, p - at * s), min(k, p - at * s + n)
-        return slice(at * s - p + first, at * s - p + last), slice(first, last)
+    (B, h, w, rows, columns, C) of x, (O, rows, columns, C) of the weights, (B, h, w, O) of y. Each point is in one
+    part, with others that see through the same taps of the kernel; or each tap is, with others that the same points see
+    through, and then nothing of x is in it twice.
+    """
+    (of_rows, of_columns), (down, right) = _blocks(geometry, alike), geometry.stride
+    for (rows, i, high), (columns, j, wide) in itertools.product(of_rows, of_columns):
+        seen = x[:, high, wide].unfold(1, rows.stop - rows.start, down).unfold(2, columns.stop - columns.start, right)
+        yield seen.permute(0, 1, 2, 4, 5, 3), weight[:, rows, columns], y[:, i, j]
 
-    h, w = geometry.small
-    for i, j in itertools.product(range(h), range(w)):
-        (down, rows), (right, columns) = seen(i, 0), seen(j, 1)
-        if rows.start < rows.stop and columns.start < columns.stop:
-            yield x[:, down, right], weight[:, rows, columns], y[:, i, j]
+
+@functools.cache
+def _blocks(geometry: Geometry, alike: Alike) -> tuple[list[Block], ...]:
+    """Of rows, then of columns."""
+    sides = zip(geometry.kernel, geometry.stride, geometry.padding, geometry.small, geometry.large, strict=True)
+    return tuple([*_along(*side, alike)] for side in sides)
+
+
+def _along(kernel: int, stride: int, padding: int, small: int, large: int, alike: Alike) -> Iterator[Block]:
+    """Taps, points, and what these see through those."""
+
+    def taps(point: int) -> slice:
+        return slice(max(0, padding - point * stride), min(kernel, padding - point * stride + large))
+
+    def points(tap: int) -> slice:
+        return slice(max(0, -((tap - padding) // stride)), min(small, (large - 1 + padding - tap) // stride + 1))
+
+    n, others, most = (small, taps, small) if alike == "points" else (kernel, points, stride)
+    for within, group in itertools.groupby(range(n), others):
+        run = [*group] if within.start < within.stop else []
+        for first in run[::most]:
+            some = slice(first, min(first + most, run[-1] + 1))
+            tap, point = (within, some) if alike == "points" else (some, within)
+            start = point.start * stride + tap.start - padding
+            yield tap, point, slice(start, (point.stop - 1) * stride + tap.stop - padding)
 
 
 def patches(x: Tensor, geometry: Geometry) -> Tensor:
@@ -296,56 +334,65 @@ def _own(x: Tensor) -> Tensor:
     return out
 
 
-class _Transposed(torch.autograd.Function):
-    """(B, O, h, w), (O, C, rows, columns), (C,) -> (B, C, H, W), as torch has them; its derivatives but the bias's."""
+class _Convolution(torch.autograd.Function):
+    """With a bias, as torch has it: its grids are (B, C, H, W) and (B, O, h, w), its weights (O, C, rows, columns)."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep what the derivatives take."""
-        y, weight, _, ctx.geometry = inputs
-        ctx.save_for_backward(y, weight)
+        x, weight, _, ctx.geometry, ctx.weighs, ctx.transposed = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """With respect to y, to the weights and to the bias."""
-        g, (y, weight), (of_y, of_weight, of_bias, _) = gradients[0], ctx.saved_tensors, ctx.needs_input_grad
-        stride, padding, extra = ctx.geometry.stride, ctx.geometry.padding, ctx.geometry.output_padding()
-        y_and_weight = torch.ops.aten.convolution_backward(
-            g, y, weight, None, stride, padding, (1, 1), True, extra, 1, (of_y, of_weight, False)
-        )[:2]
-        return *y_and_weight, g.sum((0, 2, 3)) if of_bias else None, None
+        """With respect to the input, to the weights, by `weigh` if that is asked for, and to the bias."""
+        g, (x, weight), (of_x, of_weight, of_bias, *_) = gradients[0], ctx.saved_tensors, ctx.needs_input_grad
+        stride, padding = ctx.geometry.stride, ctx.geometry.padding
+        extra = ctx.geometry.output_padding() if ctx.transposed else (0, 0)
+        asked = (of_x, of_weight and not ctx.weighs, False)
+        by_x, by_weight, _ = torch.ops.aten.convolution_backward(
+            g, x, weight, None, stride, padding, (1, 1), ctx.transposed, extra, 1, asked
+        )
+        if of_weight and ctx.weighs:
+            large, small = (g, x) if ctx.transposed else (x, g)
+            by_weight = _channels_first(Weigh.of(_channels_last(large), _channels_last(small), ctx.geometry))
+        return by_x, by_weight, g.sum((0, 2, 3)) if of_bias else None, None, None, None
 
 
-class BiasApart(_Transposed):
-    """A transposed convolution."""
+class Apart(_Convolution):
+    """A convolution, or a transposed one, whose derivatives are taken apart."""
 
     @staticmethod
-    def forward(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-        """The values; oneDNN adds a bias number by number to a grid that is no whole number of strides."""
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, weighs: bool, transposed: bool
+    ) -> Tensor:
+        """The values; oneDNN adds a bias number by number to a larger grid that is no whole number of strides."""
+        if not transposed:
+            return F.conv2d(x, weight, bias, geometry.stride, geometry.padding)
         within = None if leaves_rest(geometry.large, geometry.stride) else bias
         extra = geometry.output_padding()
-        x = F.conv_transpose2d(y, weight, within, geometry.stride, geometry.padding, extra)
-        return x if bias is None or within is not None else x.add_(bias[:, None, None])
+        out = F.conv_transpose2d(x, weight, within, geometry.stride, geometry.padding, extra)
+        return out if bias is None or within is not None else out.add_(bias[:, None, None])
 
 
-class Overlay(_Transposed):
+class Overlay(_Convolution):
     """A transposed convolution as products of each point with the weights, laid over one another."""
 
     @staticmethod
-    def forward(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    def forward(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *_: bool) -> Tensor:
         """The values."""
         x = spread(_channels_last(y).contiguous(), _channels_last(weight).contiguous(), geometry)
         return _own(x if bias is None else x.add_(bias))
 
 
-class SubPixel(_Transposed):
+class SubPixel(_Convolution):
     """A transposed convolution as one from the smaller grid, with a channel for each point between its points.
 
     Shi et al. 2016, https://arxiv.org/abs/1609.07009.
     """
 
     @staticmethod
-    def forward(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    def forward(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *_: bool) -> Tensor:
         """The values."""
         (top, left), (down, right) = geometry.padding, geometry.stride
         # zeros, with which the kernel is a whole number of strides, and what padding takes off as well

@@ -64,11 +64,12 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
     """Milliseconds of each way."""
     import torch
 
-    from aezoo.acceleration import flushed_denormals
+    from aezoo.acceleration import flushed_denormals, keep_pages
     from aezoo.nets import conv2d
 
     from .measure import timed
 
+    keep_pages()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     few, stride, side = row["channels"], row["stride"], row["side"]
@@ -97,13 +98,16 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
             pays |= {"overlay": conv2d.overlay_pays(layer, geometry)}
             pays |= {"sub_pixels": conv2d.sub_pixels_pay(layer, geometry)}
     with lower:
-        pays |= {"apart": conv2d.apart_pays(layer, geometry)}
+        pays |= {"apart": conv2d.apart_pays(layer, geometry, x)}
     chosen = next((name for name, pay in pays.items() if pay), "torch")
+
+    with lower, torch.no_grad():
+        g = torch.randn_like(ways["torch"](x))
 
     def step(way: Any) -> None:
         with lower:
             y = way(x)
-        torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
+        torch.autograd.grad(y, [x, *layer.parameters()], g)
 
     with flushed_denormals():
         took = in_turns(

@@ -3,12 +3,13 @@
 Where a grid is small and the channels are many, oneDNN takes up to five times as long as products of matrices of
 the same size, and six times in bfloat16 on a processor with AMX. A transposed convolution to few channels takes up to
 twice as long as a convolution that finds the points between, or as products laid over one another. On a larger grid up
-to half of a transposed convolution's backward pass is the gradient of its bias, which is a sum of its own here; of
-another one up to a third, of few channels in float32. A grid that is no whole number of strides, as 7x7 from 4x4, takes
-up to three times as long with a bias as without, twenty times in bfloat16; and without AMX the gradient of weights of
-bfloat16 takes up to twice as long as a product. `python -m benchmarks.convolutions` measures them all; the rules are of
-one thread of three processors, with AMX and without. On other devices, in exported graphs and under torch.func all is
-torch's own, in compiled graphs all but the bias of uneven grids.
+to half of a transposed convolution's backward pass is the gradient of its bias, which is a sum of its own here; and a
+grid that is no whole number of strides, as 7x7 from 4x4, takes up to three times as long with a bias as without, twenty
+times in bfloat16. Without AMX the gradient of weights of bfloat16 takes up to twice as long as a product; and where an
+input fills the caches, its gradient is better computed after that of the weights, as it is what is needed next.
+`python -m benchmarks.convolutions` measures them all; the rules are of one thread of three processors, with AMX and
+without. On other devices, in exported graphs and under torch.func all is torch's own, in compiled graphs all but the
+bias of uneven grids.
 """
 
 import math
@@ -35,6 +36,8 @@ _LARGE_IN_16_BITS = 36
 _BETWEEN = 16
 # channels whose sum is too quick to matter
 _FEW = 16
+# numbers of a batch that leave nothing else in a cache: then what is needed next is better computed last
+_CACHE = 2**21
 
 
 def _is_torchs(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
@@ -60,16 +63,16 @@ def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
     points, channels = math.prod(small), layer.in_channels * layer.out_channels
     most, least = _POINTS, _CHANNELS * max(4, points)
     if not linear.TILES if _is_lowered(layer) else linear.HALVED:
-        unstrided = math.prod(layer.stride) == 1
-        most, least = _FEW_POINTS, _CHANNELS if points == 1 else _CHANNELS_UNSTRIDED if unstrided else least
+        unstrided = points > 1 and math.prod(layer.stride) == 1
+        most, least = _FEW_POINTS, _CHANNELS_UNSTRIDED if unstrided else least
     return min(small) > 0 and points <= most and channels >= least and math.prod(layer.kernel_size) > 1
 
 
 def weighing_pays(layer: nn.Conv2d | nn.ConvTranspose2d, geometry: Geometry) -> bool:
     """Whether a matrix product is the faster way to the gradient of the weights, where it is none to the rest."""
     slow = torch.is_grad_enabled() and _is_lowered(layer) and not linear.TILES
-    enough = layer.in_channels * layer.out_channels >= _CHANNELS and math.prod(layer.kernel_size) > 1
-    return slow and enough and math.prod(geometry.small) <= _POINTS
+    enough = layer.in_channels * layer.out_channels >= 4 * _CHANNELS and math.prod(geometry.small) <= _POINTS
+    return slow and enough and math.prod(layer.stride) > 1 and math.prod(layer.kernel_size) > 1
 
 
 def sub_pixels_pay(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
@@ -88,18 +91,21 @@ def overlay_pays(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
     return by_onednn and layer.out_channels == 1 and overlap and sub_pixels_pay(layer, geometry)
 
 
-def bias_pays_apart(layer: nn.Conv2d | nn.ConvTranspose2d, geometry: Geometry) -> bool:
-    """Whether it is faster to leave the bias out of a convolution, or of its backward pass."""
-    lowered, transposed = _is_lowered(layer), layer.transposed
-    slow = torch.is_grad_enabled() and not (lowered and (linear.TILES or not transposed))
-    points = math.prod(geometry.large if transposed else geometry.small)
-    backward = slow and layer.out_channels > _FEW and points >= (_LARGE_IN_16_BITS if lowered else _LARGE)
-    return layer.bias is not None and (backward or (transposed and odd_pays(layer, geometry.large)))
+def bias_pays_apart(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
+    """Whether it is faster to leave the bias out of a transposed convolution, or of its backward pass."""
+    lowered = _is_lowered(layer)
+    slow = torch.is_grad_enabled() and not (lowered and linear.TILES) and layer.out_channels > _FEW
+    backward = slow and math.prod(geometry.large) >= (_LARGE_IN_16_BITS if lowered else _LARGE)
+    return layer.bias is not None and (backward or odd_pays(layer, geometry.large))
 
 
-def apart_pays(layer: nn.Conv2d | nn.ConvTranspose2d, geometry: Geometry) -> bool:
+def apart_pays(layer: nn.Conv2d | nn.ConvTranspose2d, geometry: Geometry, x: Tensor) -> bool:
     """Whether derivatives are faster to take apart."""
-    return bias_pays_apart(layer, geometry) or weighing_pays(layer, geometry)
+    if isinstance(layer, nn.ConvTranspose2d):
+        return bias_pays_apart(layer, geometry) or weighing_pays(layer, geometry)
+    sides = layer.in_channels * math.prod(geometry.large), layer.out_channels * math.prod(geometry.small)
+    fills = len(x) * max(sides) >= _CACHE and torch.is_grad_enabled() and not _is_lowered(layer)
+    return fills or weighing_pays(layer, geometry)
 
 
 def _is_lowered(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
@@ -139,7 +145,7 @@ class Conv2d(nn.Conv2d):
             geometry = self.geometry(input)
             if products_pay(self, geometry.small):
                 return self.by_products(input, geometry)
-            if apart_pays(self, geometry):
+            if apart_pays(self, geometry, input):
                 return self.apart(input, geometry)
         return super().forward(input)
 
@@ -178,7 +184,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             return self.by_overlay(input, geometry)
         if sub_pixels_pay(self, geometry):
             return self.by_sub_pixels(input, geometry)
-        if apart_pays(self, geometry):
+        if apart_pays(self, geometry, input):
             return self.apart(input, geometry)
         return super().forward(input)
 

@@ -347,16 +347,23 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """With respect to the input, to the weights, by `weigh` if that is asked for, and to the bias."""
         g, (x, weight), (of_x, of_weight, of_bias, *_) = gradients[0], ctx.saved_tensors, ctx.needs_input_grad
-        stride, padding = ctx.geometry.stride, ctx.geometry.padding
         extra = ctx.geometry.output_padding() if ctx.transposed else (0, 0)
-        asked = (of_x, of_weight and not ctx.weighs, False)
-        by_x, by_weight, _ = torch.ops.aten.convolution_backward(
-            g, x, weight, None, stride, padding, (1, 1), ctx.transposed, extra, 1, asked
-        )
+        settings = ctx.geometry.stride, ctx.geometry.padding, (1, 1), ctx.transposed, extra, 1
+
+        def by_torch(*asked: bool) -> tuple[Tensor | None, ...]:
+            found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(g, x, weight, None, *settings, asked)
+            return found
+
+        by_bias = g.sum((0, 2, 3)) if of_bias else None
+        # what is needed next is computed last, and still in the cache
         if of_weight and ctx.weighs:
             large, small = (g, x) if ctx.transposed else (x, g)
-            by_weight = _channels_first(Weigh.of(_channels_last(large), _channels_last(small), ctx.geometry))
-        return by_x, by_weight, g.sum((0, 2, 3)) if of_bias else None, None, None, None
+            by_weight: Tensor | None = _channels_first(
+                Weigh.of(_channels_last(large), _channels_last(small), ctx.geometry)
+            )
+        else:
+            by_weight = by_torch(False, True, False)[1] if of_weight else None
+        return by_torch(True, False, False)[0] if of_x else None, by_weight, by_bias, None, None, None
 
 
 class Apart(_Convolution):

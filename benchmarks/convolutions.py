@@ -4,11 +4,12 @@
     python -m benchmarks.convolutions --precision bf16 --sides 4        some of it by autocast
 
 A row is one layer of kernel 3, forward and backward, by torch and by the ways of `aezoo/nets/conv2d.py`, in turns:
-`products_ms` and, of transposed ones, `apart_ms`, `sub_pixels_ms` (to four channels or fewer) and `overlay_ms` (to
-one) are medians of the repeats as `torch_ms` is. `side` is that of the smaller grid, and a `transposed_odd` layer's
-larger grid is no whole number of strides; `channels` are those of the larger grid, of which the smaller one has twice
-as many at stride 2, and never fewer than 32. `chosen` is what the layer takes by itself, `speedup` what that makes of
-torch_ms, `lost` its time by that of the fastest way. Printed at the end is where it is more than a tenth more.
+`products_ms`, `apart_ms` and, of transposed ones, `sub_pixels_ms` (to four channels or fewer) and `overlay_ms` (to one)
+are medians of the repeats as `torch_ms` is. Pages of memory are kept, as in runs of the command line. `side` is that of
+the smaller grid, and a `transposed_odd` layer's larger grid is no whole number of strides; `channels` are those of the
+larger grid, of which the smaller one has twice as many at stride 2, and never fewer than 32. `chosen` is what the layer
+takes by itself, `speedup` what that makes of torch_ms, `lost` its time by that of the fastest way. Printed at the end
+is where it is more than a tenth more.
 """
 
 import contextlib

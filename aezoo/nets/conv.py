@@ -14,9 +14,10 @@ from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.nets.conv2d import Conv2d, ConvTranspose2d
 from aezoo.nets.linear import Linear
+from aezoo.nets.narrow import Conv1d, Conv3d
 from aezoo.nets.transposed import ConvTranspose1d, ConvTranspose3d
 
-CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: Conv2d, 3: nn.Conv3d}
+CONVS: dict[int, type[nn.Module]] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 TRANSPOSED: dict[int, type[nn.Module]] = {1: ConvTranspose1d, 2: ConvTranspose2d, 3: ConvTranspose3d}
 
 

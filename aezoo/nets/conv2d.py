@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.nets import linear
+from aezoo.nets.narrow import is_narrow, narrow
 from aezoo.nets.products import Apart, Geometry, Overlay, Pair, See, Spread, SubPixel
 from aezoo.nets.transposed import larger, odd_pays, with_bias_apart
 
@@ -141,12 +142,13 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out channels, h, w)."""
-        if not _is_torchs(self, input):
-            geometry = self.geometry(input)
-            if products_pay(self, geometry.small):
-                return self.by_products(input, geometry)
-            if apart_pays(self, geometry, input):
-                return self.apart(input, geometry)
+        geometry = None if _is_torchs(self, input) else self.geometry(input)
+        if geometry and products_pay(self, geometry.small):
+            return self.by_products(input, geometry)
+        if is_narrow(self, input):
+            return narrow(F.conv2d, self, input)
+        if geometry and apart_pays(self, geometry, input):
+            return self.apart(input, geometry)
         return super().forward(input)
 
     def geometry(self, input: Tensor) -> Geometry:
@@ -172,14 +174,16 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         """(B, C, h, w) -> (B, out channels, H, W)."""
         if output_size is not None:
             return super().forward(input, output_size)
-        if _is_torchs(self, input):
+        geometry = None if _is_torchs(self, input) else self.geometry(input)
+        if geometry and min(geometry.large) < 1:
+            return super().forward(input)  # which refuses it
+        if geometry and products_pay(self, geometry.small):
+            return self.by_products(input, geometry)
+        if is_narrow(self, input):
+            return narrow(F.conv_transpose2d, self, input)
+        if geometry is None:
             inductors = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
             return self.in_graph(input) if inductors and _is_plain(self, input) else super().forward(input)
-        geometry = self.geometry(input)
-        if min(geometry.large) < 1:
-            return super().forward(input)  # which refuses it
-        if products_pay(self, geometry.small):
-            return self.by_products(input, geometry)
         if overlay_pays(self, geometry):
             return self.by_overlay(input, geometry)
         if sub_pixels_pay(self, geometry):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aezoo.nets.narrow import is_narrow, narrow
+
 # numbers of a sample, over all channels, from which on two operations are quicker than one
 _MANY = 256
 
@@ -58,6 +60,8 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(B, C, l) -> (B, out channels, L)."""
+        if output_size is None and is_narrow(self, input):
+            return narrow(F.conv_transpose1d, self, input)
         if output_size is None and _pays(self, input):
             return with_bias_apart(F.conv_transpose1d, self, input)
         return super().forward(input, output_size)
@@ -68,6 +72,8 @@ class ConvTranspose3d(nn.ConvTranspose3d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(B, C, d, h, w) -> (B, out channels, D, H, W)."""
+        if output_size is None and is_narrow(self, input):
+            return narrow(F.conv_transpose3d, self, input)
         if output_size is None and _pays(self, input):
             return with_bias_apart(F.conv_transpose3d, self, input)
         return super().forward(input, output_size)

@@ -1,0 +1,66 @@
+"""Convolutions to grids of few points, which oneDNN gets wrong in 16 bits on processors with AVX-512 (torch 2.13).
+
+The gradient of a column of the kernel through which no point sees the image is what memory was before, numbers of any
+size and NaN; where the smaller grid is one point wide so are values, now and then. In three dimensions other axes are
+like columns, whatever the strides, and memory is overwritten. An encoder has such layers where it goes on when its grid
+is 1x1 already. They are computed in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def is_narrow(layer: Any, x: Tensor) -> bool:
+    """Whether a layer is one of those, for this input."""
+    # a graph for elsewhere should say convolution
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+        return False
+    rank = len(layer.stride)
+    if isinstance(layer.padding, str) or x.dim() != rank + 2 or max(layer.dilation) > 1:
+        return False
+    axes = zip(layer.kernel_size, layer.stride, layer.padding, layer.output_padding, x.shape[2:], strict=True)
+    # images and sequences are wrong along their last axis alone, and by strides
+    if not any(_is_narrow(layer.transposed, *axis) for axis in [*axes][0 if rank == 3 else -1 :]):
+        return False
+    lowered = x.device.type == "cpu" and (x.itemsize == 2 or torch.is_autocast_enabled("cpu"))
+    return lowered and (rank == 3 or layer.stride[-1] > 1)
+
+
+def _is_narrow(transposed: bool, kernel: int, stride: int, padding: int, extra: int, n: int) -> bool:
+    """Whether the smaller grid is one point wide, or a tap of the kernel is beyond the border for all points."""
+    small, large = n, (n - 1) * stride - 2 * padding + kernel + extra
+    if not transposed:
+        small, large = (n + 2 * padding - kernel) // stride + 1, n
+    # with less padding no tap is beyond, but of a kernel that is larger than the grid
+    return small == 1 or large < kernel or 2 * padding > kernel
+
+
+def narrow(convolve: Callable[..., Tensor], layer: Any, x: Tensor) -> Tensor:
+    """What such a layer computes, by torch's function of its kind."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    settings = [layer.stride, layer.padding, layer.dilation, layer.groups]
+    if layer.transposed:
+        settings = [layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation]
+    with torch.autocast("cpu", enabled=False):
+        bias = None if layer.bias is None else layer.bias.float()
+        return convolve(x.float(), layer.weight.float(), bias, *settings).to(dtype)
+
+
+class Conv1d(nn.Conv1d):
+    """`torch.nn.Conv1d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, L) -> (B, out channels, l)."""
+        return narrow(F.conv1d, self, input) if is_narrow(self, input) else super().forward(input)
+
+
+class Conv3d(nn.Conv3d):
+    """`torch.nn.Conv3d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, D, H, W) -> (B, out channels, d, h, w)."""
+        return narrow(F.conv3d, self, input) if is_narrow(self, input) else super().forward(input)

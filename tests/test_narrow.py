@@ -10,6 +10,7 @@ from torch import nn
 import aezoo
 from aezoo.nets import narrow, transposed
 from aezoo.nets.conv2d import Conv2d, ConvTranspose2d
+from aezoo.nets.grids import larger, smaller
 
 CONVS = {1: narrow.Conv1d, 2: Conv2d, 3: narrow.Conv3d}
 TRANSPOSED = {1: transposed.ConvTranspose1d, 2: ConvTranspose2d, 3: transposed.ConvTranspose3d}
@@ -137,10 +138,11 @@ def test_no_layer_with_a_tap_beyond_the_border_is_missed():
             continue
         met = F.conv1d(torch.ones(1, 1, n), torch.eye(kernel)[:, None], stride=stride, padding=padding)[0]
         dead = not met.any(1).all()
-        assert narrow._is_narrow(False, kernel, stride, padding, 0, n) or not dead
+        assert narrow._is_narrow(kernel, padding, small, n) or not dead
+        assert smaller(nn.Conv1d(1, 1, kernel, stride, padding), (n,)) == (small,)
         for extra in range(stride):
             if n == (small - 1) * stride - 2 * padding + kernel + extra:
-                assert narrow._is_narrow(True, kernel, stride, padding, extra, small) or not dead
+                assert larger(nn.ConvTranspose1d(1, 1, kernel, stride, padding, extra), (small,)) == (n,)
 
 
 def test_graphs_for_elsewhere_say_convolution():

@@ -9,7 +9,7 @@ times in bfloat16. Without AMX the gradient of weights of bfloat16 takes up to t
 input fills the caches, its gradient is better computed after that of the weights, as it is what is needed next.
 `python -m benchmarks.convolutions` measures them all; the rules are of one thread of three processors, with AMX and
 without. On other devices, in exported graphs and under torch.func all is torch's own, in compiled graphs all but the
-bias of uneven grids.
+bias of uneven grids; but what oneDNN gets wrong is right in compiled ones, too (`aezoo.nets.narrow`).
 """
 
 import math
@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.nets import linear
+from aezoo.nets.grids import larger, smaller
 from aezoo.nets.narrow import is_narrow, narrow
 from aezoo.nets.products import Apart, Geometry, Overlay, Pair, See, Spread, SubPixel
-from aezoo.nets.transposed import larger, odd_pays, with_bias_apart
+from aezoo.nets.transposed import odd_pays, with_bias_apart
 
 # a layer's smaller grid has no more points than this, and channels in times channels out are so many a point
 _POINTS = 64
@@ -154,9 +155,7 @@ class Conv2d(nn.Conv2d):
     def geometry(self, input: Tensor) -> Geometry:
         """What the grids of this layer have to do with each other."""
         large, padding = tuple(input.shape[2:]), cast(Pair, self.padding)
-        sizes = zip(large, padding, self.kernel_size, self.stride, strict=True)
-        small = tuple((n + 2 * p - k) // s + 1 for n, p, k, s in sizes)
-        return Geometry(self.kernel_size, self.stride, padding, small, large)
+        return Geometry(self.kernel_size, self.stride, padding, smaller(self, large), large)
 
     def by_products(self, input: Tensor, geometry: Geometry) -> Tensor:
         """Of what each point sees with the weights."""

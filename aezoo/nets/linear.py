@@ -49,6 +49,11 @@ HALVED = _halved()
 TILES = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))
 
 
+def goes_elsewhere() -> bool:
+    """Whether a graph is made for other programs, which should say what torch says."""
+    return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[attr-defined]
+
+
 def needs_torch(*tensors: Tensor) -> bool:
     """Whether derivatives are under way whose rules only torch's own operators have.
 
@@ -126,7 +131,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+    if goes_elsewhere():
         return False
     given = [x, weight] if bias is None else [x, weight, bias]
     if not all(_is_plain(tensor) for tensor in given) or torch.is_autocast_enabled("cpu"):

@@ -13,28 +13,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aezoo.nets.grids import larger, smaller
+from aezoo.nets.linear import goes_elsewhere
+
 
 def is_narrow(layer: Any, x: Tensor) -> bool:
     """Whether a layer is one of those, for this input."""
-    # a graph for elsewhere should say convolution
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+    if goes_elsewhere():
         return False
     rank = len(layer.stride)
     if isinstance(layer.padding, str) or x.dim() != rank + 2 or max(layer.dilation) > 1:
         return False
-    axes = zip(layer.kernel_size, layer.stride, layer.padding, layer.output_padding, x.shape[2:], strict=True)
+    grid = tuple(x.shape[2:])
+    small, large = (grid, larger(layer, grid)) if layer.transposed else (smaller(layer, grid), grid)
+    axes = [*zip(layer.kernel_size, layer.padding, small, large, strict=True)]
     # images and sequences are wrong along their last axis alone, and by strides
-    if not any(_is_narrow(layer.transposed, *axis) for axis in [*axes][0 if rank == 3 else -1 :]):
+    if not any(_is_narrow(*axis) for axis in axes[0 if rank == 3 else -1 :]):
         return False
     lowered = x.device.type == "cpu" and (x.itemsize == 2 or torch.is_autocast_enabled("cpu"))
     return lowered and (rank == 3 or layer.stride[-1] > 1)
 
 
-def _is_narrow(transposed: bool, kernel: int, stride: int, padding: int, extra: int, n: int) -> bool:
+def _is_narrow(kernel: int, padding: int, small: int, large: int) -> bool:
     """Whether the smaller grid is one point wide, or a tap of the kernel is beyond the border for all points."""
-    small, large = n, (n - 1) * stride - 2 * padding + kernel + extra
-    if not transposed:
-        small, large = (n + 2 * padding - kernel) // stride + 1, n
     # with less padding no tap is beyond, but of a kernel that is larger than the grid
     return small == 1 or large < kernel or 2 * padding > kernel
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from aezoo.nets import linear
-from aezoo.nets.transposed import leaves_rest
+from aezoo.nets.grids import leaves_rest
 
 Pair = tuple[int, ...]
 # taps, points, and what these see through those

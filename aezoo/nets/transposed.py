@@ -6,30 +6,18 @@ of their own, in `aezoo.nets.conv2d`.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aezoo.nets.grids import larger, leaves_rest
+from aezoo.nets.linear import goes_elsewhere
 from aezoo.nets.narrow import is_narrow, narrow
 
 # numbers of a sample, over all channels, from which on two operations are quicker than one
 _MANY = 256
-
-
-def larger(layer: Any, small: Iterable[int]) -> tuple[int, ...]:
-    """The grid that a transposed layer makes of a smaller one."""
-    sides = zip(
-        small, layer.stride, layer.padding, layer.dilation, layer.kernel_size, layer.output_padding, strict=True
-    )
-    return tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 + extra for n, s, p, d, k, extra in sides)
-
-
-def leaves_rest(large: Iterable[int], stride: Iterable[int]) -> bool:
-    """Whether a grid is no whole number of strides."""
-    return any(n % s for n, s in zip(large, stride, strict=True))
 
 
 def odd_pays(layer: Any, large: tuple[int, ...]) -> bool:
@@ -48,9 +36,10 @@ def with_bias_apart(convolve: Callable[..., Tensor], layer: Any, x: Tensor) -> T
 
 def _pays(layer: Any, x: Tensor) -> bool:
     """A graph for elsewhere should say convolution, and GPUs have their own."""
-    elsewhere = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
+    if goes_elsewhere() or x.device.type != "cpu" or x.dim() != len(layer.stride) + 2:
+        return False
     # a bias that is computed is read once, as its rule may change with each time
-    if elsewhere or x.device.type != "cpu" or x.dim() != len(layer.stride) + 2 or "parametrizations" in layer._modules:
+    if "parametrizations" in layer._modules:
         return False
     return odd_pays(layer, larger(layer, x.shape[2:]))
 

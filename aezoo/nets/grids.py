@@ -1,0 +1,23 @@
+"""The grids of a convolution, the larger and the smaller one, in any number of dimensions."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def smaller(layer: Any, large: Iterable[int]) -> tuple[int, ...]:
+    """The grid that a convolution makes of a larger one, without dilation."""
+    sides = zip(large, layer.padding, layer.kernel_size, layer.stride, strict=True)
+    return tuple((n + 2 * p - k) // s + 1 for n, p, k, s in sides)
+
+
+def larger(layer: Any, small: Iterable[int]) -> tuple[int, ...]:
+    """The grid that a transposed layer makes of a smaller one."""
+    sides = zip(
+        small, layer.stride, layer.padding, layer.dilation, layer.kernel_size, layer.output_padding, strict=True
+    )
+    return tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 + extra for n, s, p, d, k, extra in sides)
+
+
+def leaves_rest(large: Iterable[int], stride: Iterable[int]) -> bool:
+    """Whether a grid is no whole number of strides."""
+    return any(n % s for n, s in zip(large, stride, strict=True))

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from aezoo.errors import AezooError
+from aezoo.nets.memory_format import ChannelsLast
 
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
 # a compilation costs about this many seconds, and saves about this share of a step's arithmetic at this many FLOP/s a
@@ -123,8 +124,20 @@ def to_channels_last(module: nn.Module) -> bool:
     """Give 2-D convolutions their faster memory layout; values stay. Returns whether there are any."""
     if not any(isinstance(part, nn.Conv2d | nn.ConvTranspose2d) for part in module.modules()):
         return False
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _lay(module, torch.channels_last)
     return True
+
+
+def to_channels_first(module: nn.Module) -> None:
+    """Give weights torch's usual memory layout again; values stay."""
+    _lay(module, torch.contiguous_format)
+
+
+def _lay(module: nn.Module, memory_format: torch.memory_format) -> None:
+    module.to(memory_format=memory_format)  # type: ignore[call-overload]
+    for part in module.modules():
+        if isinstance(part, ChannelsLast):
+            part.on = memory_format is torch.channels_last
 
 
 def keep_pages() -> bool:

@@ -21,6 +21,7 @@ from aezoo.corruptions import Corruption
 from aezoo.errors import AezooError
 from aezoo.likelihoods import Likelihood
 from aezoo.metrics import Evaluation, Means
+from aezoo.nets.memory_format import like
 from aezoo.precision import at_least_float32 as at_least_float32  # models find it here, beside the contract
 from aezoo.randomness import forked_rng, mix, seed_all
 
@@ -170,7 +171,7 @@ class Autoencoder(Checked, pl.LightningModule):
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
         """-log p(x | params) in nats per sample, in at least float32: (B, *shape), (B, *shape) -> (B,)."""
-        return -self.likelihood.log_prob(at_least_float32(params), at_least_float32(x))
+        return -self.likelihood.log_prob(at_least_float32(params), like(at_least_float32(x), params))
 
     def batch_mean(self, values: Tensor) -> Tensor:
         """Mean over the batch dimension, in training over the batches of all ranks, with gradient.
@@ -351,7 +352,7 @@ class Autoencoder(Checked, pl.LightningModule):
         self._compiled, self.takes_bytes = None, False
         if self._channels_last:
             # the same bits as a model that is loaded from a file
-            self.to(memory_format=torch.contiguous_format)
+            acceleration.to_channels_first(self)
             self._channels_last = False
 
     def on_train_start(self) -> None:

@@ -14,6 +14,7 @@ from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.nets.conv2d import Conv2d, ConvTranspose2d
 from aezoo.nets.linear import Linear
+from aezoo.nets.memory_format import ChannelsLast, Flatten
 from aezoo.nets.narrow import Conv1d, Conv3d
 from aezoo.nets.transposed import ConvTranspose1d, ConvTranspose3d
 
@@ -54,8 +55,8 @@ def head(code_shape: tuple[int, ...], grid_shape: tuple[int, ...], rank: int) ->
     """Layers between the last feature map and the code: linear for a vector, a 1x1 convolution for a map."""
     if len(code_shape) == 1:
         size = math.prod(grid_shape)
-        down = nn.Sequential(nn.Flatten(), Linear(size, code_shape[0]))
-        up = nn.Sequential(Linear(code_shape[0], size), nn.Unflatten(1, grid_shape))
+        down = nn.Sequential(Flatten(), Linear(size, code_shape[0]))
+        up = nn.Sequential(Linear(code_shape[0], size), nn.Unflatten(1, grid_shape), ChannelsLast())
         return down, up
     if tuple(code_shape[1:]) != tuple(grid_shape[1:]):
         raise AezooError(

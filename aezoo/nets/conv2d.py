@@ -44,8 +44,7 @@ _CACHE = 2**21
 
 def _is_torchs(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
     """A graph for elsewhere should say convolution, inductor makes slow loops of the rest, GPUs have their own."""
-    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return in_graph or linear.needs_torch() or not _is_plain(layer, x)
+    return linear.in_graph() or linear.needs_torch() or not _is_plain(layer, x)
 
 
 def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:

@@ -49,6 +49,11 @@ HALVED = _halved()
 TILES = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))
 
 
+def in_graph() -> bool:
+    """Whether the operations of a graph are written down now, for inductor or for other programs."""
+    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
 def goes_elsewhere() -> bool:
     """Whether a graph is made for other programs, which should say what torch says."""
     return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[attr-defined]
@@ -107,7 +112,7 @@ if not hasattr(torch.ops.aezoo, "product"):
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
         lib=_ops,
     )
-in_graph = torch.ops.aezoo.product.default
+as_operator = torch.ops.aezoo.product.default
 
 
 def _flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
@@ -123,7 +128,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: (..., K), (N, K), (N,) -> (..., N)."""
     if HALVED and _suits(x, weight, bias):
         if torch.compiler.is_compiling():
-            out: Tensor = in_graph(x, weight, bias)
+            out: Tensor = as_operator(x, weight, bias)
         else:
             out = Product.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
         return out

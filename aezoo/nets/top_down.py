@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from aezoo.nets.conv2d import Conv2d
 from aezoo.nets.levels import Conditional, Level, Pair
+from aezoo.nets.memory_format import ChannelsLast, in_order
 from aezoo.precision import at_least_float32
 
 Grid = tuple[int, int]
@@ -82,7 +83,7 @@ class BottomUp(nn.Module):
                 y = F.avg_pool2d(y, 2, ceil_mode=True, count_include_pad=False)
             for block in blocks:  # type: ignore[attr-defined]
                 y = y + block(y)
-            found.append(y)
+            found.append(in_order(y))
         return found
 
 
@@ -114,7 +115,7 @@ class TopDownBlock(nn.Module):
         level = Level.of(prior if a is None else gaussian(self.q(torch.cat([y, a], 1))), prior, z, draw)
         y = y + f + self.of_z(level.z.to(self.of_z.weight.dtype))
         y = y + self.net(y)
-        return y, Level(*(part.flatten(1) for part in level))
+        return y, Level(*(in_order(part).flatten(1) for part in level))
 
 
 def gaussian(values: Tensor) -> Pair:
@@ -148,6 +149,7 @@ class TopDown(nn.Module):
         self.sizes = [size for stage in reversed(sizes) for size in stage]
         self.gain, self.bias = nn.Parameter(torch.ones(width, 1, 1)), nn.Parameter(torch.zeros(width, 1, 1))
         self.last = conv(width, input_shape[0], 1)
+        self.channels_last = ChannelsLast()
 
     def forward(self, z: Tensor) -> Tensor:
         return self.given(z)[0]
@@ -177,11 +179,11 @@ class TopDown(nn.Module):
         levels: list[Level] = []
         y = torch.zeros(())
         for i in reversed(range(len(self.grids))):
-            start, (rows, columns) = self.starts[i], self.grids[i]
+            start, (rows, columns) = self.starts[i][None], self.grids[i]
             if levels:
-                y = F.interpolate(y, scale_factor=2.0)[:, :, :rows, :columns] + start
+                y = in_order(F.interpolate(y, scale_factor=2.0))[:, :, :rows, :columns] + self.channels_last(start)
             else:
-                y = start.expand(n, len(start), rows, columns)
+                y = self.channels_last(start.expand(n, -1, rows, columns))
             for block in self.stages[i]:  # type: ignore[attr-defined]
                 z = given[len(levels)] if len(levels) < len(given) else None
                 y, level = block(y, None if a is None else a[i], z, draw)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, grids, head, map_shape, rank_of
+from aezoo.nets.memory_format import in_order
 
 __all__ = ["Decoder", "Encoder", "map_shape"]
 
@@ -41,7 +42,7 @@ class _Doubled(nn.Module):
         self.up = nn.Upsample(scale_factor=2, mode="nearest")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
+        x = in_order(self.up(x))
         for axis, side in enumerate(self.grid, start=2):
             x = x.narrow(axis, 0, side)
         return x

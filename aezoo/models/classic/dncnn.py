@@ -59,7 +59,8 @@ class Clean(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         if not self.residual:
             return self.last(z)
-        return z[:, : self.channels] - self.last(z[:, self.channels :])
+        y, h = z.split([self.channels, z.shape[1] - self.channels], 1)
+        return y - self.last(h)
 
 
 class DnCNN(Autoencoder):

@@ -30,6 +30,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.features import VGG, FeatureNet, random_features, vgg_features
+from aezoo.nets.memory_format import in_order
 
 
 class PerceptualVAE(VAE):
@@ -126,7 +127,7 @@ class PerceptualVAE(VAE):
         with torch.autocast(x.device.type, enabled=False):
             x_hat = self.likelihood.mean(at_least_float32(params))
             pairs = zip(net(x_hat), net(at_least_float32(x)), strict=True)
-            distances = [((a - b) ** 2).flatten(1).mean(1) / 2 for a, b in pairs]
+            distances = [in_order((a - b) ** 2).flatten(1).mean(1) / 2 for a, b in pairs]
             return self.weight * torch.stack(distances).sum(0)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

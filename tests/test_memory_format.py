@@ -1,0 +1,187 @@
+"""Images keep one order in memory through a training step, whatever they come from and go to."""
+
+from collections import Counter
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import aezoo
+from aezoo.acceleration import to_channels_first, to_channels_last
+from aezoo.nets.memory_format import ChannelsLast, Flatten, in_order, like
+
+LAST = torch.channels_last
+# smaller ones take no time in any order
+MANY = 2_000
+
+
+class Mixed(TorchDispatchMode):
+    """Counts operations on images of one shape of which some lie with channels first, some with channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        images = [x for x in args if isinstance(x, Tensor) and x.dim() == 4 and x.numel() >= MANY]
+        images = [x for x in images if x.shape == images[0].shape and min(x.shape) > 1 and 0 not in x.stride()]
+        if len({x.stride(1) == 1 for x in images}) > 1 and "copy" not in str(func):
+            self.found[f"{func} {tuple(images[0].shape)}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def mixed(name: str, shape: tuple[int, ...], **settings: Any) -> Counter[str]:
+    torch.manual_seed(0)
+    model = aezoo.create_model(name, shape, **settings)
+    assert to_channels_last(model)
+    model._channels_last = True  # as a fit has it
+    model.train()
+    x, y = model.begin_step((torch.rand(16, *shape), torch.randint(0, 10, (16,))), 0)
+    with Mixed() as mode:
+        model.step_terms(x, y)[0]["loss"].backward()
+    return mode.found
+
+
+@pytest.mark.parametrize("net", ["conv", "resnet", "convnext", "unet"])
+@pytest.mark.parametrize("widths", [(32,), (16, 32, 64)])
+def test_networks_mix_no_orders(net: str, widths: tuple[int, ...]) -> None:
+    assert not mixed("vae", (3, 28, 28), net=net, hidden_dims=widths)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("iwae", {"net": "conv", "hidden_dims": (16, 32)}),
+        ("perceptual_vae", {"net": "conv", "hidden_dims": (16, 32)}),
+        ("hierarchical_vae", {"net": "conv", "hidden_dims": (16, 32)}),
+        ("conv_ae", {}),
+    ],
+)
+def test_models_mix_no_orders(name: str, settings: dict[str, Any]) -> None:
+    assert not mixed(name, (3, 28, 28), **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "operation"),
+    [
+        ("dncnn", {"depth": 4, "width": 16, "likelihood": "gaussian"}, "aten.add.Tensor (16, 3, 28, 28)"),
+        ("vdvae", {"latent_channels": 4, "enc_blocks": (1,), "dec_blocks": (1,)}, "aten.mul.Tensor (16, 4, 28, 28)"),
+    ],
+)
+def test_only_noise_is_of_its_own_order(name: str, settings: dict[str, Any], operation: str) -> None:
+    # it is drawn with channels first, so as not to depend on how images lie
+    assert {*mixed(name, (3, 28, 28), **settings)} == {operation}
+
+
+def test_the_streams_of_vdvae_lie_with_channels_last() -> None:
+    found = mixed("vdvae", (3, 27, 27))
+    assert all(what.startswith("aten.mul.Tensor (16, 4,") for what in found), found
+
+
+def test_the_count_sees_two_orders() -> None:
+    x = torch.rand(2, 3, 20, 20).contiguous(memory_format=LAST)
+    with Mixed() as mode:
+        x + x.contiguous()
+        x + x
+    assert mode.found == {"aten.add.Tensor (2, 3, 20, 20)": 1}
+
+
+class Seen(nn.Identity):
+    """Keeps the gradient of what goes through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x.register_hook(lambda g: setattr(self, "gradient", g))
+        return x
+
+
+def test_a_flattened_image_has_its_gradient_in_its_own_order() -> None:
+    x = torch.rand(2, 3, 4, 5, dtype=torch.float64)
+    weight = torch.rand(2, 60, dtype=torch.float64)
+    for image, last in ((x.contiguous(memory_format=LAST), True), (x, False), (x[:, :1], False)):
+        seen = Seen()
+        out = Flatten()(seen(image.requires_grad_()))
+        assert torch.equal(out, image.flatten(1))
+        (out * weight[:, : out.shape[1]]).sum().backward()
+        assert torch.equal(seen.gradient, weight[:, : out.shape[1]].view_as(image))
+        assert (seen.gradient.stride(1) == 1) == last
+
+
+def test_it_has_derivatives_of_any_order() -> None:
+    x = torch.rand(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=LAST).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: Flatten()(x) ** 3, x)
+    assert torch.autograd.gradgradcheck(lambda x: Flatten()(x) ** 3, x)
+    per_sample = torch.func.vmap(torch.func.grad(lambda x: (in_order(x[None]) ** 3).sum()))(x.detach())
+    assert torch.equal(per_sample, 3 * x.detach() ** 2)
+
+
+def test_other_tensors_are_left_alone() -> None:
+    image = torch.rand(2, 3, 4, 5).contiguous(memory_format=LAST)
+    assert in_order(image) is image  # no gradient
+    one_channel = torch.zeros(2, 1, 4, 5).as_strided((2, 1, 4, 5), (20, 1, 5, 1))
+    for other in (torch.rand(2, 3, 4, 5), torch.rand(2, 60), one_channel):
+        assert in_order(other.requires_grad_()) is other
+    volume = torch.rand(2, 3, 2, 4, 5).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    assert in_order(volume) is volume
+
+
+def test_data_lie_as_what_they_are_compared_with() -> None:
+    first = torch.rand(2, 3, 4, 5)
+    last = first.contiguous(memory_format=LAST)
+    assert like(first, last).stride() == last.stride() and torch.equal(like(first, last), first)
+    assert like(first, first) is first and like(last, first) is last
+    vectors = torch.rand(2, 60)
+    assert like(vectors, vectors) is vectors
+
+
+def test_maps_from_vectors_lie_so_once_the_model_does() -> None:
+    model = aezoo.create_model("conv_ae", (1, 28, 28))
+    names, z = [*model.state_dict()], torch.rand(2, *model.code_shape)
+    part = next(part for part in model.decoder.modules() if isinstance(part, ChannelsLast))
+    x = torch.rand(2, 3, 4, 5)
+    assert part(x) is x
+    before = model.decode(z)
+    assert to_channels_last(model) and part.on
+    assert part(x).stride(1) == 1 and torch.equal(part(x), x)
+    vectors = torch.rand(2, 60)
+    assert part(vectors) is vectors
+    torch.testing.assert_close(model.decode(z), before)
+    assert [*model.state_dict()] == names
+    to_channels_first(model)
+    assert not part.on and torch.equal(model.decode(z), before)
+
+
+def test_a_fitted_model_computes_as_one_that_is_loaded() -> None:
+    x, model = torch.rand(16, 1, 28, 28), aezoo.create_model("conv_ae", (1, 28, 28))
+    pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    ).fit(model, aezoo.DataModule.from_arrays(x, batch_size=8, val_fraction=0.5, test_fraction=0))
+    again = aezoo.create_model("conv_ae", (1, 28, 28))
+    again.load_state_dict(model.state_dict())
+    model.eval(), again.eval()
+    assert torch.equal(model(x), again(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_graphs_plan_their_own_memory() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), Flatten(), nn.Unflatten(1, (4, 2, 3)), ChannelsLast())
+    net[3].on = True
+    x = torch.rand(2, 3, 4, 5).contiguous(memory_format=LAST)
+    assert net(x).stride(1) == 1
+    for graph in (torch.export.export(net, (x,)).module(), torch.jit.trace(net, x, check_trace=False)):
+        assert graph(x).is_contiguous()
+    compared = torch.jit.trace(lambda y: like(y, x), torch.rand(2, 3, 4, 5), check_trace=False)
+    assert compared(torch.rand(2, 3, 4, 5)).is_contiguous()
+
+    compiled: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(graph.code)
+        return graph.forward
+
+    torch.compile(net, backend=keep)(x).sum().backward()
+    (code,) = compiled
+    assert "flatten" in code and "channels_last" not in code and "autograd" not in code, code

@@ -382,10 +382,13 @@ def _broken(gradients: list[Any]) -> bool:
 def _norms(gradients: list[Any]) -> list[Tensor]:
     """The norm of each gradient, in float32 at least."""
     dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
-    low = any(gradient.dtype in (torch.float16, torch.bfloat16) for gradient in dense)
+    kinds = {gradient.dtype for gradient in dense}
+    low = bool(kinds & {torch.float16, torch.bfloat16})
+    # torch refuses to narrow
+    dtype = (torch.float64 if torch.float64 in kinds else torch.float32) if low else None
     if dense[0].is_cpu:  # where torch._foreach_norm takes longer
-        return [torch.linalg.vector_norm(gradient, dtype=torch.float32 if low else None) for gradient in dense]
-    norms = torch._foreach_norm(dense, 2, torch.float32) if low else torch._foreach_norm(dense)
+        return [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in dense]
+    norms = torch._foreach_norm(dense, 2, dtype) if low else torch._foreach_norm(dense)
     return [norm if norm.dtype == torch.float32 else norm.float() for norm in norms]
 
 

@@ -356,6 +356,9 @@ class Autoencoder(Checked, pl.LightningModule):
             self._channels_last = False
 
     def on_train_start(self) -> None:
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        if epoch_loop.restarted_on_train_batch_end and epoch_loop.batch_progress.is_last_batch:
+            self._train_means.reset()  # of an epoch that Lightning takes for over
         for held in self.trainer.optimizers:
             optimizers.align(held)
         self._prepare_step()
@@ -387,8 +390,7 @@ class Autoencoder(Checked, pl.LightningModule):
             )
         if light and _is_own(type(self)):
             loop.trust(self.trainer)
-        # NumPy's and Python's generators are drawn from in a step by code of others only
-        self._noise_is_torch_s = light and loop.batch_is_private(self.trainer) and _is_own(type(self))
+        self._noise_is_torch_s = light and loop.noise_is_torchs(self.trainer) and _is_own(type(self))
         self.takes_bytes = chosen and light and loop.batch_is_private(self.trainer)
 
     def _worth_compiling(self) -> bool:

@@ -68,6 +68,8 @@ class Group(NamedTuple):
         tensors: moments and, last, the counts of steps, in the kernel's order; none without a kernel.
         counted: all counts in one tensor, which those of `tensors` are views of; None without a kernel.
         kernel: the update, if it is called by itself.
+        members: all parameters, if somebody may exchange them.
+        found: dictionaries, keys and values that a step would find otherwise if somebody had changed them.
     """
 
     settings: dict[str, Any]
@@ -78,6 +80,8 @@ class Group(NamedTuple):
     tensors: list[list[Tensor]]
     counted: Tensor | None
     kernel: Callable[..., Any] | None
+    members: list[nn.Parameter]
+    found: list[tuple[dict[Any, Any], Any, Any]]
 
     @property
     def changed(self) -> list[Tensor]:
@@ -113,10 +117,11 @@ class FusedStep:
 
     Args:
         optimizer: any of torch's.
+        alone: nobody's code runs between two steps that could change more of it than its settings.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, alone: bool = False) -> None:
+        self._optimizer, self._alone = optimizer, alone
         step = vars(optimizer).get("step")
         # a schedule wraps a first step to see that it comes before its own
         own_step = step is None or hasattr(step, "_wrapped_by_lr_sched")
@@ -129,15 +134,15 @@ class FusedStep:
     @property
     def groups(self) -> list[Group]:
         """What the next step changes, one list as long as that holds; empty where it may be more."""
-        known = self._suits and self._state is self._optimizer.state and not self._has_grown()
+        known = self._suits and self._state is self._optimizer.state and not self._has_changed()
         return self._groups if known else []
 
     def __call__(self) -> None:
         optimizer = self._optimizer
-        if not self._suits or self._is_watched():
+        if not self._suits or self.is_watched():
             optimizer.step()
             return
-        if self._state is not optimizer.state or self._has_grown():
+        if self._state is not optimizer.state or self._has_changed():
             optimizer.step()
             self._look_up()
             return
@@ -165,8 +170,8 @@ class FusedStep:
                     maximize=settings["maximize"],
                 )
 
-    def _is_watched(self) -> bool:
-        """Somebody's code belongs to a step, or a device decides whether it is taken."""
+    def is_watched(self) -> bool:
+        """Whether somebody's code belongs to a step, or a device decides whether it is taken."""
         optimizer: Any = self._optimizer
         return bool(
             optimizer._optimizer_step_pre_hooks
@@ -176,10 +181,12 @@ class FusedStep:
             or getattr(optimizer, "found_inf", None) is not None
         )
 
-    def _has_grown(self) -> bool:
+    def _has_changed(self) -> bool:
         return len(self._groups) != len(self._optimizer.param_groups) or any(
             len(group.settings["params"]) != len(group.parameters) + len(group.idle)
+            or any(a is not b for a, b in zip(group.settings["params"], group.members, strict=False))
             or any(parameter.grad is not None for parameter in group.idle)
+            or any(of.get(key) is not value for of, key, value in group.found)
             for group in self._groups
         )
 
@@ -197,11 +204,22 @@ class FusedStep:
         idle = [p for p in settings["params"] if p not in states]
         held, memory = [*states.values()], _MEMORIES[type(self._optimizer)]
         if not self._has_kernel:
-            return Group(settings, [*states], idle, held, memory, [], None, None)
+            return Group(settings, [*states], idle, held, memory, [], None, None, *self._seen(settings, states))
         counted = torch.stack([state["step"] for state in held]) if states else torch.zeros(0)
         for state, count in zip(held, counted.unbind(), strict=True):
             state["step"] = count
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
         tensors = [_in_order([state[name] for state in held if name in state]) for name in names]
         kernel = torch._fused_adamw_ if settings["decoupled_weight_decay"] else torch._fused_adam_
-        return Group(settings, [*states], idle, held, memory, tensors, counted, kernel)
+        return Group(settings, [*states], idle, held, memory, tensors, counted, kernel, *self._seen(settings, states))
+
+    def _seen(self, settings: dict[str, Any], states: dict[Any, dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+        """Members and what was found of a group."""
+        if self._alone:
+            return [], []
+        of_kernel = ("fused", "capturable", "amsgrad", "decoupled_weight_decay")
+        found = [(settings, name, settings.get(name)) for name in of_kernel]
+        found += [(self._state, parameter, state) for parameter, state in states.items()]
+        for state in states.values():
+            found += [(state, name, value) for name, value in state.items() if isinstance(value, Tensor)]
+        return [*settings["params"]], found

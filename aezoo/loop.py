@@ -25,7 +25,6 @@ from torch import Tensor
 
 from aezoo.acceleration import flushed_denormals
 from aezoo.capture import CapturedStep
-from aezoo.fused import FusedStep
 from aezoo.optimizers import with_gradients
 from aezoo.plan import Plan, is_plain, transfer
 from aezoo.rollback import Rollback
@@ -105,8 +104,6 @@ def lighten(trainer: pl.Trainer) -> bool:
     Returns:
         Whether it is taken.
     """
-    module, loader = trainer.lightning_module, trainer.train_dataloader
-    optimizers = trainer.optimizers
     lacks = missing(trainer)
     if lacks is not None:
         rank_zero_warn(
@@ -117,6 +114,14 @@ def lighten(trainer: pl.Trainer) -> bool:
     loop = trainer.fit_loop.epoch_loop
     if type(loop) not in (_TrainingEpochLoop, LightLoop):
         return False
+    loop.__class__ = LightLoop
+    loop.plan = plan_of(trainer)
+    return loop.plan is not None
+
+
+def plan_of(trainer: pl.Trainer) -> Plan | None:
+    """Who has a part in a step, if the light loop does the same for them as Lightning's."""
+    module, loader, optimizers = trainer.lightning_module, trainer.train_dataloader, trainer.optimizers
     suits = (
         module.automatic_optimization
         and is_plain(trainer)
@@ -129,15 +134,19 @@ def lighten(trainer: pl.Trainer) -> bool:
         and not is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
         and loader is not None
     )
-    loop.__class__ = LightLoop
-    loop.plan = Plan(trainer) if suits else None
-    return suits
+    return Plan(trainer) if suits else None
 
 
 def batch_is_private(trainer: pl.Trainer) -> bool:
     """Nobody but the step itself reads the values of a batch in this fit."""
     plan = getattr(trainer.fit_loop.epoch_loop, "plan", None)
     return plan is not None and plan.batch_is_private
+
+
+def noise_is_torchs(trainer: pl.Trainer) -> bool:
+    """Nobody draws from NumPy's or Python's generators in this fit."""
+    plan = getattr(trainer.fit_loop.epoch_loop, "plan", None)
+    return plan is not None and plan.noise_is_torchs
 
 
 def capture(trainer: pl.Trainer) -> bool:
@@ -173,14 +182,13 @@ class LightLoop(_TrainingEpochLoop):
     _norm: Tensor | None = None
 
     def run(self, data_fetcher: Any) -> None:
-        plan, trainer = self.plan, self.trainer
-        if plan is not None:
-            if plan.module is not trainer.lightning_module or plan.optimizer is not trainer.optimizers[0]:
-                self.plan = None  # the trainer goes on with a module or an optimiser that has not asked for this loop
-            else:
-                plan.step = FusedStep(plan.optimizer)
-                if plan.rollback is not None:
-                    plan.rollback.begin_epoch(plan.step if plan.can_go_back(trainer) else None)
+        trainer = self.trainer
+        if self.plan is not None and not self.plan.is_of(trainer):
+            self._plan_anew()
+        if self.plan is not None:
+            self.plan.begin_epoch(trainer)
+            if self.plan.rollback is not None:
+                self.plan.rollback.begin_epoch(self.plan.step if self.plan.can_go_back(trainer) else None)
         with flushed_denormals():
             try:
                 super().run(data_fetcher)
@@ -192,8 +200,27 @@ class LightLoop(_TrainingEpochLoop):
             self.plan.rollback.close()
         self.plan = None  # of this fit alone
         super().teardown()
+        self.__class__ = _TrainingEpochLoop
+
+    def _plan_anew(self) -> None:
+        """Others than before have a part in what follows."""
+        self._settle()
+        old, self.plan = self.plan, None
+        assert old is not None
+        # another module has not asked for this loop
+        new = plan_of(self.trainer) if old.module is self.trainer.lightning_module else None
+        if old.rollback is not None:
+            old.rollback.begin_epoch(None)
+        if new is not None:
+            same = new.can_capture and new.optimizer is old.optimizer
+            new.captured, new.rollback = old.captured if same else None, old.rollback
+        elif old.rollback is not None:
+            old.rollback.close()
+        self.plan = new
 
     def advance(self, data_fetcher: Any) -> None:
+        if self.plan is not None and not self.plan.seems_of(self.trainer):
+            self._plan_anew()
         plan = self.plan
         # Lightning's weight averaging passes an epoch without backward
         if plan is None or self.restarting or self.automatic_optimization._skip_backward:
@@ -201,9 +228,14 @@ class LightLoop(_TrainingEpochLoop):
             return
         trainer, progress = self.trainer, self.batch_progress
         connector, results = trainer._logger_connector, self._results
-        self.val_loop.restarting, self._loud = False, plan.guard is None
+        # somebody may have said otherwise since the epoch began
+        simple = trainer.accumulate_grad_batches == 1 and not plan.step.is_watched()
         if plan.rollback is not None:
+            if not simple:
+                plan.rollback.settle()
+                plan.rollback.begin_epoch(None)
             plan.rollback.prepare_step()
+        self.val_loop.restarting, self._loud = False, plan.guard is None or not simple
         batch = next(data_fetcher)[0] if plan.prepare is None else self._next(data_fetcher)
         batch_idx = progress.current.ready
         progress.is_last_batch = data_fetcher.done
@@ -273,30 +305,34 @@ class LightLoop(_TrainingEpochLoop):
     def _ask(self, hook: str, *args: Any) -> None:
         trainer, plan = self.trainer, self.plan
         assert plan is not None
-        asked = (plan.hooks if self._loud else plan.quiet)[hook]
-        if not asked:
-            return
-        attributes = vars(plan.module)  # past torch's __setattr__, which looks for parameters
+        # the guard remembers at its own place among those who may change what it remembers
+        remembers = hook == "on_train_batch_start" and not (plan.rollback is not None and plan.rollback.is_trusting)
+        for method, is_module in (plan.hooks if self._loud or remembers else plan.quiet)[hook]:
+            self._named(hook, method, *args) if is_module else self._named(hook, method, trainer, plan.module, *args)
+
+    def _named(self, name: str, call: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call what is logged from under this name."""
+        assert self.plan is not None
+        attributes = vars(self.plan.module)  # past torch's __setattr__, which looks for parameters
         before = attributes["_current_fx_name"]
-        attributes["_current_fx_name"] = hook
-        for method, is_module in asked:
-            if is_module:
-                method(*args)
-            else:
-                method(trainer, plan.module, *args)
+        attributes["_current_fx_name"] = name
+        result = call(*args, **kwargs)
         attributes["_current_fx_name"] = before
+        return result
 
     def _optimise(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         plan, trainer = self.plan, self.trainer
         assert plan is not None
-        if plan.captured is not None and trainer.accumulate_grad_batches == 1 and not trainer.lr_scheduler_configs:
+        watched = plan.own_step or plan.step.is_watched()
+        a_graph = plan.captured is not None and not trainer.lr_scheduler_configs and not watched
+        if a_graph and trainer.accumulate_grad_batches == 1:
             return self._replay(batch, batch_idx)
         if trainer.accumulate_grad_batches > 1 and self._should_accumulate():
             return self._forward_and_backward(batch, batch_idx)
-        if plan.own_step:
+        if watched:
             outputs: list[dict[str, Any]] = []
 
-            def closure() -> Any:
+            def closure(*_: Any, **__: Any) -> Any:
                 with torch.enable_grad():
                     outputs.append(self._forward_and_backward(batch, batch_idx))
                 return outputs[-1].get("loss")
@@ -313,6 +349,8 @@ class LightLoop(_TrainingEpochLoop):
         output: dict[str, Any] | None = None
         if plan.rollback is not None and plan.rollback.is_trusting:
             output = self._trusted(plan.rollback, batch, batch_idx)
+            if output is None:
+                plan.guard.remember()
         if output is None:
             output = self._looked_at(batch, batch_idx)
         self._ask("on_before_optimizer_step", plan.optimizer)
@@ -328,13 +366,12 @@ class LightLoop(_TrainingEpochLoop):
         """Gradients of a step that the guard looks at, if there is one to be asked in place of its hooks."""
         plan = self.plan
         assert plan is not None
-        if plan.guard is None:
+        if self._loud:
             return self._forward_and_backward(batch, batch_idx)
-        plan.guard.remember()
         output = self._forward_and_backward(batch, batch_idx)
         self._norm = None
         by_norm = self.trainer.gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM)
-        if self.trainer.gradient_clip_val and by_norm and plan.clips_by_norm:
+        if (self.trainer.gradient_clip_val or 0) > 0 and by_norm and plan.clips_by_norm:
             gradients: list[Any] = [parameter.grad for parameter in with_gradients(plan.optimizer)]
             self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
         self._consult(plan.guard, output)
@@ -346,7 +383,8 @@ class LightLoop(_TrainingEpochLoop):
         assert plan is not None
         most, norm, self._norm = trainer.gradient_clip_val, self._norm, None
         if norm is None:
-            plan.module.clip_gradients(plan.optimizer, most, trainer.gradient_clip_algorithm)
+            how = {"gradient_clip_val": most, "gradient_clip_algorithm": trainer.gradient_clip_algorithm}
+            self._named("configure_gradient_clipping", plan.module.clip_gradients, plan.optimizer, **how)
         elif norm + _EPSILON > most:
             torch.nn.utils.clip_grads_with_norm_(with_gradients(plan.optimizer), float(most), norm)
 
@@ -399,6 +437,8 @@ class LightLoop(_TrainingEpochLoop):
         self.batch_progress.is_last_batch = is_last
         batch = plan.prepare(batch, 0)
         self.batch_progress.increment_ready()
+        self._loud = False
+        plan.guard.remember()
         self.batch_progress.increment_started()
         output = self._optimise(batch, batch_idx)
         self._end_step()
@@ -454,23 +494,23 @@ class LightLoop(_TrainingEpochLoop):
 
     def _forward_and_backward(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """The step but for the optimiser: loss, zeroed gradients, gradients; returns what callbacks get as outputs."""
+        if not torch.is_grad_enabled():
+            with torch.enable_grad():
+                return self._forward_and_backward(batch, batch_idx)
         trainer, plan = self.trainer, self.plan
         assert plan is not None
         module, optimizer = plan.module, plan.optimizer
         arguments = (batch, batch_idx) if plan.takes_index else (batch,)
-        attributes = vars(module)
-        before = attributes["_current_fx_name"]
-        attributes["_current_fx_name"] = "training_step"
         if plan.context is None:
-            output = module.training_step(*arguments)
+            output = self._named("training_step", module.training_step, *arguments)
         else:
             with plan.context():
-                output = module.training_step(*arguments)
-        attributes["_current_fx_name"] = before
+                output = self._named("training_step", module.training_step, *arguments)
         accumulated = trainer.accumulate_grad_batches
         if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
-            loss = output["loss"] if accumulated == 1 else output["loss"] / accumulated
-            output = {**output, "loss": loss.detach()}
+            shared = accumulated == 1 and plan.loss_is_private
+            loss = output["loss"] if shared else output["loss"] / accumulated
+            output = {"loss": None, **output} | {"loss": loss.detach() if shared else loss.detach().clone()}
         else:
             # a tensor, None, another mapping, or the message on what it should be
             result = ClosureResult.from_training_step_output(output, accumulated)
@@ -485,7 +525,8 @@ class LightLoop(_TrainingEpochLoop):
             self._ask("on_before_zero_grad", optimizer)
             zero_grad.increment_started()
             if plan.own_zero_grad:
-                module.optimizer_zero_grad(trainer.current_epoch, batch_idx, optimizer)
+                of_step = trainer.current_epoch, batch_idx, optimizer
+                self._named("optimizer_zero_grad", module.optimizer_zero_grad, *of_step)
             else:
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
@@ -493,6 +534,6 @@ class LightLoop(_TrainingEpochLoop):
             zero_grad.increment_completed()
         if loss is not None:
             self._ask("on_before_backward", loss)
-            module.backward(loss)
+            self._named("backward", module.backward, loss)
             self._ask("on_after_backward")
         return output

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
+from torch.nn.modules import module as of_modules
 
 from aezoo.capture import CapturedStep
 from aezoo.constraint import Constrained
@@ -28,6 +29,8 @@ from aezoo.fused import FusedStep
 from aezoo.rollback import Rollback
 
 Hook = Callable[..., Any]
+# of all modules at once; private to torch
+_GLOBAL_HOOKS = [name for name in vars(of_modules) if name.startswith("_global_") and name.endswith("_hooks")]
 _AROUND_STEP = ("on_train_batch_start", "on_train_batch_end")
 _WITHIN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 # of these what a CUDA graph can hold
@@ -36,6 +39,9 @@ _RECORDED = ("on_before_backward", "on_before_optimizer_step")
 _READ_NO_WEIGHTS = (LearningRateMonitor, ModelCheckpoint, ProgressBar, Timer)
 # one of these is reason enough to leave the step to Lightning
 _OWN_STEP = ("optimizer_step", "configure_gradient_clipping", "lr_scheduler_step")
+# what a module may be given of its own while it trains
+_OF_MODULE = (*_AROUND_STEP, *_WITHIN_STEP, *_OWN_STEP, "training_step", "backward", "clip_gradients")
+_OURS = ("aezoo", "lightning")
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device")
 
 
@@ -55,15 +61,27 @@ class Plan:
         module: Any = trainer.lightning_module  # any LightningModule: this package's have further methods
         self.module = module
         self.optimizer = trainer.optimizers[0]
+        self._parties = _parties(trainer)
         precision = trainer.precision_plugin
         self.context = None if type(precision) is Precision else precision.train_step_context
         self.hooks = {name: asked(name, trainer) for name in (*_AROUND_STEP, *_WITHIN_STEP)}
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        self._callbacks = len(callbacks)
         hooked = [_owner(hook) for name in _AROUND_STEP for hook, _ in self.hooks[name]]
         # those of this package and of Lightning read no more of a batch than its length
-        self.batch_is_private = all(type(who).__module__.partition(".")[0] in ("aezoo", "lightning") for who in hooked)
+        self.batch_is_private = all(_is_ours(who) for who in hooked)
+        layers = all(type(part).__module__.startswith(("aezoo.", "torch.")) for part in module.modules())
+        # no code of others runs
+        self.is_private = layers and all(_is_ours(callback) for callback in callbacks)
+        # they alone draw from NumPy's and Python's generators
+        self.noise_is_torchs = self.is_private and type(trainer.train_dataloader) is ResidentLoader
+        within = [_owner(hook) for name in _WITHIN_STEP for hook, _ in self.hooks[name]]
+        # nobody can change the loss between a step and its end
+        self.loss_is_private = all(_is_ours(who) for who in (*hooked, *within)) and _is_ours_too(module, "backward")
         constrained = isinstance(module, Constrained)
         theirs = Constrained if constrained else pl.LightningModule
         self.own_step = any(is_overridden(name, module, theirs) for name in _OWN_STEP)
+        self.own_step |= not _is_ours_too(module, "clip_gradients") or not _steps_by_itself(self.optimizer)
         self.after_step: Hook | None = module.after_optimizer_step if constrained else None
         # torch's own does the same among records for its profiler, at ten times the cost
         self.own_zero_grad = (
@@ -107,18 +125,31 @@ class Plan:
         self.clips_by_norm = (
             trainer.strategy.root_device.type == "cpu"
             and type(precision) is Precision
-            and "clip_gradients" not in vars(module)
-            and type(module).clip_gradients.__module__.startswith(("aezoo.", "lightning."))
             and not self.quiet["on_before_optimizer_step"]
         )
         self.plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
+        self.rollback: Rollback | None = None
+        self.begin_epoch(trainer)
+
+    def begin_epoch(self, trainer: pl.Trainer) -> None:
+        """Look up what may change from epoch to epoch."""
+        self.step = FusedStep(self.optimizer, alone=self.is_private)
         # validation after a share of an epoch, by time, or by the count of all batches is Lightning's to judge
         self.validates_at_end = (
             trainer.check_val_every_n_epoch is not None
             and trainer._val_check_time_interval is None  # type: ignore[attr-defined]
             and trainer.val_check_batch in (float("inf"), trainer.num_training_batches)
         )
-        self.rollback: Rollback | None = None
+
+    def is_of(self, trainer: pl.Trainer) -> bool:
+        """Whether all who have a part are those that were looked up."""
+        now = _parties(trainer)
+        return len(now) == len(self._parties) and all(a is b for a, b in zip(now, self._parties, strict=True))
+
+    def seems_of(self, trainer: pl.Trainer) -> bool:
+        """The same at less cost, which most steps can be asked for."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        return self.optimizer is trainer.optimizers[0] and len(callbacks) == self._callbacks
 
     def can_go_back(self, trainer: pl.Trainer) -> bool:
         """Whether a step can be found to be bad later, as nobody has a part in it or sees what it has left.
@@ -140,6 +171,7 @@ class Plan:
             and (data is None or _is_as_written(data))
             and _is_as_written(self.module)
             and all(_is_watched_by_nobody(part) for part in self.module.modules())
+            and not any(getattr(of_modules, name) for name in _GLOBAL_HOOKS)
             and not any(not own for name in _WITHIN_STEP for _, own in self.quiet[name])
             and all(_reads_no_weights(hook, own) for name in _AROUND_STEP for hook, own in self.quiet[name])
         )
@@ -188,8 +220,32 @@ def in_place(trainer: pl.Trainer, loader: Any) -> Hook | None:
     return _as_it_is if data is None else data.on_after_batch_transfer
 
 
+def _parties(trainer: pl.Trainer) -> list[Any]:
+    module, loader = trainer.lightning_module, trainer.train_dataloader
+    own = [vars(module).get(name) for name in (*_OF_MODULE, *_TRANSFER, "optimizer_zero_grad")]
+    own += [vars(optimizer).get(name) for optimizer in trainer.optimizers for name in ("step", "zero_grad")]
+    parts = module, loader, trainer.strategy, trainer.precision_plugin, trainer.profiler  # type: ignore[attr-defined]
+    return [*parts, *trainer.optimizers, *trainer.callbacks, *own]  # type: ignore[attr-defined]
+
+
 def _owner(hook: Hook) -> Any:
     return getattr(hook, "__self__", None)
+
+
+def _is_ours(who: Any) -> bool:
+    return type(who).__module__.partition(".")[0] in _OURS
+
+
+def _is_ours_too(module: pl.LightningModule, name: str) -> bool:
+    """Whether a method of a module is this package's or Lightning's, whoever wrote its class."""
+    return name not in vars(module) and getattr(type(module), name).__module__.partition(".")[0] in _OURS
+
+
+def _steps_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is torch's, which needs no closure: only a schedule may have wrapped it, to see its order."""
+    own = vars(optimizer).get("step")
+    torchs = str(type(optimizer).step.__module__).startswith("torch.optim.")
+    return torchs and (own is None or hasattr(own, "_wrapped_by_lr_sched"))
 
 
 def _is_as_written(thing: Any) -> bool:
@@ -202,7 +258,9 @@ def _is_as_written(thing: Any) -> bool:
 
 def _is_watched_by_nobody(part: nn.Module) -> bool:
     """Whether a layer of this package or of torch has no hooks, which would see bad weights, and a step twice."""
-    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    hooks: list[Any] = [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks]
+    for parameter in part.parameters(recurse=False):
+        hooks += [parameter._backward_hooks, parameter._post_accumulate_grad_hooks]
     return type(part).__module__.startswith(("aezoo.", "torch.")) and not any(hooks)
 
 

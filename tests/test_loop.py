@@ -1,9 +1,11 @@
 """The light loop does what Lightning's does: the same calls, values, weights and counters, batch for batch."""
 
 import inspect
+import math
 import warnings
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
@@ -16,8 +18,9 @@ from torch.utils.data import DataLoader
 import aezoo
 from aezoo import loop
 from aezoo.acceleration import flushed_denormals
-from aezoo.callbacks import BetaAnnealing, Interrupt
+from aezoo.callbacks import BetaAnnealing, FaultGuard, Interrupt
 from aezoo.data import DataModule
+from aezoo.data.resident import ResidentLoader
 
 DenseAE = aezoo.model_class("dense_ae")
 NO_HOOKS = ("state_key", "state_dict", "load_state_dict")
@@ -28,7 +31,7 @@ HOOKS = [name for name in vars(pl.Callback) if not name.startswith("_") and name
 ADVICE = (
     "Checkpoint directory .* exists", "yielded None", "returned `None`", "Skipping learning rate update",
     "have no `validation_step`", "`dataloader_iter`", "Be aware that when using", "You have overridden",
-    "number of training batches .* is smaller than the logging",
+    "number of training batches .* is smaller than the logging", "have no `val_dataloader`",
 )  # fmt: skip
 
 
@@ -293,6 +296,7 @@ CASES = {
 def fit(folder, model=None, data=data, callbacks=list, ckpt_path=None, trace=None, **plain):
     """A run; returns the trainer."""
     torch.manual_seed(7)
+    np.random.seed(7)
     model = (model or dense())()
     # first and last: between them, others' callbacks are called in their place
     watch = [] if trace is None else [recorder(trace)]
@@ -337,7 +341,7 @@ def same(a, b, path=""):
     elif isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num()), path
     else:
-        assert a == b, path
+        assert a == b or (a != a and b != b), path
 
 
 @pytest.fixture
@@ -512,7 +516,8 @@ def test_a_plan_of_another_module_is_dropped(tmp_path):
     class Stale(pl.Callback):
         def on_train_start(self, trainer, pl_module):
             loop.lighten(trainer)
-            trainer.fit_loop.epoch_loop.plan.module = Foreign()
+            plan = trainer.fit_loop.epoch_loop.plan
+            plan.module = plan._parties[0] = Foreign()
 
         def on_train_batch_end(self, trainer, *args):
             assert trainer.fit_loop.epoch_loop.plan is None
@@ -578,3 +583,309 @@ def test_a_signal_to_end_is_heard_between_two_batches(tmp_path):
     with pytest.raises(SIGTERMException):
         fit(tmp_path, callbacks=lambda: [Signal()], max_epochs=1)
     assert seen == [0, 1]
+
+
+# ---- code of others that changes what the light loop has looked up --------------------------------------------------
+
+
+class At(pl.Callback):
+    """Does something once: at the end of the batch that is this step, or before this epoch."""
+
+    def __init__(self, act, step=None, epoch=None):
+        self.act, self.step, self.epoch = act, step, epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            self.act(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            self.act(trainer, pl_module)
+
+
+def zero_moments(trainer, module):
+    for p, state in trainer.optimizers[0].state.items():
+        state["exp_avg"] = torch.zeros_like(p)
+
+
+def exchange_a_weight(trainer, module):
+    layer = module.encoder[0][1]
+    optimizer, old = trainer.optimizers[0], layer.weight
+    layer.weight = nn.Parameter(old.detach() * 0.5)
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.state[layer.weight] = optimizer.state.pop(old)
+    parameters[next(i for i, p in enumerate(parameters) if p is old)] = layer.weight
+
+
+def unfuse(trainer, module):
+    trainer.optimizers[0].param_groups[0]["fused"] = False
+
+
+def add_a_step_hook(trainer, module):
+    trainer.optimizers[0].register_step_pre_hook(lambda optimizer, args, kwargs: shift_gradients(optimizer))
+
+
+def shift_gradients(optimizer):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                p.grad.add_(0.1)
+
+
+def take_sgd(trainer, module):
+    trainer.optimizers = [torch.optim.SGD(module.parameters(), lr=0.1)]
+
+
+def clamp_after_steps(trainer, module):
+    def optimizer_step(*args, **kwargs):
+        DenseAE.optimizer_step(module, *args, **kwargs)
+        next(module.parameters()).data.clamp_(max=0.1)
+
+    module.optimizer_step = optimizer_step
+
+
+def end_at_the_third_batch(trainer, module):
+    module.on_train_batch_start = lambda batch, batch_idx: -1 if batch_idx == 3 else None
+
+
+def append_a_callback(trainer, module):
+    trainer.callbacks = [*trainer.callbacks, Meddler()]
+
+
+def accumulate(trainer, module):
+    trainer.accumulate_grad_batches = 2
+
+
+class StepHook(DenseAE):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        self.heard = []
+        optimizer.register_step_pre_hook(lambda _, args, kwargs: self.heard.append((len(args), [*kwargs])))
+        optimizer.register_step_post_hook(lambda optimizer, args, kwargs: shift_gradients(optimizer))
+        return optimizer
+
+
+class WrappedStep(DenseAE):
+    """A step that cannot be taken without a closure."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        step = optimizer.step
+        optimizer.step = lambda closure: step(closure)
+        return optimizer
+
+
+class OwnClosure(DenseAE):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.step(closure=lambda: optimizer_closure(backward=True))
+
+
+class LogsAnywhere(DenseAE):
+    def on_train_start(self):
+        super().on_train_start()
+        next(self.parameters()).register_hook(lambda g: self.log("hook", g.norm()))
+
+    def backward(self, loss, *args, **kwargs):
+        self.log("backward", loss.detach())
+        super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        self.log("zero", 1.0)
+        super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+
+class LogsClipping(DenseAE):
+    def clip_gradients(self, *args, **kwargs):
+        self.log("clip", float(len(args)))
+        super().clip_gradients(*args, **kwargs)
+
+
+class Normed(DenseAE):
+    """Has buffers, which a loss that is not finite spoils, and such losses."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm = nn.BatchNorm1d(6)
+
+    def loss(self, x, y=None):
+        terms = super().loss(x, y)
+        bad = self.training and self.trainer.fit_loop.epoch_loop.batch_idx in (2, 5)
+        seen = self.norm(x * math.inf if bad else x).mean()
+        return terms | {"loss": terms["loss"] + seen.detach()}
+
+
+class NumpyNoise(nn.Module):
+    def forward(self, x):
+        return x * torch.as_tensor(np.random.rand(*x.shape), dtype=torch.float32)
+
+
+def with_numpy_noise():
+    model = aezoo.create_model("denoising_ae", (6,), latent_dim=2, hidden_dims=(8,))
+    model.corruption = NumpyNoise()
+    return model
+
+
+class DrawsInEpochs(pl.Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.heard = [*(getattr(pl_module, "heard", None) or []), np.random.rand()]
+
+
+class Augmented(torch.utils.data.Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        return ((torch.as_tensor(np.random.rand(6), dtype=torch.float32) + i / 20) / 2,)
+
+
+class DoublesLoss(pl.Callback):
+    """Changes the loss in place, and sees what comes of it."""
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        with torch.no_grad():
+            loss.mul_(2)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pl_module.heard = [*(getattr(pl_module, "heard", None) or []), float(outputs["loss"]), *outputs]
+
+
+class Exponential(DenseAE):
+    """Needs the value of its loss for its gradient, and names it last."""
+
+    def loss(self, x, y=None):
+        terms = super().loss(x, y)
+        return {"nll": terms["nll"], "loss": (terms["loss"] * 0.01).exp()}
+
+
+class NoGradients(pl.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        torch.set_grad_enabled(False)
+
+
+def adapted():
+    """A model that clips a gradient to the mean of those it has seen."""
+    model = aezoo.create_model("k_sparse", (6,), latent_dim=8, k=2)
+    seen = model.heard = [1.0]
+
+    def clip(g):
+        seen.append(0.9 * seen[-1] + 0.1 * float(g.norm()) if math.isfinite(g.norm()) else seen[-1])
+        return g * min(1.0, seen[-1] / float(g.norm()))
+
+    next(model.parameters()).register_hook(clip)
+    return model
+
+
+class CountsBatches(pl.Callback):
+    """Counts in a buffer, after the guard has remembered it."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.norm.num_batches_tracked.add_(100)
+
+
+class Reloaded(pl.LightningDataModule):
+    """The second epoch's data are others."""
+
+    def __init__(self, later):
+        super().__init__()
+        self.later = later
+
+    def train_dataloader(self):
+        x = torch.rand(40, 6, generator=torch.Generator().manual_seed(1))
+        again = self.trainer.current_epoch > 0
+        return self.later(x) if again else ResidentLoader(x, batch_size=4, shuffle=True, seed=5)
+
+
+class Batches:
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        return iter(self.x.split(4))
+
+
+def whole_batches():
+    return data(drop_last=True)
+
+
+def guarded(*callbacks):
+    return lambda: [FaultGuard(50), *(make() for make in callbacks)]
+
+
+OTHERS = {
+    "clipped to less than nothing": {"gradient_clip_val": -1.0, "callbacks": guarded()},
+    "state cleared": {"callbacks": lambda: [At(lambda t, m: t.optimizers[0].state.clear(), step=4)]},
+    "moments replaced": {"callbacks": lambda: [At(zero_moments, step=4)]},
+    "a weight exchanged": {"callbacks": lambda: [At(exchange_a_weight, step=4)]},
+    "no longer fused": {"callbacks": lambda: [At(unfuse, step=4)]},
+    "step hooks": {"model": dense(StepHook)},
+    "step hooks under a guard": {"model": dense(StepHook), "callbacks": guarded()},
+    "a step hook from a step on": {"callbacks": guarded(lambda: At(add_a_step_hook, step=4))},
+    "a wrapped step": {"model": dense(WrappedStep)},
+    "an own closure": {"model": dense(OwnClosure)},
+    "another optimiser from a step on": {"callbacks": lambda: [At(take_sgd, step=4)]},
+    "optimizer_step from an epoch on": {"callbacks": lambda: [At(clamp_after_steps, epoch=1)]},
+    "on_train_batch_start from an epoch on": {"callbacks": lambda: [At(end_at_the_third_batch, epoch=1)]},
+    "a callback from an epoch on": {"callbacks": lambda: [At(append_a_callback, epoch=1)]},
+    "a callback from a step on": {"callbacks": lambda: [At(append_a_callback, step=4)]},
+    "accumulation from an epoch on": {
+        "model": dense(Normed), "data": whole_batches, "callbacks": guarded(lambda: At(accumulate, epoch=1)),
+    },
+    "accumulation from a step on": {
+        "model": dense(Normed), "data": whole_batches, "callbacks": guarded(lambda: At(accumulate, step=4)),
+    },
+    "logs anywhere": {"model": dense(LogsAnywhere)},
+    "logs in clipping": {"model": dense(LogsClipping), "gradient_clip_val": 0.1},
+    "own clipping of nothing": {"model": dense(LogsClipping)},
+    "noise of NumPy": {"model": with_numpy_noise},
+    "noise of NumPy in a callback": {"callbacks": lambda: [DrawsInEpochs()]},
+    "noise of NumPy in data": {"data": lambda: DataLoader(Augmented(), batch_size=4)},
+    "a loss changed in place": {"callbacks": lambda: [DoublesLoss()]},
+    "a loss of which the gradient needs its value": {
+        "model": dense(Exponential), "callbacks": lambda: [DoublesLoss()],
+    },
+    "no gradients": {"callbacks": lambda: [NoGradients()]},
+    "hooks of a weight": {"model": adapted, "callbacks": guarded()},
+    "a buffer changed by others": {
+        "model": dense(Normed), "data": whole_batches, "callbacks": guarded(CountsBatches),
+    },
+    "data without a length": {"data": lambda: Reloaded(Batches), "reload_dataloaders_every_n_epochs": 1},
+    "data from two loaders": {
+        "model": Foreign, "callbacks": lambda: [Lighten()], "reload_dataloaders_every_n_epochs": 1,
+        "data": lambda: Reloaded(lambda x: [DataLoader(x, batch_size=4), DataLoader(x, batch_size=4)]),
+    },
+    "twice the data": {
+        "data": lambda: Reloaded(lambda x: DataLoader(torch.cat([x, x]), batch_size=4)),
+        "reload_dataloaders_every_n_epochs": 1, "val_check_interval": 5, "model": dense(Logging),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_same_where_code_of_others_meddles(both, case):
+    both(watched=False, **OTHERS[case])
+
+
+def test_the_loop_is_lightnings_own_again_after_a_fit(tmp_path):
+    trainer = fit(tmp_path)
+    assert type(trainer.fit_loop.epoch_loop) is loop._TrainingEpochLoop
+
+
+def test_an_epoch_that_is_over_does_not_count_into_the_next(tmp_path):
+    """A file of an epoch's last batch, which Lightning does not end again, holds the means of that epoch."""
+
+    class Means(pl.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.seen.append(float(pl_module._train_means.compute()["loss"]))
+
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=11, save_top_k=-1)
+    whole, rest, middle = Means(), Means(), Means()
+    fit(tmp_path, callbacks=lambda: [whole, save], max_epochs=3, enable_checkpointing=True)
+    fit(tmp_path, callbacks=lambda: [rest], max_epochs=3, ckpt_path=tmp_path / "step=11.ckpt")
+    assert len(whole.seen) == 3 and rest.seen == whole.seen[1:]
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    fit(tmp_path, callbacks=lambda: [save], max_epochs=3, enable_checkpointing=True)
+    fit(tmp_path, callbacks=lambda: [middle], max_epochs=3, ckpt_path=tmp_path / "step=5.ckpt")
+    assert middle.seen == whole.seen

@@ -69,7 +69,9 @@ def fit(trust, faults, *callbacks, model=None, data=None, everywhere=False, **op
         kind = faults.get(model.trainer.global_step)
         return gradient if kind is None else torch.full_like(gradient, VALUES[kind])
 
-    hooks = [weight.register_hook(change) for weight in weights if weight.requires_grad]
+    # where gradients are added up, since hooks of a weight are reason enough for a look at each step
+    ends = [weight.view_as(weight).grad_fn.next_functions[0][0] for weight in weights if weight.requires_grad]
+    hooks = [end.register_prehook(lambda gradients: (change(gradients[0]),)) for end in ends]
     guard, made = FaultGuard(), {"max_epochs": 2, "logger": False, "enable_checkpointing": False} | options
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -524,6 +526,14 @@ def watched(model, data, loader):
     next(model.encoder.children()).register_full_backward_hook(lambda *args: None)
 
 
+def watched_weight(model, data, loader):
+    next(model.parameters()).register_hook(lambda gradient: None)
+
+
+def watched_sum(model, data, loader):
+    next(model.parameters()).register_post_accumulate_grad_hook(lambda weight: None)
+
+
 def own_loss(model, data, loader):
     model.loss = model.loss
 
@@ -540,7 +550,9 @@ def own_transform(model, data, loader):
     loader.transform = lambda batches, sampler: batches
 
 
-@pytest.mark.parametrize("change", [hooked, watched, own_loss, own_layer, own_transfer, own_transform])
+@pytest.mark.parametrize(
+    "change", [hooked, watched, watched_weight, watched_sum, own_loss, own_layer, own_transfer, own_transform]
+)
 def test_what_others_have_put_in_is_not_trusted(change, went_back, monkeypatch):
     model, data = model_of(), data_of()
     data.prepare_data()
@@ -550,6 +562,15 @@ def test_what_others_have_put_in_is_not_trusted(change, went_back, monkeypatch):
     assert _goes_back(model, data, went_back)
     change(model, data, loader)
     assert not _goes_back(model, data, went_back)
+
+
+def test_with_hooks_of_all_modules_no_step_is_trusted(went_back):
+    hook = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert not _goes_back(model_of(), data_of(), went_back)
+    finally:
+        hook.remove()
+    assert _goes_back(model_of(), data_of(), went_back)
 
 
 def _goes_back(model, data, went_back):

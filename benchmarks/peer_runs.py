@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from .peer_scripts.job import Job
 
 _SCRIPTS = Path(__file__).with_name("peer_scripts")
 _LONGEST_ERROR = 200
+# without a terminal the zoo's bar is a line an epoch
+AT_TERMINAL = ("aezoo", "aezoo_compiled")
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class RunFailure(RuntimeError):
@@ -35,6 +39,37 @@ def variables(threads: int) -> dict[str, str]:
     if threads == 1:
         found["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     return found | {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+@contextlib.contextmanager
+def _output(log: Path, terminal: bool) -> Iterator[int]:
+    """Where a process writes: the log, or a terminal of 120 columns of which the log is the record."""
+    # Windows has no such terminals
+    if not terminal or sys.platform == "win32":
+        with log.open("wb") as out:
+            yield out.fileno()
+        return
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+
+    def record() -> None:
+        # on Linux its end is an error, elsewhere no bytes
+        with log.open("wb") as out, contextlib.suppress(OSError):
+            while written := os.read(ours, 1 << 16):
+                out.write(written)
+
+    reader = threading.Thread(target=record, daemon=True)
+    reader.start()
+    try:
+        yield theirs
+    finally:
+        os.close(theirs)
+        # a child that has left the process's group may hold the terminal open
+        reader.join(10)
+        os.close(ours)
 
 
 def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str, Any]:
@@ -61,11 +96,13 @@ def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str,
             cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[-job.threads :]))
             command = ["taskset", "-c", cores, *command]
         path = str(ROOT) if python == sys.executable else ""
-        with log.open("wb") as out:
+        added, terminal = variables(job.threads) | {"PYTHONPATH": path}, job.party in AT_TERMINAL
+        added |= {"TERM": "xterm-256color"} if terminal else {}
+        with _output(log, terminal) as out:
             process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env={**os.environ, **variables(job.threads), "PYTHONPATH": path},
+                env=os.environ | added,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -81,7 +118,7 @@ def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str,
                 process.wait()
         result = folder / "result.json"
         if code or not result.is_file():
-            lines = log.read_text(errors="replace").strip().splitlines()
+            lines = _ESCAPES.sub("", log.read_text(errors="replace")).strip().splitlines()
             # messages of several lines are told by their first
             last = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)][-1:] or lines[-1:]
             why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {''.join(last)}"

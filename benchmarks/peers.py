@@ -11,19 +11,34 @@ with `--compile default`, as its `auto` chooses for long runs but those of convo
 tutorials, with a TensorDataset, the default loader and the default Trainer; `pytorch_vae` the way of that project's
 experiment class; `pythae` its trainer; `keras_torch`, `keras_jax` and `keras_tensorflow` are `model.fit`.
 
-All read the same file and start from the same weights. PyTorch's parties read the same batches in the same order;
-Keras shuffles for itself, and as its strided convolutions pad on the other side, its pictures and weights are mirrored.
-`max_loss_gap` is the largest distance of a party's curve of training losses from the loop's, as a share of it: above
-`tolerance` `agrees` says no, and the exit code is 1. With --precision bf16 the loop and the zoo use it; the others stay
-at fp32, which is their default, and `lightning_bf16`, `keras_jax_bf16` and `keras_tensorflow_bf16` are those that have
-a switch for it with the switch on.
+All read the same file and start from the same weights. PyTorch's parties read the same batches in the same order. Keras
+does not: `model.fit` is left at its default, which puts all rows in a new random order each epoch by its own generator,
+seeded by --seed too, so that its batches are others than theirs; its `tolerance` is 3 % in all workloads. As its
+strided convolutions pad on the other side, its pictures and weights are mirrored. The noise of a variational code is
+each party's own.
 
-samples_per_s is the time in training, median over epochs without the first, then over repeats; wall_samples_per_s
-counts what happens between epochs as well: validation, pictures, checkpoints. Each process is bound to as many cores as
-it has threads (JAX takes a second one otherwise, whatever --threads says): --no-pin lets them run where they like.
-`ratio` is the party's rate by that of the loop in the same round, median over rounds; `round_rates` has the rate of
-each round. first_step_s counts from the start of the process, with compilers' caches as they are. Figures are worth
-something on a quiet machine only.
+With --precision bf16 the loop and the zoo use it; the others stay at fp32, which is their default, and
+`lightning_bf16`, `keras_jax_bf16` and `keras_tensorflow_bf16` are those that have a switch for it with the switch on.
+
+Each process is bound to as many cores as it has threads (JAX takes a second one otherwise, whatever --threads says):
+--no-pin lets them run where they like. Figures are worth something on a quiet machine only.
+
+    samples_per_s       rows by the seconds from an epoch's beginning to the end of its last step: loading, training,
+                        bar and what is logged between steps, but for no party validation, pictures or checkpoints
+    wall_samples_per_s  rows by the seconds from one epoch to the next: of the zoo also validation on up to 500 rows,
+                        which it alone does, pictures, event files and checkpoints; of Lightning's parties checkpoints
+    ratio               samples_per_s by that of the loop in the same round, median over rounds
+    round_rates         samples_per_s of each round
+    first_step_s        from the start of the process to its first update, with compilers' caches as they are
+    max_loss_gap        largest distance of the curve of training losses from the loop's, as a share of it: above
+                        `tolerance` `agrees` says no, and the exit code is 1
+    peak_rss_mb         of the whole process on the host, what it imports and what comes after the last epoch included
+    cores_used          CPU seconds a second of the whole process
+
+Both rates are medians over epochs without the first, then over rounds; _min and _max are the lowest and highest round.
+What comes before the first epoch and after the last is in neither. The zoo runs at a pseudo terminal, where its bar is
+drawn as for a user; what others print goes to a file, where Keras and pythae draw their bars all the same and Lightning
+draws its own at the end alone.
 
 Runs that are done stay in a .part file beside the CSV: the same command goes on where it was stopped and tries again
 what failed. Environments that parties need are made with pip in --envs, once.

@@ -1,5 +1,6 @@
 """The peers benchmark: equal networks, losses that must agree, environments, runs that go on, and targets."""
 
+import contextlib
 import csv
 import json
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing import event_accumulator
 
 from aezoo.acceleration import flushed_denormals, worth_compiling
 from aezoo.errors import AezooError
@@ -202,6 +204,38 @@ def test_a_party_trains_as_the_loop_does(tmp_path, monkeypatch, party):
     assert found["losses"] == pytest.approx(reference["losses"], rel=1e-4)
     assert found["parameters"] == reference["parameters"] == 222_384
     assert len(found["rates"]) == 2 and all(rate > 0 for rate in found["rates"]) and found["first_step_s"] > 0
+
+
+def test_the_zoo_draws_its_bar_and_wall_time_counts_a_validation_and_a_checkpoint_an_epoch(tmp_path, monkeypatch):
+    home = tmp_path / "run"
+    home.mkdir()
+    monkeypatch.setattr(peer_runs.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(str(home)))
+    monkeypatch.setenv("TERM", "dumb")
+    found = peer_runs.train(sys.executable, job_for("dense", tmp_path, party="aezoo"), timeout=120)
+    log = (home / "log").read_text()
+    # hides the cursor, draws a bar in colours, and wipes the line for the next
+    assert all(part in log for part in ("\x1b[?25l", "Epoch 2/2", "\u2501", "\x1b[2K"))
+    (events,) = home.rglob("events*")
+    read = event_accumulator.EventAccumulator(str(events)).Reload()
+    began, ended = (event.wall_time for event in read.Scalars("train/loss"))
+    saved = [(events.parent / "checkpoints" / f"{name}.ckpt").stat().st_mtime for name in ("previous", "last")]
+    for times in (saved, [event.wall_time for event in read.Scalars("val/loss")]):
+        assert len(times) == 2 and sum(began < time <= ended for time in times) == 1
+    assert found["turns"] == pytest.approx([64 / (ended - began)])
+
+
+def test_a_party_without_a_terminal_writes_to_a_file_and_a_coloured_error_is_told_plainly(tmp_path, monkeypatch):
+    home = tmp_path / "run"
+    home.mkdir()
+    monkeypatch.setattr(peer_runs.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(str(home)))
+    script = home / "python"
+    script.write_text("#!/bin/sh\ntest -t 1 && printf '\\033[1;35mValueError\\033[0m: a terminal\\n'\nexit 3\n")
+    script.chmod(0o755)
+    for party, said in (("aezoo", "exit code 3: ValueError: a terminal"), ("loop", "exit code 3: ")):
+        with pytest.raises(peer_runs.RunFailure) as failure:
+            peer_runs.train(str(script), job_for("dense", tmp_path, party=party), timeout=60)
+        assert str(failure.value) == said
+        peer_runs.shutil.rmtree(home / "peer_scripts")
 
 
 def test_a_run_that_ends_badly_says_why(tmp_path):

@@ -15,6 +15,11 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "keras_tensorflow": ("keras>=3,<4", "tensorflow-cpu"),
     "pythae": ("pythae",),
 }
+# the same for --accelerator cuda, where they differ
+CUDA_PACKAGES: dict[str, tuple[str, ...]] = {
+    "keras_jax": ("keras>=3,<4", "jax[cuda12]"),
+    "keras_tensorflow": ("keras>=3,<4", "tensorflow[and-cuda]"),
+}
 # these see this environment's packages after their own, so that all of PyTorch's parties run one build of it
 SHARED = ("keras_torch", "pythae")
 
@@ -32,8 +37,8 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aezoo-peers"
 
 
-def python_for(party: str, folder: Path) -> str:
-    """The interpreter that runs a party; makes its environment in `folder` if it is not there.
+def python_for(party: str, folder: Path, accelerator: str = "cpu") -> str:
+    """The interpreter that runs a party on cpu or cuda; makes its environment in `folder` if it is not there.
 
     Raises:
         EnvironmentFailure: pip's last line.
@@ -41,7 +46,11 @@ def python_for(party: str, folder: Path) -> str:
     party = party.removesuffix("_bf16")
     if party not in PACKAGES:
         return sys.executable
-    home, wanted = folder / party, "\n".join(PACKAGES[party])
+    packages = PACKAGES[party]
+    home = folder / party
+    if accelerator == "cuda" and party in CUDA_PACKAGES:
+        packages, home = CUDA_PACKAGES[party], folder / f"{party}_cuda"
+    wanted = "\n".join(packages)
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     mark = home / "complete"
     if python.exists() and mark.is_file() and mark.read_text() == wanted:
@@ -51,7 +60,7 @@ def python_for(party: str, folder: Path) -> str:
         venv.create(home, clear=True, with_pip=True)
         if party in SHARED:
             _share(home)
-        command = [str(python), "-m", "pip", "install", "--quiet", *PACKAGES[party]]
+        command = [str(python), "-m", "pip", "install", "--quiet", *packages]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except (OSError, subprocess.SubprocessError) as error:
         raise EnvironmentFailure(f"no environment for {party}: {error}") from error

@@ -30,15 +30,19 @@ class RunFailure(RuntimeError):
     """A run failed; one line says why."""
 
 
-def variables(threads: int) -> dict[str, str]:
-    """Environment variables that give every library so many threads and hide accelerators."""
+def variables(threads: int, accelerator: str = "cpu") -> dict[str, str]:
+    """Environment variables that give every library so many threads, and hide accelerators or show one GPU."""
     names = ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM", "NUMEXPR")
-    found = {f"{name}_NUM_THREADS": str(threads) for name in names}
+    found = {f"{name}_NUM_THREADS": str(threads) for name in names} | {"TF_CPP_MIN_LOG_LEVEL": "2"}
     # XLA's pools: their size, and none at all for one thread
-    found |= {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
+    found |= {"NPROC": str(threads)}
     if threads == 1:
         found["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-    return found | {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    if accelerator == "cpu":
+        return found | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+    # of several GPUs the first, as Lightning would take all; JAX fails where it finds none
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return found | {"CUDA_VISIBLE_DEVICES": first, "JAX_PLATFORMS": "cuda,cpu"}
 
 
 @contextlib.contextmanager
@@ -96,7 +100,7 @@ def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str,
             cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[-job.threads :]))
             command = ["taskset", "-c", cores, *command]
         path = str(ROOT) if python == sys.executable else ""
-        added, terminal = variables(job.threads) | {"PYTHONPATH": path}, job.party in AT_TERMINAL
+        added, terminal = variables(job.threads, job.accelerator) | {"PYTHONPATH": path}, job.party in AT_TERMINAL
         added |= {"TERM": "xterm-256color"} if terminal else {}
         with _output(log, terminal) as out:
             process = subprocess.Popen(

@@ -3,13 +3,16 @@
     python -m benchmarks.peers dense                      784-128-64-32-64-128-784 on 60,000 digits
     python -m benchmarks.peers conv28 --precision bf16    a convolutional VAE on 1x28x28
     python -m benchmarks.peers conv64 --parties loop aezoo lightning --rows 512 --epochs 3
+    python -m benchmarks.peers dense --accelerator cuda   all parties on the first GPU, and the loop as a CUDA graph
     python -m benchmarks.peers quality --help             whose bound is tighter, the zoo's or pythae's
 
 Parties: `loop`, a compiled PyTorch loop by hand (logits, fused Adam, uint8 data, channels_last), is the yardstick;
-`loop_eager` is the loop of textbooks; `aezoo` the command `aezoo fit` with all defaults on, `aezoo_compiled` the same
-with `--compile default`, as its `auto` chooses for long runs but those of convolutions; `lightning` the module of
-tutorials, with a TensorDataset, the default loader and the default Trainer; `pytorch_vae` the way of that project's
-experiment class; `pythae` its trainer; `keras_torch`, `keras_jax` and `keras_tensorflow` are `model.fit`.
+`loop_graph`, on a GPU only, is the same loop not compiled, each whole step of which is one CUDA graph; `loop_eager` is
+the loop of textbooks; `aezoo` the command `aezoo fit` with all defaults on, `aezoo_compiled` the same with `--compile
+default`, as its `auto` chooses for long runs but those of convolutions on a CPU, and on a GPU with `--compile
+reduce-overhead`, which no default chooses; `lightning` the module of tutorials, with a TensorDataset, the default
+loader and the default Trainer; `pytorch_vae` the way of that project's experiment class; `pythae` its trainer;
+`keras_torch`, `keras_jax` and `keras_tensorflow` are `model.fit`.
 
 All read the same file and start from the same weights. PyTorch's parties read the same batches in the same order. Keras
 does not: `model.fit` is left at its default, which puts all rows in a new random order each epoch by its own generator,
@@ -17,7 +20,7 @@ seeded by --seed too, so that its batches are others than theirs; its `tolerance
 strided convolutions pad on the other side, its pictures and weights are mirrored. The noise of a variational code is
 each party's own.
 
-With --precision bf16 the loop and the zoo use it; the others stay at fp32, which is their default, and
+With --precision bf16 `loop`, `loop_graph` and the zoo use it; the others stay at fp32, which is their default, and
 `lightning_bf16`, `keras_jax_bf16` and `keras_tensorflow_bf16` are those that have a switch for it with the switch on.
 
 Each process is bound to as many cores as it has threads (JAX takes a second one otherwise, whatever --threads says):
@@ -42,6 +45,9 @@ draws its own at the end alone.
 
 Runs that are done stay in a .part file beside the CSV: the same command goes on where it was stopped and tries again
 what failed. Environments that parties need are made with pip in --envs, once.
+
+With --accelerator cuda clocks are read when the GPU has done what it was given, and the CSV bears the GPU's name. CUDA
+has not been run yet: what leads up to it is tested on the CPU.
 """
 
 import argparse
@@ -63,8 +69,9 @@ from .peer_scripts.job import Job
 from .workloads import WORKLOADS, Workload, write
 
 # at --precision bf16; the parties named ..._bf16 are always at it
-BF16 = ("loop", "aezoo", "aezoo_compiled")
+BF16 = ("loop", "loop_graph", "aezoo", "aezoo_compiled")
 YARDSTICK = "loop"
+ON_CUDA = ("loop_graph",)
 # another shuffle
 KERAS_TOLERANCE = 0.03
 
@@ -75,8 +82,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     works = "; ".join(f"{name}: {workload.about}" for name, workload in WORKLOADS.items())
     made.add_argument("workload", choices=list(WORKLOADS), help=works)
     made.add_argument(
-        "--parties", nargs="+", choices=list(PARTIES), metavar="NAME", help="all; those ..._bf16 at bf16 only"
+        "--parties",
+        nargs="+",
+        choices=list(PARTIES),
+        metavar="NAME",
+        help="all; those ..._bf16 at bf16 only, loop_graph on cuda only",
     )
+    made.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu", help="where all parties train (cpu)")
     made.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     made.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads of every party (1)")
     made.add_argument("--repeats", type=_positive, default=3, metavar="N", help="rounds (3)")
@@ -97,7 +109,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--envs", type=Path, default=cache(), metavar="DIR", help="environments of parties (%(default)s)")
     found = made.parse_args(argv)
     workload = WORKLOADS[found.workload]
-    found.parties = list(dict.fromkeys(found.parties or default_parties(found.precision)))
+    found.parties = list(dict.fromkeys(found.parties or default_parties(found.precision, found.accelerator)))
     found.rows = found.rows or workload.rows
     found.batch = found.batch or workload.batch
     found.epochs = found.epochs or workload.epochs
@@ -111,9 +123,30 @@ def _positive(text: str) -> int:
     return number
 
 
-def default_parties(precision: str) -> list[str]:
+def default_parties(precision: str, accelerator: str = "cpu") -> list[str]:
     """Who takes part unless --parties says so."""
-    return [party for party in PARTIES if precision == "bf16" or not party.endswith("_bf16")]
+    absent = () if accelerator == "cuda" else ON_CUDA
+    return [party for party in PARTIES if party not in absent and (precision == "bf16" or not party.endswith("_bf16"))]
+
+
+def check(asked: argparse.Namespace) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        AezooError: cause and cure.
+    """
+    if YARDSTICK not in asked.parties:
+        raise AezooError(f"nothing to compare with: add {YARDSTICK!r} to --parties")
+    if asked.accelerator == "cpu":
+        for party in set(ON_CUDA) & {*asked.parties}:
+            raise AezooError(f"{party} is a CUDA graph: add --accelerator cuda, or leave it out of --parties")
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise AezooError(
+            "--accelerator cuda: torch finds no GPU; install its CUDA build on a machine with one, or use cpu"
+        )
 
 
 def precision_of(party: str, asked: str) -> str:
@@ -121,11 +154,12 @@ def precision_of(party: str, asked: str) -> str:
     return asked if party in BF16 else "bf16" if party.endswith("_bf16") else "fp32"
 
 
-def options_of(party: str, flags: str) -> tuple[str, ...]:
+def options_of(party: str, flags: str, accelerator: str = "cpu") -> tuple[str, ...]:
     """A party's own switches."""
     if not party.startswith("aezoo"):
         return ()
-    return (*(("--compile", "default") if party == "aezoo_compiled" else ()), *flags.split())
+    mode = "reduce-overhead" if accelerator == "cuda" else "default"
+    return (*(("--compile", mode) if party == "aezoo_compiled" else ()), *flags.split())
 
 
 def measure(asked: argparse.Namespace, part: Part) -> None:
@@ -140,7 +174,7 @@ def measure(asked: argparse.Namespace, part: Part) -> None:
                 if part.has(party, turn):
                     continue
                 if party not in pythons:
-                    pythons[party] = _python(party, asked.envs)
+                    pythons[party] = _python(party, asked.envs, asked.accelerator)
                 try:
                     python = pythons[party]
                     if isinstance(python, EnvironmentFailure):
@@ -155,9 +189,9 @@ def measure(asked: argparse.Namespace, part: Part) -> None:
                     print(f"round {turn + 1} {party}: {rate(result):,.0f} samples/s, loss {loss:.4f}", flush=True)
 
 
-def _python(party: str, envs: Path) -> str | EnvironmentFailure:
+def _python(party: str, envs: Path, accelerator: str) -> str | EnvironmentFailure:
     try:
-        return python_for(party, envs.expanduser().absolute())
+        return python_for(party, envs.expanduser().absolute(), accelerator)
     except EnvironmentFailure as error:
         return error
 
@@ -179,7 +213,8 @@ def job_of(party: str, asked: argparse.Namespace, workload: Workload, folder: Pa
         precision=precision_of(party, asked.precision),
         seed=asked.seed,
         lr=workload.lr,
-        options=options_of(party, asked.aezoo_flags),
+        options=options_of(party, asked.aezoo_flags, asked.accelerator),
+        accelerator=asked.accelerator,
     )
 
 
@@ -248,9 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return peers_quality.main(words[1:])
     asked = arguments(argv)
-    if YARDSTICK not in asked.parties:
-        raise AezooError(f"nothing to compare with: add {YARDSTICK!r} to --parties")
-    name = environment(asked, asked.precision, "cpu")
+    check(asked)
+    name = environment(asked, asked.precision)
     path = asked.results / f"peers-{asked.workload}-{name}.csv"
     command = command_line("peers", _portable(sys.argv[1:] if argv is None else argv))
     table, part_path = Table(path, ("party",), command), path.with_suffix(".runs.part")

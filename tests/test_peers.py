@@ -17,7 +17,7 @@ from aezoo.acceleration import flushed_denormals, worth_compiling
 from aezoo.errors import AezooError
 from benchmarks import environments, peer_runs, peers, targets
 from benchmarks.common import read_csv
-from benchmarks.peer_scripts import keras_fit, loops, networks
+from benchmarks.peer_scripts import aezoo_cli, keras_fit, loops, networks
 from benchmarks.peer_scripts.job import Job
 from benchmarks.workloads import WORKLOADS, images, model, write
 
@@ -39,10 +39,11 @@ def job_for(workload, folder, **changes):
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     """`peers.main` with runs that are made up: each call's party and precision, and what a test changes about them."""
-    state = types.SimpleNamespace(calls=[], losses={}, parameters={}, fail=set())
+    state = types.SimpleNamespace(calls=[], losses={}, parameters={}, fail=set(), accelerators=set())
 
     def train(python, job, timeout, pin):
         state.calls.append((job.party, job.precision, job.options))
+        state.accelerators.add(job.accelerator)
         if (job.party, len(state.calls)) in state.fail:
             raise peer_runs.RunFailure("killed by SIGKILL")
         turn = sum(call[0] == job.party for call in state.calls) - 1
@@ -61,7 +62,7 @@ def fake(monkeypatch, tmp_path):
         }
 
     monkeypatch.setattr(peers, "train", train)
-    monkeypatch.setattr(peers, "python_for", lambda party, folder: sys.executable)
+    monkeypatch.setattr(peers, "python_for", lambda party, folder, accelerator: sys.executable)
     monkeypatch.setattr(peers, "write", lambda *_: 10)
 
     def run(*words, parties=("loop", "aezoo", "lightning", "keras_jax"), repeats="3"):
@@ -155,6 +156,35 @@ def test_who_runs_at_bf16(fake):
     assert "keras_jax_bf16" in peers.default_parties("bf16")
 
 
+def test_a_gpu_has_a_file_of_its_own_and_all_parties_train_there(fake, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    words = ("loop", "loop_graph", "aezoo_compiled", "keras_jax")
+    _, rows = fake.run("--accelerator", "cuda", parties=words, repeats="1")
+    (path,) = fake.folder.glob("*.csv")
+    assert path.stem.endswith("-nvidia-h100-80gb-hbm3") and rows.keys() == {*words}
+    assert fake.accelerators == {"cuda"} and "--accelerator cuda" in read_csv(path)[0][0]
+    assert ("aezoo_compiled", "fp32", ("--compile", "reduce-overhead")) in fake.calls
+    assert peers.precision_of("loop_graph", "bf16") == "bf16"
+    # on the CPU the same machine's file is another, whatever GPU it has
+    fake.accelerators.clear()
+    peers.main(["dense", "--parties", "loop", "--results", str(fake.folder)])
+    assert fake.accelerators == {"cpu"} and len([*fake.folder.glob("*-cpu*.csv")]) == 1
+
+
+def test_what_needs_a_gpu_is_refused_without_one(fake, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(AezooError, match=r"^--accelerator cuda: torch finds no GPU; .* or use cpu$"):
+        fake.run("--accelerator", "cuda")
+    with pytest.raises(AezooError, match=r"^loop_graph is a CUDA graph: add --accelerator cuda, or leave it out"):
+        fake.run(parties=("loop", "loop_graph"))
+    assert not fake.calls and not [*fake.folder.iterdir()]
+    assert {*peers.PARTIES} - {*peers.default_parties("bf16")} == {"loop_graph"}
+    assert {*peers.default_parties("bf16", "cuda")} == {*peers.PARTIES}
+    with pytest.raises(SystemExit):
+        peers.arguments(["dense", "--accelerator", "mps"])
+
+
 # ---- the parties ----------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +234,58 @@ def test_a_party_trains_as_the_loop_does(tmp_path, monkeypatch, party):
     assert found["losses"] == pytest.approx(reference["losses"], rel=1e-4)
     assert found["parameters"] == reference["parameters"] == 222_384
     assert len(found["rates"]) == 2 and all(rate > 0 for rate in found["rates"]) and found["first_step_s"] > 0
+
+
+@pytest.mark.parametrize("workload", ["dense", "conv28"])
+@pytest.mark.parametrize("warm_up", [0, 3])
+def test_the_step_that_a_graph_records_trains_as_the_loop_does(tmp_path, workload, warm_up):
+    """Recorded by nothing and run on the CPU, after a warm-up that must leave no trace; the last batch is smaller."""
+    job = job_for(workload, tmp_path, batch=24)
+    recorded = []
+
+    def record(step):
+        recorded.append(step)
+        noise = torch.get_rng_state()
+        for _ in range(warm_up):
+            step()
+        torch.set_rng_state(noise)
+        return step
+
+    with flushed_denormals():
+        reference = loops.compiled(Job(**(vars(job) | {"options": ("no-compile", "no-malloc")})))
+        found = loops.graph(job, record)
+    assert found["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+    assert found["parameters"] == reference["parameters"] and len(recorded) == 2
+
+
+def test_a_clock_waits_for_the_device_before_it_is_read(monkeypatch, tmp_path):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(len(clock.begins) + len(clock.seconds)))
+    clock = networks.clock_of(job_for("dense", tmp_path, accelerator="cuda"))
+    clock.begin()
+    clock.stepped()
+    clock.stepped()  # only the first is timed
+    clock.end(1.0)
+    assert waited == [0, 1, 1]
+    clock = networks.clock_of(job_for("dense", tmp_path))
+    clock.begin()
+    clock.stepped()
+    assert len(waited) == 3
+
+
+def test_where_a_run_is_told_to_train(monkeypatch, tmp_path):
+    for given, seen in ((None, "0"), ("3,1", "3")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if given:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        cpu, cuda = peer_runs.variables(2), peer_runs.variables(2, "cuda")
+        assert (cpu["CUDA_VISIBLE_DEVICES"], cpu["JAX_PLATFORMS"]) == ("", "cpu")
+        # one GPU, and no silent way back to the CPU
+        assert (cuda["CUDA_VISIBLE_DEVICES"], cuda["JAX_PLATFORMS"]) == (seen, "cuda,cpu")
+        assert cpu["OMP_NUM_THREADS"] == cuda["OMP_NUM_THREADS"] == "2"
+    assert "--trainer.accelerator" not in aezoo_cli.arguments(job_for("dense", tmp_path))
+    words = aezoo_cli.arguments(job_for("dense", tmp_path, accelerator="cuda"))
+    assert words[words.index("--trainer.accelerator") + 1] == "gpu"
 
 
 def test_the_zoo_draws_its_bar_and_wall_time_counts_a_validation_and_a_checkpoint_an_epoch(tmp_path, monkeypatch):
@@ -290,6 +372,14 @@ def test_an_environment_is_made_once(pip, tmp_path, capsys):
     environments.python_for("pythae", tmp_path)
     (shared,) = tmp_path.rglob("shared.pth")
     assert shared.read_text().strip() in sys.path  # where torch is
+
+
+def test_an_environment_for_a_gpu_is_another_where_its_packages_are(pip, tmp_path):
+    homes = {environments.python_for(party, tmp_path, "cuda") for party in ("keras_jax", "keras_jax_bf16", "pythae")}
+    assert homes == {str(tmp_path / name / "bin/python") for name in ("keras_jax_cuda", "pythae")}
+    assert [asked[1:] for asked in pip.asked] == [["keras>=3,<4", "jax[cuda12]"], ["pythae"]]
+    assert environments.python_for("keras_jax", tmp_path) == str(tmp_path / "keras_jax/bin/python")
+    assert environments.python_for("loop_graph", tmp_path, "cuda") == sys.executable
 
 
 def test_an_environment_that_pip_cannot_make_costs_its_party_alone(pip, tmp_path, fake, monkeypatch):

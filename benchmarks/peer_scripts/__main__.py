@@ -12,6 +12,7 @@ from .job import Job, run
 # party: module and function of `benchmarks.peer_scripts`
 PARTIES = {
     "loop": ("loops", "compiled"),
+    "loop_graph": ("loops", "graph"),
     "loop_eager": ("loops", "textbook"),
     "aezoo": ("aezoo_cli", "fit"),
     "aezoo_compiled": ("aezoo_cli", "fit"),

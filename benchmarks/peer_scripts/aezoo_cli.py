@@ -30,24 +30,26 @@ def arguments(job: Job) -> list[str]:
     }
     flags |= {"--model.net": "conv"} if job.variational else {"--model.code_activation": "relu"}
     flags |= {"--trainer.precision": "bf16-mixed"} if job.precision == "bf16" else {}
+    flags |= {"--trainer.accelerator": "gpu"} if job.accelerator == "cuda" else {}
     return ["fit", "--model", model, *(part for flag in flags.items() for part in flag), *EXTRA, *job.options]
 
 
 def fit(job: Job) -> dict[str, Any]:
     """Run `python -m aezoo fit ...` in this process, so that its memory and its first step can be read."""
+    import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     first: list[float] = []
 
     def stepped(*_: Any) -> None:
+        if job.accelerator == "cuda":
+            torch.cuda.synchronize()
         first.append(time.time() - job.started)
         handle.remove()
 
     handle = register_optimizer_step_post_hook(stepped)
     sys.argv = ["aezoo", *arguments(job)]
     runpy.run_module("aezoo", run_name="__main__", alter_sys=True)
-    import torch
-
     import aezoo
 
     (run,) = (path.parent for path in Path("runs").rglob("events*"))

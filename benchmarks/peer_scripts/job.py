@@ -32,6 +32,7 @@ class Job:
         seed: of weights, order and noise.
         lr: Adam's learning rate.
         options: the party's own switches.
+        accelerator: cpu or cuda.
         started: `time.time()` when its process was started.
     """
 
@@ -50,6 +51,7 @@ class Job:
     seed: int = 0
     lr: float = 1e-3
     options: tuple[str, ...] = ()
+    accelerator: str = "cpu"
     started: float = field(default_factory=time.time)
 
     @classmethod
@@ -69,10 +71,11 @@ class Clock:
 
     Args:
         job: the run; its `started` is the zero of `first_step`.
+        wait: waits for a device whose work is only queued when Python goes on, before any clock is read.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, wait: Callable[[], object] = lambda: None) -> None:
+        self.job, self.wait = job, wait
         self.begins: list[float] = []
         self.seconds: list[float] = []
         self.losses: list[float] = []
@@ -81,14 +84,17 @@ class Clock:
     def stepped(self) -> None:
         """The first optimiser step is done; later calls change nothing."""
         if self.first_step is None:
+            self.wait()
             self.first_step = time.time() - self.job.started
 
     def begin(self) -> None:
         """An epoch begins."""
+        self.wait()
         self.begins.append(time.perf_counter())
 
     def end(self, loss: float | None = None) -> None:
         """Its last step is done; `loss` is the mean over its samples, in nats a sample."""
+        self.wait()
         self.seconds.append(time.perf_counter() - self.begins[-1])
         if loss is not None:
             self.losses.append(loss)

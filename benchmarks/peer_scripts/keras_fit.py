@@ -23,6 +23,9 @@ def _backend(job: Job) -> str:
 
         tf.config.threading.set_intra_op_parallelism_threads(job.threads)
         tf.config.threading.set_inter_op_parallelism_threads(job.threads)
+        # the others fail by themselves, it would go on without a word
+        if job.accelerator == "cuda" and not tf.config.list_physical_devices("GPU"):
+            raise RuntimeError("tensorflow finds no GPU: install the CUDA libraries that its wheels name")
     elif backend == "torch":
         import torch
 
@@ -143,6 +146,8 @@ def fit(job: Job) -> dict[str, Any]:
             clock.begin()
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if job.accelerator == "cuda" and clock.first_step is None:
+                float(logs["loss"])  # waits for the GPU, as the epoch's does below
             clock.stepped()
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -151,6 +156,6 @@ def fit(job: Job) -> dict[str, Any]:
     # torch's epsilon, where Keras has 1e-7
     network.compile(optimizer=keras.optimizers.Adam(job.lr, epsilon=1e-8), loss=nats)
     network.fit(x, x, batch_size=job.batch, epochs=job.epochs, callbacks=[Timer()])
-    package = "tensorflow-cpu" if backend == "tensorflow" else backend
+    package = "tensorflow-cpu" if backend == "tensorflow" and job.accelerator == "cpu" else backend
     versions = {"keras": keras.__version__, backend: version(package)}
     return clock.result(network.count_params(), **versions)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from .job import Clock, Job
-from .networks import Network, Order, kl, loss_on_probabilities, noisy, rows
+from .networks import Network, Order, clock_of, kl, loss_on_probabilities, noisy, rows
 
 
 class Timer(pl.Callback):
@@ -25,6 +25,7 @@ class Timer(pl.Callback):
         self.clock, self.total, self.count = clock, torch.zeros(()), 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.total = torch.zeros((), device=pl_module.device)
         self.clock.begin()
 
     def on_train_batch_end(
@@ -36,7 +37,6 @@ class Timer(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.clock.end(float(self.total) / self.count)
-        self.total.zero_()
         self.count = 0
 
 
@@ -100,10 +100,12 @@ class Experiment(pl.LightningModule):
 def _fit(job: Job, module: pl.LightningModule, data: TensorDataset) -> dict[str, Any]:
     """The Trainer with its defaults: bar, logger and checkpoints."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    clock, n = Clock(job), len(data)
+    clock, n = clock_of(job), len(data)
     loader: DataLoader[Any] = DataLoader(data, batch_size=job.batch, sampler=Order(job, n))
     precision: Any = "bf16-mixed" if job.precision == "bf16" else "32-true"
-    trainer = pl.Trainer(max_epochs=job.epochs, precision=precision, callbacks=[Timer(clock)])
+    trainer = pl.Trainer(
+        max_epochs=job.epochs, accelerator=job.accelerator, precision=precision, callbacks=[Timer(clock)]
+    )
     trainer.fit(module, loader)
     versions = {"torch": torch.__version__, "lightning": version("lightning")}
     return clock.result(sum(p.numel() for p in module.parameters()), **versions)

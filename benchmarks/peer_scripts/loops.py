@@ -2,14 +2,16 @@
 
 import ctypes
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .job import Clock, Job
-from .networks import Network, loss_on_logits, loss_on_probabilities, order, rows
+from .job import Job
+from .networks import Network, clock_of, loss_on_logits, loss_on_probabilities, order, rows
 
+Step = Callable[[], object]
 # of malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
@@ -25,6 +27,31 @@ def keep_pages() -> bool:
     return bool(mallopt(_MMAP_THRESHOLD, 2**30) and mallopt(_TRIM_THRESHOLD, 2**30))
 
 
+def prepared(job: Job) -> tuple[Network, Tensor, Callable[[Tensor], Tensor]]:
+    """The network and the rows as bytes, where they are trained, and the loss of some of these rows."""
+    torch.manual_seed(job.seed)
+    torch.set_flush_denormal(True)
+    if job.accelerator == "cuda":
+        # what the zoo's command line and torch's guide to tuning switch on
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    network, data = Network(job).to(job.accelerator), rows(job).to(job.accelerator)
+    channels_last = job.variational and "no-channels-last" not in job.options
+    if channels_last:
+        # torch's stub lacks this overload
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    bf16 = job.precision == "bf16"
+
+    def forward(batch: Tensor) -> Tensor:
+        x = batch.float() / 255
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(job.accelerator, torch.bfloat16, enabled=bf16):
+            return loss_on_logits(network, x, job.variational)
+
+    return network, data, forward
+
+
 def compiled(job: Job) -> dict[str, Any]:
     """As fast as a PyTorch loop by hand gets.
 
@@ -32,30 +59,15 @@ def compiled(job: Job) -> dict[str, Any]:
     """
     if "no-malloc" not in job.options:
         keep_pages()
-    torch.manual_seed(job.seed)
-    torch.set_flush_denormal(True)
-    network, data = Network(job), rows(job)
-    channels_last = job.variational and "no-channels-last" not in job.options
-    if channels_last:
-        # torch's stub lacks this overload
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network, data, forward = prepared(job)
     optimizer = torch.optim.Adam(network.parameters(), lr=job.lr, fused=True)
-    bf16 = job.precision == "bf16"
-
-    def forward(batch: Tensor) -> Tensor:
-        x = batch.float() / 255
-        if channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return loss_on_logits(network, x, job.variational)
-
     # two graphs, one for whole batches and one for the last; shapes as variables would make both slower
     loss_of = forward if "no-compile" in job.options else torch.compile(forward, fullgraph=True, dynamic=False)
     update = torch.compile(optimizer.step) if "compiled-optimizer" in job.options else optimizer.step
-    buffer, clock, n = torch.empty_like(data[: job.batch]), Clock(job), len(data)
+    buffer, clock, n = torch.empty_like(data[: job.batch]), clock_of(job), len(data)
     for epoch in range(job.epochs):
         clock.begin()
-        total, permutation = torch.zeros(()), order(job, n, epoch)
+        total, permutation = torch.zeros((), device=data.device), order(job, n, epoch).to(data.device)
         for start in range(0, n, job.batch):
             index = permutation[start : start + job.batch]
             batch = torch.index_select(data, 0, index, out=buffer[: len(index)])
@@ -69,17 +81,78 @@ def compiled(job: Job) -> dict[str, Any]:
     return clock.result(sum(p.numel() for p in network.parameters()), torch=torch.__version__)
 
 
+def captured(step: Step) -> Step:
+    """One CUDA graph of a step, as torch's documentation has it: warm up on a side stream, then capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        step()
+    return recorded.replay
+
+
+def graph(job: Job, record: Callable[[Step], Step] = captured) -> dict[str, Any]:
+    """The bare loop with forward, backward and fused Adam in one CUDA graph; a second graph for the epoch's last batch.
+
+    Not run on a GPU yet: tests run on the CPU the step that is recorded.
+
+    Args:
+        job: the run.
+        record: turns a step into what repeats it, and may run it for that; a test's on the CPU.
+    """
+    network, data, forward = prepared(job)
+    optimizer = torch.optim.Adam(network.parameters(), lr=job.lr, fused=True, capturable=True)
+    total, clock, n = torch.zeros((), device=data.device), clock_of(job), len(data)
+
+    def recorded(size: int) -> tuple[Tensor, Step]:
+        """The buffer that holds a step's batch, and the step."""
+        batch = data[:size].clone()
+
+        def step() -> None:
+            # none before the recording, so that the graph writes gradients and adds to nothing
+            optimizer.zero_grad(set_to_none=True)
+            loss = forward(batch)
+            loss.backward()
+            optimizer.step()
+            total.add_(loss.detach(), alpha=size)
+
+        return batch, record(step)
+
+    untrained = [parameter.detach().clone() for parameter in network.parameters()]
+    steps = {size: recorded(size) for size in {min(job.batch, n), n % job.batch} - {0}}
+    with torch.no_grad():
+        # the warm-up has trained, in place of which the graphs know
+        for parameter, value in zip(network.parameters(), untrained, strict=True):
+            parameter.copy_(value)
+            for moment in optimizer.state[parameter].values():
+                moment.zero_()
+    for epoch in range(job.epochs):
+        clock.begin()
+        total.zero_()
+        for index in order(job, n, epoch).to(data.device).split(job.batch):
+            batch, step = steps[len(index)]
+            torch.index_select(data, 0, index, out=batch)
+            step()
+            clock.stepped()
+        clock.end(float(total) / n)
+    return clock.result(sum(p.numel() for p in network.parameters()), torch=torch.__version__)
+
+
 def textbook(job: Job) -> dict[str, Any]:
     """Float data, slices by index, sigmoid and cross-entropy, plain Adam."""
     torch.manual_seed(job.seed)
-    network, data = Network(job), rows(job).float() / 255
+    network, data = Network(job).to(job.accelerator), rows(job).float() / 255
     optimizer = torch.optim.Adam(network.parameters(), lr=job.lr)
-    clock, n = Clock(job), len(data)
+    clock, n = clock_of(job), len(data)
     for epoch in range(job.epochs):
         clock.begin()
         total, permutation = 0.0, order(job, n, epoch)
         for start in range(0, n, job.batch):
-            x = data[permutation[start : start + job.batch]]
+            x = data[permutation[start : start + job.batch]].to(job.accelerator)
             loss = loss_on_probabilities(network, x, job.variational)
             optimizer.zero_grad()
             loss.backward()

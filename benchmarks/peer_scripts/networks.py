@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from .job import Job
+from .job import Clock, Job
 
 
 def dense(widths: tuple[int, ...]) -> nn.Sequential:
@@ -86,6 +86,11 @@ def loss_on_probabilities(network: Network, x: Tensor, variational: bool) -> Ten
     mu, log_var = network.posterior(x)
     x_hat = torch.sigmoid(network.decoder(noisy(mu, log_var)).float())
     return F.binary_cross_entropy(x_hat, x, reduction="sum") / len(x) + kl(mu, log_var)
+
+
+def clock_of(job: Job) -> Clock:
+    """A clock for a party of PyTorch's: it waits for the GPU, if there is one."""
+    return Clock(job, torch.cuda.synchronize) if job.accelerator == "cuda" else Clock(job)
 
 
 def rows(job: Job) -> Tensor:

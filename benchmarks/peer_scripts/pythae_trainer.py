@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .job import Clock, Job
-from .networks import Network, Order, rows
+from .networks import Network, Order, clock_of, rows
 
 
 class Encoder(BaseEncoder):
@@ -81,7 +81,7 @@ class Timer(TrainingCallback):
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """Train with the trainer's defaults: progress bar, console log, the best model kept."""
+    """Train with the trainer's defaults: progress bar, console log, the best model kept, the GPU if one is seen."""
     torch.manual_seed(job.seed)
     network, shape = Network(job), job.shape
     parts = {"encoder": Encoder(network, job.variational), "decoder": Decoder(network)}
@@ -97,7 +97,7 @@ def fit(job: Job) -> dict[str, Any]:
         per_device_train_batch_size=job.batch,
         seed=job.seed,
     )
-    clock = Clock(job)
+    clock = clock_of(job)
     Trainer.job = job  # the base class builds its loaders in its constructor
     data = BaseDataset(x, torch.zeros(len(x)))
     Trainer(model, data, training_config=config, callbacks=[Timer(clock)]).train()

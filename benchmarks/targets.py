@@ -3,6 +3,7 @@
 A ratio between two parties is that of their rates in the same round, so that the machine's slow spells hit both.
 """
 
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -30,6 +31,7 @@ class Target(NamedTuple):
         measure: the figure from that CSV's rows; None where they do not have it.
         at_most: whether less is better.
         otherwise: the same figure of the zoo compiled where it is not, or not compiled where it is, to show beside it.
+        gpu: read from files of a GPU and shown where there is one; False: from others; None: from all.
     """
 
     what: str
@@ -38,6 +40,12 @@ class Target(NamedTuple):
     measure: Callable[[Sequence[Row]], Found | None]
     at_most: bool = False
     otherwise: Callable[[Sequence[Row]], Found | None] | None = None
+    gpu: bool | None = None
+
+    def is_of(self, stem: str) -> bool:
+        """Whether a CSV of that name holds the figure."""
+        on_gpu = not re.search(r"-pt[\d.]+-(cpu\d|mps)", stem)
+        return stem.startswith(self.file) and self.gpu in (None, on_gpu)
 
     def reached(self, found: Found) -> bool:
         """Whether the median is on the right side of the bound."""
@@ -73,16 +81,20 @@ def between(ours: str, other: str, note: str = "") -> Callable[[Sequence[Row]], 
     return measure
 
 
-def _peers(workload: str, precision: str, bounds: Mapping[str, float], compiled: bool = False) -> list[Target]:
-    """Targets of a long run, in which `--compile auto` has compiled the step or not."""
-    ours, otherwise = ("aezoo_compiled", "aezoo") if compiled else ("aezoo", "aezoo_compiled")
+def _peers(
+    workload: str, precision: str, bounds: Mapping[str, float], compiled: bool = False, gpu: bool = False
+) -> list[Target]:
+    """Targets of a long run, in which `--compile auto` has compiled the step or not; on a GPU with reduce-overhead."""
+    ours, otherwise = ("aezoo_compiled", "aezoo") if compiled or gpu else ("aezoo", "aezoo_compiled")
+    note = "reduce-overhead" if gpu else "compiled" if compiled else ""
     return [
         Target(
-            f"{workload}, {precision}: aezoo / {party}",
+            f"{workload}, {precision}{', on a GPU' if gpu else ''}: aezoo / {party}",
             f"peers-{workload}-{precision}-",
             bound,
-            between(ours, party, "compiled" if compiled else ""),
+            between(ours, party, note),
             otherwise=between(otherwise, party),
+            gpu=gpu,
         )
         for party, bound in bounds.items()
     ]
@@ -149,6 +161,8 @@ TARGETS: tuple[Target, ...] = (
         {"loop": 0.95, "pythae": 1.8, "pytorch_vae": 1.8, "lightning": 1.8, "keras_tensorflow": 1.1},
     ),
     *_peers("conv64", "bf16", {"pythae": 2.4, "pytorch_vae": 2.4, "lightning": 2.4}),
+    *_peers("dense", "fp32", {"loop_graph": 0.9, "lightning": 10.0}, gpu=True),
+    *_peers("conv28", "fp32", {"loop_graph": 0.9, "lightning": 10.0}, gpu=True),
     Target(
         "dense_article: matrix products at measured peak / step",
         "speed-train-fp32-",
@@ -177,15 +191,16 @@ TARGETS: tuple[Target, ...] = (
 
 
 def judge(files: Files) -> list[tuple[Target, str, Found | None]]:
-    """Each target beside what each CSV of its kind says; (target, "", None) where there is none.
+    """Each target beside what each CSV of its kind says; (target, "", None) where there is none, but for GPUs' own.
 
     Args:
         files: rows of each CSV by its stem.
     """
     judged: list[tuple[Target, str, Found | None]] = []
     for target in TARGETS:
-        stems = [stem for stem in files if stem.startswith(target.file)]
-        judged += [(target, stem, target.measure(files[stem])) for stem in stems] or [(target, "", None)]
+        stems = [stem for stem in files if target.is_of(stem)]
+        found = [(target, stem, target.measure(files[stem])) for stem in stems]
+        judged += found or ([] if target.gpu else [(target, "", None)])
     return judged
 
 

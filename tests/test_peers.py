@@ -430,6 +430,23 @@ def test_dense_targets_are_of_the_compiled_step_and_others_of_the_uncompiled_one
     assert not worth_compiling(steps=10_000 * torch.get_num_threads(), **length)
 
 
+def test_targets_of_a_gpu_are_read_off_its_files_alone_and_shown_where_there_is_one():
+    rows = [
+        peer("aezoo_compiled", "95 90"),
+        peer("loop_graph", "100 100"),
+        peer("lightning", "9 10"),
+        peer("loop", "1"),
+    ]
+    card, cpu = "peers-dense-fp32-pt2.13-nvidia-h100-80gb-hbm3", "peers-dense-fp32-pt2.13-cpu2-zen5"
+    judged = {target.what: found for target, file, found in targets.judge({card: rows, cpu: rows}) if file == card}
+    assert judged.keys() == {f"dense, fp32, on a GPU: aezoo / {party}" for party in ("loop_graph", "lightning")}
+    assert judged["dense, fp32, on a GPU: aezoo / loop_graph"][:3] == pytest.approx((0.925, 0.9, 0.95))
+    assert targets.missed({card: rows}) == [f"dense, fp32, on a GPU: aezoo / lightning ({card})"]
+    assert not any("on a GPU" in target.what for target, _, _ in targets.judge({cpu: rows}))
+    mac = "peers-dense-fp32-pt2.13-mps"
+    assert not any("on a GPU" in target.what for target, file, _ in targets.judge({mac: rows}) if file == mac)
+
+
 def test_targets_name_parties_and_workloads_that_there_are():
     for target in targets.TARGETS:
         kind, _, rest = target.file.partition("-")

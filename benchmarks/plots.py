@@ -192,12 +192,12 @@ def code_size(rows: Sequence[Row]) -> "Figure | None":
 
 
 def scaling(rows: Sequence[Row]) -> "Figure | None":
-    """Throughput against devices, as a multiple of one device's, and the ideal."""
+    """Throughput against devices, as a multiple of one device's, and the ideal; rows must be of one machine's state."""
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     good = _positive(rows, "samples_per_s", "devices")
     # what makes two rows points of different curves
-    keys = ("name", "shape", "precision", "batch", "compile", "threads")
+    keys = ("name", "shape", "precision", "batch", "compile", "threads", "memory", "interface", "machine")
     found: dict[tuple[str, ...], dict[int, float]] = {}
     for row in good:
         key = tuple(row.get(name, "") for name in keys)

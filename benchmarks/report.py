@@ -17,6 +17,7 @@ from aezoo.errors import AezooError
 
 from . import report_pca, targets
 from .common import PACKAGE, Spread, read_csv, results_folder, run_script
+from .speed import KEY
 
 Row = dict[str, str]
 # columns of a row over seeds that are settings, not figures
@@ -25,6 +26,8 @@ _GROUP = (
     *("steps", "lr", "atoms", "dim", "active", "correlation", "noise", "samples", "options", "rows"),
     "bits_a_place",
 )
+# peaks that are further apart are of a machine in two states
+_SAME_STATE = 1.25
 
 
 class Column(NamedTuple):
@@ -99,7 +102,8 @@ TRAIN = (
     *(figures("parameters", "parameters"), figures("peak memory, MB", "peak_memory_mb")),
     *(figures("compile, s", "compile_s", digits=3), figures("cold start, s", "cold_start_s", digits=3)),
     *(figures("launches a step", "kernel_launches"), figures("copies a step", "host_device_copies")),
-    *(figures("scaling efficiency", "scaling_efficiency", digits=3), words("error", "error")),
+    *(figures("scaling efficiency", "scaling_efficiency", digits=3), words("no efficiency, as", "unscaled")),
+    words("error", "error"),
 )
 INFER = (
     *(words("model", "name"), words("settings", "settings"), words("shape", "shape"), words("compile", "compile")),
@@ -331,6 +335,33 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
     )
 
 
+def scaled(rows: Sequence[Row]) -> list[Row]:
+    """Rows of a CSV, those of several devices with their rate by that of as many alone, or why there is none."""
+
+    def setting(row: Row) -> tuple[str, ...]:
+        return tuple(row.get(name, "") for name in KEY if name != "devices")
+
+    alone = {setting(row): row for row in rows if row.get("devices") == "1"}
+    # what earlier CSVs say of it is of rows that may have been replaced since
+    none = {"scaling_efficiency": "", "unscaled": ""}
+    return [row | none | _efficiency(row, alone.get(setting(row), {})) for row in rows]
+
+
+def _efficiency(row: Row, one: Row) -> Row:
+    devices, rate, base = number(row, "devices") or 1, number(row, "samples_per_s"), number(one, "samples_per_s")
+    if devices == 1 or not rate:
+        return {}
+    if not base:
+        return {"unscaled": "no row of one device"}
+    peaks = [number(of, "peak_gflops") or 0 for of in (row, one)]
+    if not all(peaks):
+        return {"unscaled": "a peak was not measured"}
+    # rows are replaced one by one, and a cloud's machine is not the same on another day
+    if max(peaks) > _SAME_STATE * min(peaks):
+        return {"unscaled": f"one device was measured at a peak of {plain(peaks[1])} GFLOP/s"}
+    return {"scaling_efficiency": repr(rate / (devices * base))}
+
+
 def comparable(rows: Sequence[Row]) -> list[Row]:
     """Of each data set the rows of its most frequent budget and batch; of each model and code size the first."""
 
@@ -358,8 +389,10 @@ def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
 
 def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
     """The text of all tables, for a file in `home`, and the rows of each CSV by its stem."""
-    paths = sorted(folder.glob("*.csv"))
-    read = {path.stem: read_csv(path) for path in paths}
+    read = {path.stem: read_csv(path) for path in sorted(folder.glob("*.csv"))}
+    read = {
+        stem: (head, scaled(rows) if stem.startswith("speed-train-") else rows) for stem, (head, rows) in read.items()
+    }
     left, parts = dict(read), []
     verbs = {stem: left.pop(stem) for stem in read if stem.startswith("tasks-")}
     for section in SECTIONS:
@@ -467,7 +500,12 @@ def draw(folder: Path, rows: Mapping[str, list[Row]]) -> dict[Path, str]:
     bits = [row for stem, part in rows.items() if stem.startswith("bits-") for row in over_seeds(part)]
     quality = comparable(quality_rows(rows))
     trained = {stem: part for stem, part in rows.items() if stem.startswith("speed-train-")}
-    scaling = [row | {"precision": stem.split("-")[2]} for stem, part in trained.items() for row in part]
+    scaling = [
+        row | {"precision": stem.split("-")[2], "machine": machine(stem)}
+        for stem, part in trained.items()
+        for row in part
+        if row.get("devices") == "1" or row.get("scaling_efficiency")
+    ]
     speed = {stem: part for stem, part in rows.items() if stem.startswith("peers-") and "-quality-" not in stem}
     peers: dict[str, dict[str, list[Row]]] = {"": {}}
     for stem, part in speed.items():

@@ -12,7 +12,8 @@ Training goes through a Trainer with the command line's bar, logger, checkpoints
 the step's matrix products only, `products_alone_share` is the time of its products and convolutions, run alone, over
 the step's. In inference `network_` rows are the bare modules, `bare_predict` is encode, decode and score in a plain
 loop, and `predict` the Trainer's way to the same. Several devices train by DDP, each with the whole batch; on the CPU a
-device is an equal share of the cores, for one device too, so that `scaling_efficiency` compares like with like.
+device is an equal share of the cores, for one device too, so that the report's scaling efficiency compares like with
+like.
 
 Rows that are there already are kept. A row that does not fit into memory is tried with half the batch, again and again.
 """
@@ -206,19 +207,9 @@ def measure(spec: dict[str, Any], table: Table, timeout: float) -> None:
 
     found, batch = with_smaller_batches(run, spec)
     row |= {"batch_used": batch, "repeats": spec["repeats"], **found}
-    if spec["kind"] == "train" and not row.get("error"):
-        row["scaling_efficiency"] = _scaling(row, table)
     table.put(row)
     rate = row.get("samples_per_s", row.get("reconstruct_samples_per_s"))
     print(f"{_title(spec)}: {row['error'] if row.get('error') else f'{rate:,.0f} samples/s'}", flush=True)
-
-
-def _scaling(row: dict[str, Any], table: Table) -> float | None:
-    """Throughput over that of as many devices alone."""
-    one = row if row["devices"] == 1 else table.find({**row, "devices": 1})
-    if one is None or not one.get("samples_per_s"):
-        return None
-    return float(row["samples_per_s"]) / (float(row["devices"]) * float(one["samples_per_s"]))
 
 
 def _title(spec: dict[str, Any]) -> str:

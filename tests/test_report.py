@@ -74,7 +74,8 @@ def results(tmp_path):
     peers.write()
     train = Table(tmp_path / "speed-train-fp32-pt2.13-cpu2.csv", ("name", "devices"), "speed it")
     for devices, rate in ((1, 1000.0), (2, 1800.0)):
-        train.put({"name": "vae", "devices": devices, "samples_per_s": rate, "share_of_peak": 0.123})
+        peak = {"peak_gflops": 90 + 10 * devices}
+        train.put({"name": "vae", "devices": devices, "samples_per_s": rate, "share_of_peak": 0.123} | peak)
     return tmp_path
 
 
@@ -85,7 +86,7 @@ def test_a_report_is_made_of_what_there_is(results, capsys):
     text = (results / "RESULTS.md").read_text()
     for command in ("quality it", "peers it", "speed it"):
         assert f"```bash\n{command}\n```" in text
-    assert "| vae | 2 | 1,800 | 12.3 |" in text
+    assert "| vae | 2 | 1,800 | 12.3 | 110 | 0.9 |" in text
     # median, lowest and highest of three seeds
     assert "| vae | variational | 16 | 3 | 128 | 0.006875 (0.00625 to 0.0075) | 0.0125 |" in text
     assert "| vae | variational | 16 | 1 | 64 | 0.5 | 0.0125 |" in text  # another batch is another setting
@@ -109,6 +110,30 @@ def test_each_machine_has_a_picture_of_peers(results):
     text = (results / "RESULTS.md").read_text()
     assert ", as ratios to a compiled loop](pictures/peers.png)" in text
     assert ", as ratios to a compiled loop, on zen4](pictures/peers-zen4.png)" in text
+
+
+def test_devices_are_compared_with_one_device_of_the_same_state(results):
+    one = {"name": "vae", "devices": "1", "samples_per_s": "1000", "peak_gflops": "100", "scaling_efficiency": "1"}
+    two = one | {"devices": "2", "samples_per_s": "1500", "scaling_efficiency": "0.9"}
+
+    def found(*changed):
+        return report.scaled([one, *({**two, **change} for change in changed)])[1:]
+
+    assert [row["scaling_efficiency"] for row in found({"peak_gflops": "125"}, {"peak_gflops": "80"})] == ["0.75"] * 2
+    slow, fast, other, unknown = found(
+        {"peak_gflops": "79"}, {"peak_gflops": "126"}, {"batch": "7"}, {"peak_gflops": ""}
+    )
+    assert slow["unscaled"] == fast["unscaled"] == "one device was measured at a peak of 100 GFLOP/s"
+    assert (other["unscaled"], unknown["unscaled"]) == ("no row of one device", "a peak was not measured")
+    assert not any(row["scaling_efficiency"] for row in (slow, fast, other, unknown))
+    assert report.scaled([one]) == [one | {"scaling_efficiency": "", "unscaled": ""}]
+
+    train = Table(results / "speed-train-fp32-pt2.13-cpu2.csv", ("name", "devices"), "speed it")
+    train.put({"name": "vae", "devices": 2, "samples_per_s": 1500.0, "peak_gflops": 50.0})
+    report.main(["--results", str(results)])
+    text = (results / "RESULTS.md").read_text()
+    assert "| vae | 2 | 1,500 |  | 50 | one device was measured at a peak of 100 GFLOP/s |" in text
+    assert "pictures/scaling.png" not in text
 
 
 def test_layers_that_torch_computes_best_are_left_out(results):

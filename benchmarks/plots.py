@@ -22,7 +22,13 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # models in a panel, above which not all can be named
 _MANY = 20
 _GREY, _LIGHT = "0.35", "0.85"
-_PEERS = {"loop": "compiled loop by hand", "loop_eager": "textbook loop", "lightning": "textbook Lightning"}
+_HATCH = "////"
+_PEERS = {
+    "loop": "compiled loop by hand",
+    "loop_eager": "textbook loop",
+    "lightning": "textbook Lightning",
+    "lightning_bf16": "textbook Lightning bf16",
+}
 
 
 def number(row: Row, name: str) -> float:
@@ -234,7 +240,13 @@ def scaling(rows: Sequence[Row]) -> "Figure | None":
 
 
 def peers(files: Mapping[str, Sequence[Row]]) -> "Figure | None":
-    """Bars of each party's ratio to the compiled loop, a panel a workload."""
+    """Bars of each party's ratio to the compiled loop, a panel a workload; hatched where losses do not agree.
+
+    Args:
+        files: rows by the workload and what follows it in a file's name, the precision first; all of one machine.
+    """
+    from matplotlib.patches import Patch
+
     panels = {title: _positive(rows, "ratio") for title, rows in files.items()}
     panels = {title: sorted(rows, key=lambda row: number(row, "ratio")) for title, rows in panels.items() if rows}
     # the fastest network first, whatever their names are
@@ -250,7 +262,8 @@ def peers(files: Mapping[str, Sequence[Row]]) -> "Figure | None":
         for i, row in enumerate(rows):
             ratio, low, high = (number(row, name) for name in ("ratio", "ratio_min", "ratio_max"))
             ours = row["party"].startswith("aezoo")
-            ax.barh(i, ratio, height=0.68, color=_COLOURS[0] if ours else "0.72")
+            hatch = None if _agrees(row) else _HATCH
+            ax.barh(i, ratio, height=0.68, color=_COLOURS[0] if ours else "0.72", hatch=hatch, edgecolor="white")
             edge = ratio
             if low > 0 and high > 0:
                 ax.plot([low, high], [i, i], color="black", linewidth=1.4, solid_capstyle="butt")
@@ -266,13 +279,31 @@ def peers(files: Mapping[str, Sequence[Row]]) -> "Figure | None":
                 fontweight="bold" if ours else "normal",
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
             )
-        names = [_PEERS.get(row["party"], row["party"].replace("_", " ")) for row in rows]
-        ax.set_yticks(range(len(rows)), names, fontsize=SIZE - 1)
+        workload, _, rest = title.partition("-")
+        precision = rest.partition("-")[0]
+        ax.set_yticks(range(len(rows)), [_party(row, precision) for row in rows], fontsize=SIZE - 1)
         for tick, row in zip(ax.get_yticklabels(), rows, strict=True):
             tick.set_fontweight("bold" if row["party"].startswith("aezoo") else "normal")
         ax.tick_params(axis="y", length=0)
-        ax.set_xlim(0, 1.5 * reach)
-        workload, _, rest = title.partition("-")
+        ax.set_xlim(0, 1.7 * reach)
         ax.set_title(f"{workload} ({rest.replace('-', ', ')})", fontsize=SIZE, loc="left")
         ax.set_xlabel("training speed (compiled loop = 1)", fontsize=SIZE)
+    shown = [row for rows in panels.values() for row in rows]
+    machines = dict.fromkeys(row["processor"] for row in shown if row.get("processor"))
+    if machines:
+        figure.suptitle(f"on {', '.join(machines)}", fontsize=SIZE + 2, x=0.01, ha="left")
+    if not all(map(_agrees, shown)):
+        told = "hatched: its losses are not those of the loop, so its speed does not compare"
+        _legend(figure, [Patch(facecolor="0.72", edgecolor="white", hatch=_HATCH, label=told)])
     return figure
+
+
+def _agrees(row: Row) -> bool:
+    return row.get("agrees") == "yes"
+
+
+def _party(row: Row, precision: str) -> str:
+    """A party's name, with its precision where that is not the panel's."""
+    name = _PEERS.get(row["party"], row["party"].replace("_", " "))
+    own = row.get("precision") or precision
+    return name if own == precision else f"{name}, {own}"

@@ -112,6 +112,22 @@ def test_each_machine_has_a_picture_of_peers(results):
     assert ", as ratios to a compiled loop, on zen4](pictures/peers-zen4.png)" in text
 
 
+def test_a_picture_of_peers_says_who_does_not_compare_in_which_precision_and_where():
+    row = {"party": "loop", "precision": "bf16", "ratio": "1", "samples_per_s": "9", "agrees": "yes"}
+    row |= {"processor": "Some CPU"}
+    rows = [row, row | {"party": "pythae", "precision": "fp32", "ratio": "0.5"}]
+    same = plots.peers({"dense-bf16-pt2.13-cpu2": rows})
+    odd = plots.peers({"dense-bf16-pt2.13-cpu2": [rows[0], rows[1] | {"agrees": "no"}]})
+    for figure, hatched in ((same, [False, False]), (odd, [True, False])):
+        (ax,) = figure.axes
+        assert [bool(bar.get_hatch()) for bar in ax.patches] == hatched
+        assert [tick.get_text() for tick in ax.get_yticklabels()] == ["pythae, fp32", "compiled loop by hand"]
+        assert figure.get_suptitle() == "on Some CPU"
+        assert [text.get_text()[:8] for legend in figure.legends for text in legend.texts] == ["hatched:"] * any(
+            hatched
+        )
+
+
 def test_devices_are_compared_with_one_device_of_the_same_state(results):
     one = {"name": "vae", "devices": "1", "samples_per_s": "1000", "peak_gflops": "100", "scaling_efficiency": "1"}
     two = one | {"devices": "2", "samples_per_s": "1500", "scaling_efficiency": "0.9"}

@@ -158,7 +158,7 @@ def test_one_channel_is_laid_over_by_onednn(halved, between, taken, kernel, bias
 
 
 def test_a_grid_that_is_no_whole_number_of_strides_gets_its_bias_apart(taken, monkeypatch):
-    """Else oneDNN adds it number by number, in bfloat16 at twenty times the price of all else."""
+    """Else oneDNN adds it number by number, in bfloat16 at five times the price of all else."""
     layers = [conv2d.ConvTranspose2d(3, n, 3, 2, 1) for n in (5, 6)]
     assert [conv2d.odd_pays(up, up.geometry(torch.zeros(2, 3, 4, 4)).large) for up in layers] == [False, True]
     monkeypatch.setattr(transposed, "_MANY", 0)

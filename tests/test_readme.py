@@ -9,6 +9,7 @@ import pytest
 import aezoo
 from aezoo import registry
 from benchmarks import recipes as benchmark
+from benchmarks.common import read_csv
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,6 +21,63 @@ def test_tables_and_heads_are_those_of_the_newest_results():
     assert benchmark.readme(rows) == README
     for name, path in benchmark.own_recipes().items():
         assert benchmark.head(rows[name], benchmark.newest()) in path.read_text(encoding="utf-8").splitlines()
+
+
+def test_sentences_say_what_the_csvs_say():
+    """Sentences that a report does not write: measured anew, they are to be written anew."""
+    rows = {path.stem: read_csv(path)[1] for path in (ROOT / "benchmarks" / "results").glob("*.csv")}
+    readme = " ".join(README.split())
+
+    def figures(prefix, name, *ends, **where):
+        parts = [part for stem, part in rows.items() if stem.startswith(prefix) and stem.endswith(ends or "")]
+        found = [row for part in parts for row in part if all(row.get(key) == value for key, value in where.items())]
+        return sorted(name(row) if callable(name) else float(row[name]) for row in found)
+
+    def ratio(workload, precision, end, party="aezoo"):
+        (found,) = figures(f"peers-{workload}-{precision}-", "ratio", end, party=party)
+        return f"{found:.2f}"
+
+    compiled = figures("peers-dense", "ratio", party="aezoo_compiled")
+    convolutional = figures("peers-conv", "ratio", party="aezoo")
+    assert f"a dense network trains at {compiled[0]:.2f} to {compiled[-1]:.2f} times the loop's speed" in readme
+    assert f"uncompiled, at {convolutional[0]:.2f} to {convolutional[-1]:.2f} times it" in readme
+    intel = [ratio("dense", precision, "cpu2") for precision in ("fp32", "bf16")]
+    zen5 = [ratio("dense", precision, "zen5") for precision in ("fp32", "bf16")]
+    assert f"behind on an Intel processor ({intel[0]} in float32, {intel[1]} in bfloat16)" in readme
+    assert f"on a Zen 5 ahead in float32 ({zen5[0]}) and behind in bfloat16 ({zen5[1]})" in readme
+
+    def most(end):
+        by_precision = (
+            figures(f"convolutions-{precision}-", "speedup", end, chosen="products") for precision in ("fp32", "bf16")
+        )
+        return [f"{found[-1]:.1f}" for found in by_precision]
+
+    best = [*most("cpu2"), *most("zen5"), *most("zen4")]
+    assert (
+        "up to {} times as fast as the convolution that torch would take (in bfloat16 {} times) on an Intel processor "
+        "with AMX, {} ({}) on a Zen 5 and {} ({}) on a Zen 4"
+    ).format(*best) in readme
+
+    def by_torch(precision):
+        def found(row):
+            return float(row["torch_ms"]) / float(row["apart_ms"])
+
+        return f"{figures(f'convolutions-{precision}-', found, layer='transposed_odd')[-1]:.1f}"
+
+    longer = by_torch("fp32"), by_torch("bf16")
+    assert "torch's takes up to {} times as long, in bfloat16 {} times (on a Zen 5)".format(*longer) in readme
+
+    *guard, sgd = figures("speed-train-", "guard_share", "zen5")
+    assert guard[-1] < 0.01 and "under 1 % of a step on a Zen 5, where" in readme
+    assert f"SGD's look after each step takes {100 * sgd:.0f} %" in readme
+    before = figures("speed-train-", lambda row: float(row["guard_share"] or 0), "cpu2")
+    assert f"the rows of an Intel processor, up to {100 * before[-1]:.1f} %," in readme
+
+    runs = [part for stem, part in rows.items() if stem.startswith("quality-") and "-recipes-" not in stem]
+    sets = [{row["model"] for row in part if not row["error"]} for part in runs]
+    numbers = {name for name in registry.list_models() if not registry.model_class(name).discrete_code}
+    missing = {name for found in sets for name in numbers - found}
+    assert len(sets) == 4 and missing == {"soft_vq"} and "numbers, but `soft_vq`, on four sets" in readme
 
 
 def test_every_model_has_passed_checks_and_laws_that_the_table_counts():

@@ -90,6 +90,13 @@ def spread(head: str, name: str, low: str = "", high: str = "") -> Column:
     return Column(head, cell)
 
 
+def trained(row: Row) -> str:
+    """The epochs of a row over seeds; marked where time ended a run before its budget of epochs did."""
+    told, least = spread("", "epochs").cell(row), number(row, "epochs_low")
+    asked = row.get("budget", "").partition("epochs=")[2]
+    return f"{told}, cut" if asked and least is not None and least < float(asked) else told
+
+
 TRAIN = (
     *(words("model", "name"), words("settings", "settings"), words("shape", "shape"), words("compile", "compile")),
     *(words("batch", "batch_used"), words("devices", "devices"), words("threads", "threads")),
@@ -112,8 +119,11 @@ INFER = (
     spread("sample, samples/s", "sample_samples_per_s"),
     spread("Trainer's predict, samples/s", "predict_samples_per_s"),
     *(spread("encode / network", "encode_ratio"), spread("reconstruct / network", "reconstruct_ratio")),
-    *(spread("predict / bare loop", "predict_ratio"), figures("peak memory, MB", "peak_memory_mb")),
-    *(figures("compile, s", "compile_s", digits=3), words("error", "error")),
+    *(spread("predict / bare loop", "predict_ratio"), figures("ms a batch", "step_ms")),
+    *(figures("of matmul peak, %", "share_of_peak", 100, 3), figures("peak, GFLOP/s", "peak_gflops")),
+    *(figures("MFLOP a sample", "flops_forward", 1e-6), figures("parameters", "parameters")),
+    *(figures("peak memory, MB", "peak_memory_mb"), figures("compile, s", "compile_s", digits=3)),
+    *(figures("cold start, s", "cold_start_s", digits=3), words("error", "error")),
 )
 STARTUP = (
     *(words("what", "what"), spread("seconds", "seconds", "low", "high")),
@@ -129,8 +139,13 @@ PEERS = (
 )
 QUALITY = (
     *(words("model", "model"), words("family", "family"), words("code size", "code_size"), words("seeds", "seeds")),
-    *(words("budget", "budget"), words("batch", "batch_size"), words("probe rows", "probe_rows")),
-    *(figures("L0", "l0", digits=3), spread("mse", "mse"), figures("PCA's mse", "pca_mse")),
+    *(words("budget", "budget"), Column("epochs", trained), words("batch", "batch_size")),
+    *(
+        words("probe rows", "probe_rows"),
+        figures("L0", "l0", digits=3),
+        spread("mse", "mse"),
+        figures("PCA's mse", "pca_mse"),
+    ),
     *(figures("PCA's mse at L0", "pca_mse_at_l0"), spread("psnr, dB", "psnr"), spread("ssim", "ssim")),
     *(spread("nll, nats", "nll"), figures("bits/dim", "bits_per_dim"), spread("active units", "active_units")),
     *(spread("linear probe", "probe"), spread("kNN", "knn"), figures("PCA's probe", "pca_probe", digits=3)),
@@ -302,7 +317,8 @@ SECTIONS = (
     Section(
         "quality-",
         "Quality",
-        "Test split, median over seeds (lowest to highest). PCA of the same code size is the floor of a linear code.",
+        "Test split, median over seeds (lowest to highest). PCA of the same code size is the floor of a linear code. "
+        "Epochs marked 'cut': `--most-seconds` ended a run before its budget of epochs did.",
         QUALITY,
     ),
     Section("", "Others", "", ()),

@@ -11,9 +11,9 @@ Training goes through a Trainer with the command line's bar, logger, checkpoints
 `share_of_peak` is the share of the fastest matrix product of the same process and precision; `gemm_floor_share` counts
 the step's matrix products only, `products_alone_share` is the time of its products and convolutions, run alone, over
 the step's. In inference `network_` rows are the bare modules, `bare_predict` is encode, decode and score in a plain
-loop, and `predict` the Trainer's way to the same. Several devices train by DDP, each with the whole batch; on the CPU a
-device is an equal share of the cores, for one device too, so that the report's scaling efficiency compares like with
-like.
+loop, and `predict` the Trainer's way to the same; `step_ms` is a reconstruction of a batch. Several devices train by
+DDP, each with the whole batch; on the CPU a device is an equal share of the cores, for one device too, so that the
+report's scaling efficiency compares like with like.
 
 Rows that are there already are kept. A row that does not fit into memory is tried with half the batch, again and again.
 """

@@ -243,7 +243,8 @@ def infer(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         ("predict_ratio", "predict", "bare_predict"),
     ):
         row |= _as_columns(name, Spread.of([a / b for a, b in zip(rates[ratio], rates[base], strict=True)]))
-    row |= {"peak_memory_mb": measure.peak_memory_mb(device), "steps": batches}
+    row |= {"step_ms": 1e3 * batch / row["reconstruct_samples_per_s"], "steps": batches}
+    row["peak_memory_mb"] = measure.peak_memory_mb(device)
     row |= _work(spec, x, device, row["reconstruct_samples_per_s"])
     row["share_of_peak"] = row["flops_forward"] * row["reconstruct_samples_per_s"] / (row["peak_gflops"] * 1e9)
     return row

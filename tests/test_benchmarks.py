@@ -42,6 +42,8 @@ def test_speed_measures_training_and_inference_once(tmp_path, monkeypatch, capsy
     for path in ("encode", "reconstruct", "network_encode", "bare_predict", "predict"):
         assert float(infer[f"{path}_samples_per_s"]) > 0
     assert float(infer["predict_ratio"]) > 0
+    rate = float(infer["reconstruct_samples_per_s"])
+    assert float(infer["step_ms"]) == pytest.approx(1e3 * 4 / rate, rel=1e-3)
 
     monkeypatch.setattr(speed, "run_row", None)  # a row that is there is not measured again
     before = [path.read_bytes() for path in sorted(tmp_path.glob("*.csv"))]

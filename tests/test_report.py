@@ -194,6 +194,17 @@ def test_seeds_of_one_budget_are_one_row_however_many_steps_they_took():
     assert len(report.over_seeds([{"model": "vae", "steps": str(i), "seed": "0"} for i in range(2)])) == 2
 
 
+def test_runs_that_time_has_cut_are_marked():
+    def cells(budget, *epochs):
+        row = {"model": "vae", "budget": budget}
+        (found,) = report.over_seeds([row | {"seed": str(i), "epochs": n} for i, n in enumerate(epochs)])
+        return report.markdown(report.QUALITY, [found]).splitlines()[-1].split(" | ")[2:]
+
+    assert cells("epochs=20", "20", "20") == ["epochs=20", "20 |"]
+    assert cells("epochs=20", "20", "19.5", "20") == ["epochs=20", "20 (19.5 to 20), cut |"]
+    assert cells("seconds=20", "7.5") == ["seconds=20", "7.5 |"] and cells("epochs=1", "") == ["epochs=1 |"]
+
+
 def test_only_notable_models_are_named_among_many():
     rows = [
         {"model": f"m{i}", "family": "odd" if i % 2 else "even", "samples_per_s": str(100 + i), "mse": str(1 / (1 + i))}

@@ -15,8 +15,8 @@ from aezoo.errors import AezooError
 from aezoo.nets.memory_format import ChannelsLast
 
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
-# a compilation costs about this many seconds, and saves about this share of a step's arithmetic at this many FLOP/s a
-# thread, or on a GPU this many seconds of launches a step; see benchmarks/results/speed-train-*.csv
+# a compilation may cost this many seconds where the compiler's cache is empty, and saves about this share of a step's
+# arithmetic at this many FLOP/s a thread, or on a GPU this many seconds of launches a step
 _COMPILE_SECONDS = 20.0
 _SAVED_SHARE = 0.15
 _FLOPS_PER_THREAD = 5e10

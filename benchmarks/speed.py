@@ -11,9 +11,9 @@ Training goes through a Trainer with the command line's bar, logger, checkpoints
 `share_of_peak` is the share of the fastest matrix product of the same process and precision; `gemm_floor_share` counts
 the step's matrix products only, `products_alone_share` is the time of its products and convolutions, run alone, over
 the step's. In inference `network_` rows are the bare modules, `bare_predict` is encode, decode and score in a plain
-loop, and `predict` the Trainer's way to the same; `step_ms` is a reconstruction of a batch. Several devices train by
-DDP, each with the whole batch; on the CPU a device is an equal share of the cores, for one device too, so that the
-report's scaling efficiency compares like with like.
+loop, and `predict` the Trainer's way to the same; `step_ms` is a reconstruction of a batch. `compile_s` is with an
+empty cache of the compiler. Several devices train by DDP, each with the whole batch; on the CPU a device is an equal
+share of the cores, for one device too, so that the report's scaling efficiency compares like with like.
 
 Rows that are there already are kept. A row that does not fit into memory is tried with half the batch, again and again.
 """
@@ -23,6 +23,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -203,13 +204,21 @@ def measure(spec: dict[str, Any], table: Table, timeout: float) -> None:
     variables = {"OMP_NUM_THREADS": str(spec["threads"])} if spec["threads"] else {}
 
     def run(tried: dict[str, Any]) -> dict[str, Any]:
-        return run_row("speed_row", {**tried, "started": time.time()}, timeout, variables)
+        # else compiling costs whatever an earlier run has left to do
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
+            there = variables | {"TORCHINDUCTOR_CACHE_DIR": empty}
+            return run_row("speed_row", {**tried, "started": time.time()}, timeout, there)
 
     found, batch = with_smaller_batches(run, spec)
-    row |= {"batch_used": batch, "repeats": spec["repeats"], **found}
+    row |= {"batch_used": batch, "repeats": spec["repeats"], "compiler_cache": _cache(spec), **found}
     table.put(row)
     rate = row.get("samples_per_s", row.get("reconstruct_samples_per_s"))
     print(f"{_title(spec)}: {row['error'] if row.get('error') else f'{rate:,.0f} samples/s'}", flush=True)
+
+
+def _cache(spec: dict[str, Any]) -> str:
+    """What the compiler's cache held before the row."""
+    return "" if spec["compile"] == "off" else "nothing"
 
 
 def _title(spec: dict[str, Any]) -> str:

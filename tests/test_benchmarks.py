@@ -93,6 +93,23 @@ def test_the_batch_is_halved_until_it_fits(tmp_path, monkeypatch):
     assert (row["batch"], row["batch_used"], row["samples_per_s"], row["error"]) == ("4", "1", "7", "")
 
 
+def test_each_row_compiles_with_an_empty_cache(tmp_path, monkeypatch):
+    caches = []
+
+    def run_row(module, spec, timeout, variables):
+        cache = Path(variables["TORCHINDUCTOR_CACHE_DIR"])
+        assert not [*cache.iterdir()]
+        (cache / "graph").touch()
+        caches.append(cache)
+        return {"samples_per_s": 7.0}
+
+    monkeypatch.setattr(speed, "run_row", run_row)
+    speed.main(["train", *TINY, "--compile", "off", "default", "--results", str(tmp_path / "results")])
+    _, rows = measured("train", tmp_path / "results")
+    assert [row["compiler_cache"] for row in rows] == ["", "nothing"]
+    assert len(caches) == 2 and not any(cache.exists() for cache in caches)
+
+
 def test_no_batch_fits():
     full = {"error": "MemoryError: ", "out_of_memory": True}
     assert processes.with_smaller_batches(lambda spec: dict(full), {"batch": 3}) == ({"error": "MemoryError: "}, 1)

@@ -10,7 +10,6 @@ named in `PICTURES` are copied to `benchmarks/results/pictures`.
 """
 
 import argparse
-import csv
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from aezoo import registry
 from aezoo.cli import recipes
 from aezoo.errors import AezooError
 
-from .common import environment
+from .common import Table, command_line, environment, read_csv
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -82,23 +81,7 @@ def own_recipes() -> dict[str, Path]:
 
 def read(path: Path) -> dict[str, dict[str, str]]:
     """Rows of the CSV by recipe."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="") as file:
-        return {row["recipe"]: row for row in csv.DictReader(file)}
-
-
-def write(path: Path, rows: dict[str, dict[str, str]]) -> None:
-    """Write the CSV, recipes in order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = ["recipe", "epochs", "seconds", *FIGURES]
-    fresh = path.with_suffix(".part")
-    with fresh.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[name] for name in sorted(rows))
-    # rows of an earlier run are not lost to a run that fails
-    fresh.replace(path)
+    return {row["recipe"]: row for row in read_csv(path)[1]} if path.is_file() else {}
 
 
 def head(row: dict[str, str], path: Path) -> str:
@@ -187,10 +170,10 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="train nothing, rewrite heads and tables from the CSV")
     arguments = parser.parse_args()
     path = newest() if arguments.tables else RESULTS / f"quality-recipes-{environment()}.csv"
-    rows = read(path)
+    table = Table(path, ("recipe",), command_line("recipes", sys.argv[1:]))
     for name in [] if arguments.tables else arguments.recipes or own_recipes():
-        rows[name] = train(name, arguments.root)
-        write(path, rows)
+        table.put(train(name, arguments.root))
+    rows = read(path)
     for name, file in own_recipes().items():
         if name in rows:
             text = re.sub(r"^# reached:.*$", head(rows[name], path), file.read_text(), count=1, flags=re.M)

@@ -17,7 +17,7 @@ from aezoo.errors import AezooError
 
 from . import report_pca, targets
 from .common import PACKAGE, Spread, read_csv, results_folder, run_script
-from .speed import KEY
+from .speed import KEY, there
 
 Row = dict[str, str]
 # columns of a row over seeds that are settings, not figures
@@ -418,7 +418,11 @@ def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
         found = {stem: left.pop(stem) for stem in stems}
         if not found and section.prefix:
             print(f"no {section.prefix}*.csv in {folder.name}: {section.title.lower()} left out")
-        shown = [f"### {stem}\n\n{_table(section, *content)}" for stem, content in found.items() if content[1]]
+        shown = [
+            f"### {stem}\n\n{_table(section, counted(stem, *content), content[1])}"
+            for stem, content in found.items()
+            if content[1]
+        ]
         if shown:
             parts += ["\n\n".join(filter(None, [f"## {section.title}", section.text])), *shown]
     quality = quality_rows({stem: rows for stem, (_, rows) in read.items()})
@@ -428,6 +432,22 @@ def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
 
         parts.insert(0, report_tasks.section(verbs, folder, home))
     return "\n\n".join(parts), {stem: rows for stem, (_, rows) in read.items()}
+
+
+def counted(stem: str, commands: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Commands of a CSV; of the benchmark of speed with how many of their rows are there, if not all are."""
+    found = re.match(r"speed-(train|infer)-([a-z0-9]+)-", stem)
+    if not found:
+        return [*commands]
+    return [command + _share(command, found[1], found[2], rows) for command in commands]
+
+
+def _share(command: str, kind: str, precision: str, rows: Sequence[Row]) -> str:
+    try:
+        here, asked = there(command, kind, precision, rows)
+    except (AezooError, SystemExit):  # a flag or a model of before
+        return "  # how many of its rows are here is not known"
+    return "" if here == asked else f"  # {here} of {asked} rows"
 
 
 def target_table(files: Mapping[str, list[Row]]) -> str:
@@ -487,9 +507,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     home = PACKAGE if folder.resolve() == (PACKAGE / "results").resolve() else folder
     text, rows = tables(folder, home)
     pictures = draw(folder, rows)
-    head = "# Results\n\nWritten by `python -m benchmarks.report` from the CSVs in this repository; do not edit.\n"
+    head = (
+        "# Results\n\nWritten by `python -m benchmarks.report` from the CSVs in this repository; do not edit. Above a "
+        "table stand the commands that its CSV names. Those of `benchmarks.speed` say how many of the rows they ask "
+        "for are here, if not all are; others may ask for more as well, such as models that have come since."
+    )
     shown = [f"![{alt}]({os.path.relpath(path, home)})" for path, alt in pictures.items()]
-    whole = "\n\n".join([head.strip(), *shown, target_table(rows), text]) + "\n"
+    whole = "\n\n".join([head, *shown, target_table(rows), text]) + "\n"
     try:
         (home / "RESULTS.md").write_text(whole, encoding="utf-8")
     except OSError as error:

@@ -22,11 +22,12 @@ import itertools
 import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import yaml
@@ -34,7 +35,7 @@ import yaml
 from aezoo import registry
 from aezoo.errors import AezooError
 
-from .common import Table, command_line, environment, parser, run_script
+from .common import Table, as_text, command_line, environment, parser, run_script
 from .processes import run_row, with_smaller_batches
 
 KEY = ("name", "settings", "shape", "compile", "batch", "devices", "threads", "memory", "interface")
@@ -66,8 +67,8 @@ WORKLOADS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is asked for."""
+def arguments_of(words: Sequence[str]) -> Namespace:
+    """Read the command line."""
     made = parser("speed", __doc__)
     add = made.add_argument
     add("kinds", nargs="*", choices=[*KINDS, []], help="train, infer; both if none is given")
@@ -86,8 +87,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--repeats", type=int, default=5, help="repeats after the warm-up, or of --startup")
     add("--timeout", type=float, default=900.0, help="seconds after which a row is given up")
     add("--startup", action="store_true", help="measure the time to the first step instead")
+    return made.parse_args(words)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is asked for."""
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = made.parse_args(words)
+    arguments = arguments_of(words)
     command = command_line("speed", words)
     if arguments.startup:
         from .startup import measure_startup
@@ -196,8 +202,7 @@ def _settings(text: str, settings: str) -> dict[str, Any]:
 
 def measure(spec: dict[str, Any], table: Table, timeout: float) -> None:
     """Measure one row, unless it is there, and put it into its table."""
-    row = {name: spec[name] for name in ("name", "model", *KEY[1:])}
-    row |= {"settings": json.dumps(spec["settings"]) if spec["settings"] else "", "shape": _by(spec["shape"])}
+    row = _first_columns(spec)
     if not table.needs(row):
         print(f"{_title(spec)}: there already")
         return
@@ -214,6 +219,28 @@ def measure(spec: dict[str, Any], table: Table, timeout: float) -> None:
     table.put(row)
     rate = row.get("samples_per_s", row.get("reconstruct_samples_per_s"))
     print(f"{_title(spec)}: {row['error'] if row.get('error') else f'{rate:,.0f} samples/s'}", flush=True)
+
+
+def _first_columns(spec: dict[str, Any]) -> dict[str, Any]:
+    row = {name: spec[name] for name in ("name", "model", *KEY[1:])}
+    return row | {"settings": json.dumps(spec["settings"]) if spec["settings"] else "", "shape": _by(spec["shape"])}
+
+
+def there(command: str, kind: str, precision: str, rows: Sequence[Mapping[str, str]]) -> tuple[int, int]:
+    """How many of the rows that a CSV's command asks for are in the CSV, and how many it asks for today.
+
+    Args:
+        command: of the CSV's head.
+        kind: of the CSV.
+        precision: of the CSV.
+        rows: of the CSV.
+    """
+    arguments = arguments_of(shlex.split(command)[3:])
+    # on another machine a share of the cores is another number
+    key = [name for name in KEY if name != "threads" or arguments.threads]
+    asked = [_first_columns(spec) for spec in plan(arguments) if (spec["kind"], spec["precision"]) == (kind, precision)]
+    found = {tuple(row.get(name, "") for name in key) for row in rows}
+    return sum(tuple(as_text(row[name]) for name in key) in found for row in asked), len(asked)
 
 
 def _cache(spec: dict[str, Any]) -> str:

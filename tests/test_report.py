@@ -10,7 +10,7 @@ import pytest
 
 import aezoo
 from aezoo import cli
-from benchmarks import plots, report, report_pca
+from benchmarks import plots, report, report_pca, speed
 from benchmarks.common import Table, command_line, processor, read_csv
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def results(tmp_path):
         peers.put({"party": party, "samples_per_s": 5e4 * ratio, "ratio": ratio, **spread, "round_rates": rates})
         peers.rows[-1]["agrees"] = "yes"
     peers.write()
-    train = Table(tmp_path / "speed-train-fp32-pt2.13-cpu2.csv", ("name", "devices"), "speed it")
+    train = Table(tmp_path / "speed-train-fp32-pt2.13-cpu2.csv", ("name", "devices"), "python -m benchmarks.speed --no")
     for devices, rate in ((1, 1000.0), (2, 1800.0)):
         peak = {"peak_gflops": 90 + 10 * devices}
         train.put({"name": "vae", "devices": devices, "samples_per_s": rate, "share_of_peak": 0.123} | peak)
@@ -84,7 +84,11 @@ def test_a_report_is_made_of_what_there_is(results, capsys):
     said = capsys.readouterr().out
     assert "no speed-startup-*.csv" in said and "start-up left out" in said
     text = (results / "RESULTS.md").read_text()
-    for command in ("quality it", "peers it", "speed it"):
+    for command in (
+        "quality it",
+        "peers it",
+        "python -m benchmarks.speed --no  # how many of its rows are here is not known",
+    ):
         assert f"```bash\n{command}\n```" in text
     assert "| vae | 2 | 1,800 | 12.3 | 110 | 0.9 |" in text
     # median, lowest and highest of three seeds
@@ -150,6 +154,42 @@ def test_devices_are_compared_with_one_device_of_the_same_state(results):
     text = (results / "RESULTS.md").read_text()
     assert "| vae | 2 | 1,500 |  | 50 | one device was measured at a peak of 100 GFLOP/s |" in text
     assert "pictures/scaling.png" not in text
+
+
+def test_a_command_says_how_many_of_its_rows_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "run_row", lambda *_: {"samples_per_s": 7.0})
+    words = [
+        "--models",
+        "vae",
+        "dense_ae",
+        "--shapes",
+        "12",
+        "--compile",
+        "off",
+        "--batch",
+        "4",
+        "--accelerator",
+        "cpu",
+    ]
+    for flags in ([], ["--precision", "bf16", "fp32"], ["--threads", "3"]):
+        speed.main([*words, *flags, "--results", str(tmp_path)])
+    (path,) = tmp_path.glob("speed-train-fp32-*.csv")
+    commands, rows = read_csv(path)
+    assert report.counted(path.stem, commands, rows) == commands
+    elsewhere = [row | {"threads": "8"} for row in rows[:2]]
+    assert report.counted(path.stem, commands[:1], elsewhere) == commands[:1]
+    more = [
+        commands[0].replace("vae", "'v*ae'"),
+        commands[1].replace("--threads 3", "--threads 5"),
+        "python -m x --odd",
+    ]
+    vaes = len(aezoo.list_models("v*ae"))
+    assert report.counted(path.stem, more, rows[:1]) == [
+        f"{more[0]}  # 1 of {vaes + 1} rows",
+        f"{more[1]}  # 0 of 2 rows",
+        f"{more[2]}  # how many of its rows are here is not known",
+    ]
+    assert report.counted("quality-digits-fp32-x", more, rows) == more
 
 
 def test_layers_that_torch_computes_best_are_left_out(results):

@@ -9,7 +9,7 @@ Each table stands under the command that heads its CSV. What is missing is left 
 import argparse
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -233,20 +233,26 @@ SECTIONS = (
     Section(
         "peers-quality-",
         "Bounds beside pythae",
-        "The same networks, weights, batches and budget; both parties' trained weights are judged by one estimate.",
+        "The same networks, weights, batches and budget; both parties' trained weights are judged by one estimate. "
+        "Tighter by: the zoo's log p(x) less pythae's of the same seed.",
         BOUNDS,
     ),
     Section(
         "disentangle-",
         "Disentanglement",
-        "Codes of `shapes` against its factors, median over seeds (lowest to highest); higher is better but for mse.",
+        "Codes of `shapes` against its factors, median over seeds (lowest to highest); higher is better but for mse. "
+        "MIG to IRS are explained in `aezoo.metrics`; UDR compares a model's seeds with each other, without the "
+        "factors.",
         DISENTANGLE,
     ),
     Section(
         "dictionaries-",
         "Known dictionaries",
         "Sparse sums of known atoms (`synthetic_dictionary`), test split, median over seeds (lowest to highest). MCC: "
-        "mean absolute cosine of atoms and the latents matched with them; FVU: fraction of variance unexplained.",
+        "mean absolute cosine of atoms and the latents matched with them; uniqueness: atoms that are the nearest of a "
+        "latent, over latents; L0: entries of a code that are not 0; FVU: fraction of variance unexplained, best at 0; "
+        "dead share: latents that are never active; cosine, shrinkage and reconstruction bias are best at 1 "
+        "(`aezoo.metrics`). Atoms, dimensions, active, correlation and noise are of the sums.",
         DICTIONARIES,
     ),
     Section(
@@ -260,53 +266,75 @@ SECTIONS = (
         "bits-",
         "Errors at equal bits",
         "Quantised models with the same networks, grid and bits a sample; test split, median over seeds (lowest to "
-        "highest). Bits used: by an ideal code for the shares of choices.",
+        "highest). Usage: the share of a book's codes that are chosen at all; perplexity: how many codes chosen "
+        "equally often would be as hard to guess; bits used: by an ideal code for the shares of choices.",
         BITS,
     ),
     Section(
         "quantisers-",
         "Quantisers beside vector-quantize-pytorch",
         "The same codes and maps in training mode, in turns; a ratio above 1 says that ours are faster, median over "
-        "rounds (lowest to highest).",
+        "rounds (lowest to highest). Places: points of the maps, each of which gets a code; memory: what a step takes "
+        "at its peak beyond what lay there before; same codes: the share of places at which both sides choose the "
+        "same.",
         QUANTISERS,
     ),
     Section(
         "gather-",
         "Decoding of sparse codes",
-        "The whole dictionary multiplied, or the active rows gathered; forward and backward, one thread.",
+        "The whole dictionary multiplied, or the active rows gathered; forward and backward, one thread. A sample of "
+        "`x_dim` numbers has `k` of `latents` active, `ratio` is latents / k, `speedup` dense_ms / gather_ms.",
         (),
     ),
     Section(
         "convolutions-",
         "Convolutions",
-        "Layers of kernel 3, forward and backward, in each way a CPU can. `speedup` is what the chosen way makes "
-        "of torch's own time, `lost` its time by that of the fastest. Left out, but not of the CSVs: layers that torch "
-        "computes in its own way, where no other way is a tenth faster.",
+        "Layers of kernel 3, forward and backward, in each way a CPU can: by torch (`torch_ms`), by products of "
+        "matrices (`products_ms`), by torch with the derivatives taken apart (`apart_ms`; in older files "
+        "`bias_apart_ms`, of the bias alone), of transposed ones as a convolution of the smaller grid "
+        "(`sub_pixels_ms`) and as products laid over one another (`overlay_ms`). `side` is that of the smaller grid, "
+        "`channels` are those of the larger; `chosen` is what a layer takes by itself. `speedup` is what the chosen "
+        "way makes of torch's own time, `lost` its time by that of the fastest. Left out, but not of the CSVs: layers "
+        "that torch computes in its own way, where no other way is a tenth faster.",
         (),
         _is_no_plain_layer,
     ),
     Section(
         "published-",
         "Published settings",
-        "Recipes of published figures on other data and for a share of their steps: no reproduction.",
+        "Recipes of published figures on other data and for a share of their steps: no reproduction. Losses are in "
+        "nats; `binarise` is how grey pictures become zeros and ones.",
         (),
     ),
     Section(
         "peers-",
         "Beside others",
-        "The same network, data and losses; a party's ratio is to a compiled PyTorch loop by hand, in the same rounds.",
+        "The same network, data and losses; a party's ratio is to a compiled PyTorch loop by hand, in the same rounds. "
+        "Samples/s: in training, without the first epoch; wall: with what happens between epochs, such as validation "
+        "and pictures; first step: from the start of the process, with compilers' caches as they were; distance of "
+        "loss curves: the largest from the loop's, as a share of it, within 1 % (of Keras, which shuffles for itself, "
+        "3 %) where 'agrees' is yes.",
         PEERS,
     ),
     Section(
         "speed-train-",
         "Training",
-        "A Trainer's fit with bar, logger and checkpoints; median of the epochs after the first (lowest to highest).",
+        "A Trainer's fit with bar, logger and checkpoints; median of the epochs after the first (lowest to highest). "
+        "Peak: the fastest product of square matrices in the same process and precision. Of matmul peak: the share of "
+        "a step in which the device could do all of its FLOPs at that peak; GEMMs at peak: the same of its matrix "
+        "products alone; products alone: the share that its products and convolutions take when they run by "
+        "themselves. Fault guard: what looking for faults adds to a step (a negative share is noise). Compile: what "
+        "the first step takes beyond the others, with what the compiler's cache held (unknown where the cell is "
+        "empty); cold start: from the start of the process to the end of the first step. Scaling efficiency: the rate "
+        "by that of as many devices alone.",
         TRAIN,
     ),
     Section(
         "speed-infer-",
         "Inference",
-        "Under inference_mode; beside the bare networks, and the Trainer's predict beside a loop that does the same.",
+        "Under inference_mode; beside the bare networks, and the Trainer's predict beside a loop that does the same. "
+        "Encode / network and reconstruct / network: the model's methods by its bare modules; ms a batch, the share of "
+        "the peak and FLOPs are those of a reconstruction.",
         INFER,
     ),
     Section(
@@ -315,12 +343,20 @@ SECTIONS = (
         "Whole processes, timed from outside in turns; the ratio is to the imports of the same turn.",
         STARTUP,
     ),
-    Section("quality-recipes-", "Recipes", "Test split, one seed.", ()),
+    Section(
+        "quality-recipes-",
+        "Recipes",
+        "Test split, one seed; losses in nats, `val/l0` the numbers of a sparse code in use.",
+        (),
+    ),
     Section(
         "quality-",
         "Quality",
         "Test split, median over seeds (lowest to highest). PCA of the same code size is the floor of a linear code. "
-        "Epochs marked 'cut': `--most-seconds` ended a run before its budget of epochs did.",
+        "L0: the numbers of a sparse code in use, PCA's mse at L0: with as many; active units: numbers of a code that "
+        "vary with the sample; linear probe and kNN: the share of test samples whose class logistic regression and the "
+        "5 nearest neighbours read off the code, of at most so many training codes (probe rows), beside PCA's code and "
+        "raw pixels. Epochs marked 'cut': `--most-seconds` ended a run before its budget of epochs did.",
         QUALITY,
     ),
     Section("", "Others", "", ()),
@@ -460,15 +496,15 @@ def target_table(files: Mapping[str, list[Row]]) -> str:
             row |= {"note": found.note, "reached": "yes" if target.reached(found) else "no"}
         else:
             row |= {"reached": targets.why_not(target, files.get(stem, []))}
-        machines = dict.fromkeys(line["processor"] for line in files.get(stem, []) if line.get("processor"))
-        row |= {"processor": ", ".join(machines)}
+        own, others = processors([stem], files), processors(files, files, machine(stem))
+        row |= {"processor": ", ".join(own) or (f"({', '.join(others)})" if stem and others else "")}
         otherwise = target.otherwise(files[stem]) if stem and target.otherwise else None
         if otherwise is not None:
             row |= {"otherwise": repr(otherwise.median)}
             row |= {"otherwise_low": repr(otherwise.low), "otherwise_high": repr(otherwise.high)}
         rows.append(row)
     columns = (
-        *(words("what", "what"), words("target", "bound"), spread("measured", "median"), words("", "note")),
+        *(words("what", "what"), words("target", "bound"), spread("measured", "median"), words("variant", "note")),
         *(words("reached", "reached"), spread("compiled otherwise", "otherwise"), words("measured in", "file")),
         words("on", "processor"),
     )
@@ -477,9 +513,17 @@ def target_table(files: Mapping[str, list[Row]]) -> str:
         "A party whose losses do not agree is not compared. What compiling costs is counted for no party: the zoo's "
         "dense step is compiled, as `--compile auto` has it in runs of some 20,000 steps and more, and convolutional "
         "ones are not, as it has them on a CPU; 'compiled otherwise' is the other way round. Several processors have "
-        "been measured on (an empty cell is from before they were written down): rates compare within a file of peers, "
-        "and among rows of one command.\n\n" + markdown(columns, rows)
+        "been measured on (in brackets, where a file is from before they were written down: that of the other files of "
+        "the same machine): rates compare within a file of peers, and among rows of one command. Variant: what the "
+        "figure is of where there are several. A negative share of the fault guard is noise.\n\n"
+        + markdown(columns, rows)
     )
+
+
+def processors(stems: Iterable[str], files: Mapping[str, list[Row]], on: str | None = None) -> list[str]:
+    """Processors that these CSVs name, or those of them that are of a machine."""
+    kept = [stem for stem in stems if stem in files and on in (None, machine(stem))]
+    return [*dict.fromkeys(row["processor"] for stem in kept for row in files[stem] if row.get("processor"))]
 
 
 def _table(section: Section, commands: Sequence[str], rows: Sequence[Row]) -> str:

@@ -249,7 +249,7 @@ def table(contest: Contest, groups: Sequence[Sequence[Row]]) -> str:
 
     task = [words("task", "task")] if len({row.get("task") for row in shown}) > 1 else []
     return markdown(
-        [words("data", "dataset"), *task, words("method", "method"), words("", "kind"), words("seeds", "seeds"),
+        [words("data", "dataset"), *task, words("method", "method"), words("kind", "kind"), words("seeds", "seeds"),
          *map(cell, contest.figures), words("errors", "errors")], shown,
     )  # fmt: skip
 

@@ -156,6 +156,21 @@ def test_devices_are_compared_with_one_device_of_the_same_state(results):
     assert "pictures/scaling.png" not in text
 
 
+def test_a_processor_that_a_file_does_not_name_is_that_of_its_machine(results):
+    for name, cpu in (("dense-bf16-x-cpu2", "Old CPU"), ("dense-bf16-x-cpu2-zen4", "New CPU")):
+        peers = Table(results / f"peers-{name}.csv", ("party",), "peers it")
+        peers.put({"party": "aezoo_compiled", "samples_per_s": 5.0})
+        peers.rows[0]["processor"] = cpu
+        peers.write()
+    files = {path.stem: read_csv(path)[1] for path in results.glob("peers-*.csv")}
+    for row in files["peers-dense-fp32-pt2.13-cpu2"]:
+        row["processor"] = ""
+    table = report.target_table(files)
+    assert "| measured | variant | reached |" in table
+    assert "| peers-dense-fp32-pt2.13-cpu2 | (Old CPU) |" in table
+    assert "| peers-dense-bf16-x-cpu2-zen4 | New CPU |" in table and "| peers-dense-bf16-x-cpu2 | Old CPU |" in table
+
+
 def test_a_command_says_how_many_of_its_rows_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "run_row", lambda *_: {"samples_per_s": 7.0})
     words = [

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from aezoo.buffers import Buffers
+from aezoo.data.loaders import local_processes
 from aezoo.data.resident import fits
 from aezoo.fused import FusedStep, Group
 
@@ -47,9 +48,10 @@ class _Copy:
         self._buffers = Buffers(self._module)
 
     @staticmethod
-    def fits(groups: list[Group]) -> bool:
+    def fits(loop: "LightLoop", groups: list[Group]) -> bool:
         """Whether memory holds it."""
-        return fits(sum(tensor.nbytes for group in groups for tensor in group.changed), torch.device("cpu"))
+        size = sum(tensor.nbytes for group in groups for tensor in group.changed)
+        return fits(size, torch.device("cpu"), local_processes(loop.trainer))
 
     @property
     def has_buffers(self) -> bool:
@@ -153,7 +155,7 @@ class Rollback:
         if self._copy is None or self._copy.groups is not groups:
             had_room, self._copy = self._copy is not None, None
             # asked once, as weights do not grow: the answer is in several files
-            if not had_room and not _Copy.fits(groups):
+            if not had_room and not _Copy.fits(self._loop, groups):
                 self._step = None
                 return False
             self._copy = _Copy(self._loop, groups)

@@ -669,7 +669,7 @@ def test_slow_steps_are_looked_at_sooner(went_back, monkeypatch):
 
 def test_without_memory_for_a_copy_steps_are_looked_at_one_by_one(went_back, monkeypatch):
     sizes = []
-    monkeypatch.setattr(rollback, "fits", lambda size, device: sizes.append(size))
+    monkeypatch.setattr(rollback, "fits", lambda size, device, processes: sizes.append(size))
     trainer, guard = fit(True, {5: "nan"})
     assert guard.skipped == 1
     assert went_back == []

@@ -335,6 +335,7 @@ class Activations(Source):
         return parts[0] if len(parts) == 1 else torch.stack(parts, 2)
 
     def _build(self) -> dict[Stage, Dataset[Any]]:
+        self.of.processes = self.processes
         sets = {stage: held for stage in STAGES if (held := self.of.split(stage)) is not None}
         self._teach(sets)
         device = torch.device("cuda") if torch.cuda.is_available() else _CPU
@@ -377,14 +378,15 @@ class Activations(Source):
     def _batches(self, dataset: Dataset[Any]) -> Iterator[Any]:
         """Samples as a model sees them, with their labels if they have any."""
         held = isinstance(dataset, ArrayDataset) or hasattr(dataset, "__getitems__")
-        for x, *y in make_loader(dataset, batch_size=_BATCH, num_workers=0 if held else workers()):
+        for x, *y in make_loader(dataset, batch_size=_BATCH, num_workers=0 if held else workers(self.processes)):
             scaled = x.float() / 255 if x.dtype == torch.uint8 and self.options.scale != "none" else x.float()
             yield (scaled, *y)
 
     def _collect(self, dataset: Dataset[Any], stage: Stage, device: torch.device) -> tuple["Rows", Tensor]:
         """All activations of a split, and the sum of their squares over samples and features, () or (S,)."""
         n = len(cast(Any, dataset)) * self.positions
-        rows = Rows(n, self.input_shape, self.options.memory, f"{self.options.name} ({stage})")
+        name = f"{self.options.name} ({stage})"
+        rows = Rows(n, self.input_shape, self.options.memory, name, self.processes)
         squares = torch.zeros(self.input_shape[:-1], dtype=torch.float64)
         labels, start = [], 0
         for x, *y in self._batches(dataset):
@@ -405,6 +407,7 @@ class Rows(Dataset[Batch]):
         shape: of one.
         memory: on, off or auto, as the DataModule has it.
         name: what messages call them.
+        processes: how many of this machine hold them.
 
     Attributes:
         labels: (n,) of each sample, None without.
@@ -412,13 +415,13 @@ class Rows(Dataset[Batch]):
 
     labels: Tensor | None = None
 
-    def __init__(self, n: int, shape: tuple[int, ...], memory: str, name: str) -> None:
+    def __init__(self, n: int, shape: tuple[int, ...], memory: str, name: str, processes: int) -> None:
         self.shape: tuple[int, ...] = (n, *shape)
         self.factor: Tensor | None = None
         size = 4 * math.prod(self.shape)
         self._x: Tensor | None = None
         self._path = ""
-        if memory == "on" or (memory == "auto" and fits(size, _CPU)):
+        if memory == "on" or (memory == "auto" and fits(size, _CPU, processes)):
             if 0 < free_memory(_CPU) < size:
                 raise AezooError(f"{name}: {n} samples take {size / 2**20:,.0f} MiB of memory, which is more than is "
                                  "free: give --data.memory off or auto, which write them to a file")  # fmt: skip

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Subset
 from aezoo.arguments import Checked
 from aezoo.data import binarise as binarise_rules
 from aezoo.data.classes import keep_labels, train_on
-from aezoo.data.loaders import EpochSampler, LazyLoader, collate, make_loader, workers
+from aezoo.data.loaders import EpochSampler, LazyLoader, collate, local_processes, make_loader, workers
 from aezoo.data.resident import ResidentLoader, decode, fits, on_device, size_of
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage
 from aezoo.data.sources import from_path, open_source
@@ -246,6 +246,7 @@ class DataModule(Checked, LightningDataModule):
         if not self._splits:
             if self.trainer is None:
                 self.prepare_data()
+            self.source.processes = local_processes(self.trainer)
             splits = {part: self.source.split(part) for part in STAGES}
             self._splits = {part: dataset for part, dataset in splits.items() if dataset is not None}
             if self.train_classes is not None:
@@ -415,7 +416,7 @@ class DataModule(Checked, LightningDataModule):
             return loader
         num_workers = self.num_workers
         if num_workers is None:
-            num_workers = 0 if isinstance(dataset, ArrayDataset) else workers()
+            num_workers = 0 if isinstance(dataset, ArrayDataset) else workers(local_processes(self.trainer))
         lazy = make_loader(
             dataset,
             num_workers=num_workers,
@@ -432,7 +433,8 @@ class DataModule(Checked, LightningDataModule):
         if self.memory == "off":
             return dataset
         if not isinstance(dataset, ArrayDataset):
-            if self.memory == "auto" and not fits(size_of(dataset), torch.device("cpu")):
+            size, processes = size_of(dataset), local_processes(self.trainer)
+            if self.memory == "auto" and not fits(size, torch.device("cpu"), processes):
                 return dataset
             dataset = self._splits[stage] = decode(dataset, str(self.name))
         if device.type == "cuda":

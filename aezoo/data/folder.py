@@ -82,7 +82,7 @@ class Folder(Source):
         deep = any(mode in DEEP for _, mode in headers.values())
         size = len(paths) * math.prod(self.input_shape) * (4 if deep else 1)
         memory = self.options.memory
-        resident = memory == "on" or (memory == "auto" and fits(size, torch.device("cpu")))
+        resident = memory == "on" or (memory == "auto" and fits(size, torch.device("cpu"), self.processes))
         if resident:
             announce("folder", len(paths), size)
         decoded: dict[Path, Tensor] = {}

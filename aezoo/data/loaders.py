@@ -6,7 +6,7 @@ For what is not held in memory; `aezoo.data.resident` gives the same batches of 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from aezoo.data.source import Batch
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -85,10 +88,17 @@ class LazyLoader(DataLoader[Any]):
         return batches()
 
 
-def workers() -> int:
-    """Processes that read ahead beside this one: one for each core that is left, up to 8, at least one."""
+def local_processes(trainer: "Trainer | None" = None) -> int:
+    """Processes of the run on this machine, which share its memory and its cores."""
+    # Lightning's own launchers set no variable for it; under torchrun a task without a trainer has nothing else
+    launched = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return launched if trainer is None else max(launched, trainer.num_devices)
+
+
+def workers(processes: int) -> int:
+    """Processes that read ahead beside each of these: one for each core that is left, up to 8, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    return min(8, max(1, cores // processes - 1))
 
 
 def collate(samples: Batch | Sequence[Any], *, labels: bool) -> Batch:

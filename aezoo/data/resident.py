@@ -123,9 +123,8 @@ def free_memory(device: torch.device) -> int:
     return max(0, free)
 
 
-def fits(size: int, device: torch.device, processes: int | None = None) -> bool:
-    """`size` bytes in each of the processes that share a memory, by default all of a machine, are within the share."""
-    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def fits(size: int, device: torch.device, processes: int) -> bool:
+    """`size` bytes in each of the processes that share a memory are within the share."""
     return size * processes <= SHARE * free_memory(device)
 
 

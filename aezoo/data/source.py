@@ -62,12 +62,14 @@ class Source(ABC):
         num_classes: number of classes, None without labels; known from the constructor on.
         class_names: what the labels 0, 1, ... mean, where it is known.
         value_range: the range that the training values fill, None when it has no bounds.
+        processes: how many of this machine read the set, each into its own memory; the DataModule sets it.
     """
 
     input_shape: tuple[int, ...]
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     value_range: tuple[float, float] | None = (0.0, 1.0)
+    processes: int = 1
 
     def prepare(self) -> None:
         """Download what is missing; called by one process a machine."""

@@ -14,7 +14,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.data import DataModule
 from aezoo.data.array import arrange
 from aezoo.data.classes import labels_of, subset
-from aezoo.data.loaders import collate, make_loader, workers
+from aezoo.data.loaders import collate, local_processes, make_loader, workers
 from aezoo.data.memory import numeric, real
 from aezoo.data.source import ArrayDataset, Stage
 from aezoo.errors import AezooError
@@ -119,7 +119,7 @@ class Samples:
         if isinstance(self.dataset, ArrayDataset):
             yield from (self.rows(range(start, min(start + size, len(self)))) for start in range(0, len(self), size))
         else:  # files, which several processes decode ahead
-            loader = make_loader(self.dataset, batch_size=size, num_workers=workers(), labels=False)
+            loader = make_loader(self.dataset, batch_size=size, num_workers=workers(local_processes()), labels=False)
             yield from (self._as_float(batch[0]) for batch in loader)
 
     def take(self, n: int, seed: int = 0) -> "Samples":

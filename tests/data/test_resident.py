@@ -11,7 +11,7 @@ import aezoo
 from aezoo.data import ArrayDataset, DataModule, resident
 from aezoo.data import datamodule as datamodule_module
 from aezoo.data.idx import FAMILIES
-from aezoo.data.loaders import LazyLoader, make_loader, workers
+from aezoo.data.loaders import LazyLoader, local_processes, make_loader, workers
 from aezoo.data.resident import ResidentLoader, free_memory
 from aezoo.errors import AezooError
 
@@ -199,11 +199,8 @@ def test_two_processes_see_the_same_either_way(tmp_path):
     for memory in ("on", "off"):
         seen = []
         data = DataModule("digits", memory=memory, batch_size=90, num_workers=0)
-        pl.Trainer(
-            accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=1, logger=False, enable_progress_bar=False,
-            enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False, callbacks=[Look()],
-            num_sanity_val_steps=0,
-        ).fit(aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=2, hidden_dims=(8,)), data)  # fmt: skip
+        model = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=2, hidden_dims=(8,))
+        two_ranks(callbacks=[Look()]).fit(model, data)
     parts = {file.stem: torch.load(file, weights_only=True) for file in tmp_path.glob("*.pt")}
     assert torch.equal(parts["on0"], parts["off0"]) and torch.equal(parts["on1"], parts["off1"])
     assert len(parts["on0"]) == len(parts["on1"]) == 1437 // 2
@@ -235,7 +232,8 @@ def line(caplog, data):
 
 def test_auto_holds_what_takes_a_quarter_of_the_free_memory(images, free, caplog, monkeypatch):
     size = 20 * 3 * 8 * 8  # the training split
-    monkeypatch.setattr(datamodule_module, "workers", lambda: 1)  # torch warns of more than this machine has cores
+    # torch warns of more than this machine has cores
+    monkeypatch.setattr(datamodule_module, "workers", lambda processes: 1)
     free(4 * size)
     assert isinstance(DataModule(**images).train_dataloader(), ResidentLoader)
     assert line(caplog, DataModule(**images)) == "folder: samples held in memory (0.0 MiB, uint8)"
@@ -245,10 +243,12 @@ def test_auto_holds_what_takes_a_quarter_of_the_free_memory(images, free, caplog
     assert (loader.num_workers, loader.persistent_workers, loader.pin_memory) == (1, True, False)
     assert line(caplog, DataModule(**images)) == "folder: samples read by 1 persistent worker(s)"
     # two processes of one machine hold it twice
-    free(4 * size)
+    free(8 * size - 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert isinstance(DataModule(**images).train_dataloader(), LazyLoader)
     assert isinstance(DataModule(**images, memory="on").train_dataloader(), ResidentLoader)
+    free(8 * size)
+    assert isinstance(DataModule(**images).train_dataloader(), ResidentLoader)
 
 
 def test_memory_on_and_off_are_obeyed(images, free, caplog):
@@ -335,8 +335,62 @@ def test_a_broken_sample_is_told_while_decoding(images):
 def test_workers_leave_a_core_to_training(monkeypatch):
     for cores, processes, wanted in ((1, 1, 1), (2, 1, 1), (8, 1, 7), (64, 1, 8), (8, 4, 1), (8, 2, 3)):
         monkeypatch.setattr("os.sched_getaffinity", lambda pid, n=cores: set(range(n)))
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert workers() == wanted
+        assert workers(processes) == wanted
+
+
+def two_ranks(**plain):
+    return pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False, num_sanity_val_steps=0,
+        **plain,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", ["whole set", "training split"])
+def test_what_lightning_starts_itself_shares_memory_and_cores(images, free, monkeypatch, count):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    size = (24 if count == "whole set" else 20) * 3 * 8 * 8
+    loaders, decoded = {}, {}
+    for room in (8 * size, 8 * size - 1):  # a quarter of it holds the samples twice, or just not
+        free(room)
+        data = DataModule(**images)
+        data.trainer = two_ranks()
+        decoded[room] = isinstance(data.dataset("train"), ArrayDataset)
+        loaders[room] = data.train_dataloader()
+    assert decoded == {8 * size: count == "whole set", 8 * size - 1: False}
+    if count == "training split":
+        assert isinstance(loaders[8 * size], ResidentLoader)
+        assert isinstance(loaders[8 * size - 1], LazyLoader)
+        assert loaders[8 * size - 1].num_workers == 3
+
+
+def test_both_processes_of_a_fit_count_each_other(images, free, monkeypatch, tmp_path):
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            kind = type(trainer.train_dataloader).__name__
+            (tmp_path / f"{room}-{trainer.global_rank}").write_text(kind)
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    size = 24 * 3 * 8 * 8
+    for room in (4 * size, 8 * size):
+        free(room)
+        data = DataModule(**images, batch_size=5, num_workers=0)
+        two_ranks(callbacks=[Look()]).fit(aezoo.create_model("linear_ae", (3, 8, 8), latent_dim=2), data)
+    found = {file.name: file.read_text() for file in tmp_path.glob("*-[01]")}
+    assert found == {
+        f"{room}-{rank}": kind
+        for room, kind in ((4 * size, "LazyLoader"), (8 * size, "ResidentLoader"))
+        for rank in (0, 1)
+    }
+
+
+def test_torchrun_says_how_many_processes_a_machine_has(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = pl.Trainer(accelerator="cpu", devices=1, logger=False)
+    assert (local_processes(), local_processes(alone), local_processes(two_ranks())) == (1, 1, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert (local_processes(), local_processes(alone), local_processes(two_ranks())) == (4, 4, 4)
 
 
 def test_free_memory_is_the_machines_or_its_containers(monkeypatch, tmp_path):

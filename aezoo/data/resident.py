@@ -147,13 +147,14 @@ def on_device(dataset: ArrayDataset, device: torch.device, name: str) -> ArrayDa
         raise _too_large(name, len(dataset), dataset.x.nbytes, f"memory on {device}") from error
 
 
-def announce(name: str, n: int, size: int) -> None:
-    """Say that n samples are about to be decoded into `size` bytes, where that takes a while.
+def allocate(name: str, n: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Room for n decoded samples, (n, *shape), not filled yet; says so where filling it takes a while.
 
     Raises:
         AezooError: there is not so much memory. It is handed out before it is used, so that a process which takes too
             much is not refused but killed later, without a word.
     """
+    size = n * math.prod(shape) * dtype.itemsize
     if 0 < free_memory(torch.device("cpu")) < size:
         raise _too_large(name, n, size, "memory")
     if n > 2000:
@@ -161,6 +162,10 @@ def announce(name: str, n: int, size: int) -> None:
             f"{name}: decoding {n} samples once, into {size / 2**20:,.0f} MiB of memory; "
             "--data.memory off reads them as they are used"
         )
+    try:
+        return torch.empty(n, *shape, dtype=dtype)
+    except (MemoryError, RuntimeError) as error:
+        raise _too_large(name, n, size, "memory") from error
 
 
 def _too_large(name: str, n: int, size: int, where: str) -> AezooError:
@@ -183,12 +188,8 @@ def decode(dataset: Dataset[Any], name: str) -> ArrayDataset:
     n = len(cast(Any, dataset))
     if n == 0:
         raise AezooError(f"{name}: a split is empty")
-    first, size = dataset[0], size_of(dataset)
-    announce(name, n, size)
-    try:
-        x = torch.empty(n, *first[0].shape, dtype=first[0].dtype)
-    except (MemoryError, RuntimeError) as error:
-        raise _too_large(name, n, size, "memory") from error
+    first = dataset[0]
+    x = allocate(name, n, tuple(first[0].shape), first[0].dtype)
     y = torch.empty(n, dtype=torch.as_tensor(first[1]).dtype) if len(first) > 1 else None
 
     source = dataset.dataset if isinstance(dataset, Subset) else dataset

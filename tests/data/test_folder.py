@@ -1,6 +1,9 @@
 """Image folders as users have them, broken files included."""
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from PIL import Image
 
 from aezoo.data import ArrayDataset, DataModule
+from aezoo.data.folder import sort
 from aezoo.errors import AezooError
 
 RNG = np.random.default_rng(0)
@@ -218,6 +222,55 @@ def test_both_ways_of_reading_give_the_same_samples(tmp_path):
             assert torch.equal(ours, theirs)
     x, y = next(iter(lazy.train_dataloader()))
     assert (x.dtype, x.shape, y.dtype) == (torch.uint8, (5, 3, 6, 6), torch.int64)
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 8, 8), (9, 1, 1, 1), (9, 3, 65, 1)])
+@pytest.mark.parametrize("n", [9, 5, 0])
+def test_rows_are_sorted_where_they_are(shape, n):
+    x, order = torch.rand(shape), torch.randperm(9)[:n]
+    wanted = x[order]
+    sort(x, order)
+    assert torch.equal(x[:n], wanted)
+
+
+def test_held_images_share_the_tensor_they_were_decoded_into(tmp_path):
+    for name in ("a", "b"):
+        pictures(tmp_path / name, 20)
+    data = DataModule("folder", root=str(tmp_path), memory="on")
+    (storage,) = {data.dataset(stage).x.untyped_storage().data_ptr() for stage in ("train", "val", "test")}
+    held = data.dataset("train").x.untyped_storage()
+    assert (held.data_ptr(), held.nbytes()) == (storage, 40 * 3 * 8 * 8)
+
+
+_PEAKS = """
+import os, re, sys
+from pathlib import Path
+from aezoo.data import DataModule
+
+os.cpu_count = lambda: 2  # each thread that decodes has an image of its own
+
+def most():  # not ru_maxrss, which begins with that of the process before
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+def peak(memory, on_error):
+    data = DataModule("folder", root=sys.argv[1], memory=memory, on_error=on_error)
+    before = most()
+    data.setup()
+    return most() - before
+
+print(peak("off", "skip"), peak("on", "skip"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="a process cannot tell what it took at most")
+def test_decoding_takes_the_memory_of_the_samples_and_little_more(tmp_path):
+    for i in range(120):  # 90 MiB
+        Image.new("RGB", (512, 512), (i, 0, 0)).save(tmp_path / f"{i}.png", compress_level=1)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:-40])
+    run = subprocess.run([sys.executable, "-c", _PEAKS, tmp_path], capture_output=True, text=True, check=True)
+    looked_at, held = map(float, run.stdout.split()[-2:])
+    assert looked_at < 40  # those that are being decoded alone
+    assert 40 < held < 130
 
 
 def test_empty_missing_and_wrong_folders(tmp_path):

@@ -211,7 +211,6 @@ def test_the_mapped_file_goes_with_its_data():
 
 def test_what_does_not_fit_is_mapped_or_refused(monkeypatch):
     monkeypatch.setattr("aezoo.data.activations.fits", lambda *_: False)
-    monkeypatch.setattr("aezoo.data.datamodule.fits", lambda *_: False)
     data = activations("flat")
     assert data.dataset("val")._path
     monkeypatch.setattr("aezoo.data.activations.free_memory", lambda _: 100)

@@ -15,7 +15,7 @@ from aezoo.arguments import Checked
 from aezoo.data import binarise as binarise_rules
 from aezoo.data.classes import keep_labels, train_on
 from aezoo.data.loaders import EpochSampler, LazyLoader, collate, local_processes, make_loader, workers
-from aezoo.data.resident import ResidentLoader, decode, fits, on_device, size_of
+from aezoo.data.resident import ResidentLoader, decode, excess, on_device, size_of
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage
 from aezoo.data.sources import from_path, open_source
 from aezoo.errors import AezooError
@@ -196,6 +196,7 @@ class DataModule(Checked, LightningDataModule):
         self.num_classes = None if labels == "ignore" else self.source.num_classes
         self._splits: dict[Stage, Dataset[Any]] = {}
         self._on_gpu: dict[Stage, ArrayDataset] = {}
+        self._why: dict[Stage, str] = {}
         self._position = (-1, 0)
 
     # arrays that `from_arrays` hands to its instance; a class attribute, so that `__init__` keeps plain arguments
@@ -291,7 +292,8 @@ class DataModule(Checked, LightningDataModule):
 
     def train_dataloader(self) -> LazyLoader | ResidentLoader:
         loader = self._loader("train")
-        rank_zero_info(f"{self.name}: {_storage(loader)}")
+        why = self._why.get("train")
+        rank_zero_info(f"{self.name}: {_storage(loader)}{f': {why}' if why else ''}")
         epoch, batches = self._position
         cast(EpochSampler, loader.sampler).skip = (epoch, batches * self.batch_size)
         self._position = (-1, 0)
@@ -433,15 +435,19 @@ class DataModule(Checked, LightningDataModule):
         if self.memory == "off":
             return dataset
         if not isinstance(dataset, ArrayDataset):
-            size, processes = size_of(dataset), local_processes(self.trainer)
-            if self.memory == "auto" and not fits(size, torch.device("cpu"), processes):
+            if self._too_much(stage, torch.device("cpu"), local_processes(self.trainer)):
                 return dataset
             dataset = self._splits[stage] = decode(dataset, str(self.name))
         if device.type == "cuda":
-            if stage not in self._on_gpu and (self.memory == "on" or fits(size_of(dataset), device, 1)):
+            if stage not in self._on_gpu and not self._too_much(stage, device, 1):
                 self._on_gpu[stage] = on_device(dataset, device, str(self.name))
             return self._on_gpu.get(stage, dataset)
         return dataset
+
+    def _too_much(self, stage: Stage, device: torch.device, processes: int) -> bool:
+        """Whether auto decides against a split in that memory; the line at the start says why."""
+        self._why[stage] = excess(size_of(self._splits[stage]), device, processes) if self.memory == "auto" else ""
+        return bool(self._why[stage])
 
     def teardown(self, stage: str) -> None:
         self._on_gpu.clear()

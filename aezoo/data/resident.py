@@ -125,7 +125,17 @@ def free_memory(device: torch.device) -> int:
 
 def fits(size: int, device: torch.device, processes: int) -> bool:
     """`size` bytes in each of the processes that share a memory are within the share."""
-    return size * processes <= SHARE * free_memory(device)
+    return not excess(size, device, processes)
+
+
+def excess(size: int, device: torch.device, processes: int) -> str:
+    """Why they are not, in a few words; empty where they are."""
+    free = free_memory(device)
+    if size * processes <= SHARE * free:
+        return ""
+    times = f"{processes} times " if processes > 1 else ""
+    where = "" if device.type == "cpu" else f" on {device}"
+    return f"{times}{size / 2**20:,.1f} MiB, more than a quarter of {free / 2**20:,.1f} MiB free{where}"
 
 
 def size_of(dataset: Dataset[Any]) -> int:

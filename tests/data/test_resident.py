@@ -241,7 +241,8 @@ def test_auto_holds_what_takes_a_quarter_of_the_free_memory(images, free, caplog
     loader = DataModule(**images).train_dataloader()
     assert isinstance(loader, LazyLoader)
     assert (loader.num_workers, loader.persistent_workers, loader.pin_memory) == (1, True, False)
-    assert line(caplog, DataModule(**images)) == "folder: samples read by 1 persistent worker(s)"
+    text = "folder: samples read by 1 persistent worker(s): 0.0 MiB, more than a quarter of 0.0 MiB free"
+    assert line(caplog, DataModule(**images)) == text
     # two processes of one machine hold it twice
     free(8 * size - 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -249,6 +250,33 @@ def test_auto_holds_what_takes_a_quarter_of_the_free_memory(images, free, caplog
     assert isinstance(DataModule(**images, memory="on").train_dataloader(), ResidentLoader)
     free(8 * size)
     assert isinstance(DataModule(**images).train_dataloader(), ResidentLoader)
+
+
+def test_the_line_says_why_auto_does_not_hold_a_set(tmp_path, free, caplog, monkeypatch):
+    for i in range(10):
+        Image.new("RGB", (256, 512), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    data = {"name": "folder", "root": str(tmp_path), "num_workers": 0}
+    free(11.5 * 2**20)
+    why = "3.0 MiB, more than a quarter of 11.5 MiB free"  # 8 images of 384 KiB
+    assert line(caplog, DataModule(**data)) == f"folder: samples read by the training process: {why}"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert line(caplog, DataModule(**data)).endswith(f"process: 2 times {why}")
+    # the user's own choice needs no reason
+    assert line(caplog, DataModule(**data, memory="off")) == "folder: samples read by the training process"
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    seen = DataModule(**data)
+    line(caplog, seen)
+    free(12 * 2**20)
+    assert line(caplog, seen) == "folder: samples held in memory (3.0 MiB, uint8)"
+
+
+def test_the_line_says_why_a_set_is_not_held_on_the_gpu(free, caplog, monkeypatch):
+    data, gpu = DataModule("mnist5k"), torch.device("cuda", 0)
+    free(2**20)
+    assert isinstance(data._held("train", gpu), ArrayDataset)
+    monkeypatch.setattr(data, "_held", lambda stage, device: data.dataset(stage))
+    text = "mnist5k: samples held in memory (3.0 MiB, uint8): 3.0 MiB, more than a quarter of 1.0 MiB free on cuda:0"
+    assert line(caplog, data) == text
 
 
 def test_memory_on_and_off_are_obeyed(images, free, caplog):

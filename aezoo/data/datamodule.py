@@ -60,7 +60,8 @@ class DataModule(Checked, LightningDataModule):
         max_pixels: Refuse images with more pixels, which may be decompression bombs.
         max_bytes: Refuse files that take more bytes of memory once they are read (8 GiB).
         memory: on holds the samples of a split in memory, or on the GPU that trains on them; off reads batches through
-            a DataLoader; auto holds a split that takes at most a quarter of the free memory.
+            a DataLoader; auto holds a split that takes at most a quarter of what is free there. Arrays, sets whose
+            files are arrays and binarised ones are read into memory at once and stay there, whatever they take.
         num_workers: Processes that read ahead where samples are not held; by default one for each free core, up to 8.
         drop_last: Leave out the last training batch of an epoch if it is not full.
         dictionary_samples: Samples of synthetic_dictionary, all splits together.

@@ -1,6 +1,7 @@
 """The resident path: a split is one tensor, in memory or on the GPU, and a batch is one gather.
 
 What fits is held: a split may take a quarter of the memory that is free, shared by the processes of the machine.
+What is there in any case, as an array is, stays in memory, and goes to the GPU by the same rule.
 Samples stay as they are stored, so bytes stay bytes until the step needs floats.
 """
 

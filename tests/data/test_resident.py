@@ -279,6 +279,16 @@ def test_the_line_says_why_a_set_is_not_held_on_the_gpu(free, caplog, monkeypatc
     assert line(caplog, data) == text
 
 
+def test_what_lies_in_memory_anyway_is_held_whatever_it_takes(free, caplog):
+    free(1)
+    held = DataModule("mnist5k").train_dataloader()
+    assert isinstance(held, ResidentLoader)
+    x = torch.rand(50, 4)
+    data = DataModule.from_arrays(x, x_val=x[:5], x_test=x[:5], val_fraction=0, test_fraction=0)
+    assert data.train_dataloader().x.data_ptr() == x.data_ptr()  # and not copied
+    assert "quarter" not in line(caplog, data)
+
+
 def test_memory_on_and_off_are_obeyed(images, free, caplog):
     free(0)
     assert isinstance(DataModule(**images, memory="on").train_dataloader(), ResidentLoader)

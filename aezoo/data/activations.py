@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from aezoo.data.classes import subset
-from aezoo.data.loaders import make_loader, workers
+from aezoo.data.loaders import gathers, make_loader, workers
 from aezoo.data.resident import fits, free_memory
 from aezoo.data.source import STAGES, ArrayDataset, Batch, Options, Source, Stage
 from aezoo.data.sources import from_path, open_source
@@ -377,8 +377,8 @@ class Activations(Source):
 
     def _batches(self, dataset: Dataset[Any]) -> Iterator[Any]:
         """Samples as a model sees them, with their labels if they have any."""
-        held = isinstance(dataset, ArrayDataset) or hasattr(dataset, "__getitems__")
-        for x, *y in make_loader(dataset, batch_size=_BATCH, num_workers=0 if held else workers(self.processes)):
+        num_workers = 0 if gathers(dataset) else workers(self.processes)
+        for x, *y in make_loader(dataset, batch_size=_BATCH, num_workers=num_workers):
             scaled = x.float() / 255 if x.dtype == torch.uint8 and self.options.scale != "none" else x.float()
             yield (scaled, *y)
 

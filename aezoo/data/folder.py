@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aezoo.data.images import DEEP, GREY, header, read
+from aezoo.data.loaders import Files
 from aezoo.data.resident import allocate, fits
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, carve
 from aezoo.data.tree import few, scan
@@ -168,7 +169,7 @@ def _values(x: Tensor, deep: bool) -> Tensor:
     return x.float() / 255 if deep and x.dtype == torch.uint8 else x
 
 
-class ImageFiles(Dataset[Any]):
+class ImageFiles(Files):
     """Image files decoded when they are used.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
 from aezoo.data.source import Batch
@@ -110,6 +110,21 @@ def collate(samples: Batch | Sequence[Any], *, labels: bool) -> Batch:
         x = torch.stack([pair[0] for pair in pairs])
         y = torch.stack([torch.as_tensor(pair[1]) for pair in pairs]) if len(pairs[0]) > 1 else None
     return (x, cast(Tensor, y)) if labels and y is not None else (x,)
+
+
+class Files(Dataset[Any]):
+    """Samples that are decoded one by one, when they are used; `__getitem__` gives (x,) or (x, label)."""
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A whole batch at once; torch's loader prefers this method to one call a sample."""
+        return collate([self[i] for i in indices], labels=True)
+
+
+def gathers(dataset: Dataset[Any]) -> bool:
+    """A batch of it costs less than its samples one by one, so that nobody needs to read them side by side."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return hasattr(dataset, "__getitems__") and not isinstance(dataset, Files)
 
 
 def even_batch_size(n: int, world: int, batch_size: int) -> int:

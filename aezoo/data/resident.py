@@ -16,9 +16,9 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
-from aezoo.data.loaders import EpochSampler, Transform, collate, even_batch_size
+from aezoo.data.loaders import EpochSampler, Transform, collate, even_batch_size, gathers
 from aezoo.data.source import ArrayDataset, Batch
 from aezoo.errors import AezooError
 
@@ -203,8 +203,7 @@ def decode(dataset: Dataset[Any], name: str) -> ArrayDataset:
     x = allocate(name, n, tuple(first[0].shape), first[0].dtype)
     y = torch.empty(n, dtype=torch.as_tensor(first[1]).dtype) if len(first) > 1 else None
 
-    source = dataset.dataset if isinstance(dataset, Subset) else dataset
-    if hasattr(source, "__getitems__"):
+    if gathers(dataset):
         for rows in torch.arange(n).split(4096):
             batch: Any = collate(cast(Any, dataset).__getitems__(rows.tolist()), labels=y is not None)
             x[rows] = batch[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aezoo.data.images import fitted_shape, to_tensor
+from aezoo.data.loaders import Files
 from aezoo.data.memory import InMemory, Pair
 from aezoo.data.source import STAGES, Options, Source, Stage, carve
 from aezoo.errors import AezooError
@@ -161,7 +162,7 @@ class VisionFiles(Source):
         return splits
 
 
-class Pictures(Dataset[Any]):
+class Pictures(Files):
     """Rows of a torchvision data set as uint8 tensors of one shape.
 
     Args:

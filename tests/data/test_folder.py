@@ -222,6 +222,10 @@ def test_both_ways_of_reading_give_the_same_samples(tmp_path):
             assert torch.equal(ours, theirs)
     x, y = next(iter(lazy.train_dataloader()))
     assert (x.dtype, x.shape, y.dtype) == (torch.uint8, (5, 3, 6, 6), torch.int64)
+    dataset = lazy.dataset("train")
+    batch, samples = dataset.__getitems__([3, 0, 31]), [dataset[i] for i in (3, 0, 31)]
+    assert torch.equal(batch[0], torch.stack([x for x, _ in samples]))
+    assert batch[1].tolist() == [y for _, y in samples]
 
 
 @pytest.mark.parametrize("shape", [(9, 3, 8, 8), (9, 1, 1, 1), (9, 3, 65, 1)])

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.data import ArrayDataset, DataModule
-from aezoo.data.loaders import EpochSampler, even_batch_size, make_loader
+from aezoo.data.classes import keep_labels, subset
+from aezoo.data.loaders import EpochSampler, Files, even_batch_size, gathers, make_loader
+from aezoo.data.resident import decode
 
 
 class Recorder(pl.LightningModule):
@@ -155,6 +157,56 @@ def test_bytes_reach_the_model_as_floats_of_the_run(precision, dtype):
     assert x.dtype == dtype
     assert (x.min(), x.max()) == (0, 1)
     assert y.dtype == torch.int64
+
+
+class Counting(Files):
+    """Six samples; the numbers of each batch and of each sample that is asked for."""
+
+    def __init__(self, labelled):
+        self.labelled, self.batches, self.samples = labelled, [], []
+        self.labels = torch.arange(6) % 2 if labelled else None
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        self.samples.append(i)
+        x = torch.full((2,), i, dtype=torch.uint8)
+        return (x, i % 2) if self.labelled else (x,)
+
+    def __getitems__(self, indices):
+        self.batches.append(list(indices))
+        return super().__getitems__(indices)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_loader_asks_files_for_whole_batches(labelled):
+    dataset = Counting(labelled)
+    first, last = make_loader(dataset, batch_size=4)
+    assert dataset.batches == [[0, 1, 2, 3], [4, 5]]
+    assert dataset.samples == [*range(6)]
+    assert torch.equal(first[0], torch.arange(4, dtype=torch.uint8)[:, None].expand(4, 2))
+    assert [len(first), len(last)] == [1 + labelled] * 2
+    if labelled:
+        assert torch.equal(last[1], torch.tensor([0, 1]))
+        assert last[1].dtype == torch.int64
+        ((x,),) = make_loader(dataset, batch_size=6, labels=False)
+        assert len(x) == 6
+
+
+def test_files_are_decoded_side_by_side_and_what_is_gathered_is_not():
+    dataset = Counting(True)
+    parts = [dataset, subset(dataset, torch.arange(5)), keep_labels(subset(dataset, torch.arange(5)), 2, 0, None, "x")]
+    for part in parts:
+        assert not gathers(part)
+        dataset.batches.clear()
+        held = decode(part, "x")
+        assert held.x[:, 0].tolist() == [*range(len(part))]
+        assert torch.equal(held.y, part.labels)
+        assert not dataset.batches
+    array = ArrayDataset(torch.rand(6, 2))
+    assert gathers(array) and gathers(torch.utils.data.Subset(array, [0, 1]))
+    assert not gathers([(torch.zeros(2),)])
 
 
 def test_two_processes_share_the_data(tmp_path):

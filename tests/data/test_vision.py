@@ -235,6 +235,10 @@ def test_a_set_of_files(tmp_path, offline):
         assert y.bincount().tolist() == [len(y) // 2] * 2
     x, _ = next(iter(data.train_dataloader()))
     assert x.dtype == torch.uint8
+    dataset = DataModule("eurosat", root=str(tmp_path)).dataset("train")
+    batch, samples = dataset.__getitems__([3, 0, 31]), [dataset[i] for i in (3, 0, 31)]
+    assert torch.equal(batch[0], torch.stack([x for x, _ in samples]))
+    assert batch[1].tolist() == [y for _, y in samples] == [0, 0, 1]
     assert DataModule("eurosat", root=str(tmp_path), size=32, channels=1).tensors("val")[0].shape == (4, 1, 32, 32)
     (tmp_path / "eurosat" / "2750" / "River" / "7.png").write_bytes(b"torn")
     for memory in ("on", "off"):

@@ -110,11 +110,23 @@ def build(
     if name == "sgd":
         settings["momentum"] = 0.9
     parameters = list(parameters)
-    if fused and name in _FUSED and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters):
+    devices = {p.device.type for p in parameters}
+    has_kernel = name in _FUSED or (name == "adagrad" and _has_adagrad(devices))
+    if fused and has_kernel and devices <= {"cpu", "cuda"} and all(p.is_floating_point() for p in parameters):
         settings["fused"] = True
-        if name != "sgd" and parameters and parameters[0].device.type == "cuda":
+        if name in ("adam", "adamw") and parameters and parameters[0].device.type == "cuda":
             settings["capturable"] = True  # a CUDA graph can hold the step
     return OPTIMIZERS[name](parameters, **settings)
+
+
+def _has_adagrad(devices: set[str]) -> bool:
+    """Whether this torch has the kernel there: it came to the CPU first and to CUDA later."""
+    try:
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        return all(has_kernel("aten::_fused_adagrad_", device.upper()) for device in devices)
+    # private to torch, and an error for an operator that it does not have
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def schedule(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, trainer: "Trainer") -> LambdaLR:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.optimizers import OPTIMIZERS, SCHEDULES, align
+from aezoo.optimizers import OPTIMIZERS, SCHEDULES, align, build
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -214,3 +214,53 @@ def test_restored_moments_take_the_layout_of_their_parameters():
     assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
     assert torch.equal(optimizer.state[weight]["exp_avg"], moment)
     assert int(optimizer.state[weight]["step"]) == 1
+
+
+FUSED = ("adam", "adamw", "adagrad", "sgd")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_kernel_of_all_parameters_is_taken_where_torch_has_one(name: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    assert bool(build(name, [weight], 0.1, 0.0).defaults.get("fused")) == (name in FUSED)
+    assert not build(name, [weight], 0.1, 0.0, fused=False).defaults.get("fused")
+    assert not build(name, [torch.nn.Parameter(torch.ones(2, device="meta"))], 0.1, 0.0).defaults.get("fused")
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
+def test_the_kernel_of_all_parameters_takes_the_same_steps(name: str, memory_format: torch.memory_format) -> None:
+    ends = []
+    for fused in (True, False):
+        weights = [torch.nn.Parameter(torch.linspace(-1, 1, 54).view(2, 3, 3, 3)), torch.nn.Parameter(torch.ones(5))]
+        optimizer = build(f"{name}:eps=1e-3" if name != "sgd" else name, weights, 0.1, 0.01, fused=fused)
+        # as a fit does it: after the optimiser is there
+        weights[0].data = weights[0].data.contiguous(memory_format=memory_format)
+        align(optimizer)
+        for step in range(5):
+            optimizer.zero_grad()
+            sum((weight - step / 3).pow(2).sum() for weight in weights).backward()
+            optimizer.step()
+        ends.append([*weights, *(v for state in optimizer.state.values() for v in state.values())])
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("how", ["no such operator", "not on this device", "cannot be asked"])
+def test_a_torch_without_the_kernel_of_adagrad_takes_its_plain_steps(how: str, monkeypatch: Any) -> None:
+    def ask(operator: str, key: str) -> bool:
+        assert (operator, key) == ("aten::_fused_adagrad_", "CPU")
+        if how == "no such operator":
+            raise RuntimeError("operator aten::_fused_adagrad_ does not exist")
+        return False
+
+    if how == "cannot be asked":
+        monkeypatch.delattr(torch._C, "_dispatch_has_kernel_for_dispatch_key")
+    else:
+        monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", ask)
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = build("adagrad", [weight], 0.1, 0.0)
+    assert not optimizer.defaults["fused"]
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    assert weight.tolist() == pytest.approx([0.9, 0.9])
+    assert build("adam", [weight], 0.1, 0.0).defaults["fused"]

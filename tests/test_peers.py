@@ -426,8 +426,8 @@ def test_dense_targets_are_of_the_compiled_step_and_others_of_the_uncompiled_one
         assert (found.median, found.note) == (pytest.approx(ours[0]), ours[1])
         assert target.otherwise(rows).median == pytest.approx(otherwise)
     length = {"parameters": 222_384, "batch_size": 256, "positions": 1, "device": torch.device("cpu")}
-    assert worth_compiling(steps=20_000 * torch.get_num_threads(), **length)
-    assert not worth_compiling(steps=10_000 * torch.get_num_threads(), **length)
+    assert worth_compiling(steps=60_000 * torch.get_num_threads(), **length)
+    assert not worth_compiling(steps=30_000 * torch.get_num_threads(), **length)
 
 
 def test_targets_of_a_gpu_are_read_off_its_files_alone_and_shown_where_there_is_one():

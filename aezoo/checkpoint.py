@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import aezoo
+from aezoo import durable
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.folding import fold
@@ -110,6 +111,7 @@ def load_run(
         name, hyperparameters = config["model"], config["hyperparameters"]
     else:
         source = find_checkpoint(path)
+        durable.check(source)
         checkpoint = read_checkpoint(source, map_location, max_bytes)
         note_version(checkpoint.get("aezoo"), source)
         name, hyperparameters = described(checkpoint, source)

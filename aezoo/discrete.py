@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.quantisers.base import Quantised, Quantiser
+from aezoo.quantisers.base import Quantised, Quantiser, in_evaluation
 
 # networks whose output is one vector, which is cut into places
 _WITHOUT_GRID = ("mlp", "lstm", "transformer")
@@ -75,11 +75,13 @@ class DiscreteAutoencoder(Autoencoder):
         return found
 
     def encode(self, x: Tensor) -> Tensor:
-        return self.quantise(x).z_q
+        with in_evaluation(self):
+            return self.quantise(x).z_q
 
     def encode_indices(self, x: Tensor) -> Tensor:
         """The indices of samples, (B, *input_shape) -> (B, *index_shape), long."""
-        return self.quantise(x).indices
+        with in_evaluation(self):
+            return self.quantise(x).indices
 
     def codes(self, indices: Tensor) -> Tensor:
         """What indices stand for, (B, *index_shape) -> (B, *code_shape)."""

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import aezoo
+from aezoo import durable
 from aezoo.checkpoint import find_checkpoint
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
@@ -363,6 +364,22 @@ def test_class_paths_in_a_checkpoint_are_never_followed(model, file, refused, tm
 
 
 # ---- saved folders --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_checkpoint_whose_bytes_have_changed(refused, file, tmp_path, sealed):
+    path = tmp_path / "best.ckpt"
+    if sealed:
+        durable.save(torch.load(file, weights_only=True), path)
+    else:
+        shutil.copyfile(file, path)
+    aezoo.load_model(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    refused(path, "its checksum does not fit its content")
+    path.write_bytes(b"")
+    refused(path, "it is empty")
 
 
 @pytest.mark.parametrize(

@@ -608,13 +608,21 @@ def zero_moments(trainer, module):
         state["exp_avg"] = torch.zeros_like(p)
 
 
-def exchange_a_weight(trainer, module):
-    layer = module.encoder[0][1]
-    optimizer, old = trainer.optimizers[0], layer.weight
-    layer.weight = nn.Parameter(old.detach() * 0.5)
-    parameters = optimizer.param_groups[0]["params"]
-    optimizer.state[layer.weight] = optimizer.state.pop(old)
-    parameters[next(i for i, p in enumerate(parameters) if p is old)] = layer.weight
+class ExchangesAWeight(pl.Callback):
+    """Puts another in a weight's place, whose state it forgets at the end."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step != 4:
+            return
+        layer, optimizer = pl_module.encoder[0][1], trainer.optimizers[0]
+        self.old = layer.weight
+        layer.weight = nn.Parameter(self.old.detach() * 0.5)
+        optimizer.state[layer.weight] = {**optimizer.state[self.old]}
+        parameters = optimizer.param_groups[0]["params"]
+        parameters[next(i for i, p in enumerate(parameters) if p is self.old)] = layer.weight
+
+    def on_train_end(self, trainer, pl_module):
+        del trainer.optimizers[0].state[self.old]
 
 
 def unfuse(trainer, module):
@@ -815,7 +823,7 @@ OTHERS = {
     "clipped to less than nothing": {"gradient_clip_val": -1.0, "callbacks": guarded()},
     "state cleared": {"callbacks": lambda: [At(lambda t, m: t.optimizers[0].state.clear(), step=4)]},
     "moments replaced": {"callbacks": lambda: [At(zero_moments, step=4)]},
-    "a weight exchanged": {"callbacks": lambda: [At(exchange_a_weight, step=4)]},
+    "a weight exchanged": {"callbacks": lambda: [ExchangesAWeight()]},
     "no longer fused": {"callbacks": lambda: [At(unfuse, step=4)]},
     "step hooks": {"model": dense(StepHook)},
     "step hooks under a guard": {"model": dense(StepHook), "callbacks": guarded()},

@@ -564,6 +564,16 @@ def test_what_others_have_put_in_is_not_trusted(change, went_back, monkeypatch):
     assert not _goes_back(model, data, went_back)
 
 
+def test_with_a_hook_from_an_epoch_on_no_later_step_is_trusted(went_back):
+    class Hooks(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.encoder.register_forward_hook(lambda *args: None)
+
+    fit(True, {5: "nan", BATCHES + 5: "nan"}, Hooks())
+    assert len(went_back) == 1
+
+
 def test_with_hooks_of_all_modules_no_step_is_trusted(went_back):
     hook = nn.modules.module.register_module_forward_hook(lambda *args: None)
     try:

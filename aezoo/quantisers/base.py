@@ -10,7 +10,8 @@ Shapes: B batch, N = B x places rows, D channels of z, C channels of a code, K c
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
+
+
+@contextmanager
+def in_evaluation(module: nn.Module) -> Iterator[None]:
+    """The quantisers of a module draw nothing, and learn nothing from what they are given."""
+    parts = [part for part in module.modules() if isinstance(part, Quantiser) and part.training]
+    for part in parts:
+        part.eval()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.train()
 
 
 class Quantised(NamedTuple):

@@ -697,3 +697,32 @@ def test_values_that_cannot_work_are_refused(name: str, settings: dict[str, Any]
     with pytest.raises(aezoo.AezooError, match=word) as refusal:
         aezoo.create_model(name, input_shape=(1, 8, 8), **settings)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+# ---- inference of a model in training -------------------------------------------------------------------------------
+
+
+PRIORS = ("index_transformer", "pixelcnn")
+
+
+@pytest.mark.parametrize("name", [name for name in aezoo.list_models() if aezoo.model_class(name).discrete_code])
+def test_what_is_only_looked_at_teaches_a_book_nothing(name: str) -> None:
+    """A Trainer leaves a model in training, in which a quantiser learns from all that it quantises."""
+    torch.manual_seed(0)
+    # the priors over indices drop activations
+    model = aezoo.create_model(name, (1, 16, 16), **({"dropout": 0.0} if name in PRIORS else {}))
+    x, before = torch.rand(4, 1, 16, 16), copy.deepcopy(model.state_dict())
+    books = [part.training for part in model.modules()]
+    for call in (model.encode, model.encode_indices, model.score, model):
+        assert torch.equal(call(x), call(x))
+    for (key, value), now in zip(before.items(), model.state_dict().values(), strict=True):
+        assert torch.equal(value, now), key
+    assert [part.training for part in model.modules()] == books
+
+
+@pytest.mark.parametrize("key", ["vq", "rq", "vq-cosine"])
+def test_what_it_is_trained_on_teaches_it(key: str) -> None:
+    model = small(key)
+    before = copy.deepcopy(model.quantiser.state_dict())
+    model.loss(torch.rand(4, 6).double())
+    assert any(not torch.equal(value, model.quantiser.state_dict()[name]) for name, value in before.items())

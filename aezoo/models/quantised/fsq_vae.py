@@ -69,5 +69,5 @@ class FSQVAE(DiscreteAutoencoder):
         self.set_nets(net, (len(levels), len(levels)), hidden_dims, activation, places)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        nll = self.nll(self.decoder(self.encode(x)), x).mean()
+        nll = self.nll(self.decoder(self.quantise(x).z_q), x).mean()
         return {"loss": nll, "nll": nll}

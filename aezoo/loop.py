@@ -383,8 +383,7 @@ class LightLoop(_TrainingEpochLoop):
         assert plan is not None
         most, norm, self._norm = trainer.gradient_clip_val, self._norm, None
         if norm is None:
-            how = {"gradient_clip_val": most, "gradient_clip_algorithm": trainer.gradient_clip_algorithm}
-            self._named("configure_gradient_clipping", plan.module.clip_gradients, plan.optimizer, **how)
+            plan.module.clip_gradients(plan.optimizer, most, trainer.gradient_clip_algorithm)
         elif norm + _EPSILON > most:
             torch.nn.utils.clip_grads_with_norm_(with_gradients(plan.optimizer), float(most), norm)
 

@@ -105,8 +105,8 @@ def prepare(folder: Path) -> None:
     Raises:
         AezooError: nothing can be written there.
     """
-    write(folder / f"{_PREFIX}probe", lambda file: None)
-    (folder / f"{_PREFIX}probe").unlink()
+    # a name of its own: another process may try the folder at this moment
+    write(folder / f"{_PREFIX}{os.getpid()}{_SUFFIX}", lambda file: None)
     for stray in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
         stray.unlink(missing_ok=True)
     last = folder / LAST

@@ -1,5 +1,6 @@
 """fit, validate, test and predict: LightningCLI with short model names, recipes, and checkpoints that say enough."""
 
+import contextlib
 import errno
 import inspect
 import logging
@@ -20,9 +21,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 import aezoo
-from aezoo import acceleration, callbacks, durable, ranks, registry, resume, trainer_settings
+from aezoo import acceleration, callbacks, durable, ranks, registry, resume, run_folder, trainer_settings
 from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import dashboard
 from aezoo.data import DataModule
@@ -85,9 +87,11 @@ class AezooCLI(LightningCLI):
 
     Args:
         argv: the command and its flags.
+        ends: closed when the command has ended; the run's folder is held until then.
     """
 
-    def __init__(self, argv: list[str]) -> None:
+    def __init__(self, argv: list[str], ends: contextlib.ExitStack) -> None:
+        self.ends = ends
         self.request = expand(argv)
         super().__init__(
             Autoencoder,
@@ -224,7 +228,10 @@ class AezooCLI(LightningCLI):
             extra = [callback for callback in extra if not isinstance(callback, callbacks.Checkpoints)]
         if config.get("enable_progress_bar") is False:
             extra = [callback for callback in extra if not isinstance(callback, callbacks.ProgressBar)]
-        run_dir = self.run_dir(Path(config.get("default_root_dir") or "runs"))
+        # what the other ranks write goes where rank zero's trainer.log_dir, which is broadcast, says
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        writes = first and self.subcommand in ("fit", "predict") and not config.get("fast_dev_run")
+        run_dir = self.run_dir(Path(config.get("default_root_dir") or "runs"), writes)
         config["default_root_dir"] = str(run_dir)
         if self.subcommand != "fit" and config.get("logger") is None:
             # at step 0 their events would end the run's own curves
@@ -248,23 +255,36 @@ class AezooCLI(LightningCLI):
 
     def _curves(self, run_dir: Path) -> dict[str, Any]:
         """A run that goes on in its folder takes back the points that it had logged after its checkpoint."""
-        if self.subcommand != "fit" or not run_dir.is_dir():
+        if self.subcommand != "fit" or not any(run_dir.glob("[!.]*")):
             return {}
         dashboard.wait_for_a_later_name(run_dir)
         return {"purge_step": self.request.step}
 
-    def run_dir(self, root: Path) -> Path:
-        """Folder of this run: the checkpoint's own, or the next free number in `<root>/<recipe or model-data>`."""
+    def run_dir(self, root: Path, writes: bool) -> Path:
+        """Folder of this run: the checkpoint's own, or the next free number in `<root>/<recipe or model-data>`.
+
+        Args:
+            root: the folder of all runs.
+            writes: this process is to make the folder, and to write into it.
+        """
         source = self.request.source
-        if source is not None and source.parent.name == "checkpoints":
-            return source.parent.parent
-        # processes that a multi-device strategy starts must not count up again
-        if RUN_DIR not in os.environ:
-            own = f"{registry.name_of(type(self.model))}-{Path(self.datamodule.hparams['name']).stem}"
-            home = root / archives.component(self.request.run_name or own)
-            taken = [int(path.name) for path in home.glob("*") if path.name.isdigit()]
-            os.environ[RUN_DIR] = str(home / str(max(taken, default=-1) + 1))
-        return Path(os.environ[RUN_DIR])
+        inside = source is not None and source.parent.name == "checkpoints"
+        if source is not None and inside:
+            folder = stays = source.parent.parent
+        else:
+            # processes that a multi-device strategy starts must not count up again
+            if RUN_DIR not in os.environ:
+                own = f"{registry.name_of(type(self.model))}-{Path(self.datamodule.hparams['name']).stem}"
+                home = root / archives.component(self.request.run_name or own)
+                stays = run_folder.standing(home)
+                os.environ[RUN_DIR] = str((run_folder.claim if writes else run_folder.next_free)(home))
+            else:
+                stays = Path(os.environ[RUN_DIR])
+            folder = Path(os.environ[RUN_DIR])
+        # predictions may be made of a run that still trains
+        if writes and (self.subcommand == "fit" or not inside):
+            self.ends.enter_context(run_folder.held(folder, stays))
+        return folder
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -347,7 +367,8 @@ def main(argv: list[str]) -> None:
 
     threading.excepthook = report
     try:
-        AezooCLI(argv)
+        with contextlib.ExitStack() as ends:
+            AezooCLI(argv, ends)
     except AezooError:  # a ValueError itself
         raise
     except RuntimeError as error:

@@ -210,9 +210,13 @@ def outcome(flag):
 
 def options(monkeypatch):
     """Every option of fit that takes a value."""
-    with monkeypatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
+    with (
+        monkeypatch.context() as patch,
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.ExitStack() as ends,
+    ):
         patch.setattr(lightning_cli.AezooCLI, "_run_subcommand", lambda self, subcommand: None)
-        made = lightning_cli.AezooCLI(FIT)
+        made = lightning_cli.AezooCLI(FIT, ends)
     actions = made._subcommand_parsers["fit"]._actions
     names = [a.dest for a in actions if getattr(a, "_typehint", a.type) is not None and not a.dest.endswith("help")]
     return [n for n in names if n != "model"] + [f"model.{key}" for key in registry.hyperparameters("vae")]

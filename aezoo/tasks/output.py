@@ -42,8 +42,10 @@ class Store:
         self.files: list[Path] = []
         self._open: dict[Path, tuple[Path, Any]] = {}
         if self.folder is not None:
-            self._write(self.folder / ".tmp-probe", b"")
-            (self.folder / ".tmp-probe").unlink()
+            # a name of its own: another process may try the folder at this moment
+            probe = self.folder / f".tmp-{os.getpid()}.part"
+            self._write(probe, b"")
+            probe.unlink()
 
     def __enter__(self) -> "Store":
         return self

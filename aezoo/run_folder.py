@@ -1,0 +1,86 @@
+"""The folder of a run: a number of its own, and one process that writes into it."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from aezoo.errors import AezooError
+
+_LOCK = ".lock"
+
+
+def claim(home: Path) -> Path:
+    """Make the folder of the next free number; of processes that ask at once, each gets another one.
+
+    Args:
+        home: the folder of all runs of a recipe, `runs/vae`.
+
+    Raises:
+        AezooError: it cannot be made.
+    """
+    while True:
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            folder = next_free(home)
+            # another process was faster, or has taken away a home in which it wrote nothing
+            with contextlib.suppress(FileExistsError, FileNotFoundError):
+                folder.mkdir()
+                return folder
+        except OSError as error:
+            raise AezooError(
+                f"cannot write {home}: {error.strerror}; choose a folder that can be written with "
+                "--trainer.default_root_dir"
+            ) from error
+
+
+def next_free(home: Path) -> Path:
+    """The folder of the next free number, which is not made."""
+    return home / str(max((int(path.name) for path in home.glob("*") if path.name.isdigit()), default=-1) + 1)
+
+
+def standing(path: Path) -> Path:
+    """The path itself if it exists, else the nearest folder above it that does."""
+    return next((at for at in (path, *path.parents) if at.exists()), path)
+
+
+@contextlib.contextmanager
+def held(folder: Path, stays: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder; if nothing was written there, it is taken away at the end.
+
+    Args:
+        folder: the folder of the run.
+        stays: what was there before; folders below it go if they are empty.
+
+    Raises:
+        AezooError: another process trains there.
+    """
+    with contextlib.ExitStack() as ends:
+        try:
+            _lock(ends.enter_context((folder / _LOCK).open("ab")))
+        except BlockingIOError as error:
+            raise AezooError(
+                f"{folder} is being written by another process: wait for it, or train anew without --ckpt_path and "
+                "--resume"
+            ) from error
+        except OSError:
+            pass  # no locks on this file system; what cannot be written is said when it is to be
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if all(path.name == _LOCK for path in folder.iterdir()):
+                    (folder / _LOCK).unlink(missing_ok=True)
+                    for path in (folder, *folder.parents):
+                        if path == stays:
+                            break
+                        path.rmdir()
+
+
+def _lock(file: IO[bytes]) -> None:
+    if sys.platform != "win32":
+        import fcntl
+
+        # workers that outlive a killed run for some seconds would inherit the lock of flock
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -157,7 +157,7 @@ def test_devices_are_compared_with_one_device_of_the_same_state(results):
 
 
 def test_a_processor_that_a_file_does_not_name_is_that_of_its_machine(results):
-    for name, cpu in (("dense-bf16-x-cpu2", "Old CPU"), ("dense-bf16-x-cpu2-zen4", "New CPU")):
+    for name, cpu in (("dense-bf16-pt9.9-cpu2", "Old CPU"), ("dense-bf16-pt9.9-cpu2-zen4", "New CPU")):
         peers = Table(results / f"peers-{name}.csv", ("party",), "peers it")
         peers.put({"party": "aezoo_compiled", "samples_per_s": 5.0})
         peers.rows[0]["processor"] = cpu
@@ -168,7 +168,10 @@ def test_a_processor_that_a_file_does_not_name_is_that_of_its_machine(results):
     table = report.target_table(files)
     assert "| measured | variant | reached |" in table
     assert "| peers-dense-fp32-pt2.13-cpu2 | (Old CPU) |" in table
-    assert "| peers-dense-bf16-x-cpu2-zen4 | New CPU |" in table and "| peers-dense-bf16-x-cpu2 | Old CPU |" in table
+    assert (
+        "| peers-dense-bf16-pt9.9-cpu2-zen4 | New CPU |" in table
+        and "| peers-dense-bf16-pt9.9-cpu2 | Old CPU |" in table
+    )
 
 
 def test_a_command_says_how_many_of_its_rows_are_there(tmp_path, monkeypatch):

@@ -307,8 +307,7 @@ class AezooCLI(LightningCLI):
             ) from error
 
     def _how_to_resume(self) -> str:
-        saved = self.trainer.checkpoint_callback
-        last = getattr(saved, "last_model_path", None)
+        last = getattr(callbacks.saver_of(self.trainer), "last_model_path", None)
         if self.subcommand != "fit" or not last:
             return "aezoo: interrupted; nothing was saved"
         run = Path(last).parent.parent
@@ -334,7 +333,7 @@ class AezooCLI(LightningCLI):
         """Test the best weights, so that a run ends with figures on data it has not seen."""
         if self._test_follows():
             # a run of less than an epoch has no best ones
-            best = "best" if getattr(self.trainer.checkpoint_callback, "best_model_path", "") else None
+            best = getattr(callbacks.saver_of(self.trainer), "best_model_path", "") or None
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
 
     def _test_follows(self) -> bool:

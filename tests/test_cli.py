@@ -277,6 +277,18 @@ def test_of_several_checkpoints_the_best_is_taken_whatever_their_times():
     assert find_checkpoint("runs/dense_ae-digits/0") == files[-1]
 
 
+def test_a_second_model_checkpoint_leaves_best_as_it_is(capsys):
+    # the last epoch, which Lightning's own keeps, is not the best
+    diverges = ["--model.optimizer=sgd", "--model.lr=0.3", "--trainer.max_epochs=4"]
+    fit("--model=dense_ae", *diverges, "--trainer.callbacks+=ModelCheckpoint")
+    out, home = capsys.readouterr().out, Path("runs/dense_ae-digits/0/checkpoints")
+    (best,) = home.glob("best-*.ckpt")
+    assert "best-003" not in best.name and list(home.glob("epoch=3-*.ckpt"))
+    assert re.search(rf"best checkpoint +{best}\n", out)
+    cli.main(["test", f"--ckpt_path={best}", "--trainer.callbacks+=ModelCheckpoint"])
+    assert re.search(r"test/loss .*", out)[0].split() == re.search(r"test/loss .*", capsys.readouterr().out)[0].split()
+
+
 def test_training_without_validation_keeps_the_best_by_the_training_loss():
     fit("--model", "vae", "--trainer.limit_val_batches", "0")
     assert list(Path("runs/vae-digits/0/checkpoints").glob("best-*.ckpt"))

@@ -2,7 +2,7 @@
 
 from aezoo.callbacks.annealing import BetaAnnealing
 from aezoo.callbacks.base import in_use
-from aezoo.callbacks.checkpoints import Checkpoints, EarlyStop
+from aezoo.callbacks.checkpoints import Checkpoints, EarlyStop, saver_of
 from aezoo.callbacks.code_statistics import CodeStatistics
 from aezoo.callbacks.codebook import Codebook
 from aezoo.callbacks.dashboard import Dashboard
@@ -42,4 +42,5 @@ __all__ = [
     "Throughput",
     "Traversal",
     "in_use",
+    "saver_of",
 ]

@@ -271,6 +271,12 @@ def _broken(state: Any, path: str = "") -> Iterator[str]:
             yield from _broken(value, f"{path}.{key}" if path else str(key))
 
 
+def saver_of(trainer: pl.Trainer) -> ModelCheckpoint | None:
+    """The callback that knows a run's best and last checkpoint; Lightning's own answer is a user's second one."""
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    return next((saver for saver in savers if isinstance(saver, Checkpoints)), next(iter(savers), None))
+
+
 class EarlyStop(Checked, EarlyStopping):
     """Ends the run when the metric has not improved for `patience` epochs.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aezoo import durable
 from aezoo.callbacks.base import run_folder, unpack
+from aezoo.callbacks.checkpoints import saver_of
 from aezoo.data.loaders import EpochSampler
 
 FILE = "fault.txt"
@@ -136,7 +137,7 @@ def _rows(trainer: pl.Trainer, fault: Fault) -> list[int]:
 def _command(trainer: pl.Trainer, folder: Path) -> str | None:
     """What runs into the same fault: a command for a run of the command line, else a line of Python."""
     if not (folder / "config.yaml").is_file():
-        last = getattr(trainer.checkpoint_callback, "last_model_path", None)
+        last = getattr(saver_of(trainer), "last_model_path", None)
         seed = getattr(trainer.lightning_module, "_fit_seed", None)
         where = f"ckpt_path={last!r}" if last else f"after seed_everything({seed})"
         return f"trainer.fit(model, data, {where}) with FaultGuard(patience=1) among the trainer's callbacks"

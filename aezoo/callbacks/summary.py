@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich import box, get_console
 from rich.table import Table
 
 from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder
+from aezoo.callbacks.checkpoints import saver_of
 
 
 class Summary(pl.Callback):
@@ -49,7 +49,7 @@ class Summary(pl.Callback):
         rows["time"] = _duration(time.monotonic() - self._began)
         self._trained = rows
         if not self.test_follows:
-            test = [f"aezoo test --ckpt_path {_short(self._folder)}"] if trainer.checkpoint_callback else []
+            test = [f"aezoo test --ckpt_path {_short(self._folder)}"] if saver_of(trainer) else []
             show("Trained", {**rows, **self._places(trainer)}, test + _tensorboard(trainer))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -72,8 +72,8 @@ class Summary(pl.Callback):
         pictures = self._folder / "pictures"
         if pictures.is_dir():
             rows["pictures"] = _short(pictures)
-        saver = trainer.checkpoint_callback
-        if isinstance(saver, ModelCheckpoint) and saver.best_model_path:
+        saver = saver_of(trainer)
+        if saver and saver.best_model_path:
             rows["best checkpoint"] = _short(Path(saver.best_model_path))
         return rows
 

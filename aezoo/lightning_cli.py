@@ -4,11 +4,13 @@ import contextlib
 import errno
 import inspect
 import logging
+import math
 import os
 import re
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import restricted_number_type
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -36,7 +39,7 @@ from aezoo.security import archives
 # what a disk or a folder refuses, anywhere in a run: a logger and a picture write too
 _DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
 }
 # each is a group of flags and a section of the YAML, e.g. --reconstructions.every_n_epochs 1
 DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
@@ -299,6 +302,8 @@ class AezooCLI(LightningCLI):
             ranks.end_others(self.trainer, error)
             if re.search("Early stopping conditioned on metric|could not find the monitored", str(error)):
                 raise AezooError(" ".join(str(error).split()).partition(" HINT")[0]) from error
+            if (line := _refusal(error)) is not None:
+                raise AezooError(line) from error
             if "Error(s) in loading state_dict" not in str(error):
                 raise
             raise AezooError(
@@ -326,6 +331,8 @@ class AezooCLI(LightningCLI):
         parameters = sum(p.numel() for p in self.model.parameters())
         print(f"{registry.name_of(type(self.model))}: {parameters:,} parameters, code shape {self.model.code_shape}")
         print(self.datamodule.describe())
+        if self._test_follows():
+            self._check_test_share()
         # one table at the very end holds the figures of training and test
         self._get(self.config_init, "summary").test_follows = self._test_follows()
 
@@ -335,6 +342,17 @@ class AezooCLI(LightningCLI):
             # a run of less than an epoch has no best ones
             best = getattr(callbacks.saver_of(self.trainer), "best_model_path", "") or None
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+
+    def _check_test_share(self) -> None:
+        # Lightning would say so after the training
+        samples: Any = self.datamodule.dataset("test")
+        share = self.trainer.limit_test_batches
+        batches = math.ceil(len(samples) / self.trainer.world_size / self.datamodule.batch_size)
+        if isinstance(share, float) and 0 < share * batches < 1:
+            raise AezooError(
+                f"trainer.limit_test_batches is {share}, less than one of {batches} batches: give a whole number, or a "
+                f"share of at least 1/{batches}"
+            )
 
     def _test_follows(self) -> bool:
         savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, callbacks.Checkpoints)]
@@ -383,12 +401,25 @@ def main(argv: list[str]) -> None:
         cause = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(cause, OSError) or cause.errno not in _DISK:
             raise
+        flag = "--predictions.folder" if argv[0] == "predict" else "--trainer.default_root_dir"
         raise AezooError(
             f"cannot read or write {cause.filename or 'the run folder'}: {cause.strerror}; what was saved before is "
-            "kept: make room, or choose a folder that can be written with --trainer.default_root_dir"
+            f"kept: make room, or choose a folder that can be written with {flag}"
         ) from error
     finally:
         threading.excepthook = report_thread
+
+
+def _refusal(error: BaseException) -> str | None:
+    """What Lightning says in one line of settings that do not fit the data or the packages that are there."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        return f"a package is missing, install it or leave out what asks for it: {text}"
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    # a ValueError with a cause is its logger's, see `main`
+    own = type(error) is ValueError and error.__cause__ is None
+    own = own and frame.f_globals.get("__name__", "").startswith("lightning.")
+    return f"Lightning refuses the run: {text}" if own or isinstance(error, MisconfigurationException) else None
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:

@@ -130,6 +130,24 @@ def test_a_mistake_is_told_in_one_line(capsys, argv, words):
 
 
 @pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("val_check_interval=1000", "less than or equal to the number of the training batches (3)"),
+        ("limit_val_batches=0.0001", "Please increase the `limit_val_batches` argument"),
+        ("limit_train_batches=0.0001", "Please increase the `limit_train_batches` argument"),
+        ("limit_test_batches=0.0001", "trainer.limit_test_batches is 0.0001, less than one of 2 batches"),
+        ("callbacks+=DeviceStatsMonitor", "a package is missing"),
+    ],
+)
+def test_a_setting_that_does_not_fit_the_data_is_told_in_one_line(capsys, monkeypatch, flag, words):
+    from lightning.pytorch.callbacks import device_stats_monitor
+
+    monkeypatch.setattr(device_stats_monitor, "_PSUTIL_AVAILABLE", False)
+    assert words in refused(capsys, "fit", "--model=linear_ae", *QUICK, f"--trainer.{flag}")
+    assert not list(Path("runs").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("model: [", "as YAML"),

@@ -144,6 +144,13 @@ def test_a_run_folder_that_cannot_be(capsys, root):
     assert "cannot read or write" in line and "a_file" in line and "--trainer.default_root_dir" in line
 
 
+def test_a_folder_of_predictions_that_is_a_file(capsys):
+    cli.main(FIT)
+    Path("a_file").touch()
+    line = refused(capsys, "predict", "--ckpt_path", "runs/vae-digits/0", "--predictions.folder", "a_file")
+    assert "cannot read or write a_file: File exists" in line and "--predictions.folder" in line
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_logger_that_cannot_write(capsys, monkeypatch, code):
     from torch.utils.tensorboard import SummaryWriter

@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -233,7 +234,7 @@ def _cp(argv: list[str]) -> None:
         shutil.copyfile(source, dest)
     except OSError as error:
         raise AezooError(f"cannot write {dest}: {error.strerror}") from error
-    print(f"{dest}\nchange it, then: aezoo fit -c {dest}")
+    print(f"{dest}\nchange it, then: aezoo fit -c {shlex.quote(str(dest))}")
 
 
 def _benchmark(argv: list[str]) -> None:

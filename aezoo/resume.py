@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, and whether there is anything left to do."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def nothing_left(source: Path, max_epochs: Any, max_steps: Any) -> str | None:
     run = source.parent.parent
     return (
         f"aezoo: {run} is finished (epoch {epoch}, step {step}), nothing is left to do; "
-        f"go further with a larger --trainer.max_epochs, or see its figures: aezoo test --ckpt_path {run}"
+        f"go further with a larger --trainer.max_epochs, or see its figures: "
+        f"aezoo test --ckpt_path {shlex.quote(str(run))}"
     )
 
 

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -315,7 +316,7 @@ class AezooCLI(LightningCLI):
         last = getattr(callbacks.saver_of(self.trainer), "last_model_path", None)
         if self.subcommand != "fit" or not last:
             return "aezoo: interrupted; nothing was saved"
-        run = Path(last).parent.parent
+        run = shlex.quote(str(Path(last).parent.parent))
         return (
             f"aezoo: interrupted at epoch {self.trainer.current_epoch}, step {self.trainer.global_step}; "
             f"last saved: {last}\ngo on with: aezoo fit --ckpt_path {run}"
@@ -356,7 +357,8 @@ class AezooCLI(LightningCLI):
 
     def _test_follows(self) -> bool:
         savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, callbacks.Checkpoints)]
-        return any(saver.save_top_k != 0 for saver in savers) and "test" in self.datamodule.splits()
+        kept = any(saver.save_top_k != 0 for saver in savers)
+        return kept and self.trainer.limit_test_batches != 0 and "test" in self.datamodule.splits()
 
 
 def main(argv: list[str]) -> None:

@@ -194,6 +194,29 @@ def test_fit_leaves_config_checkpoints_events_and_says_what_to_type_next(capsys)
     assert "input_shape" not in config["model"]["init_args"]
 
 
+def test_commands_to_type_next_can_be_pasted_whatever_the_folder(capsys):
+    fit("--model=linear_ae", "--trainer.default_root_dir=my runs")
+    out = capsys.readouterr().out
+    assert "Next: aezoo predict --ckpt_path 'my runs/linear_ae-digits/0'\n" in out
+    assert "Next: tensorboard --logdir 'my runs'\n" in out
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--resume", "my runs/linear_ae-digits/0"])
+    assert capsys.readouterr().err.endswith("aezoo test --ckpt_path 'my runs/linear_ae-digits/0'\n")
+    cli.main(["cp", "vae", "my vae.yaml"])
+    assert "aezoo fit -c 'my vae.yaml'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fraction", ["0.1", "0"])
+def test_a_test_is_suggested_where_there_is_a_split_for_it(capsys, fraction):
+    fit("--model=linear_ae", "--checkpoints.save_top_k=0", f"--data.test_fraction={fraction}")
+    assert ("Next: aezoo test" in capsys.readouterr().out) == (fraction != "0")
+
+
+def test_a_run_without_a_batch_to_test_ends_with_its_table(capsys):
+    fit("--model=linear_ae", "--trainer.limit_test_batches=0")
+    assert "Next: aezoo test --ckpt_path runs/linear_ae-digits/0\n" in capsys.readouterr().out
+
+
 def test_every_run_gets_a_folder_of_its_own_and_a_saved_config_trains_again():
     fit("--model=dense_ae")
     fit("--model", "dense")

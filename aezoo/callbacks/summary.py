@@ -1,5 +1,6 @@
 """What a run has come to, and what to do next."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder
 from aezoo.callbacks.checkpoints import saver_of
+from aezoo.data import DataModule
 
 
 class Summary(pl.Callback):
@@ -49,7 +51,10 @@ class Summary(pl.Callback):
         rows["time"] = _duration(time.monotonic() - self._began)
         self._trained = rows
         if not self.test_follows:
-            test = [f"aezoo test --ckpt_path {_short(self._folder)}"] if saver_of(trainer) else []
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            # other data than aezoo's do not say what splits they have
+            testable = saver_of(trainer) and (not isinstance(data, DataModule) or "test" in data.splits())
+            test = [_command("aezoo test --ckpt_path", self._folder)] if testable else []
             show("Trained", {**rows, **self._places(trainer)}, test + _tensorboard(trainer))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -57,7 +62,7 @@ class Summary(pl.Callback):
             return
         trained = self._trained if self.test_follows else {}
         title = "Trained and tested" if trained else "Tested"
-        then = [f"aezoo predict --ckpt_path {_short(self._folder)}"] if trained else []
+        then = [_command("aezoo predict --ckpt_path", self._folder)] if trained else []
         rows = {**trained, **_metrics(trainer, "test/"), **self._places(trainer)}
         show(title, rows, then + _tensorboard(trainer))
 
@@ -108,7 +113,11 @@ def _metrics(trainer: pl.Trainer, prefix: str) -> dict[str, str]:
 
 def _tensorboard(trainer: pl.Trainer) -> list[str]:
     boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    return [f"tensorboard --logdir {_short(Path(logger.save_dir))}" for logger in boards]
+    return [_command("tensorboard --logdir", Path(logger.save_dir)) for logger in boards]
+
+
+def _command(words: str, path: Path) -> str:
+    return f"{words} {shlex.quote(_short(path))}"
 
 
 def _short(path: Path) -> str:

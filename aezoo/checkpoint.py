@@ -264,8 +264,9 @@ def described(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, 
     name = stamp.get("model") if isinstance(stamp, dict) else None
     if not isinstance(name, str):
         raise AezooError(
-            f"{source} names no registered model: load it with YourClass.load_from_checkpoint(...), "
-            "or register the class (README, 'Add a model') and train again"
+            f"{source} names no registered model: load it with YourClass.load_from_checkpoint(...), give test and "
+            "predict -c RUN/config.yaml --model your_module.YourClass, or register the class (README, 'Add a model') "
+            "and train again"
         )
     hyperparameters = checkpoint.get("hyper_parameters", {})
     if not isinstance(hyperparameters, dict):

@@ -330,7 +330,9 @@ class AezooCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return  # the others wait for the data that rank zero may be fetching
         parameters = sum(p.numel() for p in self.model.parameters())
-        print(f"{registry.name_of(type(self.model))}: {parameters:,} parameters, code shape {self.model.code_shape}")
+        kind = type(self.model)
+        name = registry.name_of(kind) or kind.__name__
+        print(f"{name}: {parameters:,} parameters, code shape {self.model.code_shape}")
         print(self.datamodule.describe())
         if self._test_follows():
             self._check_test_share()

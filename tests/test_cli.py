@@ -194,6 +194,19 @@ def test_fit_leaves_config_checkpoints_events_and_says_what_to_type_next(capsys)
     assert "input_shape" not in config["model"]["init_args"]
 
 
+def test_a_class_that_is_not_registered_goes_by_its_path(capsys, monkeypatch, tmp_path):
+    code = "from aezoo.models.classic.dense_ae import DenseAE\n\n\nclass MyAE(DenseAE):\n    pass\n"
+    Path("my_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = ["--model", "my_module.MyAE"]
+    fit(*mine, "--model.latent_dim=3")
+    assert capsys.readouterr().out.startswith("MyAE: ")
+    (run,) = map(str, Path("runs").glob("*/0"))
+    line = refused(capsys, "test", "--ckpt_path", run)
+    assert "give test and predict -c RUN/config.yaml --model your_module.YourClass" in line
+    cli.main(["test", "--ckpt_path", run, "-c", f"{run}/config.yaml", *mine])
+
+
 def test_commands_to_type_next_can_be_pasted_whatever_the_folder(capsys):
     fit("--model=linear_ae", "--trainer.default_root_dir=my runs")
     out = capsys.readouterr().out

@@ -278,7 +278,8 @@ class AezooCLI(LightningCLI):
         else:
             # processes that a multi-device strategy starts must not count up again
             if RUN_DIR not in os.environ:
-                own = f"{registry.name_of(type(self.model))}-{Path(self.datamodule.hparams['name']).stem}"
+                model = registry.name_of(type(self.model)) or type(self.model).__name__
+                own = f"{model}-{Path(self.datamodule.hparams['name']).stem}"
                 home = root / archives.component(self.request.run_name or own)
                 stays = run_folder.standing(home)
                 os.environ[RUN_DIR] = str((run_folder.claim if writes else run_folder.next_free)(home))

@@ -202,6 +202,9 @@ def test_a_class_that_is_not_registered_goes_by_its_path(capsys, monkeypatch, tm
     fit(*mine, "--model.latent_dim=3")
     assert capsys.readouterr().out.startswith("MyAE: ")
     (run,) = map(str, Path("runs").glob("*/0"))
+    assert run.startswith("runs/MyAE-")
+    fit(*mine, "--model.latent_dim=3", "--trainer.max_epochs=2", "--resume=auto")
+    assert [path.name for path in Path(run).parent.iterdir()] == ["0"]
     line = refused(capsys, "test", "--ckpt_path", run)
     assert "give test and predict -c RUN/config.yaml --model your_module.YourClass" in line
     cli.main(["test", "--ckpt_path", run, "-c", f"{run}/config.yaml", *mine])

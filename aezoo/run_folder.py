@@ -30,7 +30,7 @@ def claim(home: Path) -> Path:
                 return folder
         except OSError as error:
             raise AezooError(
-                f"cannot write {home}: {error.strerror}; choose a folder that can be written with "
+                f"cannot read or write {home}: {error.strerror}; choose a folder that can be written with "
                 "--trainer.default_root_dir"
             ) from error
 

@@ -60,7 +60,7 @@ def test_the_number_after_the_highest_is_next():
 
 def test_a_folder_that_cannot_be_made_is_one_line():
     Path("runs").write_text("")
-    with pytest.raises(AezooError, match=r"^cannot write runs/vae-digits: .*--trainer.default_root_dir$"):
+    with pytest.raises(AezooError, match=r"^cannot read or write runs/vae-digits: .*--trainer.default_root_dir$"):
         run_folder.claim(HOME)
 
 

@@ -101,7 +101,8 @@ def config_check(folder):
         path = folder / "fuzzed.yaml"
         path.write_bytes(text)
         try:
-            return attempt(lambda: Prepared(["fit", "-c", str(path)]))
+            with contextlib.ExitStack() as ends:
+                return attempt(lambda: Prepared(["fit", "-c", str(path)], ends))
         finally:
             torch.use_deterministic_algorithms(False)
             os.environ.pop("AEZOO_RUN_DIR", None)

@@ -109,6 +109,12 @@ def _in_order(tensors: list[Any]) -> list[Any]:
     return [t.permute(0, 2, 3, 1) if t.dim() == 4 and not t.is_contiguous() else t for t in tensors]
 
 
+def has_step_of_class(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is that of the optimiser's class; a schedule may have wrapped it, to see that it comes first."""
+    own = vars(optimizer).get("step")
+    return own is None or hasattr(own, "_wrapped_by_lr_sched")
+
+
 class FusedStep:
     """Does what `optimizer.step()` does, bit for bit; for one epoch or less, since it keeps what it has looked up.
 
@@ -122,11 +128,8 @@ class FusedStep:
 
     def __init__(self, optimizer: torch.optim.Optimizer, alone: bool = False) -> None:
         self._optimizer, self._alone = optimizer, alone
-        step = vars(optimizer).get("step")
-        # a schedule wraps a first step to see that it comes before its own
-        own_step = step is None or hasattr(step, "_wrapped_by_lr_sched")
         # whether its state says all, and whether its kernel is called by itself
-        self._suits = type(optimizer) in _MEMORIES and own_step and _KNOWN
+        self._suits = type(optimizer) in _MEMORIES and has_step_of_class(optimizer) and _KNOWN
         self._has_kernel = self._suits and type(optimizer) in (Adam, AdamW)
         self._state: Any = None
         self._groups: list[Group] = []

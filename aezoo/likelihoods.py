@@ -29,6 +29,7 @@ from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
+from aezoo.nets.memory_format import is_last
 from aezoo.precision import at_least_float32
 
 # quadrature over t of the standard exponential density: Gauss-Legendre in v, where t = -log v^2; the mean of
@@ -63,8 +64,7 @@ def _logit(mean: Tensor) -> Tensor:
 
 def _in_order(images: Tensor) -> Tensor:
     """As they lie in memory, for operations that else copy: (B, H, W, C) if channels come last, else as they are."""
-    last = images.dim() == 4 and images.stride(1) == 1 and images.shape[1] > 1
-    return images.permute(0, 2, 3, 1) if last else images
+    return images.permute(0, 2, 3, 1) if is_last(images) else images
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -333,8 +333,7 @@ class LightLoop(_TrainingEpochLoop):
             outputs: list[dict[str, Any]] = []
 
             def closure(*_: Any, **__: Any) -> Any:
-                with torch.enable_grad():
-                    outputs.append(self._forward_and_backward(batch, batch_idx))
+                outputs.append(self._forward_and_backward(batch, batch_idx))
                 return outputs[-1].get("loss")
 
             self.automatic_optimization._optimizer_step(batch_idx, closure)

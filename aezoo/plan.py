@@ -25,7 +25,7 @@ from aezoo.capture import CapturedStep
 from aezoo.constraint import Constrained
 from aezoo.data.binarise import drawn_anew
 from aezoo.data.resident import ResidentLoader
-from aezoo.fused import FusedStep
+from aezoo.fused import FusedStep, has_step_of_class
 from aezoo.rollback import Rollback
 
 Hook = Callable[..., Any]
@@ -242,10 +242,8 @@ def _is_ours_too(module: pl.LightningModule, name: str) -> bool:
 
 
 def _steps_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step is torch's, which needs no closure: only a schedule may have wrapped it, to see its order."""
-    own = vars(optimizer).get("step")
-    torchs = str(type(optimizer).step.__module__).startswith("torch.optim.")
-    return torchs and (own is None or hasattr(own, "_wrapped_by_lr_sched"))
+    """Whether a step is torch's, which needs no closure."""
+    return str(type(optimizer).step.__module__).startswith("torch.optim.") and has_step_of_class(optimizer)
 
 
 def _is_as_written(thing: Any) -> bool:

@@ -27,13 +27,14 @@ class _InOrder(torch.autograd.Function):
         return gradients[0].contiguous(memory_format=torch.channels_last)
 
 
-def _is_last(x: Tensor) -> bool:
+def is_last(x: Tensor) -> bool:
+    """Whether it is images of several channels that lie with these last."""
     return x.dim() == 4 and x.stride(1) == 1 < x.shape[1]
 
 
 def in_order(x: Tensor) -> Tensor:
     """x, whose gradient will lie in memory as x does if that is with channels last."""
-    if not (_is_last(x) and x.requires_grad) or linear.in_graph() or linear.needs_torch(x):
+    if not (is_last(x) and x.requires_grad) or linear.in_graph() or linear.needs_torch(x):
         return x
     out: Tensor = _InOrder.apply(x)
     return out
@@ -41,7 +42,7 @@ def in_order(x: Tensor) -> Tensor:
 
 def like(x: Tensor, other: Tensor) -> Tensor:
     """x, in memory as another tensor of its shape if that is images with channels last."""
-    last = _is_last(other) and not linear.in_graph()
+    last = is_last(other) and not linear.in_graph()
     return x.contiguous(memory_format=torch.channels_last) if last else x
 
 

@@ -63,18 +63,25 @@ def processor() -> str:
     return " ".join([found.get("model name", platform.machine()), *numbers])
 
 
-def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring, with the flags that all scripts have."""
+def bare_parser(script: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring, in the words by which the script was called."""
+    caller = Path(sys.argv[0])
+    called = "aezoo benchmark " if "aezoo" in (caller.stem, caller.parent.name) else f"python -m {NAME}."
     summary, _, usage = (doc or "").partition("\n")
-    made = argparse.ArgumentParser(
-        prog=f"python -m {NAME}.{script}",
+    return argparse.ArgumentParser(
+        prog=called + script,
         description=summary,
-        epilog=usage,
+        epilog=usage.replace("python -m benchmarks.", called),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # an abbreviated flag would not be known to `command_line`
         allow_abbrev=False,
     )
-    made.add_argument("--results", type=Path, default=results_folder(), metavar="DIR", help="folder of the CSVs")
+
+
+def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
+    """A `bare_parser` with the flags that all scripts that measure have."""
+    made = bare_parser(script, doc)
+    add_results(made)
     made.add_argument(
         "--machine",
         type=_machine,
@@ -89,6 +96,13 @@ def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
         help="measure rows again that are there already: all that are asked for (the default), or those that failed",
     )
     return made
+
+
+def add_results(made: argparse.ArgumentParser) -> None:
+    """The flag of scripts that write or read CSVs."""
+    folder = results_folder()
+    text = f"folder of the CSVs; by default {folder}"
+    made.add_argument("--results", type=Path, default=folder, metavar="DIR", help=text)
 
 
 def _machine(text: str) -> str:

@@ -9,7 +9,6 @@ Each recipe runs in a process of its own, in a temporary folder, by the command 
 named in `PICTURES` are copied to `benchmarks/results/pictures`.
 """
 
-import argparse
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from aezoo import registry
 from aezoo.cli import recipes
 from aezoo.errors import AezooError
 
-from .common import Table, command_line, environment, read_csv
+from .common import Table, bare_parser, command_line, environment, read_csv
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -156,13 +155,7 @@ def newest() -> Path:
 
 def main() -> None:
     """Train what is asked for and rewrite what states its figures."""
-    summary, _, usage = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.recipes",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = bare_parser("recipes", __doc__)
     parser.add_argument(
         "recipes", nargs="*", choices=[*own_recipes(), []], help="recipes to train; all if none is given"
     )

@@ -6,20 +6,19 @@
 Each table stands under the command that heads its CSV. What is missing is left out, with a line that says so.
 """
 
-import argparse
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from aezoo.errors import AezooError
 
-from . import report_pca, targets
-from .common import PACKAGE, Spread, read_csv, results_folder, run_script
+from . import report_pca, report_tasks, targets
+from .common import PACKAGE, Spread, add_results, bare_parser, read_csv, run_script
+from .report_columns import BITS, DICTIONARIES, DISENTANGLE, QUALITY, Row, markdown, number, plain, spread, words
+from .report_sections import SECTIONS, Section
 from .speed import KEY, there
 
-Row = dict[str, str]
 # columns of a row over seeds that are settings, not figures
 _GROUP = (
     *("dataset", "model", "code_size", "budget", "batch_size", "probe_rows"),
@@ -28,339 +27,6 @@ _GROUP = (
 )
 # peaks that are further apart are of a machine in two states
 _SAME_STATE = 1.25
-
-
-class Column(NamedTuple):
-    """A column of a table.
-
-    Attributes:
-        head: what stands above it, with the unit.
-        cell: the text of a row's cell; empty where the row has none.
-    """
-
-    head: str
-    cell: Callable[[Row], str]
-
-
-# ---- cells ----------------------------------------------------------------------------------------------------------
-
-
-def number(row: Row, name: str) -> float | None:
-    """A cell as a number, or None."""
-    try:
-        return float(row.get(name, ""))
-    except ValueError:
-        return None
-
-
-def plain(value: float, digits: int = 4) -> str:
-    """A number for a reader: so many significant digits, thousands apart, no exponent where it is not needed."""
-    if value == 0 or 1e-4 <= abs(value) < 10 ** (digits - 1):
-        return f"{value:.{digits}g}" if value != int(value) else f"{value:.0f}"
-    return f"{value:,.0f}" if 1 <= abs(value) < 1e9 else f"{value:.{digits - 1}g}"
-
-
-def words(head: str, name: str) -> Column:
-    """A column of text."""
-    return Column(head, lambda row: row.get(name, "").replace("|", "\\|"))
-
-
-def figures(head: str, name: str, factor: float = 1.0, digits: int = 4) -> Column:
-    """A column of numbers."""
-
-    def cell(row: Row) -> str:
-        value = number(row, name)
-        return "" if value is None else plain(value * factor, digits)
-
-    return Column(head, cell)
-
-
-def spread(head: str, name: str, low: str = "", high: str = "") -> Column:
-    """A median with its lowest and highest."""
-
-    def cell(row: Row) -> str:
-        values = [number(row, key) for key in (name, low or f"{name}_low", high or f"{name}_high")]
-        middle, bottom, top = values
-        if middle is None:
-            return ""
-        if bottom is None or top is None or bottom == top:
-            return plain(middle)
-        return f"{plain(middle)} ({plain(bottom)} to {plain(top)})"
-
-    return Column(head, cell)
-
-
-def trained(row: Row) -> str:
-    """The epochs of a row over seeds; marked where time ended a run before its budget of epochs did."""
-    told, least = spread("", "epochs").cell(row), number(row, "epochs_low")
-    asked = row.get("budget", "").partition("epochs=")[2]
-    return f"{told}, cut" if asked and least is not None and least < float(asked) else told
-
-
-TRAIN = (
-    *(words("model", "name"), words("settings", "settings"), words("shape", "shape"), words("compile", "compile")),
-    *(words("batch", "batch_used"), words("devices", "devices"), words("threads", "threads")),
-    *(spread("samples/s", "samples_per_s"), figures("ms a step", "step_ms")),
-    figures("of matmul peak, %", "share_of_peak", 100, 3),
-    figures("GEMMs at peak / step, %", "gemm_floor_share", 100, 3),
-    figures("products alone / step, %", "products_alone_share", 100, 3),
-    figures("fault guard / step, %", "guard_share", 100, 2),
-    *(figures("peak, GFLOP/s", "peak_gflops"), figures("MFLOP a sample", "flops_step", 1e-6)),
-    *(figures("parameters", "parameters"), figures("peak memory, MB", "peak_memory_mb")),
-    *(figures("compile, s", "compile_s", digits=3), words("compiler's cache held", "compiler_cache")),
-    figures("cold start, s", "cold_start_s", digits=3),
-    *(figures("launches a step", "kernel_launches"), figures("copies a step", "host_device_copies")),
-    *(figures("scaling efficiency", "scaling_efficiency", digits=3), words("no efficiency, as", "unscaled")),
-    words("error", "error"),
-)
-INFER = (
-    *(words("model", "name"), words("settings", "settings"), words("shape", "shape"), words("compile", "compile")),
-    *(words("batch", "batch_used"), words("threads", "threads"), spread("encode, samples/s", "encode_samples_per_s")),
-    spread("reconstruct, samples/s", "reconstruct_samples_per_s"),
-    spread("sample, samples/s", "sample_samples_per_s"),
-    spread("Trainer's predict, samples/s", "predict_samples_per_s"),
-    *(spread("encode / network", "encode_ratio"), spread("reconstruct / network", "reconstruct_ratio")),
-    *(spread("predict / bare loop", "predict_ratio"), figures("ms a batch", "step_ms")),
-    *(figures("of matmul peak, %", "share_of_peak", 100, 3), figures("peak, GFLOP/s", "peak_gflops")),
-    *(figures("MFLOP a sample", "flops_forward", 1e-6), figures("parameters", "parameters")),
-    *(figures("peak memory, MB", "peak_memory_mb"), figures("compile, s", "compile_s", digits=3)),
-    *(words("compiler's cache held", "compiler_cache"), figures("cold start, s", "cold_start_s", digits=3)),
-    words("error", "error"),
-)
-STARTUP = (
-    *(words("what", "what"), spread("seconds", "seconds", "low", "high")),
-    *(spread("ratio", "ratio"), words("repeats", "repeats")),
-)
-PEERS = (
-    *(words("party", "party"), words("precision", "precision")),
-    spread("samples/s", "samples_per_s", "samples_per_s_min", "samples_per_s_max"),
-    *(spread("ratio to the loop", "ratio", "ratio_min", "ratio_max"), figures("wall, samples/s", "wall_samples_per_s")),
-    *(figures("first step, s", "first_step_s", digits=3), figures("final loss", "final_loss")),
-    *(figures("distance of loss curves, %", "max_loss_gap", 100, 2), words("agrees", "agrees")),
-    *(figures("peak memory, MB", "peak_rss_mb"), words("threads", "threads"), words("error", "error")),
-)
-QUALITY = (
-    *(words("model", "model"), words("family", "family"), words("code size", "code_size"), words("seeds", "seeds")),
-    *(words("budget", "budget"), Column("epochs", trained), words("batch", "batch_size")),
-    *(
-        words("probe rows", "probe_rows"),
-        figures("L0", "l0", digits=3),
-        spread("mse", "mse"),
-        figures("PCA's mse", "pca_mse"),
-    ),
-    *(figures("PCA's mse at L0", "pca_mse_at_l0"), spread("psnr, dB", "psnr"), spread("ssim", "ssim")),
-    *(spread("nll, nats", "nll"), figures("bits/dim", "bits_per_dim"), spread("active units", "active_units")),
-    *(spread("linear probe", "probe"), spread("kNN", "knn"), figures("PCA's probe", "pca_probe", digits=3)),
-    *(figures("pixels' probe", "pixels_probe", digits=3), figures("pixels' kNN", "pixels_knn", digits=3)),
-    *(spread("samples/s", "samples_per_s"), figures("seconds", "seconds", digits=3), words("errors", "errors")),
-)
-BOUNDS = (
-    *(words("model", "model"), words("party", "party"), words("seed", "seed"), words("epochs", "epochs")),
-    *(words("options", "options"), figures("ELBO, nats", "elbo", digits=5)),
-    *(figures("log p(x), nats", "log_likelihood", digits=5), figures("the zoo tighter by, nats", "tighter_by")),
-    *(words("importance samples", "importance_samples"), words("error", "error")),
-)
-DISENTANGLE = (
-    *(words("model", "model"), words("code size", "code_size"), words("steps", "steps"), words("seeds", "seeds")),
-    *(spread("MIG", "mig"), spread("SAP", "sap"), spread("DCI disentanglement", "disentanglement")),
-    *(spread("completeness", "completeness"), spread("informativeness", "informativeness")),
-    *(spread("modularity", "modularity"), spread("FactorVAE score", "factor_vae_score"), spread("IRS", "irs")),
-    *(spread("UDR", "udr"), spread("mse", "mse"), spread("ELBO, nats", "elbo"), words("errors", "errors")),
-)
-DICTIONARIES = (
-    *(words("model", "model"), words("atoms", "atoms"), words("dimensions", "dim"), words("active", "active")),
-    *(words("correlation", "correlation"), words("noise", "noise"), words("steps", "steps"), words("seeds", "seeds")),
-    *(words("options", "options"), spread("MCC", "mcc"), spread("uniqueness", "uniqueness"), spread("L0", "l0")),
-    *(spread("FVU", "fvu"), spread("dead share", "dead_share"), spread("cosine", "cosine")),
-    *(
-        spread("shrinkage", "shrinkage"),
-        spread("reconstruction bias", "reconstruction_bias"),
-        words("errors", "errors"),
-    ),
-)
-BITS = (
-    *(words("model", "model"), words("options", "options"), words("data", "dataset"), words("budget", "budget")),
-    *(words("samples", "rows"), words("seeds", "seeds"), figures("bits a sample", "bits"), spread("mse", "mse")),
-    *(spread("psnr, dB", "psnr"), spread("ssim", "ssim"), spread("usage", "usage")),
-    *(spread("perplexity", "perplexity"), spread("bits used", "used_bits")),
-    *(figures("parameters", "parameters"), figures("seconds", "seconds", digits=3), words("errors", "errors")),
-)
-QUANTISERS = (
-    *(words("kind", "kind"), words("codes", "codes"), words("channels", "dim"), words("places", "places")),
-    *(words("device", "device"), words("threads", "threads")),
-    *(figures("forward, places/s", "forward_per_s"), figures("theirs, places/s", "peer_forward_per_s")),
-    spread("forward ratio", "forward_ratio", "forward_ratio_min", "forward_ratio_max"),
-    *(figures("with backward, places/s", "step_per_s"), figures("theirs, places/s", "peer_step_per_s")),
-    spread("ratio with backward", "step_ratio", "step_ratio_min", "step_ratio_max"),
-    *(figures("memory, MB", "memory_mb"), figures("theirs, MB", "peer_memory_mb")),
-    *(figures("same codes, %", "same_codes", 100), words("rounds", "repeats"), words("peer's error", "peer_error")),
-    words("error", "error"),
-)
-PROBE = (
-    *(words("model", "model"), words("data", "dataset"), words("numbers", "numbers"), words("steps", "steps")),
-    *(words("samples", "rows"), words("seeds", "seeds"), spread("linear probe", "probe"), spread("kNN", "knn")),
-    *(spread("pooled probe", "pooled_probe"), spread("pooled kNN", "pooled_knn"), spread("mse", "mse")),
-    words("errors", "errors"),
-)
-
-
-# ---- tables ---------------------------------------------------------------------------------------------------------
-
-
-class Section(NamedTuple):
-    """CSVs of a kind.
-
-    Attributes:
-        prefix: of their names.
-        title: heading.
-        text: what the figures are.
-        columns: of the tables; all of the CSV's if there are none.
-        shows: whether a row is worth a line.
-    """
-
-    prefix: str
-    title: str
-    text: str
-    columns: tuple[Column, ...]
-    shows: Callable[[Row], bool] = lambda row: True
-
-
-def _is_no_plain_layer(row: Row) -> bool:
-    return row.get("chosen") != "torch" or (number(row, "lost") or 1) > 1.1
-
-
-SECTIONS = (
-    Section(
-        "peers-quality-",
-        "Bounds beside pythae",
-        "The same networks, weights, batches and budget; both parties' trained weights are judged by one estimate. "
-        "Tighter by: the zoo's log p(x) less pythae's of the same seed.",
-        BOUNDS,
-    ),
-    Section(
-        "disentangle-",
-        "Disentanglement",
-        "Codes of `shapes` against its factors, median over seeds (lowest to highest); higher is better but for mse. "
-        "MIG to IRS are explained in `aezoo.metrics`; UDR compares a model's seeds with each other, without the "
-        "factors.",
-        DISENTANGLE,
-    ),
-    Section(
-        "dictionaries-",
-        "Known dictionaries",
-        "Sparse sums of known atoms (`synthetic_dictionary`), test split, median over seeds (lowest to highest). MCC: "
-        "mean absolute cosine of atoms and the latents matched with them; uniqueness: atoms that are the nearest of a "
-        "latent, over latents; L0: entries of a code that are not 0; FVU: fraction of variance unexplained, best at 0; "
-        "dead share: latents that are never active; cosine, shrinkage and reconstruction bias are best at 1 "
-        "(`aezoo.metrics`). Atoms, dimensions, active, correlation and noise are of the sums.",
-        DICTIONARIES,
-    ),
-    Section(
-        "probe-",
-        "What codes hold",
-        "Shares of test samples whose class simple classifiers read off codes that were learned without labels, median "
-        "over seeds (lowest to highest); pooled: over the places of a map or the tokens.",
-        PROBE,
-    ),
-    Section(
-        "bits-",
-        "Errors at equal bits",
-        "Quantised models with the same networks, grid and bits a sample; test split, median over seeds (lowest to "
-        "highest). Usage: the share of a book's codes that are chosen at all; perplexity: how many codes chosen "
-        "equally often would be as hard to guess; bits used: by an ideal code for the shares of choices.",
-        BITS,
-    ),
-    Section(
-        "quantisers-",
-        "Quantisers beside vector-quantize-pytorch",
-        "The same codes and maps in training mode, in turns; a ratio above 1 says that ours are faster, median over "
-        "rounds (lowest to highest). Places: points of the maps, each of which gets a code; memory: what a step takes "
-        "at its peak beyond what lay there before; same codes: the share of places at which both sides choose the "
-        "same.",
-        QUANTISERS,
-    ),
-    Section(
-        "gather-",
-        "Decoding of sparse codes",
-        "The whole dictionary multiplied, or the active rows gathered; forward and backward, one thread. A sample of "
-        "`x_dim` numbers has `k` of `latents` active, `ratio` is latents / k, `speedup` dense_ms / gather_ms.",
-        (),
-    ),
-    Section(
-        "convolutions-",
-        "Convolutions",
-        "Layers of kernel 3, forward and backward, in each way a CPU can: by torch (`torch_ms`), by products of "
-        "matrices (`products_ms`), by torch with the derivatives taken apart (`apart_ms`; in older files "
-        "`bias_apart_ms`, of the bias alone), of transposed ones as a convolution of the smaller grid "
-        "(`sub_pixels_ms`) and as products laid over one another (`overlay_ms`). `side` is that of the smaller grid, "
-        "`channels` are those of the larger; `chosen` is what a layer takes by itself. `speedup` is what the chosen "
-        "way makes of torch's own time, `lost` its time by that of the fastest. Left out, but not of the CSVs: layers "
-        "that torch computes in its own way, where no other way is a tenth faster.",
-        (),
-        _is_no_plain_layer,
-    ),
-    Section(
-        "published-",
-        "Published settings",
-        "Recipes of published figures on other data and for a share of their steps: no reproduction. Losses are in "
-        "nats; `binarise` is how grey pictures become zeros and ones.",
-        (),
-    ),
-    Section(
-        "peers-",
-        "Beside others",
-        "The same network, data and losses; a party's ratio is to a compiled PyTorch loop by hand, in the same rounds. "
-        "Samples/s: in training, without the first epoch; wall: with what happens between epochs, such as validation "
-        "and pictures; first step: from the start of the process, with compilers' caches as they were; distance of "
-        "loss curves: the largest from the loop's, as a share of it, within 1 % (of Keras, which shuffles for itself, "
-        "3 %) where 'agrees' is yes.",
-        PEERS,
-    ),
-    Section(
-        "speed-train-",
-        "Training",
-        "A Trainer's fit with bar, logger and checkpoints; median of the epochs after the first (lowest to highest). "
-        "Peak: the fastest product of square matrices in the same process and precision. Of matmul peak: the share of "
-        "a step in which the device could do all of its FLOPs at that peak; GEMMs at peak: the same of its matrix "
-        "products alone; products alone: the share that its products and convolutions take when they run by "
-        "themselves. Fault guard: what looking for faults adds to a step (a negative share is noise). Compile: what "
-        "the first step takes beyond the others, with what the compiler's cache held (unknown where the cell is "
-        "empty); cold start: from the start of the process to the end of the first step. Scaling efficiency: the rate "
-        "by that of as many devices alone.",
-        TRAIN,
-    ),
-    Section(
-        "speed-infer-",
-        "Inference",
-        "Under inference_mode; beside the bare networks, and the Trainer's predict beside a loop that does the same. "
-        "Encode / network and reconstruct / network: the model's methods by its bare modules; ms a batch, the share of "
-        "the peak and FLOPs are those of a reconstruction.",
-        INFER,
-    ),
-    Section(
-        "speed-startup-",
-        "Start-up",
-        "Whole processes, timed from outside in turns; the ratio is to the imports of the same turn.",
-        STARTUP,
-    ),
-    Section(
-        "quality-recipes-",
-        "Recipes",
-        "Test split, one seed; losses in nats, `val/l0` the numbers of a sparse code in use.",
-        (),
-    ),
-    Section(
-        "quality-",
-        "Quality",
-        "Test split, median over seeds (lowest to highest). PCA of the same code size is the floor of a linear code. "
-        "L0: the numbers of a sparse code in use, PCA's mse at L0: with as many; active units: numbers of a code that "
-        "vary with the sample; linear probe and kNN: the share of test samples whose class logistic regression and the "
-        "5 nearest neighbours read off the code, of at most so many training codes (probe rows), beside PCA's code and "
-        "raw pixels. Epochs marked 'cut': `--most-seconds` ended a run before its budget of epochs did.",
-        QUALITY,
-    ),
-    Section("", "Others", "", ()),
-)
 
 
 def _setting(row: Row) -> tuple[str, ...]:
@@ -433,14 +99,6 @@ def comparable(rows: Sequence[Row]) -> list[Row]:
     return list(kept.values())
 
 
-def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    """A table without the columns that hold nothing."""
-    table = [(column.head, [column.cell(row) for row in rows]) for column in columns]
-    kept = [(head, cells) for head, cells in table if any(cells)]
-    lines = [[head for head, _ in kept], ["---"] * len(kept), *zip(*(cells for _, cells in kept), strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
     """The text of all tables, for a file in `home`, and the rows of each CSV by its stem."""
     read = {path.stem: read_csv(path) for path in sorted(folder.glob("*.csv"))}
@@ -464,8 +122,6 @@ def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
     quality = quality_rows({stem: rows for stem, (_, rows) in read.items()})
     parts += filter(None, [report_pca.section(comparable(quality), quality)])
     if verbs:
-        from . import report_tasks
-
         parts.insert(0, report_tasks.section(verbs, folder, home))
     return "\n\n".join(parts), {stem: rows for stem, (_, rows) in read.items()}
 
@@ -537,14 +193,8 @@ def _table(section: Section, commands: Sequence[str], rows: Sequence[Row]) -> st
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the report."""
-    summary, _, usage = (__doc__ or "").partition("\n")
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.report",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("--results", type=Path, default=results_folder(), metavar="DIR", help="folder of the CSVs")
+    made = bare_parser("report", __doc__)
+    add_results(made)
     folder: Path = made.parse_args(argv).results
     if not any(folder.glob("*.csv")):
         raise AezooError(f"no CSV in {folder}: measure first, as by `aezoo benchmark speed`, or give --results DIR")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .common import Spread
-from .report import Column, Row, markdown, number, plain, words
+from .report_columns import Column, Row, markdown, number, plain, words
 
 # rows that share these are compared
 SETTING = ("dataset", "task", "code_size", "budget", "fit_rows", "test_rows")

@@ -10,7 +10,7 @@ import pytest
 
 import aezoo
 from aezoo import cli
-from benchmarks import plots, report, report_pca, speed
+from benchmarks import plots, report, report_columns, report_pca, speed
 from benchmarks.common import Table, command_line, processor, read_csv
 
 ROOT = Path(__file__).parent.parent
@@ -256,7 +256,7 @@ def test_runs_that_time_has_cut_are_marked():
     def cells(budget, *epochs):
         row = {"model": "vae", "budget": budget}
         (found,) = report.over_seeds([row | {"seed": str(i), "epochs": n} for i, n in enumerate(epochs)])
-        return report.markdown(report.QUALITY, [found]).splitlines()[-1].split(" | ")[2:]
+        return report_columns.markdown(report_columns.QUALITY, [found]).splitlines()[-1].split(" | ")[2:]
 
     assert cells("epochs=20", "20", "20") == ["epochs=20", "20 |"]
     assert cells("epochs=20", "20", "19.5", "20") == ["epochs=20", "20 (19.5 to 20), cut |"]

@@ -1,0 +1,188 @@
+"""Cells, columns and tables of the report: which figures of a CSV are shown, under which words."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+Row = dict[str, str]
+
+
+class Column(NamedTuple):
+    """A column of a table.
+
+    Attributes:
+        head: what stands above it, with the unit.
+        cell: the text of a row's cell; empty where the row has none.
+    """
+
+    head: str
+    cell: Callable[[Row], str]
+
+
+# ---- cells ----------------------------------------------------------------------------------------------------------
+
+
+def number(row: Row, name: str) -> float | None:
+    """A cell as a number, or None."""
+    try:
+        return float(row.get(name, ""))
+    except ValueError:
+        return None
+
+
+def plain(value: float, digits: int = 4) -> str:
+    """A number for a reader: so many significant digits, thousands apart, no exponent where it is not needed."""
+    if value == 0 or 1e-4 <= abs(value) < 10 ** (digits - 1):
+        return f"{value:.{digits}g}" if value != int(value) else f"{value:.0f}"
+    return f"{value:,.0f}" if 1 <= abs(value) < 1e9 else f"{value:.{digits - 1}g}"
+
+
+def words(head: str, name: str) -> Column:
+    """A column of text."""
+    return Column(head, lambda row: row.get(name, "").replace("|", "\\|"))
+
+
+def figures(head: str, name: str, factor: float = 1.0, digits: int = 4) -> Column:
+    """A column of numbers."""
+
+    def cell(row: Row) -> str:
+        value = number(row, name)
+        return "" if value is None else plain(value * factor, digits)
+
+    return Column(head, cell)
+
+
+def spread(head: str, name: str, low: str = "", high: str = "") -> Column:
+    """A median with its lowest and highest."""
+
+    def cell(row: Row) -> str:
+        values = [number(row, key) for key in (name, low or f"{name}_low", high or f"{name}_high")]
+        middle, bottom, top = values
+        if middle is None:
+            return ""
+        if bottom is None or top is None or bottom == top:
+            return plain(middle)
+        return f"{plain(middle)} ({plain(bottom)} to {plain(top)})"
+
+    return Column(head, cell)
+
+
+def trained(row: Row) -> str:
+    """The epochs of a row over seeds; marked where time ended a run before its budget of epochs did."""
+    told, least = spread("", "epochs").cell(row), number(row, "epochs_low")
+    asked = row.get("budget", "").partition("epochs=")[2]
+    return f"{told}, cut" if asked and least is not None and least < float(asked) else told
+
+
+TRAIN = (
+    *(words("model", "name"), words("settings", "settings"), words("shape", "shape"), words("compile", "compile")),
+    *(words("batch", "batch_used"), words("devices", "devices"), words("threads", "threads")),
+    *(spread("samples/s", "samples_per_s"), figures("ms a step", "step_ms")),
+    figures("of matmul peak, %", "share_of_peak", 100, 3),
+    figures("GEMMs at peak / step, %", "gemm_floor_share", 100, 3),
+    figures("products alone / step, %", "products_alone_share", 100, 3),
+    figures("fault guard / step, %", "guard_share", 100, 2),
+    *(figures("peak, GFLOP/s", "peak_gflops"), figures("MFLOP a sample", "flops_step", 1e-6)),
+    *(figures("parameters", "parameters"), figures("peak memory, MB", "peak_memory_mb")),
+    *(figures("compile, s", "compile_s", digits=3), words("compiler's cache held", "compiler_cache")),
+    figures("cold start, s", "cold_start_s", digits=3),
+    *(figures("launches a step", "kernel_launches"), figures("copies a step", "host_device_copies")),
+    *(figures("scaling efficiency", "scaling_efficiency", digits=3), words("no efficiency, as", "unscaled")),
+    words("error", "error"),
+)
+INFER = (
+    *(words("model", "name"), words("settings", "settings"), words("shape", "shape"), words("compile", "compile")),
+    *(words("batch", "batch_used"), words("threads", "threads"), spread("encode, samples/s", "encode_samples_per_s")),
+    spread("reconstruct, samples/s", "reconstruct_samples_per_s"),
+    spread("sample, samples/s", "sample_samples_per_s"),
+    spread("Trainer's predict, samples/s", "predict_samples_per_s"),
+    *(spread("encode / network", "encode_ratio"), spread("reconstruct / network", "reconstruct_ratio")),
+    *(spread("predict / bare loop", "predict_ratio"), figures("ms a batch", "step_ms")),
+    *(figures("of matmul peak, %", "share_of_peak", 100, 3), figures("peak, GFLOP/s", "peak_gflops")),
+    *(figures("MFLOP a sample", "flops_forward", 1e-6), figures("parameters", "parameters")),
+    *(figures("peak memory, MB", "peak_memory_mb"), figures("compile, s", "compile_s", digits=3)),
+    *(words("compiler's cache held", "compiler_cache"), figures("cold start, s", "cold_start_s", digits=3)),
+    words("error", "error"),
+)
+STARTUP = (
+    *(words("what", "what"), spread("seconds", "seconds", "low", "high")),
+    *(spread("ratio", "ratio"), words("repeats", "repeats")),
+)
+PEERS = (
+    *(words("party", "party"), words("precision", "precision")),
+    spread("samples/s", "samples_per_s", "samples_per_s_min", "samples_per_s_max"),
+    *(spread("ratio to the loop", "ratio", "ratio_min", "ratio_max"), figures("wall, samples/s", "wall_samples_per_s")),
+    *(figures("first step, s", "first_step_s", digits=3), figures("final loss", "final_loss")),
+    *(figures("distance of loss curves, %", "max_loss_gap", 100, 2), words("agrees", "agrees")),
+    *(figures("peak memory, MB", "peak_rss_mb"), words("threads", "threads"), words("error", "error")),
+)
+QUALITY = (
+    *(words("model", "model"), words("family", "family"), words("code size", "code_size"), words("seeds", "seeds")),
+    *(words("budget", "budget"), Column("epochs", trained), words("batch", "batch_size")),
+    *(
+        words("probe rows", "probe_rows"),
+        figures("L0", "l0", digits=3),
+        spread("mse", "mse"),
+        figures("PCA's mse", "pca_mse"),
+    ),
+    *(figures("PCA's mse at L0", "pca_mse_at_l0"), spread("psnr, dB", "psnr"), spread("ssim", "ssim")),
+    *(spread("nll, nats", "nll"), figures("bits/dim", "bits_per_dim"), spread("active units", "active_units")),
+    *(spread("linear probe", "probe"), spread("kNN", "knn"), figures("PCA's probe", "pca_probe", digits=3)),
+    *(figures("pixels' probe", "pixels_probe", digits=3), figures("pixels' kNN", "pixels_knn", digits=3)),
+    *(spread("samples/s", "samples_per_s"), figures("seconds", "seconds", digits=3), words("errors", "errors")),
+)
+BOUNDS = (
+    *(words("model", "model"), words("party", "party"), words("seed", "seed"), words("epochs", "epochs")),
+    *(words("options", "options"), figures("ELBO, nats", "elbo", digits=5)),
+    *(figures("log p(x), nats", "log_likelihood", digits=5), figures("the zoo tighter by, nats", "tighter_by")),
+    *(words("importance samples", "importance_samples"), words("error", "error")),
+)
+DISENTANGLE = (
+    *(words("model", "model"), words("code size", "code_size"), words("steps", "steps"), words("seeds", "seeds")),
+    *(spread("MIG", "mig"), spread("SAP", "sap"), spread("DCI disentanglement", "disentanglement")),
+    *(spread("completeness", "completeness"), spread("informativeness", "informativeness")),
+    *(spread("modularity", "modularity"), spread("FactorVAE score", "factor_vae_score"), spread("IRS", "irs")),
+    *(spread("UDR", "udr"), spread("mse", "mse"), spread("ELBO, nats", "elbo"), words("errors", "errors")),
+)
+DICTIONARIES = (
+    *(words("model", "model"), words("atoms", "atoms"), words("dimensions", "dim"), words("active", "active")),
+    *(words("correlation", "correlation"), words("noise", "noise"), words("steps", "steps"), words("seeds", "seeds")),
+    *(words("options", "options"), spread("MCC", "mcc"), spread("uniqueness", "uniqueness"), spread("L0", "l0")),
+    *(spread("FVU", "fvu"), spread("dead share", "dead_share"), spread("cosine", "cosine")),
+    *(
+        spread("shrinkage", "shrinkage"),
+        spread("reconstruction bias", "reconstruction_bias"),
+        words("errors", "errors"),
+    ),
+)
+BITS = (
+    *(words("model", "model"), words("options", "options"), words("data", "dataset"), words("budget", "budget")),
+    *(words("samples", "rows"), words("seeds", "seeds"), figures("bits a sample", "bits"), spread("mse", "mse")),
+    *(spread("psnr, dB", "psnr"), spread("ssim", "ssim"), spread("usage", "usage")),
+    *(spread("perplexity", "perplexity"), spread("bits used", "used_bits")),
+    *(figures("parameters", "parameters"), figures("seconds", "seconds", digits=3), words("errors", "errors")),
+)
+QUANTISERS = (
+    *(words("kind", "kind"), words("codes", "codes"), words("channels", "dim"), words("places", "places")),
+    *(words("device", "device"), words("threads", "threads")),
+    *(figures("forward, places/s", "forward_per_s"), figures("theirs, places/s", "peer_forward_per_s")),
+    spread("forward ratio", "forward_ratio", "forward_ratio_min", "forward_ratio_max"),
+    *(figures("with backward, places/s", "step_per_s"), figures("theirs, places/s", "peer_step_per_s")),
+    spread("ratio with backward", "step_ratio", "step_ratio_min", "step_ratio_max"),
+    *(figures("memory, MB", "memory_mb"), figures("theirs, MB", "peer_memory_mb")),
+    *(figures("same codes, %", "same_codes", 100), words("rounds", "repeats"), words("peer's error", "peer_error")),
+    words("error", "error"),
+)
+PROBE = (
+    *(words("model", "model"), words("data", "dataset"), words("numbers", "numbers"), words("steps", "steps")),
+    *(words("samples", "rows"), words("seeds", "seeds"), spread("linear probe", "probe"), spread("kNN", "knn")),
+    *(spread("pooled probe", "pooled_probe"), spread("pooled kNN", "pooled_knn"), spread("mse", "mse")),
+    words("errors", "errors"),
+)
+
+
+def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """A table without the columns that hold nothing."""
+    table = [(column.head, [column.cell(row) for row in rows]) for column in columns]
+    kept = [(head, cells) for head, cells in table if any(cells)]
+    lines = [[head for head, _ in kept], ["---"] * len(kept), *zip(*(cells for _, cells in kept), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -49,6 +49,14 @@ def test_the_seed_says_which_and_more_labels_hold_the_fewer():
     assert 0.3 * len(first) < where.mean() < 0.7 * len(first)
 
 
+def test_the_seed_says_which_where_it_splits_nothing(tmp_path):
+    np.savez(tmp_path / "whole.npz", x=RNG.random((200, 4)), y=np.arange(200) % 2)
+    whole = {"name": str(tmp_path / "whole.npz"), "val_fraction": 0, "test_fraction": 0}
+    (x, first), (again, other) = (DataModule(**whole, num_labels=20, seed=seed).tensors("train") for seed in (3, 4))
+    assert torch.equal(x, again)
+    assert not torch.equal(first, other)
+
+
 def pairs(batches):
     """Samples, as bytes, with their labels, in an order of their own."""
     return sorted((x.numpy().tobytes(), int(y)) for xs, ys in batches for x, y in zip(xs, ys, strict=True))

@@ -25,7 +25,14 @@ import torch
 from sklearn import base
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import (
+    check_array,
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+    validate_data,
+)
 from torch import Tensor
 
 from aezoo import arguments
@@ -53,6 +60,7 @@ class _Estimator(base.BaseEstimator):
     offset_of_scale_: Array
     scale_: Array
     n_epochs_: int
+    classes_: Array
 
     def __init__(
         self,
@@ -77,18 +85,26 @@ class _Estimator(base.BaseEstimator):
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Train a fresh model on X, (n_samples, n_features), dense and finite; y is ignored."""
-        self._train(validate_data(self, X, dtype=_DTYPES), fresh=True)
+        """Train a fresh model on X, (n_samples, n_features), dense and finite.
+
+        Labels y, (n_samples,), -1 for none, are for models with the hyperparameter `num_classes`; others ignore them.
+        """
+        self._train(validate_data(self, X, dtype=_DTYPES), y, fresh=True)
         return self
 
     def partial_fit(self, X: Any, y: Any = None) -> Self:
-        """One more pass, over these samples, by a fresh optimiser; the first call fixes scale and initial weights."""
+        """One more pass, over these samples, by a fresh optimiser; the first fixes scale, labels and first weights."""
         fresh = not hasattr(self, "autoencoder_")
-        self._train(validate_data(self, X, dtype=_DTYPES, reset=fresh), fresh, epochs=1)
+        self._train(validate_data(self, X, dtype=_DTYPES, reset=fresh), y, fresh, epochs=1)
         return self
 
-    def _train(self, X: Array, fresh: bool, epochs: int | None = None) -> None:
+    def _train(self, X: Array, y: Any, fresh: bool, epochs: int | None = None) -> None:
         settings = self._settings()
+        labels = None
+        if y is not None and "num_classes" in hyperparameters(settings["model"]):
+            check_consistent_length(X, y)
+            classes, labels = _labels(y, None if fresh else getattr(self, "classes_", None))
+            settings["model_params"] = {"num_classes": len(classes), **settings["model_params"]}
         epochs = epochs or settings["max_epochs"]
         device = device_of(settings["device"])
         seed = check_random_state(self.random_state).randint(2**31) + (0 if fresh else self.n_epochs_)
@@ -107,7 +123,7 @@ class _Estimator(base.BaseEstimator):
                 enable_model_summary=False,
                 enable_progress_bar=bool(settings["verbose"]),
             )
-            loader = ResidentLoader(x, batch_size=min(settings["batch_size"], len(x)), shuffle=True, seed=seed)
+            loader = ResidentLoader(x, labels, batch_size=min(settings["batch_size"], len(x)), shuffle=True, seed=seed)
             try:
                 trainer.fit(model.train(), loader)
             except SystemExit as stopped:
@@ -121,6 +137,10 @@ class _Estimator(base.BaseEstimator):
                 model.cpu().eval()
         # at the end, so that a fit that fails leaves what was fitted before
         self.autoencoder_, self.offset_of_scale_, self.scale_ = model, offset, scale
+        if fresh:
+            self.__dict__.pop("classes_", None)
+        if labels is not None:
+            self.classes_ = classes
         self.n_epochs_ = epochs + (0 if fresh else self.n_epochs_)
         self._n_features_out = math.prod(model.code_shape)
 
@@ -237,6 +257,7 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
         offset_of_scale_: (n_features,) what is subtracted.
         scale_: (n_features,) what is divided by.
         n_epochs_: epochs trained so far.
+        classes_: (n_classes,) the labels that a model with `num_classes` was trained with.
     """
 
     def transform(self, X: Any) -> Array:
@@ -290,8 +311,8 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
             raise AezooError(f"contamination must be in (0, 0.5], got {settings['contamination']}")
         return settings
 
-    def _train(self, X: Array, fresh: bool, epochs: int | None = None) -> None:
-        super()._train(X, fresh, epochs)
+    def _train(self, X: Array, y: Any, fresh: bool, epochs: int | None = None) -> None:
+        super()._train(X, y, fresh, epochs)
         self.offset_ = float(np.percentile(self._log_likelihood(X), 100 * self.contamination))
 
     def decision_function(self, X: Any) -> Array:
@@ -362,6 +383,23 @@ def _build(settings: dict[str, Any], n_features: int) -> Autoencoder:
         grid = {} if len(shape) > 1 else {"net": "mlp"}
         common["tokenizer"] = {"model": "vq_vae", "likelihood": settings["likelihood"], **grid}
     return create_model(settings["model"], shape, **{**common, **settings["model_params"]})
+
+
+def _labels(y: Any, known: Array | None) -> tuple[Array, Tensor]:
+    """The classes among labels, or those that are known, and each label's place in them; -1 for none."""
+    y = column_or_1d(y)
+    check_classification_targets(y)
+    given = y != -1 if np.issubdtype(y.dtype, np.number) else np.full(len(y), True)
+    classes = np.unique(y[given]) if known is None else known
+    strange = np.setdiff1d(y[given], classes)
+    if not len(classes) or len(strange):
+        what = (
+            f"y has the label {strange.tolist()[0]!r}, which the first fit had not"
+            if len(strange)
+            else "all labels are -1"
+        )
+        raise AezooError(f"{what}: give labels that the model knows, or leave out y")
+    return classes, torch.from_numpy(np.where(given, np.searchsorted(classes, y), -1))
 
 
 def _statistics(X: Array, scale: str) -> tuple[Array, Array]:

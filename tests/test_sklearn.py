@@ -52,6 +52,39 @@ def test_scikit_learn_s_own_checks(estimator, check):
     check(estimator)
 
 
+def test_models_of_labelled_data_read_the_labels(digits):
+    X, y = digits
+    names = np.array(list("abcdefghij"))
+    half = np.where(np.arange(len(y)) % 2, y, -1)
+    settings = {"scale": "unit", "likelihood": "bernoulli", "max_epochs": 25, "random_state": 0}
+    model = AutoencoderTransformer("semi_supervised_vae", 4, **settings).fit(X, half)
+    assert model.classes_.tolist() == list(range(10))
+    guessed = model.transform(X)[:, 4:].argmax(1)  # a code is [z, one-hot y]
+    assert (guessed == y)[half < 0].mean() > 0.85
+    named = AutoencoderTransformer("semi_supervised_vae", 4, **settings).fit(X, names[y])
+    whole = AutoencoderTransformer("semi_supervised_vae", 4, **settings).fit(X, y)
+    assert named.classes_.tolist() == names.tolist()
+    np.testing.assert_array_equal(named.transform(X), whole.transform(X))
+    again = pickle.loads(pickle.dumps(named)).partial_fit(X[:100], names[y[:100]])
+    with pytest.raises(AezooError, match="'k', which the first fit had not"):
+        again.partial_fit(X[:2], ["a", "k"])
+    assert not hasattr(again.fit(X), "classes_")
+
+
+@pytest.mark.parametrize(
+    ("y", "says"), [(np.linspace(0, 1, 30), "continuous"), ([-1] * 30, "all labels are -1"), ([0] * 29, "inconsistent")]
+)
+def test_labels_that_are_none_are_refused(y, says):
+    with pytest.raises(ValueError, match=says):
+        AutoencoderTransformer("conditional_vae", **FEW).fit(gaussian(30), y)
+
+
+def test_other_models_ignore_labels():
+    X = gaussian(30)
+    plain, given = AutoencoderTransformer(**FEW).fit(X), AutoencoderTransformer(**FEW).fit(X, np.linspace(0, 1, 30))
+    np.testing.assert_array_equal(plain.transform(X), given.transform(X))
+
+
 @pytest.mark.parametrize("scale", ["none", "standard"])
 def test_a_linear_autoencoder_reconstructs_as_pca_does(scale):
     X = gaussian(600)

@@ -41,7 +41,8 @@ def check(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         return  # Python's own message names the argument
     for name, value in given.items():
         if name in hints and not _fits(value, hints[name]):
-            raise AezooError(f"{cls.__name__}: {name} takes {_words(hints[name])}, got {_brief(value)}")
+            cure = f": give ({value},)" if hints[name] == tuple[int, ...] and _fits(value, int) else ""
+            raise AezooError(f"{cls.__name__}: {name} takes {_words(hints[name])}, got {_brief(value)}{cure}")
 
 
 @lru_cache(maxsize=256)

@@ -1,9 +1,8 @@
 """The contract of every model and the only training loop."""
 
-import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import aezoo
-from aezoo import acceleration, collectives, likelihoods, loop, optimizers, predictions, ranks
+from aezoo import acceleration, collectives, inputs, likelihoods, loop, optimizers, predictions, ranks
 from aezoo.arguments import Checked
 from aezoo.corruptions import Corruption
 from aezoo.errors import AezooError
@@ -163,9 +162,7 @@ class Autoencoder(Checked, pl.LightningModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name, shape in _INFERENCE.items():
-            if name in vars(cls):
-                setattr(cls, name, _expects(vars(cls)[name], shape))
+        inputs.guard(cls)
 
     # ---- for the formulas of subclasses -----------------------------------------------------------------------------
 
@@ -450,7 +447,7 @@ class Autoencoder(Checked, pl.LightningModule):
             yield
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        x, y = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1] if len(batch) > 1 else None)
+        x, y = inputs.unpack(batch)
         if self.training not in self._checked:
             self.check_batch(from_bytes(x) if self.takes_bytes else x)
             self._checked.add(self.training)
@@ -465,53 +462,11 @@ class Autoencoder(Checked, pl.LightningModule):
         Raises:
             AezooError: wrong shape or dtype, values that are not finite, or outside of [0, 1] where that is needed.
         """
-        if tuple(x.shape[1:]) != self.input_shape:
-            raise AezooError(
-                f"the model expects samples of shape {_by(self.input_shape)}, the data give {_by(x.shape[1:])}: "
-                "build the model with that input_shape or change the data's size and channels"
-            )
-        if not x.is_floating_point():
-            raise AezooError(f"the model expects float data, got {x.dtype}: scale it first, for images x.float() / 255")
-        low, high = float(x.min()), float(x.max())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise AezooError("the data hold NaN or infinite values: clean them first")
-        slack = 1e-6 if self.training else 10.0
-        if self.likelihood.unit_interval and not (low >= -slack and high <= 1 + slack):
-            raise AezooError(
-                f"this likelihood needs data in [0, 1], got values from {low:.4g} to {high:.4g}: "
-                "scale the data, or take likelihood='gaussian'"
-            )
+        inputs.check_batch(self, x)
 
 
-def _expects(method: Callable[..., Tensor], shape: str) -> Callable[..., Tensor]:
-    """A method that refuses in evaluation mode what it was not made for, in place of an error from within a layer."""
-
-    @functools.wraps(method)
-    def checked(self: Autoencoder, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.training and not torch.compiler.is_compiling():
-            expected: tuple[int, ...] = getattr(self, shape)
-            if tuple(x.shape[1:]) != expected:
-                what = "samples" if shape == "input_shape" else "codes"
-                raise AezooError(
-                    f"{method.__name__} expects {what} of shape Bx{_by(expected)}, got {_by(x.shape)}: one sample "
-                    "needs a batch dimension too, x[None]; another size needs another model, or resized data"
-                )
-            if not x.is_floating_point():
-                raise AezooError(f"{method.__name__} expects float data, got {x.dtype}: for images x.float() / 255")
-        return method(self, x, *args, **kwargs)
-
-    return checked
-
-
-# what is called from outside with data, and the attribute that says their shape; the training loop has its own check
-_INFERENCE = {"encode": "input_shape", "decode": "code_shape", "forward": "input_shape", "score": "input_shape"}
-for _name, _shape in _INFERENCE.items():
-    setattr(Autoencoder, _name, _expects(vars(Autoencoder)[_name], _shape))
+inputs.guard(Autoencoder)  # its subclasses are guarded as they are made
 
 
 def _is_own(cls: type) -> bool:
     return cls.__module__.startswith("aezoo.models.")
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(str(n) for n in shape)

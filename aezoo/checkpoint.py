@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 import aezoo
@@ -44,7 +44,7 @@ def save_model(
 
     Args:
         model: a registered model.
-        folder: made if it does not exist; the two files in it are replaced.
+        folder: made if it does not exist; the two files in it are replaced, each whole or not at all.
         scaling: of the activations that the model was trained on, as `load_run` has it; what is saved then works on raw
             ones, see `aezoo.folding.fold`.
 
@@ -52,8 +52,8 @@ def save_model(
         The folder.
 
     Raises:
-        AezooError: the model's class is not in the registry, so no other process could find it again; or its weights
-            cannot take the scaling in.
+        AezooError: the model's class is not in the registry, so no other process could find it again; its weights
+            cannot take the scaling in; or the files cannot be written.
     """
     name = name_of(type(model))
     if name is None:
@@ -64,14 +64,15 @@ def save_model(
     if scaling is not None:
         model = fold(model, scaling)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = {"model": name, "aezoo_version": aezoo.__version__, "hyperparameters": dict(model.hparams)}
     # copies, since safetensors refuses tensors that share memory, as tied weights do
     state = {
         key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()
     }
-    save_file(state, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    cure = "make room, or choose a folder that can be written"
+    durable.write(folder / WEIGHTS, lambda file: file.write(save(state)), cure=cure)
+    text = json.dumps(config, indent=2) + "\n"
+    durable.write(folder / CONFIG, lambda file: file.write(text.encode()), cure=cure)
     return folder
 
 

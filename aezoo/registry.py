@@ -189,7 +189,9 @@ def create_model(name: str, input_shape: tuple[int, ...] = (1, 28, 28), **hyperp
     cls = model_class(name)
     check_hyperparameters(cls, hyperparameters, find(name).name)
     try:
-        return cls(input_shape=tuple(input_shape), **hyperparameters)
+        # an int is refused by the constructor, which says what to give
+        shape = tuple(input_shape) if isinstance(input_shape, Iterable) else input_shape
+        return cls(input_shape=shape, **hyperparameters)
     except (RuntimeError, MemoryError) as error:
         if "alloc" in str(error) or "overflow" in str(error) or isinstance(error, MemoryError):
             raise AezooError(f"{name} of this size does not fit in memory: lower latent_dim or hidden_dims") from error

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import aezoo
-from aezoo import cli
+from aezoo import cli, inputs
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
 from aezoo.likelihoods import LIKELIHOODS, likelihood
@@ -54,11 +54,15 @@ def test_the_wrong_shape_at_inference(name):
         model.decode(torch.rand(2, *(n + 1 for n in model.code_shape)))
 
 
-def test_a_message_about_shapes_costs_training_nothing():
+def test_a_message_about_shapes_costs_training_nothing(monkeypatch):
     model = aezoo.create_model("dense_ae", input_shape=(4,)).train()
-    # torch's own message: the loop has looked at the first batch
+    looks = []
+    monkeypatch.setattr(inputs, "_check", lambda *arguments: looks.append(arguments))
+    model.encode(torch.rand(2, 4))
+    assert not looks  # the loop has looked at the first batch
     with pytest.raises(RuntimeError, match="mat1"):
         model.encode(torch.rand(2, 5))
+    assert looks
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,0 +1,149 @@
+"""What a model is given by mistake is answered in one line; what works, works as before."""
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import aezoo
+from aezoo import inputs
+from aezoo.errors import AezooError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+
+X = torch.rand(6, 12)
+
+
+def model(name="vae", shape=(12,), **settings):
+    torch.manual_seed(0)
+    return aezoo.create_model(name, shape, **{"hidden_dims": (8,), **settings})
+
+
+WRONG = {
+    "array": (X.numpy(), r"expects a tensor, got ndarray of shape 6x12: give torch\.as_tensor"),
+    "list": (X.tolist(), "expects a tensor, got list"),
+    "doubles": (X.double(), r"expects float32 like the model's weights, got float64: give x\.float\(\)"),
+    "bytes": (X.byte(), r"expects float data, got torch\.uint8"),
+    "one sample": (X[0], r"expects samples of shape Bx12, got 12: one sample needs a batch dimension too, x\[None\]"),
+    "other size": (torch.rand(6, 13), "expects samples of shape Bx12, got 6x13"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", ["encode", "forward", "score", "loss"])
+@pytest.mark.parametrize("what", WRONG)
+def test_data_that_a_model_was_not_made_for_are_refused(what, method, training):
+    given, says = WRONG[what]
+    with pytest.raises(AezooError, match=rf"{says}") as error:
+        getattr(model().train(training), method)(given)
+    assert "\n" not in str(error.value)
+
+
+def test_codes_are_looked_at_too():
+    with pytest.raises(AezooError, match="decode expects codes of shape Bx16, got 6x12"):
+        model().decode(X)
+
+
+def test_an_error_of_the_model_itself_stays_what_it_is():
+    class Broken(type(model())):
+        def encode(self, x):
+            raise RuntimeError("my own mistake")
+
+    with pytest.raises(RuntimeError, match="my own mistake"):
+        Broken((12,), hidden_dims=(8,)).encode(X)
+
+
+def test_a_model_in_double_precision_takes_doubles():
+    assert model().double().eval().encode(X.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):  # and a narrow one what autocast makes of its inputs
+        assert model().eval().encode(X.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("n", [-1, 2.5, "3", None])
+@pytest.mark.parametrize("name", ["vae", "conditional_vae"])  # the second has its `sample` from a class beside
+def test_a_count_that_is_none_is_refused(n, name):
+    with pytest.raises(AezooError, match=r"sample takes a whole number of samples, at least 0, got"):
+        model(name).sample(n)
+
+
+def test_a_count_may_be_numpys():
+    assert model().sample(np.int64(2)).shape == (2, 12) and model().sample(0).shape == (0, 12)
+
+
+class Rows(Dataset):
+    def __init__(self, row):
+        self.row = row
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return self.row
+
+
+def trained(own, data):
+    trainer = pl.Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.fit(own, DataLoader(data, batch_size=4), DataLoader(data, batch_size=4))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"image": X[0]}, r"a batch must be x, \(x,\) or \(x, y\) of tensors, got a dict with 'image'"),
+        ((["a"], X[0]), r"a batch must be .* got list"),
+        (X[0].double(), r"the data are float64, the model's weights float32: give x\.float\(\), or .*64-true"),
+        ((X[0].numpy().astype(float), 1), "the data are float64"),
+    ],
+)
+def test_batches_that_a_model_was_not_made_for_are_refused(row, says):
+    with pytest.raises(AezooError, match=says):
+        trained(model(), Rows(row))
+
+
+@pytest.mark.parametrize("row", [X[0], (X[0],), (X[0], 3), [X[0], 3]])
+def test_batches_are_samples_alone_or_with_labels(row):
+    trained(model(), Rows(row))
+
+
+@pytest.mark.parametrize(
+    ("gives", "says"),
+    [
+        (lambda loss: loss, r"Own\.loss must return named scalars, \{'loss': \.\.\., .* got one tensor"),
+        (lambda loss: {"nll": loss}, "got only 'nll'"),
+        (lambda loss: {}, "got dict"),
+        (lambda loss: (loss, loss), "got tuple"),
+    ],
+)
+def test_a_loss_of_one_s_own_is_told_what_to_return(gives, says):
+    class Own(type(model("dense_ae"))):
+        def loss(self, x, y=None):
+            return gives((self(x) - x).square().mean())
+
+    with pytest.raises(AezooError, match=says):
+        trained(Own((12,), hidden_dims=(8,)), TensorDataset(X))
+
+
+def test_a_loss_of_one_s_own_takes_labels():
+    with pytest.raises(AezooError, match=r"Own\.loss must take self, x and y: def loss\(self, x, y=None\)"):
+
+        class Own(type(model("dense_ae"))):
+            def loss(self, x):
+                return {"loss": self.score(x).mean()}
+
+
+def test_a_method_is_guarded_once_and_keeps_its_name_and_words():
+    kind = type(model())
+    for name in ("encode", "decode", "forward", "score", "loss", "sample"):
+        method = getattr(kind, name)
+        assert method.__name__ == name and method.__module__.startswith("aezoo.")
+        before = method
+        inputs.guard(kind)
+        assert getattr(kind, name) is before
+
+
+def test_a_number_for_a_shape_is_answered_with_the_shape():
+    with pytest.raises(AezooError, match=r"input_shape takes a list of whole numbers, got 784: give \(784,\)"):
+        aezoo.create_model("vae", 784)

@@ -89,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv: list[str]) -> None:
     match argv:
+        case ["help", command, *_] if command in (*LIGHT, *HEAVY, *VERBS):
+            _run([command, "--help"])
         case [] | ["-h" | "--help" | "help", *_]:
             print(HELP, end="")
         case ["--version" | "-V", *_]:

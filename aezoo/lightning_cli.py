@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import aezoo
-from aezoo import acceleration, callbacks, durable, ranks, registry, resume, run_folder, trainer_settings
+from aezoo import acceleration, callbacks, durable, flag_help, ranks, registry, resume, run_folder, trainer_settings
 from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import dashboard
 from aezoo.data import DataModule
@@ -125,6 +125,7 @@ class AezooCLI(LightningCLI):
         elif command == "predict":
             # they go to a file; Lightning would hold all of them once more
             parser.set_defaults({"return_predictions": False})
+        flag_help.explain(parser, command)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one that is asked for: each parser takes a tenth of a second to build."""

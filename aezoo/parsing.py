@@ -63,7 +63,16 @@ def plain(message: str, parser: LightningArgumentParser) -> str:
     unknown = re.search(r"does not accept option '([\w.]+)'", message)
     if unknown:
         return f"unknown setting {unknown[1]}{_near('--' + unknown[1], _flags(parser)).replace('--', '')}"
+    bare = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
+    if bare:
+        return f"{bare[1]!r} belongs to no flag: a model is --model {bare[1]}, a recipe or a file -c {bare[1]}"
     keys = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    absent = re.search(r"Expected a path but (\w+) either not accessible or invalid", message)
+    if absent and keys.startswith("trainer."):
+        return (
+            f"{keys}: no class is named {absent[1]}: `aezoo fit --{keys}.help` knows Lightning's, a class of your own "
+            "is my_package.Name with --allow my_package"
+        )
     kinds = [kind for kind in re.findall(r"Expected an? (?:<class '([\w.]+)'>)", message) if kind != "NoneType"]
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     kinds += ["one of " + choices.replace("'", "") for choices in re.findall(r"typing\.Literal\[([^\]]*)\]", message)]

@@ -191,6 +191,9 @@ def _config_file(value: str) -> tuple[Path, dict[str, Any]]:
     content = yaml_text.read(path)
     if not isinstance(content, dict):
         raise AezooError(f"{path} holds no settings: write sections such as model:, data: and trainer:")
+    for key in ("resume", "allow"):
+        if key in content:
+            raise AezooError(f"{key} is not read from a file: give --{key} on the command line, not in {path}")
     return path, content
 
 

@@ -51,6 +51,41 @@ def test_light_commands_need_no_torch(argv):
     assert done.returncode == 0 and done.stdout.rstrip().endswith("light"), done.stderr
 
 
+@pytest.mark.parametrize(("command", "shows"), [("list", "--family"), ("test", "--ckpt_path"), ("embed", "--nearest")])
+def test_help_of_a_command_is_what_its_flag_shows(command, shows, capsys):
+    said = []
+    for argv in (["help", command], [command, "--help"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(argv)
+        assert not end.value.code
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and shows in said[0]
+
+
+def test_help_says_what_flags_do_here(capsys):
+    for command, checkpoint in (("fit", "to go on with from its newest whole"), ("test", "of which the best")):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "A name of `aezoo recipes`, or a YAML file." in text and "--allow PKG Let a configuration" in text
+        assert checkpoint in text and "registry" not in text.split("--ckpt_path CKPT_PATH", 2)[-1]
+        assert "--weights_only" not in text
+        assert ("--resume RUN|auto Go on with a run" in text) == (command == "fit")
+
+
+@pytest.mark.parametrize("flag", ["resume", "allow"])
+def test_what_is_read_before_the_files_is_not_read_from_them(flag, capsys):
+    Path("mine.yaml").write_text(f"model: vae\n{flag}: auto\n")
+    assert f"{flag} is not read from a file: give --{flag}" in refused(capsys, "fit", "-c", "mine.yaml")
+
+
+def test_words_without_a_flag_and_classes_that_do_not_exist_are_answered(capsys):
+    assert "'vae' belongs to no flag: a model is --model vae" in refused(capsys, "fit", "vae")
+    line = refused(capsys, "fit", "--model=vae", "--trainer.callbacks+=Foo")
+    assert "trainer.callbacks: no class is named Foo" in line and "--trainer.callbacks.help" in line
+    assert "did you mean --resume?" in refused(capsys, "fit", "--model=vae", "--resme=auto")
+
+
 def test_list_shows_name_family_and_paper_and_filters(capsys):
     cli.main(["list"])
     rows = capsys.readouterr().out.splitlines()

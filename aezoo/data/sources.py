@@ -60,7 +60,8 @@ def from_path(name: str) -> str | None:
     if path.is_file():
         return "array"
     if len(path.parts) > 1 or path.suffix:
-        raise AezooError(f"no such file or folder: {name}")
+        where = "" if path.is_absolute() else f" (looked for in {Path.cwd()})"
+        raise AezooError(f"no such file or folder: {name}{where}")
     return None
 
 

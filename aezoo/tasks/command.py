@@ -88,11 +88,14 @@ def main(argv: list[str]) -> None:
     out = Path(config.out) if config.out else trained["folder"] / verb
     common = {"batch_size": config.get("batch_size"), "seed": config.get("seed"), "progress": True}
     settings |= {key: value for key, value in common.items() if key in accepted}
+    before = set(out.glob("*"))
     result: Result = function(model=model, out=str(out), **settings)
     text = result.summary()
     print(f"{text}\n" if text else "", end="")
     if trained["scaling"] and verb in _OF_SAMPLES:
         print("values are as the model sees them: the training data were scaled (--data.scale)")
+    if replaced := before.intersection(result.files):
+        print(f"aezoo: {len(replaced)} earlier files in {out} are replaced; --out DIR keeps both", file=sys.stderr)
     if len(result.files) > _MOST_LINES:
         print(f"{len(result.files):,} files in {out}")
         return

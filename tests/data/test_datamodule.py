@@ -173,7 +173,7 @@ def test_every_argument_is_plain_and_described():
         ({"name": "mnst5k"}, "unknown data 'mnst5k', did you mean 'mnist5k'.*cifar10"),
         ({"name": "zzzzzz"}, "unknown data 'zzzzzz'. Known: .*digits"),
         ({"name": "no/such/folder"}, "no such file or folder: no/such/folder"),
-        ({"name": "missing.npy"}, "no such file or folder: missing.npy"),
+        ({"name": "missing.npy"}, r"no such file or folder: missing.npy \(looked for in /"),
     ],
 )
 def test_bad_values_are_refused(plain, match):

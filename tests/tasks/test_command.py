@@ -46,6 +46,16 @@ def test_the_split_the_folder_and_the_batch_size_are_the_users(run, tmp_path, ca
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["errors.csv", "reconstructions.npy"]
 
 
+def test_results_that_replace_earlier_ones_say_so(run, tmp_path, capsys):
+    flags = ["--ckpt_path", str(run), f"--out={tmp_path}", "--n_shown", "0"]
+    cli.main(["reconstruct", *flags])
+    assert capsys.readouterr().err == ""
+    (tmp_path / "mine.txt").write_text("mine")
+    cli.main(["reconstruct", *flags])
+    said = f"aezoo: 2 earlier files in {tmp_path} are replaced; --out DIR keeps both\n"
+    assert capsys.readouterr().err == said and (tmp_path / "mine.txt").is_file()
+
+
 def test_a_file_is_scaled_as_the_training_data_were(run, tmp_path, capsys):
     with np.load(run.parents[2] / "data.npz") as file:
         x, y = file["x"], file["y"]

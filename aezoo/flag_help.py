@@ -1,0 +1,58 @@
+"""What `aezoo fit --help` says of flags read before Lightning's, and of those that mean something else here."""
+
+import argparse
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from aezoo.security import policy
+
+_FIT = "A run's folder (runs/vae/0), to go on with from its newest whole checkpoint, or a checkpoint file."
+_USE = (
+    "A run's folder (runs/vae/0), of which the best checkpoint is taken, a checkpoint file or a saved model's folder."
+)
+_WORDS = {
+    "config": "A name of `aezoo recipes`, or a YAML file. Several are read in their order; flags stand above them.",
+    "trainer.max_epochs": "Stop after this many epochs; -1: no end but max_steps or max_time.",
+    "trainer.max_steps": "Stop after this many optimiser steps, even within an epoch; -1: no such limit.",
+    "trainer.default_root_dir": "The folder of all runs, runs if none is given: a run is <folder>/<recipe>/<number>.",
+    "trainer.callbacks": "Callbacks in place of none; --trainer.callbacks+=NAME adds one. Those of the zoo have flags "
+    "of their own, below.",
+    "trainer.logger": "TensorBoard if none is given; false logs nothing.",
+}
+
+
+class _ReadBefore(argparse.Action):
+    """Shown by the help only: `aezoo.request` has taken the flag before this parser sees the rest."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
+        parser.error(f"{self.option_strings[0]} needs a value")
+
+
+def explain(parser: LightningArgumentParser, command: str) -> None:
+    """Make a command's `--help` tell what its flags do here.
+
+    Args:
+        parser: the command's parser, complete.
+        command: `fit`, `validate`, `test` or `predict`.
+    """
+    if command == "fit":
+        _mention(
+            parser,
+            "--resume",
+            "RUN|auto",
+            "Go on with a run that was stopped: a run's folder or checkpoint, or auto, which finds the last run of the "
+            "same command, or starts one.",
+        )
+    _mention(parser, policy.FLAG, "PKG", "Let a configuration name classes of this package; can be given repeatedly.")
+    words = _WORDS | {"ckpt_path": _FIT if command == "fit" else _USE, "weights_only": argparse.SUPPRESS}
+    for action in parser._actions:
+        if action.dest in words:
+            action.help = words[action.dest]
+    for group in parser._action_groups:
+        if any(action.dest == "ckpt_path" for action in group._group_actions):
+            group.title = "The checkpoint"
+
+
+def _mention(parser: LightningArgumentParser, flag: str, metavar: str, text: str) -> None:
+    nowhere = argparse.SUPPRESS
+    parser.add_argument(flag, action=_ReadBefore, dest=nowhere, default=nowhere, metavar=metavar, help=text)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from aezoo.errors import AezooError
+from aezoo.nets import inductor, linear
 from aezoo.nets.memory_format import ChannelsLast
 
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
@@ -80,6 +81,7 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], mode: str, before_retry: Callable[[], None]) -> None:
         self._function, self._before_retry = function, before_retry
+        linear.straight_from_inductor = linear.HALVED and inductor.teach()
         self._compiled: Callable[..., Any] | None = torch.compile(function, mode=mode, dynamic=False)
         self._size: int | None = None
 

@@ -49,12 +49,12 @@ def _cross_entropy(params: Tensor, x: Tensor) -> Tensor:
     # t^+ - t x + log(1 + exp(-|t|)), in one pass by inductor: of torch's own more than half is its library's log1p
     t = params.detach()
     e = torch.exp(-t.abs())
-    quotient = torch.zeros_like(e)
-    for coefficient in _LOG1P:
+    quotient = _LOG1P[0] * e + _LOG1P[1]
+    for coefficient in _LOG1P[2:]:
         quotient = quotient * e + coefficient
     value = t.clamp_min(0) - t * x + quotient * e
     # the derivative p - x, rather than that of each operation
-    return value + (t.sigmoid() - x) * (params - t)
+    return value + (torch.where(t < 0, e, 1) / (1 + e) - x) * (params - t)
 
 
 def _logit(mean: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-# multiplications from which on the way through Python is short
-_LARGE = 2**21
+# multiplications from which on the way through Python is short, and those from which on oneDNN is the faster
+_LARGE, _ENOUGH = 2**21, 2**18
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,6 +45,8 @@ def _halved() -> bool:
 
 
 HALVED = _halved()
+# whether inductor calls oneDNN itself, see `aezoo.nets.inductor`
+straight_from_inductor = False
 # whether it has units for products of tiles of 16 bits
 TILES = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))
 
@@ -157,7 +159,7 @@ def _is_large(multiplications: Any) -> bool:
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        return statically_known_true(multiplications >= _LARGE)
+        return statically_known_true(multiplications >= (_ENOUGH if straight_from_inductor else _LARGE))
     return bool(multiplications >= _LARGE) and torch._C._get_mkldnn_enabled()
 
 

@@ -1,0 +1,119 @@
+"""Compiled linear layers call oneDNN itself, on matrices that are written once, and give what uncompiled ones give."""
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from aezoo import acceleration
+from aezoo.nets import inductor, linear
+
+pytestmark = [
+    pytest.mark.skipif(
+        not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+        reason="torch was built without oneDNN",
+    ),
+    # torch.jit, which torch has deprecated and its inductor loads
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _told(monkeypatch):
+    """As on a processor of which MKL uses half, for layers of any size, with nothing compiled before."""
+    torch.manual_seed(7)
+    torch._dynamo.reset()
+    from torch._functorch import config as of_autograd
+    from torch._inductor import config
+
+    monkeypatch.setattr(linear, "HALVED", True)
+    monkeypatch.setattr(linear, "_LARGE", 0)
+    monkeypatch.setattr(linear, "_ENOUGH", 0)
+    assert inductor.teach()
+    with config.patch(fx_graph_cache=False), of_autograd.patch(enable_autograd_cache=False):
+        yield
+
+
+def network(*widths):
+    parts = [part for pair in itertools.pairwise(widths) for part in (linear.Linear(*pair), nn.Tanh())]
+    return nn.Sequential(*parts[:-1])
+
+
+def code_of(function, *args):
+    """What inductor writes for a function's forward and backward pass, and the gradients."""
+    from torch._inductor.utils import run_fw_bw_and_get_code
+
+    result, codes = run_fw_bw_and_get_code(lambda: torch.compile(function, dynamic=False)(*args))
+    return result, codes
+
+
+def calls(code):
+    return len(re.findall(r"= torch\.ops\.mkldnn\._linear_pointwise\.default\(", code))
+
+
+@pytest.mark.parametrize("rows", [(6,), (2, 3)], ids=str)
+def test_a_compiled_step_calls_onednn_and_writes_each_matrix_once(rows):
+    layers = network(32, 16, 48)
+    x = torch.randint(0, 256, (*rows, 1, 4, 8), dtype=torch.uint8)
+
+    def step(x):
+        x = x.float() / 255
+        return (layers(x.flatten(-3)).sigmoid() - x.mean()).square().mean()
+
+    step(x).backward()
+    wanted = [p.grad for p in layers.parameters()]
+    layers.zero_grad()
+    loss, (forward, backward) = code_of(step, x)
+    torch.testing.assert_close(loss, step(x))
+    for p, gradient in zip(layers.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    assert "aezoo.product" not in re.sub("#.*|'.*?'|\".*?\"", "", forward + backward)
+    # two layers; of the first no gradient for its input is asked
+    assert calls(forward) == 2 and calls(backward) == 3
+    # the first layer's input, which is read as it is and transposed
+    sizes = [shape.split(", ") for shape in re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", forward)]
+    assert sum(math.prod(int(n) for n in size if n) == 6 * 32 for size in sizes) == 1
+    # oneDNN copies what is transposed number by number: its first factor lies row by row
+    for first in re.findall(r"_linear_pointwise\.default\((.*?), (?:reinterpret|buf|primals|tan)", backward):
+        strides = re.search(r"reinterpret_tensor\(\w+, \((\d+), (\d+)\), \((\d+), (\d+)\)", first)
+        assert strides is None or strides[2] == strides[3] or strides[4] == "1", first
+
+
+def test_factors_with_gaps_are_laid_out_anew():
+    layer, wide = linear.Linear(8, 4), torch.randn(6, 16)
+    with torch.no_grad():
+        stored = torch.randn(4, 16)
+        loose = torch.as_strided(stored, (4, 8), (16, 2))
+        found = torch.compile(lambda x, w: linear.linear(x[:, ::2], w, layer.bias), dynamic=False)(wide, loose)
+        torch.testing.assert_close(found, nn.functional.linear(wide[:, ::2], loose, layer.bias))
+
+
+def test_sizes_that_are_not_known_call_the_operator_itself():
+    layer = linear.Linear(8, 4)
+    run = torch.compile(layer, dynamic=True)
+    for rows in (5, 9, 13):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(run(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_an_inductor_that_lacks_something_is_left_alone(monkeypatch):
+    from torch._inductor import lowering
+
+    inductor.teach.cache_clear()
+    with monkeypatch.context() as m:
+        m.delattr(lowering, "register_lowering")
+        assert not inductor.teach()
+    inductor.teach.cache_clear()
+    assert inductor.teach()
+
+
+def test_what_is_compiled_has_told_inductor(monkeypatch):
+    monkeypatch.setattr(linear, "straight_from_inductor", False)
+    acceleration.Compiled(lambda x: x, "default", lambda: None)
+    assert linear.straight_from_inductor
+    monkeypatch.setattr(linear, "HALVED", False)
+    acceleration.Compiled(lambda x: x, "default", lambda: None)
+    assert not linear.straight_from_inductor

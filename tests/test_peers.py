@@ -120,6 +120,19 @@ def test_a_party_that_trains_something_else_is_named(fake, capsys, losses):
     assert "differ from the loop's: lightning" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_another_rounding_is_no_other_training(fake, precision):
+    # 1.5 %, more than the workload's tolerance
+    fake.losses |= {party: [200.0, 150.0, 142.1] for party in ("aezoo", "lightning")}
+    _, rows = fake.run("--precision", precision)
+    assert {party: row["agrees"] for party, row in rows.items()} == {
+        **{"loop": "yes", "aezoo": "no", "keras_jax": "yes"},
+        "lightning": "yes" if precision == "bf16" else "no",
+    }
+    fake.losses["lightning"] = [200.0, 150.0, 143.5]
+    assert fake.run("--precision", precision, "--again")[1]["lightning"]["agrees"] == "no"
+
+
 def test_another_number_of_parameters_is_less_work(fake):
     fake.parameters["aezoo"] = 9
     code, rows = fake.run()

@@ -73,14 +73,19 @@ def trained(row: Row) -> str:
     return f"{told}, cut" if asked and least is not None and least < float(asked) else told
 
 
+def _off(row: Row) -> str:
+    return "off" if row.get("interface") == "off" else ""
+
+
 TRAIN = (
     *(words("model", "name"), words("settings", "settings"), words("shape", "shape"), words("compile", "compile")),
     *(words("batch", "batch_used"), words("devices", "devices"), words("threads", "threads")),
-    *(spread("samples/s", "samples_per_s"), figures("ms a step", "step_ms")),
+    *(Column("interface", _off), spread("samples/s", "samples_per_s"), figures("ms a step", "step_ms")),
     figures("of matmul peak, %", "share_of_peak", 100, 3),
     figures("GEMMs at peak / step, %", "gemm_floor_share", 100, 3),
     figures("products alone / step, %", "products_alone_share", 100, 3),
     figures("fault guard / step, %", "guard_share", 100, 2),
+    figures("interface / step, %", "interface_share", 100, 2),
     *(figures("peak, GFLOP/s", "peak_gflops"), figures("MFLOP a sample", "flops_step", 1e-6)),
     *(figures("parameters", "parameters"), figures("peak memory, MB", "peak_memory_mb")),
     *(figures("compile, s", "compile_s", digits=3), words("compiler's cache held", "compiler_cache")),

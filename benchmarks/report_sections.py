@@ -123,8 +123,9 @@ SECTIONS = (
         "Peak: the fastest product of square matrices in the same process and precision. Of matmul peak: the share of "
         "a step in which the device could do all of its FLOPs at that peak; GEMMs at peak: the same of its matrix "
         "products alone; products alone: the share that its products and convolutions take when they run by "
-        "themselves. Fault guard: what looking for faults adds to a step (a negative share is noise). Compile: what "
-        "the first step takes beyond the others, with what the compiler's cache held (unknown where the cell is "
+        "themselves. Interface: bar, logger, checkpoints and guard, which are off in rows that say so; its share, and "
+        "that of the guard, which looks for faults, is what they add to a step (a negative one is noise). Compile: "
+        "what the first step takes beyond the others, with what the compiler's cache held (unknown where the cell is "
         "empty); cold start: from the start of the process to the end of the first step. Scaling efficiency: the rate "
         "by that of as many devices alone.",
         of.TRAIN,

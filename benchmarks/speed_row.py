@@ -139,6 +139,7 @@ def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         # a small difference takes many steps to see
         shares = _guard_shares(spec, str(Path(folder, "guard")), model, data, 3 * steps * spec["repeats"])
         row |= _as_columns("guard_share", Spread.of(shares)) if shares else {}
+        row |= _as_columns("interface_share", Spread.of(_interface_shares(spec, folder, model, data, steps)))
     if device.type == "cuda":
         launches = measure.Launches()
         trainer(
@@ -157,6 +158,21 @@ def _guard_shares(spec: dict[str, Any], folder: str, model: Any, data: aezoo.Dat
     fit.callbacks.append(cost)  # type: ignore[attr-defined]
     fit.fit(model, data)
     return cost.shares()
+
+
+def _interface_shares(spec: dict[str, Any], folder: str, model: Any, data: aezoo.DataModule, steps: int) -> list[float]:
+    """Shares of a step that bar, logger, checkpoints and guard cost, one for each two fits with and without them."""
+    shares = []
+    for turn in range(spec["repeats"]):
+        found = {}
+        for interface in ("on", "off") if turn % 2 else ("off", "on"):
+            epochs = measure.Epochs()
+            of = {**spec, "interface": interface}
+            home = str(Path(folder, f"{interface}-{turn}"))
+            trainer(of, home, [epochs], max_epochs=3, limit_train_batches=max(3, steps // 2)).fit(model, data)
+            found[interface] = min(epochs.seconds[1:])
+        shares.append(1 - found["off"] / found["on"])
+    return shares
 
 
 def _as_columns(name: str, spread: Spread) -> dict[str, float]:

@@ -112,7 +112,8 @@ def gemm_share(name: str) -> Callable[[Sequence[Row]], Found | None]:
             note = f"compile {row.get('compile')}, {row.get('threads')} thread(s)"
             share, rate = number(row, "gemm_floor_share"), number(row, "samples_per_s")
             low, high = number(row, "samples_per_s_low"), number(row, "samples_per_s_high")
-            if row.get("name") == name and row.get("devices") == "1" and share and rate and low and high:
+            alone = row.get("devices") == "1" and row.get("interface") != "off"
+            if row.get("name") == name and alone and share and rate and low and high:
                 found.append(Found(share, share * low / rate, share * high / rate, note))
         return max(found, default=None)
 
@@ -178,6 +179,16 @@ TARGETS: tuple[Target, ...] = (
             at_most=True,
         )
         for name in ("dense_article", "conv_vae_28", "conv_vae_64")
+    ),
+    *(
+        Target(
+            f"{name}: interface / step",
+            "speed-train-fp32-",
+            0.02,
+            cell({"name": name, "compile": mode, "devices": "1"}, "interface_share"),
+            at_most=True,
+        )
+        for name, mode in (("dense_article", "default"), ("conv_vae_28", "off"), ("conv_vae_64", "off"))
     ),
     *_inference(),
     Target(

@@ -10,7 +10,7 @@ import pytest
 
 import aezoo
 from aezoo import cli
-from benchmarks import plots, report, report_columns, report_pca, speed
+from benchmarks import plots, report, report_columns, report_pca, speed, targets
 from benchmarks.common import Table, command_line, processor, read_csv
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +77,14 @@ def results(tmp_path):
         peak = {"peak_gflops": 90 + 10 * devices}
         train.put({"name": "vae", "devices": devices, "samples_per_s": rate, "share_of_peak": 0.123} | peak)
     return tmp_path
+
+
+def test_products_are_a_share_of_a_step_with_all_that_a_user_has():
+    def row(rate, interface):
+        rates = {f"samples_per_s{end}": str(rate) for end in ("", "_low", "_high")}
+        return {"name": "vae", "devices": "1", "interface": interface, "gemm_floor_share": str(rate / 4000), **rates}
+
+    assert targets.gemm_share("vae")([row(980, "on"), row(1000, "off")]).median == 980 / 4000
 
 
 def test_a_report_is_made_of_what_there_is(results, capsys):

@@ -78,6 +78,25 @@ def plain(message: str, parser: LightningArgumentParser) -> str:
     kinds += ["one of " + choices.replace("'", "") for choices in re.findall(r"typing\.Literal\[([^\]]*)\]", message)]
     if keys and kinds and value:
         return f"{keys} takes {' or '.join(dict.fromkeys(kinds))}, got {value[1]}"
-    errors = [error for error in re.findall(r"^\s*- (.*)$", message, re.MULTILINE) if "NoneType" not in error]
-    text = " ".join((errors[0] if errors else message).split())
-    return f"{keys}: {text}" if keys and errors else text
+    reasons = _reasons(message)
+    text = reasons[0] if reasons else " ".join(message.split())
+    return f"{keys}: {text}" if keys and reasons else text
+
+
+def _reasons(message: str) -> list[str]:
+    """The items of a message's list, each in one line: those that say most about the value first."""
+    items: list[str] = []
+    depth: int | None = None
+    for line in message.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if line.lstrip().startswith("- "):
+            items.append(line.strip().removeprefix("- "))
+            depth = indent
+        elif depth is not None and indent > depth and line.strip():
+            items[-1] += f" {line.strip()}"
+        else:
+            depth = None
+    named = [re.sub(r"^Problem with given class_path '(?:[\w.]+\.)?(\w+)':", r"\1:", item) for item in items]
+    told = [" ".join(item.split()) for item in named if "NoneType" not in item]
+    # of each kind that a value might have been of
+    return sorted(told, key=lambda item: bool(re.match("Expected an? |Not a valid |Does not validate", item)))

@@ -15,6 +15,7 @@ import aezoo
 from aezoo import cli
 from aezoo.checkpoint import find_checkpoint
 from aezoo.data import DataModule
+from aezoo.parsing import plain
 
 OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
 QUICK = ["--data.name=digits", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--projector.n=0", *OFF]
@@ -84,6 +85,21 @@ def test_words_without_a_flag_and_classes_that_do_not_exist_are_answered(capsys)
     line = refused(capsys, "fit", "--model=vae", "--trainer.callbacks+=Foo")
     assert "trainer.callbacks: no class is named Foo" in line and "--trainer.callbacks.help" in line
     assert "did you mean --resume?" in refused(capsys, "fit", "--model=vae", "--resme=auto")
+
+
+def test_the_reason_why_a_class_cannot_be_made_is_what_is_said(capsys):
+    wrong = "{class_path: EarlyStopping, init_args: {monitr: val/loss}}"
+    line = refused(capsys, "fit", "--model=vae", f"--trainer.callbacks+={wrong}")
+    assert line == "aezoo: trainer.callbacks: Option 'monitr' is not accepted"
+    # as jsonargparse has it of a logger whose package is not there
+    message = (
+        "Does not validate against any of the Union subtypes\nErrors:\n"
+        "  - Problem with given class_path 'lightning.pytorch.loggers.WandbLogger':\n"
+        "      Requirement 'wandb>=0.12.10' not met.\n      HINT: Try running `pip install -U wandb`\n"
+        "  - Expected a <class 'bool'>\n  - Expected a <class 'NoneType'>\nGiven value type: <class 'str'>"
+    )
+    reason = "WandbLogger: Requirement 'wandb>=0.12.10' not met. HINT: Try running `pip install -U wandb`"
+    assert plain(message, None) == reason
 
 
 def test_list_shows_name_family_and_paper_and_filters(capsys):

@@ -46,6 +46,9 @@ def explain(parser: LightningArgumentParser, command: str) -> None:
     _mention(parser, policy.FLAG, "PKG", "Let a configuration name classes of this package; can be given repeatedly.")
     words = _WORDS | {"ckpt_path": _FIT if command == "fit" else _USE, "weights_only": argparse.SUPPRESS}
     for action in parser._actions:
+        if "--model.help" in action.option_strings:
+            # the data say these; the model gets the rest
+            action.sub_add_kwargs = {"skip": {"input_shape", "num_classes"}}  # type: ignore[attr-defined]
         if action.dest in words:
             action.help = words[action.dest]
     for group in parser._action_groups:

@@ -29,6 +29,8 @@ def check_flags(argv: list[str], model: str | None, parser: LightningArgumentPar
         flag = token.partition("=")[0].rstrip("+")
         if not flag.startswith("--") or flag in known or flag == "--model.help":
             continue
+        if flag.replace(".init_args", "") in ("--model.input_shape", "--model.num_classes"):
+            raise AezooError(f"{flag} is what the data say: leave it out, or change them by --data...")
         candidates = known
         if flag.startswith("--model."):
             if model is None or registry.ALIASES.get(model, model) not in registry.entries():

@@ -72,6 +72,10 @@ def test_help_says_what_flags_do_here(capsys):
         assert checkpoint in text and "registry" not in text.split("--ckpt_path CKPT_PATH", 2)[-1]
         assert "--weights_only" not in text
         assert ("--resume RUN|auto Go on with a run" in text) == (command == "fit")
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--model.help", "conditional_vae"])
+    text = capsys.readouterr().out
+    assert "--model.latent_dim" in text and "input_shape" not in text and "num_classes" not in text
 
 
 @pytest.mark.parametrize("flag", ["resume", "allow"])
@@ -84,6 +88,8 @@ def test_words_without_a_flag_and_classes_that_do_not_exist_are_answered(capsys)
     assert "'vae' belongs to no flag: a model is --model vae" in refused(capsys, "fit", "vae")
     line = refused(capsys, "fit", "--model=vae", "--trainer.callbacks+=Foo")
     assert "trainer.callbacks: no class is named Foo" in line and "--trainer.callbacks.help" in line
+    for name in ("input_shape", "num_classes"):
+        assert f"--model.{name} is what the data say" in refused(capsys, "fit", "--model=vae", f"--model.{name}=3")
     assert "did you mean --resume?" in refused(capsys, "fit", "--model=vae", "--resme=auto")
 
 

@@ -148,7 +148,7 @@ MISTAKES = [
     ("shapes", broken.OneScoreForTheBatch, "score gives shape \\(\\)"),
     ("shapes", broken.SamplesWithoutPrior, "has_prior is False"),
     ("shapes", broken.PriorWithoutSamples, "AezooError"),
-    ("loss", broken.NoLoss, "with 'loss'"),
+    ("loss", broken.NoLoss, "must return named scalars"),
     ("loss", broken.LossWithoutGradient, "no gradient"),
     ("loss", broken.LossNotFinite, "entropy = -inf"),
     ("loss", broken.TermPerSample, "'size' that is no scalar"),

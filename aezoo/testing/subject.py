@@ -167,9 +167,8 @@ def require_shape(what: str, value: Any, shape: tuple[int, ...]) -> None:
     require(bool(value.isfinite().all()), f"{what} gives values that are not finite")
 
 
-def require_terms(what: str, terms: Any) -> None:
-    """A loss as the contract has it: finite scalars by name, "loss" among them."""
-    require(isinstance(terms, dict) and "loss" in terms, f"{what} must be a dict with 'loss'")
+def require_terms(what: str, terms: dict[str, Tensor]) -> None:
+    """A loss as the contract has it: finite scalars by name; that "loss" is among them, the model has seen to."""
     for name, value in terms.items():
         require(re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None, f"{what} has a term {name!r}: use snake_case")
         require(name not in _RESERVED, f"{what} has a term {name!r}, which every evaluation reports by itself")

@@ -21,12 +21,9 @@ def teach() -> bool:
     try:
         from torch._inductor import lowering
 
-        name, straight = (
-            linear.as_operator,
-            lowering.fallback_handler(torch.ops.mkldnn._linear_pointwise.default, False),
-        )
-        as_any_other = lowering.fallback_handler(name, False)
-        register = lowering.register_lowering(name, type_promotion_kind=None)
+        straight = lowering.fallback_handler(torch.ops.mkldnn._linear_pointwise.default, False)
+        as_any_other = lowering.fallback_handler(linear.as_operator, False)
+        register = lowering.register_lowering(linear.as_operator, type_promotion_kind=None)
     except (AttributeError, ImportError, TypeError):
         return False
 

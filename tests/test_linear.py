@@ -32,6 +32,7 @@ def taken(monkeypatch):
     shapes, product = [], linear.product
     monkeypatch.setattr(linear, "HALVED", True)
     monkeypatch.setattr(linear, "_LARGE", 0)
+    monkeypatch.setattr(linear, "straight_from_inductor", False)
     monkeypatch.setattr(linear, "product", lambda a, *rest: (shapes.append(tuple(a.shape)), product(a, *rest))[1])
     return shapes
 

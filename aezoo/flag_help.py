@@ -4,6 +4,7 @@ import argparse
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from aezoo.parsing import FROM_DATA
 from aezoo.security import policy
 
 _FIT = "A run's folder (runs/vae/0), to go on with from its newest whole checkpoint, or a checkpoint file."
@@ -47,8 +48,7 @@ def explain(parser: LightningArgumentParser, command: str) -> None:
     words = _WORDS | {"ckpt_path": _FIT if command == "fit" else _USE, "weights_only": argparse.SUPPRESS}
     for action in parser._actions:
         if "--model.help" in action.option_strings:
-            # the data say these; the model gets the rest
-            action.sub_add_kwargs = {"skip": {"input_shape", "num_classes"}}  # type: ignore[attr-defined]
+            action.sub_add_kwargs = {"skip": {*FROM_DATA}}  # type: ignore[attr-defined]
         if action.dest in words:
             action.help = words[action.dest]
     for group in parser._action_groups:

@@ -33,7 +33,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import dashboard
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
-from aezoo.parsing import Parser, check_flags, plain
+from aezoo.parsing import FROM_DATA, Parser, check_flags, plain
 from aezoo.request import RESUMED, RUN_DIR, check_against, expand, say_differences
 from aezoo.security import archives
 
@@ -140,8 +140,8 @@ class AezooCLI(LightningCLI):
         parser.add_lightning_class_args(DataModule, "data")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("data.input_shape", "model.init_args.input_shape", apply_on="instantiate")
-        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        for name in FROM_DATA:
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         for name, cls in DEFAULT_CALLBACKS.items():
             parser.add_lightning_class_args(cls, name)
         parser.add_argument(

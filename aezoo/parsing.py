@@ -11,6 +11,9 @@ from aezoo.errors import AezooError
 from aezoo.request import spell_out
 from aezoo.security import policy
 
+# arguments of models that the data give
+FROM_DATA = ("input_shape", "num_classes")
+
 
 class Parser(LightningArgumentParser):
     """LightningCLI's parser, with registry names in YAML and errors of one line."""
@@ -29,7 +32,7 @@ def check_flags(argv: list[str], model: str | None, parser: LightningArgumentPar
         flag = token.partition("=")[0].rstrip("+")
         if not flag.startswith("--") or flag in known or flag == "--model.help":
             continue
-        if flag.replace(".init_args", "") in ("--model.input_shape", "--model.num_classes"):
+        if flag.replace(".init_args", "") in [f"--model.{name}" for name in FROM_DATA]:
             raise AezooError(f"{flag} is what the data say: leave it out, or change them by --data...")
         candidates = known
         if flag.startswith("--model."):

@@ -43,11 +43,10 @@ def network(*widths):
 
 
 def code_of(function, *args):
-    """What inductor writes for a function's forward and backward pass, and the gradients."""
+    """A function's result, and what inductor writes for its forward and its backward pass, which is taken too."""
     from torch._inductor.utils import run_fw_bw_and_get_code
 
-    result, codes = run_fw_bw_and_get_code(lambda: torch.compile(function, dynamic=False)(*args))
-    return result, codes
+    return run_fw_bw_and_get_code(lambda: torch.compile(function, dynamic=False)(*args))
 
 
 def calls(code):

@@ -4,12 +4,13 @@
     python -m benchmarks.convolutions --precision bf16 --sides 4        some of it by autocast
 
 A row is one layer of kernel 3, forward and backward, by torch and by the ways of `aezoo/nets/conv2d.py`, in turns:
-`products_ms`, `apart_ms` and, of transposed ones, `sub_pixels_ms` (to four channels or fewer) and `overlay_ms` (to one)
-are medians of the repeats as `torch_ms` is. Pages of memory are kept, as in runs of the command line. `side` is that of
-the smaller grid, and a `transposed_odd` layer's larger grid is no whole number of strides; `channels` are those of the
-larger grid, of which the smaller one has twice as many at stride 2, and never fewer than 32. `chosen` is what the layer
-takes by itself, `speedup` what that makes of torch_ms, `lost` its time by that of the fastest way. Printed at the end
-is where it is more than a tenth more.
+`products_ms`, `apart_ms`, `abreast_ms` (of images that lie so, as they do between layers) and, of transposed ones,
+`sub_pixels_ms` (to four channels or fewer) and `overlay_ms` (to one) are medians of the repeats as `torch_ms` is.
+Pages of memory are kept, as in runs of the command line. `side` is that of the smaller grid, and a `transposed_odd`
+layer's larger grid is no whole number of strides; `channels` are those of the larger grid, of which the smaller one has
+twice as many at stride 2, and never fewer than 32. `chosen` is what the layer takes by itself among others, `speedup`
+what that makes of torch_ms, `lost` its time by that of the fastest way. Printed at the end is where it is more than a
+tenth more.
 """
 
 import contextlib
@@ -67,6 +68,7 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
 
     from aezoo.acceleration import flushed_denormals, keep_pages
     from aezoo.nets import conv2d
+    from aezoo.nets.memory_format import lay
 
     from .measure import timed
 
@@ -87,9 +89,12 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
     geometry = layer.geometry(x)
     lower = torch.autocast("cpu", torch.bfloat16) if row["precision"] == "bf16" else contextlib.nullcontext()
     ways = {"torch": super(type(layer), layer).forward, "products": lambda x: layer.by_products(x, geometry)}
+    layer.among_layers = True
     with lower:
-        pays = {"products": conv2d.products_pay(layer, geometry.small)}
+        pays = {"abreast": conv2d.abreast_pays(layer, geometry, x)}
+        pays |= {"products": conv2d.products_pay(layer, geometry.small)}
     ways["apart"] = lambda x: layer.apart(x, geometry)
+    ways["abreast"] = lambda x: layer.abreast(x, geometry)
     if row["layer"] != "conv":
         if stride > 1 and few <= 4:
             ways["sub_pixels"] = lambda x: layer.by_sub_pixels(x, geometry)
@@ -104,15 +109,20 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
 
     with lower, torch.no_grad():
         g = torch.randn_like(ways["torch"](x))
+    last = x, g
+    abreast = [lay(images.detach(), abreast=True) for images in last]
 
-    def step(way: Any) -> None:
+    def step(way: Any, x: Any, g: Any) -> None:
         with lower:
             y = way(x)
         torch.autograd.grad(y, [x, *layer.parameters()], g)
 
+    given = {name: abreast if name == "abreast" else last for name in ways}
+    abreast[0].requires_grad_()
     with flushed_denormals():
         took = in_turns(
-            {name: partial(timed, partial(step, way), x.device) for name, way in ways.items()}, arguments.repeats
+            {name: partial(timed, partial(step, way, *given[name]), x.device) for name, way in ways.items()},
+            arguments.repeats,
         )
     times = {f"{name}_ms": 1000 * seconds for name, seconds in took.items()}
     mine = took[chosen]

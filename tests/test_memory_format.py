@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import aezoo
 from aezoo.acceleration import to_channels_first, to_channels_last
-from aezoo.nets.memory_format import ChannelsLast, Flatten, in_order, like
+from aezoo.nets import conv2d
+from aezoo.nets.memory_format import ChannelsLast, Flatten, in_order, is_abreast, like
 
 LAST = torch.channels_last
 # smaller ones take no time in any order
@@ -19,7 +20,7 @@ MANY = 2_000
 
 
 class Mixed(TorchDispatchMode):
-    """Counts operations on images of one shape of which some lie with channels first, some with channels last."""
+    """Counts operations on images of one shape that lie in several orders: channels first, last, or samples abreast."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +29,7 @@ class Mixed(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         images = [x for x in args if isinstance(x, Tensor) and x.dim() == 4 and x.numel() >= MANY]
         images = [x for x in images if x.shape == images[0].shape and min(x.shape) > 1 and 0 not in x.stride()]
-        if len({x.stride(1) == 1 for x in images}) > 1 and "copy" not in str(func):
+        if len({(x.stride(1) == 1, is_abreast(x)) for x in images}) > 1 and "copy" not in str(func):
             self.found[f"{func} {tuple(images[0].shape)}"] += 1
         return func(*args, **(kwargs or {}))
 
@@ -45,9 +46,11 @@ def mixed(name: str, shape: tuple[int, ...], **settings: Any) -> Counter[str]:
     return mode.found
 
 
+@pytest.mark.parametrize("abreast", [False, True])
 @pytest.mark.parametrize("net", ["conv", "resnet", "convnext", "unet"])
 @pytest.mark.parametrize("widths", [(32,), (16, 32, 64)])
-def test_networks_mix_no_orders(net: str, widths: tuple[int, ...]) -> None:
+def test_networks_mix_no_orders(net: str, widths: tuple[int, ...], abreast: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(conv2d, "abreast_pays", lambda layer, *_: abreast and layer.among_layers)
     assert not mixed("vae", (3, 28, 28), net=net, hidden_dims=widths)
 
 

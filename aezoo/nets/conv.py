@@ -65,6 +65,13 @@ def head(code_shape: tuple[int, ...], grid_shape: tuple[int, ...], rank: int) ->
     return CONVS[rank](grid_shape[0], code_shape[0], 1), CONVS[rank](code_shape[0], grid_shape[0], 1)
 
 
+def _among(layers: list[nn.Module]) -> None:
+    """Tell convolutions that others and activations follow."""
+    for layer in layers:
+        if isinstance(layer, Conv2d | ConvTranspose2d):
+            layer.among_layers = True
+
+
 class Encoder(nn.Sequential):
     """(B, C, *grid) -> (B, *code_shape); `hidden_dims` are the channels of the stride-2 stages."""
 
@@ -77,6 +84,7 @@ class Encoder(nn.Sequential):
         for width in hidden_dims:
             layers += [CONVS[rank](channels, width, 3, stride=2, padding=1), activation(act)]
             channels = width
+        _among(layers)
         smallest = (channels, *grids(input_shape, len(hidden_dims))[-1])
         super().__init__(*layers, head(code_shape, smallest, rank)[0])
 
@@ -95,6 +103,7 @@ class Decoder(nn.Sequential):
             padding = tuple(1 - n % 2 for n in larger)
             up = TRANSPOSED[rank](widths[i], widths[i + 1], 3, stride=2, padding=1, output_padding=padding)
             layers += [activation(act), up]
+        _among(layers[1:-1])
         super().__init__(*layers)
 
 

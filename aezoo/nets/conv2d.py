@@ -1,14 +1,15 @@
 """torch's convolutions of images, with the same parameters and results, computed as a CPU does it faster.
 
 Where a grid is small and the channels are many, a layer takes up to 5.6 times as long by oneDNN as by products of
-matrices, 6.0 times in bfloat16 on a processor with AMX and 4.0 times without. A transposed convolution to few channels
-takes up to 1.8 times as long as a convolution that finds the points between, or as products laid over one another. On
+matrices, 6.0 times in bfloat16 on a processor with AMX and 4.6 times without. A transposed convolution to few channels
+takes up to 2.1 times as long as a convolution that finds the points between, or as products laid over one another. On
 a larger grid it takes up to 1.5 times as long with the gradient of its bias, which is a sum of its own here; and to a
-grid that is no whole number of strides, as 7x7 from 4x4, up to 1.6 times as long with a bias, 6.3 times in bfloat16.
+grid that is no whole number of strides, as 7x7 from 4x4, up to 1.8 times as long with a bias, 6.6 times in bfloat16.
 Without AMX the gradient of weights of bfloat16 is a product: without, a strided layer takes up to 1.2 times as long, a
 transposed one 1.9 times with its bias; and where an input fills the caches, its gradient is better computed after that
-of the weights, as it is what is needed next. `python -m benchmarks.convolutions` measures them all; the rules are of
-one thread of three processors, with AMX and without. On other devices, in exported graphs and under torch.func all is
+of the weights, as it is what is needed next. Layers that follow one another have the samples of a batch abreast
+(`aezoo.nets.abreast`), on a Zen 5. `python -m benchmarks.convolutions` measures them all; the rules are of one thread
+of three processors, with AMX and without. On other devices, in exported graphs and under torch.func all is
 torch's own, in compiled graphs all but the bias of uneven grids; but what oneDNN gets wrong is right in compiled ones,
 too (`aezoo.nets.narrow`).
 """
@@ -20,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.nets import linear
+from aezoo.nets import abreast, linear
 from aezoo.nets.grids import larger, smaller
-from aezoo.nets.narrow import is_narrow, narrow
+from aezoo.nets.memory_format import laid
+from aezoo.nets.narrow import has_narrow, is_narrow, narrow
 from aezoo.nets.products import Apart, Geometry, Overlay, Pair, See, Spread, SubPixel
 from aezoo.nets.transposed import odd_pays, with_bias_apart
 
@@ -39,6 +41,10 @@ _LARGE_IN_16_BITS = 36
 _BETWEEN = 16
 # channels whose sum is too quick to matter
 _FEW = 16
+# samples from which on the batch is a side of the grid, or fewer with so many channels; and of these and of
+# multiplications at least as many
+_ABREAST, _FEW_ABREAST, _CHANNELS_ABREAST = 64, 16, 32768
+_LEAST_ABREAST, _LARGE_ABREAST = 8, 2**21
 # numbers of a batch that leave nothing else in a cache: then what is needed next is better computed last
 _CACHE = 2**21
 
@@ -58,6 +64,22 @@ def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
     numbers = not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
     extra = all(n < s for n, s in zip(layer.output_padding, layer.stride, strict=True)) if layer.transposed else True
     return images and same and numbers and extra and layer.groups == 1 and layer.dilation == (1, 1)
+
+
+def abreast_pays(layer: "Conv2d | ConvTranspose2d", geometry: Geometry, x: Tensor) -> bool:
+    """Whether samples abreast are the faster way, for a layer between others that take them so."""
+    if not (layer.among_layers and linear.HALVED and torch._C._get_mkldnn_enabled() and abreast.is_known()):
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else layer.weight.dtype
+    if x.dtype not in (torch.float32, dtype) or dtype not in (torch.float32, *[torch.bfloat16] * (not linear.TILES)):
+        return False
+    points, channels = math.prod(geometry.small), layer.in_channels * layer.out_channels
+    long = len(x) >= (_FEW_ABREAST if channels >= _CHANNELS_ABREAST else _ABREAST)
+    wide = min(layer.in_channels, layer.out_channels) >= _LEAST_ABREAST
+    large = len(x) * points * channels * math.prod(geometry.kernel) >= _LARGE_ABREAST
+    strided = math.prod(geometry.stride) > 1 and math.prod(geometry.kernel) > 1 and points <= _POINTS
+    sides = geometry.kernel, geometry.padding, geometry.small, geometry.large
+    return long and wide and large and strided and not has_narrow(*sides)
 
 
 def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
@@ -130,20 +152,41 @@ def _channels_first(out: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by(
-    way: type[torch.autograd.Function], layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, geometry: Geometry
+    way: type[torch.autograd.Function],
+    layer: nn.Conv2d | nn.ConvTranspose2d,
+    x: Tensor,
+    geometry: Geometry,
+    weighs: bool | None = None,
 ) -> Tensor:
     bias = None if layer.bias is None else _lowered(layer.bias)
-    weighs = weighing_pays(layer, geometry)
+    weighs = weighing_pays(layer, geometry) if weighs is None else weighs
     out: Tensor = way.apply(_lowered(x), _lowered(layer.weight), bias, geometry, weighs, layer.transposed)
     return out
 
 
+def _abreast(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, geometry: Geometry) -> Tensor:
+    x, weighs = _lowered(x), products_pay(layer, geometry.small)
+    # then the gradient of the weights is of x abreast as well
+    x = laid(x, abreast=True) if x.itemsize == 2 and not weighs else x
+    return _by(abreast.Abreast, layer, x, geometry, weighs)
+
+
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d`."""
+    """`torch.nn.Conv2d`.
+
+    Attributes:
+        among_layers: its output goes to activations and to convolutions of this module alone, however it lies.
+    """
+
+    among_layers = False
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out channels, h, w)."""
         geometry = None if _is_torchs(self, input) else self.geometry(input)
+        if geometry:
+            if abreast_pays(self, geometry, input):
+                return self.abreast(input, geometry)
+            input = laid(input, abreast=False)
         if geometry and products_pay(self, geometry.small):
             return self.by_products(input, geometry)
         if is_narrow(self, input):
@@ -161,13 +204,23 @@ class Conv2d(nn.Conv2d):
         """Of what each point sees with the weights."""
         return _channels_first(See.apply(_channels_last(input), _channels_last(self.weight), geometry), self.bias)
 
+    def abreast(self, input: Tensor, geometry: Geometry) -> Tensor:
+        """By oneDNN, the batch a side of the grid."""
+        return _abreast(self, input, geometry)
+
     def apart(self, input: Tensor, geometry: Geometry) -> Tensor:
         """As torch has it, but for its derivatives."""
         return _by(Apart, self, input, geometry)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d`."""
+    """`torch.nn.ConvTranspose2d`.
+
+    Attributes:
+        among_layers: its output goes to activations and to convolutions of this module alone, however it lies.
+    """
+
+    among_layers = False
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(B, C, h, w) -> (B, out channels, H, W)."""
@@ -176,6 +229,10 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         geometry = None if _is_torchs(self, input) else self.geometry(input)
         if geometry and min(geometry.large) < 1:
             return super().forward(input)  # which refuses it
+        if geometry:
+            if abreast_pays(self, geometry, input):
+                return self.abreast(input, geometry)
+            input = laid(input, abreast=False)
         if geometry and products_pay(self, geometry.small):
             return self.by_products(input, geometry)
         if is_narrow(self, input):
@@ -213,6 +270,10 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     def by_sub_pixels(self, input: Tensor, geometry: Geometry) -> Tensor:
         """As a convolution of the smaller grid."""
         return _by(SubPixel, self, input, geometry)
+
+    def abreast(self, input: Tensor, geometry: Geometry) -> Tensor:
+        """By oneDNN, the batch a side of the grid."""
+        return _abreast(self, input, geometry)
 
     def apart(self, input: Tensor, geometry: Geometry) -> Tensor:
         """As torch has it, but for its derivatives and for a bias that is quicker to add apart."""

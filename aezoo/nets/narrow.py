@@ -26,12 +26,17 @@ def is_narrow(layer: Any, x: Tensor) -> bool:
         return False
     grid = tuple(x.shape[2:])
     small, large = (grid, larger(layer, grid)) if layer.transposed else (smaller(layer, grid), grid)
-    axes = [*zip(layer.kernel_size, layer.padding, small, large, strict=True)]
     # images and sequences are wrong along their last axis alone, and by strides
-    if not any(_is_narrow(*axis) for axis in axes[0 if rank == 3 else -1 :]):
+    first = 0 if rank == 3 else rank - 1
+    if not has_narrow(*(sides[first:] for sides in (layer.kernel_size, layer.padding, small, large))):
         return False
     lowered = x.device.type == "cpu" and (x.itemsize == 2 or torch.is_autocast_enabled("cpu"))
     return lowered and (rank == 3 or layer.stride[-1] > 1)
+
+
+def has_narrow(*sides: tuple[int, ...]) -> bool:
+    """Whether a layer is so along one of its axes, given the sides of its kernel, padding, smaller and larger grid."""
+    return any(_is_narrow(*axis) for axis in zip(*sides, strict=True))
 
 
 def _is_narrow(kernel: int, padding: int, small: int, large: int) -> bool:

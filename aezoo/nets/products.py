@@ -25,6 +25,7 @@ from torch.nn.grad import conv2d_weight
 
 from aezoo.nets import linear
 from aezoo.nets.grids import leaves_rest
+from aezoo.nets.memory_format import nobodys_view
 
 Pair = tuple[int, ...]
 # taps, points, and what these see through those
@@ -92,10 +93,12 @@ def spread(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 
 def weigh(x: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
     """(B, H, W, C), (B, h, w, O) -> (O, rows, columns, C)."""
-    weight = x.new_zeros(y.shape[3], *geometry.kernel, x.shape[3])
+    weight = x.new_empty(y.shape[3], *geometry.kernel, x.shape[3])
     way = way_of(x, weight, geometry)
     if way == "patches":
         return _times(y.flatten(0, 2).t(), patches(x, geometry).flatten(0, 2).flatten(1).t()).view_as(weight)
+    if way == "factors" or not all_taps_see(geometry):
+        weight.zero_()
     if way == "parts":
         for seen, part, out in parts(x, weight, y, geometry, "taps"):
             part.copy_(_times(_rows(out).t(), _rows(seen).t()).view_as(part))
@@ -178,6 +181,12 @@ def _blocks(geometry: Geometry, alike: Alike) -> tuple[list[Block], ...]:
     return tuple([*_along(*side, alike)] for side in sides)
 
 
+def all_taps_see(geometry: Geometry) -> bool:
+    """Whether a point of the larger grid is seen through each tap of the kernel."""
+    sides = zip(_blocks(geometry, "taps"), geometry.kernel, strict=True)
+    return all(sum(taps.stop - taps.start for taps, *_ in blocks) == kernel for blocks, kernel in sides)
+
+
 def _along(kernel: int, stride: int, padding: int, small: int, large: int, alike: Alike) -> Iterator[Block]:
     """Taps, points, and what these see through those."""
 
@@ -223,15 +232,17 @@ class _Bilinear(torch.autograd.Function):
     by_torch: ClassVar[Callable[..., Tensor]]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        (a, b, ctx.geometry), (of_a, of_b, _) = inputs, ctx.needs_input_grad
+    def keep(ctx: Any, a: Tensor, b: Tensor, geometry: Geometry) -> None:
+        """What the derivatives take; torch asks for Python's signature wherever this is a step of its own."""
+        of_a, of_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(a if of_b else None, b if of_a else None)
-        ctx.channels_first = not a.is_contiguous() and _channels_first(a).is_contiguous()
+        ctx.geometry = geometry
+        ctx.channels_first = not a.is_contiguous() and channels_first(a).is_contiguous()
 
     @staticmethod
     def lie(gradient: Tensor, ctx: Any) -> Tensor:
         """In memory as what it is the gradient of: of two orders torch's activations take ten times as long."""
-        return _channels_last(_channels_first(gradient).contiguous()) if ctx.channels_first else gradient
+        return channels_last(channels_first(gradient).contiguous()) if ctx.channels_first else gradient
 
     @classmethod
     def of(cls, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
@@ -246,14 +257,15 @@ class See(_Bilinear):
     """`see`, with derivatives of any order."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         """The convolution."""
+        See.keep(ctx, x, weight, geometry)
         return see(x.contiguous(), weight.contiguous(), geometry)
 
     @staticmethod
     def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """The convolution."""
-        return _channels_last(F.conv2d(_channels_first(a), _channels_first(b), None, geometry.stride, geometry.padding))
+        return channels_last(F.conv2d(channels_first(a), channels_first(b), None, geometry.stride, geometry.padding))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -270,15 +282,16 @@ class Spread(_Bilinear):
     """`spread`, with derivatives of any order."""
 
     @staticmethod
-    def forward(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    def forward(ctx: Any, y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         """The transposed convolution."""
+        Spread.keep(ctx, y, weight, geometry)
         return spread(y.contiguous(), weight.contiguous(), geometry)
 
     @staticmethod
     def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """The transposed convolution."""
-        y, weight, extra = _channels_first(a), _channels_first(b), geometry.output_padding()
-        return _channels_last(F.conv_transpose2d(y, weight, None, geometry.stride, geometry.padding, extra))
+        y, weight, extra = channels_first(a), channels_first(b), geometry.output_padding()
+        return channels_last(F.conv_transpose2d(y, weight, None, geometry.stride, geometry.padding, extra))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -295,16 +308,17 @@ class Weigh(_Bilinear):
     """`weigh`, with derivatives of any order."""
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
         """The gradient of the weights."""
+        Weigh.keep(ctx, x, y, geometry)
         return weigh(x.contiguous(), y.contiguous(), geometry)
 
     @staticmethod
     def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """The gradient of the weights."""
-        x, y = _channels_first(a), _channels_first(b)
+        x, y = channels_first(a), channels_first(b)
         shape = (y.shape[1], x.shape[1], *geometry.kernel)
-        return _channels_last(conv2d_weight(x, shape, y, geometry.stride, geometry.padding))
+        return channels_last(conv2d_weight(x, shape, y, geometry.stride, geometry.padding))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -317,63 +331,68 @@ class Weigh(_Bilinear):
         )
 
 
-def _channels_first(x: Tensor) -> Tensor:
+def channels_first(x: Tensor) -> Tensor:
     """(B, H, W, C) -> (B, C, H, W), as torch has them."""
     return x.permute(0, 3, 1, 2)
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W, C)."""
     return x.permute(0, 2, 3, 1)
 
 
 def _own(x: Tensor) -> Tensor:
-    """`_channels_first` of a copy: nobody's view, so that it may be changed in place."""
-    b, h, w, c = x.shape
-    out = torch.empty(b, c, h, w, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    _channels_last(out).copy_(x)
-    return out
+    """`channels_first` of what nothing else holds, without gaps."""
+    return nobodys_view(channels_first(x.contiguous()))
 
 
-class _Convolution(torch.autograd.Function):
+class Convolution(torch.autograd.Function):
     """With a bias, as torch has it: its grids are (B, C, H, W) and (B, O, h, w), its weights (O, C, rows, columns)."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep what the derivatives take."""
-        x, weight, _, ctx.geometry, ctx.weighs, ctx.transposed = inputs
+    def keep(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry, weighs: bool, transposed: bool) -> None:
+        """What the derivatives take."""
         ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.weighs, ctx.transposed = geometry, weighs, transposed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """With respect to the input, to the weights, by `weigh` if that is asked for, and to the bias."""
         g, (x, weight), (of_x, of_weight, of_bias, *_) = gradients[0], ctx.saved_tensors, ctx.needs_input_grad
-        extra = ctx.geometry.output_padding() if ctx.transposed else (0, 0)
-        settings = ctx.geometry.stride, ctx.geometry.padding, (1, 1), ctx.transposed, extra, 1
-
-        def by_torch(*asked: bool) -> tuple[Tensor | None, ...]:
-            found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(g, x, weight, None, *settings, asked)
-            return found
-
         by_bias = g.sum((0, 2, 3)) if of_bias else None
         # what is needed next is computed last, and still in the cache
-        if of_weight and ctx.weighs:
-            large, small = (g, x) if ctx.transposed else (x, g)
-            by_weight: Tensor | None = _channels_first(
-                Weigh.of(_channels_last(large), _channels_last(small), ctx.geometry)
-            )
-        else:
-            by_weight = by_torch(False, True, False)[1] if of_weight else None
-        return by_torch(True, False, False)[0] if of_x else None, by_weight, by_bias, None, None, None
+        by_weight = Convolution.by_weight(ctx, g, x, weight) if of_weight else None
+        by_x = Convolution.by_torch(ctx, g, x, weight, (True, False, False))[0] if of_x else None
+        return by_x, by_weight, by_bias, None, None, None
+
+    @staticmethod
+    def by_weight(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+        """With respect to the weights, channels last."""
+        if not ctx.weighs:
+            return Convolution.by_torch(ctx, g, x, weight, (False, True, False))[1]
+        large, small = (g, x) if ctx.transposed else (x, g)
+        return channels_first(Weigh.of(channels_last(large), channels_last(small), ctx.geometry))
+
+    @staticmethod
+    def by_torch(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, asked: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Those derivatives that are asked for."""
+        extra = ctx.geometry.output_padding() if ctx.transposed else (0, 0)
+        settings = ctx.geometry.stride, ctx.geometry.padding, (1, 1), ctx.transposed, extra, 1
+        found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(g, x, weight, None, *settings, asked)
+        return found
 
 
-class Apart(_Convolution):
+class Apart(Convolution):
     """A convolution, or a transposed one, whose derivatives are taken apart."""
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, weighs: bool, transposed: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, weighs: bool, transposed: bool
     ) -> Tensor:
         """The values; oneDNN adds a bias number by number to a larger grid that is no whole number of strides."""
+        Convolution.keep(ctx, x, weight, geometry, weighs, transposed)
         if not transposed:
             return F.conv2d(x, weight, bias, geometry.stride, geometry.padding)
         within = None if leaves_rest(geometry.large, geometry.stride) else bias
@@ -382,25 +401,31 @@ class Apart(_Convolution):
         return out if bias is None or within is not None else out.add_(bias[:, None, None])
 
 
-class Overlay(_Convolution):
+class Overlay(Convolution):
     """A transposed convolution as products of each point with the weights, laid over one another."""
 
     @staticmethod
-    def forward(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *_: bool) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, weighs: bool, transposed: bool
+    ) -> Tensor:
         """The values."""
-        x = spread(_channels_last(y).contiguous(), _channels_last(weight).contiguous(), geometry)
+        Convolution.keep(ctx, y, weight, geometry, weighs, transposed)
+        x = spread(channels_last(y).contiguous(), channels_last(weight).contiguous(), geometry)
         return _own(x if bias is None else x.add_(bias))
 
 
-class SubPixel(_Convolution):
+class SubPixel(Convolution):
     """A transposed convolution as one from the smaller grid, with a channel for each point between its points.
 
     Shi et al. 2016, https://arxiv.org/abs/1609.07009.
     """
 
     @staticmethod
-    def forward(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *_: bool) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, weighs: bool, transposed: bool
+    ) -> Tensor:
         """The values."""
+        Convolution.keep(ctx, y, weight, geometry, weighs, transposed)
         (top, left), (down, right) = geometry.padding, geometry.stride
         # zeros, with which the kernel is a whole number of strides, and what padding takes off as well
         above, before = -top % down, -left % right

@@ -1,7 +1,7 @@
 """Transposed convolutions whose bias is added apart where oneDNN is slow to add it.
 
 To a grid that is no whole number of strides, such as 7x7 from 4x4, it adds a bias number by number: forward and
-backward, a layer of images takes up to 1.6 times as long in float32, 6.3 times in bfloat16
+backward, a layer of images takes up to 1.8 times as long in float32, 6.6 times in bfloat16
 (`python -m benchmarks.convolutions`). Layers of images have more than that of their own, in `aezoo.nets.conv2d`.
 """
 

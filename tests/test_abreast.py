@@ -1,0 +1,444 @@
+"""Convolutions with the samples of a batch abreast, against torch's own."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.functional import jacobian
+from torch.func import functional_call, grad, jacrev, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import aezoo
+from aezoo.acceleration import to_channels_last
+from aezoo.nets import abreast, conv, conv2d, linear, products
+from aezoo.nets.memory_format import Flatten, is_abreast, is_last, laid, lay, like
+
+KERNELS, STRIDES, PADDINGS = [(3, 3), (2, 3), (4, 4), (1, 3)], [(1, 1), (2, 2), (2, 1)], [(0, 0), (1, 1), (0, 1)]
+ORDERS = {
+    "first": torch.Tensor.contiguous,
+    "last": lambda x: lay(x, abreast=False),
+    "abreast": lambda x: lay(x, abreast=True),
+}
+DOWN_AND_UP = [conv2d.Conv2d, conv2d.ConvTranspose2d]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(7)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """As on a processor where it pays, for layers of any size."""
+    if not abreast.is_known():
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(linear, "HALVED", True)
+    monkeypatch.setattr(linear, "TILES", False)
+    for name, least in (("_ABREAST", 2), ("_LEAST_ABREAST", 1), ("_LARGE_ABREAST", 0)):
+        monkeypatch.setattr(conv2d, name, least)
+
+
+def order_of(x):
+    return "abreast" if is_abreast(x) else "last" if is_last(x) else "first"
+
+
+def twins(ours, *args, **kwargs):
+    """Our layer among others, and torch's with the same weights in double precision."""
+    mine = ours(*args, **kwargs).to(memory_format=torch.channels_last)
+    mine.among_layers = True
+    theirs = ours.__base__(*args, **kwargs).double()
+    theirs.load_state_dict(mine.state_dict())
+    return mine, theirs
+
+
+def assert_near(found, wanted, atol=2e-5):
+    found, wanted = found.detach().double(), wanted.detach().double()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=atol * (1 + float(wanted.abs().max())))
+
+
+def assert_same(mine, theirs, x, **near):
+    """Values and gradients, and how they lie."""
+    ours, wanted = mine(x), theirs(x.double())
+    assert_near(ours, wanted, **near)
+    assert order_of(ours) == "abreast"
+    weight = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, [x, *mine.parameters()], weight)
+    for a, b in zip(found, torch.autograd.grad(wanted, [x, *theirs.parameters()], weight.double()), strict=True):
+        assert_near(a, b, **near)
+    assert found[0].stride() == (lay(x, abreast=False) if order_of(x) == "first" else x).stride()
+    assert found[1].stride() == mine.weight.stride()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_same_values_and_gradients_as_torch_for_any_geometry(on, monkeypatch, kernel, bias, order):
+    monkeypatch.setattr(conv2d, "abreast_pays", lambda *_: True)
+    cases = 0
+    for stride, padding, h, w, weighs in product(STRIDES, PADDINGS, (3, 4, 5), (4, 5), (False, True)):
+        monkeypatch.setattr(conv2d, "products_pay", lambda *_, weighs=weighs: weighs)
+        x = ORDERS[order](torch.randn(6, 3, h, w)).requires_grad_()
+        if all(n + 2 * p >= k for n, p, k in zip((h, w), padding, kernel, strict=True)):
+            assert_same(*twins(conv2d.Conv2d, 3, 5, kernel, stride, padding, bias=bias), x)
+            cases += 1
+        for extra in product(*(range(min(2, s)) for s in stride)):
+            size = zip((h, w), stride, padding, kernel, extra, strict=True)
+            if all((n - 1) * s - 2 * p + k + e > 1 for n, s, p, k, e in size):
+                assert_same(*twins(conv2d.ConvTranspose2d, 3, 5, kernel, stride, padding, extra, bias=bias), x)
+                cases += 1
+    assert cases > 150
+
+
+@pytest.mark.parametrize("weighs", [False, True], ids=["by_onednn", "by_products"])
+@pytest.mark.parametrize("half", [False, True], ids=["autocast", "bfloat16"])
+@pytest.mark.parametrize("kernel", [(3, 3), (4, 4), (2, 3)])
+def test_16_bits_compute_the_same(on, monkeypatch, kernel, half, weighs):
+    monkeypatch.setattr(conv2d, "products_pay", lambda *_: weighs)
+    monkeypatch.setattr(conv2d, "abreast_pays", lambda *_: True)
+    dtype = torch.bfloat16 if half else torch.float32
+    taken, weighed = spied(monkeypatch), []
+    for module in (abreast, products):
+        real = module.weigh
+        monkeypatch.setattr(module, "weigh", lambda *a, m=module, real=real: (weighed.append(m), real(*a))[1])
+    for ours, stride, h, w in product(DOWN_AND_UP, (1, 2), (4, 5, 6), (4, 7)):
+        mine, theirs = twins(ours, 6, 8, kernel, stride, 1)
+        mine.to(dtype)
+        theirs.load_state_dict(mine.state_dict())
+        # numbers that have no more bits, so that but the sums are rounded
+        x = torch.randn(20, 6, h, w).bfloat16().to(dtype)
+        with torch.no_grad():
+            for layer in (mine, theirs):
+                layer.load_state_dict({n: p.bfloat16().to(p.dtype) for n, p in layer.state_dict().items()})
+        x = lay(x, abreast=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not half):
+            y = mine(x)
+        wanted = theirs(x.double())
+        assert y.dtype == torch.bfloat16
+        assert_near(y, wanted, atol=0.01)
+        g = torch.randn_like(y)
+        for a, b in zip(
+            torch.autograd.grad(y, [x, *mine.parameters()], g),
+            torch.autograd.grad(wanted, [x, *theirs.parameters()], g.double()),
+            strict=True,
+        ):
+            assert a.dtype == dtype
+            assert_near(a, b, atol=0.01)
+    assert len(taken) == 24 and weighed == [products if weighs else abreast] * 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("batch", "n_in", "n_out"), [(65, 17, 33), (64, 48, 16), (100, 8, 130)])
+def test_numbers_that_fill_no_register_compute_the_same(on, monkeypatch, batch, n_in, n_out, dtype):
+    taken = spied(monkeypatch)
+    atol = 2e-5 if dtype == torch.float32 else 0.02
+    for ours, (h, w) in product(DOWN_AND_UP, [(4, 5), (7, 6), (8, 8)]):
+        mine, theirs = twins(ours, n_in, n_out, 3, 2, 1)
+        mine.to(dtype)
+        theirs.load_state_dict(mine.state_dict())
+        x = lay(torch.randn(batch, n_in, h, w, dtype=dtype), abreast=False).requires_grad_()
+        y, wanted = mine(x), theirs(x.double())
+        assert_near(y, wanted, atol)
+        g = torch.randn_like(y)
+        found = torch.autograd.grad(y, [x, *mine.parameters()], g)
+        for a, b in zip(found, torch.autograd.grad(wanted, [x, *theirs.parameters()], g.double()), strict=True):
+            assert_near(a, b, atol)
+    assert len(taken) == 6
+
+
+def spied(monkeypatch):
+    """Which layers had samples abreast."""
+    taken = []
+    for ours in DOWN_AND_UP:
+        real = ours.abreast
+        monkeypatch.setattr(ours, "abreast", lambda self, *a, real=real: (taken.append(self), real(self, *a))[1])
+    return taken
+
+
+def test_all_sums_but_that_of_weights_are_onednns_with_the_batch_as_a_side(on, monkeypatch):
+    down, up = (ours(4, 6, 3, 2, 1) for ours in DOWN_AND_UP)
+    made = []
+    for name in ("convolve", "transpose"):
+        real = getattr(abreast, name)
+        monkeypatch.setattr(abreast, name, lambda *a, n=name, real=real: (made.append(n), real(*a))[1])
+    monkeypatch.setattr(abreast, "weigh", lambda *a: pytest.fail("32 bits are weighed with channels last"))
+    for layer, wanted in ((down, ["convolve", "transpose"]), (up, ["transpose", "transpose", "convolve"])):
+        x = torch.randn(4, 4, 5, 5, requires_grad=True)
+        layer.abreast(x, layer.geometry(x)).sum().backward()
+        assert made == wanted  # a bias of an uneven grid is added apart
+        made.clear()
+
+
+def test_a_bias_of_an_uneven_grid_is_added_apart(on):
+    up, x = conv2d.ConvTranspose2d(16, 16, 3, 2, 1), torch.randn(32, 16, 3, 3)
+    for extra, apart in ((0, True), (1, False)):
+        up.output_padding = (extra, extra)
+        with Given() as given:
+            up.abreast(x, up.geometry(x))
+        assert given.bias == [not apart]
+
+
+class Given(TorchDispatchMode):
+    """Whether oneDNN's transposed convolution was given a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_convolution_transpose_pointwise" in str(func):
+            self.bias.append(args[2] is not None)
+        return func(*args, **(kwargs or {}))
+
+
+def autoencoder(conv, transposed):
+    return nn.Sequential(conv(2, 4, 3, 2, 1), nn.Tanh(), transposed(4, 2, 3, 2, 1))
+
+
+def both(monkeypatch):
+    monkeypatch.setattr(conv2d, "abreast_pays", lambda *_: True)
+    mine, theirs = autoencoder(*DOWN_AND_UP), autoencoder(nn.Conv2d, nn.ConvTranspose2d)
+    theirs.load_state_dict(mine.state_dict())
+    return mine, theirs
+
+
+def test_gradients_of_gradients_are_torchs(on, monkeypatch):
+    nets = both(monkeypatch)
+    taken = spied(monkeypatch)
+    x, found = torch.randn(3, 2, 5, 5, requires_grad=True), []
+    for net in nets:
+        (g,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        found.append([g, *torch.autograd.grad(g.square().sum(), [x, *net.parameters()])])
+    torch.testing.assert_close(*found)
+    assert len(taken) == 2
+
+
+def test_many_gradients_at_once_are_torchs(on, monkeypatch):
+    mine, theirs = both(monkeypatch)
+    x = torch.randn(2, 2, 5, 5)
+    found, wanted = (jacobian(net, x, vectorize=True) for net in (mine, theirs))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_torch_func_is_given_torchs_own(on, monkeypatch):
+    mine, theirs = both(monkeypatch)
+    taken = spied(monkeypatch)
+    x = torch.randn(3, 2, 4, 4)
+    found, wanted = (vmap(jacrev(lambda t, net=net: net(t[None])[0]))(x) for net in (mine, theirs))
+    torch.testing.assert_close(found, wanted)
+
+    def of_samples(net):
+        loss = grad(lambda p, t: functional_call(net, p, (t[None],)).square().sum())
+        return vmap(loss, (None, 0))(dict(net.named_parameters()), x)
+
+    torch.testing.assert_close(of_samples(mine), of_samples(theirs))
+    assert taken == []
+
+
+def test_an_output_may_be_changed_in_place(on, monkeypatch):
+    mine, theirs = both(monkeypatch)
+    x = torch.randn(3, 2, 5, 5, requires_grad=True)
+    for net in (mine, theirs):
+        net[1] = nn.ReLU(inplace=True)
+        net.append(nn.ReLU(inplace=True))
+    for a, b in zip(
+        *(torch.autograd.grad(net(x).sum(), [x, *net.parameters()]) for net in (mine, theirs)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_needs_no_gradient_gets_none(on, monkeypatch):
+    made = []
+    for name in ("convolve", "transpose"):
+        real = getattr(abreast, name)
+        monkeypatch.setattr(abreast, name, lambda *a, n=name, real=real: (made.append(n), real(*a))[1])
+    real_by_weight = abreast.Abreast.by_weight
+    monkeypatch.setattr(
+        abreast.Abreast, "by_weight", staticmethod(lambda *a: (made.append("weigh"), real_by_weight(*a))[1])
+    )
+    down, x = conv2d.Conv2d(2, 4, 3), torch.randn(4, 2, 5, 5)
+    down.abreast(x, down.geometry(x)).sum().backward()
+    assert made == ["convolve", "weigh"]
+    made.clear()
+    down.requires_grad_(False)
+    x.requires_grad_()
+    down.abreast(x, down.geometry(x)).sum().backward()
+    assert made == ["convolve", "transpose"]
+
+
+def test_autocast_around_the_backward_pass_alone_lowers_nothing(on, monkeypatch):
+    monkeypatch.setattr(conv2d, "abreast_pays", lambda *_: True)
+    for ours in DOWN_AND_UP:
+        mine, theirs = twins(ours, 8, 16, 3, 2, 1)
+        x = torch.randn(5, 8, 4, 4)
+        y = mine(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y.square().sum().backward()
+        theirs(x.double()).square().sum().backward()
+        assert_near(mine.weight.grad, theirs.weight.grad)
+
+
+def test_where_it_pays(monkeypatch):
+    """What `benchmarks.convolutions` found."""
+    monkeypatch.setattr(linear, "HALVED", True)
+    monkeypatch.setattr(linear, "TILES", False)
+    monkeypatch.setattr(abreast, "is_known", lambda: True)
+
+    def pays(n_in=64, n_out=128, side=8, kernel=3, stride=2, padding=1, batch=64, among=True, dtype=torch.float32):
+        layer = conv2d.Conv2d(n_in, n_out, kernel, stride, padding, dtype=dtype)
+        layer.among_layers = among
+        x = torch.empty(batch, n_in, side, side, dtype=dtype)
+        return conv2d.abreast_pays(layer, layer.geometry(x), x)
+
+    assert pays()
+    assert pays(dtype=torch.bfloat16)
+    assert pays(side=16) and not pays(side=18)
+    assert not pays(among=False)
+    assert not pays(batch=63)
+    assert pays(n_in=256, batch=16) and not pays(n_in=256, batch=15) and not pays(n_in=255, batch=16)
+    assert pays(n_in=8, side=16) and not pays(n_in=7, side=16)
+    assert pays(n_in=512, n_out=8, side=16) and not pays(n_in=512, n_out=7, side=16)
+    assert pays(n_in=32, side=4) and not pays(n_in=32, n_out=28, side=4)  # 2.4 million multiplications, and 2.06
+    assert not pays(kernel=1, padding=0) and not pays(stride=1)
+    assert not pays(side=2)  # a point, which oneDNN gets wrong in 16 bits
+    assert not pays(dtype=torch.float64) and not pays(dtype=torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pays() and pays(dtype=torch.bfloat16) and not pays(dtype=torch.float64)
+        monkeypatch.setattr(linear, "TILES", True)
+        assert not pays()
+    assert pays()
+    for module, name, no in ((linear, "HALVED", False), (abreast, "is_known", lambda: False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, no)
+            assert not pays()
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    assert not pays()
+
+
+def test_builds_of_torch_without_onednn_do_without(monkeypatch):
+    find = abreast.is_known.__wrapped__
+    assert find() == hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
+    torch.set_default_dtype(torch.float64)  # which oneDNN does not know
+    try:
+        assert find() == abreast.is_known()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(abreast, "_onednn", object())
+    assert not find()
+
+
+def test_torchs_counter_counts_the_same(on, monkeypatch):
+    monkeypatch.setattr(conv2d, "abreast_pays", lambda *_: True)
+    for ours in DOWN_AND_UP:
+        mine, theirs = twins(ours, 4, 6, 3, 2, 1)
+        counted = []
+        for layer in (mine, theirs.float()):
+            with FlopCounterMode(display=False) as counter:
+                layer(torch.randn(5, 4, 6, 6, requires_grad=True)).sum().backward()
+            counted.append(counter.get_total_flops())
+        assert counted[0] == counted[1] > 0
+
+
+def test_a_network_of_convolutions_has_them_abreast_within(on):
+    torch.manual_seed(0)
+    made = {"input_shape": (3, 28, 28), "code_shape": (5,)}
+    encoder = conv.Encoder(**made, hidden_dims=(8, 16, 32), act="silu")
+    decoder = conv.Decoder(**made, hidden_dims=(32, 16, 8), act="gelu")
+    net = nn.Sequential(encoder, decoder)
+    assert to_channels_last(net)
+    lies = []
+    for layer in [*encoder, *decoder]:
+        layer.register_forward_hook(lambda layer, _, y: lies.append((type(layer).__name__, order_of(y))))
+    x = lay(torch.rand(20, 3, 28, 28), abreast=False).requires_grad_()
+    y = net(x)
+    small, large = "abreast", "last"
+    down = [(name, lie) for lie in (large, small, small) for name in ("Conv2d", "SiLU")]
+    up = [(name, lie) for lie in (large, small, small) for name in ("GELU", "ConvTranspose2d")]
+    up = [("GELU", "last"), ("ConvTranspose2d", small), ("GELU", small), ("ConvTranspose2d", small)]
+    assert lies == [
+        *down,
+        ("Sequential", "first"),
+        ("Sequential", "last"),
+        *up,
+        ("GELU", small),
+        ("ConvTranspose2d", "last"),
+    ]
+    found = torch.autograd.grad(y.square().sum(), [x, *net.parameters()])
+    for layer in net.modules():
+        layer.among_layers = False
+    wanted = net(x)
+    torch.testing.assert_close(y, wanted)
+    gradients = torch.autograd.grad(wanted.square().sum(), [x, *net.parameters()])
+    torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-3)
+    assert [a.stride() for a in found] == [b.stride() for b in gradients]
+
+
+def test_what_follows_takes_images_abreast_as_others(on):
+    x = lay(torch.randn(6, 8, 4, 4), abreast=True)
+    for layer in (conv2d.Conv2d(8, 4, 1), conv2d.Conv2d(8, 4, 3, 2, 1), conv2d.ConvTranspose2d(8, 1, 3, 2, 1, 1)):
+        x.requires_grad_()
+        y = layer(x)
+        torch.testing.assert_close(y, type(layer).__base__.forward(layer, x.detach()))
+        (g,) = torch.autograd.grad(y.square().sum(), x)
+        assert order_of(g) == "abreast"
+
+
+def test_memory_is_read_as_it_lies():
+    first = torch.randn(6, 5, 4, 3)
+    for order, make in ORDERS.items():
+        x = make(first)
+        assert order_of(x) == order and torch.equal(x, first)
+        assert make(x).data_ptr() == x.data_ptr()  # nothing is copied that lies so
+        assert like(first, x).stride() == x.stride()
+        seen: list[torch.Tensor] = []
+        image = x.clone().requires_grad_() * 1
+        image.register_hook(seen.append)
+        Flatten()(image).square().sum().backward()
+        assert order_of(seen[0]) == order and torch.equal(seen[0], 2 * first)
+    assert lay(first, abreast=True).permute(2, 3, 0, 1).is_contiguous()
+    one = torch.randn(4, 3, 1, 5).permute(2, 3, 0, 1)
+    for other in (one, first[:1], first[0], torch.randn(6, 5)):
+        assert not is_abreast(other)
+    last = lay(first, abreast=False)
+    assert laid(first, abreast=False) is first and laid(last, abreast=False) is last
+    assert order_of(laid(lay(first, abreast=True), abreast=False)) == "last"
+
+
+def test_what_is_laid_otherwise_has_its_gradient_as_it_lay():
+    last = lay(torch.randn(6, 5, 4, 3), abreast=False)
+    for abreast_now in (False, True):
+        x = lay(last, abreast=abreast_now).clone().requires_grad_()
+        y = laid(x, abreast=not abreast_now)
+        assert torch.equal(y, x) and is_abreast(y) is not abreast_now
+        (g,) = torch.autograd.grad(y.square().sum(), x)
+        assert torch.equal(g, 2 * x) and is_abreast(g) is abreast_now
+        assert laid(y, abreast=not abreast_now) is y
+
+
+def test_of_16_bits_images_are_laid_abreast_once(on, monkeypatch):
+    """Weights are weighed with what a layer was computed of, but where products weigh them."""
+    monkeypatch.setattr(conv2d, "abreast_pays", lambda *_: True)
+    layer = conv2d.Conv2d(4, 6, 3, 2, 1, dtype=torch.bfloat16)
+    for weighs, wanted in ((False, "abreast"), (True, "last")):
+        monkeypatch.setattr(conv2d, "products_pay", lambda *_, weighs=weighs: weighs)
+        y = layer(lay(torch.randn(5, 4, 6, 6, dtype=torch.bfloat16), abreast=False))
+        assert order_of(y.grad_fn.saved_tensors[0]) == wanted
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_model_learns_the_same(on, precision, monkeypatch):
+    grads = {}
+    for known in (True, False):
+        monkeypatch.setattr(abreast, "is_known", lambda known=known: known)
+        torch.manual_seed(0)
+        model = aezoo.create_model("vae", (1, 28, 28), net="conv", hidden_dims=(16, 32, 64), latent_dim=4)
+        to_channels_last(model)
+        torch.manual_seed(1)
+        x = torch.rand(32, 1, 28, 28)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
+            loss = model.loss(x)
+        (loss["loss"] if isinstance(loss, dict) else loss).backward()
+        grads[known] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    off = (grads[True] - grads[False]).norm() / grads[False].norm()
+    assert off < (1e-5 if precision == "32-true" else 0.05)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import aezoo
 from aezoo.callbacks import FaultGuard
@@ -280,3 +281,17 @@ def test_an_exception_becomes_the_error_of_a_row(tmp_path):
 )
 def test_out_of_memory_is_told_from_other_errors(error, is_memory):
     assert processes.is_out_of_memory(error) == is_memory
+
+
+@pytest.mark.parametrize("abreast", [False, True])
+def test_all_products_of_a_step_run_alone(abreast, monkeypatch):
+    from aezoo.nets import conv2d
+
+    monkeypatch.setattr(conv2d, "abreast_pays", lambda layer, *_: abreast and layer.among_layers)
+    model, x = aezoo.create_model("vae", (1, 16, 16), net="conv", hidden_dims=(8, 16)), torch.rand(4, 1, 16, 16)
+    with measure._Recorder() as recorder:
+        model.loss(x)["loss"].backward()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for call in recorder.calls:
+            call()
+    assert counter.get_total_flops() == len(x) * measure.work(model, x).step > 0

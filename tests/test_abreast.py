@@ -374,6 +374,13 @@ def test_a_network_of_convolutions_has_them_abreast_within(on):
     assert [a.stride() for a in found] == [b.stride() for b in gradients]
 
 
+def test_images_of_a_small_grid_come_out_with_channels_last(on):
+    decoder = conv.Decoder((5,), (3, 16, 16), (16, 8), act="relu")
+    lies: list[str] = []
+    decoder[2].register_forward_hook(lambda _, __, y: lies.append(order_of(y)))
+    assert order_of(decoder(torch.randn(20, 5))) == "last" and lies == ["abreast"]
+
+
 def test_what_follows_takes_images_abreast_as_others(on):
     x = lay(torch.randn(6, 8, 4, 4), abreast=True)
     for layer in (conv2d.Conv2d(8, 4, 1), conv2d.Conv2d(8, 4, 3, 2, 1), conv2d.ConvTranspose2d(8, 1, 3, 2, 1, 1)):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
+from torch.utils.flop_counter import conv_flop_count
 
 from aezoo.nets import linear, products
 from aezoo.nets.grids import leaves_rest
@@ -79,18 +79,14 @@ def is_known() -> bool:
         return False
 
 
-def _count(operator: Any, transposed: bool) -> None:
-    """Have torch's counter of operations know an operator."""
-
-    def flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
-        return conv_flop_count([*x], [*weight], [*out_shape], transposed)
-
-    if operator is not None and operator not in flop_registry:
-        register_flop_formula(operator)(flops)
+def _flops(
+    x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, transposed: bool = False, **__: Any
+) -> int:
+    return conv_flop_count([*x], [*weight], [*out_shape], transposed)
 
 
-_count(getattr(torch.ops.aten, "mkldnn_convolution", None), transposed=False)
-_count(getattr(_onednn, "_convolution_transpose_pointwise", None), transposed=True)
+linear.count(getattr(torch.ops.aten, "mkldnn_convolution", None), _flops)
+linear.count(getattr(_onednn, "_convolution_transpose_pointwise", None), functools.partial(_flops, transposed=True))
 
 
 class Abreast(Convolution):
@@ -111,13 +107,11 @@ class Abreast(Convolution):
             return Convolution.backward(ctx, *gradients)
         (x, weight), (of_x, of_weight, of_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
         g = lay(gradients[0], abreast=True)
-        by_x, by_weight = None, None
-        if of_weight:
-            by_weight = Abreast.by_weight(ctx, g, x, weight)
-        if of_x:
-            by_x = (convolve if ctx.transposed else transpose)(g, weight, None, ctx.geometry)
-            by_x = lay(by_x, abreast=is_abreast(x))
-        return by_x, by_weight, g.sum((0, 2, 3)) if of_bias else None, None, None, None
+        by_bias = g.sum((0, 2, 3)) if of_bias else None
+        by_weight = Abreast.by_weight(ctx, g, x, weight) if of_weight else None
+        back = convolve if ctx.transposed else transpose
+        by_x = lay(back(g, weight, None, ctx.geometry), abreast=is_abreast(x)) if of_x else None
+        return by_x, by_weight, by_bias, None, None, None
 
     @staticmethod
     def by_weight(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:

@@ -121,9 +121,18 @@ def _flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * a.numel() * b[0]
 
 
-_of_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-if _of_onednn is not None and _of_onednn not in flop_registry:
-    register_flop_formula(_of_onednn)(_flops)
+def count(operator: Any, flops: Callable[..., int]) -> None:
+    """Have torch's counter of operations know an operator, if this build of torch has it.
+
+    Args:
+        operator: or None.
+        flops: of the shapes that it is given, and of `out_shape`.
+    """
+    if operator is not None and operator not in flop_registry:
+        register_flop_formula(operator)(flops)
+
+
+count(getattr(torch.ops.mkldnn, "_linear_pointwise", None), _flops)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

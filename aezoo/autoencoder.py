@@ -329,8 +329,7 @@ class Autoencoder(Checked, pl.LightningModule):
         return [{"params": [*self.parameters()]}]
 
     def setup(self, stage: str) -> None:
-        if self.trainer.world_size > 1:
-            ranks.let_go_at_exit()
+        ranks.let_go_at_exit(self.trainer)
 
     def on_fit_start(self) -> None:
         self._checked.clear()

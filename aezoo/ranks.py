@@ -80,15 +80,18 @@ def _disconnect() -> None:
         dist.destroy_process_group()
 
 
-def let_go_at_exit() -> None:
-    """Before the interpreter ends, let the threads of a process group let go of the last collective's tensors.
+def let_go_at_exit(trainer: Trainer) -> None:
+    """Before the interpreter of one of several processes ends, let threads let go of the last collective's tensors.
+
+    For whatever lets processes exchange something, which may be the last that they do.
 
     They answer a waiting caller first. One that gives a tensor back to an interpreter that is ending aborts the
     process, which torchrun then reports as failed (torch 2.13, pytorch issue 190489). To destroy the group ends them
     not: torch keeps it.
     """
-    atexit.unregister(_let_go)
-    atexit.register(_let_go)
+    if trainer.world_size > 1:
+        atexit.unregister(_let_go)
+        atexit.register(_let_go)
 
 
 def _let_go() -> None:

@@ -15,9 +15,10 @@ import numpy as np
 import promises
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-from aezoo import ranks
+from aezoo import callbacks, ranks
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
 
@@ -187,6 +188,17 @@ def test_threads_have_time_before_the_interpreter_of_one_of_several_processes_en
         [sys.executable, "-c", _LATE_THREAD, group], env=environment(None), capture_output=True, text=True, timeout=ENDS
     )
     assert done.returncode == 0 and done.stdout == said, done.stderr
+
+
+@pytest.mark.parametrize("name", ["Checkpoints", "CodeStatistics", "Codebook", "FaultGuard", "Interrupt"])
+def test_callbacks_that_let_processes_exchange_something_give_them_time_with_any_model(name, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ranks.atexit, "register", asked.append)
+    trainer = Trainer(default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    for world, wanted in ((1, []), (2, [ranks._let_go])):
+        monkeypatch.setattr(Trainer, "world_size", world)
+        getattr(callbacks, name)().setup(trainer, LightningModule(), "fit")
+        assert asked == wanted
 
 
 def test_a_position_within_an_epoch_is_of_one_number_of_processes():

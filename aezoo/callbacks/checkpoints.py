@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from aezoo import durable
+from aezoo import durable, ranks
 from aezoo.arguments import Checked
 from aezoo.callbacks.base import check_count, check_share, is_dry_run
 from aezoo.callbacks.interrupt import AGREE_EVERY, Interrupt
@@ -102,6 +102,7 @@ class Checkpoints(Checked, ModelCheckpoint):
             super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = durable.DurableIO()
+        ranks.let_go_at_exit(trainer)
         self._validated = False
         if stage == "fit" and trainer.is_global_zero and not is_dry_run(trainer) and "://" not in str(self.dirpath):
             durable.prepare(Path(str(self.dirpath)))

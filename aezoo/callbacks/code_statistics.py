@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from aezoo import ranks
 from aezoo.arguments import Checked
 from aezoo.callbacks.base import check_period, check_share, is_dry_run, publish, run_folder, undisturbed, unpack
 
@@ -42,6 +43,7 @@ class CodeStatistics(Checked, pl.Callback):
         wanted = stage in ("fit", "validate") and self.every_n_epochs > 0 and not is_dry_run(trainer)
         self._active, self._counting = bool(of_interest and wanted), False
         self._folder = run_folder(trainer) / "pictures"
+        ranks.let_go_at_exit(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from aezoo import ranks
 from aezoo.callbacks.base import Picture, check_count, is_dry_run, tensorboard_writers, undisturbed, unpack
 from aezoo.callbacks.latents import write_embedding
 from aezoo.errors import AezooError
@@ -91,6 +92,7 @@ class Codebook(Picture):
         whole = trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
         self._counts_here = bool(getattr(pl_module, "discrete_code", False)) and wanted and whole
         self._active = self._active and self._counts_here
+        ranks.let_go_at_exit(trainer)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._metrics, self._failed = {}, False

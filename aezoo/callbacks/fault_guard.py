@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
+from aezoo import ranks
 from aezoo.arguments import Checked
 from aezoo.buffers import Buffers
 from aezoo.callbacks import fault_report
@@ -121,6 +122,7 @@ class FaultGuard(Checked, pl.Callback):
         self._losses.clear()
         if stage == "fit" and trainer.ckpt_path is None:
             self.load_state_dict({"skipped": 0, "in_a_row": 0, "by_term": {}, "by_part": {}})
+        ranks.let_go_at_exit(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._names = {id(parameter): name for name, parameter in pl_module.named_parameters()}

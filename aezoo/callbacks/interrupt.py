@@ -12,6 +12,8 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from aezoo import ranks
+
 _HELD = b"\naezoo: stopping after this batch; press Ctrl-C again to stop at once\n"
 # batches between two agreements of the ranks, each of which waits for the slowest
 AGREE_EVERY = 8
@@ -43,6 +45,7 @@ class Interrupt(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.signum, self.asked, self._leaving = None, False, False
+        ranks.let_go_at_exit(trainer)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen(trainer)

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -330,6 +331,9 @@ class Autoencoder(Checked, pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         ranks.let_go_at_exit(self.trainer)
+        # DistributedDataParallel, which follows, keeps gradients as weights lie now; other strategies cut them up
+        whole = self.trainer.world_size == 1 or isinstance(self.trainer.strategy, DDPStrategy)
+        self._channels_last = stage == "fit" and whole and acceleration.to_channels_last(self)
 
     def on_fit_start(self) -> None:
         self._checked.clear()
@@ -339,8 +343,6 @@ class Autoencoder(Checked, pl.LightningModule):
         if means is not None and self.trainer.ckpt_path is not None:
             # what the epoch had added up before the checkpoint; of several ranks that of the first, for all
             self._train_means.load_state_dict(means, self.device)
-        # DistributedDataParallel hands out gradients in the plain layout, and fused optimisers read both as one
-        self._channels_last = self.trainer.world_size == 1 and acceleration.to_channels_last(self)
         if self._fit_seed is None or self.trainer.ckpt_path is None:
             self._fit_seed, self._compiled_before = torch.initial_seed() % 2**63, None
 

@@ -147,6 +147,9 @@ def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         ).fit(model, data)
         row |= {"kernel_launches": launches.kernels, "host_device_copies": launches.copies}
     # what follows is the same on every rank
+    if dist.is_available() and dist.is_initialized():
+        # what follows is the first rank's alone, and terms over all ranks would wait for the others
+        dist.destroy_process_group()
     return row | _work(spec, x, device, rate.median) if fit.is_global_zero else row
 
 
@@ -197,8 +200,7 @@ def _work(spec: dict[str, Any], x: Tensor, device: torch.device, rate: float) ->
     each = rate / spec["devices"]
     if spec["kind"] != "train":
         return row
-    if spec["devices"] == 1:
-        acceleration.to_channels_last(model)  # as a fit does
+    acceleration.to_channels_last(model)  # as a fit does
     alone = measure.alone(model, _as_float(x[: spec["batch"]]).to(device), spec["precision"])
     return row | {
         "share_of_peak": flops.step * each / peak,

@@ -411,6 +411,9 @@ def test_a_fit_lays_convolutions_out_and_undoes_it(tmp_path):
     fit(module, Look(), source=DataModule("digits"), limit_train_batches=3, max_epochs=1)
     assert seen == [True] * 3
     assert [p.stride() for p in module.parameters()] == strides
+    validator = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    validator.validate(module, DataModule("digits"), verbose=False)
+    assert [p.stride() for p in module.parameters()] == strides
     # goes on where the moments are in the other layout, as an unstopped run does
     resumed = aezoo.create_model("conv_ae", input_shape=(1, 8, 8), latent_dim=4, hidden_dims=(4, 8))
     part = {"source": DataModule("digits"), "limit_train_batches": 3, "max_epochs": 2}

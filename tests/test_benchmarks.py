@@ -54,6 +54,15 @@ def test_speed_measures_training_and_inference_once(tmp_path, monkeypatch, capsy
     assert [path.read_bytes() for path in sorted(tmp_path.glob("*.csv"))] == before
 
 
+@pytest.mark.slow
+def test_several_devices_are_measured_of_a_model_with_a_term_over_all_ranks(tmp_path):
+    words = [word if word != "dense_ae" else "vae" for word in QUICK]
+    speed.main(["train", *words, "--devices", "1,2", "--results", str(tmp_path)])
+    _, rows = measured("train", tmp_path)
+    assert [(row["devices"], row["error"]) for row in rows] == [("1", ""), ("2", "")]
+    assert all(float(row[name]) > 0 for row in rows for name in ("samples_per_s", "share_of_peak"))
+
+
 def test_a_failed_row_is_kept_with_its_error_and_tried_again_on_demand(tmp_path, monkeypatch):
     calls = []
 

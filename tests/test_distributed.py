@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +16,12 @@ import numpy as np
 import promises
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from torch.utils.data import DataLoader
 
-from aezoo import callbacks, ranks
+from aezoo import callbacks, create_model, ranks
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
 
@@ -174,7 +177,7 @@ import torch.distributed as dist
 import aezoo
 
 model = aezoo.create_model("dense_ae", input_shape=(4,))
-model._trainer = SimpleNamespace(world_size=2)
+model._trainer = SimpleNamespace(world_size=2, strategy=None)
 model.setup("fit")
 if sys.argv[1] == "group":
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -207,6 +210,63 @@ def test_a_position_within_an_epoch_is_of_one_number_of_processes():
     data.load_state_dict({"epoch": 1, "batches": 0, "world": 2})
     with pytest.raises(AezooError, match="within an epoch of 2 processes"):
         data.load_state_dict({"epoch": 1, "batches": 3, "world": 2})
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+class Layout(Callback):
+    """Leaves the weights of a fit in a file, and how weights and gradients lay."""
+
+    def __init__(self, folder):
+        self.folder, self.last = folder, []
+
+    def on_train_start(self, trainer, pl_module):
+        warnings.filterwarnings("error", message="Grad strides do not match")
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        images = [p for p in pl_module.parameters() if p.dim() == 4]
+        self.last += [t.is_contiguous(memory_format=torch.channels_last) for p in images for t in (p, p.grad)]
+
+    def on_train_end(self, trainer, pl_module):
+        held = {"weights": pl_module.state_dict(), "last": self.last}
+        torch.save(held, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
+
+
+class Halves(DataLoader):
+    """Of each batch, a rank has its share."""
+
+    def __iter__(self):
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return (x.chunk(world)[rank] for x in super().__iter__())
+
+
+@pytest.mark.filterwarnings("ignore:.*(no `val_dataloader`|many workers|LeafSpec)")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_lie_with_channels_last_in_several_processes_too_which_train_as_one(tmp_path, channels):
+    x = torch.rand(24, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    for devices in (1, 2):
+        torch.manual_seed(0)
+        model = create_model("conv_ae", (channels, 8, 8), hidden_dims=(6, 8), latent_dim=4)
+        trainer = Trainer(
+            accelerator="cpu", devices=devices, strategy="ddp_fork" if devices == 2 else "auto", max_epochs=2,
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            use_distributed_sampler=False, callbacks=[Layout(tmp_path)],
+        )  # fmt: skip
+        trainer.fit(model, Halves(x, 8))
+    one, *both = (torch.load(tmp_path / name, weights_only=True) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    assert len(one["last"]) == 2 * 4 * 6 and all(one["last"])
+    for rank in both:
+        assert rank["last"] == one["last"]
+        for name, weight in one["weights"].items():
+            torch.testing.assert_close(rank["weights"][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_strategy_that_cuts_weights_up_finds_them_as_they_were():
+    model = create_model("conv_ae", (3, 8, 8), hidden_dims=(6, 8), latent_dim=4)
+    model._trainer = SimpleNamespace(world_size=2, strategy=FSDPStrategy())
+    model.setup("fit")
+    assert all(weight.is_contiguous() for weight in model.parameters())
 
 
 # ---- a rank that fails ----------------------------------------------------------------------------------------------

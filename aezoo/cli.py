@@ -28,7 +28,7 @@ Look around
 
 Train and use
   fit -c RECIPE                    train by a recipe, or by a YAML file of your own
-  fit --model NAME --data.name SET train any model on any data; every flag can be in the YAML too
+  fit --model NAME --data SET      train any model on any data; every flag can be in the YAML too
   fit ... --resume auto            the same, or go on where the last run of that command was stopped
   fit --resume RUN                 go on with a run that was stopped
   validate | test | predict --ckpt_path RUN_OR_FILE
@@ -48,8 +48,8 @@ Measure
 
 Examples
   aezoo fit -c vae
-  aezoo fit --model topk_sae --data.name digits --model.k 8 --trainer.max_epochs 30
-  aezoo fit --model vae --data.name array --data.root my_data.npy --model.likelihood gaussian:learned
+  aezoo fit --model topk_sae --data digits --model.k 8 --trainer.max_epochs 30
+  aezoo fit --model vae --data array --data.root my_data.npy --model.likelihood gaussian:learned
   aezoo fit --model.help vae       the flags of one model; `aezoo fit --help` lists all flags
   aezoo test --ckpt_path runs/vae/0
   tensorboard --logdir runs

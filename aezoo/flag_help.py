@@ -13,6 +13,7 @@ _USE = (
 )
 _WORDS = {
     "config": "A name of `aezoo recipes`, or a YAML file. Several are read in their order; flags stand above them.",
+    "data": "A set of samples, as by --data.name, or a YAML file of settings for the data.",
     "trainer.max_epochs": "Stop after this many epochs; -1: no end but max_steps or max_time.",
     "trainer.max_steps": "Stop after this many optimiser steps, even within an epoch; -1: no such limit.",
     "trainer.default_root_dir": "The folder of all runs, runs if none is given: a run is <folder>/<recipe>/<number>.",

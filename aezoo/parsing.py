@@ -71,6 +71,9 @@ def plain(message: str, parser: LightningArgumentParser) -> str:
     bare = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
     if bare:
         return f"{bare[1]!r} belongs to no flag: a model is --model {bare[1]}, a recipe or a file -c {bare[1]}"
+    unread = re.search(r'Parser key "(\w+)": Unable to load config "(.*)"', message)
+    if unread:
+        return f"--{unread[1]} {unread[2]}: no such file, or none with settings in YAML"
     keys = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
     absent = re.search(r"Expected a path but (\w+) either not accessible or invalid", message)
     if absent and keys.startswith("trainer."):

@@ -53,7 +53,7 @@ class Request:
 def expand(argv: list[str]) -> Request:
     """Names to what LightningCLI understands: models to classes, recipes to files, runs to checkpoints and settings."""
     command = argv[0]
-    rest, allowed = policy.take_flags(argv[1:])
+    rest, allowed = policy.take_flags(name_data(argv[1:]))
     _built_in()  # a class that is imported can be named in YAML
     registry.import_plugins()
     flags: list[str] = []
@@ -118,6 +118,17 @@ def expand(argv: list[str]) -> Request:
     return Request([command, *flags], run_name, source, stored, given or model, stored_data, step, asked != "off")
 
 
+def name_data(argv: list[str]) -> list[str]:
+    """`--data digits` to `--data.name digits`; a YAML file of settings, or settings in YAML, stay."""
+    spelt = []
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
+        flag, equals, value = word.partition("=")
+        text = (value if equals else following).strip().lower()
+        settings = text.startswith(("{", "--")) or text.endswith((".yaml", ".yml", ".json"))
+        spelt.append(f"--data.name{equals}{value}" if flag == "--data" and text and not settings else word)
+    return spelt
+
+
 def _resumed(
     asked: str, model: str | None, run_name: str | None, configs: list[dict[str, Any]], flags: list[str]
 ) -> Path | None:
@@ -151,7 +162,7 @@ def _resumed(
 
 def _pairs(flags: list[str]) -> list[tuple[str, str]]:
     """Each flag with its value, whether an equals sign or a space lies between them."""
-    following = [*flags[1:], ""]
+    following = [*flags, ""][1:]
     parts = [(text.partition("="), after) for text, after in zip(flags, following, strict=True)]
     return [(name, value if equals else after) for (name, equals, value), after in parts if name.startswith("--")]
 
@@ -226,6 +237,8 @@ def spell_out(text: str) -> str:
         for part, key in ((section, "compile"), (section.get("data"), "memory")):
             if isinstance(part, dict) and isinstance(part.get(key), bool):
                 part[key] = "on" if part[key] else "off"
+        if isinstance(section.get("data"), str):
+            section["data"] = {"name": section["data"]}
         model = section.get("model")
         if isinstance(model, str):
             section["model"] = {"class_path": _class_path(model)}

@@ -16,6 +16,7 @@ from aezoo import cli
 from aezoo.checkpoint import find_checkpoint
 from aezoo.data import DataModule
 from aezoo.parsing import plain
+from aezoo.request import name_data
 
 OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
 QUICK = ["--data.name=digits", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--projector.n=0", *OFF]
@@ -91,6 +92,35 @@ def test_words_without_a_flag_and_classes_that_do_not_exist_are_answered(capsys)
     for name in ("input_shape", "num_classes"):
         assert f"--model.{name} is what the data say" in refused(capsys, "fit", "--model=vae", f"--model.{name}=3")
     assert "did you mean --resume?" in refused(capsys, "fit", "--model=vae", "--resme=auto")
+
+
+def test_data_are_named_as_models_are(capsys):
+    given = ["--data", "digits", "--data=shapes", "--data", "a.YAML", "--data={name: b}", "--model=vae", "--data"]
+    named = [
+        "--data.name",
+        "digits",
+        "--data.name=shapes",
+        "--data",
+        "a.YAML",
+        "--data={name: b}",
+        "--model=vae",
+        "--data",
+    ]
+    assert name_data(given) == named
+    assert name_data(["--data", "--model"]) == ["--data", "--model"]
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.logger=false"]
+    cli.main(["fit", "--model=linear_ae", "--data", "digits", *short])
+    Path("mine.yaml").write_text("model: linear_ae\ndata: digits\n")
+    cli.main(["fit", "-c", "mine.yaml", "--resume=auto", *short])
+    for run in ("linear_ae-digits", "mine"):
+        config = yaml.safe_load(Path("runs", run, "0", "config.yaml").read_text())
+        assert config["data"]["name"] == "digits" and config["data"]["batch_size"] == 128
+    assert "embed needs a trained model" in refused(capsys, "embed", "--data", "digits")
+    assert "unknown data 'digts', did you mean 'digits'?" in refused(capsys, "fit", "--model=vae", "--data", "digts")
+    Path("list.yaml").write_text("- 1\n")
+    for file in ("nothere.yaml", "list.yaml"):
+        line = refused(capsys, "fit", "--model=vae", "--data", file)
+        assert line == f"aezoo: --data {file}: no such file, or none with settings in YAML"
 
 
 def test_the_reason_why_a_class_cannot_be_made_is_what_is_said(capsys):

@@ -1,5 +1,6 @@
 """Best and last checkpoints of a run, and when to stop it."""
 
+import difflib
 import json
 import re
 import time
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
 from aezoo import durable, ranks
 from aezoo.arguments import Checked
@@ -30,6 +32,14 @@ def _check_metric(owner: object, metric: str) -> None:
         raise AezooError(
             f"{type(owner).__name__}.monitor is {metric!r}: give a metric as it is logged, like val/loss or train/nll"
         )
+
+
+def _look_for(metric: str | None, owner: object, trainer: pl.Trainer) -> None:
+    """Say of a metric that is mistyped before an epoch is over: what else logs, callbacks say at its end."""
+    logged = [*trainer.callback_metrics]
+    near = difflib.get_close_matches(metric or "", logged, n=1, cutoff=0.8)
+    if near and metric not in logged:
+        rank_zero_warn(f"{type(owner).__name__}.monitor is {metric}, which is not logged so far: is {near[0]} meant?")
 
 
 class Checkpoints(Checked, ModelCheckpoint):
@@ -125,6 +135,9 @@ class Checkpoints(Checked, ModelCheckpoint):
         # epoch for one from its middle, and loses an epoch or ends at once
         if trainer.max_steps != -1:
             self._max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _look_for(self.monitor, self, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_max_steps(trainer)
@@ -297,6 +310,9 @@ class EarlyStop(Checked, EarlyStopping):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.monitor = _monitored(self.monitor, trainer)
         super().setup(trainer, pl_module, stage)
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _look_for(self.monitor, self, trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # an epoch that --trainer.max_steps cuts off is not validated: a metric that is not there yet is no mistake

@@ -19,6 +19,7 @@ from aezoo.data.readers import read_arrays
 from aezoo.data.source import ArrayDataset, Stage
 from aezoo.errors import AezooError
 from aezoo.parsing import Parser, check_flags
+from aezoo.request import name_data
 from aezoo.security import policy
 from aezoo.tasks.output import device_of
 from aezoo.tasks.samples import Samples
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     function = getattr(importlib.import_module(f"aezoo.tasks.{verb}"), verb)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     acceleration.keep_pages()
-    argv, allowed = policy.take_flags(argv)
+    argv, allowed = policy.take_flags(name_data(argv))
     policy.enforce(allowed)
     parser, accepted = parser_of(verb, function), inspect.signature(function).parameters
     check_flags(argv, None, parser)

@@ -3,6 +3,7 @@
 import inspect
 import io
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -554,6 +555,18 @@ def test_what_is_switched_off_can_be_left_out():
     assert zoo.in_use(EMA())
     assert zoo.in_use(zoo.Samples())
     assert zoo.in_use(zoo.Summary())
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("name", ["EarlyStop", "Checkpoints"])
+def test_a_metric_that_is_mistyped_is_said_before_an_epoch_is_over(fit, name):
+    callback = getattr(zoo, name)
+    said = f"{name}.monitor is val/los, which is not logged so far: is val/loss meant?"
+    with pytest.warns(UserWarning, match=re.escape(said)), pytest.raises(Exception, match=r"`val/loss`|'val/loss'"):
+        fit(FakeVAE((4,)), callback(monitor="val/los"), enable_checkpointing=True)
+    # those that only a whole validation or training logs
+    for metric in ("val/loss", "val/active_units", "train/loss"):
+        fit(FakeVAE((4,)), zoo.CodeStatistics(), callback(monitor=metric), enable_checkpointing=True, max_epochs=1)
 
 
 @pytest.mark.slow

@@ -101,6 +101,9 @@ def write(
         durable.write(folder / FILE, lambda file: file.write(text.encode()))
     where = f", first in {layer}" if layer else f", gradients of {_list(fault.parameters)}" if fault.parameters else ""
     cause = f"clean training sample(s) {_list(bad)}" if bad else "lower --model.lr or look at that batch"
+    if not bad and trainer.precision == "16-true":
+        # the smallest number above 0 is 6e-8
+        cause = "float16 alone takes Adam's epsilon of 1e-8 for 0: give --trainer.precision 16-mixed or bf16-true"
     return (
         f"{fault.in_a_row} steps in a row were not finite (epoch {fault.epoch}, batch {fault.batch}: "
         f"{', '.join(fault.terms)}{where}): {cause}; the last good checkpoint is kept; see {folder / FILE}"

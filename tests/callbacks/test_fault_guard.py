@@ -415,6 +415,14 @@ def test_the_report_names_the_first_layer_that_broke_and_no_later_one(tmp_path):
     assert "decoder." in (tmp_path / "fault.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("precision", "cure"), [("32-true", "lower --model.lr or look at"), ("16-true", "16-mixed or bf16-true")]
+)
+def test_what_ends_a_run_names_a_cure_for_its_precision(tmp_path, precision, cure):
+    with pytest.raises(AezooError, match=cure):
+        fit(Norms(dict.fromkeys(range(99), "kl")), guard(patience=2), precision=precision, tmp_path=tmp_path)
+
+
 def test_a_good_step_between_bad_ones_starts_the_count_again():
     made = guard(patience=2)
     fit(Norms({0: "kl", 2: "kl", 4: "kl"}), made)

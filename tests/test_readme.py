@@ -49,10 +49,11 @@ def test_sentences_say_what_the_csvs_say():
     rows = {path.stem: read_csv(path)[1] for path in (ROOT / "benchmarks" / "results").glob("*.csv")}
     readme = " ".join(README.split())
 
-    def figures(prefix, name, *ends, **where):
+    def figures(prefix, column, *ends, **where):
         parts = [part for stem, part in rows.items() if stem.startswith(prefix) and stem.endswith(ends or "")]
+        where = {"devices": "1"} | where if prefix.startswith("speed-") else where
         found = [row for part in parts for row in part if all(row.get(key) == value for key, value in where.items())]
-        return sorted(name(row) if callable(name) else float(row[name]) for row in found)
+        return sorted(column(row) if callable(column) else float(row[column]) for row in found)
 
     def ratio(workload, precision, end, party="aezoo"):
         (found,) = figures(f"peers-{workload}-{precision}-", "ratio", end, party=party)
@@ -95,6 +96,18 @@ def test_sentences_say_what_the_csvs_say():
     assert f"SGD's look after each step takes {100 * sgd:.0f} %" in readme
     before = figures("speed-train-", lambda row: float(row["guard_share"] or 0), "cpu2")
     assert f"the rows of an Intel processor, up to {100 * before[-1]:.1f} %," in readme
+
+    def by_two(name):
+        two, one = (
+            figures("speed-train-fp32-", "samples_per_s", "zen5", name=name, compile="off", devices=devices)[0]
+            for devices in ("2", "1")
+        )
+        return f"{two / one:.2f}"
+
+    assert (
+        "two processes train `conv_vae_64` at {} and `conv_vae_28` at {} times the speed of one, and `dense_article`, "
+        "whose steps are shorter than the exchange of its gradients, at {} times"
+    ).format(*map(by_two, ("conv_vae_64", "conv_vae_28", "dense_article"))) in readme
 
     runs = [part for stem, part in rows.items() if stem.startswith("quality-") and "-recipes-" not in stem]
     sets = [{row["model"] for row in part if not row["error"]} for part in runs]

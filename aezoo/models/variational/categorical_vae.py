@@ -123,7 +123,7 @@ class CategoricalVAE(VAE):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         log_p_BNK = self.log_probs(x)
         nll = self.nll(self.decoder(self.draw(log_p_BNK).flatten(1).to(x.dtype)), x).mean()
-        kl = self.batch_mean(self.kl(log_p_BNK.exp().flatten(1), log_p_BNK.flatten(1)))
+        kl = self.mean_kl(self.kl(log_p_BNK.exp().flatten(1), log_p_BNK.flatten(1)))
         return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
     def log_prior(self, z: Tensor) -> Tensor:

@@ -76,6 +76,6 @@ class DenoisingVAE(VAE):
         mu_BD, log_var_BD = self.posterior(noisy)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
-        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
         loss = nll + self.beta * (kl - self.capacity).abs()
         return {"loss": loss, "nll": nll, "kl": kl, "elbo": -(nll + kl)}

@@ -85,7 +85,7 @@ class DIPVAEI(VAE):
         mu_BD, log_var_BD = self.posterior(x)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
-        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
         cov_DD = self.covariance(mu_BD, log_var_BD)
         # by a mask: inductor warns of a name of its own where it reads a diagonal
         eye_DD = torch.eye(len(cov_DD), device=cov_DD.device, dtype=cov_DD.dtype)

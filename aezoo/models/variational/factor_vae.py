@@ -103,7 +103,7 @@ class FactorVAE(VAE):
         mu_BD, log_var_BD = self.posterior(x)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
-        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
         # the VAE's step sees the discriminator as a constant, the discriminator's step the codes
         tc = at_least_float32(frozen(self.discriminator, z_BD.to(x.dtype))).mean()
         codes = torch.cat([z_BD.detach(), self.permute_dims(z_BD.detach())])

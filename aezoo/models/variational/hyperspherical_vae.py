@@ -103,7 +103,7 @@ class HypersphericalVAE(VAE):
         mu_BD, kappa_BD = self.posterior(x)
         z_BD = self.family.sample(mu_BD, kappa_BD[:, 0])
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
-        kl = self.batch_mean(self.kl(mu_BD, kappa_BD))
+        kl = self.mean_kl(self.kl(mu_BD, kappa_BD))
         return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
     def kl(self, mu_BD: Tensor, kappa_BD: Tensor) -> Tensor:  # type: ignore[override]

@@ -107,7 +107,7 @@ class InfoVAE(VAE):
         mu_BD, log_var_BD = self.posterior(x)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
-        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
         mmd = self.mmd(z_BD, torch.randn_like(z_BD))
         kl_term = self.beta * (kl - self.capacity).abs()  # 1 - alpha and 0 unless BetaAnnealing changes them
         loss = nll + kl_term + (self.alpha + self.mmd_weight - 1) * mmd

@@ -104,5 +104,5 @@ class MLVAE(VAE):
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
         kl_content_B = self.kl(mu_BD[:, :g], log_var_BD[:, :g]) / size_B
-        kl = self.batch_mean(kl_content_B + self.kl(mu_BD[:, g:], log_var_BD[:, g:]))
+        kl = self.mean_kl(kl_content_B + self.kl(mu_BD[:, g:], log_var_BD[:, g:]))
         return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -(nll + kl)}

@@ -134,7 +134,7 @@ class PerceptualVAE(VAE):
         mu_BD, log_var_BD = self.posterior(x)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
-        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
         return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl}
 
 

@@ -91,7 +91,7 @@ class SemiSupervisedM1(VAE):
         mu_BD, log_var_BD = self.posterior(x)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
-        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
         log_q_BK = self.log_q(mu_BD.detach().to(x.dtype))
         if y is None:
             y = torch.full_like(mu_BD[:, 0], -1)

@@ -91,6 +91,6 @@ class SigmaVAE(VAE):
         else:
             s2 = torch.exp(2 * at_least_float32(self.likelihood.bounded))
         nll = (sse_B / (2 * s2) + error_BX.shape[1] / 2 * torch.log(2 * math.pi * s2)).mean()
-        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
         loss = nll + self.beta * (kl - self.capacity).abs()
         return {"loss": loss, "nll": nll, "kl": kl, "elbo": -(nll + kl), "sigma": s2.sqrt()}

@@ -92,6 +92,11 @@ class VAE(Autoencoder):
         """KL(q(z|x) || N(0, I)) in nats, in closed form: (B, D), (B, D) -> (B,)."""
         return 0.5 * (mu_BD**2 + log_var_BD.exp() - 1 - log_var_BD).sum(1)  # appendix B
 
+    def mean_kl(self, kl_B: Tensor) -> Tensor:
+        """Mean of a KL of at least 0, (B,) -> (); of all ranks where C > 0, as |KL - C| is linear for C = 0 alone."""
+        near = self._across_ranks() and self.capacity  # in this order a step of one process is compiled once
+        return self.batch_mean(kl_B) if near else at_least_float32(kl_B).mean()
+
     def encode(self, x: Tensor) -> Tensor:
         return self.posterior(x)[0].to(x.dtype)
 
@@ -99,8 +104,7 @@ class VAE(Autoencoder):
         mu_BD, log_var_BD = self.posterior(x)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)  # reparameterisation, section 2.4
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
-        # the distance from a capacity is that of the mean over all ranks
-        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
         return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
     def log_prior(self, z: Tensor) -> Tensor:
@@ -119,13 +123,9 @@ class VAE(Autoencoder):
 
     @torch.no_grad()
     def log_likelihood(self, x: Tensor, n: int) -> Tensor:
-        """Importance-sampled log p(x) in nats, (B, *input_shape) -> (B,); a lower bound that tightens with n.
+        """Importance-sampled log p(x) in nats, (B, *input_shape) -> (B,); a lower bound that tightens with n >= 1.
 
         log 1/n sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k ~ q(z|x) (Burda et al. 2015, https://arxiv.org/abs/1509.00519).
-
-        Args:
-            x: samples.
-            n: importance samples for each, at least 1.
         """
         if n < 1:
             raise AezooError(f"log_likelihood needs n of at least 1, got {n}")

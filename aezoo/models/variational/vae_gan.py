@@ -122,7 +122,7 @@ class VAEGAN(VAE):
         mu_BD, log_var_BD = self.posterior(x)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         z_p_BD = torch.randn_like(z_BD)
-        kl = self.batch_mean(self.kl(mu_BD, log_var_BD))
+        kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
 
         # to each player what it moves is live, all else a constant
         x_encoder = frozen(self._generator[0], z_BD.to(x.dtype))

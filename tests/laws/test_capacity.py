@@ -1,0 +1,67 @@
+"""A KL that is to be near a capacity is that of all processes; one without a capacity waits for none of them."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_reductions import MODELS, SHAPE
+from torch import Tensor
+from two_ranks import on_two_ranks
+
+import aezoo
+from aezoo.testing import SharedNoise
+
+# their loss is nll + beta |KL - C| and, for the second, something of the whole batch
+LINEAR = (
+    *("vae", "beta_vae", "logcosh_vae", "denoising_vae", "msssim_vae", "perceptual_vae", "categorical_vae"),
+    *("hyperspherical_vae", "semi_supervised_m1"),
+)
+COUPLED = ("sigma_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "factor_vae", "vae_gan", "ada_gvae", "mlvae")
+
+
+def made(name: str, shifted: Any) -> tuple[Any, Tensor, Tensor]:
+    model = shifted(aezoo.create_model(name, SHAPE, **MODELS[name]).double())
+    model.beta = 2.0
+    return model, torch.rand(6, *SHAPE, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1, 2])
+
+
+def of_two(model: Any, rank: int) -> None:
+    model._across_ranks = lambda: True
+
+
+@pytest.mark.parametrize("name", [*LINEAR, *COUPLED])
+def test_the_mean_over_ranks_is_what_is_near_a_capacity(name: str, shifted: Any) -> None:
+    model, x, y = made(name, shifted)
+    with SharedNoise(range(6), 6):
+        # then the ranks' own lie on both sides, at the same distance
+        model.capacity = model.loss(x, y)["kl"].item()
+    with SharedNoise(range(6), 6):
+        whole = model.loss(x, y)
+    torch.testing.assert_close(on_two_ranks(model, x, y, prepare=of_two).terms["loss"], whole["loss"])
+    assert (on_two_ranks(model, x, y, exchange=False).terms["loss"] - whole["loss"]).abs() > 1e-4
+    model.capacity += 1.0
+    together = on_two_ranks(model, x, y, prepare=of_two)
+    with SharedNoise(range(6), 6):
+        whole = model.loss(x, y)
+    expected = torch.autograd.grad(whole["loss"], [*model.parameters()])
+    for found, g in zip(together.gradients(), expected, strict=True):
+        torch.testing.assert_close(found, g)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_without_a_capacity_no_rank_waits_for_another(name: str, shifted: Any) -> None:
+    model, x, y = made(name, shifted)
+    with SharedNoise(range(6), 6):
+        whole = model.loss(x, y)
+    apart = on_two_ranks(model, x, y, exchange=False)
+
+    def waits(values: Tensor) -> Tensor:
+        raise AssertionError(f"{name} waits")
+
+    model._across_ranks, model.batch_mean, model.of_all_ranks = (lambda: True), waits, waits
+    model.loss(x, y)
+    for term, value in apart.terms.items():
+        torch.testing.assert_close(value, whole[term])
+    expected = torch.autograd.grad(whole["loss"], [*model.parameters()])
+    for found, g in zip(apart.gradients(), expected, strict=True):
+        torch.testing.assert_close(found, g)

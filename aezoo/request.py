@@ -6,6 +6,7 @@ Settings come from, in rising order: defaults, the checkpoint, the files given b
 import inspect
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +238,8 @@ def spell_out(text: str) -> str:
         for part, key in ((section, "compile"), (section.get("data"), "memory")):
             if isinstance(part, dict) and isinstance(part.get(key), bool):
                 part[key] = "on" if part[key] else "off"
-        if isinstance(section.get("data"), str):
+        # no path and no address, which only who types them may give in short
+        if isinstance(section.get("data"), str) and re.fullmatch(r"[\w-]+", section["data"]):
             section["data"] = {"name": section["data"]}
         model = section.get("model")
         if isinstance(model, str):

@@ -56,7 +56,7 @@ def test_speed_measures_training_and_inference_once(tmp_path, monkeypatch, capsy
 
 @pytest.mark.slow
 def test_several_devices_are_measured_of_a_model_with_a_term_over_all_ranks(tmp_path):
-    words = [word if word != "dense_ae" else "vae" for word in QUICK]
+    words = [word if word != "dense_ae" else "sparse_ae_kl" for word in QUICK]
     speed.main(["train", *words, "--devices", "1,2", "--results", str(tmp_path)])
     _, rows = measured("train", tmp_path)
     assert [(row["devices"], row["error"]) for row in rows] == [("1", ""), ("2", "")]

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -331,9 +330,9 @@ class Autoencoder(Checked, pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         ranks.let_go_at_exit(self.trainer)
-        # DistributedDataParallel, which follows, keeps gradients as weights lie now; other strategies cut them up
-        whole = self.trainer.world_size == 1 or isinstance(self.trainer.strategy, DDPStrategy)
-        self._channels_last = stage == "fit" and whole and acceleration.to_channels_last(self)
+        # DistributedDataParallel, which follows, keeps gradients as weights lie now
+        fits = stage == "fit" and ranks.hold_it_whole(self.trainer)
+        self._channels_last = fits and acceleration.to_channels_last(self)
 
     def on_fit_start(self) -> None:
         self._checked.clear()

@@ -46,6 +46,11 @@ def limit_wait(trainer: Trainer, seconds: float) -> None:
         trainer.strategy._timeout = timedelta(seconds=seconds)  # type: ignore[attr-defined]
 
 
+def hold_it_whole(trainer: Trainer) -> bool:
+    """Whether each process has the whole model: one alone, or as many copies of it; other strategies cut it up."""
+    return trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
+
+
 def connect(trainer: Trainer) -> None:
     """After a restart by torchrun, meet under a name of its own; else Lightning lets the processes meet.
 
@@ -72,11 +77,12 @@ def connect(trainer: Trainer) -> None:
     )
     if device:
         # as Lightning does: NCCL warns of a group that is left
-        atexit.register(_disconnect)
+        atexit.register(disconnect)
 
 
-def _disconnect() -> None:
-    if dist.is_initialized():
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 

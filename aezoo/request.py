@@ -122,11 +122,10 @@ def expand(argv: list[str]) -> Request:
 def name_data(argv: list[str]) -> list[str]:
     """`--data digits` to `--data.name digits`; a YAML file of settings, or settings in YAML, stay."""
     spelt = []
-    for word, following in zip(argv, [*argv, ""][1:], strict=True):
-        flag, equals, value = word.partition("=")
-        text = (value if equals else following).strip().lower()
+    for word, (flag, value) in zip(argv, _pairs(argv), strict=True):
+        text = value.strip().lower()
         settings = text.startswith(("{", "--")) or text.endswith((".yaml", ".yml", ".json"))
-        spelt.append(f"--data.name{equals}{value}" if flag == "--data" and text and not settings else word)
+        spelt.append(word.replace(flag, "--data.name", 1) if flag == "--data" and text and not settings else word)
     return spelt
 
 
@@ -162,10 +161,10 @@ def _resumed(
 
 
 def _pairs(flags: list[str]) -> list[tuple[str, str]]:
-    """Each flag with its value, whether an equals sign or a space lies between them."""
+    """Each word as a flag with its value, whether an equals sign or a space lies between them."""
     following = [*flags, ""][1:]
     parts = [(text.partition("="), after) for text, after in zip(flags, following, strict=True)]
-    return [(name, value if equals else after) for (name, equals, value), after in parts if name.startswith("--")]
+    return [(name, value if equals else after) for (name, equals, value), after in parts]
 
 
 def _take_out_repeated(settings: dict[str, Any], flags: list[str]) -> None:
@@ -173,7 +172,7 @@ def _take_out_repeated(settings: dict[str, Any], flags: list[str]) -> None:
     trainer = settings.get("trainer")
     for name, value in _pairs(flags):
         section, _, key = name.removeprefix("--").removesuffix("+").partition(".")
-        if not name.endswith("+") or section != "trainer" or not isinstance(trainer, dict):
+        if not (name.startswith("--") and name.endswith("+")) or section != "trainer" or not isinstance(trainer, dict):
             continue
         try:
             content = yaml_text.load(value)

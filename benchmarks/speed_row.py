@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 import aezoo
-from aezoo import acceleration
+from aezoo import acceleration, ranks
 from aezoo.callbacks import FaultGuard, in_use
 from aezoo.data.array import LAYOUTS
 
@@ -147,9 +147,8 @@ def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         ).fit(model, data)
         row |= {"kernel_launches": launches.kernels, "host_device_copies": launches.copies}
     # what follows is the same on every rank
-    if dist.is_available() and dist.is_initialized():
-        # what follows is the first rank's alone, and terms over all ranks would wait for the others
-        dist.destroy_process_group()
+    # what follows is the first rank's alone, and terms over all ranks would wait for the others
+    ranks.disconnect()
     return row | _work(spec, x, device, rate.median) if fit.is_global_zero else row
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -89,8 +88,8 @@ class Codebook(Picture):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         wanted = stage == "fit" and self.every_n_epochs > 0 and not is_dry_run(trainer)
-        whole = trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
-        self._counts_here = bool(getattr(pl_module, "discrete_code", False)) and wanted and whole
+        discrete = bool(getattr(pl_module, "discrete_code", False))
+        self._counts_here = discrete and wanted and ranks.hold_it_whole(trainer)
         self._active = self._active and self._counts_here
         ranks.let_go_at_exit(trainer)
 

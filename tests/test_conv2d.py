@@ -54,6 +54,7 @@ def between(monkeypatch):
     monkeypatch.setattr(conv2d, "_LARGE_IN_16_BITS", 0)
     monkeypatch.setattr(conv2d, "_BETWEEN", 10**6)
     monkeypatch.setattr(conv2d, "_FEW", 0)
+    monkeypatch.setattr(conv2d, "_FEW_IN_16_BITS", 0)
 
 
 @pytest.fixture
@@ -694,9 +695,12 @@ def test_in_16_bits_the_way_that_pays_is_the_processors(taken, monkeypatch, tile
     assert ways(up, 32, 2, 2) == []
 
 
-def test_the_bias_of_few_channels_is_left_where_it_is(taken):
-    for n, wanted in ((16, []), (17, ["apart"])):
-        conv2d.ConvTranspose2d(8, n, 3, 1, 1)(torch.randn(2, 8, 10, 10))
+@pytest.mark.parametrize(("lowers", "few"), [(False, 16), (True, 4)])
+def test_the_bias_of_few_channels_is_left_where_it_is(taken, monkeypatch, lowers, few):
+    monkeypatch.setattr(linear, "TILES", False)
+    for n, wanted in ((few, []), (few + 1, ["apart"])):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowers):
+            conv2d.ConvTranspose2d(8, n, 3, 1, 1)(torch.randn(2, 8, 10, 10))
         assert [taken.pop() for _ in taken[:]] == wanted
 
 

@@ -6,7 +6,7 @@ takes up to 2.1 times as long as a convolution that finds the points between, or
 a larger grid it takes up to 1.5 times as long with the gradient of its bias, which is a sum of its own here; and to a
 grid that is no whole number of strides, as 7x7 from 4x4, up to 1.8 times as long with a bias, 6.6 times in bfloat16.
 Without AMX the gradient of weights of bfloat16 is a product: without, a strided layer takes up to 1.2 times as long, a
-transposed one 1.9 times with its bias; and where an input fills the caches, its gradient is better computed after that
+transposed one 2.2 times with its bias; and where an input fills the caches, its gradient is better computed after that
 of the weights, as it is what is needed next. Layers that follow one another have the samples of a batch abreast
 (`aezoo.nets.abreast`), on a Zen 5. `python -m benchmarks.convolutions` measures them all; the rules are of one thread
 of three processors, with AMX and without. On other devices, in exported graphs and under torch.func all is
@@ -41,6 +41,7 @@ _LARGE_IN_16_BITS = 36
 _BETWEEN = 16
 # channels whose sum is too quick to matter
 _FEW = 16
+_FEW_IN_16_BITS = 4
 # samples from which on the batch is a side of the grid, or fewer with so many channels; and of these and of
 # multiplications at least as many
 _ABREAST, _FEW_ABREAST, _CHANNELS_ABREAST = 64, 16, 32768
@@ -118,7 +119,8 @@ def overlay_pays(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
 def bias_pays_apart(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
     """Whether it is faster to leave the bias out of a transposed convolution, or of its backward pass."""
     lowered = _is_lowered(layer)
-    slow = torch.is_grad_enabled() and not (lowered and linear.TILES) and layer.out_channels > _FEW
+    many = layer.out_channels > (_FEW_IN_16_BITS if lowered else _FEW)
+    slow = torch.is_grad_enabled() and not (lowered and linear.TILES) and many
     backward = slow and math.prod(geometry.large) >= (_LARGE_IN_16_BITS if lowered else _LARGE)
     return layer.bias is not None and (backward or odd_pays(layer, geometry.large))
 

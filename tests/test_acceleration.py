@@ -1,5 +1,10 @@
 """Compilation, denormals and memory layout: they change how fast a run is and nothing else."""
 
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -422,3 +427,50 @@ def test_a_fit_lays_convolutions_out_and_undoes_it(tmp_path):
     whole = aezoo.create_model("conv_ae", input_shape=(1, 8, 8), latent_dim=4, hidden_dims=(4, 8))
     fit(whole, **part | {"source": DataModule("digits")})
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+PAGES = """
+import sys, torch
+from aezoo import acceleration
+
+def heap():
+    start, end = acceleration._heap()[0]
+    lines = open("/proc/self/smaps").read().split(f"{start:x}-")[1].splitlines()
+    huge = next(line for line in lines if line.startswith("AnonHugePages"))
+    flags = next(line for line in lines if line.startswith("VmFlags"))
+    return end - start, int(huge.split()[1]) * 1024, " hg" in flags
+
+def fault():
+    return int(open("/proc/self/stat").read().rsplit(")", 1)[1].split()[7])
+
+print(*heap(), acceleration.keep_pages())
+print(*heap(), acceleration.keep_pages())
+print(*heap())
+tensors = [torch.ones(2**20) for _ in range(40)]
+print(*heap())
+del tensors
+before = fault()
+tensors = [torch.ones(2**20) for _ in range(40)]
+print(fault() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not acceleration._heap(), reason="glibc's malloc on Linux")
+def test_malloc_keeps_its_pages_and_asks_for_huge_ones():
+    """In a process of its own, as what is set stays set."""
+    run = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
+    *heaps, faults = [line.split() for line in run.stdout.splitlines()]
+    sizes, huge = [int(line[0]) for line in heaps], [int(line[1]) for line in heaps]
+    assert heaps[0][3] == heaps[1][3] == "True"
+    # room for 640 MiB, which is asked for once and takes no memory
+    assert sizes[1] - sizes[0] == pytest.approx(acceleration._ROOM, rel=0.01)
+    assert sizes[1] == sizes[2] == sizes[3]
+    assert int(faults[0]) < 100
+    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if offered.exists() and "[madvise]" in offered.read_text(encoding="utf-8"):
+        assert [line[2] for line in heaps] == ["False", "True", "True", "True"]
+        assert huge[0] == 0
+        # of 160 MiB of tensors, where the kernel finds that many
+        assert huge[3] - huge[2] > 2**25
+        if tuple(map(int, platform.release().split(".")[:2])) >= (6, 1):
+            assert huge[1] > 2**22

@@ -75,6 +75,9 @@ class Evaluation:
     `perplexity` of their codebooks, over all samples.
 
     A deterministic model's nll is no bound on log p(x), since its code costs nothing, so it gets no bits per dimension.
+    Those of the others are -elbo / (D log 2), by the model's own bound, which is a tighter one of importance weighted
+    models. They are a code's length, as papers report it, where the likelihood is discrete and the data are what it is
+    of: Bernoulli's of binarised data, not of grey ones. Of a density they may be below 0.
 
     PSNR and SSIM take the data range as 1, the range of data scaled to [0, 1]; outputs are not clipped.
 

@@ -133,7 +133,8 @@ QUALITY = (
     *(spread("nll, nats", "nll"), figures("bits/dim", "bits_per_dim"), spread("active units", "active_units")),
     *(spread("linear probe", "probe"), spread("kNN", "knn"), figures("PCA's probe", "pca_probe", digits=3)),
     *(figures("pixels' probe", "pixels_probe", digits=3), figures("pixels' kNN", "pixels_knn", digits=3)),
-    *(spread("samples/s", "samples_per_s"), figures("seconds", "seconds", digits=3), words("errors", "errors")),
+    *(spread("samples/s", "samples_per_s"), figures("seconds", "seconds", digits=3), words("on", "processor")),
+    words("errors", "errors"),
 )
 BOUNDS = (
     *(words("model", "model"), words("party", "party"), words("seed", "seed"), words("epochs", "epochs")),

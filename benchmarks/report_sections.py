@@ -157,7 +157,8 @@ SECTIONS = (
         "L0: the numbers of a sparse code in use, PCA's mse at L0: with as many; active units: numbers of a code that "
         "vary with the sample; linear probe and kNN: the share of test samples whose class logistic regression and the "
         "5 nearest neighbours read off the code, of at most so many training codes (probe rows), beside PCA's code and "
-        "raw pixels. Epochs marked 'cut': `--most-seconds` ended a run before its budget of epochs did.",
+        "raw pixels. Epochs marked 'cut': `--most-seconds` ended a run before its budget of epochs did. On: the "
+        "processor, where a row names it; rates, and what a budget of seconds reaches, compare on one.",
         of.QUALITY,
     ),
     Section("", "Others", "", ()),

@@ -97,8 +97,9 @@ def load_run(
     """A model as `load_model` gives it, and what its checkpoint says of the data that it was trained on.
 
     Returns:
-        The model, and a dict with `settings` of the DataModule, `scaling` of values that were not bytes (both are empty
-        for a saved model folder and for data that were not aezoo's), and `folder`, the run's or the saved model's.
+        The model, and a dict with `settings` of the DataModule, `scaling` of the samples where it depends on them (both
+        are empty for a saved model folder and for data that were not aezoo's), `white` as `aezoo.data.source.Source`
+        has it, and `folder`, the run's or the saved model's.
     """
     data: dict[str, Any] = {}
     if "://" not in str(path) and (Path(path) / CONFIG).is_file():
@@ -125,16 +126,18 @@ def load_run(
         raise AezooError(f"the weights in {source} do not fit {name}: {_brief(error)}") from error
     folder = source if source.is_dir() else source.parent
     folder = folder.parent if folder.name == "checkpoints" else folder
-    return model.to(map_location).eval(), {"settings": {}, "scaling": {}, "folder": folder} | data
+    return model.to(map_location).eval(), {"settings": {}, "scaling": {}, "white": None, "folder": folder} | data
 
 
 def _data_of(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
     what = f"{source}: its settings of the data"
     settings = values.plain(checkpoint.get("datamodule_hyper_parameters", {}), what)
     state = checkpoint.get("DataModule")
-    scaling = state.get("scaling") if isinstance(state, dict) else None
+    state = state if isinstance(state, dict) else {}
+    scaling, white = state.get("scaling"), state.get("white")
     whole = isinstance(scaling, dict) and all(isinstance(scaling.get(key), Tensor) for key in ("offset", "factor"))
-    return {"settings": settings, "scaling": scaling if whole else {}}
+    white = white if isinstance(white, int) and white in (1, 255) else None
+    return {"settings": settings, "scaling": scaling if whole else {}, "white": white}
 
 
 def verify(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:

@@ -303,7 +303,7 @@ class DataModule(Checked, LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data: the epoch, the batches of it that each rank has seen, and the ranks.
 
-        With it goes what a task needs to scale other samples as these were, if they were not bytes.
+        With it goes what a task needs to scale other samples as these were.
         """
         if self.trainer is None:
             return {}
@@ -314,7 +314,8 @@ class DataModule(Checked, LightningDataModule):
         position = {"epoch": epoch["processed"], "batches": batches["ready"] if begun else 0, "world": world}
         scaling = getattr(self.source, "scaling", None)
         scale = {} if scaling is None else scaling.state()
-        return {**position, "scaling": scale} if scale else {**position}
+        white = {} if self.source.white is None else {"white": self.source.white}
+        return {**position, **white, "scaling": scale} if scale else {**position, **white}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on there; Lightning calls it before it asks for the loader.

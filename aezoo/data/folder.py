@@ -81,6 +81,7 @@ class Folder(Source):
         headers = self._each(paths, lambda path: header(path, self.options.max_pixels))
         self._check(headers)
         deep = any(mode in DEEP for _, mode in headers.values())
+        self.white = 1 if deep else 255
         size = len(paths) * math.prod(self.input_shape) * (4 if deep else 1)
         memory = self.options.memory
         held: Tensor | None = None

@@ -62,6 +62,7 @@ class InMemory(Source):
         if "train" not in splits:
             raise AezooError(f"{options.name}: the training split is empty: give at least one sample")
         self.scaling = scale = Scale(splits["train"].x, options.scale)
+        self.white = scale.white
         return {stage: Pair(scale(pair.x), pair.y) for stage, pair in splits.items()}
 
 
@@ -79,11 +80,15 @@ class Scale:
     Args:
         train: the training samples.
         rule: one of the four names.
+
+    Attributes:
+        white: see `Source`; floats within [0, 1] are taken for shares of white, as auto takes them.
     """
 
     def __init__(self, train: Tensor, rule: str) -> None:
         self.bytes = train.dtype == torch.uint8
         self.keep_bytes = rule == "auto" and self.bytes
+        self.white = 255 if self.bytes else 1 if train.min() >= 0 and train.max() <= 1 else None
         self.offset: Tensor | None = None
         self.factor: Tensor | None = None
         if rule == "none" or self.keep_bytes:

@@ -76,6 +76,8 @@ class Shapes(Source):
         factor_sizes: how many values each has.
     """
 
+    white = 255
+
     def __init__(self, options: Options) -> None:
         if options.scale not in ("auto", "none"):
             raise AezooError(f"--data.scale {options.scale} needs a set in memory, {options.name} is not: use auto")

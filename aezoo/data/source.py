@@ -62,6 +62,8 @@ class Source(ABC):
         num_classes: number of classes, None without labels; known from the constructor on.
         class_names: what the labels 0, 1, ... mean, where it is known.
         value_range: the range that the training values fill, None when it has no bounds.
+        white: what white is in its pictures before they are scaled: 255 of bytes, 1 of floats from 0 to 1; None where
+            it cannot be told. Known once there is a split.
         processes: how many of this machine read the set, each into its own memory; the DataModule sets it.
     """
 
@@ -69,6 +71,7 @@ class Source(ABC):
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     value_range: tuple[float, float] | None = (0.0, 1.0)
+    white: int | None = None
     processes: int = 1
 
     def prepare(self) -> None:

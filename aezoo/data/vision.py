@@ -129,6 +129,8 @@ class VisionArray(InMemory):
 class VisionFiles(Source):
     """A set of picture files, decoded when they are used."""
 
+    white = 255
+
     def __init__(self, options: Options) -> None:
         if options.scale not in ("auto", "none"):
             raise AezooError(f"--data.scale {options.scale} needs a set in memory, {options.name} is not: use auto")

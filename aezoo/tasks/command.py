@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
+from torch import Tensor
+
 from aezoo import acceleration, checkpoint
 from aezoo.data import DataModule, images
 from aezoo.data.array import arrange, number_labels
@@ -32,6 +35,7 @@ _FILES = {"around"}
 # verbs whose results are samples
 _OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
 _MOST_LINES = 20
+_AS_IS = {"offset": torch.zeros(()), "factor": torch.ones(())}
 
 
 class Result(Protocol):
@@ -176,22 +180,24 @@ def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None,
         flag: what the message calls it.
 
     Raises:
-        AezooError: there is nothing to read.
+        AezooError: there is nothing to read, or it cannot be told how to scale pictures.
     """
-    source = Path(path)
+    source, what = Path(path), f"--{flag} {path}"
     if not source.exists():
-        raise AezooError(f"--{flag} {path} does not exist: give a file of arrays, an image or a folder of images")
+        raise AezooError(f"{what} does not exist: give a file of arrays, an image or a folder of images")
     given = {key: value for key, value in (data or {}).items() if value is not None}
     size, channels, most = given.get("size"), given.get("channels"), given.get("max_pixels", _MAX_PIXELS)
-    levels = 1 if trained["settings"].get("scale") == "none" else 255
     if source.is_dir():
         kept = {key: given[key] for key in ("size", "channels", "on_error", "max_pixels", "memory") if key in given}
         module = DataModule(name=path, val_fraction=0, test_fraction=0, **kept)
-        return Samples(module.dataset("train"), levels, {}, module.source.class_names, path)
+        dataset = module.dataset("train")
+        scaling = _scaling(trained, module.source.white, what)
+        return Samples(dataset, *scaling, module.source.class_names, path)
     if source.suffix.lower() in images.EXTENSIONS:
         mode = images.header(source, most)[1]
         image = images.read(source, size, channels or (1 if mode in images.GREY else 3), most)
-        return Samples(ArrayDataset(image[None]), levels, {}, None, path)
+        scaling = _scaling(trained, 255 if image.dtype == torch.uint8 else 1, what)
+        return Samples(ArrayDataset(image[None]), *scaling, None, path)
     arrays = read_arrays(source, given.get("max_bytes", 2**33))
     name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)
     if name is None:
@@ -200,7 +206,32 @@ def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None,
     x = images.fit(x, size, channels) if x.ndim == 4 else x
     labels = arrays.get(name.replace("x", "y", 1))
     y, names = number_labels({} if labels is None else {"test": labels}, f"{path}: ")
-    return Samples(ArrayDataset(x, y.get("test")), levels, trained["scaling"], names, path)
+    scaling = _scaling(trained, 255 if x.dtype == torch.uint8 else None)
+    return Samples(ArrayDataset(x, y.get("test")), *scaling, names, path)
+
+
+def _scaling(trained: dict[str, Any], white: int | None, picture: str = "") -> tuple[int, dict[str, Tensor]]:
+    """What `Samples` divides bytes by, and the scaling, for samples that become what the model was trained on.
+
+    Args:
+        trained: what `load_run` says of the data.
+        white: what white is in the samples: 255 of bytes, 1 of pictures of 16 bits, None of numbers in the units of the
+            training data.
+        picture: what the message calls them if they are pictures.
+
+    Raises:
+        AezooError: they are pictures, and what white was in the training data cannot be told.
+    """
+    scaling, was = trained["scaling"], trained.get("white")
+    if not scaling and trained["settings"].get("scale") != "none":
+        return 255, {}
+    if picture and was is None:
+        raise AezooError(f"{picture} cannot be scaled as the training data were (--data.scale), since it is not known "
+                         "what white is in them: give an array of such values, as .npy")  # fmt: skip
+    ratio = white / was if white and was else 1
+    if ratio != 1:
+        scaling = {key: ratio * value for key, value in (scaling or _AS_IS).items()}
+    return 1, scaling
 
 
 def _value(argv: list[str], flag: str) -> str | None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from PIL import Image
 
 import aezoo
 from aezoo import cli
@@ -68,6 +69,21 @@ def test_a_file_is_scaled_as_the_training_data_were(run, tmp_path, capsys):
     expected = model(scaled).detach().numpy()
     assert np.allclose(np.load(tmp_path / "reconstructions.npy"), expected, atol=1e-6)
     assert (tmp_path / "errors.csv").read_text().splitlines()[0].endswith("label")
+
+
+def test_a_picture_is_scaled_as_the_training_data_were(tmp_path):
+    x = np.random.default_rng(0).integers(0, 200, (40, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", x)
+    Image.fromarray(x[0]).save(tmp_path / "photo.png")
+    flags = ["--data.scale", "standard", "--model.likelihood", "gaussian", "--trainer.max_epochs", "1"]
+    flags += ["--data.name", str(tmp_path / "x.npy"), "--trainer.default_root_dir", str(tmp_path / "runs")]
+    cli.main(["fit", "--model", "dense_ae", *flags])
+    (folder,) = (path.parent for path in tmp_path.rglob("config.yaml"))
+    cli.main(["reconstruct", "--ckpt_path", str(folder), "--input", str(tmp_path / "photo.png"), f"--out={tmp_path}"])
+    model, trained = aezoo.checkpoint.load_run(folder)
+    scaled = (torch.from_numpy(x[:1, None]) - trained["scaling"]["offset"]) / trained["scaling"]["factor"]
+    assert trained["white"] == 255 and -3 < float(scaled.min()) < -1 < 1 < float(scaled.max()) < 3
+    assert np.allclose(np.load(tmp_path / "reconstructions.npy"), model(scaled).detach().numpy(), atol=1e-5)
 
 
 def test_a_saved_model_takes_a_file_and_says_that_it_knows_no_data(run, tmp_path, capsys):

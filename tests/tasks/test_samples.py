@@ -64,6 +64,44 @@ def test_a_file_is_scaled_by_the_statistics_of_training(tmp_path):
     assert abs(float(train.mean())) < 1e-5 and abs(float(given.mean())) < 0.5
 
 
+def trained_on(x, pixels, scale):
+    """The picture as a model sees it that is trained on x, and what its checkpoint says of these."""
+    data = aezoo.DataModule.from_arrays(x, x_test=pixels[None], scale=scale, val_fraction=0)
+    seen = data.tensors("test")[0]
+    source = data.source
+    return seen, {"settings": {"scale": scale}, "scaling": source.scaling.state(), "white": source.white}
+
+
+@pytest.mark.parametrize("scale", ["auto", "unit", "standard", "none"])
+@pytest.mark.parametrize("levels", [1, 255], ids=["bytes", "shares"])
+def test_pictures_are_scaled_as_the_training_data_were(tmp_path, scale, levels):
+    x = np.random.default_rng(0).integers(0, 200, (41, 8, 8), dtype=np.uint8)
+    pixels, x = (x[0], x[1:]) if levels == 1 else (x[0] / 255, x[1:] / 255)
+    seen, trained = trained_on(x, pixels, scale)
+    bytes_ = np.rint(pixels * levels).astype(np.uint8)
+    for name, values in (("8", bytes_), ("16", bytes_.astype(np.uint16) * 257)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(values).save(tmp_path / name / "a.png")
+        assert torch.allclose(all_of(read(str(tmp_path / name / "a.png"), trained)), seen, atol=1e-5)
+        for memory in ("on", "off"):
+            assert torch.allclose(all_of(read(str(tmp_path / name), trained, {"memory": memory})), seen, atol=1e-5)
+    np.save(tmp_path / "x.npy", bytes_[None])
+    assert torch.allclose(all_of(read(str(tmp_path / "x.npy"), trained)), seen, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["auto", "unit", "standard", "none"])
+def test_pictures_are_refused_where_the_training_data_do_not_say_what_white_is(tmp_path, scale):
+    x = np.random.default_rng(0).normal(50, 20, (41, 8, 8))
+    seen, trained = trained_on(x[1:], x[0], scale)
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", tmp_path):
+        with pytest.raises(AezooError, match="not known what white is") as refusal:
+            read(str(path), trained)
+        assert f"--input {path} " in str(refusal.value) and "\n" not in str(refusal.value)
+    np.save(tmp_path / "x.npy", x[:1])
+    assert torch.allclose(all_of(read(str(tmp_path / "x.npy"), trained)), seen)
+
+
 def test_a_few_are_drawn_without_repeats_in_their_order_with_their_labels():
     data = aezoo.DataModule("digits")
     samples = Samples.of(data, "train")

@@ -3,7 +3,7 @@
     threshold   1 where a value is above 1/2
     static      1 with the value as its probability, drawn once (Salakhutdinov & Murray 2008, ICML)
     dynamic     training samples are drawn anew every epoch (Burda et al. 2015, https://arxiv.org/abs/1509.00519,
-                section 5), those of val and test once
+                section 5), those of val and test once, and so are those of training for all but training
 
 What is drawn depends on the seed, the split, and for dynamic on the epoch and the place in it: not on workers, not on
 what was drawn before.
@@ -34,14 +34,14 @@ def draw(x: Tensor, generator: torch.Generator) -> Tensor:
     return (noise < x).to(x.dtype)
 
 
-def check_values(x: Tensor, name: str) -> None:
+def check_values(x: Tensor, name: str, cure: str = "set --data.scale unit") -> None:
     """Refuse what are no chances.
 
     Raises:
-        AezooError: values outside of [0, 1].
+        AezooError: values outside of [0, 1]; the message ends with the cure.
     """
     if x.dtype != torch.uint8 and not (float(x.min()) >= 0 and float(x.max()) <= 1):
-        raise AezooError(f"{name}: --data.binarise needs values from 0 to 1: set --data.scale unit")
+        raise AezooError(f"{name}: --data.binarise needs values from 0 to 1: {cure}")
 
 
 def binarised(dataset: ArrayDataset, rule: str, seed: int) -> ArrayDataset:

@@ -47,7 +47,8 @@ class DataModule(Checked, LightningDataModule):
             training split's minimum and maximum (per feature for vectors, else over everything); unit always does
             the latter; standard subtracts the mean and divides by the deviation; none keeps the values.
         binarise: Make zeros and ones of values from 0 to 1: threshold at 1/2; static draws each once, as a coin with
-            the value as its chance; dynamic draws those of training anew every epoch.
+            the value as its chance; dynamic draws those of training anew every epoch, and once for `aezoo detect` and
+            the like.
         layout: What the axes of an array mean; auto reads (N, D) as vectors, (N, A, B) as grey images if uint8 or
             square and else as sequences, four axes as images and five as volumes.
         labels: required refuses data without labels, ignore leaves them out of the batches.
@@ -197,6 +198,7 @@ class DataModule(Checked, LightningDataModule):
         self.num_classes = None if labels == "ignore" else self.source.num_classes
         self._splits: dict[Stage, Dataset[Any]] = {}
         self._on_gpu: dict[Stage, ArrayDataset] = {}
+        self._drawn: ArrayDataset | None = None
         self._why: dict[Stage, str] = {}
         self._position = (-1, 0)
 
@@ -267,9 +269,13 @@ class DataModule(Checked, LightningDataModule):
         for number, (stage, dataset) in enumerate(self._splits.items()):
             held = dataset if isinstance(dataset, ArrayDataset) else decode(dataset, str(self.name))
             binarise_rules.check_values(held.x, str(self.name))
-            if self.binarise != "dynamic" or stage != "train":  # those are drawn as they are used
+            if not self._draws_anew(stage):
                 held = binarise_rules.binarised(held, self.binarise, mix(self.seed, number))
             self._splits[stage] = held
+
+    def _draws_anew(self, stage: Stage) -> bool:
+        """Whether a split is kept as chances, which training draws from as it uses them."""
+        return self.binarise == "dynamic" and stage == "train"
 
     def _check(self, train: Dataset[Any] | None) -> None:
         n = 0 if train is None else _length(train)
@@ -354,7 +360,16 @@ class DataModule(Checked, LightningDataModule):
         return (x, *batch[1:])
 
     def dataset(self, stage: Stage) -> Dataset[Any]:
-        """The samples of a split, x uint8 or float32."""
+        """The samples of a split, x uint8 or float32; of those that training draws anew, the draw that static makes."""
+        held = self._split(stage)
+        if not self._draws_anew(stage):
+            return held
+        if self._drawn is None:
+            seed = mix(self.seed, list(self._splits).index(stage))
+            self._drawn = binarise_rules.binarised(cast(ArrayDataset, held), "static", seed)
+        return self._drawn
+
+    def _split(self, stage: Stage) -> Dataset[Any]:
         if stage not in self._ready():
             raise AezooError(f"{self.name} has no {stage} split: set --data.{stage}_fraction above 0")
         return self._splits[stage]
@@ -410,7 +425,7 @@ class DataModule(Checked, LightningDataModule):
             "world": world,
             "drop_last": self.drop_last and stage == "train",
         }
-        transform = binarise_rules.drawn_anew if self.binarise == "dynamic" and stage == "train" else None
+        transform = binarise_rules.drawn_anew if self._draws_anew(stage) else None
         if resident:
             held = cast(ArrayDataset, dataset)
             y = None if self.labels == "ignore" else held.y
@@ -433,7 +448,7 @@ class DataModule(Checked, LightningDataModule):
 
     def _held(self, stage: Stage, device: torch.device) -> Dataset[Any]:
         """The samples of a split, in memory or on the GPU where `memory` says so."""
-        dataset = self.dataset(stage)
+        dataset = self._split(stage)
         if self.memory == "off":
             return dataset
         if not isinstance(dataset, ArrayDataset):

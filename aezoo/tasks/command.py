@@ -19,9 +19,10 @@ from aezoo.data import DataModule, images
 from aezoo.data.array import arrange, number_labels
 from aezoo.data.memory import numeric
 from aezoo.data.readers import read_arrays
-from aezoo.data.source import ArrayDataset, Stage
+from aezoo.data.source import STAGES, ArrayDataset, Stage
 from aezoo.errors import AezooError
 from aezoo.parsing import Parser, check_flags
+from aezoo.randomness import mix
 from aezoo.request import name_data
 from aezoo.security import policy
 from aezoo.tasks.output import device_of
@@ -171,21 +172,28 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
 
 
 def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None, flag: str = "input") -> Samples:
-    """The samples in a file or a folder, scaled as those were that a model was trained on.
+    """The samples in a file or a folder, scaled and binarised as those were that a model was trained on.
 
     Args:
         path: a file of arrays, an image, or a folder of images.
         trained: what `load_run` says of the data.
-        data: settings of the DataModule: size, channels, layout, on_error and the limits count here.
+        data: settings of the DataModule: size, channels, layout, binarise with its seed, on_error and the limits count
+            here.
         flag: what the message calls it.
 
     Raises:
-        AezooError: there is nothing to read, or it cannot be told how to scale pictures.
+        AezooError: there is nothing to read, or it cannot be scaled or binarised so.
     """
-    source, what = Path(path), f"--{flag} {path}"
+    given = {key: value for key, value in (data or {}).items() if value is not None}
+    samples, rule = _scaled(path, trained, given, f"--{flag} {path}"), given.get("binarise", "none")
+    # like one more split
+    return samples if rule == "none" else samples.binarised(rule, mix(given.get("seed", 0), len(STAGES)))
+
+
+def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str) -> Samples:
+    source = Path(path)
     if not source.exists():
         raise AezooError(f"{what} does not exist: give a file of arrays, an image or a folder of images")
-    given = {key: value for key, value in (data or {}).items() if value is not None}
     size, channels, most = given.get("size"), given.get("channels"), given.get("max_pixels", _MAX_PIXELS)
     if source.is_dir():
         kept = {key: given[key] for key in ("size", "channels", "on_error", "max_pixels", "memory") if key in given}

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aezoo.autoencoder import Autoencoder
-from aezoo.data import DataModule
+from aezoo.data import DataModule, binarise
 from aezoo.data.array import arrange
 from aezoo.data.classes import labels_of, subset
 from aezoo.data.loaders import collate, local_processes, make_loader, workers
 from aezoo.data.memory import numeric, real
+from aezoo.data.resident import decode
 from aezoo.data.source import ArrayDataset, Stage
 from aezoo.errors import AezooError
 from aezoo.randomness import forked_rng
@@ -134,6 +135,18 @@ class Samples:
     def subset(self, index: Tensor) -> "Samples":
         """The samples of these numbers, read when they are asked for."""
         return Samples(subset(self.dataset, index), self.levels, self.scaling, self.class_names, self.name)
+
+    def binarised(self, rule: str, seed: int) -> "Samples":
+        """Zeros and ones of them, in memory, by a rule of `--data.binarise`; what is drawn is drawn once.
+
+        Raises:
+            AezooError: values outside of [0, 1].
+        """
+        held = self.dataset if isinstance(self.dataset, ArrayDataset) else decode(self.dataset, self.name)
+        x = self._as_float(held.x) if self.scaling else held.x
+        binarise.check_values(x, self.name, "give such values")
+        fresh = binarise.binarised(ArrayDataset(x, held.y), rule, seed)
+        return Samples(fresh, self.levels, None, self.class_names, self.name)
 
     def check(self, model: Autoencoder) -> "Samples":
         """Themselves, if the model can use them.

@@ -62,6 +62,17 @@ def test_dynamic_draws_training_anew_each_epoch_and_the_rest_once_wherever_sampl
     assert torch.equal(held.tensors("val")[0], DataModule(name, binarise="static").tensors("val")[0])
 
 
+@pytest.mark.parametrize("name", ["digits", "mnist5k"])
+def test_dynamic_gives_one_draw_of_training_samples_to_all_but_training(name):
+    data, fresh = (DataModule(name, binarise="dynamic", seed=3) for _ in range(2))
+    x = data.tensors("train")[0]
+    assert torch.equal(x, DataModule(name, binarise="static", seed=3).tensors("train")[0])
+    assert data.dataset("train") is data.dataset("train")
+    for first, second in zip(epochs(data), epochs(fresh), strict=True):
+        assert torch.equal(first, second)
+        assert not torch.equal(first.float().mean(0), x.mean(0))
+
+
 def test_an_epoch_draws_other_noise_than_the_one_before_at_the_same_place():
     sampler, x = EpochSampler(100, shuffle=True), torch.full((100, 64), 0.5)
     draws = []

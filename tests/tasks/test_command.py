@@ -10,6 +10,7 @@ from PIL import Image
 
 import aezoo
 from aezoo import cli
+from aezoo.tasks.command import read
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,24 @@ def test_a_picture_is_scaled_as_the_training_data_were(tmp_path):
     scaled = (torch.from_numpy(x[:1, None]) - trained["scaling"]["offset"]) / trained["scaling"]["factor"]
     assert trained["white"] == 255 and -3 < float(scaled.min()) < -1 < 1 < float(scaled.max()) < 3
     assert np.allclose(np.load(tmp_path / "reconstructions.npy"), model(scaled).detach().numpy(), atol=1e-5)
+
+
+def test_tasks_see_zeros_and_ones_where_training_did(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", x)
+    flags = ["--data.name", str(tmp_path / "x.npy"), "--data.binarise", "dynamic", "--data.seed", "3"]
+    flags += ["--trainer.max_epochs", "1", "--trainer.default_root_dir", str(tmp_path / "runs")]
+    cli.main(["fit", "--model", "dense_ae", *flags])
+    (folder,) = (path.parent for path in tmp_path.rglob("config.yaml"))
+    model, trained = aezoo.checkpoint.load_run(folder)
+    static = aezoo.DataModule(str(tmp_path / "x.npy"), binarise="static", seed=3).tensors("train")[0]
+    drawn = read(str(tmp_path / "x.npy"), trained, trained["settings"]).rows(range(40))
+    given = ["--input", str(tmp_path / "x.npy")]
+    for flags, seen in ((["--split", "train"], static), (given, drawn)):
+        cli.main(["reconstruct", "--ckpt_path", str(folder), f"--out={tmp_path / 'out'}", *flags])
+        assert set(seen.unique().tolist()) == {0.0, 1.0}
+        found = np.load(tmp_path / "out" / "reconstructions.npy")
+        assert np.allclose(found, model(seen).detach().numpy(), atol=1e-6)
 
 
 def test_a_saved_model_takes_a_file_and_says_that_it_knows_no_data(run, tmp_path, capsys):

@@ -102,6 +102,45 @@ def test_pictures_are_refused_where_the_training_data_do_not_say_what_white_is(t
     assert torch.allclose(all_of(read(str(tmp_path / "x.npy"), trained)), seen)
 
 
+@pytest.mark.parametrize("rule", ["threshold", "static", "dynamic"])
+def test_files_are_binarised_by_the_rule_of_training(tmp_path, rule):
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    x[:, 0], x[:, 1] = 0, 255
+    for i, image in enumerate(x):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(40) % 2)
+    np.save(tmp_path / "shares.npy", x / 255)
+    for path in (tmp_path, tmp_path / "x.npz", tmp_path / "shares.npy", tmp_path / "a" / "0.png"):
+        grey = read(str(path), UNKNOWN)
+        found, again, other = (
+            all_of(read(str(path), UNKNOWN, {"binarise": rule, "seed": seed, "memory": "off"})) for seed in (3, 3, 4)
+        )
+        p = all_of(grey)
+        assert set(found.unique().tolist()) == {0.0, 1.0} and torch.equal(found, again)
+        assert torch.equal(found[:, 0, :2], p[:, 0, :2])  # what is certain
+        if rule == "threshold":
+            assert torch.equal(found, (p > 0.5).float())
+        else:
+            assert not torch.equal(found, other)
+            assert abs(float((found - p).mean())) < 5 * float((p * (1 - p)).mean() / p.numel()) ** 0.5
+        y = read(str(path), UNKNOWN, {"binarise": rule}).y
+        assert y is None if grey.y is None else torch.equal(y, grey.y)
+
+
+def test_values_are_scaled_before_they_are_binarised(tmp_path):
+    x = np.random.default_rng(0).random((40, 3)) * 90 + 10
+    data = aezoo.DataModule.from_arrays(x, scale="unit", val_fraction=0, test_fraction=0)
+    inside = data.tensors("train")[0]
+    trained = {"settings": {"scale": "unit"}, "scaling": data.source.scaling.state()}
+    np.save(tmp_path / "x.npy", x)
+    found = all_of(read(str(tmp_path / "x.npy"), trained, {"binarise": "threshold"}))
+    assert torch.equal(found, (inside > 0.5).float())
+    np.save(tmp_path / "x.npy", x + 90)
+    with pytest.raises(AezooError, match="binarise needs values from 0 to 1: give such values"):
+        read(str(tmp_path / "x.npy"), trained, {"binarise": "threshold"})
+
+
 def test_a_few_are_drawn_without_repeats_in_their_order_with_their_labels():
     data = aezoo.DataModule("digits")
     samples = Samples.of(data, "train")

@@ -82,7 +82,7 @@ def detect(
 
     Writes scores.csv (index, score, p_value, is_anomaly, a column for each further score and, where there are labels,
     label), detect.csv with a row for each score and baseline, and a picture of the strangest samples with the error of
-    each pixel. AUROC and AUPR need labels and a protocol, `normal` or `anomaly`.
+    each pixel. AUROC and AUPR need a protocol, `normal` or `anomaly`, and labels; samples without one count in neither.
 
     Args:
         model: a trained model.

@@ -16,6 +16,8 @@ from aezoo.tasks.output import Row
 from aezoo.tasks.samples import Samples
 
 Flags = npt.NDArray[np.bool_]
+# 1 for an anomaly, 0 for a normal sample, UNLABELLED for one of which that is not known
+Kinds = npt.NDArray[np.int64]
 
 
 class Protocol:
@@ -37,7 +39,7 @@ class Protocol:
             return f"one-vs-rest: {self.named} is normal, all other classes are anomalies"
         return f"leave-one-out: {self.named} is the anomaly, all other classes are normal"
 
-    def anomalies(self, samples: Samples) -> Flags | None:
+    def anomalies(self, samples: Samples) -> Kinds | None:
         """Which samples are anomalies, (N,); None if no class is named.
 
         Raises:
@@ -45,20 +47,23 @@ class Protocol:
         """
         if self.named is None:
             return None
-        classes = _classes(samples)
-        if classes is None:
+        known = _classes(samples)
+        if known is None:
             raise AezooError(f"{samples.name} has no labels to say what normal and anomaly mean: drop these, or give "
                              "samples with labels")  # fmt: skip
-        if not (classes == str(self.named)).any():
-            raise AezooError(f"no sample of {samples.name} has the label {self.named!r}: it has {listed(classes)}")
-        return (classes == str(self.named)) != self.normal_is_named
+        classes, labelled = known
+        if not (classes[labelled] == str(self.named)).any():
+            there = listed(classes[labelled])
+            raise AezooError(f"no sample of {samples.name} has the label {self.named!r}: it has {there}")
+        return np.where(labelled, (classes == str(self.named)) != self.normal_is_named, UNLABELLED)
 
     def normal_places(self, samples: Samples) -> npt.NDArray[np.int64]:
-        """Which samples are not anomalies by their labels, as numbers; all of them if they have no labels."""
-        classes = None if self.named is None else _classes(samples)
-        if classes is None:
+        """Which samples are normal by their labels, as numbers; all of them if they have no labels."""
+        known = None if self.named is None else _classes(samples)
+        if known is None:
             return np.arange(len(samples))
-        normal = np.flatnonzero((classes == str(self.named)) == self.normal_is_named)
+        classes, labelled = known
+        normal = np.flatnonzero(labelled & ((classes == str(self.named)) == self.normal_is_named))
         if not len(normal):
             raise AezooError(f"{samples.name} holds no normal samples, {self}: give others to fit and calibrate on")
         return normal
@@ -94,10 +99,13 @@ class Reference:
         return cls(samples, own, len(everything) - len(normal) - unlabelled)
 
 
-def measure(scores: npt.NDArray[Any], anomalous: Flags | None) -> dict[str, float | None]:
+def measure(scores: npt.NDArray[Any], anomalous: Kinds | Flags | None) -> dict[str, float | None]:
     """Area under the ROC curve and average precision; None where there are no anomalies or nothing else."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
+    if anomalous is not None:
+        labelled = anomalous != UNLABELLED
+        scores, anomalous = scores[labelled], anomalous[labelled]
     if anomalous is None or anomalous.all() or not anomalous.any():
         return {"auroc": None, "aupr": None}
     return {
@@ -111,14 +119,17 @@ def about_labels(
     baselines: Collection[str],
     train: Reference,
     protocol: Protocol,
-    anomalous: Flags | None,
+    anomalous: Kinds | None,
     labelled: bool,
 ) -> list[str]:
     """What AUROC and AUPR rest on, and whether a baseline has the best ones."""
     if anomalous is None:
         hint = "AUROC and AUPR need to know what an anomaly is: give normal or anomaly, as in --normal CLASS"
         return [hint] if labelled else []
-    lines = [f"{protocol}: {int(anomalous.sum()):,} of {len(anomalous):,} samples are anomalies"]
+    kinds = anomalous[anomalous != UNLABELLED]
+    lines = [f"{protocol}: {int(kinds.sum()):,} of {len(kinds):,} samples are anomalies"]
+    if unlabelled := len(anomalous) - len(kinds):
+        lines[0] += f"; {unlabelled:,} without a label are left out of AUROC and AUPR"
     if train.n_left_out:
         lines.append(f"{train.n_left_out:,} anomalies among the training samples are left out here; if the model was "
                      "trained on them, it knows them: train with --data.train_classes")  # fmt: skip
@@ -128,7 +139,11 @@ def about_labels(
     return lines
 
 
-def _classes(samples: Samples) -> npt.NDArray[Any] | None:
-    """The class of each sample by name."""
+def _classes(samples: Samples) -> tuple[npt.NDArray[Any], Flags] | None:
+    """The class of each sample by name, and whether it has one; None if none has."""
     y = samples.labels
-    return None if y is None else names_of(y, samples.class_names)
+    if y is None:
+        return None
+    # among labels with fractions -1 is one of them
+    labelled = np.full(len(y), True) if y.is_floating_point() else (y != UNLABELLED).numpy()
+    return (names_of(y, samples.class_names), labelled) if labelled.any() else None

@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 import aezoo
+from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
 from aezoo.tasks import detect_scores
 from aezoo.tasks.detect import Detector, detect, p_values
@@ -390,6 +391,46 @@ def test_a_protocol_names_anomalies_and_takes_them_out_of_what_is_fitted_on(prot
     assert rows["mean"]["aupr"] == pytest.approx(average_precision_score(is_strange, distance))
     assert f"{is_strange.sum()} of 120 samples are anomalies" in found.summary()
     assert f"{len(normal_val)} held-out samples" in found.summary()
+
+
+def some_labels(data):
+    """The same samples and labels, two of three in each split without theirs."""
+    parts = {stage: data.tensors(stage) for stage in ("train", "val", "test")}
+    arrays = {f"x_{stage}": x.numpy() for stage, (x, _) in parts.items()}
+    for stage, (_, y) in parts.items():
+        arrays[f"y_{stage}"] = np.where(np.arange(len(y)) % 3 == 1, y, -1)
+    arrays = {name.removesuffix("_train"): array for name, array in arrays.items()}
+    return aezoo.DataModule.from_arrays(**arrays, scale="none", batch_size=16)
+
+
+@pytest.mark.parametrize("protocol", ["normal", "anomaly"])
+def test_samples_without_a_label_are_neither_normal_nor_anomalies(protocol):
+    data, model = some_labels(blobs()), linear(d=5, latent_dim=2)
+    found = detect(model, data, **{protocol: "1"})
+    y = data.tensors("test")[1]
+    train, y_train = data.tensors("train")
+    is_strange = (y == 1).numpy() != (protocol == "normal")
+    normal = train[(y_train != -1) & ((y_train == 1) == (protocol == "normal"))]
+    assert np.isclose(found.threshold, Detector(model).fit(normal).threshold_)
+    labelled = (y != -1).numpy()
+    expected = roc_auc_score(is_strange[labelled], found.scores[labelled])
+    assert len(found.scores) == 120 and found.table[0]["auroc"] == pytest.approx(expected)
+    n, n_strange = int(labelled.sum()), int(is_strange[labelled].sum())
+    assert f"{n_strange} of {n} samples are anomalies; {120 - n} without a label" in found.summary()
+    assert f"\n{int((y_train != -1).sum()) - len(normal)} anomalies among the training samples" in found.summary()
+
+
+def test_no_label_is_no_class_to_name_and_no_labels_at_all_are_none():
+    data, model = some_labels(blobs()), linear(d=5, latent_dim=2)
+    with pytest.raises(AezooError, match=r"no sample of .* has the label '-1': it has 0, 1, 2$"):
+        detect(model, data, anomaly="-1")
+    x, y = data.tensors("test")
+    without = Samples(ArrayDataset(x, torch.full_like(y, -1)), class_names=("0", "1", "2"))
+    with pytest.raises(AezooError, match="has no labels to say"):
+        detect(model, without, anomaly="1")
+    found = detect(model, data, fit_on=without, anomaly="1")
+    assert np.isclose(found.threshold, Detector(model).fit(x).threshold_)
+    assert "among the training samples" not in found.summary()
 
 
 def test_a_split_that_is_judged_by_itself_compares_each_sample_with_the_others():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
+from aezoo.data.classes import UNLABELLED
 from aezoo.errors import AezooError
 from aezoo.tasks.embed_codes import (
     choose_rows,
@@ -48,8 +49,9 @@ class Embedding:
         codes: (N, *code_shape), `model.encode` of each sample.
         plane: (M, 2), the points of the picture, for at most 10,000 of the samples.
         rows: (M,), the samples that the points belong to.
-        accuracies: one row each for codes, raw values and PCA: the share of x whose class a logistic regression
-            (probe) and the 5 nearest neighbours (knn) read off them; empty without labels or new samples.
+        accuracies: one row each for codes, raw values and PCA: the share of x, where it has labels, whose class a
+            logistic regression (probe) and the 5 nearest neighbours (knn) read off them; empty without labels or new
+            samples.
         neighbours: (N, nearest), numbers of the nearest samples of `fit_on`, nearest first.
         distances: (N, nearest), how far they are in code space (Euclidean).
         files: what has been written.
@@ -179,12 +181,15 @@ def _accuracies(
         part.rows(torch.from_numpy(chosen)).flatten(1).numpy() for part, chosen in ((train, rows), (test, test_rows))
     )
     y_train, y_test = np.asarray(train.y)[rows], same_classes(test, train)[test_rows]
-    known = y_train >= 0  # -1 is no label, see --data.num_labels
+    test_codes = test_codes[test_rows]
+    # -1 is no label, see --data.num_labels
+    known, known_test = y_train != UNLABELLED, y_test != UNLABELLED
     train_codes, raw_train, y_train = train_codes[known], raw_train[known], y_train[known]
-    if len(np.unique(y_train)) < 2:
+    test_codes, raw_test, y_test = test_codes[known_test], raw_test[known_test], y_test[known_test]
+    if len(np.unique(y_train)) < 2 or not len(y_test):
         return []  # nothing to tell apart
     size = train_codes.shape[1]
-    sets = {"codes": (train_codes, test_codes[test_rows]), "raw values": (raw_train, raw_test)}
+    sets = {"codes": (train_codes, test_codes), "raw values": (raw_train, raw_test)}
     if size <= min(raw_train.shape):
         sets["pca"] = pca(raw_train, raw_test, size)
     with progress_bar("classifiers" if progress else "", len(sets)) as advance:

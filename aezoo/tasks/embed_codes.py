@@ -13,6 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
+from aezoo.data.classes import UNLABELLED
 from aezoo.errors import AezooError
 from aezoo.tasks.output import fill
 from aezoo.tasks.samples import Samples
@@ -67,11 +68,12 @@ def has_classes(samples: Samples) -> bool:
 
 
 def same_classes(samples: Samples, known: Samples) -> Array:
-    """Labels of `samples` as `known` numbers its classes, where both name them; -1 is a class that it lacks."""
+    """Labels of `samples` as `known` numbers its classes, where both name them; the next number is a class it lacks."""
     y, names, known_names = np.asarray(samples.y), samples.class_names, known.class_names
     if names is None or known_names is None or names == known_names:
         return y
-    return np.array([known_names.index(name) if name in known_names else -1 for name in names])[y]
+    numbers = [known_names.index(name) if name in known_names else len(known_names) for name in names]
+    return np.array([*numbers, UNLABELLED])[y]  # which counts from the end
 
 
 # ---- the plane ------------------------------------------------------------------------------------------------------

@@ -98,6 +98,27 @@ def test_labels_of_another_numbering_are_compared_by_name(model, digits):
     assert by_name[1]["knn"] > 0.9
 
 
+@pytest.mark.parametrize("names", [tuple("0123456789"), tuple("9876543210")], ids=["same", "other numbering"])
+def test_samples_without_a_label_are_left_out_of_the_accuracies(model, digits, names):
+    x, y = digits.tensors("test")
+    y = y if names[0] == "0" else 9 - y
+    labelled = torch.arange(len(y)) % 4 == 1
+    some = Samples(ArrayDataset(x, torch.where(labelled, y, -1)), class_names=names)
+    few = Samples(ArrayDataset(x[labelled], y[labelled]), class_names=names)
+    found = embed(model, some, fit_on=digits)
+    assert len(found.codes) == len(y) and found.accuracies == embed(model, few, fit_on=digits).accuracies
+    none = Samples(ArrayDataset(x, torch.full_like(y, -1)), class_names=names)
+    assert embed(model, none, fit_on=digits).accuracies == []
+
+
+def test_a_class_that_was_never_seen_is_read_off_wrongly(model, digits):
+    x, y = digits.tensors("test")
+    half = Samples(ArrayDataset(x, y % 2), class_names=("3", "hare"))
+    only = Samples(ArrayDataset(x[y % 2 == 0], y[y % 2 == 0] % 2), class_names=("3", "hare"))
+    share, alone = (embed(model, samples, fit_on=digits).accuracies[1]["knn"] for samples in (half, only))
+    assert share == pytest.approx(alone * len(only) / len(half))
+
+
 def test_the_plane_is_that_of_pca_up_to_signs(tmp_path, model, digits):
     found = embed(model, digits, out=str(tmp_path))
     reference = PCA(2).fit_transform(np.asarray(found.codes, np.float64))

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,11 @@ def _single(arrays: dict[str, Any]) -> Arrays:
 
 
 def _read_csv(path: Path, max_bytes: int) -> Arrays:
-    """Features, and labels if the header names them; the separator is a comma, semicolon or tab."""
+    """Features, and labels if the header names them; the separator is a comma, semicolon or tab.
+
+    A header is a first row with a cell of text, or one that counts its columns, 0,1,2 and so on, as pandas writes where
+    they have no names; a 0 above a single column is a sample.
+    """
     check_bytes(path, path.stat().st_size * _CSV_GROWTH, max_bytes)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -148,7 +153,9 @@ def _read_csv(path: Path, max_bytes: int) -> Arrays:
     separator = max(",;\t", key=lines[0].count)
     rows = csv.reader(lines, delimiter=separator)
     first = [cell.strip() for cell in next(rows)]
-    header = not all(_is_number(cell) for cell in first)
+    # an empty cell is a value that is missing
+    counts = len(first) > 1 and first == [str(i) for i in range(len(first))]
+    header = counts or not all(_is_number(cell) for cell in first if cell)
     names = [name.lower() for name in first] if header else []
     label = names.index("label") if "label" in names else None
     texts, labels = [], []
@@ -170,6 +177,9 @@ def _read_csv(path: Path, max_bytes: int) -> Arrays:
                 f"{path}, row {number}, column {column + 1} of the features: {row[column]!r} is no number: fill it, or "
                 "name the column of the classes label"
             ) from None
+    if counts and (x == np.floor(x)).all():
+        warnings.warn(f"{path}: the first row, {separator.join(first)[:40]}, is taken for a header, as all others hold "
+                      "whole numbers too: write 0.0 for its 0 if it is a sample", stacklevel=2)  # fmt: skip
     return {"x": x, "y": _labels(labels) if labels else None}
 
 

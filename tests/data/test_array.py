@@ -1,6 +1,7 @@
 """Arrays from files and from Python: axes, scaling, labels, and what is refused."""
 
 import pickle
+import warnings
 import zipfile
 
 import numpy as np
@@ -93,6 +94,29 @@ def test_csv_without_header_and_with_other_separators(tmp_path):
         data = DataModule(str(path))
         assert (data.input_shape, data.num_classes) == ((2,), None)
         assert torch.equal(everything(data), ordered(x))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["decimals", "whole numbers"])
+def test_a_csv_header_of_numbers_is_no_sample(tmp_path, whole):
+    path, x = tmp_path / "d.csv", np.arange(1, 61).reshape(20, 3)
+    x = x if whole else x + 0.5
+    rows = [",".join(map(repr, row)) for row in x.tolist()]
+    path.write_text("\n".join(["0,1,2", *rows]))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = everything(DataModule(str(path), scale="none"))
+    assert torch.equal(found, ordered(x))
+    # which could be a sample there, and must not go without a word
+    assert ["write 0.0 for its 0" in str(warning.message) for warning in said].count(True) == whole
+    for first in ("0.0,1,2", "0,1,3", "1,2,3"):
+        path.write_text("\n".join([first, *rows]))
+        expected = np.vstack([np.array(first.split(","), float), x])
+        assert torch.equal(everything(DataModule(str(path), scale="none")), ordered(expected))
+
+
+def test_a_csv_of_one_column_that_begins_with_0_has_no_header(tmp_path):
+    (tmp_path / "d.csv").write_text("\n".join(map(str, range(20))))
+    assert everything(DataModule(str(tmp_path / "d.csv"), scale="none"))[:, 0].tolist() == list(range(20))
 
 
 @pytest.mark.parametrize(
@@ -309,6 +333,10 @@ def broken_files(folder):
     yield "header.csv", "a header only"
     (folder / "text.csv").write_text("a,b\n1,2\n3,x\n")
     yield "text.csv", "row 1, column 2 of the features: 'x' is no number"
+    (folder / "hole.csv").write_text("1,,3\n4,5,6\n")
+    yield "hole.csv", "row 0, column 2 of the features: '' is no number: fill it"
+    (folder / "index.csv").write_text(",0,1\n0,4.5,5.5\n")
+    yield "index.csv", "row 0, column 1 of the features: '' is no number: fill it"
     (folder / "ragged.csv").write_text("a,b\n1,2\n3\n")
     yield "ragged.csv", "row 1: 1 columns, the first line has 2"
     (folder / "latin.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
@@ -322,7 +350,7 @@ def broken_files(folder):
 def test_broken_and_hostile_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cases = list(broken_files(tmp_path))
-    assert len(cases) == 19
+    assert len(cases) == 21
     for name, message in cases:
         with pytest.raises(AezooError) as caught:
             DataModule("array", root=str(tmp_path / name)).setup()

@@ -63,7 +63,13 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
         write(record_of(path), lambda file: file.write(json.dumps(record).encode() + b"\n"))
 
 
-def write(path: Path, fill: Callable[[IO[bytes]], object], keep: Path | None = None, cure: str = _GO_ON) -> None:
+def write(
+    path: Path,
+    fill: Callable[[IO[bytes]], object],
+    keep: Path | None = None,
+    cure: str = _GO_ON,
+    name: Path | None = None,
+) -> None:
     """Write a file, whole or not at all.
 
     Args:
@@ -71,6 +77,7 @@ def write(path: Path, fill: Callable[[IO[bytes]], object], keep: Path | None = N
         fill: writes the content into the open file.
         keep: where the file that is there now is to stay.
         cure: what the user is to do if it cannot be written.
+        name: what the message calls the file, by default its path.
 
     Raises:
         AezooError: it could not be written; what was there is still there.
@@ -93,7 +100,7 @@ def write(path: Path, fill: Callable[[IO[bytes]], object], keep: Path | None = N
         _sync(path.parent)
     except OSError as error:
         raise AezooError(
-            f"cannot write {path}: {error.strerror or error}; what was saved before is kept: {cure}"
+            f"cannot write {name or path}: {error.strerror or error}; what was saved before is kept: {cure}"
         ) from error
 
 

@@ -6,9 +6,9 @@ import io
 import math
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,8 @@ CURE = "make room, or choose a folder that can be written with --out"
 class Store:
     """Arrays and files of one piece of work, in a folder or, without one, arrays in memory.
 
-    Use it in a `with` block: files appear under their names when it ends well, and are removed if it does not.
+    Use it in a `with` block: all files take their names when it ends well, and are removed if it does not, so that what
+    was there before stays as it was.
 
     Args:
         folder: made if it does not exist; None keeps arrays in memory and writes nothing.
@@ -40,24 +41,36 @@ class Store:
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
         self.files: list[Path] = []
-        self._open: dict[Path, tuple[Path, Any]] = {}
+        self._token = secrets.token_hex(4)
+        self._written: dict[Path, Path] = {}
+        self._mapped: list[Any] = []
         if self.folder is not None:
             # a name of its own: another process may try the folder at this moment
             probe = self.folder / f".tmp-{os.getpid()}.part"
-            self._write(probe, b"")
+            durable.write(probe, lambda file: None, cure=CURE)
             probe.unlink()
 
     def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
-        for path, (temporary, array) in self._open.items():
-            array.flush()
+        try:
             if kind is None:
-                temporary.replace(path)
-            else:
+                self._name()
+        finally:
+            for temporary in self._written.values():
                 temporary.unlink(missing_ok=True)
-        self._open.clear()
+            self._written.clear()
+            self._mapped.clear()
+
+    def _name(self) -> None:
+        for array in self._mapped:
+            array.flush()
+        for path, temporary in self._written.items():
+            try:
+                temporary.replace(path)
+            except OSError as error:
+                raise AezooError(f"cannot write {path}: {error.strerror or error}; {CURE}") from error
 
     def array(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
         """An empty array to be filled: `folder/name.npy`, mapped into memory, or plain memory."""
@@ -68,12 +81,12 @@ class Store:
                 raise AezooError(
                     f"{name} of shape {shape} does not fit in memory: ask for less, or give out"
                 ) from error
-        path = self.folder / f"{name}.npy"
-        temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}.part")
-        if math.prod(shape) == 0:
-            np.save(path, np.empty(shape, dtype))
-            self.files.append(path)
-            return np.empty(shape, dtype)
+        path, empty = self.folder / f"{name}.npy", math.prod(shape) == 0
+        if empty:  # which cannot be mapped
+            held = np.empty(shape, dtype)
+            self.write(path.name, lambda file: np.save(file, held))
+            return held
+        temporary = self._temporary(path)
         try:
             array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.dtype(dtype), shape=shape)
             _reserve(temporary)
@@ -84,42 +97,49 @@ class Store:
                 f"cannot write {path}, {size:,.1f} GiB: {error.strerror}; make room, ask for less, or choose another "
                 "folder with --out"
             ) from error
-        self._open[path] = temporary, array
-        self.files.append(path)
+        self._mapped.append(array)
+        self._keep(path, temporary)
         return array
 
     def arrays(self, name: str, held: dict[str, npt.NDArray[Any]]) -> None:
         """Write arrays by name as `folder/name.npz`."""
-        if self.folder is not None:
-            path = self.folder / f"{name}.npz"
-            durable.write(path, lambda file: np.savez(file, **held), cure=CURE)  # type: ignore[arg-type]
-            self.files.append(path)
+        self.write(f"{name}.npz", lambda file: np.savez(file, **held))  # type: ignore[arg-type]
 
     def table(self, name: str, rows: Sequence[Row], kind: str = "csv") -> None:
         """Write `folder/name.csv` or, with kind "parquet", `folder/name.parquet`."""
-        if self.folder is None:
-            return
-        path = self.folder / f"{name}.{kind}"
-        self._write(path, csv_bytes(rows) if kind == "csv" else _parquet_bytes(rows))
-        self.files.append(path)
+        if self.folder is not None:
+            self.file(f"{name}.{kind}", csv_bytes(rows) if kind == "csv" else _parquet_bytes(rows))
 
     def file(self, name: str, content: bytes) -> None:
         """Write bytes as `folder/name`."""
-        if self.folder is not None:
-            self._write(self.folder / name, content)
-            self.files.append(self.folder / name)
+        self.write(name, lambda file: file.write(content))
+
+    def write(self, name: str, fill: Callable[[IO[bytes]], object]) -> int:
+        """Write `folder/name`, whose content `fill` writes into the open file; its size."""
+        if self.folder is None:
+            return 0
+        path = self.folder / name
+        temporary = self._temporary(path)
+        durable.write(temporary, fill, cure=CURE, name=path)
+        self._keep(path, temporary)
+        return temporary.stat().st_size
 
     def picture(self, name: str, figure: "Figure") -> None:
         """Write a figure as `folder/name.png`."""
         from aezoo.callbacks.drawing import render, write_png
 
         if self.folder is not None:
-            write_png(self.folder / f"{name}.png", render(figure))
-            self.files.append(self.folder / f"{name}.png")
+            path = self.folder / f"{name}.png"
+            temporary = self._temporary(path)
+            write_png(temporary, render(figure))
+            self._keep(path, temporary)
 
-    @staticmethod
-    def _write(path: Path, content: bytes) -> None:
-        durable.write(path, lambda file: file.write(content), cure=CURE)
+    def _temporary(self, path: Path) -> Path:
+        return path.with_name(f".tmp-{self._token}-{path.name}.part")
+
+    def _keep(self, path: Path, temporary: Path) -> None:
+        self._written[path] = temporary
+        self.files.append(path)
 
 
 def _reserve(file: Path) -> None:

@@ -80,6 +80,22 @@ def test_the_accuracies_are_those_of_scikit_learn(tmp_path, model, digits):
     assert "raw values" in found.summary()
 
 
+def test_what_ends_early_keeps_the_results_of_before(tmp_path, model, digits, monkeypatch):
+    def there():
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    embed(model, digits, fit_on=digits, out=str(tmp_path))
+    before = there()
+    monkeypatch.setattr("aezoo.tasks.embed.read_off", stopped)
+    x, y = digits.tensors("test")
+    with pytest.raises(KeyboardInterrupt):
+        embed(model, Samples(ArrayDataset(x[:50], y[:50])), fit_on=digits, out=str(tmp_path))
+    assert there() == before
+
+
 def test_classifiers_read_off_a_line_what_lies_on_either_side():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(400, 1)), rng.normal(size=(200, 1))

@@ -1,6 +1,7 @@
 """Results on disk: whole or not there, readable by others."""
 
 import csv
+import errno
 import resource
 import signal
 
@@ -28,6 +29,55 @@ def test_what_ends_early_leaves_nothing_and_keeps_what_was_there(tmp_path):
         store.array("x", (5,))[:] = np.ones(4)
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
     assert np.load(tmp_path / "x.npy").tolist() == [0, 1, 2]
+
+
+def test_no_file_takes_its_name_before_all_are_written(tmp_path):
+    from matplotlib.figure import Figure
+
+    names = {"a.npy", "empty.npy", "b.npz", "t.csv", "f.bin", "p.png"}
+
+    def fill(store):
+        store.array("a", (5,))[:] = 1
+        store.array("empty", (0, 5))
+        store.arrays("b", {"x": np.ones(3)})
+        store.table("t", [{"a": 1}])
+        store.file("f.bin", b"old")
+        store.file("f.bin", b"new")
+        store.picture("p", Figure(figsize=(1, 1)))
+
+    def there():
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def stopped():
+        with Store(tmp_path) as store:
+            fill(store)
+            assert len(there()) == 7 and there()["t.csv"] == b"before"
+            raise KeyboardInterrupt
+
+    (tmp_path / "t.csv").write_text("before")
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert there() == {"t.csv": b"before"}
+    with Store(tmp_path) as store:
+        fill(store)
+    assert there().keys() == names == {path.name for path in store.files}
+    assert there()["t.csv"] == b"a\n1\n" and there()["f.bin"] == b"new"
+    assert np.load(tmp_path / "a.npy").tolist() == [1] * 5 and np.load(tmp_path / "b.npz")["x"].tolist() == [1] * 3
+
+
+def test_a_file_that_cannot_be_written_is_called_by_its_name(tmp_path):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Store(tmp_path) as store:
+        with pytest.raises(AezooError, match=r"cannot write \S+/t.csv: No space left .*: make room, or choose"):
+            store.write("t.csv", full)
+        store.file("f", b"1")
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+    (tmp_path / "t.csv").mkdir()
+    with pytest.raises(AezooError, match=r"cannot write \S+/t.csv: .*; make room"), Store(tmp_path) as store:
+        store.table("t", [{"a": 1}])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "t.csv"]
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aezoo import durable
 from aezoo.autoencoder import Autoencoder
 from aezoo.discrete import DiscreteAutoencoder
 from aezoo.errors import AezooError
@@ -22,7 +21,7 @@ from aezoo.tasks.codec import baselines, indices, lossless, lossy, machine, tabl
 from aezoo.tasks.codec.autoregressive import Autoregressive
 from aezoo.tasks.codec.container import FRAME, Header, Writer, most_in_piece
 from aezoo.tasks.codec.levels import Levels, reason, to_levels
-from aezoo.tasks.output import CURE, Row, Store, table_text
+from aezoo.tasks.output import Row, Store, table_text
 from aezoo.tasks.samples import Samples
 from aezoo.tasks.samples import progress as bar
 
@@ -323,10 +322,7 @@ class Job:
             fill(memory)
             self.contents.append(memory.getvalue())
             return len(self.contents[-1])
-        path = self.store.folder / f"{name}.aez"
-        durable.write(path, fill, cure=CURE)
-        self.store.files.append(path)
-        return path.stat().st_size
+        return self.store.write(f"{name}.aez", fill)
 
 
 def _is_nan(value: Any) -> bool:

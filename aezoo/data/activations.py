@@ -51,7 +51,7 @@ from torch.utils.data import Dataset
 from aezoo.data.classes import subset
 from aezoo.data.loaders import gathers, make_loader, workers
 from aezoo.data.resident import fits, free_memory
-from aezoo.data.source import STAGES, ArrayDataset, Batch, Options, Source, Stage
+from aezoo.data.source import STAGES, ArrayDataset, Batch, Options, Source, Stage, as_float, levels_of
 from aezoo.data.sources import from_path, open_source
 from aezoo.errors import AezooError
 from aezoo.nets.classifier import Classifier
@@ -379,8 +379,7 @@ class Activations(Source):
         """Samples as a model sees them, with their labels if they have any."""
         num_workers = 0 if gathers(dataset) else workers(self.processes)
         for x, *y in make_loader(dataset, batch_size=_BATCH, num_workers=num_workers):
-            scaled = x.float() / 255 if x.dtype == torch.uint8 and self.options.scale != "none" else x.float()
-            yield (scaled, *y)
+            yield (as_float(x, levels_of(self.options.scale)), *y)
 
     def _collect(self, dataset: Dataset[Any], stage: Stage, device: torch.device) -> tuple["Rows", Tensor]:
         """All activations of a split, and the sum of their squares over samples and features, () or (S,)."""

@@ -16,7 +16,7 @@ from aezoo.data import binarise as binarise_rules
 from aezoo.data.classes import keep_labels, train_on
 from aezoo.data.loaders import EpochSampler, LazyLoader, collate, local_processes, make_loader, workers
 from aezoo.data.resident import ResidentLoader, decode, excess, on_device, size_of
-from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage
+from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, as_float, levels_of
 from aezoo.data.sources import from_path, open_source
 from aezoo.errors import AezooError
 from aezoo.randomness import mix
@@ -353,7 +353,7 @@ class DataModule(Checked, LightningDataModule):
         if x.dtype == torch.uint8:
             if self._step_takes_bytes():
                 return batch
-            x = self._as_float(x)
+            x = as_float(x, levels_of(self.scale))
             if self.trainer is not None:
                 # Lightning has converted the batch to the precision of the run already, and bytes are left as they are
                 x = self.trainer.precision_plugin.convert_input(x)
@@ -380,7 +380,7 @@ class DataModule(Checked, LightningDataModule):
         dataset = dataset if rows is None else Subset(dataset, rows)
         loader = make_loader(dataset, batch_size=1024, labels=self.labels != "ignore")
         x, *y = (torch.cat(part) for part in zip(*loader, strict=True))
-        return self._as_float(x), y[0] if y else None
+        return as_float(x, levels_of(self.scale)), y[0] if y else None
 
     def splits(self) -> tuple[Stage, ...]:
         """The splits there are, in the order train, val, test."""
@@ -395,9 +395,6 @@ class DataModule(Checked, LightningDataModule):
     def _ready(self) -> dict[Stage, Dataset[Any]]:
         self.setup()
         return self._splits
-
-    def _as_float(self, x: Tensor) -> Tensor:
-        return x.float().div_(255) if x.dtype == torch.uint8 and self.scale != "none" else x.float()
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

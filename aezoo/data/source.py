@@ -106,6 +106,16 @@ class ArrayDataset(Dataset[Batch]):
         return (self.x[rows],) if self.y is None else (self.x[rows], self.y[rows])
 
 
+def levels_of(scale: str) -> int:
+    """What bytes are divided by under a rule of `--data.scale`: 255, or 1 where they keep their values."""
+    return 1 if scale == "none" else 255
+
+
+def as_float(x: Tensor, levels: int) -> Tensor:
+    """Samples as a model sees them: bytes divided by `levels`, all else as it is, in float32."""
+    return x.float().div_(levels) if x.dtype == torch.uint8 else x.float()
+
+
 def split_rows(n: int, labels: Tensor | None, fractions: tuple[float, float], seed: int) -> dict[Stage, Tensor]:
     """Row numbers of train, val and test: disjoint, together all of `range(n)`, fixed by the seed.
 

@@ -17,7 +17,7 @@ from aezoo.data.classes import labels_of, subset
 from aezoo.data.loaders import collate, local_processes, make_loader, workers
 from aezoo.data.memory import numeric, real
 from aezoo.data.resident import decode
-from aezoo.data.source import ArrayDataset, Stage
+from aezoo.data.source import ArrayDataset, Stage, as_float, levels_of
 from aezoo.errors import AezooError
 from aezoo.randomness import forked_rng
 
@@ -60,8 +60,7 @@ class Samples:
         if isinstance(x, Samples):
             return x
         if isinstance(x, DataModule):
-            levels = 1 if x.scale == "none" else 255
-            return cls(x.dataset(split), levels, None, x.source.class_names, f"{x.name} ({split})")
+            return cls(x.dataset(split), levels_of(x.scale), None, x.source.class_names, f"{x.name} ({split})")
         if isinstance(x, LightningDataModule):
             raise AezooError(f"a {type(x).__name__} is not aezoo's: give aezoo.DataModule, an array or a tensor")
         shape = tuple(real(x, "x").shape)
@@ -107,7 +106,7 @@ class Samples:
         if self.scaling:
             # as `aezoo.data.memory.Scale` does with the training split's statistics
             return ((x.to(self.scaling["offset"].dtype) - self.scaling["offset"]) / self.scaling["factor"]).float()
-        return x.float() / self.levels if x.dtype == torch.uint8 else x.float()
+        return as_float(x, self.levels)
 
     def batches(self, size: int, title: str = "") -> Iterator[Tensor]:
         """All samples in their order, `size` at a time, on the CPU; with a title a progress bar runs along."""

@@ -320,6 +320,40 @@ def test_a_signal_saves_the_step_and_ends_with_its_code(run, monkeypatch, capsys
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 8
 
 
+@pytest.mark.parametrize(
+    ("number", "at", "back"),
+    [
+        (signal.SIGUSR1, 7, True),
+        (signal.SIGTERM, 7, False),
+        # in the last step: the run ends by itself
+        (signal.SIGUSR1, 8, False),
+    ],
+)
+def test_a_job_whose_end_slurm_announces_is_queued_again_once_it_is_saved(run, monkeypatch, number, at, back):
+    job = {"NTASKS": "1", "JOB_NAME": "train", "JOB_ID": "77", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for key, value in job.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    scontrol = Path("bin/scontrol")
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> asked\ncat {run / "last.ckpt.json"} >> asked\n')
+    scontrol.chmod(0o700)
+    monkeypatch.setenv("PATH", str(scontrol.parent.absolute()), prepend=os.pathsep)
+    true = VAE.training_step
+
+    def step(self, batch, batch_idx):
+        if self.trainer.global_step == at:
+            os.kill(os.getpid(), number)
+        return true(self, batch, batch_idx)
+
+    monkeypatch.setattr(VAE, "training_step", step)
+    with contextlib.suppress(SystemExit):
+        go_on()
+    assert Path("asked").exists() == back
+    if back:
+        command, record = Path("asked").read_text().splitlines()
+        assert command == "requeue 77" and json.loads(record)["step"] == 8
+
+
 @pytest.mark.parametrize("how", ["full", "read-only"])
 def test_what_cannot_be_written_is_one_line_and_keeps_what_was(run, monkeypatch, capsys, how):
     last = (run / "last.ckpt").read_bytes()

@@ -170,7 +170,7 @@ class Checkpoints(Checked, ModelCheckpoint):
             return
         epoch, complete = trainer.current_epoch + 1, trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         ends = trainer.should_stop or epoch == trainer.max_epochs or _at(trainer.max_steps, trainer)
-        asked = any(callback.asked for callback in trainer.callbacks if isinstance(callback, Interrupt))  # type: ignore[attr-defined]
+        asked = any(callback.asked for callback in _interrupts(trainer))
         if not (epoch % self._every_n_epochs == 0 or ends or asked):
             return
         _log_epoch(trainer)
@@ -199,8 +199,12 @@ class Checkpoints(Checked, ModelCheckpoint):
         counts = batches.state_dict()["current"]
         between = counts["ready"] == counts["processed"] and not batches.is_last_batch
         between = between and counts["ready"] % trainer.accumulate_grad_batches == 0
-        if isinstance(exception, KeyboardInterrupt) and between and self._should_save_on_exception(trainer):
+        if not isinstance(exception, KeyboardInterrupt):
+            return
+        if between and self._should_save_on_exception(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        for callback in _interrupts(trainer):
+            callback.requeue(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -247,6 +251,10 @@ class Checkpoints(Checked, ModelCheckpoint):
 
     def _finished_file(self, trainer: pl.Trainer) -> Path:
         return Path(str(self.dirpath)) / durable.FINISHED
+
+
+def _interrupts(trainer: pl.Trainer) -> list[Interrupt]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Interrupt)]  # type: ignore[attr-defined]
 
 
 def _at(max_steps: int, trainer: pl.Trainer) -> bool:

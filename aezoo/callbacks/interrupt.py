@@ -28,7 +28,7 @@ class Interrupt(pl.Callback):
     interrupts at once. Several ranks agree on the batch.
 
     Under SLURM the signal that announces the end of a job (SIGUSR1, or what the cluster environment names) does the
-    same, and afterwards the job is put into the queue again where Lightning would do so.
+    same, and once Checkpoints has written its file the job is put into the queue again where Lightning would do so.
 
     Attributes:
         signum: the signal received in the last fit, or None; a program that it ended exits with 128 + signum.
@@ -71,11 +71,15 @@ class Interrupt(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._leaving = True  # checkpoints are written now
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def requeue(self, trainer: pl.Trainer) -> None:
+        """Put the job into the queue again if SLURM has announced its end; what is to be kept is on the disk by then.
+
+        Not a hook: after an interruption Lightning calls none but `on_exception`, and this one's before Checkpoints'.
+        """
         environment = _slurm(trainer)
-        if stage != "fit" or not self.asked or not trainer.is_global_zero or environment is None:
+        if environment is None or not environment.auto_requeue or not trainer.is_global_zero:
             return
-        if environment.auto_requeue and self.signum == _requeue_signal(environment):
+        if self.signum == _requeue_signal(environment):
             _requeue()
 
     def _listen(self, trainer: pl.Trainer) -> None:

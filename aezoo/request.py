@@ -26,6 +26,10 @@ RUN_DIR = "AEZOO_RUN_DIR"
 RESUMED = "AEZOO_RESUMED"
 
 
+# what one word stands for in the place of a section's settings
+_ONE_WORD = {"model": "class_path", "data": "name"}
+
+
 @dataclass(frozen=True)
 class Request:
     """What the arguments ask for.
@@ -63,7 +67,6 @@ def expand(argv: list[str]) -> Request:
     model: str | None = None
     given: str | None = None
     asked = "off"
-    configs: list[dict[str, Any]] = []
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
         if flag not in ("-c", "--config", "--model", "--ckpt_path", "--resume", "--model.help"):
@@ -79,7 +82,6 @@ def expand(argv: list[str]) -> Request:
         if flag in ("-c", "--config"):
             path, config = _config_file(value)
             run_name = run_name or path.stem
-            configs.append(config)
             flags += ["--config", str(path)]
             model = _model_of(config) or model
         elif flag == "--ckpt_path":
@@ -103,7 +105,7 @@ def expand(argv: list[str]) -> Request:
     if asked != "off":
         if source is not None:
             raise AezooError("give --resume or --ckpt_path, not both")
-        source = _resumed(asked, given or model, run_name, configs, flags)
+        source = _resumed(asked, run_name, flags)
         flags += [] if source is None else ["--ckpt_path", str(source)]
     if source is not None:
         content = checkpoint.read_checkpoint(source)
@@ -129,35 +131,74 @@ def name_data(argv: list[str]) -> list[str]:
     return spelt
 
 
-def _resumed(
-    asked: str, model: str | None, run_name: str | None, configs: list[dict[str, Any]], flags: list[str]
-) -> Path | None:
+def setting(flags: list[str], section: str, key: str) -> str | None:
+    """A setting as the parser will see it: of the flags and files that say it the last; None if none does.
+
+    Args:
+        flags: all flags, recipes spelt out.
+        section: `model`, `data` or `trainer`; its settings may be a YAML file or written out, too.
+        key: the name of the setting in it.
+    """
+    found: Any = None
+    for flag, value in _pairs(flags):
+        if flag == f"--{section}.{key}":
+            found = value
+        elif flag == f"--{section}":
+            found = _in_section(section, value).get(key, found)
+        elif flag == "--config":
+            part = _mapping(value).get(section)
+            if isinstance(part, str):
+                # a file is named from where the one lies that names it
+                beside = Path(value).parent / part
+                part = _in_section(section, str(beside) if beside.is_file() else part)
+            found = (part if isinstance(part, dict) else {}).get(key, found)
+    return None if found is None else str(found)
+
+
+def _in_section(section: str, text: str) -> dict[str, Any]:
+    return _mapping(text) or {_ONE_WORD.get(section, ""): text}
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """The settings in a YAML file, or written out; none in anything else, of which the parser says what is wrong."""
+    written_out = text.lstrip().startswith("{")
+    if not written_out and not Path(text).is_file():
+        return {}
+    try:
+        content = yaml_text.load(text) if written_out else yaml_text.read(Path(text))
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _resumed(asked: str, run_name: str | None, flags: list[str]) -> Path | None:
     """The checkpoint that `--resume` means; None starts a run."""
     if asked != "auto":
         return resume.find(asked)
     if RESUMED in os.environ and "LOCAL_RANK" in os.environ:
         return Path(os.environ[RESUMED]) if os.environ[RESUMED] else None
 
-    def setting(section: str, key: str, default: str) -> str:
-        """As the parser will see it: the last flag, else the last file."""
-        given = [value for flag, value in _pairs(flags) if flag == f"--{section}.{key}"]
-        parts = [config.get(section) for config in configs]
-        found = [str(part[key]) for part in parts if isinstance(part, dict) and part.get(key) is not None]
-        return [default, *found, *given][-1]
-
     if run_name is None:
+        model = setting(flags, "model", "class_path")
         if model is None:
             raise AezooError("--resume auto needs the command of the run: give --model NAME or -c RECIPE")
-        name = model if "." not in model else model.rpartition(".")[2]
-        known = {registry.model_class(entry).__name__: entry for entry in registry.entries()} if "." in model else {}
-        data = setting("data", "name", inspect.signature(DataModule).parameters["name"].default)
-        run_name = f"{known.get(name, registry.ALIASES.get(name, name))}-{Path(data).stem}"
-    home = Path(setting("trainer", "default_root_dir", "runs")) / archives.component(run_name)
+        data = setting(flags, "data", "name") or inspect.signature(DataModule).parameters["name"].default
+        run_name = f"{_name_in_folders(model)}-{Path(data).stem}"
+    home = Path(setting(flags, "trainer", "default_root_dir") or "runs") / archives.component(run_name)
     source, run = resume.automatic(home)
     os.environ[RESUMED] = str(source or "")
     if source is None and run is not None:
         os.environ[RUN_DIR] = str(run)
     return source
+
+
+def _name_in_folders(model: str) -> str:
+    """What `AezooCLI.run_dir` will call a model, all of which are imported by now."""
+    module, _, name = _class_path(model).rpartition(".")
+    if not module:
+        return _built_in().get(name, name)
+    cls = getattr(sys.modules.get(module), name, None)
+    return (registry.name_of(cls) if isinstance(cls, type) else None) or name
 
 
 def _pairs(flags: list[str]) -> list[tuple[str, str]]:
@@ -216,10 +257,10 @@ def _class_path(name: str) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _built_in() -> set[str]:
-    """Class names of the models of this package, which are imported by this."""
+def _built_in() -> dict[str, str]:
+    """Class names of the models of this package, which are imported by this, and their names in the registry."""
     entries = registry.entries().values()
-    return {registry.model_class(entry.name).__name__ for entry in entries if entry.owner == "aezoo"}
+    return {registry.model_class(entry.name).__name__: entry.name for entry in entries if entry.owner == "aezoo"}
 
 
 def spell_out(text: str) -> str:

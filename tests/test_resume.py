@@ -15,7 +15,7 @@ import promises
 import pytest
 import torch
 
-from aezoo import cli, durable, lightning_cli
+from aezoo import cli, durable, lightning_cli, registry, resume
 from aezoo.callbacks import dashboard
 from aezoo.callbacks.checkpoints import Checkpoints
 from aezoo.models.variational.vae import VAE
@@ -278,6 +278,68 @@ def test_auto_path_and_off(run, capsys):
         # nothing to train on, so that it ends there
         cli.main([*SHORT, "--data.name=folder", "--data.root=none", *AUTO, "--trainer.default_root_dir=other"])
     assert "no run in other" in capsys.readouterr().err
+
+
+SETTINGS = {
+    "d.yaml": "name: digits\n",
+    "m.yaml": "class_path: aezoo.models.variational.vae.VAE\ninit_args: {hidden_dims: [8]}\n",
+    "t.yaml": "default_root_dir: other\n",
+    "whole.yaml": "trainer: sub/t.yaml\n",
+    "sub/t.yaml": "default_root_dir: deep\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "root", "name"),
+    [
+        (["--model=vae", "--data=d.yaml"], "runs", "vae-digits"),
+        (["--model=vae", "--data", "{name: digits}"], "runs", "vae-digits"),
+        (["--model=vae", "--data.name=shapes", "--data=d.yaml"], "runs", "vae-digits"),
+        (["--model=vae", "--data=d.yaml", "--data.name=shapes"], "runs", "vae-shapes"),
+        (["--model=m.yaml"], "runs", "vae-mnist5k"),
+        (["--model", "{class_path: VAE}"], "runs", "vae-mnist5k"),
+        (["--model=VAE"], "runs", "vae-mnist5k"),
+        (["--model=aezoo.models.variational.vae.VAE"], "runs", "vae-mnist5k"),
+        (["--model=variational", "--trainer=t.yaml"], "other", "vae-mnist5k"),
+        (["--model=vae", "--trainer={max_epochs: 1}"], "runs", "vae-mnist5k"),
+        (["-c", "whole.yaml", "--model=vae"], "deep", "whole"),
+        (["-c", "whole.yaml", "--model=vae", "--trainer.default_root_dir=other"], "other", "whole"),
+    ],
+)
+def test_auto_looks_where_the_same_command_trains(tmp_path, monkeypatch, flags, root, name):
+    monkeypatch.chdir(tmp_path)
+    looked, trains = [], []
+
+    def automatic(home):
+        looked.append(home)
+        return None, None
+
+    def stop(self):
+        config = self.config["fit"]
+        module, _, cls = config["model"]["class_path"].rpartition(".")
+        own = f"{registry.name_of(getattr(sys.modules[module], cls))}-{config['data']['name']}"
+        trains.append(Path(config["trainer"]["default_root_dir"] or "runs", self.request.run_name or own))
+        sys.exit(0)
+
+    monkeypatch.setattr(resume, "automatic", automatic)
+    monkeypatch.setattr(lightning_cli.AezooCLI, "before_instantiate_classes", stop)
+    Path("sub").mkdir()
+    for file, text in SETTINGS.items():
+        Path(file).write_text(text)
+    with pytest.raises(SystemExit):
+        cli.main(["fit", *flags, *AUTO])
+    assert looked == trains == [Path(root, name)]
+
+
+def test_auto_goes_on_with_a_run_whose_settings_are_in_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("sub").mkdir()
+    for file, text in SETTINGS.items():
+        Path(file).write_text(text)
+    words = ["fit", "--model=m.yaml", "--data", "{name: digits, batch_size: 500}", "--trainer=t.yaml", *QUIET]
+    for epochs in (1, 2):
+        cli.main([*words, f"--trainer.max_epochs={epochs}", *AUTO])
+    assert torch.load("other/vae-digits/0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
 
 
 def test_flags_beat_files_beat_the_checkpoint_and_differences_are_printed(run, capsys):

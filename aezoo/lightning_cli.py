@@ -204,8 +204,8 @@ class AezooCLI(LightningCLI):
         acceleration.keep_pages()
         source = self.request.source
         if self.request.resumes and source is not None:
-            trainer = self.config[self.subcommand]["trainer"]
-            line = resume.nothing_left(source, trainer.get("max_epochs"), trainer.get("max_steps"))
+            trainer, early = (self.config[self.subcommand][key] for key in ("trainer", "early_stopping"))
+            line = resume.nothing_left(source, trainer.get("max_epochs"), trainer.get("max_steps"), early.as_dict())
             if line is not None:
                 print(line, file=sys.stderr)
                 sys.exit(0)

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,28 +70,44 @@ def automatic(home: Path) -> tuple[Path | None, Path | None]:
     return _newest(run / _FOLDER), run
 
 
-def nothing_left(source: Path, max_epochs: Any, max_steps: Any) -> str | None:
+def nothing_left(source: Path, max_epochs: Any, max_steps: Any, early_stopping: Mapping[str, Any]) -> str | None:
     """A line that says so if the run of a checkpoint has ended by itself, within the same limits.
 
     Args:
         source: the checkpoint.
         max_epochs: the trainer's last epoch as it is set now.
         max_steps: its last step.
+        early_stopping: the settings of that callback; none if the run has none.
     """
     try:
         end = json.loads((source.parent / durable.FINISHED).read_text())
         epoch, step = int(end["epoch"]), int(end["step"])
-        same = (end["max_epochs"], end["max_steps"]) == (max_epochs, max_steps)
-    except (OSError, ValueError, KeyError, TypeError):
+        early = end.get("early_stopping")
+        same = not early and (end["max_epochs"], end["max_steps"]) == (max_epochs, max_steps)
+        at_limit = _reached(max_epochs, epoch) or (bool(early) and _reached(max_steps, step))
+        impatient = bool(early) and _no_more_patient(early_stopping, early)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not same and not (isinstance(max_epochs, int) and 0 <= max_epochs <= epoch):
+    if not (same or at_limit or impatient):
         return None
     run = source.parent.parent
+    cures = ["--trainer.max_epochs"] if same or at_limit else []
+    if impatient:
+        cures.append("--early_stopping.patience (0 never stops)")
     return (
         f"aezoo: {run} is finished (epoch {epoch}, step {step}), nothing is left to do; "
-        f"go further with a larger --trainer.max_epochs, or see its figures: "
+        f"go further with a larger {' and a larger '.join(cures)}, or see its figures: "
         f"aezoo test --ckpt_path {shlex.quote(str(run))}"
     )
+
+
+def _reached(limit: Any, at: int) -> bool:
+    return isinstance(limit, int) and 0 <= limit <= at
+
+
+def _no_more_patient(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+    same = all(now.get(key) == then[key] for key in ("monitor", "min_delta"))
+    return same and 0 < now["patience"] <= then["patience"]
 
 
 def _has_saved(folder: Path) -> bool:

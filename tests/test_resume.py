@@ -251,6 +251,22 @@ def test_a_finished_run_says_so_and_a_larger_limit_goes_on(run, capsys):
     assert go_on(epochs=3)["global_step"] == 9
 
 
+def test_a_run_that_was_stopped_early_goes_on_with_more_patience(run, capsys):
+    never = "--early_stopping.min_delta=1e6"  # after the first epoch nothing is an improvement
+    flags = [never, "--early_stopping.patience=1"]
+    end = go_on(*flags, epochs=9)
+    assert end["global_step"] == 9
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        go_on(*flags, epochs=20)
+    assert ended.value.code == 0
+    assert "go further with a larger --early_stopping.patience" in capsys.readouterr().err
+    assert go_on(never, "--early_stopping.patience=3", epochs=9)["global_step"] == 15
+    assert go_on(never, "--early_stopping.patience=0", epochs=7)["global_step"] == 21
+    # it was not impatience that ended it at the seventh epoch
+    assert go_on(*flags, epochs=8)["global_step"] == 24
+
+
 def test_a_run_that_never_improves_again_keeps_its_scores(run, monkeypatch):
     def scores(checkpoint):
         (state,) = (value for key, value in checkpoint["callbacks"].items() if key.startswith("Checkpoints"))

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_warn
 
 from aezoo import durable, ranks
@@ -186,8 +187,10 @@ class Checkpoints(Checked, ModelCheckpoint):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or _at(trainer.max_steps, trainer)
-        if trainer.is_global_zero and not is_dry_run(trainer) and self.last_model_path and whole:
-            limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+        stops = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStop)]  # type: ignore[attr-defined]
+        early = next((stop.settings for stop in stops if trainer.should_stop and stop.has_stopped), None)
+        if trainer.is_global_zero and not is_dry_run(trainer) and self.last_model_path and (whole or early):
+            limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps, "early_stopping": early}
             text = json.dumps({"epoch": trainer.current_epoch, "step": trainer.global_step, **limits})
             durable.write(self._finished_file(trainer), lambda file: file.write(text.encode() + b"\n"))
 
@@ -314,6 +317,17 @@ class EarlyStop(Checked, EarlyStopping):
         _check_metric(self, monitor)
         check_share(self, "min_delta", min_delta)
         super().__init__(monitor=monitor, mode="min", patience=patience or 2**62, min_delta=min_delta)
+        self.settings = {"monitor": monitor, "patience": patience, "min_delta": min_delta}
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether it has ended this run for want of patience."""
+        return self.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # what is set now counts, and a run that goes on has not been stopped
+        now = {"patience": self.patience, "stopping_reason": EarlyStoppingReason.NOT_STOPPED.value}
+        super().load_state_dict(state_dict | now)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.monitor = _monitored(self.monitor, trainer)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 import aezoo
-from aezoo import durable
+from aezoo import durable, run_folder
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.folding import fold
@@ -103,7 +103,7 @@ def load_run(
     """
     data: dict[str, Any] = {}
     if "://" not in str(path) and (Path(path) / CONFIG).is_file():
-        source = Path(path)
+        source = folder = Path(path)
         config = read_config(source)
         try:
             content = load_file(source / WEIGHTS, device=map_location)
@@ -113,6 +113,7 @@ def load_run(
         name, hyperparameters = config["model"], config["hyperparameters"]
     else:
         source = find_checkpoint(path)
+        folder = run_folder.run_of(source, Path(path)) or source.parent
         durable.check(source)
         checkpoint = read_checkpoint(source, map_location, max_bytes)
         note_version(checkpoint.get("aezoo"), source)
@@ -124,8 +125,6 @@ def load_run(
         model.load_state_dict(state)
     except RuntimeError as error:
         raise AezooError(f"the weights in {source} do not fit {name}: {_brief(error)}") from error
-    folder = source if source.is_dir() else source.parent
-    folder = folder.parent if folder.name == "checkpoints" else folder
     return model.to(map_location).eval(), {"settings": {}, "scaling": {}, "white": None, "folder": folder} | data
 
 
@@ -282,7 +281,7 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     """The checkpoint that a path stands for.
 
     Args:
-        path: a checkpoint file, a run folder (`runs/vae/0`), its `checkpoints` folder, or a folder of runs
+        path: a checkpoint file, a run folder (`runs/vae/0`), the folder of its checkpoints, or a folder of runs
             (`runs/vae`), of which the newest is taken.
         prefer: `best` (lowest val/loss) or `last`; the other one is taken if there is none.
 
@@ -297,9 +296,7 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         return path
     if not path.exists():
         raise AezooError(f"no checkpoint at {path}: give a .ckpt file, a run folder or a saved model folder")
-    homes = [path, path / "checkpoints"]
-    homes += sorted(path.glob("*/checkpoints"), key=lambda home: home.stat().st_mtime, reverse=True)
-    for home in homes:
+    for home in run_folder.homes(path):
         files = sorted(home.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
         chosen = [file for file in files if file.stem.startswith(prefer)] or files
         if len(chosen) > 1 and prefer == "best":

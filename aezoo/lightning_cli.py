@@ -205,7 +205,8 @@ class AezooCLI(LightningCLI):
         source = self.request.source
         if self.request.resumes and source is not None:
             trainer, early = (self.config[self.subcommand][key] for key in ("trainer", "early_stopping"))
-            line = resume.nothing_left(source, trainer.get("max_epochs"), trainer.get("max_steps"), early.as_dict())
+            limits = trainer.get("max_epochs"), trainer.get("max_steps")
+            line = resume.nothing_left(source, self.request.run, *limits, early.as_dict())
             if line is not None:
                 print(line, file=sys.stderr)
                 sys.exit(0)
@@ -238,6 +239,9 @@ class AezooCLI(LightningCLI):
         writes = first and self.subcommand in ("fit", "predict") and not config.get("fast_dev_run")
         run_dir = self.run_dir(Path(config.get("default_root_dir") or "runs"), writes)
         config["default_root_dir"] = str(run_dir)
+        for callback in extra:
+            if isinstance(callback, callbacks.Checkpoints):
+                callback.run = run_dir
         if self.subcommand != "fit" and config.get("logger") is None:
             # at step 0 their events would end the run's own curves
             config["logger"] = False
@@ -272,10 +276,9 @@ class AezooCLI(LightningCLI):
             root: the folder of all runs.
             writes: this process is to make the folder, and to write into it.
         """
-        source = self.request.source
-        inside = source is not None and source.parent.name == "checkpoints"
-        if source is not None and inside:
-            folder = stays = source.parent.parent
+        inside = None if self.request.source is None else self.request.run
+        if inside is not None:
+            folder = stays = inside
         else:
             # processes that a multi-device strategy starts must not count up again
             if RUN_DIR not in os.environ:
@@ -288,7 +291,7 @@ class AezooCLI(LightningCLI):
                 stays = Path(os.environ[RUN_DIR])
             folder = Path(os.environ[RUN_DIR])
         # predictions may be made of a run that still trains
-        if writes and (self.subcommand == "fit" or not inside):
+        if writes and (self.subcommand == "fit" or inside is None):
             self.ends.enter_context(run_folder.held(folder, stays))
         return folder
 
@@ -318,7 +321,7 @@ class AezooCLI(LightningCLI):
         last = getattr(callbacks.saver_of(self.trainer), "last_model_path", None)
         if self.subcommand != "fit" or not last:
             return "aezoo: interrupted; nothing was saved"
-        run = shlex.quote(str(Path(last).parent.parent))
+        run = shlex.quote(str(run_folder.run_of(Path(last), Path(self.trainer.default_root_dir)) or last))
         return (
             f"aezoo: interrupted at epoch {self.trainer.current_epoch}, step {self.trainer.global_step}; "
             f"last saved: {last}\ngo on with: aezoo fit --ckpt_path {run}"

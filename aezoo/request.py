@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from aezoo import checkpoint, durable, registry, resume
+from aezoo import checkpoint, durable, registry, resume, run_folder
 from aezoo.autoencoder import Autoencoder
 from aezoo.cli import HEAVY, find_recipe
 from aezoo.data import DataModule
@@ -38,6 +38,7 @@ class Request:
         argv: the command and its flags, as LightningCLI understands them.
         run_name: the name of the first recipe or file given by -c, or of the checkpoint's runs.
         source: the checkpoint given by --ckpt_path or --resume.
+        run: the folder of the run that it belongs to.
         stored: the hyperparameters in that checkpoint.
         model: the model that is meant.
         stored_data: the settings of the data in that checkpoint.
@@ -48,6 +49,7 @@ class Request:
     argv: list[str]
     run_name: str | None
     source: Path | None
+    run: Path | None
     stored: dict[str, Any]
     model: str | None
     stored_data: dict[str, Any]
@@ -64,6 +66,7 @@ def expand(argv: list[str]) -> Request:
     flags: list[str] = []
     run_name: str | None = None
     source: Path | None = None
+    run: Path | None = None
     model: str | None = None
     given: str | None = None
     asked = "off"
@@ -87,6 +90,7 @@ def expand(argv: list[str]) -> Request:
         elif flag == "--ckpt_path":
             source = resume.find(value) if command == "fit" else checkpoint.find_checkpoint(value)
             durable.check(source)
+            run = run_folder.run_of(source, Path(value))
             flags += ["--ckpt_path", str(source)]
         elif flag == "--resume":
             if command != "fit":
@@ -105,20 +109,21 @@ def expand(argv: list[str]) -> Request:
     if asked != "off":
         if source is not None:
             raise AezooError("give --resume or --ckpt_path, not both")
-        source = _resumed(asked, run_name, flags)
+        source, run = _resumed(asked, run_name, flags)
         flags += [] if source is None else ["--ckpt_path", str(source)]
     if source is not None:
         content = checkpoint.read_checkpoint(source)
         checkpoint.note_version(content.get("aezoo"), source)
         stored = values.plain(content.get("hyper_parameters", {}), f"{source}: its hyperparameters")
-        settings = _settings(command, content, source, optional=given is not None)
+        settings = _settings(command, content, source, run, optional=given is not None)
         _take_out_repeated(settings, flags)
         flags = ["--config", json.dumps(settings), *flags]
         model = model or _model_of(settings)
         data = content.get("datamodule_hyper_parameters", {})
         stored_data = _plain_values(values.plain(data, f"{source}: its settings of the data"))
         step = int(content.get("global_step", 0)) if isinstance(content.get("global_step"), int) else 0
-    return Request([command, *flags], run_name, source, stored, given or model, stored_data, step, asked != "off")
+    model = given or model
+    return Request([command, *flags], run_name, source, run, stored, model, stored_data, step, asked != "off")
 
 
 def name_data(argv: list[str]) -> list[str]:
@@ -171,12 +176,14 @@ def _mapping(text: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _resumed(asked: str, run_name: str | None, flags: list[str]) -> Path | None:
-    """The checkpoint that `--resume` means; None starts a run."""
+def _resumed(asked: str, run_name: str | None, flags: list[str]) -> tuple[Path | None, Path | None]:
+    """The checkpoint that `--resume` means, None starts a run; and the folder of its run, if there is one."""
     if asked != "auto":
-        return resume.find(asked)
+        source = resume.find(asked)
+        return source, run_folder.run_of(source, Path(asked))
     if RESUMED in os.environ and "LOCAL_RANK" in os.environ:
-        return Path(os.environ[RESUMED]) if os.environ[RESUMED] else None
+        found, run = (Path(os.environ[name]) if os.environ.get(name) else None for name in (RESUMED, RUN_DIR))
+        return found, run
 
     if run_name is None:
         model = setting(flags, "model", "class_path")
@@ -185,11 +192,11 @@ def _resumed(asked: str, run_name: str | None, flags: list[str]) -> Path | None:
         data = setting(flags, "data", "name") or inspect.signature(DataModule).parameters["name"].default
         run_name = f"{_name_in_folders(model)}-{Path(data).stem}"
     home = Path(setting(flags, "trainer", "default_root_dir") or "runs") / archives.component(run_name)
-    source, run = resume.automatic(home)
-    os.environ[RESUMED] = str(source or "")
-    if source is None and run is not None:
+    found, run = resume.automatic(home)
+    os.environ[RESUMED] = str(found or "")
+    if run is not None:
         os.environ[RUN_DIR] = str(run)
-    return source
+    return found, run
 
 
 def _name_in_folders(model: str) -> str:
@@ -292,10 +299,10 @@ def spell_out(text: str) -> str:
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def _settings(command: str, content: dict[str, Any], source: Path, optional: bool) -> dict[str, Any]:
-    """What a checkpoint says of its run: all of `config.yaml` beside it for a fit, else its own model and data."""
-    config_file = source.parent.parent / "config.yaml"
-    if command == "fit" and source.parent.name == "checkpoints" and config_file.is_file():
+def _settings(command: str, content: dict[str, Any], source: Path, run: Path | None, optional: bool) -> dict[str, Any]:
+    """What a checkpoint says of its run: all of the run's `config.yaml` for a fit, else its own model and data."""
+    config_file = (run or source.parent) / "config.yaml"
+    if command == "fit" and run is not None and config_file.is_file():
         whole = _config_file(str(config_file))[1]
         model, stored = whole.get("model"), content.get("hyper_parameters")
         if isinstance(model, dict) and isinstance(model.get("init_args"), dict) and isinstance(stored, dict):

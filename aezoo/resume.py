@@ -7,17 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aezoo import durable
+from aezoo import durable, run_folder
 from aezoo.errors import AezooError
-
-_FOLDER = "checkpoints"
 
 
 def find(text: str) -> Path:
     """The newest whole checkpoint of a run, or a file; what had to be passed over is printed.
 
     Args:
-        text: a run folder (`runs/vae/0`), its `checkpoints` folder, a folder of runs, of which the newest is taken, or
+        text: a run folder (`runs/vae/0`), its folder of checkpoints, a folder of runs, of which the newest is taken, or
             a checkpoint file. If a file within a run is damaged or missing, the run goes on from an older one of its
             own, with the same result; any other file must be whole.
 
@@ -28,7 +26,7 @@ def find(text: str) -> Path:
         raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
     path = Path(text)
     if path.suffix == ".ckpt" and not path.is_dir():
-        if path.parent.name == _FOLDER and path.parent.is_dir():
+        if path.parent.name == run_folder.CHECKPOINTS and path.parent.is_dir():
             return _newest(path.parent, path)
         if not path.exists():
             raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
@@ -39,11 +37,10 @@ def find(text: str) -> Path:
     if path.is_file():
         durable.check(path)
         return path
-    homes = sorted(path.glob(f"*/{_FOLDER}"), key=lambda home: home.stat().st_mtime, reverse=True)
-    for home in (path, path / _FOLDER, *homes):
+    for home in run_folder.homes(path):
         if _has_saved(home):
             return _newest(home)
-    raise AezooError(f"no .ckpt file in {path} or its {_FOLDER} folder: has the run saved one yet?")
+    raise AezooError(f"no .ckpt file in {path} or its {run_folder.CHECKPOINTS} folder: has the run saved one yet?")
 
 
 def automatic(home: Path) -> tuple[Path | None, Path | None]:
@@ -64,17 +61,21 @@ def automatic(home: Path) -> tuple[Path | None, Path | None]:
         print(f"aezoo: no run in {home} yet: starting one", file=sys.stderr)
         return None, None
     run = max(runs, key=lambda path: int(path.name))
-    if not _has_saved(run / _FOLDER):
+    folder = run_folder.checkpoints_of(run)
+    if folder == run / run_folder.CHECKPOINTS and not _has_saved(folder):
         print(f"aezoo: {run} was stopped before its first checkpoint: starting it anew", file=sys.stderr)
         return None, run
-    return _newest(run / _FOLDER), run
+    return _newest(folder), run
 
 
-def nothing_left(source: Path, max_epochs: Any, max_steps: Any, early_stopping: Mapping[str, Any]) -> str | None:
+def nothing_left(
+    source: Path, run: Path | None, max_epochs: Any, max_steps: Any, early_stopping: Mapping[str, Any]
+) -> str | None:
     """A line that says so if the run of a checkpoint has ended by itself, within the same limits.
 
     Args:
         source: the checkpoint.
+        run: the folder of its run, if there is one.
         max_epochs: the trainer's last epoch as it is set now.
         max_steps: its last step.
         early_stopping: the settings of that callback; none if the run has none.
@@ -90,14 +91,14 @@ def nothing_left(source: Path, max_epochs: Any, max_steps: Any, early_stopping: 
         return None
     if not (same or at_limit or impatient):
         return None
-    run = source.parent.parent
+    name = str(run or source)
     cures = ["--trainer.max_epochs"] if same or at_limit else []
     if impatient:
         cures.append("--early_stopping.patience (0 never stops)")
     return (
-        f"aezoo: {run} is finished (epoch {epoch}, step {step}), nothing is left to do; "
+        f"aezoo: {name} is finished (epoch {epoch}, step {step}), nothing is left to do; "
         f"go further with a larger {' and a larger '.join(cures)}, or see its figures: "
-        f"aezoo test --ckpt_path {shlex.quote(str(run))}"
+        f"aezoo test --ckpt_path {shlex.quote(name)}"
     )
 
 

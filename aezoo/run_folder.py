@@ -1,14 +1,17 @@
 """The folder of a run: a number of its own, and one process that writes into it."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from aezoo import durable
 from aezoo.errors import AezooError
 
-_LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
+_LOCK, _NOTE = ".lock", "checkpoints.txt"
 
 
 def claim(home: Path) -> Path:
@@ -43,6 +46,47 @@ def next_free(home: Path) -> Path:
 def standing(path: Path) -> Path:
     """The path itself if it exists, else the nearest folder above it that does."""
     return next((at for at in (path, *path.parents) if at.exists()), path)
+
+
+def checkpoints_of(run: Path) -> Path:
+    """Where the checkpoints of a run are: in its folder, unless `note_checkpoints` has noted another place."""
+    try:
+        noted = os.fsdecode((run / _NOTE).read_bytes()).strip()
+    except OSError:
+        noted = ""
+    return Path(noted) if noted else run / CHECKPOINTS
+
+
+def note_checkpoints(run: Path, folder: Path) -> None:
+    """Note in a run's folder where its checkpoints are, if that is elsewhere.
+
+    What has not been noted has not been written: a folder that several runs share may hold another's.
+    """
+    folder = folder.resolve()
+    if folder == (run / CHECKPOINTS).resolve():
+        (run / _NOTE).unlink(missing_ok=True)
+    elif checkpoints_of(run) != folder:
+        durable.write(run / _NOTE, lambda file: file.write(os.fsencode(folder) + b"\n"))
+
+
+def homes(path: Path) -> list[Path]:
+    """The folders that may hold the checkpoints a path stands for, the first one first: it, a run's, those of runs."""
+    below = [home for home in map(checkpoints_of, path.glob("*")) if home.is_dir()]
+    return [path, checkpoints_of(path), *sorted(below, key=lambda home: home.stat().st_mtime, reverse=True)]
+
+
+def run_of(source: Path, given: Path) -> Path | None:
+    """The folder of the run that a checkpoint belongs to, or None if it lies by itself.
+
+    Args:
+        source: the checkpoint file.
+        given: the path that stands for it: a run, a folder of runs, or any other.
+    """
+    noted = [run for run in (given, *given.glob("*")) if (run / _NOTE).is_file()]
+    noted = [run for run in noted if checkpoints_of(run) == source.parent]
+    if noted:
+        return max(noted, key=lambda run: (run / _NOTE).stat().st_mtime)
+    return source.parent.parent if source.parent.name == CHECKPOINTS else None
 
 
 @contextlib.contextmanager

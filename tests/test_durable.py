@@ -138,11 +138,11 @@ def test_automatic_resume_takes_the_newest_run_starts_one_or_says_no(tmp_path, c
 def test_a_finished_run_is_left_alone_unless_it_is_made_longer(tmp_path):
     path = save(tmp_path / "checkpoints", "last.ckpt", 30)
     early = {"monitor": "val/loss", "patience": 2, "min_delta": 0.0}
-    assert resume.nothing_left(path, 3, -1, early) is None
+    assert resume.nothing_left(path, None, 3, -1, early) is None
     end = {"epoch": 3, "step": 30, "max_epochs": 3, "max_steps": -1}
     (path.parent / durable.FINISHED).write_text(json.dumps(end))
-    assert "nothing is left to do" in resume.nothing_left(path, 3, -1, early)
-    assert resume.nothing_left(path, 4, -1, early) is None
+    assert "nothing is left to do" in resume.nothing_left(path, None, 3, -1, early)
+    assert resume.nothing_left(path, None, 4, -1, early) is None
 
 
 def test_a_run_that_was_stopped_early_asks_for_patience(tmp_path):
@@ -152,7 +152,7 @@ def test_a_run_that_was_stopped_early_asks_for_patience(tmp_path):
     (path.parent / durable.FINISHED).write_text(json.dumps(end))
 
     def cures(max_epochs=9, max_steps=-1, **settings):
-        line = resume.nothing_left(path, max_epochs, max_steps, early | settings) or ""
+        line = resume.nothing_left(path, None, max_epochs, max_steps, early | settings) or ""
         return [flag for flag in ("max_epochs", "patience") if flag in line]
 
     assert cures() == cures(max_epochs=20) == cures(patience=1) == ["patience"]

@@ -18,6 +18,7 @@ import torch
 from aezoo import cli, durable, lightning_cli, registry, resume
 from aezoo.callbacks import dashboard
 from aezoo.callbacks.checkpoints import Checkpoints
+from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 
 HELPER = Path(__file__).with_name("killing.py")
@@ -430,6 +431,55 @@ def test_a_job_whose_end_slurm_announces_is_queued_again_once_it_is_saved(run, m
     if back:
         command, record = Path("asked").read_text().splitlines()
         assert command == "requeue 77" and json.loads(record)["step"] == 8
+
+
+def test_a_run_whose_checkpoints_lie_elsewhere_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    last, own = Path("ck/last.ckpt"), "--checkpoints.dirpath=ck"
+    command = [*SHORT, own, "--resume=auto"]
+
+    def steps():
+        assert [path.name for path in RUN.parent.iterdir()] == ["0"] and not (RUN / "checkpoints").exists()
+        return torch.load(last, weights_only=True)["global_step"]
+
+    for epochs in (1, 2):
+        cli.main([*command, f"--trainer.max_epochs={epochs}"])
+        assert steps() == 3 * epochs
+    cli.main(["fit", "--ckpt_path", str(RUN), "--trainer.max_epochs=3"])
+    assert steps() == 9
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--trainer.max_epochs=3"])
+    assert f"aezoo test --ckpt_path {RUN}" in capsys.readouterr().err
+    cli.main(["test", "--ckpt_path", str(RUN)])
+    true = VAE.training_step
+
+    def step(self, batch, batch_idx):
+        if self.trainer.global_step == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return true(self, batch, batch_idx)
+
+    monkeypatch.setattr(VAE, "training_step", step)
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--trainer.max_epochs=4"])
+    assert capsys.readouterr().err.splitlines()[-1] == f"go on with: aezoo fit --ckpt_path {RUN}"
+    assert steps() == 11
+    cli.main(["embed", "--ckpt_path", str(RUN)])
+    assert (RUN / "embed" / "codes.npy").is_file()
+
+
+def test_what_an_earlier_run_has_left_is_not_what_a_later_one_goes_on_from(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cli.main([*SHORT, "--checkpoints.dirpath=ck", "--trainer.max_epochs=1"])
+    assert resume.automatic(RUN.parent) == ((tmp_path / "ck/last.ckpt").resolve(), RUN)
+    # killed before it has saved anything
+    (RUN.parent / "1").mkdir()
+    assert resume.automatic(RUN.parent) == (None, RUN.parent / "1")
+    shutil.rmtree(RUN.parent / "1")
+    Path("ck").rename("gone")
+    with pytest.raises(AezooError, match=r"no .ckpt file in .*/ck; .* train anew with --resume off"):
+        resume.automatic(RUN.parent)
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize("how", ["full", "read-only"])

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_warn
 
-from aezoo import durable, ranks
+from aezoo import durable, ranks, run_folder
 from aezoo.arguments import Checked
 from aezoo.callbacks.base import check_count, check_share, is_dry_run
 from aezoo.callbacks.interrupt import AGREE_EVERY, Interrupt
@@ -60,7 +60,10 @@ class Checkpoints(Checked, ModelCheckpoint):
         every_n_epochs: epochs between two saves, each with a look at the metric; the last epoch is always saved.
         every_n_steps: optimiser steps between two saves of `last.ckpt` within an epoch; 0 saves none.
         every_n_minutes: minutes between two saves of `last.ckpt` within an epoch; 0 saves none.
-        dirpath: another folder for the files.
+        dirpath: another folder for the files. The folder of a run of the command line keeps its name.
+
+    Attributes:
+        run: the folder of a run of the command line, which sets it.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Checkpoints(Checked, ModelCheckpoint):
             save_on_exception=True,
             enable_version_counter=False,
         )
+        self.run: Path | None = None
         self._every_n_steps, self._seconds = every_n_steps, 60 * every_n_minutes
         self._within_epochs = bool(every_n_steps or every_n_minutes)
         self._saved_at = 0.0
@@ -243,6 +247,8 @@ class Checkpoints(Checked, ModelCheckpoint):
         for logger in trainer.loggers:
             logger.save()
         super()._save_checkpoint(trainer, filepath)
+        if self.run is not None and trainer.is_global_zero and "://" not in filepath:
+            run_folder.note_checkpoints(self.run, Path(filepath).parent)
         self._saved_at = time.monotonic()
 
     def _skips(self, trainer: pl.Trainer) -> bool:

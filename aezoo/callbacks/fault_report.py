@@ -17,6 +17,7 @@ from aezoo import durable
 from aezoo.callbacks.base import run_folder, unpack
 from aezoo.callbacks.checkpoints import saver_of
 from aezoo.data.loaders import EpochSampler
+from aezoo.run_folder import checkpoints_of
 
 FILE = "fault.txt"
 _SHOWN = 8
@@ -144,7 +145,7 @@ def _command(trainer: pl.Trainer, folder: Path) -> str | None:
         seed = getattr(trainer.lightning_module, "_fit_seed", None)
         where = f"ckpt_path={last!r}" if last else f"after seed_everything({seed})"
         return f"trainer.fit(model, data, {where}) with FaultGuard(patience=1) among the trainer's callbacks"
-    saved = any(folder.glob("checkpoints/*.ckpt"))
+    saved = any(checkpoints_of(folder).glob("*.ckpt"))
     start = ["--resume", str(folder)] if saved else ["-c", str(folder / "config.yaml")]
     return shlex.join(["aezoo", "fit", *start, "--fault_guard.patience", "1"])
 

@@ -429,7 +429,8 @@ def test_a_good_step_between_bad_ones_starts_the_count_again():
     assert made.skipped == 3
 
 
-def test_the_command_in_the_report_runs_into_the_same_fault(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("folder", [None, "elsewhere"])
+def test_the_command_in_the_report_runs_into_the_same_fault(tmp_path, monkeypatch, capsys, folder):
     """From the command line: exit code 2, one line, the samples of the batch by number, and the way back to them."""
     monkeypatch.chdir(tmp_path)
     true = VAE.loss
@@ -445,6 +446,7 @@ def test_the_command_in_the_report_runs_into_the_same_fault(tmp_path, monkeypatc
     off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
     argv = ["fit", "--model=vae", "--model.hidden_dims=[8]", "--data.name=digits", "--data.batch_size=200", *off]
     argv += ["--projector.n=0", "--code_statistics.every_n_epochs=0", "--trainer.max_epochs=3"]
+    argv += [] if folder is None else [f"--checkpoints.dirpath={folder}"]
     with pytest.raises(SystemExit) as end:
         cli.main([*argv, "--fault_guard.patience=2"])
     assert end.value.code == 2
@@ -459,7 +461,7 @@ def test_the_command_in_the_report_runs_into_the_same_fault(tmp_path, monkeypatc
     loader = order.train_dataloader()
     loader.sampler.set_epoch(1)
     assert rows == loader.sampler.rows()[200:400].tolist()
-    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 0
+    assert torch.load(Path(folder or run / "checkpoints") / "last.ckpt", weights_only=True)["epoch"] == 0
     command = shlex.split(report["the same again"])
     assert command[:3] == ["aezoo", "fit", "--resume"]
     with pytest.raises(SystemExit) as end:

@@ -112,6 +112,8 @@ def load_run(
         note_version({"version": config.get("aezoo_version")}, source)
         name, hyperparameters = config["model"], config["hyperparameters"]
     else:
+        if "://" not in str(path) and not Path(path).exists():
+            raise AezooError(f"no checkpoint at {path}: give a .ckpt file, a run folder or a saved model folder")
         source = find_checkpoint(path)
         folder = run_folder.run_of(source, Path(path)) or source.parent
         durable.check(source)
@@ -295,7 +297,7 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise AezooError(f"no checkpoint at {path}: give a .ckpt file, a run folder or a saved model folder")
+        raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
     for home in run_folder.homes(path):
         files = sorted(home.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
         chosen = [file for file in files if file.stem.startswith(prefer)] or files
@@ -309,6 +311,11 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
             chosen = [file for file in chosen if file.name in names] or chosen
         if chosen:
             return chosen[0]
+    if (path / CONFIG).is_file():
+        raise AezooError(
+            f"{path} is a saved model, which has no checkpoint: give a .ckpt file or a run folder here; verbs such as "
+            "`aezoo reconstruct` and aezoo.load_model take it"
+        )
     raise AezooError(f"no .ckpt file in {path} or its checkpoints folder: has the run saved one yet?")
 
 

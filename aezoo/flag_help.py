@@ -8,9 +8,7 @@ from aezoo.parsing import FROM_DATA
 from aezoo.security import policy
 
 _FIT = "A run's folder (runs/vae/0), to go on with from its newest whole checkpoint, or a checkpoint file."
-_USE = (
-    "A run's folder (runs/vae/0), of which the best checkpoint is taken, a checkpoint file or a saved model's folder."
-)
+_USE = "A run's folder (runs/vae/0), of which the best checkpoint is taken, or a checkpoint file."
 _WORDS = {
     "config": "A name of `aezoo recipes`, or a YAML file. Several are read in their order; flags stand above them.",
     "data": "A set of samples, as by --data.name, or a YAML file of settings for the data.",

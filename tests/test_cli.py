@@ -177,6 +177,16 @@ def test_the_reader_of_a_pipe_may_leave():
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_saved_model_is_neither_promised_nor_taken_where_a_checkpoint_is_needed(capsys, command):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert "saved model" not in " ".join(capsys.readouterr().out.split())
+    saved = aezoo.save_model(aezoo.create_model("dense_ae", input_shape=(1, 8, 8)), "saved")
+    assert "saved is a saved model, which has no checkpoint" in refused(capsys, command, "--ckpt_path", str(saved))
+    assert "saved model" not in refused(capsys, command, "--ckpt_path", "nothing")
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

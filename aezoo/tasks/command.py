@@ -23,7 +23,7 @@ from aezoo.data.source import STAGES, ArrayDataset, Stage
 from aezoo.errors import AezooError
 from aezoo.parsing import Parser, check_flags
 from aezoo.randomness import mix
-from aezoo.request import name_data
+from aezoo.request import name_data, setting
 from aezoo.security import policy
 from aezoo.tasks.output import device_of
 from aezoo.tasks.samples import Samples
@@ -139,7 +139,9 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
 
 def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Mapping[str, Any]) -> dict[str, Any]:
     """What a verb works on and what it learns from: `--input` or a split, and the splits for fitting."""
-    data = dict(config.data)
+    # the parser adds the path of a file of settings
+    known = inspect.signature(DataModule).parameters
+    data = {key: value for key, value in dict(config.data).items() if key in known}
     named = {key: config[key] for key in _FILES & accepted.keys() if config[key] is not None}
     found: dict[str, Any] = {key: read(str(path), trained, data, key) for key, path in named.items()}
     if "x" in accepted and config.input is not None:
@@ -147,7 +149,7 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
     wanted: dict[str, Stage] = {"x": config.split, "fit_on": "train", "calibrate_on": "val"}
     missing = [key for key in wanted if key in accepted and key not in found]
     needed = "x" in missing and accepted["x"].default is inspect.Parameter.empty
-    if not trained["settings"] and not any(word.startswith("--data.name") for word in argv):
+    if not trained["settings"] and setting(argv, "data", "name") is None:
         if needed:
             raise AezooError(
                 f"{config.ckpt_path} does not say what it was trained on: give --data.name SET or --input FILE"
@@ -156,7 +158,7 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
     if not missing:
         return found
     try:
-        module = DataModule(**{key: value for key, value in data.items() if key != "batch_size"})
+        module = DataModule(**data)
         splits = module.splits()
     except AezooError as error:
         if needed:

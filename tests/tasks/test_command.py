@@ -115,6 +115,23 @@ def test_a_saved_model_takes_a_file_and_says_that_it_knows_no_data(run, tmp_path
     assert (tmp_path / "saved" / "reconstruct" / "errors.csv").is_file()
 
 
+@pytest.mark.parametrize("form", ["a file", "written out"])
+def test_a_saved_model_takes_settings_of_the_data(run, tmp_path, capsys, form):
+    aezoo.save_model(aezoo.load_model(run), tmp_path / "saved")
+    path, rest = run.parents[2] / "data.npz", "val_fraction: 0.5"
+    flags = ["reconstruct", "--ckpt_path", str(tmp_path / "saved"), "--data"]
+
+    def data(text):
+        if form == "written out":
+            return text
+        (tmp_path / "set.yaml").write_text(text)
+        return str(tmp_path / "set.yaml")
+
+    assert "does not say what it was trained on" in refused(capsys, *flags, data("{" + rest + "}"))
+    cli.main([*flags, data("{" + f"name: {path}, {rest}" + "}"), "--split=val"])
+    assert "40 samples" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -302,7 +302,7 @@ class DataModule(Checked, LightningDataModule):
         why = self._why.get("train")
         rank_zero_info(f"{self.name}: {_storage(loader)}{f': {why}' if why else ''}")
         epoch, batches = self._position
-        cast(EpochSampler, loader.sampler).skip = (epoch, batches * self.batch_size)
+        cast(EpochSampler, loader.sampler).skip = (epoch, batches * cast(int, loader.batch_size))
         self._position = (-1, 0)
         return loader
 
@@ -399,6 +399,10 @@ class DataModule(Checked, LightningDataModule):
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
+    def _overfits(self) -> bool:
+        """The batches are to be learnt by heart, so that they must be the same ones in every epoch."""
+        return bool(getattr(self.trainer, "overfit_batches", 0))
+
     def _step_takes_bytes(self) -> bool:
         """A compiled training step scales bytes itself, in the same pass over memory as what follows."""
         trainer = self.trainer
@@ -416,7 +420,7 @@ class DataModule(Checked, LightningDataModule):
         resident = isinstance(dataset, ArrayDataset) and self.memory != "off"
         settings: dict[str, Any] = {
             "batch_size": self.batch_size,
-            "shuffle": stage == "train",
+            "shuffle": stage == "train" and not self._overfits(),
             "seed": self.seed,
             "rank": rank,
             "world": world,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, Subset
 from torch.utils.data.distributed import DistributedSampler
 
 from aezoo.data.source import Batch
@@ -59,6 +59,18 @@ class EpochSampler(DistributedSampler[Any]):
         # a generator: the epoch is read at the first next(), since Lightning calls set_epoch after iter()
         for part in self.rows().split(2**16):  # a list of all would take 40 bytes a row
             yield from part.tolist()
+
+
+class InOrder(EpochSampler, SequentialSampler):
+    """Not shuffled, which Lightning believes of a SequentialSampler alone.
+
+    With `overfit_batches` it makes other loaders anew, with a sampler of its own that deals nothing out among ranks.
+    """
+
+
+def epoch_sampler(n: int, *, shuffle: bool, **of_rank: int) -> EpochSampler:
+    """The sampler of a split, shuffled or not; `of_rank` are the further arguments of `EpochSampler`."""
+    return (EpochSampler if shuffle else InOrder)(n, shuffle=shuffle, **of_rank)
 
 
 Transform = Callable[[Iterator[Batch], EpochSampler], Iterator[Batch]]
@@ -170,7 +182,7 @@ def make_loader(
     return LazyLoader(
         dataset,
         batch_size=batch_size if shuffle else even_batch_size(n, world, batch_size),
-        sampler=EpochSampler(n, shuffle=shuffle, seed=seed, rank=rank, world=world),
+        sampler=epoch_sampler(n, shuffle=shuffle, seed=seed, rank=rank, world=world),
         num_workers=num_workers,
         drop_last=drop_last,
         pin_memory=pin_memory,

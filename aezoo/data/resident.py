@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aezoo.data.loaders import EpochSampler, Transform, collate, even_batch_size, gathers
+from aezoo.data.loaders import Transform, collate, epoch_sampler, even_batch_size, gathers
 from aezoo.data.source import ArrayDataset, Batch
 from aezoo.errors import AezooError
 
@@ -63,7 +63,7 @@ class ResidentLoader:
         self.drop_last, self.pin_memory = drop_last, pin_memory
         # Lightning looks for a shuffling sampler in one and tells the epoch to the other
         self.batch_sampler = None
-        self.sampler = EpochSampler(len(x), shuffle=shuffle, seed=seed, rank=rank, world=world)
+        self.sampler = epoch_sampler(len(x), shuffle=shuffle, seed=seed, rank=rank, world=world)
 
     def __len__(self) -> int:
         rows = len(self.sampler)

@@ -132,12 +132,27 @@ def test_every_stage_of_the_trainer():
     assert torch.equal(torch.cat(model.seen["test"]), data.tensors("test")[0].flatten(1)[:, 0])
 
 
-def test_overfit_batches_still_works():
-    data, model = DataModule("digits", batch_size=10), Recorder()
-    with pytest.warns(UserWarning, match="overfit"):
-        trainer(overfit_batches=1).fit(model, data)
-    assert len(model.seen["train"]) == 2
-    assert torch.equal(*model.seen["train"])
+@pytest.mark.parametrize("memory", ["on", "off"])
+@pytest.mark.parametrize("binarise", ["none", "dynamic"])
+def test_batches_to_learn_by_heart_are_the_same_in_every_epoch(memory, binarise, recwarn):
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append([part.clone() for part in batch])
+
+    seen = []
+    data = DataModule("digits", batch_size=10, memory=memory, binarise=binarise, num_workers=0)
+    trainer(overfit_batches=2, max_epochs=3, callbacks=[Keep()]).fit(Recorder(), data)
+    x, y = data.tensors("train", range(20))
+    assert len(seen) == 6
+    for i, (images, labels) in enumerate(seen):
+        rows = slice(10 * (i % 2), 10 * (i % 2) + 10)
+        assert torch.equal(labels, y[rows])
+        if binarise == "none":
+            assert torch.equal(images, x[rows])
+        else:  # drawn anew, of the same chances
+            assert images.unique().tolist() == [0, 1]
+            assert not images[x[rows] == 0].any() and images[x[rows] == 1].all()
+    assert not [str(one.message) for one in recwarn if "shuffling" in str(one.message)]
 
 
 def test_validation_switched_off():

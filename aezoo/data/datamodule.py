@@ -307,7 +307,7 @@ class DataModule(Checked, LightningDataModule):
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the training data: the epoch, the batches of it that each rank has seen, and the ranks.
+        """The position in the training data: the epoch, the batches of it that each rank has seen, and what deals them.
 
         With it goes what a task needs to scale other samples as these were.
         """
@@ -317,7 +317,8 @@ class DataModule(Checked, LightningDataModule):
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]
         begun = epoch["processed"] != epoch["ready"]
         _, world = self._rank_and_world()
-        position = {"epoch": epoch["processed"], "batches": batches["ready"] if begun else 0, "world": world}
+        position = {"epoch": epoch["processed"], "batches": batches["ready"] if begun else 0}
+        position |= {"world": world, "batch_size": self.batch_size, "seed": self.seed}
         scaling = getattr(self.source, "scaling", None)
         scale = {} if scaling is None else scaling.state()
         white = {} if self.source.white is None else {"white": self.source.white}
@@ -326,16 +327,23 @@ class DataModule(Checked, LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on there; Lightning calls it before it asks for the loader.
 
-        The order of an epoch is dealt out among the processes, so another number of them begins an epoch as the old one
-        would have, and can not go on within one.
+        The order of an epoch comes from the seed and is dealt out among the processes in batches, so others of these
+        can begin an epoch, and can not go on within one.
         """
         _, world = self._rank_and_world()
-        was = state_dict.get("world", world)
-        if was != world and state_dict.get("batches"):
-            raise AezooError(
-                f"the checkpoint was saved within an epoch of {was} processes, which {world} cannot go on with: take "
-                f"--trainer.devices {was}, or a checkpoint from the end of an epoch, such as best-*.ckpt"
-            )
+        # who evaluates takes no part in the epoch
+        trains = self.trainer is None or self.trainer.state.fn in (None, "fit")
+        for key, now, flag, words in (
+            ("world", world, "trainer.devices", "of {} processes"),
+            ("batch_size", self.batch_size, "data.batch_size", "of batches of {}"),
+            ("seed", self.seed, "data.seed", "in the order of seed {}"),
+        ):
+            was = state_dict.get(key, now)
+            if was != now and state_dict.get("batches") and trains:
+                raise AezooError(
+                    f"the checkpoint was saved within an epoch {words.format(was)}, which {now} cannot go on with: "
+                    f"take --{flag} {was}, or a checkpoint from the end of an epoch, such as best-*.ckpt"
+                )
         self._position = (state_dict.get("epoch", -1), state_dict.get("batches", 0))
 
     def val_dataloader(self) -> LazyLoader | ResidentLoader:

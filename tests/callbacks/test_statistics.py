@@ -116,6 +116,12 @@ def test_throughput_of_single_batches_waits_for_the_second(fit, events):
     assert [event.step for event in events().Scalars("train/samples_per_s")] == [1, 2]
 
 
+def test_throughput_of_an_epoch_that_goes_on_without_a_batch_is_left_out():
+    callback, model = Throughput(), Fake((4,))
+    callback.on_train_start(None, model)
+    callback.on_train_epoch_end(None, model)  # would log, which a model without a trainer cannot
+
+
 # ---- Histograms -----------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import torch
 import aezoo
 from aezoo.callbacks import Checkpoints, Interrupt
 from aezoo.data import DataModule
+from aezoo.errors import AezooError
 
 
 class StopAt(pl.Callback):
@@ -23,10 +24,10 @@ class StopAt(pl.Callback):
             signal.raise_signal(signal.SIGINT)
 
 
-def fit(folder, stop=None, ckpt_path=None):
+def fit(folder, stop=None, ckpt_path=None, **plain):
     torch.manual_seed(0)
     model = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=4, hidden_dims=(16,))
-    data = DataModule("digits", batch_size=300)  # 5 batches an epoch, the last one smaller
+    data = DataModule("digits", **{"batch_size": 300} | plain)  # 5 batches an epoch, the last one smaller
     trainer = pl.Trainer(
         max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=folder, callbacks=[*([StopAt(stop)] if stop else []), Interrupt(), Checkpoints()],
@@ -54,3 +55,27 @@ def test_going_on_equals_never_stopping(tmp_path, whole, stops):
     assert steps == 15
     for name, value in model.state_dict().items():
         assert torch.equal(value, whole[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"batch_size": 100}, "of batches of 300, which 100 cannot go on with: take --data.batch_size 300, or"),
+        ({"seed": 1}, "in the order of seed 0, which 1 cannot go on with: take --data.seed 0, or"),
+    ],
+)
+def test_batches_and_their_order_may_change_between_epochs_alone(tmp_path, other, words):
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    fit(tmp_path, 8)
+    with pytest.raises(AezooError, match=words) as caught:
+        fit(tmp_path, ckpt_path=last, **other)
+    assert "\n" not in str(caught.value)
+    # who evaluates takes no part in the epoch
+    model = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=4, hidden_dims=(16,))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    pl.Trainer(accelerator="cpu", **quiet).validate(model, DataModule("digits", **other), ckpt_path=last, verbose=False)
+    # one of an older version does not say what it has seen
+    DataModule("digits", **other).load_state_dict({"epoch": 1, "batches": 3, "world": 1})
+    fit(tmp_path, 2, last)  # to the end of the epoch
+    assert fit(tmp_path, ckpt_path=last, **other)[1] == 10 + (15 if "batch_size" in other else 5)

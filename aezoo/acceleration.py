@@ -75,25 +75,39 @@ def positions(module: nn.Module, shape: tuple[int, ...]) -> int:
     return max(1, round((in_convolutions * grid + weights - in_convolutions) / max(1, weights)))
 
 
+def full_batch(loader: Any) -> int:
+    """Samples in a full batch of a loader; 0 where it does not say."""
+    size = getattr(loader, "batch_size", None)
+    if not isinstance(size, int):
+        return 0
+    try:
+        return min(size, len(loader.sampler))
+    except (AttributeError, TypeError, NotImplementedError):  # a stream, or a loader of somebody's own
+        return size
+
+
 class Compiled:
-    """A function compiled at its first call, for the batch size of that call; other sizes run as they are.
+    """A function compiled at its first call with a full batch, for the size of that; other sizes run as they are.
 
     Where compiling fails it warns once, with the cause, and the function runs uncompiled from then on.
 
     Args:
         function: takes tensors, the first of them a batch.
         mode: default, reduce-overhead or max-autotune.
-        before_retry: called before the first call is repeated uncompiled.
+        before_retry: called before the first compiled call is repeated uncompiled.
+        least: a smaller batch is not full: a run that goes on may begin with the last one of an epoch.
     """
 
-    def __init__(self, function: Callable[..., Any], mode: str, before_retry: Callable[[], None]) -> None:
-        self._function, self._before_retry = function, before_retry
+    def __init__(
+        self, function: Callable[..., Any], mode: str, before_retry: Callable[[], None], least: int = 0
+    ) -> None:
+        self._function, self._before_retry, self._least = function, before_retry, least
         linear.straight_from_inductor = linear.HALVED and inductor.teach()
         self._compiled: Callable[..., Any] | None = torch.compile(function, mode=mode, dynamic=False)
         self._size: int | None = None
 
     def __call__(self, x: torch.Tensor, *rest: Any) -> Any:
-        if self._size is None:
+        if self._size is None and len(x) >= self._least:
             return self._first(x, *rest)
         # an epoch's last batch is not worth a second compilation
         if self._compiled is None or len(x) != self._size:

@@ -381,9 +381,12 @@ class Autoencoder(Checked, pl.LightningModule):
         if chosen:
             if light and own_loop and mode == "reduce-overhead" and loop.capture(self.trainer):
                 mode = "default"  # a graph of the whole step holds those of its parts
-            batch_idx = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            batches = self.trainer.fit_loop.epoch_loop.batch_progress
             self._compiled = acceleration.Compiled(
-                self._terms, "default" if mode == "auto" else mode, before_retry=lambda: self._seed_step(batch_idx)
+                self._terms,
+                "default" if mode == "auto" else mode,
+                before_retry=lambda: self._seed_step(batches.current.ready - 1),
+                least=acceleration.full_batch(self.trainer.train_dataloader),
             )
         if light and _is_own(type(self)):
             loop.trust(self.trainer)

@@ -54,10 +54,13 @@ class CapturedStep:
         step: takes a batch and its labels, updates the parameters, and returns tensors.
         parameters: what the step trains.
         recorder: runs and records it.
+        least: a smaller batch is not full: a run that goes on may begin with the last one of an epoch.
     """
 
-    def __init__(self, step: Step, parameters: list[torch.nn.Parameter], recorder: Recorder | None = None) -> None:
-        self._step, self._parameters = step, parameters
+    def __init__(
+        self, step: Step, parameters: list[torch.nn.Parameter], recorder: Recorder | None = None, least: int = 0
+    ) -> None:
+        self._step, self._parameters, self._least = step, parameters, least
         self._recorder = recorder or CudaRecorder()
         self._x: Tensor | None = None
         self._y: Tensor | None = None
@@ -68,9 +71,9 @@ class CapturedStep:
         self.replays = 0
 
     def __call__(self, x: Tensor, y: Tensor | None) -> Any:
-        if self._x is None:
+        if self._x is None and len(x) >= self._least:
             self._x, self._y = x.clone(), None if y is None else y.clone()
-        if x.shape != self._x.shape:
+        if self._x is None or x.shape != self._x.shape:
             return self._aside(x, y)
         self._x.copy_(x)
         if self._y is not None and y is not None:

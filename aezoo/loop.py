@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from aezoo.acceleration import flushed_denormals
+from aezoo.acceleration import flushed_denormals, full_batch
 from aezoo.capture import CapturedStep
 from aezoo.optimizers import with_gradients
 from aezoo.plan import Plan, is_plain, transfer
@@ -155,7 +155,7 @@ def capture(trainer: pl.Trainer) -> bool:
     if not isinstance(loop, LightLoop) or loop.plan is None or not loop.plan.can_capture:
         return False
     trained = [p for p in loop.plan.module.parameters() if p.requires_grad]
-    loop.plan.captured = CapturedStep(loop.recorded_step, trained)
+    loop.plan.captured = CapturedStep(loop.recorded_step, trained, least=full_batch(trainer.train_dataloader))
     return True
 
 

@@ -217,6 +217,51 @@ def test_batches_of_another_size_run_as_they_are(graphs):
     assert calls == [3, 1]
 
 
+@pytest.fixture
+def sizes(monkeypatch):
+    """Of the batches that what was compiled has seen."""
+    found = []
+
+    def compile_it(function, *, mode, dynamic):
+        return lambda x, *rest: found.append(len(x)) or function(x, *rest)
+
+    monkeypatch.setattr(acceleration.torch, "compile", compile_it)
+    return found
+
+
+def test_a_run_that_goes_on_with_an_epochs_last_batch_is_compiled_for_the_full_ones(sizes, tmp_path):
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 10:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    fit(model("default"), Save(), max_epochs=1)
+    assert sizes == [4] * 10
+    sizes.clear()
+    losses, _ = fit(model("default"), ckpt_path=tmp_path / "a.ckpt")
+    assert len(losses) == 12 and sizes == [4] * 10
+
+
+def test_a_set_that_is_smaller_than_a_batch_is_one(sizes):
+    fit(model("default"), source=data(n=10, batch_size=64))
+    assert sizes == [9] * 2
+
+
+def test_the_size_of_a_full_batch_is_the_loaders_where_it_says_one(sizes):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    rows, loader = torch.utils.data.TensorDataset(torch.rand(10, 2)), torch.utils.data.DataLoader
+    drawn = torch.utils.data.BatchSampler(range(10), 4, drop_last=False)
+    loaders = loader(rows, 4), loader(rows, 64), loader(Stream(), 4), loader(rows, batch_sampler=drawn), [rows], None
+    assert [acceleration.full_batch(one) for one in loaders] == [4, 10, 4, 0, 0, 0]
+    # what is larger than a loader says is no last batch
+    compiled = Compiled(lambda x: x.sum(), "default", lambda: None, least=4)
+    assert [compiled(torch.ones(n)) for n in (3, 8, 3, 8)] == [3, 8, 3, 8]
+    assert sizes == [8, 8]
+
+
 def test_weights_keep_their_names_and_a_checkpoint_loads_into_an_uncompiled_model(graphs, tmp_path):
     module = model("default")
     names = list(module.state_dict())

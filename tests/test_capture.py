@@ -69,11 +69,12 @@ def batches(n=9, odd=(6,)):
     return [torch.rand(2 if i in odd else 5, 3, generator=generator) for i in range(n)]
 
 
-def captured(module, seen=None):
+def captured(module, seen=None, **plain):
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
     recorder = Recorder()
     recorder.parameters = list(module.parameters())
-    return CapturedStep(step_of(module, optimizer, seen), recorder.parameters, recorder), optimizer, recorder
+    made = CapturedStep(step_of(module, optimizer, seen), recorder.parameters, recorder, **plain)
+    return made, optimizer, recorder
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -122,11 +123,13 @@ def test_the_recording_begins_without_gradients_and_an_odd_batch_leaves_none():
     assert all(seen[6][1])
 
 
-def test_a_first_batch_of_another_size_sets_the_size():
-    step, _, recorder = captured(net())
+@pytest.mark.parametrize("least", [5, 0])
+def test_a_first_batch_that_is_not_full_does_not_set_the_size_where_that_is_known(least):
+    step, _, recorder = captured(net(), least=least)
     for x in (torch.rand(2, 3), *[torch.rand(5, 3)] * 6):
         step(x, None)
-    assert recorder.log == ["warm-up"] and step.replays == 0
+    full = ["warm-up"] * WARM_UP + ["record"] + ["replay"] * (6 - WARM_UP)
+    assert recorder.log == (full if least else ["warm-up"]) and step.replays == (6 - WARM_UP if least else 0)
 
 
 def test_cuda_s_recorder_follows_the_protocol():

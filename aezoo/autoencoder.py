@@ -345,7 +345,15 @@ class Autoencoder(Checked, pl.LightningModule):
         if self._fit_seed is None or self.trainer.ckpt_path is None:
             self._fit_seed, self._compiled_before = torch.initial_seed() % 2**63, None
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        there = any(isinstance(callback, _AfterError) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if there or self.trainer.state.fn != "fit" else [_AfterError()]
+
     def on_fit_end(self) -> None:
+        self.leave_fit()
+
+    def leave_fit(self) -> None:
+        """Undo what is of one fit alone, however that has ended."""
         self._compiled, self.takes_bytes = None, False
         if self._channels_last:
             # the same bits as a model that is loaded from a file
@@ -466,6 +474,14 @@ class Autoencoder(Checked, pl.LightningModule):
             AezooError: wrong shape or dtype, values that are not finite, or outside of [0, 1] where that is needed.
         """
         inputs.check_batch(self, x)
+
+
+class _AfterError(pl.Callback):
+    """After Ctrl-C or an error Lightning asks callbacks alone, and no module."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, Autoencoder) and trainer.state.fn == "fit":
+            pl_module.leave_fit()
 
 
 inputs.guard(Autoencoder)  # its subclasses are guarded as they are made

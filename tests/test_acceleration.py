@@ -12,9 +12,11 @@ import torch
 import aezoo
 from aezoo import acceleration, optimizers
 from aezoo.acceleration import Compiled, check_mode, flushed_denormals, positions, to_channels_last, worth_compiling
+from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import BetaAnnealing
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
+from aezoo.nets.memory_format import ChannelsLast
 
 CPU = torch.device("cpu")
 
@@ -371,6 +373,45 @@ def test_annealing_writes_no_tensor_into_checkpoints(graphs, tmp_path):
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert content["hyper_parameters"]["beta"] == 1.0
     assert set(content["state_dict"]) == set(module.state_dict())
+
+
+class Fails(pl.Callback):
+    """Ends a fit in its first step, and says what is of the fit then."""
+
+    def __init__(self, error):
+        self.error, self.seen = error, []
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        maps = [part.on for part in pl_module.modules() if isinstance(part, ChannelsLast)]
+        self.seen += [pl_module._compiled is not None, pl_module.takes_bytes, bool(maps) and all(maps)]
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("stop")])
+def test_what_is_of_a_fit_is_undone_once_however_it_ends(sizes, monkeypatch, error):
+    calls, undo = [], Autoencoder.leave_fit
+    monkeypatch.setattr(Autoencoder, "leave_fit", lambda self: calls.append(1) or undo(self))
+    module = model("default", "conv_ae", (1, 28, 28), hidden_dims=(4, 8))
+    strides, fails = [p.stride() for p in module.parameters()], Fails(error)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, callbacks=[fails],
+    )  # fmt: skip
+    with pytest.raises((SystemExit, RuntimeError)):
+        trainer.fit(module, DataModule("mnist5k"))
+    assert fails.seen == [True] * 3
+    assert module._compiled is None and not module.takes_bytes
+    assert [p.stride() for p in module.parameters()] == strides
+    assert not any(part.on for part in module.modules() if isinstance(part, ChannelsLast))
+    assert len(calls) == 1
+
+
+def test_a_trainer_that_fits_again_undoes_once(sizes):
+    _, trainer = fit(model("default"), max_epochs=1)
+    many = len(trainer.callbacks)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model("default"), data())
+    assert len(trainer.callbacks) == many
 
 
 # ---- denormals ------------------------------------------------------------------------------------------------------

@@ -146,6 +146,6 @@ class StackedDAE(Autoencoder):
         # its own, so that no CUDA graph of the whole step is taken, which would be that of the first phase for ever
         return super().training_step(batch, batch_idx)
 
-    def on_fit_end(self) -> None:
-        super().on_fit_end()
+    def leave_fit(self) -> None:
+        super().leave_fit()
         self.phase = len(self.encoder)

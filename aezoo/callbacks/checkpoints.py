@@ -96,6 +96,7 @@ class Checkpoints(Checked, ModelCheckpoint):
             enable_version_counter=False,
         )
         self.run: Path | None = None
+        self._asked = monitor
         self._every_n_steps, self._seconds = every_n_steps, 60 * every_n_minutes
         self._within_epochs = bool(every_n_steps or every_n_minutes)
         self._saved_at = 0.0
@@ -109,8 +110,13 @@ class Checkpoints(Checked, ModelCheckpoint):
         return f"Checkpoints{{'monitor': {self.monitor!r}}}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.monitor is not None:
-            self.monitor = _monitored(self.monitor, trainer)
+        monitored = _monitored(self._asked, trainer)
+        # a test of what was trained without validation still knows its best by what that was judged by
+        if monitored != self.monitor and (stage == "fit" or trainer.limit_val_batches == 0):
+            self.monitor = monitored
+            # scores of another metric, as of a fit of other data, do not compare
+            self.best_k_models, self.best_model_path, self.kth_best_model_path = {}, "", ""
+            self.best_model_score, self.current_score, self.kth_value = None, None, torch.tensor(torch.inf)
         with warnings.catch_warnings():
             # a resumed run goes on in its own folder
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
@@ -323,6 +329,7 @@ class EarlyStop(Checked, EarlyStopping):
         _check_metric(self, monitor)
         check_share(self, "min_delta", min_delta)
         super().__init__(monitor=monitor, mode="min", patience=patience or 2**62, min_delta=min_delta)
+        self._asked = monitor
         self.settings = {"monitor": monitor, "patience": patience, "min_delta": min_delta}
 
     @property
@@ -336,7 +343,9 @@ class EarlyStop(Checked, EarlyStopping):
         super().load_state_dict(state_dict | now)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.monitor = _monitored(self.monitor, trainer)
+        monitored = _monitored(self._asked, trainer)
+        if monitored != self.monitor and (stage == "fit" or trainer.limit_val_batches == 0):
+            self.monitor, self.best_score, self.wait_count = monitored, torch.tensor(torch.inf), 0
         super().setup(trainer, pl_module, stage)
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

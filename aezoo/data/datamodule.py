@@ -201,6 +201,7 @@ class DataModule(Checked, LightningDataModule):
         self._drawn: ArrayDataset | None = None
         self._why: dict[Stage, str] = {}
         self._position = (-1, 0)
+        self._limit_before: int | float | None = None
 
     # arrays that `from_arrays` hands to its instance; a class attribute, so that `__init__` keeps plain arguments
     _arrays: dict[str, Any] | None = None
@@ -263,6 +264,8 @@ class DataModule(Checked, LightningDataModule):
         self._check(self._splits.get("train"))
         if self.trainer is not None and stage == "fit" and "val" not in self._splits:
             # an empty loader would make Lightning warn of what was asked for
+            if self._limit_before is None:
+                self._limit_before = self.trainer.limit_val_batches
             self.trainer.limit_val_batches = 0
 
     def _binarise(self) -> None:
@@ -477,6 +480,16 @@ class DataModule(Checked, LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         self._on_gpu.clear()
+        self._restore_limit()
+
+    def on_exception(self, exception: BaseException) -> None:
+        # Lightning tears nothing down then
+        self._restore_limit()
+
+    def _restore_limit(self) -> None:
+        """The trainer may fit other data next, with a split for validation."""
+        if self._limit_before is not None and self.trainer is not None:
+            self.trainer.limit_val_batches, self._limit_before = self._limit_before, None
 
 
 def _storage(loader: LazyLoader | ResidentLoader) -> str:

@@ -18,9 +18,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+import aezoo
 from aezoo import callbacks as zoo
 from aezoo.callbacks import EMA, BetaAnnealing, Interrupt, PredictionWriter, ProgressBar
 from aezoo.callbacks.base import Picture
+from aezoo.data import DataModule
 from aezoo.errors import AezooError
 
 
@@ -567,6 +569,29 @@ def test_a_metric_that_is_mistyped_is_said_before_an_epoch_is_over(fit, name):
     # those that only a whole validation or training logs
     for metric in ("val/loss", "val/active_units", "train/loss"):
         fit(FakeVAE((4,)), zoo.CodeStatistics(), callback(monitor=metric), enable_checkpointing=True, max_epochs=1)
+
+
+def test_what_is_watched_without_validation_is_of_that_fit_alone(tmp_path, recwarn):
+    low, high = (torch.rand(40, 4, generator=torch.Generator().manual_seed(i)) / 10 for i in (0, 1))
+    saver, stop = zoo.Checkpoints(), zoo.EarlyStop()
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=2, default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[saver, stop],
+    )  # fmt: skip
+    model = aezoo.create_model("dense_ae", (4,), latent_dim=2, hidden_dims=(8,), lr=0.1)
+    data = DataModule.from_arrays(low, batch_size=6, val_fraction=0)
+    trainer.fit(model, data)
+    assert saver.monitor == stop.monitor == "train/loss"
+    best = saver.best_model_path
+    trainer.test(model, data, ckpt_path=best, verbose=False)
+    assert saver.best_model_path == best  # by the metric that it was judged by
+    assert not [str(one.message) for one in recwarn if "callbacks used to create" in str(one.message)]
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(model, DataModule.from_arrays(low, x_val=1 - high, batch_size=6))
+    assert saver.monitor == stop.monitor == "val/loss"
+    worse = trainer.callback_metrics["val/loss"]
+    assert worse > trainer.callback_metrics["train/loss"]
+    assert saver.best_model_score == stop.best_score == worse and stop.wait_count == 0
 
 
 @pytest.mark.slow

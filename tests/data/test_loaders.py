@@ -1,5 +1,7 @@
 """Orders, shards and batches, by hand and under the Trainer."""
 
+import contextlib
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -160,6 +162,25 @@ def test_validation_switched_off():
     trainer(max_epochs=1).fit(model, data)
     assert not model.seen["val"]
     assert sum(map(len, model.seen["train"])) == 40
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_other_data_are_validated_after_a_fit_without_validation(fails):
+    class Fail(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            limits.append(trainer.limit_val_batches)
+            if fails:
+                raise RuntimeError("stop")
+
+    limits, plain = [], {"test_fraction": 0, "batch_size": 40}
+    run = trainer(max_epochs=1, limit_val_batches=3, callbacks=[Fail()])
+    with pytest.raises(RuntimeError, match="stop") if fails else contextlib.nullcontext():
+        run.fit(Recorder(), DataModule.from_arrays(numbers(), val_fraction=0, **plain))
+    assert limits == [0] and run.limit_val_batches == 3
+    if not fails:
+        model, run.fit_loop.max_epochs = Recorder(), 2
+        run.fit(model, DataModule.from_arrays(numbers(), **plain))
+        assert model.seen["val"] and limits == [0, 3]
 
 
 @pytest.mark.parametrize(

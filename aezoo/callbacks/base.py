@@ -90,6 +90,17 @@ def publish(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") -> N
         writer.add_image(f"{folder.name}/{name}", pixels, trainer.global_step, dataformats="HWC")
 
 
+@contextmanager
+def no_end_of_a_run(owner: Any) -> Iterator[None]:
+    """What fails inside gives one warning until `owner._warned` is reset: no picture is worth a training run."""
+    try:
+        yield
+    except Exception as error:
+        if not owner._warned:
+            owner._warned = True
+            rank_zero_warn(f"{type(owner).__name__} drew no picture: {type(error).__name__}: {error}")
+
+
 def check_period(owner: object, every_n_epochs: int) -> int:
     """Refuse a negative period."""
     if every_n_epochs < 0:
@@ -216,15 +227,11 @@ class Picture(Checked, pl.Callback):
             return
         x = torch.cat(self._x) if self._x else torch.empty(0)
         y = torch.cat(self._y) if self._y else None
-        try:
+        with no_end_of_a_run(self):
             with undisturbed(pl_module):
                 figures = self.draw(cast("Autoencoder", pl_module), x, y)
             for name, figure in figures.items():
                 publish(trainer, self._folder, name, figure)
-        except Exception as error:  # no picture is worth a training run
-            if not self._warned:
-                self._warned = True
-                rank_zero_warn(f"{type(self).__name__} drew no picture: {type(error).__name__}: {error}")
 
 
 class BestLoss:

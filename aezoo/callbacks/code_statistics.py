@@ -9,7 +9,16 @@ from torch import Tensor
 
 from aezoo import ranks
 from aezoo.arguments import Checked
-from aezoo.callbacks.base import check_period, check_share, is_dry_run, publish, run_folder, undisturbed, unpack
+from aezoo.callbacks.base import (
+    check_period,
+    check_share,
+    is_dry_run,
+    no_end_of_a_run,
+    publish,
+    run_folder,
+    undisturbed,
+    unpack,
+)
 
 
 class CodeStatistics(Checked, pl.Callback):
@@ -41,7 +50,7 @@ class CodeStatistics(Checked, pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         of_interest = getattr(pl_module, "normal_prior", False) or getattr(pl_module, "sparse_code", False)
         wanted = stage in ("fit", "validate") and self.every_n_epochs > 0 and not is_dry_run(trainer)
-        self._active, self._counting = bool(of_interest and wanted), False
+        self._active, self._counting, self._warned = bool(of_interest and wanted), False, False
         self._folder = run_folder(trainer) / "pictures"
         ranks.let_go_at_exit(trainer)
 
@@ -101,7 +110,8 @@ class CodeStatistics(Checked, pl.Callback):
             active = variance > self.threshold
             self._log(pl_module, "active_units", active.sum())
             if trainer.is_global_zero:
-                self._draw(trainer, sums["kl"] / n, active)
+                with no_end_of_a_run(self):
+                    self._draw(trainer, sums["kl"] / n, active)
 
     def _log(self, pl_module: pl.LightningModule, name: str, value: Tensor) -> None:
         if name not in self._terms:  # two values under one name would be averaged

@@ -57,6 +57,17 @@ def test_kl_is_drawn_and_logged(fit, events, tmp_path):
     assert (tmp_path / "run" / "0" / "pictures" / "kl_per_dimension.png").is_file()
 
 
+def test_a_picture_of_the_kl_that_fails_warns_once_and_training_goes_on(fit, monkeypatch):
+    def full(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("aezoo.callbacks.code_statistics.publish", full)
+    with pytest.warns(UserWarning, match="CodeStatistics drew no picture: OSError: disk full") as caught:
+        trainer = fit(FakeVAE((1, 6, 6)), CodeStatistics(), max_epochs=3)
+    assert len([w for w in caught if "CodeStatistics" in str(w.message)]) == 1
+    assert trainer.current_epoch == 3 and "val/active_units" in trainer.callback_metrics
+
+
 def test_l0_and_dead_share_of_sparse_codes(fit):
     model = frozen(FakeSparse((1, 6, 6), latent_dim=6))
     with torch.no_grad():

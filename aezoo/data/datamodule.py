@@ -238,9 +238,10 @@ class DataModule(Checked, LightningDataModule):
         """
         if given := {"name", "root"} & set(plain):
             raise AezooError(f"from_arrays has its data already: drop {' and '.join(sorted(given))}")
-        module = cls.__new__(cls)
+        plain |= {"name": "array", "root": ""}
+        module = cls.__new__(cls, **plain)  # which checks them
         module._arrays = {"x": x, "y": y, "x_val": x_val, "y_val": y_val, "x_test": x_test, "y_test": y_test}
-        cls.__init__(module, name="array", root="", **plain)
+        cls.__init__(module, **plain)
         return module
 
     def prepare_data(self) -> None:

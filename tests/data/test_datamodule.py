@@ -1,6 +1,7 @@
 """The DataModule's arguments, splits, shipped sets and plug-ins."""
 
 import inspect
+from functools import partial
 from importlib import metadata
 
 import lightning.pytorch as pl
@@ -113,6 +114,14 @@ def test_hyperparameters_are_plain_and_survive_a_safe_load(tmp_path):
     assert torch.load(tmp_path / "h.pt", weights_only=True) == dict(data.hparams)
     with pytest.raises(AezooError, match="from_arrays again"):
         DataModule(**data.hparams)
+
+
+@pytest.mark.parametrize("bad", [{"train_classes": "12"}, {"batch_size": 4.0}, {"scale": 1}])
+def test_arguments_beside_arrays_are_checked_like_all_others(bad):
+    (name,) = bad
+    for make in (DataModule, partial(DataModule.from_arrays, torch.rand(30, 4), torch.arange(30) % 3)):
+        with pytest.raises(AezooError, match=f"^DataModule: {name} takes"):
+            make(**bad)
 
 
 def test_checkpoint_with_the_data_in_it_loads_safely(tmp_path):

@@ -58,7 +58,7 @@ def fold(model: Folded, scaling: Mapping[str, Tensor] | Tensor | float) -> Folde
     folded = copy.deepcopy(model)
     own = [p for p in (*folded.parameters(), *folded.buffers()) if p.is_floating_point()]
     for p, by in zip(own, factors, strict=True):
-        p.copy_(p.double() * by.to(p.device))
+        p.copy_(p.cpu().double() * by)
     return folded
 
 

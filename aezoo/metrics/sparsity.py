@@ -205,13 +205,13 @@ class Recovery(_Sums):
         super().__init__(2, **kwargs)
         if atoms.ndim < 2 or not bool(atoms.flatten(1).norm(dim=1).gt(0).all()):
             raise AezooError(f"Recovery takes atoms (N, ...), none of them zeros, got shape {tuple(atoms.shape)}")
-        self.atoms = _unit(atoms.detach().flatten(1).double().cpu())
+        self.atoms = _unit(atoms.detach().flatten(1).cpu().double())
 
     def update(self, directions: Tensor) -> None:
         """Add the directions of a dictionary's latents, (M, ...)."""
         from scipy.optimize import linear_sum_assignment
 
-        given = directions.detach().flatten(1).double().cpu()
+        given = directions.detach().flatten(1).cpu().double()
         _check_size(self, given, self.atoms.shape[1])
         cosine_NM = (self.atoms @ _unit(given).T).abs()
         mcc = cosine_NM[linear_sum_assignment(cosine_NM, maximize=True)].sum() / len(self.atoms)

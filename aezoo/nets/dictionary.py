@@ -209,7 +209,7 @@ def geometric_median(x_BX: Tensor, steps: int = 1000) -> Tensor:
     By Weiszfeld's iteration with Vardi & Zhang's step at the rows themselves (2000), where the plain one divides by 0
     or stands still; in float64 on the CPU, so that all ranks find the same bits.
     """
-    x_NX = x_BX.double().cpu()
+    x_NX = x_BX.cpu().double()
     m_X = x_NX.mean(0)
     tolerance = 1e-12 * float((x_NX - m_X).norm(dim=1).max())
     for _ in range(steps):

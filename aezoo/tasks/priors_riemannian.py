@@ -112,7 +112,7 @@ class Riemannian:
     def _move(self, z: Tensor, step: float) -> tuple[Tensor, float]:
         """One step of Hamiltonian Monte Carlo; the share of chains that took it."""
         z, taken = hamiltonian.monte_carlo(z, self.log_density, step, _LEAPFROG, self._gradient)
-        return z, float(taken.double().mean())
+        return z, float(taken.cpu().double().mean())
 
     def _gradient(self, z: Tensor) -> Tensor:
         with torch.enable_grad():

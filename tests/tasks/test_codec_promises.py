@@ -8,13 +8,27 @@ import pytest
 import torch
 from torch import nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.overrides import TorchFunctionMode
 
 import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
+from aezoo.nets.dictionary import geometric_median
 from aezoo.tasks.codec import baselines, lossless, lossy, machine, tables
 from aezoo.tasks.compress import compress
 from aezoo.tasks.decompress import decompress
+
+
+class WithoutFloat64(TorchFunctionMode):
+    """Takes all tensors for those of a device that has no float64, until `.cpu()` has fetched them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.double and not getattr(args[0], "fetched", False):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        found = func(*args, **kwargs or {})
+        if func is torch.Tensor.cpu:
+            found.fetched = True
+        return found
 
 
 class TwoLayers(Autoencoder):
@@ -123,6 +137,18 @@ def test_the_net_rate_is_the_elbo_that_the_model_itself_gives(likelihood, shape,
     one = compress(model, x[:1], compare=False, precision=precision)
     heads = [8 * len(part.contents[0]) - part.net_bits - part.initial_bits for part in (found, one)]
     assert heads[0] == pytest.approx(heads[1], abs=128) and heads[1] < 8 * 800
+
+
+def test_numbers_of_a_device_without_float64_are_widened_on_the_cpu():
+    torch.manual_seed(0)
+    model = aezoo.create_model("vae", (64,), latent_dim=4, hidden_dims=(16,), likelihood="bernoulli").eval()
+    levels = np.random.default_rng(0).integers(0, 2, (20, 64)).astype(np.uint8)
+    coder = lossless.BitsBack(lossless.chain_of(model), machine.like(model), 8, 8, b"a")
+    rows = torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]])
+    with torch.no_grad(), WithoutFloat64():
+        assert np.array_equal(coder.decode(coder.encode(levels).words, 20), levels)
+        assert coder.bound(levels) > 0
+        assert geometric_median(rows).tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_a_file_that_says_more_samples_than_it_has_bits_for_is_left_at_once():

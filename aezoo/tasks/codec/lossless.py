@@ -200,10 +200,10 @@ class BitsBack:
             for layer in self._chain.layers:
                 q = Normal(*layer.posterior(x, z))
                 p = Normal(*layer.prior(z, len(x)))
-                total += float(kl_divergence(q, p).double().sum())
+                total += float(kl_divergence(q, p).cpu().double().sum())
                 z.append(q.sample())
             params = at_least_float32(self._chain.params([part.to(self._like.dtype) for part in z]))
-            total -= float(self._chain.likelihood.log_prob(params, x.to(params.dtype)).double().sum())
+            total -= float(self._chain.likelihood.log_prob(params, x.to(params.dtype)).cpu().double().sum())
         return total / math.log(2)
 
     def _mask(self, rows: slice, layer: int, n: int) -> npt.NDArray[np.int32]:
@@ -218,7 +218,7 @@ class BitsBack:
     def _values(self, index: npt.NDArray[np.int32], m: Tensor, s: Tensor) -> Tensor:
         """The middles of bins."""
         middles = self._middles[torch.from_numpy(index.astype(np.int64))].reshape(m.shape)
-        return (m.double().cpu() + s.double().cpu() * middles).to(self._like)
+        return (m.cpu().double() + s.cpu().double() * middles).to(self._like)
 
     def _tables(self, layer: Layer, x: Tensor, z: list[Tensor]) -> tuple[tuple[Tensor, Tensor], tables.Rows]:
         """Of the prior m and s, and the tables of the posterior over its bins."""
@@ -247,7 +247,7 @@ def seed_of(fingerprint: str, seed: int) -> bytes:
 
 def _flat(values: Tensor) -> Floats:
     """Numbers of a network in float64 on the CPU, (M,)."""
-    found: Floats = values.detach().double().cpu().numpy().reshape(-1)
+    found: Floats = values.detach().cpu().double().numpy().reshape(-1)
     if not np.isfinite(found).all():
         raise AezooError("the model gives NaN or infinite values for these samples: train it again, or take mode lossy")
     return found

@@ -58,6 +58,15 @@ def test_lossless_gives_the_same_bytes_in_as_many_bits_as_the_elbo_says(tmp_path
     assert found.net_bits == pytest.approx(300 * np.mean(nats) / math.log(2), rel=0.02)
 
 
+def test_the_likelihood_of_the_user_stays_where_it_is(tmp_path, monkeypatch):
+    model, moved = _vae("beta_binomial"), []
+    real = torch.nn.Module._apply
+    # what .cpu() and .to() do in place
+    monkeypatch.setattr(torch.nn.Module, "_apply", lambda self, *rest: moved.append(self) or real(self, *rest))
+    compress(model, torch.randint(0, 256, (20, 64)) / 255, compare=False, out=str(tmp_path))
+    assert moved and not any(part is model.likelihood for part in moved)
+
+
 def test_the_initial_bits_come_back_or_nothing_does():
     model = _vae("bernoulli")
     levels = np.random.default_rng(0).integers(0, 2, (20, 64)).astype(np.uint8)

@@ -1,5 +1,6 @@
 """Data values as whole numbers, and how likely each is."""
 
+import copy
 import math
 from typing import cast
 
@@ -35,7 +36,8 @@ def level_cdf(likelihood: Likelihood, params: Floats) -> Floats:
     if isinstance(likelihood, Bernoulli):
         return cast(Floats, expit(-params)[:, None])
     if isinstance(likelihood, BetaBinomial):
-        return _beta_binomial_cdf(*(shape.double().numpy() for shape in likelihood.cpu().shapes(from_numpy(params))))
+        here = copy.deepcopy(likelihood).cpu()  # a module moves in place, and this one is the user's
+        return _beta_binomial_cdf(*(shape.double().numpy() for shape in here.shapes(from_numpy(params))))
     scale = math.exp(float(cast(DiscretisedLogistic, likelihood).bounded))
     return cast(Floats, expit(((np.arange(255) + 0.5) / 255 - params[:, None]) / scale))
 

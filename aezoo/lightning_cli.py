@@ -32,6 +32,7 @@ from aezoo import acceleration, callbacks, durable, flag_help, ranks, registry, 
 from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import dashboard
 from aezoo.data import DataModule
+from aezoo.data.loaders import local_processes
 from aezoo.errors import AezooError
 from aezoo.parsing import FROM_DATA, Parser, check_flags, plain
 from aezoo.request import RESUMED, RUN_DIR, check_against, expand, say_differences
@@ -338,6 +339,8 @@ class AezooCLI(LightningCLI):
         kind = type(self.model)
         name = registry.name_of(kind) or kind.__name__
         print(f"{name}: {parameters:,} parameters, code shape {self.model.code_shape}")
+        # it is read here, before Lightning tells it of the trainer
+        self.datamodule.source.processes = local_processes(self.trainer)
         print(self.datamodule.describe())
         if self._test_follows():
             self._check_test_share()

@@ -252,7 +252,8 @@ class DataModule(Checked, LightningDataModule):
         if not self._splits:
             if self.trainer is None:
                 self.prepare_data()
-            self.source.processes = local_processes(self.trainer)
+            # more where somebody knows of a run to come
+            self.source.processes = max(self.source.processes, local_processes(self.trainer))
             splits = {part: self.source.split(part) for part in STAGES}
             self._splits = {part: dataset for part, dataset in splits.items() if dataset is not None}
             if self.train_classes is not None:

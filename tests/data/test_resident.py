@@ -1,5 +1,7 @@
 """The resident path gives the batches of the loader path, and training the same weights, wherever the samples lie."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from aezoo.data.idx import FAMILIES
 from aezoo.data.loaders import LazyLoader, local_processes, make_loader, workers
 from aezoo.data.resident import ResidentLoader, free_memory
 from aezoo.errors import AezooError
+from aezoo.lightning_cli import AezooCLI
 
 N = 23
 
@@ -421,6 +424,20 @@ def test_both_processes_of_a_fit_count_each_other(images, free, monkeypatch, tmp
         for room, kind in ((4 * size, "LazyLoader"), (8 * size, "ResidentLoader"))
         for rank in (0, 1)
     }
+
+
+def test_what_is_said_before_a_fit_counts_the_processes_to_come(images, free, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    size = 24 * 3 * 8 * 8
+    for room in (4 * size, 8 * size):  # of one process, and of two
+        free(room)
+        data = DataModule(**images)
+        command = SimpleNamespace(
+            trainer=two_ranks(), datamodule=data, model=aezoo.create_model("linear_ae", (3, 8, 8), latent_dim=2),
+            config_init={}, _get=lambda config, key: SimpleNamespace(), _test_follows=lambda: False,
+        )  # fmt: skip
+        AezooCLI.before_fit(command)
+        assert isinstance(data.dataset("train"), ArrayDataset) is (room == 8 * size)
 
 
 def test_torchrun_says_how_many_processes_a_machine_has(monkeypatch):

@@ -152,7 +152,7 @@ def test_a_folder_of_predictions_that_is_a_file(capsys):
     cli.main(FIT)
     Path("a_file").touch()
     line = refused(capsys, "predict", "--ckpt_path", "runs/vae-digits/0", "--predictions.folder", "a_file")
-    assert "cannot read or write a_file: File exists" in line and "--predictions.folder" in line
+    assert "cannot write a_file/predictions.npz: File exists" in line and "--predictions.folder" in line
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])

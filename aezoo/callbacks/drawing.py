@@ -5,15 +5,15 @@ it is used: it takes a third of a second.
 """
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from aezoo import durable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -438,17 +438,16 @@ def render(figure: "Figure") -> Pixels:
 
 
 def write_png(path: Path, pixels: Pixels) -> None:
-    """Write a PNG so that a reader, or a kill, never meets half of it."""
+    """Write a PNG, whole or not at all.
+
+    Raises:
+        AezooError: it could not be written; what was there is still there.
+    """
+    durable.write(path, lambda file: save_png(file, pixels), cure="make room, or make the folder writable")
+
+
+def save_png(file: IO[bytes], pixels: Pixels) -> None:
+    """Write a PNG into an open file."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=".part", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray(pixels).save(file, format="PNG")
-        temporary.chmod(0o644)  # mkstemp gives 0600
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    Image.fromarray(pixels).save(file, format="PNG")

@@ -1,7 +1,5 @@
 """What `predict` computed, as a file."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +7,11 @@ import lightning.pytorch as pl
 import numpy as np
 from torch import Tensor
 
+from aezoo import durable
 from aezoo.arguments import Checked
 from aezoo.callbacks.base import is_dry_run, run_folder
+
+_CURE = "make room, or choose a folder that can be written with --predictions.folder"
 
 
 class PredictionWriter(Checked, pl.Callback):
@@ -55,21 +56,6 @@ class PredictionWriter(Checked, pl.Callback):
             return
         arrays = {name: np.concatenate(parts) for name, parts in self._parts.items()}
         self._parts = {}
-        write_npz(self.path, arrays)
+        durable.write(self.path, lambda file: np.savez(file, **arrays), cure=_CURE)  # type: ignore[arg-type]
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
         print(f"Predictions: {self.path} ({shapes})", flush=True)
-
-
-def write_npz(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Write a .npz, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=".part", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        temporary.chmod(0o644)  # mkstemp gives 0600
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

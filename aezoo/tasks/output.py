@@ -126,13 +126,11 @@ class Store:
 
     def picture(self, name: str, figure: "Figure") -> None:
         """Write a figure as `folder/name.png`."""
-        from aezoo.callbacks.drawing import render, write_png
+        from aezoo.callbacks.drawing import render, save_png
 
         if self.folder is not None:
-            path = self.folder / f"{name}.png"
-            temporary = self._temporary(path)
-            write_png(temporary, render(figure))
-            self._keep(path, temporary)
+            pixels = render(figure)
+            self.write(f"{name}.png", lambda file: save_png(file, pixels))
 
     def _temporary(self, path: Path) -> Path:
         return path.with_name(f".tmp-{self._token}-{path.name}.part")

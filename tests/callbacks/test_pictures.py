@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import os
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -137,10 +139,20 @@ def test_a_failed_write_leaves_the_old_picture_and_no_rubbish(tmp_path, monkeypa
     path, pixels = tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8)
     write_png(path, pixels)
     monkeypatch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(AezooError, match=r"cannot write .*a\.png: disk full.* make room"):
         write_png(path, pixels + 9)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     assert np.asarray(Image.open(path)).max() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no such modes there")
+def test_who_may_read_a_picture_is_said_by_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.png").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("logger", [False, "csv"])

@@ -518,6 +518,17 @@ def test_bfloat16_predictions_become_float32(fit, tmp_path):
     assert np.load(tmp_path / "run" / "0" / "predictions.npz")["code"].dtype == np.float32
 
 
+def test_predictions_that_cannot_be_written_are_one_line_with_its_cure(tmp_path):
+    (tmp_path / "a").touch()
+    trainer = SimpleNamespace(world_size=1, global_rank=0, fast_dev_run=False)
+    writer = PredictionWriter(str(tmp_path / "a"))
+    writer.setup(trainer, None, "predict")
+    writer.on_predict_batch_end(trainer, None, {"score": torch.ones(3)}, None, 0)
+    with pytest.raises(AezooError, match=r"cannot write .*predictions\.npz.*--predictions\.folder$") as caught:
+        writer.on_predict_end(trainer, None)
+    assert "\n" not in str(caught.value)
+
+
 def test_each_rank_writes_its_own_file(tmp_path, capsys):
     for rank in range(2):
         trainer = SimpleNamespace(world_size=2, global_rank=rank, log_dir=str(tmp_path), fast_dev_run=False)

@@ -65,6 +65,7 @@ RANGES = {
     "threshold": lambda rng: rng.uniform(0, 0.1),
     "targets": lambda rng: [],
     "data_init": lambda rng: rng.random() < 0.5,
+    "tied": lambda rng: rng.random() < 0.5,
     "aux_scale": lambda rng: rng.choice(("sse", "variance")),
     "multi_weight": lambda rng: rng.choice((0.0, 0.125)),
     "decode": lambda rng: rng.choice(DECODES),

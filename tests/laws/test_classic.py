@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import aezoo
+from aezoo.checkpoint import save_model
 from aezoo.models.classic.denoising_ae import DenoisingAE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -304,23 +306,63 @@ def test_the_contractive_outputs_start_at_the_mean_of_the_first_batch(data_init:
     torch.testing.assert_close(model.decoder[0].bias.detach(), expected)
 
 
-def test_a_contractive_code_of_few_units_tells_digits_apart(adam: Callable[..., float], mnist5k: Tensor) -> None:
-    """Without a start at the mean all units saturate alike, and every output is the mean image."""
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_contractive_code_of_few_units_tells_digits_apart(
+    tied: bool, adam: Callable[..., float], mnist5k: Tensor
+) -> None:
+    """Without a start at the mean all units of free weights saturate alike, and every output is the mean image."""
     x, said = mnist5k[:1280].float(), {}
     for data_init in (False, True):
         torch.manual_seed(0)
-        model = aezoo.create_model("contractive_ae", (1, 28, 28), latent_dim=8, data_init=data_init)
+        model = aezoo.create_model("contractive_ae", (1, 28, 28), latent_dim=8, data_init=data_init, tied=tied)
         model.begin_step(x[:128], 0)
         adam(model, x, 300, 3e-3, 128)
         with torch.no_grad():
             said[data_init] = float(model(x).var(0).mean() / x.var(0).mean())
-    assert said[True] > 0.01 and said[True] > 10 * said[False]
+    assert said[True] > 0.01 and said[True] > (1.2 if tied else 10) * said[False]
+    assert (said[False] > 0.01) == tied
 
 
-def test_without_contraction_only_the_likelihood_is_left(shifted: Any) -> None:
-    model, x = shifted(contractive(contraction=0.0)), torch.rand(4, 2, 3, 4, dtype=torch.float64)
+@pytest.mark.parametrize("tied", [True, False])
+def test_without_contraction_only_the_likelihood_is_left(tied: bool, shifted: Any) -> None:
+    model, x = shifted(contractive(contraction=0.0, tied=tied)), torch.rand(4, 2, 3, 4, dtype=torch.float64)
     terms = model.loss(x)
     assert torch.equal(terms["loss"], terms["nll"])
-    logits = model.encoder(x) @ model.decoder[0].weight.T + model.decoder[0].bias
+    back = model.encoder[1].weight if tied else model.decoder[0].weight.T
+    logits = model.encoder(x) @ back + model.decoder[0].bias
     bce = -torch.distributions.Bernoulli(logits=logits, validate_args=False).log_prob(x.flatten(1)).sum(1)
     torch.testing.assert_close(terms["loss"], bce.mean())
+
+
+def test_the_contractive_decoder_has_the_encoder_s_weights(shifted: Any, tmp_path: Path) -> None:
+    model, free = shifted(contractive()), contractive(tied=False)
+    x, W = torch.rand(9, 2, 3, 4, dtype=torch.float64), model.encoder[1].weight
+    assert model.decoder[0].weight is W
+    assert sum(p.numel() for p in model.parameters()) == 7 * 24 + 7 + 24
+    free.load_state_dict(model.state_dict() | {"decoder.0.weight": W.T})
+    found, expected = model.loss(x), free.loss(x)
+    torch.testing.assert_close(found["loss"], expected["loss"])
+    down, up = torch.autograd.grad(expected["loss"], (free.encoder[1].weight, free.decoder[0].weight))
+    (tied,) = torch.autograd.grad(found["loss"], W)
+    torch.testing.assert_close(tied, down + up.T)
+    # once they are saved and loaded, too
+    loaded = aezoo.load_model(save_model(model, tmp_path / "saved")).double()
+    assert loaded.decoder[0].weight is loaded.encoder[1].weight
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_contraction_cannot_be_evaded_where_weights_are_tied(tied: bool) -> None:
+    """The encoder times 0.01 and the decoder divided by it: nearly the same reconstruction, for no penalty."""
+    model, x = contractive(tied=tied), torch.rand(50, 2, 3, 4, dtype=torch.float64)
+    (_, down, _), (up, _) = model.encoder, model.decoder
+    with torch.no_grad():
+        down.bias.zero_()
+        before, half = model.loss(x), torch.full((7,), 0.5, dtype=torch.float64)
+        at_half = up(half[None])
+        down.weight.mul_(0.01)
+        up.weight.div_(0.01)
+        up.bias += (at_half - up(half[None]))[0]
+        after = model.loss(x)
+    assert after["nll"].item() == pytest.approx(before["nll"].item(), rel=1e-12 if tied else 1e-2)
+    assert after["jacobian"].item() == pytest.approx((1 if tied else 1e-4) * before["jacobian"].item(), rel=0.3)

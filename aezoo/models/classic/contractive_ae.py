@@ -2,13 +2,17 @@
 
 Penalises how much the code moves when the input does, the squared Frobenius norm of the encoder's Jacobian:
 
-    L = -log p(x | g(h)) + lam ||dh/dx||_F^2     h = sigmoid(W x + b)
+    L = -log p(x | g(h)) + lam ||dh/dx||_F^2     h = sigmoid(W x + b)     g(h) = W' h + c
     ||dh/dx||_F^2 = sum_j (h_j (1 - h_j))^2 ||W_j||^2
 
-one sigmoid layer each way, as in the paper (eq. 8), so the penalty is exact and costs no second backward pass. Sigmoid
-units that all say the same are the quickest way to the mean of the data, and saturate there for good: with data_init
-the outputs' biases start at the mean of the first batch, as those of an RBM do (Hinton 2010, "A practical guide to
-training RBMs", section 8.1).
+one sigmoid layer (eq. 8), so the penalty is exact and costs no second backward pass. The decoder has the encoder's
+weights, W' the transpose of W, as throughout the paper (section 2): with weights of its own the encoder can shrink and
+the decoder grow by as much, and the penalty goes to 0 with nothing learned (Goodfellow et al. 2016, "Deep Learning",
+section 14.7).
+
+Sigmoid units that all say the same are the quickest way to the mean of the data, and saturate there, for long or, with
+weights of the decoder's own, for good: with data_init the outputs' biases start at the mean of the first batch, as
+those of an RBM do (Hinton 2010, "A practical guide to training RBMs", section 8.1).
 
 Shapes: B batch, X data dimensions, D code.
 """
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets.linear import Linear
+from aezoo.nets.tied import Transposed
 
 
 class ContractiveAE(Autoencoder):
@@ -29,6 +34,7 @@ class ContractiveAE(Autoencoder):
         input_shape: shape of one sample; any.
         latent_dim: D, size of the code.
         contraction: lam, weight of the Jacobian's squared norm.
+        tied: the decoder has the encoder's weights, transposed; without, it can undo what the penalty does.
         data_init: start the outputs' biases from the first batch of training.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
             gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
@@ -45,6 +51,7 @@ class ContractiveAE(Autoencoder):
         *,
         latent_dim: int = 128,
         contraction: float = 0.1,
+        tied: bool = True,
         data_init: bool = True,
         likelihood: str = "bernoulli",
         lr: float = 1e-3,
@@ -70,8 +77,10 @@ class ContractiveAE(Autoencoder):
         self.contraction = contraction
         self.code_shape = (latent_dim,)
         x_dim = math.prod(self.input_shape)
-        self.encoder = nn.Sequential(nn.Flatten(), Linear(x_dim, latent_dim), nn.Sigmoid())
-        self.decoder = nn.Sequential(Linear(latent_dim, x_dim), nn.Unflatten(1, self.input_shape))
+        layer = Linear(x_dim, latent_dim)
+        self.encoder = nn.Sequential(nn.Flatten(), layer, nn.Sigmoid())
+        back = Transposed(layer, (x_dim,)) if tied else Linear(latent_dim, x_dim)
+        self.decoder = nn.Sequential(back, nn.Unflatten(1, self.input_shape))
         if data_init:
             self.keep_started()
 

@@ -15,25 +15,13 @@ Shapes: B batch, X data dimensions, N units.
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.nets.dictionary import spread
-from aezoo.nets.linear import Linear, linear
-
-
-class Transposed(nn.Module):
-    """z -> W' z + c, with the weight W_NX of another layer."""
-
-    def __init__(self, layer: nn.Linear, input_shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.input_shape = input_shape
-        self.weight = layer.weight
-        self.bias = nn.Parameter(torch.zeros(math.prod(input_shape)))
-
-    def forward(self, z_BN: Tensor) -> Tensor:
-        return linear(z_BN, self.weight.T, self.bias).unflatten(1, self.input_shape)
+from aezoo.nets.linear import Linear
+from aezoo.nets.tied import Transposed
 
 
 class KSparse(Autoencoder):

@@ -51,6 +51,7 @@ RANGES = {
     "beta": lambda rng: rng.uniform(0, 4),
     "rho": lambda rng: rng.uniform(0.01, 0.5),
     "l1": lambda rng: rng.uniform(0, 1),
+    "l2": lambda rng: rng.choice((0.0, 1e-4, 1e-2)),
     "k": lambda rng: rng.randint(1, 4),
     "start_k": lambda rng: rng.choice((0, 4)),
     "k_steps": lambda rng: rng.randint(0, 500),

@@ -36,7 +36,7 @@ MEANING = {
     "hidden_dims": {"[]"},  # one layer
     "start_k": OFF, "k_steps": OFF | NEVER, "spatial": ON, "l1_steps": OFF | NEVER, "resample_steps": OFF | NEVER,
     "l0_weight": WEIGHT, "l0_steps": OFF | NEVER, "target_l0": WEIGHT, "targets": {"[]"},
-    "data_init": ON, "tied": ON, "multi_weight": WEIGHT, "fractions": {"[]"}, "theta_decay": OFF,
+    "l2": WEIGHT, "data_init": ON, "tied": ON, "multi_weight": WEIGHT, "fractions": {"[]"}, "theta_decay": OFF,
     "energy_weight": WEIGHT, "covariance_weight": WEIGHT, "dropout": OFF, "adv_weight": WEIGHT, "enc_weight": WEIGHT,
     "sw_weight": WEIGHT, "cw_weight": WEIGHT, "adversarial_weight": WEIGHT, "regulariser_weight": WEIGHT,
     "unbiased": ON, "gaussian_posterior": ON, "patch_size": OFF, "norm_pix": ON, "learned_token": ON,

@@ -228,7 +228,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
     weights = {
         "contractive_ae": {"jacobian": 0.1},
         "sparse_ae_l1": {"l1": 0.1},
-        "sparse_ae_kl": {"sparsity": 3.0},
+        "sparse_ae_kl": {"sparsity": 6.0, "l2": 1e-4},
         "topk_sae": {"aux": 1 / 32, "multi": 1 / 8},
         "batch_topk_sae": {"aux": 1 / 32},
         "matryoshka_sae": {"aux": 1 / 32, "prefix_nll": 1.0},

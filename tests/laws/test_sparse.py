@@ -74,7 +74,7 @@ def test_the_divergence_is_that_of_bernoulli_variables(rho: float, shifted: Any)
     rho_hat = h.mean(0)
     expected = D.kl_divergence(D.Bernoulli(torch.full_like(rho_hat, rho)), D.Bernoulli(rho_hat)).sum()
     torch.testing.assert_close(terms["sparsity"], expected)
-    torch.testing.assert_close(terms["loss"], terms["nll"] + 2 * expected)
+    torch.testing.assert_close(terms["loss"], terms["nll"] + 2 * expected + 1e-4 * terms["l2"])
     # the divergence of the mean activity, not the mean of each sample's divergence
     each = torch.stack([model.sparsity(row) for row in h]).mean()
     assert (each - expected).abs() > 1e-3
@@ -97,7 +97,7 @@ def test_the_divergence_and_its_gradient_vanish_at_the_target_alone(rho: float) 
 
 
 def test_the_divergence_s_gradient_is_that_of_finite_differences(shifted: Any) -> None:
-    model, x = shifted(build("sparse_ae_kl", latent_dim=5, beta=3.0)), data(4)
+    model, x = shifted(build("sparse_ae_kl", latent_dim=5, beta=3.0, l2=0.0)), data(4)
     parameter, h = model.encoder[1].weight, 1e-5
     terms = model.loss(x)
     (found,) = torch.autograd.grad(terms["loss"] - terms["nll"], parameter)
@@ -119,6 +119,64 @@ def test_a_unit_that_is_always_silent_or_always_on_is_still_pulled(logit: float)
     pre = torch.full((3,), logit, requires_grad=True)
     (slope,) = torch.autograd.grad(model.sparsity(pre.sigmoid()), pre)
     torch.testing.assert_close(slope, pre.sigmoid().detach() - 0.2, rtol=2e-2, atol=0)
+
+
+def of_ng(model: Any, x: Tensor, rho: float, beta: float, decay: float) -> Tensor:
+    """J_sparse of the notes for one sigmoid layer and a linear one, with loops over units and layers."""
+    flat, down, up = x.flatten(1), model.encoder[1], model.decoder[1]
+    h = torch.sigmoid(flat @ down.weight.T + down.bias)
+    J = 0.5 * (h @ up.weight.T + up.bias - flat).square().sum(1).mean()
+    for W in (down.weight, up.weight):
+        J = J + decay / 2 * sum(row.square().sum() for row in W)
+    for r in h.mean(0):
+        J = J + beta * (rho * torch.log(rho / r) + (1 - rho) * torch.log((1 - rho) / (1 - r)))
+    return J
+
+
+def test_with_the_squared_error_it_is_twice_the_objective_of_the_notes(shifted: Any) -> None:
+    """And the defaults are the notes' beta = 3 and lambda = 1e-4."""
+    model, x = shifted(build("sparse_ae_kl", likelihood="gaussian", latent_dim=9)), data(6)
+    constant = 12 * math.log(math.pi)
+    found, expected = model.loss(x)["loss"], constant + 2 * of_ng(model, x, 0.05, 3, 1e-4)
+    torch.testing.assert_close(found, expected)
+    a, e = (torch.autograd.grad(value, [*model.parameters()]) for value in (found, expected))
+    for mine, theirs in zip(a, e, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert (expected - constant - 2 * of_ng(model, x, 0.05, 3, 0)) > 1e-3
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv", "vit", "lstm"])
+def test_weights_decay_and_biases_do_not(net: str, shifted: Any) -> None:
+    shape = (2, 12) if net == "lstm" else (2, 4, 4)
+    settings = {"net": net, "hidden_dims": (8, 8), "latent_dim": 5, "beta": 0.0}
+    model = shifted(aezoo.create_model("sparse_ae_kl", shape, l2=0.25, **settings).double())
+    terms = model.loss(torch.rand(3, *shape, dtype=torch.float64))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(terms["loss"] - terms["nll"], parameters)
+    for name, p, g in zip(names, parameters, found, strict=True):
+        expected = 0.5 * p if p.ndim > 1 else torch.zeros_like(p)
+        torch.testing.assert_close(g, expected.detach(), rtol=1e-6, atol=1e-9, msg=name)
+    assert sum(p.ndim > 1 for p in parameters) >= 4
+
+
+@pytest.mark.parametrize("l2", [0.0, 1e-4])
+def test_the_divergence_alone_can_be_evaded_and_the_weights_cannot(l2: float, shifted: Any) -> None:
+    """Units at rho + eps (h - mean of h) and the decoder over eps: no divergence, nearly the same reconstruction."""
+    model, x = shifted(build("sparse_ae_kl", latent_dim=5, l2=l2)), data(200)
+    down, up, eps, rho = model.encoder[1], model.decoder[1], 1e-4, 0.05
+    with torch.no_grad():
+        before, pre = model.loss(x), down(x.flatten(1))
+        h = pre.sigmoid()
+        # a unit is linear over so short a way, with the slope rho (1 - rho)
+        shrink = eps * (h * (1 - h)).mean(0) / (rho * (1 - rho))
+        up.bias += up.weight @ (h.mean(0) - rho / eps)
+        up.weight /= eps
+        down.bias.copy_(math.log(rho / (1 - rho)) - shrink * (pre - down.bias).mean(0))
+        down.weight *= shrink[:, None]
+        after = model.loss(x)
+    assert before["sparsity"] > 1 and after["sparsity"] < 1e-6
+    assert (after["nll"] - before["nll"]).abs() < 0.5
+    assert (after["loss"] < before["loss"]) == (l2 == 0)
 
 
 # ---- topk_sae: Gao et al. 2024 ---------------------------------------------------------------------------------------
@@ -325,6 +383,8 @@ def test_a_dictionary_is_recovered_where_it_is_known() -> None:
         ("sparse_ae_kl", {"rho": 0.0}),
         ("sparse_ae_kl", {"rho": 1.0}),
         ("sparse_ae_kl", {"beta": -1.0}),
+        ("sparse_ae_kl", {"l2": -1.0}),
+        ("sparse_ae_kl", {"l2": math.nan}),
         ("topk_sae", {"k": 0}),
         ("topk_sae", {"k": 13, "latent_dim": 12}),
         ("topk_sae", {"k_aux": -1}),

@@ -2,10 +2,15 @@
 
 Each unit of a sigmoid code is to be active a share rho of the time:
 
-    L = -log p(x | g(h)) + beta sum_j KL(rho || rhohat_j)     rhohat_j = mean over the batch of h_j
-    KL(rho || r) = rho log(rho / r) + (1 - rho) log((1 - rho) / (1 - r))
+    L = -log p(x | g(h)) + beta sum_j KL(rho || rhohat_j) + l2 sum ||W||^2
+    KL(rho || r) = rho log(rho / r) + (1 - rho) log((1 - rho) / (1 - r))     rhohat_j = mean over the batch of h_j
 
-in nats per sample. rhohat is a statistic of the whole batch, taken over all ranks.
+in nats per sample, W the weights of all layers without their biases. rhohat is a statistic of the whole batch, taken
+over all ranks. It holds each unit's mean alone: without l2 the units can stay close to rho whatever the code, and the
+decoder grow by as much, at no cost.
+
+With likelihood gaussian -log p is, but for a constant, the squared error, which Ng halves: L is twice his J_sparse, so
+that beta = 6 is his 3, and l2 = 1e-4 his weight decay lambda = 1e-4, of which he takes lambda/2 ||W||^2.
 
 Shapes: B batch, D code.
 """
@@ -16,7 +21,7 @@ import torch
 from torch import Tensor
 
 from aezoo import nets
-from aezoo.autoencoder import Autoencoder
+from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 
 
@@ -26,7 +31,9 @@ class SparseAEKL(Autoencoder):
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         rho: target share of activation of each unit, between 0 and 1.
-        beta: weight of the divergence from it.
+        beta: weight of the divergence from it, twice that of the notes.
+        l2: weight of the sum of squared weights, the notes' lambda, whatever weight_decay the optimiser adds; 0 turns
+            it off.
         net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
         latent_dim: D, size of the code.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -47,7 +54,8 @@ class SparseAEKL(Autoencoder):
         input_shape: tuple[int, ...],
         *,
         rho: float = 0.05,
-        beta: float = 3.0,
+        beta: float = 6.0,
+        l2: float = 1e-4,
         net: str = "mlp",
         latent_dim: int = 256,
         hidden_dims: tuple[int, ...] = (),
@@ -75,7 +83,9 @@ class SparseAEKL(Autoencoder):
             raise AezooError(f"rho must lie between 0 and 1, got {rho}")
         if not 0 <= beta < math.inf:
             raise AezooError(f"beta must be at least 0 and finite, got {beta}")
-        self.rho, self.beta = rho, beta
+        if not 0 <= l2 < math.inf:
+            raise AezooError(f"l2 must be at least 0 and finite, got {l2}")
+        self.rho, self.beta, self.l2 = rho, beta, l2
         self.code_shape = (latent_dim,)
         self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
@@ -91,8 +101,13 @@ class SparseAEKL(Autoencoder):
         off_D = (1 - self.rho) * (math.log1p(-self.rho) - torch.log1p(-r_D))
         return (on_D + off_D).sum()
 
+    def squared_weights(self) -> Tensor:
+        """Squares of all weights, added up, biases and the gains of normalisations left out."""
+        matrices = [p for part in (self.encoder, self.decoder) for p in part.parameters() if p.ndim > 1]
+        return torch.stack([at_least_float32(p).square().sum() for p in matrices]).sum()
+
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         h_BD = self.encode(x)
-        nll_B = self.nll(self.decoder(h_BD), x)
-        sparsity = self.sparsity(self.batch_mean(h_BD))
-        return {"loss": nll_B.mean() + self.beta * sparsity, "nll": nll_B.mean(), "sparsity": sparsity}
+        nll = self.nll(self.decoder(h_BD), x).mean()
+        sparsity, l2 = self.sparsity(self.batch_mean(h_BD)), self.squared_weights()
+        return {"loss": nll + self.beta * sparsity + self.l2 * l2, "nll": nll, "sparsity": sparsity, "l2": l2}

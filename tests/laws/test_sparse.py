@@ -1,6 +1,7 @@
 """Laws of the sparse models: neutral limits, Bernoulli divergence, top-k, AuxK's gradient, unit norm, dead latents."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -48,6 +49,22 @@ def test_the_l1_penalty_is_the_sum_over_the_code_in_nats_per_sample(shifted: Any
     assert (h == 0).any()
     (a,) = torch.autograd.grad(terms["loss"] - terms["nll"], model.encoder[1].bias)
     torch.testing.assert_close(a, 0.7 * (h > 0).double().mean(0))
+
+
+def test_a_smaller_code_and_a_larger_decoder_always_cost_less(shifted: Any) -> None:
+    """Why unit norms or weight decay are needed, as the docstring says."""
+    model, x = shifted(build("sparse_ae_l1", l1=0.7, latent_dim=9)), data(6)
+    found = [model.loss(x)]
+    for _ in range(3):
+        with torch.no_grad():
+            for p in (model.encoder[1].weight, model.encoder[1].bias):
+                p /= 10
+            model.decoder[1].weight *= 10
+        found.append(model.loss(x))
+    for before, after in pairwise(found):
+        torch.testing.assert_close(after["nll"], before["nll"])
+        torch.testing.assert_close(after["l1"], before["l1"] / 10)
+        assert after["loss"] < before["loss"]
 
 
 def test_activity_falls_with_the_l1_weight(digits: Tensor, adam: Any) -> None:

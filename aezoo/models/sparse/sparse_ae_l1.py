@@ -3,6 +3,11 @@
     L = -log p(x | g(h)) + lam ||h||_1     h = relu(f(x))
 
 in nats per sample, the penalty summed over the code. lam = 0 is the dense autoencoder with a ReLU code.
+
+This is the textbook's model (Goodfellow et al. 2016, "Deep Learning", section 14.2.1), and as it stands it has no
+optimum: with a free decoder h / c for the code and c V for the decoder's first weights give the same reconstruction
+for less, whatever c > 1, so that a longer training weakens the penalty. `sae_l1` holds the decoder's directions at unit
+norm, or has their norms in the penalty; here `weight_decay` holds the weights back.
 """
 
 import math
@@ -19,7 +24,7 @@ class SparseAEL1(Autoencoder):
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        l1: lam, weight of the sum of activations.
+        l1: lam, weight of the sum of activations; its effect fades as the decoder grows, see `weight_decay`.
         net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
         latent_dim: size of the code.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import aezoo
 from aezoo import AezooError
+from aezoo.callbacks.annealing import BetaAnnealing
 from aezoo.manifolds import sphere as manifold
 
 FAMILIES = ("power_spherical", "vmf")
@@ -398,6 +399,27 @@ def test_the_poincare_elbo_is_the_mean_log_weight(shifted: Any) -> None:
     torch.testing.assert_close(model.ball(prior).square().mean(0), torch.ones(3).double(), rtol=0, atol=0.03)
     zero = torch.zeros(1, 3, dtype=torch.float64)
     assert model.kl(zero, zero).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_a_draw_s_hyperbolic_kl_below_zero_counts_as_it_is() -> None:
+    """Its gradient is that of the KL, whatever the sign; there is no capacity that it could be at a distance from."""
+    model, x = disc(3, 1.0, beta=2.0), torch.rand(2, 2, 3, 3, dtype=torch.float64)
+    mean = torch.full((2, 3), 0.1, dtype=torch.float64, requires_grad=True)
+    log_var = torch.full((2, 3), -0.2, dtype=torch.float64, requires_grad=True)
+    model.posterior, signs = (lambda x: (mean, log_var)), set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        terms = model.loss(x)
+        signs.add(terms["kl"].sign().item())
+        torch.testing.assert_close(terms["loss"], terms["nll"] + 2 * terms["kl"])
+        torch.testing.assert_close(terms["elbo"], -(terms["nll"] + terms["kl"]))
+        found = torch.autograd.grad(terms["loss"] - terms["nll"], (mean, log_var), retain_graph=True)
+        for a, e in zip(found, torch.autograd.grad(terms["kl"], (mean, log_var)), strict=True):
+            torch.testing.assert_close(a, 2 * e, rtol=1e-6, atol=1e-9)
+    assert signs == {-1.0, 1.0}
+    BetaAnnealing("linear", n_steps=5).setup(None, model, "fit")
+    with pytest.raises(AezooError, match="needs a model with a number"):
+        BetaAnnealing("capacity", n_steps=5).setup(None, model, "fit")
 
 
 def test_gradients_of_the_maps_are_those_of_finite_differences() -> None:

@@ -84,10 +84,10 @@ class PoincareVAE(VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
+        del self.capacity  # the sampled KL may be negative, at no distance from a capacity
         if not 1 / _MOST_CURVED <= curvature <= _MOST_CURVED:
             raise AezooError(f"curvature must be from 1e-6 to 1e6, got {curvature}: near 0 take vae")
-        self.ball = Ball(float(curvature))
-        self.code_radius = 1 / math.sqrt(curvature)
+        self.ball, self.code_radius = Ball(float(curvature)), 1 / math.sqrt(curvature)
         self.decoder = nn.Sequential(
             self.ball, nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
         )
@@ -105,8 +105,8 @@ class PoincareVAE(VAE):
         at_0_BD = self.ball(z_BD)
         nll_B = self.nll(self.decoder[1](at_0_BD.to(x.dtype)), x)
         kl_B = self.ball.log_density(v_BD, log_var_BD) - self.ball.log_density(at_0_BD, torch.zeros_like(at_0_BD))
-        nll, kl = nll_B.mean(), self.batch_mean(kl_B.to(nll_B.dtype))
-        return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+        nll, kl = nll_B.mean(), kl_B.to(nll_B.dtype).mean()
+        return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
     def draw(self, mean_BD: Tensor, log_var_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Draw z ~ q(z|x), and its v: (..., D), (..., D) -> (..., D), (..., D)."""

@@ -1,12 +1,17 @@
 """Ada-GVAE, weak supervision by pairs (Locatello et al. 2020), https://arxiv.org/abs/2002.02886
 
     L = E_q~[-log p(x|z)] + beta KL(q~(z|x, x') || p(z))
-    q~(z_d|x, x') = average of q(z_d|x) and q(z_d|x') where KL(q(z_d|x) || q(z_d|x')) <= tau, else q(z_d|x)
-    tau = (least + largest KL of the dimensions) / 2     (section 4)
+    q~(z_d|x, x') = average of q(z_d|x) and q(z_d|x') where delta_d <= tau, else q(z_d|x)
+    delta_d = KL(q(z_d|x) || q(z_d|x')) / 2 + KL(q(z_d|x') || q(z_d|x)) / 2
+    tau = (least + largest delta of the dimensions) / 2     (section 4)
 
 in nats per sample: a pair differs in few factors, so the dimensions that differ least are made to be common. The
 average has the mean of the means and of the variances (gvae, Hosoya 2019), or is the normalised root of the product of
 the two densities (mlvae, the Ada-ML-VAE).
+
+A pair has the same dimensions in common for both. The paper's delta is the first KL alone, with x the first of the
+pair, which the authors' code takes for the second too; no sample of a batch comes first, so here delta is its mean over
+both orders. Where variances are equal it is the paper's.
 
 Labels say what belongs together: x' is the next sample of the batch with the label of x, after the last the first; two
 of a label are the paper's pair. The batch is that of all ranks. A sample without a label (-1), or with one that no
@@ -95,12 +100,11 @@ class AdaGVAE(VAE):
 
     @staticmethod
     def shared(mu_BD: Tensor, log_var_BD: Tensor, mu2_BD: Tensor, log_var2_BD: Tensor) -> Tensor:
-        """Which dimensions a pair has in common, (B, D) bool."""
-        square_BD = (mu_BD - mu2_BD) ** 2 * torch.exp(-log_var2_BD)
-        delta_BD = log_var_BD - log_var2_BD
-        kl_BD = 0.5 * (torch.exp(delta_BD) + square_BD - 1 - delta_BD)
-        tau_B1 = 0.5 * (kl_BD.amin(1, keepdim=True) + kl_BD.amax(1, keepdim=True))
-        return kl_BD <= tau_B1
+        """Which dimensions a pair has in common, whichever is first: four (B, D) -> (B, D) bool."""
+        square_BD = 0.25 * (mu_BD - mu2_BD) ** 2 * (torch.exp(-log_var_BD) + torch.exp(-log_var2_BD))
+        delta_BD = square_BD + torch.sinh(0.5 * (log_var_BD - log_var2_BD)) ** 2
+        tau_B1 = 0.5 * (delta_BD.amin(1, keepdim=True) + delta_BD.amax(1, keepdim=True))
+        return delta_BD <= tau_B1
 
     def averaged(self, mu_BD: Tensor, log_var_BD: Tensor, mu2_BD: Tensor, log_var2_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the average of two posteriors: four (B, D) -> (B, D), (B, D)."""

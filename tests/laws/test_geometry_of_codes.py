@@ -45,8 +45,12 @@ LABELS = labels(0, 1, 0, 0, 1, -1)
 def plain(model: Any) -> Any:
     """The autoencoder with the same weights and no term beside the likelihood."""
     other = aezoo.create_model("denoising_ae", SHAPE, corruption="none", latent_dim=CODE, hidden_dims=(16,)).double()
-    other.load_state_dict(model.state_dict())
+    other.load_state_dict({key: value for key, value in model.state_dict().items() if key != "log_unit"})
     return other
+
+
+def of_nets(model: Any, loss: Tensor) -> list[Tensor]:
+    return [*torch.autograd.grad(loss, [*model.encoder.parameters(), *model.decoder.parameters()])]
 
 
 def gradients(model: Any, loss: Tensor) -> list[Tensor]:
@@ -64,12 +68,10 @@ def test_at_weight_zero_it_is_the_plain_autoencoder(name: str, training: bool, s
     other = plain(model).train(training)
     mine, theirs = model.loss(x, LABELS), other.loss(x)
     torch.testing.assert_close(mine["loss"], theirs["loss"], rtol=1e-12, atol=1e-12)
-    assert same(gradients(model, mine["loss"]), gradients(other, theirs["loss"]))
+    assert same(of_nets(model, mine["loss"]), of_nets(other, theirs["loss"]))
     with_weight = small(name, shifted, **{WEIGHT[name]: 3.0})
     with_weight.load_state_dict(model.state_dict())
-    assert not same(
-        gradients(with_weight, with_weight.loss(x, LABELS)["loss"]), gradients(other, other.loss(x)["loss"])
-    )
+    assert not same(of_nets(with_weight, with_weight.loss(x, LABELS)["loss"]), of_nets(other, other.loss(x)["loss"]))
 
 
 @pytest.mark.parametrize("name", WEIGHT)
@@ -116,21 +118,27 @@ def edges_of(a: Tensor) -> list[tuple[int, int]]:
     return sorted((min(edge), max(edge)) for edge in pairing(a).tolist())
 
 
-def test_distances_are_scipy_s_over_the_largest() -> None:
+def largest(points_ND: Tensor) -> Tensor:
+    return torch.pdist(points_ND).max()
+
+
+def test_distances_are_scipy_s_over_the_largest_or_a_unit() -> None:
     for n in (2, 9, 40):  # above 25 points torch's cdist would multiply matrices
         x = points(n, 5)
         expected = squareform(pdist(x.numpy()))
         torch.testing.assert_close(distances(x), torch.from_numpy(expected / expected.max()), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(distances(x, torch.tensor(3.0)), torch.from_numpy(expected / 3), rtol=1e-12, atol=0)
     single = distances(points(40, 5).float().repeat(2, 1) + 100)
     assert (single.diagonal(40) == 0).all()
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 20, 64])
-def test_the_pairing_is_kruskal_s_tree(n: int) -> None:
-    a = distances(points(n, 5))
-    found = edges_of(a)
-    assert found == sorted(kruskal(a.numpy()))
-    assert len(found) == n - 1
+def test_the_pairing_is_kruskal_s_tree_at_any_scale(n: int) -> None:
+    for scale in (1.0, 1e-25, 1e25):
+        a = scale * distances(points(n, 5))
+        found = edges_of(a)
+        assert found == sorted(kruskal(a.numpy()))
+        assert len(found) == n - 1
 
 
 def test_the_pairing_is_the_persistence_of_dimension_zero() -> None:
@@ -162,61 +170,76 @@ def test_samples_that_are_equal_lose_no_edge(copies: int) -> None:
     assert len(pairing(torch.zeros(4, 4))) == 3
 
 
-def by_hand(x: Tensor, z: Tensor) -> tuple[float, ...]:
+def by_hand(x: Tensor, z: Tensor, unit: float) -> tuple[float, ...]:
     """Equations 3 and 4 with Kruskal's trees, over N."""
     a_x, a_z = (squareform(pdist(v.detach().flatten(1).numpy())) for v in (x, z))
-    a_x, a_z = a_x / a_x.max(), a_z / a_z.max()
+    a_x, a_z = a_x / a_x.max(), a_z / unit
     return tuple(sum(0.5 * (a_x[e] - a_z[e]) ** 2 for e in kruskal(tree)) / len(x) for tree in (a_x, a_z))
 
 
 def test_the_terms_are_the_paper_s(shifted: Any) -> None:
     model, x = small("topological_ae", shifted, topology=3.0), images(12)
     terms = {name: value.detach() for name, value in model.loss(x).items()}
-    x_to_z, z_to_x = by_hand(x, model.encoder(x))
+    x_to_z, z_to_x = by_hand(x, model.encoder(x), math.exp(model.log_unit.item()))
     assert float(terms["x_to_z"]) == pytest.approx(x_to_z, rel=1e-9)
     assert float(terms["z_to_x"]) == pytest.approx(z_to_x, rel=1e-9)
     assert abs(x_to_z - z_to_x) > 1e-4
     torch.testing.assert_close(terms["loss"], terms["nll"] + 3 * (terms["x_to_z"] + terms["z_to_x"]))
 
 
-def test_an_isometric_copy_has_no_loss_at_any_scale() -> None:
+def test_an_isometric_copy_has_no_loss_at_any_scale_in_the_unit_of_that_scale() -> None:
     x = points(20, 3)
     turned = torch.linalg.qr(torch.randn(7, 3, dtype=torch.float64)).Q
     for scale in (1.0, 1e-3, 50.0):
-        for term in TopologicalAE.signature_loss(x, scale * x @ turned.T + 5):
+        unit = scale * largest(x)
+        for term in TopologicalAE.signature_loss(x, scale * x @ turned.T + 5, unit):
             assert float(term) == pytest.approx(0, abs=1e-24)
+        assert all(float(term) > 1e-5 for term in TopologicalAE.signature_loss(x, scale * x @ turned.T, 1.1 * unit))
     stretched = x * torch.tensor([1.0, 1.0, 3.0], dtype=torch.float64)
-    assert all(float(term) > 1e-5 for term in TopologicalAE.signature_loss(x, stretched))
+    assert all(float(term) > 1e-5 for term in TopologicalAE.signature_loss(x, stretched, largest(stretched)))
 
 
-def test_the_terms_do_not_depend_on_the_scale_of_either_space_or_on_the_order() -> None:
+def test_the_terms_do_not_depend_on_the_scale_of_samples_or_of_codes_and_their_unit_or_on_the_order() -> None:
     x, z = points(20, 5), points(20, 2)
-    reference = TopologicalAE.signature_loss(x, z)
-    order = torch.randperm(20)
+    unit, order = largest(z), torch.randperm(20)
+    reference = TopologicalAE.signature_loss(x, z, unit)
     for changed in (
-        TopologicalAE.signature_loss(7 * x, z),
-        TopologicalAE.signature_loss(x, 0.01 * z + 3),
-        TopologicalAE.signature_loss(x[order], z[order]),
+        TopologicalAE.signature_loss(7 * x, z, unit),
+        TopologicalAE.signature_loss(x, 0.01 * z + 3, 0.01 * unit),
+        TopologicalAE.signature_loss(x[order], z[order], unit),
     ):
         for mine, expected in zip(changed, reference, strict=True):
             torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-14)
-    for mine, expected in zip(TopologicalAE.signature_loss(z, x), reversed(reference), strict=True):
+    for mine, expected in zip(TopologicalAE.signature_loss(z, x, largest(x)), reversed(reference), strict=True):
         torch.testing.assert_close(mine, expected)  # the two terms are each other's mirror
 
 
-def test_the_gradient_passes_through_the_distances() -> None:
-    x, z = points(10, 5), points(10, 2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda v: TopologicalAE.signature_loss(x, v), (z,))
-    for term in TopologicalAE.signature_loss(x, z):
-        assert torch.autograd.grad(term, z, retain_graph=True)[0].norm() > 1e-4
+def test_the_gradient_passes_through_the_distances_and_the_unit() -> None:
+    """Not through the largest distance between codes, as if it were their unit."""
+    x, z, unit = points(10, 5), points(10, 2).requires_grad_(), torch.tensor(4.0, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *given: TopologicalAE.signature_loss(x, *given), (z, unit))
+    for term in TopologicalAE.signature_loss(x, z, unit):
+        to_z, to_unit = torch.autograd.grad(term, (z, unit), retain_graph=True)
+        assert to_z.norm() > 1e-4 and to_unit.abs() > 1e-4
+        # in the units' ratio the codes' scale: of degree 0 in both together
+        assert ((to_z * z).sum() + to_unit * unit).abs() < 1e-9 < (to_z * z).sum().abs()
+
+
+def test_the_unit_of_codes_starts_at_1_and_is_learned(shifted: Any, adam: Callable[..., float]) -> None:
+    model = aezoo.create_model("topological_ae", SHAPE, latent_dim=CODE, hidden_dims=(16,))
+    assert model.log_unit == 0
+    z, x = model.encoder(images().float()), images().float()
+    terms = zip(model.signature_loss(x.flatten(1), z, torch.ones(())), ("x_to_z", "z_to_x"), strict=True)
+    assert all(model.loss(x)[name] == value for value, name in terms)
+    adam(model, images(32).float(), 30, 1e-2, 32)
+    assert abs(model.log_unit) > 0.05
 
 
 def test_equal_codes_have_finite_gradients() -> None:
-    x, z = points(8, 5), points(4, 2).repeat(2, 1).requires_grad_()
-    assert torch.autograd.grad(sum(TopologicalAE.signature_loss(x, z)), z)[0].isfinite().all()  # type: ignore[arg-type]
-    collapsed = torch.zeros(8, 2, requires_grad=True)
-    terms = TopologicalAE.signature_loss(x.float(), collapsed)
-    assert torch.autograd.grad(sum(terms), collapsed)[0].isfinite().all()  # type: ignore[arg-type]
+    x, z, unit = points(8, 5), points(4, 2).repeat(2, 1).requires_grad_(), torch.ones(())
+    for given in (z, torch.zeros(8, 2, requires_grad=True)):
+        terms = TopologicalAE.signature_loss(x.to(given.dtype), given, unit)
+        assert torch.autograd.grad(sum(terms), given)[0].isfinite().all()  # type: ignore[arg-type]
 
 
 def test_the_term_keeps_apart_what_a_plain_autoencoder_may_mix(adam: Callable[..., float]) -> None:
@@ -231,7 +254,8 @@ def test_the_term_keeps_apart_what_a_plain_autoencoder_may_mix(adam: Callable[..
         )
         adam(model, x, 100, 1e-2, 64)
         with torch.no_grad():
-            found[topology] = float(sum(TopologicalAE.signature_loss(x, model.encoder(x))))
+            z = model.encoder(x)
+            found[topology] = float(sum(TopologicalAE.signature_loss(x, z, largest(z))))
     assert found[500.0] < 0.1 * found[0.0]
 
 

@@ -6,9 +6,11 @@ neighbourhoods merge, the persistence pairing pi of dimension 0, are those of th
     L = -log p(x | g(f(x))) + lambda / N (L_X->Z + L_Z->X)                                   (equations 1 and 2)
     L_X->Z = 1/2 ||A^X[pi^X] - A^Z[pi^X]||^2     L_Z->X = 1/2 ||A^Z[pi^Z] - A^X[pi^Z]||^2    (equations 3 and 4)
 
-in nats per sample; distances are Euclidean, in both spaces in units of the largest of the batch, so that only their
-ratios matter, and the batch is that of all ranks. The pairing is constant nearly everywhere, so gradients pass through
-the distances alone. lambda = 0 is the plain autoencoder.
+in nats per sample; distances are Euclidean, between samples in units of the largest of the batch, between codes in
+units of a learned number that starts at 1, as in the authors' https://github.com/BorgwardtLab/topological-autoencoders
+(with the largest that images can have in place of the batch's; here a logarithm is learned, so that the unit stays
+positive). The batch is that of all ranks. The pairing is constant nearly everywhere, so gradients pass through the
+distances alone. lambda = 0 is the plain autoencoder.
 
 Shapes: B batch on this rank, N samples on all ranks, E = N - 1 edges, X data dimensions, D code.
 """
@@ -19,26 +21,27 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse.csgraph import minimum_spanning_tree
-from torch import Tensor
+from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 
 
-def distances(points_ND: Tensor) -> Tensor:
-    """A, Euclidean distances in units of the largest, (N, D) -> (N, N)."""
+def distances(points_ND: Tensor, unit: Tensor | None = None) -> Tensor:
+    """A, Euclidean distances in a unit, of the largest if there is none, (N, D), () -> (N, N)."""
     # by differences: a product of matrices would leave equal points apart
     a_NN = torch.cdist(points_ND, points_ND, compute_mode="donot_use_mm_for_euclid_dist")
-    return a_NN / a_NN.amax().clamp(min=torch.finfo(a_NN.dtype).tiny)
+    return a_NN / (a_NN.amax().clamp(min=torch.finfo(a_NN.dtype).tiny) if unit is None else unit)
 
 
 # an operator of its own, which a compiler calls as it is
 @torch.library.custom_op("aezoo::pairing", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def pairing(a_NN: Tensor) -> Tensor:
-    """pi, the edges of the minimum spanning tree of distances of at most 1, (N, N) -> (E, 2)."""
+    """pi, the edges of the minimum spanning tree of distances, (N, N) -> (E, 2)."""
     # SciPy takes 0 for no edge; the tree depends on the order of the distances only
-    weights_NN = np.triu(a_NN.double().cpu().numpy() + 1, 1)
+    a_NN = a_NN.double().cpu()
+    weights_NN = np.triu((a_NN / a_NN.amax().clamp(min=1e-300)).numpy() + 1, 1)
     tree = minimum_spanning_tree(weights_NN).tocoo()
     return torch.from_numpy(np.stack([tree.row, tree.col], 1)).to(a_NN.device, torch.long)
 
@@ -101,13 +104,14 @@ class TopologicalAE(Autoencoder):
             raise AezooError(f"topology must be at least 0 and finite, got {topology}")
         self.topology = topology
         self.code_shape = (latent_dim,)
+        self.log_unit = nn.Parameter(torch.zeros(()))
         self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
 
     @staticmethod
-    def signature_loss(x_NX: Tensor, z_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """L_X->Z and L_Z->X of a batch, each over N."""
-        a_x_NN, a_z_NN = distances(x_NX), distances(z_ND)
+    def signature_loss(x_NX: Tensor, z_ND: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """L_X->Z and L_Z->X of a batch, each over N, with the unit of codes."""
+        a_x_NN, a_z_NN = distances(x_NX), distances(z_ND, unit)
         gap_NN = 0.5 * (a_x_NN - a_z_NN).square()
         x_to_z_E, z_to_x_E = (gap_NN[tuple(pairing(a_NN.detach()).T)] for a_NN in (a_x_NN, a_z_NN))
         return x_to_z_E.sum() / len(x_NX), z_to_x_E.sum() / len(x_NX)
@@ -116,7 +120,8 @@ class TopologicalAE(Autoencoder):
         z_BD = self.encoder(x)
         nll = self.nll(self.decoder(z_BD), x).mean()
         x_NX, z_ND = self.of_all_ranks(x.flatten(1)), self.of_all_ranks(z_BD)
-        x_to_z, z_to_x = self.signature_loss(at_least_float32(x_NX), at_least_float32(z_ND))
+        unit = at_least_float32(self.log_unit).exp()
+        x_to_z, z_to_x = self.signature_loss(at_least_float32(x_NX), at_least_float32(z_ND), unit)
         return {"loss": nll + self.topology * (x_to_z + z_to_x), "nll": nll, "x_to_z": x_to_z, "z_to_x": z_to_x}
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ BATCH_COUPLED = (
     *("lfq_vae", "bsq_vae", "soft_vq"),
 )
 # what is estimated depends on how many samples there are
-BATCH_SIZED = ("beta_tcvae", "wta_ae", "cw_ae", "topological_ae")
+BATCH_SIZED = ("beta_tcvae", "wta_ae", "wae_mmd", "cw_ae", "topological_ae")
 # a bound is a logarithm of a mean, no sum of terms
 BOUNDS = ("iwae", "miwae", "piwae", "ciwae", "conditional_vae")
 # the likelihood is that of a noisy code or of a noisy sample's, of a code that the batch has thinned out, or of indices

@@ -171,7 +171,7 @@ def test_the_codes_that_are_decoded_are_compared_with_draws_from_the_prior(
 
 COUPLED: list[tuple[str, dict[str, Any]]] = [
     ("wae_mmd", {}),
-    ("wae_mmd", {"unbiased": True, "kernel": "rbf"}),
+    ("wae_mmd", {"unbiased": False, "kernel": "rbf"}),
     ("swae", {"n_projections": 20}),
     ("cw_ae", {}),
     ("cw_ae", {"latent_dim": 21}),
@@ -280,7 +280,7 @@ def mmd_law(cls: Any) -> None:
 def test_the_mmd_is_that_of_a_double_loop() -> None:
     mmd_law(WAEMMD)
     model = small("wae_mmd")
-    assert (model.kernel, model.kernel_scales, model.unbiased, model.mmd_weight) == (KERNELS[0], SCALES, False, 10.0)
+    assert (model.kernel, model.kernel_scales, model.unbiased, model.mmd_weight) == (KERNELS[0], SCALES, True, 10.0)
 
 
 @pytest.mark.parametrize("mistake", [DividedTwice, CrossWithoutDiagonal, MeanOverTheCode])
@@ -310,12 +310,24 @@ def test_for_codes_from_the_prior_u_has_mean_0_and_both_signs_and_v_its_bias() -
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_v_statistic_of_a_permuted_set_is_0_and_that_of_a_batch_given_twice_the_same(kernel: str) -> None:
-    model, z, p = small("wae_mmd", kernel=kernel), codes(9), normal(9)
+    model, z, p = small("wae_mmd", kernel=kernel, unbiased=False), codes(9), normal(9)
     assert model.mmd(z, z[torch.randperm(9)]).abs() < 1e-12
     torch.testing.assert_close(model.mmd(torch.cat([z, z]), torch.cat([p, p])), model.mmd(z, p))
     for unbiased in (False, True):
         single = small("wae_mmd", kernel=kernel, unbiased=unbiased).mmd(z[:1], p[:1])
         assert single.isfinite()
+
+
+def test_the_default_is_algorithm_2_term_for_term() -> None:
+    """Sums over l != j over n (n - 1), and over all pairs with the prior twice over n^2."""
+    model, z, p = small("wae_mmd"), codes(7), normal(7)
+    n, k = 7, lambda a, b: sum(2 * CODE * s / (2 * CODE * s + (a - b).square().sum()) for s in SCALES)
+    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+    same_set = sum(k(z[i], z[j]) + k(p[i], p[j]) for i, j in pairs) / (n * (n - 1))
+    same(model.mmd(z, p), same_set - 2 * sum(k(a, b) for a in z for b in p) / n**2, z)
+    # of codes from the prior it is below 0 as often as above
+    signs = {float(small("wae_mmd").mmd(normal(20), normal(20)).sign()) for _ in range(40)}
+    assert signs == {-1.0, 1.0}
 
 
 def test_of_shifted_or_scaled_codes_it_is_the_closed_form() -> None:

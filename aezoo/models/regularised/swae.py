@@ -42,6 +42,8 @@ class SWAE(WAEMMD):
         warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
 
+    compares_samples = False
+
     def __init__(
         self,
         input_shape: tuple[int, ...],

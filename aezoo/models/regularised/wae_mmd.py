@@ -9,7 +9,8 @@ in nats per sample: codes are not noisy, and only all of them together are held 
 prior, and the seven scales s are those of the authors' code, https://github.com/tolstikhin/wae.
 
 The MMD is taken between the codes of the batch, over all ranks, and as many draws from the prior, see
-`aezoo.divergences.mmd`: the V-statistic, or with `unbiased` the U-statistic of algorithm 2, which may be negative.
+`aezoo.divergences.mmd`: the U-statistic, as in algorithm 2, without the pairs of a sample with itself, so that it may
+be negative; or, with `unbiased` off, the V-statistic, which is not.
 
 Shapes: B batch on this rank, N samples on all ranks, D code.
 """
@@ -35,7 +36,7 @@ class WAEMMD(Autoencoder):
         mmd_weight: lam, weight of the distance between all codes and the prior.
         kernel: inverse_multiquadratic or rbf.
         kernel_scales: s, widths of the kernels that are added up, in squared units of the distance between two draws.
-        unbiased: take the U-statistic in place of the V-statistic.
+        unbiased: take the U-statistic; off, the V-statistic.
         net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -49,6 +50,7 @@ class WAEMMD(Autoencoder):
     """
 
     has_prior = True
+    compares_samples = True
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class WAEMMD(Autoencoder):
         mmd_weight: float = 10.0,
         kernel: str = "inverse_multiquadratic",
         kernel_scales: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
-        unbiased: bool = False,
+        unbiased: bool = True,
         net: str = "mlp",
         hidden_dims: tuple[int, ...] = (400,),
         activation: str = "relu",

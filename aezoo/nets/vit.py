@@ -81,10 +81,14 @@ class Patchify(nn.Module):
         return x.permute(0, *places, 1, *within).flatten(1, rank).flatten(2)
 
     def standardise(self, patches_BNP: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches less their mean, divided by their deviation, and these two: (B, N, P) -> (B, N, P), (B, N, 2)."""
-        share_NP = self.real_NP / self.real_NP.sum(1, keepdim=True)
-        mean_BN1 = (patches_BNP * share_NP).sum(2, keepdim=True)
-        deviation_BN1 = (((patches_BNP - mean_BN1).square() * share_NP).sum(2, keepdim=True) + 1e-6).sqrt()
+        """Patches less their mean, divided by their deviation, and these two: (B, N, P) -> (B, N, P), (B, N, 2).
+
+        The variance is the unbiased one of the sample's own values, and 1e-6 more; of a single value it is that alone.
+        """
+        n_N1 = self.real_NP.sum(1, keepdim=True)
+        mean_BN1 = (patches_BNP * self.real_NP).sum(2, keepdim=True) / n_N1
+        square_BN1 = ((patches_BNP - mean_BN1).square() * self.real_NP).sum(2, keepdim=True)
+        deviation_BN1 = (square_BN1 / (n_N1 - 1).clamp(min=1) + 1e-6).sqrt()
         return (patches_BNP - mean_BN1) / deviation_BN1, torch.cat([mean_BN1, deviation_BN1], dim=2)
 
     def inverse(self, patches_BNP: Tensor) -> Tensor:

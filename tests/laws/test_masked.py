@@ -346,7 +346,7 @@ def test_normalised_targets_are_the_patch_less_its_mean_by_its_deviation(shifted
     for b in range(5):
         for i in order_BN[b, n - model.masked :]:
             values = decoder.patchify(x)[b, i][real_NP[i]].numpy()  # without what fills the patch up
-            deviation = np.sqrt(values.var() + 1e-6)
+            deviation = np.sqrt((values.var(ddof=1) if len(values) > 1 else 0.0) + 1e-6)
             e = (values - values.mean()) / deviation - out_BNP[b, i][real_NP[i]].detach().numpy()
             nll -= norm(scale=math.sqrt(0.5)).logpdf(e).sum()
             scale += ((np.array([values.mean(), deviation]) - scale_BN2[b, i].detach().numpy()) ** 2).sum()
@@ -354,6 +354,22 @@ def test_normalised_targets_are_the_patch_less_its_mean_by_its_deviation(shifted
     assert terms["nll"].item() == pytest.approx(nll * factor, rel=1e-6)
     assert terms["scale"].item() == pytest.approx(scale * factor, rel=1e-9)
     assert terms["loss"].item() == pytest.approx(terms["nll"].item() + terms["scale"].item())
+
+
+def test_patches_are_normalised_as_in_the_official_code() -> None:
+    """A patch that has one value of the sample's alone, at the far corner, is 0 after it."""
+    patchify, x = vit.Patchify((1, 8, 8), 4), torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    target = patchify(x)
+    mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+    found, moments = patchify.standardise(target)
+    torch.testing.assert_close(found, (target - mean) / (var + 1.0e-6) ** 0.5)
+    torch.testing.assert_close(moments, torch.cat([mean, (var + 1.0e-6) ** 0.5], dim=2))
+    filled_up = vit.Patchify((1, 5, 5), 4)
+    found, moments = filled_up.standardise(filled_up(x[:, :, :5, :5]))
+    assert found.isfinite().all() and found[:, 3, 0].abs().max() < 1e-9
+    torch.testing.assert_close(moments[:, 3, 0], x[:, 0, 4, 4])
+    torch.testing.assert_close(moments[:, 3, 1], torch.full((3,), 1e-3, dtype=torch.float64))
+    torch.testing.assert_close(moments[:, 1, 1], (x[:, 0, :4, 4].var(dim=1) + 1.0e-6) ** 0.5)
 
 
 def test_the_head_of_norm_pix_and_the_readout_move_nothing_else(shifted: Any) -> None:

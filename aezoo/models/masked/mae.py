@@ -5,10 +5,10 @@ The encoder sees the visible patches V alone, a light decoder those and mask tok
     L = N/|M| sum_{i in M} -log p(x_i | g_i(f(x_V)))     |M| = floor(ratio N), drawn anew for each sample
 
 in nats per sample: N/|M| makes L the mean over masks of a sum over all patches, whatever the ratio. The Gaussian of
-variance 1/2 is the paper's squared error. With norm_pix x_i is a patch less its mean, divided by its deviation; a head
-estimates both for masked patches, by a squared error of its own (`scale`) whose gradient ends there. The code is of
-the whole sample, a token for each patch. Visible places are not trained: decode hides a part of the tokens at a time
-and takes each patch from where it was hidden, score hides patches likewise from the encoder.
+variance 1/2 is the paper's squared error. With norm_pix x_i is a patch less its mean, over its unbiased deviation;
+a head estimates both for masked patches, by a squared error of its own (`scale`) whose gradient ends there. The code is
+of the whole sample, a token for each patch. Visible places are not trained: decode hides a part of the tokens at a
+time and takes each patch from where it was hidden, score hides patches likewise from the encoder.
 
 Shapes: B batch, N patches, P values in a patch, D width of a token, V visible patches, K hidden parts.
 """

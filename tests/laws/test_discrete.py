@@ -281,7 +281,7 @@ def test_the_temperature_falls_with_the_step_over_epochs_and_resumes(quiet: Any,
     assert wrong != pytest.approx(EXPECTED, rel=1e-6)
 
 
-def test_a_loaded_model_evaluates_at_the_temperature_of_its_last_step(quiet: Any, tmp_path: Any) -> None:
+def test_a_loaded_model_has_the_temperature_of_its_last_step(quiet: Any, tmp_path: Any) -> None:
     loader: Any = DataLoader(list(torch.rand(12, 6)), batch_size=4)
     trainer, model = quiet(max_epochs=1), CategoricalVAE((6,), **TEMPERATURES)
     trainer.fit(model, loader, loader)
@@ -335,15 +335,21 @@ def test_importance_samples_come_from_below_to_the_exact_likelihood() -> None:
     assert (exact_elbo(model, x) < top).all()
 
 
-def test_the_elbo_of_hard_codes_is_the_exact_one_and_that_of_relaxed_codes_is_not() -> None:
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_the_elbo_of_hard_codes_is_the_exact_one_and_that_of_relaxed_codes_is_not(training: bool) -> None:
+    """Codes of evaluation are hard, so that what is reported there is a bound, whatever training decodes."""
     x = data(1)
     for hard in (True, False):
         torch.manual_seed(7)
-        model = sharpened(straight_through=hard, temperature=2.0)
+        model = sharpened(straight_through=hard, temperature=2.0).train(training)
         with torch.no_grad():
             found = model.loss(x.expand(20_000, -1))["elbo"].item()
-        off = abs(found - exact_elbo(model, x).item())
-        assert off < 0.03 if hard else off > 0.1, hard
+            off = abs(found - exact_elbo(model, x).item())
+            if training and not hard:
+                assert off > 0.1
+            else:
+                assert off < 0.03
+                assert found < exact(model, x).item()
 
 
 def test_hard_codes_have_the_posterior_s_frequencies_and_probabilities() -> None:
@@ -511,6 +517,21 @@ def test_joint_samples_and_codes_have_both_parts() -> None:
     classes = z[:, 2:].unflatten(1, (N, K))
     assert torch.equal(classes, one_hot(classes))
     assert ((classes.mean(0) - 1 / K).abs() < 5 * (0.25 / 4000) ** 0.5).all()
+
+
+def test_joint_codes_of_evaluation_have_one_hot_classes_and_their_elbo_is_a_bound() -> None:
+    model, x, n = joint(temperature=2.0).eval(), data(1), 20_000
+    seen: list[Tensor] = []
+    hook = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        found = model.loss(x.expand(n, -1))["elbo"].item()
+        hook.remove()
+        classes = seen[0][:, 2:].unflatten(1, (N, K))
+        assert torch.equal(classes, one_hot(classes))
+        codes, log_q = model.sample_posterior(x, n)
+        log_w = -nll_at(model, x.expand(n, -1), codes[:, 0]) + model.log_prior(codes[:, 0]) - log_q[:, 0]
+        assert found == pytest.approx(log_w.mean().item(), abs=5 * math.sqrt(2 / n) * log_w.std().item())
+        assert found < model.log_likelihood(x, n).item()
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "piwae": {"hidden_dims": (24,), "latent_dim": 6, "n_groups": 2, "n_samples": 3, "estimator": "stl"},
     "ciwae": {"hidden_dims": (24,), "latent_dim": 6, "beta": 0.5},
     "beta_tcvae": {"hidden_dims": (24,), "latent_dim": 6, "dataset_size": 50},
-    "categorical_vae": {"hidden_dims": (24,), "n_variables": 6, "n_classes": 4, "beta": 2.0},
-    "joint_vae": {"hidden_dims": (24,), "latent_dim": 4, "n_variables": 2, "n_classes": 4, "gamma": 5.0},
+    "categorical_vae": {"hidden_dims": (24,), "n_variables": 6, "n_classes": 4, "beta": 2.0, "straight_through": True},
+    "joint_vae": {
+        **{"hidden_dims": (24,), "latent_dim": 4, "n_variables": 2, "n_classes": 4},
+        **{"gamma": 5.0, "straight_through": True},
+    },
     "conditional_vae": {"hidden_dims": (24,), "latent_dim": 6, "num_classes": 4},
     "semi_supervised_m1": {"hidden_dims": (24,), "latent_dim": 6, "num_classes": 4},
     "semi_supervised_vae": {"hidden_dims": (24,), "latent_dim": 6, "num_classes": 4},

@@ -6,9 +6,9 @@ A code of N independent categorical variables of K classes each, trained through
     z_n = softmax((log p_n + g_n) / tau)             g_n Gumbel noise: z_n -> one-hot of arg max (log p_n + g_n) ~ q
     KL = sum_n sum_k p_nk log(K p_nk)                from 0, of the uniform, to N log K
 
-tau is `temperature`, to which it may fall from `start_temperature` by a constant factor a step; evaluation has the last
-step's. `encode` gives the probabilities p, decoded better than one-hot codes. `sample` and `log_likelihood` have
-one-hot codes, the loss only with `straight_through`: else `elbo` is no bound, so compare models by `log_likelihood`.
+tau is `temperature`, to which it may fall from `start_temperature` by a constant factor a step. Codes of evaluation are
+one-hot draws from q (Maddison et al. 2016): there, and with `straight_through` everywhere, log p(x) >= E[elbo] with
+elbo = -(nll + kl), whatever beta. `encode` gives the probabilities p, decoded better than one-hot codes.
 
 Shapes: B batch, N variables, K classes, D = N K code, S importance samples, M = K^N codes there are.
 """
@@ -36,7 +36,7 @@ class CategoricalVAE(VAE):
         temperature: tau, at least 0.01: near 0 codes are nearly one-hot and gradients noisy.
         start_temperature: tau at the first step, where it falls.
         temperature_steps: optimiser steps over which tau falls exponentially to temperature; 0 keeps it there.
-        straight_through: decode one-hot codes in training, with the gradient of the relaxed ones.
+        straight_through: decode one-hot codes in training as well, with the gradient of the relaxed ones.
         net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -117,8 +117,8 @@ class CategoricalVAE(VAE):
         return kl_from_uniform(p_BD, log_p_BD, self.variables[1])
 
     def draw(self, log_p_BNK: Tensor) -> Tensor:
-        """Draw z of the relaxed distribution, or one-hot with its gradient: (B, N, K) -> (B, N, K)."""
-        return relaxed(log_p_BNK, self.tau(), self.straight_through)
+        """Draw z of the relaxed distribution, or one-hot c with its gradient: (B, N, K) -> (B, N, K)."""
+        return relaxed(log_p_BNK, self.tau(), self.straight_through or not self.training)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         log_p_BNK = self.log_probs(x)

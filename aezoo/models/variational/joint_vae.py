@@ -4,8 +4,8 @@
     KL_z = KL(q(z|x) || N(0, I))        C_z = max_capacity min(1, t / capacity_steps)
     KL_c = KL(q(c|x) || uniform)        C_c = min(max_discrete_capacity, N log K) min(1, t / capacity_steps)
 
-in nats per sample: a Gaussian z and N categorical variables c of K classes, relaxed as in categorical_vae, after t
-optimiser steps. gamma = 1 and capacities of 0 minimise the negative ELBO, n_variables = 0 is annealed_vae.
+in nats per sample, after t optimiser steps: a Gaussian z and N variables c of K classes, as in categorical_vae, one-hot
+in evaluation. gamma = 1 and capacities of 0 minimise the negative ELBO, n_variables = 0 is annealed_vae.
 
 Shapes: B batch, D Gaussian part of the code, N variables, K classes, E = D + N K code, S importance samples.
 """
@@ -37,7 +37,7 @@ class JointVAE(CategoricalVAE):
         temperature: tau of the relaxed classes, at least 0.01: near 0 they are nearly one-hot and gradients noisy.
         start_temperature: tau at the first step, where it falls.
         temperature_steps: optimiser steps over which tau falls exponentially to temperature; 0 keeps it there.
-        straight_through: decode one-hot classes in training, with the gradient of the relaxed ones.
+        straight_through: decode one-hot classes in training as well, with the gradient of the relaxed ones.
         net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

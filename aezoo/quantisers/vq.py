@@ -12,7 +12,9 @@ over the rows of all ranks, from N_k = 1 and m_k = e_k. A code that no row chose
 of the division is needed.
 
 A code whose N_k falls below `dead_below` moves to where a row of the batch lies, rows spread evenly over the batches of
-all ranks; N_k becomes the mean, or dead_below if that is more, and m_k = N_k e_k.
+all ranks; N_k becomes the mean N / K, or dead_below if that is more, and m_k = N_k e_k. Of N <= K rows the mean is no
+more than 1, and dead_below counts as half of it at most: a code that has moved and is never chosen moves again after
+log 2 / log(1 / d) steps or more, 69 of the default.
 
 Estimators: `estimators.ste`, `rotation`, `diveq` (which needs no term `codebook` and has none), and gumbel: in training
 k is drawn from softmax_j(-||z - e_j||^2 / temperature), and the gradient is that of the relaxed draw.
@@ -43,7 +45,7 @@ class VQ(Quantiser):
         size: K, number of codes.
         update: how codes learn: ema, or gradient, by the term codebook.
         decay: d, of the moving averages.
-        dead_below: N_k, in rows a batch of all ranks, below which a code moves to a row; 0 for never.
+        dead_below: N_k, in rows a batch of all ranks, below which a code moves to a row, see above; 0 for never.
         estimator: how the gradient passes: ste, rotation, gumbel or diveq.
         cosine: take z and the codes to the unit sphere first.
         temperature: of gumbel, a squared distance: well below those between codes, or choices are blind and codes meet.
@@ -173,13 +175,16 @@ class VQ(Quantiser):
     def _revive(self, z_ND: Tensor) -> None:
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.across_ranks() else (0, 1)
         n, all_n = z_ND.shape[0], z_ND.shape[0] * ranks
-        dead_K = self.count_K < self.dead_below
+        mean = all_n / self.book_sizes[0]
+        # with few rows a code in use like all others would be dead, and one that has moved would die in the next step
+        least = self.dead_below if mean > 1 else min(self.dead_below, mean / 2)
+        dead_K = self.count_K < least
         order_K = dead_K.cumsum(0) - 1
         # rows of all ranks, evenly spread and others at each update; each rank gives those that it has
         row_K = (order_K * all_n // dead_K.sum().clamp(min=1) + self.updates) % all_n - rank * n
         own_K = dead_K & (row_K >= 0) & (row_K < n)
         fresh_KD = self.over_ranks(torch.where(own_K[:, None], z_ND[row_K.clamp(0, n - 1)], 0))
-        count = max(all_n / self.book_sizes[0], self.dead_below)
+        count = max(mean, least)
         self.count_K.copy_(torch.where(dead_K, count, self.count_K))
         self.code_KD.copy_(torch.where(dead_K[:, None], fresh_KD, self.code_KD))
         if self.averages:

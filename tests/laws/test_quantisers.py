@@ -872,6 +872,39 @@ def test_a_revived_code_is_a_row_with_sum_and_count_of_its_own():
     assert (again.code_KD != first).any(1).all()  # other rows at another update
 
 
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.parametrize(
+    ("n", "dead_below", "expected"),
+    [
+        (4, 1.0, [14, 21, 28]),  # from 1 below N / 2K = 1/4, then from N / K in log 2 / log(1 / d), 7 whole steps
+        (4, 4.0, [14, 21, 28]),
+        (4, 0.2, [16, 25]),
+        (8, 1.0, [7, 14, 21, 28]),
+        (8, 0.3, [12, 24]),
+        # with more rows than codes dead_below is what it says
+        (16, 1.0, [1, 8, 15, 22, 29]),
+        (16, 3.0, [*range(1, 33)]),
+    ],
+)
+def test_an_unused_code_moves_when_its_count_is_low_for_the_number_of_rows(n, dead_below, expected, update):
+    """K = 8 and d = 0.9, over 32 steps."""
+    dim = 32 * n
+    quantiser = VQ(dim, 8, update=update, dead_below=dead_below, decay=0.9).train()
+    with torch.no_grad():
+        quantiser.code_KD.copy_(torch.cat([torch.zeros(1, dim), torch.full((7, dim), 100.0)]))
+    if update == "ema":
+        quantiser.sum_KD.copy_(quantiser.code_KD)
+    moves = []
+    # rows at right angles, none of them twice, so that the first code is the nearest to all
+    for step, z in enumerate(torch.eye(dim).split(n), 1):
+        before = quantiser.code_KD[1:].clone()
+        assert not quantiser(z).indices.any()
+        moved = (quantiser.code_KD[1:] != before).any(1)
+        assert moved.all() or not moved.any()
+        moves += [step] if moved.any() else []
+    assert moves == expected
+
+
 # ---- two processes --------------------------------------------------------------------------------------------------
 
 RANKED = {

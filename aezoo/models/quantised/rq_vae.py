@@ -31,7 +31,7 @@ class RQVAE(DiscreteAutoencoder):
         beta: weight of the commitment.
         update: how codes learn: ema, moving averages, or gradient.
         decay: of the moving averages.
-        dead_below: rows a batch that choose a code, on average, below which it moves to a row; 0 for never.
+        dead_below: mean rows a batch below which a code moves to a row, at most rows / 2K where rows <= K; 0 for never.
         estimator: how the gradient passes the quantiser: ste, rotation, gumbel or diveq.
         data_init: start the codes by k-means on the first batch of training, each level's on what is left over.
         places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.

@@ -36,7 +36,7 @@ class TiTok(DiscreteAutoencoder):
         beta: weight of the commitment.
         update: how codes learn: ema, moving averages, or gradient.
         decay: of the moving averages.
-        dead_below: rows a batch that choose a code, on average, below which it moves to a row; 0 for never.
+        dead_below: mean rows a batch below which a code moves to a row, at most rows / 2K where rows <= K; 0 for never.
         estimator: how the gradient passes the quantiser: ste, rotation, gumbel or diveq.
         cosine: compare directions, on the unit sphere.
         data_init: on the first batch of training bring tokens to mean 0 and variance 1, and start the codes by k-means.

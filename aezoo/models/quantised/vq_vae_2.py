@@ -38,7 +38,7 @@ class VQVAE2(DiscreteAutoencoder):
         beta: weight of the commitment.
         update: how codes learn: ema, moving averages, or gradient.
         decay: of the moving averages.
-        dead_below: rows a batch that choose a code, on average, below which it moves to a row; 0 for never.
+        dead_below: mean rows a batch below which a code moves to a row, at most rows / 2K where rows <= K; 0 for never.
         estimator: how the gradient passes the quantisers: ste, rotation, gumbel or diveq.
         cosine: compare directions, on the unit sphere.
         data_init: start the codes by k-means on the first batch of training, the bottom ones given the top.

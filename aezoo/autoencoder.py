@@ -306,6 +306,7 @@ class Autoencoder(Checked, pl.LightningModule):
         scaled |= isinstance(plugin, MixedPrecision) and bool(self.trainer.gradient_clip_val)
         first, *others = self.parameter_groups()
         optimizer = optimizers.build(self.optimizer, first["params"], self.lr, self.weight_decay, fused=not scaled)
+        optimizer.param_groups[0].update({name: value for name, value in first.items() if name != "params"})
         for group in others:
             optimizer.add_param_group(group)
         if self.lr_schedule == "constant" and not self.warmup_steps:
@@ -321,7 +322,7 @@ class Autoencoder(Checked, pl.LightningModule):
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimiser trains: groups of parameters; those after the first may have settings of their own.
+        """What the optimiser trains: groups of parameters, which may have settings of their own.
 
         The players of an adversarial model have a group each: where every parameter gets the gradient of its own
         player's loss alone, one backward pass and one optimiser of disjoint groups are as many optimisers.

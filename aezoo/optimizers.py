@@ -1,9 +1,10 @@
 """Optimisers and learning rate schedules by plain names.
 
-adam:eps=1e-4              an optimiser with another eps than torch's
+adam:beta1=0.5,eps=1e-4    an optimiser with other settings than torch's: eps, beta1 and beta2, of those that have them
 multistep:0.5@0.2,0.6      a schedule: times 0.5 after a fifth of the steps, and again after three fifths
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -57,21 +58,39 @@ def check(optimizer: str, lr: float, weight_decay: float, lr_schedule: str, warm
         raise AezooError(f"warmup_steps must be at least 0, got {warmup_steps}")
 
 
-def _read_optimizer(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings of adam, adam:eps=1e-4, ..."""
-    name, _, rest = text.partition(":")
+def _read_optimizer(text: str) -> tuple[str, dict[str, float]]:
+    """Name and settings of adam, adam:eps=1e-4, adam:beta1=0.5,beta2=0.9, ..."""
+    name, colon, rest = text.partition(":")
     if name not in OPTIMIZERS:
         raise AezooError(f"unknown optimizer {text!r}: take one of {', '.join(OPTIMIZERS)}")
-    if name == text:
-        return name, {}
-    key, _, value = rest.partition("=")
-    try:
-        eps = float(value)
-    except ValueError:
-        eps = math.nan
-    if key != "eps" or name == "sgd" or not 0 < eps < math.inf:
-        raise AezooError(f"optimizer {text!r} cannot be read: give a name, or one with its eps, such as adam:eps=1e-4")
-    return name, {"eps": eps}
+    usual = _usual(name)
+    possible = [key for key, of in (("eps", "eps"), ("beta1", "betas"), ("beta2", "betas")) if of in usual]
+    settings: dict[str, float] = {}
+    for part in rest.split(",") if colon else ():
+        key, _, value = part.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        fits = 0 < number < math.inf if key == "eps" else 0 <= number < 1
+        if key not in possible or key in settings or not fits:
+            raise AezooError(
+                f"optimizer {text!r} cannot be read: give a name, or one with settings, of which {name} takes "
+                f"{', '.join(possible) or 'none'}, such as adam:beta1=0.5,eps=1e-4; eps is above 0, a beta in [0, 1)"
+            )
+        settings[key] = number
+    return name, settings
+
+
+def _usual(name: str) -> dict[str, Any]:
+    """What torch's optimiser of that name has for each of its arguments if nobody says otherwise."""
+    return {key: argument.default for key, argument in inspect.signature(OPTIMIZERS[name]).parameters.items()}
+
+
+def betas(text: str, usual: tuple[float, float]) -> tuple[float, float]:
+    """The betas that an optimiser's text names, and the usual ones in place of those that it does not."""
+    settings = _read_optimizer(text)[1]
+    return settings.get("beta1", usual[0]), settings.get("beta2", usual[1])
 
 
 def _falloff(text: str) -> Callable[[float], float]:
@@ -99,14 +118,19 @@ def build(
     """The optimiser of that name; `sgd` has momentum 0.9.
 
     Args:
-        name: a key of `OPTIMIZERS`, with or without its eps.
+        name: a key of `OPTIMIZERS`, with or without settings.
         parameters: what it trains.
         lr: learning rate.
         weight_decay: its weight decay.
         fused: update all parameters in one kernel where torch has one for their device.
     """
-    name, settings = _read_optimizer(name)
-    settings |= {"lr": lr, "weight_decay": weight_decay}
+    text = name
+    name, given = _read_optimizer(text)
+    settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    if "eps" in given:
+        settings["eps"] = given["eps"]
+    if "betas" in (usual := _usual(name)):
+        settings["betas"] = betas(text, usual["betas"])
     if name == "sgd":
         settings["momentum"] = 0.9
     parameters = list(parameters)

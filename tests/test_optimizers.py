@@ -148,13 +148,53 @@ def test_gradients_are_clipped_at_any_precision(precision: str) -> None:
     assert len(found) == 10
 
 
-def test_eps_is_torch_s() -> None:
-    for name in OPTIMIZERS:
-        if name != "sgd":
-            model = aezoo.create_model("linear_ae", input_shape=(3,), optimizer=f"{name}:eps=1e-4")
-            optimizer = model.configure_optimizers()
-            assert type(optimizer).__name__.lower() == name
-            assert optimizer.defaults["eps"] == 1e-4
+WITH_BETAS = ("adam", "adamw", "adamax", "nadam", "radam")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_settings_are_torch_s(name: str) -> None:
+    usual = OPTIMIZERS[name]([torch.nn.Parameter(torch.zeros(1))]).defaults
+    cases: list[tuple[str, dict[str, Any]]] = [("", {})]
+    if name != "sgd":
+        cases += [(":eps=1e-4", {"eps": 1e-4})]
+    if name in WITH_BETAS:
+        first, second = usual["betas"]
+        cases += [(":beta1=0.5", {"betas": (0.5, second)}), (":beta2=0", {"betas": (first, 0.0)})]
+        cases += [(":beta2=0.9,eps=1e-4,beta1=0.2", {"betas": (0.2, 0.9), "eps": 1e-4})]
+    for text, given in cases:
+        model = aezoo.create_model("linear_ae", input_shape=(3,), optimizer=name + text)
+        optimizer = model.configure_optimizers()
+        assert type(optimizer).__name__.lower() == name
+        for of in (optimizer.defaults, optimizer.param_groups[0]):
+            assert {key: of[key] for key in usual if key in ("eps", "betas")} == {
+                key: given.get(key, usual[key]) for key in usual if key in ("eps", "betas")
+            }
+
+
+@pytest.mark.parametrize("text", ["adam:beta1=0.5,beta2=0.9", "adamw:beta1=0,eps=1e-3", "adamax:beta2=0.5"])
+def test_a_fit_takes_torch_s_steps_with_these_settings(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop calls kernels by itself, with what it finds in the groups."""
+    name, _, rest = text.partition(":")
+    given = {key: float(value) for key, value in (part.split("=") for part in rest.split(","))}
+    x, ends = torch.rand(40, 3), []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = aezoo.create_model("linear_ae", input_shape=(3,), latent_dim=1, lr=LR, optimizer=text)
+        if ours:
+            silent = dict.fromkeys(
+                ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+            )
+            pl.Trainer(accelerator="cpu", max_epochs=2, **silent).fit(model, DataLoader(x, batch_size=4))
+        else:
+            betas = (given.get("beta1", 0.9), given.get("beta2", 0.999))
+            settings: dict[str, Any] = {"betas": betas, "eps": given.get("eps", 1e-8), "weight_decay": 0.0}
+            optimizer = OPTIMIZERS[name](model.parameters(), LR, **settings)
+            for batch in [*x.split(4)] * 2:
+                optimizer.zero_grad()
+                model.loss(batch)["loss"].backward()
+                optimizer.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +204,15 @@ def test_eps_is_torch_s() -> None:
         ({"optimizer": "adamm:eps=1e-4"}, "unknown optimizer 'adamm:eps=1e-4'"),
         *(
             ({"optimizer": f"adam:{rest}"}, "cannot be read")
-            for rest in ("1e-4", "eps=x", "eps=0", "eps=nan", "beta=1")
+            for rest in ("", "1e-4", "eps=x", "eps=0", "eps=nan", "beta=1", "beta1=1", "beta1=-0.1", "beta2=nan")
         ),
-        ({"optimizer": "sgd:eps=1e-4"}, "cannot be read"),
+        *(
+            ({"optimizer": f"adam:{rest}"}, "adam takes eps, beta1, beta2, such as")
+            for rest in ("eps=1e-4,", "beta1=0.5,beta1=0.5", "beta1=0.5;eps=1e-4", "betas=0.5")
+        ),
+        ({"optimizer": "sgd:eps=1e-4"}, "sgd takes none"),
+        ({"optimizer": "sgd:beta1=0.5"}, "sgd takes none"),
+        ({"optimizer": "rmsprop:beta1=0.5"}, "rmsprop takes eps, such as"),
         *(
             ({"lr_schedule": f"multistep{rest}"}, "cannot be read")
             for rest in ("", ":0.1", ":a@0.5", ":0.1@2", ":0@0.5")

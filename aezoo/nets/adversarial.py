@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from aezoo import optimizers
 from aezoo.errors import AezooError
 from aezoo.likelihoods import Likelihood
 
@@ -37,16 +38,18 @@ def gradient_alone(loss: Tensor) -> Tensor:
     return loss - loss.detach()
 
 
-def two_groups(model: nn.Module, betas: tuple[float, float]) -> list[dict[str, Any]]:
+def two_groups(model: nn.Module, betas: tuple[float, float], both: bool = False) -> list[dict[str, Any]]:
     """Parameter groups: all that is not the discriminator's, and the discriminator's, at a rate of its own.
 
     Args:
-        model: has a module `discriminator` and its learning rate, `discriminator_lr`.
-        betas: of the discriminator's optimiser, if it has moments.
+        model: has a module `discriminator`, its learning rate, `discriminator_lr`, and `optimizer`.
+        betas: of the discriminator's optimiser, if it has moments and the user sets no others.
+        both: these are the other group's, too.
     """
     others = [p for name, p in model.named_parameters() if not name.startswith("discriminator.")]
     judge = [*model.discriminator.parameters()]  # type: ignore[union-attr]
-    return [{"params": others}, {"params": judge, "lr": model.discriminator_lr, "betas": betas}]
+    own: dict[str, Any] = {"betas": optimizers.betas(str(model.optimizer), betas)}
+    return [{"params": others, **(own if both else {})}, {"params": judge, "lr": model.discriminator_lr, **own}]
 
 
 class Generator(nn.Module):

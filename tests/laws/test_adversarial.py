@@ -129,6 +129,8 @@ def test_the_players_sets_are_disjoint_and_together_all_parameters(name: str, li
     assert {id(p) for p in last["params"]} == {id(p) for p in model.discriminator.parameters()}
     assert (last["lr"], last["betas"]) == (3e-3, (0.5, 0.9))
     assert all((group["lr"], group["betas"]) == (1e-3, (0.9, 0.999)) for group in others)
+    *others, last = small(name, likelihood=likelihood, optimizer="adam:beta1=0.7").configure_optimizers().param_groups
+    assert last["betas"] == (0.7, 0.9) and all(group["betas"] == (0.7, 0.999) for group in others)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

@@ -393,8 +393,12 @@ def test_the_players_are_disjoint_and_together_all_parameters() -> None:
     held = [id(p) for group in (first, last) for p in group["params"]]
     assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
     assert {id(p) for p in last["params"]} == {id(p) for p in model.discriminator.parameters()}
-    assert (first["lr"], first["betas"]) == (1e-3, (0.9, 0.999))
+    # https://github.com/samet-akcay/ganomaly, lib/model.py: both
+    assert (first["lr"], first["betas"]) == (1e-3, (0.5, 0.999))
     assert (last["lr"], last["betas"]) == (3e-3, (0.5, 0.999))
+    groups = ganomaly(optimizer="adam:beta1=0.8").configure_optimizers().param_groups
+    assert [group["betas"] for group in groups] == [(0.8, 0.999)] * 2
+    assert len(ganomaly(optimizer="sgd").configure_optimizers().param_groups) == 2
 
 
 def test_its_steps_are_those_of_an_optimiser_for_each_player(shifted: Any, quiet: Any) -> None:
@@ -406,7 +410,7 @@ def test_its_steps_are_those_of_an_optimiser_for_each_player(shifted: Any, quiet
     trainer.fit(model, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     parts = players(other)
     adams = {
-        "generator": torch.optim.Adam(parts["generator"], 2e-3),
+        "generator": torch.optim.Adam(parts["generator"], 2e-3, (0.5, 0.999)),
         "discriminator": torch.optim.Adam(parts["discriminator"], 5e-3, (0.5, 0.999)),
     }
     for i, x in enumerate(batches):

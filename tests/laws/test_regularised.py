@@ -743,8 +743,11 @@ def test_each_player_has_a_group_of_the_optimiser(name: str) -> None:
     assert {id(p) for p in second["params"]} == {id(p) for p in model.discriminator.parameters()}
     held = [id(p) for group in (first, second) for p in group["params"]]
     assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
-    assert (first["lr"], first["betas"]) == (2e-3, (0.9, 0.999))
+    # https://github.com/tolstikhin/wae, wae.py: both; the paper of the AAE names none
+    assert (first["lr"], first["betas"]) == (2e-3, (0.5 if name == "wae_gan" else 0.9, 0.999))
     assert (second["lr"], second["betas"]) == (7e-3, (0.5, 0.999))
+    groups = small(name, optimizer="adamw:beta2=0.9,beta1=0.7").configure_optimizers().param_groups
+    assert [group["betas"] for group in groups] == [(0.7, 0.9)] * 2
 
 
 def test_a_discriminator_that_sees_no_difference_pays_log_2_for_each_kind(shifted: Any) -> None:

@@ -9,7 +9,10 @@ here the encoder's two gradients are added, and all step at once. Codes are f(x)
 from the Gaussian of section 2; the third posterior there, that of a noisy network, is left out.
 """
 
+from typing import Any
+
 from aezoo.models.regularised.wae_gan import WAEGAN
+from aezoo.nets.adversarial import two_groups
 
 
 class AAE(WAEGAN):
@@ -21,7 +24,7 @@ class AAE(WAEGAN):
         adversarial_weight: weight of what the discriminator makes of the codes.
         gaussian_posterior: codes are drawn from N(mu(x), diag sigma(x)^2) in training, in place of z = f(x).
         discriminator_dims: widths of the discriminator's hidden layers, two of 1000 in the paper.
-        discriminator_lr: learning rate of the discriminator; an optimiser with moments has betas 0.5 and 0.999 for it.
+        discriminator_lr: learning rate of the discriminator, whose betas are 0.5 and 0.999 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -71,3 +74,6 @@ class AAE(WAEGAN):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return two_groups(self, betas=(0.5, 0.999))

@@ -55,7 +55,7 @@ class GANomaly(Autoencoder):
         enc_weight: weight of the codes' distance.
         discriminator_dims: widths of the discriminator's hidden layers (mlp) or channels of its stages, the last one
             the number of its features. Empty: hidden_dims, or 64.
-        discriminator_lr: learning rate of the discriminator; an optimiser with moments has betas 0.5 and 0.999 for it.
+        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.999 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer, of all networks.
         hidden_dims: widths of the encoders' layers (mlp) or channels of their stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -112,7 +112,7 @@ class GANomaly(Autoencoder):
         self.discriminator = Discriminator(body, dims[-1])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return two_groups(self, betas=(0.5, 0.999))  # section 4
+        return two_groups(self, betas=(0.5, 0.999), both=True)  # section 4
 
     def gap(self, z_BD: Tensor, x_hat: Tensor) -> Tensor:
         """||z - zhat||^2, (B, D), (B, *shape) -> (B,)."""

@@ -36,7 +36,7 @@ class WAEGAN(Autoencoder):
         adversarial_weight: lam, weight of what the discriminator makes of the codes.
         gaussian_posterior: codes are drawn from N(mu(x), diag sigma(x)^2) in training, in place of z = f(x).
         discriminator_dims: widths of the discriminator's hidden layers, four of 512 in the paper.
-        discriminator_lr: learning rate of the discriminator; an optimiser with moments has betas 0.5 and 0.999 for it.
+        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.999 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, vit, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -96,7 +96,7 @@ class WAEGAN(Autoencoder):
         self.discriminator = nn.Sequential(*layers, Linear(dims[-1], 1))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return two_groups(self, betas=(0.5, 0.999))
+        return two_groups(self, betas=(0.5, 0.999), both=True)  # those of the authors' code
 
     def encode(self, x: Tensor) -> Tensor:
         mu_BD: Tensor = self.encoder(x)[:, : self.code_shape[0]]

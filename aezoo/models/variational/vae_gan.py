@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo import nets
+from aezoo import nets, optimizers
 from aezoo.autoencoder import at_least_float32
 from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
@@ -46,7 +46,7 @@ class VAEGAN(VAE):
         gamma: weight of the reconstruction against the GAN in the decoder's loss.
         discriminator_dims: widths of the discriminator's hidden layers (mlp) or channels of its stages; with fewer
             features than a sample has values they do not hold a reconstruction. Empty: 1024 for mlp, else hidden_dims.
-        discriminator_lr: learning rate of the discriminator; an optimiser with moments has betas 0.5 and 0.9 for it.
+        discriminator_lr: learning rate of the discriminator, whose betas are 0.5 and 0.9 unless optimizer sets them.
         net: mlp, conv or resnet, of encoder, decoder and discriminator.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -104,11 +104,10 @@ class VAEGAN(VAE):
         self.discriminator = nn.ModuleDict({"features": features, "head": head})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return [
-            {"params": [*self.encoder.parameters()]},
-            {"params": [*self.decoder.parameters(), *self.likelihood.parameters()]},
-            {"params": [*self.discriminator.parameters()], "lr": self.discriminator_lr, "betas": (0.5, 0.9)},
-        ]
+        betas = optimizers.betas(self.optimizer, (0.5, 0.9))
+        judge = {"params": [*self.discriminator.parameters()], "lr": self.discriminator_lr, "betas": betas}
+        decoder = [*self.decoder.parameters(), *self.likelihood.parameters()]
+        return [{"params": [*self.encoder.parameters()]}, {"params": decoder}, judge]
 
     def variance(self, f_BF: Tensor) -> Tensor:
         """s^2, the variance of the features over real, reconstructed and drawn images of all ranks: (3 B, F) -> ()."""

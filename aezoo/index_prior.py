@@ -269,7 +269,8 @@ class IndexPrior(DiscreteAutoencoder):
         return indices
 
     def score(self, x: Tensor) -> Tensor:
-        return self.tokenizer.score(x) - self.log_prob(self.encode_indices(x))
+        told = self.tokenizer.nll(self.decoder(self.encode(x)), x)  # a score of its own may count its prior of indices
+        return told - self.log_prob(self.encode_indices(x))
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:

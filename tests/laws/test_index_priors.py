@@ -259,6 +259,15 @@ def test_the_loss_is_the_cross_entropy_of_the_indices(name: str, shape: Any, siz
     torch.testing.assert_close(model.score(x) - own, torch.from_numpy(nll), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("tokenizer", ["vq_vae", "gumbel_vq_vae"])
+def test_the_score_is_the_length_of_a_message_whatever_prior_the_tokenizer_has(tokenizer: str) -> None:
+    small = {"net": "mlp", "places": 3, "latent_dim": 2, "codebook_size": 5, "hidden_dims": [8]}
+    model: Any = aezoo.create_model("pixelcnn", (6,), tokenizer={"model": tokenizer, **small}, **SMALL["pixelcnn"])
+    model, x = model.double().eval(), torch.rand(4, 6, dtype=torch.float64)
+    log_px = torch.distributions.Bernoulli(model(x), validate_args=False).log_prob(x).sum(1)
+    torch.testing.assert_close(model.score(x), -log_px - model.log_prob(model.encode_indices(x)))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dropped_index_costs_nothing(name: str) -> None:
     model = prior(name, (2, 3), (4, 4))

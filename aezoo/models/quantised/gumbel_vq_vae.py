@@ -10,9 +10,9 @@ https://github.com/CompVis/taming-transformers, and in DALL-E). In nats per samp
 tau falls from `start_temperature` to `temperature` by a constant factor a step. In training y is relaxed, or one-hot
 with the gradient of the relaxed one (`hard`); in evaluation the loss draws c itself, so that there, and with `hard`
 everywhere, log p(x) >= E[elbo] with elbo = -(nll + kl), whatever beta. `encode` takes the likeliest codes and draws
-nothing: -(nll + kl) of these is no bound.
+nothing; `score` is nll + kl of these, the negative of no bound.
 
-Shapes: B batch, C channels of a code, K codes, P places.
+Shapes: B batch, C channels of a code, K codes, P places, D = P K.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.categorical import gumbel
+from aezoo.categorical import gumbel, kl_from_uniform
 from aezoo.discrete import DiscreteAutoencoder
 from aezoo.limits import at_least
 from aezoo.quantisers.base import Quantised
@@ -118,7 +118,7 @@ class GumbelVQVAE(DiscreteAutoencoder):
         found = self.quantiser.quantise(logits)
         if self.training:
             return found
-        logits_BPK = at_least_float32(logits).flatten(2).movedim(1, 2)
+        logits_BPK = _by_place(logits)
         indices = (logits_BPK + gumbel(logits_BPK)).argmax(2).view_as(found.indices)
         return Quantised(self.codes(indices).to(logits.dtype), indices, found.terms)
 
@@ -127,6 +127,20 @@ class GumbelVQVAE(DiscreteAutoencoder):
         nll, kl = self.nll(self.decoder(z_q), x).mean(), terms["kl"]
         return {"loss": nll + self.kl_weight() * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """-ELBO with the likeliest codes, -log p(x | code) + KL in nats: (B, *input_shape) -> (B,), no noise."""
+        logits = self.encoder(x)
+        logits_BPK = _by_place(logits)
+        codes = self.codes(logits_BPK.argmax(2).view(-1, *self.index_shape)).to(logits.dtype)
+        log_p_BD = logits_BPK.log_softmax(2).flatten(1)
+        return self.nll(self.decoder(codes), x) + kl_from_uniform(log_p_BD.exp(), log_p_BD, self.index_sizes[0])
+
     def sample(self, n: int) -> Tensor:
         size, device = self.index_sizes[0], self.quantiser.code_KC.device
         return self.decode_indices(torch.randint(size, (n, *self.index_shape), device=device))
+
+
+def _by_place(logits: Tensor) -> Tensor:
+    """In at least float32, (B, K, *places) -> (B, P, K)."""
+    return at_least_float32(logits).flatten(2).movedim(1, 2)

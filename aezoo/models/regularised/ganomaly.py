@@ -12,7 +12,7 @@ the scale of the second term.
 The players are the generator, G_E, G_D and E, and the discriminator D; no loss passes a gradient to the other's
 parameters. L_G is the value of `loss`, L_D the term `discriminator`: 2 log 2 where the two kinds cannot be told apart.
 
-The score is ||z - zhat||_2, as in the authors' code (the paper writes the 1-norm), of a sample by itself: scaled to
+The score is ||z - zhat||^2 / D, as in the authors' code (the paper writes the 1-norm), of a sample by itself: scaled to
 [0, 1] by the least and the largest of a test set, as there, it would depend on the other samples, and no threshold
 would hold for more of them. On industrial photographs frozen features are far ahead, see `aezoo detect --features`.
 
@@ -145,6 +145,6 @@ class GANomaly(Autoencoder):
         }
 
     def score(self, x: Tensor) -> Tensor:
-        """||z - zhat||, (B, *input_shape) -> (B,)."""
+        """||z - zhat||^2 / D, (B, *input_shape) -> (B,)."""
         z_BD = self.encode(x)
-        return self.gap(z_BD, self.decode(z_BD).to(x.dtype)).sqrt()
+        return self.gap(z_BD, self.decode(z_BD).to(x.dtype)) / self.code_shape[0]

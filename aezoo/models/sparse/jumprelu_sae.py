@@ -12,8 +12,8 @@ rectangle of width eps, K(u) = 1 for |u| < 1/2:
 
 whose mean over samples is the slope of the mean. Both read pi itself: a ReLU before them would put all that is below 0
 at 0, within the rectangle of a small theta. With target_l0 the penalty is lam (L0 / target_l0 - 1)^2, L0 the mean over
-the batch of all ranks (section 5.3). theta is trained itself, not its logarithm, whose slope vanishes with theta, and
-in float32. theta = 0 is the ReLU.
+the batch of all ranks. theta is trained itself, not its logarithm, whose slope vanishes with theta, and in float32.
+theta = 0 is the ReLU.
 
 Shapes: B batch, X data dimensions, N latents.
 """

@@ -55,6 +55,7 @@ from aezoo.data.source import STAGES, ArrayDataset, Batch, Options, Source, Stag
 from aezoo.data.sources import from_path, open_source
 from aezoo.errors import AezooError
 from aezoo.nets.classifier import Classifier
+from aezoo.nets.stored import stored_weights
 from aezoo.randomness import forked_rng
 from aezoo.security import policy
 
@@ -129,16 +130,9 @@ def _of_torchvision(name: str, weights: str, shape: tuple[int, ...]) -> Network:
                          "--data.of or another --data.network")  # fmt: skip
     module = models.get_model(name, weights=None)
     if weights == "stored":
-        url = cast(Any, models.get_model_weights(name)).DEFAULT.url
-        file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-        if not file.is_file():
-            raise AezooError(f"no weights of {name} in {file}: fetch them once, python -c \"import torchvision; "
-                             f"torchvision.models.{name}(weights='DEFAULT')\", or give --data.weights random, whose "
-                             "activations are not those of a trained network")  # fmt: skip
-        try:
-            module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as error:  # a damaged file can end in any error
-            raise AezooError(f"{file} holds no weights of {name}: remove it and fetch it again") from error
+        instead = "give --data.weights random, whose activations are not those of a trained network"
+        with stored_weights(name, instead) as state:
+            module.load_state_dict(state)
         if hasattr(module, "transform_input"):
             module.transform_input = True  # as torchvision does for weights that were trained so
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

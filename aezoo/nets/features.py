@@ -11,8 +11,9 @@ from aezoo.errors import AezooError
 from aezoo.nets.build import ACTIVATIONS, encoder
 from aezoo.nets.conv2d import Conv2d
 from aezoo.nets.resnet import ResidualBlock
+from aezoo.nets.stored import stored_weights
 
-VGG = {"vgg16": "vgg16-397923af.pth", "vgg19": "vgg19-dcbb9e9d.pth"}  # torchvision's names for its default weights
+VGG = ("vgg16", "vgg19")
 RANDOM_WIDTHS = {"conv": (16, 32, 64), "mlp": (512, 512)}
 
 
@@ -68,18 +69,12 @@ def vgg_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
     """The first layers of VGG-16 or VGG-19, which differ in their weights alone."""
     if len(input_shape) != 3 or input_shape[0] not in (1, 3) or min(input_shape[1:]) < 4:
         raise AezooError(f"{name} takes images of 1 or 3 channels and at least 4 x 4, got {input_shape}: take random")
-    file = Path(torch.hub.get_dir(), "checkpoints", VGG[name]) if name in VGG else Path(name)
-    if not file.is_file():
-        cure = f"python -c \"import torchvision; torchvision.models.{name}(weights='DEFAULT')\"" if name in VGG else ""
-        raise AezooError(f"no VGG weights in {file}: fetch them once, {cure or 'or give another path'}, or take random")
     layers: list[nn.Module] = []
     for width, before in ((64, 3), (64, 64), (0, 0), (128, 64), (128, 128), (0, 0), (256, 128)):
         layers += [Conv2d(before, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
     net = FeatureNet(layers, read=(1, 6, 11), imagenet=True)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+    known, file = (name, None) if name in VGG else ("a VGG network", Path(name))
+    with stored_weights(known, "take features random", file) as state:
         for i, layer in enumerate(layers):
             layer.load_state_dict({key: state[f"features.{i}.{key}"] for key in layer.state_dict()})
-    except Exception as error:  # a damaged or foreign file can end in any error
-        raise AezooError(f"{file} holds no weights of a VGG network: {type(error).__name__}") from error
     return net

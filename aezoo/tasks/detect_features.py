@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from aezoo.errors import AezooError
 from aezoo.models.variational.perceptual_vae import zoo_features
 from aezoo.nets.features import VGG, FeatureNet, random_features, vgg_features
+from aezoo.nets.stored import stored_weights
 
 RESNETS = ("resnet18", "resnet50", "wide_resnet50_2")
 _SIDE = 224
@@ -75,15 +76,9 @@ def resnet_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
 
     if len(input_shape) != 3 or input_shape[0] not in (1, 3):
         raise AezooError(f"{name} takes images of 1 or 3 channels, got {input_shape}: take features random")
-    file = Path(torch.hub.get_dir(), "checkpoints", models.get_model_weights(name).DEFAULT.url.rpartition("/")[2])
-    if not file.is_file():
-        fetch = f"python -c \"import torchvision; torchvision.models.{name}(weights='DEFAULT')\""
-        raise AezooError(f"no weights of {name} in {file}: fetch them once, {fetch}, or take features random")
-    with torch.random.fork_rng(devices=[]):  # the initial weights that are replaced must draw nothing
-        net = models.get_model(name, weights=None)
-    try:
-        net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # a damaged or foreign file can end in any error
-        raise AezooError(f"{file} holds no weights of {name}: {type(error).__name__}; remove it") from error
+    with stored_weights(name, "take features random") as state:
+        with torch.random.fork_rng(devices=[]):  # the initial weights that are replaced must draw nothing
+            net = models.get_model(name, weights=None)
+        net.load_state_dict(state)
     stages = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
     return FeatureNet([getattr(net, stage) for stage in stages], read=(len(stages) - 1,), imagenet=True)

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aezoo.errors import AezooError
 from aezoo.nets.classifier import STEPS, Classifier
+from aezoo.nets.stored import stored_file, stored_weights
 from aezoo.randomness import forked_rng
 from aezoo.tasks.embed_codes import choose_rows, has_classes
 from aezoo.tasks.output import join
@@ -48,9 +47,9 @@ def choose_features(train: Samples, device: torch.device, seed: int, progress: b
     Nothing is downloaded: Inception is used if torchvision has stored its weights on this machine before.
     """
     shape = train.shape
-    path = inception_weights()
-    if path is not None and len(shape) == 3 and shape[0] in (1, 3) and _in_unit_interval(train):
-        return Features("Inception-v3 of torchvision", _inception(path, device))
+    has_weights = stored_file("inception_v3").is_file()
+    if has_weights and len(shape) == 3 and shape[0] in (1, 3) and _in_unit_interval(train):
+        return Features("Inception-v3 of torchvision", _inception(device))
     most = min(_MOST_LEARNT, max(100, _MOST_VALUES // math.prod(shape)))
     rows = torch.from_numpy(choose_rows(len(train), most, seed))
     if train.y is not None and has_classes(train) and len(torch.unique(train.y[train.y >= 0])) > 1:
@@ -61,21 +60,12 @@ def choose_features(train: Samples, device: torch.device, seed: int, progress: b
 # ---- Inception ------------------------------------------------------------------------------------------------------
 
 
-def inception_weights() -> Path | None:
-    """Where torchvision has stored the weights of Inception-v3; None where it has not."""
-    from torchvision.models import Inception_V3_Weights
-
-    name = Inception_V3_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    return path if path.is_file() else None
-
-
 def _in_unit_interval(train: Samples) -> bool:
     x = train.rows(range(min(len(train), 1000)))
     return bool(x.min() >= 0 and x.max() <= 1)
 
 
-def _inception(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
     """The 2,048 averaged activations before the last layer, as Heusel et al. 2017 take them for the FID.
 
     They used other weights, and published figures are comparable only among themselves.
@@ -83,10 +73,8 @@ def _inception(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     from torchvision.models import inception_v3
 
     network = inception_v3(weights=None, transform_input=False, init_weights=False)
-    try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # what a broken file raises depends on where it is broken
-        raise AezooError(f"{path} does not hold Inception's weights: remove it, or let torchvision fetch it") from error
+    with stored_weights("inception_v3", "do without") as state:
+        network.load_state_dict(state)
     network.fc = nn.Identity()
     network.to(device).eval()
 

@@ -125,7 +125,7 @@ def test_the_batch_size_does_not_change_the_figures():
 
 
 def test_labels_train_a_small_classifier_whose_name_and_accuracy_are_said(tmp_path, dense, digits, monkeypatch):
-    monkeypatch.setattr(fidelity_features, "inception_weights", lambda: None)
+    monkeypatch.setattr(fidelity_features, "stored_file", lambda name: tmp_path / name)
     found = generate(dense, digits, fit_on=digits, n=4, quality=100, out=str(tmp_path))
     assert found.features.startswith("a small classifier of digits (train) (accuracy 0.9")
     generated, real = found.figures
@@ -210,7 +210,9 @@ def test_inception_is_used_where_its_weights_are_at_hand_with_torchvision_s_own_
 @pytest.mark.parametrize("content", [b"", b"no weights"], ids=["empty", "foreign"])
 def test_broken_weights_of_inception_are_named_in_one_line(stored, content):
     stored.write_bytes(content)
-    with pytest.raises(AezooError, match=f"{stored.name} does not hold Inception's weights: remove it") as caught:
+    with pytest.raises(
+        AezooError, match=rf"{stored.name} holds no weights of inception_v3 \(\w+\): remove it"
+    ) as caught:
         fidelity_features.choose_features(Samples.of(torch.rand(5, 3, 8, 8)), torch.device("cpu"), 0, False)
     assert "\n" not in str(caught.value)
 

@@ -1,0 +1,42 @@
+"""Weights of torchvision's networks that torch.hub has stored on this machine; nothing is downloaded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from aezoo.errors import AezooError
+
+
+def stored_file(name: str) -> Path:
+    """Where the default weights of a network of torchvision lie once they have been fetched."""
+    from torchvision import models
+
+    url = cast(Any, models.get_model_weights(name)).DEFAULT.url
+    return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+
+
+@contextmanager
+def stored_weights(name: str, instead: str, file: Path | None = None) -> Iterator[dict[str, Any]]:
+    """Weights by parameter, to be loaded within the context, so that a file that does not fit is named.
+
+    Args:
+        name: of a network of torchvision, or of a kind of networks where a file is given.
+        instead: what to do without the weights, for the message.
+        file: the user's own; None for torchvision's.
+
+    Raises:
+        AezooError: there is no such file, or it does not hold these weights.
+    """
+    fetch = f"fetch them once, python -c \"import torchvision; torchvision.models.{name}(weights='DEFAULT')\""
+    absent, broken = ("give another path",) * 2 if file else (fetch, f"remove it and {fetch}")
+    file = file or stored_file(name)
+    if not file.is_file():
+        raise AezooError(f"no weights of {name} in {file}: {absent}, or {instead}")
+    try:
+        yield torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file can end in any error
+        reason = type(error).__name__
+        raise AezooError(f"{file} holds no weights of {name} ({reason}): {broken}, or {instead}") from error

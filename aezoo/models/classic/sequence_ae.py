@@ -41,7 +41,7 @@ class SequenceAE(Autoencoder):
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
             gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
         weight_decay: the optimiser's weight decay.
         lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
         warmup_steps: optimiser steps over which the learning rate rises linearly.

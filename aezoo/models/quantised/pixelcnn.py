@@ -94,7 +94,7 @@ class PixelCNN(IndexPrior):
         kernel_size: of the convolutions, odd; a layer reaches half of it to each side.
         dropout: share of what a layer adds that is left out in training.
         lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
         weight_decay: the optimiser's weight decay.
         lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
         warmup_steps: optimiser steps over which the learning rate rises linearly.

@@ -48,7 +48,7 @@ class PerceptualVAE(VAE):
         likelihood: whose mean of the decoder's output is the reconstruction, see vae; nothing else of it counts. Data
             outside of [0, 1] need gaussian.
         lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
         weight_decay: the optimiser's weight decay.
         lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
         warmup_steps: optimiser steps over which the learning rate rises linearly.

@@ -33,7 +33,7 @@ class SigmaVAE(VAE):
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; adam:eps=1e-4 sets eps.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
         weight_decay: the optimiser's weight decay.
         lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
         warmup_steps: optimiser steps over which the learning rate rises linearly.

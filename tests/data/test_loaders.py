@@ -144,7 +144,7 @@ def test_batches_to_learn_by_heart_are_the_same_in_every_epoch(memory, binarise,
     seen = []
     data = DataModule("digits", batch_size=10, memory=memory, binarise=binarise, num_workers=0)
     trainer(overfit_batches=2, max_epochs=3, callbacks=[Keep()]).fit(Recorder(), data)
-    x, y = data.tensors("train", range(20))
+    x, y = DataModule("digits").tensors("train", range(20))
     assert len(seen) == 6
     for i, (images, labels) in enumerate(seen):
         rows = slice(10 * (i % 2), 10 * (i % 2) + 10)

@@ -65,9 +65,10 @@ def plain(message: str, parser: LightningArgumentParser) -> str:
     denied = re.search(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry", message)
     if denied:
         return policy.refusal(denied[1], denied[2])
-    unknown = re.search(r"does not accept option '([\w.]+)'", message)
+    unknown = re.search(r"(?:Group '([\w.]+)' )?does not accept option '([\w.]+)'", message)
     if unknown:
-        return f"unknown setting {unknown[1]}{_near('--' + unknown[1], _flags(parser)).replace('--', '')}"
+        name = ".".join(filter(None, unknown.groups()))
+        return f"unknown setting {name}{_near(f'--{name}', _flags(parser)).replace('--', '')}"
     bare = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
     if bare:
         return f"{bare[1]!r} belongs to no flag: a model is --model {bare[1]}, a recipe or a file -c {bare[1]}"

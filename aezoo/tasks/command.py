@@ -3,6 +3,7 @@
 A verb is a function whose keyword arguments, with their types, defaults and docstring, are its flags.
 """
 
+import argparse
 import importlib
 import inspect
 import sys
@@ -133,7 +134,9 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
         parser.add_argument("--seed", type=int, default=0, help="Fixes whatever is drawn.")
     parser.add_function_arguments(function, skip={name for name in accepted if name in _GIVEN})
     if "file" not in accepted:
-        parser.add_class_arguments(DataModule, "data", skip={"batch_size"}, instantiate=False)
+        parser.add_class_arguments(DataModule, "data", instantiate=False)
+        # --batch_size is the verb's own; that of a fit may stand in a file of settings
+        parser._option_string_actions.pop("--data.batch_size").help = argparse.SUPPRESS
     return parser
 
 

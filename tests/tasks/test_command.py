@@ -118,7 +118,7 @@ def test_a_saved_model_takes_a_file_and_says_that_it_knows_no_data(run, tmp_path
 @pytest.mark.parametrize("form", ["a file", "written out"])
 def test_a_saved_model_takes_settings_of_the_data(run, tmp_path, capsys, form):
     aezoo.save_model(aezoo.load_model(run), tmp_path / "saved")
-    path, rest = run.parents[2] / "data.npz", "val_fraction: 0.5"
+    path, rest = run.parents[2] / "data.npz", "val_fraction: 0.5, batch_size: 7"
     flags = ["reconstruct", "--ckpt_path", str(tmp_path / "saved"), "--data"]
 
     def data(text):
@@ -147,6 +147,8 @@ def test_a_saved_model_takes_settings_of_the_data(run, tmp_path, capsys, form):
         (["--ckpt_path", "RUN", "--seed", "-1"], "seed"),
         (["--ckpt_path", "RUN", "--data.name", "digits"], "the data give 1x8x8"),
         (["--ckpt_path", "RUN", "--data.nmae", "digits"], "did you mean --data.name?"),
+        (["--ckpt_path", "RUN", "--data.batch_size", "9"], "did you mean --batch_size?"),
+        (["--ckpt_path", "RUN", "--data", "{nmae: digits}"], "unknown setting data.nmae, did you mean data.name?"),
     ],
 )
 def test_mistakes_end_in_one_line(run, capsys, flags, words):
@@ -158,6 +160,7 @@ def test_help_names_the_flags_of_the_verb_and_needs_no_model(capsys):
         cli.main(["reconstruct", "--help"])
     out = capsys.readouterr().out
     assert ended.value.code == 0 and "--n_shown" in out and "--input" in out and "samples in each row" in out
+    assert "data.batch_size" not in out
 
 
 def test_what_scales_samples_is_in_the_checkpoint_only_where_it_is_needed(tmp_path):

@@ -321,6 +321,9 @@ class EarlyStop(Checked, EarlyStopping):
         monitor: the metric that should fall.
         patience: epochs of validation without improvement; 0 never stops.
         min_delta: what counts as an improvement.
+
+    Attributes:
+        settings: what it was given, by name.
     """
 
     def __init__(self, monitor: str = "val/loss", patience: int = 20, min_delta: float = 0.0) -> None:
@@ -329,8 +332,7 @@ class EarlyStop(Checked, EarlyStopping):
         _check_metric(self, monitor)
         check_share(self, "min_delta", min_delta)
         super().__init__(monitor=monitor, mode="min", patience=patience or 2**62, min_delta=min_delta)
-        self._asked = monitor
-        self.settings = {"monitor": monitor, "patience": patience, "min_delta": min_delta}
+        self.settings: dict[str, Any] = {"monitor": monitor, "patience": patience, "min_delta": min_delta}
 
     @property
     def has_stopped(self) -> bool:
@@ -343,7 +345,7 @@ class EarlyStop(Checked, EarlyStopping):
         super().load_state_dict(state_dict | now)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        monitored = _monitored(self._asked, trainer)
+        monitored = _monitored(self.settings["monitor"], trainer)
         if monitored != self.monitor and (stage == "fit" or trainer.limit_val_batches == 0):
             self.monitor, self.best_score, self.wait_count = monitored, torch.tensor(torch.inf), 0
         super().setup(trainer, pl_module, stage)

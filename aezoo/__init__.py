@@ -56,9 +56,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name at its first use (PEP 562), so that `import aezoo` needs no torch."""
+    """Import a public name or a module at its first use (PEP 562), so that `import aezoo` needs no torch."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if not name.startswith("_"):
+        from importlib.util import find_spec  # which `import aezoo` can do without
+
+        if find_spec(f"aezoo.{name}") is not None:
+            return import_module(f"aezoo.{name}")
     raise AttributeError(f"module 'aezoo' has no attribute {name!r}")
 
 

@@ -47,6 +47,8 @@ from aezoo.tasks.output import device_of
 Array = npt.NDArray[Any]
 _SCALES = ("none", "standard", "unit")
 _DTYPES = (np.float64, np.float32)
+# what scikit-learn notes before anything is fitted
+_OF_FEATURES = ("n_features_in_", "feature_names_in_")
 # results of a sample must not depend on its neighbours, so that all batches have one size
 _BLOCK = 256
 # torch's random streams and Lightning's loggers belong to the process: threads take turns
@@ -89,13 +91,22 @@ class _Estimator(base.BaseEstimator):
 
         Labels y, (n_samples,), -1 for none, are for models with the hyperparameter `num_classes`; others ignore them.
         """
-        self._train(validate_data(self, X, dtype=_DTYPES), y, fresh=True)
-        return self
+        return self._learn(X, y, fresh=True)
 
     def partial_fit(self, X: Any, y: Any = None) -> Self:
         """One more pass, over these samples, by a fresh optimiser; the first fixes scale, labels and first weights."""
-        fresh = not hasattr(self, "autoencoder_")
-        self._train(validate_data(self, X, dtype=_DTYPES, reset=fresh), y, fresh, epochs=1)
+        return self._learn(X, y, fresh=not hasattr(self, "autoencoder_"), epochs=1)
+
+    def _learn(self, X: Any, y: Any, fresh: bool, epochs: int | None = None) -> Self:
+        before = {name: value for name, value in vars(self).items() if name in _OF_FEATURES}
+        try:
+            self._train(validate_data(self, X, dtype=_DTYPES, reset=fresh), y, fresh, epochs)
+        except BaseException:
+            # what was fitted before goes on with the features that it had
+            for name in _OF_FEATURES:
+                self.__dict__.pop(name, None)
+            self.__dict__.update(before)
+            raise
         return self
 
     def _train(self, X: Array, y: Any, fresh: bool, epochs: int | None = None) -> None:
@@ -103,6 +114,8 @@ class _Estimator(base.BaseEstimator):
         labels = None
         if y is not None and "num_classes" in hyperparameters(settings["model"]):
             check_consistent_length(X, y)
+            if not fresh and not hasattr(self, "classes_"):
+                raise AezooError("partial_fit takes labels from its first call on, which had none: give them there too")
             classes, labels = _labels(y, None if fresh else getattr(self, "classes_", None))
             settings["model_params"] = {"num_classes": len(classes), **settings["model_params"]}
         epochs = epochs or settings["max_epochs"]

@@ -91,6 +91,10 @@ def test_sentences_say_what_the_csvs_say():
     longer = by_torch("fp32"), by_torch("bf16")
     assert "torch's takes up to {} times as long, in bfloat16 {} times (on a Zen 5)".format(*longer) in readme
 
+    steps = {int(row["steps"]): row["recipe"] for row in rows["published-fp32-pt2.13-cpu2"]}
+    usual, longest = min(steps), max(steps)
+    assert len(steps) == 2 and f"for {usual:,} steps (`{steps[longest]}` for {longest:,}) on" in readme
+
     *guard, sgd = figures("speed-train-", "guard_share", "zen5")
     assert f"at most {100 * guard[-1]:.1f} % of a step on a Zen 5, where" in readme
     assert f"SGD's look after each step takes {100 * sgd:.0f} %" in readme
@@ -150,3 +154,10 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     exec(source.replace("max_epochs=5", "max_epochs=1"), names)
     assert isinstance(names["model"], aezoo.Autoencoder)
     assert names["z"].shape == (500, 8)
+
+
+def test_all_that_the_pages_call_by_name_is_there():
+    pages = [page.read_text(encoding="utf-8") for pattern in ("*.md", "docs/*.md") for page in ROOT.glob(pattern)]
+    named = {name for page in pages for name in re.findall(r"\baezoo\.([a-z_]\w*)", page)}
+    assert {"checkpoint", "acceleration", "load_model", "metrics"} <= named
+    assert [name for name in named if not hasattr(aezoo, name)] == []

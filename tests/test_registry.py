@@ -300,6 +300,11 @@ def test_import_aezoo_loads_no_torch():
     assert len(loaded) < 30, loaded
 
 
+def test_modules_are_there_after_import_aezoo_alone():
+    code = "import aezoo; print(aezoo.checkpoint.load_run.__name__, hasattr(aezoo, 'nowhere'), hasattr(aezoo, '_none'))"
+    assert python(code) == "load_run False False"
+
+
 def test_the_public_names_are_there():
     assert all(getattr(aezoo, name) is not None for name in aezoo.__all__)
     assert set(aezoo.__all__) <= set(dir(aezoo))

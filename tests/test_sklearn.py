@@ -69,6 +69,8 @@ def test_models_of_labelled_data_read_the_labels(digits):
     with pytest.raises(AezooError, match="'k', which the first fit had not"):
         again.partial_fit(X[:2], ["a", "k"])
     assert not hasattr(again.fit(X), "classes_")
+    with pytest.raises(AezooError, match="from its first call on"):
+        again.partial_fit(X[:100], y[:100])
 
 
 @pytest.mark.parametrize(
@@ -359,6 +361,9 @@ def test_an_interrupted_fit_is_an_interrupt_and_leaves_what_was_fitted_before(mo
     with pytest.raises(KeyboardInterrupt):
         model.fit(10 * X)
     assert np.array_equal(model.score_samples(X), before) and model.n_epochs_ == 2
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X[:, :3])
+    assert np.array_equal(model.score_samples(X), before) and model.n_features_in_ == X.shape[1]
     with pytest.raises(KeyboardInterrupt):
         model.partial_fit(X)
     assert not model.autoencoder_.training and model.autoencoder_._trainer is None

@@ -294,7 +294,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     table, part_path = Table(path, ("party",), command), path.with_suffix(".runs.part")
     if asked.again == "all":
         part_path.unlink(missing_ok=True)
-    elif table.rows and not part_path.exists() and table.commands == [command]:
+    elif table.rows and not part_path.exists():
+        if table.commands != [command]:
+            raise AezooError(
+                f"{path} holds the rows of another command, {table.commands[0]}: give --again to replace them, or "
+                "another folder by --results"
+            )
         print(f"{path} is there already; --again measures it again")
         return 0
     keys = ("workload", "precision", "threads", "rows", "batch", "epochs", "seed", "pin", "aezoo_flags")

@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "vamp_vae": ("n_components=100",),
 }
 PARTIES = ("aezoo", "pythae")
-KEY = ("model", "party", "seed", "epochs")
+KEY = ("model", "party", "seed", "epochs", "batch", "latent_dim", "importance_samples")
 
 
 def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
@@ -160,29 +160,36 @@ def _by_seed(rows: Sequence[dict[str, str]], model: str, party: str) -> dict[str
     }
 
 
+def _compare(table: common.Table, row: dict[str, Any]) -> None:
+    """Write into pythae's row by how much the zoo's is tighter, once both are there."""
+    ours, theirs = (table.find({**row, "party": party}) for party in PARTIES)
+    if ours and theirs and ours.get("log_likelihood") and theirs.get("log_likelihood"):
+        theirs["tighter_by"] = common.as_text(float(ours["log_likelihood"]) - float(theirs["log_likelihood"]))
+        table.write()
+
+
 def main(argv: Sequence[str]) -> int:
     """Measure what is asked for and not there yet; 0 if every run ended well."""
     asked = arguments_of(argv)
     path = asked.results / f"peers-quality-{common.environment(asked, accelerator='cpu')}.csv"
     kept = [word for i, word in enumerate(argv) if not word.startswith("--envs") and argv[i - 1 : i] != ["--envs"]]
     table = common.Table(path, KEY, common.command_line("peers", ["quality", *kept]), asked.again)
+    of_this_run: list[dict[str, Any]] = []
     for seed in range(asked.seeds):
         for name in asked.models:
             for party in PARTIES:
                 row: dict[str, Any] = {"model": name, "party": party, "seed": seed, "epochs": asked.epochs}
                 row |= {"batch": asked.batch, "latent_dim": asked.latent_dim, "options": " ".join(MODELS[name])}
                 row |= {"importance_samples": asked.importance_samples}
+                of_this_run.append(row)
                 if not table.needs(row):
                     continue
                 row = measure(row, asked)
-                other = {**row, "party": "pythae" if party == "aezoo" else "aezoo"}
-                there = table.find(other)
-                if party == "pythae" and there and there.get("log_likelihood") and "log_likelihood" in row:
-                    row["tighter_by"] = float(there["log_likelihood"]) - row["log_likelihood"]
-                columns = (*KEY, "batch", "latent_dim", "options", "elbo", "log_likelihood", "tighter_by")
-                table.put({key: row.get(key) for key in (*columns, "importance_samples", "versions", "error")})
+                columns = (*KEY, "options", "elbo", "log_likelihood", "tighter_by", "versions", "error")
+                table.put({key: row.get(key) for key in columns})
+                _compare(table, row)
                 print(f"{name} by {party}, seed {seed}: {row.get('error') or row['log_likelihood']}", flush=True)
-    print(summary(table.rows))
+    print(summary([there for row in of_this_run if (there := table.find(row))]))
     print(path)
     return 1 if any(row.get("error") for row in table.rows) else 0
 

@@ -185,6 +185,18 @@ def test_a_gpu_has_a_file_of_its_own_and_all_parties_train_there(fake, monkeypat
     assert fake.accelerators == {"cpu"} and len([*fake.folder.glob("*-cpu*.csv")]) == 1
 
 
+def test_another_command_replaces_no_rows_unasked(fake, capsys):
+    fake.run()
+    (path,) = fake.folder.glob("*.csv")
+    before, calls = path.read_bytes(), len(fake.calls)
+    assert fake.run()[0] == 0 and "is there already" in capsys.readouterr().out
+    with pytest.raises(AezooError, match=r"the rows of another command, python -m benchmarks.peers dense .* --again"):
+        fake.run("--epochs", "2")
+    assert path.read_bytes() == before and len(fake.calls) == calls
+    fake.run("--epochs", "2", "--again")
+    assert path.read_bytes() != before
+
+
 def test_what_needs_a_gpu_is_refused_without_one(fake, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(AezooError, match=r"^--accelerator cuda: torch finds no GPU; .* or use cpu$"):

@@ -75,6 +75,25 @@ def test_a_run_that_failed_is_told_and_tried_again_alone(fake):
     assert code == 0 and len(fake.calls) == 3 and not rows[1]["error"]
 
 
+def test_the_difference_is_written_whichever_of_both_came_last(fake):
+    fake.failing.add(1)
+    rows = fake("--models", "vae", "--seeds", "1")[1]
+    assert rows[0]["error"] and not rows[1]["tighter_by"]
+    ours, theirs = fake("--models", "vae", "--seeds", "1", "--again", "failed")[1]
+    gap = float(ours["log_likelihood"]) - float(theirs["log_likelihood"])
+    assert float(theirs["tighter_by"]) == pytest.approx(gap, abs=0.02)
+
+
+def test_rows_of_other_settings_are_neither_taken_nor_summed_up(fake, capsys):
+    fake("--models", "vae", "iwae", "--seeds", "1")
+    for flag, value in (("--epochs", "7"), ("--latent-dim", "7"), ("--batch", "50")):
+        before, _ = len(fake.calls), capsys.readouterr()
+        _, rows = fake("--models", "vae", "--seeds", "1", flag, value)
+        assert len(fake.calls) == before + 2
+        mean = float(rows[-2]["log_likelihood"])
+        assert capsys.readouterr().out.splitlines()[-2].startswith(f"vae: aezoo {mean:.2f}, pythae ")
+
+
 def test_the_estimate_is_that_of_the_weights_and_no_bound_of_the_party(tmp_path):
     asked = peers_quality.arguments_of(["--importance-samples", "5", "--elbo-samples", "3"])
     torch.manual_seed(5)

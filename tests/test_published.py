@@ -50,6 +50,7 @@ def test_heads_state_the_rows_of_the_csv_and_nothing_else(tmp_path, monkeypatch)
     for data, value in (("mnist5k", -101.5), ("fashion_mnist", -150.0)):
         table.put({"recipe": "mnist_vae", **ROW, "data": data, "test/log_likelihood": value})
     table.put({"recipe": "mnist_keras_vae", **ROW, "binarise": "none", "test/loss": 200.25})
+    table.put({"recipe": "mnist_keras_vae", **ROW, "binarise": "none", "steps": 39, "test/loss": 300.5})
     before = (tmp_path / "recipes" / "vae.yaml").read_text()
     published.write_heads(table)
     line = (tmp_path / "recipes" / "mnist_vae.yaml").read_text().splitlines()[3]

@@ -17,10 +17,11 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import resolve_name
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ ALIASES = {
     "variational": "vae",
 }
 _HOME = Path(__file__).parent / "models"
+# modules that may hand a class on before it is where it is defined
+_MOST_HOPS = 8
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,24 @@ def source_of(entry: Entry) -> Path | None:
     return Path(origin) if origin.endswith(".py") else None
 
 
+def _parsed(entry: Entry) -> tuple[ast.Module, Entry | None]:
+    """The source of a model's module; and where the class comes from, if that only hands it on."""
+    path = source_of(entry)
+    if path is None:
+        raise AezooError(f"no source file for {entry.module} of package {entry.owner}: is the plug-in installed whole?")
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise AezooError(f"the plug-in {entry.name!r} of package {entry.owner} is broken: {_brief(error)}") from error
+    package = entry.module if path.name == "__init__.py" else entry.module.rpartition(".")[0]
+    for node in [node for node in tree.body if isinstance(node, ast.ImportFrom)]:
+        for alias in node.names:
+            if entry.attribute == (alias.asname or alias.name):
+                module = "." * node.level + (node.module or "")
+                return tree, replace(entry, module=resolve_name(module, package), attribute=alias.name)
+    return tree, None
+
+
 @dataclass(frozen=True)
 class Card:
     """What a model's source says of it, read without importing it.
@@ -283,13 +304,12 @@ def card(name: str) -> Card:
         AezooError: no such model, or its source cannot be found or read.
     """
     entry = find(name)
-    path = source_of(entry)
-    if path is None:
-        raise AezooError(f"no source file for {entry.module} of package {entry.owner}: is the plug-in installed whole?")
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        raise AezooError(f"the plug-in {name!r} of package {entry.owner} is broken: {_brief(error)}") from error
+    tree, origin = _parsed(entry)
+    for _ in range(_MOST_HOPS):
+        if origin is None or source_of(origin) is None:
+            break
+        entry = origin
+        tree, origin = _parsed(entry)
     summary, _, text = (ast.get_docstring(tree) or "").partition("\n")
     classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and entry.attribute in ("", n.name)]
     with_init = [(c, f) for c in classes for f in c.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]

@@ -283,6 +283,26 @@ def test_the_card_tells_what_the_class_has(name):
             assert eval(compile(ast.parse(default, mode="eval"), "default", "eval")) == parameters[parameter].default
 
 
+def test_a_card_is_of_the_class_that_a_package_hands_on(tmp_path, monkeypatch, install):
+    module = install("handing-on", {"handed_ae": ":Handed"}, "from .far_away.models import MyAE as Handed\n")
+    home = tmp_path / "handing-on-site"
+    (home / module).mkdir()
+    (home / f"{module}.py").rename(home / module / "__init__.py")
+    (home / module / "far_away").mkdir()
+    (home / module / "far_away" / "__init__.py").touch()
+    (home / module / "far_away" / "models.py").write_text("from handing_on.far_away.own import MyAE\n")
+    init = "\n    def __init__(self, input_shape, *, width: int = 3):\n        pass\n"
+    (home / module / "far_away" / "own.py").write_text(PLUGIN + init)
+    card = registry.card("handed_ae")
+    assert card.summary == "A plug-in (Nobody 2020), https://example.org/paper"
+    assert ("width", "int", "3", "") in card.parameters
+    (home / module / "far_away" / "own.py").unlink()
+    assert registry.card("handed_ae").parameters == ()
+    # in a ring nobody defines it
+    (home / module / "far_away" / "models.py").write_text("from handing_on import Handed as MyAE\n")
+    assert registry.card("handed_ae").parameters == ()
+
+
 def test_cards_and_names_need_no_torch():
     code = (
         "import sys, aezoo; from aezoo import registry; names = aezoo.list_models()\n"

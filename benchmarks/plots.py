@@ -86,9 +86,12 @@ def pareto(rows: Sequence[Row]) -> "Figure | None":
     """Error against training throughput (of the fastest seed), a panel a data set, at the code size of most models.
 
     Where there are many, the names are those of the models on the front and of the best and the fastest of a family.
-    Codes that could hold the whole sample are left out.
+    Codes that could hold the whole sample are left out. Rates of another processor than most are hollow, and not on the
+    front.
     """
     from matplotlib.lines import Line2D
+
+    elsewhere = False
 
     sets = _by(_positive(rows, "mse", "samples_per_s"), "dataset")
     if not sets:
@@ -102,17 +105,23 @@ def pareto(rows: Sequence[Row]) -> "Figure | None":
         models = [min(group, key=lambda row: _distance(row, usual)) for group in _by(part, "model").values()]
         models = [row for row in models if number(row, "pca_mse") > 0] or models
         xs, ys = [_speed(row) for row in models], [number(row, "mse") for row in models]
+        processors = [row.get("processor", "") for row in models]
+        here = max(dict.fromkeys(processors), key=processors.count)
+        compared = [row for row, processor in zip(models, processors, strict=True) if processor == here]
+        elsewhere = elsewhere or len(compared) < len(models)
         front, best = [], float("inf")
-        for x, y in sorted(zip(xs, ys, strict=True), key=lambda point: (-point[0], point[1])):
+        found = [(_speed(row), number(row, "mse")) for row in compared]
+        for x, y in sorted(found, key=lambda point: (-point[0], point[1])):
             if y < best:
                 front.append((x, y))
                 best = y
         ax.plot(*zip(*front, strict=True), color=_LIGHT, linewidth=5, zorder=0, solid_capstyle="round")
         points = []
-        named = _notable(models, front) if len(models) > _MANY else [row["model"] for row in models]
+        named = _notable(compared, front) if len(models) > _MANY else [row["model"] for row in models]
         for row, x, y in zip(models, xs, ys, strict=True):
             colour, marker = style[row.get("family", "")]
-            ax.plot(x, y, marker, color=colour, markersize=8, markeredgecolor="white")
+            face, edge = (colour, "white") if row.get("processor", "") == here else ("white", colour)
+            ax.plot(x, y, marker, color=face, markersize=8, markeredgecolor=edge)
             size = row.get("code_size", "")
             told = row["model"] + ("" if size == usual else f" ({size})") if row["model"] in named else ""
             points.append((x, y, told, colour))
@@ -136,7 +145,15 @@ def pareto(rows: Sequence[Row]) -> "Figure | None":
     marks = [
         Line2D([], [], linestyle="", marker=style[f][1], color=style[f][0], markersize=8, label=f) for f in families
     ]
-    _legend(figure, [*marks, Line2D([], [], color=_LIGHT, linewidth=5, label="no model is both faster and better")])
+    marks += [Line2D([], [], color=_LIGHT, linewidth=5, label="no model is both faster and better")]
+    if elsewhere:
+        marks += [
+            Line2D(
+                [], [], linestyle="", marker="o", color="white", markeredgecolor=_GREY, markersize=8,
+                label="on another processor",
+            )
+        ]  # fmt: skip
+    _legend(figure, marks)
     return figure
 
 

@@ -113,6 +113,23 @@ def test_a_report_is_made_of_what_there_is(results, capsys):
         assert (results / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rates_of_another_processor_are_hollow_and_off_the_front():
+    rows = [
+        {"model": name, "family": "f", "dataset": "d", "code_size": "4", "mse": mse, "samples_per_s": rate}
+        | {"pca_mse": "0.1", "processor": processor}
+        for name, mse, rate, processor in (
+            ("slow", "0.2", "100", ""), ("fast", "0.3", "900", ""), ("elsewhere", "0.01", "5000", "another"),
+        )
+    ]  # fmt: skip
+    for part, hollow, front in ((rows, [5000.0], [900.0, 100.0]), (rows[:2], [], [900.0, 100.0])):
+        figure = plots.pareto(part)
+        lines = figure.axes[0].get_lines()
+        assert [*lines[0].get_xdata()] == front
+        assert [float(line.get_xdata()[0]) for line in lines if line.get_markerfacecolor() == "white"] == hollow
+        legend = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert ("on another processor" in legend) is bool(hollow)
+
+
 def test_each_machine_has_a_picture_of_peers(results):
     for name in ("dense-fp32-pt2.13-cpu2-zen4", "conv28-bf16-pt2.13-cpu2-zen4"):
         peers = Table(results / f"peers-{name}.csv", ("party",), "peers it")

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -22,10 +22,17 @@ from aezoo.callbacks.base import check_count, check_share, is_dry_run
 from aezoo.callbacks.interrupt import AGREE_EVERY, Interrupt
 from aezoo.errors import AezooError
 
+_Metric = TypeVar("_Metric")
 
-def _monitored(metric: str, trainer: pl.Trainer) -> str:
-    """The same metric of training where there is no validation; known once the data are set up."""
-    return metric.replace("val/", "train/", 1) if trainer.limit_val_batches == 0 else metric
+
+def _monitored(asked: str, watched: _Metric, trainer: pl.Trainer, stage: str) -> str | _Metric:
+    """The metric that is asked for, or that of training where there is no validation; known once the data are set up.
+
+    A test of what was trained without validation still knows its best by what that was judged by, which was watched.
+    """
+    if trainer.limit_val_batches == 0:
+        return asked.replace("val/", "train/", 1)
+    return asked if stage == "fit" else watched
 
 
 def _check_metric(owner: object, metric: str) -> None:
@@ -110,9 +117,8 @@ class Checkpoints(Checked, ModelCheckpoint):
         return f"Checkpoints{{'monitor': {self.monitor!r}}}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        monitored = _monitored(self._asked, trainer)
-        # a test of what was trained without validation still knows its best by what that was judged by
-        if monitored != self.monitor and (stage == "fit" or trainer.limit_val_batches == 0):
+        monitored = _monitored(self._asked, self.monitor, trainer, stage)
+        if monitored != self.monitor:
             self.monitor = monitored
             # scores of another metric, as of a fit of other data, do not compare
             self.best_k_models, self.best_model_path, self.kth_best_model_path = {}, "", ""
@@ -345,8 +351,8 @@ class EarlyStop(Checked, EarlyStopping):
         super().load_state_dict(state_dict | now)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        monitored = _monitored(self.settings["monitor"], trainer)
-        if monitored != self.monitor and (stage == "fit" or trainer.limit_val_batches == 0):
+        monitored = _monitored(self.settings["monitor"], self.monitor, trainer, stage)
+        if monitored != self.monitor:
             self.monitor, self.best_score, self.wait_count = monitored, torch.tensor(torch.inf), 0
         super().setup(trainer, pl_module, stage)
 

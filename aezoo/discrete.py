@@ -12,9 +12,6 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantised, Quantiser, in_evaluation
 
-# networks whose output is one vector, which is cut into places
-_WITHOUT_GRID = ("mlp", "lstm", "transformer")
-
 
 class DiscreteAutoencoder(Autoencoder):
     """An autoencoder with a `quantiser`; a subclass sets it, calls `set_nets` and writes its loss.
@@ -46,7 +43,7 @@ class DiscreteAutoencoder(Autoencoder):
         if min(dims) < 1 or places < 1:
             raise AezooError(f"latent_dim and places must be at least 1, got {min(dims)} and {places}")
         mirrored = hidden_dims[::-1]
-        if net in _WITHOUT_GRID:
+        if net in nets.WITHOUT_GRID:  # the vector is cut into places
             (d, c), self.code_shape = dims, (dims[1], places)
             encoder = nets.encoder(net, self.input_shape, (d * places,), hidden_dims, activation)
             decoder = nets.decoder(net, (c * places,), self.input_shape, mirrored, activation)

@@ -27,6 +27,8 @@ SHAPES += [(1, n, 1 + n % 5, 1 + n % 7) for n in (1, 2, 5, 12, 97)]
         ("unet", (2, 3, 4)),
         ("unet", (2, 4)),
         ("unet", ()),
+        ("gdn", (2, 3, 4)),
+        ("gdn", ()),
     ],
 )
 def test_every_size_returns_exactly(name: str, stages: tuple[int, ...]) -> None:

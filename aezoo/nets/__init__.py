@@ -9,6 +9,6 @@ The other files are parts that models build on: `dictionary`, `flows`, `levels`,
 `features`, `tied` and `classifier`.
 """
 
-from aezoo.nets.build import ACTIVATIONS, NETS, activation, decoder, encoder, map_shape
+from aezoo.nets.build import ACTIVATIONS, NETS, WITHOUT_GRID, activation, decoder, encoder, map_shape
 
-__all__ = ["ACTIVATIONS", "NETS", "activation", "decoder", "encoder", "map_shape"]
+__all__ = ["ACTIVATIONS", "NETS", "WITHOUT_GRID", "activation", "decoder", "encoder", "map_shape"]

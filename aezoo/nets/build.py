@@ -7,7 +7,9 @@ from torch import nn
 
 from aezoo.errors import AezooError
 
-NETS = ("mlp", "conv", "resnet", "conv_keras", "vit", "convnext", "unet", "lstm", "transformer")
+NETS = ("mlp", "conv", "resnet", "conv_keras", "vit", "convnext", "unet", "gdn", "lstm", "transformer")
+# networks whose output is one vector
+WITHOUT_GRID = ("mlp", "lstm", "transformer")
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
@@ -53,10 +55,10 @@ def encoder(
 
     Args:
         name: `mlp`, `lstm` and `transformer` take any shape, the last two as steps; `conv`, `resnet`, `convnext`,
-            `conv_keras`, `unet` and `vit` take (C, L), (C, H, W) or (C, D, H, W) of any size.
+            `conv_keras`, `unet`, `gdn` and `vit` take (C, L), (C, H, W) or (C, D, H, W) of any size.
         input_shape: shape of one sample.
-        code_shape: (D,) for a vector; for conv, resnet, convnext, unet and vit also the feature map that `map_shape`
-            names.
+        code_shape: (D,) for a vector; for conv, resnet, convnext, unet, gdn and vit also the feature map that
+            `map_shape` names.
         hidden_dims: widths of the layers (mlp, lstm), of the blocks (transformer, vit) or channels of the stages, of
             stride 2 (the others).
         act: an activation's name; gated for mlp alone.

@@ -36,7 +36,7 @@ RANGES = {
     "latent_dim": lambda rng: rng.randint(4, 24),
     "latent_map": lambda rng: rng.random() < 0.5,
     "hidden_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 3))],
-    "net": lambda rng: rng.choice(("mlp", "conv", "resnet", "conv_keras")),
+    "net": lambda rng: rng.choice(("mlp", "conv", "resnet", "conv_keras", "gdn")),
     "activation": lambda rng: rng.choice([*ACTIVATIONS]),
     "code_activation": lambda rng: rng.choice([*ACTIVATIONS]),
     "likelihood": lambda rng: rng.choice(LIKELIHOODS),
@@ -180,11 +180,17 @@ RANGES = {
     "tokenizer": lambda rng: {"model": "vq_vae", "net": "mlp", "hidden_dims": [16], "places": 4, "codebook_size": 16},
     "kernel_size": lambda rng: rng.choice((3, 5)),
     "n_tokens": lambda rng: rng.randint(1, 8),
+    "lam": lambda rng: 10 ** rng.uniform(-4, -1),
+    "hyper_dim": lambda rng: rng.randint(1, 8),
+    "hyper_hidden_dims": lambda rng: [rng.randint(4, 16) for _ in range(rng.randint(0, 2))],
+    "reach": lambda rng: rng.randint(1, 3),
+    "groups": lambda rng: [rng.randint(1, 6) for _ in range(rng.randint(1, 4))],
 }
 # values that do not go together, as the constructor would say
 FIXED = {
     "sparse_ae_kl": {"code_activation": "sigmoid"},
     "contractive_ae": {"net": "mlp"},
+    **{name: {"net": "gdn"} for name in ("joint_ar_hyperprior", "checkerboard", "elic")},
     "ciwae": {"beta": 0.3},
     "beta_tcvae": {"estimator": "mss_mean"},
     # the first steps of radam are those of sgd, in which 1 / Sigma_jj diverges

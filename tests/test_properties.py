@@ -34,8 +34,9 @@ values = st.sampled_from(["random", "zero", "one", "denormal", "edges", "constan
 DENOISERS = ("dncnn", "noise2noise", "noise2void")
 MASKED = ("mae", "simmim", "masked_conv_ae")
 SMALL = {"latent_dim": 3, "hidden_dims": (5, 4), "k": 2, "depth": 2, "codebook_size": 5}
+SMALL |= {"groups": (1, 2), "hyper_dim": 2, "hyper_hidden_dims": (3,)}
 # without another net
-ON_A_GRID = aezoo.list_models(family="quantised")
+ON_A_GRID = [*aezoo.list_models(family="quantised"), *aezoo.list_models(family="compression")]
 
 
 def small(name, shape):

@@ -1,0 +1,347 @@
+"""Autoencoders whose code is whole numbers under a learned distribution, ready for an entropy coder.
+
+Values v, counted from a mean m, are rounded; in training noise takes the place of rounding, so that gradients pass
+(Ballé et al. 2017, https://arxiv.org/abs/1611.01704, section 3):
+
+    evaluation  v^ = m + round(v - m)      training  v~ = v + u, u ~ U(-1/2, 1/2)
+    P(v) = F(v + 1/2) - F(v - 1/2)         rate = -sum log P, in nats
+
+F is the distribution function of a law: `Factorised`, learned for each channel, or `Gaussians` of given means and
+scales. A model says once, in `walk`, what is coded under which law and in which order; a coder goes with it: `Noise`,
+`Rounding`, or `Taking`, which is given the whole numbers by a file or by chance. Writer and reader of a file so
+compute the same laws by the same operations.
+
+Shapes: B batch, C channels; ... are the places of a map, none for a vector.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder
+from aezoo.limits import at_least
+from aezoo.precision import at_least_float32
+
+# Gaussians are coded under the nearest of these, 13 % apart (Ballé et al. 2018 code, from 0.11 to 256)
+LEAST, MOST, LEVELS = 0.11, 256.0, 64
+# a table leaves out what is rarer: an escape, and the number itself
+_TAIL = 2.0**-26
+_WIDEST = 2**12
+_TINY = 1e-9
+
+
+class Law(Protocol):
+    """A distribution of values, independent of each other.
+
+    Attributes:
+        mean: what whole numbers are counted from, (B, C, ...).
+        table: which of the model's `tables` each value is coded under, (B, C, ...), long.
+    """
+
+    mean: Tensor
+
+    @property
+    def table(self) -> Tensor: ...
+
+    def log_mass(self, v: Tensor) -> Tensor:
+        """Log P(v) in nats: (B, C, ...) -> (B, C, ...)."""
+        ...
+
+
+class Table(NamedTuple):
+    """Probabilities of the whole numbers from `low` on, (K,); what is lacking to 1 is that of all others."""
+
+    low: int
+    mass: npt.NDArray[np.float64]
+
+
+def _log_one_minus(d: Tensor) -> Tensor:
+    """The logarithm of 1 - exp(-d), of d above 0."""
+    return torch.log(-torch.expm1(-d.clamp_min(_TINY)))
+
+
+@dataclass
+class Gaussians:
+    """N(mean, scale^2): (B, C, ...) each; `first` is the number of the first table of a Gaussian."""
+
+    mean: Tensor
+    scale: Tensor
+    first: int
+
+    def log_mass(self, v: Tensor) -> Tensor:
+        off = (v - self.mean).abs()
+        # the smaller tail, so that nothing cancels where both are tiny
+        upper, lower = (torch.special.log_ndtr((half - off) / self.scale) for half in (0.5, -0.5))
+        return upper + _log_one_minus(upper - lower)
+
+    @property
+    def table(self) -> Tensor:
+        step = math.log(MOST / LEAST) / (LEVELS - 1)
+        return self.first + ((self.scale / LEAST).log() / step).round().long().clamp(0, LEVELS - 1)
+
+
+def scale_of(raw: Tensor) -> Tensor:
+    """A scale within the range of the tables: (...) -> (...)."""
+    return (LEAST + F.softplus(at_least_float32(raw))).clamp_max(MOST)
+
+
+def gaussian_tables() -> list[Table]:
+    """Tables of N(0, s^2) for LEVELS scales s from LEAST to MOST."""
+    from scipy.special import ndtr
+
+    found = []
+    for scale in np.geomspace(LEAST, MOST, LEVELS):
+        widest = math.ceil(6 * scale)
+        borders = np.arange(-widest - 0.5, widest + 1) / scale
+        found.append(Table(-widest, np.diff(ndtr(borders))))
+    return found
+
+
+class Factorised(nn.Module):
+    """A distribution for each channel, whatever its shape (Ballé et al. 2018, https://arxiv.org/abs/1802.01436, 6.1).
+
+    F(v) = sigmoid(f(v - m) - f(0)), f a network of one input and one output whose weights are positive, so that it
+    rises. f(0) is taken off, and so m is the median, learned with the rest: no loss of its own has to find it.
+
+    Args:
+        channels: C.
+        widths: of the hidden layers of f.
+    """
+
+    def __init__(self, channels: int, widths: tuple[int, ...] = (3, 3, 3)) -> None:
+        super().__init__()
+        sizes = (1, *widths, 1)
+        spread = 10 ** (1 / (len(widths) + 1))  # F starts about 10 wide
+        self.median_C = nn.Parameter(torch.zeros(channels))
+        self.weights, self.biases, self.bends = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        for n_in, n_out in pairwise(sizes):
+            raw = math.log(math.expm1(1 / spread / n_out))
+            self.weights.append(nn.Parameter(torch.full((channels, n_out, n_in), raw)))
+            if n_out > 1 or n_in == 1:
+                self.biases.append(nn.Parameter(torch.empty(channels, n_out, 1).uniform_(-0.5, 0.5)))
+                self.bends.append(nn.Parameter(torch.zeros(channels, n_out, 1)))
+
+    def logits(self, off: Tensor) -> Tensor:
+        """f(off) - f(0): (C, N) -> (C, N)."""
+        with torch.autocast(off.device.type, enabled=False):
+            h = torch.cat([off, torch.zeros_like(off[:, :1])], 1)[:, None]
+            *hidden, last = self.weights
+            for weight, bias, bend in zip(hidden, self.biases, self.bends, strict=True):
+                h = F.softplus(weight.to(h)) @ h + bias.to(h)
+                h = h + torch.tanh(bend.to(h)) * torch.tanh(h)
+            f = (F.softplus(last.to(h)) @ h)[:, 0]
+        return f[:, :-1] - f[:, -1:]
+
+    def law(self, shape: Sequence[int]) -> "FactorisedLaw":
+        """The law of values (B, C, ...)."""
+        median = at_least_float32(self.median_C).view(-1, *(1 for _ in shape[2:]))
+        return FactorisedLaw(self, median.expand(tuple(shape)))
+
+    @torch.no_grad()
+    def tables(self) -> list[Table]:
+        """A table for each channel."""
+        exact = {name: value.cpu().double() for name, value in self.state_dict().items()}
+        borders = torch.arange(-_WIDEST - 0.5, _WIDEST + 1, dtype=torch.float64)
+        twin = Factorised(len(self.median_C), tuple(weight.shape[1] for weight in [*self.weights][:-1])).double()
+        twin.load_state_dict(exact)
+        F_CN = twin.logits(borders.expand(len(self.median_C), -1)).sigmoid().numpy()
+        found = []
+        for F_N in F_CN:
+            first = int(np.searchsorted(F_N, _TAIL, "right")) - 1
+            last = int(np.searchsorted(F_N, 1 - _TAIL, "left"))
+            first, last = min(max(first, 0), _WIDEST), max(min(last, 2 * _WIDEST), _WIDEST) + 1
+            found.append(Table(first - _WIDEST, np.diff(F_N[first : last + 1])))
+        return found
+
+
+@dataclass
+class FactorisedLaw:
+    """The law of values under a `Factorised`, whose tables are the model's first: mean (B, C, ...)."""
+
+    density: Factorised
+    mean: Tensor
+
+    def log_mass(self, v: Tensor) -> Tensor:
+        off = (v - self.mean).transpose(0, 1)
+        upper, lower = (self.density.logits(off.flatten(1) + half) for half in (0.5, -0.5))
+        # s(u) - s(l) = s(u) s(-l) (1 - exp(l - u)) for the sigmoid s
+        log_mass = F.logsigmoid(upper) + F.logsigmoid(-lower) + _log_one_minus(upper - lower)
+        return log_mass.view(off.shape).transpose(0, 1)
+
+    @property
+    def table(self) -> Tensor:
+        channels = torch.arange(self.mean.shape[1], device=self.mean.device)
+        return channels.view(-1, *(1 for _ in self.mean.shape[2:])).expand(self.mean.shape)
+
+
+class Coder:
+    """What happens to values on their way.
+
+    Attributes:
+        rate_B: -log P of all that has passed, in nats.
+    """
+
+    rate_B: Tensor | float = 0.0
+
+    def change(self, v: Tensor, law: Law) -> Tensor:
+        """What values become, (B, C, ...) -> (B, C, ...)."""
+        raise NotImplementedError
+
+    def count(self, v: Tensor, law: Law) -> None:
+        """Add the rate of values as they are."""
+        self.rate_B = self.rate_B - law.log_mass(v).flatten(1).sum(1)
+
+    def __call__(self, v: Tensor | None, law: Law) -> Tensor:
+        """Let values pass, (B, C, ...), None where they are not known yet."""
+        v = self.change(law.mean if v is None else at_least_float32(v), law)
+        self.count(v, law)
+        return v
+
+
+class Noise(Coder):
+    """v~ = v + u, in training, whatever the law is."""
+
+    def change(self, v: Tensor, law: Law | None = None) -> Tensor:
+        return v + torch.rand_like(v) - 0.5
+
+
+class Rounding(Coder):
+    """v^ = m + round(v - m), in evaluation.
+
+    Attributes:
+        symbols: the whole numbers of each call, (B, C x places).
+    """
+
+    def __init__(self) -> None:
+        self.symbols: list[Tensor] = []
+
+    def change(self, v: Tensor, law: Law) -> Tensor:
+        symbols = (v - law.mean).round()
+        self.symbols.append(symbols.flatten(1))
+        return law.mean + symbols
+
+
+class Taking(Coder):
+    """Whole numbers from elsewhere.
+
+    Args:
+        take: gives them, (B, C, ...), for the numbers of their tables.
+    """
+
+    def __init__(self, take: Callable[[Tensor], Tensor]) -> None:
+        self._take = take
+
+    def change(self, v: Tensor, law: Law) -> Tensor:
+        return law.mean + self._take(law.table).to(law.mean)
+
+
+def one_by_one(symbols: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function for `Taking` that gives whole numbers (B, T) in their order, as many as there are tables."""
+    start = 0
+
+    def take(table: Tensor) -> Tensor:
+        nonlocal start
+        start, first = start + table[0].numel(), start
+        return symbols[:, first:start].reshape(table.shape)
+
+    return take
+
+
+class EntropyCoded(Autoencoder):
+    """An autoencoder whose code is rounded under a learned law; a subclass sets its nets and writes `walk` and `loss`.
+
+    The code of a sample is y^, (C, ...), and stands for whole numbers (T,), those of side information included.
+
+    Attributes:
+        weight: of the reconstruction's nll against the rate, in `objective`.
+    """
+
+    has_prior = True
+    weight: float
+
+    def set_nets(self, net: str, latent_dim: int, hidden_dims: tuple[int, ...], activation: str, lam: float) -> None:
+        """Set encoder, decoder, code_shape and weight: a map of `latent_dim` channels, a vector of a net without one.
+
+        `lam` weighs the mean squared error of values from 0 to 255 against bits a place: over the places of a sample
+        and in nats, L = rate + lam 255^2 log 2 / C ||x - x^||^2 for C channels, and ||x - x^||^2 is the nll of the
+        likelihood gaussian but for a constant.
+
+        Raises:
+            AezooError: a value that cannot work, or shapes that the network cannot take.
+        """
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, lam=lam)
+        with_map = net not in nets.WITHOUT_GRID
+        self.code_shape = nets.map_shape(net, self.input_shape, hidden_dims, latent_dim) if with_map else (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.weight = lam * 255**2 * math.log(2) / (self.input_shape[0] if len(self.input_shape) > 1 else 1)
+
+    def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+        """Pass the code of n samples through a coder, part by part, in the order in which they are coded.
+
+        Args:
+            coder: what happens to each part.
+            y: what the encoder gives, (n, *code_shape), if it is known.
+            n: how many samples.
+
+        Returns:
+            What is left of it, (n, *code_shape).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must write its walk")
+
+    def tables(self) -> list[Table]:
+        """The tables of its laws, by the number that `Law.table` gives."""
+        raise NotImplementedError(f"{type(self).__name__} must write its tables")
+
+    def rated(self, x: Tensor, coder: Coder) -> tuple[Tensor, Tensor]:
+        """Reconstruction's nll and rate of samples through a coder, in nats: (B, *input_shape) -> (B,), (B,)."""
+        y_hat = self.walk(coder, self.encoder(x), len(x))
+        return self.nll(self.decoder(y_hat.to(x.dtype)), x), torch.as_tensor(coder.rate_B)
+
+    def bits_a_place(self, rate: Tensor) -> Tensor:
+        """A rate in nats per sample as bits per pixel, or per value of a vector: (...) -> (...)."""
+        return rate / math.log(2) / math.prod(self.input_shape[len(self.input_shape) > 1 :])
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.walk(Rounding(), self.encoder(x), len(x)).to(x.dtype)
+
+    def encode_symbols(self, x: Tensor) -> Tensor:
+        """The whole numbers that stand for samples, in the order of `walk`: (B, *input_shape) -> (B, T), long."""
+        coder = Rounding()
+        self.walk(coder, self.encoder(x), len(x))
+        return torch.cat(coder.symbols, 1).long()
+
+    def codes(self, symbols: Tensor) -> Tensor:
+        """What whole numbers stand for, (B, T) -> (B, *code_shape)."""
+        return self.walk(Taking(one_by_one(symbols)), None, len(symbols))
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """Rate and weighted nll of the rounded code, in nats: (B, *input_shape) -> (B,)."""
+        nll_B, rate_B = self.rated(x, Rounding())
+        return rate_B + self.weight * nll_B
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        tables = self.tables()
+
+        def draw(table: Tensor) -> Tensor:
+            symbols = torch.empty(table.shape, dtype=torch.long)
+            for number in table.unique().tolist():
+                here = (table == number).cpu()
+                low, mass = tables[number]
+                symbols[here] = low + torch.from_numpy(mass).multinomial(int(here.sum()), replacement=True)
+            return symbols.to(table.device)
+
+        like = next(self.decoder.parameters())
+        return self.decode(self.walk(Taking(draw), None, n).to(like))

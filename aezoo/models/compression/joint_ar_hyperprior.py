@@ -1,0 +1,113 @@
+"""Learned compression with an autoregressive and a hierarchical prior (Minnen et al. 2018), arXiv 1809.02736
+
+The law of each place follows from the side information and from the places before it, row by row (section 2.1):
+
+    mu_t, s_t = p(g_h(z^)_t, (W * y^)_t)    W a convolution that sees places before t alone (van den Oord et al. 2016)
+    y^_t = mu_t + round(y_t - mu_t)    P(y^_t | y^_<t, z^) = N(mu_t, s_t^2) * U(-1/2, 1/2)
+
+    L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2    R = -log P(z^) - sum_t log P(y^_t | y^_<t, z^)
+
+In training all places are known but for their noise, and W is one convolution; otherwise a step a place.
+
+Shapes: B batch, M channels of the code, N of the side information, T places.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.entropy import Coder, Noise
+from aezoo.errors import AezooError
+from aezoo.models.compression.mean_scale_hyperprior import MeanScaleHyperprior
+from aezoo.nets.context import Context, taps
+
+Index = tuple[Any, ...]
+
+
+class JointARHyperprior(MeanScaleHyperprior):
+    """Rounded codes, each place under a Gaussian that side information and the places before it give.
+
+    Args:
+        input_shape: shape of one sample, (C, L), (C, H, W) or (C, D, H, W).
+        latent_dim: M, channels of the code.
+        lam: weight of the distortion.
+        hyper_dim: N, channels of the side information.
+        hyper_hidden_dims: channels of the stages between y and z; mirrored back.
+        reach: places that W sees to each side.
+        net: gdn, conv, resnet, convnext, unet or vit.
+        hidden_dims: channels of the encoder's stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers;
+            of net gdn, between those of the side information alone.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 32,
+        lam: float = 0.01,
+        hyper_dim: int = 16,
+        hyper_hidden_dims: tuple[int, ...] = (64,),
+        reach: int = 2,
+        net: str = "gdn",
+        hidden_dims: tuple[int, ...] = (64, 64),
+        activation: str = "relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            lam=lam,
+            hyper_dim=hyper_dim,
+            hyper_hidden_dims=hyper_hidden_dims,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.grid = self.code_shape[1:]
+        if not self.grid:
+            raise AezooError(f"net {net!r} gives a code without places: take gdn or conv, or mean_scale_hyperprior")
+        kernel = taps(reach, len(self.grid))[0]
+        before = torch.arange(kernel.numel()).view_as(kernel) < kernel.numel() // 2
+        self.context = Context(latent_dim, 2 * latent_dim, before)
+
+    def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+        said = self.said(coder, y, n)
+        if isinstance(coder, Noise) and y is not None:
+            y_noisy = coder.change(at_least_float32(y))
+            coder.count(y_noisy, self.law(*self.context(said, self.context.seen(y_noisy))))
+            return y_noisy
+        reach = self.context.reach
+        known = F.pad(said.new_zeros(n, *self.code_shape), [reach] * 2 * len(self.grid))
+        for place in itertools.product(*map(range, self.grid)):
+            at: Index = (..., *place)
+            about: Index = (..., *(slice(i, i + 2 * reach + 1) for i in place))
+            law = self.law(*self.context(said[at], self.context.seen_from(known[about].clone())))
+            y_hat = coder(None if y is None else y[at], law)
+            middle: Index = (..., *(i + reach for i in place))
+            known[middle] = y_hat.detach()  # rounding passes no gradient on anyway
+        inner: Index = (..., *(slice(reach, reach + side) for side in self.grid))
+        return known[inner]

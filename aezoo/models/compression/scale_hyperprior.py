@@ -1,0 +1,115 @@
+"""Learned compression with a scale hyperprior (Ballé et al. 2018), https://arxiv.org/abs/1802.01436
+
+Side information z tells where the code is large, and is written first (section 3):
+
+    y = f(x)    z = h(|y|)    z^ = m + round(z - m)    s = scales(z^)    y^ = round(y)
+
+    P(z^) factorised, learned    P(y^ | z^) = N(0, s^2) * U(-1/2, 1/2)    R = -log P(z^) - log P(y^ | z^)
+
+    L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2
+
+in nats per sample, C channels of x; in training noise takes the place of rounding, as in `factorized_prior`.
+
+Shapes: B batch, M channels of the code, N of the side information.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.autoencoder import at_least_float32
+from aezoo.entropy import Coder, Factorised, Gaussians, Table, gaussian_tables, scale_of
+from aezoo.limits import at_least
+from aezoo.models.compression.factorized_prior import FactorizedPrior
+
+
+class ScaleHyperprior(FactorizedPrior):
+    """Rounded codes, Gaussian with scales that side information gives.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: M, channels of the code.
+        lam: weight of the distortion.
+        hyper_dim: N, channels of the side information.
+        hyper_hidden_dims: channels of the stages between y and z (net mlp: widths of layers); mirrored back.
+        net: gdn, conv, resnet, convnext, conv_keras, unet, vit, mlp, lstm or transformer.
+        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers;
+            of net gdn, between those of the side information alone.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    per_channel: ClassVar[int] = 1  # numbers that the side information gives for each of the code
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 32,
+        lam: float = 0.01,
+        hyper_dim: int = 16,
+        hyper_hidden_dims: tuple[int, ...] = (64,),
+        net: str = "gdn",
+        hidden_dims: tuple[int, ...] = (64, 64),
+        activation: str = "relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            lam=lam,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(1, hyper_dim=hyper_dim)
+        self.z_shape: tuple[int, ...] = (hyper_dim,)
+        hyper_net = "mlp"
+        if len(self.code_shape) > 1:
+            hyper_net, self.z_shape = "conv", nets.map_shape("conv", self.code_shape, hyper_hidden_dims, hyper_dim)
+        said = (self.per_channel * latent_dim, *self.code_shape[1:])
+        self.hyper_encoder = nets.encoder(hyper_net, self.code_shape, self.z_shape, hyper_hidden_dims, activation)
+        self.hyper_decoder = nets.decoder(hyper_net, self.z_shape, said, hyper_hidden_dims[::-1], activation)
+        self.density = Factorised(hyper_dim)  # of z, and none of y
+
+    def side(self, y: Tensor) -> Tensor:
+        """The side information before it is rounded, (B, *code_shape) -> (B, *z_shape)."""
+        z: Tensor = self.hyper_encoder(y.abs())
+        return z
+
+    def said(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+        """Pass the side information through a coder; what it says of the code, (n, per_channel M, *places)."""
+        z_hat = coder(None if y is None else self.side(y), self.density.law((n, *self.z_shape)))
+        found: Tensor = self.hyper_decoder(z_hat.to(self.density.median_C))
+        return at_least_float32(found)
+
+    def law(self, mean: Tensor, raw_scale: Tensor) -> Gaussians:
+        """That of a part of the code, (n, C, ...) each."""
+        return Gaussians(mean, scale_of(raw_scale), len(self.density.median_C))
+
+    def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+        raw_scale = self.said(coder, y, n)
+        return coder(y, self.law(torch.zeros_like(raw_scale), raw_scale))
+
+    def tables(self) -> list[Table]:
+        return self.density.tables() + gaussian_tables()

@@ -1,0 +1,71 @@
+"""What the known places of a map say of the others: a convolution with holes, and a network of each place.
+
+A hole is a tap of the kernel that is always 0, as in PixelCNN (van den Oord et al. 2016), https://arxiv.org/abs/1601.06759
+
+Shapes: B batch, M channels of the map, S channels of what is known besides.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.errors import AezooError
+from aezoo.nets.linear import Linear
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+_MOST_REACH = 15
+
+
+def taps(reach: int, rank: int) -> Tensor:
+    """Where each tap of a kernel lies, from -reach to reach along each axis: (rank, 2 reach + 1, ...).
+
+    Raises:
+        AezooError: a reach of none, or of more than any code is wide.
+    """
+    if not 1 <= reach <= _MOST_REACH:
+        raise AezooError(f"reach must be from 1 to {_MOST_REACH}, got {reach}")
+    return torch.stack(torch.meshgrid(*[torch.arange(-reach, reach + 1)] * rank, indexing="ij"))
+
+
+class Context(nn.Module):
+    """Means and raw scales of a map's places from those that are known, and from what is known besides.
+
+    Args:
+        channels: M.
+        besides: S.
+        open_taps: which taps of the kernel see, (2 reach + 1, ...), bool.
+    """
+
+    open_taps: Tensor
+
+    def __init__(self, channels: int, besides: int, open_taps: Tensor) -> None:
+        super().__init__()
+        self.channels, self.reach = channels, open_taps.shape[0] // 2
+        self.register_buffer("open_taps", open_taps, persistent=False)
+        bound = (channels * max(1, int(open_taps.sum()))) ** -0.5
+        self.weight = nn.Parameter(torch.empty(2 * channels, channels, *open_taps.shape).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(2 * channels))
+        n_in, n_out = besides + 2 * channels, 2 * channels
+        wide, less = n_in - (n_in - n_out) // 3, n_in - 2 * (n_in - n_out) // 3
+        self.fuse = nn.Sequential(
+            *(Linear(n_in, wide), nn.LeakyReLU(), Linear(wide, less), nn.LeakyReLU(), Linear(less, n_out))
+        )
+
+    def _holed(self) -> Tensor:
+        return self.weight * self.open_taps
+
+    def seen(self, y: Tensor) -> Tensor:
+        """What every place sees: (B, M, *grid) -> (B, 2 M, *grid)."""
+        return _CONV[self.open_taps.dim()](y.to(self.weight), self._holed(), self.bias, padding=self.reach)
+
+    def seen_from(self, patch: Tensor) -> Tensor:
+        """The same at one place, from the places about it: (B, M, 2 reach + 1, ...) -> (B, 2 M)."""
+        return F.linear(patch.to(self.weight).flatten(1), self._holed().flatten(1), self.bias)
+
+    def forward(self, besides: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and raw scales: (B, S, ...), (B, 2 M, ...) -> (B, M, ...), (B, M, ...)."""
+        both = torch.cat([besides.to(self.weight), seen.to(self.weight)], 1).movedim(1, -1)
+        mean, raw_scale = self.fuse(both).movedim(-1, 1).chunk(2, 1)
+        return mean, raw_scale

@@ -41,8 +41,9 @@ def compress(
     Lossless (models with a posterior, a prior and likelihood bernoulli, discretised_logistic or beta_binomial):
     bits-back coding, samples.aez and comparison.csv. Lossy (any model): quantised codes, samples.aez, or
     samples-qQUALITY.aez for each of several qualities, and rate_distortion.csv and .png; of a model whose code is
-    written in indices, these under its prior, if it has one, or else under tables of how often each occurs, and one
-    file, whose rate is the model's own. The model that opens them again lies beside them.
+    written in indices, these under its prior, if it has one, or else under tables of how often each occurs, of one that
+    is trained for the size of its file, whole numbers under its learned laws, and one file, whose rate is the model's
+    own. The model that opens them again lies beside them.
 
     Args:
         model: a trained model.
@@ -82,6 +83,8 @@ def compress(
         job = Job(model, samples, header, store, block, seed, "compress" if progress else "")
         if mode == "lossless":
             found = job.code_lossless(precision, compare)
+        elif indices.mode_of(model) == "learned":
+            found = job.code_learned(qualities, compare, fit)
         elif indices.mode_of(model) != "lossy":
             found = job.code_indices(qualities, compare, fit)
         else:

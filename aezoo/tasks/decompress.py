@@ -1,5 +1,6 @@
 """decompress: the samples in an .aez file, with the model that it was written with."""
 
+import functools
 import hashlib
 import io
 import math
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,9 @@ import torch
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.discrete import DiscreteAutoencoder
+from aezoo.entropy import EntropyCoded
 from aezoo.errors import AezooError
-from aezoo.tasks.codec import indices, lossless, lossy, machine, tables
+from aezoo.tasks.codec import indices, learned, lossless, lossy, machine, tables
 from aezoo.tasks.codec.autoregressive import Advance, Autoregressive
 from aezoo.tasks.codec.container import Frame, Header, Reader
 from aezoo.tasks.output import Store
@@ -33,7 +35,7 @@ class Decompression:
 
     Attributes:
         x: (N, *shape): bytes of a lossless file, 255 being 1.0; float32 of any other.
-        mode: lossless, lossy, indices or prior.
+        mode: lossless, lossy, indices, prior or learned.
         same: every sample is, bit for bit, what `compress` saw when it checked the file.
         files: what has been written.
     """
@@ -114,9 +116,7 @@ def _check_model(model: Autoencoder, header: Header, file: str, exact: bool) -> 
         )
     if header.shape != model.input_shape or header.code_shape != tuple(model.code_shape):
         raise AezooError(f"{file} is refused: its samples have shape {header.shape}, the model's {model.input_shape}")
-    if (header.mode == "prior" and indices.mode_of(model) != "prior") or (
-        header.mode == "indices" and indices.mode_of(model) == "lossy"
-    ):
+    if header.mode not in ("lossless", "lossy", *_written_by(model)):
         raise AezooError(f"{file} is refused: it holds {header.mode}, and {machine.name(model)} has no such thing")
     here = machine.describe(model)
     if exact and (header.device, header.dtype) != (here["device"], here["dtype"]):
@@ -125,6 +125,12 @@ def _check_model(model: Autoencoder, header: Header, file: str, exact: bool) -> 
             f"{here['dtype']}, which rounds differently: give --device {header.device}"
             + (", or --strict false" if header.mode != "lossless" else "")
         )
+
+
+def _written_by(model: Autoencoder) -> tuple[str, ...]:
+    """How a model's own code can be written; one with a prior had tables before it had a prior."""
+    mode = indices.mode_of(model)
+    return ("indices", "prior") if mode == "prior" else (mode,)
 
 
 def _parts(
@@ -136,6 +142,8 @@ def _parts(
             return _lossless(model, reader)
         case "lossy":
             return _lossy(model, reader, strict)
+        case "learned":
+            return _learned(cast(EntropyCoded, model), reader, strict)
     return _indices(cast(DiscreteAutoencoder, model), reader, strict, advance)
 
 
@@ -179,12 +187,32 @@ def _indices(
         first, *frames = frames
         with _refusing(reader):
             coder = indices.Tabled.from_bytes(reader.payload(first), indices.books_of(model))
+    decode = functools.partial(indices.decode, model, block=block)
+    return _coded(reader, frames, coder, "indices", decode, strict)
+
+
+def _learned(model: EntropyCoded, reader: Reader, strict: bool) -> Iterator[tuple[npt.NDArray[Any], bool]]:
+    block = reader.header.block
+    coder, decode = learned.Learned(model, block), functools.partial(learned.decode, model, block=block)
+    return _coded(reader, reader.frames, coder, "whole numbers", decode, strict)
+
+
+class _Decoder(Protocol):
+    """Bytes as (n, D) whole numbers; None if they are not what was encoded."""
+
+    def decode(self, content: bytes, n: int, /) -> Any: ...
+
+
+def _coded(
+    reader: Reader, frames: list[Frame], coder: _Decoder, what: str, decode: Callable[[Any], Any], strict: bool
+) -> Iterator[tuple[npt.NDArray[Any], bool]]:
+    """What frames of whole numbers decode to, a model's own code."""
     for frame in frames:
         with _refusing(reader):
             found = coder.decode(reader.payload(frame), frame.n)
         if found is None:
-            raise AezooError(_other(reader, "indices"))
-        yield from _outputs(reader, frame, found, lambda part: indices.decode(model, part, block), strict)
+            raise AezooError(_other(reader, what))
+        yield from _outputs(reader, frame, found, decode, strict)
 
 
 def _outputs(

@@ -25,7 +25,7 @@ from aezoo.tasks.codec.indices import Indices, Prior, on_device, sizes_of
 
 Advance = Callable[[float], object]
 _MOST_CODES = 1 << 16
-_DIGEST = 8
+DIGEST = 8  # bytes
 
 
 class Autoregressive:
@@ -67,12 +67,12 @@ class Autoregressive:
 
             self._walk(len(known), code)
             coder.encode(_check(known), tables.stream().model.Uniform(256))
-        return _digest(indices) + tables.to_bytes(coder.get_compressed())
+        return digest(indices) + tables.to_bytes(coder.get_compressed())
 
     def decode(self, content: bytes, n: int) -> Indices | None:
         """Bytes as (n, D) indices; None if they are not what was encoded."""
         indices = np.concatenate([*self._blocks(content, n)])
-        return indices if len(indices) == n and _digest(indices) == content[:_DIGEST] else None
+        return indices if len(indices) == n and digest(indices) == content[:DIGEST] else None
 
     def returns(self, content: bytes, indices: Indices) -> bool:
         """Whether bytes decode to (n, D) indices, in their first block: arithmetic that is not the same twice shows."""
@@ -81,7 +81,7 @@ class Autoregressive:
 
     def _blocks(self, content: bytes, n: int) -> Iterator[Indices]:
         """The indices of each block, and none, (0, D), in the place of one that is not as it was encoded, the last."""
-        coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content[_DIGEST:]))
+        coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content[DIGEST:]))
         family = tables.stream().model.Categorical(perfect=False)
 
         def code(t: int, table: tables.Rows, rows: slice) -> npt.NDArray[np.int32]:
@@ -135,10 +135,11 @@ class Autoregressive:
         return rows
 
 
-def _digest(indices: Indices) -> bytes:
-    return hashlib.sha256(machine.raw(indices)).digest()[:_DIGEST]
+def digest(indices: Indices) -> bytes:
+    """What indices are known by, 8 bytes."""
+    return hashlib.sha256(machine.raw(indices)).digest()[:DIGEST]
 
 
 def _check(tokens: Indices) -> npt.NDArray[np.int32]:
     """What a block's tokens are checked by, (1,)."""
-    return np.array([_digest(tokens)[0]], dtype=np.int32)
+    return np.array([digest(tokens)[0]], dtype=np.int32)

@@ -46,8 +46,8 @@ class Header:
     """What a file says of itself.
 
     Attributes:
-        mode: lossless; lossy; indices, of a model's own code, under tables; or prior, under the model's prior. Readers
-            that know the first two alone refuse the others by name.
+        mode: lossless; lossy; indices, of a model's own code, under tables; prior, under the model's prior; or learned,
+            whole numbers under laws of the model. Readers that do not know a mode refuse it by name.
         model: registry name of the model.
         fingerprint: SHA-256 of the model, see `machine.fingerprint`.
         n: number of samples.
@@ -117,7 +117,7 @@ class Header:
                 raise ValueError(f"{name} is {str(shape)[:40]}")
         if self.block > most_in_piece(self.shape):
             raise ValueError(f"block is {self.block}")
-        known = {"lossless": (2, 256), "lossy": (0,), "indices": (0,), "prior": (0,)}
+        known = {"lossless": (2, 256), "lossy": (0,), "indices": (0,), "prior": (0,), "learned": (0,)}
         if self.levels not in known.get(self.mode, ()):
             raise ValueError(f"mode is {self.mode[:40]!r} with {self.levels} levels")
         if len(self.fingerprint) != 64 or not set(self.fingerprint) <= _HEX:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.discrete import DiscreteAutoencoder
+from aezoo.entropy import EntropyCoded
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import machine, tables
 
@@ -57,7 +58,9 @@ class Prior(Protocol):
 
 
 def mode_of(model: Autoencoder) -> str:
-    """How a model's code is written where something may be lost: prior, indices or lossy."""
+    """How a model's code is written where something may be lost: learned, prior, indices or lossy."""
+    if isinstance(model, EntropyCoded):
+        return "learned"
     if not isinstance(model, DiscreteAutoencoder):
         return "lossy"
     # by what it can do, so that priors of plug-ins count and theirs need no import

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.discrete import DiscreteAutoencoder
+from aezoo.entropy import EntropyCoded
 from aezoo.errors import AezooError
-from aezoo.tasks.codec import baselines, indices, lossless, lossy, machine, tables
+from aezoo.tasks.codec import baselines, indices, learned, lossless, lossy, machine, tables
 from aezoo.tasks.codec.autoregressive import Autoregressive
 from aezoo.tasks.codec.container import FRAME, Header, Writer, most_in_piece
 from aezoo.tasks.codec.levels import Levels, reason, to_levels
@@ -36,12 +37,15 @@ class Compression:
     """What `compress` has made.
 
     Attributes:
-        mode: lossless, lossy, indices (of a model's own code, under tables) or prior (under the model's prior).
+        mode: lossless, lossy, indices (of a model's own code, under tables), prior (under the model's prior) or learned
+            (whole numbers under the model's laws).
         rows: methods with their bytes, bits per dimension and, where they lose something, PSNR and SSIM.
-        net_bits: lossless: what the samples took; -ELBO is its expectation. Indices: what they took, without tables.
+        net_bits: lossless: what the samples took; -ELBO is its expectation. Otherwise what their indices or whole
+            numbers took, without tables.
         initial_bits: lossless: what had to be on the stack before; it comes back at decoding.
         bound_bits: lossless: -ELBO of the samples, estimated with one draw of z each. Indices: -log2 of their
             probability under the prior or, with tables, of their shares in their books, their number times the entropy.
+            Learned: -log2 of the whole numbers' probability.
         table_bits: indices: what the tables took.
         contents: the files themselves, where no folder was given.
         files: what has been written.
@@ -69,6 +73,8 @@ class Compression:
             "indices": f"indices {self.net_bits:,} bits, tables {self.table_bits:,}, entropy {self.bound_bits:,.0f}; "
             "the rate is the model's own, which quality and steps do not change",
             "prior": f"indices {self.net_bits:,} bits, {excess:+.2f} % of -log2 p under the prior "
+            f"({self.bound_bits:,.0f}); the rate is the model's own, which quality and steps do not change",
+            "learned": f"whole numbers {self.net_bits:,} bits, {excess:+.2f} % of -log2 p under their laws "
             f"({self.bound_bits:,.0f}); the rate is the model's own, which quality and steps do not change",
         }
         return f"{text}\n{lines[self.mode]}\nthe model's weights are not counted: who decodes has them"
@@ -195,14 +201,36 @@ class Job:
         shape = len(held), math.prod(model.input_shape)
         figures, name = distortion.figures(), f"aezoo {header.model}"
         found.rows = [baselines.row(name, size, shape, **figures)]
+        if compare and prior:
+            static = self.overhead + FRAME + len(stored) + tabled.bits / 8
+            found.rows.append(baselines.row(f"{name}, tables instead of its prior", static, shape, **figures))
+        return self._beside(found, len(sizes), qualities, peak, unit, compare, fit_on)
+
+    def code_learned(self, qualities: tuple[float, ...], compare: bool, fit_on: Samples | None) -> Compression:
+        """One file of whole numbers under the model's laws; several qualities are those that PCA is quantised to."""
+        model = cast(EntropyCoded, self.model)
+        held, peak, unit = self._read(self.samples, learned.width(model), np.int64, lambda x: learned.encode(model, x))
+        coder, distortion = learned.Learned(model, self.batch_size), baselines.Distortion(model.input_shape, peak)
+        coding = _Coding(None, np.asarray, coder, functools.partial(learned.decode, model, block=self.batch_size))
+        header = Header(mode="learned", **self.header)
+        size = self._write("samples", functools.partial(self._stream, header, coding, held, distortion))
+        bound = sum(coder.bound(np.asarray(held[i : i + self._piece()])) for i in range(0, len(held), self._piece()))
+        found = Compression("learned", [], net_bits=8 * (size - self.overhead), bound_bits=bound)
+        shape = len(held), math.prod(model.input_shape)
+        found.rows = [baselines.row(f"aezoo {header.model}", size, shape, **distortion.figures())]
+        return self._beside(found, math.prod(model.code_shape), qualities, peak, unit, compare, fit_on)
+
+    def _beside(
+        self, found: Compression, width: int, qualities: tuple[float, ...], peak: float, unit: bool, compare: bool,
+        fit_on: Samples | None,
+    ) -> Compression:  # fmt: skip
+        """What has been found, of a model with a rate of its own, beside what else there is, and written."""
+        dims = math.prod(self.model.input_shape)
         if compare:
-            if prior:
-                static = self.overhead + FRAME + len(stored) + tabled.bits / 8
-                found.rows.append(baselines.row(f"{name}, tables instead of its prior", static, shape, **figures))
-            fit = self.samples if fit_on is None else fit_on.check(model)
+            fit = self.samples if fit_on is None else fit_on.check(self.model)
             qualities = qualities if len(qualities) > 1 else _QUALITIES
-            found.rows += self._others(len(sizes), fit, qualities, peak, unit, "histograms")
-        found.rows = [line | {"bits_per_sample": line["bits_per_dim"] * shape[1]} for line in found.rows]
+            found.rows += self._others(width, fit, qualities, peak, unit, "histograms")
+        found.rows = [line | {"bits_per_sample": line["bits_per_dim"] * dims} for line in found.rows]
         self._show(found.rows)
         found.contents, found.files = self.contents, self.store.files
         return found

@@ -1,0 +1,174 @@
+"""Whole numbers of a model's code, entropy-coded under the laws that the model has learned; see `aezoo.entropy`.
+
+    v^ = m + k    P(k) = F(m + k + 1/2) - F(m + k - 1/2)    in as many bits as -log2 P
+
+Writer and reader let the same `walk` of the model pass over blocks of samples of the same size, so that both compute
+the same laws. A law chooses one of the model's tables: a learned one for each channel, or that of the nearest of 64
+scales of a Gaussian, 2^24ths computed in float64. Numbers under one table are coded together, tables in rising order.
+What a table leaves out is an escape, its last entry, and 32 bits after the numbers of that table.
+
+A machine that computes other laws reads other numbers: the first 8 bytes of a frame are of their digest.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo.entropy import EntropyCoded, Table, Taking, one_by_one
+from aezoo.errors import AezooError
+from aezoo.tasks.codec import machine, tables
+from aezoo.tasks.codec.autoregressive import DIGEST, digest
+
+Symbols = npt.NDArray[np.int64]
+# whole numbers under one table: the table's number, and what is to be coded under it or how many are to be decoded
+Code = Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.int64]]
+_HALF = 16  # bits of each half of a number that is escaped
+_MOST = 2**31
+
+
+def width(model: EntropyCoded) -> int:
+    """T, whole numbers that stand for a sample."""
+    passed: list[int] = []
+
+    def take(table: Tensor) -> Tensor:
+        passed.append(table.numel())
+        return torch.zeros_like(table)
+
+    model.walk(Taking(take), None, 1)
+    return sum(passed)
+
+
+def encode(model: EntropyCoded, x: Tensor) -> Symbols:
+    """Whole numbers of samples, (n, *input_shape) -> (n, T).
+
+    Raises:
+        AezooError: they are none, or too large.
+    """
+    found: Symbols = model.encode_symbols(x.to(machine.like(model))).cpu().numpy()
+    if not ((found > -_MOST) & (found < _MOST)).all():  # NaN becomes the lowest number that there is
+        raise AezooError(f"{type(model).__name__} gives codes that are NaN, infinite or above 2^31: train it again")
+    return found
+
+
+def decode(model: EntropyCoded, symbols: Symbols, block: int) -> Any:
+    """Outputs (n, *input_shape) of whole numbers (n, T), float32; the model sees `block` at a time."""
+    parts = []
+    for start in range(0, len(symbols), block):
+        z = model.codes(torch.from_numpy(symbols[start : start + block]).to(model.device))
+        parts.append(model.decode(z.to(machine.like(model))).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+class Learned:
+    """Codes the whole numbers of a model.
+
+    Args:
+        model: has laws.
+        block: samples that it sees at a time.
+    """
+
+    mode: ClassVar[str] = "learned"
+
+    def __init__(self, model: EntropyCoded, block: int) -> None:
+        self._model, self._block = model, block
+        self._tables = model.tables()
+        self._models = [_model(table) for table in self._tables]
+
+    def encode(self, symbols: Symbols) -> bytes:
+        """(n, T) whole numbers as bytes."""
+        coder, halves = tables.stream().queue.RangeEncoder(), tables.stream().model.Uniform(1 << _HALF)
+
+        def code(number: int, given: Symbols) -> Symbols:
+            low, mass = self._tables[number]
+            entries = given - low
+            escaped = (entries < 0) | (entries >= len(mass))
+            coder.encode(np.where(escaped, len(mass), entries).astype(np.int32), self._models[number])
+            if escaped.any():
+                coder.encode(_halves(given[escaped]), halves)
+            return given
+
+        for start in range(0, len(symbols), self._block):
+            part = torch.from_numpy(symbols[start : start + self._block])
+            self._walk(len(part), code, one_by_one(part))
+        return digest(symbols) + tables.to_bytes(coder.get_compressed())
+
+    def decode(self, content: bytes, n: int) -> Symbols | None:
+        """Bytes as (n, T) whole numbers; None if they are not what was encoded."""
+        try:
+            symbols = np.concatenate([*self._blocks(content, n)])
+        except AssertionError:  # of constriction: no number has what stands there
+            return None
+        return symbols if digest(symbols) == content[:DIGEST] else None
+
+    def returns(self, content: bytes, symbols: Symbols) -> bool:
+        """Whether bytes decode to (n, T) whole numbers, in their first block."""
+        try:
+            first = next(self._blocks(content, len(symbols)))
+        except AssertionError:
+            return False
+        return np.array_equal(first, symbols[: self._block])
+
+    def bound(self, symbols: Symbols) -> float:
+        """-log2 P of (n, T), by the laws themselves."""
+        bits = 0.0
+        for start in range(0, len(symbols), self._block):
+            part = torch.from_numpy(symbols[start : start + self._block]).to(self._model.device)
+            coder = Taking(one_by_one(part))
+            self._model.walk(coder, None, len(part))
+            bits += float(torch.as_tensor(coder.rate_B).cpu().double().sum()) / np.log(2)
+        return bits
+
+    def _blocks(self, content: bytes, n: int) -> Iterator[Symbols]:
+        coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content[DIGEST:]))
+        halves = tables.stream().model.Uniform(1 << _HALF)
+
+        def code(number: int, given: Symbols) -> Symbols:
+            low, mass = self._tables[number]
+            entries = coder.decode(self._models[number], len(given)).astype(np.int64)
+            escaped = entries == len(mass)
+            found: Symbols = entries + low
+            if escaped.any():
+                found[escaped] = _whole(coder.decode(halves, 2 * int(escaped.sum())))
+            return found
+
+        for start in range(0, n, self._block):
+            yield self._walk(min(self._block, n - start), code, torch.zeros_like)
+
+    def _walk(self, n: int, code: Code, known: Callable[[Tensor], Tensor]) -> Symbols:
+        """The whole numbers of a block, (n, T): `code` is given those of one table after the other."""
+        passed: list[Symbols] = []
+
+        def take(table: Tensor) -> Tensor:
+            numbers, symbols = (of.cpu().numpy().reshape(-1) for of in (table, known(table)))
+            order = np.argsort(numbers, kind="stable")
+            first = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+            coded = np.empty(len(order), dtype=np.int64)
+            for start, end in zip(first, [*first[1:], len(order)], strict=True):
+                here = order[start:end]
+                coded[here] = code(int(numbers[here[0]]), symbols[here])
+            passed.append(coded.reshape(n, -1))
+            return torch.from_numpy(coded).view(table.shape).to(table.device)
+
+        self._model.walk(Taking(take), None, n)
+        return np.concatenate(passed, 1)
+
+
+def _model(table: Table) -> Any:
+    """A table, with its escape, as constriction takes it."""
+    weights = tables.from_cdf(table.mass.cumsum().clip(0, 1)[None])
+    return tables.stream().model.Categorical(weights[0], perfect=False)
+
+
+def _halves(numbers: Symbols) -> npt.NDArray[np.int32]:
+    unsigned = numbers + _MOST
+    return np.stack([unsigned >> _HALF, unsigned & ((1 << _HALF) - 1)], 1).reshape(-1).astype(np.int32)
+
+
+def _whole(halves: npt.NDArray[np.int32]) -> Symbols:
+    high, low = halves.astype(np.int64).reshape(-1, 2).T
+    found: Symbols = (high << _HALF) + low - _MOST
+    return found

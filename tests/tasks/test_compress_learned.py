@@ -1,0 +1,180 @@
+"""compress and decompress of codes under learned laws: bits are those of the laws, outputs those of the model."""
+
+import hashlib
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import aezoo
+import aezoo.entropy
+from aezoo.entropy import Taking
+from aezoo.errors import AezooError
+from aezoo.tasks.codec import container, learned
+from aezoo.tasks.compress import compress
+from aezoo.tasks.decompress import decompress
+from tests.tasks.test_codec_container import put_together, take_apart
+
+NAMES = aezoo.list_models(family="compression")
+SHAPE = (1, 9, 10)
+
+
+def small(name, width=20.0, **settings):
+    """A model whose codes are `width` times as wide as they start."""
+    given = {"hidden_dims": (6, 8), "latent_dim": 6, "hyper_dim": 3, "hyper_hidden_dims": (4,), "groups": (1, 2, 3)}
+    known = aezoo.registry.hyperparameters(name)
+    torch.manual_seed(0)
+    shape = (24,) if settings.get("net") == "mlp" else SHAPE
+    model = aezoo.create_model(name, shape, **{k: v for k, v in {**given, **settings}.items() if k in known}).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
+        for p in [*model.encoder.parameters()][-2:]:
+            p *= width
+    return model
+
+
+def data(n=50, shape=SHAPE):
+    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def trained(model):
+    """With laws that fit its codes: numbers far out cost less as escapes than their law says."""
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.train().loss(data())["loss"].backward()
+        optimizer.step()
+    return model.eval()
+
+
+def by_blocks(model, x, block):
+    with torch.no_grad():
+        return torch.cat([model(part) for part in x.split(block)]).numpy()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_decodes_to_the_model_s_reconstruction_in_the_bits_of_its_laws(name, tmp_path):
+    model, x = trained(small(name, 5.0)), data(200)
+    found = compress(model, x, out=str(tmp_path), batch_size=64)
+    back = decompress(model, str(tmp_path / "samples.aez"))
+    assert np.array_equal(back.x, by_blocks(model, x, 64)) and back.same and back.mode == found.mode == "learned"
+    with torch.no_grad():
+        rate = sum(float(model.loss(part)["rate"]) * len(part) for part in x.split(64))
+    assert found.bound_bits == pytest.approx(rate / math.log(2), rel=1e-5)
+    # a table's scale is at most 6 % from the law's
+    assert 0.99 * found.bound_bits < found.net_bits < 1.02 * found.bound_bits + 200
+    size = (tmp_path / "samples.aez").stat().st_size
+    assert found.rows[0]["bytes"] == size and found.net_bits < 8 * size < found.net_bits + 8 * 1200
+    assert any("PCA" in row["method"] for row in found.rows)
+    assert "whole numbers" in found.summary() and "learned" in back.summary()
+
+
+def test_vectors_have_files_too(tmp_path):
+    for name in ("factorized_prior", "mean_scale_hyperprior"):
+        model, x = small(name, net="mlp", hidden_dims=(16,)), data(30, (24,))
+        compress(model, x, out=str(tmp_path / name), compare=False)
+        assert np.array_equal(decompress(model, str(tmp_path / name / "samples.aez")).x, by_blocks(model, x, 256))
+
+
+@pytest.mark.parametrize("name", ["factorized_prior", "joint_ar_hyperprior"])
+def test_numbers_beyond_the_tables_are_written_out(name, tmp_path):
+    """A code of tens of thousands under laws some ten wide: escapes, of either sign."""
+    model, x = small(name, width=3e5), data(20)
+    symbols = learned.encode(model, x)
+    widest = max(-low for low, _ in model.tables())
+    assert symbols.min() < -widest and symbols.max() > widest
+    found = compress(model, x, out=str(tmp_path), compare=False)
+    assert np.array_equal(decompress(model, str(tmp_path / "samples.aez")).x, by_blocks(model, x, 256))
+    assert found.net_bits < symbols.size * (24 + 32) + 200
+
+
+def test_escapes_keep_every_number_of_32_bits():
+    model = small("factorized_prior")
+    coder = learned.Learned(model, 4)
+    symbols = np.zeros((6, learned.width(model)), dtype=np.int64)
+    symbols[0, :6] = [2**31 - 1, -(2**31) + 1, 65_535, -65_536, 2**16, 1]
+    symbols[5, -3:] = [-1, 2**20, -(2**30)]
+    content = coder.encode(symbols)
+    assert np.array_equal(coder.decode(content, 6), symbols) and coder.returns(content, symbols)
+
+
+def test_blocks_and_frames_are_those_of_the_writer(tmp_path, monkeypatch):
+    model, x = small("checkerboard"), data(50)
+    monkeypatch.setattr(container, "MAX_PIECE", 21 * x[0].numel())  # frames of three blocks of seven
+    compress(model, x, out=str(tmp_path), batch_size=7, compare=False)
+    reader = container.Reader(tmp_path / "samples.aez", 2**30)
+    assert [frame.n for frame in reader.frames] == [21, 21, 8]
+    assert np.array_equal(decompress(model, str(tmp_path / "samples.aez")).x, by_blocks(model, x, 7))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e12])
+def test_codes_that_are_no_numbers_or_too_large_are_refused(value):
+    model = small("factorized_prior")
+    with torch.no_grad():
+        model.encoder[-1].bias[2] = value
+    with pytest.raises(AezooError, match=r"NaN, infinite or above 2\^31: train it again"):
+        compress(model, data(), compare=False)
+
+
+@pytest.mark.parametrize("name", ["mean_scale_hyperprior", "joint_ar_hyperprior"])
+def test_a_machine_that_computes_other_laws_refuses_the_file(name, tmp_path, monkeypatch):
+    model, x = small(name), data()
+    compress(model, x, out=str(tmp_path), compare=False)
+    kind = type(model)
+    law = kind.law
+    monkeypatch.setattr(kind, "law", lambda self, mean, raw: law(self, mean, raw + 0.3))
+    with pytest.raises(AezooError, match="its whole numbers come out differently here"):
+        decompress(model, str(tmp_path / "samples.aez"))
+
+
+def test_outputs_that_differ_by_rounding_are_refused_or_said(tmp_path, monkeypatch):
+    model, x = small("scale_hyperprior"), data()
+    compress(model, x, out=str(tmp_path), compare=False)
+    decode = type(model).decode
+    monkeypatch.setattr(type(model), "decode", lambda self, z: decode(self, z) * (1 + 1e-6))
+    with pytest.raises(AezooError, match="outputs come out differently here"):
+        decompress(model, str(tmp_path / "samples.aez"))
+    loose = decompress(model, str(tmp_path / "samples.aez"), strict=False)
+    assert not loose.same
+    np.testing.assert_allclose(loose.x, by_blocks(model, x, 256), rtol=1e-5, atol=1e-6)
+
+
+def test_a_device_that_does_not_compute_the_same_twice_is_found_when_writing(monkeypatch):
+    model = small("mean_scale_hyperprior")
+    kind, drift = type(model), itertools.count()
+    law = kind.law
+    monkeypatch.setattr(kind, "law", lambda self, mean, raw: law(self, mean, raw + 0.05 * next(drift)))
+    with pytest.raises(AezooError, match="does not compute the same twice"):
+        compress(model, data(), compare=False)
+
+
+def test_files_of_other_models_and_forged_ones_are_refused(tmp_path):
+    model, x = small("factorized_prior"), data()
+    compress(model, x, out=str(tmp_path), compare=False)
+    path = tmp_path / "samples.aez"
+    with pytest.raises(AezooError, match="was written with another model"):
+        decompress(small("scale_hyperprior"), str(path))
+    header, frames = take_apart(path.read_bytes())
+    forged = tmp_path / "forged.aez"
+    for mode in ("indices", "prior"):
+        forged.write_bytes(put_together(header | {"mode": mode}, [(0, hashlib.sha256().digest(), b""), *frames]))
+        with pytest.raises(AezooError, match=f"it holds {mode}, and factorized_prior has no such thing|parts is empty"):
+            decompress(model, str(forged))
+    n, digest, payload = frames[0]
+    for damaged in (payload[:8], payload[:-40] + b"\xff" * 40, b"", bytes(len(payload))):
+        forged.write_bytes(put_together(header, [(n, digest, damaged)]))
+        with pytest.raises(AezooError, match="refused"):
+            decompress(model, str(forged))
+
+
+def test_a_rate_of_the_laws_is_counted_for_what_is_taken():
+    """The bound of whole numbers is the rate of the samples that they came from."""
+    model, x = small("elic"), data(9)
+    symbols = torch.from_numpy(learned.encode(model, x))
+    coder = Taking(aezoo.entropy.one_by_one(symbols))
+    model.walk(coder, None, len(x))
+    with torch.no_grad():
+        torch.testing.assert_close(coder.rate_B.mean(), model.loss(x)["rate"])

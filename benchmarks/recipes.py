@@ -35,7 +35,7 @@ PICTURES = {
     "vae_2d": "latent_map",
     "fashion_vae": "samples",
 }
-FIGURES = ("test/loss", "test/log_likelihood", "test/mse", "test/psnr", "test/ssim", "val/l0")
+FIGURES = ("test/loss", "test/log_likelihood", "test/mse", "test/psnr", "test/ssim", "test/bpp", "val/l0")
 
 
 def train(name: str, root: str | None) -> dict[str, str]:

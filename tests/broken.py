@@ -1,5 +1,6 @@
 """Models with one mistake each, for the proof that the checks of `aezoo.testing` can fail."""
 
+import dataclasses
 import math
 import os
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.discrete import DiscreteAutoencoder
+from aezoo.entropy import Coder, EntropyCoded, Factorised, Table
 from aezoo.errors import AezooError
 from aezoo.quantisers.fsq import FSQ
 
@@ -353,6 +355,28 @@ class OtherIndicesWhenExported(Indexed):
     def encode_indices(self, x: Tensor) -> Tensor:
         indices = super().encode_indices(x)
         return 7 - indices if torch.compiler.is_compiling() else indices
+
+
+class LawOfWhatIsNotYetCoded(EntropyCoded):
+    """Takes the mean from the code itself, which a reader of a file does not know.
+
+    Args:
+        input_shape: shape of one sample; any.
+        lr: learning rate.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], *, lr: float = 1e-3) -> None:
+        super().__init__(input_shape, lr=lr)
+        self.save_hyperparameters()
+        self.set_nets("mlp", 3, (), "relu", 0.01)
+        self.density = Factorised(3)
+
+    def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+        law = self.density.law((n, *self.code_shape))
+        return coder(y, law if y is None else dataclasses.replace(law, mean=y))
+
+    def tables(self) -> list[Table]:
+        return self.density.tables()
 
 
 class SumOverBatch(Sound):

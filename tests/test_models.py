@@ -161,6 +161,7 @@ MISTAKES = [
     ("inputs_unchanged", broken.InPlaceDecode, "decode changes its input"),
     ("indices", broken.OneTooMany, "of a book of 8"),
     ("indices", broken.KeepsMoreThanIndices, "decode_indices\\(encode_indices\\(x\\)\\) is off"),
+    ("indices", broken.LawOfWhatIsNotYetCoded, "codes\\(encode_symbols\\(x\\)\\) is not encode"),
     ("indices", broken.DiscreteByName, "aezoo.discrete.DiscreteAutoencoder"),
     ("batch_mean", broken.SumOverBatch, "loss of a batch given twice is off"),
     ("batch_independence", broken.BatchStatisticsInEvaluation, "encode of single samples"),

@@ -14,6 +14,7 @@ from unittest import SkipTest
 import torch
 
 from aezoo.discrete import DiscreteAutoencoder
+from aezoo.entropy import EntropyCoded
 from aezoo.errors import AezooError
 from aezoo.testing.ranks import SharedNoise
 from aezoo.testing.subject import (
@@ -125,8 +126,10 @@ def _require_shapes(subject: Subject, shape: tuple[int, ...]) -> None:
 
 @as_check
 def check_indices(subject: Subject) -> None:
-    """Where codes are indices, these are whole numbers within their books, and all that a reconstruction needs."""
+    """Where codes are indices, or whole numbers under laws, they fit their books and are all a reconstruction needs."""
     model, x = subject.build().eval(), subject.data()
+    if isinstance(model, EntropyCoded):
+        _require_symbols(model, x)
     if not isinstance(model, DiscreteAutoencoder):
         require(not model.discrete_code, "discrete_code is for subclasses of aezoo.discrete.DiscreteAutoencoder")
         return
@@ -145,6 +148,16 @@ def check_indices(subject: Subject) -> None:
     books = model.books(indices)
     counted = sum(values.numel() for values, _ in books.values())
     require(counted == indices.numel(), f"books hold {counted} of {indices.numel()} indices")
+
+
+def _require_symbols(model: EntropyCoded, x: torch.Tensor) -> None:
+    with torch.no_grad():
+        symbols = model.encode_symbols(x)
+        require(symbols.dtype == torch.long, f"whole numbers are {symbols.dtype}, not long")
+        # a coder of files needs the very same laws both ways
+        same = torch.equal(model.codes(symbols), model.encode(x))
+        require(same, "codes(encode_symbols(x)) is not encode(x): walk must pass the same values, known or not")
+        require_close("decode(codes(encode_symbols(x)))", model.decode(model.codes(symbols)), model(x), 1e-5)
 
 
 def _whole(shape: Any) -> bool:

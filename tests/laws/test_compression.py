@@ -210,6 +210,7 @@ def test_whole_numbers_are_all_that_a_code_needs(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_are_the_encoder_s_output_to_half_a_step(name: str) -> None:
     model, x = small(name).train(), data()  # in training, too, a code is a rounded one
+    assert torch.equal(model.encode(x), model.encode(x))
     off = (model.encode(x) - model.encoder(x)).detach().abs()
     assert 0.3 < float(off.max()) <= 0.5 + 1e-9
 

@@ -29,7 +29,7 @@ from aezoo.errors import AezooError
 
 from . import common
 from .parallel import run_rows
-from .quality import dataset_name
+from .quality_table import dataset_name
 
 NET = {"net": "conv", "hidden_dims": (32, 64)}
 # a transformer of the default width 64 takes as long as all others together

@@ -13,15 +13,15 @@ pca_mse_at_l0: of PCA with as many numbers as a sparse code has entries in use. 
 seed fixes the weights, the noise and the order of training; the splits are the same for all. A sparse code keeps its
 model's own size whatever --code-sizes asks for. Compare speeds of --jobs 1 on a quiet machine only.
 
-Rows that are there already, of the same model, code size, seed and budget, are kept; --again measures them anew. Every
-run has a process of its own, so that a crash costs one row, which then says why.
+Rows that are there already, of the same model, code size, seed and settings, are kept; --again measures them anew.
+--importance-samples is a setting of models with a log_likelihood, --most-seconds of runs that would last longer. Every
+run has a process of its own, so that a crash costs one row, which then says why; baselines that failed are tried again.
 """
 
 import argparse
 import math
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,15 @@ from aezoo.errors import AezooError
 
 from . import common
 from .parallel import run_rows
+from .quality_table import BASELINE, KEY, QualityTable, dataset_name
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-KEY = ("model", "code_size", "seed", "budget", "batch_size", "probe_rows")
 COLUMNS = (
     *("model", "family", "dataset", "seed", "code_size", "l0", "budget", "batch_size", "epochs", "steps", "seconds"),
     *("samples_per_s", "loss", "nll", "mse", "psnr", "ssim", "bits_per_dim", "log_likelihood", "likelihood"),
-    *("active_units", "active_share", "probe", "knn", "pixels_probe", "pixels_knn", "pca_probe", "pca_knn"),
-    *("pca_mse", "pca_psnr", "pca_mse_at_l0", "probe_rows", "parameters", "peak_mb", "threads", "device", "error"),
+    *("active_units", "active_share", "probe", "knn", *BASELINE, "pca_mse_at_l0", "probe_rows", "importance_samples"),
+    *("most_seconds", "parameters", "peak_mb", "threads", "device", "error"),
 )
-BASELINE = tuple(name for name in COLUMNS if name.startswith(("pixels_", "pca_")) and name != "pca_mse_at_l0")
 
 
 def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -54,8 +53,10 @@ def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple
         "importance_samples": arguments.importance_samples,
     }
     budget = f"seconds={arguments.seconds:g}" if arguments.seconds else f"epochs={arguments.epochs}"
-    fixed = {"dataset": dataset_name(data), "budget": budget}
+    fixed: dict[str, Any] = {"dataset": dataset_name(data), "budget": budget}
     fixed |= {"batch_size": data["batch_size"], "probe_rows": arguments.probe_rows}
+    fixed |= {"importance_samples": arguments.importance_samples}
+    fixed |= {"most_seconds": None if arguments.seconds else arguments.most_seconds}
     specs: dict[tuple[int, str, int], dict[str, Any]] = {}
     for entry in map(registry.find, arguments.models or registry.list_models()):
         cls = registry.model_class(entry.name)
@@ -86,25 +87,6 @@ def code_of(name: str, size: int | None) -> dict[str, Any]:
         return {}
     # of a map latent_dim would be the channels
     return {"latent_dim": size} | ({"latent_map": False} if "latent_map" in known else {})
-
-
-def dataset_name(data: dict[str, Any]) -> str:
-    """The data set as a word for a file name: of files of one's own the file's or folder's name."""
-    name = data["root"] if data["name"] in ("array", "folder") else data["name"]
-    word = re.sub(r"[^\w.-]+", "-", Path(name).stem)
-    rows = f"{data['rows']}rows" if data.get("rows") else ""
-    return "-".join(filter(None, (word, str(data["size"] or ""), rows)))
-
-
-def known_baselines(rows: Iterable[dict[str, str]], probe_rows: int) -> dict[int, dict[str, str]]:
-    """Baselines of an earlier run by code size, 0 for raw pixels: they depend on the data alone."""
-    known: dict[int, dict[str, str]] = {}
-    for row in rows:
-        if row.get("probe_rows") == str(probe_rows):
-            for size, prefix in ((0, "pixels_"), (int(row["code_size"]), "pca_")):
-                found = {name: row[name] for name in BASELINE if name.startswith(prefix) and row.get(name)}
-                known |= {size: found} if found else {}
-    return known
 
 
 def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
@@ -159,23 +141,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     options |= {"size": arguments.size, "rows": arguments.rows}
     options |= {key: str(Path(options[key]).expanduser().resolve()) for key in places}
     specs = plan(arguments, options, data.input_shape)
-    path = f"quality-{dataset_name(options)}-{common.environment(arguments, arguments.precision)}.csv"
-    table = common.Table(arguments.results / path, KEY, common.command_line("quality", argv), arguments.again)
-    specs = [spec for spec in specs if table.needs(spec["row"])]
+    path = f"quality-{specs[0]['row']['dataset']}-{common.environment(arguments, arguments.precision)}.csv"
+    table = QualityTable(arguments.results / path, KEY, common.command_line("quality", argv), arguments.again)
 
     def run(specs: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         return run_rows("quality_row", specs, arguments.timeout, arguments.jobs, arguments.accelerator)
 
-    baselines: dict[int, dict[str, Any]] = {**known_baselines(table.rows, arguments.probe_rows)}
-    missing = sorted({0, *(spec["row"]["code_size"] for spec in specs)} - baselines.keys())
+    baselines: dict[int, dict[str, Any]] = {**table.baselines(arguments.probe_rows)}
+    # of rows that are there as well: theirs may have failed. PCA of as many numbers as a sample has is none
+    sizes = {size for spec in specs if (size := spec["row"]["code_size"]) < math.prod(data.input_shape)}
+    missing = sorted((sizes | ({0} if data.num_classes else set())) - baselines.keys())
     shared = {"data": options, "probe_rows": arguments.probe_rows, "sizes": missing}
-    for _, found in run([shared] if specs and missing else []):
+    for _, found in run([shared] if missing else []):
         if found.get("error"):
             print(f"there are no figures of raw pixels and PCA: {found['error']}", file=sys.stderr)
         baselines |= {int(size): columns for size, columns in found.get("baselines", {}).items()}
+    table.fill(baselines, arguments.probe_rows)
+    specs = [spec for spec in specs if table.needs(spec["row"])]
     for i, (spec, row) in enumerate(run(specs), start=1):
         row |= baselines.get(0, {}) | baselines.get(spec["row"]["code_size"], {}) | spec["row"]
-        table.put({name: row.get(name) for name in COLUMNS})
+        table.put_run({name: row.get(name) for name in COLUMNS})
         told = [f"{name} {common.as_text(row.get(name))}" for name in ("mse", "pca_mse", "probe", "seconds")]
         head = f"[{i}/{len(specs)}] {row['model']}, code size {row['code_size']}, seed {row['seed']}"
         print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)

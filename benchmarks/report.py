@@ -21,7 +21,7 @@ from .speed import KEY, there
 
 # columns of a row over seeds that are settings, not figures
 _GROUP = (
-    *("dataset", "model", "code_size", "budget", "batch_size", "probe_rows"),
+    *("dataset", "model", "code_size", "budget", "batch_size", "probe_rows", "importance_samples", "most_seconds"),
     *("steps", "lr", "atoms", "dim", "active", "correlation", "noise", "samples", "options", "rows"),
     "bits_a_place",
 )

@@ -32,7 +32,8 @@ from aezoo.errors import AezooError
 
 from . import common
 from .parallel import run_rows
-from .quality import code_of, dataset_name
+from .quality import code_of
+from .quality_table import dataset_name
 
 VERBS = ("reconstruct", "generate", "denoise", "detect", "embed", "compress")
 # models under names of their own, where the registry's defaults are not what a verb needs

@@ -12,6 +12,8 @@ from aezoo import DataModule, create_model
 from aezoo.errors import AezooError
 from aezoo.tasks.embed_codes import read_off
 from benchmarks import codes, quality, quality_row
+from benchmarks.common import Table, read_csv
+from benchmarks.quality_table import dataset_name
 
 DIGITS = ["--data", "digits", "--models", "dense_ae", "vae", "--epochs", "1", "--accelerator", "cpu"]
 
@@ -33,8 +35,9 @@ def results(tmp_path_factory):
 def test_every_run_is_a_row_and_every_column_that_has_a_meaning_is_filled(results):
     rows = {row["model"]: row for row in rows_of(results)}
     assert rows.keys() == {"dense_ae", "vae"} and tuple(rows["vae"]) == (*quality.COLUMNS[:-1], "processor", "error")
-    bound = {"bits_per_dim", "log_likelihood", "pca_mse_at_l0"}
-    for name, empty in (("dense_ae", {"l0", "error"} | bound), ("vae", {"l0", "error", "pca_mse_at_l0"})):
+    never = {"l0", "error", "pca_mse_at_l0", "most_seconds"}
+    bound = {"bits_per_dim", "log_likelihood", "importance_samples"}
+    for name, empty in (("dense_ae", never | bound), ("vae", never)):
         assert {column for column, cell in rows[name].items() if not cell} == empty, name
     vae = {name: float(cell) for name, cell in rows["vae"].items() if name in ("loss", "bits_per_dim", "mse", "psnr")}
     assert vae["bits_per_dim"] == pytest.approx(vae["loss"] / 64 / math.log(2), rel=1e-4)
@@ -72,7 +75,7 @@ def test_fewer_rows_are_the_same_ones_of_each_split_in_every_run():
         places = (x[:, None] == all_x).flatten(2).all(2).float().argmax(1)
         assert torch.equal(all_x[places], x) and torch.equal(all_y[places], y)
         assert torch.equal(second.tensors(stage)[0], x)
-    assert quality.dataset_name({"name": "shapes", "root": "data", "size": 32, "rows": 99}) == "shapes-32-99rows"
+    assert dataset_name({"name": "shapes", "root": "data", "size": 32, "rows": 99}) == "shapes-32-99rows"
 
 
 def test_a_sparse_code_is_held_against_pca_of_as_many_numbers_as_it_uses():
@@ -119,13 +122,119 @@ def test_a_run_that_fails_is_a_row_that_says_why(results, tmp_path, monkeypatch)
     assert failed["error"].startswith("AezooError: ") and not failed["mse"] and failed["pca_mse"]
 
 
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Runs without training: 10 s an epoch; what was run is kept, code sizes of baselines as a list."""
+    asked, failing = [], set()
+
+    def run_rows(module, specs, *_):
+        for spec in specs:
+            name = spec.get("model") or [*spec["sizes"]]
+            asked.append(name)
+            if ("baselines" if isinstance(name, list) else name) in failing:
+                yield spec, {"error": "killed by SIGKILL", "out_of_memory": True}
+            elif isinstance(name, list):
+                figures = {"0": {"pixels_probe": 0.25, "pixels_knn": 0.5}}
+                yield spec, {"baselines": {str(n): figures.get(str(n), {"pca_mse": n / 100}) for n in spec["sizes"]}}
+            else:
+                epochs = min(spec["epochs"] or 99, (spec["seconds"] or 990) / 10)
+                figures = {"mse": 0.5, "epochs": float(epochs), "seconds": 10.0 * epochs}
+                yield spec, figures | ({"log_likelihood": -9.0} if name == "vae" else {})
+
+    monkeypatch.setattr(quality, "run_rows", run_rows)
+
+    def run(*words):
+        asked.clear()
+        base = ["--data", "digits", "--seeds", "1", "--models", "dense_ae", "vae", "--code-sizes", "8"]
+        budget = [] if "--seconds" in words else ["--epochs", "2"]
+        quality.main([*base, *budget, "--results", str(tmp_path), *words])
+        (path,) = tmp_path.glob("*.csv")
+        return [*asked], read_csv(path)[1]
+
+    run.failing, run.path = failing, lambda: next(tmp_path.glob("*.csv"))
+    return run
+
+
+def test_rows_of_other_draws_are_other_rows_where_there_are_draws(fake):
+    assert fake()[0] == [[0, 8], "dense_ae", "vae"]
+    assert fake()[0] == []
+    asked, rows = fake("--importance-samples", "10")
+    assert asked == ["vae"]
+    draws = [(row["model"], row["importance_samples"]) for row in rows]
+    assert draws == [("dense_ae", ""), ("vae", "100"), ("vae", "10")]
+    assert fake()[0] == fake("--importance-samples", "10")[0] == []
+
+
+def test_a_run_that_time_has_cut_is_another_one_and_a_run_that_it_has_not_is_the_same(fake):
+    fake("--models", "vae", "--most-seconds", "15")
+    asked, rows = fake("--models", "vae")
+    assert asked == ["vae"] and [(row["epochs"], row["most_seconds"]) for row in rows] == [("1.5", "15"), ("2", "")]
+    assert fake("--models", "vae", "--most-seconds", "20")[0] == []
+    assert fake("--models", "vae")[0] == fake("--models", "vae", "--most-seconds", "15")[0] == []
+    # measured anew a row stays one
+    assert len(fake("--models", "vae", "--most-seconds", "15", "--again")[1]) == 2
+    asked, rows = fake("--models", "vae", "--most-seconds", "12")
+    assert asked == ["vae"] and len(rows) == 3
+    assert fake("--models", "vae", "--seconds", "30")[0] == ["vae"]
+    assert fake("--models", "vae", "--seconds", "30")[0] == []
+
+
+def test_rows_of_before_these_columns_are_there(fake):
+    fake()
+    commands, rows = read_csv(fake.path())
+    table = Table(fake.path(), (), commands[0])
+    table.rows = [{k: v for k, v in row.items() if k not in ("importance_samples", "most_seconds")} for row in rows]
+    table.write()
+    assert fake()[0] == []
+
+
+def test_a_failed_row_is_replaced_when_it_is_measured_again(fake):
+    fake.failing.update({"vae", "dense_ae"})
+    assert [row["error"] for row in fake()[1]] == ["killed by SIGKILL"] * 2
+    fake.failing.clear()
+    asked, rows = fake("--again", "failed")
+    assert asked == ["dense_ae", "vae"] and [row["error"] for row in rows] == ["", ""]
+
+
+def test_baselines_that_failed_are_brought_by_the_next_run(fake):
+    fake.failing.add("baselines")
+    _, rows = fake()
+    assert not any(row["pca_mse"] or row["pixels_knn"] for row in rows)
+    fake.failing.clear()
+    asked, rows = fake()
+    assert asked == [[0, 8]]
+    assert [(row["pca_mse"], row["pixels_knn"]) for row in rows] == [("0.08", "0.5")] * 2
+    assert fake()[0] == []
+
+
+def test_baselines_without_a_meaning_are_not_asked_for(fake):
+    # as many numbers as a digit has
+    fake("--code-sizes", "64", "8")
+    assert fake("--code-sizes", "64", "8")[0] == []
+
+
+def test_two_files_of_one_name_have_tables_of_their_own(tmp_path):
+    paths = [tmp_path / folder / "x.npy" for folder in ("a", "b", "c")]
+    for path, value in zip(paths, (0, 1, 1), strict=True):
+        path.parent.mkdir()
+        np.save(path, np.full((4, 3), value, np.float32))
+    asked = [{"name": name, "root": root, "size": None} for path in paths for name, root in ((str(path), "data"),)]
+    first, second, moved = map(dataset_name, asked)
+    assert first != second == moved and first.startswith("x-")
+    assert dataset_name({"name": "array", "root": str(paths[0]), "size": None}) == first
+    folders = [dataset_name({"name": "folder", "root": str(path.parent), "size": None}) for path in paths]
+    assert len({*folders}) == 3
+    (tmp_path / "a" / "y.npy").touch()
+    assert dataset_name({"name": str(tmp_path / "a"), "root": "data", "size": None}) != folders[0]
+
+
 def test_models_that_do_not_suit_are_left_out_with_a_reason(capsys):
     arguments = quality.arguments_of(["--models", "conv_ae", "vae", "topk_sae", "--code-sizes", "8", "20"])
     data = {"name": "array", "root": "tables/some table.npy", "batch_size": 4, "size": None}
     specs = quality.plan(arguments, data, (30,))
     found = [(spec["seed"], spec["model"], spec["row"]["code_size"]) for spec in specs]
     assert found == [(seed, *run) for seed in range(3) for run in (("vae", 8), ("vae", 20), ("topk_sae", 512))]
-    assert specs[0]["row"]["dataset"] == "some-table"
+    assert specs[0]["row"]["dataset"].startswith("some-table-")
     said = capsys.readouterr().err
     assert "conv_ae is left out at code size 8: convolutions take" in said and "vae is left out" not in said
     with pytest.raises(AezooError, match="no model is left"):

@@ -277,6 +277,14 @@ def test_seeds_of_one_budget_are_one_row_however_many_steps_they_took():
     assert len(report.over_seeds([{"model": "vae", "steps": str(i), "seed": "0"} for i in range(2)])) == 2
 
 
+def test_runs_of_other_draws_or_other_most_seconds_are_no_seeds_of_one_row():
+    base = {"model": "vae", "code_size": "8", "budget": "epochs=2", "mse": "1", "importance_samples": "10"}
+    rows = [base | {"seed": str(seed)} for seed in range(2)]
+    for other in ({"importance_samples": "100"}, {"most_seconds": "5"}):
+        found = report.over_seeds([*rows, base | {"seed": "0"} | other])
+        assert [row["seeds"] for row in found] == ["2", "1"]
+
+
 def test_runs_that_time_has_cut_are_marked():
     def cells(budget, *epochs):
         row = {"model": "vae", "budget": budget}

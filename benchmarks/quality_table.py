@@ -1,0 +1,88 @@
+"""The CSV of `benchmarks.quality`: which row is of which run, and the baselines that its rows have in common."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .common import Table, as_text
+
+KEY = ("model", "code_size", "seed", "budget", "batch_size", "probe_rows")
+BASELINE = ("pixels_probe", "pixels_knn", "pca_probe", "pca_knn", "pca_mse", "pca_psnr")
+
+
+class QualityTable(Table):
+    """A table in which a setting that had no part in a run's figures makes no other row of it.
+
+    `importance_samples` is empty where there is no log_likelihood, and in rows of before it was written down.
+    `most_seconds` is what a run was given: one that reached its epochs within less is the same as without.
+    """
+
+    def find(self, row: Mapping[str, object]) -> dict[str, str] | None:
+        """The row of the same run, if there is one: rather of the very `most_seconds` than of what had no part."""
+        wanted = {name: as_text(row.get(name)) for name in (*self.key, "importance_samples", "most_seconds")}
+        same = [there for there in self.rows if self._same(there, wanted)]
+        exact = [there for there in same if there.get("most_seconds", "") == wanted["most_seconds"]]
+        return next(iter(exact + same), None)
+
+    def _same(self, there: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+        if any(there.get(name, "") != wanted[name] for name in self.key):
+            return False
+        if len({there.get("importance_samples", ""), wanted["importance_samples"]} - {""}) > 1:
+            return False
+        most = wanted["most_seconds"]
+        return there.get("most_seconds", "") == most or (
+            is_whole(there) and (not most or float(there["seconds"]) <= float(most))
+        )
+
+    def put_run(self, row: Mapping[str, Any]) -> None:
+        """Put a run's row; how many draws there were is a setting where something was drawn, or may have been."""
+        drawn = row.get("error") or row.get("log_likelihood") is not None
+        self.put({**row, "importance_samples": row["importance_samples"] if drawn else None})
+
+    def baselines(self, probe_rows: int) -> dict[int, dict[str, str]]:
+        """Baselines that are there by code size, 0 for raw pixels: they depend on the data alone."""
+        known: dict[int, dict[str, str]] = {}
+        for row in self._probed(probe_rows):
+            for size, prefix in ((0, "pixels_"), (int(row["code_size"]), "pca_")):
+                found = {name: row[name] for name in BASELINE if name.startswith(prefix) and row.get(name)}
+                known |= {size: found} if found else {}
+        return known
+
+    def fill(self, baselines: Mapping[int, Mapping[str, Any]], probe_rows: int) -> None:
+        """Give baselines to rows that were measured without them, as when those had failed."""
+        changed = False
+        for row in self._probed(probe_rows):
+            for name, value in {**baselines.get(0, {}), **baselines.get(int(row["code_size"]), {})}.items():
+                if not row.get(name):
+                    row[name], changed = as_text(value), True
+        if changed:
+            self.write()
+
+    def _probed(self, probe_rows: int) -> Iterable[dict[str, str]]:
+        return (row for row in self.rows if row.get("probe_rows") == str(probe_rows))
+
+
+def is_whole(row: Mapping[str, str]) -> bool:
+    """Whether a run reached its budget of epochs."""
+    epochs, asked = row.get("epochs"), row["budget"].partition("epochs=")[2]
+    return bool(epochs and asked and float(epochs) >= float(asked))
+
+
+def dataset_name(data: Mapping[str, Any]) -> str:
+    """The data set as a word for a file name; of one's own files the name, and what tells two of that name apart."""
+    name = data["root"] if data["name"] in ("array", "folder") else data["name"]
+    own = "" if name == data["name"] and len(Path(name).parts) == 1 else _fingerprint(Path(name))
+    word = re.sub(r"[^\w.-]+", "-", Path(name).stem)
+    rows = f"{data['rows']}rows" if data.get("rows") else ""
+    return "-".join(filter(None, (word, own, str(data["size"] or ""), rows)))
+
+
+def _fingerprint(path: Path) -> str:
+    """Of a file its content, of a folder the names and sizes of its files: eight digits of a digest."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:8]
+    files = sorted((str(part.relative_to(path)), part.stat().st_size) for part in path.rglob("*") if part.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:8]

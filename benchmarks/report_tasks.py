@@ -15,7 +15,7 @@ from .common import Spread
 from .report_columns import Column, Row, markdown, number, plain, words
 
 # rows that share these are compared
-SETTING = ("dataset", "task", "code_size", "budget", "fit_rows", "test_rows")
+SETTING = ("dataset", "task", "code_size", "budget", "fit_rows", "test_rows", "classes")
 # peak signal-to-noise ratios, in dB, at which lossy methods are compared
 TARGETS = (14, 17, 20, 25)
 
@@ -216,7 +216,9 @@ def sentences(contest: Contest, rows: Sequence[Row]) -> Iterator[str]:
     about = ", ".join(filter(None, [first["dataset"], first.get("task", "").removeprefix("lossless, ")]))
     for figure in contest.figures[: contest.leads]:
         by = f", {figure.head}" if contest.leads > 1 else ""
-        yield f"- {about} (codes of {first['code_size']} numbers, {first['budget']}){by}: {verdict(figure, rows)}."
+        first_of = f", the first {first['classes']} classes" if first.get("classes") else ""
+        setting = f"codes of {first['code_size']} numbers, {first['budget']}{first_of}"
+        yield f"- {about} ({setting}){by}: {verdict(figure, rows)}."
 
 
 def table(contest: Contest, groups: Sequence[Sequence[Row]]) -> str:

@@ -17,7 +17,8 @@ Cut to bound the time, and settings of the script: steps of training; test sampl
 that priors, probes, detectors and tables are fitted to (--fit-rows). detect is for dense models, and leaves out elbo
 and iwae. The bytes of compressed files do not count the model, which the reader must have.
 
-Verbs of a data set, model and seed that are there already are kept; --again measures them anew.
+Verbs of a data set, model, seed and settings that are there already are kept; --again measures them anew. Baselines
+that are not there, as the model that was to bring them failed, are measured with another one, whose own rows stay.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from . import common
 from .parallel import run_rows
 from .quality import code_of
 from .quality_table import dataset_name
+from .tasks_table import KEY, Row, VerbTable, is_baseline
 
 VERBS = ("reconstruct", "generate", "denoise", "detect", "embed", "compress")
 # models under names of their own, where the registry's defaults are not what a verb needs
@@ -62,40 +64,6 @@ PICTURES = {
 }
 CORRUPT = "gaussian:0.3"
 QUALITIES = (-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
-KEY = ("dataset", "model", "seed", "budget")
-# columns of every CSV; the verb's own come after these
-FIRST = ("dataset", "model", "code_size", "seed", "budget", "fit_rows", "test_rows", "method", "kind")
-Row = dict[str, Any]
-
-
-class VerbTable(common.Table):
-    """The CSV of a verb: several rows for a key, which come and go together."""
-
-    def rows_of(self, head: Row) -> list[dict[str, str]]:
-        """All rows of a data set, model, seed and budget."""
-        wanted = [common.as_text(head[name]) for name in self.key]
-        return [row for row in self.rows if [row.get(name, "") for name in self.key] == wanted]
-
-    def needs(self, head: Any) -> bool:
-        """Whether these rows are still to be measured."""
-        there = self.rows_of(head)
-        failed = any(row.get("error") and row["kind"] == "ours" for row in there)
-        return not there or self.again == "all" or (self.again == "failed" and failed)
-
-    def replace(self, head: Row, rows: Sequence[Row]) -> None:
-        """Put rows in the place of those that were there, and write the file."""
-        old = self.rows_of(head)
-        self.rows = [row for row in self.rows if row not in old]
-        for row in rows:
-            cells = {name: (head | row).get(name) for name in FIRST} | row
-            self.rows.append({name: common.as_text(value) for name, value in cells.items() if name != "out_of_memory"})
-        self.write()
-
-    def has_baselines(self, head: Row) -> bool:
-        """Whether baselines are there of this data set, seed and code size."""
-        same = ("dataset", "seed", "code_size", "fit_rows", "test_rows")
-        wanted = [common.as_text(head[name]) for name in same]
-        return any(row["kind"] == "baseline" and [row.get(n, "") for n in same] == wanted for row in self.rows)
 
 
 def plan(arguments: argparse.Namespace, data: Row, input_shape: tuple[int, ...], tables: Any) -> list[Row]:
@@ -109,7 +77,7 @@ def plan(arguments: argparse.Namespace, data: Row, input_shape: tuple[int, ...],
             wanted.setdefault(name, []).append(verb)
     specs = []
     for seed in range(arguments.seeds):
-        given: set[str] = set()  # verbs whose baselines another model of this seed brings
+        runs: list[tuple[Row, list[tuple[str, str]]]] = []  # specs, and the baselines that their models can bring
         for name, verbs in wanted.items():
             registered, hyperparameters = NAMED.get(name, (name, {}))
             hyperparameters = hyperparameters | code_of(registered, size)
@@ -121,25 +89,50 @@ def plan(arguments: argparse.Namespace, data: Row, input_shape: tuple[int, ...],
                 continue
             head = {"dataset": dataset, "model": name, "seed": seed, "code_size": math.prod(model.code_shape)}
             head |= {"fit_rows": arguments.fit_rows, "test_rows": arguments.test_rows}
-            left = [verb for verb in verbs if tables[verb].needs(head | {"budget": budget(arguments, verb)})]
+            left = [verb for verb in verbs if tables[verb].needs(head_of(head, verb, arguments))]
             lossy = name != "bytes_vae"
-            fresh = [
-                verb
-                for verb in left
-                if verb not in given
-                and (arguments.again or not tables[verb].has_baselines(head))
-                and (verb != "compress" or (lossy and not seed))
-            ]
-            given |= {*fresh}
             spec = {"model": name, "registered": registered, "hyperparameters": hyperparameters, "seed": seed}
             spec |= {"data": data, "head": head, "verbs": left, "accelerator": arguments.accelerator}
             spec |= {"steps": arguments.steps, "detect_steps": arguments.detect_steps, "classes": arguments.classes}
             spec |= {"fit_rows": arguments.fit_rows, "test_rows": arguments.test_rows, "corrupt": CORRUPT}
-            spec |= {"qualities": QUALITIES, "lossless_only": not lossy, "baselines": fresh}
+            spec |= {"qualities": QUALITIES, "lossless_only": not lossy, "baselines": {}, "repairs": []}
             spec |= {"pictures": [verb for verb in left if not seed and PICTURES[verb] == (name, dataset)]}
             spec |= {"folder": str((arguments.results / "pictures").resolve())}
-            specs += [spec] if left else []
+            runs.append((spec, [(verb, task) for verb in verbs for task in parts(verb, model, lossy, seed)]))
+        _share_baselines(runs, tables, arguments)
+        specs += [spec for spec, _ in runs if spec["verbs"]]
     return specs
+
+
+def parts(verb: str, model: Any, lossy: bool, seed: int) -> list[str]:
+    """Tasks of a verb whose baselines a model can bring; those of compress depend on no seed."""
+    from .tasks_verbs import compress_tasks
+
+    if verb != "compress":
+        return [""]
+    return [] if seed else compress_tasks(model, lossy)
+
+
+def _share_baselines(runs: list[tuple[Row, list[tuple[str, str]]]], tables: Any, arguments: argparse.Namespace) -> None:
+    """Let one model of a seed bring what is missing: one that is measured anyway, or else one that has been."""
+    given: set[tuple[str, str]] = set()
+    for anyway in (True, False):
+        for spec, can in runs:
+            for verb, task in can:
+                head, measured = head_of(spec["head"], verb, arguments), verb in spec["verbs"]
+                if (verb, task) in given or not tables[verb].needs_baselines(head, task):
+                    continue
+                if measured if anyway else tables[verb].can_bring(head, task):
+                    given.add((verb, task))
+                    spec["baselines"].setdefault(verb, []).append(task)
+                    spec["repairs"] += [] if measured else [verb]
+                    spec["verbs"] += [] if measured else [verb]
+
+
+def head_of(head: Row, verb: str, arguments: argparse.Namespace) -> Row:
+    """What makes rows of a verb the same measurement."""
+    own = {"classes": arguments.classes} if verb == "detect" else {}
+    return head | {"budget": budget(arguments, verb)} | own
 
 
 def budget(arguments: argparse.Namespace, verb: str) -> str:
@@ -201,8 +194,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"[{i}/{len(specs)}] {head['dataset']}, {head['model']}, seed {head['seed']}", flush=True)
         for verb in spec["verbs"]:
             failed = {"method": head["model"], "kind": "ours", "error": found.get("error")}
-            rows = found.get("verbs", {}).get(verb) or [failed]
-            tables[verb].replace(head | {"budget": budget(arguments, verb)}, rows)
+            rows, whole = found.get("verbs", {}).get(verb) or [failed], head_of(head, verb, arguments)
+            if verb in spec["repairs"]:
+                brought = [row for row in rows if is_baseline(head | row)]
+                tables[verb].replace(whole, tables[verb].own(whole) + brought)
+            else:
+                tables[verb].replace(whole, rows)
             for row in rows:
                 if row.get("error"):
                     print(f"    {verb}, {row['method']}: {row['error']}", flush=True)

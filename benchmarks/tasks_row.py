@@ -30,8 +30,8 @@ def measure(spec: Row) -> Row:
 
     Args:
         spec: model (its name in the tables), registered (its name in the registry), hyperparameters, data (arguments of
-            the DataModule), seed, steps, detect_steps, verbs, fit_rows, test_rows, accelerator; baselines and pictures,
-            the verbs that are to give some; folder, where pictures go.
+            the DataModule), seed, steps, detect_steps, verbs, fit_rows, test_rows, accelerator; baselines, the
+            parts of verbs that are to give some; pictures, the verbs that are; folder, where those go.
     """
     data = open_data(spec["data"], spec["seed"])
     test, train = Samples.of(data, "test").take(spec["test_rows"]), Samples.of(data, "train").take(spec["fit_rows"])
@@ -47,7 +47,7 @@ def measure(spec: Row) -> Row:
                     found[verb] = _detect(spec, data, test, out)
                 else:
                     assert model is not None
-                    found[verb] = VERBS[verb](Work(spec, model, train, test, verb in spec["baselines"], out))
+                    found[verb] = VERBS[verb](Work(spec, model, train, test, spec["baselines"].get(verb, []), out))
             except Exception as error:
                 traceback.print_exc()
                 found[verb] = [{"method": spec["model"], "kind": OURS, **processes.failure(error)}]

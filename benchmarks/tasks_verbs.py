@@ -34,7 +34,7 @@ class Work:
         model: trained.
         train: training samples, as many as `fit_rows` at most.
         test: test samples, as many as `test_rows` at most.
-        baselines: whether the rows of this data set and seed are still without baselines.
+        baselines: parts of the verb, as in the column `task`, whose baselines are asked for; "" is all of a verb.
         out: folder for the verb's pictures, or None.
     """
 
@@ -42,7 +42,7 @@ class Work:
     model: aezoo.Autoencoder
     train: Samples
     test: Samples
-    baselines: bool
+    baselines: list[str]
     out: str | None
 
     @property
@@ -120,7 +120,7 @@ class _Judge:
 def _denoise(work: Work) -> list[Row]:
     noise = work.spec["corrupt"]
     found = denoise(
-        work.model, work.test, corrupt=noise, baselines=work.baselines or work.out is not None,
+        work.model, work.test, corrupt=noise, baselines=bool(work.baselines) or work.out is not None,
         n_compared=work.spec["test_rows"], out=work.out, seed=work.seed,
     )  # fmt: skip
     ours, *others = found.table
@@ -143,31 +143,37 @@ def _embed(work: Work) -> list[Row]:
     ]
 
 
+def compress_tasks(model: aezoo.Autoencoder, lossy: bool) -> list[str]:
+    """What compress does with a model: lossy if asked for, and lossless where the model can."""
+    tasks = ["lossy"] if lossy else []
+    if model.has_prior and hasattr(model, "posterior") and model.likelihood.discrete:
+        tasks.append(f"lossless, {'binarised' if isinstance(model.likelihood, Bernoulli) else 'bytes'}")
+    return tasks
+
+
 def _compress(work: Work) -> list[Row]:
-    """Lossy, and lossless where the model can; what it is held against depends on no seed."""
+    """Lossy, and lossless where the model can."""
     rows = []
-    if not work.spec["lossless_only"]:
-        qualities, compare = tuple(work.spec["qualities"]), work.baselines or work.out is not None
-        lossy = compress(
-            work.model, work.test, mode="lossy", quality=qualities, compare=compare, fit_on=work.train, out=work.out,
-            seed=work.seed,
-        )  # fmt: skip
-        for row in lossy.rows:
-            ours = row["method"].startswith("aezoo")
-            # what loses nothing has no place on a curve of losses
-            if ours or (work.baselines and "(lossless)" not in row["method"]):
-                method = work.name if ours else row["method"]
-                rows.append({"task": "lossy"} | row | {"method": method, "kind": OURS if ours else BASELINE})
-    if work.model.has_prior and hasattr(work.model, "posterior") and work.model.likelihood.discrete:
-        binary = isinstance(work.model.likelihood, Bernoulli)
-        task = {"task": f"lossless, {'binarised' if binary else 'bytes'}"}
+    for task in compress_tasks(work.model, not work.spec["lossless_only"]):
+        asked = task in work.baselines
+        if task == "lossy":
+            lossy = compress(
+                work.model, work.test, mode="lossy", quality=tuple(work.spec["qualities"]),
+                compare=asked or work.out is not None, fit_on=work.train, out=work.out, seed=work.seed,
+            )  # fmt: skip
+            for row in lossy.rows:
+                ours = row["method"].startswith("aezoo")
+                # what loses nothing has no place on a curve of losses
+                if ours or (asked and "(lossless)" not in row["method"]):
+                    method = work.name if ours else row["method"]
+                    rows.append({"task": task} | row | {"method": method, "kind": OURS if ours else BASELINE})
+            continue
         try:
-            lossless = compress(
-                work.model, work.test, mode="lossless", binarise=binary, compare=work.seed == 0, seed=work.seed
-            )
-            rows += [task | row | _named(row["method"], work.name) for row in lossless.rows]
+            binary = task.endswith("binarised")
+            lossless = compress(work.model, work.test, mode="lossless", binarise=binary, compare=asked, seed=work.seed)
+            rows += [{"task": task} | row | _named(row["method"], work.name) for row in lossless.rows]
         except AezooError as error:  # such as values that are not whole numbers from 0 to 255, as in digits
-            rows.append(task | {"method": work.name, "kind": OURS, "error": str(error)})
+            rows.append({"task": task, "method": work.name, "kind": OURS, "error": str(error)})
     return [{key: value for key, value in row.items() if value == value} for row in rows]  # without NaN
 
 

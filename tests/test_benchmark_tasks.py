@@ -10,7 +10,7 @@ from aezoo import DataModule
 from aezoo.errors import AezooError
 from aezoo.tasks.samples import Samples
 from benchmarks import report, report_tasks, tasks
-from benchmarks.common import Table
+from benchmarks.common import Table, read_csv
 from benchmarks.report_tasks import CONTESTS, Figure, at_targets, merged, over_classes, sentences, verdict
 
 SMALL = ["--data", "digits", "--seeds", "1", "--steps", "2", "--detect-steps", "2", "--classes", "1"]
@@ -93,9 +93,10 @@ def test_a_model_is_trained_once_for_all_its_verbs_and_one_model_of_a_seed_bring
     assert len(runs) == len({*runs}) and {seed for _, seed in runs} == {0, 1}
     for verb, models in tasks.MODELS.items():
         assert {spec["model"] for spec in specs if verb in spec["verbs"]} == {*models}
-        bringing = [spec["seed"] for spec in specs if verb in spec["baselines"]]
+        bringing = [(spec["seed"], task) for spec in specs for task in spec["baselines"].get(verb, [])]
         # those of compress depend on no seed
-        assert bringing == ([0] if verb == "compress" else [0, 1]), verb
+        once = [(0, "lossy"), (0, "lossless, binarised"), (0, "lossless, bytes")]
+        assert bringing == (once if verb == "compress" else [(0, ""), (1, "")]), verb
     assert {spec["head"]["code_size"] for spec in specs} == {32}
 
 
@@ -107,8 +108,9 @@ def test_rows_that_failed_are_measured_again_when_that_is_asked_for(tmp_path):
     assert plan_of(tmp_path, *words)[0] == []
     assert len(plan_of(tmp_path, *words, "--again", "failed")[0]) == 1
     # rows of a key come and go together
-    tables["embed"].replace(head, [{"method": "vae", "kind": "ours", "probe": 0.5}])
-    assert [row.get("error") for row in tables["embed"].rows] == [None]
+    whole = [{"method": "vae", "kind": "ours", "probe": 0.5}, {"method": "raw values", "kind": "baseline"}]
+    tables["embed"].replace(head, whole)
+    assert [row.get("error") for row in tables["embed"].rows] == [None, None]
     assert plan_of(tmp_path, *words, "--again", "failed")[0] == []
     assert len(plan_of(tmp_path, *words, "--again")[0]) == 1
 
@@ -119,6 +121,137 @@ def test_what_a_model_refuses_is_left_out_with_a_reason_and_names_are_checked(tm
     assert "topk_sae is left out on mnist5k: k must lie" in capsys.readouterr().err
     with pytest.raises(AezooError, match="did you mean 'dense_ae'"):
         plan_of(tmp_path, "--models", "dens_ae")
+
+
+# ---- what a run that goes on finds and brings -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Runs of embed without training: rows of a model and, where they are asked for, of baselines."""
+    asked, failing, notes = [], set(), []
+
+    def run_rows(module, specs, *_):
+        for spec in specs:
+            name, brings = spec["model"], spec["baselines"].get("embed", [])
+            asked.append((name, spec["seed"], bool(brings)))
+            if name in failing:
+                yield spec, {"error": "killed by SIGKILL", "out_of_memory": True}
+                continue
+            rows = [{"method": name, "kind": "ours", "probe": 0.5}]
+            raw = {"method": "raw values", "kind": "baseline", "probe": 0.25, "error": notes[0] if notes else ""}
+            yield spec, {"verbs": {"embed": rows + [raw] * bool(brings)}}
+
+    monkeypatch.setattr(tasks, "run_rows", run_rows)
+
+    def run(*words):
+        asked.clear()
+        few = ["--verbs", "embed", "--data", "digits", "--models", "linear_ae", "dense_ae", "--seeds", "1"]
+        tasks.main([*few, "--results", str(tmp_path), *words])
+        (path,) = tmp_path.glob("tasks-embed-*.csv")
+        return [*asked], [(row["model"], row["method"], row["error"]) for row in read_csv(path)[1]]
+
+    run.failing, run.notes = failing, notes
+    return run
+
+
+OURS = [("linear_ae", "linear_ae", ""), ("dense_ae", "dense_ae", "")]
+RAW = ("linear_ae", "raw values", "")
+
+
+def test_rows_of_other_settings_are_other_rows_with_baselines_of_their_own(fake):
+    assert fake() == ([("linear_ae", 0, True), ("dense_ae", 0, False)], [OURS[0], RAW, OURS[1]])
+    for number, words in enumerate((["--code-size", "5"], ["--fit-rows", "7"], ["--test-rows", "7"], ["--steps", "7"])):
+        asked, rows = fake(*words)
+        assert asked == [("linear_ae", 0, True), ("dense_ae", 0, False)], words
+        assert rows == [OURS[0], RAW, OURS[1]] * (number + 2)
+        assert fake(*words)[0] == fake()[0] == []
+
+
+def test_fewer_classes_are_another_setting_of_detect_alone(tmp_path):
+    (spec,), tables = plan_of(tmp_path, "--verbs", "detect", "embed", "--models", "vae", "--seeds", "1")
+    for verb in ("detect", "embed"):
+        head = tasks.head_of(spec["head"], verb, tasks.arguments_of([]))
+        tables[verb].replace(head, [{"method": m, "kind": k} for m, k in (("vae, nll", "ours"), ("knn", "baseline"))])
+    words = ("--verbs", "detect", "embed", "--models", "vae", "--seeds", "1", "--classes", "2")
+    (spec,), tables = plan_of(tmp_path, *words)
+    assert spec["verbs"] == ["detect"] and spec["baselines"] == {"detect": [""]}
+    tables["detect"].replace(
+        tasks.head_of(spec["head"], "detect", tasks.arguments_of(words)), [{"method": "vae, nll", "kind": "ours"}]
+    )
+    assert [row.get("classes", "") for row in tables["detect"].rows] == ["", "", "2"]
+    assert plan_of(tmp_path, "--verbs", "detect", "embed", "--models", "vae", "--seeds", "1")[0] == []
+
+
+def test_baselines_that_a_model_failed_to_bring_are_brought_by_the_next_run(fake):
+    fake.failing.add("linear_ae")
+    lost = ("linear_ae", "linear_ae", "killed by SIGKILL")
+    assert fake()[1] == [lost, OURS[1]]
+    # by a model that is there, whose own rows stay; the one that failed is tried again on demand alone
+    fake.failing.add("dense_ae")
+    assert fake() == ([("dense_ae", 0, True)], [lost, OURS[1]])
+    fake.failing.remove("dense_ae")
+    asked, rows = fake()
+    assert asked == [("dense_ae", 0, True)] and rows == [lost, OURS[1], ("dense_ae", "raw values", "")]
+    assert fake()[0] == []
+    fake.failing.clear()
+    asked, rows = fake("--again", "failed")
+    assert asked == [("linear_ae", 0, False)] and sorted(rows) == sorted([*OURS, ("dense_ae", "raw values", "")])
+
+
+def test_baselines_that_no_model_could_bring_are_brought_with_a_new_one(fake):
+    fake.failing.update({"linear_ae", "dense_ae"})
+    fake()
+    assert fake()[0] == []
+    asked, _ = fake("--models", "linear_ae", "vae")
+    assert asked == [("vae", 0, True)]
+
+
+def test_baselines_outlive_the_failure_of_their_model_and_are_there_once_after_another_brings_them(fake):
+    fake()
+    fake.failing.add("linear_ae")
+    _, rows = fake("--models", "linear_ae", "--again")
+    assert rows.count(RAW) == 1 and ("linear_ae", "linear_ae", "killed by SIGKILL") in rows
+    _, rows = fake("--models", "dense_ae", "--again")
+    assert [row for row in rows if row[1] == "raw values"] == [("dense_ae", "raw values", "")]
+
+
+def test_a_baseline_that_failed_is_measured_again_when_that_is_asked_for(fake):
+    fake.notes.append("no room")
+    fake()
+    fake.notes.clear()
+    assert fake()[0] == []
+    asked, rows = fake("--again", "failed")
+    assert asked == [("linear_ae", 0, True)] and sorted(rows) == sorted([*OURS, RAW])
+
+
+def test_each_part_of_compress_has_its_own_baselines(tmp_path):
+    words = ("--verbs", "compress", "--models", "vae", "conv_vae", "bytes_vae", "--seeds", "1")
+    specs, tables = plan_of(tmp_path, *words)
+    assert [spec["baselines"] for spec in specs] == [
+        {"compress": ["lossy", "lossless, binarised"]}, {}, {"compress": ["lossless, bytes"]},
+    ]  # fmt: skip
+    heads = [tasks.head_of(spec["head"], "compress", tasks.arguments_of(words)) for spec in specs]
+    for head, kinds in zip(
+        heads, ({"lossy": 1}, {"lossy": 0, "lossless, binarised": 0}, {"lossless, bytes": 0}), strict=True
+    ):
+        rows = [{"task": task, "method": head["model"], "kind": "ours"} for task in kinds]
+        tables["compress"].replace(
+            head, rows + [{"task": "lossy", "method": "JPEG", "kind": "baseline"}] * kinds.get("lossy", 0)
+        )
+    # a bound is a reference, but of a model
+    bound = {"task": "lossless, binarised", "method": "conv_vae, -ELBO", "kind": "reference"}
+    tables["compress"].rows.append(heads[1] | bound)
+    repairs = plan_of(tmp_path, *words)[0]
+    assert [(spec["model"], spec["baselines"], spec["repairs"]) for spec in repairs] == [
+        ("conv_vae", {"compress": ["lossless, binarised"]}, ["compress"]),
+        ("bytes_vae", {"compress": ["lossless, bytes"]}, ["compress"]),
+    ]
+    # what a model refuses is not asked for again and again
+    tables["compress"].replace(
+        heads[2], [{"task": "lossless, bytes", "method": "bytes_vae", "kind": "ours", "error": "no"}]
+    )
+    assert [spec["model"] for spec in plan_of(tmp_path, *words)[0]] == ["conv_vae"]
 
 
 # ---- what the report says -------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "vamp_vae": ("n_components=100",),
 }
 PARTIES = ("aezoo", "pythae")
-KEY = ("model", "party", "seed", "epochs", "batch", "latent_dim", "importance_samples")
+KEY = ("model", "party", "seed", "epochs", "batch", "latent_dim", "importance_samples", "elbo_samples")
 
 
 def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
@@ -180,7 +180,7 @@ def main(argv: Sequence[str]) -> int:
             for party in PARTIES:
                 row: dict[str, Any] = {"model": name, "party": party, "seed": seed, "epochs": asked.epochs}
                 row |= {"batch": asked.batch, "latent_dim": asked.latent_dim, "options": " ".join(MODELS[name])}
-                row |= {"importance_samples": asked.importance_samples}
+                row |= {"importance_samples": asked.importance_samples, "elbo_samples": asked.elbo_samples}
                 of_this_run.append(row)
                 if not table.needs(row):
                     continue
@@ -189,9 +189,10 @@ def main(argv: Sequence[str]) -> int:
                 table.put({key: row.get(key) for key in columns})
                 _compare(table, row)
                 print(f"{name} by {party}, seed {seed}: {row.get('error') or row['log_likelihood']}", flush=True)
-    print(summary([there for row in of_this_run if (there := table.find(row))]))
+    rows = [there for row in of_this_run if (there := table.find(row))]
+    print(summary(rows))
     print(path)
-    return 1 if any(row.get("error") for row in table.rows) else 0
+    return 1 if any(row.get("error") for row in rows) else 0
 
 
 if __name__ == "__main__":

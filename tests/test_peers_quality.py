@@ -75,6 +75,12 @@ def test_a_run_that_failed_is_told_and_tried_again_alone(fake):
     assert code == 0 and len(fake.calls) == 3 and not rows[1]["error"]
 
 
+def test_a_row_of_another_run_that_failed_is_no_failure_of_this_one(fake):
+    fake.failing.add(1)
+    assert fake("--models", "vae", "--seeds", "1")[0] == 1
+    assert fake("--models", "iwae", "--seeds", "1")[0] == 0
+
+
 def test_the_difference_is_written_whichever_of_both_came_last(fake):
     fake.failing.add(1)
     rows = fake("--models", "vae", "--seeds", "1")[1]
@@ -86,7 +92,7 @@ def test_the_difference_is_written_whichever_of_both_came_last(fake):
 
 def test_rows_of_other_settings_are_neither_taken_nor_summed_up(fake, capsys):
     fake("--models", "vae", "iwae", "--seeds", "1")
-    for flag, value in (("--epochs", "7"), ("--latent-dim", "7"), ("--batch", "50")):
+    for flag, value in (("--epochs", "7"), ("--latent-dim", "7"), ("--batch", "50"), ("--elbo-samples", "3")):
         before, _ = len(fake.calls), capsys.readouterr()
         _, rows = fake("--models", "vae", "--seeds", "1", flag, value)
         assert len(fake.calls) == before + 2

@@ -4,6 +4,7 @@ Nothing here imports torch before it must: a script that only reads its argument
 """
 
 import argparse
+import contextlib
 import csv
 import math
 import os
@@ -12,7 +13,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,6 +208,19 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     return [line.removeprefix(mark) for line in lines if line.startswith(mark)], rows
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make one line of what keeps a file of results from being written.
+
+    Raises:
+        AezooError: cause and cure.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise AezooError(f"cannot write {path}: {error.strerror}; give another folder by --results") from error
+
+
 class Table:
     """A CSV that is whole after every row: rows of a run that was broken off are there, and are not measured again.
 
@@ -247,16 +261,18 @@ class Table:
     def write(self) -> None:
         """Write all rows; the file is the old one or the new one, never a part."""
         columns = [*dict.fromkeys(name for row in self.rows for name in row if name != "error"), "error"]
-        try:
+        part = self.path.with_suffix(".part")
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(".part")
-            with part.open("w", newline="", encoding="utf-8") as file:
-                file.writelines(f"# command: {command}\n" for command in self.commands)
-                writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(self.rows)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self.path)
-        except OSError as error:
-            raise AezooError(f"cannot write {self.path}: {error.strerror}; give another folder by --results") from error
+            try:
+                with part.open("w", newline="", encoding="utf-8") as file:
+                    file.writelines(f"# command: {command}\n" for command in self.commands)
+                    writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+                    writer.writeheader()
+                    writer.writerows(self.rows)
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(self.path)
+            finally:
+                # what a full disk has cut off takes the room that the next attempt needs
+                part.unlink(missing_ok=True)

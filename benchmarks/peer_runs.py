@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .common import ROOT
+from .common import ROOT, writing
 from .peer_scripts.job import Job
 
 _SCRIPTS = Path(__file__).with_name("peer_scripts")
@@ -153,8 +153,9 @@ class Part:
             return
         if lines:
             print(f"{path.name} holds runs with other settings: they are dropped", file=sys.stderr)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(head + "\n", encoding="utf-8")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(head + "\n", encoding="utf-8")
 
     def has(self, party: str, turn: int) -> bool:
         """That run is there and has not failed."""
@@ -164,7 +165,7 @@ class Part:
         """Keep a run, with its `result` or its `error`."""
         run = {"party": party, "round": turn, **outcome}
         self.runs[party, turn] = run
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             # begun with a line break: the line before may have been cut off
             file.write("\n" + json.dumps(run))
 

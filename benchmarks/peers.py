@@ -45,8 +45,8 @@ What comes before the first epoch and after the last is in neither. The zoo runs
 drawn as for a user; what others print goes to a file, where Keras and pythae draw their bars all the same and Lightning
 draws its own at the end alone.
 
-Runs that are done stay in a .part file beside the CSV: the same command goes on where it was stopped and tries again
-what failed. Environments that parties need are made with pip in --envs, once.
+Runs that are done stay in a .part file beside the CSV: the same command, without --again, goes on where it was stopped
+and tries again what failed. Environments that parties need are made with pip in --envs, once.
 
 With --accelerator cuda clocks are read when the GPU has done what it was given, and the CSV bears the GPU's name. CUDA
 has not been run yet: what leads up to it is tested on the CPU.
@@ -63,7 +63,7 @@ from typing import Any
 
 from aezoo.errors import AezooError
 
-from .common import Spread, Table, command_line, environment, parser
+from .common import Spread, Table, at_least, command_line, environment, parser, seconds
 from .environments import EnvironmentFailure, cache, python_for
 from .peer_runs import Part, RunFailure, train
 from .peer_scripts.__main__ import PARTIES
@@ -92,11 +92,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     made.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu", help="where all parties train (cpu)")
     made.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    made.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads of every party (1)")
-    made.add_argument("--repeats", type=_positive, default=3, metavar="N", help="rounds (3)")
-    made.add_argument("--rows", type=_positive, metavar="N", help="training rows (those of the workload)")
-    made.add_argument("--batch", type=_positive, metavar="N", help="rows a step (that of the workload)")
-    made.add_argument("--epochs", type=_positive, metavar="N", help="epochs, the first is warm-up (of the workload)")
+    made.add_argument("--threads", type=at_least(1), default=1, metavar="N", help="threads of every party (1)")
+    made.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="rounds (3)")
+    made.add_argument("--rows", type=at_least(1), metavar="N", help="training rows (those of the workload)")
+    made.add_argument("--batch", type=at_least(1), metavar="N", help="rows a step (that of the workload)")
+    made.add_argument("--epochs", type=at_least(1), metavar="N", help="epochs, the first is warm-up (of the workload)")
     made.add_argument("--seed", type=int, default=0, metavar="N")
     made.add_argument(
         "--pin",
@@ -107,7 +107,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument(
         "--aezoo-flags", default="", metavar="FLAGS", help="more flags of aezoo fit, e.g. --aezoo-flags='--compile off'"
     )
-    made.add_argument("--timeout", type=float, default=3600, metavar="S", help="seconds for a run (3600)")
+    made.add_argument("--timeout", type=seconds, default=3600.0, metavar="S", help="seconds for a run (3600)")
     made.add_argument("--envs", type=Path, default=cache(), metavar="DIR", help="environments of parties (%(default)s)")
     found = made.parse_args(argv)
     workload = WORKLOADS[found.workload]
@@ -116,13 +116,6 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     found.batch = found.batch or workload.batch
     found.epochs = found.epochs or workload.epochs
     return found
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def default_parties(precision: str, accelerator: str = "cpu") -> list[str]:

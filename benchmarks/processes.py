@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -95,8 +95,7 @@ def run_row(
             process.kill()  # before it has a group of its own
             process.join()
             _running.discard(group)
-        rows = [json.loads(part.read_text()) for part in sorted(Path(folder).glob("row.*"))]
-        return _judge(rows, code, timeout, log)
+        return _judge([*_read(Path(folder))], code, timeout, log)
 
 
 class _Spawned:
@@ -183,6 +182,13 @@ def end_all() -> None:
 def _end(group: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
+
+
+def _read(folder: Path) -> Iterator[dict[str, Any]]:
+    for part in sorted(folder.glob("row.*")):
+        # a full disk or the end of its process may have cut it off
+        with contextlib.suppress(ValueError):
+            yield json.loads(part.read_text())
 
 
 def _judge(rows: list[dict[str, Any]], code: int | None, timeout: float, log: Path) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is asked for."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = arguments_of(words)
+    _check(arguments)
     command = command_line("speed", words)
     if arguments.startup:
         from .startup import measure_startup
@@ -112,6 +113,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(table.path)
 
 
+def _check(arguments: Namespace) -> None:
+    for flag in ("repeats", "seconds", "timeout", "threads"):
+        value = getattr(arguments, flag)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise AezooError(f"--{flag} is {value}: give a number above 0")
+    if arguments.steps < 0:
+        raise AezooError(f"--steps is {arguments.steps}: give a number above 0, or leave it out to go by --seconds")
+
+
 def plan(arguments: Namespace) -> list[dict[str, Any]]:
     """All rows that are asked for.
 
@@ -119,10 +129,6 @@ def plan(arguments: Namespace) -> list[dict[str, Any]]:
         AezooError: a value that cannot be.
     """
     devices = sorted(_numbers("--devices", arguments.devices.split(",")))
-    for flag in ("repeats", "seconds", "timeout", "threads"):
-        value = getattr(arguments, flag)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise AezooError(f"--{flag} is {value}: give a number above 0")
     batches = _numbers("--batch", arguments.batch)
     shapes = [tuple(_numbers("--shapes", text.split("x"))) for text in arguments.shapes]
     on_cpu = arguments.accelerator == "cpu" or "-cpu" in environment(arguments)

@@ -146,7 +146,6 @@ def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
             spec, str(Path(folder, "count")), [launches], max_epochs=-1, max_steps=launches.skip + launches.steps
         ).fit(model, data)
         row |= {"kernel_launches": launches.kernels, "host_device_copies": launches.copies}
-    # what follows is the same on every rank
     # what follows is the first rank's alone, and terms over all ranks would wait for the others
     ranks.disconnect()
     return row | _work(spec, x, device, rate.median) if fit.is_global_zero else row

@@ -51,9 +51,11 @@ def measure_startup(arguments: Namespace, command: str) -> None:
     if not any(table.needs({"what": name}) for name in names.values()):
         print(f"{path}: there already")
         return
+    # of which the name of the file speaks
+    where = [] if arguments.accelerator == "auto" else [f"--trainer.accelerator={arguments.accelerator}"]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(1 + arguments.repeats):
-        for name, words in (("imports", ["-c", _IMPORTS]), ("first step", ["-c", _FIRST_STEP, *fit])):
+        for name, words in (("imports", ["-c", _IMPORTS]), ("first step", ["-c", _FIRST_STEP, *fit, *where])):
             took = _seconds(words, arguments.timeout)
             if turn:  # the first of each fills the caches of files and byte code
                 seconds[name].append(took)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import aezoo
 from aezoo.callbacks import FaultGuard
-from benchmarks import measure, processes, speed
+from benchmarks import measure, processes, speed, startup
 from benchmarks.common import read_csv
 
 ROOT = Path(__file__).parent.parent
@@ -133,11 +133,30 @@ def test_no_batch_fits():
         (["--models", "vea"], "did you mean 'vae'"),
         (["--models", "vae:{net"], "write settings as in"),
         (["--repeats", "0"], "--repeats"),
+        (["--steps", "-1"], "--steps"),
+        (["--startup", "--repeats", "0"], "--repeats"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(tmp_path, words, message):
+def test_what_cannot_be_measured_is_refused(tmp_path, monkeypatch, words, message):
+    monkeypatch.setattr(startup, "_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(speed, "run_row", lambda *_: {})
     with pytest.raises(aezoo.AezooError, match=message):
         speed.main([*words, "--results", str(tmp_path)])
+
+
+@pytest.mark.parametrize("accelerator", ["auto", "cpu"])
+def test_the_first_step_is_taken_where_the_file_s_name_says(tmp_path, monkeypatch, accelerator):
+    ran = []
+    monkeypatch.setattr(startup, "_seconds", lambda words, _: ran.append(words) or 1.0)
+    speed.main(["--startup", "--repeats", "1", "--accelerator", accelerator, "--results", str(tmp_path)])
+    assert (
+        ran[1][2:]
+        == ["fit", "-c", "dense_article", "--compile", "off", f"--trainer.accelerator={accelerator}"][
+            : 5 + (accelerator != "auto")
+        ]
+    )
+    (path,) = tmp_path.glob("speed-startup-*.csv")
+    assert read_csv(path)[1][1]["what"] == "aezoo fit -c dense_article --compile off"
 
 
 def test_workloads_have_settings_that_their_models_take():
@@ -255,6 +274,27 @@ def test_whatever_happens_in_its_process_a_row_comes_back(tmp_path, warm):
     assert killed == {"error": "killed by SIGKILL", "out_of_memory": True}
     ranks = [processes.failure(ConnectionError("peer")), processes.failure(RuntimeError("out of memory"))]
     assert processes._judge(ranks, 1, 1, tmp_path)["out_of_memory"]
+
+
+def test_a_row_that_was_not_written_whole_is_a_failure_and_no_traceback(tmp_path, monkeypatch):
+    def cut_off(module, argv, log, variables):
+        Path(f"{argv[1]}.0").write_text('{"samples_per_s": 12')
+        log.write_text("OSError: [Errno 28] No space left on device")
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"], start_new_session=True)
+
+    class Process:
+        def __init__(self, *args):
+            self._process = cut_off(*args)
+            self.pid, self.kill = self._process.pid, self._process.kill
+            self.join = self._process.wait
+
+        @property
+        def exitcode(self):
+            return self._process.poll()
+
+    monkeypatch.setattr(processes, "_Spawned", Process)
+    row = processes.run_row("speed_row", {}, 60)
+    assert row == {"error": "exit code 1: OSError: [Errno 28] No space left on device"}
 
 
 def test_forked_rows_come_back_from_all_threads_and_end_in_time():

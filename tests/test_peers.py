@@ -365,6 +365,24 @@ def test_a_cut_line_of_the_runs_is_not_a_run(tmp_path):
     assert json.loads(part.path.read_text()) == {"settings": {"rows": 2}}
 
 
+def test_a_part_that_cannot_be_written_is_said_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(AezooError, match=r"cannot write .*x\.part: .*; give another folder by --results"):
+        peer_runs.Part(tmp_path / "file" / "x.part", {})
+    part = peer_runs.Part(tmp_path / "x.part", {})
+    part.path.unlink()
+    part.path.mkdir()
+    with pytest.raises(AezooError, match=r"cannot write .*x\.part: Is a directory"):
+        part.add("loop", 0, error="it broke")
+
+
+@pytest.mark.parametrize("wrong", [("--rows", "0"), ("--threads", "x"), ("--timeout", "nan"), ("--timeout", "0")])
+def test_a_wrong_number_is_refused_in_plain_words(wrong, capsys):
+    with pytest.raises(SystemExit):
+        peers.arguments(["dense", *wrong])
+    assert f"argument {wrong[0]}: '{wrong[1]}' is no " in capsys.readouterr().err
+
+
 # ---- environments ---------------------------------------------------------------------------------------------------
 
 

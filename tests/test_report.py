@@ -1,5 +1,6 @@
 """The CSVs of the benchmarks, the report that is made of them, and the command that runs them all."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 import aezoo
 from aezoo import cli
+from aezoo.errors import AezooError
 from benchmarks import plots, report, report_columns, report_pca, speed, targets
 from benchmarks.common import Table, command_line, processor, read_csv
 
@@ -33,6 +35,19 @@ def test_a_csv_is_whole_after_each_row(tmp_path):
     assert rows[0] == machine | {"model": "vae", "mse": "0.33333", "error": ""}
     assert rows[1] == machine | {"model": "dense_ae", "mse": "123456", "error": 'a "quoted", text of two lines'}
     assert [p.name for p in path.parent.iterdir()] == ["a.csv"]
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one_alone(tmp_path, monkeypatch):
+    table = Table(tmp_path / "some.csv", ("a",), "it")
+    table.put({"a": 1})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("benchmarks.common.os.fsync", full)
+    with pytest.raises(AezooError, match="No space left on device; give another folder by --results"):
+        table.put({"a": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["some.csv"] and len(read_csv(tmp_path / "some.csv")[1]) == 1
 
 
 def test_a_broken_csv_is_named(tmp_path):

@@ -36,11 +36,11 @@ NET = {"net": "conv", "hidden_dims": (32, 64)}
 TITOK = {"width": 32, "decoder_width": 32}
 # as in table 5 of https://arxiv.org/abs/2309.15505
 FSQ_LEVELS = {4: (5, 3), 6: (8, 8), 8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 5)}
-KEY = ("model", "options", "seed", "bits_a_place", "budget", "batch_size", "rows")
+KEY = ("model", "options", "seed", "bits_a_place", "budget", "batch_size", "rows", "most_seconds")
 FIGURES = ("mse", "psnr", "ssim", "usage", "perplexity", "used_bits", "loss", "seconds")
 COLUMNS = (
     *("model", "options", "dataset", "seed", "bits_a_place", "bits", "budget", "batch_size", "rows", "epochs", "steps"),
-    *(*FIGURES, "parameters", "threads", "device", "error"),
+    *("most_seconds", *FIGURES, "parameters", "threads", "device", "error"),
 )
 
 
@@ -80,6 +80,7 @@ def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple
     places = math.prod(registry.create_model("vq_vae", input_shape, **NET).code_shape[1:])
     fixed = {"dataset": dataset_name(data | {"rows": None}), "budget": f"epochs={arguments.epochs}"}
     fixed |= {"batch_size": data["batch_size"], "rows": data["rows"] or "all"}
+    fixed |= {"most_seconds": arguments.most_seconds}
     specs = []
     for bits in arguments.bits:
         for model, options in settings(bits, places):

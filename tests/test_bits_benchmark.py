@@ -52,6 +52,15 @@ def plan(*argv, shape=(1, 28, 28)):
 # ---- what is run ----------------------------------------------------------------------------------------------------
 
 
+def test_a_run_that_is_given_less_time_is_another_row(tmp_path):
+    words = ("--models", "fsq_vae", "--bits", "6", "--seeds", "1")
+    (whole,), (cut,) = plan(*words), plan(*words, "--most-seconds", "5")
+    table = Table(tmp_path / "bits.csv", bits.KEY, "it")
+    # rows of before have no such column
+    table.put({name: value for name, value in whole["row"].items() if name != "most_seconds"})
+    assert not table.needs(whole["row"]) and table.needs(cut["row"])
+
+
 def test_no_model_that_gives_indices_is_left_out():
     models = {name: registry.model_class(name) for name in registry.list_models(family="quantised")}
     wanted = {name for name, cls in models.items() if cls.discrete_code and not issubclass(cls, IndexPrior)}

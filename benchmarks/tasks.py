@@ -44,6 +44,12 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "conv_denoising_ae": ("denoising_ae", {"net": "conv", "hidden_dims": [32, 64]}),
     # bits-back coding of grey values needs a distribution of bytes
     "bytes_vae": ("vae", {"likelihood": "beta_binomial"}),
+    # what is trained for one rate has one point of a curve; the method is what stands before the colon
+    **{
+        f"{name}:{lam}": (name, {"lam": lam, "hidden_dims": [32, 48]})
+        for name in ("factorized_prior", "mean_scale_hyperprior")
+        for lam in (0.0005, 0.002, 0.008)
+    },
 }
 MODELS: dict[str, tuple[str, ...]] = {
     "reconstruct": ("linear_ae", "dense_ae", "vae", "conv_ae", "conv_vae"),
@@ -51,7 +57,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "denoise": ("dense_ae", "vae", "conv_ae", "conv_denoising_ae"),
     "detect": ("dense_ae", "vae"),
     "embed": ("linear_ae", "dense_ae", "vae", "conv_ae", "conv_vae", "conv_denoising_ae"),
-    "compress": ("vae", "conv_ae", "conv_vae", "bytes_vae"),
+    "compress": ("vae", "conv_ae", "conv_vae", "bytes_vae", *(name for name in NAMED if ":" in name)),
 }
 # what a picture shows: a model and a data set, with seed 0
 PICTURES = {
@@ -115,15 +121,16 @@ def parts(verb: str, model: Any, lossy: bool, seed: int) -> list[str]:
 
 def _share_baselines(runs: list[tuple[Row, list[tuple[str, str]]]], tables: Any, arguments: argparse.Namespace) -> None:
     """Let one model of a seed bring what is missing: one that is measured anyway, or else one that has been."""
-    given: set[tuple[str, str]] = set()
+    given: set[tuple[str, str, int]] = set()  # a setting has codes of one size
     for anyway in (True, False):
         for spec, can in runs:
             for verb, task in can:
                 head, measured = head_of(spec["head"], verb, arguments), verb in spec["verbs"]
-                if (verb, task) in given or not tables[verb].needs_baselines(head, task):
+                part = verb, task, head["code_size"]
+                if part in given or not tables[verb].needs_baselines(head, task):
                     continue
                 if measured if anyway else tables[verb].can_bring(head, task):
-                    given.add((verb, task))
+                    given.add(part)
                     spec["baselines"].setdefault(verb, []).append(task)
                     spec["repairs"] += [] if measured else [verb]
                     spec["verbs"] += [] if measured else [verb]

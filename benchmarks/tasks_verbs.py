@@ -165,7 +165,7 @@ def _compress(work: Work) -> list[Row]:
                 ours = row["method"].startswith("aezoo")
                 # what loses nothing has no place on a curve of losses
                 if ours or (asked and "(lossless)" not in row["method"]):
-                    method = work.name if ours else row["method"]
+                    method = work.name.partition(":")[0] if ours else row["method"]
                     rows.append({"task": task} | row | {"method": method, "kind": OURS if ours else BASELINE})
             continue
         try:

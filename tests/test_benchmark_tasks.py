@@ -94,10 +94,22 @@ def test_a_model_is_trained_once_for_all_its_verbs_and_one_model_of_a_seed_bring
     for verb, models in tasks.MODELS.items():
         assert {spec["model"] for spec in specs if verb in spec["verbs"]} == {*models}
         bringing = [(spec["seed"], task) for spec in specs for task in spec["baselines"].get(verb, [])]
-        # those of compress depend on no seed
-        once = [(0, "lossy"), (0, "lossless, binarised"), (0, "lossless, bytes")]
+        # those of compress depend on no seed; codes of another size have their own
+        once = [(0, "lossy"), (0, "lossless, binarised"), (0, "lossless, bytes"), (0, "lossy")]
         assert bringing == (once if verb == "compress" else [(0, ""), (1, "")]), verb
-    assert {spec["head"]["code_size"] for spec in specs} == {32}
+    sizes = {spec["head"]["code_size"] for spec in specs if ":" not in spec["model"]}
+    assert sizes == {32} and {spec["head"]["code_size"] for spec in specs} == {32, 32 * 7 * 7}
+
+
+def test_models_that_are_trained_for_a_rate_are_points_of_one_curve(tmp_path):
+    specs, _ = plan_of(tmp_path, "--verbs", "compress", "--seeds", "1")
+    curves = {}
+    for spec in specs:
+        name, colon, lam = spec["model"].partition(":")
+        if colon:
+            assert spec["registered"] == name and spec["hyperparameters"]["lam"] == float(lam)
+            curves.setdefault(name, []).append(float(lam))
+    assert len(curves) == 2 and all(len({*lams}) == 3 for lams in curves.values())
 
 
 def test_rows_that_failed_are_measured_again_when_that_is_asked_for(tmp_path):

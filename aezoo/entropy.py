@@ -31,7 +31,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.limits import at_least
 from aezoo.precision import at_least_float32
 
-# Gaussians are coded under the nearest of these, 13 % apart (Ballé et al. 2018 code, from 0.11 to 256)
+# Gaussians are coded under the nearest of scales 13 % apart; from 0.11 to 256 in the code of Ballé et al. 2018
 LEAST, MOST, LEVELS = 0.11, 256.0, 64
 # a table leaves out what is rarer: an escape, and the number itself
 _TAIL = 2.0**-26

@@ -1,4 +1,4 @@
-"""Learned compression with a factorised prior (Ballé et al. 2017, https://arxiv.org/abs/1611.01704).
+"""Learned compression with a factorised prior (Ballé et al. 2017), https://arxiv.org/abs/1611.01704
 
 The code is rounded, and its whole numbers are written in as many bits as a learned distribution of each channel says:
 

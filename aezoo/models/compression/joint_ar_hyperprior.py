@@ -1,4 +1,4 @@
-"""Learned compression with an autoregressive and a hierarchical prior (Minnen et al. 2018), arXiv 1809.02736
+"""Learned compression with autoregressive context (Minnen et al. 2018), https://arxiv.org/abs/1809.02736
 
 The law of each place follows from the side information and from the places before it, row by row (section 2.1):
 
@@ -108,6 +108,6 @@ class JointARHyperprior(MeanScaleHyperprior):
             law = self.law(*self.context(said[at], self.context.seen_from(known[about].clone())))
             y_hat = coder(None if y is None else y[at], law)
             middle: Index = (..., *(i + reach for i in place))
-            known[middle] = y_hat.detach()  # rounding passes no gradient on anyway
+            known[middle] = y_hat.detach()  # no step follows an evaluation
         inner: Index = (..., *(slice(reach, reach + side) for side in self.grid))
         return known[inner]

@@ -32,21 +32,27 @@ from aezoo.data.tree import few, scan
 from aezoo.errors import AezooError
 
 
-class Folder(Source):
-    """A folder of image files."""
+class Pictures(Source):
+    """Pictures in any place, decoded once, before training, or each when it is used.
 
-    def __init__(self, options: Options) -> None:
+    Args:
+        options: the DataModule's arguments.
+        where: what messages call the place.
+        files: (file, class) of each picture by split, a file being what `header` and `load` take: hashable, and
+            written in messages as its text.
+        names: the classes, empty without labels.
+    """
+
+    def __init__(
+        self, options: Options, where: str, files: dict[Stage, list[tuple[Any, int]]], names: tuple[str, ...]
+    ) -> None:
         if options.scale not in ("auto", "none"):
-            raise AezooError(f"--data.scale {options.scale} is not for image folders: use auto, or give a .npy file")
-        self.options, self.root = options, Path(options.root).expanduser()
-        if not self.root.is_dir():
-            what = "is a file" if self.root.exists() else "does not exist"
-            raise AezooError(f"the image folder {self.root} {what}: give its path with --data.root")
+            raise AezooError(f"--data.scale {options.scale} is not for image files: use auto, or give a .npy file")
+        self.options, self.where, self.files = options, where, files
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and options.max_pixels > limit:
             # Pillow refuses by its own limit before ours can be asked
             Image.MAX_IMAGE_PIXELS = options.max_pixels
-        self.files, names = scan(self.root)
         self.class_names, self.num_classes = names or None, len(names) or None
         self.value_range = (0.0, 1.0) if options.scale == "auto" else None
         (height, width), mode = self._first_header()
@@ -55,30 +61,34 @@ class Folder(Source):
         self.input_shape = (self.channels, *((self.size, self.size) if self.size else (height, width)))
         self._splits: dict[Stage, Dataset[Any]] | None = None
 
+    def header(self, file: Any) -> tuple[tuple[int, int], str]:
+        """(height, width) and Pillow's mode of one picture, without decoding its pixels."""
+        return header(file, self.options.max_pixels)
+
+    def load(self, file: Any) -> Tensor:
+        """One picture as (C, H, W), uint8 or float32."""
+        return read(file, self.size, self.channels, self.options.max_pixels)
+
     def split(self, stage: Stage) -> Dataset[Any] | None:
         if self._splits is None:
             self._splits = self._build()
         return self._splits.get(stage)
 
-    def load(self, path: Path) -> Tensor:
-        """One image as (C, H, W), uint8 or float32."""
-        return read(path, self.size, self.channels, self.options.max_pixels)
-
     def _first_header(self) -> tuple[tuple[int, int], str]:
         for stage in self.files:
             for path, _ in self.files[stage]:
                 try:
-                    return header(path, self.options.max_pixels)
+                    return self.header(path)
                 except AezooError:
                     if self.options.on_error == "raise":
                         raise
-        raise AezooError(f"no readable image in {self.root}: every file is broken")
+        raise AezooError(f"no readable image in {self.where}: every file is broken")
 
     def _build(self) -> dict[Stage, Dataset[Any]]:
         paths = [path for files in self.files.values() for path, _ in files]
         if len(paths) > 2000:
-            rank_zero_info(f"reading {len(paths)} images from {self.root}")
-        headers = self._each(paths, lambda path: header(path, self.options.max_pixels))
+            rank_zero_info(f"reading {len(paths)} images from {self.where}")
+        headers = self._each(paths, self.header)
         self._check(headers)
         deep = any(mode in DEEP for _, mode in headers.values())
         self.white = 1 if deep else 255
@@ -86,25 +96,25 @@ class Folder(Source):
         memory = self.options.memory
         held: Tensor | None = None
         if memory == "on" or (memory == "auto" and fits(size, torch.device("cpu"), self.processes)):
-            held = allocate("folder", len(headers), self.input_shape, torch.float32 if deep else torch.uint8)
+            held = allocate(self.options.name, len(headers), self.input_shape, torch.float32 if deep else torch.uint8)
         number = {path: i for i, path in enumerate(headers)}
 
-        def decode(path: Path) -> bool:
+        def decode(path: Any) -> bool:
             x = self.load(path)
             if held is not None:
                 held[number[path]] = _values(x, deep)
             return True
 
-        good: Collection[Path] = headers
+        good: Collection[Any] = headers
         if held is not None or self.options.on_error == "skip":
             good = self._each(list(headers), decode)
         if len(good) < len(paths):
             bad = [path for path in paths if path not in good]
-            warnings.warn(f"{self.root}: {len(bad)} of {len(paths)} files skipped as broken: {few(bad)}", stacklevel=2)
+            warnings.warn(f"{self.where}: {len(bad)} of {len(paths)} files skipped as broken: {few(bad)}", stacklevel=2)
         kept = {stage: [(p, c) for p, c in files if p in good] for stage, files in self.files.items()}
         kept = {stage: files for stage, files in kept.items() if files}
         if "train" not in kept:
-            raise AezooError(f"no readable image in {self.root}: every training file is broken")
+            raise AezooError(f"no readable image in {self.where}: every training file is broken")
         labels = torch.tensor([c for _, c in kept["train"]]) if self.num_classes else None
         fractions = (self.options.val_fraction, self.options.test_fraction)
         rows = carve({stage: len(files) for stage, files in kept.items()}, labels, fractions, self.options.seed)
@@ -121,8 +131,8 @@ class Folder(Source):
         parts = zip(splits.items(), held[: sum(sizes)].split(sizes), strict=True)
         return {stage: part.in_memory(x) for (stage, part), x in parts}
 
-    def _each(self, paths: list[Path], work: Any) -> dict[Path, Any]:
-        def one(path: Path) -> Any:
+    def _each(self, paths: list[Any], work: Any) -> dict[Any, Any]:
+        def one(path: Any) -> Any:
             try:
                 return work(path)
             except AezooError:
@@ -134,17 +144,17 @@ class Folder(Source):
             results = list(pool.map(one, paths))
         return {path: result for path, result in zip(paths, results, strict=True) if result is not None}
 
-    def _check(self, headers: dict[Path, tuple[tuple[int, int], str]]) -> None:
+    def _check(self, headers: dict[Any, tuple[tuple[int, int], str]]) -> None:
         """One size and one kind of image, or the choice is the user's."""
-        sizes: dict[tuple[int, int], Path] = {}
-        kinds: dict[bool, Path] = {}
+        sizes: dict[tuple[int, int], Any] = {}
+        kinds: dict[bool, Any] = {}
         for path, (shape, mode) in headers.items():
             sizes.setdefault(shape, path)
             kinds.setdefault(mode in GREY, path)
         if self.size is None and len(sizes) > 1:
             (first, a), (second, b) = list(sizes.items())[:2]
             raise AezooError(
-                f"images of {len(sizes)} sizes in {self.root}: {a} is {first[0]}x{first[1]}, {b} is "
+                f"images of {len(sizes)} sizes in {self.where}: {a} is {first[0]}x{first[1]}, {b} is "
                 f"{second[0]}x{second[1]} (height x width): give --data.size {min(first + second)} to resize and crop"
             )
         if self.options.channels is None and len(kinds) > 1:
@@ -154,9 +164,20 @@ class Folder(Source):
         see_through = [path for path, (_, mode) in headers.items() if mode in ("RGBA", "LA", "PA", "La", "RGBa")]
         if see_through:
             warnings.warn(
-                f"{self.root}: transparency is dropped from {len(see_through)} images: {few(see_through)}",
+                f"{self.where}: transparency is dropped from {len(see_through)} images: {few(see_through)}",
                 stacklevel=2,
             )
+
+
+class Folder(Pictures):
+    """A folder of image files."""
+
+    def __init__(self, options: Options) -> None:
+        root = Path(options.root).expanduser()
+        if not root.is_dir():
+            what = "is a file" if root.exists() else "does not exist"
+            raise AezooError(f"the image folder {root} {what}: give its path with --data.root")
+        super().__init__(options, str(root), *scan(root))
 
 
 def sort(x: Tensor, order: Tensor) -> None:
@@ -174,26 +195,26 @@ class ImageFiles(Files):
     """Image files decoded when they are used.
 
     Args:
-        folder: decodes a file.
-        files: (path, class) of each sample.
+        source: decodes a file.
+        files: (file, class) of each sample.
         deep: some files have 16 bits a value, so that all are given as floats in [0, 1].
     """
 
-    def __init__(self, folder: Folder, files: list[tuple[Path, int]], deep: bool) -> None:
-        self.folder, self.files, self.deep = folder, files, deep
+    def __init__(self, source: Pictures, files: list[tuple[Any, int]], deep: bool) -> None:
+        self.source, self.files, self.deep = source, files, deep
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         path, label = self.files[index]
-        x = _values(self.folder.load(path), self.deep)
-        return (x, label) if self.folder.num_classes else (x,)
+        x = _values(self.source.load(path), self.deep)
+        return (x, label) if self.source.num_classes else (x,)
 
     @property
     def labels(self) -> list[int] | None:
         """The class of each sample, without a look at the images."""
-        return [label for _, label in self.files] if self.folder.num_classes else None
+        return [label for _, label in self.files] if self.source.num_classes else None
 
     def in_memory(self, x: Tensor) -> ArrayDataset:
         """The same samples, which are decoded already: (N, C, H, W)."""

@@ -1,5 +1,6 @@
 """One picture or many, brought to one size and channel count."""
 
+import io
 import math
 from pathlib import Path
 
@@ -56,10 +57,29 @@ def to_tensor(image: Image.Image, size: int | None, channels: int) -> Tensor:
     return torch.from_numpy(values[None] if channels == 1 else values.transpose(2, 0, 1).copy())
 
 
-def read(path: Path, size: int | None, channels: int, max_pixels: int) -> Tensor:
+class Encoded:
+    """A picture file that lies in a larger one.
+
+    Args:
+        title: what messages call it.
+        content: its bytes.
+    """
+
+    def __init__(self, title: str, content: bytes) -> None:
+        self.title, self.content = title, content
+
+    def __str__(self) -> str:
+        return self.title
+
+
+def _open(path: Path | Encoded) -> Image.Image:
+    return Image.open(io.BytesIO(path.content) if isinstance(path, Encoded) else path, formats=FORMATS)
+
+
+def read(path: Path | Encoded, size: int | None, channels: int, max_pixels: int) -> Tensor:
     """A picture file as a tensor, upright by its EXIF note; an error names the file and the cure."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             check_pixels(path, image.size, max_pixels)
             # exif_transpose also decodes the file, so that a truncated one fails here
             return to_tensor(ImageOps.exif_transpose(image), size, channels)
@@ -70,10 +90,10 @@ def read(path: Path, size: int | None, channels: int, max_pixels: int) -> Tensor
         raise _broken(path, error, max_pixels) from None
 
 
-def header(path: Path, max_pixels: int) -> tuple[tuple[int, int], str]:
+def header(path: Path | Encoded, max_pixels: int) -> tuple[tuple[int, int], str]:
     """(height, width) as shown upright, and Pillow's mode, without decoding the pixels."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             check_pixels(path, image.size, max_pixels)
             width, height = image.size
             if image.getexif().get(0x0112) in _ROTATED:
@@ -88,7 +108,7 @@ def header(path: Path, max_pixels: int) -> tuple[tuple[int, int], str]:
     return (height, width), mode
 
 
-def check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+def check_pixels(path: object, size: tuple[int, int], max_pixels: int) -> None:
     """Refuse a picture whose decoded form would fill the memory."""
     if math.prod(size) > max_pixels:
         raise AezooError(
@@ -97,18 +117,17 @@ def check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def _broken(path: Path, error: Exception, max_pixels: int) -> AezooError:
+def _broken(path: Path | Encoded, error: Exception, max_pixels: int) -> AezooError:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return AezooError(
             f"{path} has more pixels than the limit of {max_pixels / 1e6:.0f} million: "
             "shrink or remove it, or raise --data.max_pixels"
         )
     try:
-        with path.open("rb") as file:
-            start = file.read(64).lstrip()
+        size, start = (len(path.content), path.content[:64]) if isinstance(path, Encoded) else _beginning(path)
     except OSError as unreadable:
         return AezooError(f"cannot read {path} ({unreadable.strerror}): check the file and its permissions")
-    what = f"{path.stat().st_size} bytes"
+    what, start = f"{size} bytes", start.lstrip()
     if not start:
         what += ", empty"
     elif start.startswith(b"<"):
@@ -118,3 +137,8 @@ def _broken(path: Path, error: Exception, max_pixels: int) -> AezooError:
         f"{path} is no readable image ({what}){reason}; replace or delete it, or skip such files with "
         "--data.on_error skip"
     )
+
+
+def _beginning(path: Path) -> tuple[int, bytes]:
+    with path.open("rb") as file:
+        return path.stat().st_size, file.read(64)

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from aezoo.data.images import EXTENSIONS
 from aezoo.data.source import Stage
@@ -9,7 +10,7 @@ from aezoo.errors import AezooError
 
 Files = dict[Stage, list[tuple[Path, int]]]
 
-_SPLITS: dict[str, Stage] = {
+SPLITS: dict[str, Stage] = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
@@ -18,7 +19,7 @@ _SPLITS: dict[str, Stage] = {
 def scan(root: Path) -> tuple[Files, tuple[str, ...]]:
     """(image, class) by split and the class names; class -1 and no names where the folders tell none."""
     children = sorted(child for child in root.iterdir() if child.is_dir())
-    named = {_SPLITS[child.name.lower()]: child for child in children if child.name.lower() in _SPLITS}
+    named = {SPLITS[child.name.lower()]: child for child in children if child.name.lower() in SPLITS}
     homes: dict[Stage, Path] = named if "train" in named else {"train": root}
     found = {stage: (home, _images(home)) for stage, home in homes.items()}
     if not found["train"][1]:
@@ -60,6 +61,6 @@ def _images(folder: Path) -> list[Path]:
     )
 
 
-def few(paths: list[Path]) -> str:
+def few(paths: list[Any]) -> str:
     """The first three of some paths, for a message."""
     return ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")

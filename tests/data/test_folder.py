@@ -289,7 +289,7 @@ def test_empty_missing_and_wrong_folders(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(AezooError, match="every file is broken"):
         DataModule("folder", root=str(tmp_path), on_error="skip")
-    refused("scale standard is not for image folders", tmp_path, scale="standard")
+    refused("scale standard is not for image files", tmp_path, scale="standard")
 
 
 def test_empty_class_folder_is_told(tmp_path):

@@ -56,9 +56,10 @@ MEANING = {
     "root": {"", "abc", "1"}, "batch_size": {HUGE}, "val_fraction": OFF, "test_fraction": OFF, "seed": {0, HUGE},
     "size": NONE, "channels": NONE, "download": ON, "max_pixels": NEVER, "max_bytes": NEVER, "drop_last": ON,
     "num_workers": OFF | NONE, "train_classes": NONE | {"[0]", "['a']"},  # read with the labels
-    # of the sources synthetic_dictionary and activations alone, which read them
+    # of the sources synthetic_dictionary, activations, hf and stream alone, which read them
     "dictionary_active": {1.5}, "dictionary_correlation": OFF, "dictionary_noise": WEIGHT, "normalise": ON,
     "network": {"", "abc", "1"}, "layer": {"", "abc", "1"}, "of": {"", "abc", "1"},
+    "column": {"", "abc", "1"}, "label_column": {"", "abc", "1"},
     # callbacks
     "decay": OFF, "every_n_steps": OFF | NEVER, "start_step": OFF | NEVER, "n_steps": OFF | NEVER,
     "max_capacity": WEIGHT, "gamma": WEIGHT, "save_top_k": ALL | OFF | NEVER, "every_n_epochs": OFF | NEVER,

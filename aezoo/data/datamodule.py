@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Subset
 from aezoo.arguments import Checked
 from aezoo.data import binarise as binarise_rules
 from aezoo.data.classes import keep_labels, train_on
-from aezoo.data.loaders import EpochSampler, LazyLoader, collate, local_processes, make_loader, workers
+from aezoo.data.loaders import EpochSampler, LazyLoader, blocks_of, collate, local_processes, make_loader, workers
 from aezoo.data.resident import ResidentLoader, decode, excess, on_device, size_of
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, as_float, levels_of
 from aezoo.data.sources import from_path, open_source
@@ -32,10 +32,12 @@ class DataModule(Checked, LightningDataModule):
 
     Args:
         name: mnist5k (ships with the package), digits, shapes (sprites drawn from known factors), synthetic_dictionary
-            (sparse sums of known atoms), activations (what a layer of a network makes of another set), folder, array, a
-            torchvision set such as fashion_mnist or cifar10, a name that a plug-in brings, or the path of an image
-            folder or of a file of arrays.
-        root: Where the files are, or where downloads go; for `folder` the folder, for `array` the file.
+            (sparse sums of known atoms), activations (what a layer of a network makes of another set), folder, array,
+            hf (a set of Hugging Face), stream (chunks of litdata, which need not fit into memory), a torchvision set
+            such as fashion_mnist or cifar10, a name that a plug-in brings, or the path of a folder of images, of a
+            set that save_to_disk or litdata wrote, or of a file of arrays.
+        root: Where the files are, or where downloads go; for `folder` and `stream` the folder, for `array` the file,
+            for `hf` a folder or a name of the hub.
         batch_size: Samples in a batch of each process.
         val_fraction: Share of the training samples taken for validation where the set has no validation split;
             0 trains without validation.
@@ -85,6 +87,10 @@ class DataModule(Checked, LightningDataModule):
             for maps and last for tokens, (B, T, D).
         normalise: Divide activations by one number a layer, which makes their mean squared norm in the training split
             the number of their dimensions. It stays in the checkpoint, and save_model folds it into the weights.
+        column: What holds the samples of hf or stream, by name, or by number in a tuple; auto takes the one of images,
+            or else the one of arrays.
+        label_column: What holds the labels of hf or stream; none leaves them out, auto takes the one of classes, or
+            else the one that is called label.
     """
 
     input_shape: tuple[int, ...]
@@ -127,6 +133,8 @@ class DataModule(Checked, LightningDataModule):
         positions: Literal["each", "mean", "max"] = "each",
         feature_axis: Literal["auto", "first", "last"] = "auto",
         normalise: bool = True,
+        column: str = "auto",
+        label_column: str = "auto",
     ) -> None:
         super().__init__()
         # a Path would end up in checkpoints, which weights_only loading then refuses
@@ -192,11 +200,13 @@ class DataModule(Checked, LightningDataModule):
             dictionary_correlation=dictionary_correlation, dictionary_noise=dictionary_noise,
             dictionary_streams=dictionary_streams, network=network, layer=layer, of=of, weights=weights,
             positions=positions, feature_axis=feature_axis, normalise=normalise,
+            column=column, label_column=label_column,
         )  # fmt: skip
         self.source = self._open(options)
         self.input_shape = tuple(self.source.input_shape)
         self.num_classes = None if labels == "ignore" else self.source.num_classes
         self._splits: dict[Stage, Dataset[Any]] = {}
+        self._blocks: dict[Stage, Tensor | None] = {}
         self._on_gpu: dict[Stage, ArrayDataset] = {}
         self._drawn: ArrayDataset | None = None
         self._why: dict[Stage, str] = {}
@@ -261,6 +271,8 @@ class DataModule(Checked, LightningDataModule):
             if self.num_labels and "train" in self._splits:
                 named = self.source.class_names, str(self.name)
                 self._splits["train"] = keep_labels(self._splits["train"], self.num_labels, self.seed, *named)
+            # what is read into memory later keeps the order that its files had
+            self._blocks = {part: blocks_of(dataset) for part, dataset in self._splits.items()}
             if self.binarise != "none":
                 self._binarise()
         self._check(self._splits.get("train"))
@@ -438,6 +450,7 @@ class DataModule(Checked, LightningDataModule):
             "rank": rank,
             "world": world,
             "drop_last": self.drop_last and stage == "train",
+            "blocks": self._blocks[stage],
         }
         transform = binarise_rules.drawn_anew if self._draws_anew(stage) else None
         if resident:

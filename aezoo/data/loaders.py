@@ -19,8 +19,14 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
+# chunks of files that a shuffle mixes at a time, and that a process keeps open
+GROUP = 16
+
+
 class EpochSampler(DistributedSampler[Any]):
     """Row numbers of one rank, `order[rank::world]`, with order = f(seed, epoch).
+
+    With blocks, rows that share files, the order is that of a shuffle within groups: `GROUP` random blocks at a time.
 
     Lightning puts a sampler of its own in the place of any other than a DistributedSampler, hence the base class.
     Shuffled (training): every rank gets len // world rows; the up to world - 1 rows left over differ from epoch to
@@ -33,10 +39,12 @@ class EpochSampler(DistributedSampler[Any]):
         first: how many rows the pass that goes on left out at its beginning.
     """
 
-    def __init__(self, n: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, n: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1, blocks: Tensor | None = None
+    ) -> None:
         sized = cast(Dataset[Any], range(n))
         super().__init__(sized, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
-        self.n = n
+        self.n, self.blocks = n, blocks
         self.skip, self.first = (-1, 0), 0
         if shuffle:
             self.num_samples = n // world
@@ -48,6 +56,9 @@ class EpochSampler(DistributedSampler[Any]):
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.n, generator=generator)
+            if self.blocks is not None and self.n:
+                group = torch.randperm(int(self.blocks.max()) + 1, generator=generator) // GROUP
+                order = order[group[self.blocks[order]].argsort(stable=True)]
         else:
             order = torch.arange(self.n)
         mine = order if not self.shuffle and self.n < self.num_replicas else order[self.rank :: self.num_replicas]
@@ -68,9 +79,9 @@ class InOrder(EpochSampler, SequentialSampler):
     """
 
 
-def epoch_sampler(n: int, *, shuffle: bool, **of_rank: int) -> EpochSampler:
-    """The sampler of a split, shuffled or not; `of_rank` are the further arguments of `EpochSampler`."""
-    return (EpochSampler if shuffle else InOrder)(n, shuffle=shuffle, **of_rank)
+def epoch_sampler(n: int, *, shuffle: bool, **rest: Any) -> EpochSampler:
+    """The sampler of a split, shuffled or not; `rest` are the further arguments of `EpochSampler`."""
+    return (EpochSampler if shuffle else InOrder)(n, shuffle=shuffle, **rest)
 
 
 Transform = Callable[[Iterator[Batch], EpochSampler], Iterator[Batch]]
@@ -139,6 +150,16 @@ def gathers(dataset: Dataset[Any]) -> bool:
     return hasattr(dataset, "__getitems__") and not isinstance(dataset, Files)
 
 
+def blocks_of(dataset: Dataset[Any]) -> Tensor | None:
+    """The number of the block, such as a file of many samples, that each sample lies in, (N,); None without blocks."""
+    rows: Tensor | None = None
+    while isinstance(dataset, Subset):
+        inner = torch.as_tensor(dataset.indices)
+        rows, dataset = inner if rows is None else inner[rows], dataset.dataset
+    blocks = getattr(dataset, "blocks", None)
+    return blocks if blocks is None or rows is None else blocks[rows]
+
+
 def even_batch_size(n: int, world: int, batch_size: int) -> int:
     """The largest size up to `batch_size` (else the next above it) that gives every rank the same number of batches.
 
@@ -163,6 +184,7 @@ def make_loader(
     drop_last: bool = False,
     pin_memory: bool = False,
     labels: bool = True,
+    blocks: Tensor | None = None,
 ) -> LazyLoader:
     """The loader of one split for one rank.
 
@@ -177,12 +199,13 @@ def make_loader(
         drop_last: leave out an incomplete last batch.
         pin_memory: page-locked batches, which reach a GPU faster.
         labels: keep the labels in the batches.
+        blocks: (N,) see `blocks_of`.
     """
     n = len(cast(Any, dataset))
     return LazyLoader(
         dataset,
         batch_size=batch_size if shuffle else even_batch_size(n, world, batch_size),
-        sampler=epoch_sampler(n, shuffle=shuffle, seed=seed, rank=rank, world=world),
+        sampler=epoch_sampler(n, shuffle=shuffle, seed=seed, rank=rank, world=world, blocks=blocks),
         num_workers=num_workers,
         drop_last=drop_last,
         pin_memory=pin_memory,

@@ -38,6 +38,7 @@ class ResidentLoader:
         world: number of processes.
         drop_last: leave out an incomplete last batch.
         pin_memory: page-locked batches, which reach a GPU faster.
+        blocks: (N,) the file of many samples that each came from, if a shuffle goes by these.
 
     Attributes:
         transform: what becomes of the batches of an epoch.
@@ -57,13 +58,15 @@ class ResidentLoader:
         world: int = 1,
         drop_last: bool = False,
         pin_memory: bool = False,
+        blocks: Tensor | None = None,
     ) -> None:
         self.x, self.y = x, y
         self.batch_size = batch_size if shuffle else even_batch_size(len(x), world, batch_size)
         self.drop_last, self.pin_memory = drop_last, pin_memory
         # Lightning looks for a shuffling sampler in one and tells the epoch to the other
         self.batch_sampler = None
-        self.sampler = epoch_sampler(len(x), shuffle=shuffle, seed=seed, rank=rank, world=world)
+        of_rank = {"seed": seed, "rank": rank, "world": world}
+        self.sampler = epoch_sampler(len(x), shuffle=shuffle, blocks=blocks, **of_rank)
 
     def __len__(self) -> int:
         rows = len(self.sampler)

@@ -52,6 +52,8 @@ class Options:
     positions: str = "each"
     feature_axis: str = "auto"
     normalise: bool = True
+    column: str = "auto"
+    label_column: str = "auto"
 
 
 class Source(ABC):

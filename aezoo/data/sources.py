@@ -9,6 +9,7 @@ from pathlib import Path
 
 from aezoo.data.idx import FAMILIES
 from aezoo.data.source import Options, Source
+from aezoo.data.tree import SPLITS
 from aezoo.data.vision import ROWS
 from aezoo.errors import AezooError
 from aezoo.registry import owner_of, unique_points
@@ -23,6 +24,8 @@ _BUILT_IN = {
     "binarized_mnist": "larochelle:BinarizedMnist",
     "folder": "folder:Folder",
     "array": "array:Array",
+    "hf": "hf:open_hf",
+    "stream": "stream:Stream",
     "synthetic_dictionary": "dictionary:SyntheticDictionary",
     "activations": "activations:Activations",
     **dict.fromkeys(FAMILIES, "idx:Idx"),
@@ -56,13 +59,23 @@ def from_path(name: str) -> str | None:
         return None
     path = Path(name).expanduser()
     if path.is_dir():
-        return "folder"
+        return _kind(path)
     if path.is_file():
         return "array"
     if len(path.parts) > 1 or path.suffix:
         where = "" if path.is_absolute() else f" (looked for in {Path.cwd()})"
         raise AezooError(f"no such file or folder: {name}{where}")
     return None
+
+
+def _kind(folder: Path) -> str:
+    """Which source reads a folder, by the files that others write beside the data."""
+    if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+        return "hf"
+    if (folder / "dataset_dict.json").is_file():
+        return "hf"
+    parts = [folder, *(child for child in folder.iterdir() if child.name.lower() in SPLITS)]
+    return "stream" if any((part / "index.json").is_file() and any(part.glob("*.bin")) for part in parts) else "folder"
 
 
 def _plugins() -> dict[str, EntryPoint]:

@@ -1,0 +1,338 @@
+"""hf: data sets of Hugging Face: one saved by `save_to_disk`, a folder as the hub holds them, or a name on the hub.
+
+    --data hf --data.root saved           what `datasets` wrote by save_to_disk
+    --data hf --data.root folder          parquet, arrow, csv or json files, or images with metadata, as on the hub
+    --data hf --data.root owner/name      fetched when the DataModule is made, as nothing else knows the shape;
+                                          owner/name:config for one of several configurations
+
+The samples are the one column of images; without images, the one column of arrays or of lists of numbers, all of one
+shape. The labels are the one column of classes, or a plain one called label, labels, class, target or y.
+`--data.column` and `--data.label_column` name others.
+
+Images follow the rules of `aezoo.data.folder`, and arrays those of `aezoo.data.array`, which lie in memory. Splits
+called train, validation and test (or as folders may be) are those of the set; what it lacks is taken out of train. No
+code of a data set is ever run.
+"""
+
+import contextlib
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo.data.array import arrange, number_labels, sample_shape
+from aezoo.data.folder import Pictures
+from aezoo.data.images import Encoded
+from aezoo.data.memory import InMemory, Pair, numeric
+from aezoo.data.readers import check_bytes
+from aezoo.data.source import Options, Source, Stage
+from aezoo.data.tree import SPLITS
+from aezoo.errors import AezooError
+from aezoo.security import yaml_text
+
+_LABELS = ("label", "labels", "class", "target", "y")
+_ON_HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^/:]+))?")
+# all that any version of huggingface_hub takes for one
+_CARD = re.compile(r"^\s*---\s*?[\r\n]+([\S\s]*?)[\r\n]+---[ \t]*([\r\n]|$)")
+_NUMBER = re.compile(r"u?int\d+|float\d+|bool")
+_PART = 1024
+# rows of each split by its stage
+Sets = dict[Stage, Any]
+
+
+class Row(NamedTuple):
+    """One sample, called in messages by its place."""
+
+    where: str
+    stage: Stage
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.where}, {self.stage}, row {self.number}"
+
+
+def open_hf(options: Options) -> Source:
+    """The source for the set that root names, by the kind of its column of samples."""
+    sets = _by_stage(_load(options), options.root)
+    features = sets["train"].features
+    column = _sample_column(features, options)
+    label = _label_column(features, options)
+    for stage, rows in sets.items():
+        if rows.features.keys() < {column, label} - {None}:
+            raise AezooError(f"{options.root}: the split for {stage} has no column {column!r} or {label!r}")
+    y, names = _labels(sets, label, options.root)
+    return (HfPictures if _is(features[column], "Image") else HfArrays)(options, sets, column, y, names)
+
+
+class HfPictures(Pictures):
+    """A column of images.
+
+    Args:
+        options: the DataModule's arguments.
+        sets: rows by split.
+        column: the images.
+        y: labels by split, empty without.
+        names: what the labels mean.
+    """
+
+    def __init__(
+        self, options: Options, sets: Sets, column: str, y: dict[Stage, Tensor], names: tuple[str, ...] | None
+    ) -> None:
+        from datasets import Image
+
+        if y and names is None:
+            raise AezooError(f"{options.root}: the labels are no classes: give --data.label_column none, or another")
+        self._column = column
+        # what Pillow opens is for our own rules to say
+        encoded = Image(decode=False)
+        self._sets = {stage: rows.select_columns([column]).cast_column(column, encoded) for stage, rows in sets.items()}
+        files: dict[Stage, list[tuple[Any, int]]] = {}
+        for stage, rows in sets.items():
+            labels = y[stage].tolist() if y else [-1] * len(rows)
+            files[stage] = [(Row(options.root, stage, i), label) for i, label in enumerate(labels)]
+        super().__init__(options, options.root, files, names or ())
+
+    def header(self, file: Row) -> tuple[tuple[int, int], str]:
+        return super().header(self._file(file))
+
+    def load(self, file: Row) -> Tensor:
+        return super().load(self._file(file))
+
+    def _file(self, row: Row) -> Path | Encoded:
+        image = self._sets[row.stage][row.number][self._column] or {}
+        if image.get("bytes") is not None:
+            return Encoded(str(row), image["bytes"])
+        path = image.get("path")
+        if not path or not Path(path).is_file():
+            what = f"names {path}, which is not on this machine" if path else "has no image"
+            raise AezooError(f"{row} {what}: mend the set, or skip such rows with --data.on_error skip")
+        return Path(path)
+
+
+class HfArrays(InMemory):
+    """A column of arrays, or of lists, of numbers: the arguments are those of `HfPictures`."""
+
+    def __init__(
+        self, options: Options, sets: Sets, column: str, y: dict[Stage, Tensor], names: tuple[str, ...] | None
+    ) -> None:
+        self._sets, self._column, self._y = sets, column, y
+        first = _values(sets["train"], column, 0, 1, Row(options.root, "train", 0))
+        self._dtype, self._shape = np.dtype(_dtype(sets["train"].features[column])), first.shape[1:]
+        size = sum(map(len, sets.values())) * math.prod(self._shape) * self._dtype.itemsize
+        check_bytes(Path(options.root), size, options.max_bytes)
+        shape = sample_shape(first.astype(self._dtype), options.layout, f"{options.root}: column {column}")
+        super().__init__(options, shape, len(names) if names else None)
+        self.class_names = names
+
+    def load(self) -> dict[Stage, Pair]:
+        root, pairs = self.options.root, {}
+        for stage, rows in self._sets.items():
+            x = np.empty((len(rows), *self._shape), self._dtype)
+            for start in range(0, len(x), _PART):
+                part = _values(rows, self._column, start, start + _PART, Row(root, stage, start))
+                if part.shape[1:] != self._shape:
+                    raise _mixed(Row(root, stage, start), part.shape[1:], self._shape)
+                x[start : start + _PART] = part
+            checked = numeric(x, f"{root}: column {self._column} for {stage}")
+            pairs[stage] = Pair(arrange(checked, self.options.layout), self._y.get(stage))
+        return pairs
+
+
+def _values(rows: Any, column: str, start: int, stop: int, place: Row) -> npt.NDArray[Any]:
+    """The arrays of some rows, (n, ...); the first that differs from the row before it is named."""
+    chosen = rows.select_columns([column])
+    try:
+        part: Any = chosen.with_format("numpy")[start:stop][column]
+    except ValueError:  # of unequal lengths, before datasets 4
+        part = chosen.with_format(None)[start:stop][column]
+    if isinstance(part, np.ndarray) and part.dtype != object:
+        return part
+    shape: tuple[int, ...] | None = None
+    for i, one in enumerate(part):
+        row = place._replace(number=start + i)
+        try:
+            array = np.asarray(one)
+        except ValueError:
+            array = np.array(None)
+        if one is None or array.dtype == object:
+            what = "no value" if one is None else "lists of unequal length"
+            raise AezooError(f"{row} has {what} in column {column}: fill or remove it")
+        shape = array.shape if shape is None else shape
+        if array.shape != shape:
+            raise _mixed(row, array.shape, shape)
+    return np.stack(list(part))
+
+
+def _mixed(row: Row, found: tuple[int, ...], wanted: tuple[int, ...]) -> AezooError:
+    return AezooError(f"{row} has shape {found}, rows before it have {wanted}: give all rows one shape")
+
+
+def _is(feature: Any, name: str) -> bool:
+    return type(feature).__name__ == name
+
+
+def _dtype(feature: Any) -> str | None:
+    """The dtype of an array or a list of numbers, however deep; None for all else."""
+    name = type(feature).__name__
+    if re.fullmatch(r"Array\dD", name):
+        return str(feature.dtype)
+    inner: Any = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    if _is(inner, "Value"):
+        return str(inner.dtype) if _NUMBER.fullmatch(inner.dtype) else None
+    return None if inner is None else _dtype(inner)
+
+
+def _sample_column(features: Mapping[str, Any], options: Options) -> str:
+    images = [name for name, feature in features.items() if _is(feature, "Image")]
+    arrays = [name for name, feature in features.items() if _dtype(feature)]
+    if options.column != "auto":
+        if options.column not in images + arrays:
+            what = "is not there" if options.column not in features else "holds neither images nor arrays of numbers"
+            raise AezooError(f"{options.root}: the column {options.column!r} {what}: there are "
+                             f"{_listed(images + arrays)}")  # fmt: skip
+        return options.column
+    found = images or arrays
+    if len(found) != 1:
+        cure = "choose one with --data.column" if found else "a table of numbers is for --data array"
+        kind = "images" if images else "arrays" if arrays else "images or arrays"
+        raise AezooError(f"{options.root} has {len(found) or 'no'} column(s) of {kind}, "
+                         f"{_listed(found or list(features))}: {cure}")  # fmt: skip
+    return found[0]
+
+
+def _label_column(features: Mapping[str, Any], options: Options) -> str | None:
+    wanted = options.label_column
+    if wanted == "none":
+        return None
+    classes = [name for name, feature in features.items() if _is(feature, "ClassLabel")]
+    plain = [name for name, feature in features.items() if _is(feature, "Value")]
+    if wanted != "auto":
+        if wanted not in classes + plain:
+            raise AezooError(f"{options.root} has no column of labels {wanted!r}: choose from "
+                             f"{_listed([*classes, *plain, 'none'])}")  # fmt: skip
+        return wanted
+    if len(classes) > 1 and "label" not in classes:
+        raise AezooError(f"{options.root} has {len(classes)} columns of classes, {_listed(classes)}: choose one with "
+                         "--data.label_column, or none")  # fmt: skip
+    if classes:
+        return "label" if "label" in classes else classes[0]
+    return next((name for name in _LABELS if name in plain), None)
+
+
+def _labels(sets: Sets, column: str | None, where: str) -> tuple[dict[Stage, Tensor], tuple[str, ...] | None]:
+    """Labels by split, a row without one having -1, and what they mean."""
+    if column is None:
+        return {}, None
+    found = {stage: rows.select_columns([column]).with_format(None)[:][column] for stage, rows in sets.items()}
+    feature = sets["train"].features[column]
+    if not _is(feature, "ClassLabel"):
+        for stage, values in found.items():
+            if None in values:
+                raise AezooError(f"{Row(where, stage, values.index(None))} has no {column}: fill or remove it")
+        return number_labels({stage: np.array(values) for stage, values in found.items()}, f"{where}: ")
+    y = {stage: torch.tensor([-1 if v is None else v for v in values]) for stage, values in found.items()}
+    for stage, values in y.items():
+        beyond = ((values < -1) | (values >= feature.num_classes)).nonzero()
+        if len(beyond):
+            row = int(beyond[0])
+            raise AezooError(f"{Row(where, stage, row)} has class {int(values[row])} of {feature.num_classes}: mend it")
+    return y, tuple(map(str, feature.names))
+
+
+def _by_stage(sets: Mapping[str, Any], where: str) -> Sets:
+    stages = {SPLITS[name.lower()]: name for name in sets if name.lower() in SPLITS}
+    if "train" not in stages:
+        if len(sets) != 1:
+            raise AezooError(f"{where} has the splits {_listed(list(sets))} and none called train: rename one")
+        stages = {"train": next(iter(sets))}
+    unused = [name for name in sets if name not in stages.values()]
+    if unused:
+        warnings.warn(f"{where}: the splits {_listed(unused)} are not used", stacklevel=2)
+    found = {stage: sets[name] for stage, name in stages.items() if len(sets[name])}
+    if "train" not in found:
+        raise AezooError(f"{where}: the training split is empty: give at least one row")
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "(none)"
+
+
+def _load(options: Options) -> Mapping[str, Any]:
+    """The set by the names of its splits."""
+    try:
+        import datasets
+    except ImportError:
+        raise AezooError("the data of --data hf needs the package datasets: pip install 'aezoo[hf]'") from None
+    path, named = Path(options.root).expanduser(), _ON_HUB.fullmatch(options.root)
+    if path.is_file():
+        raise AezooError(f"{path} is a file: give the folder that holds it, or the file to --data array")
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            found = datasets.load_from_disk(str(path))
+        elif path.is_dir():
+            _check_card(path)
+            with _offline():
+                found = datasets.load_dataset(str(path), trust_remote_code=False)
+        elif named and options.root != Options.root:
+            with contextlib.nullcontext() if options.download else _offline():
+                found = datasets.load_dataset(named["name"], named["config"], trust_remote_code=False)
+        else:
+            raise AezooError(f"no such folder: {path}: give a folder or a name of the hub, such as ylecun/mnist, with "
+                             "--data.root")  # fmt: skip
+    # each file format has exceptions of its own, and so has the hub
+    except Exception as error:
+        if isinstance(error, AezooError):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:250]
+        if path.is_dir():
+            raise AezooError(f"{path} cannot be read as a data set of Hugging Face ({reason}): save it again with "
+                             "save_to_disk, or give a folder of .parquet files") from None  # fmt: skip
+        where = "can be got from the hub" if options.download else "is in the cache of the hub (--data.download false)"
+        raise AezooError(f"{options.root} is no folder here, and no set of that name {where} ({reason}): check name "
+                         "and network, or give a folder that save_to_disk wrote") from None  # fmt: skip
+    return found if isinstance(found, Mapping) else {"train": found}
+
+
+def _check_card(folder: Path) -> None:
+    """Refuse a folder whose card names data files by addresses, which datasets would open, offline or not."""
+    texts = []
+    if (folder / "README.md").is_file():
+        found = _CARD.search((folder / "README.md").read_text())
+        texts = [found[1]] if found else []
+    if (folder / ".huggingface.yaml").is_file():
+        texts.append((folder / ".huggingface.yaml").read_text())
+    for text in texts:
+        card = yaml_text.load(text)
+        for one in _strings(card.get("configs") if isinstance(card, Mapping) else None):
+            if "://" in one or "::" in one:
+                raise AezooError(f"the card of {folder} names {one[:100]!r}, and addresses are not opened "
+                                 "(SECURITY.md): download it, and name it by its path")  # fmt: skip
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _strings(part)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Let the hub's own packages look in their cache alone; they read their variables when they are imported."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before

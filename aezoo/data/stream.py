@@ -1,0 +1,397 @@
+"""stream: a set of any size in chunks on a disk, as `litdata.optimize` writes them; only what is used is read.
+
+    root/index.json, root/chunk-*.bin      one set, from which val and test are taken
+    root/train/..., root/val/..., root/test/...     own splits, each such a folder
+    root/classes.json                      the names of the classes, ["cat", "dog"]; without it labels are numbers
+
+An item is a dict, a tuple, or the sample alone. The sample is its one image, or else its one array; the label its one
+number or text, or the one of several that is called label. `--data.column` and `--data.label_column` name others, a
+place in a tuple by its number. Encoded images follow the rules of `aezoo.data.folder` and arrays those of
+`aezoo.data.array`, but for `scale`: bytes are divided by 255, and floats must lie within 0 and 1, since nobody has seen
+all of them (none takes any).
+
+The order of litdata's own loader depends on how many workers there are. So items are read by their numbers, in the
+order that the zoo deals out, f(seed, epoch): an epoch takes the chunks in a random order, `GROUP` at a time, and the
+items of these in a random order. That mixes less than a shuffle of everything, so do not write them sorted by class.
+Each process keeps the chunks of a group mapped into memory, which the machine holds once, and every rank reads all
+chunks.
+
+What is pickled in a chunk is refused, since it could run code.
+"""
+
+import bisect
+import inspect
+import itertools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from aezoo.data.array import arrange, sample_shape
+from aezoo.data.images import DEEP, GREY, Encoded, check_pixels, fit, fitted_shape, header, read, to_tensor
+from aezoo.data.loaders import GROUP, collate
+from aezoo.data.memory import numeric
+from aezoo.data.source import Batch, Options, Source, Stage, carve
+from aezoo.data.tree import SPLITS
+from aezoo.errors import AezooError
+
+_LABELS = ("label", "labels", "class", "target", "y")
+_LABEL = int | float | str | np.integer | np.floating | np.bool_
+_ENCODED = ("jpeg", "image", "bytes")
+_KINDS = (
+    *_ENCODED,
+    "pil",
+    "tensor",
+    "no_header_tensor",
+    "numpy",
+    "no_header_numpy",
+    "int",
+    "float",
+    "bool",
+    "str",
+    "text",
+)
+# litdata takes what stands after the colon for the name of a decoder too
+_PLAIN = re.compile(rf"({'|'.join(_KINDS)})(:(\d+|jpe?g|png|webp|bmp|gif))?")
+
+
+class _AsStored:
+    """In the place of litdata's decoder: the bytes of an image, which our own rules decode."""
+
+    def setup(self, metadata: Any) -> None:
+        return
+
+    def deserialize(self, data: Any) -> bytes:
+        return bytes(data)
+
+
+class _Refused(_AsStored):
+    """In the place of what would unpickle."""
+
+    def deserialize(self, data: Any) -> bytes:
+        raise AezooError("it holds Python objects (pickle), which can run code: write images, arrays and numbers alone")
+
+
+class Chunks(Dataset[Any]):
+    """The items of one folder, by number.
+
+    Args:
+        root: the folder.
+
+    Attributes:
+        names: the chunks.
+        ends: where each of them ends, among the numbers of the items.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root, self._open = root, (0, None)
+        self.names, self.ends = _index(Path(root))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": (0, None)}
+
+    def __getitem__(self, row: int) -> Any:
+        """An item as it was written, but encoded images as their bytes."""
+        try:
+            return self._reader()[row]
+        # a damaged item ends in whatever its decoder makes of it
+        except Exception as error:
+            reason = str(error) if isinstance(error, AezooError) else f"{type(error).__name__}: {error}"
+            raise AezooError(
+                f"{self.place(row)} cannot be read ({' '.join(reason.split())[:200]}): write the folder again"
+            ) from None
+
+    def place(self, row: int) -> str:
+        """Where an item is, for a message."""
+        return f"{self.root}, item {row} ({self.names[bisect.bisect_right(self.ends, row)]})"
+
+    def _reader(self) -> Any:
+        """The reader of litdata, one for each process, as it keeps files open."""
+        process, reader = self._open
+        if reader is None or process != os.getpid():
+            self._open = (os.getpid(), _reader(self.root))
+        return self._open[1]
+
+
+def _reader(root: str) -> Any:
+    from litdata import StreamingDataset
+    from litdata.streaming.serializers import _SERIALIZERS
+
+    serializers: dict[str, Any] = {name: _Refused() for name in _SERIALIZERS if name not in _KINDS}
+    serializers |= {name: _AsStored() for name in _ENCODED}
+    settings: dict[str, Any] = {"serializers": serializers, "max_pre_download": GROUP}
+    # by default 32 items are decoded for one that is asked for
+    if "batch_decode" in inspect.signature(StreamingDataset).parameters:
+        settings["batch_decode"] = 0
+    return StreamingDataset(root, **settings)
+
+
+def _index(root: Path) -> tuple[list[str], list[int]]:
+    """The chunks by name and the number of the item after each, when all are there and hold what can be read."""
+    path = root / "index.json"
+    try:
+        content = json.loads(path.read_text())
+        about, chunks = content["config"], content["chunks"]
+        names = [str(chunk["filename"]) for chunk in chunks]
+        sizes, lengths = [int(chunk["chunk_bytes"]) for chunk in chunks], [int(chunk["chunk_size"]) for chunk in chunks]
+        kinds = {str(kind) for kind in about["data_format"]}
+        whole = about.get("compression") and about.get("compression_level") not in ("batch", "sample")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise AezooError(f"{path} is no index of litdata ({reason}): run litdata.optimize again") from None
+    if about.get("format") or about.get("encryption") or about.get("item_loader", "PyTreeLoader") != "PyTreeLoader":
+        raise AezooError(f"{path} tells of chunks for another reader: write them with litdata.optimize alone")
+    others = sorted(kind for kind in kinds if not _PLAIN.fullmatch(kind))
+    if others:
+        raise AezooError(f"{path} tells of items of {', '.join(others)}, which may be pickled and run code: write "
+                         "images, arrays and numbers alone")  # fmt: skip
+    if whole:
+        # litdata puts the unpacked chunk into the folder and deletes the packed one
+        raise AezooError(f"{path} tells of chunks that are packed as a whole: write them without compression, or with "
+                         "compression_level='batch'")  # fmt: skip
+    for name, size in zip(names, sizes, strict=True):
+        file = root / name
+        if Path(name).name != name:
+            raise AezooError(f"{path} names {name!r}, which is not in its folder: write the folder again")
+        # litdata waits for minutes for a file to become complete
+        if not file.is_file() or file.stat().st_size < size:
+            state = f"has {file.stat().st_size} of {size} bytes" if file.is_file() else "is missing"
+            raise AezooError(f"{file} {state}: copy it again, or write the folder again")
+    ends = list(itertools.accumulate(lengths))
+    if not ends or not ends[-1]:
+        raise AezooError(f"{path} tells of no items: write at least one")
+    return names, ends
+
+
+class Stream(Source):
+    """Chunks of litdata.
+
+    Args:
+        options: the DataModule's arguments; root is the folder.
+    """
+
+    def __init__(self, options: Options) -> None:
+        if options.scale not in ("auto", "none"):
+            raise AezooError(f"--data.scale {options.scale} needs a set in memory, {options.name} is not: use auto")
+        if options.on_error == "skip":
+            raise AezooError(
+                "--data.on_error skip is not for stream, whose items are read when they are used: use raise"
+            )
+        # earlier versions ask the registry for a newer one
+        os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
+        try:
+            import litdata  # noqa: F401
+        except ImportError:
+            raise AezooError("--data stream needs the package litdata: pip install 'aezoo[stream]'") from None
+        self.options = options
+        self.chunks = {stage: Chunks(root) for stage, root in _folders(options.root).items()}
+        self.class_names = _class_names(options.root)
+        self.num_classes = len(self.class_names) if self.class_names else None
+        self.value_range = (0.0, 1.0) if options.scale == "auto" else None
+        item, place = self.chunks["train"][0], self.chunks["train"].place(0)
+        fields = _fields(item)
+        self._column = _choose(fields, options.column, place)
+        self._label = _choose_label(fields, self._column, options.label_column, place)
+        self._set_shape(fields[self._column], place)
+
+    def split(self, stage: Stage) -> Dataset[Any] | None:
+        sizes = {own: len(chunks) for own, chunks in self.chunks.items()}
+        fractions = (self.options.val_fraction, self.options.test_fraction)
+        rows = carve(sizes, None, fractions, self.options.seed)[stage]
+        chunks = self.chunks.get(stage, self.chunks["train"])
+        rows = torch.arange(len(chunks)) if rows is None else rows
+        return Items(self, chunks, rows) if len(rows) else None
+
+    @property
+    def labelled(self) -> bool:
+        """Items have labels."""
+        return self._label is not None
+
+    def sample(self, item: Any, place: str) -> tuple[Any, ...]:
+        """(x,) or (x, label) of an item, x (*input_shape) in uint8 or float32."""
+        fields = _fields(item)
+        for name in (self._column, self._label):
+            if name is not None and name not in fields:
+                raise AezooError(f"{place} has no {name!r}, as the first item has: give all items the same parts")
+        x = self._read(fields[self._column], place)
+        if tuple(x.shape) != self.input_shape:
+            found, first = ("x".join(map(str, shape)) for shape in (x.shape, self.input_shape))
+            raise AezooError(f"{place} is {found}, the first item is {first}: give --data.size, or items of one shape")
+        if (x.dtype == torch.uint8) != (self.white == 255):
+            raise AezooError(f"{place} holds {x.dtype} and the first item does not: give all items one dtype")
+        return (x,) if self._label is None else (x, self._number(fields[self._label], place))
+
+    def _set_shape(self, first: Any, place: str) -> None:
+        options = self.options
+        if isinstance(first, bytes | Image.Image):
+            (height, width), mode = self._header(first, place)
+            self.white, self._grey = 1 if mode in DEEP else 255, mode in GREY
+            channels = options.channels or (1 if self._grey else 3)
+            self.input_shape = (channels, *((options.size, options.size) if options.size else (height, width)))
+            return
+        self._raw, shape = tuple(first.shape), sample_shape(first[None], options.layout, place)
+        self.input_shape = fitted_shape(shape, options.size, options.channels)
+        self.white = 255 if str(first.dtype).removeprefix("torch.") == "uint8" else None
+
+    def _header(self, image: Any, place: str) -> tuple[tuple[int, int], str]:
+        limit = self.options.max_pixels
+        if isinstance(image, bytes):
+            return header(Encoded(place, image), limit)
+        check_pixels(place, image.size, limit)
+        return (image.height, image.width), image.mode
+
+    def _read(self, value: Any, place: str) -> Tensor:
+        options = self.options
+        if not isinstance(value, bytes | Image.Image):
+            return self._array(value, place)
+        _, mode = self._header(value, place)
+        if options.channels is None and (mode in GREY) != self._grey:
+            kinds = ("grey", "coloured") if mode in GREY else ("coloured", "grey")
+            raise AezooError(f"{place} is {kinds[0]} and the first item is {kinds[1]}: choose --data.channels 1 or "
+                             "--data.channels 3")  # fmt: skip
+        if isinstance(value, bytes):
+            x = read(Encoded(place, value), options.size, self.input_shape[0], options.max_pixels)
+        else:
+            try:
+                x = to_tensor(value, options.size, self.input_shape[0])
+            except ValueError as error:
+                raise AezooError(f"{place} is no readable image ({error}): write it again") from None
+        return x.float() / 255 if self.white == 1 and x.dtype == torch.uint8 else x
+
+    def _array(self, value: Any, place: str) -> Tensor:
+        if not isinstance(value, Tensor | np.ndarray):
+            raise AezooError(
+                f"{place} holds a {type(value).__name__}, the first item an array: give all items one kind"
+            )
+        # a copy: litdata's tensors are views of a file that it may close
+        x = numeric(value[None].clone() if isinstance(value, Tensor) else np.array(value)[None], place)
+        if tuple(x.shape[1:]) != self._raw:
+            sample_shape(x, self.options.layout, place)
+        x = arrange(x, self.options.layout)
+        x = fit(x, self.options.size, self.options.channels)[0] if x.ndim == 4 else x[0]
+        if x.dtype == torch.uint8:
+            return x
+        if self.options.scale == "auto" and not (x.min() >= 0 and x.max() <= 1):
+            raise AezooError(f"{place} has values from {x.min():.3g} to {x.max():.3g}: write values from 0 to 1, or "
+                             "give --data.scale none")  # fmt: skip
+        return x.float()
+
+    def _number(self, label: Any, place: str) -> int | float:
+        names = self.class_names
+        if isinstance(label, str):
+            if names is None or label not in names:
+                raise AezooError(f"{place} is of class {label!r}, which classes.json does not name: list all classes "
+                                 "there, beside the chunks")  # fmt: skip
+            return names.index(label)
+        number = label.item() if isinstance(label, Tensor | np.ndarray | np.generic) else label
+        if not isinstance(number, int | float) or (names and not -1 <= number < len(names)):
+            raise AezooError(
+                f"{place} has the label {label!r}: give a number of a class in classes.json, or -1 for none"
+            )
+        return float(number) if isinstance(number, float) else int(number)
+
+
+class Items(Dataset[Any]):
+    """Rows of a folder of chunks, as samples.
+
+    Args:
+        source: what makes a sample of an item.
+        chunks: the items.
+        rows: the numbers of those that belong to this split, in ascending order.
+    """
+
+    def __init__(self, source: Stream, chunks: Chunks, rows: Tensor) -> None:
+        self.source, self.chunks, self.rows = source, chunks, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        row = int(self.rows[index])
+        return self.source.sample(self.chunks[row], self.chunks.place(row))
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A whole batch, read chunk by chunk."""
+        found = {index: self[index] for index in sorted(indices)}
+        return collate([found[index] for index in indices], labels=True)
+
+    @property
+    def blocks(self) -> Tensor:
+        """The chunk of each sample, (N,)."""
+        return torch.bucketize(self.rows, torch.tensor(self.chunks.ends), right=True)
+
+
+def _folders(root: str) -> dict[Stage, str]:
+    if "://" in root:
+        raise AezooError(f"{root} is an address, and addresses are not opened (SECURITY.md): copy or mount the folder "
+                         "first, and give its path with --data.root")  # fmt: skip
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise AezooError(f"the folder {path} {what}: give one that litdata.optimize wrote with --data.root")
+    if (path / "index.json").is_file():
+        return {"train": str(path)}
+    found: dict[Stage, str] = {
+        SPLITS[child.name.lower()]: str(child)
+        for child in sorted(path.iterdir())
+        if child.name.lower() in SPLITS and (child / "index.json").is_file()
+    }
+    if "train" not in found:
+        raise AezooError(f"no index.json in {path}, nor in {path / 'train'}: give a folder that litdata.optimize wrote")
+    return found
+
+
+def _class_names(root: str) -> tuple[str, ...] | None:
+    path = Path(root).expanduser() / "classes.json"
+    if not path.is_file():
+        return None
+    try:
+        names = json.loads(path.read_text())
+    except ValueError as error:
+        raise AezooError(f'{path} is no JSON ({error}): write a list of names, ["cat", "dog"]') from None
+    if not isinstance(names, list) or len(names) < 2 or len({str(name) for name in names}) < len(names):
+        raise AezooError(f'{path} is no list of two or more names: write ["cat", "dog"]')
+    return tuple(map(str, names))
+
+
+def _fields(item: Any) -> dict[str, Any]:
+    if isinstance(item, Mapping):
+        return {str(name): value for name, value in item.items()}
+    return {str(i): value for i, value in enumerate(item if isinstance(item, tuple | list) else (item,))}
+
+
+def _choose(fields: Mapping[str, Any], wanted: str, place: str) -> str:
+    images = [name for name, value in fields.items() if isinstance(value, bytes | Image.Image)]
+    arrays = [name for name, value in fields.items() if isinstance(value, Tensor | np.ndarray) and value.ndim]
+    known = images + arrays
+    found = (images or arrays) if wanted == "auto" else [name for name in known if name == wanted]
+    if len(found) != 1:
+        chosen = "" if wanted == "auto" else f" called {wanted!r}"
+        raise AezooError(f"{place} has {len(found) or 'no'} image(s) or array(s){chosen}: choose one of "
+                         f"{', '.join(known) or 'none'} with --data.column")  # fmt: skip
+    return found[0]
+
+
+def _choose_label(fields: Mapping[str, Any], column: str, wanted: str, place: str) -> str | None:
+    if wanted == "none":
+        return None
+    numbers = [name for name, value in fields.items() if isinstance(value, _LABEL) and name != column]
+    found = numbers if wanted == "auto" else [name for name in numbers if name == wanted]
+    if wanted == "auto" and len(found) != 1:
+        found = [name for name in _LABELS if name in numbers][:1]
+        if not found:
+            return None
+    if not found:
+        raise AezooError(f"{place} has no label {wanted!r}: there are {', '.join(numbers) or 'none'}")
+    return found[0]

@@ -1,0 +1,90 @@
+"""Sets of Hugging Face and chunks of litdata from strangers: no code, no addresses."""
+
+import json
+import socket
+
+import numpy as np
+import pytest
+from hostile import files
+
+from aezoo.data import DataModule
+from aezoo.errors import AezooError
+
+
+@pytest.fixture
+def caller():
+    """A server that notes who calls."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        yield server
+
+
+@pytest.mark.parametrize("kind", ["pickle", "image:pickle", "jpeg:pickle", "graph", "int", "no_header_numpy:9"])
+def test_chunks_of_pickled_items(canary, tmp_path, kind):
+    pytest.importorskip("litdata")
+    from litdata.streaming.cache import Cache
+
+    root = tmp_path / "set"
+    root.mkdir()
+    cache = Cache(str(root), chunk_size=2)
+    for i in range(4):
+        cache[i] = {"x": np.zeros(3, np.float32), "o": files.Bomb(canary)}
+    cache.done()
+    cache.merge()
+    index = root / "index.json"
+    told = json.loads(index.read_text())
+    assert told["config"]["data_format"][1] == "pickle"
+    told["config"]["data_format"][1] = kind
+    index.write_text(json.dumps(told))
+    # what lies about its kind may only end in numbers
+    if kind in ("int", "no_header_numpy:9"):
+        with pytest.raises(AezooError):
+            DataModule("stream", root=str(root), column="o").setup()
+    else:
+        with pytest.raises(AezooError, match="which may be pickled and run code"):
+            DataModule("stream", root=str(root))
+        from aezoo.data import stream
+
+        with pytest.raises(Exception, match="Python objects"):
+            stream._reader(str(root))[0]
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("files", ["{}", "\n  - split: train\n    path: [x.csv, {}]", "zip://x.csv::{}"])
+def test_a_folder_that_names_addresses(caller, tmp_path, card, files):
+    pytest.importorskip("datasets")
+    address = f"http://127.0.0.1:{caller.getsockname()[1]}/x.csv"
+    root = tmp_path / "set"
+    root.mkdir()
+    text = f"configs:\n- config_name: default\n  data_files: {files.format(address)}\n"
+    (root / card).write_text(f"---\n{text}---\n" if card == "README.md" else text)
+    (root / "x.csv").write_text("a\n1\n")
+    with pytest.raises(AezooError, match="addresses are not opened"):
+        DataModule("hf", root=str(root))
+    with pytest.raises(TimeoutError):
+        caller.accept()
+
+
+def test_a_folder_whose_card_names_its_files(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "set"
+    root.mkdir()
+    rows = datasets.Dataset.from_dict({"x": [[float(i), 1.0] for i in range(20)]})
+    rows.to_parquet(str(root / "some.parquet"))
+    (root / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: some.parquet\n---\nhttp://x\n"
+    )
+    assert DataModule("hf", root=str(root)).input_shape == (2,)
+
+
+def test_a_folder_with_a_loading_script(canary, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / "set.py").write_text(f"open({str(canary)!r}, 'w')")
+    with pytest.raises(AezooError, match="cannot be read as a data set"):
+        DataModule("hf", root=str(root))
+    assert not canary.exists()

@@ -152,12 +152,10 @@ def gathers(dataset: Dataset[Any]) -> bool:
 
 def blocks_of(dataset: Dataset[Any]) -> Tensor | None:
     """The number of the block, such as a file of many samples, that each sample lies in, (N,); None without blocks."""
-    rows: Tensor | None = None
-    while isinstance(dataset, Subset):
-        inner = torch.as_tensor(dataset.indices)
-        rows, dataset = inner if rows is None else inner[rows], dataset.dataset
-    blocks = getattr(dataset, "blocks", None)
-    return blocks if blocks is None or rows is None else blocks[rows]
+    if isinstance(dataset, Subset):
+        blocks = blocks_of(dataset.dataset)
+        return None if blocks is None else blocks[torch.as_tensor(dataset.indices)]
+    return getattr(dataset, "blocks", None)
 
 
 def even_batch_size(n: int, world: int, batch_size: int) -> int:

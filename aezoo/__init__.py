@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from aezoo.checkpoint import load_model, save_model
     from aezoo.data import DataModule
     from aezoo.errors import AezooError
+    from aezoo.hub import push_to_hub
     from aezoo.registry import create_model, list_models, model_class
     from aezoo.tasks.compress import compress
     from aezoo.tasks.decompress import decompress
@@ -33,6 +34,7 @@ _HOMES = {
     "list_models": "aezoo.registry",
     "load_model": "aezoo.checkpoint",
     "model_class": "aezoo.registry",
+    "push_to_hub": "aezoo.hub",
     "reconstruct": "aezoo.tasks.reconstruct",
     "save_model": "aezoo.checkpoint",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "list_models",
     "load_model",
     "model_class",
+    "push_to_hub",
     "reconstruct",
     "save_model",
 ]

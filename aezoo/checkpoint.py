@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 import aezoo
-from aezoo import durable, run_folder
+from aezoo import durable, hub_files, run_folder
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.folding import fold
@@ -77,16 +77,18 @@ def save_model(
 
 
 def load_model(path: str | Path, map_location: str = "cpu", max_bytes: int | None = None) -> Autoencoder:
-    """Load a model from a checkpoint file, a run folder or a saved model folder; it comes back in eval mode.
+    """Load a model from a checkpoint file, a run folder, a saved model folder or the hub; it comes back in eval mode.
 
     Args:
-        path: a `.ckpt` file; a run folder, of which the best checkpoint is taken; or a folder made by `save_model`.
+        path: a `.ckpt` file; a run folder, of which the best checkpoint is taken; a folder made by `save_model`; or
+            `hf://user/name`, `hf://user/name@revision`, what `push_to_hub` has put on the Hugging Face hub.
         map_location: device of the weights.
         max_bytes: what a compressed checkpoint may unpack to; by default `AEZOO_MAX_BYTES` of the environment, else the
             size of the file and 16 MiB more, since torch writes checkpoints without compression.
 
     Raises:
-        AezooError: nothing there, a damaged or foreign file, or a model that is not in the registry.
+        AezooError: nothing there, a damaged or foreign file, or a model that is not in the registry; for one of the hub
+            as `aezoo.hub_files.fetch` does, too.
     """
     return load_run(path, map_location, max_bytes)[0]
 
@@ -99,9 +101,13 @@ def load_run(
     Returns:
         The model, and a dict with `settings` of the DataModule, `scaling` of the samples where it depends on them (both
         are empty for a saved model folder and for data that were not aezoo's), `white` as `aezoo.data.source.Source`
-        has it, and `folder`, the run's or the saved model's.
+        has it, and `folder`, the run's or the saved model's; for one of the hub, whose files lie in a cache,
+        `runs/user_name`.
     """
     data: dict[str, Any] = {}
+    address = str(path) if hub_files.is_address(path) else None
+    if address is not None:
+        path = hub_files.fetch(address)
     if "://" not in str(path) and (Path(path) / CONFIG).is_file():
         source = folder = Path(path)
         config = read_config(source)
@@ -127,6 +133,8 @@ def load_run(
         model.load_state_dict(state)
     except RuntimeError as error:
         raise AezooError(f"the weights in {source} do not fit {name}: {_brief(error)}") from error
+    if address is not None:
+        folder = Path("runs") / archives.component(hub_files.split(address)[0])
     return model.to(map_location).eval(), {"settings": {}, "scaling": {}, "white": None, "folder": folder} | data
 
 
@@ -291,6 +299,11 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         AezooError: there is no checkpoint there.
     """
     text = str(path)
+    if hub_files.is_address(text):
+        raise AezooError(
+            f"{text} is a saved model, which has no checkpoint: verbs such as `aezoo reconstruct` and aezoo.load_model "
+            "take it"
+        )
     if "://" in text:
         raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
     path = Path(path)

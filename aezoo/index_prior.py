@@ -29,6 +29,7 @@ from aezoo import registry
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.discrete import DiscreteAutoencoder
 from aezoo.errors import AezooError
+from aezoo.hub_files import on_disk
 from aezoo.limits import at_least
 from aezoo.quantisers.base import Quantised
 
@@ -326,7 +327,7 @@ def _built(given: str | dict[str, Any], input_shape: tuple[int, ...]) -> Discret
 def _loaded(path: str, input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
     """A trained tokenizer; of a prior, the one that it has."""
     try:
-        found = aezoo.load_model(path)
+        found = aezoo.load_model(on_disk(path))
     except AezooError as error:
         raise AezooError(
             f"tokenizer {path}: {error}; {_TAKE}; a run of a prior that is gone on with has its own: --ckpt_path RUN"

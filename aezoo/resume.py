@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aezoo import durable, run_folder
+from aezoo import durable, hub_files, run_folder
 from aezoo.errors import AezooError
 
 
@@ -22,6 +22,8 @@ def find(text: str) -> Path:
     Raises:
         AezooError: there is none.
     """
+    if hub_files.is_address(text):
+        raise AezooError(f"{text} is a saved model, which has no state of a training to go on from: give a run folder")
     if "://" in text:
         raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
     path = Path(text)

@@ -114,7 +114,9 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
     """All flags of a verb."""
     about = inspect.cleandoc(inspect.getdoc(function) or "").partition("\n\n")[0]
     parser = Parser(prog=f"aezoo {verb}", description=about)
-    parser.add_argument("--ckpt_path", type=str, help="The model: a checkpoint, a run folder or a saved model folder.")
+    parser.add_argument(
+        "--ckpt_path", type=str, help="The model: a checkpoint, a run folder, a saved model folder or hf://user/name."
+    )
     accepted = inspect.signature(function).parameters
     if "file" in accepted:
         parser.add_argument("--input", type=str | None, default=None, help="The file that compress has written.")

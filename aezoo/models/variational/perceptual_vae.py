@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import aezoo
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
+from aezoo.hub_files import on_disk
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.features import VGG, FeatureNet, random_features, vgg_features
 from aezoo.nets.memory_format import in_order
@@ -140,7 +141,7 @@ class PerceptualVAE(VAE):
 
 def zoo_features(path: str, input_shape: tuple[int, ...]) -> FeatureNet:
     """The encoder of a trained model of the zoo."""
-    model = aezoo.load_model(path)
+    model = aezoo.load_model(on_disk(path))
     if model.input_shape != input_shape:
         raise AezooError(f"features: the model in {path} takes samples of {model.input_shape}, not {input_shape}")
     net = FeatureNet([*model.encoder.children()] if isinstance(model.encoder, nn.Sequential) else [])

@@ -1,0 +1,118 @@
+"""Models on the Hugging Face hub: `push_to_hub` here, and `load_model("hf://user/name")`."""
+
+import inspect
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from aezoo import hub_files, registry
+from aezoo.autoencoder import Autoencoder
+from aezoo.checkpoint import save_model
+
+
+def push_to_hub(
+    model: Autoencoder,
+    name: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    license: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    scaling: Mapping[str, Tensor] | Tensor | float | None = None,
+    replace_card: bool = False,
+) -> str:
+    """Put what `save_model` writes, and a model card, into a repository of the Hugging Face hub.
+
+    `aezoo.load_model("hf://user/name")` loads it again. There is no pickle in it.
+
+    Args:
+        model: a registered model.
+        name: `user/name`; the repository is made if it does not exist.
+        private: only its owner sees a repository that is made here; by default as the owner's settings have it.
+        revision: the branch, made if it does not exist; by default the main one.
+        commit_message: by default the model's name.
+        token: of the hub; by default what huggingface_hub finds (`hf auth login`, `HF_TOKEN`).
+        license: of the weights, such as `mit`, for the card; by default the card says nothing of it.
+        metrics: names and values for the card; by default it has none.
+        scaling: as for `save_model`.
+        replace_card: write the card even if the repository has one; by default that one stays.
+
+    Returns:
+        The address of the commit's page.
+
+    Raises:
+        AezooError: as `save_model` does; the name is not `user/name`, nobody is logged in or may write there, no
+            network, or huggingface_hub is not installed.
+    """
+    hub_files.check_name(name)
+    with tempfile.TemporaryDirectory() as folder:
+        home = save_model(model, folder, scaling)
+        (home / hub_files.CARD).write_text(card_of(home, name, revision, license, metrics or {}), encoding="utf-8")
+        model_name = json.loads((home / hub_files.FILES[0]).read_text())["model"]
+        message = commit_message or f"{model_name}, pushed with aezoo"
+        return hub_files.upload(home, name, revision, private, message, token, replace_card)
+
+
+def card_of(folder: Path, name: str, revision: str | None, license: str | None, metrics: Mapping[str, float]) -> str:
+    """The model card of a saved model, in Markdown with a head in YAML as the hub reads it.
+
+    Args:
+        folder: what `save_model` has written.
+        name: `user/name`.
+        revision: the branch that it goes to.
+        license: of the weights.
+        metrics: names and values.
+    """
+    config = json.loads((folder / hub_files.FILES[0]).read_text())
+    model, entry, about = config["model"], registry.find(config["model"]), registry.card(config["model"])
+    head: dict[str, Any] = {"library_name": "aezoo", "tags": ["aezoo", "autoencoder", entry.family, model]}
+    if license is not None:
+        head["license"] = license
+    address = f"{hub_files.SCHEME}{name}" + (f"@{revision}" if revision else "")
+    rows = [f"| {' '.join(key.split())} | {value:.6g} |".replace("\\", "") for key, value in metrics.items()]
+    table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {name.partition('/')[2]}",
+        "",
+        f"`{model}` of aezoo {config['aezoo_version']}: {about.summary}",
+        *table,
+        "",
+        "```python",
+        "import aezoo  # pip install 'aezoo[hub]'",
+        "",
+        f"model = aezoo.load_model({address!r})  # in eval mode",
+        "x_hat = model(x)  # x: (batch, " + ", ".join(map(str, config["hyperparameters"]["input_shape"])) + ")",
+        "z = model.encode(x)",
+        "```",
+        "",
+        "An untrained one of the same kind:",
+        "",
+        "```python",
+        _call(model, config["hyperparameters"]),
+        "```",
+        "",
+        f"In a shell, `aezoo reconstruct --ckpt_path {address} --input FILE`, and likewise the other verbs.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _call(name: str, hyperparameters: Mapping[str, Any]) -> str:
+    """The constructor's call, without what is as its defaults have it."""
+    known = inspect.signature(registry.model_class(name)).parameters
+    given = []
+    for key, value in hyperparameters.items():
+        plain = tuple(value) if isinstance(value, list) else value
+        if key in known and known[key].default != plain:
+            given.append(f"{key}={plain!r}")
+    return f"aezoo.create_model({', '.join([repr(name), *given])})"

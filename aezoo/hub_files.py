@@ -1,0 +1,188 @@
+"""Saved models on the Hugging Face hub: addresses such as `hf://user/name@revision`, and files there and back.
+
+Only the two files that `aezoo.save_model` writes are ever fetched. They pass the checks of any saved model on disk: who
+may write to a repository is a stranger here. Which hub, which cache, which token and whether it is reached at all is
+what huggingface_hub makes of its own settings (`HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` or `hf auth login`,
+`HF_HUB_OFFLINE`).
+"""
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aezoo
+from aezoo.errors import AezooError
+
+SCHEME = "hf://"
+CARD = "README.md"
+FILES = ("config.json", "model.safetensors")
+_PART = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
+_NAME = re.compile(rf"{_PART}/{_PART}", re.ASCII)
+
+
+def is_address(path: str | Path) -> bool:
+    """Whether a path is an address on the hub; no file is named so."""
+    return str(path).startswith(SCHEME)
+
+
+def on_disk(path: str) -> str:
+    """The path itself, where a setting of a model names another model.
+
+    Raises:
+        AezooError: it is an address. A stranger's checkpoint can hold that setting, and only what the user types may
+            reach the network.
+    """
+    if is_address(path):
+        raise AezooError(
+            f"{path} is not fetched for a setting, which a file may hold: aezoo.save_model(aezoo.load_model({path!r}), "
+            "FOLDER) and give FOLDER"
+        )
+    return path
+
+
+def check_name(name: str) -> str:
+    """The name of a repository, if it is one.
+
+    Raises:
+        AezooError: it is not of the form `user/name`.
+    """
+    if not _NAME.fullmatch(name) or len(name) > 96 or "--" in name or ".." in name or name.endswith(".git"):
+        raise AezooError(
+            f"{name!r} names no repository: give user/name, of letters, digits and single - . _, at most 96 in all"
+        )
+    return name
+
+
+def split(address: str) -> tuple[str, str | None]:
+    """Repository and revision of an address, `hf://user/name` or `hf://user/name@revision`.
+
+    Raises:
+        AezooError: it is not of that form.
+    """
+    name, at, revision = address.removeprefix(SCHEME).partition("@")
+    if at and not revision:
+        raise AezooError(f"{address} names no revision after the @: give a branch, a tag or a commit, or leave it out")
+    return check_name(name), revision or None
+
+
+def fetch(address: str) -> Path:
+    """The folder of a saved model from the hub, in huggingface_hub's cache; what is there is not fetched again.
+
+    Args:
+        address: `hf://user/name`, or `hf://user/name@revision` with a branch, a tag or a commit.
+
+    Raises:
+        AezooError: no such repository or revision, no aezoo model in it, no network and nothing in the cache, or
+            huggingface_hub is not installed.
+    """
+    name, revision = split(address)
+    with _told(name, revision):
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=[*FILES], library_name="aezoo", library_version=aezoo.__version__
+        )
+    missing = [file for file in FILES if not (Path(folder) / file).is_file()]
+    if missing:
+        raise AezooError(
+            f"{address} is no aezoo model, it has no {' and no '.join(missing)}: push one with aezoo.push_to_hub"
+        )
+    return Path(folder)
+
+
+def upload(
+    folder: Path, name: str, revision: str | None, private: bool | None, message: str, token: str | None, card: bool
+) -> str:
+    """Put the files of a saved model and its card into a repository, which is made if it does not exist.
+
+    Args:
+        folder: what `save_model` has written, with a `README.md`.
+        name: `user/name`.
+        revision: a branch, made if it does not exist; None is the default one.
+        private: only its owner sees a repository that is made here; None leaves it to the owner's settings.
+        message: of the commit.
+        token: of the hub; None takes what huggingface_hub finds.
+        card: the card is written even if there is one.
+
+    Returns:
+        The address of the commit's page.
+
+    Raises:
+        AezooError: nobody is logged in or may write there, no network, or huggingface_hub is not installed.
+    """
+    check_name(name)
+    with _told(name, None, writes=True):
+        from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+        if not (token or get_token()):
+            raise AezooError("not logged in to the hub: `hf auth login`, HF_TOKEN in the environment, or token=...")
+        api = HfApi(token=token, library_name="aezoo", library_version=aezoo.__version__)
+        api.create_repo(name, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        files = [*FILES, CARD]
+        # its owner may have written into it
+        if not card and api.file_exists(name, CARD, revision=revision):
+            files.remove(CARD)
+            print(f"aezoo: {CARD} of {name} stays as it is; replace_card=True writes it anew", file=sys.stderr)
+        # one commit, which upload_folder does not promise: weights never stand beside the settings of others
+        additions = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in files]
+        commit = api.create_commit(name, additions, commit_message=message, revision=revision)
+    return str(commit.commit_url)
+
+
+@contextlib.contextmanager
+def _told(name: str, revision: str | None, writes: bool = False) -> Iterator[None]:
+    """What goes wrong at the hub in one line, with what to do."""
+    try:
+        yield
+    except AezooError:
+        raise
+    except ModuleNotFoundError as error:
+        raise AezooError("models on the hub need huggingface_hub: pip install 'aezoo[hub]'") from error
+    except Exception as error:  # of requests or of httpx, as the version of huggingface_hub will have it
+        raise AezooError(_line(error, name, revision, writes)) from error
+
+
+def _line(error: Exception, name: str, revision: str | None, writes: bool) -> str:
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT.partition("://")[2]
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and isinstance(cause, Exception) and cause not in causes:
+        causes.append(cause)
+    status = next((code for code in map(_status, causes) if code is not None), None)
+    if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
+        return f"{name} is given only to who has accepted its conditions: accept them at {constants.ENDPOINT}/{name}"
+    if any(isinstance(cause, errors.RevisionNotFoundError) for cause in causes):
+        return f"{name} has no revision {revision!r}: give one of its branches, tags or commits after the @"
+    if status in (401, 403) and writes:
+        return (
+            f"{hub} does not let you write to {name} ({status}): give a token with the right to write, by "
+            "`hf auth login` or HF_TOKEN, and a user or an organisation of yours before the /"
+        )
+    if status in (401, 404) or any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes):
+        return (
+            f"{hub} has no repository {name}, or shows it only to others: check the name, or log in with "
+            "`hf auth login` if it is private"
+        )
+    if status is not None:
+        return f"{hub} refuses {name} ({status}): {' '.join(str(error).split())[:200]}"
+    if constants.HF_HUB_OFFLINE:
+        return f"{name} is not in the cache, and HF_HUB_OFFLINE forbids to ask {hub}: take it out of the environment"
+    if any(isinstance(cause, OSError) or _of_transport(cause) for cause in causes):
+        kept = "" if writes else f", and {name} is not in the cache"
+        return f"cannot reach {hub}{kept}: check the network, the disk of the cache and HF_ENDPOINT, then try again"
+    return f"the hub fails with {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _status(error: Exception) -> int | None:
+    code: Any = getattr(getattr(error, "response", None), "status_code", None)
+    return code if isinstance(code, int) else None
+
+
+def _of_transport(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in ("requests", "httpx", "httpx2", "urllib3")

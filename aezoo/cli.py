@@ -32,6 +32,8 @@ Train and use
   fit ... --resume auto            the same, or go on where the last run of that command was stopped
   fit --resume RUN                 go on with a run that was stopped
   validate | test | predict --ckpt_path RUN_OR_FILE
+  tune -c RECIPE --search.model.lr log:1e-4:1e-2 --trials 20
+                                   the best settings of fit by a search of many runs
 
 Use a trained model; each takes --ckpt_path RUN_OR_FILE and --input FILE or --data..., and has a --help
   reconstruct                      outputs, errors of each sample, the best and the worst
@@ -54,7 +56,7 @@ Examples
   aezoo test --ckpt_path runs/vae/0
   tensorboard --logdir runs
 """
-LIGHT = ("list", "info", "recipes", "cp", "benchmark")
+LIGHT = ("list", "info", "recipes", "cp", "benchmark", "tune")
 HEAVY = ("fit", "validate", "test", "predict")
 VERBS = ("reconstruct", "generate", "denoise", "detect", "embed", "compress", "decompress")
 BENCHMARKS = {
@@ -105,6 +107,10 @@ def _run(argv: list[str]) -> None:
             _cp(rest)
         case ["benchmark", *rest]:
             _benchmark(rest)
+        case ["tune", *rest]:
+            from aezoo import tune
+
+            tune.main(rest)
         case [command, *_] if command in HEAVY:
             from aezoo import lightning_cli
 

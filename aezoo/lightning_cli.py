@@ -283,9 +283,7 @@ class AezooCLI(LightningCLI):
         else:
             # processes that a multi-device strategy starts must not count up again
             if RUN_DIR not in os.environ:
-                model = registry.name_of(type(self.model)) or type(self.model).__name__
-                own = f"{model}-{Path(self.datamodule.hparams['name']).stem}"
-                home = root / archives.component(self.request.run_name or own)
+                home = root / self.run_name()
                 stays = run_folder.standing(home)
                 os.environ[RUN_DIR] = str((run_folder.claim if writes else run_folder.next_free)(home))
             else:
@@ -295,6 +293,12 @@ class AezooCLI(LightningCLI):
         if writes and (self.subcommand == "fit" or inside is None):
             self.ends.enter_context(run_folder.held(folder, stays))
         return folder
+
+    def run_name(self) -> str:
+        """The name of the folder of all runs like this one: the recipe's, or that of the model and the data."""
+        model = registry.name_of(type(self.model)) or type(self.model).__name__
+        own = f"{model}-{Path(self.datamodule.hparams['name']).stem}"
+        return archives.component(self.request.run_name or own)
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+# set in the environment of a run that `aezoo tune` has started
+TRIAL = "AEZOO_TRIAL"
 # how long a rank may take for its own last words once another has failed
 GRACE = 5.0
 # a thread needs microseconds once it has a core
@@ -30,11 +32,11 @@ _LATE = ("timed out", "timeout", "time out")
 
 
 def end_with_launcher() -> None:
-    """A rank is killed when the process that launched it ends, however that comes about; on Linux.
+    """A rank, or a run of a study, is killed when the process that launched it ends, however it does; on Linux.
 
     Nothing else reaches a stopped process whose launcher was killed.
     """
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LOCAL_RANK", "0") != "0"
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or TRIAL in os.environ or os.environ.get("LOCAL_RANK", "0") != "0"
     if launched and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

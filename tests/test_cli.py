@@ -53,7 +53,10 @@ def test_light_commands_need_no_torch(argv):
     assert done.returncode == 0 and done.stdout.rstrip().endswith("light"), done.stderr
 
 
-@pytest.mark.parametrize(("command", "shows"), [("list", "--family"), ("test", "--ckpt_path"), ("embed", "--nearest")])
+@pytest.mark.parametrize(
+    ("command", "shows"),
+    [("list", "--family"), ("test", "--ckpt_path"), ("embed", "--nearest"), ("tune", "--search.SETTING")],
+)
 def test_help_of_a_command_is_what_its_flag_shows(command, shows, capsys):
     said = []
     for argv in (["help", command], [command, "--help"]):

@@ -7,6 +7,7 @@ from aezoo.callbacks.code_statistics import CodeStatistics
 from aezoo.callbacks.codebook import Codebook
 from aezoo.callbacks.dashboard import Dashboard
 from aezoo.callbacks.ema import EMA
+from aezoo.callbacks.epoch_metrics import EpochMetrics
 from aezoo.callbacks.fault_guard import FaultGuard
 from aezoo.callbacks.filters import Filters
 from aezoo.callbacks.histograms import Histograms
@@ -28,6 +29,7 @@ __all__ = [
     "Codebook",
     "Dashboard",
     "EarlyStop",
+    "EpochMetrics",
     "FaultGuard",
     "Filters",
     "Histograms",

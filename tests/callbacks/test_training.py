@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import json
 import os
 import re
 import signal
@@ -627,3 +628,31 @@ def test_all_callbacks_together_on_two_processes(tmp_path):
     assert trainer.callback_metrics["val/active_units"] == (mu.var(0, unbiased=False) > 0.01).sum()
     assert trainer.callback_metrics["train/samples_per_s"] > 0
     assert (tmp_path / "pictures" / "samples.png").is_file()
+
+
+# ---- EpochMetrics ---------------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_has_a_line_with_its_own_figures(fit, events, tmp_path):
+    fit(FakeVAE((4,)), zoo.EpochMetrics(), max_epochs=3)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "0" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(-1, 0), (0, 3), (1, 6), (2, 9)]
+    assert "val/loss" in lines[0] and "train/loss" not in lines[0]
+    for name in ("train/loss", "val/loss"):
+        assert [line[name] for line in lines[1:]] == [event.value for event in events().Scalars(name)]
+
+
+def test_a_dry_run_and_a_test_write_no_lines(fit, tmp_path):
+    fit(FakeVAE((4,)), zoo.EpochMetrics(), fast_dev_run=True)
+    assert not [*tmp_path.rglob("metrics.jsonl")]
+
+
+def test_an_epoch_that_ends_with_an_interrupt_has_its_line(fit, tmp_path):
+    class Stop(pl.callbacks.EarlyStopping):
+        def on_train_epoch_end(self, trainer, pl_module):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(FakeVAE((4,)), zoo.EpochMetrics(), Stop("val/loss"))
+    lines = (tmp_path / "run" / "0" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [-1, 0]

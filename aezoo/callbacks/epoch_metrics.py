@@ -1,0 +1,53 @@
+"""The figures of each epoch in a file that other programs can follow."""
+
+import json
+from typing import Any
+
+import lightning.pytorch as pl
+
+from aezoo.callbacks.base import is_dry_run, run_folder
+
+
+class EpochMetrics(pl.Callback):
+    """`metrics.jsonl` in the run's folder: one line of JSON an epoch, with its number, the step and all metrics.
+
+    A line with epoch -1 comes before, from the batches of validation that precede training, if there are any. An epoch
+    that a resumed run trains once more has a line once more.
+    """
+
+    _ended: int | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._file = run_folder(trainer) / "metrics.jsonl"  # every rank must ask
+        self._writes = stage == "fit" and trainer.is_global_zero and not is_dry_run(trainer)
+        self._ended = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            self._write(trainer, -1)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # the model logs what training reached after this hook of callbacks, so the line waits for the next one
+        self._ended = trainer.current_epoch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write_ended(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write_ended(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._write_ended(trainer)
+
+    def _write_ended(self, trainer: pl.Trainer) -> None:
+        if self._ended is not None:
+            epoch, self._ended = self._ended, None
+            self._write(trainer, epoch)
+
+    def _write(self, trainer: pl.Trainer, epoch: int) -> None:
+        if self._writes:
+            line: dict[str, Any] = {"epoch": epoch, "step": trainer.global_step}
+            line |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")

@@ -1,0 +1,341 @@
+"""`aezoo tune`: what it is asked, the record of a study, and trials that fail, hang, are pruned or are interrupted."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import aezoo
+from aezoo import cli, tune
+from aezoo.errors import AezooError
+
+optuna = pytest.importorskip("optuna")
+STUDY = Path("runs/vae-digits-tune")
+BASE = ["tune", "--model=vae", "--data=digits"]
+LR = "--search.model.lr=log:1e-4:1e-1"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """No trial trains: `fake(what)` says what becomes of each one, by the number of its folder."""
+    from aezoo import study
+
+    def become(**what):
+        monkeypatch.setenv("FAKE_FIT", json.dumps(what))
+
+    script = Path(__file__).with_name("tune_fit.py")
+    monkeypatch.setattr(study, "FIT", (sys.executable, str(script)))
+    return lambda **what: become(**{name.lstrip("_"): value for name, value in what.items()})
+
+
+def ends(*argv, code=2):
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(argv))
+    assert end.value.code == code
+
+
+def rows(study=STUDY):
+    with (study / "trials.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- what is asked --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "of_it"),
+    [
+        ("log:1e-4:1e-2", "log", (1e-4, 1e-2, 1)),
+        ("float:-1:2.5", "float", (-1.0, 2.5, 1)),
+        ("int:2:64", "int", (2.0, 64.0, 1)),
+        ("int:2:64:2", "int", (2.0, 64.0, 2)),
+        ("int:2:64:log", "int", (2.0, 64.0, 0)),
+        ("bernoulli, gaussian:learned", "choice", ("bernoulli", "gaussian:learned")),
+        ("[64,32],[128]", "choice", ("[64,32]", "[128]")),
+        ("16,32", "choice", ("16", "32")),
+    ],
+)
+def test_a_search_is_a_range_or_values(text, kind, of_it):
+    found = tune.search("model.x", text)
+    assert found.kind == kind
+    assert (found.choices if kind == "choice" else (found.low, found.high, found.step)) == of_it
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "ends"),
+    [
+        ("log:1e-4:1e-2", {"lr": 0.003}, ("0.0001", "0.01")),
+        ("int:2:64:2", {"lr": 8}, ("2", "64")),
+        ("a,b,c", {"lr": "b"}, ("a", "b", "c")),
+    ],
+)
+def test_values_are_drawn_as_flags_take_them(text, values, ends):
+    found = tune.search("lr", text)
+    assert found.ends() == ends
+    assert found.drawn(optuna.trial.FixedTrial(values)) == str(values["lr"])
+
+
+def test_whole_numbers_are_drawn_in_steps_and_over_a_logarithm():
+    for text, seen in (("int:2:8:3", {2, 5, 8}), ("int:1:4:log", {1, 2, 3, 4})):
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        trials = [study.ask() for _ in range(60)]
+        assert {int(tune.search("k", text).drawn(trial)) for trial in trials} == seen
+    assert trials[0].distributions["k"].log
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lgo:1e-4:1e-2", "did you mean log:1e-4:1e-2?"),
+        ("1e-4", "that is one value: give log:LOW:HIGH"),
+        ("log:1e-4", "give log:LOW:HIGH, with numbers"),
+        ("log:1e-4:x", "give log:LOW:HIGH, with numbers"),
+        ("log:1e-4:inf", "give log:LOW:HIGH, with numbers"),
+        ("int:2:6.5", "give int:LOW:HIGH, int:LOW:HIGH:STEP or int:LOW:HIGH:log"),
+        ("int:2:8:0", "the step must be at least 1"),
+        ("float:2:1", "2 is not below 1"),
+        ("log:0:1", "a logarithm needs a lower end above 0"),
+        ("int:0:8:log", "a logarithm needs a lower end above 0"),
+        ("a,,b", "values that differ, none of them empty"),
+        ("a,a", "values that differ"),
+    ],
+)
+def test_a_bad_search_is_told_in_one_line(capsys, text, words):
+    ends(*BASE, f"--search.model.lr={text}")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"aezoo: --search.model.lr {text}: ") and words in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "nothing is searched"),
+        (["--search.model.lr"], "--search.model.lr needs a range or values"),
+        (["--search.model.lr", "--trials=3"], "--search.model.lr needs a range or values"),
+        ([LR, LR], "--search.model.lr is given twice"),
+        (["--search.=a,b"], "names no setting"),
+        ([LR, "--trails=3"], "did you mean --trials?"),
+        (["--serach.model.lr=a,b"], "did you mean --search?"),
+        ([LR, "--trials=x"], "invalid int value: 'x'"),
+        ([LR, "--trials=0"], "--trials takes a number from 1"),
+        ([LR, "--direction=up"], "invalid choice: 'up'"),
+        ([LR, "--timeout=nan"], "--timeout seconds above 0"),
+        ([LR, "--monitor=loss"], "like val/loss or train/nll"),
+        ([LR, "--storage=mysql://a/b"], "give a file on disk"),
+        ([LR, "--ckpt_path=runs/vae/0"], "--ckpt_path is not for tune"),
+        ([LR, "--resume", "auto"], "--resume is not for tune"),
+    ],
+)
+def test_a_bad_flag_of_the_search_is_told_in_one_line(capsys, flags, words):
+    ends(*BASE, *flags)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("aezoo: ") and words in line and not Path("runs").exists()
+
+
+def test_flags_of_fit_are_kept_in_their_order_and_near_names_of_theirs_are_no_mistake():
+    words = ["-c", "vae", "--model.k", "-1", "--rank_timeout=3", "--model", "vae", "--data.seed", "2"]
+    options, searches, flags = tune.read([*words[:3], LR, *words[3:6], "--seed", "4", *words[6:], "--trials=2"])
+    assert flags == words and options.seed == 4 and options.trials == 2 and searches[0].name == "model.lr"
+
+
+def test_help_and_mistakes_need_neither_torch_nor_optuna():
+    for argv, code in ((["tune", "--help"], 0), (["tune", "--search.model.lr=log:1"], 2)):
+        text = f"import sys; from aezoo.cli import main\ntry: main({argv!r})\nexcept SystemExit as end: code = end.code"
+        text += "\nassert not {'torch', 'optuna'} & {*sys.modules}; print('code', code)"
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == f"code {code}", done.stderr
+
+
+def test_without_the_extra_the_cure_is_said(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    ends(*BASE, LR)
+    assert "pip install 'aezoo[tune]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--search.model.latent_dmi=int:2:8"], "unknown flag --model.latent_dmi, did you mean --model.latent_dim?"),
+        (["--search.model.likelihood=bernoulli,gausian"], "bernoulli,gausian: gausian does not go: "),
+        (["--search.model.latent_dim=float:2:8"], "latent_dim takes int, got 2.0"),
+        (["--search.model.latent_dim=int:0:8"], "latent_dim must be at least 1, got 0"),
+        ([LR, "--trainer.max_epoch=3"], "did you mean --trainer.max_epochs?"),
+        ([LR, "--model=vea"], "did you mean 'vae'"),
+    ],
+)
+def test_what_fit_would_refuse_is_refused_before_the_first_trial(capsys, fake, flags, words):
+    fake()
+    ends(*BASE, *flags)
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("aezoo: ") and words in line and not Path("runs").exists()
+
+
+# ---- studies --------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_finds_the_best_and_writes_what_fit_takes(fake, capsys):
+    fake()
+    cli.main([*BASE, LR, "--trials=12", "--trainer.max_epochs=5", "--trainer.devices=1"])
+    table = rows()
+    assert len(table) == 12 and {row["state"] for row in table} <= {"complete", "pruned"}
+    whole = [row for row in table if row["state"] == "complete"]
+    for row in whole:  # the best epoch is the fourth of five
+        assert float(row["val/loss"]) == pytest.approx((math.log10(float(row["model.lr"])) + 3) ** 2)
+        assert row["epochs"] == "5" and Path(row["run"], "log.txt").is_file()
+    best = min(whole, key=lambda row: float(row["val/loss"]))
+    config = yaml.safe_load((STUDY / "best.yaml").read_text())
+    assert config["model"]["init_args"]["lr"] == float(best["model.lr"])
+    assert config["trainer"]["callbacks"] == [{"class_path": "aezoo.callbacks.EMA"}]
+    assert config["trainer"]["default_root_dir"] is None
+    assert {"--trainer.max_epochs=5", "--trainer.devices=1"} <= {*config["trainer"]["words"]}
+    out = capsys.readouterr().out
+    assert f"best: trial {best['trial']}, val/loss" in out and f"aezoo fit -c {STUDY / 'best.yaml'}" in out
+    cli.main([*BASE, LR, "--trials=12", "--trainer.max_epochs=5", "--trainer.devices=1"])
+    assert len(rows()) == 12  # nothing is left to do
+
+
+def test_the_seed_decides_what_is_drawn(fake):
+    fake()
+    drawn = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        cli.main([*BASE, LR, "--trials=2", f"--seed={seed}", f"--study={name}"])
+        drawn[name] = [row["model.lr"] for row in rows(Path(name))]
+    assert drawn["a"] == drawn["b"] != drawn["c"] and len(set(drawn["a"])) == 2
+
+
+def test_of_what_should_be_large_the_largest_is_best(fake):
+    fake()
+    Path("mine.yaml").write_text("trainer:\n  default_root_dir: out\n")
+    cli.main([*BASE, "-c", "mine.yaml", LR, "--trials=3", "--direction=max", "--prune=off"])
+    study = Path("out/mine-tune")
+    largest = max(rows(study), key=lambda row: float(row["val/loss"]))
+    assert float(largest["val/loss"]) == pytest.approx((math.log10(float(largest["model.lr"])) + 3) ** 2 + 3)
+    config = yaml.safe_load((study / "best.yaml").read_text())
+    assert config["model"]["init_args"]["lr"] == float(largest["model.lr"])
+    assert config["trainer"]["default_root_dir"] == "out"
+
+
+def test_a_crash_loses_one_trial(fake, capsys):
+    fake(_0="crash", _1="die", _3="nan")
+    cli.main([*BASE, LR, "--trials=4"])
+    assert [row["state"] for row in rows()] == ["fail", "fail", "complete", "fail"]
+    assert [row["error"] for row in rows()] == [
+        "it is broken, mend it",
+        "ended by SIGKILL (often: no memory left)",
+        "",
+        "no finite val/loss was logged",
+    ]
+    assert "trial 0: failed: it is broken, mend it" in capsys.readouterr().out
+
+
+def test_a_study_of_which_nothing_works_ends_soon(fake, capsys):
+    fake(_0="crash", _1="crash", _2="crash")
+    ends(*BASE, LR, "--trials=9")
+    assert "the first 3 trials failed, the last with: it is broken, mend it; see" in capsys.readouterr().err
+    assert len(rows()) == 3
+
+
+def test_a_trial_that_is_behind_is_pruned(fake):
+    fake(_5="bad")
+    cli.main([*BASE, LR, "--trials=6"])
+    assert rows()[5]["state"] == "pruned" and float(rows()[5]["val/loss"]) == 1e6
+    assert rows()[5]["epochs"] == "4" and not [*Path(rows()[5]["run"]).rglob("finished")]
+
+
+def test_an_interrupted_study_goes_on_as_if_nothing_had_happened(fake, capsys):
+    fake()
+    cli.main([*BASE, LR, "--trials=4", "--study=whole"])
+    fake(_1="interrupt")
+    command = [*BASE, LR, "--trials=4", "--study=cut"]
+    ends(*command, code=130)
+    said = capsys.readouterr().err
+    assert "1 of 4 trials are done" in said and f"go on with: aezoo {' '.join(command)}" in said
+    cli.main(command)
+    whole, cut = rows(Path("whole")), rows(Path("cut"))
+    assert [row["state"] for row in cut] == ["complete", "interrupted", "complete", "complete", "complete"]
+    assert cut[1]["run"] == cut[2]["run"] and cut[1]["model.lr"] == cut[2]["model.lr"]
+    config = yaml.safe_load(Path(cut[2]["run"], "vae-digits/0/config.yaml").read_text())
+    assert "--resume=auto" in config["trainer"]["words"]
+    kept = [row["model.lr"] for row in cut if row["state"] == "complete"]
+    assert kept == [row["model.lr"] for row in whole]
+
+
+def test_another_search_is_another_study(fake, capsys):
+    fake(_0="interrupt")
+    ends(*BASE, LR, "--trials=1", code=130)
+    fake()
+    cli.main([*BASE, LR, "--trials=1", "--direction=max"])  # nothing was done yet, so nothing is lost
+    capsys.readouterr()
+    ends(*BASE, "--search.model.lr=log:1e-5:1e-2", "--trials=2", "--seed=3")
+    line = capsys.readouterr().err
+    assert "a study with other --direction, --search.model.lr, --seed: give another --study, or go on with it: " in line
+    assert f"aezoo {' '.join(BASE)} {LR} --trials=1 --direction=max" in line
+
+
+@pytest.mark.parametrize(
+    ("monitor", "words"),
+    [
+        ("val/los", "--monitor val/los is not logged by these runs, did you mean val/loss?"),
+        ("train/kl", "--monitor train/kl is not logged by these runs: there are train/loss, val/loss"),
+    ],
+)
+def test_an_unknown_monitor_ends_the_first_trial(fake, capsys, monitor, words):
+    fake()
+    ends(*BASE, LR, f"--monitor={monitor}")
+    assert words in capsys.readouterr().err
+    cli.main([*BASE, LR, "--trials=1"])
+    assert [row["state"] for row in rows()] == ["complete"]
+
+
+@pytest.mark.parametrize("name", ["study.db", "else/where.log"])
+def test_the_record_can_lie_elsewhere(fake, name):
+    fake()
+    for trials in (1, 2):
+        cli.main([*BASE, LR, f"--trials={trials}", f"--storage={name}"])
+    assert len(rows()) == 2 and Path(name).is_file() and not (STUDY / "study.log").exists()
+
+
+@pytest.mark.parametrize("name", ["words.db", "words.log"])
+def test_a_file_that_is_no_record_is_refused(fake, capsys, name):
+    Path(name).write_text("no record\nat all\n")
+    ends(*BASE, LR, f"--storage={name}")
+    assert f"cannot use {name} as a study: " in capsys.readouterr().err and not Path("runs").exists()
+
+
+def test_after_the_timeout_no_trial_is_started(fake, capsys):
+    fake()
+    cli.main([*BASE, LR, "--trials=1"])
+    cli.main([*BASE, LR, "--trials=9", "--timeout=1e-9"])
+    assert len(rows()) == 1 and "no further trial is started" in capsys.readouterr().err
+
+
+def test_a_real_study_trains_and_its_best_trains_again(capsys):
+    off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
+    quick = [*off, "--projector.n=0", "--trainer.max_epochs=2", "--trainer.limit_train_batches=2"]
+    cli.main([*BASE, "--search.model.latent_dim=int:2:8", "--trials=1", *quick])
+    (row,) = rows()
+    assert row["state"] == "complete" and row["epochs"] == "2", row
+    run = Path(row["run"], "vae-digits/0")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [-1, 0, 1] and "val/loss" in lines[0] and lines[2]["step"] == 4
+    assert float(row["val/loss"]) == min(line["val/loss"] for line in lines[1:]) and "train/loss" in lines[1]
+    assert aezoo.load_model(run).code_shape == (int(row["model.latent_dim"]),)
+    cli.main(["fit", "-c", str(STUDY / "best.yaml"), "--trainer.fast_dev_run=true"])
+    assert f"code shape ({row['model.latent_dim']},)" in capsys.readouterr().out
+    text = (STUDY / "best.yaml").read_text()
+    assert "EpochMetrics" not in text and f"latent_dim: {row['model.latent_dim']}" in text
+
+
+def test_a_search_that_has_no_such_text_raises_the_error_of_the_zoo():
+    with pytest.raises(AezooError, match="one value"):
+        tune.search("model.lr", "x")

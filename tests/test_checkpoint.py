@@ -185,7 +185,7 @@ def test_nothing_there(refused, tmp_path):
     refused(tmp_path, "no .ckpt file in")
 
 
-@pytest.mark.parametrize("scheme", ["http", "https", "ftp", "s3", "hf"])
+@pytest.mark.parametrize("scheme", ["http", "https", "ftp", "s3"])
 def test_an_address_is_refused_before_anything_is_fetched(refused, scheme):
     refused(f"{scheme}://example.org/model.ckpt", f"from disk only, not from {scheme}://example.org/model.ckpt")
 

@@ -142,6 +142,18 @@ def test_commands_that_need_a_checkpoint_say_so(hub, command, capsys):
 
 
 @pytest.mark.parametrize(
+    "argv", [["-c", ADDRESS], ["--model", "vae", "--data", ADDRESS], [f"--model={ADDRESS}"], ["--resume", ADDRESS]]
+)
+def test_fit_asks_the_hub_for_nothing(hub, model, argv, capsys):
+    aezoo.push_to_hub(model, "user/digits")
+    hub.asked.clear()
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fit", *argv])
+    *_, line = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("aezoo: ") and not hub.asked
+
+
+@pytest.mark.parametrize(
     "address",
     ["hf://digits", "hf://a/b/c", "hf://user/", "hf:///digits", "hf://user/a--b", "hf://../digits", "hf://u/-x",
      "hf://user/x.git", f"hf://user/{'x' * 96}", "hf://user/é"],

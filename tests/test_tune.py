@@ -85,6 +85,13 @@ def test_values_are_drawn_as_flags_take_them(text, values, ends):
     assert found.drawn(optuna.trial.FixedTrial(values)) == str(values["lr"])
 
 
+@pytest.mark.parametrize(("text", "evenly"), [("log:0.01:1", False), ("float:0.01:1", True), ("int:1:9", True)])
+def test_what_is_drawn_evenly_and_what_over_its_logarithm(text, evenly):
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    tune.search("k", text).drawn(trial)
+    assert trial.distributions["k"].log is not evenly
+
+
 def test_whole_numbers_are_drawn_in_steps_and_over_a_logarithm():
     for text, seen in (("int:2:8:3", {2, 5, 8}), ("int:1:4:log", {1, 2, 3, 4})):
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))

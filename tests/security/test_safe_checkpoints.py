@@ -184,7 +184,7 @@ def test_plain_values_come_back_as_they_are():
     assert values.plain(plain, "it") == plain
 
 
-@pytest.mark.parametrize("scheme", ["http", "https", "ftp", "s3", "gs", "hf", "file"])
+@pytest.mark.parametrize("scheme", ["http", "https", "ftp", "s3", "gs", "file"])
 def test_an_address_is_refused_with_the_advice_to_download_first(refused, scheme):
     address = f"{scheme}://127.0.0.1:9/x"
     with pytest.raises(AezooError, match="download it first"):

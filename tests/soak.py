@@ -122,6 +122,9 @@ RANGES = {
     "n_groups": lambda rng: rng.randint(1, 3),
     "estimator": lambda rng: rng.choice(ESTIMATORS),
     "discriminator_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 2))],
+    "discriminator_weight": lambda rng: rng.uniform(0, 2),
+    "discriminator_start": lambda rng: rng.randint(0, 50),
+    "perceptual_weight": lambda rng: rng.uniform(0, 2),
     "discriminator_lr": lambda rng: 10 ** rng.uniform(-5, -3),
     "classifier_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 2))],
     "latent_dims": lambda rng: [rng.randint(2, 16) for _ in range(rng.randint(1, 3))],
@@ -207,6 +210,8 @@ FIXED = {
     "rq_vae": {"estimator": "ste"},
     "sim_vq_vae": {"estimator": "rotation"},
     "fsq_vae": {"levels": [5, 4, 3], "depth": 2},
+    "autoencoder_kl": {"net": "conv", "beta": 1e-6},
+    "vqgan": {"net": "conv", "estimator": "rotation"},
 }
 
 

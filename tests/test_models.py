@@ -41,7 +41,7 @@ OVERFIT_LATE = (
     *("hvae", "dncnn", "dvae", "gumbel_vq_vae", "bsq_vae", "rq_vae", "fsq_vae", "noise2noise", "noise2void"),
     *("vdvae", "soft_vq", "sim_vq_vae", "vq_vae_2", "piwae", "unet_ae", "titok", "vamp_vae", "lfq_vae", "resnet_ae"),
     *("miwae", "aae", "simmim", "semi_supervised_vae", "vq_vae", "vae_gan", "conditional_vae", "matryoshka_sae"),
-    *("mae", "matching_pursuit_sae"),
+    *("mae", "matching_pursuit_sae", "autoencoder_kl", "vqgan"),
 )
 OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer")
 # of each kind of network and of what stands between encoder and decoder
@@ -51,6 +51,7 @@ OF_EACH_KIND = (
     *("vae", "iwae", "beta_tcvae", "vae_flow", "vae_iaf", "flow_prior_vae", "hvae", "hyperspherical_vae"),
     *("poincare_vae", "ladder_vae", "vdvae", "vae_gan", "categorical_vae", "conditional_vae"),
     *("vq_vae", "rq_vae", "fsq_vae", "bsq_vae", "gumbel_vq_vae", "titok", "soft_vq", "index_transformer"),
+    "autoencoder_kl",
 )
 
 
@@ -90,7 +91,7 @@ def test_variant(variant, check):
 
 @strict
 def test_two_processes_train_like_one():
-    run(check_ddp, *GRAPHS_AT_ONCE, "vae_gan", broken.Sound)
+    run(check_ddp, *GRAPHS_AT_ONCE, "vae_gan", "autoencoder_kl", broken.Sound)
 
 
 @strict

@@ -36,7 +36,9 @@ MASKED = ("mae", "simmim", "masked_conv_ae")
 SMALL = {"latent_dim": 3, "hidden_dims": (5, 4), "k": 2, "depth": 2, "codebook_size": 5}
 SMALL |= {"groups": (1, 2), "hyper_dim": 2, "hyper_hidden_dims": (3,)}
 # without another net
-ON_A_GRID = [*aezoo.list_models(family="quantised"), *aezoo.list_models(family="compression")]
+ON_A_GRID = [
+    name for family in ("quantised", "compression", "latent_diffusion") for name in aezoo.list_models(family=family)
+]
 
 
 def small(name, shape):

@@ -4,16 +4,24 @@ Each player has a loss of its own, which passes no gradient to the parameters of
 `frozen` or detached in it. Then one backward pass through the sum of all losses gives the gradients of every player,
 and an optimiser with a group of parameters for each is as many optimisers. A loss that is to train, but not to count in
 the value of the sum, is a `gradient_alone`.
+
+Where a loss is weighed against another by their gradients at one layer, `by_last_layer` and `with_gradient` find these
+by the passes that training takes anyway.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vjp
 
 from aezoo import optimizers
 from aezoo.errors import AezooError
 from aezoo.likelihoods import Likelihood
+from aezoo.nets.conv import CONVS, rank_of
+from aezoo.precision import at_least_float32
 
 
 def check_discriminator(dims: tuple[int, ...], lr: float) -> None:
@@ -61,3 +69,66 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.likelihood.mean(self.decoder(z))
+
+
+class PatchDiscriminator(nn.Sequential):
+    """How real each patch of a sample looks (Isola et al. 2016, https://arxiv.org/abs/1611.07004, section 2.2.2).
+
+    (B, C, *grid) -> (B, 1, *smaller grid), by stages of stride 2 for any size; normalised over groups of channels of a
+    sample, where the paper's batch normalisation would set samples against each other.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W).
+        dims: channels of the stages.
+
+    Raises:
+        AezooError: a shape without a grid.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], dims: tuple[int, ...]) -> None:
+        conv, channels = CONVS[rank_of(input_shape)], input_shape[0]
+        layers: list[nn.Module] = []
+        for i, width in enumerate(dims):
+            layers.append(conv(channels, width, 3, stride=2, padding=1))
+            if i:  # not after the first, as in the paper's appendix 6.1.2
+                layers.append(nn.GroupNorm(math.gcd(width, max(1, width // 4)), width))
+            layers.append(nn.LeakyReLU(0.2))
+            channels = width
+        super().__init__(*layers, conv(channels, 1, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return at_least_float32(super().forward(x))
+
+
+def hinge(t_real: Tensor, t_fake: Tensor) -> Tensor:
+    """The discriminator's loss, E[(1 - t_real)^+] / 2 + E[(1 + t_fake)^+] / 2, of any shapes -> ().
+
+    Lim & Ye 2017, https://arxiv.org/abs/1705.02894; halved as in https://github.com/CompVis/taming-transformers.
+    """
+    return 0.5 * (F.relu(1 - t_real).mean() + F.relu(1 + t_fake).mean())
+
+
+def by_last_layer(net: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A network's output, and what takes a gradient of it to that of the weight W of the network's last layer.
+
+    One forward pass for both: (B, ...) -> (B, ...) and the map (B, ...) -> (*W.shape), whose results are constants.
+    """
+    name, weight = [(name, p) for name, p in net.named_parameters() if p.ndim > 1][-1]
+    out, pull, *_ = vjp(lambda w: functional_call(net, {name: w}, (x,)), weight)
+    return out, lambda gradient: pull(gradient)[0].detach()
+
+
+def with_gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+    """loss(at), live, and its gradient with respect to `at`, a constant: (B, ...) -> (), (B, ...)."""
+    value, pull, *_ = vjp(loss, at)
+    return value, pull(value.new_ones(()))[0].detach()
+
+
+def adaptive_weight(g_rec: Tensor, g_gan: Tensor) -> Tensor:
+    """||g_rec|| / (||g_gan|| + 1e-4), at most 1e4, of the gradients at the decoder's last layer -> ().
+
+    Whatever the scale of the adversarial loss, it moves that layer as far as the reconstruction does: Esser et al.
+    2020, https://arxiv.org/abs/2012.09841, equation 7, with the constants of their code.
+    """
+    ratio = at_least_float32(g_rec).norm() / (at_least_float32(g_gan).norm() + 1e-4)
+    return ratio.clamp(0, 1e4)

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -10,11 +11,66 @@ from torch import Tensor, nn
 from aezoo.errors import AezooError
 from aezoo.nets.build import ACTIVATIONS, encoder
 from aezoo.nets.conv2d import Conv2d
+from aezoo.nets.memory_format import in_order
 from aezoo.nets.resnet import ResidualBlock
 from aezoo.nets.stored import stored_weights
+from aezoo.precision import at_least_float32
 
 VGG = ("vgg16", "vgg19")
 RANDOM_WIDTHS = {"conv": (16, 32, 64), "mlp": (512, 512)}
+
+
+class FeatureDistance:
+    """How far two batches are apart to a network that is no part of the model.
+
+    The model holds it as a plain object: it is not saved, trained or exchanged between ranks. It goes where the data
+    are.
+
+    Args:
+        features: random, vgg16, vgg19 or the path of a file of VGG weights (.pth); of none all batches are at 0.
+        input_shape: shape of one sample.
+
+    Raises:
+        AezooError: no such network.
+    """
+
+    def __init__(self, features: str, input_shape: tuple[int, ...]) -> None:
+        if features not in ("none", "random", *VGG) and not features.endswith(".pth"):
+            raise AezooError(
+                f"features takes none, random, {', '.join(VGG)} or the path of a .pth file, got {features!r}"
+            )
+        self.features, self.input_shape = features, input_shape
+        self.net = random_features(input_shape) if features == "random" else None
+
+    def read(self) -> "FeatureNet | None":
+        """The network, read from its file at the first call: not in the constructor, so that a model loads without.
+
+        Raises:
+            AezooError: there is no such file, or it does not fit the data.
+        """
+        if self.net is None and self.features != "none":
+            self.net = vgg_features(self.features, self.input_shape)
+        return self.net
+
+    def beside(self, x: Tensor) -> Self:
+        """This, with the network on the device and in the precision of data, at least float32.
+
+        To be called before a transform of torch.func, in which a module cannot be moved.
+        """
+        net, x = self.read(), at_least_float32(x)
+        if net is not None and (net.mean.device != x.device or net.mean.dtype != x.dtype):
+            net.to(x)
+        return self
+
+    def __call__(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """Sum over layers l of ||F_l(x_hat) - F_l(x)||^2 / (2 n_l), (B, *shape), (B, *shape) -> (B,)."""
+        x_hat, x = at_least_float32(x_hat), at_least_float32(x)
+        net = self.beside(x).read()
+        if net is None:
+            return x.new_zeros(len(x))
+        with torch.autocast(x.device.type, enabled=False):
+            pairs = zip(net(x_hat), net(x), strict=True)
+            return torch.stack([in_order((a - b) ** 2).flatten(1).mean(1) / 2 for a, b in pairs]).sum(0)
 
 
 class FeatureNet(nn.Module):

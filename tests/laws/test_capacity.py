@@ -16,7 +16,10 @@ LINEAR = (
     *("vae", "beta_vae", "logcosh_vae", "denoising_vae", "msssim_vae", "perceptual_vae", "categorical_vae"),
     *("hyperspherical_vae", "semi_supervised_m1"),
 )
-COUPLED = ("sigma_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "factor_vae", "vae_gan", "ada_gvae", "mlvae")
+COUPLED = (
+    *("sigma_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "factor_vae", "vae_gan", "ada_gvae", "mlvae"),
+    "autoencoder_kl",
+)
 # with the KL of each level, which free bits hold, that of all processes in any case
 BY_LEVEL = ("hierarchical_vae", "ladder_vae")
 

@@ -116,13 +116,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "factorized_prior": {"hidden_dims": (6, 8), "latent_dim": 4},
     **{name: {"hidden_dims": (6, 8), "latent_dim": 4, **SMALL_SIDE} for name in WITH_SIDE},
     "elic": {"hidden_dims": (8, 8), "groups": (1, 3), **SMALL_SIDE},
+    "autoencoder_kl": {"hidden_dims": (6, 8), "latent_dim": 4, "beta": 2.0, "perceptual_weight": 0.5},
+    "vqgan": {"hidden_dims": (6, 8), "latent_dim": 4, "codebook_size": 8, "perceptual_weight": 0.5},
 }
 # rhohat is a mean over the batch before it enters a logarithm; dead latents are counted over batches; the others
-# compare a mean, a covariance or the codes of a whole batch with something
+# compare a mean, a covariance or the codes of a whole batch with something, or weigh gradients of a whole batch
 BATCH_COUPLED = (
     *("sparse_ae_kl", "topk_sae", "annealed_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "beta_tcvae", "joint_vae"),
     *("factor_vae", "vae_gan", "wta_ae", "dagmm", "wae_mmd", "swae", "cw_ae", "topological_ae"),
-    *("lfq_vae", "bsq_vae", "soft_vq"),
+    *("lfq_vae", "bsq_vae", "soft_vq", "autoencoder_kl", "vqgan"),
 )
 # what is estimated depends on how many samples there are
 BATCH_SIZED = ("beta_tcvae", "wta_ae", "wae_mmd", "cw_ae", "topological_ae")
@@ -136,7 +138,7 @@ NOISY = (
     *("hierarchical_vae", "ladder_vae", "vdvae", "mixture_vae", "vamp_vae", "vae_flow", "vae_iaf", "flow_prior_vae"),
     *("two_stage_vae", "hyperspherical_vae", "poincare_vae", "hvae", "rhvae", "wta_ae", "dncnn", "noise2noise"),
     *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae"),
-    *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer"),
+    *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl"),
 )
 # evaluated with whole numbers, trained with noise in place of rounding
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic")
@@ -173,7 +175,10 @@ def loss(model: Any, x: Tensor, rows: Any, total: int = 6) -> dict[str, Tensor]:
 def test_the_table_covers_every_built_in_model() -> None:
     built_in = {
         name
-        for family in ("classic", "sparse", "variational", "regularised", "masked", "quantised", "compression")
+        for family in (
+            *("classic", "sparse", "variational", "regularised", "masked", "quantised", "compression"),
+            "latent_diffusion",
+        )
         for name in aezoo.list_models(family=family)
     }
     assert set(MODELS) == built_in
@@ -286,6 +291,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "sim_vq_vae": {"commitment": 0.25, "codebook": 1.0},
         "lfq_vae": {"entropy": 0.3, "diversity": -0.3, "commitment": 0.25},
         "bsq_vae": {"entropy": 0.3, "diversity": -0.3},
+        "autoencoder_kl": {"kl": 2.0, "perceptual": 0.5},
+        "vqgan": {"commitment": 0.25, "codebook": 1.0, "perceptual": 0.5},
         **{key: {"kl": 1.0} for key in PLAIN},
         # lam of 0.01, of squared errors of values to 255 and of bits
         **{key: {"rate": 1.0, "nll": 0.01 * 255**2 * math.log(2) - 1} for key in ROUNDED},

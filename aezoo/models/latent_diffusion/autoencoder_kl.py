@@ -1,0 +1,150 @@
+"""AutoencoderKL of latent diffusion (Rombach et al. 2021), https://arxiv.org/abs/2112.10752
+
+The code is a feature map, on which a diffusion model can be trained; in nats per sample:
+
+    L = R + beta KL(q(z|x) || p(z)) + w_D lambda L_G     R = E_q[-log p(x|z)] + w_P X P(x, xhat)
+    q(z|x) = N(mu(x), diag sigma(x)^2)     p(z) = N(0, I)     KL and -log p are sums over all values
+    P = sum_l ||F_l(x) - F_l(xhat)||^2 / (2 n_l)     F_l the n_l activations of layer l, see perceptual_vae
+    L_G = -E[D(xhat)]     L_D = 1/2 E[(1 - D(x))^+] + 1/2 E[(1 + D(xhat))^+]     D judges patches
+    lambda = ||dR / dW|| / (||dL_G / dW|| + 1e-4), at most 1e4     W the weight of the decoder's last layer
+
+L_G and L_D count from discriminator_start steps on. As lambda changes from batch to batch, w_D lambda L_G is in the
+loss by its gradient alone, and L_D, of the other player, too. Without them and P, and with beta = 1, L is -ELBO.
+
+beta = 1e-6 belongs to sums over values, as in https://github.com/CompVis/latent-diffusion, where P is added to each of
+the X values of a sample and so counts X times; there the likelihood's scale divides it too. So small a beta leaves q(z)
+far from p(z), by which `elbo` and `log_likelihood` go: `standardiser` has mean and standard deviation of each channel
+over about the last hundred batches of training, and takes codes to what a diffusion model is to learn, its `restore`
+takes those back. `sample` decodes restored draws from N(0, I).
+
+Shapes: B batch, C channels of a code, K importance samples, D all values of a code.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aezoo import gaussians, nets
+from aezoo.limits import at_least
+from aezoo.models.variational.vae import VAE
+from aezoo.nets import adversarial
+from aezoo.nets.adversarial import frozen, gradient_alone, with_gradient
+from aezoo.nets.features import FeatureDistance
+from aezoo.nets.standardise import Standardiser
+
+
+class AutoencoderKL(VAE):
+    """A Gaussian feature map with little KL, made sharp by a perceptual and an adversarial loss.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
+        latent_dim: C, channels of the code.
+        beta: weight of the KL term.
+        features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
+        perceptual_weight: w_P.
+        discriminator_weight: w_D.
+        discriminator_start: optimiser steps before the discriminator counts; 50001 in the authors' settings.
+        discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
+        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
+        net: resnet, conv, convnext, conv_keras, unet, gdn or vit.
+        hidden_dims: channels of the encoder's stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.
+        lr: learning rate of encoder and decoder.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 4,
+        beta: float = 1e-6,
+        features: str = "random",
+        perceptual_weight: float = 1.0,
+        discriminator_weight: float = 0.5,
+        discriminator_start: int = 0,
+        discriminator_dims: tuple[int, ...] = (),
+        discriminator_lr: float = 1e-4,
+        net: str = "resnet",
+        hidden_dims: tuple[int, ...] = (32, 64),
+        activation: str = "silu",
+        likelihood: str = "laplace:learned",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
+        # past the VAE's, which would build nets for a vector
+        super(VAE, self).__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
+        self.save_hyperparameters()
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, beta=beta, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
+        at_least(0, discriminator_start=discriminator_start)
+        adversarial.check_discriminator(discriminator_dims, discriminator_lr)
+        self.beta, self.capacity, self.perceptual_weight = beta, 0.0, perceptual_weight
+        self.discriminator_weight, self.discriminator_lr = discriminator_weight, discriminator_lr
+        self.discriminator_start, self.distance = discriminator_start, FeatureDistance(features, self.input_shape)
+        self.code_shape, both = (nets.map_shape(net, self.input_shape, hidden_dims, n * latent_dim) for n in (1, 2))
+        self.encoder = nets.encoder(net, self.input_shape, both, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
+        self.discriminator = adversarial.PatchDiscriminator(self.input_shape, dims)
+        self.standardiser = Standardiser(latent_dim)
+        self.keep_steps()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return adversarial.two_groups(self, betas=(0.5, 0.9), both=True)  # those of the authors' code
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.distance.read()
+
+    @staticmethod
+    def kl(mu_BD: Tensor, log_var_BD: Tensor) -> Tensor:
+        return VAE.kl(mu_BD.flatten(1), log_var_BD.flatten(1))
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        return super().log_prior(z.flatten(-len(self.code_shape)))
+
+    def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        mu, log_var = self.posterior(x)
+        z_KBD, log_q_KB = gaussians.draw(mu.flatten(1), log_var.flatten(1), n)
+        return z_KBD.unflatten(2, self.code_shape), log_q_KB
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu, log_var = self.posterior(x)
+        z = mu + torch.exp(0.5 * log_var) * torch.randn_like(mu)
+        if self.training:
+            self.standardiser.observe(z.detach(), self.batch_mean)
+        params, to_last_layer = adversarial.by_last_layer(self.decoder, z.to(x.dtype))
+
+        # for the step of encoder and decoder, to which the discriminator is a constant
+        image, distance = self.likelihood.mean, self.distance.beside(x)
+        nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
+        perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
+        gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
+        g_R = g_nll + self.perceptual_weight * g_P
+        # of all ranks: the mean of their own weights would be another
+        weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan)))
+        kl = self.mean_kl(self.kl(mu, log_var))
+
+        # for the discriminator's step
+        judged = self.discriminator(torch.cat([x, image(params).detach().to(x.dtype)]))
+        discriminator = adversarial.hinge(*judged.chunk(2))
+        started = self.share_of_steps(self.discriminator_start) >= 1
+        players = started * (self.discriminator_weight * weight * gan + discriminator)
+        loss = nll + self.perceptual_weight * perceptual + self.beta * (kl - self.capacity).abs()
+        terms = {"loss": loss + gradient_alone(players), "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+        terms |= {"adversarial": gan, "adaptive_weight": weight, "discriminator": discriminator}
+        return terms | {"perceptual": perceptual}
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        return self.decode(self.standardiser.restore(self.sample_prior(n)))

@@ -1,0 +1,143 @@
+"""VQGAN, a codebook of perceptually rich parts (Esser et al. 2020), https://arxiv.org/abs/2012.09841
+
+Each place of the encoder's output becomes the nearest of K codes, whose rows a transformer can be trained on (equations
+4 to 7); in nats per sample:
+
+    L = R + ||sg(z) - e_k||^2 + beta ||z - sg(e_k)||^2 + w_D lambda L_G     R = -log p(x | g(z_q)) + w_P X P(x, xhat)
+    P = sum_l ||F_l(x) - F_l(xhat)||^2 / (2 n_l)     F_l the n_l activations of layer l, see perceptual_vae
+    L_G = -E[D(xhat)]     L_D = 1/2 E[(1 - D(x))^+] + 1/2 E[(1 + D(xhat))^+]     D judges patches
+    lambda = ||dR / dW|| / (||dL_G / dW|| + 1e-4), at most 1e4     W the weight of the decoder's last layer
+
+summed over places and values. With the Laplace likelihood -log p is ||x - xhat||_1 and a constant. P counts once for
+each of the X values of a sample, as in https://github.com/CompVis/taming-transformers, where however R is a mean over
+these and the codes' terms are means over theirs; there beta weights the commitment with legacy=False alone. Without L_G
+and P this is vq_vae.
+
+L_G and L_D count from discriminator_start steps on. As lambda changes from batch to batch, w_D lambda L_G is in the
+loss by its gradient alone, and L_D, of the other player, too.
+
+Shapes: B batch, D channels of a code, K codes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.discrete import DiscreteAutoencoder
+from aezoo.limits import at_least
+from aezoo.nets import adversarial
+from aezoo.nets.adversarial import frozen, gradient_alone, with_gradient
+from aezoo.nets.features import FeatureDistance
+from aezoo.quantisers.vq import VQ
+
+
+class VQGAN(DiscreteAutoencoder):
+    """A map of codes from one codebook, made sharp by a perceptual and an adversarial loss.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
+        latent_dim: D, channels of a code.
+        codebook_size: K.
+        beta: weight of the commitment.
+        update: how codes learn: ema, moving averages, or gradient.
+        decay: of the moving averages.
+        dead_below: mean rows a batch below which a code moves to a row, at most rows / 2K where rows <= K; 0 for never.
+        estimator: how the gradient passes the quantiser: ste, rotation, gumbel or diveq.
+        cosine: compare directions, on the unit sphere.
+        data_init: start the codes by k-means on the first batch of training.
+        features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
+        perceptual_weight: w_P.
+        discriminator_weight: w_D.
+        discriminator_start: optimiser steps before the discriminator counts; 10000 in a setting of the authors' code.
+        discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
+        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
+        net: resnet, conv, convnext, conv_keras, unet, gdn or vit.
+        hidden_dims: channels of the encoder's stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        likelihood: how outputs are compared with data, see vq_vae; laplace is the paper's absolute error.
+        lr: learning rate of encoder, decoder and codes.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        codebook_size: int = 512,
+        beta: float = 0.25,
+        update: str = "gradient",
+        decay: float = 0.99,
+        dead_below: float = 1.0,
+        estimator: str = "ste",
+        cosine: bool = False,
+        data_init: bool = True,
+        features: str = "random",
+        perceptual_weight: float = 1.0,
+        discriminator_weight: float = 0.8,
+        discriminator_start: int = 0,
+        discriminator_dims: tuple[int, ...] = (),
+        discriminator_lr: float = 1e-4,
+        net: str = "resnet",
+        hidden_dims: tuple[int, ...] = (32, 64),
+        activation: str = "silu",
+        likelihood: str = "laplace",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
+        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
+        self.save_hyperparameters()
+        at_least(0, beta=beta, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
+        at_least(0, discriminator_start=discriminator_start)
+        at_least(1, codebook_size=codebook_size)
+        adversarial.check_discriminator(discriminator_dims, discriminator_lr)
+        self.beta, self.perceptual_weight = beta, perceptual_weight
+        self.discriminator_weight, self.discriminator_lr = discriminator_weight, discriminator_lr
+        self.discriminator_start, self.distance = discriminator_start, FeatureDistance(features, self.input_shape)
+        nets.map_shape(net, self.input_shape, hidden_dims, 1)  # refuses what has no grid
+        self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places=1)
+        learning: dict[str, Any] = {"update": update, "decay": decay, "dead_below": dead_below}
+        self.quantiser = VQ(latent_dim, codebook_size, estimator=estimator, cosine=cosine, **learning)
+        dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
+        self.discriminator = adversarial.PatchDiscriminator(self.input_shape, dims)
+        self.keep_steps()
+        if data_init:
+            self.keep_started()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return adversarial.two_groups(self, betas=(0.5, 0.9), both=True)  # those of the authors' code
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.distance.read()
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_q, _, terms = self.quantise(x)
+        params, to_last_layer = adversarial.by_last_layer(self.decoder, z_q)
+
+        # for the step of encoder, codes and decoder, to which the discriminator is a constant
+        image, distance = self.likelihood.mean, self.distance.beside(x)
+        nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
+        perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
+        gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
+        g_R = g_nll + self.perceptual_weight * g_P
+        # of all ranks: the mean of their own weights would be another
+        weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan)))
+
+        # for the discriminator's step
+        judged = self.discriminator(torch.cat([x, image(params).detach().to(x.dtype)]))
+        discriminator = adversarial.hinge(*judged.chunk(2))
+        started = self.share_of_steps(self.discriminator_start) >= 1
+        players = started * (self.discriminator_weight * weight * gan + discriminator)
+        loss = nll + self.perceptual_weight * perceptual + self.beta * terms["commitment"] + terms.get("codebook", 0)
+        terms |= {"adversarial": gan, "adaptive_weight": weight, "discriminator": discriminator}
+        return {"loss": loss + gradient_alone(players), "nll": nll, "perceptual": perceptual, **terms}

@@ -1,0 +1,63 @@
+"""Running mean and standard deviation of each channel of a code, for what is trained on codes."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class Standardiser(nn.Module):
+    """Codes to codes whose channels have mean 0 and standard deviation 1, and back, (B, C, *grid) -> (B, C, *grid).
+
+    Both moments are over a batch's samples and grid; over the steps, plain means at first and then moving averages.
+
+    Attributes:
+        mean_C: mean of each channel, 0 before training.
+        std_C: standard deviation of each channel, 1 before training.
+        count: how many batches they are of, ().
+
+    Args:
+        channels: C.
+        decay: of the moving averages.
+    """
+
+    mean_C: Tensor
+    std_C: Tensor
+    count: Tensor
+
+    def __init__(self, channels: int, decay: float = 0.99) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("mean_C", torch.zeros(channels))
+        self.register_buffer("std_C", torch.ones(channels))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def observe(self, z: Tensor, batch_mean: Callable[[Tensor], Tensor]) -> None:
+        """Take in the codes of a step of training.
+
+        Args:
+            z: (B, C, *grid), in at least float32.
+            batch_mean: the mean over all samples of a batch, on whatever ranks, (B, C) -> (C,).
+        """
+        z = z.flatten(2)
+        mean_C = batch_mean(z.mean(2))
+        var_C = batch_mean((z - mean_C[:, None]).square().mean(2))
+        rate = (1 / self.count.add_(1).to(z)).clamp(min=1 - self.decay)
+        off_C = mean_C - self.mean_C
+        # the variance of a mixture of what was seen before and of this batch
+        var_C = (1 - rate) * self.std_C**2 + rate * (var_C + (1 - rate) * off_C**2)
+        self.mean_C.add_((rate * off_C).to(self.mean_C))
+        self.std_C.copy_(var_C.clamp(min=1e-12).sqrt())  # codes that are all alike have none
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Standardised codes."""
+        return (z - _over_grid(self.mean_C, z)) / _over_grid(self.std_C, z)
+
+    def restore(self, z: Tensor) -> Tensor:
+        """The codes that standardised ones stand for."""
+        return z * _over_grid(self.std_C, z) + _over_grid(self.mean_C, z)
+
+
+def _over_grid(values_C: Tensor, z: Tensor) -> Tensor:
+    return values_C.view(-1, *[1] * (z.ndim - 2))

@@ -188,7 +188,7 @@ class Stream(Source):
             raise AezooError(
                 "--data.on_error skip is not for stream, whose items are read when they are used: use raise"
             )
-        # earlier versions ask the registry for a newer one
+        # else early versions ask the registry for a newer one
         os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
         try:
             import litdata  # noqa: F401
@@ -297,7 +297,7 @@ class Stream(Source):
         number = label.item() if isinstance(label, Tensor | np.ndarray | np.generic) else label
         if not isinstance(number, int | float) or (names and not -1 <= number < len(names)):
             raise AezooError(
-                f"{place} has the label {label!r}: give a number of a class in classes.json, or -1 for none"
+                f"{place} has the label {number!r}: give a number of a class in classes.json, or -1 for none"
             )
         return float(number) if isinstance(number, float) else int(number)
 

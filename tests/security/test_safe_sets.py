@@ -45,7 +45,8 @@ def test_chunks_of_pickled_items(canary, tmp_path, kind):
             DataModule("stream", root=str(root))
         from aezoo.data import stream
 
-        with pytest.raises(Exception, match="Python objects"):
+        # graph: earlier versions know none
+        with pytest.raises(Exception, match=r"Python objects|'graph'"):
             stream._reader(str(root))[0]
     assert not canary.exists()
 

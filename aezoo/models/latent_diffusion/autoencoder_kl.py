@@ -13,9 +13,8 @@ loss by its gradient alone, and L_D, of the other player, too. Without them and 
 
 beta = 1e-6 belongs to sums over values, as in https://github.com/CompVis/latent-diffusion, where P is added to each of
 the X values of a sample and so counts X times; there the likelihood's scale divides it too. So small a beta leaves q(z)
-far from p(z), by which `elbo` and `log_likelihood` go: `standardiser` has mean and standard deviation of each channel
-over about the last hundred batches of training, and takes codes to what a diffusion model is to learn, its `restore`
-takes those back. `sample` decodes restored draws from N(0, I).
+far from p(z), by which `elbo` and `log_likelihood` go. `standardiser` has mean and standard deviation of each channel
+over about the last 100 batches of training: it gives what a diffusion model is to learn; `sample` restores draws by it.
 
 Shapes: B batch, C channels of a code, K importance samples, D all values of a code.
 """
@@ -114,8 +113,8 @@ class AutoencoderKL(VAE):
         return super().log_prior(z.flatten(-len(self.code_shape)))
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        mu, log_var = self.posterior(x)
-        z_KBD, log_q_KB = gaussians.draw(mu.flatten(1), log_var.flatten(1), n)
+        mu_BD, log_var_BD = (part.flatten(1) for part in self.posterior(x))
+        z_KBD, log_q_KB = gaussians.draw(mu_BD, log_var_BD, n)
         return z_KBD.unflatten(2, self.code_shape), log_q_KB
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -127,7 +126,8 @@ class AutoencoderKL(VAE):
 
         # for the step of encoder and decoder, to which the discriminator is a constant
         image, distance = self.likelihood.mean, self.distance.beside(x)
-        nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
+        nll = self.nll(params, x).mean()
+        _, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params.detach())  # as in vqgan
         perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
         gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
         g_R = g_nll + self.perceptual_weight * g_P

@@ -126,7 +126,9 @@ class VQGAN(DiscreteAutoencoder):
 
         # for the step of encoder, codes and decoder, to which the discriminator is a constant
         image, distance = self.likelihood.mean, self.distance.beside(x)
-        nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
+        nll = self.nll(params, x).mean()
+        # of constants: inductor (torch 2.13) fails on a learned scale whose gradient passes through the transform
+        _, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params.detach())
         perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
         gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
         g_R = g_nll + self.perceptual_weight * g_P

@@ -120,11 +120,11 @@ class Factorised(nn.Module):
     def __init__(self, channels: int, widths: tuple[int, ...] = (3, 3, 3)) -> None:
         super().__init__()
         sizes = (1, *widths, 1)
-        spread = 10 ** (1 / (len(widths) + 1))  # F starts about 10 wide
         self.median_C = nn.Parameter(torch.zeros(channels))
         self.weights, self.biases, self.bends = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for n_in, n_out in pairwise(sizes):
-            raw = math.log(math.expm1(1 / spread / n_out))
+            # F starts about as wide as a step of rounding: codes are narrow at first, and a wide law learns slowly
+            raw = math.log(math.expm1(1 / n_out))
             self.weights.append(nn.Parameter(torch.full((channels, n_out, n_in), raw)))
             if n_out > 1 or n_in == 1:
                 self.biases.append(nn.Parameter(torch.empty(channels, n_out, 1).uniform_(-0.5, 0.5)))

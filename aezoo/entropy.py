@@ -305,7 +305,7 @@ class EntropyCoded(Autoencoder):
 
     def rated(self, x: Tensor, coder: Coder) -> tuple[Tensor, Tensor]:
         """Reconstruction's nll and rate of samples through a coder, in nats: (B, *input_shape) -> (B,), (B,)."""
-        y_hat = self.walk(coder, self.encoder(x), len(x))
+        y_hat = self.walk(coder, self.encoder(x), x.shape[0])
         return self.nll(self.decoder(y_hat.to(x.dtype)), x), torch.as_tensor(coder.rate_B)
 
     def bits_a_place(self, rate: Tensor) -> Tensor:
@@ -313,17 +313,17 @@ class EntropyCoded(Autoencoder):
         return rate / math.log(2) / math.prod(self.input_shape[len(self.input_shape) > 1 :])
 
     def encode(self, x: Tensor) -> Tensor:
-        return self.walk(Rounding(), self.encoder(x), len(x)).to(x.dtype)
+        return self.walk(Rounding(), self.encoder(x), x.shape[0]).to(x.dtype)
 
     def encode_symbols(self, x: Tensor) -> Tensor:
         """The whole numbers that stand for samples, in the order of `walk`: (B, *input_shape) -> (B, T), long."""
         coder = Rounding()
-        self.walk(coder, self.encoder(x), len(x))
+        self.walk(coder, self.encoder(x), x.shape[0])
         return torch.cat(coder.symbols, 1).long()
 
     def codes(self, symbols: Tensor) -> Tensor:
         """What whole numbers stand for, (B, T) -> (B, *code_shape)."""
-        return self.walk(Taking(one_by_one(symbols)), None, len(symbols))
+        return self.walk(Taking(one_by_one(symbols)), None, symbols.shape[0])
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:

@@ -101,8 +101,8 @@ class Checkerboard(MeanScaleHyperprior):
         context = self.contexts[group]
         assert isinstance(context, Context)
         y_BCT, besides_BST = None if y is None else y.flatten(2), besides.flatten(2)
-        y_hat = besides.new_zeros(len(besides), context.channels, besides_BST.shape[2])
-        seen = besides.new_zeros(len(besides), 2 * context.channels, besides_BST.shape[2])
+        n, _, t = besides_BST.shape
+        y_hat, seen = besides.new_zeros(n, context.channels, t), besides.new_zeros(n, 2 * context.channels, t)
         for places in (self.anchors, self.others):
             law = self.law(*context(besides_BST[..., places], seen[..., places]))
             y_hat = y_hat.index_copy(2, places, coder(None if y_BCT is None else y_BCT[..., places], law))

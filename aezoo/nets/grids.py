@@ -5,9 +5,14 @@ from typing import Any
 
 
 def smaller(layer: Any, large: Iterable[int]) -> tuple[int, ...]:
-    """The grid that a convolution makes of a larger one, without dilation."""
-    sides = zip(large, layer.padding, layer.kernel_size, layer.stride, strict=True)
+    """The grid that a convolution makes of a larger one."""
+    sides = zip(large, layer.padding, spans(layer), layer.stride, strict=True)
     return tuple((n + 2 * p - k) // s + 1 for n, p, k, s in sides)
+
+
+def spans(layer: Any) -> tuple[int, ...]:
+    """How many points a kernel spans along each axis, from its first tap to its last."""
+    return tuple(d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
 
 
 def larger(layer: Any, small: Iterable[int]) -> tuple[int, ...]:

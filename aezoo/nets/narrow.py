@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.nets.grids import larger, smaller
+from aezoo.nets.grids import larger, smaller, spans
 from aezoo.nets.linear import goes_elsewhere
 
 
@@ -22,13 +22,13 @@ def is_narrow(layer: Any, x: Tensor) -> bool:
     if goes_elsewhere():
         return False
     rank = len(layer.stride)
-    if isinstance(layer.padding, str) or x.dim() != rank + 2 or max(layer.dilation) > 1:
+    if isinstance(layer.padding, str) or x.dim() != rank + 2:
         return False
     grid = tuple(x.shape[2:])
     small, large = (grid, larger(layer, grid)) if layer.transposed else (smaller(layer, grid), grid)
     # images and sequences are wrong along their last axis alone, and by strides
     first = 0 if rank == 3 else rank - 1
-    if not has_narrow(*(sides[first:] for sides in (layer.kernel_size, layer.padding, small, large))):
+    if not has_narrow(*(sides[first:] for sides in (spans(layer), layer.padding, small, large))):
         return False
     lowered = x.device.type == "cpu" and (x.itemsize == 2 or torch.is_autocast_enabled("cpu"))
     return lowered and (rank == 3 or layer.stride[-1] > 1)

@@ -281,6 +281,8 @@ def spell_out(text: str) -> str:
     for section in (config, *(v for k, v in config.items() if k in HEAVY)):
         if not isinstance(section, dict):
             continue
+        if not isinstance(section.get("config"), list | None):
+            raise AezooError("settings name a further file under config: give each with --config on the command line")
         # on and off without quotes are true and false in YAML
         for part, key in ((section, "compile"), (section.get("data"), "memory")):
             if isinstance(part, dict) and isinstance(part.get(key), bool):

@@ -41,9 +41,14 @@ OVERFIT_LATE = (
     *("hvae", "dncnn", "dvae", "gumbel_vq_vae", "bsq_vae", "rq_vae", "fsq_vae", "noise2noise", "noise2void"),
     *("vdvae", "soft_vq", "sim_vq_vae", "vq_vae_2", "piwae", "unet_ae", "titok", "vamp_vae", "lfq_vae", "resnet_ae"),
     *("miwae", "aae", "simmim", "semi_supervised_vae", "vq_vae", "vae_gan", "conditional_vae", "matryoshka_sae"),
-    *("mae", "matching_pursuit_sae", "autoencoder_kl", "vqgan"),
+    *("mae", "matching_pursuit_sae", "autoencoder_kl", "vqgan", "elic", "joint_ar_hyperprior", "checkerboard"),
+    *("mean_scale_hyperprior", "scale_hyperprior", "factorized_prior"),
 )
 OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer")
+# a fit warns, and goes on uncompiled
+NO_INDUCTOR = pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="inductor of torch 2.13 cannot trace gradients within its loss"
+)
 # of each kind of network and of what stands between encoder and decoder
 OF_EACH_KIND = (
     *("dense_ae", "conv_ae", "resnet_ae", "unet_ae", "sequence_ae", "contractive_ae", "memory_ae", "noise2void"),
@@ -104,7 +109,8 @@ def of_slow_checks():
     for name in own_models():
         mark = pytest.mark.slow if name in OF_EACH_KIND else pytest.mark.longest
         for check in SLOW_CHECKS:
-            yield pytest.param(name, check, id=f"{name}-{name_of_check(check)}", marks=mark)
+            marks = [mark, NO_INDUCTOR] if (name, check) == ("autoencoder_kl", testing.check_inductor) else [mark]
+            yield pytest.param(name, check, id=f"{name}-{name_of_check(check)}", marks=marks)
 
 
 @pytest.mark.parametrize(("name", "check"), [*of_slow_checks()])

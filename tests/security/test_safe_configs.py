@@ -143,3 +143,9 @@ def test_a_section_that_is_no_section_is_refused(refused, tmp_path, text):
     (tmp_path / "odd.yaml").write_text(f"model: {{class_path: vae}}\n{text}\n")
     message = refused("fit", "-c", str(tmp_path / "odd.yaml"))
     assert text.partition(":")[0] in message and "one to a line, or leave it out" in message
+
+
+@pytest.mark.parametrize("text", ["config: -1", "config: a.yaml", "fit: {config: {a: 1}}"])
+def test_a_file_of_settings_names_no_other(refused, tmp_path, text):
+    (tmp_path / "odd.yaml").write_text(f"model: {{class_path: vae}}\n{text}\n")
+    assert "give each with --config" in refused("fit", "-c", str(tmp_path / "odd.yaml"))

@@ -99,6 +99,8 @@ def test_escapes_keep_every_number_of_32_bits():
     symbols[5, -3:] = [-1, 2**20, -(2**30)]
     content = coder.encode(symbols)
     assert np.array_equal(coder.decode(content, 6), symbols) and coder.returns(content, symbols)
+    symbols[3, 2] += 1
+    assert not coder.returns(content, symbols)
 
 
 def test_blocks_and_frames_are_those_of_the_writer(tmp_path, monkeypatch):

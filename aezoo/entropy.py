@@ -126,9 +126,9 @@ class Factorised(nn.Module):
             # F starts about as wide as a step of rounding: codes are narrow at first, and a wide law learns slowly
             raw = math.log(math.expm1(1 / n_out))
             self.weights.append(nn.Parameter(torch.full((channels, n_out, n_in), raw)))
-            if n_out > 1 or n_in == 1:
-                self.biases.append(nn.Parameter(torch.empty(channels, n_out, 1).uniform_(-0.5, 0.5)))
-                self.bends.append(nn.Parameter(torch.zeros(channels, n_out, 1)))
+        for n_out in widths:
+            self.biases.append(nn.Parameter(torch.empty(channels, n_out, 1).uniform_(-0.5, 0.5)))
+            self.bends.append(nn.Parameter(torch.zeros(channels, n_out, 1)))
 
     def logits(self, off: Tensor) -> Tensor:
         """f(off) - f(0): (C, N) -> (C, N)."""
@@ -187,18 +187,24 @@ class Coder:
     """What happens to values on their way.
 
     Attributes:
-        rate_B: -log P of all that has passed, in nats.
+        rate_B: -log P of all that has passed, in nats; computed when it is asked for, which who only decodes does not.
     """
 
-    rate_B: Tensor | float = 0.0
+    def __init__(self) -> None:
+        self._passed: list[tuple[Tensor, Law]] = []
+
+    @property
+    def rate_B(self) -> Tensor:
+        first, *others = (law.log_mass(v).flatten(1).sum(1) for v, law in self._passed)
+        return -sum(others, first)
 
     def change(self, v: Tensor, law: Law) -> Tensor:
         """What values become, (B, C, ...) -> (B, C, ...)."""
         raise NotImplementedError
 
     def count(self, v: Tensor, law: Law) -> None:
-        """Add the rate of values as they are."""
-        self.rate_B = self.rate_B - law.log_mass(v).flatten(1).sum(1)
+        """Let the rate count values as they are."""
+        self._passed.append((v, law))
 
     def __call__(self, v: Tensor | None, law: Law) -> Tensor:
         """Let values pass, (B, C, ...), None where they are not known yet."""
@@ -222,6 +228,7 @@ class Rounding(Coder):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.symbols: list[Tensor] = []
 
     def change(self, v: Tensor, law: Law) -> Tensor:
@@ -238,6 +245,7 @@ class Taking(Coder):
     """
 
     def __init__(self, take: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
         self._take = take
 
     def change(self, v: Tensor, law: Law) -> Tensor:
@@ -262,7 +270,7 @@ class EntropyCoded(Autoencoder):
     The code of a sample is y^, (C, ...), and stands for whole numbers (T,), those of side information included.
 
     Attributes:
-        weight: of the reconstruction's nll against the rate, in `objective`.
+        weight: of the reconstruction's nll against the rate, in the loss.
     """
 
     has_prior = True
@@ -306,7 +314,7 @@ class EntropyCoded(Autoencoder):
     def rated(self, x: Tensor, coder: Coder) -> tuple[Tensor, Tensor]:
         """Reconstruction's nll and rate of samples through a coder, in nats: (B, *input_shape) -> (B,), (B,)."""
         y_hat = self.walk(coder, self.encoder(x), x.shape[0])
-        return self.nll(self.decoder(y_hat.to(x.dtype)), x), torch.as_tensor(coder.rate_B)
+        return self.nll(self.decoder(y_hat.to(x.dtype)), x), coder.rate_B
 
     def bits_a_place(self, rate: Tensor) -> Tensor:
         """A rate in nats per sample as bits per pixel, or per value of a vector: (...) -> (...)."""

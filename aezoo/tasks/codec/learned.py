@@ -119,7 +119,7 @@ class Learned:
             part = torch.from_numpy(symbols[start : start + self._block]).to(self._model.device)
             coder = Taking(one_by_one(part))
             self._model.walk(coder, None, len(part))
-            bits += float(torch.as_tensor(coder.rate_B).cpu().double().sum()) / np.log(2)
+            bits += float(coder.rate_B.cpu().double().sum()) / np.log(2)
         return bits
 
     def _blocks(self, content: bytes, n: int) -> Iterator[Symbols]:

@@ -25,7 +25,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ _KINDS = (
     "str",
     "text",
 )
+# what items are made of; litdata imports what a defaultdict of an index names as its factory
+_CONTAINERS = {"builtins.dict", "builtins.list", "builtins.tuple", "collections.OrderedDict", "collections.deque"}
 # litdata takes what stands after the colon for the name of a decoder too
 _PLAIN = re.compile(rf"({'|'.join(_KINDS)})(:(\d+|jpe?g|png|webp|bmp|gif))?")
 
@@ -146,6 +148,7 @@ def _index(root: Path) -> tuple[list[str], list[int]]:
         names = [str(chunk["filename"]) for chunk in chunks]
         sizes, lengths = [int(chunk["chunk_bytes"]) for chunk in chunks], [int(chunk["chunk_size"]) for chunk in chunks]
         kinds = {str(kind) for kind in about["data_format"]}
+        containers = set(_containers(json.loads(about.get("data_spec") or "null")))
         whole = about.get("compression") and about.get("compression_level") not in ("batch", "sample")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -156,6 +159,9 @@ def _index(root: Path) -> tuple[list[str], list[int]]:
     if others:
         raise AezooError(f"{path} tells of items of {', '.join(others)}, which may be pickled and run code: write "
                          "images, arrays and numbers alone")  # fmt: skip
+    if others := sorted(containers - _CONTAINERS):
+        raise AezooError(f"{path} tells of items in a {', '.join(others)[:100]}, which may import code: write dicts, "
+                         "lists and tuples alone")  # fmt: skip
     if whole:
         # litdata puts the unpacked chunk into the folder and deletes the packed one
         raise AezooError(f"{path} tells of chunks that are packed as a whole: write them without compression, or with "
@@ -172,6 +178,14 @@ def _index(root: Path) -> tuple[list[str], list[int]]:
     if not ends or not ends[-1]:
         raise AezooError(f"{path} tells of no items: write at least one")
     return names, ends
+
+
+def _containers(spec: Any) -> Iterator[str]:
+    """The types of containers that the form of an item names."""
+    if isinstance(spec, Mapping) and spec.get("type") is not None:
+        yield str(spec["type"])
+    for part in spec.values() if isinstance(spec, Mapping) else spec if isinstance(spec, list) else ():
+        yield from _containers(part)
 
 
 class Stream(Source):

@@ -51,6 +51,31 @@ def test_chunks_of_pickled_items(canary, tmp_path, kind):
     assert not canary.exists()
 
 
+def test_an_index_that_names_a_module_imports_nothing(canary, tmp_path, monkeypatch):
+    pytest.importorskip("litdata")
+    from litdata.streaming.cache import Cache
+
+    (tmp_path / "set").mkdir()
+    (tmp_path / "lurking.py").write_text(f"open({str(canary)!r}, 'w')\nfactory = dict")
+    monkeypatch.syspath_prepend(tmp_path)
+    cache = Cache(str(tmp_path / "set"), chunk_size=2)
+    for i in range(4):
+        cache[i] = {"x": np.full(3, 0.5, np.float32)}
+    cache.done()
+    cache.merge()
+    index = tmp_path / "set" / "index.json"
+    told = json.loads(index.read_text())
+    protocol, spec = json.loads(told["config"]["data_spec"])
+    keys = {"dict_context": json.loads(spec["context"])}
+    context = {"default_factory_module": "lurking", "default_factory_name": "factory"} | keys
+    spec |= {"type": "collections.defaultdict", "context": context}
+    told["config"]["data_spec"] = json.dumps([protocol, spec])
+    index.write_text(json.dumps(told))
+    with pytest.raises(AezooError, match=r"tells of items in a collections.defaultdict, which may import code"):
+        DataModule("stream", root=str(tmp_path / "set"))
+    assert not canary.exists()
+
+
 @pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
 @pytest.mark.parametrize("files", ["{}", "\n  - split: train\n    path: [x.csv, {}]", "zip://x.csv::{}"])
 def test_a_folder_that_names_addresses(caller, tmp_path, card, files):

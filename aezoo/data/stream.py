@@ -150,7 +150,7 @@ def _index(root: Path) -> tuple[list[str], list[int]]:
         kinds = {str(kind) for kind in about["data_format"]}
         containers = set(_containers(json.loads(about.get("data_spec") or "null")))
         whole = about.get("compression") and about.get("compression_level") not in ("batch", "sample")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise AezooError(f"{path} is no index of litdata ({reason}): run litdata.optimize again") from None
     if about.get("format") or about.get("encryption") or about.get("item_loader", "PyTreeLoader") != "PyTreeLoader":
@@ -166,7 +166,7 @@ def _index(root: Path) -> tuple[list[str], list[int]]:
         # litdata puts the unpacked chunk into the folder and deletes the packed one
         raise AezooError(f"{path} tells of chunks that are packed as a whole: write them without compression, or with "
                          "compression_level='batch'")  # fmt: skip
-    for name, size in zip(names, sizes, strict=True):
+    for name, size, length in zip(names, sizes, lengths, strict=True):
         file = root / name
         if Path(name).name != name:
             raise AezooError(f"{path} names {name!r}, which is not in its folder: write the folder again")
@@ -174,6 +174,9 @@ def _index(root: Path) -> tuple[list[str], list[int]]:
         if not file.is_file() or file.stat().st_size < size:
             state = f"has {file.stat().st_size} of {size} bytes" if file.is_file() else "is missing"
             raise AezooError(f"{file} {state}: copy it again, or write the folder again")
+        # the place of each item takes four of them
+        if length < 0 or (length > size and not about.get("compression")):
+            raise AezooError(f"{path} tells of {length} items in the {size} bytes of {name}: write the folder again")
     ends = list(itertools.accumulate(lengths))
     if not ends or not ends[-1]:
         raise AezooError(f"{path} tells of no items: write at least one")

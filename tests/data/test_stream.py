@@ -353,6 +353,9 @@ def test_chunks_that_are_cut_missing_or_of_another_kind(tmp_path):
         (told | {"config": told["config"] | {"format": "mds"}}, "for another reader"),
         (told | {"config": told["config"] | {"compression": "zstd", "compression_level": None}}, "packed as a whole"),
         (told | {"chunks": [told["chunks"][0] | {"filename": "../x.bin"}]}, "not in its folder"),
+        (told | {"chunks": [told["chunks"][0] | {"chunk_size": -5}]}, "tells of -5 items"),
+        (told | {"chunks": [told["chunks"][0] | {"chunk_size": 10**15}]}, "tells of 10+ items in the"),
+        (told | {"chunks": [told["chunks"][0] | {"chunk_size": float("inf")}]}, "is no index of litdata"),
     ):
         index.write_text(change if isinstance(change, str) else json.dumps(change))
         refused(message, root)

@@ -311,7 +311,7 @@ class Stream(Source):
                 raise AezooError(f"{place} is of class {label!r}, which classes.json does not name: list all classes "
                                  "there, beside the chunks")  # fmt: skip
             return names.index(label)
-        number = label.item() if isinstance(label, Tensor | np.ndarray | np.generic) else label
+        number = label.item() if _is_scalar(label) else label
         if not isinstance(number, int | float) or (names and not -1 <= number < len(names)):
             raise AezooError(
                 f"{place} has the label {number!r}: give a number of a class in classes.json, or -1 for none"
@@ -400,10 +400,16 @@ def _choose(fields: Mapping[str, Any], wanted: str, place: str) -> str:
     return found[0]
 
 
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray | np.generic) and not value.ndim
+
+
 def _choose_label(fields: Mapping[str, Any], column: str, wanted: str, place: str) -> str | None:
     if wanted == "none":
         return None
-    numbers = [name for name, value in fields.items() if isinstance(value, _LABEL) and name != column]
+    numbers = [
+        name for name, value in fields.items() if (isinstance(value, _LABEL) or _is_scalar(value)) and name != column
+    ]
     found = numbers if wanted == "auto" else [name for name in numbers if name == wanted]
     if wanted == "auto" and len(found) != 1:
         found = [name for name in _LABELS if name in numbers][:1]

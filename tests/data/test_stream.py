@@ -312,6 +312,16 @@ def test_labels(tmp_path):
     assert DataModule("stream", root=str(numbers), **ALL).tensors("train")[1].tolist() == [0, -1, 2]
 
 
+def test_labels_that_are_tensors_of_no_dimension(tmp_path):
+    # as other sources give them, and as docs/data.md writes them
+    root = write(tmp_path / "set", [(torch.full((3,), 0.5), torch.tensor(n)) for n in (1, 0, 1)])
+    classes(tmp_path / "set")
+    data = DataModule("stream", root=root, **ALL)
+    assert data.tensors("train")[1].tolist() == [1, 0, 1]
+    root = write(tmp_path / "wide", [(torch.full((3,), 0.5), n) for n in (torch.tensor(1), torch.tensor([[1, 2]]))])
+    refused(r"item 1 .* has the label tensor\(\[\[1, 2\]\]\): give a number", tmp_path / "wide", **ALL)
+
+
 def test_columns_by_their_names(tmp_path):
     first, second = images(4), images(4)
     items = [

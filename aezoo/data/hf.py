@@ -147,9 +147,11 @@ class HfArrays(InMemory):
 
 def _values(rows: Any, column: str, start: int, stop: int, place: Row) -> npt.NDArray[Any]:
     """The arrays of some rows, (n, ...); the first that differs from the row before it is named."""
-    chosen = rows.select_columns([column])
+    chosen, dtype = rows.select_columns([column]), np.dtype(_dtype(rows.features[column]))
+    # by default it makes float32 of them
+    wide = {"dtype": np.float64} if dtype == np.float64 else {}
     try:
-        part: Any = chosen.with_format("numpy")[start:stop][column]
+        part: Any = chosen.with_format("numpy", **wide)[start:stop][column]
     except ValueError:  # of unequal lengths, before datasets 4
         part = chosen.with_format(None)[start:stop][column]
     if isinstance(part, np.ndarray) and part.dtype != object:

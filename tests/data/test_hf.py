@@ -212,6 +212,15 @@ def test_arrays_of_unequal_shape_are_named(tmp_path):
     refused(r"parts, test, row 0 has shape \(3,\)", saved(tmp_path / "parts", parts))
 
 
+def test_numbers_that_float32_cannot_tell_apart(tmp_path):
+    values = [[1e9 + i, 1.0] for i in range(5)]
+    rows = table({"x": values}, {"x": datasets.Sequence(datasets.Value("float64"))})
+    data = DataModule("hf", root=saved(tmp_path / "set", {"train": rows}), val_fraction=0, test_fraction=0)
+    assert data.tensors("train")[0][:, 0].tolist() == [0, 0.25, 0.5, 0.75, 1]
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
+@pytest.mark.parametrize("columns", [None, ["label"]])
 def test_columns_by_their_names(tmp_path):
     first, second = images(6), images(6)
     rows = table(

@@ -154,8 +154,16 @@ def _values(rows: Any, column: str, start: int, stop: int, place: Row) -> npt.ND
         part: Any = chosen.with_format("numpy", **wide)[start:stop][column]
     except ValueError:  # of unequal lengths, before datasets 4
         part = chosen.with_format(None)[start:stop][column]
-    if isinstance(part, np.ndarray) and part.dtype != object:
-        return part
+    if not isinstance(part, np.ndarray) or part.dtype == object:
+        part = _stacked(part, column, start, place)
+    # whole numbers that are not there become NaN
+    if part.dtype.kind == "f" != dtype.kind and (gaps := np.isnan(part).reshape(len(part), -1).any(1)).any():
+        raise AezooError(f"{place._replace(number=start + int(gaps.argmax()))} lacks numbers in column {column}: fill "
+                         "or remove it")  # fmt: skip
+    return part
+
+
+def _stacked(part: Any, column: str, start: int, place: Row) -> npt.NDArray[Any]:
     shape: tuple[int, ...] | None = None
     for i, one in enumerate(part):
         row = place._replace(number=start + i)

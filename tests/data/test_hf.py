@@ -212,6 +212,17 @@ def test_arrays_of_unequal_shape_are_named(tmp_path):
     refused(r"parts, test, row 0 has shape \(3,\)", saved(tmp_path / "parts", parts))
 
 
+def test_whole_numbers_that_are_missing_are_named(tmp_path):
+    bytes_ = {"x": datasets.Sequence(datasets.Value("uint8"))}
+    for name, feature, odd, message in (
+        ("part", bytes_, [1, None], r"part, train, row 3 lacks numbers in column x"),
+        ("all", {"x": datasets.Array2D((2, 2), "uint8")}, None, r"all, train, row 3 (lacks numbers|has no value)"),
+    ):
+        good = [[7, 8], [9, 10]] if name == "all" else [7, 8]
+        rows = table({"x": [good, good, good, odd, good]}, feature)
+        refused(message, saved(tmp_path / name, {"train": rows}), val_fraction=0, test_fraction=0)
+
+
 def test_numbers_that_float32_cannot_tell_apart(tmp_path):
     values = [[1e9 + i, 1.0] for i in range(5)]
     rows = table({"x": values}, {"x": datasets.Sequence(datasets.Value("float64"))})

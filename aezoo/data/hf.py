@@ -65,8 +65,10 @@ def open_hf(options: Options) -> Source:
     column = _sample_column(features, options)
     label = _label_column(features, options)
     for stage, rows in sets.items():
-        if rows.features.keys() < {column, label} - {None}:
-            raise AezooError(f"{options.root}: the split for {stage} has no column {column!r} or {label!r}")
+        for name in (column, label):
+            if name is not None and (found := _kind(rows.features.get(name))) != (kind := _kind(features[name])):
+                raise AezooError(f"{options.root}: the column {name!r} is {found[:100]} for {stage} and "
+                                 f"{kind[:100]} for train: cast one to the other and save the set again")  # fmt: skip
     y, names = _labels(sets, label, options.root)
     return (HfPictures if _is(features[column], "Image") else HfArrays)(options, sets, column, y, names)
 
@@ -186,6 +188,15 @@ def _mixed(row: Row, found: tuple[int, ...], wanted: tuple[int, ...]) -> AezooEr
 
 def _is(feature: Any, name: str) -> bool:
     return type(feature).__name__ == name
+
+
+def _kind(feature: Any) -> str:
+    """What must be the same in all splits."""
+    if feature is None:
+        return "missing"
+    if _is(feature, "ClassLabel"):
+        return f"of the classes {', '.join(map(str, feature.names))}"
+    return f"of arrays of {dtype}" if (dtype := _dtype(feature)) else f"of type {type(feature).__name__}"
 
 
 def _dtype(feature: Any) -> str | None:

@@ -230,6 +230,19 @@ def test_numbers_that_float32_cannot_tell_apart(tmp_path):
     assert data.tensors("train")[0][:, 0].tolist() == [0, 0.25, 0.5, 0.75, 1]
 
 
+def test_splits_whose_columns_differ(tmp_path):
+    bytes_ = table({"x": [[7, 8]] * 6}, {"x": datasets.Sequence(datasets.Value("uint8"))})
+    floats = table({"x": [[0.25, 0.5]] * 6}, {"x": datasets.Sequence(datasets.Value("float32"))})
+    root = saved(tmp_path / "kinds", {"train": bytes_, "test": floats})
+    refused("the column 'x' is of arrays of float32 for test and of arrays of uint8 for train", root)
+    root = saved(tmp_path / "gone", {"train": pictures(images(6), [0, 1] * 3), "test": pictures(images(6))})
+    refused("the column 'label' is missing for test", root)
+    assert len(DataModule("hf", root=root, label_column="none").dataset("test")) == 6
+    turned = pictures(images(6), [0, 1] * 3, NAMES[::-1])
+    root = saved(tmp_path / "turned", {"train": pictures(images(6), [0, 1] * 3), "test": turned})
+    refused("is of the classes dog, cat for test and of the classes cat, dog for train", root)
+
+
 @pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
 @pytest.mark.parametrize("columns", [None, ["label"]])
 def test_columns_by_their_names(tmp_path):

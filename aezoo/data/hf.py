@@ -276,7 +276,8 @@ def _by_stage(sets: Mapping[str, Any], where: str) -> Sets:
     unused = [name for name in sets if name not in stages.values()]
     if unused:
         warnings.warn(f"{where}: the splits {_listed(unused)} are not used", stacklevel=2)
-    found = {stage: sets[name] for stage, name in stages.items() if len(sets[name])}
+    # a set keeps the format in which it was saved
+    found = {stage: sets[name].with_format(None) for stage, name in stages.items() if len(sets[name])}
     if "train" not in found:
         raise AezooError(f"{where}: the training split is empty: give at least one row")
     return found

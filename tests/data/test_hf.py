@@ -245,6 +245,15 @@ def test_splits_whose_columns_differ(tmp_path):
 
 @pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
 @pytest.mark.parametrize("columns", [None, ["label"]])
+def test_the_format_in_which_a_set_was_saved_changes_nothing(tmp_path, form, columns):
+    arrays = images(6)
+    rows = pictures(arrays, [0, 1] * 3)
+    rows.set_format(form, columns=columns)
+    data = DataModule("hf", root=saved(tmp_path / "set", {"train": rows}), val_fraction=0, test_fraction=0)
+    x, y = data.tensors("train")
+    assert torch.equal(x, chw(arrays)) and y.tolist() == [0, 1] * 3
+
+
 def test_columns_by_their_names(tmp_path):
     first, second = images(6), images(6)
     rows = table(

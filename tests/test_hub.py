@@ -14,9 +14,18 @@ from hub_server import OWNER, STRANGER, Hub
 import aezoo
 from aezoo import cli, hub_files
 from aezoo.checkpoint import load_run
+from aezoo.data import DataModule
 
 constants = pytest.importorskip("huggingface_hub.constants")
+file_download = pytest.importorskip("huggingface_hub.file_download")
 ADDRESS = "hf://user/digits"
+
+
+def ask(monkeypatch, address):
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    urls = address + "/{repo_id}/resolve/{revision}/{filename}"  # made of ENDPOINT when it is imported
+    for module in (constants, file_download):  # versions before 1 have it in both
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", urls, raising=False)
 
 
 @pytest.fixture
@@ -170,6 +179,14 @@ def test_what_is_no_name_is_refused_before_anything_is_asked(hub, model, address
 def test_no_setting_of_a_model_which_a_file_may_hold_fetches_anything(hub, model, setting):
     with pytest.raises(aezoo.AezooError, match=r"is not fetched for a setting"):
         aezoo.create_model(model, input_shape=(1, 8, 8), **{setting: ADDRESS}).loss(torch.rand(2, 1, 8, 8))
+    assert not hub.asked
+
+
+def test_no_network_of_activations_which_a_file_may_name_is_fetched(hub, model):
+    aezoo.push_to_hub(model, "user/digits")
+    hub.asked.clear()
+    with pytest.raises(aezoo.AezooError, match=r"is not fetched for a setting"):
+        DataModule("activations", of="digits", network=ADDRESS)
     assert not hub.asked
 
 

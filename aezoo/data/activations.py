@@ -54,6 +54,7 @@ from aezoo.data.resident import fits, free_memory
 from aezoo.data.source import STAGES, ArrayDataset, Batch, Options, Source, Stage, as_float, levels_of
 from aezoo.data.sources import from_path, open_source
 from aezoo.errors import AezooError
+from aezoo.hub_files import on_disk
 from aezoo.nets.classifier import Classifier
 from aezoo.nets.stored import stored_weights
 from aezoo.randomness import forked_rng
@@ -107,7 +108,7 @@ def open_network(options: Options, shape: tuple[int, ...], classes: int | None) 
         elif is_file:
             from aezoo.checkpoint import load_model
 
-            network = Network(load_model(name))
+            network = Network(load_model(on_disk(name)))
         elif is_import:
             network = Network(_imported(name))
         else:

@@ -79,13 +79,21 @@ def fetch(address: str) -> Path:
             huggingface_hub is not installed.
     """
     name, revision = split(address)
+    own: dict[str, Any] = {"library_name": "aezoo", "library_version": aezoo.__version__}
+    missing = []
     with _told(name, revision):
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import errors, hf_hub_download, snapshot_download
 
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=[*FILES], library_name="aezoo", library_version=aezoo.__version__
-        )
-    missing = [file for file in FILES if not (Path(folder) / file).is_file()]
+        folder = snapshot_download(name, revision=revision, allow_patterns=[*FILES], **own)
+        for file in FILES:
+            # without a network, versions before 2 give what a download that was cut off has left
+            if not (Path(folder) / file).is_file():
+                try:
+                    hf_hub_download(name, file, revision=Path(folder).name, **own)
+                except errors.EntryNotFoundError as error:
+                    if isinstance(error, errors.LocalEntryNotFoundError):
+                        raise
+                    missing.append(file)
     if missing:
         raise AezooError(
             f"{address} is no aezoo model, it has no {' and no '.join(missing)}: push one with aezoo.push_to_hub"

@@ -32,9 +32,7 @@ def ask(monkeypatch, address):
 def hub(tmp_path, monkeypatch):
     server = Hub()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    urls = server.address + "/{repo_id}/resolve/{revision}/{filename}"  # made of ENDPOINT when it is imported
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", urls)
+    ask(monkeypatch, server.address)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -217,6 +215,16 @@ def test_who_is_not_logged_in_or_a_stranger_pushes_nothing(hub, model, monkeypat
     assert "config.json" in files_of(hub)
 
 
+def test_half_a_model_in_the_cache_is_no_other_model(hub, model, monkeypatch):
+    aezoo.push_to_hub(model, "user/digits")
+    weights = hub_files.fetch(ADDRESS) / "model.safetensors"
+    weights.resolve().unlink()
+    weights.unlink(missing_ok=True)
+    ask(monkeypatch, "http://127.0.0.1:9")  # where nothing listens
+    with pytest.raises(aezoo.AezooError, match=r"cannot reach 127.0.0.1:\d+, and user/digits is not in the cache"):
+        aezoo.load_model(ADDRESS)
+
+
 @pytest.mark.parametrize("files", [{"README.md": b"words"}, {"config.json": b"{}"}])
 def test_a_repository_without_an_aezoo_model(hub, files):
     hub.put("user/digits", files)
@@ -233,8 +241,7 @@ def test_a_model_of_another_library(hub):
 def test_without_a_network_what_is_in_the_cache_loads_and_the_rest_is_told(hub, model, monkeypatch):
     aezoo.push_to_hub(model, "user/digits")
     aezoo.load_model(ADDRESS)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    ask(monkeypatch, "http://127.0.0.1:9")  # where nothing listens
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(aezoo.load_model(ADDRESS)(x), model(x))
     with pytest.raises(aezoo.AezooError, match=r"cannot reach 127.0.0.1:\d+, and user/other is not in the cache"):
@@ -256,6 +263,6 @@ def test_a_process_of_its_own_finds_the_cache_by_the_environment(hub, model, tmp
 
 def test_without_the_extra_the_cure_is_said(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    for ask in (lambda: aezoo.load_model(ADDRESS), lambda: aezoo.push_to_hub(model, "user/digits")):
+    for use in (lambda: aezoo.load_model(ADDRESS), lambda: aezoo.push_to_hub(model, "user/digits")):
         with pytest.raises(aezoo.AezooError, match=r"pip install 'aezoo\[hub\]'"):
-            ask()
+            use()

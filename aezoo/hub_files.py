@@ -127,7 +127,7 @@ def upload(
 
         if not (token or get_token()):
             raise AezooError("not logged in to the hub: `hf auth login`, HF_TOKEN in the environment, or token=...")
-        api = HfApi(token=token, library_name="aezoo", library_version=aezoo.__version__)
+        api = HfApi(token=token or None, library_name="aezoo", library_version=aezoo.__version__)
         api.create_repo(name, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)

@@ -215,6 +215,11 @@ def test_who_is_not_logged_in_or_a_stranger_pushes_nothing(hub, model, monkeypat
     assert "config.json" in files_of(hub)
 
 
+def test_an_empty_token_is_none(hub, model):
+    aezoo.push_to_hub(model, "user/digits", token="")
+    assert "config.json" in files_of(hub)
+
+
 def test_half_a_model_in_the_cache_is_no_other_model(hub, model, monkeypatch):
     aezoo.push_to_hub(model, "user/digits")
     weights = hub_files.fetch(ADDRESS) / "model.safetensors"

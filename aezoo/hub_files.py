@@ -180,7 +180,8 @@ def _line(error: Exception, name: str, revision: str | None, writes: bool) -> st
     if status is not None:
         return f"{hub} refuses {name} ({status}): {' '.join(str(error).split())[:200]}"
     if constants.HF_HUB_OFFLINE:
-        return f"{name} is not in the cache, and HF_HUB_OFFLINE forbids to ask {hub}: take it out of the environment"
+        missing = "" if writes else f"{name} is not in the cache, and "
+        return f"{missing}HF_HUB_OFFLINE forbids to ask {hub}: take it out of the environment"
     if any(isinstance(cause, OSError) or _of_transport(cause) for cause in causes):
         kept = "" if writes else f", and {name} is not in the cache"
         return f"cannot reach {hub}{kept}: check the network, the disk of the cache and HF_ENDPOINT, then try again"

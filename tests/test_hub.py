@@ -220,6 +220,12 @@ def test_an_empty_token_is_none(hub, model):
     assert "config.json" in files_of(hub)
 
 
+def test_offline_the_cache_is_not_blamed_for_what_is_not_pushed(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for writes, words in ((True, "HF_HUB_OFFLINE forbids"), (False, "user/digits is not in the cache, and HF_HUB_OFF")):
+        assert hub_files._line(ConnectionError(), "user/digits", None, writes).startswith(words)
+
+
 def test_half_a_model_in_the_cache_is_no_other_model(hub, model, monkeypatch):
     aezoo.push_to_hub(model, "user/digits")
     weights = hub_files.fetch(ADDRESS) / "model.safetensors"

@@ -25,7 +25,7 @@ from typing import Any
 
 import optuna
 import yaml
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -45,6 +45,8 @@ _PATIENCE = 120.0
 # the median of fewer says little, and the first epochs say little of the last
 _FULL_TRIALS, _FIRST_EPOCHS = 5, 3
 _MOST_FAILED = 3
+# how a line of optuna's journal begins
+_ENTRY = b'{"op_code":'
 _CURE = "make room, or choose a folder that can be written with --study"
 
 
@@ -195,7 +197,10 @@ class Study:
         if record.suffix in (".db", ".sqlite", ".sqlite3"):
             storage = optuna.storages.RDBStorage(f"sqlite:///{record}")
         else:
-            storage = optuna.storages.JournalStorage(JournalFileBackend(str(record)))
+            # absolute, or optuna takes no lock for one that a killed process has left, and waits for ever
+            backend = JournalFileBackend(str(record.absolute()))
+            _cut_torn(record)
+            storage = optuna.storages.JournalStorage(backend)
         name = self.folder.name
         direction = StudyDirection.MINIMIZE if self.options.direction == "min" else StudyDirection.MAXIMIZE
         known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
@@ -371,6 +376,22 @@ def _process(command: list[str], log: Any, environment: dict[str, str]) -> Itera
                 process.wait()
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
+
+
+def _cut_torn(record: Path) -> None:
+    """Take away the beginning of a line that a killed process, or a full disk, has left at the end of a journal.
+
+    The next one would be written behind it, and nobody could read either.
+    """
+    lock = JournalFileSymlinkLock(str(record.absolute()))
+    lock.acquire()
+    try:
+        with record.open("rb+") as file:
+            whole, end, torn = file.read().rpartition(b"\n")
+            if torn and (torn.startswith(_ENTRY) or _ENTRY.startswith(torn)):
+                file.truncate(len(whole + end))
+    finally:
+        lock.release()
 
 
 def _lines(root: Path) -> list[dict[str, Any]]:

@@ -319,6 +319,23 @@ def test_a_file_that_is_no_record_is_refused(fake, capsys, name):
     assert f"cannot use {name} as a study: " in capsys.readouterr().err and not Path("runs").exists()
 
 
+def test_a_line_that_a_killed_process_left_half_is_taken_away(fake):
+    fake()
+    cli.main([*BASE, LR, "--trials=1"])
+    for torn in ('{"op_code":5,"wor', '{"op'):
+        with (STUDY / "study.log").open("a") as file:
+            file.write(torn)
+        cli.main([*BASE, LR, "--trials=2"])
+        cli.main([*BASE, LR, "--trials=3"])
+    assert [row["state"] for row in rows()] == ["complete"] * 3
+
+
+def test_a_file_that_is_no_record_is_not_changed(fake):
+    Path("words.log").write_text("no record\nat all")
+    ends(*BASE, LR, "--storage=words.log")
+    assert Path("words.log").read_text() == "no record\nat all"
+
+
 def test_after_the_timeout_no_trial_is_started(fake, capsys):
     fake()
     cli.main([*BASE, LR, "--trials=1"])

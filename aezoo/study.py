@@ -182,7 +182,10 @@ class Study:
         self.asked = {f"--search.{search.name}": search.text for search in searches}
         self.asked |= {f"--{name}": str(getattr(options, name)) for name in ("monitor", "direction", "seed", "prune")}
         self.asked["flags of fit"] = shlex.join(flags)
-        record = Path(options.storage) if options.storage else folder / "study.log"
+        record = Path(options.storage or folder / "study.log")
+        if not options.storage:
+            # nobody else writes there, so it is that of a killed process
+            record.with_name(f"{record.name}.lock").unlink(missing_ok=True)
         try:
             self.optuna = self._opened(record, shlex.join(["aezoo", "tune", *argv]))
         except AezooError:

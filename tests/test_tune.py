@@ -336,6 +336,14 @@ def test_a_file_that_is_no_record_is_not_changed(fake):
     assert Path("words.log").read_text() == "no record\nat all"
 
 
+def test_a_lock_that_a_killed_process_left_holds_nobody_up(fake):
+    fake()
+    cli.main([*BASE, LR, "--trials=1"])
+    (STUDY / "study.log.lock").symlink_to(STUDY / "study.log")
+    cli.main([*BASE, LR, "--trials=2"])
+    assert len(rows()) == 2
+
+
 def test_after_the_timeout_no_trial_is_started(fake, capsys):
     fake()
     cli.main([*BASE, LR, "--trials=1"])

@@ -248,7 +248,7 @@ class Study:
         if best is None:
             raise AezooError(f"no trial came to an end with {options.monitor}: see {self.folder / 'trials.csv'}")
         print(f"best: trial {best.number}, {options.monitor} {best.user_attrs['value']:.6g}; {_words(best.params)}")
-        print(f"its run: {_run_of(Path(best.user_attrs['run']))}\nall trials: {self.folder / 'trials.csv'}")
+        print(f"its run: {_run_of(self._root_of(best))}\nall trials: {self.folder / 'trials.csv'}")
         print(f"train it again: aezoo fit -c {shlex.quote(str(self.folder / 'best.yaml'))}")
 
     def best(self) -> FrozenTrial | None:
@@ -257,10 +257,14 @@ class Study:
         sign = 1 if self.options.direction == "min" else -1
         return min(whole, key=lambda trial: sign * trial.user_attrs["value"], default=None)
 
+    def _root_of(self, trial: Trial | FrozenTrial) -> Path:
+        """Where the run of a trial is; the folder of the study may have another path than it had."""
+        return self.folder / Path(trial.user_attrs["run"]).name
+
     def _trial(self, trial: Trial) -> None:
-        given = trial.user_attrs.get("run")
-        root = Path(given) if given else run_folder.claim(self.folder)
-        trial.set_user_attr("run", str(root))
+        root = self._root_of(trial) if trial.user_attrs.get("run") else run_folder.claim(self.folder)
+        root.mkdir(exist_ok=True)
+        trial.set_user_attr("run", root.name)
         values = {search.name: search.drawn(trial) for search in self.searches}
         log = root / "log.txt"
         print(f"trial {trial.number} runs, its output is in {log}: {_words(trial.params)}", flush=True)
@@ -339,7 +343,8 @@ class Study:
             attributes, state = trial.user_attrs, trial.state.name.lower()
             if trial.state == TrialState.FAIL and "error" not in attributes:
                 state = "interrupted"
-            figures = [attributes.get(key, "") for key in ("value", "epochs", "seconds", "run")]
+            figures = [attributes.get(key, "") for key in ("value", "epochs", "seconds")]
+            figures.append(str(self._root_of(trial)) if attributes.get("run") else "")
             values = [trial.params.get(name, "") for name in names]
             table.writerow([trial.number, state, *figures, *values, attributes.get("error", "")])
         content = text.getvalue().encode()
@@ -347,7 +352,7 @@ class Study:
         best = self.best()
         if best is None:
             return
-        config = yaml_text.read(_run_of(Path(best.user_attrs["run"])) / "config.yaml")
+        config = yaml_text.read(_run_of(self._root_of(best)) / "config.yaml")
         trainer = config["trainer"]
         trainer["default_root_dir"] = None if self.root == Path("runs") else str(self.root)
         added = [item for item in trainer.get("callbacks") or [] if item.get("class_path") != _CALLBACK]

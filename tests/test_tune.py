@@ -344,6 +344,21 @@ def test_a_lock_that_a_killed_process_left_holds_nobody_up(fake):
     assert len(rows()) == 2
 
 
+def test_a_study_can_be_moved_and_gone_on_with_from_another_folder(fake, monkeypatch, capsys):
+    fake(_1="interrupt")
+    command = [*BASE, LR, "--trials=2", "--study"]
+    ends(*command, "one/mine", code=130)
+    fake()
+    Path("one").rename("two")
+    Path("here").mkdir()
+    monkeypatch.chdir("here")
+    cli.main([*command, "../two/mine"])
+    table = rows(Path("../two/mine"))
+    assert [row["state"] for row in table] == ["complete", "interrupted", "complete"]
+    assert [row["run"] for row in table] == ["../two/mine/0", "../two/mine/1", "../two/mine/1"]
+    assert "its run: ../two/mine/" in capsys.readouterr().out
+
+
 def test_after_the_timeout_no_trial_is_started(fake, capsys):
     fake()
     cli.main([*BASE, LR, "--trials=1"])

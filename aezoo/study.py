@@ -205,10 +205,14 @@ class Study:
             _cut_torn(record)
             storage = optuna.storages.JournalStorage(backend)
         name = self.folder.name
+        folder = str(self.folder.absolute())
         direction = StudyDirection.MINIMIZE if self.options.direction == "min" else StudyDirection.MAXIMIZE
         known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
         if name in known:
             study = optuna.load_study(study_name=name, storage=storage)
+            if self.options.storage and (other := study.user_attrs.get("folder", folder)) != folder:
+                raise AezooError(f"{record} holds {name!r} of {other}: give --study a folder of another name, or "
+                                 "another --storage")  # fmt: skip
             differ = _differences(study.user_attrs.get("asked", {}), self.asked)
             if differ and any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in study.trials):
                 raise AezooError(
@@ -221,6 +225,7 @@ class Study:
         study = optuna.create_study(study_name=name, storage=storage, direction=direction)
         study.set_user_attr("asked", self.asked)
         study.set_user_attr("command", command)
+        study.set_user_attr("folder", folder)
         return study
 
     def done(self) -> int:

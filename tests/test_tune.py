@@ -359,6 +359,16 @@ def test_a_study_can_be_moved_and_gone_on_with_from_another_folder(fake, monkeyp
     assert "its run: ../two/mine/" in capsys.readouterr().out
 
 
+def test_two_studies_of_one_name_do_not_share_a_record(fake, capsys):
+    fake()
+    command = [*BASE, LR, "--trials=1", "--storage=all.db"]
+    cli.main([*command, "--study=a/x"])
+    ends(*command, "--study=b/x")
+    assert "holds 'x' of " in capsys.readouterr().err and not Path("b").exists()
+    cli.main([*command, "--study=b/y"])
+    cli.main([*command, "--study=a/x"])
+
+
 def test_after_the_timeout_no_trial_is_started(fake, capsys):
     fake()
     cli.main([*BASE, LR, "--trials=1"])

@@ -50,8 +50,8 @@ _ENTRY = b'{"op_code":'
 _CURE = "make room, or choose a folder that can be written with --study"
 
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM."""
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM; no Exception, which optuna and what it calls may take for a failure of theirs."""
 
 
 class _DryRun(AezooCLI):
@@ -84,13 +84,14 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
     with contextlib.ExitStack() as ends:
         _hold(folder, ends)
         held = ends.enter_context(_signals())
-        study = Study(folder, home.parent, options, searches, flags, argv, environment)
+        study = None
         try:
+            study = Study(folder, home.parent, options, searches, flags, argv, environment)
             study.go_on()
         except Stopped:
-            left = f"{study.done()} of {options.trials} trials are done"
+            left = f"; {study.done()} of {options.trials} trials are done" if study else ""
             command = shlex.join(["aezoo", "tune", *argv])
-            print(f"aezoo: interrupted; {left}\ngo on with: {command}", file=sys.stderr)
+            print(f"aezoo: interrupted{left}\ngo on with: {command}", file=sys.stderr)
             sys.exit(128 + held[0])
 
 

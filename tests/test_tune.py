@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -367,6 +369,15 @@ def test_two_studies_of_one_name_do_not_share_a_record(fake, capsys):
     assert "holds 'x' of " in capsys.readouterr().err and not Path("b").exists()
     cli.main([*command, "--study=b/y"])
     cli.main([*command, "--study=a/x"])
+
+
+def test_ctrl_c_while_the_record_is_opened(fake, capsys, monkeypatch):
+    from aezoo import study
+
+    fake()
+    monkeypatch.setattr(study.Study, "_opened", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    ends(*BASE, LR, code=130)
+    assert "aezoo: interrupted\ngo on with: aezoo tune" in capsys.readouterr().err
 
 
 def test_after_the_timeout_no_trial_is_started(fake, capsys):

@@ -93,6 +93,14 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
             command = shlex.join(["aezoo", "tune", *argv])
             print(f"aezoo: interrupted{left}\ngo on with: {command}", file=sys.stderr)
             sys.exit(128 + held[0])
+        except BrokenPipeError:
+            raise
+        except (OSError, optuna.exceptions.StorageInternalError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:200]
+            raise AezooError(
+                f"the study in {folder} stopped: {reason}; what was recorded is kept: mend that, make room if there is "
+                "none, and give the same command again"
+            ) from error
 
 
 def _checked(searches: Sequence[Search], flags: list[str]) -> Path:

@@ -1,6 +1,7 @@
 """`aezoo tune`: what it is asked, the record of a study, and trials that fail, hang, are pruned or are interrupted."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -378,6 +379,23 @@ def test_ctrl_c_while_the_record_is_opened(fake, capsys, monkeypatch):
     monkeypatch.setattr(study.Study, "_opened", lambda *args: os.kill(os.getpid(), signal.SIGINT))
     ends(*BASE, LR, code=130)
     assert "aezoo: interrupted\ngo on with: aezoo tune" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_told_in_one_line(fake, capsys, monkeypatch):
+    from aezoo import study
+
+    fake()
+    cli.main([*BASE, LR, "--trials=1"])
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study.JournalFileBackend, "append_logs", full)
+        ends(*BASE, LR, "--trials=2")
+    assert "No space left on device; what was recorded is kept" in capsys.readouterr().err
+    cli.main([*BASE, LR, "--trials=2"])
+    assert len(rows()) == 2
 
 
 def test_after_the_timeout_no_trial_is_started(fake, capsys):

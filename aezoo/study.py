@@ -417,11 +417,13 @@ def _cut_torn(record: Path) -> None:
 
 
 def _lines(root: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics."""
+    """The whole lines of a run's metrics; one may begin behind what is left of another, after a loss of power."""
     lines = []
     for path in root.glob("*/*/metrics.jsonl"):
-        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-        lines += [json.loads(line) for line in whole.splitlines()]
+        whole, _, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line[max(line.rfind('{"epoch"'), 0) :]))
     return lines
 
 

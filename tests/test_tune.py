@@ -280,6 +280,15 @@ def test_an_interrupted_study_goes_on_as_if_nothing_had_happened(fake, capsys):
     assert kept == [row["model.lr"] for row in whole]
 
 
+def test_a_torn_line_of_a_trials_figures_does_not_end_its_study(fake):
+    fake(_0="interrupt")
+    command = [*BASE, LR, "--trials=1"]
+    ends(*command, code=130)
+    (STUDY / "0/vae-digits/0/metrics.jsonl").write_text('{"epoch": -1, "step": 0}\n\0\0\n{"epoch": 0, "st')
+    cli.main(command)
+    assert [(row["state"], row["epochs"]) for row in rows()][1:] == [("complete", "5")]
+
+
 def test_another_search_is_another_study(fake, capsys):
     fake(_0="interrupt")
     ends(*BASE, LR, "--trials=1", code=130)

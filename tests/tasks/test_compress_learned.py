@@ -21,12 +21,12 @@ NAMES = aezoo.list_models(family="compression")
 SHAPE = (1, 9, 10)
 
 
-def small(name, width=20.0, **settings):
+def small(name, width=20.0, shape=SHAPE, **settings):
     """A model whose codes are `width` times as wide as they start."""
     given = {"hidden_dims": (6, 8), "latent_dim": 6, "hyper_dim": 3, "hyper_hidden_dims": (4,), "groups": (1, 2, 3)}
     known = aezoo.registry.hyperparameters(name)
     torch.manual_seed(0)
-    shape = (24,) if settings.get("net") == "mlp" else SHAPE
+    shape = (24,) if settings.get("net") == "mlp" else shape
     model = aezoo.create_model(name, shape, **{k: v for k, v in {**given, **settings}.items() if k in known}).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -77,6 +77,14 @@ def test_vectors_have_files_too(tmp_path):
         model, x = small(name, net="mlp", hidden_dims=(16,)), data(30, (24,))
         compress(model, x, out=str(tmp_path / name), compare=False)
         assert np.array_equal(decompress(model, str(tmp_path / name / "samples.aez")).x, by_blocks(model, x, 256))
+
+
+@pytest.mark.parametrize("name", ["checkerboard", "elic"])
+def test_a_code_of_one_place_has_no_place_of_the_other_colour(name, tmp_path):
+    model, x = small(name, shape=(1, 4, 3)), data(30, (1, 4, 3))
+    assert model.code_shape == (6, 1, 1)
+    compress(model, x, out=str(tmp_path), compare=False)
+    assert np.array_equal(decompress(model, str(tmp_path / "samples.aez")).x, by_blocks(model, x, 256))
 
 
 @pytest.mark.parametrize("name", ["factorized_prior", "joint_ar_hyperprior"])

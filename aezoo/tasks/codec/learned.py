@@ -11,6 +11,7 @@ A machine that computes other laws reads other numbers: the first 8 bytes of a f
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -147,7 +148,7 @@ class Learned:
             order = np.argsort(numbers, kind="stable")
             first = np.flatnonzero(np.diff(numbers[order], prepend=-1))
             coded = np.empty(len(order), dtype=np.int64)
-            for start, end in zip(first, [*first[1:], len(order)], strict=True):
+            for start, end in pairwise([*first, len(order)]):
                 here = order[start:end]
                 coded[here] = code(int(numbers[here[0]]), symbols[here])
             passed.append(coded.reshape(n, -1))

@@ -105,7 +105,7 @@ class ScaleHyperprior(FactorizedPrior):
 
     def law(self, mean: Tensor, raw_scale: Tensor) -> Gaussians:
         """That of a part of the code, (n, C, ...) each."""
-        return Gaussians(mean, scale_of(raw_scale), len(self.density.median_C))
+        return Gaussians(at_least_float32(mean), scale_of(raw_scale), len(self.density.median_C))
 
     def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         raw_scale = self.said(coder, y, n)

@@ -1,6 +1,7 @@
 """Running mean and standard deviation of each channel of a code, for what is trained on codes."""
 
 from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 class Standardiser(nn.Module):
     """Codes to codes whose channels have mean 0 and standard deviation 1, and back, (B, C, *grid) -> (B, C, *grid).
 
-    Both moments are over a batch's samples and grid; over the steps, plain means at first and then moving averages.
+    Both moments are over a batch's samples and grid; over the steps, plain means at first and then moving averages,
+    which stay in float32 in a model of bf16, where a step smaller than 1/256 of the value would not move them.
 
     Attributes:
         mean_C: mean of each channel, 0 before training.
@@ -52,11 +54,18 @@ class Standardiser(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Standardised codes."""
-        return (z - _over_grid(self.mean_C, z)) / _over_grid(self.std_C, z)
+        return ((z - _over_grid(self.mean_C, z)) / _over_grid(self.std_C, z)).to(z)
 
     def restore(self, z: Tensor) -> Tensor:
         """The codes that standardised ones stand for."""
-        return z * _over_grid(self.std_C, z) + _over_grid(self.mean_C, z)
+        return (z * _over_grid(self.std_C, z) + _over_grid(self.mean_C, z)).to(z)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        mean_C, std_C = self.mean_C, self.std_C
+        super()._apply(fn, recurse)
+        if self.mean_C.dtype in (torch.bfloat16, torch.float16):
+            self.mean_C, self.std_C = mean_C.to(self.mean_C.device), std_C.to(self.std_C.device)
+        return self
 
 
 def _over_grid(values_C: Tensor, z: Tensor) -> Tensor:

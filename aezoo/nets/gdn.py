@@ -42,7 +42,13 @@ class GDN(nn.Module):
         self.root_gamma_CC = nn.Parameter(torch.full((channels, channels), _OFF_DIAGONAL).fill_diagonal_(0.1**0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        beta_C, gamma_CC = self.root_beta_C**2 + _LEAST_BETA, self.root_gamma_CC**2
+        if x.dtype == torch.float16:  # which ends at 65,504, the square of 256
+            with torch.autocast(x.device.type, enabled=False):
+                return self._scaled(x.float(), self.root_beta_C.float(), self.root_gamma_CC.float()).to(x.dtype)
+        return self._scaled(x, self.root_beta_C, self.root_gamma_CC)
+
+    def _scaled(self, x: Tensor, root_beta_C: Tensor, root_gamma_CC: Tensor) -> Tensor:
+        beta_C, gamma_CC = root_beta_C**2 + _LEAST_BETA, root_gamma_CC**2
         weighed = _CONV[x.dim() - 2](x**2, gamma_CC[(...,) + (None,) * (x.dim() - 2)], beta_C)
         return x * (weighed.sqrt() if self.inverse else weighed.rsqrt())
 

@@ -1,5 +1,6 @@
 """Laws of the compression family: rates against scipy, bounds, who sees whom, and what whole numbers stand for."""
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -394,6 +395,23 @@ def test_gdn_divides_by_the_joint_size_of_channels() -> None:
         size[:, i] = beta[i] + sum(gamma[i, j] * x[:, j].numpy() ** 2 for j in range(3))
     np.testing.assert_allclose(layer(x).detach().numpy(), x.numpy() / np.sqrt(size))
     np.testing.assert_allclose(mirror(x).detach().numpy(), x.numpy() * np.sqrt(size))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gdn_of_float16_squares_what_has_no_square_there(inverse: bool) -> None:
+    """65,504 is the largest number of float16, and 300^2 more."""
+    x = torch.tensor([300.0, -20.0, 1000.0]).repeat(2, 1)[..., None].requires_grad_()
+    layer, sign = GDN(3, inverse), torch.tensor([1.0, -1.0, 1.0])[:, None]
+    exact = layer(x)
+    for given, autocast in ((layer, True), (copy.deepcopy(layer).half(), False)):
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            found = given(x.half())
+        assert found.dtype == torch.float16
+        scale = 1e-3 if inverse else 1.0  # 1000 becomes more than float16 has
+        small = exact.abs() < 6e4
+        torch.testing.assert_close((scale * found.float())[small], (scale * exact)[small], rtol=5e-3, atol=1e-3)
+        (slope,) = torch.autograd.grad((sign * found.float())[small].sum(), x)
+        assert bool(slope.isfinite().all())
 
 
 @pytest.mark.parametrize("grid", [(7,), (4, 5), (2, 3, 4)])

@@ -35,7 +35,7 @@ Decode = Callable[[Floats], npt.NDArray[Any]]
 STEPS = ("fitted", "deviation")
 _SHARES = 12  # a bin's share is a multiple of 2^-12
 _MOST_BINS = 64
-_MOST_VALUES = 2**20  # in one bin, so that none has a probability below 2^-24
+_MOST_VALUES = 2**20  # in one bin, so that none has a probability below 2^-32
 _PROBES = 2**14
 # offset, step, number of bins and lowest value of a dimension; width and share of a bin
 _DIMENSION = np.dtype([("offset", "<f4"), ("step", "<f4"), ("bins", "<u2"), ("low", "<i4")])

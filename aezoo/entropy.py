@@ -324,10 +324,13 @@ class EntropyCoded(Autoencoder):
         return self.walk(Rounding(), self.encoder(x), x.shape[0]).to(x.dtype)
 
     def encode_symbols(self, x: Tensor) -> Tensor:
-        """The whole numbers that stand for samples, in the order of `walk`: (B, *input_shape) -> (B, T), long."""
+        """The whole numbers that stand for samples, in the order of `walk`: (B, *input_shape) -> (B, T), long.
+
+        -2^40 stands for NaN, of which processors make different numbers, ARM's 0.
+        """
         coder = Rounding()
         self.walk(coder, self.encoder(x), x.shape[0])
-        return torch.cat(coder.symbols, 1).long()
+        return torch.cat(coder.symbols, 1).nan_to_num(-(2.0**40)).long()
 
     def codes(self, symbols: Tensor) -> Tensor:
         """What whole numbers stand for, (B, T) -> (B, *code_shape)."""

@@ -129,6 +129,16 @@ def test_codes_that_are_no_numbers_or_too_large_are_refused(value):
         compress(model, data(), compare=False)
 
 
+def test_codes_that_are_nan_are_refused_where_the_processor_makes_0_of_them(monkeypatch):
+    """As ARM's do."""
+    model, long = small("factorized_prior"), torch.Tensor.long
+    with torch.no_grad():
+        model.encoder[-1].bias[2] = math.nan
+    monkeypatch.setattr(torch.Tensor, "long", lambda values: long(values.nan_to_num(0)))
+    with pytest.raises(AezooError, match="NaN, infinite or above"):
+        compress(model, data(), compare=False)
+
+
 @pytest.mark.parametrize("name", ["mean_scale_hyperprior", "joint_ar_hyperprior"])
 def test_a_machine_that_computes_other_laws_refuses_the_file(name, tmp_path, monkeypatch):
     model, x = small(name), data()

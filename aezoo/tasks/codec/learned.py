@@ -50,7 +50,7 @@ def encode(model: EntropyCoded, x: Tensor) -> Symbols:
         AezooError: they are none, or too large.
     """
     found: Symbols = model.encode_symbols(x.to(machine.like(model))).cpu().numpy()
-    if not ((found > -_MOST) & (found < _MOST)).all():  # NaN becomes the lowest number that there is
+    if not ((found > -_MOST) & (found < _MOST)).all():  # -2^40 is NaN
         raise AezooError(f"{type(model).__name__} gives codes that are NaN, infinite or above 2^31: train it again")
     return found
 

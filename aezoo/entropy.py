@@ -69,6 +69,16 @@ def _log_one_minus(d: Tensor) -> Tensor:
     return torch.log(-torch.expm1(-d.clamp_min(_TINY)))
 
 
+def _log_ndtr(x: Tensor) -> Tensor:
+    """Log of the standard normal distribution function, with a gradient far out, too.
+
+    That of torch's own is exp(-x^2 / 2 - log ndtr(x)), two numbers of which nothing is left in float32 from -1000 on.
+    """
+    t = x.clamp_max(-1) * -math.sqrt(0.5)
+    tail = (torch.special.erfcx(t) / 2).log() - t * t
+    return torch.where(x < -1, tail, torch.special.log_ndtr(x.clamp_min(-1)))
+
+
 @dataclass
 class Gaussians:
     """N(mean, scale^2): (B, C, ...) each; `first` is the number of the first table of a Gaussian."""
@@ -80,7 +90,7 @@ class Gaussians:
     def log_mass(self, v: Tensor) -> Tensor:
         off = (v - self.mean).abs()
         # the smaller tail, so that nothing cancels where both are tiny
-        upper, lower = (torch.special.log_ndtr((half - off) / self.scale) for half in (0.5, -0.5))
+        upper, lower = (_log_ndtr((half - off) / self.scale) for half in (0.5, -0.5))
         return upper + _log_one_minus(upper - lower)
 
     @property

@@ -76,6 +76,20 @@ def test_gaussian_masses_and_their_gradients_are_finite_in_float32_everywhere() 
         assert all(bool(values.isfinite().all()) for values in (found, *gradients)), scale
 
 
+def test_gradients_of_gaussian_masses_are_those_of_float64_however_far_out() -> None:
+    """A code that is far from its mean is drawn to it by -(v - mean -+ 1/2) / s^2, and its scale by the square."""
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        v = torch.tensor([0.3, -2.0, 30.0, 100.0, -1e3, 1e4, 1e5, 1e6], dtype=dtype, requires_grad=True)
+        width = torch.tensor([[LEAST], [0.8], [20.0], [MOST]], dtype=dtype).expand(-1, 8).clone().requires_grad_()
+        log_mass = Gaussians(torch.zeros(8, dtype=dtype), width, 0).log_mass(v.expand(4, -1))
+        found[dtype] = [slope.double() for slope in torch.autograd.grad(log_mass.sum(), [v, width])]
+    by_hand = -(1e6 - 0.5) * sum(scale**-2 for scale in (LEAST, 0.8, 20.0, MOST))
+    assert float(found[torch.float64][0][-1]) == pytest.approx(by_hand, rel=1e-4)
+    for mine, exact in zip(*found.values(), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-3, atol=1e-5)
+
+
 def test_a_factorised_law_is_a_distribution_function_with_its_median_at_the_parameter() -> None:
     density = spread()
     off = torch.linspace(-400, 400, 20_001, dtype=torch.float64).expand(3, -1)
@@ -213,7 +227,8 @@ def test_in_bf16_whole_numbers_are_all_that_a_code_needs_too(name: str) -> None:
     """Numbers above 256 are none of bf16, so that sums with means must be taken in float32 by writer and reader."""
     model, x = small(name).bfloat16().eval(), data().bfloat16()
     with torch.no_grad():
-        [*model.encoder.parameters()][-1].mul_(20)
+        for p in [*model.encoder.parameters()][-2:]:
+            p.mul_(20)
     symbols = model.encode_symbols(x)
     assert int(symbols.abs().max()) > 300
     assert torch.equal(model.codes(symbols).to(x.dtype), model.encode(x))

@@ -7,7 +7,8 @@ and its mirror in a decoder multiplies by it (Ballé et al. 2017, https://arxiv.
 
 the second no inverse of the first but one step towards it, exact for gamma = 0. A stage is a convolution of 5 and
 stride 2, and GDN stands between stages; the code comes from, and goes to, a 1x1 convolution or a linear layer, with
-which the outermost stage is one linear map, as it is in the paper. There is no other activation.
+which the outermost stage is one linear map, as in Ballé et al. 2018, https://arxiv.org/abs/1802.01436; in the paper of
+2017 GDN follows each stage. There is no other activation.
 
 Shapes: B batch, C channels.
 """

@@ -9,6 +9,7 @@ _RATE = "the ELBO switches off numbers that cost more nats of KL than they save 
 _L1 = "an L1 penalty shrinks what is active"
 _CORRUPTED = "its error is that of corrupted samples"
 REASONS = {
+    "ae1svm": "codes lie between 0 and 1, and a one-class SVM draws them together",
     "aae": "the encoder serves the discriminator as well",
     "annealed_vae": "the KL is held at a capacity, which bounds what a code can say",
     "beta_tcvae": "a weight above 1 buys independence of the numbers with reconstruction",
@@ -17,6 +18,7 @@ REASONS = {
     "contractive_ae": "one sigmoid layer, and a penalty on what the code tells apart",
     "crosscoder": _L1,
     "dagmm": "the code must fit a small mixture as well",
+    "deep_svdd": "codes are drawn to one point by an encoder without biases",
     "dense_ae": "its layers of 128 and 64 ReLUs hold less than a linear code of as many numbers",
     "denoising_ae": _CORRUPTED,
     "dip_vae_ii": "a penalty on the covariance of codes trades against reconstruction",

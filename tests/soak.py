@@ -78,6 +78,10 @@ RANGES = {
     "dropout": lambda rng: rng.uniform(0, 0.9),
     "adv_weight": lambda rng: rng.uniform(0, 1),
     "enc_weight": lambda rng: rng.uniform(0, 1),
+    "svm_weight": lambda rng: rng.uniform(0, 10),
+    "nll_weight": lambda rng: rng.uniform(0, 2),
+    "nu": lambda rng: rng.uniform(0.01, 0.99),
+    "n_frequencies": lambda rng: rng.randint(1, 100),
     "sw_weight": lambda rng: rng.uniform(0, 50),
     "cw_weight": lambda rng: rng.uniform(0, 5),
     "adversarial_weight": lambda rng: rng.uniform(0, 50),
@@ -198,6 +202,7 @@ FIXED = {
     "beta_tcvae": {"estimator": "mss_mean"},
     # the first steps of radam are those of sgd, in which 1 / Sigma_jj diverges
     "dagmm": {"optimizer": "adam"},
+    "deep_svdd": {"activation": "leaky_relu"},
     "dncnn": {"likelihood": "gaussian"},
     "noise2noise": {"likelihood": "gaussian", "corruption": "gaussian:0.1"},
     "noise2void": {"likelihood": "gaussian"},

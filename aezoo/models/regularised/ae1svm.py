@@ -1,0 +1,119 @@
+"""AE-1SVM (Nguyen & Vien 2018), https://arxiv.org/abs/1804.04888
+
+    L = -log p(x | g(z)) + lam SVM     z = f(x)
+    SVM = 1/2 ||w||^2 - rho + 1 / (nu B) sum_i max(0, rho - w'phi(z_i))
+    phi(z) = R^-1/2 [cos(Omega'z), sin(Omega'z)]     Omega ~ N(0, 1 / sigma^2)
+
+in nats per sample: an autoencoder and a one-class SVM on its codes, trained at once; lam is the paper's 1 / alpha. With
+random Fourier features (Rahimi & Recht 2007) w'phi(z) is a sum of Gaussian kernels: phi(z)'phi(z') tends to
+exp(-||z - z'||^2 / (2 sigma^2)) with many frequencies. At the optimum of w and rho at most a share nu of the samples
+lies outside, and SVM is -1/2 ||w||^2, between -1/2, of codes that are all alike, and 0.
+
+The score is rho - w'phi(z), above 0 outside. The authors' code has twice the hinge, so that its nu is half of what it
+says. As there, codes pass through a sigmoid: else their scale would be the encoder's to choose, and sigma meaningless.
+
+Shapes: B batch, D code, R frequencies.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+
+
+class AE1SVM(Autoencoder):
+    """An autoencoder whose codes a one-class SVM, trained with it, holds apart from all else.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        svm_weight: lam, weight of the SVM.
+        nu: share of the samples that may lie outside, above 0 and at most 1.
+        n_frequencies: R, random frequencies, of which each gives two features.
+        bandwidth: sigma, standard deviation of the kernel in the space of codes.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        code_activation: applied to the code as well; with identity bandwidth should suit the scale that codes take.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    omega_DR: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 32,
+        svm_weight: float = 1.0,
+        nu: float = 0.1,
+        n_frequencies: int = 500,
+        bandwidth: float = 3.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (128,),
+        activation: str = "relu",
+        code_activation: str = "sigmoid",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, svm_weight=svm_weight)
+        if not 0 < nu <= 1:
+            raise AezooError(f"nu must be above 0 and at most 1, got {nu}")
+        if not 1 <= n_frequencies <= 100_000:
+            raise AezooError(f"n_frequencies must lie between 1 and 100000, got {n_frequencies}")
+        if not 0 < bandwidth < math.inf:
+            raise AezooError(f"bandwidth must be above 0 and finite, got {bandwidth}")
+        self.svm_weight, self.nu, self.code_shape = svm_weight, nu, (latent_dim,)
+        layers = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.encoder = nn.Sequential(layers, nets.activation(code_activation))
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.register_buffer("omega_DR", torch.randn(latent_dim, n_frequencies) / bandwidth)
+        self.w_F, self.rho = nn.Parameter(torch.zeros(2 * n_frequencies)), nn.Parameter(torch.zeros(()))
+
+    def features(self, z_BD: Tensor) -> Tensor:
+        """phi(z), of length 1, (B, D) -> (B, 2 R)."""
+        with torch.autocast(z_BD.device.type, enabled=False):  # a rounded angle may be another one
+            angles_BR = at_least_float32(z_BD) @ at_least_float32(self.omega_DR)
+        return torch.cat([angles_BR.cos(), angles_BR.sin()], 1) / math.sqrt(angles_BR.shape[1])
+
+    def outside(self, z_BD: Tensor) -> Tensor:
+        """How far outside, rho - w'phi(z): (B, D) -> (B,)."""
+        # not a matrix product, which autocast would round
+        return at_least_float32(self.rho) - (self.features(z_BD) * at_least_float32(self.w_F)).sum(1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_BD = self.encode(x)
+        nll = self.nll(self.decoder(z_BD), x).mean()
+        hinge = self.outside(z_BD).relu().mean() / self.nu
+        svm = at_least_float32(self.w_F).square().sum() / 2 - at_least_float32(self.rho) + hinge
+        return {"loss": nll + self.svm_weight * svm, "nll": nll, "svm": svm}
+
+    def score(self, x: Tensor) -> Tensor:
+        """How far outside of what is normal, rho - w'phi(z): (B, *input_shape) -> (B,)."""
+        return self.outside(self.encode(x))

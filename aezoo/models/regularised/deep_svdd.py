@@ -1,0 +1,132 @@
+"""Deep SVDD with an autoencoder (Ruff et al. 2018), https://proceedings.mlr.press/v80/ruff18a.html
+
+    L = alpha (-log p(x | g(z))) + SVDD     z = f(x)
+    SVDD = 1/B sum_i d_i                                   one class (equation 4)     d_i = ||z_i - c||^2
+    SVDD = R^2 + 1 / (nu B) sum_i max(0, d_i - R^2)        soft boundary (equation 3), nu > 0
+
+alpha = 0 is the paper's objective, whose weight decay is the optimiser's; a decoder trained with the encoder, in place
+of before it, keeps codes that tell samples apart.
+
+c is the mean of the codes that the first batch has before training (of all ranks; in the paper of all samples), entries
+near 0 moved to -0.1 or 0.1, and stays. f has no biases, nor what could stand in for them, such as places of tokens or
+activations that saturate at another value than 0: with these it could be the constant c (propositions 1 to 3). R is the
+1 - nu quantile of the distances of the batch before, of all ranks, as in the authors' code, and 0 before the first.
+
+The score is d - R^2, above 0 outside, with one class d. `aezoo detect --score deep_svdd` tunes a copy of any model's
+encoder that way after training.
+
+Shapes: B batch, N samples of all ranks, D code.
+"""
+
+import torch
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+
+# without places or gates, and 0 at 0 without a value that they saturate at
+_NETS = ("mlp", "conv", "resnet", "convnext", "conv_keras", "unet", "gdn")
+_ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "identity", "gated")
+_NEAR_0 = 0.1
+
+
+class DeepSVDD(Autoencoder):
+    """An autoencoder whose codes are drawn together around one point; what is coded far from there is strange.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        nll_weight: alpha, weight of the reconstruction; without it the decoder stays as it is.
+        nu: share of the samples that may lie outside of a soft boundary, below 1; 0 has none, the one-class objective.
+        net: mlp, conv, resnet, convnext, conv_keras, unet or gdn.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, gelu, silu, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    centre_D: Tensor
+    radius: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 32,
+        nll_weight: float = 1.0,
+        nu: float = 0.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (128,),
+        activation: str = "leaky_relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, nll_weight=nll_weight)
+        if not 0 <= nu < 1:
+            raise AezooError(f"nu must be at least 0 and below 1, got {nu}")
+        for kind, name, fit in (("net", net, _NETS), ("activation", activation, _ACTIVATIONS)):
+            if name not in fit:
+                raise AezooError(f"deep_svdd would map everything to one point by {kind} {name!r}: "
+                                 f"take one of {', '.join(fit)}")  # fmt: skip
+        self.nll_weight, self.nu, self.code_shape = nll_weight, nu, (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        for layer in self.encoder.modules():
+            if "bias" in layer._parameters:
+                layer.register_parameter("bias", None)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.register_buffer("centre_D", torch.full(self.code_shape, _NEAR_0))
+        self.register_buffer("radius", torch.zeros(()))
+        self.keep_started()
+
+    def start_from(self, x: Tensor) -> None:
+        """Put c where the mean of the samples' codes is, (N, *input_shape)."""
+        mean_D = at_least_float32(self.encoder(x)).mean(0)
+        away_D = torch.full_like(mean_D, _NEAR_0).copysign(mean_D)
+        self.centre_D.copy_(torch.where(mean_D.abs() < _NEAR_0, away_D, mean_D))
+
+    def distances(self, z_BD: Tensor) -> Tensor:
+        """||z - c||^2, (B, D) -> (B,)."""
+        return (at_least_float32(z_BD) - at_least_float32(self.centre_D)).square().sum(1)
+
+    @torch.no_grad()
+    def remember(self, d_B: Tensor) -> None:
+        """Take the radius of a batch's squared distances, (B,), for the batch that follows."""
+        self.radius.copy_(self.of_all_ranks(d_B).sqrt().quantile(1 - self.nu))
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_BD = self.encode(x)
+        nll, d_B = self.nll(self.decoder(z_BD), x).mean(), self.distances(z_BD)
+        if not self.nu:
+            svdd = d_B.mean()
+            return {"loss": self.nll_weight * nll + svdd, "nll": nll, "svdd": svdd}
+        radius = at_least_float32(self.radius).clone()
+        svdd = radius**2 + (d_B - radius**2).relu().mean() / self.nu
+        if self.training:
+            self.remember(d_B)
+        return {"loss": self.nll_weight * nll + svdd, "nll": nll, "svdd": svdd, "radius": radius}
+
+    def score(self, x: Tensor) -> Tensor:
+        """||z - c||^2 - R^2, above 0 outside of a soft boundary: (B, *input_shape) -> (B,)."""
+        return self.distances(self.encode(x)) - at_least_float32(self.radius) ** 2

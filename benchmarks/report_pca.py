@@ -11,6 +11,7 @@ _CORRUPTED = "its error is that of corrupted samples"
 REASONS = {
     "ae1svm": "codes lie between 0 and 1, and a one-class SVM draws them together",
     "aae": "the encoder serves the discriminator as well",
+    "alad": "encoder and decoder serve three discriminators as well",
     "annealed_vae": "the KL is held at a capacity, which bounds what a code can say",
     "beta_tcvae": "a weight above 1 buys independence of the numbers with reconstruction",
     "beta_vae": "a weight above 1 buys a smaller KL with reconstruction",

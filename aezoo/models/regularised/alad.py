@@ -1,0 +1,150 @@
+"""ALAD, adversarially learned anomaly detection (Zenati et al. 2018), https://arxiv.org/abs/1812.02288
+
+    L = alpha (-log p(x | G(E(x)))) + L_xz + L_xx + L_zz     z ~ p(z) = N(0, I)
+    L_xz = -log D_xz(G(z), z) - log(1 - D_xz(x, E(x)))
+    L_xx = -log D_xx(x, G(E(x)))     L_zz = -log D_zz(z, E(G(z)))
+    L_D = those of discriminators that take (x, E(x)), (x, x) and (z, z) for real and the other pairs for none
+
+in nats per sample: a BiGAN, by D_xz, of which D_xx and D_zz judge the cycles. alpha is 0 in the paper; reconstructions
+are less like their samples then. E and G are one player, the discriminators the other; no loss passes a gradient to the
+other's parameters. L is the value of `loss`, L_D the term `discriminator`: 6 log 2 where no pairs can be told apart.
+
+The score is ||f(x, x) - f(x, G(E(x)))||_1, f the last hidden layer of D_xx. Features have mean 0 and variance 1 in each
+sample, in place of the paper's spectral and batch normalisation: without, D_xx would choose the scale of the score.
+
+Shapes: B batch, D code, F features.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.limits import at_least
+from aezoo.nets.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+from aezoo.nets.linear import Linear
+
+
+class Judge(nn.Module):
+    """Features of mean 0 and variance 1 of each pair, and the log-odds that it is a real one: (B, F), (B, 1)."""
+
+    def __init__(self, body: nn.Module, n_features: int, lift: nn.Module) -> None:
+        super().__init__()
+        self.body, self.lift = body, lift  # which brings the second to the shape of the first
+        self.head = nn.Sequential(nn.LeakyReLU(0.2), Linear(n_features, 1))
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.body(torch.cat([a, self.lift(b)], 1))
+        f_BF = F.layer_norm(found, found.shape[1:])
+        return f_BF, at_least_float32(self.head(f_BF))
+
+
+class ALAD(Autoencoder):
+    """A BiGAN that goes round; what its discriminator of cycles sees of a sample and of its reconstruction is compared.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        nll_weight: alpha, weight of the reconstruction; 0 in the paper.
+        discriminator_dims: widths of the discriminators' hidden layers (mlp) or channels of their stages, the last one
+            the number of features. Empty: hidden_dims, or 64.
+        discriminator_lr: learning rate of the discriminators. All betas are 0.5 and 0.999 unless optimizer sets them.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, vit, lstm or transformer, of all networks of samples.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate of encoder and decoder.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    has_prior = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        nll_weight: float = 1.0,
+        discriminator_dims: tuple[int, ...] = (),
+        discriminator_lr: float = 1e-4,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (256,),
+        activation: str = "leaky_relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, nll_weight=nll_weight)
+        check_discriminator(discriminator_dims, discriminator_lr)
+        self.nll_weight, self.discriminator_lr, self.code_shape = nll_weight, discriminator_lr, (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
+        stages, twice = dims[:-1] if net == "mlp" else dims, (2 * self.input_shape[0], *self.input_shape[1:])
+        lift = nn.Sequential(Linear(latent_dim, math.prod(self.input_shape)), nn.Unflatten(1, self.input_shape))
+        self.discriminator = nn.ModuleDict()
+        for name, second in (("xz", lift), ("xx", nn.Identity()), ("zz", nn.Identity())):
+            of_codes = ("mlp", (2 * latent_dim,), dims[-1:], dims[:-1])
+            body = nets.encoder(*(of_codes if name == "zz" else (net, twice, dims[-1:], stages)), activation)
+            self.discriminator[name] = Judge(body, dims[-1], second)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return two_groups(self, betas=(0.5, 0.999), both=True)  # those of the authors' code
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        e_BD = self.encode(x)
+        params = self.decoder(e_BD)
+        z_BD = torch.randn_like(at_least_float32(e_BD)).to(e_BD.dtype)
+        made = self.decode(z_BD).to(x.dtype)
+        x_hat, z_hat_BD = self.likelihood.mean(params).to(x.dtype), self.encode(made)
+        pairs = {"xz": ((x, e_BD), (made, z_BD)), "xx": ((x, x), (x, x_hat)), "zz": ((z_BD, z_BD), (z_BD, z_hat_BD))}
+        fooled, caught = {}, []
+        for name, (real, fake) in pairs.items():
+            judge = self.discriminator[name]
+            fooled[name] = F.softplus(-frozen(judge, *fake)[1]).mean()
+            t_real, t_fake = judge(*(torch.cat(side).detach() for side in zip(real, fake, strict=True)))[1].chunk(2)
+            caught.append(F.softplus(-t_real).mean() + F.softplus(t_fake).mean())
+        adversarial = fooled["xz"] + F.softplus(frozen(self.discriminator["xz"], x, e_BD)[1]).mean()
+        nll, discriminator = self.nll(params, x).mean(), torch.stack(caught).sum()
+        total = self.nll_weight * nll + adversarial + fooled["xx"] + fooled["zz"]
+        return {
+            "loss": total + gradient_alone(discriminator),
+            "nll": nll,
+            "adversarial": adversarial,
+            "cycle_x": fooled["xx"],
+            "cycle_z": fooled["zz"],
+            "discriminator": discriminator,
+        }
+
+    def score(self, x: Tensor) -> Tensor:
+        """||f(x, x) - f(x, G(E(x)))||_1, (B, *input_shape) -> (B,)."""
+        judge = self.discriminator["xx"]
+        off_BF = judge(x, x)[0] - judge(x, self(x).to(x.dtype))[0]
+        return at_least_float32(off_BF).abs().sum(1)
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        weight = next(self.decoder.parameters())
+        return self.decode(torch.randn(n, *self.code_shape, device=weight.device, dtype=weight.dtype))

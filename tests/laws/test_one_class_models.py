@@ -207,6 +207,21 @@ def test_training_finds_that_optimum(adam: Any) -> None:
     assert np.mean(found > 0) == pytest.approx(nu, abs=0.08)
 
 
+@pytest.mark.parametrize("nu", [0.2, 1.0])
+def test_the_first_batch_starts_normal_and_threshold_at_the_optimum_of_nu_1(nu: float, quiet: Any) -> None:
+    codes = Codes(nu, 30)
+    with torch.no_grad():
+        codes.model.start_from(codes.x)
+    np.testing.assert_allclose(codes.model.w_F.detach(), codes.phi.mean(0), rtol=1e-9, atol=1e-12)
+    assert (codes.model.score(codes.x) > 1e-12).double().mean() == pytest.approx(nu, abs=1 / 150)
+    if nu == 1:  # the dual has one feasible point, where all samples weigh 1 / N, and there is no gap to it
+        dual = -0.5 * np.mean(codes.phi @ codes.phi.T)
+        assert codes.model.loss(codes.x)["svm"].item() == pytest.approx(dual)
+    # training calls it once
+    quiet(max_epochs=1).fit(codes.model, DataLoader([codes.x] * 2, batch_size=None))  # type: ignore[arg-type]
+    assert codes.model.started and (codes.model.w_F - torch.from_numpy(codes.phi.mean(0))).abs().max() < 0.01
+
+
 def test_with_many_frequencies_it_is_the_svm_of_the_gaussian_kernel() -> None:
     nu = 0.2
     codes = Codes(nu, 3000)

@@ -7,7 +7,7 @@
 in nats per sample: an autoencoder and a one-class SVM on its codes, trained at once; lam is the paper's 1 / alpha. With
 random Fourier features (Rahimi & Recht 2007) w'phi(z) is a sum of Gaussian kernels: phi(z)'phi(z') tends to
 exp(-||z - z'||^2 / (2 sigma^2)) with many frequencies. At the optimum of w and rho at most a share nu of the samples
-lies outside, and SVM is -1/2 ||w||^2, between -1/2, of codes that are all alike, and 0.
+lies outside, and SVM is -1/2 ||w||^2, between -1/2, of codes that are all alike, and 0. The first batch starts both.
 
 The score is rho - w'phi(z), above 0 outside. The authors' code has twice the hinge, so that its nu is half of what it
 says. As there, codes pass through a sigmoid: else their scale would be the encoder's to choose, and sigma meaningless.
@@ -95,6 +95,13 @@ class AE1SVM(Autoencoder):
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
         self.register_buffer("omega_DR", torch.randn(latent_dim, n_frequencies) / bandwidth)
         self.w_F, self.rho = nn.Parameter(torch.zeros(2 * n_frequencies)), nn.Parameter(torch.zeros(()))
+        self.keep_started()
+
+    def start_from(self, x: Tensor) -> None:
+        """Put w where nu = 1 has its optimum, at the mean of phi, and a share nu outside: (N, *input_shape)."""
+        phi_NF = self.features(self.encode(x))
+        self.w_F.copy_(phi_NF.mean(0))
+        self.rho.copy_((phi_NF * at_least_float32(self.w_F)).sum(1).quantile(self.nu))
 
     def features(self, z_BD: Tensor) -> Tensor:
         """phi(z), of length 1, (B, D) -> (B, 2 R)."""

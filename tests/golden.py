@@ -120,6 +120,7 @@ VARIANTS = [
     subject_of("vamp_vae", likelihood="gaussian:learned", n_components=10),
     subject_of("two_stage_vae", likelihood="bernoulli"),
     subject_of("hyperspherical_vae", posterior="vmf"),
+    subject_of("gamma_vae", prior_shape=0.5, prior_rate=3.0, likelihood="gaussian:learned"),
     subject_of("hvae", n_leapfrog=0),
     subject_of("poincare_vae", curvature=4.0, likelihood="gaussian:learned"),
     subject_of("beta_tcvae", estimator="mws"),

@@ -44,7 +44,7 @@ MEANING = {
     "shrinkage": WEIGHT, "entropy_weight": WEIGHT, "noise_std": WEIGHT, "topology": WEIGHT, "triplet_weight": WEIGHT,
     "margin": {1.5}, "isometry": WEIGHT, "phase_epochs": OFF | NEVER,
     "off_diagonal": WEIGHT, "diagonal": WEIGHT, "mmd_weight": {1.5}, "bandwidth": {1.5}, "per_sample": ON,
-    "curvature": {1.5}, "metric_floor": {1.5}, "n_leapfrog": OFF,
+    "curvature": {1.5}, "prior_shape": {1.5}, "prior_rate": {1.5}, "metric_floor": {1.5}, "n_leapfrog": OFF,
     "free_bits": WEIGHT, "n_flows": OFF, "second_hidden_dims": {"[]"}, "classifier_dims": {"[]"},
     "discriminator_dims": {"[]"}, "discriminator_lr": {1.5},
     "discriminator_weight": WEIGHT, "discriminator_start": OFF | NEVER, "perceptual_weight": WEIGHT,

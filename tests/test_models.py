@@ -54,7 +54,7 @@ OF_EACH_KIND = (
     *("dense_ae", "conv_ae", "resnet_ae", "unet_ae", "sequence_ae", "contractive_ae", "memory_ae", "noise2void"),
     *("topk_sae", "jumprelu_sae", "gated_sae", "matching_pursuit_sae", "rae", "wae_mmd", "dagmm", "mae"),
     *("vae", "iwae", "beta_tcvae", "vae_flow", "vae_iaf", "flow_prior_vae", "hvae", "hyperspherical_vae"),
-    *("poincare_vae", "ladder_vae", "vdvae", "vae_gan", "categorical_vae", "conditional_vae"),
+    *("gamma_vae", "poincare_vae", "ladder_vae", "vdvae", "vae_gan", "categorical_vae", "conditional_vae"),
     *("vq_vae", "rq_vae", "fsq_vae", "bsq_vae", "gumbel_vq_vae", "titok", "soft_vq", "index_transformer"),
     "autoencoder_kl",
 )
@@ -289,6 +289,7 @@ DRAWS = {
     "bernoulli_": lambda x: x.clone().bernoulli_(0.5),
     "exponential_": lambda x: x.clone().exponential_(),
     "distribution": lambda x: torch.distributions.Normal(x, 1.0).rsample(),
+    "gamma": lambda x: torch.distributions.Gamma(x + 2, 1.0).rsample(),
     "importance samples": lambda x: torch.randn(2, *x.shape).transpose(0, 1),
 }
 
@@ -316,6 +317,7 @@ def test_shared_noise_hands_each_process_its_rows(draw):
         ("bernoulli", 0.5, 0.5),
         ("dropout", 1, 1),
         ("exponential_", 1, 1),
+        ("gamma", 2, 2**0.5),
     ],
 )
 def test_shared_noise_has_the_distribution_that_was_asked_for(name, mean, std):

@@ -59,7 +59,8 @@ class SharedNoise(TorchFunctionMode):
         kwargs = kwargs or {}
         if kwargs.get("generator") is not None:  # what is drawn from there is seen to elsewhere
             return func(*args, **kwargs)
-        draw = getattr(self, f"_{getattr(func, '__name__', '')}", None)
+        # of torch._standard_gamma, but not of Tensor.__eq__, which every object has
+        draw = getattr(self, f"_{getattr(func, '__name__', '').lstrip('_')}", None)
         return func(*args, **kwargs) if draw is None else draw(func, *args, **kwargs)
 
     def _draw(self, source: Callable[..., Tensor], like: Tensor) -> Tensor:
@@ -101,6 +102,15 @@ class SharedNoise(TorchFunctionMode):
 
     def _exponential_(self, func: Any, x: Tensor, lambd: float = 1.0, **_: Any) -> Tensor:
         return x.copy_(-torch.log1p(-self._draw(torch.rand, x)) / lambd)
+
+    def _standard_gamma(self, func: Any, shape: Tensor, *_: Any, **__: Any) -> Tensor:
+        """The quantile of uniform noise, since how many numbers torch's own sampler draws depends on the shape."""
+        from scipy.special import gammaincinv
+
+        alpha = shape.detach()
+        drawn = gammaincinv(alpha.double().numpy(), self._draw(torch.rand, alpha.double()).numpy())
+        z = torch.from_numpy(drawn).to(alpha).clamp(min=torch.finfo(alpha.dtype).tiny)
+        return z + (shape - alpha) * torch._standard_gamma_grad(alpha, z)
 
 
 def check_ddp(*models: Model, **hyperparameters: Any) -> None:

@@ -14,7 +14,7 @@ from aezoo.testing import SharedNoise
 # their loss is nll + beta |KL - C| and, for the second, something of the whole batch
 LINEAR = (
     *("vae", "beta_vae", "logcosh_vae", "denoising_vae", "msssim_vae", "perceptual_vae", "categorical_vae"),
-    *("hyperspherical_vae", "semi_supervised_m1"),
+    *("hyperspherical_vae", "gamma_vae", "semi_supervised_m1"),
 )
 COUPLED = (
     *("sigma_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "factor_vae", "vae_gan", "ada_gvae", "mlvae"),

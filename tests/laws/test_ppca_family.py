@@ -56,6 +56,7 @@ OTHERS = {
     "categorical_vae": "codes are discrete",
     "hyperspherical_vae": "codes lie on a sphere",
     "poincare_vae": "codes lie in a ball",
+    "gamma_vae": "codes are positive",
     "logcosh_vae": "the noise is not Gaussian",
     "msssim_vae": "what it compares with is no density",
     "perceptual_vae": "what it compares with is no density",

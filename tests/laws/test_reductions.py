@@ -95,6 +95,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "two_stage_vae": {"hidden_dims": (24,), "latent_dim": 6, "second_hidden_dims": (24,)},
     "hyperspherical_vae": {"hidden_dims": (24,), "latent_dim": 4, "beta": 2.0},
     "poincare_vae": {"hidden_dims": (24,), "latent_dim": 6, "beta": 2.0},
+    "gamma_vae": {"hidden_dims": (24,), "latent_dim": 6, "beta": 2.0},
     "hvae": {"hidden_dims": (24,), "latent_dim": 6},
     "rhvae": {"hidden_dims": (24,), "latent_dim": 6, "n_centroids": 20},
     "logcosh_vae": {"hidden_dims": (24,), "latent_dim": 6},
@@ -141,7 +142,7 @@ NOISY = (
     *("hierarchical_vae", "ladder_vae", "vdvae", "mixture_vae", "vamp_vae", "vae_flow", "vae_iaf", "flow_prior_vae"),
     *("two_stage_vae", "hyperspherical_vae", "poincare_vae", "hvae", "rhvae", "wta_ae", "dncnn", "noise2noise"),
     *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae"),
-    *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl"),
+    *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl", "gamma_vae"),
 )
 # evaluated with whole numbers, trained with noise in place of rounding
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic")
@@ -279,6 +280,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "categorical_vae": {"kl": 2.0},
         "hyperspherical_vae": {"kl": 2.0},
         "poincare_vae": {"kl": 2.0},
+        "gamma_vae": {"kl": 2.0},
         "hvae": {"kl": 1.0},
         "rhvae": {"kl": 1.0},
         "hierarchical_vae": {"kl": 2.0},

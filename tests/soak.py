@@ -14,7 +14,6 @@ import numpy as np
 from aezoo import registry
 from aezoo.models.classic.isometric_ae import DISTORTIONS
 from aezoo.models.classic.semantic_hash_ae import BINARISATIONS
-from aezoo.models.classic.triplet_ae import MINING
 from aezoo.models.regularised.rae import REGULARISERS
 from aezoo.models.sparse.sae_l1 import FORMS
 from aezoo.models.variational.ada_gvae import AVERAGES
@@ -26,6 +25,7 @@ from aezoo.nets.dictionary import DECODES
 from aezoo.nets.flows import FLOWS
 from aezoo.optimizers import OPTIMIZERS, SCHEDULES
 from aezoo.quantisers.vq import UPDATES
+from aezoo.triplets import MINING
 
 LIKELIHOODS = (
     "bernoulli", "continuous_bernoulli", "gaussian", "gaussian:0.1", "gaussian:learned", "laplace", "laplace:learned",

@@ -1,4 +1,4 @@
-"""Laws of the models that shape where codes lie: topological, triplet and isometric autoencoders."""
+"""Laws of the models that shape where codes lie: topological, triplet and isometric autoencoders, triplet VAE."""
 
 import itertools
 import math
@@ -16,8 +16,8 @@ from two_ranks import on_two_ranks
 
 import aezoo
 from aezoo.models.classic.topological_ae import TopologicalAE, distances, pairing
-from aezoo.models.classic.triplet_ae import MINING
 from aezoo.testing import SharedNoise
+from aezoo.triplets import MINING
 
 SHAPE, CODE = (2, 3, 3), 4
 WEIGHT = {"topological_ae": "topology", "triplet_ae": "triplet_weight", "isometric_ae": "isometry"}
@@ -360,8 +360,49 @@ def test_equal_codes_give_triplets_finite_gradients(shifted: Any) -> None:
         assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
+def losses_of_one_noise(models: list[Any], training: bool) -> list[dict[str, Tensor]]:
+    found = []
+    for model in models:
+        torch.manual_seed(3)
+        found.append(model.train(training).loss(images(), LABELS))
+    return found
+
+
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mining", MINING)
-def test_training_with_labels_separates_the_classes(mining: str, adam: Any, digits: Tensor) -> None:
+def test_at_weight_zero_it_is_the_vae_bit_for_bit(mining: str, training: bool, shifted: Any) -> None:
+    vae = small("vae", shifted, beta=2.0)
+    without, with_it = (small("triplet_vae", shifted, beta=2.0, mining=mining, triplet_weight=w) for w in (0.0, 3.0))
+    for model in (without, with_it):
+        model.load_state_dict(vae.state_dict())
+        model.capacity = vae.capacity = 1.0
+    mine, theirs, other = losses_of_one_noise([without, vae, with_it], training)
+    assert mine["triplet"] > 0
+    for term in ("loss", "nll", "kl", "elbo"):
+        assert torch.equal(mine[term], theirs[term])
+    for a, b in zip(gradients(without, mine["loss"]), gradients(vae, theirs["loss"]), strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(other["loss"] - theirs["loss"], 3 * mine["triplet"])
+
+
+@pytest.mark.parametrize("mining", MINING)
+def test_the_triplets_of_the_vae_are_triplet_ae_s_of_the_means(mining: str, shifted: Any) -> None:
+    """Of the posterior's means, whatever is drawn; variances and the decoder get no gradient."""
+    settings = {"mining": mining, "margin": 0.7}
+    model, ae = small("triplet_vae", shifted, **settings), small("triplet_ae", shifted, **settings)
+    mu, log_var = (torch.randn(6, CODE, dtype=torch.float64).requires_grad_() for _ in range(2))
+    model.posterior = lambda x: (mu, log_var)
+    term = model.loss(images(), LABELS)["triplet"]
+    chosen = semi_hard(mu.detach(), LABELS) if mining == "semi_hard" else triples(LABELS)
+    torch.testing.assert_close(term, by_torch(mu, chosen, 0.7, mining), rtol=1e-9, atol=1e-12)
+    assert torch.equal(term, ae.triplet_loss(mu, LABELS)) and float(term.detach()) > 0.01
+    in_mu, in_log_var, *rest = torch.autograd.grad(term, (mu, log_var, *model.decoder.parameters()), allow_unused=True)
+    assert float(in_mu.norm()) > 1e-3 and in_log_var is None and all(g is None for g in rest)
+
+
+@pytest.mark.parametrize("name", ["triplet_ae", "triplet_vae"])
+@pytest.mark.parametrize("mining", MINING)
+def test_training_with_labels_separates_the_classes(mining: str, name: str, adam: Any, digits: Tensor) -> None:
     from sklearn.datasets import load_digits
 
     x, y = digits[:200].float(), torch.from_numpy(load_digits().target[:200])
@@ -369,7 +410,7 @@ def test_training_with_labels_separates_the_classes(mining: str, adam: Any, digi
     for weight in (0.0, 10.0):
         torch.manual_seed(0)
         model = aezoo.create_model(
-            "triplet_ae", x.shape[1:], latent_dim=4, hidden_dims=(32,), mining=mining, triplet_weight=weight
+            name, x.shape[1:], latent_dim=4, hidden_dims=(32,), mining=mining, triplet_weight=weight
         )
         optimizer = torch.optim.Adam(model.parameters(), 5e-3)
         for _ in range(60):

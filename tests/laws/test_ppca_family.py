@@ -37,6 +37,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "denoising_vae": {"corruption": "none"},
     "ada_gvae": {},
     "mlvae": {},
+    "triplet_vae": {},
     "semi_supervised_m1": {},
     "vae_flow": {"n_flows": 0},
     "vae_iaf": {"n_flows": 0},

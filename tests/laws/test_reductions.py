@@ -104,6 +104,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "perceptual_vae": {"hidden_dims": (24,), "latent_dim": 6},
     "ada_gvae": {"hidden_dims": (24,), "latent_dim": 6},
     "mlvae": {"hidden_dims": (24,), "latent_dim": 6},
+    "triplet_vae": {"hidden_dims": (24,), "latent_dim": 6},
     "vq_vae": {**FOUR_PLACES, "latent_dim": 4, "codebook_size": 8},
     "rq_vae": {**FOUR_PLACES, "latent_dim": 4, "levels": 3, "codebook_size": 5},
     "fsq_vae": {**FOUR_PLACES, "levels": (4, 3, 5)},
@@ -143,6 +144,7 @@ NOISY = (
     *("two_stage_vae", "hyperspherical_vae", "poincare_vae", "hvae", "rhvae", "wta_ae", "dncnn", "noise2noise"),
     *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae"),
     *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl", "gamma_vae"),
+    "triplet_vae",
 )
 # evaluated with whole numbers, trained with noise in place of rounding
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic")
@@ -151,7 +153,10 @@ OWN_SCALE = ("sigma_vae", "batch_topk_sae", "matryoshka_sae", "dagmm", *ROUNDED)
 # the score is another than -log p(x | xhat)
 OWN_SCORE = ("dagmm", "ganomaly", "ae1svm", "deep_svdd", "alad", "pixelcnn", "index_transformer", *ROUNDED)
 # nll + kl, whatever these are
-PLAIN = ("semi_supervised_m1", "logcosh_vae", "denoising_vae", "msssim_vae", "perceptual_vae", "ada_gvae", "mlvae")
+PLAIN = (
+    *("semi_supervised_m1", "logcosh_vae", "denoising_vae", "msssim_vae", "perceptual_vae", "ada_gvae", "mlvae"),
+    "triplet_vae",
+)
 # takes no other likelihood
 OWN_LIKELIHOOD = (
     *("sigma_vae", "logcosh_vae", "dncnn", "noise2noise", "noise2void"),

@@ -15,11 +15,13 @@ from two_ranks import on_two_ranks
 import aezoo
 from aezoo.models.variational.ada_gvae import AVERAGES, AdaGVAE
 from aezoo.models.variational.mlvae import MLVAE
+from aezoo.models.variational.triplet_vae import TripletVAE
 from aezoo.models.variational.vae import VAE
 from aezoo.testing import SharedNoise
 
 SHAPE, CODE = (2, 3, 3), 4
-WEAK: list[Any] = [AdaGVAE, MLVAE]
+SHARING: list[Any] = [AdaGVAE, MLVAE]
+WEAK = [*SHARING, TripletVAE]
 
 
 def small(make: Any, **settings: Any) -> Any:
@@ -309,7 +311,7 @@ def test_certain_posteriors_of_a_large_group_stay_finite() -> None:
             assert g.isfinite().all()
 
 
-# ---- both ------------------------------------------------------------------------------------------------------------
+# ---- all -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", WEAK)
@@ -357,7 +359,7 @@ def shares_of_the_common_factor(model: Any, with_labels: bool) -> float:
     return float((within / z.var(0)).min())
 
 
-@pytest.mark.parametrize("make", WEAK)
+@pytest.mark.parametrize("make", SHARING)
 def test_training_on_pairs_gives_what_they_have_in_common_a_dimension(make: Any) -> None:
     found = []
     for with_labels in (True, False):

@@ -13,22 +13,19 @@ https://arxiv.org/abs/1703.07737). Triplets are mined in the batch of all ranks:
 
 Samples without a label (-1) are in no triplet; where there is none T is 0 and this is the plain autoencoder.
 
-Shapes: B batch on this rank, N samples on all ranks, D code; P positives and M negatives are N samples too.
+Shapes: B batch on this rank, D code.
 """
-
-import math
 
 import torch
 from torch import Tensor
 
 from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
+from aezoo.triplets import WithTriplets
 
-MINING = ("all", "active", "semi_hard")
 
-
-class TripletAE(Autoencoder):
+class TripletAE(WithTriplets):
     """Codes in which the samples of a label lie together; codes and scores never look at labels.
 
     Args:
@@ -48,8 +45,6 @@ class TripletAE(Autoencoder):
         lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
         warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
-
-    compares_samples = True
 
     def __init__(
         self,
@@ -81,43 +76,10 @@ class TripletAE(Autoencoder):
         self.save_hyperparameters()
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
-        if not 0 <= triplet_weight < math.inf:
-            raise AezooError(f"triplet_weight must be at least 0 and finite, got {triplet_weight}")
-        if not 0 < margin < math.inf:
-            raise AezooError(f"margin must be above 0 and finite, got {margin}")
-        if mining not in MINING:
-            raise AezooError(f"unknown mining {mining!r}: take one of {', '.join(MINING)}")
-        self.triplet_weight, self.margin, self.mining = triplet_weight, margin, mining
+        self.keep_triplets(triplet_weight, margin, mining)
         self.code_shape = (latent_dim,)
         self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
-
-    def triplets(self, d_BN: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of each triplet and whether it counts, from the distances to all samples: two (B, P, M)."""
-        y_N, rows_B = self.of_all_ranks(y_B), torch.arange(len(y_B), device=y_B.device)
-        n = torch.arange(len(y_N), device=y_B.device)
-        other_BN = n != (rows_B + self.own_rank() * len(y_B))[:, None]
-        known_BN = (y_B[:, None] != -1) & (y_N != -1)
-        positive_BN = known_BN & (y_B[:, None] == y_N) & other_BN
-        negative_BN = known_BN & (y_B[:, None] != y_N)
-        d_p_BP1, d_n_B1M = d_BN[:, :, None], d_BN[:, None, :]
-        counts_BPM = positive_BN[:, :, None] & negative_BN[:, None, :]
-        if self.mining == "semi_hard":
-            beyond_BPM = counts_BPM & (d_n_B1M > d_p_BP1)
-            nearest_BP = torch.where(beyond_BPM, d_n_B1M, torch.inf).argmin(2)
-            farthest_B1 = torch.where(negative_BN, d_BN, -torch.inf).argmax(1, keepdim=True)
-            chosen_BP = torch.where(beyond_BPM.any(2), nearest_BP, farthest_B1)
-            counts_BPM = counts_BPM & (chosen_BP[:, :, None] == n)
-        loss_BPM = (d_p_BP1 - d_n_B1M + self.margin).relu() * counts_BPM
-        return loss_BPM, loss_BPM > 0 if self.mining == "active" else counts_BPM
-
-    def triplet_loss(self, z_BD: Tensor, y_B: Tensor) -> Tensor:
-        """This rank's share of T; the mean over ranks is T."""
-        d_BN = torch.cdist(z_BD, self.of_all_ranks(z_BD), compute_mode="donot_use_mm_for_euclid_dist")
-        loss_BPM, counts_BPM = self.triplets(d_BN, y_B)
-        total = loss_BPM.sum((1, 2)).mean()
-        number = self.batch_mean(counts_BPM.sum((1, 2)).to(total.dtype))
-        return total / torch.where(number > 0, number, 1)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_BD = self.encoder(x)

@@ -1,0 +1,92 @@
+"""Triplet-based VAE (Ishfaq et al. 2018), https://arxiv.org/abs/1802.04403
+
+    L = E_q(z|x)[-log p(x|z)] + beta KL(q(z|x) || p(z)) + lambda T
+    T = mean over triplets of max(0, ||mu_a - mu_p|| - ||mu_a - mu_n|| + m)
+
+in nats per sample: the mean of an anchor's posterior must be nearer to that of each positive, another sample of its
+label, than to that of a negative, a sample of another label, by the margin m. Triplets are mined in the batch of all
+ranks as in triplet_ae:
+
+    all         every triplet
+    active      every triplet that the margin still moves, the others do not count in the mean (Hermans et al. 2017)
+    semi_hard   for each a and p the nearest n that is farther than p, or the farthest n where none is
+
+Samples without a label (-1) are in no triplet; where there is none, and with
+lambda = 0, this is the VAE. Codes, scores and samples never look at labels.
+
+Shapes: B batch on this rank, D code.
+"""
+
+import torch
+from torch import Tensor
+
+from aezoo.models.variational.vae import VAE
+from aezoo.triplets import WithTriplets
+
+
+class TripletVAE(VAE, WithTriplets):
+    """A VAE in whose posterior means the samples of a label lie together.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        triplet_weight: lambda, weight of the triplet loss.
+        margin: m, how much farther than the positives the negatives must be.
+        mining: which triplets of a batch count: all, active or semi_hard.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        triplet_weight: float = 10.0,
+        margin: float = 1.0,
+        mining: str = "active",
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.keep_triplets(triplet_weight, margin, mining)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
+        triplet = torch.zeros_like(nll) if y is None else self.triplet_loss(mu_BD, y)
+        loss = nll + self.beta * (kl - self.capacity).abs() + self.triplet_weight * triplet
+        return {"loss": loss, "nll": nll, "kl": kl, "elbo": -(nll + kl), "triplet": triplet}

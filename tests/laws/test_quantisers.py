@@ -1060,6 +1060,44 @@ def test_through_onnx_for_any_batch_it_is_the_same(name):
             torch.testing.assert_close(found, module(part))
 
 
+# ---- beside vector-quantize-pytorch ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def peer():
+    return pytest.importorskip("vector_quantize_pytorch")
+
+
+@pytest.mark.parametrize("levels", [(5, 5, 7), (3, 9, 5, 7)])
+def test_residual_fsq_of_odd_levels_takes_the_codes_of_the_peer_s(levels, peer):
+    L = torch.tensor(levels, dtype=torch.float64)
+    value = 0.998 * (2 * torch.rand(2000, len(levels), dtype=torch.float64) - 1)
+    # each bounds z in a way of its own, by a tanh that reaches 1 - 1e-3 or the edge of the outer cells
+    edge = L / (L - 1)
+    theirs = peer.ResidualFSQ(levels=[*levels], num_quantizers=3).double().eval()
+    z_q, indices = theirs((edge * (value / edge).atanh())[None])
+    found = ResidualFSQ(levels, 3).double()((value / (1 - 1e-3)).atanh())
+    assert torch.equal(found.indices, indices[0].long())
+    torch.testing.assert_close(found.z_q, z_q[0], rtol=0, atol=1e-6)  # whose scales are of float32
+
+
+def test_further_levels_of_residual_fsq_take_the_codes_of_the_peer_s(peer):
+    """Of even channels the peer's first level has other values than the paper's, so that both get what ours leaves."""
+    levels, z = (8, 5, 2, 6), torch.randn(2000, 4, dtype=torch.float64)
+    L = torch.tensor(levels, dtype=torch.float64)
+    quantiser = ResidualFSQ(levels, 4).double()
+    found, exact = quantiser(z), quantiser.value(quantiser.bound(z))
+    first = quantiser.codes(torch.where(torch.arange(4) < 1, found.indices, -1))
+    step = 2 / (L - 1)  # between the peer's values
+    left = (exact - first) * quantiser.width_D * step
+    theirs = peer.ResidualFSQ(levels=[*levels], num_quantizers=4).double().eval()
+    for level in (1, 2, 3):
+        code, index = theirs.layers[level]((left / theirs.scales[level])[None])
+        assert torch.equal(index[0].long(), found.indices[:, level])
+        left = left - code[0] * theirs.scales[level]
+    torch.testing.assert_close(left / step, (exact - found.z_q) * quantiser.width_D, rtol=0, atol=1e-6)
+
+
 # ---- how much of a book is used -------------------------------------------------------------------------------------
 
 

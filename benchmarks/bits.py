@@ -6,9 +6,10 @@
 
 bits is what the indices of a sample take, log2 K each, and is the same for all as nearly as a model's books can be
 chosen: with --bits 6 and 7x7 places 294. vq_vae has K = 2^bits codes, lfq_vae and bsq_vae that many channels of a bit,
-fsq_vae the levels of the paper's table 5, rq_vae two levels of half the bits, vq_vae_2 two grids with books of fewer
-codes, titok as many tokens as there are places. used_bits are those left by an ideal code for the shares of the test
-split's choices, each place and book by itself. usage and perplexity are means over books.
+fsq_vae the levels of the paper's table 5, rq_vae two levels and vq_vae with n_groups two groups of half the bits,
+vq_vae_2 two grids with books of fewer codes, titok as many tokens as there are places. used_bits are those left by an
+ideal code for the shares of the test split's choices, each place and book by itself. usage and perplexity are means
+over books.
 
 Errors are those of the test split, of the model as its last step left it. All but titok, a transformer, have the net
 conv. All else is each model's default, but that temperatures and weights which change over training do so over the
@@ -59,6 +60,7 @@ def settings(bits: int, places: int) -> list[tuple[str, dict[str, Any]]]:
         ("vq_vae", size | {"estimator": "rotation"}),
         ("vq_vae", size | {"estimator": "gumbel"}),
         ("vq_vae", size | {"estimator": "diveq", "update": "gradient"}),
+        ("vq_vae", {"codebook_size": 2 ** (bits // 2), "n_groups": 2}),
         ("vq_vae_2", {}),
         ("rq_vae", {"levels": 2, "codebook_size": 2 ** (bits // 2)}),
         ("sim_vq_vae", size),

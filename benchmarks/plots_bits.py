@@ -17,8 +17,12 @@ _SIZES = ("codebook_size", "levels", "latent_dim", "n_tokens", "width", "decoder
 
 def way(row: Row) -> str:
     """The model and what sets it apart from its other rows: vq_vae, vq_vae rotation."""
-    pairs = (word.partition("=")[::2] for word in row.get("options", "").split())
-    return " ".join([row["model"], *(key if value == "True" else value for key, value in pairs if key not in _SIZES)])
+    told = [row["model"]]
+    for word in row.get("options", "").split():
+        key, _, value = word.partition("=")
+        if key not in _SIZES:
+            told.append(key if value == "True" else word if value.isdigit() else value)
+    return " ".join(told)
 
 
 def bits(rows: Sequence[Row]) -> "Figure | None":

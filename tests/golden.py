@@ -138,6 +138,7 @@ VARIANTS = [
     subject_of("vq_vae", update="gradient", estimator="rotation", cosine=True, dead_below=4.0, hidden_dims=(8, 8)),
     subject_of("vq_vae", update="gradient", estimator="diveq", data_init=False, net="mlp", hidden_dims=(16,)),
     subject_of("vq_vae", estimator="gumbel", net="mlp", hidden_dims=(16,)),
+    subject_of("vq_vae", n_groups=4, codebook_size=32, net="mlp", hidden_dims=(16,)),
     subject_of("rq_vae", levels=3, codebook_size=8, dropout=0.5, update="gradient", net="mlp", hidden_dims=(16,)),
     subject_of("fsq_vae", depth=2, dropout=0.5, net="mlp", hidden_dims=(16,)),
     subject_of("bsq_vae", beta=0.25, net="mlp", hidden_dims=(16,)),

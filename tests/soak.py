@@ -211,7 +211,7 @@ FIXED = {
     "unet_ae": {"hidden_dims": [8, 12]},
     "mae": {"likelihood": "gaussian:learned"},
     "sequence_ae": {"net": "transformer", "hidden_dims": [16, 12]},
-    "vq_vae": {"estimator": "rotation"},
+    "vq_vae": {"estimator": "rotation", "latent_dim": 6, "n_groups": 2},
     "titok": {"estimator": "rotation"},
     "vq_vae_2": {"estimator": "gumbel", "net": "conv"},
     "rq_vae": {"estimator": "ste"},

@@ -75,6 +75,7 @@ def test_all_have_the_same_bits(wanted):
         model, given = spec["row"]["model"], spec["hyperparameters"]
         size = math.log2(given.get("codebook_size", 1))
         found = {
+            "vq_vae": 49 * given.get("n_groups", 1) * size,
             "rq_vae": 49 * given.get("levels", 0) * size if model == "rq_vae" else 0,
             "vq_vae_2": (49 + 16) * size,
             "titok": given.get("n_tokens", 0) * size,
@@ -88,7 +89,8 @@ def test_all_have_the_same_bits(wanted):
         seen.add((model, spec["row"]["options"]))
     assert len(seen) == len(bits.settings(wanted, 49))
     ways = {word for model, options in seen if model == "vq_vae" for word in options.split()[1:]}
-    assert ways == {"update=gradient", "cosine=True", "estimator=rotation", "estimator=gumbel", "estimator=diveq"}
+    estimators = {"estimator=rotation", "estimator=gumbel", "estimator=diveq"}
+    assert ways == {"update=gradient", "cosine=True", "n_groups=2", *estimators}
 
 
 def test_the_levels_of_the_paper_have_about_the_bits_that_they_stand_for():
@@ -98,7 +100,7 @@ def test_the_levels_of_the_paper_have_about_the_bits_that_they_stand_for():
 
 def test_all_of_one_seed_come_first_and_names_are_checked():
     seeds = [spec["row"]["seed"] for spec in plan("--models", "vq_vae", "lfq_vae", "--seeds", "2")]
-    assert seeds == sorted(seeds) and len(seeds) == 2 * 2 * 7
+    assert seeds == sorted(seeds) and len(seeds) == 2 * 2 * 8
     with pytest.raises(AezooError, match="did you mean 'fsq_vae'"):
         plan("--models", "fsq_vea")
     with pytest.raises(AezooError, match="vae is no quantised model"):
@@ -187,6 +189,7 @@ def test_a_way_is_named_by_what_sets_it_apart():
     assert way("codebook_size=64") == "vq_vae"
     assert way("codebook_size=64 estimator=diveq update=gradient") == "vq_vae diveq gradient"
     assert way("codebook_size=64 cosine=True") == "vq_vae cosine"
+    assert way("codebook_size=8 n_groups=2") == "vq_vae n_groups=2"
 
 
 # ---- Keras' recipe --------------------------------------------------------------------------------------------------

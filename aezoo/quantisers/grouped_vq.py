@@ -31,9 +31,9 @@ class GroupedVQ(Quantiser):
     """
 
     def __init__(self, dim: int, groups: int, size: int = 512, **options: Any) -> None:
-        super().__init__(dim, (size,) * groups)
-        if dim % groups:
+        if groups < 1 or dim % groups:
             raise AezooError(f"{groups} groups do not divide {dim} channels: give a divisor of {dim}")
+        super().__init__(dim, (size,) * groups)
         self.groups = nn.ModuleList(VQ(dim // groups, size, **options) for _ in range(groups))
 
     def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:

@@ -18,7 +18,7 @@ import aezoo
 from aezoo.models.quantised.rq_vae import RQVAE
 from aezoo.models.quantised.sim_vq_vae import SimVQVAE
 from aezoo.models.quantised.vq_vae import VQVAE
-from aezoo.quantisers import FSQ
+from aezoo.quantisers import FSQ, VQ, GroupedVQ
 from aezoo.testing import check_ddp, subject_of
 
 DIM, PLACES = 4, 3
@@ -27,6 +27,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vq": ("vq_vae", {"latent_dim": DIM, "codebook_size": 7, "beta": 0.6}),
     "vq-gradient": ("vq_vae", {"latent_dim": DIM, "codebook_size": 7, "beta": 0.6, "update": "gradient"}),
     "vq-cosine": ("vq_vae", {"latent_dim": DIM, "codebook_size": 7, "beta": 0.6, "cosine": True}),
+    "vq-groups": ("vq_vae", {"latent_dim": DIM, "codebook_size": 7, "beta": 0.6, "n_groups": 2}),
     "rq": ("rq_vae", {"latent_dim": DIM, "levels": 3, "codebook_size": 5, "beta": 0.6}),
     "rq-gradient": ("rq_vae", {"latent_dim": DIM, "levels": 3, "codebook_size": 5, "beta": 0.6, "update": "gradient"}),
     "fsq": ("fsq_vae", {"levels": (4, 3, 5, 6)}),
@@ -141,7 +142,12 @@ def by_rounding(rows: np.ndarray, levels: tuple[int, ...], depth: int) -> tuple[
 def reference(key: str, model: Any, z: Tensor) -> tuple[Tensor, dict[str, float]]:
     """z_q, (B, C, P), and terms a sample, by numpy from the encoder's output."""
     rows, quantiser, terms = rows_of(z), model.quantiser, dict[str, float]()
-    if key.startswith(("vq", "rq")):
+    if key == "vq-groups":
+        books = [group.code_KD.detach().numpy() for group in quantiser.groups]
+        parts = [by_books(part, [book]) for part, book in zip(np.split(rows, len(books), 1), books, strict=True)]
+        codes = np.concatenate([found for found, _ in parts], 1)
+        terms["commitment"] = sum(part["commitment"] for _, part in parts)
+    elif key.startswith(("vq", "rq")):
         books = [level.code_KD.detach().numpy() for level in getattr(quantiser, "levels", [quantiser])]
         if key == "vq-cosine":
             rows, books = (
@@ -301,7 +307,7 @@ def passed(key: str, **settings: Any) -> tuple[Any, Tensor, Tensor, Tensor, Tens
     return model, z, z_q, of_z, of_q
 
 
-@pytest.mark.parametrize("key", ["vq", "vq-gradient", "rq", "rq-gradient", "lfq", "sim_vq"])
+@pytest.mark.parametrize("key", ["vq", "vq-gradient", "vq-groups", "rq", "rq-gradient", "lfq", "sim_vq"])
 def test_straight_through_z_gets_the_gradient_of_its_code(key: str) -> None:
     _, z, z_q, of_z, of_q = passed(key)
     assert not torch.equal(z, z_q)
@@ -365,6 +371,46 @@ def test_one_level_of_rq_vae_is_vq_vae(settings: dict[str, Any]) -> None:
     other.load_state_dict({key.replace("levels.0.", ""): value for key, value in one.state_dict().items()})
     require_alike(one, other)
     assert torch.equal(one.quantiser.levels[0].code_KD, other.quantiser.code_KD)
+
+
+@pytest.mark.parametrize("settings", [{}, {"update": "gradient"}, {"cosine": True}, {"dead_below": 3.0, "decay": 0.5}])
+def test_one_group_of_vq_vae_is_vq_vae_under_the_names_of_before(settings: dict[str, Any]) -> None:
+    given = {"latent_dim": DIM, "codebook_size": 7, "beta": 0.6, **settings}
+    one, other = (spread(built("vq_vae", n_groups=1, **given).double()) for _ in range(2))
+    assert type(one.quantiser) is VQ
+    other.load_state_dict(one.state_dict())
+    other.quantiser = GroupedVQ(DIM, 1, 7, **{"dead_below": 1.0, **settings}).double()
+    other.quantiser.groups[0].load_state_dict(one.quantiser.state_dict())
+    require_alike(one, other)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"update": "gradient"}, {"cosine": True}, {"estimator": "rotation"}, {"dead_below": 3.0, "decay": 0.5}],
+)
+def test_groups_of_vq_vae_are_quantised_as_by_a_vq_vae_each(settings: dict[str, Any]) -> None:
+    """Terms are the sums of theirs and a place's indices theirs in turn, in training and evaluation, and so learn."""
+    settings = {"codebook_size": 7, "beta": 0.6, **settings}
+    whole = spread(built("vq_vae", latent_dim=DIM, n_groups=2, **settings).double())
+    parts = [built("vq_vae", latent_dim=DIM // 2, **settings).double().quantiser for _ in range(2)]
+    for part, group in zip(parts, whole.quantiser.groups, strict=True):
+        part.load_state_dict(group.state_dict())
+    for training in (True, True, False):
+        z = torch.randn(9, DIM, PLACES, dtype=torch.float64, requires_grad=True)
+        whole.encoder, grad = Given(z), torch.randn(9, DIM, PLACES, dtype=torch.float64)
+        found = whole.train(training).quantise(data(9))
+        cuts = [(part.train(training)(cut), cut) for part, cut in zip(parts, z.split(DIM // 2, 1), strict=True)]
+        assert torch.equal(found.indices, torch.cat([of.indices for of, _ in cuts], 1))
+        assert torch.equal(found.z_q, torch.cat([of.z_q for of, _ in cuts], 1))
+        assert found.terms.keys() == cuts[0][0].terms.keys()
+        for term, value in found.terms.items():
+            torch.testing.assert_close(value, cuts[0][0].terms[term] + cuts[1][0].terms[term])
+        (of_z,) = torch.autograd.grad(found.z_q, z, grad)
+        theirs = torch.autograd.grad([of.z_q for of, _ in cuts], z, [*grad.split(DIM // 2, 1)])[0]
+        assert torch.equal(of_z, theirs)
+    assert not torch.equal(*(part.code_KD for part in parts))
+    for part, group in zip(parts, whole.quantiser.groups, strict=True):
+        assert torch.equal(part.code_KD, group.code_KD)
 
 
 def test_depth_1_of_fsq_vae_is_fsq_and_two_values_a_channel_are_the_signs_of_lfq_vae() -> None:
@@ -487,6 +533,24 @@ def test_the_first_batch_starts_the_codes_once(rows: Tensor) -> None:
     assert torch.equal(never.quantiser.code_KD, codes)
 
 
+def test_groups_of_channels_start_and_end_as_k_means_of_each(rows: Tensor) -> None:
+    """Which gives 20^2 codes where one book of as many numbers has 20."""
+    model = on_data(VQVAE, 64, codebook_size=20, n_groups=2, decay=0.5, dead_below=0.0).train()
+    model.begin_step((rows,), 0)
+    reference = sum(
+        min(KMeans(20, n_init=1, random_state=seed).fit(half.numpy()).inertia_ for seed in range(3))
+        for half in rows.split(32, 1)
+    )
+    start = error(model, rows)
+    assert start < 1.03 * reference
+    for _ in range(10):
+        model.train().training_step(rows, 0)
+    assert error(model, rows) < 1.001 * start
+    assert model.index_shape == (2, 1) and model.index_sizes == (20, 20)
+    one_book = KMeans(20, n_init=1, random_state=0).fit(rows.numpy()).inertia_
+    assert error(model, rows) < 0.9 * one_book
+
+
 def test_more_levels_leave_less_of_the_data_and_the_first_are_the_same(rows: Tensor) -> None:
     errors, books = [], []
     for levels in (1, 2, 3, 4):
@@ -513,6 +577,7 @@ def test_more_levels_leave_less_of_the_data_and_the_first_are_the_same(rows: Ten
 
 LEARNED = {
     **MODELS,
+    "vq-groups": ("vq_vae", {"latent_dim": DIM, "codebook_size": 7, "n_groups": 2, "dead_below": 2.0, "decay": 0.5}),
     "vq-rotation": ("vq_vae", {"latent_dim": DIM, "codebook_size": 7, "estimator": "rotation"}),
     "vq-gumbel": ("vq_vae", {"latent_dim": DIM, "codebook_size": 7, "estimator": "gumbel", "update": "gradient"}),
     "vq-diveq": ("vq_vae", {"latent_dim": DIM, "codebook_size": 7, "estimator": "diveq", "update": "gradient"}),
@@ -601,7 +666,10 @@ def test_under_autocast_indices_and_terms_are_those_of_float32(key: str) -> None
 # ---- what is used ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("key", "sizes"), [("vq", (7,)), ("rq", (5, 5, 5)), ("fsq", (360,)), ("lfq", (16,))])
+@pytest.mark.parametrize(
+    ("key", "sizes"),
+    [("vq", (7,)), ("vq-groups", (7, 7)), ("rq", (5, 5, 5)), ("fsq", (360,)), ("lfq", (16,))],
+)
 def test_usage_is_that_of_the_whole_set_and_not_the_mean_of_batches(
     key: str, sizes: tuple[int, ...], quiet: Any
 ) -> None:
@@ -655,6 +723,7 @@ def test_two_processes_train_like_one_with_every_option() -> None:
     check_ddp(
         *(subject_of(n, **nets, **revived, update=u) for n in ("vq_vae", "rq_vae") for u in ("ema", "gradient")),
         subject_of("vq_vae", **nets, cosine=True),
+        subject_of("vq_vae", **nets, **revived, n_groups=2),
         subject_of("rq_vae", **nets, dropout=0.6),
         subject_of("fsq_vae", depth=2, dropout=0.6, hidden_dims=(8, 8)),
         subject_of("lfq_vae", latent_dim=12, hidden_dims=(8, 8), entropy_weight=3.0),
@@ -671,6 +740,8 @@ def test_two_processes_train_like_one_with_every_option() -> None:
         ("vq_vae", {"beta": -0.1}, "beta"),
         ("vq_vae", {"codebook_size": 0}, "codebook_size"),
         ("vq_vae", {"update": "adam"}, "update"),
+        ("vq_vae", {"n_groups": 0}, "n_groups"),
+        ("vq_vae", {"n_groups": 3}, "3 groups do not divide 16"),
         ("rq_vae", {"levels": 0}, "levels"),
         ("rq_vae", {"codebook_size": 0}, "codebook_size"),
         ("rq_vae", {"beta": math.nan}, "beta"),

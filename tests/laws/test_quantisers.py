@@ -156,6 +156,7 @@ def test_wrong_shapes_are_refused(name):
         (lambda: ResidualVQ(4, 2, 8, cosine=True), "norms of residuals"),
         (lambda: ResidualVQ(4, 0, 8), "at least one"),
         (lambda: GroupedVQ(4, 3, 8), "do not divide"),
+        (lambda: GroupedVQ(4, 0, 8), "do not divide"),
         (lambda: FSQ((8, 1)), "levels of 2 or more"),
         (lambda: FSQ(()), "levels of 2 or more"),
         (lambda: FSQ((2,) * 63), "62 bits"),
@@ -915,6 +916,7 @@ RANKED = {
     "dropped": lambda: ResidualVQ(D, 3, K, dropout=0.7, decay=0.5, dead_below=0.2),
     "lfq": lambda: LFQ(D, temperature=1.0),
     "bsq": lambda: BSQ(12, temperature=1.0),
+    "grouped": lambda: GroupedVQ(D, 3, K, decay=0.5, dead_below=0.2),
 }
 
 
@@ -1096,6 +1098,22 @@ def test_further_levels_of_residual_fsq_take_the_codes_of_the_peer_s(peer):
         assert torch.equal(index[0].long(), found.indices[:, level])
         left = left - code[0] * theirs.scales[level]
     torch.testing.assert_close(left / step, (exact - found.z_q) * quantiser.width_D, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_grouped_vq_takes_the_codes_of_the_peer_s(cosine, peer):
+    quantiser, z = GroupedVQ(D, 3, K, cosine=cosine), torch.randn(300, D)
+    quantiser.start(z)
+    theirs = peer.GroupedResidualVQ(
+        dim=D, groups=3, num_quantizers=1, codebook_size=K, use_cosine_sim=cosine, rotation_trick=False
+    )
+    with torch.no_grad():
+        for group, of_group in zip(quantiser.groups, theirs.rvqs, strict=True):
+            of_group.layers[0]._codebook.embed.copy_(group.book())
+            of_group.layers[0]._codebook.initted.fill_(True)
+    found, (z_q, indices, _) = quantiser.eval()(z), theirs.eval()(z[None])
+    assert torch.equal(found.indices, indices[:, 0, :, 0].T)
+    torch.testing.assert_close(found.z_q, z_q[0])
 
 
 # ---- how much of a book is used -------------------------------------------------------------------------------------

@@ -648,10 +648,18 @@ def test_lossless_is_not_for_indices_and_lossy_and_auto_are_the_same():
         compress(model, x, mode="lossless", compare=False)
 
 
-@pytest.mark.parametrize("name", aezoo.list_models(family="quantised"))
-def test_every_model_of_indices_is_coded_by_them(tmp_path, name):
+GROUPS = {"n_groups": 2}
+CODED = [
+    *((name, {}) for name in aezoo.list_models(family="quantised")),
+    ("vq_vae", GROUPS),
+    *((name, {"tokenizer": {"model": "vq_vae", **GROUPS}}) for name in ("pixelcnn", "index_transformer")),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), CODED)
+def test_every_model_of_indices_is_coded_by_them(tmp_path, name, settings):
     torch.manual_seed(0)
-    model = aezoo.create_model(name, (1, 16, 16)).eval()
+    model = aezoo.create_model(name, (1, 16, 16), **settings).eval()
     if not isinstance(model, DiscreteAutoencoder):
         pytest.skip("its code is not written in indices")
     x = torch.rand(9, 1, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -9,23 +9,32 @@ Each place of the encoder's output becomes the nearest of K codes (equation 3):
 summed over places. beta weights the commitment alone, which keeps the encoder near its codes. With update ema there is
 no second term: codes are moving averages of the rows that chose them (appendix A.1).
 
-Shapes: B batch, D channels of a code, K codes.
+With n_groups of G above 1 it is product quantisation (Jégou et al. 2011, https://doi.org/10.1109/TPAMI.2010.57): the
+channels of a place are cut into G groups, each with a book and an index of its own, so that G K vectors give K^G codes.
+
+Shapes: B batch, D channels of a code, K codes, G groups.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
 from aezoo.discrete import DiscreteAutoencoder
 from aezoo.limits import at_least
+from aezoo.quantisers.base import Quantiser
+from aezoo.quantisers.grouped_vq import GroupedVQ
 from aezoo.quantisers.vq import VQ
 
 
 class VQVAE(DiscreteAutoencoder):
-    """A map of codes from one codebook.
+    """A map of codes from one codebook, or of a codebook for each group of channels.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, channels of a code.
-        codebook_size: K.
+        codebook_size: K, of each book.
+        n_groups: G, which divides D: books, each for as many of the channels.
         beta: weight of the commitment.
         update: how codes learn: ema, moving averages, or gradient.
         decay: of the moving averages.
@@ -52,6 +61,7 @@ class VQVAE(DiscreteAutoencoder):
         *,
         latent_dim: int = 16,
         codebook_size: int = 512,
+        n_groups: int = 1,
         beta: float = 0.25,
         update: str = "ema",
         decay: float = 0.99,
@@ -81,11 +91,13 @@ class VQVAE(DiscreteAutoencoder):
         )
         self.save_hyperparameters()
         at_least(0, beta=beta)
-        at_least(1, codebook_size=codebook_size)
+        at_least(1, codebook_size=codebook_size, n_groups=n_groups)
         self.beta = beta
         self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
-        self.quantiser = VQ(
-            latent_dim,
+        # a book by itself has the names that checkpoints of before know
+        one = n_groups == 1
+        make: Callable[..., Quantiser] = partial(VQ, latent_dim) if one else partial(GroupedVQ, latent_dim, n_groups)
+        self.quantiser = make(
             codebook_size,
             update=update,
             decay=decay,

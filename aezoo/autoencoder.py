@@ -372,8 +372,10 @@ class Autoencoder(Checked, pl.LightningModule):
             return
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         if isinstance(optimizer, torch.optim.Optimizer) and (scheduler is None or isinstance(scheduler, LambdaLR)):
-            rates = [group.get("lr", self.lr) for group in self.parameter_groups()]
-            optimizers.renew(optimizer, scheduler, rates, self.weight_decay)
+            groups = self.parameter_groups()
+            rates = [group.get("lr", self.lr) for group in groups]
+            decays = [group.get("weight_decay", self.weight_decay) for group in groups]
+            optimizers.renew(optimizer, scheduler, rates, decays)
 
     def _prepare_step(self) -> None:
         """Take the light loop and compile the loss, where they suit this run."""

@@ -187,13 +187,15 @@ def align(optimizer: torch.optim.Optimizer) -> None:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def renew(optimizer: torch.optim.Optimizer, scheduler: LambdaLR | None, lrs: list[float], weight_decay: float) -> None:
-    """Set what was asked for, a rate a group, over what a checkpoint has restored, at the schedule's present point."""
+def renew(
+    optimizer: torch.optim.Optimizer, scheduler: LambdaLR | None, lrs: list[float], weight_decays: list[float]
+) -> None:
+    """Set what was asked for, of each group, over what a checkpoint has restored, at the schedule's present point."""
     factors = [1.0] * len(lrs)
     if scheduler is not None:
         scheduler.base_lrs = [*lrs]
         factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-    for group, lr, factor in zip(optimizer.param_groups, lrs, factors, strict=True):
+    for group, lr, weight_decay, factor in zip(optimizer.param_groups, lrs, weight_decays, factors, strict=True):
         group.update(lr=lr * factor, weight_decay=weight_decay)
         if scheduler is not None:
             group["initial_lr"] = lr  # a key of torch's schedules; a run without one has none to be equal to

@@ -7,9 +7,9 @@
 bits is what the indices of a sample take, log2 K each, and is the same for all as nearly as a model's books can be
 chosen: with --bits 6 and 7x7 places 294. vq_vae has K = 2^bits codes, lfq_vae and bsq_vae that many channels of a bit,
 fsq_vae the levels of the paper's table 5, rq_vae two levels and vq_vae with n_groups two groups of half the bits,
-vq_vae_2 two grids with books of fewer codes, titok as many tokens as there are places. used_bits are those left by an
-ideal code for the shares of the test split's choices, each place and book by itself. usage and perplexity are means
-over books.
+qlae a vector of twice as many numbers as there are places, of half the bits each, vq_vae_2 two grids with books of
+fewer codes, titok as many tokens as there are places. used_bits are those left by an ideal code for the shares of the
+test split's choices, each place and book by itself. usage and perplexity are means over books.
 
 Errors are those of the test split, of the model as its last step left it. All but titok, a transformer, have the net
 conv. All else is each model's default, but that temperatures and weights which change over training do so over the
@@ -67,6 +67,7 @@ def settings(bits: int, places: int) -> list[tuple[str, dict[str, Any]]]:
         ("gumbel_vq_vae", size),
         ("dvae", size),
         ("fsq_vae", {"levels": FSQ_LEVELS[bits]}),
+        ("qlae", {"latent_dim": 2 * places, "n_values": 2 ** (bits // 2)}),
         ("lfq_vae", {"latent_dim": bits}),
         ("bsq_vae", {"latent_dim": bits}),
         ("titok", size | {"n_tokens": places, **TITOK}),

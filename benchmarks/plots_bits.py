@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # options that are no way to quantise
-_SIZES = ("codebook_size", "levels", "latent_dim", "n_tokens", "width", "decoder_width")
+_SIZES = ("codebook_size", "levels", "latent_dim", "n_values", "n_tokens", "width", "decoder_width")
 
 
 def way(row: Row) -> str:

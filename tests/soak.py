@@ -124,6 +124,7 @@ RANGES = {
     "bandwidth": lambda rng: rng.uniform(0.5, 3),
     "n_samples": lambda rng: rng.randint(1, 6),
     "n_groups": lambda rng: rng.randint(1, 3),
+    "n_values": lambda rng: rng.randint(2, 12),
     "estimator": lambda rng: rng.choice(ESTIMATORS),
     "discriminator_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 2))],
     "discriminator_weight": lambda rng: rng.uniform(0, 2),

@@ -80,6 +80,7 @@ def test_all_have_the_same_bits(wanted):
             "vq_vae_2": (49 + 16) * size,
             "titok": given.get("n_tokens", 0) * size,
             "fsq_vae": 49 * math.log2(math.prod(given["levels"])) if model == "fsq_vae" else 0,
+            "qlae": given.get("latent_dim", 0) * math.log2(given.get("n_values", 1)),
             "lfq_vae": 49 * given.get("latent_dim", 0),
             "bsq_vae": 49 * given.get("latent_dim", 0),
         }.get(model, 49 * size)

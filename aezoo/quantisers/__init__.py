@@ -10,6 +10,7 @@ from aezoo.quantisers.bsq import BSQ
 from aezoo.quantisers.fsq import FSQ
 from aezoo.quantisers.grouped_vq import GroupedVQ
 from aezoo.quantisers.gumbel_vq import GumbelVQ
+from aezoo.quantisers.latent_quantisation import LatentQuantisation
 from aezoo.quantisers.lfq import LFQ
 from aezoo.quantisers.random_projection import RandomProjection
 from aezoo.quantisers.residual_fsq import ResidualFSQ
@@ -24,6 +25,7 @@ __all__ = [
     "VQ",
     "GroupedVQ",
     "GumbelVQ",
+    "LatentQuantisation",
     "Quantised",
     "Quantiser",
     "RandomProjection",

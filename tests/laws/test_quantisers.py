@@ -21,6 +21,7 @@ from aezoo.quantisers import (
     VQ,
     GroupedVQ,
     GumbelVQ,
+    LatentQuantisation,
     RandomProjection,
     ResidualFSQ,
     ResidualVQ,
@@ -45,6 +46,7 @@ ALL = {
     "lfq": lambda: LFQ(D),
     "bsq": lambda: BSQ(D),
     "sim_vq": lambda: SimVQ(D, K),
+    "latent_quantisation": lambda: LatentQuantisation(D, 5),
     "gumbel_vq": lambda: GumbelVQ(D, 4),
     "random_projection": lambda: RandomProjection(D, K, 4),
 }
@@ -157,6 +159,7 @@ def test_wrong_shapes_are_refused(name):
         (lambda: ResidualVQ(4, 0, 8), "at least one"),
         (lambda: GroupedVQ(4, 3, 8), "do not divide"),
         (lambda: GroupedVQ(4, 0, 8), "do not divide"),
+        (lambda: LatentQuantisation(4, 0), "at least one channel and one code"),
         (lambda: FSQ((8, 1)), "levels of 2 or more"),
         (lambda: FSQ(()), "levels of 2 or more"),
         (lambda: FSQ((2,) * 63), "62 bits"),
@@ -917,6 +920,7 @@ RANKED = {
     "lfq": lambda: LFQ(D, temperature=1.0),
     "bsq": lambda: BSQ(12, temperature=1.0),
     "grouped": lambda: GroupedVQ(D, 3, K, decay=0.5, dead_below=0.2),
+    "latent": lambda: LatentQuantisation(D, 5),
 }
 
 

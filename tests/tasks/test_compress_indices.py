@@ -653,6 +653,7 @@ CODED = [
     *((name, {}) for name in aezoo.list_models(family="quantised")),
     ("vq_vae", GROUPS),
     *((name, {"tokenizer": {"model": "vq_vae", **GROUPS}}) for name in ("pixelcnn", "index_transformer")),
+    *((name, {"tokenizer": "qlae"}) for name in ("pixelcnn", "index_transformer")),
 ]
 
 

@@ -1,0 +1,43 @@
+"""Latent quantisation (Hsu et al. 2023), https://arxiv.org/abs/2305.18378
+
+    z_q,d = v_dk    k = argmin_j |z_d - v_dj|
+
+Each channel d has K values of its own, few and learned, from -1/2 to 1/2 at first, evenly spaced. They learn by the
+term codebook alone: the gradient of z_q is that of z.
+
+Shapes: N rows, D channels, K values of each.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.quantisers.base import Quantiser, Rows
+from aezoo.quantisers.estimators import ste
+
+
+class LatentQuantisation(Quantiser):
+    """The nearest of a channel's own values; an index a channel. Terms: commitment and codebook.
+
+    Args:
+        dim: D, channels of z.
+        size: K, values of each.
+
+    Raises:
+        AezooError: a value that cannot work.
+    """
+
+    def __init__(self, dim: int, size: int = 10) -> None:
+        super().__init__(dim, (size,) * dim)
+        self.value_DK = nn.Parameter(torch.linspace(-0.5, 0.5, size).repeat(dim, 1))
+
+    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+        index_ND = (z_ND[:, :, None] - self.value_DK.to(self.exact_dtype)).abs().argmin(2)
+        q_ND = self._of_codes(index_ND)
+        terms = {
+            "commitment": (z_ND - q_ND.detach()).square().sum(1),
+            "codebook": (z_ND.detach() - q_ND).square().sum(1),
+        }
+        return ste(z_ND, q_ND), index_ND, terms
+
+    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+        return self.value_DK.to(self.exact_dtype).T.gather(0, index_NQ)

@@ -568,6 +568,11 @@ def test_groups_are_books_of_their_own():
     parts = [group(part) for group, part in zip(quantiser.groups, z.split(2, 1), strict=True)]
     assert torch.equal(found.z_q, torch.cat([part.z_q for part in parts], 1))
     torch.testing.assert_close(found.terms["commitment"], (z - found.z_q).square().sum(1).mean())
+    quantiser.start(rows := torch.randn(200, D))
+    for group, part in zip(quantiser.groups, rows.split(2, 1), strict=True):
+        alone = VQ(2, K, dead_below=0.5)
+        alone.start(part)
+        assert all(torch.equal(value, alone.state_dict()[key]) for key, value in group.state_dict().items())
 
 
 # ---- finite scalars and signs ---------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ Values v, counted from a mean m, are rounded; in training noise takes the place 
     evaluation  v^ = m + round(v - m)      training  v~ = v + u, u ~ U(-1/2, 1/2)
     P(v) = F(v + 1/2) - F(v - 1/2)         rate = -sum log P, in nats
 
-F is the distribution function of a law: `Factorised`, learned for each channel, or `Gaussians` of given means and
-scales. A model says once, in `walk`, what is coded under which law and in which order; a coder goes with it: `Noise`,
-`Rounding`, or `Taking`, which is given the whole numbers by a file or by chance. Writer and reader of a file so
-compute the same laws by the same operations.
+F is the distribution function of a law: `Factorised`, learned for each channel, `Gaussians` of given means and scales,
+or `Mixtures` of these. A model says once, in `walk`, what is coded under which law and in which order; a coder goes
+with it: `Noise`, `Rounding`, or `Taking`, which is given the whole numbers by a file or by chance. Writer and reader of
+a file so compute the same laws by the same operations.
 
 Shapes: B batch, C channels; ... are the places of a map, none for a vector.
 """
@@ -44,7 +44,8 @@ class Law(Protocol):
 
     Attributes:
         mean: what whole numbers are counted from, (B, C, ...).
-        table: which of the model's `tables` each value is coded under, (B, C, ...), long.
+        table: which of the model's `tables` each value is coded under, (B, C, ...), long; of `Mixtures`, whose values
+            have tables of their own, how wide it is.
     """
 
     mean: Tensor
@@ -58,7 +59,10 @@ class Law(Protocol):
 
 
 class Table(NamedTuple):
-    """Probabilities of the whole numbers from `low` on, (K,); what is lacking to 1 is that of all others."""
+    """Probabilities of the whole numbers from `low` on, (K,); what is lacking to 1 is that of all others.
+
+    A table for each of N values is (N, K).
+    """
 
     low: int
     mass: npt.NDArray[np.float64]
@@ -97,6 +101,50 @@ class Gaussians:
     def table(self) -> Tensor:
         step = math.log(MOST / LEAST) / (LEVELS - 1)
         return self.first + ((self.scale / LEAST).log() / step).round().long().clamp(0, LEVELS - 1)
+
+
+class Mixtures:
+    """sum_k w_k N(mean_k, scale_k^2), one for each value; whole numbers are counted from its mean.
+
+    Args:
+        means: (K, B, C, ...).
+        scales: (K, B, C, ...).
+        logits: of the weights, (K, B, C, ...).
+    """
+
+    def __init__(self, means: Tensor, scales: Tensor, logits: Tensor) -> None:
+        self.parts = Gaussians(means, scales, 0)
+        self.log_weight = logits.log_softmax(0)
+        self.mean = (self.log_weight.exp() * means).sum(0)
+
+    def log_mass(self, v: Tensor) -> Tensor:
+        return torch.logsumexp(self.log_weight + self.parts.log_mass(v), 0)
+
+    @property
+    def table(self) -> Tensor:
+        """The least power of two up to which whole numbers have entries, (B, C, ...): six scales of all parts."""
+        reach = (self.parts.mean - self.mean).abs() + 6 * self.parts.scale
+        reach = torch.where(self.log_weight > math.log(_TAIL), reach, 1)
+        return reach.amax(0).log2().ceil().long().clamp(1, int(math.log2(_WIDEST)))
+
+    def table_at(self, power: int, here: npt.NDArray[np.int64]) -> Table:
+        """The table of some of the values, given where they lie in all, (N,)."""
+        from scipy.special import ndtr
+
+        parts = (self.parts.mean - self.mean, self.parts.scale, self.log_weight.exp())
+        off_KN, scale_KN, weight_KN = (part.detach().cpu().double().flatten(1).numpy()[:, here] for part in parts)
+        borders = np.arange(-(2**power) - 0.5, 2**power + 1)
+        F_NB = sum(
+            weight[:, None] * ndtr((borders - off[:, None]) / scale[:, None])
+            for off, scale, weight in zip(off_KN, scale_KN, weight_KN, strict=True)
+        )
+        return Table(-(2**power), np.diff(F_NB))
+
+    def draw(self) -> Tensor:
+        """Whole numbers, (B, C, ...), long: those of the steps in which draws of the mixture fall."""
+        part = self.log_weight.movedim(0, -1).exp().flatten(0, -2).multinomial(1).view(1, *self.mean.shape)
+        mean, scale = (of.gather(0, part)[0] for of in (self.parts.mean, self.parts.scale))
+        return (mean - self.mean + scale * torch.randn_like(mean)).round().long()
 
 
 def scale_of(raw: Tensor) -> Tensor:
@@ -251,25 +299,25 @@ class Taking(Coder):
     """Whole numbers from elsewhere.
 
     Args:
-        take: gives them, (B, C, ...), for the numbers of their tables.
+        take: gives them, (B, C, ...), for their law.
     """
 
-    def __init__(self, take: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, take: Callable[[Law], Tensor]) -> None:
         super().__init__()
         self._take = take
 
     def change(self, v: Tensor, law: Law) -> Tensor:
-        return law.mean + self._take(law.table).to(law.mean)
+        return law.mean + self._take(law).to(law.mean)
 
 
-def one_by_one(symbols: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function for `Taking` that gives whole numbers (B, T) in their order, as many as there are tables."""
+def one_by_one(symbols: Tensor) -> Callable[[Law], Tensor]:
+    """A function for `Taking` that gives whole numbers (B, T) in their order, as many as a law is for."""
     start = 0
 
-    def take(table: Tensor) -> Tensor:
+    def take(law: Law) -> Tensor:
         nonlocal start
-        start, first = start + table[0].numel(), start
-        return symbols[:, first:start].reshape(table.shape)
+        start, first = start + law.mean[0].numel(), start
+        return symbols[:, first:start].reshape(law.mean.shape)
 
     return take
 
@@ -356,7 +404,10 @@ class EntropyCoded(Autoencoder):
     def sample(self, n: int) -> Tensor:
         tables = self.tables()
 
-        def draw(table: Tensor) -> Tensor:
+        def draw(law: Law) -> Tensor:
+            if isinstance(law, Mixtures):
+                return law.draw()
+            table = law.table
             symbols = torch.empty(table.shape, dtype=torch.long)
             for number in table.unique().tolist():
                 here = (table == number).cpu()

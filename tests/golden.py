@@ -133,6 +133,7 @@ VARIANTS = [
     subject_of("vae", net="gdn", hidden_dims=(8, 8)),
     subject_of("factorized_prior", net="mlp", hidden_dims=(24,)),
     subject_of("mean_scale_hyperprior", net="mlp", hidden_dims=(24,)),
+    subject_of("cheng2020", mixtures=1, attention=False, hidden_dims=(8, 8)),
     subject_of("vae", activation="gated", hidden_dims=(20,), optimizer="adam:eps=1e-4"),
     subject_of("vae", net="resnet", hidden_dims=(8, 8), likelihood="gaussian:learned"),
     subject_of("vq_vae", update="gradient", estimator="rotation", cosine=True, dead_below=4.0, hidden_dims=(8, 8)),

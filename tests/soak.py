@@ -194,6 +194,8 @@ RANGES = {
     "hyper_dim": lambda rng: rng.randint(1, 8),
     "hyper_hidden_dims": lambda rng: [rng.randint(4, 16) for _ in range(rng.randint(0, 2))],
     "reach": lambda rng: rng.randint(1, 3),
+    "mixtures": lambda rng: rng.randint(1, 4),
+    "attention": lambda rng: rng.random() < 0.5,
     "groups": lambda rng: [rng.randint(1, 6) for _ in range(rng.randint(1, 4))],
 }
 # values that do not go together, as the constructor would say

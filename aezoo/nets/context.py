@@ -30,24 +30,25 @@ def taps(reach: int, rank: int) -> Tensor:
 
 
 class Context(nn.Module):
-    """Means and raw scales of a map's places from those that are known, and from what is known besides.
+    """What laws of a map's places need, from those that are known, and from what is known besides.
 
     Args:
         channels: M.
         besides: S.
         open_taps: which taps of the kernel see, (2 reach + 1, ...), bool.
+        numbers: P, of the law of one channel: mean and raw scale.
     """
 
     open_taps: Tensor
 
-    def __init__(self, channels: int, besides: int, open_taps: Tensor) -> None:
+    def __init__(self, channels: int, besides: int, open_taps: Tensor, numbers: int = 2) -> None:
         super().__init__()
         self.channels, self.reach = channels, open_taps.shape[0] // 2
         self.register_buffer("open_taps", open_taps, persistent=False)
         bound = (channels * max(1, int(open_taps.sum()))) ** -0.5
         self.weight = nn.Parameter(torch.empty(2 * channels, channels, *open_taps.shape).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(2 * channels))
-        n_in, n_out = besides + 2 * channels, 2 * channels
+        n_in, n_out = besides + 2 * channels, numbers * channels
         wide, less = n_in - (n_in - n_out) // 3, n_in - 2 * (n_in - n_out) // 3
         self.fuse = nn.Sequential(
             *(Linear(n_in, wide), nn.LeakyReLU(), Linear(wide, less), nn.LeakyReLU(), Linear(less, n_out))
@@ -64,8 +65,8 @@ class Context(nn.Module):
         """The same at one place, from the places about it: (B, M, 2 reach + 1, ...) -> (B, 2 M)."""
         return F.linear(patch.to(self.weight).flatten(1), self._holed().flatten(1), self.bias)
 
-    def forward(self, besides: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and raw scales: (B, S, ...), (B, 2 M, ...) -> (B, M, ...), (B, M, ...)."""
+    def forward(self, besides: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+        """P numbers of each law, means and raw scales: (B, S, ...), (B, 2 M, ...) -> P times (B, M, ...)."""
         both = torch.cat([besides.to(self.weight), seen.to(self.weight)], 1).movedim(1, -1)
-        mean, raw_scale = self.fuse(both).movedim(-1, 1).chunk(2, 1)
-        return mean, raw_scale
+        found: Tensor = self.fuse(both).movedim(-1, 1)
+        return found.split(self.channels, 1)

@@ -9,19 +9,34 @@ import numpy as np
 import pytest
 import torch
 import torch.distributions as D
+import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 
 import aezoo
 from aezoo import entropy
-from aezoo.entropy import LEAST, LEVELS, MOST, Factorised, Gaussians, Noise, Rounding, Taking, gaussian_tables
+from aezoo.entropy import (
+    LEAST,
+    LEVELS,
+    MOST,
+    Factorised,
+    Gaussians,
+    Mixtures,
+    Noise,
+    Rounding,
+    Taking,
+    gaussian_tables,
+    scale_of,
+)
 from aezoo.errors import AezooError
 from aezoo.nets.gdn import GDN
+from aezoo.nets.subpixel import Attention, Decoder, Encoder, Subpixel
 
 NAMES = aezoo.list_models(family="compression")
 WITH_SIDE = [name for name in NAMES if name != "factorized_prior"]
 # a law that depends on places before, or of the other colour
-IN_STEPS = ["joint_ar_hyperprior", "checkerboard", "elic"]
+IN_TURN = ["joint_ar_hyperprior", "cheng2020"]
+IN_STEPS = [*IN_TURN, "checkerboard", "elic"]
 SHAPE = (2, 11, 10)
 SMALL: dict[str, Any] = {"hidden_dims": (6, 8), "latent_dim": 5, "hyper_dim": 3, "hyper_hidden_dims": (4,)}
 
@@ -29,7 +44,7 @@ SMALL: dict[str, Any] = {"hidden_dims": (6, 8), "latent_dim": 5, "hyper_dim": 3,
 def small(name: str, shape: tuple[int, ...] = SHAPE, **settings: Any) -> Any:
     """A model in float64 away from where it starts: wide codes, laws of many scales."""
     known = aezoo.registry.hyperparameters(name)
-    given = {"groups": (1, 1, 3), "reach": 2, **SMALL, **settings}
+    given = {"groups": (1, 1, 3), "reach": 2, "attention": False, **SMALL, **settings}
     model = aezoo.create_model(name, shape, **{key: value for key, value in given.items() if key in known}).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -138,6 +153,112 @@ def test_tables_hold_the_masses_of_their_laws() -> None:
     assert Gaussians(given, given * 1.001 / 0.999, 7).table[1:-1].tolist() == [*range(8, 7 + LEVELS)]
 
 
+def mixtures(k: int = 3, n: int = 40, dtype: torch.dtype = torch.float64) -> Mixtures:
+    """Of n numbers, (K, n, 1), with modes apart and scales over all of the range."""
+    means, logits = 6 * torch.randn(k, n, 1, dtype=dtype), torch.randn(k, n, 1, dtype=dtype)
+    return Mixtures(means, (LEAST + 3 * torch.rand(k, n, 1, dtype=dtype) ** 3).clamp_max(MOST), logits)
+
+
+def of_torch(law: Mixtures) -> D.MixtureSameFamily:
+    """The same without rounding, by torch's distributions, (n, 1)."""
+    means, scales, logits = (part.movedim(0, -1) for part in (law.parts.mean, law.parts.scale, law.log_weight))
+    return D.MixtureSameFamily(D.Categorical(logits=logits), D.Normal(means, scales))
+
+
+def test_mixture_masses_are_differences_of_torch_s_distribution_functions() -> None:
+    law = mixtures()
+    k = torch.arange(-12.0, 13.0, dtype=torch.float64)
+    for v in (law.mean + step for step in k):
+        steps = of_torch(law).cdf(v + 0.5) - of_torch(law).cdf(v - 0.5)
+        torch.testing.assert_close(law.log_mass(v).exp(), steps, rtol=1e-6, atol=1e-14)
+    torch.testing.assert_close(law.mean, of_torch(law).mean)
+
+
+def test_mixture_masses_are_those_of_scipy_far_out_too() -> None:
+    law = mixtures()
+    for v in (law.mean - 300, law.mean + 900.3):
+        parts = []
+        for mean, scale, log_weight in zip(law.parts.mean, law.parts.scale, law.log_weight, strict=True):
+            upper, lower = (stats.norm.logcdf((half - (v - mean).abs()) / scale) for half in (0.5, -0.5))
+            parts.append(log_weight.numpy() + upper + np.log1p(-np.exp(lower - upper)))
+        np.testing.assert_allclose(law.log_mass(v).numpy(), np.logaddexp.reduce(parts), rtol=1e-9)
+
+
+def test_mixture_masses_of_all_whole_numbers_sum_to_one() -> None:
+    """From wherever they are counted, in float32 as well."""
+    for dtype in (torch.float64, torch.float32):
+        law = mixtures(dtype=dtype)
+        k = torch.arange(-100.0, 101.0, dtype=dtype)
+        for start in (law.mean, torch.zeros_like(law.mean), law.mean + 0.37):
+            total = sum(law.log_mass(start + step).double().exp() for step in k)
+            torch.testing.assert_close(
+                total, torch.ones_like(total), rtol=0, atol=1e-8 if dtype == torch.float64 else 1e-4
+            )
+
+
+def test_a_mixture_of_equals_or_of_one_is_a_gaussian() -> None:
+    mean, scale = torch.randn(30, 2, dtype=torch.float64), LEAST + torch.rand(30, 2, dtype=torch.float64)
+    one, v = Gaussians(mean, scale, 0), mean + 4 * torch.randn(30, 2, dtype=torch.float64)
+    for k in (1, 2, 5):
+        logits = 3 * torch.randn(k, 30, 2, dtype=torch.float64)
+        law = Mixtures(mean.expand(k, -1, -1), scale.expand(k, -1, -1), logits)
+        torch.testing.assert_close(law.mean, one.mean)
+        torch.testing.assert_close(law.log_mass(v), one.log_mass(v))
+    # and one of which all others have no weight
+    logits = torch.tensor([0.0, -200.0], dtype=torch.float64).view(2, 1, 1).expand(2, 30, 2)
+    law = Mixtures(torch.stack([mean, mean + 70]), torch.stack([scale, 9 * scale]), logits)
+    torch.testing.assert_close(law.log_mass(v), one.log_mass(v))
+
+
+def test_mixture_masses_and_their_gradients_are_finite_in_float32_everywhere() -> None:
+    v = torch.tensor([0.0, 0.5, 30.0, 1e3, 1e6]).requires_grad_()
+    for scale in (LEAST, 1.0, MOST):
+        means = torch.tensor([0.0, 50.0, -1e3])[:, None].expand(3, 5).clone().requires_grad_()
+        scales = torch.tensor([scale, LEAST, MOST])[:, None].expand(3, 5).clone().requires_grad_()
+        logits = torch.tensor([0.0, -300.0, 80.0])[:, None].expand(3, 5).clone().requires_grad_()
+        found = Mixtures(means, scales, logits).log_mass(v)
+        gradients = torch.autograd.grad(found.sum(), [v, means, scales, logits])
+        assert all(bool(values.isfinite().all()) for values in (found, *gradients)), scale
+
+
+def test_tables_of_mixtures_hold_the_masses_of_their_laws() -> None:
+    law = mixtures(n=200)
+    powers = law.table.flatten().numpy()
+    assert len({*powers}) > 2
+    for power in np.unique(powers):
+        here = np.flatnonzero(powers == power)
+        low, mass = law.table_at(int(power), here)
+        assert low == -(2**power) and mass.shape == (len(here), 2 ** (power + 1) + 1)
+        for i, step in enumerate(range(low, -low + 1)):
+            expected = law.log_mass(law.mean + step).exp().flatten()[here]
+            np.testing.assert_allclose(mass[:, i], expected, rtol=1e-6, atol=1e-14)
+        assert mass.sum(1).min() > 1 - 1e-8
+        # half as wide would leave something out
+        reach = ((law.parts.mean - law.mean).abs() + 6 * law.parts.scale).amax(0).flatten()[here]
+        assert bool((reach > 2 ** (power - 1)).all()) or power == 1
+
+
+def test_the_table_of_a_mixture_is_no_wider_than_what_has_weight_in_it() -> None:
+    means, scales = torch.tensor([[0.0], [0.0], [3000.0]]), torch.tensor([[0.2], [200.0], [1.0]])
+    law = Mixtures(means, scales, torch.tensor([[0.0], [-25.0], [-40.0]]))
+    assert law.table.tolist() == [1]
+    assert Mixtures(means, scales, torch.tensor([[0.0], [-15.0], [-40.0]])).table.tolist() == [11]
+    assert Mixtures(100 * means, scales, torch.tensor([[0.0], [0.0], [0.0]])).table.tolist() == [12]
+
+
+def test_draws_of_a_mixture_come_as_often_as_its_masses_say() -> None:
+    one = mixtures(n=1)
+    law = Mixtures(*(of.expand(3, 20_000, 1) for of in (one.parts.mean, one.parts.scale, one.log_weight)))
+    drawn = law.draw()
+    assert drawn.shape == (20_000, 1) and drawn.dtype == torch.long
+    low, mass = one.table_at(int(one.table), np.array([0]))
+    likely = mass[0] * 20_000 > 5
+    share = np.bincount(drawn.flatten().numpy() - low, minlength=mass.size)[likely]
+    assert (
+        likely.sum() > 3 and stats.chisquare(share, mass[0][likely] / mass[0][likely].sum() * share.sum()).pvalue > 1e-4
+    )
+
+
 def test_a_scale_stays_within_what_tables_hold() -> None:
     raw = torch.tensor([-1e4, -3.0, 0.0, 5.0, 1e4])
     found = entropy.scale_of(raw)
@@ -200,7 +321,8 @@ def test_noise_is_uniform_about_the_value() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_vectors_and_maps_count_bits_a_place(name: str) -> None:
     if name in IN_STEPS:
-        with pytest.raises(AezooError, match="a code without places: take gdn or conv, or mean_scale_hyperprior"):
+        without = "a code without places: take gdn or conv, or mean_scale_hyperprior|convolutions take"
+        with pytest.raises(AezooError, match=without):
             small(name, (7,), net="mlp")
         return
     model = small(name, (7,), net="mlp").eval()
@@ -262,8 +384,7 @@ def test_a_map_s_law_sees_only_what_was_coded_before(name: str) -> None:
 
         class Watching(Taking):
             def change(self, v: Tensor, law: Any) -> Tensor:
-                scale = getattr(law, "scale", law.mean)
-                means.append(torch.stack([law.mean, scale]).flatten(2))
+                means.append(torch.stack([law.mean, law.log_mass(law.mean)]).flatten(2))
                 start.append(start[-1] + law.mean[0].numel())
                 return super().change(v, law)
 
@@ -274,7 +395,7 @@ def test_a_map_s_law_sees_only_what_was_coded_before(name: str) -> None:
     ends: set[int] = set()
     before = laws(symbols)
     steps = sorted(ends)
-    calls = {"factorized_prior": 1, "joint_ar_hyperprior": 1 + 9, "checkerboard": 1 + 2, "elic": 1 + 2 * 3}
+    calls = {"factorized_prior": 1, "checkerboard": 1 + 2, "elic": 1 + 2 * 3, **dict.fromkeys(IN_TURN, 1 + 9)}
     assert len(steps) - 1 == calls.get(name, 2)
     changed = 0
     for start, end in itertools.pairwise(steps):
@@ -286,9 +407,10 @@ def test_a_map_s_law_sees_only_what_was_coded_before(name: str) -> None:
     assert changed == calls.get(name, 2) - 1  # and each says something of what comes after it
 
 
-def test_places_in_turn_are_the_one_convolution_of_training() -> None:
+@pytest.mark.parametrize("name", IN_TURN)
+def test_places_in_turn_are_the_one_convolution_of_training(name: str) -> None:
     """With what training would see, y^ for y~, the laws of all places at once have the rate of place after place."""
-    model, x = small("joint_ar_hyperprior").eval(), data()
+    model, x = small(name).eval(), data()
     coder, y = Rounding(), model.encoder(x)
     y_hat = model.walk(coder, y, len(x))
     at_once = Rounding()
@@ -297,14 +419,15 @@ def test_places_in_turn_are_the_one_convolution_of_training() -> None:
     torch.testing.assert_close(coder.rate_B, at_once.rate_B)
 
 
-def test_no_place_sees_itself_or_a_later_one_in_training() -> None:
-    model = small("joint_ar_hyperprior")
+@pytest.mark.parametrize("name", IN_TURN)
+def test_no_place_sees_itself_or_a_later_one_in_training(name: str) -> None:
+    model = small(name)
     y = torch.randn(1, *model.code_shape, dtype=torch.float64, requires_grad=True)
     said = torch.zeros(1, 2 * model.code_shape[0], *model.grid, dtype=torch.float64)
-    mean, raw = model.context(said, model.context.seen(y))
+    numbers = sum(model.context(said, model.context.seen(y)))
     height, width = model.grid
     for t in range(height * width):
-        (slope,) = torch.autograd.grad((mean + raw).flatten(2)[..., t].sum(), y, retain_graph=True)
+        (slope,) = torch.autograd.grad(numbers.flatten(2)[..., t].sum(), y, retain_graph=True)
         seen = slope.abs().sum((0, 1)).flatten() > 0
         near = [abs(s // width - t // width) <= 2 and abs(s % width - t % width) <= 2 for s in range(height * width)]
         assert seen.tolist() == [s < t and near[s] for s in range(height * width)]
@@ -364,6 +487,58 @@ def test_elic_in_one_group_is_a_checkerboard() -> None:
     x = data()
     for term, value in one.loss(x).items():
         torch.testing.assert_close(two.loss(x)[term], value)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mixture_of_one_is_the_autoregressive_gaussian(training: bool) -> None:
+    """But for the transforms, which are put into the parent here."""
+    one, two = small("cheng2020", mixtures=1), small("joint_ar_hyperprior", activation="leaky_relu")
+    two.encoder, two.decoder = one.encoder, one.decoder
+    two.load_state_dict(one.state_dict())
+    x = data()
+    terms = []
+    for model in (one, two):
+        torch.manual_seed(0)
+        terms.append(model.train(training).loss(x))
+    for term, value in terms[1].items():
+        assert torch.equal(terms[0][term], value)
+    assert torch.equal(one.encode_symbols(x), two.encode_symbols(x))
+
+
+def test_the_numbers_of_a_place_are_means_scales_and_weights_of_its_mixture() -> None:
+    model = small("cheng2020")
+    means, raws, logits = torch.randn(3, 3, 2, 5, dtype=torch.float64)
+    law, v = model.law(*means, *raws, *logits), torch.randn(2, 5, dtype=torch.float64)
+    expected = of_torch(Mixtures(means, scale_of(raws), logits))
+    torch.testing.assert_close(law.log_mass(v).exp(), expected.cdf(v + 0.5) - expected.cdf(v - 0.5))
+    alone = small("cheng2020", mixtures=1).law(means[0], raws[0])
+    same = model.law(*[means[0]] * 3, *[raws[0]] * 3, *logits)
+    torch.testing.assert_close(same.log_mass(v), alone.log_mass(v))
+    torch.testing.assert_close(same.mean, alone.mean)
+
+
+def test_a_mixture_tells_two_modes_apart_that_a_gaussian_cannot() -> None:
+    """Numbers of two far modes cost a bit more than their width, and not the width of both."""
+    modes = torch.tensor([-20.0, 20.0, 0.0]).view(3, 1, 1)
+    v = torch.tensor([-20.0, 20.0]).view(2, 1)
+    law = Mixtures(modes.expand(3, 2, 1), torch.full((3, 2, 1), LEAST), torch.tensor([0.0, 0.0, -90.0]).view(3, 1, 1))
+    torch.testing.assert_close(law.log_mass(v), torch.full((2, 1), -math.log(2)), rtol=0, atol=1e-4)
+    assert float(Gaussians(torch.zeros(2, 1), torch.full((2, 1), 20.0), 0).log_mass(v).max()) < -4
+
+
+@pytest.mark.parametrize("name", IN_TURN)
+def test_rate_and_distortion_train_what_they_follow_from(name: str) -> None:
+    model = small(name).train()
+    terms = model.loss(data())
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def trained(term: str) -> set[str]:
+        slopes = torch.autograd.grad(terms[term], parameters, retain_graph=True, allow_unused=True)
+        found = zip(names, slopes, strict=True)
+        return {name.split(".")[0] for name, slope in found if slope is not None and bool((slope != 0).any())}
+
+    assert trained("rate") == {"encoder", "hyper_encoder", "hyper_decoder", "density", "context"}
+    assert trained("nll") == {"encoder", "decoder"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -443,3 +618,52 @@ def test_gdn_without_weights_is_undone_by_its_mirror(grid: tuple[int, ...]) -> N
         mirror.root_gamma_CC.fill_(0.3)
         layer.root_gamma_CC.fill_(0.3)
     assert not torch.allclose(mirror(layer(x)), x, atol=1e-2)
+
+
+# ---- sub-pixel convolutions and attention ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("larger", [(8, 10), (7, 10), (7, 9)])
+def test_subpixel_convolutions_are_torch_s_pixel_shuffle_cut_to_the_grid(larger: tuple[int, ...]) -> None:
+    layer, x = Subpixel(3, 2, larger), torch.randn(2, 3, 4, 5)
+    expected = F.pixel_shuffle(layer.conv(x), 2)[..., : larger[0], : larger[1]]
+    assert torch.equal(layer(x), expected)
+
+
+def test_subpixel_convolutions_put_halves_of_a_place_side_by_side_on_every_axis() -> None:
+    line, x = Subpixel(3, 2, (7,)), torch.randn(2, 3, 4)
+    both = line.conv(x).view(2, 2, 2, 4)
+    assert torch.equal(line(x)[..., ::2], both[:, :, 0]) and torch.equal(line(x)[..., 1::2], both[:, :, 1, :3])
+    block, x = Subpixel(3, 2, (4, 6, 4)), torch.randn(1, 3, 2, 3, 2)
+    parts = block.conv(x).view(1, 2, 2, 2, 2, 2, 3, 2)
+    for a, b, c in itertools.product((0, 1), repeat=3):
+        assert torch.equal(block(x)[..., a::2, b::2, c::2], parts[:, :, a, b, c])
+
+
+def test_attention_is_a_share_of_its_trunk() -> None:
+    layer, x = Attention(2, 5, "relu").double(), torch.randn(2, 5, 4, 3, dtype=torch.float64)
+    for bias, share in ((-1e3, 0.0), (0.0, 0.5), (1e3, 1.0)):
+        with torch.no_grad():
+            layer.mask[-1].weight.zero_()
+            layer.mask[-1].bias.fill_(bias)
+        torch.testing.assert_close(layer(x), x + share * layer.trunk(x))
+    assert not torch.allclose(layer.trunk(x), x)
+
+
+@pytest.mark.parametrize("shape", [(1, 13), (3, 16, 11), (1, 5, 6, 7)])
+@pytest.mark.parametrize("dims", [(), (4,), (4, 6), (4, 6, 5)])
+def test_residual_stages_come_back_to_every_grid(shape: tuple[int, ...], dims: tuple[int, ...]) -> None:
+    code = aezoo.nets.map_shape("gdn", shape, dims, 3)
+    x = torch.rand(2, *shape)
+    for attention in (True, False):
+        down, up = Encoder(shape, code, dims, "relu", attention), Decoder(code, shape, dims[::-1], "relu", attention)
+        assert down(x).shape[1:] == code and up(down(x)).shape == x.shape
+        counts = [sum(isinstance(part, Attention) for part in net) for net in (down, up)]
+        assert counts == ([1 + (len(dims) > 1)] * 2 if attention else [0, 0])
+        # on the grid on which the encoder has it
+        if attention and len(dims) > 1:
+            middle = [
+                [*net][[isinstance(part, Attention) for part in net].index(True, first)]
+                for net, first in ((down, 0), (up, 1))
+            ]
+            assert len({part.mask[-1].weight.shape for part in middle}) == 1

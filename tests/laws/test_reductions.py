@@ -16,7 +16,7 @@ FEW_TOKENS = {"n_tokens": 4, "width": 12, "depth": 1, "decoder_width": 8, "decod
 FOUR_PLACES = {"net": "mlp", "hidden_dims": (24,), "places": 4}
 SMALL_TOKENIZER = {"model": "vq_vae", **FOUR_PLACES, "latent_dim": 4, "codebook_size": 16}
 SMALL_SIDE = {"hyper_dim": 3, "hyper_hidden_dims": (5,)}
-WITH_SIDE = ("scale_hyperprior", "mean_scale_hyperprior", "joint_ar_hyperprior", "checkerboard")
+WITH_SIDE = ("scale_hyperprior", "mean_scale_hyperprior", "joint_ar_hyperprior", "checkerboard", "cheng2020")
 MODELS: dict[str, dict[str, Any]] = {
     "linear_ae": {"latent_dim": 4},
     "dense_ae": {"hidden_dims": (24,), "latent_dim": 6},

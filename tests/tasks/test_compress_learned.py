@@ -24,6 +24,7 @@ SHAPE = (1, 9, 10)
 def small(name, width=20.0, shape=SHAPE, **settings):
     """A model whose codes are `width` times as wide as they start."""
     given = {"hidden_dims": (6, 8), "latent_dim": 6, "hyper_dim": 3, "hyper_hidden_dims": (4,), "groups": (1, 2, 3)}
+    given |= {"attention": False}
     known = aezoo.registry.hyperparameters(name)
     torch.manual_seed(0)
     shape = (24,) if settings.get("net") == "mlp" else shape
@@ -87,7 +88,7 @@ def test_a_code_of_one_place_has_no_place_of_the_other_colour(name, tmp_path):
     assert np.array_equal(decompress(model, str(tmp_path / "samples.aez")).x, by_blocks(model, x, 256))
 
 
-@pytest.mark.parametrize("name", ["factorized_prior", "joint_ar_hyperprior"])
+@pytest.mark.parametrize("name", ["factorized_prior", "joint_ar_hyperprior", "cheng2020"])
 def test_numbers_beyond_the_tables_are_written_out(name, tmp_path):
     """A code of tens of thousands under laws some ten wide: escapes, of either sign."""
     model, x = small(name, width=3e5), data(20)
@@ -97,6 +98,26 @@ def test_numbers_beyond_the_tables_are_written_out(name, tmp_path):
     found = compress(model, x, out=str(tmp_path), compare=False)
     assert np.array_equal(decompress(model, str(tmp_path / "samples.aez")).x, by_blocks(model, x, 256))
     assert found.net_bits < symbols.size * (24 + 32) + 200
+
+
+def test_tables_of_mixtures_are_made_some_at_a_time(monkeypatch):
+    model, x = small("cheng2020", width=3e5), data(20)
+    symbols, made = learned.encode(model, x), []
+    coder, original = learned.Learned(model, 20), aezoo.entropy.Mixtures.table_at
+
+    def table_at(law, power, here):
+        table = original(law, power, here)
+        made.append((len(here), table.mass.shape[1] - 1))
+        return table
+
+    monkeypatch.setattr(aezoo.entropy.Mixtures, "table_at", table_at)
+    whole = coder.encode(symbols)
+    assert np.array_equal(coder.decode(whole, 20), symbols) and max(n * size for n, size in made if n > 1) > 100
+    monkeypatch.setattr(learned, "_ENTRIES", 100)
+    made.clear()
+    parts = coder.encode(symbols)
+    assert np.array_equal(coder.decode(parts, 20), symbols) and max(n * size for n, size in made if n > 1) <= 100
+    assert len(parts) == pytest.approx(len(whole), rel=1e-3)
 
 
 def test_escapes_keep_every_number_of_32_bits():
@@ -139,13 +160,13 @@ def test_codes_that_are_nan_are_refused_where_the_processor_makes_0_of_them(monk
         compress(model, data(), compare=False)
 
 
-@pytest.mark.parametrize("name", ["mean_scale_hyperprior", "joint_ar_hyperprior"])
+@pytest.mark.parametrize("name", ["mean_scale_hyperprior", "joint_ar_hyperprior", "cheng2020"])
 def test_a_machine_that_computes_other_laws_refuses_the_file(name, tmp_path, monkeypatch):
     model, x = small(name), data()
     compress(model, x, out=str(tmp_path), compare=False)
     kind = type(model)
     law = kind.law
-    monkeypatch.setattr(kind, "law", lambda self, mean, raw: law(self, mean, raw + 0.3))
+    monkeypatch.setattr(kind, "law", lambda self, *numbers: law(self, *numbers[:-1], numbers[-1] + 0.3))
     with pytest.raises(AezooError, match="its whole numbers come out differently here"):
         decompress(model, str(tmp_path / "samples.aez"))
 

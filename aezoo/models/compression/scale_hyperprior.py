@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.entropy import Coder, Factorised, Gaussians, Table, gaussian_tables, scale_of
+from aezoo.entropy import Coder, Factorised, Gaussians, Law, Table, gaussian_tables, scale_of
 from aezoo.limits import at_least
 from aezoo.models.compression.factorized_prior import FactorizedPrior
 
@@ -103,7 +103,7 @@ class ScaleHyperprior(FactorizedPrior):
         found: Tensor = self.hyper_decoder(z_hat.to(self.density.median_C))
         return at_least_float32(found)
 
-    def law(self, mean: Tensor, raw_scale: Tensor) -> Gaussians:
+    def law(self, mean: Tensor, raw_scale: Tensor) -> Law:
         """That of a part of the code, (n, C, ...) each."""
         return Gaussians(at_least_float32(mean), scale_of(raw_scale), len(self.density.median_C))
 

@@ -5,39 +5,59 @@
 Writer and reader let the same `walk` of the model pass over blocks of samples of the same size, so that both compute
 the same laws. A law chooses one of the model's tables: a learned one for each channel, or that of the nearest of 64
 scales of a Gaussian, 2^24ths computed in float64. Numbers under one table are coded together, tables in rising order.
-What a table leaves out is an escape, its last entry, and 32 bits after the numbers of that table.
+What a table leaves out is an escape, its last entry, and 32 bits after the numbers of that table. Under a mixture each
+number has its own table, and those of tables of one size are coded together, 2^20 entries of tables at a time.
 
 A machine that computes other laws reads other numbers: the first 8 bytes of a frame are of their digest.
 """
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aezoo.entropy import EntropyCoded, Table, Taking, one_by_one
+from aezoo.entropy import EntropyCoded, Law, Mixtures, Table, Taking, one_by_one
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import machine, tables
 from aezoo.tasks.codec.autoregressive import DIGEST, digest
 
 Symbols = npt.NDArray[np.int64]
-# whole numbers under one table: the table's number, and what is to be coded under it or how many are to be decoded
-Code = Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.int64]]
 _HALF = 16  # bits of each half of a number that is escaped
 _MOST = 2**31
+_ENTRIES = 2**20  # of tables at a time, 8 MiB in float64; what is escaped among them follows, so it is the format's
+
+
+class _Under(NamedTuple):
+    """What numbers are coded under.
+
+    Attributes:
+        low: the number of the first entry.
+        size: entries, but for the escape.
+        model: of constriction.
+        rows: the table of each number, as constriction takes it; None where one is that of all.
+    """
+
+    low: int
+    size: int
+    model: Any
+    rows: npt.NDArray[np.float32] | None = None
+
+
+# whole numbers under one table or some of their own: what is to be coded, or as many zeros to be decoded
+Code = Callable[[_Under, Symbols], Symbols]
 
 
 def width(model: EntropyCoded) -> int:
     """T, whole numbers that stand for a sample."""
     passed: list[int] = []
 
-    def take(table: Tensor) -> Tensor:
-        passed.append(table.numel())
-        return torch.zeros_like(table)
+    def take(law: Law) -> Tensor:
+        passed.append(law.mean.numel())
+        return torch.zeros_like(law.mean)
 
     model.walk(Taking(take), None, 1)
     return sum(passed)
@@ -76,18 +96,17 @@ class Learned:
 
     def __init__(self, model: EntropyCoded, block: int) -> None:
         self._model, self._block = model, block
-        self._tables = model.tables()
-        self._models = [_model(table) for table in self._tables]
+        self._tables = [_shared(table) for table in model.tables()]
 
     def encode(self, symbols: Symbols) -> bytes:
         """(n, T) whole numbers as bytes."""
         coder, halves = tables.stream().queue.RangeEncoder(), tables.stream().model.Uniform(1 << _HALF)
 
-        def code(number: int, given: Symbols) -> Symbols:
-            low, mass = self._tables[number]
-            entries = given - low
-            escaped = (entries < 0) | (entries >= len(mass))
-            coder.encode(np.where(escaped, len(mass), entries).astype(np.int32), self._models[number])
+        def code(under: _Under, given: Symbols) -> Symbols:
+            entries = given - under.low
+            escaped = (entries < 0) | (entries >= under.size)
+            rows = () if under.rows is None else (under.rows,)
+            coder.encode(np.where(escaped, under.size, entries).astype(np.int32), under.model, *rows)
             if escaped.any():
                 coder.encode(_halves(given[escaped]), halves)
             return given
@@ -127,41 +146,59 @@ class Learned:
         coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content[DIGEST:]))
         halves = tables.stream().model.Uniform(1 << _HALF)
 
-        def code(number: int, given: Symbols) -> Symbols:
-            low, mass = self._tables[number]
-            entries = coder.decode(self._models[number], len(given)).astype(np.int64)
-            escaped = entries == len(mass)
-            found: Symbols = entries + low
+        def code(under: _Under, given: Symbols) -> Symbols:
+            entries = coder.decode(under.model, len(given) if under.rows is None else under.rows).astype(np.int64)
+            escaped = entries == under.size
+            found: Symbols = entries + under.low
             if escaped.any():
                 found[escaped] = _whole(coder.decode(halves, 2 * int(escaped.sum())))
             return found
 
-        for start in range(0, n, self._block):
-            yield self._walk(min(self._block, n - start), code, torch.zeros_like)
+        def unknown(law: Law) -> Tensor:
+            return torch.zeros(law.mean.shape, dtype=torch.long)
 
-    def _walk(self, n: int, code: Code, known: Callable[[Tensor], Tensor]) -> Symbols:
+        for start in range(0, n, self._block):
+            yield self._walk(min(self._block, n - start), code, unknown)
+
+    def _walk(self, n: int, code: Code, known: Callable[[Law], Tensor]) -> Symbols:
         """The whole numbers of a block, (n, T): `code` is given those of one table after the other."""
         passed: list[Symbols] = []
 
-        def take(table: Tensor) -> Tensor:
-            numbers, symbols = (of.cpu().numpy().reshape(-1) for of in (table, known(table)))
+        def take(law: Law) -> Tensor:
+            table = law.table
+            numbers, symbols = (of.cpu().numpy().reshape(-1) for of in (table, known(law)))
             order = np.argsort(numbers, kind="stable")
             first = np.flatnonzero(np.diff(numbers[order], prepend=-1))
             coded = np.empty(len(order), dtype=np.int64)
             for start, end in pairwise([*first, len(order)]):
-                here = order[start:end]
-                coded[here] = code(int(numbers[here[0]]), symbols[here])
+                for here, under in self._under(law, int(numbers[order[start]]), order[start:end]):
+                    coded[here] = code(under, symbols[here])
             passed.append(coded.reshape(n, -1))
             return torch.from_numpy(coded).view(table.shape).to(table.device)
 
         self._model.walk(Taking(take), None, n)
         return np.concatenate(passed, 1)
 
+    def _under(self, law: Law, number: int, here: Symbols) -> Iterator[tuple[Symbols, _Under]]:
+        """What numbers of one table's number, which lie here in all, are coded under; some of them after the others."""
+        if not isinstance(law, Mixtures):
+            yield here, self._tables[number]
+            return
+        family, some = tables.stream().model.Categorical(perfect=False), max(1, _ENTRIES >> (number + 1))
+        for start in range(0, len(here), some):
+            part = here[start : start + some]
+            table = law.table_at(number, part)
+            yield part, _Under(table.low, table.mass.shape[1], family, _weights(table.mass))
 
-def _model(table: Table) -> Any:
-    """A table, with its escape, as constriction takes it."""
-    weights = tables.from_cdf(table.mass.cumsum().clip(0, 1)[None])
-    return tables.stream().model.Categorical(weights[0], perfect=False)
+
+def _weights(mass: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """Tables with their escapes, (N, K) -> (N, K + 1), as constriction takes them."""
+    return tables.from_cdf(mass.cumsum(1).clip(0, 1))
+
+
+def _shared(table: Table) -> _Under:
+    model = tables.stream().model.Categorical(_weights(table.mass[None])[0], perfect=False)
+    return _Under(table.low, len(table.mass), model)
 
 
 def _halves(numbers: Symbols) -> npt.NDArray[np.int32]:

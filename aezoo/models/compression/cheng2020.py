@@ -1,0 +1,103 @@
+"""Learned compression with mixtures and attention (Cheng et al. 2020), https://arxiv.org/abs/2001.01568
+
+The law of each number is a mixture of Gaussians (section 3.2), of which side information and places before it tell the
+weights, means and scales, as in `joint_ar_hyperprior`, which this is for K = 1 but for its transforms:
+
+    w_t, mu_t, s_t = p(g_h(z^)_t, (W * y^)_t)    m_t = sum_k w_tk mu_tk    y^_t = m_t + round(y_t - m_t)
+    P(y^_t | y^_<t, z^) = sum_k w_tk N(mu_tk, s_tk^2) * U(-1/2, 1/2)    sum_k w_tk = 1
+
+    L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2    R = -log P(z^) - sum_t log P(y^_t | y^_<t, z^)
+
+in nats per sample, C channels of x; in training noise takes the place of rounding, as in `factorized_prior`. The paper
+counts whole numbers from 0 and not from m. f and g are residual blocks, up by sub-pixel convolutions, with attention
+(section 3.3), see `aezoo.nets.subpixel`.
+
+Shapes: B batch, K Gaussians of a mixture, M channels of the code, N of the side information, T places.
+"""
+
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.entropy import Law, Mixtures, scale_of
+from aezoo.limits import at_least
+from aezoo.models.compression.joint_ar_hyperprior import JointARHyperprior
+from aezoo.nets.context import Context
+from aezoo.nets.subpixel import Decoder, Encoder
+
+
+class Cheng2020(JointARHyperprior):
+    """Rounded codes, each place under mixtures of Gaussians that side information and the places before it give.
+
+    Args:
+        input_shape: shape of one sample, (C, L), (C, H, W) or (C, D, H, W).
+        latent_dim: M, channels of the code.
+        mixtures: K, Gaussians in the law of a number.
+        attention: attention in the middle of the stages and at the code.
+        lam: weight of the distortion.
+        hyper_dim: N, channels of the side information.
+        hyper_hidden_dims: channels of the stages between y and z; mirrored back.
+        reach: places that W sees to each side.
+        hidden_dims: channels of the encoder's stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 32,
+        mixtures: int = 3,
+        attention: bool = True,
+        lam: float = 0.01,
+        hyper_dim: int = 16,
+        hyper_hidden_dims: tuple[int, ...] = (64,),
+        reach: int = 2,
+        hidden_dims: tuple[int, ...] = (64, 64),
+        activation: str = "leaky_relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            lam=lam,
+            hyper_dim=hyper_dim,
+            hyper_hidden_dims=hyper_hidden_dims,
+            reach=reach,
+            net="gdn",
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(1, mixtures=mixtures)
+        self.mixtures, code = mixtures, self.code_shape
+        # in place of those of net gdn, of the same grids
+        self.encoder = Encoder(self.input_shape, code, hidden_dims, activation, attention)
+        self.decoder = Decoder(code, self.input_shape, hidden_dims[::-1], activation, attention)
+        if mixtures > 1:
+            self.context = Context(latent_dim, 2 * latent_dim, self.context.open_taps, 3 * mixtures)
+
+    def law(self, *numbers: Tensor) -> Law:
+        if self.mixtures == 1:
+            return super().law(*numbers)
+        k = self.mixtures
+        means, raw_scales, logits = (torch.stack(numbers[i : i + k]) for i in (0, k, 2 * k))
+        return Mixtures(at_least_float32(means), scale_of(raw_scales), at_least_float32(logits))

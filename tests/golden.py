@@ -131,6 +131,7 @@ VARIANTS = [
     subject_of("denoising_vae", corruption="masking:0.3"),
     subject_of("vae", net="conv_keras", hidden_dims=(8, 8)),
     subject_of("vae", net="gdn", hidden_dims=(8, 8)),
+    subject_of("vae", net="dc", hidden_dims=(8, 8)),
     subject_of("factorized_prior", net="mlp", hidden_dims=(24,)),
     subject_of("mean_scale_hyperprior", net="mlp", hidden_dims=(24,)),
     subject_of("cheng2020", mixtures=1, attention=False, hidden_dims=(8, 8)),

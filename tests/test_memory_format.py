@@ -47,7 +47,7 @@ def mixed(name: str, shape: tuple[int, ...], **settings: Any) -> Counter[str]:
 
 
 @pytest.mark.parametrize("abreast", [False, True])
-@pytest.mark.parametrize("net", ["conv", "resnet", "convnext", "unet"])
+@pytest.mark.parametrize("net", ["conv", "resnet", "convnext", "unet", "dc"])
 @pytest.mark.parametrize("widths", [(32,), (16, 32, 64)])
 def test_networks_mix_no_orders(net: str, widths: tuple[int, ...], abreast: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(conv2d, "abreast_pays", lambda layer, *_: abreast and layer.among_layers)

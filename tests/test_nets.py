@@ -29,6 +29,8 @@ SHAPES += [(1, n, 1 + n % 5, 1 + n % 7) for n in (1, 2, 5, 12, 97)]
         ("unet", ()),
         ("gdn", (2, 3, 4)),
         ("gdn", ()),
+        ("dc", (2, 3, 4)),
+        ("dc", ()),
     ],
 )
 def test_every_size_returns_exactly(name: str, stages: tuple[int, ...]) -> None:
@@ -119,6 +121,92 @@ def test_a_residual_block_is_the_identity_when_its_last_convolution_is_zero(rank
     nn.init.zeros_(block.body[-1].weight)
     nn.init.zeros_(block.body[-1].bias)
     assert torch.equal(block(x), x)
+
+
+def shortcuts(net: nn.Module) -> nn.Module:
+    """A network without parameters that matter."""
+    for p in net.parameters():
+        nn.init.zeros_(p)
+    return net.double()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_what_goes_from_space_to_channels_comes_back(rank: int) -> None:
+    from aezoo.nets.dc import shuffle, unshuffle
+
+    x = torch.randn(2, 3, *(4, 6, 2)[:rank])
+    cells = unshuffle(x)
+    assert cells.shape == (2, 3 * 2**rank, *(2, 3, 1)[:rank])
+    assert torch.equal(shuffle(cells), x)
+    z = torch.randn(2, 3 * 2**rank, *(2, 3, 1)[:rank])
+    assert torch.equal(unshuffle(shuffle(z)), z)
+    # the values of a cell lie side by side
+    corner = x[:, :, *[slice(2)] * rank].flatten(2)
+    assert torch.equal(cells[:, :, *[0] * rank].unflatten(1, (3, -1)), corner)
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (2, 8, 12), (1, 7, 5), (1, 4, 3, 5)])
+def test_shortcuts_of_enough_channels_give_back_every_value(shape: tuple[int, ...]) -> None:
+    """A stage without parameters is a rearrangement: in 2-D channels 4 C and 16 C hold all there is."""
+    cell = 2 ** (len(shape) - 1)
+    stages = (cell * shape[0], cell**2 * shape[0])
+    code = nets.map_shape("dc", shape, stages, stages[-1])
+    encoder = shortcuts(nets.encoder("dc", shape, code, stages))
+    decoder = shortcuts(nets.decoder("dc", code, shape, stages[::-1]))
+    x = torch.rand(3, *shape, dtype=torch.float64)
+    z = encoder(x)
+    assert z.shape == (3, *code)
+    torch.testing.assert_close(decoder(z), x)
+    if len(shape) == 3 and shape[1] % 4 == shape[2] % 4 == 0:
+        once = torch.nn.functional.pixel_unshuffle(x, 2)
+        assert torch.equal(z, torch.nn.functional.pixel_unshuffle(once, 2))
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d])
+def test_shortcuts_of_as_many_channels_average_cells_and_repeat_them(pool: type[nn.Module]) -> None:
+    rank = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d).index(pool) + 1
+    shape = (3, *(7, 8, 5)[:rank])
+    code = nets.map_shape("dc", shape, (3,), 3)
+    x = torch.rand(2, *shape, dtype=torch.float64)
+    z = shortcuts(nets.encoder("dc", shape, code, (3,)))(x)
+    even = nn.functional.pad(x, [n for side in shape[:0:-1] for n in (0, side % 2)], mode="replicate")
+    torch.testing.assert_close(z, pool(2)(even))
+    found = shortcuts(nets.decoder("dc", code, shape, (3,)))(z)
+    repeated = nn.functional.interpolate(z, scale_factor=2, mode="nearest")
+    torch.testing.assert_close(found, repeated[..., *(slice(side) for side in shape[1:])])
+
+
+@pytest.mark.parametrize(("before", "after"), [(6, 2), (2, 6), (6, 4), (4, 6), (1, 5), (5, 5)])
+def test_channels_are_shared_out_evenly(before: int, after: int) -> None:
+    """Each new one is the mean of the old ones over its own part of all, by the lengths that they have in common."""
+    from aezoo.nets.dc import spread
+
+    x = torch.randn(2, before, 3, dtype=torch.float64)
+    shares = torch.zeros(after, before, dtype=torch.float64)
+    for i in range(after):
+        for j in range(before):
+            common = min((i + 1) / after, (j + 1) / before) - max(i / after, j / before)
+            shares[i, j] = max(0.0, common) * after
+    torch.testing.assert_close(spread(x, after), torch.einsum("ij,bjl->bil", shares, x))
+    images = x[..., None].expand(2, before, 3, 4).contiguous(memory_format=torch.channels_last)
+    found = spread(images, after)
+    torch.testing.assert_close(found[..., 2], torch.einsum("ij,bjl->bil", shares, x))
+    assert before == 1 or after == 1 or found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_stage_adds_its_convolution_to_the_shortcut() -> None:
+    from aezoo.nets.dc import _Down, _Up
+
+    x = torch.rand(2, 3, 8, 6, dtype=torch.float64)
+    down, up = _Down(2, 3, 6).double(), _Up(2, 3, 2, (16, 11), "silu").double()
+    cells = torch.nn.functional.pixel_unshuffle
+    # of 2 x 4 values of a cell the first 6, beside means of two neighbours each
+    expected = cells(down.conv(x), 2)[:, :6] + cells(x, 2).unflatten(1, (6, 2)).mean(2)
+    torch.testing.assert_close(down(x), expected)
+    # each of 8 channels is a part of 24, of which each of 3 has 8
+    eight = torch.stack([x[:, [i * 3 // 8, (i * 3 + 1) // 8, (i * 3 + 2) // 8]].mean(1) for i in range(8)], 1)
+    expected = torch.nn.functional.pixel_shuffle(up.conv(nn.functional.silu(x)) + eight, 2)[..., :11]
+    torch.testing.assert_close(up(x), expected)
 
 
 @pytest.mark.parametrize("name", nets.ACTIVATIONS)

@@ -1,0 +1,135 @@
+"""Stages of the deep compression autoencoder, DC-AE (Chen et al. 2024), https://arxiv.org/abs/2410.10733
+
+Down goes a convolution and then space to channels, each cell of two points a side; up a convolution and channels to
+space. Beside each runs a shortcut without parameters, in R = 1, 2 or 3 dimensions:
+
+    down: average(unshuffle(x))     up: shuffle(duplicate(x))
+
+Channels that are too many are averaged in groups of neighbours, too few are duplicated, and where one number is no
+multiple of the other, both. So a stage learns what a rearrangement of values lacks: where hidden_dims are 2^R C, 4^R C,
+... for data of C channels, the shortcuts alone give back every value. A code that is a map has a shortcut past its 1x1
+convolution, too. The outermost stage has one as well, other than in the authors' networks.
+
+A residual block stands behind each stage down and before each stage up; in the paper those on small grids have linear
+attention instead. On the way down the last point of an odd side is repeated, on the way up it is cut off.
+
+Shapes: B batch, C channels.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.nets.build import activation
+from aezoo.nets.conv import CONVS, grids, head, map_shape, rank_of
+from aezoo.nets.linear import in_graph
+from aezoo.nets.memory_format import in_order, is_last
+from aezoo.nets.resnet import ResidualBlock
+
+__all__ = ["Decoder", "Encoder", "map_shape"]
+
+
+def unshuffle(x: Tensor) -> Tensor:
+    """Space to channels: (B, C, *even grid) -> (B, 2^R C, *half of it), the values of a cell one after another."""
+    rank = x.dim() - 2
+    if rank == 2:
+        return F.pixel_unshuffle(x, 2)
+    cells = x.reshape(*x.shape[:2], *(n for side in x.shape[2:] for n in (side // 2, 2)))
+    axes = range(2, 2 + 2 * rank, 2)
+    return cells.permute(0, 1, *(axis + 1 for axis in axes), *axes).flatten(1, 1 + rank)
+
+
+def shuffle(x: Tensor) -> Tensor:
+    """Channels to space, the inverse of `unshuffle`: (B, 2^R C, *grid) -> (B, C, *twice the grid)."""
+    rank = x.dim() - 2
+    if rank == 2:
+        return F.pixel_shuffle(x, 2)
+    cells = x.unflatten(1, (-1, *[2] * rank))
+    order = (axis for i in range(2, 2 + rank) for axis in (i + rank, i))
+    return cells.permute(0, 1, *order).reshape(len(x), -1, *(2 * side for side in x.shape[2:]))
+
+
+def spread(x: Tensor, channels: int) -> Tensor:
+    """Channels averaged in groups, or each of them duplicated: (B, C, *grid) -> (B, channels, *grid)."""
+    n, last = x.shape[1], is_last(x) and not in_graph()
+    both, axis = math.lcm(n, channels), x.dim() - 1 if last else 1
+    x = x.movedim(1, -1) if last else x  # as they lie in memory, in which the result is to lie, too
+    x = x.repeat_interleave(both // n, axis) if both > n else x
+    x = x.unflatten(axis, (channels, -1)).mean(axis + 1) if both > channels else x
+    return x.movedim(-1, 1) if last else x
+
+
+class _Down(nn.Module):
+    def __init__(self, rank: int, before: int, after: int) -> None:
+        super().__init__()
+        self.after = after
+        self.conv = CONVS[rank](before, math.ceil(after / 2**rank), 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis, side in enumerate(x.shape[2:], start=2):
+            if side % 2:
+                x = torch.cat([x, in_order(x).narrow(axis, side - 1, 1)], axis)
+        # of a last cell that has more values than channels are left, the first
+        return unshuffle(self.conv(x)).narrow(1, 0, self.after) + spread(unshuffle(x), self.after)
+
+
+class _Up(nn.Module):
+    def __init__(self, rank: int, before: int, after: int, larger: tuple[int, ...], act: str) -> None:
+        super().__init__()
+        self.act, self.channels = activation(act), 2**rank * after
+        self.conv = CONVS[rank](before, self.channels, 3, padding=1)
+        self.cut = [axis for axis, side in enumerate(larger, start=2) if side % 2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = shuffle(self.conv(self.act(x)) + spread(x, self.channels))
+        for axis in self.cut:
+            x = x.narrow(axis, 0, x.shape[axis] - 1)
+        return x
+
+
+class Encoder(nn.Module):
+    """(B, C, *grid) -> (B, *code_shape); `hidden_dims` are the channels of the stages, which halve the grid."""
+
+    def __init__(
+        self, input_shape: tuple[int, ...], code_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
+    ) -> None:
+        super().__init__()
+        rank = rank_of(input_shape)
+        widths = (input_shape[0], *hidden_dims)
+        self.stages = nn.Sequential(
+            *(part for a, b in pairwise(widths) for part in (_Down(rank, a, b), ResidualBlock(rank, b, act)))
+        )
+        self.act = activation(act)
+        self.channels = code_shape[0] if len(code_shape) > 1 else 0
+        self.head = head(code_shape, (widths[-1], *grids(input_shape, len(hidden_dims))[-1]), rank)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stages(x)
+        code: Tensor = self.head(self.act(h))
+        return code + spread(h, self.channels) if self.channels else code
+
+
+class Decoder(nn.Module):
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+
+    def __init__(
+        self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
+    ) -> None:
+        super().__init__()
+        rank = rank_of(input_shape)
+        sizes = grids(input_shape, len(hidden_dims))[::-1]
+        widths = (*hidden_dims, input_shape[0])
+        self.channels = widths[0] if len(code_shape) > 1 else 0
+        self.head = head(code_shape, (widths[0], *sizes[0]), rank)[1]
+        layers: list[nn.Module] = []
+        for i, larger in enumerate(sizes[1:]):
+            layers += [ResidualBlock(rank, widths[i], act), _Up(rank, widths[i], widths[i + 1], larger, act)]
+        self.stages = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.head(z)
+        x_hat: Tensor = self.stages(h + spread(z, self.channels) if self.channels else h)
+        return x_hat

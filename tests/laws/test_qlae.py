@@ -19,7 +19,7 @@ DIM, K = 4, 5
 
 
 def small(shifted: Any, **settings: Any) -> Any:
-    """In float64, away from where it starts, and from beta = 1."""
+    """In float64, away from where it starts, with a beta that is not 1."""
     given = {"hidden_dims": (16,), "latent_dim": DIM, "n_values": K, "beta": 0.6, **settings}
     return shifted(aezoo.create_model("qlae", (6,), **given)).double()
 

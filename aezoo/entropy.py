@@ -329,10 +329,13 @@ class EntropyCoded(Autoencoder):
 
     Attributes:
         weight: of the reconstruction's nll against the rate, in the loss.
+        quality: what a model of several rates is evaluated at, from 0 to `top_quality`; 0 of any other.
     """
 
     has_prior = True
     weight: float
+    quality: float = 0.0
+    top_quality: float = 0.0
 
     def set_nets(self, net: str, latent_dim: int, hidden_dims: tuple[int, ...], activation: str, lam: float) -> None:
         """Set encoder, decoder, code_shape and weight: a map of `latent_dim` channels, a vector of a net without one.

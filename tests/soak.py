@@ -194,6 +194,7 @@ RANGES = {
     "hyper_dim": lambda rng: rng.randint(1, 8),
     "hyper_hidden_dims": lambda rng: [rng.randint(4, 16) for _ in range(rng.randint(0, 2))],
     "reach": lambda rng: rng.randint(1, 3),
+    "lams": lambda rng: sorted(10 ** rng.uniform(-4, -1) for _ in range(rng.randint(1, 4))),
     "mixtures": lambda rng: rng.randint(1, 4),
     "attention": lambda rng: rng.random() < 0.5,
     "groups": lambda rng: [rng.randint(1, 6) for _ in range(rng.randint(1, 4))],

@@ -42,7 +42,7 @@ OVERFIT_LATE = (
     *("vdvae", "soft_vq", "sim_vq_vae", "vq_vae_2", "piwae", "unet_ae", "titok", "vamp_vae", "lfq_vae", "resnet_ae"),
     *("miwae", "aae", "simmim", "semi_supervised_vae", "vq_vae", "vae_gan", "conditional_vae", "matryoshka_sae"),
     *("mae", "matching_pursuit_sae", "autoencoder_kl", "vqgan", "elic", "joint_ar_hyperprior", "checkerboard"),
-    *("mean_scale_hyperprior", "scale_hyperprior", "factorized_prior", "alad", "cheng2020"),
+    *("mean_scale_hyperprior", "scale_hyperprior", "factorized_prior", "alad", "cheng2020", "gained_hyperprior"),
 )
 OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer")
 # a fit warns, and goes on uncompiled

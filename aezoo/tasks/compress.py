@@ -43,14 +43,15 @@ def compress(
     samples-qQUALITY.aez for each of several qualities, and rate_distortion.csv and .png; of a model whose code is
     written in indices, these under its prior, if it has one, or else under tables of how often each occurs, of one that
     is trained for the size of its file, whole numbers under its learned laws, and one file, whose rate is the model's
-    own. The model that opens them again lies beside them.
+    own, or one for each quality of a model of several rates. The model that opens them again lies beside them.
 
     Args:
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
         mode: lossless, lossy, or auto: lossless where the model and the data allow it.
         quality: lossy: bits of the code's most important dimension, about; one more halves all steps. Several, as
-            [1,2,3,4], give a file each and a curve. Indices are not quantised again, and PCA alone takes it then.
+            [1,2,3,4], give a file each and a curve. Indices are not quantised again, and PCA alone takes it then. Of a
+            model of several rates it is the model's own, see gained_hyperprior.
         steps: lossy: fitted (by how much the decoder makes of a change) or deviation (of each dimension of the code).
         binarise: make values above 0.5 one and the others zero first, for likelihood bernoulli.
         precision: lossless: each latent variable has 2^precision bins, 1 to 16.

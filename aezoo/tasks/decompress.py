@@ -193,8 +193,9 @@ def _indices(
 
 def _learned(model: EntropyCoded, reader: Reader, strict: bool) -> Iterator[tuple[npt.NDArray[Any], bool]]:
     block = reader.header.block
-    coder, decode = learned.Learned(model, block), functools.partial(learned.decode, model, block=block)
-    return _coded(reader, reader.frames, coder, "whole numbers", decode, strict)
+    with learned.at_quality(model, reader.header.quality):
+        coder, decode = learned.Learned(model, block), functools.partial(learned.decode, model, block=block)
+        yield from _coded(reader, reader.frames, coder, "whole numbers", decode, strict)
 
 
 class _Decoder(Protocol):

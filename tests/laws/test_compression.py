@@ -44,7 +44,8 @@ SMALL: dict[str, Any] = {"hidden_dims": (6, 8), "latent_dim": 5, "hyper_dim": 3,
 def small(name: str, shape: tuple[int, ...] = SHAPE, **settings: Any) -> Any:
     """A model in float64 away from where it starts: wide codes, laws of many scales."""
     known = aezoo.registry.hyperparameters(name)
-    given = {"groups": (1, 1, 3), "reach": 2, "attention": False, **SMALL, **settings}
+    given = {"groups": (1, 1, 3), "reach": 2, "attention": False, **SMALL}
+    given |= {"lams": (settings.get("lam", 0.01),)} | settings
     model = aezoo.create_model(name, shape, **{key: value for key, value in given.items() if key in known}).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -360,6 +361,10 @@ def test_in_bf16_whole_numbers_are_all_that_a_code_needs_too(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_are_the_encoder_s_output_to_half_a_step(name: str) -> None:
     model, x = small(name).train(), data()  # in training, too, a code is a rounded one
+    if name == "gained_hyperprior":  # with steps of 1
+        with torch.no_grad():
+            model.log_gain_SM.zero_()
+            model.log_inverse_SM.zero_()
     assert torch.equal(model.encode(x), model.encode(x))
     off = (model.encode(x) - model.encoder(x)).detach().abs()
     assert 0.3 < float(off.max()) <= 0.5 + 1e-9
@@ -539,6 +544,120 @@ def test_rate_and_distortion_train_what_they_follow_from(name: str) -> None:
 
     assert trained("rate") == {"encoder", "hyper_encoder", "hyper_decoder", "density", "context"}
     assert trained("nll") == {"encoder", "decoder"}
+
+
+LAMS = (0.002, 0.01, 0.03)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gains_of_one_are_a_mean_scale_hyperprior(training: bool) -> None:
+    """Neutral limit, at each quality with its own lam, and in training with one."""
+    x = data()
+    for lams in ((0.01,),) if training else ((0.01,), LAMS):
+        one = small("gained_hyperprior", lams=lams).train(training)
+        with torch.no_grad():
+            one.log_gain_SM.zero_()
+            one.log_inverse_SM.zero_()
+        for s, lam in enumerate(lams):
+            two = small("mean_scale_hyperprior", lam=lam).train(training)
+            two.load_state_dict({key: value for key, value in one.state_dict().items() if key[:4] != "log_"})
+            one.quality = s
+            torch.manual_seed(0)
+            found = one.loss(x)
+            torch.manual_seed(0)
+            if training:
+                torch.rand(len(x))
+            expected = two.loss(x)
+            for term, value in expected.items():
+                torch.testing.assert_close(found[term], value)
+            torch.testing.assert_close(one.score(x), two.score(x))
+            assert torch.equal(one.encode_symbols(x), two.encode_symbols(x))
+
+
+def test_a_code_is_rounded_in_steps_of_its_quality() -> None:
+    model, x = small("gained_hyperprior", lams=LAMS).eval(), data()
+    parent, y = small("mean_scale_hyperprior").eval(), model.encoder(x)
+    parent.load_state_dict({key: value for key, value in model.state_dict().items() if key[:4] != "log_"})
+    for s in range(3):
+        model.quality = s
+        gain, inverse = (of[s].exp().view(-1, 1, 1) for of in (model.log_gain_SM, model.log_inverse_SM))
+        torch.testing.assert_close(model.encode(x), parent.walk(Rounding(), gain * y, len(x)) * inverse)
+
+
+def test_between_two_qualities_gains_and_lam_are_geometric() -> None:
+    model, x = small("gained_hyperprior", lams=LAMS).eval(), data()
+    for s, part in ((0, 0.25), (1, 0.7)):
+        model.quality = s + part
+        found = model.loss(x)
+        between = small("gained_hyperprior", lams=(LAMS[s] ** (1 - part) * LAMS[s + 1] ** part,)).eval()
+        state = model.state_dict()
+        for name in ("log_gain_SM", "log_inverse_SM"):
+            low, high = state[name][s].exp(), state[name][s + 1].exp()
+            state[name] = (low ** (1 - part) * high**part).log()[None]
+        between.load_state_dict(state)
+        for term, value in between.loss(x).items():
+            torch.testing.assert_close(found[term], value)
+        torch.testing.assert_close(model.score(x), between.score(x))
+
+
+def test_training_draws_a_quality_for_each_sample_and_weighs_it_by_its_lam() -> None:
+    model, x = small("gained_hyperprior", lams=LAMS).train(), data(12)
+    torch.manual_seed(3)
+    found = model.loss(x)
+    expected = torch.zeros(12, dtype=torch.float64)
+    for s, lam in enumerate(LAMS):
+        torch.manual_seed(3)
+        drawn, noise = (3 * torch.rand(12)).long(), Noise()
+        y_hat = model.gained(noise, model.encoder(x), 12, [float(s == other) for other in range(3)])
+        loss_B = noise.rate_B + lam * 255**2 * math.log(2) / SHAPE[0] * model.nll(model.decoder(y_hat), x)
+        assert bool((drawn == s).any())
+        expected = torch.where(drawn == s, loss_B, expected)
+    torch.testing.assert_close(found["loss"], expected.mean())
+
+
+def test_qualities_are_drawn_equally_often() -> None:
+    model = aezoo.create_model("gained_hyperprior", (3,), net="mlp", hidden_dims=(4,), lams=LAMS).train()
+    seen: list[Any] = []
+    original = model.gained
+    model.gained = lambda *given: seen.append(given[-1]) or original(*given)  # type: ignore[func-returns-value]
+    model.loss(torch.rand(3000, 3))
+    counts = [int(share.sum()) for share in seen[0]]
+    assert sum(counts) == 3000 and stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_gains_learn_from_the_samples_of_their_quality() -> None:
+    """Those before rounding from rate and distortion, the inverse ones from distortion alone."""
+    model, x = small("gained_hyperprior", lams=LAMS).train(), data(2)
+    torch.manual_seed(0)
+    drawn = {*(3 * torch.rand(2)).long().tolist()}
+    assert 0 < len(drawn) < 3
+    torch.manual_seed(0)
+    terms = model.loss(x)
+    for p, of in ((model.log_gain_SM, ("rate", "nll", "loss")), (model.log_inverse_SM, ("nll", "loss"))):
+        for term in of:
+            (slope,) = torch.autograd.grad(terms[term], p, retain_graph=True)
+            assert {s for s in range(3) if bool((slope[s] != 0).all())} == drawn
+            assert {s for s in range(3) if bool((slope[s] != 0).any())} == drawn
+    assert torch.autograd.grad(terms["rate"], model.log_inverse_SM, allow_unused=True, retain_graph=True)[0] is None
+
+
+def test_first_gains_make_the_squared_error_of_steps_as_the_inverse_of_lam() -> None:
+    model = aezoo.create_model("gained_hyperprior", SHAPE, lams=LAMS, **SMALL)
+    step = model.log_inverse_SM.exp()
+    torch.testing.assert_close(step[0] ** 2 / step[2] ** 2, torch.full((5,), LAMS[2] / LAMS[0]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(step * model.log_gain_SM.exp(), torch.ones(3, 5))
+    torch.testing.assert_close(step.log().mean(0), torch.zeros(5))
+
+
+def test_qualities_and_lams_that_are_none_are_refused() -> None:
+    model = aezoo.create_model("gained_hyperprior", SHAPE, lams=LAMS, **SMALL)
+    assert model.quality == model.top_quality == 2
+    for value in (-0.1, 2.1, math.nan):
+        with pytest.raises(AezooError, match="quality must be from 0 to 2, one of each lam"):
+            model.quality = value
+    for lams in ((), (0.1, 0.01), (0.0, 0.1), (0.1, math.inf), (math.nan,)):
+        with pytest.raises(AezooError, match=r"lams must be numbers above 0 that rise|lams takes a list"):
+            type(model)(SHAPE, lams=lams)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -122,6 +122,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "factorized_prior": {"hidden_dims": (6, 8), "latent_dim": 4},
     **{name: {"hidden_dims": (6, 8), "latent_dim": 4, **SMALL_SIDE} for name in WITH_SIDE},
     "elic": {"hidden_dims": (8, 8), "groups": (1, 3), **SMALL_SIDE},
+    "gained_hyperprior": {"hidden_dims": (6, 8), "latent_dim": 4, "lams": (0.01, 0.01), **SMALL_SIDE},
     "autoencoder_kl": {"hidden_dims": (6, 8), "latent_dim": 4, "beta": 2.0, "perceptual_weight": 0.5},
     "vqgan": {"hidden_dims": (6, 8), "latent_dim": 4, "codebook_size": 8, "perceptual_weight": 0.5},
 }
@@ -148,7 +149,7 @@ NOISY = (
     "triplet_vae",
 )
 # evaluated with whole numbers, trained with noise in place of rounding
-ROUNDED = ("factorized_prior", *WITH_SIDE, "elic")
+ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior")
 # trained with the scale that suits the batch, evaluated with its running mean; the likelihood is its own
 OWN_SCALE = ("sigma_vae", "batch_topk_sae", "matryoshka_sae", "dagmm", *ROUNDED)
 # the score is another than -log p(x | xhat)

@@ -120,6 +120,51 @@ def test_tables_of_mixtures_are_made_some_at_a_time(monkeypatch):
     assert len(parts) == pytest.approx(len(whole), rel=1e-3)
 
 
+def test_a_model_of_several_rates_writes_a_file_of_each_quality(tmp_path):
+    model, x = trained(small("gained_hyperprior", 5.0)), data(60)
+    model.quality = 1.0
+    found = compress(model, x, quality=(0, 1.5, 3), out=str(tmp_path))
+    assert model.quality == 1.0
+    rows = [row for row in found.rows if row["method"] == "aezoo gained_hyperprior"]
+    assert [row["quality"] for row in rows] == [0, 1.5, 3] and "trained for" in found.summary()
+    sizes, bits = [], 0.0
+    for quality in (0, 1.5, 3):
+        path = tmp_path / f"samples-q{quality:g}.aez"
+        sizes.append(path.stat().st_size)
+        back = decompress(model, str(path))
+        assert model.quality == 1.0 and container.Reader(path, 2**30).header.quality == quality
+        model.quality = quality
+        assert np.array_equal(back.x, by_blocks(model, x, 256)) and back.same
+        with torch.no_grad():
+            bits += float(model.loss(x)["rate"]) * len(x) / math.log(2)
+        model.quality = 1.0
+    assert sizes == sorted(sizes) and len({*sizes}) == 3
+    assert found.bound_bits == pytest.approx(bits, rel=1e-5)
+    assert 0.99 * bits < found.net_bits < 1.02 * bits + 600
+    one = compress(model, x, quality=0.5, out=str(tmp_path / "one"), compare=False)
+    assert np.isclose(one.rows[0]["quality"], 0.5) and (tmp_path / "one" / "samples.aez").exists()
+
+
+def test_qualities_that_a_model_does_not_have_are_refused(tmp_path):
+    several, one, x = small("gained_hyperprior"), small("gained_hyperprior", lams=(0.01,)), data(5)
+    with pytest.raises(AezooError, match="quality is 4, and this model has those from 0 to 3"):
+        compress(several, x, quality=4, compare=False)
+    assert several.quality == 3
+    for model, quality in ((several, 3.5), (several, -1), (one, 0.5)):
+        compress(model, x, out=str(tmp_path), compare=False)
+        header, frames = take_apart((tmp_path / "samples.aez").read_bytes())
+        (tmp_path / "forged.aez").write_bytes(put_together(header | {"quality": quality}, frames))
+        with pytest.raises(AezooError, match="this model has those from 0 to"):
+            decompress(model, str(tmp_path / "forged.aez"))
+        assert model.quality == model.top_quality
+    # at another quality of the model numbers are others
+    compress(several, x, out=str(tmp_path), compare=False)
+    header, frames = take_apart((tmp_path / "samples.aez").read_bytes())
+    (tmp_path / "forged.aez").write_bytes(put_together(header | {"quality": 1.0}, frames))
+    with pytest.raises(AezooError, match="refused"):
+        decompress(several, str(tmp_path / "forged.aez"))
+
+
 def test_escapes_keep_every_number_of_32_bits():
     model = small("factorized_prior")
     coder = learned.Learned(model, 4)

@@ -61,7 +61,7 @@ class Header:
         levels: values that a data value can have, 2 or 256; 0 where the file is not lossless.
         precision: lossless: a latent variable has 2^precision bins.
         seed: lossless: fixes the initial bits.
-        quality: lossy: what the steps were fitted for.
+        quality: lossy: what the steps were fitted for; learned: of a model of several rates, that of the file.
     """
 
     mode: str

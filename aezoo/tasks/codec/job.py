@@ -67,15 +67,18 @@ class Compression:
         if self.mode == "lossy":
             return text
         excess = 100 * (self.net_bits / self.bound_bits - 1) if 0 < self.bound_bits < math.inf else 0.0
+        rate = "the rate is the model's own, which quality and steps do not change"
+        if not _is_nan(self.rows[0]["quality"]):
+            rate = "the quality is one that the model was trained for, or between two of these"
         lines = {
             "lossless": f"net {self.net_bits:,} bits, {excess:+.2f} % of -ELBO ({self.bound_bits:,.0f}); "
             f"initial bits {self.initial_bits:,}; every sample was decoded again and is the same",
             "indices": f"indices {self.net_bits:,} bits, tables {self.table_bits:,}, entropy {self.bound_bits:,.0f}; "
-            "the rate is the model's own, which quality and steps do not change",
+            f"{rate}",
             "prior": f"indices {self.net_bits:,} bits, {excess:+.2f} % of -log2 p under the prior "
-            f"({self.bound_bits:,.0f}); the rate is the model's own, which quality and steps do not change",
+            f"({self.bound_bits:,.0f}); {rate}",
             "learned": f"whole numbers {self.net_bits:,} bits, {excess:+.2f} % of -log2 p under their laws "
-            f"({self.bound_bits:,.0f}); the rate is the model's own, which quality and steps do not change",
+            f"({self.bound_bits:,.0f}); {rate}",
         }
         return f"{text}\n{lines[self.mode]}\nthe model's weights are not counted: who decodes has them"
 
@@ -207,17 +210,28 @@ class Job:
         return self._beside(found, len(sizes), qualities, peak, unit, compare, fit_on)
 
     def code_learned(self, qualities: tuple[float, ...], compare: bool, fit_on: Samples | None) -> Compression:
-        """One file of whole numbers under the model's laws; several qualities are those that PCA is quantised to."""
-        model = cast(EntropyCoded, self.model)
-        held, peak, unit = self._read(self.samples, learned.width(model), np.int64, lambda x: learned.encode(model, x))
-        coder, distortion = learned.Learned(model, self.batch_size), baselines.Distortion(model.input_shape, peak)
-        coding = _Coding(None, np.asarray, coder, functools.partial(learned.decode, model, block=self.batch_size))
-        header = Header(mode="learned", **self.header)
-        size = self._write("samples", functools.partial(self._stream, header, coding, held, distortion))
-        bound = sum(coder.bound(np.asarray(held[i : i + self._piece()])) for i in range(0, len(held), self._piece()))
-        found = Compression("learned", [], net_bits=8 * (size - self.overhead), bound_bits=bound)
-        shape = len(held), math.prod(model.input_shape)
-        found.rows = [baselines.row(f"aezoo {header.model}", size, shape, **distortion.figures())]
+        """A file of whole numbers under the model's laws, or one of each quality where the model has several.
+
+        Of a model of one rate several qualities are those that PCA is quantised to.
+        """
+        model, found = cast(EntropyCoded, self.model), Compression("learned", [])
+        own = qualities if model.top_quality else (model.quality,)
+        for q in own:
+            with learned.at_quality(model, q):
+                width, coder = learned.width(model), learned.Learned(model, self.batch_size)
+                held, peak, unit = self._read(self.samples, width, np.int64, lambda x: learned.encode(model, x))
+                distortion = baselines.Distortion(model.input_shape, peak)
+                outputs = functools.partial(learned.decode, model, block=self.batch_size)
+                coding = _Coding(None, np.asarray, coder, outputs)
+                header = Header(mode="learned", quality=q, **self.header)
+                fill = functools.partial(self._stream, header, coding, held, distortion)
+                size = self._write("samples" if len(own) == 1 else f"samples-q{q:g}", fill)
+                for i in range(0, len(held), self._piece()):
+                    found.bound_bits += coder.bound(np.asarray(held[i : i + self._piece()]))
+            found.net_bits += 8 * (size - self.overhead)
+            name, shape = f"aezoo {header.model}", (len(held), math.prod(model.input_shape))
+            shown = q if model.top_quality else math.nan
+            found.rows.append(baselines.row(name, size, shape, shown, **distortion.figures()))
         return self._beside(found, math.prod(model.code_shape), qualities, peak, unit, compare, fit_on)
 
     def _beside(

@@ -12,6 +12,7 @@ A machine that computes other laws reads other numbers: the first 8 bytes of a f
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -49,6 +50,23 @@ class _Under(NamedTuple):
 
 # whole numbers under one table or some of their own: what is to be coded, or as many zeros to be decoded
 Code = Callable[[_Under, Symbols], Symbols]
+
+
+@contextmanager
+def at_quality(model: EntropyCoded, quality: float) -> Iterator[None]:
+    """The model at another quality, and as it was afterwards.
+
+    Raises:
+        AezooError: it has no such quality.
+    """
+    if not 0 <= quality <= model.top_quality:
+        raise AezooError(f"quality is {quality:g}, and this model has those from 0 to {model.top_quality:g}: give one")
+    before = model.quality
+    try:
+        model.quality = quality
+        yield
+    finally:
+        model.quality = before
 
 
 def width(model: EntropyCoded) -> int:

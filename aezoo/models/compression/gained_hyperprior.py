@@ -1,0 +1,134 @@
+"""Learned compression of several rates in one model (Cui et al. 2021), https://arxiv.org/abs/2003.02012
+
+A quality s has a vector of gains, by which the code is multiplied before it is rounded, so that steps are finer or
+coarser, and one of inverse gains, by which it is multiplied afterwards (section 2.1):
+
+    y = f(x)    y^ = g'_s (mu_s + round(g_s y - mu_s))    mu_s, s_s = g_h(z^_s)    z_s = h(g_s y)
+
+    L = E_s [R_s + lam_s 255^2 log 2 / C  ||x - g(y^)||^2]    R_s = -log P(z^_s) - log P(y^_s / g'_s | z^_s)
+
+in nats per sample, C channels of x, s drawn for each sample; in training noise takes the place of rounding, as in
+`factorized_prior`. Between two qualities, l of the way, g = g_s^(1 - l) g_(s+1)^l, and so g' and lam (section 2.2). At
+first g_s is the square root of lam_s over that of their geometric mean, of which g'_s is the inverse: the squared error
+of fine steps is as their square, and -d||e||^2 / dR = 1 / lam. With g = g' = 1 the model is `mean_scale_hyperprior`,
+whose laws it has: the paper's asymmetric Gaussians are left out.
+
+`quality` is what the model is evaluated at, from 0 to the number of lams - 1, at first the highest.
+
+Shapes: B batch, S qualities, M channels of the code, N of the side information.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.entropy import Coder, Noise
+from aezoo.errors import AezooError
+from aezoo.models.compression.mean_scale_hyperprior import MeanScaleHyperprior
+
+
+class GainedHyperprior(MeanScaleHyperprior):
+    """Rounded codes, Gaussian with means and scales that side information gives, whose steps a quality sets.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: M, channels of the code.
+        lams: weights of the distortion, one of each quality, rising.
+        hyper_dim: N, channels of the side information.
+        hyper_hidden_dims: channels of the stages between y and z (net mlp: widths of layers); mirrored back.
+        net: gdn, conv, resnet, convnext, conv_keras, unet, vit, mlp, lstm or transformer.
+        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers;
+            of net gdn, between those of the side information alone.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 32,
+        lams: tuple[float, ...] = (0.0018, 0.0067, 0.025, 0.0932),
+        hyper_dim: int = 16,
+        hyper_hidden_dims: tuple[int, ...] = (64,),
+        net: str = "gdn",
+        hidden_dims: tuple[int, ...] = (64, 64),
+        activation: str = "relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        if not lams or not all(0 < lam < math.inf for lam in lams) or list(lams) != sorted(lams):
+            raise AezooError(f"lams must be numbers above 0 that rise, as in (0.002, 0.008), got {tuple(lams)}")
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            lam=lams[-1],
+            hyper_dim=hyper_dim,
+            hyper_hidden_dims=hyper_hidden_dims,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self._weights = [self.weight / lams[-1] * lam for lam in lams]
+        log_gain_S = torch.tensor([math.log(lam) / 2 for lam in lams])
+        log_gain_SM = (log_gain_S - log_gain_S.mean())[:, None].repeat(1, latent_dim)
+        self.log_gain_SM, self.log_inverse_SM = nn.Parameter(log_gain_SM), nn.Parameter(-log_gain_SM)
+        self.top_quality = len(lams) - 1.0
+        self.quality = self.top_quality
+
+    @property
+    def quality(self) -> float:
+        return self._quality
+
+    @quality.setter
+    def quality(self, quality: float) -> None:
+        if not 0 <= quality <= self.top_quality:
+            raise AezooError(f"quality must be from 0 to {self.top_quality:g}, one of each lam, got {quality}")
+        self._quality = float(quality)
+        self._shares = [max(0.0, 1 - abs(quality - s)) for s in range(len(self._weights))]
+        self.weight = math.prod(weight**share for weight, share in zip(self._weights, self._shares, strict=True))
+
+    def gained(self, coder: Coder, y: Tensor | None, n: int, shares: Sequence[float | Tensor]) -> Tensor:
+        """`walk` at a quality: the share of each, of all samples or of each, (n, 1)."""
+
+        def mixed(log_SM: Tensor) -> Tensor:
+            parts = [share * log_M for share, log_M in zip(shares, at_least_float32(log_SM), strict=True)]
+            return torch.stack(parts).sum(0).exp().view(-1, self.code_shape[0], *(1 for _ in self.code_shape[1:]))
+
+        y_hat = super().walk(coder, None if y is None else (y * mixed(self.log_gain_SM)).to(y), n)
+        return y_hat * mixed(self.log_inverse_SM)
+
+    def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+        return self.gained(coder, y, n, self._shares)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        if not self.training:
+            return super().loss(x, y)
+        top, noise = len(self._weights) - 1, Noise()
+        quality_B = (torch.rand(x.shape[0], device=x.device) * (top + 1)).floor().clamp_max(top)
+        is_of = [quality_B == s for s in range(top + 1)]
+        y_hat = self.gained(noise, self.encoder(x), x.shape[0], [is_s[:, None] for is_s in is_of])
+        nll_B, rate = self.nll(self.decoder(y_hat.to(x.dtype)), x), noise.rate_B.mean()
+        weighed = [torch.where(is_s, weight * nll_B, 0) for is_s, weight in zip(is_of, self._weights, strict=True)]
+        loss = rate + torch.stack(weighed).sum(0).mean()
+        return {"loss": loss, "nll": nll_B.mean(), "rate": rate, "bpp": self.bits_a_place(rate)}

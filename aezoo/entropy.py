@@ -275,7 +275,8 @@ class Noise(Coder):
     """v~ = v + u, in training, whatever the law is."""
 
     def change(self, v: Tensor, law: Law | None = None) -> Tensor:
-        return v + torch.rand_like(v) - 0.5
+        # the same however v lies in memory
+        return v + torch.rand(v.shape, dtype=v.dtype, device=v.device) - 0.5
 
 
 class Rounding(Coder):

@@ -11,6 +11,15 @@ from torch import Tensor
 LOG_2PI = math.log(2 * math.pi)
 
 
+def noise_like(mu: Tensor) -> Tensor:
+    """Draws from N(0, I), (B, ...) -> (B, ...), in the order in which a map lies in memory.
+
+    In a graph they are in the order of its shape: inductor lays maps as it likes, and a seed is to give the same draws.
+    """
+    graph = torch.compiler.is_compiling()
+    return torch.randn_like(mu, memory_format=torch.contiguous_format) if graph else torch.randn_like(mu)
+
+
 def draw(mu: Tensor, log_var: Tensor, *n: int) -> tuple[Tensor, Tensor]:
     """Reparameterised draws z ~ N(mu, diag exp(log_var)), and their log-density in nats.
 

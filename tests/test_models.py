@@ -45,10 +45,6 @@ OVERFIT_LATE = (
     *("mean_scale_hyperprior", "scale_hyperprior", "factorized_prior", "alad", "cheng2020", "gained_hyperprior"),
 )
 OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer")
-# a fit warns, and goes on uncompiled
-NO_INDUCTOR = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="inductor of torch 2.13 cannot trace gradients within its loss"
-)
 # of each kind of network and of what stands between encoder and decoder
 OF_EACH_KIND = (
     *("dense_ae", "conv_ae", "resnet_ae", "unet_ae", "sequence_ae", "contractive_ae", "memory_ae", "noise2void"),
@@ -109,8 +105,7 @@ def of_slow_checks():
     for name in own_models():
         mark = pytest.mark.slow if name in OF_EACH_KIND else pytest.mark.longest
         for check in SLOW_CHECKS:
-            marks = [mark, NO_INDUCTOR] if (name, check) == ("autoencoder_kl", testing.check_inductor) else [mark]
-            yield pytest.param(name, check, id=f"{name}-{name_of_check(check)}", marks=marks)
+            yield pytest.param(name, check, id=f"{name}-{name_of_check(check)}", marks=mark)
 
 
 @pytest.mark.parametrize(("name", "check"), [*of_slow_checks()])

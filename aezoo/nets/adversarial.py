@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
@@ -114,14 +115,22 @@ def by_last_layer(net: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor],
     One forward pass for both: (B, ...) -> (B, ...) and the map (B, ...) -> (*W.shape), whose results are constants.
     """
     name, weight = [(name, p) for name, p in net.named_parameters() if p.ndim > 1][-1]
-    out, pull, *_ = vjp(lambda w: functional_call(net, {name: w}, (x,)), weight)
-    return out, lambda gradient: pull(gradient)[0].detach()
+    if not torch.compiler.is_compiling():
+        out, pull, *_ = vjp(lambda w: functional_call(net, {name: w}, (x,)), weight)
+        return out, lambda gradient: pull(gradient)[0].detach()
+    # of constants, and once more: inductor (torch 2.13) fails on what is differentiated through a transform of
+    # torch.func from outside, "Cannot access storage of TensorWrapper"; passes that are the same it takes once
+    rest, at = {name: p.detach() for name, p in net.named_parameters()}, x.detach()
+    _, pull, *_ = vjp(lambda w: functional_call(net, {**rest, name: w}, (at,)), weight.detach())
+    return net(x), lambda gradient: pull(gradient)[0].detach()
 
 
 def with_gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
     """loss(at), live, and its gradient with respect to `at`, a constant: (B, ...) -> (), (B, ...)."""
-    value, pull, *_ = vjp(loss, at)
-    return value, pull(value.new_ones(()))[0].detach()
+    compiling = torch.compiler.is_compiling()  # then as in `by_last_layer`
+    value, pull, *_ = vjp(loss, at.detach() if compiling else at)
+    gradient = pull(torch.ones_like(value))[0].detach()
+    return loss(at) if compiling else value, gradient
 
 
 def adaptive_weight(g_rec: Tensor, g_gan: Tensor) -> Tensor:

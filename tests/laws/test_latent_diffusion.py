@@ -14,7 +14,7 @@ from two_ranks import on_two_ranks
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.nets.adversarial import PatchDiscriminator, adaptive_weight, by_last_layer, hinge
+from aezoo.nets.adversarial import PatchDiscriminator, adaptive_weight, by_last_layer, hinge, with_gradient
 from aezoo.nets.features import FeatureDistance, random_features
 from aezoo.nets.standardise import Standardiser
 from aezoo.randomness import mix
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
 ]
 SHAPE, X = (2, 9, 7), 126
-NETS = ("resnet", "conv", "convnext", "conv_keras", "unet", "vit")
+NETS = ("resnet", "conv", "convnext", "conv_keras", "unet", "dc", "vit")
 
 
 def small(**settings: Any) -> Any:
@@ -267,6 +267,29 @@ def test_the_last_layer_is_found_in_every_network(net: str, shifted: Any) -> Non
     model.decoder(z)
     weighted = [m for m in read if isinstance(m._parameters.get("weight"), nn.Parameter)]
     assert weighted[-1].weight is last_layer(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo imports what torch itself has deprecated
+def test_in_a_graph_gradients_within_a_loss_are_the_same(shifted: Any) -> None:
+    net = shifted(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))).double()
+    scale, z = nn.Parameter(torch.tensor(0.7, dtype=torch.float64)), torch.randn(6, 3, dtype=torch.float64)
+
+    def found(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, to_last = by_last_layer(net, z)
+        value, g = with_gradient(lambda p: (scale * p).square().square().mean(), out)
+        return value, g, to_last(g)
+
+    torch._dynamo.reset()
+    both = found(z), torch.compile(found, backend="aot_eager", fullgraph=True)(z)
+    torch._dynamo.reset()
+    for mine, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(theirs, mine)
+    parameters = [scale, *net.parameters()]
+    gradients = [torch.autograd.grad(value, parameters) for value, *_ in both]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(theirs, mine)
+    assert not any(constant.requires_grad for _, *constants in both for constant in constants)
+    torch.testing.assert_close(both[1][2], gradients[0][3])
 
 
 def test_each_player_has_a_group_of_its_own_and_the_betas_of_the_paper_s_code() -> None:

@@ -8,13 +8,12 @@ The code is a feature map, on which a diffusion model can be trained; in nats pe
     L_G = -E[D(xhat)]     L_D = 1/2 E[(1 - D(x))^+] + 1/2 E[(1 + D(xhat))^+]     D judges patches
     lambda = ||dR / dW|| / (||dL_G / dW|| + 1e-4), at most 1e4     W the weight of the decoder's last layer
 
-L_G and L_D count from discriminator_start steps on. As lambda changes from batch to batch, w_D lambda L_G is in the
-loss by its gradient alone, and L_D, of the other player, too. Without them and P, and with beta = 1, L is -ELBO.
-
-beta = 1e-6 belongs to sums over values, as in https://github.com/CompVis/latent-diffusion, where P is added to each of
-the X values of a sample and so counts X times; there the likelihood's scale divides it too. So small a beta leaves q(z)
-far from p(z), by which `elbo` and `log_likelihood` go. `standardiser` has mean and standard deviation of each channel
-over about the last 100 batches of training: it gives what a diffusion model is to learn; `sample` restores draws by it.
+L_G and L_D count from discriminator_start steps on, in the loss by their gradients alone: lambda changes from batch to
+batch, and L_D is the other player's. Without them and P, and with beta = 1, L is -ELBO. beta = 1e-6 belongs to sums of
+values, as in https://github.com/CompVis/latent-diffusion, where P is added to each of the X values of a sample and so
+counts X times; there the likelihood's scale divides it too. So small a beta leaves q(z) far from p(z), by which `elbo`
+and `log_likelihood` go. `standardiser` has mean and standard deviation of each channel over about the last 100 batches
+of training: it gives what a diffusion model is to learn; `sample` restores draws by it.
 
 Shapes: B batch, C channels of a code, K importance samples, D all values of a code.
 """
@@ -46,7 +45,7 @@ class AutoencoderKL(VAE):
         discriminator_start: optimiser steps before the discriminator counts; 50001 in the authors' settings.
         discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
-        net: resnet, conv, convnext, conv_keras, unet, gdn or vit.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc or vit.
         hidden_dims: channels of the encoder's stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.
@@ -119,31 +118,27 @@ class AutoencoderKL(VAE):
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu, log_var = self.posterior(x)
-        z = mu + torch.exp(0.5 * log_var) * torch.randn_like(mu)
+        z = mu + torch.exp(0.5 * log_var) * gaussians.noise_like(mu)
         if self.training:
             self.standardiser.observe(z.detach(), self.batch_mean)
         params, to_last_layer = adversarial.by_last_layer(self.decoder, z.to(x.dtype))
-
         # for the step of encoder and decoder, to which the discriminator is a constant
         image, distance = self.likelihood.mean, self.distance.beside(x)
-        nll = self.nll(params, x).mean()
-        _, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params.detach())  # as in vqgan
+        nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
         perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
         gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
         g_R = g_nll + self.perceptual_weight * g_P
         # of all ranks: the mean of their own weights would be another
         weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan)))
         kl = self.mean_kl(self.kl(mu, log_var))
-
         # for the discriminator's step
         judged = self.discriminator(torch.cat([x, image(params).detach().to(x.dtype)]))
         discriminator = adversarial.hinge(*judged.chunk(2))
         started = self.share_of_steps(self.discriminator_start) >= 1
         players = started * (self.discriminator_weight * weight * gan + discriminator)
         loss = nll + self.perceptual_weight * perceptual + self.beta * (kl - self.capacity).abs()
-        terms = {"loss": loss + gradient_alone(players), "nll": nll, "kl": kl, "elbo": -(nll + kl)}
-        terms |= {"adversarial": gan, "adaptive_weight": weight, "discriminator": discriminator}
-        return terms | {"perceptual": perceptual}
+        more = {"adversarial": gan, "adaptive_weight": weight, "discriminator": discriminator, "perceptual": perceptual}
+        return {"loss": loss + gradient_alone(players), "nll": nll, "kl": kl, "elbo": -(nll + kl), **more}
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:

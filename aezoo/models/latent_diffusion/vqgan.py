@@ -53,7 +53,7 @@ class VQGAN(DiscreteAutoencoder):
         discriminator_start: optimiser steps before the discriminator counts; 10000 in a setting of the authors' code.
         discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
-        net: resnet, conv, convnext, conv_keras, unet, gdn or vit.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc or vit.
         hidden_dims: channels of the encoder's stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data, see vq_vae; laplace is the paper's absolute error.
@@ -126,9 +126,7 @@ class VQGAN(DiscreteAutoencoder):
 
         # for the step of encoder, codes and decoder, to which the discriminator is a constant
         image, distance = self.likelihood.mean, self.distance.beside(x)
-        nll = self.nll(params, x).mean()
-        # of constants: inductor (torch 2.13) fails on a learned scale whose gradient passes through the transform
-        _, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params.detach())
+        nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
         perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
         gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
         g_R = g_nll + self.perceptual_weight * g_P

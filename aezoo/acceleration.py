@@ -207,9 +207,11 @@ def _heap() -> list[tuple[int, int]]:
     return [(int(start, 16), int(end, 16)) for start, end in ranges]
 
 
-def announce(mode: str, chosen: bool) -> None:
+def announce(mode: str, chosen: bool, steps_differ: bool = False) -> None:
     """Say in a line whether the step is compiled."""
-    if mode == "auto":
+    if steps_differ and mode != "off":
+        rank_zero_info("training step: is not compiled, as it computes different things from step to step")
+    elif mode == "auto":
         why = "the run is long enough to earn it back" if chosen else "a short run, or convolutions on a CPU"
         what = f"is {'' if chosen else 'not '}compiled ({why})"
         rank_zero_info(f"training step: {what}; --compile {'off' if chosen else 'default'} changes that")

@@ -53,6 +53,8 @@ class Autoencoder(Checked, pl.LightningModule):
         discrete_code: a code can be written in indices, see `aezoo.discrete`.
         compares_samples: the loss sets the samples of a batch against each other, so that it depends on how many there
             are; of a batch given twice it need not be the same.
+        steps_differ: what a training step computes depends on draws, so that no graph of one step holds the others and
+            a fit never compiles it.
         compile_mode: whether a fit compiles the loss: auto (where the run is long enough to earn it back), off, or a
             mode of torch.compile: default, reduce-overhead, max-autotune. Weights keep their names.
         importance_samples: how many draws of the code for each sample `log_likelihood` takes in validation and test
@@ -77,6 +79,7 @@ class Autoencoder(Checked, pl.LightningModule):
     sparse_code: ClassVar[bool] = False
     discrete_code: ClassVar[bool] = False
     compares_samples: ClassVar[bool] = False
+    steps_differ: ClassVar[bool] = False
 
     compile_mode: str = "auto"
     importance_samples: int = 100
@@ -385,8 +388,9 @@ class Autoencoder(Checked, pl.LightningModule):
             chosen = self._compiled_before if self._compiled_before is not None else self._worth_compiling()
         else:
             chosen = mode != "off"
+        chosen &= not self.steps_differ
         self._compiled_before = chosen
-        acceleration.announce(mode, chosen)
+        acceleration.announce(mode, chosen, self.steps_differ)
         self._compiled = None
         own_loop = type(self).training_step is Autoencoder.training_step
         if chosen:

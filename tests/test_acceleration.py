@@ -132,6 +132,21 @@ def test_the_choice_is_said_in_one_line(caplog, graphs):
     assert len(graphs) == 1
 
 
+def test_a_step_that_differs_from_the_last_is_not_compiled(caplog, graphs):
+    caplog.set_level("INFO")
+    settings = {"hidden_dims": (4,), "features": "none"}
+    source = DataModule.from_arrays(torch.rand(12, 1, 4, 4), batch_size=4, val_fraction=0, test_fraction=0)
+    for mode in ("auto", "default", "reduce-overhead"):
+        caplog.clear()
+        _, trainer = fit(model(mode, "eq_vae", (1, 4, 4), **settings), source=source, max_epochs=1)
+        assert "training step: is not compiled, as it computes different things from step to step" in caplog.text
+        assert trainer.lightning_module._compiled_before is False
+    assert not graphs
+    caplog.clear()
+    fit(model("off", "eq_vae", (1, 4, 4), **settings), source=source, max_epochs=1)
+    assert "compiled" not in caplog.text
+
+
 def test_an_unknown_mode_is_refused():
     assert [check_mode(mode) for mode in acceleration.MODES] == list(acceleration.MODES)
     with pytest.raises(AezooError, match="compile is 'fast': choose from auto, off, default") as caught:

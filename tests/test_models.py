@@ -43,6 +43,7 @@ OVERFIT_LATE = (
     *("miwae", "aae", "simmim", "semi_supervised_vae", "vq_vae", "vae_gan", "conditional_vae", "matryoshka_sae"),
     *("mae", "matching_pursuit_sae", "autoencoder_kl", "vqgan", "elic", "joint_ar_hyperprior", "checkerboard"),
     *("mean_scale_hyperprior", "scale_hyperprior", "factorized_prior", "alad", "cheng2020", "gained_hyperprior"),
+    "eq_vae",
 )
 OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer")
 # of each kind of network and of what stands between encoder and decoder

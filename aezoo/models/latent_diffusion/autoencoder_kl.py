@@ -121,6 +121,7 @@ class AutoencoderKL(VAE):
         z = mu + torch.exp(0.5 * log_var) * gaussians.noise_like(mu)
         if self.training:
             self.standardiser.observe(z.detach(), self.batch_mean)
+        x, z = self.compared(x, z)
         params, to_last_layer = adversarial.by_last_layer(self.decoder, z.to(x.dtype))
         # for the step of encoder and decoder, to which the discriminator is a constant
         image, distance = self.likelihood.mean, self.distance.beside(x)
@@ -139,6 +140,10 @@ class AutoencoderKL(VAE):
         loss = nll + self.perceptual_weight * perceptual + self.beta * (kl - self.capacity).abs()
         more = {"adversarial": gan, "adaptive_weight": weight, "discriminator": discriminator, "perceptual": perceptual}
         return {"loss": loss + gradient_alone(players), "nll": nll, "kl": kl, "elbo": -(nll + kl), **more}
+
+    def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What is compared in a step: samples, and the codes whose decodings shall be these."""
+        return x, z
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:

@@ -1,0 +1,128 @@
+"""EQ-VAE, equivariant codes (Kouzelis et al. 2025), https://arxiv.org/abs/2502.09509
+
+What turns or shrinks an image shall do the same to the map of its code, which is then easier to learn for a diffusion
+model. In a share p of the steps of training, in nats per sample:
+
+    L = R(tau x, D(tau z)) + beta KL(q(z|x) || p(z)) + w_D lambda L_G     z ~ q(z|x)
+    tau: a turn by 90, 180 or 270 degrees, then both sides by a factor between 1/4 and 1, bilinearly
+
+and the discriminator judges tau x and D(tau z). R, L_G, L_D and lambda as in autoencoder_kl, which this is in all other
+steps, for p = 0 and in evaluation. One tau for a batch, as in https://github.com/zelaki/eqvae, where a quarter of the
+other steps moreover reconstructs shrunken images. A code of whole places has the nearest size that the factor gives,
+and the image the size that the decoder makes of it; the loss of such a step is a sum over the values of tau x.
+
+Shapes: B batch, C channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aezoo.errors import AezooError
+from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL
+from aezoo.nets.conv import grids
+
+
+class EQVAE(AutoencoderKL):
+    """A Gaussian feature map that turns and shrinks as its image does.
+
+    Args:
+        input_shape: (C, H, W), of any size.
+        latent_dim: C, channels of the code.
+        beta: weight of the KL term.
+        equivariance: p, the share of steps that compare a turned and shrunken image with the decoding of such a code.
+        features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights.
+        perceptual_weight: w_P.
+        discriminator_weight: w_D.
+        discriminator_start: optimiser steps before the discriminator counts.
+        discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
+        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
+        net: resnet, conv, convnext, conv_keras, gdn or dc.
+        hidden_dims: channels of the encoder's stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.
+        lr: learning rate of encoder and decoder.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    steps_differ = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 4,
+        beta: float = 1e-6,
+        equivariance: float = 0.5,
+        features: str = "random",
+        perceptual_weight: float = 1.0,
+        discriminator_weight: float = 0.5,
+        discriminator_start: int = 0,
+        discriminator_dims: tuple[int, ...] = (),
+        discriminator_lr: float = 1e-4,
+        net: str = "resnet",
+        hidden_dims: tuple[int, ...] = (32, 64),
+        activation: str = "silu",
+        likelihood: str = "laplace:learned",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        if len(input_shape) != 3:
+            raise AezooError(f"eq_vae turns images (C, H, W), got {tuple(input_shape)}: take autoencoder_kl")
+        if net in ("unet", "vit"):
+            raise AezooError(f"net {net!r} decodes maps of one size alone: take resnet, conv, convnext, gdn or dc")
+        if not 0 <= equivariance <= 1:
+            raise AezooError(f"equivariance must be from 0 to 1, got {equivariance}")
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            features=features,
+            perceptual_weight=perceptual_weight,
+            discriminator_weight=discriminator_weight,
+            discriminator_start=discriminator_start,
+            discriminator_dims=discriminator_dims,
+            discriminator_lr=discriminator_lr,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.equivariance = equivariance
+        self.larger_grids = grids(self.input_shape, len(hidden_dims))[-2::-1]
+
+    # a graph is of one size alone
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        return super().loss(x, y)
+
+    def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        if not (self.training and self.equivariance):
+            return x, z
+        # each is one draw for all samples
+        share, turn, factor = (float(torch.rand(())) for _ in range(3))
+        return self.transformed(x, z, 1 + int(3 * turn), (1 + 3 * factor) / 4) if share < self.equivariance else (x, z)
+
+    def transformed(self, x: Tensor, z: Tensor, quarters: int, factor: float) -> tuple[Tensor, Tensor]:
+        """The images and codes under tau, (B, C, H, W), (B, C, h, w) -> the same with other sides."""
+        x, z = (part.rot90(quarters, (2, 3)) for part in (x, z))
+        small = [max(1, round(factor * side)) for side in z.shape[2:]]
+        return F.interpolate(x, self.decoded(small), mode="bilinear"), F.interpolate(z, small, mode="bilinear")
+
+    def decoded(self, grid: list[int]) -> list[int]:
+        """The grid that the decoder makes of a code's: each stage doubles a side, less one where the whole is odd."""
+        for larger in self.larger_grids:
+            grid = [2 * side - full % 2 for side, full in zip(grid, larger, strict=True)]
+        return grid

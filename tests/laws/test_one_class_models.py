@@ -281,7 +281,7 @@ def test_far_from_all_codes_lies_outside(adam: Any) -> None:
 
 # ---- Deep SVDD: what keeps the encoder from being constant -----------------------------------------------------------
 
-FIT = ("mlp", "conv", "resnet", "convnext", "conv_keras", "unet", "gdn")
+FIT = ("mlp", "conv", "resnet", "convnext", "conv_keras", "unet", "gdn", "dc")
 
 
 def svdd(**settings: Any) -> Any:

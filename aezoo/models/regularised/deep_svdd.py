@@ -27,7 +27,7 @@ from aezoo.errors import AezooError
 from aezoo.limits import at_least
 
 # without places or gates, and 0 at 0 without a value that they saturate at
-_NETS = ("mlp", "conv", "resnet", "convnext", "conv_keras", "unet", "gdn")
+_NETS = ("mlp", "conv", "resnet", "convnext", "conv_keras", "unet", "gdn", "dc")
 _ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "identity", "gated")
 _NEAR_0 = 0.1
 
@@ -40,7 +40,7 @@ class DeepSVDD(Autoencoder):
         latent_dim: D, size of the code.
         nll_weight: alpha, weight of the reconstruction; without it the decoder stays as it is.
         nu: share of the samples that may lie outside of a soft boundary, below 1; 0 has none, the one-class objective.
-        net: mlp, conv, resnet, convnext, conv_keras, unet or gdn.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn or dc.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, gelu, silu, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,

@@ -39,13 +39,13 @@ GRAPHS_AT_ONCE = ("dense_ae", "conv_ae", "vae", "topk_sae", "mae", "vq_vae")
 # 2 to 50 seconds each, and a minute or more
 OVERFIT_LATE = (
     *("hvae", "dncnn", "dvae", "gumbel_vq_vae", "bsq_vae", "rq_vae", "fsq_vae", "noise2noise", "noise2void"),
-    *("vdvae", "soft_vq", "sim_vq_vae", "vq_vae_2", "piwae", "unet_ae", "titok", "vamp_vae", "lfq_vae", "resnet_ae"),
+    *("soft_vq", "sim_vq_vae", "vq_vae_2", "piwae", "unet_ae", "titok", "vamp_vae", "lfq_vae", "resnet_ae"),
     *("miwae", "aae", "simmim", "semi_supervised_vae", "vq_vae", "vae_gan", "conditional_vae", "matryoshka_sae"),
-    *("mae", "matching_pursuit_sae", "autoencoder_kl", "vqgan", "elic", "joint_ar_hyperprior", "checkerboard"),
-    *("mean_scale_hyperprior", "scale_hyperprior", "factorized_prior", "alad", "cheng2020", "gained_hyperprior"),
+    *("mae", "matching_pursuit_sae", "autoencoder_kl", "vqgan", "joint_ar_hyperprior", "checkerboard"),
+    *("mean_scale_hyperprior", "scale_hyperprior", "factorized_prior", "alad", "gained_hyperprior"),
     "eq_vae",
 )
-OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer")
+OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer", "elic", "cheng2020", "vdvae")
 # of each kind of network and of what stands between encoder and decoder
 OF_EACH_KIND = (
     *("dense_ae", "conv_ae", "resnet_ae", "unet_ae", "sequence_ae", "contractive_ae", "memory_ae", "noise2void"),

@@ -44,9 +44,10 @@ def test_every_hyperparameter_of_every_model_is_drawn():
             aezoo.create_model(name, (1, 8, 8), **draw(name, seed))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(TRIM is None, reason="memory cannot be told here")
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.longest if i else pytest.mark.slow) for i, seed in enumerate(SEEDS)]
+)
 @pytest.mark.parametrize("name", own_models())
 def test_hundreds_of_steps_stay_finite_and_do_not_grow(name, seed, data):
     torch.manual_seed(seed)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, grids, head, rank_of
+from aezoo.nets.dc import shuffle
 from aezoo.nets.gdn import GDN
 
 __all__ = ["Attention", "Decoder", "Encoder", "Subpixel"]
@@ -34,14 +35,10 @@ class Subpixel(nn.Module):
         super().__init__()
         rank = len(larger)
         self.conv = CONVS[rank](channels, out * 2**rank, 3, padding=1)
-        self.out, self.larger = out, larger
-        # each side's half of 2 behind it
-        self.order = (0, 1, *(axis for i in range(rank) for axis in (2 + rank + i, 2 + i)))
+        self.larger = larger
 
     def forward(self, x: Tensor) -> Tensor:
-        doubled = [2 * n for n in x.shape[2:]]
-        x = self.conv(x).unflatten(1, (self.out, *[2] * len(self.larger))).permute(self.order)
-        x = x.reshape(x.shape[0], self.out, *doubled)
+        x = shuffle(self.conv(x))
         for axis, side in enumerate(self.larger, start=2):
             x = x.narrow(axis, 0, side)
         return x

@@ -123,14 +123,16 @@ class Compiled:
             self._compiled = None
             self._before_retry()
             result = self._function(x, *rest)  # a fault of the model itself is raised here
-            lines = [line.strip() for line in str(error).splitlines()]
-            # dynamo's first line names the back end alone
-            cause = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
-            rank_zero_warn(
-                f"the step is not compiled and runs slower ({cause[:160]}): install what is missing, or give "
-                "--compile off"
-            )
+            self._say(error)
             return result
+
+    def _say(self, error: Exception) -> None:
+        lines = [line.strip() for line in str(error).splitlines()]
+        # dynamo's first line names the back end alone
+        cause = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
+        rank_zero_warn(
+            f"the step is not compiled and runs slower ({cause[:160]}): install what is missing, or give --compile off"
+        )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import aezoo
-from aezoo import acceleration, collectives, inputs, likelihoods, loop, optimizers, predictions, ranks
+from aezoo import acceleration, collectives, inputs, joint, likelihoods, loop, optimizers, predictions, ranks
 from aezoo.arguments import Checked
 from aezoo.corruptions import Corruption
 from aezoo.errors import AezooError
@@ -397,12 +397,14 @@ class Autoencoder(Checked, pl.LightningModule):
             if light and own_loop and mode == "reduce-overhead" and loop.capture(self.trainer):
                 mode = "default"  # a graph of the whole step holds those of its parts
             batches = self.trainer.fit_loop.epoch_loop.batch_progress
-            self._compiled = acceleration.Compiled(
-                self._terms,
-                "default" if mode == "auto" else mode,
-                before_retry=lambda: self._seed_step(batches.current.ready - 1),
-                least=acceleration.full_batch(self.trainer.train_dataloader),
-            )
+            how: dict[str, Any] = {
+                "mode": "default" if mode == "auto" else mode,
+                "before_retry": lambda: self._seed_step(batches.current.ready - 1),
+                "least": acceleration.full_batch(self.trainer.train_dataloader),
+            }
+            self._compiled = acceleration.Compiled(self._terms, **how)
+            if light and own_loop and self.device.type == "cpu" and joint.can_trace():
+                loop.join(self.trainer, joint.Joint(self, self._terms, **how))
         if light and _is_own(type(self)):
             loop.trust(self.trainer)
         self._noise_is_torch_s = light and loop.noise_is_torchs(self.trainer) and _is_own(type(self))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from aezoo.acceleration import flushed_denormals, full_batch
 from aezoo.capture import CapturedStep
+from aezoo.joint import Joint
 from aezoo.optimizers import with_gradients
 from aezoo.plan import Plan, is_plain, transfer
 from aezoo.rollback import Rollback
@@ -159,6 +160,13 @@ def capture(trainer: pl.Trainer) -> bool:
     return True
 
 
+def join(trainer: pl.Trainer, joint: Joint) -> None:
+    """Take a loss and its gradients at once where the light loop's plan allows it, step by step."""
+    loop = trainer.fit_loop.epoch_loop
+    if isinstance(loop, LightLoop) and loop.plan is not None:
+        loop.plan.joint = joint
+
+
 def trust(trainer: pl.Trainer) -> bool:
     """Have the fault guard look at many steps together where the plan allows it; returns whether it does.
 
@@ -213,7 +221,7 @@ class LightLoop(_TrainingEpochLoop):
             old.rollback.begin_epoch(None)
         if new is not None:
             same = new.can_capture and new.optimizer is old.optimizer
-            new.captured, new.rollback = old.captured if same else None, old.rollback
+            new.captured, new.rollback, new.joint = old.captured if same else None, old.rollback, old.joint
         elif old.rollback is not None:
             old.rollback.close()
         self.plan = new
@@ -497,6 +505,8 @@ class LightLoop(_TrainingEpochLoop):
                 return self._forward_and_backward(batch, batch_idx)
         trainer, plan = self.trainer, self.plan
         assert plan is not None
+        if trainer.accumulate_grad_batches == 1 and plan.at_once(self._loud):
+            return self._at_once(batch, batch_idx)
         module, optimizer = plan.module, plan.optimizer
         arguments = (batch, batch_idx) if plan.takes_index else (batch,)
         if plan.context is None:
@@ -535,3 +545,20 @@ class LightLoop(_TrainingEpochLoop):
             self._named("backward", module.backward, loss)
             self._ask("on_after_backward")
         return output
+
+    def _at_once(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """The same where gradients come with the loss."""
+        plan, zero_grad = self.plan, self.automatic_optimization.optim_progress.optimizer.zero_grad
+        assert plan is not None
+        assert plan.joint is not None
+        x, y = plan.module.begin_step(batch, batch_idx)
+        zero_grad.increment_ready()
+        zero_grad.increment_started()
+        zero_grad.increment_completed()
+        if plan.context is None:
+            terms, values = plan.joint.step(x, y)
+        else:
+            with plan.context():
+                terms, values = plan.joint.step(x, y)
+        plan.module.end_step(terms, values, len(x))
+        return {"loss": terms["loss"], **terms}

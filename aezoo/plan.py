@@ -26,6 +26,7 @@ from aezoo.constraint import Constrained
 from aezoo.data.binarise import drawn_anew
 from aezoo.data.resident import ResidentLoader
 from aezoo.fused import FusedStep, has_step_of_class
+from aezoo.joint import Joint
 from aezoo.rollback import Rollback
 
 Hook = Callable[..., Any]
@@ -92,6 +93,7 @@ class Plan:
         self.takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self.prepare = in_place(trainer, trainer.train_dataloader)
         self.captured: CapturedStep | None = None
+        self.joint: Joint | None = None
         # callbacks that take part in a step: a graph can hold those that say so
         self.recorded: list[Any] = list({_owner(hook): None for name in _RECORDED for hook, _ in self.hooks[name]})
         a_batch_is_a_step = (
@@ -140,6 +142,10 @@ class Plan:
             and trainer._val_check_time_interval is None  # type: ignore[attr-defined]
             and trainer.val_check_batch in (float("inf"), trainer.num_training_batches)
         )
+        by_torch = _is_ours_too(self.module, "backward") and not self.own_zero_grad
+        self._gradients_are_private = by_torch and self._is_alone(trainer)
+        if self.joint is not None:
+            self.joint.begin_epoch()
 
     def is_of(self, trainer: pl.Trainer) -> bool:
         """Whether all who have a part are those that were looked up."""
@@ -160,21 +166,38 @@ class Plan:
         return (
             self.guard is not None
             and self.prepare is not None
-            and trainer.strategy.root_device.type == "cpu"
             and trainer.accumulate_grad_batches == 1
             and not trainer.gradient_clip_val
             and self.validates_at_end
             and not self.plateau
-            and not torch.is_anomaly_enabled()
             and type(loader) is ResidentLoader
             and loader.transform in (None, drawn_anew)
             and (data is None or _is_as_written(data))
-            and _is_as_written(self.module)
-            and all(_is_watched_by_nobody(part) for part in self.module.modules())
-            and not any(getattr(of_modules, name) for name in _GLOBAL_HOOKS)
+            and self._is_alone(trainer)
             and not any(not own for name in _WITHIN_STEP for _, own in self.quiet[name])
             and all(_reads_no_weights(hook, own) for name in _AROUND_STEP for hook, own in self.quiet[name])
         )
+
+    def _is_alone(self, trainer: pl.Trainer) -> bool:
+        """Whether nobody watches a model of this package compute on the CPU."""
+        return (
+            trainer.strategy.root_device.type == "cpu"
+            and not torch.is_anomaly_enabled()
+            and _is_as_written(self.module)
+            and all(_is_watched_by_nobody(part) for part in self.module.modules())
+            and not any(getattr(of_modules, name) for name in _GLOBAL_HOOKS)
+        )
+
+    def at_once(self, loud: bool) -> bool:
+        """Whether a step's loss and gradients may come together, as nobody asks to be called in between.
+
+        Args:
+            loud: the guard's hooks are called too.
+        """
+        if self.joint is None or not (self._gradients_are_private and self.joint.works and self.joint.is_unwatched):
+            return False
+        hooks = self.hooks if loud else self.quiet
+        return not any(hooks[name] for name in _WITHIN_STEP[:-1])
 
 
 def is_plain(trainer: pl.Trainer) -> bool:

@@ -1,0 +1,375 @@
+"""A loss and its gradients as one graph train as two graphs do, and give way where somebody looks in between."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+import aezoo
+from aezoo import acceleration
+from aezoo.callbacks import FaultGuard
+from aezoo.data import DataModule
+from aezoo.joint import Joint, can_trace
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script"),
+]
+DenseAE = aezoo.model_class("dense_ae")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What torch.compile was asked for, compiled by nobody: graphs with gradients in them, and others."""
+    asked, real = [], torch.compile
+
+    def backend(module, inputs):
+        asked.append(module)
+        return module.forward
+
+    def compile_it(function, *, mode, dynamic):
+        torch._dynamo.reset()
+        return real(function, backend=backend, dynamic=dynamic)
+
+    monkeypatch.setattr(acceleration.torch, "compile", compile_it)
+    return asked
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The numbers of the steps whose gradients came with their loss."""
+    steps, original = [], Joint.step
+
+    def step(self, x, y):
+        steps.append(self._module.trainer.global_step)
+        return original(self, x, y)
+
+    monkeypatch.setattr(Joint, "step", step)
+    return steps
+
+
+class Two(nn.Module):
+    """x A + B x with parts that are not trained, or used twice, or not at all."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.unused, self.shift = nn.Linear(2, 2), nn.Parameter(torch.zeros(3))
+        self.again = nn.Parameter(torch.zeros(3))
+
+    def terms(self, x, y):
+        # one tensor to autograd, the gradient of both
+        out = self.second(self.first(x).tanh()) + (self.shift + self.again)
+        loss = (out - x).square().mean() + (0 if y is None else y.float().mean())
+        return {"loss": loss, "twice": 2 * loss}, torch.stack([loss, 2 * loss]).detach()
+
+
+def joint_of(module, **plain):
+    return Joint(module, module.terms, "default", lambda: None, **plain)
+
+
+def require_as_by_the_engine(module, x, y, terms, values):
+    plain = copy.deepcopy(module)
+    plain.zero_grad()
+    wanted, wanted_values = plain.terms(x, y)
+    wanted["loss"].backward()
+    assert torch.equal(values, wanted_values)
+    assert all(torch.equal(terms[name], value) and not terms[name].requires_grad for name, value in wanted.items())
+    for p, q in zip(module.parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or (torch.equal(p.grad, q.grad) and p.grad.stride() == q.stride())
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_terms_and_gradients_are_those_of_the_engine(graphs, labels):
+    module = Two()
+    step = joint_of(module).step
+    for n in (5, 5, 2):  # the last one runs as it is
+        x, y = torch.rand(n, 3), torch.arange(n) if labels else None
+        require_as_by_the_engine(module, x, y, *step(x, y))
+    assert module.unused.weight.grad is None and module.shift.grad is not None
+    assert len(graphs) == 1
+
+
+def test_parameters_may_be_frozen_and_freed_between_steps(graphs):
+    module, x = Two(), torch.rand(5, 3)
+    step = joint_of(module).step
+    for part, trained in ((module.first, False), (module.shift, False), (module.first, True)):
+        step(x, None)
+        part.requires_grad_(trained)
+        require_as_by_the_engine(module, x, None, *step(x, None))
+
+
+def test_a_gradient_is_nobody_elses(graphs):
+    module = Two()
+    joint_of(module).step(torch.rand(5, 3), None)
+    assert torch.equal(module.shift.grad, module.again.grad)
+    module.shift.grad.add_(1)
+    assert not torch.equal(module.shift.grad, module.again.grad)
+
+
+def test_gradients_lie_as_the_weights_do(graphs):
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(3, 4))
+
+        def terms(self, x, y):
+            loss = (self.weight.t() * x).sum()
+            return {"loss": loss}, loss.detach()[None]
+
+    module, x = Transposed(), torch.rand(4, 3)
+    assert torch.autograd.grad(module.terms(x, None)[0]["loss"], [module.weight])[0].stride() == (1, 3)
+    joint_of(module).step(x, None)
+    assert module.weight.grad.stride() == (4, 1) and torch.equal(module.weight.grad, x.t())
+
+
+def test_the_setting_of_others_is_left(graphs):
+    import torch._dynamo.config as settings
+
+    faulty = Two()
+    faulty.terms = lambda x, y: 1 / 0
+    for before in (False, True):
+        with settings.patch(trace_autograd_ops=before):
+            joint_of(Two()).step(torch.rand(5, 3), None)
+            assert settings.trace_autograd_ops is before
+            with pytest.raises(ZeroDivisionError):
+                joint_of(faulty).step(torch.rand(5, 3), None)
+            assert settings.trace_autograd_ops is before
+
+
+def test_a_torch_that_cannot_trace_is_known(graphs, taken, monkeypatch):
+    assert can_trace()
+    monkeypatch.setattr("aezoo.joint._SETTING", "no_such_setting")
+    assert not can_trace()
+    fit(model())
+    assert taken == [] and len(graphs) == 1
+
+
+# ---- in a training run ----------------------------------------------------------------------------------------------
+
+
+def model(name="dense_ae", mode="default", cls=None, **settings):
+    torch.manual_seed(0)
+    sizes = {"latent_dim": 8} if name == "sae_l1" else {"latent_dim": 2, "hidden_dims": (5,)}
+    made = (cls or aezoo.model_class(name))((6,), **{"lr": 0.01} | sizes | settings)
+    made.compile_mode = mode
+    return made
+
+
+def fit(module, *callbacks, epochs=2, **options):
+    x = torch.rand(46, 6, generator=torch.Generator().manual_seed(1))
+    data = DataModule.from_arrays(x, batch_size=8, val_fraction=0, test_fraction=0, seed=3)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, callbacks=list(callbacks), **options,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return trainer
+
+
+def end_of(trainer):
+    module, optimizer = trainer.lightning_module, trainer.optimizers[0].state_dict()
+    tensors = [*module.state_dict().values(), *(v for state in optimizer["state"].values() for v in state.values())]
+    return (
+        tensors,
+        {name: float(value) for name, value in trainer.callback_metrics.items()},
+        trainer.fit_loop.state_dict(),
+    )
+
+
+def require_same_end(one, other):
+    (tensors, *rest), (wanted, *wanted_rest) = end_of(one), end_of(other)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, wanted, strict=True))
+    assert rest == wanted_rest
+
+
+STEPS = [*range(12)]
+CASES = {
+    "plain": ({}, {}),
+    "noise": ({"name": "vae"}, {}),
+    "schedule": ({"lr_schedule": "cosine", "warmup_steps": 3}, {}),
+    "clipping by norm": ({}, {"gradient_clip_val": 0.01}),
+    "clipping by value": ({}, {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"}),
+    "16 bits": ({}, {"precision": "bf16-mixed"}),
+    "a constraint": ({"name": "sae_l1"}, {}),
+    "buffers": ({"name": "vq_vae", "codebook_size": 4, "net": "mlp"}, {}),
+}
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_a_fit_ends_as_by_the_engine(graphs, taken, monkeypatch, case, guarded):
+    settings, options = CASES[case]
+    ends = []
+    for joined in (True, False):
+        ends.append(fit(model(**settings), *([FaultGuard()] if guarded else []), **options))
+        assert taken == (STEPS if joined else [])
+        taken.clear()
+        monkeypatch.setattr("aezoo.loop.join", lambda trainer, joint: None)
+    require_same_end(*ends)
+
+
+class LooksBackward(pl.Callback):
+    def __init__(self):
+        self.seen = 0
+
+    def on_after_backward(self, trainer, pl_module):
+        assert any(p.grad is not None for p in pl_module.parameters())
+        self.seen += 1
+
+
+class LooksAtGradients(pl.Callback):
+    """Has nothing to do with how they came about."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append(float(sum(p.grad.square().sum() for p in pl_module.parameters())))
+
+
+class Own(DenseAE):
+    """A model from elsewhere."""
+
+
+class OwnBackward(DenseAE):
+    def backward(self, loss):
+        (2 * loss).backward()
+
+
+OwnBackward.__module__ = DenseAE.__module__
+
+
+def forget(weight):
+    weight.grad.zero_()
+
+
+def hooked(after=False):
+    module = model()
+    weight = next(module.parameters())
+    if after:
+        weight.register_post_accumulate_grad_hook(forget)
+    else:
+        weight.register_hook(lambda gradient: 0 * gradient)
+    return module
+
+
+class HooksAfter(pl.Callback):
+    """In the middle of an epoch."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            next(pl_module.parameters()).register_post_accumulate_grad_hook(forget)
+
+
+class Hooks(pl.Callback):
+    """For a single step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            self._hook = next(pl_module.parameters()).register_hook(lambda gradient: 0 * gradient)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        outputs["loss"].mul_(0)
+        if trainer.global_step == 3:
+            self._hook.remove()
+            del self._hook
+
+
+@pytest.mark.parametrize(
+    ("build", "callbacks", "options", "steps"),
+    [
+        (model, [LooksAtGradients], {}, STEPS),
+        (model, [LooksBackward], {}, []),
+        (model, [], {"accumulate_grad_batches": 2}, []),
+        (model, [], {"detect_anomaly": True}, []),
+        (lambda: model(mode="off"), [], {}, []),
+        (lambda: model(cls=Own), [], {}, []),
+        (lambda: model(cls=OwnBackward), [], {}, []),
+        (hooked, [], {}, []),
+        (lambda: hooked(after=True), [], {}, []),
+        (model, [Hooks], {}, [0, 1, *STEPS[3:]]),
+        (model, [HooksAfter], {}, [0, 1]),
+    ],
+    ids=[
+        "gradients",
+        "backward",
+        "accumulation",
+        "anomalies",
+        "off",
+        "elsewhere",
+        "own backward",
+        "hook",
+        "hook after",
+        "hooks",
+        "hooks after",
+    ],
+)
+def test_when_it_is_taken(graphs, taken, monkeypatch, build, callbacks, options, steps):
+    made = [callback() for callback in callbacks]
+    found = fit(build(), *made, **options)
+    assert taken == steps
+    monkeypatch.setattr("aezoo.loop.join", lambda trainer, joint: None)
+    others = [callback() for callback in callbacks]
+    require_same_end(found, fit(build(), *others, **options))
+    for one, other in zip(made, others, strict=True):
+        assert getattr(one, "seen", None) == getattr(other, "seen", None)
+
+
+def test_a_callback_that_comes_later_is_asked(graphs, taken):
+    late = LooksBackward()
+
+    class Adds(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 3:
+                trainer.callbacks.append(late)
+
+    fit(model(), Adds(), epochs=1)
+    assert taken == [0, 1, 2] and late.seen == 3
+
+
+@pytest.mark.parametrize("freezes_in_an_epoch", [True, False])
+def test_a_layer_that_is_freed_while_it_trains_is_trained(graphs, taken, freezes_in_an_epoch):
+    class Frees(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1 and not freezes_in_an_epoch:
+                pl_module.encoder.requires_grad_(True)
+
+        def on_train_batch_start(self, trainer, pl_module, *batch):
+            if trainer.global_step == 4 and freezes_in_an_epoch:
+                pl_module.encoder.requires_grad_(True)
+
+    module = model()
+    module.encoder.requires_grad_(False)
+    before = [p.detach().clone() for p in module.encoder.parameters()]
+    fit(module, Frees())
+    assert taken == STEPS
+    assert not any(torch.equal(p, q) for p, q in zip(module.encoder.parameters(), before, strict=True))
+
+
+def test_where_one_graph_cannot_be_compiled_two_are(monkeypatch, recwarn):
+    real, compiled = torch.compile, []
+
+    def backend(module, inputs):
+        if "grad" in str(module.graph) and len(compiled) == 0:
+            compiled.append("joint")
+            raise RuntimeError("not this one")
+        compiled.append("loss")
+        return module.forward
+
+    def compile_it(function, *, mode, dynamic):
+        torch._dynamo.reset()
+        return real(function, backend=backend, dynamic=dynamic)
+
+    monkeypatch.setattr(acceleration.torch, "compile", compile_it)
+    found = fit(model("vae"))
+    assert compiled == ["joint", "loss"]
+    assert not [one for one in recwarn if "not compiled" in str(one.message)]
+    monkeypatch.setattr("aezoo.loop.join", lambda trainer, joint: None)
+    # the first step, which has run as it is, is rounded otherwise
+    for one, other in zip(end_of(found)[0], end_of(fit(model("vae")))[0], strict=True):
+        torch.testing.assert_close(one, other)

@@ -17,6 +17,7 @@ from aezoo.tasks.output import Store
 from aezoo.tasks.samples import Samples, at_work
 
 MODES = ("auto", "lossless", "lossy")
+_QUALITY = 3.0
 
 
 def compress(
@@ -24,7 +25,7 @@ def compress(
     x: Any,
     *,
     mode: str = "auto",
-    quality: float | tuple[float, ...] = 3.0,
+    quality: float | tuple[float, ...] | None = None,
     steps: str = "fitted",
     binarise: bool = False,
     precision: int = 10,
@@ -49,9 +50,10 @@ def compress(
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
         mode: lossless, lossy, or auto: lossless where the model and the data allow it.
-        quality: lossy: bits of the code's most important dimension, about; one more halves all steps. Several, as
-            [1,2,3,4], give a file each and a curve. Indices are not quantised again, and PCA alone takes it then. Of a
-            model of several rates it is the model's own, see gained_hyperprior.
+        quality: lossy: bits of the code's most important dimension, about, 3 by default; one more halves all steps.
+            Several, as [1,2,3,4], give a file each and a curve. Indices are not quantised again, and PCA alone takes it
+            then. Of a model of several rates it is one of its own, by default the one that it is set to, at first its
+            highest: see gained_hyperprior.
         steps: lossy: fitted (by how much the decoder makes of a change) or deviation (of each dimension of the code).
         binarise: make values above 0.5 one and the others zero first, for likelihood bernoulli.
         precision: lossless: each latent variable has 2^precision bins, 1 to 16.
@@ -67,7 +69,9 @@ def compress(
     Raises:
         AezooError: samples that cannot be coded so, a bad value, or a folder that cannot be written.
     """
-    qualities = tuple(map(float, quality if isinstance(quality, tuple | list) else (quality,)))
+    own = getattr(model, "quality", _QUALITY) if getattr(model, "top_quality", 0) else _QUALITY
+    given = own if quality is None else quality
+    qualities = tuple(map(float, given if isinstance(given, tuple | list) else (given,)))
     _check(mode, qualities, steps, precision, batch_size)
     tables.stream()
     samples = Samples.of(x).check(model)

@@ -141,6 +141,8 @@ def test_a_model_of_several_rates_writes_a_file_of_each_quality(tmp_path):
     assert sizes == sorted(sizes) and len({*sizes}) == 3
     assert found.bound_bits == pytest.approx(bits, rel=1e-5)
     assert 0.99 * bits < found.net_bits < 1.02 * bits + 600
+    own = compress(model, x, compare=False)
+    assert own.rows[0]["quality"] == 1.0
     one = compress(model, x, quality=0.5, out=str(tmp_path / "one"), compare=False)
     assert np.isclose(one.rows[0]["quality"], 0.5) and (tmp_path / "one" / "samples.aez").exists()
 

@@ -32,6 +32,18 @@ def draw(mu: Tensor, log_var: Tensor, *n: int) -> tuple[Tensor, Tensor]:
     return mu + torch.exp(0.5 * log_var) * eps, -0.5 * (eps**2 + log_var + LOG_2PI).sum(-1)
 
 
+def product(mu: Tensor, log_var: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of the normalised product of Gaussians, their means weighted by their precisions.
+
+    Args:
+        mu: means, (..., M, D).
+        log_var: logarithms of the variances, (..., M, D).
+        member: which of the M take part, at least one, (..., M) bool; all by default. What comes back is (..., D).
+    """
+    log_precision = -log_var if member is None else torch.where(member[..., None], -log_var, -torch.inf)
+    return (log_precision.softmax(-2) * mu).sum(-2), -log_precision.logsumexp(-2)
+
+
 def mixture_log_density(z_BD: Tensor, phi_K: Tensor, mu_KD: Tensor, sigma_KDD: Tensor, jitter: float = 0.0) -> Tensor:
     """Log sum_k phi_k N(z | mu_k, Sigma_k), (B, D) -> (B,), computed in float64 where there is such.
 

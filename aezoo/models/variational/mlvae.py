@@ -17,6 +17,7 @@ Shapes: B batch on this rank, N samples on all ranks, D code, G its first g dime
 import torch
 from torch import Tensor
 
+from aezoo import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 
@@ -88,10 +89,7 @@ class MLVAE(VAE):
 
     def product(self, mu_BG: Tensor, log_var_BG: Tensor, member_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the normalised product of each group's densities: (B, G), (B, G)."""
-        mu_NG, log_var_NG = self.of_all_ranks(mu_BG), self.of_all_ranks(log_var_BG)
-        log_precision_BNG = torch.where(member_BN[..., None], -log_var_NG, -torch.inf)
-        mean_BG = (log_precision_BNG.softmax(1) * mu_NG).sum(1)
-        return mean_BG, -log_precision_BNG.logsumexp(1)
+        return gaussians.product(self.of_all_ranks(mu_BG), self.of_all_ranks(log_var_BG), member_BN)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BD, log_var_BD = self.posterior(x)

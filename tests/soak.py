@@ -198,6 +198,8 @@ RANGES = {
     "lams": lambda rng: sorted(10 ** rng.uniform(-4, -1) for _ in range(rng.randint(1, 4))),
     "mixtures": lambda rng: rng.randint(1, 4),
     "attention": lambda rng: rng.random() < 0.5,
+    "parts": lambda rng: rng.choice(([], [8], [3, 5], [2, 1, 4, 1])),
+    "n_subsets": lambda rng: rng.randint(0, 3),
     "groups": lambda rng: [rng.randint(1, 6) for _ in range(rng.randint(1, 4))],
 }
 # values that do not go together, as the constructor would say

@@ -38,6 +38,8 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "ada_gvae": {},
     "mlvae": {},
     "triplet_vae": {},
+    "mmvae": {"parts": (64,)},
+    "mopoe_vae": {"parts": (64,)},
     "semi_supervised_m1": {},
     "vae_flow": {"n_flows": 0},
     "vae_iaf": {"n_flows": 0},
@@ -51,6 +53,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
 OTHERS = {
     "mixture_vae": "its prior is learned: its own laws hold it at N(0, I)",
     "vamp_vae": "its prior is the encoder's",
+    "mvae": "its posterior is the encoder's Gaussian times the prior: its own laws hold it at the exact one",
     "two_stage_vae": "its prior is a second model",
     "conditional_vae": "bounds log p(x|y)",
     "semi_supervised_vae": "bounds log p(x, y)",

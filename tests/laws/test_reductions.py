@@ -105,6 +105,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "ada_gvae": {"hidden_dims": (24,), "latent_dim": 6},
     "mlvae": {"hidden_dims": (24,), "latent_dim": 6},
     "triplet_vae": {"hidden_dims": (24,), "latent_dim": 6},
+    "mvae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "n_subsets": 2, "beta": 2.0},
+    "mmvae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0},
+    "mopoe_vae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0},
     "vq_vae": {**FOUR_PLACES, "latent_dim": 4, "codebook_size": 8},
     "rq_vae": {**FOUR_PLACES, "latent_dim": 4, "levels": 3, "codebook_size": 5},
     "fsq_vae": {**FOUR_PLACES, "levels": (4, 3, 5)},
@@ -147,7 +150,7 @@ NOISY = (
     *("two_stage_vae", "hyperspherical_vae", "poincare_vae", "hvae", "rhvae", "wta_ae", "dncnn", "noise2noise"),
     *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae"),
     *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl", "gamma_vae"),
-    *("triplet_vae", "eq_vae"),
+    *("triplet_vae", "eq_vae", "mvae", "mmvae", "mopoe_vae"),
 )
 # evaluated with whole numbers, trained with noise in place of rounding
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior")
@@ -296,6 +299,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "ladder_vae": {"kl": 2.0},
         "vdvae": {"kl": 1.0},
         **{key: {"kl": 2.0} for key in ("mixture_vae", "vamp_vae", "vae_flow", "vae_iaf", "flow_prior_vae")},
+        **{key: {"kl": 2.0} for key in ("mmvae", "mopoe_vae")},
+        "mvae": {"kl": 2.0, "subset_nelbo": 1.0},
         "two_stage_vae": {"kl": 1.0, "code_nll": 1.0, "code_kl": 1.0},
         "joint_vae": {"kl_continuous": 5.0, "kl_discrete": 5.0},
         "semi_supervised_vae": {"kl": 1.0},

@@ -1,0 +1,133 @@
+"""MMVAE, the mixture-of-experts multimodal VAE (Shi et al. 2019), https://arxiv.org/abs/1911.03393
+
+A sample has parts x = (x_1, ..., x_M), its modalities; the posterior is the mean of what their encoders say:
+
+    q(z|x) = 1/M sum_i q_i(z|x_i)     q_i = N(mu_i, diag sigma_i^2)     p(z) = N(0, I)
+
+    L = 1/M sum_i E_q_i[-log p(x|z) + beta (log q(z|x) - log p(z))]     (section 3)
+      = 1/M sum_i (E_q_i[-log p(x|z)] + beta (KL(q_i || p) - E_q_i[log q_i(z|x_i) - log q(z|x)]))
+
+in nats per sample. This is the ELBO, not the tighter IWAE bound that the paper trains on, by stratified sampling: each
+expert draws one z, all parts are decoded from each, x_i from z ~ q_j too, and q in the second form is the whole mixture
+at that z, so that the estimate has no bias. What is subtracted there is at most log M: without it the mean of the
+experts' KLs would stand for the mixture's, which is never larger. M = 1 is the VAE.
+
+Codes are the mixture's mean, the mean of the mu_i, scores the same terms with z at the mu_i in place of draws.
+
+Shapes: B batch, D code, M parts, S components of the mixture, K importance samples.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aezoo.gaussians import LOG_2PI
+from aezoo.models.variational.vae import VAE
+from aezoo.multimodal import WithParts
+
+
+class MMVAE(WithParts, VAE):
+    """A VAE of several modalities whose posterior is the mean of those of each.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
+            entries of vectors, rows of images with one channel; halves by default.
+        latent_dim: D, size of the code.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer, for each part.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    normal_prior = False
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        parts: tuple[int, ...] = (),
+        latent_dim: int = 16,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        # the sampled KL may be negative, at no distance from a capacity
+        del self.capacity
+        self.keep_parts(parts, net, hidden_dims, activation)
+
+    def components(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Means and log-variances of the mixture q(z | some parts): (B, *input_shape) -> (B, S, D), (B, S, D)."""
+        return self.experts(x, parts)
+
+    def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        mu_BSD, log_var_BSD = self.components(x, parts)
+        mean_BD = mu_BSD.mean(1)
+        return mean_BD, (log_var_BSD.exp() + (mu_BSD - mean_BD[:, None]) ** 2).mean(1).log()
+
+    @staticmethod
+    def log_densities(z_BKD: Tensor, mu_BSD: Tensor, log_var_BSD: Tensor) -> Tensor:
+        """Log q_s(z_k) in nats of all components: (B, K, D), (B, S, D), (B, S, D) -> (B, K, S)."""
+        mu_B1SD, log_var_B1SD = mu_BSD[:, None], log_var_BSD[:, None]
+        d2_BKSD = (z_BKD[:, :, None] - mu_B1SD) ** 2 * torch.exp(-log_var_B1SD)
+        return -0.5 * (d2_BKSD + log_var_B1SD + LOG_2PI).sum(3)
+
+    def bound(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor]:
+        """-log p(x|z) and the KL's share of z_s ~ q_s, or of z_s = mu_s: (B, *input_shape) -> (B, S), (B, S)."""
+        mu_BSD, log_var_BSD = self.components(x)
+        z_BSD = mu_BSD + torch.exp(0.5 * log_var_BSD) * torch.randn_like(mu_BSD) if noise else mu_BSD
+        nll_BS = torch.stack([self.nll_of_part(i, z_BSD, x_i) for i, x_i in enumerate(self.split(x))]).sum(0)
+        kl_BS = self.kl(mu_BSD.flatten(0, 1), log_var_BSD.flatten(0, 1)).unflatten(0, nll_BS.shape)
+        log_q_BSS = self.log_densities(z_BSD, mu_BSD, log_var_BSD)
+        log_mixture_BS = log_q_BSS.logsumexp(2) - math.log(log_q_BSS.shape[2])
+        return nll_BS, kl_BS - (log_q_BSS.diagonal(dim1=1, dim2=2) - log_mixture_BS)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        nll, kl = (values_BS.mean() for values_BS in self.bound(x))
+        return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+
+    def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        mu_BSD, log_var_BSD = self.components(x)
+        b, s, d = mu_BSD.shape
+        of_BKD = torch.randint(s, (b, n, 1), device=mu_BSD.device).expand(b, n, d)
+        std_BKD = torch.exp(0.5 * log_var_BSD.gather(1, of_BKD))
+        z_BKD = mu_BSD.gather(1, of_BKD) + std_BKD * torch.randn_like(std_BKD)
+        log_q_BK = self.log_densities(z_BKD, mu_BSD, log_var_BSD).logsumexp(2) - math.log(s)
+        return z_BKD.transpose(0, 1), log_q_BK.T
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """The loss's terms with z_s at the components' means, in nats: (B, *input_shape) -> (B,), no noise."""
+        nll_BS, kl_BS = self.bound(x, noise=False)
+        return (nll_BS + kl_BS).mean(1)

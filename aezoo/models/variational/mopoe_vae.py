@@ -1,0 +1,97 @@
+"""MoPoE-VAE, the mixture of products of experts (Sutter et al. 2021), https://arxiv.org/abs/2105.02470
+
+A sample has parts x = (x_1, ..., x_M), its modalities; the posterior is a mixture over all 2^M - 1 subsets S of them:
+
+    q(z|x) = 1 / (2^M - 1) sum_S q_S(z)     q_S = N(mu_S, diag sigma_S^2), proportional to prod_(i in S) q_i(z|x_i)
+    1 / sigma_S^2 = sum_i 1 / sigma_i^2     mu_S = sigma_S^2 sum_i mu_i / sigma_i^2
+
+    L = 1 / (2^M - 1) sum_S E_q_S[-log p(x|z) + beta (log q(z|x) - log p(z))]     p(z) = N(0, I)
+
+in nats per sample, estimated as `mmvae` does: each q_S draws one z, from which all parts are decoded, and q is the
+whole mixture there. The authors' code (https://github.com/thomassutter/MoPoE) takes the mean of the KL(q_S || p), which
+is never less than the mixture's. The prior is in no product, as the paper has it; in that code it is in the product of
+all parts. With subsets of one part alone it would be MMVAE, with that of all alone a product of experts; M = 1 is the
+VAE.
+
+Shapes: B batch, D code, M parts, S subsets of them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aezoo import gaussians
+from aezoo.errors import AezooError
+from aezoo.models.variational.mmvae import MMVAE
+
+# of 63 subsets, whose codes are all decoded
+MOST_PARTS = 6
+
+
+class MoPoEVAE(MMVAE):
+    """A VAE of several modalities whose posterior is the mean of the products of all subsets of them.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        parts: sizes of at most 6 parts along the first dimension of input_shape that is longer than 1, channels of
+            images or entries of vectors, rows of images with one channel; halves by default.
+        latent_dim: D, size of the code.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer, for each part.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        parts: tuple[int, ...] = (),
+        latent_dim: int = 16,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            parts=parts,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if len(self.sizes) > MOST_PARTS:
+            raise AezooError(f"parts must be at most {MOST_PARTS}, got {len(self.sizes)}: take mvae or mmvae for more")
+
+    def subsets(self, m: int, device: torch.device) -> Tensor:
+        """All subsets of m parts but the empty one, (S, m) bool."""
+        numbers_S1 = torch.arange(1, 2**m, device=device)[:, None]
+        return numbers_S1 // 2 ** torch.arange(m, device=device) % 2 == 1  # ONNX shifts no signed numbers
+
+    def components(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        mu_BMD, log_var_BMD = self.experts(x, parts)
+        member_SM = self.subsets(mu_BMD.shape[1], mu_BMD.device)
+        return gaussians.product(mu_BMD[:, None], log_var_BMD[:, None], member_SM)

@@ -1,0 +1,134 @@
+"""MVAE, the multimodal VAE (Wu & Goodman 2018), https://arxiv.org/abs/1802.05335
+
+A sample has parts x = (x_1, ..., x_M), its modalities; each encoder is an expert on z, and so is the prior:
+
+    q(z|x_S) = N(mu_S, diag sigma_S^2), proportional to p(z) prod_(i in S) q_i(z|x_i)     S: some of the parts
+    1 / sigma_S^2 = 1 + sum_i 1 / sigma_i^2     mu_S = sigma_S^2 sum_i mu_i / sigma_i^2     (section 2.1)
+
+    L = -ELBO(x) - sum_i ELBO(x_i) - sum_j ELBO(x_Sj)     (section 2.2)
+    ELBO(x_S) = E_q(z|x_S)[sum_(i in S) log p(x_i|z)] - beta KL(q(z|x_S) || p(z))
+
+in nats per sample: the first ELBO is of all parts, the next are of each alone, the k last of random subsets of 2 to
+M - 1 parts, which each sample draws for itself: first how many, evenly, as the authors' code does
+(https://github.com/mhw32/multimodal-vae-public, celeba19), then which. The terms nll, kl and elbo are those of all
+parts, `subset_nelbo` is what the others add. M = 1 is a VAE whose posterior is q_1 times the prior.
+
+Shapes: B batch, D code, M parts, S subsets: all, each alone, k random ones.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aezoo import gaussians
+from aezoo.errors import AezooError
+from aezoo.models.variational.vae import VAE
+from aezoo.multimodal import WithParts
+
+# each is decoded
+MOST_SUBSETS = 1000
+
+
+class MVAE(WithParts, VAE):
+    """A VAE of several modalities whose posterior is the product of what each says, and of the prior.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
+            entries of vectors, rows of images with one channel; halves by default.
+        latent_dim: D, size of the code.
+        n_subsets: k, random subsets of the parts whose ELBO is added at each step; of two parts there are none.
+        beta: weight of the KL terms.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer, for each part.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        parts: tuple[int, ...] = (),
+        latent_dim: int = 16,
+        n_subsets: int = 1,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        # there are several KLs, of which none alone is to be near a capacity
+        del self.capacity
+        if not 0 <= n_subsets <= MOST_SUBSETS:
+            raise AezooError(f"n_subsets must be from 0 to {MOST_SUBSETS}, got {n_subsets}")
+        self.n_subsets = n_subsets
+        self.keep_parts(parts, net, hidden_dims, activation)
+
+    @staticmethod
+    def product(mu: Tensor, log_var: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of p(z) prod_i q_i(z) of the i in `member`: (..., M, D), (..., M) -> (..., D)."""
+        # the prior N(0, I) is one more expert, of zeros
+        mu, log_var = (F.pad(values, (0, 0, 0, 1)) for values in (mu, log_var))
+        return gaussians.product(mu, log_var, None if member is None else F.pad(member, (0, 1), value=True))
+
+    def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        return self.product(*self.experts(x, parts))
+
+    def subsets(self, n: int, device: torch.device) -> Tensor:
+        """Which parts are in each subset of n samples, (n, S, M): all, each alone, and random ones."""
+        m = len(self.sizes)
+        every_1M = torch.ones(1, m, dtype=torch.bool, device=device)
+        alone_MM = torch.eye(m, dtype=torch.bool, device=device)[: m if m > 1 else 0]
+        fixed_BSM = torch.cat([every_1M, alone_MM]).expand(n, -1, -1)
+        if m < 3 or not self.n_subsets:
+            return fixed_BSM
+        size_Bk1 = 2 + (torch.rand(n, self.n_subsets, 1, device=device) * (m - 2)).long()
+        rank_BkM = torch.rand(n, self.n_subsets, m, device=device).argsort(2).argsort(2)
+        return torch.cat([fixed_BSM, rank_BkM < size_Bk1], 1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BMD, log_var_BMD = self.experts(x)
+        m, member_BSM = len(self.sizes), self.subsets(len(x), x.device)
+        mu_BSD, log_var_BSD = self.product(mu_BMD[:, None], log_var_BMD[:, None], member_BSM)
+        z_BSD = mu_BSD + torch.exp(0.5 * log_var_BSD) * torch.randn_like(mu_BSD)
+        nll = rest_nll = mu_BSD.new_zeros(())
+        for i, x_i in enumerate(self.split(x)):
+            # a part is decoded where it is or may be in a subset: with all, alone, in a random one
+            z_BsD, member_BsM = (
+                torch.cat([v[:, :1], v[:, 1 + i : 2 + i], v[:, 1 + m :]], 1) for v in (z_BSD, member_BSM)
+            )
+            nll_Bs = self.nll_of_part(i, z_BsD, x_i) * member_BsM[..., i]
+            nll, rest_nll = nll + nll_Bs[:, 0].mean(), rest_nll + nll_Bs[:, 1:].sum(1).mean()
+        kl_BS = self.kl(mu_BSD.flatten(0, 1), log_var_BSD.flatten(0, 1)).unflatten(0, member_BSM.shape[:2])
+        kl, rest_kl = kl_BS[:, 0].mean(), kl_BS[:, 1:].sum(1).mean()
+        rest = rest_nll + self.beta * rest_kl
+        return {"loss": nll + self.beta * kl + rest, "nll": nll, "kl": kl, "elbo": -(nll + kl), "subset_nelbo": rest}

@@ -1,0 +1,124 @@
+"""Samples made of parts, the modalities: an encoder and a decoder for each, one Gaussian code for all of them.
+
+Shapes: B batch, D code, M parts, S subsets of them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+
+
+def cut(parts: tuple[int, ...], input_shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """The dimension that is cut, the first that is longer than 1, and how much of it each part has.
+
+    Args:
+        parts: how much each has; () for two halves, the first the larger, or for one part where nothing can be cut.
+        input_shape: shape of one sample.
+
+    Raises:
+        AezooError: they do not add up to the dimension.
+    """
+    dim = next((d for d, n in enumerate(input_shape) if n > 1), 0)
+    n = input_shape[dim]
+    sizes = tuple(parts) or tuple(size for size in (n - n // 2, n // 2) if size)
+    if min(sizes) < 1 or sum(sizes) != n:
+        raise AezooError(
+            f"parts must be sizes of at least 1 that add up to {n}, dimension {dim} of input_shape, got {sizes}"
+        )
+    return dim, sizes
+
+
+class Decoders(nn.ModuleList):
+    """The decoders of the parts, together one of a whole sample.
+
+    Args:
+        decoders: one for each part.
+        dim: the dimension of a sample along which the parts follow each other.
+    """
+
+    def __init__(self, decoders: Sequence[nn.Module], dim: int) -> None:
+        super().__init__(decoders)
+        self.dim = dim
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, D) -> (B, *input_shape)."""
+        return torch.cat([decoder(z) for decoder in self], self.dim + 1)
+
+
+class WithParts(Autoencoder):
+    """A model with a Gaussian code of samples that have parts; its constructor calls `keep_parts`.
+
+    Attributes:
+        sizes: how much of the dimension that is cut each part has.
+        encoder: the encoders of the parts, (B, *part) -> (B, 2 D).
+        decoder: their decoders, together one of a whole sample.
+    """
+
+    sizes: tuple[int, ...]
+    encoder: nn.ModuleList
+    decoder: Decoders
+
+    def keep_parts(self, parts: tuple[int, ...], net: str, hidden_dims: tuple[int, ...], activation: str) -> None:
+        """Build the networks, of a kind and size that are the same for all parts."""
+        dim, self.sizes = cut(parts, self.input_shape)
+        shapes = [(*self.input_shape[:dim], size, *self.input_shape[dim + 1 :]) for size in self.sizes]
+        code = (2 * self.code_shape[0],)
+        self.encoder = nn.ModuleList(nets.encoder(net, shape, code, hidden_dims, activation) for shape in shapes)
+        mirrored = hidden_dims[::-1]
+        self.decoder = Decoders(
+            [nets.decoder(net, self.code_shape, shape, mirrored, activation) for shape in shapes], dim
+        )
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The parts of samples, (B, *input_shape) -> M of (B, *part)."""
+        return x.split(self.sizes, self.decoder.dim + 1)
+
+    def experts(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance that each part's encoder gives: (B, *input_shape) -> (B, M, D), (B, M, D).
+
+        Args:
+            x: whole samples.
+            parts: which to look at, in this order; all by default. No other is read.
+
+        Raises:
+            AezooError: no part, one that there is not, or one twice.
+        """
+        m = len(self.sizes)
+        parts = range(m) if parts is None else parts
+        if not parts or len({*parts}) < len(parts) or not {*parts} <= {*range(m)}:
+            raise AezooError(f"parts must be some of 0 to {m - 1}, each once, got {tuple(parts)}")
+        x_M = self.split(x)
+        outputs_BME = torch.stack([self.encoder[i](x_M[i]) for i in parts], 1)
+        mu_BMD, log_var_BMD = at_least_float32(outputs_BME).chunk(2, 2)
+        return mu_BMD, log_var_BMD.clamp(-30, 20)  # the VAE's interval
+
+    def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z | some parts), of all by default: (B, *input_shape) -> (B, D), (B, D)."""
+        raise NotImplementedError(f"{type(self).__name__} must write how its parts say together what the code is")
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x), of all parts: (B, *input_shape) -> (B, D), (B, D)."""
+        return self.infer(x)
+
+    def reconstruct_from(self, x: Tensor, parts: Sequence[int] = (0,)) -> Tensor:
+        """Whole samples from some of their parts, whatever the others hold: (B, *input_shape) -> (B, *input_shape).
+
+        Args:
+            x: whole samples.
+            parts: which are looked at, numbered from 0; the code is the mean of q(z | these parts).
+
+        Raises:
+            AezooError: no part, one that there is not, or one twice.
+        """
+        return self.decode(self.infer(x, parts)[0].to(x.dtype))
+
+    def nll_of_part(self, i: int, z_BSD: Tensor, x: Tensor) -> Tensor:
+        """-log p(x_i|z) of several codes for each sample: (B, S, D), (B, *part) -> (B, S)."""
+        b, s, _ = z_BSD.shape
+        x_BS = x[:, None].expand(b, s, *x.shape[1:]).flatten(0, 1)
+        return self.nll(self.decoder[i](z_BSD.flatten(0, 1).to(x.dtype)), x_BS).unflatten(0, (b, s))

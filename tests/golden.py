@@ -152,6 +152,8 @@ VARIANTS = [
         "vq_vae_2", codebook_size=32, update="gradient", estimator="rotation", hidden_dims=(8, 8), top_dims=(8,)
     ),
     subject_of("gumbel_vq_vae", hard=True, temperature_steps=3, hidden_dims=(8, 8), codebook_size=32),
+    subject_of("sq_vae", variance="sample", hard=True, temperature_steps=3, hidden_dims=(8, 8), codebook_size=32),
+    subject_of("sq_vae", variance="place", net="mlp", hidden_dims=(20,), codebook_size=32),
     subject_of("dvae", net="mlp", kl_steps=2, likelihood="gaussian:learned", hidden_dims=(20,), codebook_size=32),
     subject_of("dense_ae", likelihood="logit_laplace"),
     subject_of("pixelcnn", tokenizer={"model": "rq_vae"}, dropout=0.0),

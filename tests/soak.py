@@ -24,6 +24,7 @@ from aezoo.nets.build import ACTIVATIONS
 from aezoo.nets.dictionary import DECODES
 from aezoo.nets.flows import FLOWS
 from aezoo.optimizers import OPTIMIZERS, SCHEDULES
+from aezoo.quantisers.stochastic_vq import VARIANCES
 from aezoo.quantisers.vq import UPDATES
 from aezoo.triplets import MINING
 
@@ -160,6 +161,8 @@ RANGES = {
     "n_classes": lambda rng: rng.randint(2, 6),
     "temperature": lambda rng: rng.uniform(0.1, 2),
     "start_temperature": lambda rng: rng.uniform(0.5, 4),
+    "variance": lambda rng: rng.choice(VARIANCES),
+    "start_variance": lambda rng: 10 ** rng.uniform(-1, 1),
     "temperature_steps": lambda rng: rng.randint(0, 500),
     "straight_through": lambda rng: rng.random() < 0.5,
     "max_discrete_capacity": lambda rng: rng.uniform(0, 5),

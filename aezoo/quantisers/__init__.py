@@ -16,6 +16,7 @@ from aezoo.quantisers.random_projection import RandomProjection
 from aezoo.quantisers.residual_fsq import ResidualFSQ
 from aezoo.quantisers.residual_vq import ResidualVQ
 from aezoo.quantisers.sim_vq import SimVQ
+from aezoo.quantisers.stochastic_vq import StochasticVQ
 from aezoo.quantisers.vq import VQ
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "ResidualFSQ",
     "ResidualVQ",
     "SimVQ",
+    "StochasticVQ",
 ]

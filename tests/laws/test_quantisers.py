@@ -26,6 +26,7 @@ from aezoo.quantisers import (
     ResidualFSQ,
     ResidualVQ,
     SimVQ,
+    StochasticVQ,
 )
 from aezoo.quantisers.common import entropy, for_tf32, k_means
 from aezoo.quantisers.estimators import diveq, rotation, ste
@@ -48,6 +49,8 @@ ALL = {
     "sim_vq": lambda: SimVQ(D, K),
     "latent_quantisation": lambda: LatentQuantisation(D, 5),
     "gumbel_vq": lambda: GumbelVQ(D, 4),
+    "stochastic_vq": lambda: StochasticVQ(D, K),
+    "stochastic_vq-place": lambda: StochasticVQ(D - 1, K, variance="place"),
     "random_projection": lambda: RandomProjection(D, K, 4),
 }
 LAYOUTS = {"vector": (), "sequence": (7,), "map": (4, 3), "volume": (2, 3, 2)}
@@ -168,6 +171,9 @@ def test_wrong_shapes_are_refused(name):
         (lambda: BSQ(4, temperature=0.0), "temperature"),
         (lambda: SimVQ(4, 8, estimator="gumbel"), "ste, rotation"),
         (lambda: GumbelVQ(8, 4, 0.0), "temperature"),
+        (lambda: StochasticVQ(4, 8, variance="all"), "variance must be one of one, sample, place"),
+        (lambda: StochasticVQ(4, 8, start_variance=0.0), "start_variance"),
+        (lambda: StochasticVQ(4, 8, temperature=0.0), "temperature"),
         (lambda: CodebookUsage((2**25,)), "digits of an index"),
     ],
 )

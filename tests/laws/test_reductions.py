@@ -117,6 +117,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qlae": {"hidden_dims": (24,), "latent_dim": 6, "n_values": 4, "beta": 0.5},
     "vq_vae_2": {"hidden_dims": (6, 8), "top_dims": (6,), "latent_dim": 4, "codebook_size": 16},
     "gumbel_vq_vae": {"hidden_dims": (6, 8), "latent_dim": 4, "codebook_size": 16, "beta": 2.0, "hard": True},
+    "sq_vae": {"hidden_dims": (6, 8), "latent_dim": 4, "codebook_size": 16, "variance": "sample", "hard": True},
     "titok": {**FEW_TOKENS, "latent_dim": 6, "codebook_size": 9, "update": "gradient"},
     "soft_vq": {**FEW_TOKENS, "latent_dim": 6, "codebook_size": 9, "entropy_weight": 0.5, "temperature": 1.0},
     "pixelcnn": {"tokenizer": SMALL_TOKENIZER, "width": 12, "depth": 2, "dropout": 0.0},
@@ -150,12 +151,12 @@ NOISY = (
     *("two_stage_vae", "hyperspherical_vae", "poincare_vae", "hvae", "rhvae", "wta_ae", "dncnn", "noise2noise"),
     *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae"),
     *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl", "gamma_vae"),
-    *("triplet_vae", "eq_vae", "mvae", "mmvae", "mopoe_vae"),
+    *("triplet_vae", "eq_vae", "mvae", "mmvae", "mopoe_vae", "sq_vae"),
 )
 # evaluated with whole numbers, trained with noise in place of rounding
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior")
 # trained with the scale that suits the batch, evaluated with its running mean; the likelihood is its own
-OWN_SCALE = ("sigma_vae", "batch_topk_sae", "matryoshka_sae", "dagmm", *ROUNDED)
+OWN_SCALE = ("sigma_vae", "sq_vae", "batch_topk_sae", "matryoshka_sae", "dagmm", *ROUNDED)
 # the score is another than -log p(x | xhat)
 OWN_SCORE = ("dagmm", "ganomaly", "ae1svm", "deep_svdd", "alad", "pixelcnn", "index_transformer", *ROUNDED)
 # nll + kl, whatever these are
@@ -165,7 +166,7 @@ PLAIN = (
 )
 # takes no other likelihood
 OWN_LIKELIHOOD = (
-    *("sigma_vae", "logcosh_vae", "dncnn", "noise2noise", "noise2void"),
+    *("sigma_vae", "sq_vae", "logcosh_vae", "dncnn", "noise2noise", "noise2void"),
     *("pixelcnn", "index_transformer"),
 )
 
@@ -307,6 +308,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "beta_tcvae": {"mi": 1.0, "tc": 6.0, "dwkl": 1.0},
         **{key: {"commitment": 0.25} for key in ("vq_vae", "rq_vae", "vq_vae_2")},
         **{key: {"kl": 2.0} for key in ("gumbel_vq_vae", "dvae")},
+        "sq_vae": {"kl": 1.0, "dequantisation": 1.0},
         **{key: {"tokenizer_loss": 1.0} for key in ("pixelcnn", "index_transformer")},
         "titok": {"commitment": 0.25, "codebook": 1.0},
         "soft_vq": {"entropy": 0.5, "diversity": -0.5},

@@ -1,0 +1,166 @@
+"""SQ-VAE, a stochastically quantised VAE (Takida et al. 2022), https://arxiv.org/abs/2205.07547
+
+Codes are drawn by their distance, with a variance that is learned; the paper's Gaussian SQ-VAE:
+
+    L = E[-log p(x|z_q)] + E_q ||z - z_q||^2 / (2 s^2) + P log K - H(q)      z = f(x)
+    q(c|x) = prod_n softmax_k(-||z_n - e_k||^2 / (2 s^2))                    c uniform, z_q,n = e_c_n
+    p(x|z_q) = N(g(z_q), v),   v = argmin L = mean of (x - g(z_q))^2         the likelihood of `sigma_vae`
+
+It is a negative ELBO, where codes have noise, N(z_q, s^2), that q gives to z as well, N(z, s^2), but does not draw. All
+weights are 1: there is no stopped gradient, no commitment, no moving average and no restart of codes.
+
+All but the first term are means over the book, not over draws (see `quantisers.stochastic_vq`), and fall as s grows;
+the first falls with s where other codes reconstruct worse, the more so the smaller v is. So q is unsure at first and
+anneals itself to the nearest code as reconstructions become good.
+
+In training codes are relaxed, as those of `gumbel_vq_vae` and with its schedule of the temperature (the authors' is
+exp(-t / 100,000) in step t), or one-hot (`hard`); in evaluation the loss draws codes themselves. There, and with `hard`
+everywhere, log p(x) >= E[elbo], elbo = -(nll + kl), since p(x) is that of codes without noise. `encode` and all that
+reconstructs take the nearest codes and draw nothing; `score` is L there. In evaluation v is its running mean.
+
+Shapes: B batch, X data dimensions, D channels of a code, K codes, P places.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.categorical import gumbel
+from aezoo.discrete import DiscreteAutoencoder
+from aezoo.likelihoods import Gaussian
+from aezoo.limits import at_least
+from aezoo.quantisers.base import Quantised, in_evaluation
+from aezoo.quantisers.stochastic_vq import StochasticVQ
+
+
+class SQVAE(DiscreteAutoencoder):
+    """A map of codes drawn by their distance, which becomes sure of itself.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, channels of a code.
+        codebook_size: K.
+        variance: what shares s^2: one for all, or a factor of it that the encoder gives each sample or place.
+        start_variance: s^2 at the start, beside codes of variance 1; more for more channels.
+        temperature: of the relaxed codes at the end, at least 0.01: near 0 gradients are noisy.
+        start_temperature: at the first step.
+        temperature_steps: optimiser steps over which it falls to temperature; 0 keeps it there.
+        hard: decode codes in training as well, with the gradient of the relaxed ones.
+        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mlp, lstm or transformer.
+        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    has_prior = True
+    likelihood: Gaussian
+    quantiser: StochasticVQ
+    steps: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        codebook_size: int = 512,
+        variance: str = "one",
+        start_variance: float = 1.0,
+        temperature: float = 0.5,
+        start_temperature: float = 1.0,
+        temperature_steps: int = 1000,
+        hard: bool = False,
+        places: int = 16,
+        net: str = "resnet",
+        hidden_dims: tuple[int, ...] = (32, 64),
+        activation: str = "relu",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood="gaussian",
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, temperature_steps=temperature_steps)
+        at_least(0.01, temperature=temperature, start_temperature=start_temperature)
+        at_least(1, latent_dim=latent_dim)
+        at_least(2, codebook_size=codebook_size)
+        self.temperature_steps = temperature_steps
+        self.temperature, self.start_temperature = temperature, start_temperature
+        self.keep_steps()
+        self.quantiser = StochasticVQ(
+            latent_dim,
+            codebook_size,
+            variance=variance,
+            start_variance=start_variance,
+            temperature=float(self.tau()),
+            hard=hard,
+        )
+        self.set_nets(net, (self.quantiser.dim, latent_dim), hidden_dims, activation, places)
+        # what scores and evaluation read; saved, unlike a likelihood's usual fixed scale
+        self.likelihood.register_buffer("log_scale", self.likelihood.log_scale)
+
+    def tau(self) -> Tensor:
+        """The temperature at the present step, ()."""
+        share = self.share_of_steps(self.temperature_steps)
+        return self.start_temperature ** (1 - share) * self.temperature**share
+
+    def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+        x, y = super().begin_step(batch, batch_idx)
+        self.quantiser.temperature.copy_(self.tau())
+        return x, y
+
+    def draw(self, x: Tensor) -> Quantised:
+        """Codes drawn from q(c|x), in training relaxed: as `quantise`."""
+        z = self.encoder(x)
+        found = self.quantiser.quantise(z)
+        if self.training:
+            return found
+        logits_BPK = self.quantiser.logits(z)
+        indices = (logits_BPK + gumbel(logits_BPK)).argmax(2).view_as(found.indices)
+        return Quantised(self.codes(indices).to(z.dtype), indices, found.terms)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_q, _, terms = self.draw(x)
+        error_BX = at_least_float32(x).flatten(1) - at_least_float32(self.decoder(z_q)).flatten(1)
+        sse_B = error_BX.square().sum(1)
+        log_s, x_dim = self.likelihood.log_scale, error_BX.shape[1]
+        if self.training:
+            # dL/dv = 0 at this v, hence it needs no gradient
+            v = (self.batch_mean(sse_B) / x_dim).clamp(math.exp(-30), math.exp(20)).detach()
+            log_s.lerp_((0.5 * v.log()).to(log_s), 0.1)  # as BatchNorm's running statistics
+        else:
+            v = torch.exp(2 * at_least_float32(self.likelihood.bounded))
+        nll = (sse_B / (2 * v) + x_dim / 2 * torch.log(2 * math.pi * v)).mean()
+        kl = terms["kl"]
+        figures = {"elbo": -(nll + kl), "sigma": v.sqrt(), "code_sigma": torch.exp(self.quantiser.log_variance / 2)}
+        return {"loss": nll + kl + terms["dequantisation"], "nll": nll, **terms, **figures}
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """L with the nearest codes in nats, (B, *input_shape) -> (B,), no noise."""
+        z = self.encoder(x)
+        with in_evaluation(self):
+            z_q = self.quantiser(z).z_q
+        latent_BP = math.log(self.index_sizes[0]) - self.quantiser.logits(z).logsumexp(2)
+        return self.nll(self.decoder(z_q), x) + latent_BP.sum(1)
+
+    def sample(self, n: int) -> Tensor:
+        size, device = self.index_sizes[0], self.quantiser.code_KD.device
+        return self.decode_indices(torch.randint(size, (n, *self.index_shape), device=device))

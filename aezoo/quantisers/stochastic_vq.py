@@ -1,0 +1,115 @@
+"""Stochastic VQ, the quantiser of the Gaussian SQ-VAE (Takida et al. 2022), https://arxiv.org/abs/2205.07547
+
+    q(k|z) = softmax_k(-||z - e_k||^2 / (2 s^2))    y = softmax((log q + g) / temperature)    z_q = sum_k y_k e_k
+    dequantisation = E_q ||z - e_k||^2 / (2 s^2)    kl = log K - H(q)
+
+in nats, with Gumbel noise g. Codes and log s^2 are parameters. Both terms are means over the whole book, and together
+
+    dequantisation + kl = -log(1/K sum_k exp(-||z - e_k||^2 / (2 s^2)))
+
+falls to 0 as s grows and q becomes uniform; as s falls to 0, q becomes the nearest code (VQ). With `variance` sample or
+place z has one more channel, which is added to log s^2 in its mean over the sample's places, or at its place: types
+gaussian_2 and gaussian_3 of the authors' code, https://github.com/sony/sqvae, where variances are added, not their
+logarithms, and the dequantisation is that of the relaxed code. In evaluation mode z_q is the nearest code, which is the
+likeliest; forward with `hard` it is a code drawn from q. A callback may lower the buffer `temperature` over training.
+
+Shapes: B batch, P places, N = B P rows, D channels of a code, K codes.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.categorical import kl_from_uniform, relaxed
+from aezoo.errors import AezooError
+from aezoo.quantisers.base import Quantiser, Rows
+from aezoo.quantisers.common import nearest, relative_distance
+
+VARIANCES = ("one", "sample", "place")
+
+
+class StochasticVQ(Quantiser):
+    """A code drawn by its distance, relaxed. Terms: dequantisation and kl.
+
+    Args:
+        code_dim: D, channels of a code; z has one more but for variance one.
+        size: K, number of codes.
+        variance: what shares s^2: one for all, or a factor of it for each sample or place.
+        start_variance: s^2 at the start, beside codes of variance 1.
+        temperature: of the relaxation.
+        hard: give codes in training as well, with the gradient of the relaxed ones.
+
+    Raises:
+        AezooError: a value that cannot work.
+    """
+
+    temperature: Tensor
+
+    def __init__(
+        self,
+        code_dim: int,
+        size: int = 512,
+        *,
+        variance: str = "one",
+        start_variance: float = 1.0,
+        temperature: float = 1.0,
+        hard: bool = False,
+    ) -> None:
+        super().__init__(code_dim + (variance != "one"), (size,), code_dim)
+        if variance not in VARIANCES:
+            raise AezooError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
+        if not (0 < start_variance < math.inf and 0 < temperature < math.inf):
+            raise AezooError(
+                "StochasticVQ needs a start_variance and a temperature above 0 and finite, got "
+                f"{start_variance} and {temperature}"
+            )
+        self.variance, self.hard = variance, hard
+        self.keep("temperature", torch.tensor(float(temperature)))
+        self.code_KD = nn.Parameter(torch.randn(size, code_dim))
+        self.log_variance = nn.Parameter(torch.tensor(math.log(start_variance)))
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Log q(k|z) but for a constant of the place, -||z - e_k||^2 / (2 s^2): (B, dim, *places) -> (B, P, K)."""
+        with torch.autocast(z.device.type, enabled=False):
+            z_ND = z.movedim(1, -1).flatten(0, -2).to(self.exact_dtype)
+            places = math.prod(z.shape[2:])
+            return self._logits(z_ND, places).unflatten(0, (-1, places))
+
+    def _logits(self, z_ND: Tensor, places: int) -> Tensor:
+        z_ND, log_variance_N1 = self._parts(z_ND, places)
+        code_KD = self.code_KD.to(self.exact_dtype)
+        # about the middle of the codes the expanded square cancels least
+        centre_D = code_KD.detach().mean(0)
+        z_ND, code_KD = z_ND - centre_D, code_KD - centre_D
+        square_NK = z_ND.square().sum(1, keepdim=True) + relative_distance(z_ND, code_KD)
+        return -0.5 * square_NK.clamp(min=0) * torch.exp(-log_variance_N1)
+
+    def _parts(self, z_ND: Tensor, places: int) -> tuple[Tensor, Tensor]:
+        """What is compared with codes, and log s^2 within [-15, 10], below which rounding of squares would show."""
+        log_variance_N1 = self.log_variance.to(self.exact_dtype).view(1, 1)
+        if self.variance != "one":
+            z_ND, own_N1 = z_ND.split([self.code_dim, 1], 1)
+            if self.variance == "sample":
+                own_N1 = own_N1.unflatten(0, (-1, places)).mean(1, keepdim=True).expand(-1, places, -1).flatten(0, 1)
+            log_variance_N1 = log_variance_N1 + own_N1
+        return z_ND, log_variance_N1.clamp(-15, 10)
+
+    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+        logits_NK = self._logits(z_ND, places)
+        log_q_NK = logits_NK.log_softmax(1)
+        q_NK = log_q_NK.exp()
+        terms = {
+            "dequantisation": -(q_NK * logits_NK).sum(1),
+            "kl": kl_from_uniform(q_NK, log_q_NK, self.book_sizes[0]),
+        }
+        if self.training:
+            # of the shape (B, P, K), since random numbers belong to samples
+            y_NK = relaxed(log_q_NK.unflatten(0, (-1, places)), self.temperature, self.hard).flatten(0, 1)
+            return y_NK @ self.code_KD.to(self.exact_dtype), y_NK.argmax(1, keepdim=True), terms
+        index_N1 = nearest(z_ND[:, : self.code_dim], self.code_KD.to(self.exact_dtype))[:, None]
+        return self._of_codes(index_N1), index_N1, terms
+
+    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+        return F.embedding(index_NQ[:, 0], self.code_KD.to(self.exact_dtype))

@@ -44,7 +44,8 @@ class SQVAE(DiscreteAutoencoder):
         latent_dim: D, channels of a code.
         codebook_size: K.
         variance: what shares s^2: one for all, or a factor of it that the encoder gives each sample or place.
-        start_variance: s^2 at the start, beside codes of variance 1; more for more channels.
+        start_variance: s^2 at the start, beside codes of variance 1: with too little one code takes all, with too much
+            none counts. 8 suits 64 channels (the authors' code has 11), 0.5 the variance sample or place.
         temperature: of the relaxed codes at the end, at least 0.01: near 0 gradients are noisy.
         start_temperature: at the first step.
         temperature_steps: optimiser steps over which it falls to temperature; 0 keeps it there.
@@ -72,7 +73,7 @@ class SQVAE(DiscreteAutoencoder):
         latent_dim: int = 16,
         codebook_size: int = 512,
         variance: str = "one",
-        start_variance: float = 1.0,
+        start_variance: float = 2.0,
         temperature: float = 0.5,
         start_temperature: float = 1.0,
         temperature_steps: int = 1000,

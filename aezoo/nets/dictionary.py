@@ -44,9 +44,13 @@ class Dictionary(nn.Module):
         self.W_NX = nn.Parameter(nn.functional.normalize(torch.randn(latent_dim, x_dim), dim=1))
         self.b_X = nn.Parameter(torch.zeros(x_dim))
 
+    def directions(self) -> Tensor:
+        """d_i, the rows, (N, X)."""
+        return self.W_NX
+
     def forward(self, f_BN: Tensor) -> Tensor:
         """x_hat of a whole code, (B, N) -> (B, *input_shape)."""
-        return self.with_bias(linear(f_BN, self.W_NX.t()))
+        return self.with_bias(linear(f_BN, self.directions().t()))
 
     def of_active(self, values_Bk: Tensor, index_Bk: Tensor) -> Tensor:
         """x_hat of a code given as its active latents, (B, k), (B, k) -> (B, *input_shape)."""
@@ -58,14 +62,15 @@ class Dictionary(nn.Module):
 
     def sum_of(self, values_Bk: Tensor, index_Bk: Tensor) -> Tensor:
         """sum_j values_j d_{index_j} without b, as for a residual, (B, k), (B, k) -> (B, X)."""
+        d_NX = self.directions()
         if not self.gathers(index_Bk.shape[1]):
-            return linear(spread(values_Bk, index_Bk, len(self.W_NX)), self.W_NX.t())
+            return linear(spread(values_Bk, index_Bk, len(d_NX)), d_NX.t())
         # half precision has no backward everywhere, and k small numbers are to be added exactly
-        dtype = torch.promote_types(self.W_NX.dtype, torch.float32)
+        dtype = torch.promote_types(d_NX.dtype, torch.float32)
         sum_BX = nn.functional.embedding_bag(
-            index_Bk, self.W_NX.to(dtype), per_sample_weights=values_Bk.to(dtype), mode="sum"
+            index_Bk, d_NX.to(dtype), per_sample_weights=values_Bk.to(dtype), mode="sum"
         )
-        return sum_BX.to(self.W_NX.dtype)
+        return sum_BX.to(d_NX.dtype)
 
     def gathers(self, k: int) -> bool:
         """Whether k active latents are gathered."""
@@ -133,7 +138,7 @@ class UnitNorm(Constrained):
     def count(self, f_BN: Tensor) -> None:
         """In training, add this batch, over all ranks, to the samples since each latent fired."""
         if self.training:
-            fired_N = (f_BN > 0).any(0).long()
+            fired_N = (f_BN != 0).any(0).long()
             samples = len(f_BN)
             if self._across_ranks():  # type: ignore[operator]
                 dist.all_reduce(fired_N, op=dist.ReduceOp.MAX)
@@ -143,7 +148,7 @@ class UnitNorm(Constrained):
     def usage(self, f_BN: Tensor) -> dict[str, Tensor]:
         """Count the batch, and say how many latents are active a sample and what share of them is dead."""
         self.count(f_BN)
-        return {"l0": (f_BN > 0).sum(1).float().mean(), "dead_latents": self.dead_N.float().mean()}
+        return {"l0": (f_BN != 0).sum(1).float().mean(), "dead_latents": self.dead_N.float().mean()}
 
     def start_from(self, x: Tensor) -> None:
         """Start parameters from samples of all ranks, (N, *input_shape): b at their geometric median."""

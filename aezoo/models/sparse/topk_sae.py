@@ -102,18 +102,22 @@ class TopKSAE(UnitNorm, Autoencoder):
         pi: Tensor = self.encoder(x.flatten(1) - self.decoder.b_X)
         return pi
 
+    def active(self, pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The values of at most k active latents and where they stand, (B, N) -> (B, k), (B, k)."""
+        return top(pi_BN, k)
+
     def encode(self, x: Tensor) -> Tensor:
-        return spread(*top(self.pre_activations(x), self.k), *self.code_shape)
+        return spread(*self.active(self.pre_activations(x), self.k), *self.code_shape)
 
     def reconstruct(self, pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Code and output of the k largest, (B, N) -> (B, N), (B, *input_shape)."""
-        active = top(pi_BN, k)
+        active = self.active(pi_BN, k)
         return spread(*active, *self.code_shape), self.decoder.of_active(*active)
 
     def aux(self, x: Tensor, x_hat: Tensor, pi_BN: Tensor) -> Tensor:
         """AuxK in the scale chosen, (B, *input_shape), (B, *input_shape), (B, N) -> (B,)."""
         e_BX = (x - self.likelihood.mean(x_hat)).detach().flatten(1)
-        e_hat_BX = self.decoder.sum_of(*top(pi_BN.masked_fill(~self.dead_N, -torch.inf), self.k_aux))
+        e_hat_BX = self.decoder.sum_of(*self.active(pi_BN.masked_fill(~self.dead_N, 0), self.k_aux))
         aux_B = at_least_float32(e_BX - e_hat_BX).square().sum(1) * (self.dead_N.sum() / self.k_aux).clamp(max=1)
         if self.aux_scale == "sse":
             return aux_B
@@ -135,7 +139,7 @@ class TopKSAE(UnitNorm, Autoencoder):
             "loss": (nll_B + self.aux_weight * aux_B).mean(),
             "nll": nll_B.mean(),
             "aux": aux_B.mean(),
-            "l0": (f_BN > 0).sum(1).float().mean(),
+            "l0": (f_BN != 0).sum(1).float().mean(),
             "dead_latents": self.dead_N.float().mean(),
         }
         if self.multi_weight:
@@ -145,7 +149,7 @@ class TopKSAE(UnitNorm, Autoencoder):
 
     def start_from(self, x: Tensor) -> None:
         super().start_from(x)
-        sum_BX = self.decoder.sum_of(*top(self.pre_activations(x), self.k))
+        sum_BX = self.decoder.sum_of(*self.active(self.pre_activations(x), self.k))
         scale = (x.flatten(1) - self.decoder.b_X).norm(dim=1).mean() / sum_BX.norm(dim=1).mean()
         for parameter in self.encoder.parameters():
             parameter.mul_(scale if scale.isfinite() else 1)

@@ -48,6 +48,8 @@ VARIANTS = [
         decode="gather",
     ),
     subject_of("topk_sae", decode="dense"),
+    subject_of("abs_topk_sae", dead_after=1, k=4, k_aux=32, aux_weight=1.0, multi_weight=0.125, data_init=True),
+    subject_of("ra_sae", delta=0.0, n_points=5, dead_after=1, k=4, k_aux=32, aux_weight=1.0),
     subject_of("batch_topk_sae", dead_after=1, k=4, k_aux=32, aux_weight=1.0, data_init=True),
     subject_of("matryoshka_sae", fractions=()),
     subject_of("matching_pursuit_sae", data_init=True, likelihood="bernoulli"),

@@ -112,6 +112,8 @@ RANGES = {
     "phase_epochs": lambda rng: rng.randint(0, 2),
     "k_aux": lambda rng: rng.randint(0, 16),
     "aux_weight": lambda rng: rng.uniform(0, 1),
+    "n_points": lambda rng: rng.randint(1, 100),
+    "delta": lambda rng: rng.choice((0.0, 0.5)),
     "dead_after": lambda rng: rng.randint(1, 2000),
     "gamma": lambda rng: rng.uniform(0, 50),
     "max_capacity": lambda rng: rng.uniform(0, 25),

@@ -37,6 +37,7 @@ MEANING = {
     "start_k": OFF, "k_steps": OFF | NEVER, "spatial": ON, "l1_steps": OFF | NEVER, "resample_steps": OFF | NEVER,
     "l0_weight": WEIGHT, "l0_steps": OFF | NEVER, "target_l0": WEIGHT, "targets": {"[]"},
     "l2": WEIGHT, "data_init": ON, "tied": ON, "multi_weight": WEIGHT, "fractions": {"[]"}, "theta_decay": OFF,
+    "delta": WEIGHT,
     "energy_weight": WEIGHT, "covariance_weight": WEIGHT, "dropout": OFF, "adv_weight": WEIGHT, "enc_weight": WEIGHT,
     "svm_weight": WEIGHT, "nll_weight": WEIGHT,
     "sw_weight": WEIGHT, "cw_weight": WEIGHT, "adversarial_weight": WEIGHT, "regulariser_weight": WEIGHT,

@@ -207,6 +207,14 @@ def restart(
                 moment[dead_N] = 0
 
 
+def onto_simplex(v_NP: Tensor) -> Tensor:
+    """The nearest rows that are at least 0 and sum to 1 (Duchi et al. 2008), (N, P) -> (N, P)."""
+    v_NP = v_NP.to(torch.promote_types(v_NP.dtype, torch.float32))
+    rank_P = torch.arange(1, v_NP.shape[1] + 1, device=v_NP.device)
+    excess_NP = (v_NP.sort(1, descending=True).values.cumsum(1) - 1) / rank_P
+    return (v_NP - excess_NP.amax(1, keepdim=True)).relu()
+
+
 @torch.no_grad()
 def geometric_median(x_BX: Tensor, steps: int = 1000) -> Tensor:
     """The point whose summed distance to the rows is least, (B, X) -> (X,).

@@ -32,6 +32,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "sparse_ae_l1": {"latent_dim": 20},
     "sparse_ae_kl": {"latent_dim": 20},
     "topk_sae": {"latent_dim": 40, "k": 5, "dead_after": 60, "multi_weight": 0.125},
+    "abs_topk_sae": {"latent_dim": 40, "k": 5, "dead_after": 60, "multi_weight": 0.125},
+    "ra_sae": {"latent_dim": 40, "k": 5, "n_points": 30, "dead_after": 60},
     "batch_topk_sae": {"latent_dim": 40, "k": 5, "dead_after": 60},
     "matryoshka_sae": {"latent_dim": 40, "k": 5, "dead_after": 60},
     "matching_pursuit_sae": {"latent_dim": 40, "k": 5},
@@ -174,7 +176,7 @@ OWN_LIKELIHOOD = (
 def build(name: str, shifted: Any, **extra: Any) -> Any:
     torch.manual_seed(0)
     model = shifted(aezoo.create_model(name, input_shape=SHAPE, **MODELS[name], **extra))
-    if name in ("topk_sae", "batch_topk_sae", "matryoshka_sae"):
+    if name in ("topk_sae", "abs_topk_sae", "ra_sae", "batch_topk_sae", "matryoshka_sae"):
         with torch.no_grad():  # a third is dead, with positive pre-activations that the live latents outrank
             model.encoder.bias += 8
             model.encoder.bias[::3] -= 5
@@ -261,8 +263,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "contractive_ae": {"jacobian": 0.1},
         "sparse_ae_l1": {"l1": 0.1},
         "sparse_ae_kl": {"sparsity": 6.0, "l2": 1e-4},
-        "topk_sae": {"aux": 1 / 32, "multi": 1 / 8},
-        "batch_topk_sae": {"aux": 1 / 32},
+        **{key: {"aux": 1 / 32, "multi": 1 / 8} for key in ("topk_sae", "abs_topk_sae")},
+        **{key: {"aux": 1 / 32} for key in ("batch_topk_sae", "ra_sae")},
         "matryoshka_sae": {"aux": 1 / 32, "prefix_nll": 1.0},
         **{key: {"l1": 1.0} for key in ("sae_l1", "transcoder", "crosscoder")},
         "jumprelu_sae": {"l0": 0.1},

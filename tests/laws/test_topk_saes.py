@@ -23,7 +23,7 @@ SHAPE = (2, 3, 4)
 create: Any = aezoo.create_model
 DEAD = torch.tensor([2, 5, 7])
 SMALL = {"latent_dim": 12, "k": 3}
-NAMES = ("topk_sae", "batch_topk_sae", "matryoshka_sae", "matching_pursuit_sae")
+NAMES = ("topk_sae", "abs_topk_sae", "batch_topk_sae", "matryoshka_sae", "matching_pursuit_sae")
 
 
 def data(n: int) -> Tensor:
@@ -268,7 +268,7 @@ def test_auxk_and_multi_topk_train_the_encoder(decode: str, aux_scale: str, shif
     assert found == (None,)
 
 
-@pytest.mark.parametrize("name", ["topk_sae", "batch_topk_sae", "matryoshka_sae"])
+@pytest.mark.parametrize("name", ["topk_sae", "abs_topk_sae", "batch_topk_sae", "matryoshka_sae"])
 def test_auxk_does_not_add_the_bias_a_second_time(name: str, shifted: Any) -> None:
     """The residual x - x_hat holds no b (sparsify #132): e_hat must not either."""
     model, x = with_dead_latents(name, shifted, k_aux=3), data(6)
@@ -285,7 +285,7 @@ def test_auxk_does_not_add_the_bias_a_second_time(name: str, shifted: Any) -> No
     torch.testing.assert_close(gradient, through)
 
 
-@pytest.mark.parametrize("name", ["topk_sae", "batch_topk_sae", "matryoshka_sae"])
+@pytest.mark.parametrize("name", ["topk_sae", "abs_topk_sae", "batch_topk_sae", "matryoshka_sae"])
 def test_auxk_moves_dead_latents_alone_and_vanishes_where_none_is_dead(name: str, shifted: Any) -> None:
     model, x = with_dead_latents(name, shifted, aux_scale="variance"), data(6)
     dead = torch.zeros(12, dtype=torch.bool).index_fill(0, DEAD, True)

@@ -1,0 +1,151 @@
+"""Relaxed archetypal sparse autoencoder (Fel et al. 2025), https://arxiv.org/abs/2502.12892
+
+Directions are mixtures of data points and little more, so that a dictionary stays among the data and two fits find
+much the same, as in archetypal analysis (Cutler & Breiman 1994):
+
+    D = W A + Lambda     W >= 0     sum_j W_ij = 1     ||Lambda_i|| <= delta
+    f = relu(topk_k(W_enc x + b_enc))     x_hat = sum_i f_i d_i
+    L = -log p(x | x_hat) + alpha s ||e - e_hat||^2     AuxK and its s as in TopK
+
+in nats per sample. delta = 0 is A-SAE, whose directions lie in the convex hull of the points. These, A, are samples of
+the first batch of all ranks, where the authors take means of clusters, and stay as they are; directions start at them,
+those beyond their number in the middle of two. As in the authors' code directions have what norm they have, and there
+is no bias; its factor of D is left out, which codes take up. After each step rows of W move to the nearest ones that
+are >= 0 and sum to 1 (the authors divide relu(W) by its sum), and those of Lambda into their balls. The encoder starts
+in directions of its own, where x_hat is as long as x: in those of the points latents that are alike fire together.
+
+Shapes: B batch, X data dimensions, N latents, P points.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.limits import at_least
+from aezoo.models.sparse.topk_sae import TopKSAE
+from aezoo.nets.dictionary import Dictionary, onto_simplex
+from aezoo.nets.linear import linear
+
+
+class Archetypes(Dictionary):
+    """Directions within delta of the convex hull of points, without a bias.
+
+    Args:
+        latent_dim: N, number of directions.
+        input_shape: shape of one sample, that of the output.
+        n_points: P, number of points.
+        delta: how far from the hull a direction may be.
+    """
+
+    points_PX: Tensor
+
+    def __init__(self, latent_dim: int, input_shape: tuple[int, ...], n_points: int, delta: float) -> None:
+        super().__init__(latent_dim, input_shape, "dense")
+        self.delta = delta
+        self.lambda_NX = nn.Parameter(torch.zeros_like(self.W_NX))
+        del self.W_NX, self.b_X
+        self.register_buffer("points_PX", torch.empty(n_points, self.lambda_NX.shape[1]))
+        self.shares_NP = nn.Parameter(torch.empty(latent_dim, n_points))
+        self.start_from(normalize(torch.randn_like(self.points_PX)))  # of any kind until there are data
+
+    @torch.no_grad()
+    def start_from(self, x_BX: Tensor) -> None:
+        """Take samples for points, directions at the first of them, and those that are left in the middle of two."""
+        n_points, n = len(self.points_PX), min(len(self.points_PX), len(x_BX))
+        self.points_PX.copy_(x_BX[torch.arange(n_points, device=x_BX.device) % len(x_BX)])
+        i_N = torch.arange(len(self.shares_NP), device=x_BX.device)
+        self.shares_NP.zero_().scatter_(1, torch.stack([i_N, i_N + i_N // n], 1) % n, 1.0)
+        self.shares_NP.div_(self.shares_NP.sum(1, keepdim=True))
+
+    def directions(self) -> Tensor:
+        with torch.autocast(self.shares_NP.device.type, enabled=False):  # rounded shares would not sum to 1
+            return linear(self.shares_NP, self.points_PX.t()) + self.lambda_NX
+
+    def with_bias(self, sum_BX: Tensor) -> Tensor:
+        return sum_BX.unflatten(1, self.input_shape)
+
+    def remove_parallel_gradient(self) -> None:
+        """Leave the gradient as it is."""
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Have W and Lambda within their bounds."""
+        self.shares_NP.copy_(onto_simplex(self.shares_NP))
+        norm_N1 = at_least_float32(self.lambda_NX).norm(dim=1, keepdim=True)
+        self.lambda_NX.mul_((self.delta / norm_N1.clamp(min=1e-12)).clamp(max=1))
+
+
+class RASAE(TopKSAE):
+    """At most k active latents a sample, whose directions are mixtures of data points.
+
+    Args:
+        input_shape: shape of one sample; any, it is flattened.
+        latent_dim: N, number of latents in the dictionary.
+        k: active latents a sample; fewer where fewer pre-activations are positive.
+        n_points: P, points of the first batch that directions are mixtures of; fewer where it has fewer samples.
+        delta: largest norm of what a direction has beside its mixture.
+        k_aux: dead latents that model the residual; half of the data dimensions if 0.
+        aux_weight: alpha, weight of the auxiliary loss.
+        aux_scale: sse or variance, what the auxiliary loss is measured in.
+        dead_after: a latent is dead when it has not fired for this many samples.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    encoder: nn.Linear
+    decoder: Archetypes
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 512,
+        k: int = 16,
+        n_points: int = 128,
+        delta: float = 1.0,
+        k_aux: int = 0,
+        aux_weight: float = 1 / 32,
+        aux_scale: str = "sse",
+        dead_after: int = 20_000,
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            k=k,
+            k_aux=k_aux,
+            aux_weight=aux_weight,
+            aux_scale=aux_scale,
+            dead_after=dead_after,
+            data_init=True,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(1, n_points=n_points)
+        at_least(0, delta=delta)
+        self.decoder = Archetypes(latent_dim, self.input_shape, n_points, delta)
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        pi: Tensor = self.encoder(x.flatten(1))
+        return pi
+
+    def start_from(self, x: Tensor) -> None:
+        self.decoder.start_from(x.flatten(1))
+        scale = x.flatten(1).norm(dim=1).mean() / self.decoder(self.encode(x)).flatten(1).norm(dim=1).mean()
+        self.encoder.weight.mul_(scale if scale.isfinite() else 1)

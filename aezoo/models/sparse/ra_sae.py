@@ -10,9 +10,9 @@ much the same, as in archetypal analysis (Cutler & Breiman 1994):
 in nats per sample. delta = 0 is A-SAE, whose directions lie in the convex hull of the points. These, A, are samples of
 the first batch of all ranks, where the authors take means of clusters, and stay as they are; directions start at them,
 those beyond their number in the middle of two. As in the authors' code directions have what norm they have, and there
-is no bias; its factor of D is left out, which codes take up. After each step rows of W move to the nearest ones that
-are >= 0 and sum to 1 (the authors divide relu(W) by its sum), and those of Lambda into their balls. The encoder starts
-in directions of its own, where x_hat is as long as x: in those of the points latents that are alike fire together.
+is no bias; its factor of D is left out, which codes take up. After each step rows of W move to the nearest that are
+>= 0 and sum to 1 (the authors divide relu(W) by its sum), those of Lambda into their balls. The encoder starts in
+directions of its own, where x_hat is as long as x: in those of the points latents that are alike fire together.
 
 Shapes: B batch, X data dimensions, N latents, P points.
 """
@@ -42,8 +42,7 @@ class Archetypes(Dictionary):
 
     def __init__(self, latent_dim: int, input_shape: tuple[int, ...], n_points: int, delta: float) -> None:
         super().__init__(latent_dim, input_shape, "dense")
-        self.delta = delta
-        self.lambda_NX = nn.Parameter(torch.zeros_like(self.W_NX))
+        self.delta, self.lambda_NX = delta, nn.Parameter(torch.zeros_like(self.W_NX))
         del self.W_NX, self.b_X
         self.register_buffer("points_PX", torch.empty(n_points, self.lambda_NX.shape[1]))
         self.shares_NP = nn.Parameter(torch.empty(latent_dim, n_points))
@@ -52,8 +51,8 @@ class Archetypes(Dictionary):
     @torch.no_grad()
     def start_from(self, x_BX: Tensor) -> None:
         """Take samples for points, directions at the first of them, and those that are left in the middle of two."""
-        n_points, n = len(self.points_PX), min(len(self.points_PX), len(x_BX))
-        self.points_PX.copy_(x_BX[torch.arange(n_points, device=x_BX.device) % len(x_BX)])
+        n = min(len(self.points_PX), len(x_BX))
+        self.points_PX.copy_(x_BX[torch.arange(len(self.points_PX), device=x_BX.device) % n])
         i_N = torch.arange(len(self.shares_NP), device=x_BX.device)
         self.shares_NP.zero_().scatter_(1, torch.stack([i_N, i_N + i_N // n], 1) % n, 1.0)
         self.shares_NP.div_(self.shares_NP.sum(1, keepdim=True))

@@ -23,6 +23,9 @@ _SHAPES = {
     "forward": "input_shape",
     "score": "input_shape",
     "loss": "input_shape",
+    # of some kinds of models
+    "encode_indices": "input_shape",
+    "reconstruct_from": "input_shape",
 }
 # what layers say of tensors that they were not made for
 _COMPLAINTS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
@@ -80,7 +83,8 @@ def guard(cls: type["Autoencoder"]) -> None:
     except TypeError as error:
         raise AezooError(f"{cls.__name__}.loss must take self, x and y: def loss(self, x, y=None)") from error
     for name, shape in _SHAPES.items():
-        _replace(cls, name, functools.partial(_of_data, shape=shape))
+        if hasattr(cls, name):
+            _replace(cls, name, functools.partial(_of_data, shape=shape))
     _replace(cls, "sample", _of_a_count)
 
 

@@ -40,6 +40,16 @@ def test_data_that_a_model_was_not_made_for_are_refused(what, method, training):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "settings"), [("vq_vae", "encode_indices", {"net": "mlp"}), ("mvae", "reconstruct_from", {})]
+)
+@pytest.mark.parametrize("what", WRONG)
+def test_so_are_those_for_what_some_models_do(what, name, method, settings):
+    given, says = WRONG[what]
+    with pytest.raises(AezooError, match=rf"^{method} {says}"):
+        getattr(model(name, **settings).eval(), method)(given)
+
+
 def test_codes_are_looked_at_too():
     with pytest.raises(AezooError, match="decode expects codes of shape Bx16, got 6x12"):
         model().decode(X)

@@ -19,10 +19,11 @@ from aezoo.nets.memory_format import ChannelsLast
 
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
 # a compilation may cost this many seconds where the compiler's cache is empty, and saves about this share of a step's
-# arithmetic at this many FLOP/s a thread, which is 0.34 ms of the dense step (0.25 to 0.7 ms of it were measured, see
-# benchmarks/results/speed-train-*.csv), or on a GPU this many seconds of launches a step
+# arithmetic at this many FLOP/s a thread, which is 0.51 ms of the dense step (0.25 to 0.7 ms of it were measured where
+# gradients were a graph of their own, 1.3 ms on a Zen 5 since, see benchmarks/results/speed-train-*.csv), or on a GPU
+# this many seconds of launches a step
 _COMPILE_SECONDS = 20.0
-_SAVED_SHARE = 0.1
+_SAVED_SHARE = 0.15
 _FLOPS_PER_THREAD = 1e11
 _SAVED_LAUNCHES = 5e-4
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

@@ -167,7 +167,7 @@ def target_table(files: Mapping[str, list[Row]]) -> str:
     return (
         "## Targets\n\nMedian (lowest to highest) of the rounds of one run; a ratio is taken within a round. "
         "A party whose losses do not agree is not compared. What compiling costs is counted for no party: the zoo's "
-        "dense step is compiled, as `--compile auto` has it in runs of some 60,000 steps and more, and convolutional "
+        "dense step is compiled, as `--compile auto` has it in runs of some 40,000 steps and more, and convolutional "
         "ones are not, as it has them on a CPU; 'compiled otherwise' is the other way round. Several processors have "
         "been measured on (in brackets, where a file is from before they were written down: that of the other files of "
         "the same machine): rates compare within a file of peers, and among rows of one command. Variant: what the "

@@ -20,6 +20,12 @@ pytestmark = [
 DenseAE = aezoo.model_class("dense_ae")
 
 
+@pytest.fixture(autouse=True)
+def _can_trace():
+    if not can_trace():
+        pytest.skip("this torch compiles no gradients")
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     """What torch.compile was asked for, compiled by nobody: graphs with gradients in them, and others."""

@@ -183,6 +183,8 @@ def test_images_come_again(n, of_model, of_data, went_back):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_a_compiled_step_is_taken_again(went_back, monkeypatch):
+    if not joint.can_trace():
+        pytest.skip("this torch compiles no gradients")
     faults, original, calls = {5: "nan", 38: "overflow"}, joint.Joint.step, []
 
     def step(self, x, y):

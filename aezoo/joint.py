@@ -45,12 +45,12 @@ class Joint(Compiled):
     ) -> None:
         super().__init__(self._with_gradients, mode, before_retry, least)
         self._terms, self._module = terms, module
+        self._trained: list[nn.Parameter] = []
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
         """Look up the parameters; which of them are trained is asked in each step."""
         self._parameters = list(self._module.parameters())
-        self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
 
     @property
     def works(self) -> bool:
@@ -64,9 +64,7 @@ class Joint(Compiled):
 
     def step(self, x: Tensor, y: Tensor | None) -> Terms:
         """The terms, none of which has a gradient of its own; the parameters have got theirs."""
-        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
-        if len(trained) != len(self._trained) or any(a is not b for a, b in zip(trained, self._trained, strict=True)):
-            self._trained = trained
+        self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         import torch._dynamo.config as settings
 
         before = getattr(settings, _SETTING)
@@ -77,11 +75,11 @@ class Joint(Compiled):
             setattr(settings, _SETTING, before)
         for parameter in self._parameters:
             parameter.grad = None
-        places = {gradient.data_ptr() for gradient in gradients if gradient is not None}
-        apart = len(places) == len(gradients)
-        for parameter, gradient in zip(trained, gradients, strict=True):
+        found = [(p, gradient) for p, gradient in zip(self._trained, gradients, strict=True) if gradient is not None]
+        apart = len({gradient.data_ptr() for _, gradient in found}) == len(found)
+        for parameter, gradient in found:
             # as the engine leaves them: in the weights' own order of memory, and of each alone
-            fits = gradient is None or (apart and gradient.stride() == parameter.stride())
+            fits = apart and gradient.stride() == parameter.stride()
             parameter.grad = gradient if fits else torch.empty_like(parameter).copy_(gradient)
         return terms, values
 

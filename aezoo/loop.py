@@ -487,11 +487,7 @@ class LightLoop(_TrainingEpochLoop):
         plan = self.plan
         assert plan is not None
         optimizer = plan.optimizer
-        if plan.context is None:
-            terms, values = plan.module.step_terms(x, y)
-        else:
-            with plan.context():
-                terms, values = plan.module.step_terms(x, y)
+        terms, values = plan.within(plan.module.step_terms, x, y)
         self._ask("on_before_backward", terms["loss"])
         terms["loss"].backward()
         self._ask("on_before_optimizer_step", optimizer)
@@ -509,11 +505,7 @@ class LightLoop(_TrainingEpochLoop):
             return self._at_once(batch, batch_idx)
         module, optimizer = plan.module, plan.optimizer
         arguments = (batch, batch_idx) if plan.takes_index else (batch,)
-        if plan.context is None:
-            output = self._named("training_step", module.training_step, *arguments)
-        else:
-            with plan.context():
-                output = self._named("training_step", module.training_step, *arguments)
+        output = plan.within(self._named, "training_step", module.training_step, *arguments)
         accumulated = trainer.accumulate_grad_batches
         if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
             shared = accumulated == 1 and plan.loss_is_private
@@ -555,10 +547,6 @@ class LightLoop(_TrainingEpochLoop):
         zero_grad.increment_ready()
         zero_grad.increment_started()
         zero_grad.increment_completed()
-        if plan.context is None:
-            terms, values = plan.joint.step(x, y)
-        else:
-            with plan.context():
-                terms, values = plan.joint.step(x, y)
+        terms, values = plan.within(plan.joint.step, x, y)
         plan.module.end_step(terms, values, len(x))
         return {"loss": terms["loss"], **terms}

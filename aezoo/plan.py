@@ -33,7 +33,8 @@ Hook = Callable[..., Any]
 # of all modules at once; private to torch
 _GLOBAL_HOOKS = [name for name in vars(of_modules) if name.startswith("_global_") and name.endswith("_hooks")]
 _AROUND_STEP = ("on_train_batch_start", "on_train_batch_end")
-_WITHIN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+_BEFORE_GRADIENTS = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
+_WITHIN_STEP = (*_BEFORE_GRADIENTS, "on_before_optimizer_step")
 # of these what a CUDA graph can hold
 _RECORDED = ("on_before_backward", "on_before_optimizer_step")
 # callbacks whose hooks around a step read no weights but through state_dict; this package's own say so themselves
@@ -142,8 +143,9 @@ class Plan:
             and trainer._val_check_time_interval is None  # type: ignore[attr-defined]
             and trainer.val_check_batch in (float("inf"), trainer.num_training_batches)
         )
+        self._is_alone = self._has_no_watchers(trainer)
         by_torch = _is_ours_too(self.module, "backward") and not self.own_zero_grad
-        self._gradients_are_private = by_torch and self._is_alone(trainer)
+        self._gradients_are_private = by_torch and self._is_alone
         if self.joint is not None:
             self.joint.begin_epoch()
 
@@ -160,7 +162,7 @@ class Plan:
     def can_go_back(self, trainer: pl.Trainer) -> bool:
         """Whether a step can be found to be bad later, as nobody has a part in it or sees what it has left.
 
-        Asked each epoch, since it depends on what code of others may change between two.
+        Asked each epoch, after `begin_epoch`, since it depends on what code of others may change between two.
         """
         data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
         return (
@@ -173,12 +175,12 @@ class Plan:
             and type(loader) is ResidentLoader
             and loader.transform in (None, drawn_anew)
             and (data is None or _is_as_written(data))
-            and self._is_alone(trainer)
+            and self._is_alone
             and not any(not own for name in _WITHIN_STEP for _, own in self.quiet[name])
             and all(_reads_no_weights(hook, own) for name in _AROUND_STEP for hook, own in self.quiet[name])
         )
 
-    def _is_alone(self, trainer: pl.Trainer) -> bool:
+    def _has_no_watchers(self, trainer: pl.Trainer) -> bool:
         """Whether nobody watches a model of this package compute on the CPU."""
         return (
             trainer.strategy.root_device.type == "cpu"
@@ -197,7 +199,14 @@ class Plan:
         if self.joint is None or not (self._gradients_are_private and self.joint.works and self.joint.is_unwatched):
             return False
         hooks = self.hooks if loud else self.quiet
-        return not any(hooks[name] for name in _WITHIN_STEP[:-1])
+        return not any(hooks[name] for name in _BEFORE_GRADIENTS)
+
+    def within(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call what a step computes in the step's precision."""
+        if self.context is None:
+            return call(*arguments)
+        with self.context():
+            return call(*arguments)
 
 
 def is_plain(trainer: pl.Trainer) -> bool:

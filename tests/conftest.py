@@ -22,3 +22,21 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.compile with a back end that compiles nothing; collects what it was asked for."""
+    asked = []
+    real = torch.compile
+
+    def backend(module, inputs):
+        asked.append(module)
+        return module.forward
+
+    def compile_it(function, *, mode, dynamic):
+        torch._dynamo.reset()
+        return real(function, backend=backend, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", compile_it)
+    return asked

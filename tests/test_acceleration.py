@@ -21,24 +21,6 @@ from aezoo.nets.memory_format import ChannelsLast
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """torch.compile with a back end that compiles nothing; collects what it was asked for."""
-    asked = []
-    real = torch.compile
-
-    def backend(module, inputs):
-        asked.append(module)
-        return module.forward
-
-    def compile_it(function, *, mode, dynamic):
-        torch._dynamo.reset()
-        return real(function, backend=backend, dynamic=dynamic)
-
-    monkeypatch.setattr(acceleration.torch, "compile", compile_it)
-    return asked
-
-
 class Losses(pl.Callback):
     """The loss of every training step."""
 

@@ -27,23 +27,6 @@ def _can_trace():
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    """What torch.compile was asked for, compiled by nobody: graphs with gradients in them, and others."""
-    asked, real = [], torch.compile
-
-    def backend(module, inputs):
-        asked.append(module)
-        return module.forward
-
-    def compile_it(function, *, mode, dynamic):
-        torch._dynamo.reset()
-        return real(function, backend=backend, dynamic=dynamic)
-
-    monkeypatch.setattr(acceleration.torch, "compile", compile_it)
-    return asked
-
-
-@pytest.fixture
 def taken(monkeypatch):
     """The numbers of the steps whose gradients came with their loss."""
     steps, original = [], Joint.step
@@ -57,7 +40,7 @@ def taken(monkeypatch):
 
 
 class Two(nn.Module):
-    """x A + B x with parts that are not trained, or used twice, or not at all."""
+    """Two layers and a shift, and parameters that share a gradient or have none."""
 
     def __init__(self):
         super().__init__()

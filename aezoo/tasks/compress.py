@@ -6,6 +6,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.checkpoint import save_model
+from aezoo.entropy import EntropyCoded
 from aezoo.errors import AezooError
 from aezoo.likelihoods import Bernoulli
 from aezoo.registry import name_of
@@ -69,9 +70,9 @@ def compress(
     Raises:
         AezooError: samples that cannot be coded so, a bad value, or a folder that cannot be written.
     """
-    own = getattr(model, "quality", _QUALITY) if getattr(model, "top_quality", 0) else _QUALITY
-    given = own if quality is None else quality
-    qualities = tuple(map(float, given if isinstance(given, tuple | list) else (given,)))
+    if quality is None:
+        quality = model.quality if isinstance(model, EntropyCoded) and model.top_quality else _QUALITY
+    qualities = tuple(map(float, quality if isinstance(quality, tuple | list) else (quality,)))
     _check(mode, qualities, steps, precision, batch_size)
     tables.stream()
     samples = Samples.of(x).check(model)

@@ -53,6 +53,7 @@ VARIANTS = [
     subject_of("batch_topk_sae", dead_after=1, k=4, k_aux=32, aux_weight=1.0, data_init=True),
     subject_of("matryoshka_sae", fractions=()),
     subject_of("matching_pursuit_sae", data_init=True, likelihood="bernoulli"),
+    subject_of("omp_sae", data_init=True, likelihood="laplace"),
     subject_of("k_sparse", start_k=100, k_steps=2),
     subject_of("wta_ae", spatial=True, lifetime=0.3, latent_dim=8, hidden_dims=(6,)),
     subject_of("sae_l1", form="april", l1_steps=2),

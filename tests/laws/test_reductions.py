@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "batch_topk_sae": {"latent_dim": 40, "k": 5, "dead_after": 60},
     "matryoshka_sae": {"latent_dim": 40, "k": 5, "dead_after": 60},
     "matching_pursuit_sae": {"latent_dim": 40, "k": 5},
+    "omp_sae": {"latent_dim": 40, "k": 5},
     "k_sparse": {"latent_dim": 40, "k": 5},
     "wta_ae": {"latent_dim": 20, "lifetime": 0.3},
     "sae_l1": {"latent_dim": 40},

@@ -23,7 +23,7 @@ SHAPE = (2, 3, 4)
 create: Any = aezoo.create_model
 DEAD = torch.tensor([2, 5, 7])
 SMALL = {"latent_dim": 12, "k": 3}
-NAMES = ("topk_sae", "abs_topk_sae", "batch_topk_sae", "matryoshka_sae", "matching_pursuit_sae")
+NAMES = ("topk_sae", "abs_topk_sae", "batch_topk_sae", "matryoshka_sae", "matching_pursuit_sae", "omp_sae")
 
 
 def data(n: int) -> Tensor:

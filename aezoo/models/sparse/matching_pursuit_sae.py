@@ -107,6 +107,4 @@ class MatchingPursuitSAE(UnitNorm, Autoencoder):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         f_BN = self.encode(x)
         nll = self.nll(self.decoder(f_BN), x).mean()
-        self.count(f_BN)
-        l0 = (f_BN > 0).sum(1).float().mean()
-        return {"loss": nll, "nll": nll, "l0": l0, "dead_latents": self.dead_N.float().mean()}
+        return {"loss": nll, "nll": nll, **self.usage(f_BN)}

@@ -1,0 +1,127 @@
+"""OMP sparse autoencoder, orthogonal matching pursuit (Pati et al. 1993), https://doi.org/10.1109/ACSSC.1993.342465
+
+The dictionary is its own encoder, as in matching_pursuit_sae; but with each latent that is chosen all are fitted anew,
+by least squares, so that what is left is orthogonal to their directions and none is chosen twice:
+
+    r_0 = x - b     i_t = argmax_i |d_i r_{t-1}|     r_t = x - b - sum_{s <= t} c_s d_{i_s}
+    c_1 ... c_t = argmin ||r_t||^2     f = sum_t c_t e_{i_t}, of c after k steps
+    x_hat = W f + b     ||d_i|| = 1     L = -log p(x | x_hat)
+
+in nats per sample. Codes have both signs. The chosen directions become an orthonormal basis one after the other,
+d_{i_t} = sum_{s <= t} R_st q_s, and c solves R c = q (x - b). Gradients pass through all c_t, none through the choice.
+Of the squared error they are those of the decoder alone: c is where its derivative by c is 0.
+
+Shapes: B batch, X data dimensions, N latents, k steps.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.models.sparse.matching_pursuit_sae import MatchingPursuitSAE
+
+# the sine of a direction's angle with those before, below which it is one of their mixtures but for rounding
+_APART = 1e-3
+
+
+class OMPSAE(MatchingPursuitSAE):
+    """At most k active latents of either sign, the best approximation by their directions.
+
+    Args:
+        input_shape: shape of one sample; any, it is flattened.
+        latent_dim: N, number of latents in the dictionary.
+        k: steps of the pursuit.
+        dead_after: a latent is dead when it has not fired for this many samples.
+        data_init: start the bias at the geometric median of the first batch of training.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 512,
+        k: int = 16,
+        dead_after: int = 20_000,
+        data_init: bool = False,
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            k=k,
+            dead_after=dead_after,
+            data_init=data_init,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+
+    def choose(self, r_BX: Tensor) -> Tensor:
+        return self.pursue(at_least_float32(r_BX))[0]
+
+    @torch.no_grad()
+    def pursue(self, r_BX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """i_1 ... i_k, R, and q (x - b), of x - b: (B, X) -> (B, k), (B, k, k), (B, k)."""
+        W_NX = at_least_float32(self.decoder.W_NX)
+        chosen: list[Tensor] = []
+        basis: list[Tensor] = []
+        y: list[Tensor] = []
+        for _ in range(self.k):
+            chosen.append((r_BX @ W_NX.T).abs().argmax(1))
+            basis.append(self.beyond(W_NX[chosen[-1]], basis))
+            y.append((basis[-1] * r_BX).sum(1))
+            r_BX = r_BX - y[-1][:, None] * basis[-1]
+        index_Bk = torch.stack(chosen, 1)
+        return index_Bk, torch.stack(basis, 1) @ W_NX[index_Bk].mT, torch.stack(y, 1)
+
+    @staticmethod
+    def beyond(d_BX: Tensor, basis: list[Tensor]) -> Tensor:
+        """What a direction adds to an orthonormal basis, with norm 1, (B, X) -> (B, X); noise if it adds nothing."""
+        q_BX = d_BX
+        if basis:
+            q_BsX = torch.stack(basis, 1)
+            for _ in range(2):  # once leaves rounding errors (Giraud et al. 2005, "twice is enough")
+                q_BX = q_BX - ((q_BX[:, None] @ q_BsX.mT) @ q_BsX)[:, 0]
+        return F.normalize(q_BX, dim=1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        # it would round what is left to 8 bits, and choose others
+        with torch.autocast(x.device.type, enabled=False):
+            r_BX = at_least_float32(self.encoder(x) - self.decoder.b_X)
+            index_Bk, R_Bkk, y_Bk = self.pursue(r_BX)
+            d_BkX, c_Bk = at_least_float32(self.decoder.W_NX)[index_Bk], self.solve(R_Bkk, y_Bk)
+            # a step of Newton's method, (R'R)^-1 d r_k, from where r_k is least: it adds 0, and has the gradients of c
+            left_BX = r_BX - (c_Bk[:, None] @ d_BkX)[:, 0]
+            slope_Bk = (d_BkX @ left_BX[:, :, None])[:, :, 0]
+            c_Bk = c_Bk + self.solve(R_Bkk, self.solve(R_Bkk.mT.flip(1, 2), slope_Bk.flip(1)).flip(1))
+        zeros_BN = c_Bk.new_zeros(x.shape[0], *self.code_shape)
+        # where nothing is left one may be chosen again, for which c is 0
+        return zeros_BN.scatter_add(1, index_Bk, c_Bk).to(x.dtype)
+
+    @staticmethod
+    def solve(R_Bkk: Tensor, y_Bk: Tensor) -> Tensor:
+        """Find c with R c = y, from the last row to the first, R upper triangular; 0 where a direction adds nothing."""
+        c: list[Tensor] = []
+        for t in reversed(range(y_Bk.shape[1])):
+            pivot_B = R_Bkk[:, t, t]
+            new_B = pivot_B > _APART
+            c.append(torch.where(new_B, y_Bk[:, t] / torch.where(new_B, pivot_B, 1), 0))
+            y_Bk = y_Bk - R_Bkk[:, :, t] * c[-1][:, None]
+        return torch.stack(c[::-1], 1)

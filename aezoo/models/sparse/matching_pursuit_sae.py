@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets.dictionary import Dictionary, UnitNorm
+from aezoo.nets.linear import linear
 
 
 class MatchingPursuitSAE(UnitNorm, Autoencoder):
@@ -82,7 +83,7 @@ class MatchingPursuitSAE(UnitNorm, Autoencoder):
         W_NX, r_BX, chosen = at_least_float32(self.decoder.W_NX), at_least_float32(r_BX), []
         with torch.autocast(r_BX.device.type, enabled=False):  # it would take another of two that are nearly as near
             for _ in range(self.k):
-                chosen.append((r_BX @ W_NX.T).argmax(1))
+                chosen.append(linear(r_BX, W_NX).argmax(1))
                 _, r_BX = self.take(r_BX, W_NX[chosen[-1]])
         return torch.stack(chosen, 1)
 

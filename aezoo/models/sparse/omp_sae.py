@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.matching_pursuit_sae import MatchingPursuitSAE
+from aezoo.nets.linear import linear
 
 # the sine of a direction's angle with those before, below which it is one of their mixtures but for rounding
 _APART = 1e-3
@@ -84,7 +85,7 @@ class OMPSAE(MatchingPursuitSAE):
         basis: list[Tensor] = []
         y: list[Tensor] = []
         for _ in range(self.k):
-            chosen.append((r_BX @ W_NX.T).abs().argmax(1))
+            chosen.append(linear(r_BX, W_NX).abs().argmax(1))
             basis.append(self.beyond(W_NX[chosen[-1]], basis))
             y.append((basis[-1] * r_BX).sum(1))
             r_BX = r_BX - y[-1][:, None] * basis[-1]

@@ -26,6 +26,7 @@ _SHAPES = {
     # of some kinds of models
     "encode_indices": "input_shape",
     "reconstruct_from": "input_shape",
+    "inpaint": "input_shape",
 }
 # what layers say of tensors that they were not made for
 _COMPLAINTS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)

@@ -134,6 +134,8 @@ RANGES = {
     "discriminator_start": lambda rng: rng.randint(0, 50),
     "perceptual_weight": lambda rng: rng.uniform(0, 2),
     "equivariance": lambda rng: rng.choice((0.0, 0.5, 1.0)),
+    "decoder_dims": lambda rng: [],
+    "full_mask": lambda rng: rng.choice((0.0, 0.5, 1.0)),
     "discriminator_lr": lambda rng: 10 ** rng.uniform(-5, -3),
     "classifier_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 2))],
     "latent_dims": lambda rng: [rng.randint(2, 16) for _ in range(rng.randint(1, 3))],
@@ -231,6 +233,7 @@ FIXED = {
     "fsq_vae": {"levels": [5, 4, 3], "depth": 2},
     "autoencoder_kl": {"net": "conv", "beta": 1e-6},
     "eq_vae": {"net": "dc", "beta": 1e-6},
+    "asymmetric_kl": {"net": "conv", "beta": 1e-6, "hidden_dims": [8, 12], "decoder_dims": [16, 8]},
     "vqgan": {"net": "conv", "estimator": "rotation"},
 }
 

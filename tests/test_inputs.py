@@ -50,6 +50,11 @@ def test_so_are_those_for_what_some_models_do(what, name, method, settings):
         getattr(model(name, **settings).eval(), method)(given)
 
 
+def test_so_are_those_with_a_mask():
+    with pytest.raises(AezooError, match=r"^inpaint expects samples of shape Bx1x8x8, got 6x12"):
+        model("asymmetric_kl", (1, 8, 8)).eval().inpaint(X, X > 0.5)
+
+
 def test_codes_are_looked_at_too():
     with pytest.raises(AezooError, match="decode expects codes of shape Bx16, got 6x12"):
         model().decode(X)

@@ -109,20 +109,20 @@ def hinge(t_real: Tensor, t_fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - t_real).mean() + F.relu(1 + t_fake).mean())
 
 
-def by_last_layer(net: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def by_last_layer(net: nn.Module, *inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """A network's output, and what takes a gradient of it to that of the weight W of the network's last layer.
 
     One forward pass for both: (B, ...) -> (B, ...) and the map (B, ...) -> (*W.shape), whose results are constants.
     """
     name, weight = [(name, p) for name, p in net.named_parameters() if p.ndim > 1][-1]
     if not torch.compiler.is_compiling():
-        out, pull, *_ = vjp(lambda w: functional_call(net, {name: w}, (x,)), weight)
+        out, pull, *_ = vjp(lambda w: functional_call(net, {name: w}, inputs), weight)
         return out, lambda gradient: pull(gradient)[0].detach()
     # of constants, and once more: inductor (torch 2.13) fails on what is differentiated through a transform of
     # torch.func from outside, "Cannot access storage of TensorWrapper"; passes that are the same it takes once
-    rest, at = {name: p.detach() for name, p in net.named_parameters()}, x.detach()
-    _, pull, *_ = vjp(lambda w: functional_call(net, {**rest, name: w}, (at,)), weight.detach())
-    return net(x), lambda gradient: pull(gradient)[0].detach()
+    rest, at = {name: p.detach() for name, p in net.named_parameters()}, tuple(x.detach() for x in inputs)
+    _, pull, *_ = vjp(lambda w: functional_call(net, {**rest, name: w}, at), weight.detach())
+    return net(*inputs), lambda gradient: pull(gradient)[0].detach()
 
 
 def with_gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:

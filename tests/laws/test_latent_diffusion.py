@@ -51,16 +51,16 @@ def sets(model: Any) -> dict[str, list[nn.Parameter]]:
     }
 
 
-Tau = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Tau = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def by_hand(model: Any, x: Tensor, tau: Tau = lambda x, z: (x, z)) -> dict[str, Tensor]:
-    """All terms, live in all parameters, by torch.distributions and autograd; tau is of samples and codes."""
+    """All terms, live in all parameters, by torch.distributions and autograd; tau gives samples and what is decoded."""
     mu, log_var = model.encoder(x).chunk(2, 1)
     q = D.Normal(mu, (0.5 * log_var).exp())
     kl = D.kl_divergence(q, D.Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum((1, 2, 3)).mean()
-    x, z = tau(x, mu + q.scale * torch.randn_like(mu))
-    x_hat = model.decoder(z)
+    x, *decoded = tau(x, mu + q.scale * torch.randn_like(mu))
+    x_hat = model.decoder(*decoded)
     scale = model.likelihood.log_scale.exp()
     nll = -D.Laplace(x_hat, scale.expand_as(x_hat)).log_prob(x).sum((1, 2, 3)).mean()
     net = random_features(SHAPE).double()
@@ -336,7 +336,11 @@ def test_its_steps_are_those_of_two_optimisers_the_second_from_the_start_on(
     assert moved == (start < 6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"name": "eq_vae", "equivariance": 1.0}], ids=["autoencoder_kl", "eq_vae"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"name": "eq_vae", "equivariance": 1.0}, {"name": "asymmetric_kl", "full_mask": 0.3}],
+    ids=["autoencoder_kl", "eq_vae", "asymmetric_kl"],
+)
 def test_two_ranks_are_one(settings: dict[str, Any], shifted: Any) -> None:
     model, x = shifted(small(beta=0.3, **settings)), images()
     one = copy.deepcopy(model)
@@ -453,7 +457,7 @@ def test_what_cannot_work_is_refused(settings: dict[str, Any], words: str) -> No
         small(**settings)
 
 
-@pytest.mark.parametrize("name", ["autoencoder_kl", "vqgan"])
+@pytest.mark.parametrize("name", ["autoencoder_kl", "asymmetric_kl", "vqgan"])
 def test_a_file_of_features_that_is_not_there_is_named_before_training(name: str, quiet: Any, tmp_path: Any) -> None:
     def began(*args: Any) -> None:
         raise AssertionError("training begins")

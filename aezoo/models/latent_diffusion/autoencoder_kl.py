@@ -121,8 +121,8 @@ class AutoencoderKL(VAE):
         z = mu + torch.exp(0.5 * log_var) * gaussians.noise_like(mu)
         if self.training:
             self.standardiser.observe(z.detach(), self.batch_mean)
-        x, z = self.compared(x, z)
-        params, to_last_layer = adversarial.by_last_layer(self.decoder, z.to(x.dtype))
+        x, z, *seen = self.compared(x, z)
+        params, to_last_layer = adversarial.by_last_layer(self.decoder, z.to(x.dtype), *seen)
         # for the step of encoder and decoder, to which the discriminator is a constant
         image, distance = self.likelihood.mean, self.distance.beside(x)
         nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
@@ -141,8 +141,8 @@ class AutoencoderKL(VAE):
         more = {"adversarial": gan, "adaptive_weight": weight, "discriminator": discriminator, "perceptual": perceptual}
         return {"loss": loss + gradient_alone(players), "nll": nll, "kl": kl, "elbo": -(nll + kl), **more}
 
-    def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """What is compared in a step: samples, and the codes whose decodings shall be these."""
+    def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        """What is compared in a step: samples, and what is decoded to be these, codes and whatever a decoder takes."""
         return x, z
 
     @torch.no_grad()

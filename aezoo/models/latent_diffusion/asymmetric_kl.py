@@ -1,0 +1,151 @@
+"""Asymmetric autoencoder whose decoder sees what stays (Zhu et al. 2023), https://arxiv.org/abs/2306.04632
+
+For inpainting: an AutoencoderKL with a larger decoder, which gets the visible part v of an image besides its code:
+
+    L = R(x, g(z, v x, v)) + beta KL(q(z|x) || p(z)) + w_D lambda L_G     z ~ q(z|x)
+    h_i = c_i where v is 1, stage_i(h_i-1) elsewhere     c_i = conv(act(c_i+1)) the map of v x on the grid of h_i
+
+R, L_G, L_D and lambda as in autoencoder_kl, which this is where nothing is visible: in codes, scores, samples, bounds
+and evaluation. In training a share full_mask of the images is hidden, and of others each patch with a probability drawn
+for the image; the elbo is one of log p(x | v x). In https://github.com/buxiangzhiren/Asymmetric_VQGAN masks are strokes
+and boxes, and the encoder is given.
+
+Shapes: B batch, C channels, N patches.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.errors import AezooError
+from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL
+from aezoo.nets import vit
+from aezoo.nets.conv import CONVS, grids
+
+
+class AsymmetricKL(AutoencoderKL):
+    """A Gaussian feature map, with a large decoder that keeps what is visible of an image.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
+        latent_dim: C, channels of the code.
+        beta: weight of the KL term.
+        decoder_dims: channels of the decoder's stages, from the code outwards. Empty: 3/2 of hidden_dims, mirrored.
+        full_mask: share of images of which the decoder sees nothing in training.
+        features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
+        perceptual_weight: w_P.
+        discriminator_weight: w_D.
+        discriminator_start: optimiser steps before the discriminator counts.
+        discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
+        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
+        net: resnet, conv, convnext, conv_keras, unet or dc; of the decoder each stage.
+        hidden_dims: channels of the encoder's stages.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.
+        lr: learning rate of encoder and decoder.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 4,
+        beta: float = 1e-6,
+        decoder_dims: tuple[int, ...] = (),
+        full_mask: float = 0.5,
+        features: str = "random",
+        perceptual_weight: float = 1.0,
+        discriminator_weight: float = 0.5,
+        discriminator_start: int = 0,
+        discriminator_dims: tuple[int, ...] = (),
+        discriminator_lr: float = 1e-4,
+        net: str = "resnet",
+        hidden_dims: tuple[int, ...] = (32, 64),
+        activation: str = "silu",
+        likelihood: str = "laplace:learned",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        if net in ("gdn", "vit"):  # of one stage gdn is linear, and vit of its own grid
+            raise AezooError(f"net {net!r} cannot decode stage by stage: take resnet, conv, convnext, unet or dc")
+        if not 0 <= full_mask <= 1:
+            raise AezooError(f"full_mask must be from 0 to 1, got {full_mask}")
+        if decoder_dims and (len(decoder_dims) != len(hidden_dims) or min(decoder_dims) < 1):
+            raise AezooError(f"decoder_dims must be as many widths as hidden_dims {hidden_dims}, got {decoder_dims}")
+        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
+        how |= {"discriminator_weight": discriminator_weight, "discriminator_start": discriminator_start, "beta": beta}
+        how |= {"discriminator_dims": discriminator_dims, "discriminator_lr": discriminator_lr, "features": features}
+        how |= {"perceptual_weight": perceptual_weight, "hidden_dims": hidden_dims, "activation": activation}
+        how |= {"net": net, "likelihood": likelihood, "lr": lr, "weight_decay": weight_decay}
+        super().__init__(input_shape, latent_dim=latent_dim, **how)
+        self.save_hyperparameters()
+        self.full_mask, self.patchify = full_mask, vit.Patchify((1, *self.input_shape[1:]))
+        dims = tuple(decoder_dims) or tuple(3 * width // 2 for width in hidden_dims[::-1])
+        self.decoder = SightedDecoder(net, self.code_shape, self.input_shape, dims, activation)
+
+    def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        return (x, z, x, self.visible(x)) if self.training else (x, z)
+
+    def visible(self, x: Tensor) -> Tensor:
+        """Which places the decoder sees in a step, by chance: (B, *input_shape) -> (B, 1, *grid), boolean."""
+        full_B1, share_B1, of_patch_BN = (torch.rand(len(x), n, device=x.device) for n in (1, 1, self.patchify.n))
+        seen_BN = of_patch_BN >= share_B1.where(full_B1 >= self.full_mask, 1)
+        return self.patchify.inverse(seen_BN[..., None].expand(-1, -1, self.patchify.size))
+
+    def inpaint(self, x: Tensor, visible: Tensor, z: Tensor | None = None) -> Tensor:
+        """Samples with what is hidden of them decoded, and all else as it is: (B, *input_shape) -> (B, *input_shape).
+
+        Args:
+            x: samples; what they hold where they are hidden is not looked at.
+            visible: (B, 1, *grid), boolean.
+            z: codes of whole samples, as of a diffusion model; by default those of x with 0 where it is hidden.
+
+        Raises:
+            AezooError: a mask or codes of another kind.
+        """
+        mask = (len(x), 1, *self.input_shape[1:])
+        if not isinstance(visible, Tensor) or visible.dtype != torch.bool or visible.shape != mask:
+            raise AezooError(f"inpaint takes as visible a boolean tensor of shape {mask}, true for what is to stay")
+        x = x.where(visible, 0)
+        z = self.encode(x) if z is None else z
+        if z.shape != (len(x), *self.code_shape):
+            raise AezooError(f"inpaint takes codes z of shape {(len(x), *self.code_shape)}, got {tuple(z.shape)}")
+        return x.where(visible, self.likelihood.mean(self.decoder(z, x, visible)))
+
+
+class SightedDecoder(nn.Module):
+    """(B, *code_shape) -> (B, C, *grid); also of samples, and of (B, 1, *grid), which of their places are visible."""
+
+    def __init__(
+        self, net: str, code_shape: tuple[int, ...], input_shape: tuple[int, ...], dims: tuple[int, ...], act: str
+    ) -> None:
+        super().__init__()
+        channels, conv = input_shape[0], CONVS[len(input_shape) - 1]
+        widths = (*(dims[-1:] or (channels,)), *dims[::-1])  # from the data inwards
+        maps = [(width, *grid) for width, grid in zip(widths, grids(input_shape, len(dims)), strict=True)]
+        down = (nn.Sequential(nets.activation(act), conv(a, b, 3, stride=2, padding=1)) for a, b in pairwise(widths))
+        self.condition = nn.ModuleList([conv(channels, widths[0], 3, padding=1), *down])
+        stages = (nets.decoder(net, a, b, a[:1], act) for a, b in pairwise(maps[::-1]))
+        self.stages = nn.ModuleList([conv(code_shape[0], widths[-1], 3, padding=1), *stages])
+        self.last = nn.Sequential(nets.activation(act), conv(widths[0], channels, 3, padding=1))
+
+    def forward(self, z: Tensor, *seen: Tensor) -> Tensor:
+        maps = [seen[0].where(seen[1], 0)] if seen else []
+        for layer in self.condition if seen else ():
+            maps.append(layer(maps[-1]))
+        for i, stage in enumerate(self.stages, start=1):
+            z = stage(z)
+            z = maps[-i].where(F.interpolate(seen[1].to(z.dtype), z.shape[2:]) > 0, z) if seen else z
+        z = self.last(z)
+        return z

@@ -34,6 +34,7 @@ REASONS = {
     "ladder_vae": _RATE,
     "linear_ae": "PCA is its optimum: what is left is the optimiser's distance",
     "masked_conv_ae": "it learns to fill in what is masked; whole samples are new to it",
+    "mine_vae": _RATE,
     "mmvae": "each number must come from one part alone, and the whole sample be decoded from it",
     "mopoe_vae": "most of its codes are of some parts alone, from which the whole sample is decoded",
     "mvae": f"{_RATE}, and decoders serve codes of some parts alone as well",

@@ -112,6 +112,7 @@ VARIANTS = [
     subject_of("joint_vae", n_variables=0),
     subject_of("semi_supervised_vae", net="resnet", hidden_dims=(8, 8), likelihood="gaussian:learned"),
     subject_of("factor_vae", net="conv", hidden_dims=(8, 8), discriminator_dims=(), likelihood="gaussian:learned"),
+    subject_of("mine_vae", mi_weight=2.0, decay=0.0, net="conv", hidden_dims=(8, 8), likelihood="gaussian:learned"),
     subject_of("vae_gan", net="conv", hidden_dims=(8, 8), likelihood="discretised_logistic"),
     subject_of("hierarchical_vae", latent_dims=(8, 6, 4), free_bits=0.01, net="conv", hidden_dims=(8, 8)),
     subject_of("ladder_vae", latent_dims=(8,)),

@@ -130,6 +130,7 @@ RANGES = {
     "n_values": lambda rng: rng.randint(2, 12),
     "estimator": lambda rng: rng.choice(ESTIMATORS),
     "discriminator_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 2))],
+    "mi_weight": lambda rng: rng.uniform(0, 2),
     "discriminator_weight": lambda rng: rng.uniform(0, 2),
     "discriminator_start": lambda rng: rng.randint(0, 50),
     "perceptual_weight": lambda rng: rng.uniform(0, 2),

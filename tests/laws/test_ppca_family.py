@@ -33,6 +33,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "ciwae": {"n_samples": 4, "beta": 0.3},
     "beta_tcvae": {"alpha": 1.0, "beta": 1.0, "gamma": 1.0},
     "factor_vae": {"gamma": 0.0},
+    "mine_vae": {"mi_weight": 0.0},
     "joint_vae": {"n_variables": 0, "gamma": 1.0, "max_capacity": 0.0},
     "denoising_vae": {"corruption": "none"},
     "ada_gvae": {},

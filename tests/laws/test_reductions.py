@@ -86,6 +86,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "semi_supervised_m1": {"hidden_dims": (24,), "latent_dim": 6, "num_classes": 4},
     "semi_supervised_vae": {"hidden_dims": (24,), "latent_dim": 6, "num_classes": 4},
     "factor_vae": {"hidden_dims": (24,), "latent_dim": 6},
+    "mine_vae": {"hidden_dims": (24,), "latent_dim": 6, "discriminator_dims": (12,), "beta": 2.0},
     "vae_gan": {"hidden_dims": (24,), "latent_dim": 6, "discriminator_dims": (96,)},
     "hierarchical_vae": {"hidden_dims": (24,), "latent_dims": (4, 3), "level_dim": 12, "beta": 2.0},
     "ladder_vae": {"hidden_dims": (24,), "latent_dims": (4, 3), "level_dim": 12, "beta": 2.0},
@@ -140,7 +141,7 @@ MODELS: dict[str, dict[str, Any]] = {
 BATCH_COUPLED = (
     *("sparse_ae_kl", "topk_sae", "annealed_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "beta_tcvae", "joint_vae"),
     *("factor_vae", "vae_gan", "wta_ae", "dagmm", "wae_mmd", "swae", "cw_ae", "topological_ae"),
-    *("lfq_vae", "bsq_vae", "soft_vq", "autoencoder_kl", "eq_vae", "asymmetric_kl", "vqgan"),
+    *("lfq_vae", "bsq_vae", "soft_vq", "autoencoder_kl", "eq_vae", "asymmetric_kl", "vqgan", "mine_vae"),
 )
 # what is estimated depends on how many samples there are
 BATCH_SIZED = ("beta_tcvae", "wta_ae", "wae_mmd", "cw_ae", "topological_ae")
@@ -155,7 +156,7 @@ NOISY = (
     *("two_stage_vae", "hyperspherical_vae", "poincare_vae", "hvae", "rhvae", "wta_ae", "dncnn", "noise2noise"),
     *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae"),
     *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl", "gamma_vae"),
-    *("triplet_vae", "eq_vae", "asymmetric_kl", "mvae", "mmvae", "mopoe_vae", "sq_vae"),
+    *("triplet_vae", "eq_vae", "asymmetric_kl", "mvae", "mmvae", "mopoe_vae", "sq_vae", "mine_vae"),
 )
 # evaluated with whole numbers, trained with noise in place of rounding
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior")
@@ -294,6 +295,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "info_vae": {"kl": 1.0, "mmd": 499.0},
         "sigma_vae": {"kl": 2.0},
         "factor_vae": {"kl": 1.0, "tc": 10.0},
+        "mine_vae": {"kl": 2.0, "mi": -0.5},
         "categorical_vae": {"kl": 2.0},
         "hyperspherical_vae": {"kl": 2.0},
         "poincare_vae": {"kl": 2.0},

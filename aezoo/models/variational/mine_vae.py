@@ -1,0 +1,141 @@
+"""MINE-VAE, a VAE with a neural estimate of mutual information (Belghazi et al. 2018), https://arxiv.org/abs/1801.04062
+
+    L = E_q[-log p(x|z)] + beta |KL(q(z|x) || p(z)) - C| - mi_weight I(x; z)
+    I(x; z) >= E_q(x,z)[T(x, z)] - log E_q(x)q(z)[exp T(x, z)]     (Donsker & Varadhan, equations 10 and 11)
+
+in nats per sample. The statistics network T climbs the bound, which is tight where T is log q(z|x) / q(z) and a
+constant. KL = I + KL(q(z) || p(z)): an mi_weight of beta leaves the second alone, one above pays for codes that tell
+more of their samples (InfoMax VAE, Rezaabad & Vishwanath 2020, https://arxiv.org/abs/1912.13361). mi_weight = 0 is the
+beta-VAE beside an estimate of what its codes tell.
+
+Pairs from q(x) q(z) are samples and the codes of the ones after them in the batch of all ranks, the last with the
+first's: of a random batch these are independent, where a random order would leave some samples with their own codes.
+The gradient of the logarithm is that of exp(T) over the moving average of its mean, M, in place of the mean over the
+batch, whose error biases it (section 3.2). T has the names of a discriminator: it tells pairs that belong together.
+
+Shapes: B batch on this rank, N samples on all ranks, D code, X data dimensions.
+"""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.models.variational.vae import VAE
+from aezoo.nets.adversarial import check_discriminator, gradient_alone, two_groups
+from aezoo.nets.linear import Linear
+
+
+class MineVAE(VAE):
+    """A VAE that is paid for the mutual information of samples and codes, as a network estimates it.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        beta: weight of the KL term.
+        mi_weight: weight of the mutual information; from beta on a code costs no more than its distance from the prior.
+        decay: of the moving average M, below 1; 0 takes the mean over the batch alone, the bound's own gradient.
+        discriminator_dims: widths of the hidden layers of the statistics network T.
+        discriminator_lr: learning rate of T.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate of encoder and decoder.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    log_average: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        beta: float = 1.0,
+        mi_weight: float = 0.5,
+        decay: float = 0.99,
+        discriminator_dims: tuple[int, ...] = (256, 256),
+        discriminator_lr: float = 1e-3,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, mi_weight=mi_weight)
+        if not 0 <= decay < 1:
+            raise AezooError(f"decay must be at least 0 and below 1, got {decay}")
+        check_discriminator(discriminator_dims, discriminator_lr)
+        self.mi_weight, self.decay, self.discriminator_lr = mi_weight, decay, discriminator_lr
+        layers: list[nn.Module] = []
+        dims = (math.prod(self.input_shape) + latent_dim, *discriminator_dims)
+        for n_in, n_out in pairwise(dims):
+            layers += [Linear(n_in, n_out), nn.ELU()]
+        self.discriminator = nn.Sequential(*layers, Linear(dims[-1], 1))
+        self.register_buffer("log_average", torch.zeros(()))  # log M; M is 1 where T is 0
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return two_groups(self, betas=(0.9, 0.999))
+
+    def mutual_information(self, x_BX: Tensor, z_BD: Tensor) -> Tensor:
+        """The bound on I(x; z), with the gradient of E[T] - E[exp T] / M: (B, X), (B, D) -> ()."""
+        other_BD = self.of_all_ranks(z_BD).roll(-1, 0)[self.own_rows(z_BD)]
+        pairs = torch.cat([torch.cat([x_BX, x_BX]), torch.cat([z_BD, other_BD]).to(x_BX.dtype)], dim=1)
+        t_joint_B, t_product_B = at_least_float32(self.discriminator(pairs))[:, 0].chunk(2)
+        t_B = t_product_B.detach()
+        peak = self.of_all_ranks(t_B.amax(0, keepdim=True)).amax()
+        from_peak = self.batch_mean(torch.expm1(t_B - peak)).log1p()  # so that a small bound is not lost to rounding
+        log_mean = log_average = peak + from_peak
+        if self.training and self.decay:
+            # with this batch in it no exp(T) / M exceeds N / (1 - decay)
+            old, new = self.log_average + math.log(self.decay), log_mean + math.log1p(-self.decay)
+            log_average = torch.logaddexp(old.to(new), new)
+            self.log_average.copy_(log_average)
+        value = (t_joint_B - peak).mean() - from_peak
+        return value - gradient_alone(torch.exp(t_product_B - log_average).mean())
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.posterior(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
+        # T climbs the bound, the encoder mi_weight times that: on one pass, as this is z with so much of its gradient
+        weighted_BD = z_BD.detach() + self.mi_weight * gradient_alone(z_BD)
+        mi = self.mutual_information(x.flatten(1), weighted_BD)
+        elbo_loss = nll + self.beta * (kl - self.capacity).abs()
+        return {
+            "loss": elbo_loss - self.mi_weight * mi.detach() - gradient_alone(mi),
+            "nll": nll,
+            "kl": kl,
+            "elbo": -(nll + kl),
+            "mi": mi.detach(),
+        }

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from golden import own_models
@@ -331,3 +332,10 @@ def test_the_public_names_are_there():
     assert len(aezoo.__all__) <= 16  # the core and a function for each verb
     with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
         aezoo.create_modle  # noqa: B018
+
+
+def test_a_model_is_one_file_of_few_lines() -> None:
+    folder = Path(aezoo.__file__).parent / "models"
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("*/*.py")}
+    assert {path.stem for path in lines} >= {*aezoo.list_models()}
+    assert max(lines.values()) <= 150, max(lines, key=lines.__getitem__)

@@ -86,8 +86,7 @@ class StackedDAE(Autoencoder):
             raise AezooError(f"hidden_dims must be whole numbers above 0, got {tuple(hidden_dims)}")
         if phase_epochs < 0:
             raise AezooError(f"phase_epochs must be at least 0, got {phase_epochs}")
-        self.phase_epochs = phase_epochs
-        self.code_shape = (latent_dim,)
+        self.phase_epochs, self.code_shape = phase_epochs, (latent_dim,)
         self.corruption = corruptions.corruption(corruption)
         self.hidden_likelihood = likelihoods.likelihood("bernoulli" if activation == "sigmoid" else "gaussian")
         widths = [*pairwise((math.prod(self.input_shape), *hidden_dims, latent_dim))]

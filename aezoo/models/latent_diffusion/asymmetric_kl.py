@@ -7,8 +7,7 @@ For inpainting: an AutoencoderKL with a larger decoder, which gets the visible p
 
 R, L_G, L_D and lambda as in autoencoder_kl, which this is where nothing is visible: in codes, scores, samples, bounds
 and evaluation. In training a share full_mask of the images is hidden, and of others each patch with a probability drawn
-for the image; the elbo is one of log p(x | v x). In https://github.com/buxiangzhiren/Asymmetric_VQGAN masks are strokes
-and boxes, and the encoder is given.
+for the image; elbo is one of log p(x | v x). In https://github.com/buxiangzhiren/Asymmetric_VQGAN masks are strokes.
 
 Shapes: B batch, C channels, N patches.
 """
@@ -25,6 +24,33 @@ from aezoo.errors import AezooError
 from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL
 from aezoo.nets import vit
 from aezoo.nets.conv import CONVS, grids
+
+
+class SightedDecoder(nn.Module):
+    """(B, *code_shape) -> (B, C, *grid); also of samples, and of (B, 1, *grid), which of their places are visible."""
+
+    def __init__(
+        self, net: str, code_shape: tuple[int, ...], input_shape: tuple[int, ...], dims: tuple[int, ...], act: str
+    ) -> None:
+        super().__init__()
+        channels, conv = input_shape[0], CONVS[len(input_shape) - 1]
+        widths = (*(dims[-1:] or (channels,)), *dims[::-1])  # from the data inwards
+        maps = [(width, *grid) for width, grid in zip(widths, grids(input_shape, len(dims)), strict=True)]
+        down = (nn.Sequential(nets.activation(act), conv(a, b, 3, stride=2, padding=1)) for a, b in pairwise(widths))
+        self.condition = nn.ModuleList([conv(channels, widths[0], 3, padding=1), *down])
+        stages = (nets.decoder(net, a, b, a[:1], act) for a, b in pairwise(maps[::-1]))
+        self.stages = nn.ModuleList([conv(code_shape[0], widths[-1], 3, padding=1), *stages])
+        self.last = nn.Sequential(nets.activation(act), conv(widths[0], channels, 3, padding=1))
+
+    def forward(self, z: Tensor, *seen: Tensor) -> Tensor:
+        maps = [seen[0].where(seen[1], 0)] if seen else []
+        for layer in self.condition if seen else ():
+            maps.append(layer(maps[-1]))
+        for i, stage in enumerate(self.stages, start=1):
+            z = stage(z)
+            z = maps[-i].where(F.interpolate(seen[1].to(z.dtype), z.shape[2:]) > 0, z) if seen else z
+        z = self.last(z)
+        return z
 
 
 class AsymmetricKL(AutoencoderKL):
@@ -122,30 +148,3 @@ class AsymmetricKL(AutoencoderKL):
         if z.shape != (len(x), *self.code_shape):
             raise AezooError(f"inpaint takes codes z of shape {(len(x), *self.code_shape)}, got {tuple(z.shape)}")
         return x.where(visible, self.likelihood.mean(self.decoder(z, x, visible)))
-
-
-class SightedDecoder(nn.Module):
-    """(B, *code_shape) -> (B, C, *grid); also of samples, and of (B, 1, *grid), which of their places are visible."""
-
-    def __init__(
-        self, net: str, code_shape: tuple[int, ...], input_shape: tuple[int, ...], dims: tuple[int, ...], act: str
-    ) -> None:
-        super().__init__()
-        channels, conv = input_shape[0], CONVS[len(input_shape) - 1]
-        widths = (*(dims[-1:] or (channels,)), *dims[::-1])  # from the data inwards
-        maps = [(width, *grid) for width, grid in zip(widths, grids(input_shape, len(dims)), strict=True)]
-        down = (nn.Sequential(nets.activation(act), conv(a, b, 3, stride=2, padding=1)) for a, b in pairwise(widths))
-        self.condition = nn.ModuleList([conv(channels, widths[0], 3, padding=1), *down])
-        stages = (nets.decoder(net, a, b, a[:1], act) for a, b in pairwise(maps[::-1]))
-        self.stages = nn.ModuleList([conv(code_shape[0], widths[-1], 3, padding=1), *stages])
-        self.last = nn.Sequential(nets.activation(act), conv(widths[0], channels, 3, padding=1))
-
-    def forward(self, z: Tensor, *seen: Tensor) -> Tensor:
-        maps = [seen[0].where(seen[1], 0)] if seen else []
-        for layer in self.condition if seen else ():
-            maps.append(layer(maps[-1]))
-        for i, stage in enumerate(self.stages, start=1):
-            z = stage(z)
-            z = maps[-i].where(F.interpolate(seen[1].to(z.dtype), z.shape[2:]) > 0, z) if seen else z
-        z = self.last(z)
-        return z

@@ -133,8 +133,7 @@ class MAE(Autoencoder):
         return nll_BNP * real_NP, scale_BN2.square()
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        embed, blocks, _ = self.encoder.children()
-        n = self.decoder.patchify.n
+        (embed, blocks, _), n = self.encoder.children(), self.decoder.patchify.n
         order_BN = vit.random_order(len(x), n, x.device)
         visible_BVD = vit.shuffle(embed(x), order_BN[:, : n - self.masked])
         nll_BNP, scale_BN2 = self.terms(x, self.decoder.hidden(blocks(visible_BVD), order_BN))

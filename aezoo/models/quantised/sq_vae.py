@@ -6,17 +6,15 @@ Codes are drawn by their distance, with a variance that is learned; the paper's 
     q(c|x) = prod_n softmax_k(-||z_n - e_k||^2 / (2 s^2))                    c uniform, z_q,n = e_c_n
     p(x|z_q) = N(g(z_q), v),   v = argmin L = mean of (x - g(z_q))^2         the likelihood of `sigma_vae`
 
-It is a negative ELBO, where codes have noise, N(z_q, s^2), that q gives to z as well, N(z, s^2), but does not draw. All
-weights are 1: there is no stopped gradient, no commitment, no moving average and no restart of codes.
+It is a negative ELBO, where codes have noise, N(z_q, s^2), that q gives to z as well, N(z, s^2), but does not draw: all
+weights are 1, and no gradient is stopped. All but the first term are means over the book and fall as s grows; the first
+falls with s where other codes reconstruct worse, the more so the smaller v is. So q is unsure at first and anneals
+itself to the nearest code as reconstructions become good.
 
-All but the first term are means over the book, not over draws (see `quantisers.stochastic_vq`), and fall as s grows;
-the first falls with s where other codes reconstruct worse, the more so the smaller v is. So q is unsure at first and
-anneals itself to the nearest code as reconstructions become good.
-
-In training codes are relaxed, as those of `gumbel_vq_vae` and with its schedule of the temperature (the authors' is
-exp(-t / 100,000) in step t), or one-hot (`hard`); in evaluation the loss draws codes themselves. There, and with `hard`
-everywhere, log p(x) >= E[elbo], elbo = -(nll + kl), since p(x) is that of codes without noise. `encode` and all that
-reconstructs take the nearest codes and draw nothing; `score` is L there. In evaluation v is its running mean.
+In training codes are relaxed, as those of `gumbel_vq_vae` and with its schedule of the temperature, or one-hot
+(`hard`); in evaluation the loss draws codes themselves, and v is its running mean. There, and with `hard` everywhere,
+log p(x) >= E[elbo], elbo = -(nll + kl), since p(x) is that of codes without noise. `encode` and all that reconstructs
+take the nearest codes and draw nothing; `score` is L there.
 
 Shapes: B batch, X data dimensions, D channels of a code, K codes, P places.
 """
@@ -88,31 +86,18 @@ class SQVAE(DiscreteAutoencoder):
         lr_schedule: str = "constant",
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood="gaussian",
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
+        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
+        super().__init__(input_shape, likelihood="gaussian", lr=lr, weight_decay=weight_decay, **how)
         self.save_hyperparameters()
         at_least(0, temperature_steps=temperature_steps)
         at_least(0.01, temperature=temperature, start_temperature=start_temperature)
         at_least(1, latent_dim=latent_dim)
         at_least(2, codebook_size=codebook_size)
-        self.temperature_steps = temperature_steps
         self.temperature, self.start_temperature = temperature, start_temperature
+        self.temperature_steps = temperature_steps
         self.keep_steps()
-        self.quantiser = StochasticVQ(
-            latent_dim,
-            codebook_size,
-            variance=variance,
-            start_variance=start_variance,
-            temperature=float(self.tau()),
-            hard=hard,
-        )
+        drawn: dict[str, Any] = {"variance": variance, "start_variance": start_variance, "hard": hard}
+        self.quantiser = StochasticVQ(latent_dim, codebook_size, temperature=float(self.tau()), **drawn)
         self.set_nets(net, (self.quantiser.dim, latent_dim), hidden_dims, activation, places)
         # what scores and evaluation read; saved, unlike a likelihood's usual fixed scale
         self.likelihood.register_buffer("log_scale", self.likelihood.log_scale)
@@ -139,9 +124,8 @@ class SQVAE(DiscreteAutoencoder):
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.draw(x)
-        error_BX = at_least_float32(x).flatten(1) - at_least_float32(self.decoder(z_q)).flatten(1)
-        sse_B = error_BX.square().sum(1)
-        log_s, x_dim = self.likelihood.log_scale, error_BX.shape[1]
+        sse_B = (at_least_float32(x) - at_least_float32(self.decoder(z_q))).flatten(1).square().sum(1)
+        log_s, x_dim = self.likelihood.log_scale, x[0].numel()
         if self.training:
             # dL/dv = 0 at this v, hence it needs no gradient
             v = (self.batch_mean(sse_B) / x_dim).clamp(math.exp(-30), math.exp(20)).detach()
@@ -163,5 +147,4 @@ class SQVAE(DiscreteAutoencoder):
         return self.nll(self.decoder(z_q), x) + latent_BP.sum(1)
 
     def sample(self, n: int) -> Tensor:
-        size, device = self.index_sizes[0], self.quantiser.code_KD.device
-        return self.decode_indices(torch.randint(size, (n, *self.index_shape), device=device))
+        return self.decode_indices(torch.randint(self.index_sizes[0], (n, *self.index_shape), device=self.device))

@@ -30,8 +30,6 @@ from aezoo.limits import at_least
 from aezoo.nets.dictionary import Dictionary, FreeDictionary, UnitNorm, restart
 from aezoo.nets.linear import Linear
 
-FORMS = ("unit_norm", "april")
-
 
 class SAEL1(UnitNorm, Autoencoder):
     """Few latents of a wide dictionary are active for each sample, held down by their sum.
@@ -87,18 +85,16 @@ class SAEL1(UnitNorm, Autoencoder):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        if form not in FORMS:
-            raise AezooError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        if form not in ("unit_norm", "april"):
+            raise AezooError(f"form must be unit_norm or april, got {form!r}")
         at_least(1, latent_dim=latent_dim, dead_after=dead_after)
         at_least(0, l1=l1, l1_steps=l1_steps, resample_steps=resample_steps)
         self.unit_norm, self.l1, self.l1_steps, self.resample_steps = form == "unit_norm", l1, l1_steps, resample_steps
         self.code_shape = (latent_dim,)
-        x_dim = math.prod(self.input_shape)
-        self.encoder = Linear(x_dim, latent_dim)
+        self.encoder = Linear(math.prod(self.input_shape), latent_dim)
         self.decoder = (Dictionary if self.unit_norm else FreeDictionary)(latent_dim, self.input_shape)
-        with torch.no_grad():
-            self.encoder.weight.copy_(self.decoder.W_NX)
-            self.encoder.bias.zero_()
+        self.encoder.weight.data.copy_(self.decoder.W_NX)
+        nn.init.zeros_(self.encoder.bias)
         self.prepare(latent_dim, dead_after, data_init)
         self.keep_steps()
 

@@ -133,15 +133,10 @@ class TopKSAE(UnitNorm, Autoencoder):
         pi_BN = self.pre_activations(x)
         f_BN, x_hat = self.reconstruct(pi_BN, self.k)
         nll_B = self.nll(x_hat, x)
-        self.count(f_BN)
+        usage = self.usage(f_BN)
         aux_B = self.aux(x, x_hat, pi_BN)
-        terms = {
-            "loss": (nll_B + self.aux_weight * aux_B).mean(),
-            "nll": nll_B.mean(),
-            "aux": aux_B.mean(),
-            "l0": (f_BN != 0).sum(1).float().mean(),
-            "dead_latents": self.dead_N.float().mean(),
-        }
+        loss = (nll_B + self.aux_weight * aux_B).mean()
+        terms = {"loss": loss, "nll": nll_B.mean(), "aux": aux_B.mean(), **usage}
         if self.multi_weight:
             terms["multi"] = self.nll(self.reconstruct(pi_BN, min(4 * self.k, *self.code_shape))[1], x).mean()
             terms["loss"] = terms["loss"] + self.multi_weight * terms["multi"]

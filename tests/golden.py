@@ -165,6 +165,7 @@ VARIANTS = [
     subject_of("titok", update="gradient", cosine=False, patch_size=7),
     subject_of("soft_vq", cosine=False, temperature=1.0, data_init=False),
     subject_of("autoencoder_kl", features="none", net="conv", hidden_dims=(8, 8), beta=1.0),
+    subject_of("va_vae", features="none", net="conv", hidden_dims=(8, 8), cosine_margin=0.0, matrix_margin=0.0),
     subject_of("asymmetric_kl", features="none", net="conv", hidden_dims=(8, 8), decoder_dims=(12, 8), full_mask=0.0),
     subject_of("vqgan", features="none", update="ema", cosine=True, codebook_size=32),
 ]

@@ -133,6 +133,9 @@ RANGES = {
     "discriminator_weight": lambda rng: rng.uniform(0, 2),
     "discriminator_start": lambda rng: rng.randint(0, 50),
     "perceptual_weight": lambda rng: rng.uniform(0, 2),
+    "alignment_weight": lambda rng: rng.choice((0.0, 0.1, 1.0)),
+    "cosine_margin": lambda rng: rng.choice((0.0, 0.5)),
+    "matrix_margin": lambda rng: rng.choice((0.0, 0.25)),
     "equivariance": lambda rng: rng.choice((0.0, 0.5, 1.0)),
     "decoder_dims": lambda rng: [],
     "full_mask": lambda rng: rng.choice((0.0, 0.5, 1.0)),
@@ -233,6 +236,7 @@ FIXED = {
     "fsq_vae": {"levels": [5, 4, 3], "depth": 2},
     "autoencoder_kl": {"net": "conv", "beta": 1e-6},
     "eq_vae": {"net": "dc", "beta": 1e-6},
+    "va_vae": {"net": "conv", "beta": 1e-6},
     "asymmetric_kl": {"net": "conv", "beta": 1e-6, "hidden_dims": [8, 12], "decoder_dims": [16, 8]},
     "vqgan": {"net": "conv", "estimator": "rotation"},
 }

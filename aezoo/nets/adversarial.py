@@ -21,16 +21,18 @@ from torch.func import functional_call, vjp
 from aezoo import optimizers
 from aezoo.errors import AezooError
 from aezoo.likelihoods import Likelihood
+from aezoo.limits import at_least
 from aezoo.nets.conv import CONVS, rank_of
 from aezoo.precision import at_least_float32
 
 
-def check_discriminator(dims: tuple[int, ...], lr: float) -> None:
-    """Refuse the arguments discriminator_dims and discriminator_lr that no model can have.
+def check_discriminator(dims: tuple[int, ...], lr: float, start: int = 0) -> None:
+    """Refuse the arguments discriminator_dims, discriminator_lr and discriminator_start that no model can have.
 
     Raises:
-        AezooError: a width below 1, or a learning rate that is not above 0 and at most 1000.
+        AezooError: a width below 1, a learning rate that is not above 0 and at most 1000, or a start below 0.
     """
+    at_least(0, discriminator_start=start)
     if any(width < 1 for width in dims):
         raise AezooError(f"discriminator_dims must be whole numbers above 0, got {tuple(dims)}")
     if not 0 < lr <= 1000:
@@ -133,11 +135,18 @@ def with_gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor,
     return loss(at) if compiling else value, gradient
 
 
-def adaptive_weight(g_rec: Tensor, g_gan: Tensor) -> Tensor:
-    """||g_rec|| / (||g_gan|| + 1e-4), at most 1e4, of the gradients at the decoder's last layer -> ().
+def at_input(net: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient where a network ends, taken to where it begins, a constant: (B, ...) -> (B, ...)."""
+    _, pull, *_ = vjp(lambda at: frozen(net, at), x.detach())
+    return pull(gradient)[0].detach()
+
+
+def adaptive_weight(g_rec: Tensor, g_gan: Tensor, *, most: float = 1e4) -> Tensor:
+    """||g_rec|| / (||g_gan|| + 1e-4), at most `most`, of the gradients at the decoder's last layer -> ().
 
     Whatever the scale of the adversarial loss, it moves that layer as far as the reconstruction does: Esser et al.
-    2020, https://arxiv.org/abs/2012.09841, equation 7, with the constants of their code.
+    2020, https://arxiv.org/abs/2012.09841, equation 7, with the constants of their code. Gradients are to be those
+    of all ranks: the mean of the ranks' own weights would be another.
     """
     ratio = at_least_float32(g_rec).norm() / (at_least_float32(g_gan).norm() + 1e-4)
-    return ratio.clamp(0, 1e4)
+    return ratio.clamp(0, most)

@@ -42,6 +42,11 @@ class FeatureDistance:
         self.features, self.input_shape = features, input_shape
         self.net = random_features(input_shape) if features == "random" else None
 
+    @property
+    def channels(self) -> int:
+        """Of the last layer that is read, where there is a grid."""
+        return RANDOM_WIDTHS["conv"][-1] if self.features == "random" else 256
+
     def read(self) -> "FeatureNet | None":
         """The network, read from its file at the first call: not in the constructor, so that a model loads without.
 

@@ -18,7 +18,7 @@ LINEAR = (
 )
 COUPLED = (
     *("sigma_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "factor_vae", "vae_gan", "ada_gvae", "mlvae"),
-    *("triplet_vae", "autoencoder_kl", "eq_vae", "asymmetric_kl", "mine_vae"),
+    *("triplet_vae", "autoencoder_kl", "eq_vae", "asymmetric_kl", "mine_vae", "va_vae"),
 )
 # with the KL of each level, which free bits hold, that of all processes in any case
 BY_LEVEL = ("hierarchical_vae", "ladder_vae")

@@ -133,6 +133,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gained_hyperprior": {"hidden_dims": (6, 8), "latent_dim": 4, "lams": (0.01, 0.01), **SMALL_SIDE},
     "autoencoder_kl": {"hidden_dims": (6, 8), "latent_dim": 4, "beta": 2.0, "perceptual_weight": 0.5},
     "eq_vae": {"hidden_dims": (6, 8), "latent_dim": 4, "beta": 2.0, "perceptual_weight": 0.5, "equivariance": 1.0},
+    "va_vae": {"hidden_dims": (6, 8), "latent_dim": 4, "beta": 2.0, "perceptual_weight": 0.5, "alignment_weight": 0.3},
     "asymmetric_kl": {"hidden_dims": (6, 8), "latent_dim": 4, "beta": 2.0, "perceptual_weight": 0.5, "full_mask": 0.3},
     "vqgan": {"hidden_dims": (6, 8), "latent_dim": 4, "codebook_size": 8, "perceptual_weight": 0.5},
 }
@@ -141,7 +142,7 @@ MODELS: dict[str, dict[str, Any]] = {
 BATCH_COUPLED = (
     *("sparse_ae_kl", "topk_sae", "annealed_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "beta_tcvae", "joint_vae"),
     *("factor_vae", "vae_gan", "wta_ae", "dagmm", "wae_mmd", "swae", "cw_ae", "topological_ae"),
-    *("lfq_vae", "bsq_vae", "soft_vq", "autoencoder_kl", "eq_vae", "asymmetric_kl", "vqgan", "mine_vae"),
+    *("lfq_vae", "bsq_vae", "soft_vq", "autoencoder_kl", "eq_vae", "asymmetric_kl", "vqgan", "mine_vae", "va_vae"),
 )
 # what is estimated depends on how many samples there are
 BATCH_SIZED = ("beta_tcvae", "wta_ae", "wae_mmd", "cw_ae", "topological_ae")
@@ -156,7 +157,7 @@ NOISY = (
     *("two_stage_vae", "hyperspherical_vae", "poincare_vae", "hvae", "rhvae", "wta_ae", "dncnn", "noise2noise"),
     *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae"),
     *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl", "gamma_vae"),
-    *("triplet_vae", "eq_vae", "asymmetric_kl", "mvae", "mmvae", "mopoe_vae", "sq_vae", "mine_vae"),
+    *("triplet_vae", "eq_vae", "asymmetric_kl", "mvae", "mmvae", "mopoe_vae", "sq_vae", "mine_vae", "va_vae"),
 )
 # evaluated with whole numbers, trained with noise in place of rounding
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior")
@@ -322,7 +323,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "qlae": {"commitment": 0.5, "codebook": 1.0},
         "lfq_vae": {"entropy": 0.3, "diversity": -0.3, "commitment": 0.25},
         "bsq_vae": {"entropy": 0.3, "diversity": -0.3},
-        **{key: {"kl": 2.0, "perceptual": 0.5} for key in ("autoencoder_kl", "eq_vae", "asymmetric_kl")},
+        **{key: {"kl": 2.0, "perceptual": 0.5} for key in ("autoencoder_kl", "eq_vae", "asymmetric_kl", "va_vae")},
         "vqgan": {"commitment": 0.25, "codebook": 1.0, "perceptual": 0.5},
         **{key: {"kl": 1.0} for key in PLAIN},
         # lam of 0.01, of squared errors of values to 255 and of bits

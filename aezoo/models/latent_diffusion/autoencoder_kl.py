@@ -10,10 +10,9 @@ The code is a feature map, on which a diffusion model can be trained; in nats pe
 
 L_G and L_D count from discriminator_start steps on, in the loss by their gradients alone: lambda changes from batch to
 batch, and L_D is the other player's. Without them and P, and with beta = 1, L is -ELBO. beta = 1e-6 belongs to sums of
-values, as in https://github.com/CompVis/latent-diffusion, where P is added to each of the X values of a sample and so
-counts X times; there the likelihood's scale divides it too. So small a beta leaves q(z) far from p(z), by which `elbo`
-and `log_likelihood` go. `standardiser` has mean and standard deviation of each channel over about the last 100 batches
-of training: it gives what a diffusion model is to learn; `sample` restores draws by it.
+values, as in https://github.com/CompVis/latent-diffusion, where P counts X times, as it is added to each of X values,
+and the likelihood's scale divides it. So small a beta leaves q(z) far from p(z), by which `elbo` and `log_likelihood`
+go. `standardiser` has mean and standard deviation of each channel over some 100 batches; `sample` restores draws by it.
 
 Shapes: B batch, C channels of a code, K importance samples, D all values of a code.
 """
@@ -84,8 +83,7 @@ class AutoencoderKL(VAE):
         self.save_hyperparameters()
         at_least(1, latent_dim=latent_dim)
         at_least(0, beta=beta, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
-        at_least(0, discriminator_start=discriminator_start)
-        adversarial.check_discriminator(discriminator_dims, discriminator_lr)
+        adversarial.check_discriminator(discriminator_dims, discriminator_lr, discriminator_start)
         self.beta, self.capacity, self.perceptual_weight = beta, 0.0, perceptual_weight
         self.discriminator_weight, self.discriminator_lr = discriminator_weight, discriminator_lr
         self.discriminator_start, self.distance = discriminator_start, FeatureDistance(features, self.input_shape)
@@ -123,27 +121,29 @@ class AutoencoderKL(VAE):
             self.standardiser.observe(z.detach(), self.batch_mean)
         x, z, *seen = self.compared(x, z)
         params, to_last_layer = adversarial.by_last_layer(self.decoder, z.to(x.dtype), *seen)
-        # for the step of encoder and decoder, to which the discriminator is a constant
         image, distance = self.likelihood.mean, self.distance.beside(x)
         nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
         perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
         gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
         g_R = g_nll + self.perceptual_weight * g_P
-        # of all ranks: the mean of their own weights would be another
         weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan)))
         kl = self.mean_kl(self.kl(mu, log_var))
-        # for the discriminator's step
+        extra, own = self.besides(x, z, mu, g_R)
         judged = self.discriminator(torch.cat([x, image(params).detach().to(x.dtype)]))
         discriminator = adversarial.hinge(*judged.chunk(2))
         started = self.share_of_steps(self.discriminator_start) >= 1
         players = started * (self.discriminator_weight * weight * gan + discriminator)
-        loss = nll + self.perceptual_weight * perceptual + self.beta * (kl - self.capacity).abs()
+        loss = nll + self.perceptual_weight * perceptual + self.beta * (kl - self.capacity).abs() + extra
         more = {"adversarial": gan, "adaptive_weight": weight, "discriminator": discriminator, "perceptual": perceptual}
-        return {"loss": loss + gradient_alone(players), "nll": nll, "kl": kl, "elbo": -(nll + kl), **more}
+        return {"loss": loss + gradient_alone(players), "nll": nll, "kl": kl, "elbo": -(nll + kl), **more, **own}
 
     def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         """What is compared in a step: samples, and what is decoded to be these, codes and whatever a decoder takes."""
         return x, z
+
+    def besides(self, x: Tensor, z: Tensor, mu: Tensor, g_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a child adds to the loss, and its terms; g_R is R's gradient where the decoder ends."""
+        return g_R.new_zeros(()), {}
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:

@@ -97,9 +97,8 @@ class VQGAN(DiscreteAutoencoder):
         super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
         self.save_hyperparameters()
         at_least(0, beta=beta, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
-        at_least(0, discriminator_start=discriminator_start)
         at_least(1, codebook_size=codebook_size)
-        adversarial.check_discriminator(discriminator_dims, discriminator_lr)
+        adversarial.check_discriminator(discriminator_dims, discriminator_lr, discriminator_start)
         self.beta, self.perceptual_weight = beta, perceptual_weight
         self.discriminator_weight, self.discriminator_lr = discriminator_weight, discriminator_lr
         self.discriminator_start, self.distance = discriminator_start, FeatureDistance(features, self.input_shape)

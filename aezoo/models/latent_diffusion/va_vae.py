@@ -1,0 +1,145 @@
+"""VA-VAE, codes aligned with the features of a trained network (Yao et al. 2025), https://arxiv.org/abs/2501.01423
+
+What a diffusion model learns more easily than the code of a good autoencoder is one that resembles what a network for
+images sees, place by place; in nats per sample:
+
+    L = R + beta KL(q(z|x) || p(z)) + w_D lambda L_G + w_A lambda_A A     R, L_G, L_D and lambda as in autoencoder_kl
+    A = mean_i (1 - m_c - cos(v_i, f_i))^+ + mean_ij (|cos(v_i, v_j) - cos(f_i, f_j)| - m_d)^+     v = W z
+    lambda_A = ||dR / dW_e|| / (||dA / dW_e|| + 1e-4), at most 1e8     W_e the weight of the encoder's last layer
+
+over places i and j of a sample's code (equations 2 to 6), with f the features F(x) on the code's grid, means over what
+each place covers. F is not trained; it takes DINOv2 in the paper, here the networks of perceptual losses. A counts in
+the loss by its gradient alone. w_A = 0 is autoencoder_kl. W, a linear map from codes to features, and the constants are
+those of https://github.com/hustvl/LightningDiT, whose last epochs alone have the margins.
+
+Shapes: B batch, C channels, F channels of features, P places.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL
+from aezoo.nets import adversarial
+from aezoo.nets.adversarial import gradient_alone, with_gradient
+from aezoo.nets.conv import CONVS
+from aezoo.nets.features import FeatureDistance
+
+
+class VAVAE(AutoencoderKL):
+    """A Gaussian feature map that resembles the features of a network which is not trained.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
+        latent_dim: C, channels of the code.
+        beta: weight of the KL term.
+        foundation: the network whose features codes are to resemble: random, vgg16, vgg19 or a .pth file's.
+        alignment_weight: w_A.
+        cosine_margin: m_c, an angle's cosine may be so far from 1.
+        matrix_margin: m_d, cosines of two places may differ by so much.
+        features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
+        perceptual_weight: w_P.
+        discriminator_weight: w_D.
+        discriminator_start: optimiser steps before the discriminator counts; 50001 in the authors' settings.
+        discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
+        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc or vit.
+        hidden_dims: channels of the encoder's stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.
+        lr: learning rate of encoder and decoder.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 4,
+        beta: float = 1e-6,
+        foundation: str = "random",
+        alignment_weight: float = 0.1,
+        cosine_margin: float = 0.5,
+        matrix_margin: float = 0.25,
+        features: str = "random",
+        perceptual_weight: float = 1.0,
+        discriminator_weight: float = 0.5,
+        discriminator_start: int = 0,
+        discriminator_dims: tuple[int, ...] = (),
+        discriminator_lr: float = 1e-4,
+        net: str = "resnet",
+        hidden_dims: tuple[int, ...] = (32, 64),
+        activation: str = "silu",
+        likelihood: str = "laplace:learned",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        at_least(0, alignment_weight=alignment_weight, cosine_margin=cosine_margin, matrix_margin=matrix_margin)
+        if foundation == "none":
+            raise AezooError("foundation must be a network: for none take autoencoder_kl")
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            features=features,
+            perceptual_weight=perceptual_weight,
+            discriminator_weight=discriminator_weight,
+            discriminator_start=discriminator_start,
+            discriminator_dims=discriminator_dims,
+            discriminator_lr=discriminator_lr,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.alignment_weight, self.margins = alignment_weight, (cosine_margin, matrix_margin)
+        self.foundation = FeatureDistance(foundation, self.input_shape)
+        self.projection = CONVS[len(input_shape) - 1](latent_dim, self.foundation.channels, 1, bias=False)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.foundation.read()
+
+    def misalignment(self, z: Tensor, f: Tensor) -> Tensor:
+        """A, (B, C, *grid), (B, F, *grid) -> ()."""
+        cosine_margin, matrix_margin = self.margins
+        v_BFP, f_BFP = (F.normalize(at_least_float32(part).flatten(2), dim=1) for part in (self.projection(z), f))
+        apart_BPP = (v_BFP.mT @ v_BFP - f_BFP.mT @ f_BFP).abs()
+        cosine_BP = (v_BFP * f_BFP).sum(1)
+        return (1 - cosine_margin - cosine_BP).relu().mean() + (apart_BPP - matrix_margin).relu().mean()
+
+    @torch.no_grad()
+    def seen(self, x: Tensor, grid: torch.Size) -> Tensor:
+        """f, (B, *input_shape) -> (B, F, *grid)."""
+        net = self.foundation.beside(x).read()
+        assert net is not None
+        with torch.autocast(x.device.type, enabled=False):
+            return F.interpolate(net(at_least_float32(x))[-1], grid, mode="area")
+
+    def besides(self, x: Tensor, z: Tensor, mu: Tensor, g_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.alignment_weight:
+            return super().besides(x, z, mu, g_R)
+        f, z = self.seen(x, z.shape[2:]), z.to(x.dtype)
+        alignment, g_A = with_gradient(lambda at: self.misalignment(at, f), z)
+        moments, to_last_layer = adversarial.by_last_layer(self.encoder, x)
+        g_z = adversarial.at_input(self.decoder, z, g_R), g_A
+        # z = mu + exp(log_var / 2) noise
+        at_moments = (torch.cat([g, g * 0.5 * (z - mu).detach()], 1).to(moments.dtype) for g in g_z)
+        weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in at_moments), most=1e8)
+        terms = {"alignment": alignment, "alignment_weight": weight}
+        return gradient_alone(self.alignment_weight * weight * alignment), terms

@@ -138,6 +138,7 @@ RANGES = {
     "matrix_margin": lambda rng: rng.choice((0.0, 0.25)),
     "equivariance": lambda rng: rng.choice((0.0, 0.5, 1.0)),
     "decoder_dims": lambda rng: [],
+    "teacher": lambda rng: "none",
     "full_mask": lambda rng: rng.choice((0.0, 0.5, 1.0)),
     "discriminator_lr": lambda rng: 10 ** rng.uniform(-5, -3),
     "classifier_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 2))],

@@ -136,6 +136,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "va_vae": {"hidden_dims": (6, 8), "latent_dim": 4, "beta": 2.0, "perceptual_weight": 0.5, "alignment_weight": 0.3},
     "asymmetric_kl": {"hidden_dims": (6, 8), "latent_dim": 4, "beta": 2.0, "perceptual_weight": 0.5, "full_mask": 0.3},
     "vqgan": {"hidden_dims": (6, 8), "latent_dim": 4, "codebook_size": 8, "perceptual_weight": 0.5},
+    "taesd": {"hidden_dims": (6, 8), "latent_dim": 4},
 }
 # rhohat is a mean over the batch before it enters a logarithm; dead latents are counted over batches; the others
 # compare a mean, a covariance or the codes of a whole batch with something, or weigh gradients of a whole batch

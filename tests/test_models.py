@@ -303,6 +303,16 @@ def test_shared_noise_hands_each_process_its_rows(draw):
         assert all(torch.equal(p, w[list(rows)]) for p, w in zip(part, whole, strict=True))
 
 
+def test_a_dropout_of_nothing_draws_nothing():
+    x = torch.rand(6, 5)
+    drawn = []
+    for training in (True, False):
+        with SharedNoise(range(6), 6):
+            assert torch.equal(torch.nn.functional.dropout(x, 0.0, training), x)
+            drawn.append(torch.randn(6, 5))
+    assert torch.equal(*drawn)
+
+
 @pytest.mark.parametrize(
     ("name", "mean", "std"),
     [

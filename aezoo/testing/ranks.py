@@ -89,7 +89,8 @@ class SharedNoise(TorchFunctionMode):
     def _dropout(
         self, func: Any, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **_: Any
     ) -> Tensor:
-        return x * (self._draw(torch.rand, x) >= p) / (1 - p) if training and p < 1 else func(x, p, training)
+        # with p = 0 torch draws nothing either
+        return x * (self._draw(torch.rand, x) >= p) / (1 - p) if training and 0 < p < 1 else func(x, p, training)
 
     def _normal_(self, func: Any, x: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
         return x.copy_(mean + std * self._draw(torch.randn, x))

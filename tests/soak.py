@@ -22,6 +22,7 @@ from aezoo.models.variational.iwae import ESTIMATORS
 from aezoo.nets.build import ACTIVATIONS
 from aezoo.nets.dictionary import DECODES
 from aezoo.nets.flows import FLOWS
+from aezoo.nets.of_diffusers import KINDS
 from aezoo.optimizers import OPTIMIZERS, SCHEDULES
 from aezoo.quantisers.stochastic_vq import VARIANCES
 from aezoo.quantisers.vq import UPDATES
@@ -209,6 +210,10 @@ RANGES = {
     "lams": lambda rng: sorted(10 ** rng.uniform(-4, -1) for _ in range(rng.randint(1, 4))),
     "mixtures": lambda rng: rng.randint(1, 4),
     "attention": lambda rng: rng.random() < 0.5,
+    "kind": lambda rng: rng.choice([*KINDS]),
+    "config": lambda rng: None,
+    "pretrained": lambda rng: "none",
+    "commitment": lambda rng: rng.uniform(0, 2),
     "parts": lambda rng: rng.choice(([], [8], [3, 5], [2, 1, 4, 1])),
     "n_subsets": lambda rng: rng.randint(0, 3),
     "groups": lambda rng: [rng.randint(1, 6) for _ in range(rng.randint(1, 4))],

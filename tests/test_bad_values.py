@@ -51,6 +51,7 @@ MEANING = {
     "discriminator_weight": WEIGHT, "discriminator_start": OFF | NEVER, "perceptual_weight": WEIGHT,
     "equivariance": OFF, "full_mask": OFF, "decoder_dims": {"[]"}, "mi_weight": WEIGHT,
     "alignment_weight": WEIGHT, "cosine_margin": WEIGHT, "matrix_margin": WEIGHT,
+    "config": NONE, "commitment": WEIGHT,
     "temperature": {1.5}, "start_temperature": {1.5}, "temperature_steps": OFF | NEVER, "straight_through": ON,
     "max_discrete_capacity": WEIGHT, "num_labels": OFF, "start_variance": {1.5},
     "capacity_steps": NEVER, "a": {1.5}, "weight": {1.5}, "dataset_size": OFF | NEVER, "group_dim": NONE | OFF,

@@ -332,7 +332,9 @@ def test_any_model_ends_as_with_steps_looked_at_one_by_one(name, went_back, monk
         ends.append(outcome(*fit(trusts, faults, model=model, data=data, everywhere=True)))
     assert_same(*ends)
     assert ends[0][1][0]["skipped"] >= 1
-    assert went_back and any(asked)
+    # layers of another package may keep something of a step
+    trusted = name != "diffusers_ae"
+    assert bool(went_back) == any(asked) == trusted
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "overflow", "sum"])

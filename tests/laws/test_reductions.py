@@ -137,6 +137,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "asymmetric_kl": {"hidden_dims": (6, 8), "latent_dim": 4, "beta": 2.0, "perceptual_weight": 0.5, "full_mask": 0.3},
     "vqgan": {"hidden_dims": (6, 8), "latent_dim": 4, "codebook_size": 8, "perceptual_weight": 0.5},
     "taesd": {"hidden_dims": (6, 8), "latent_dim": 4},
+    "diffusers_ae": {"config": {"block_out_channels": [6, 8], "norm_num_groups": 2}, "beta": 2.0},
 }
 # rhohat is a mean over the batch before it enters a logarithm; dead latents are counted over batches; the others
 # compare a mean, a covariance or the codes of a whole batch with something, or weigh gradients of a whole batch
@@ -159,6 +160,7 @@ NOISY = (
     *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae"),
     *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl", "gamma_vae"),
     *("triplet_vae", "eq_vae", "asymmetric_kl", "mvae", "mmvae", "mopoe_vae", "sq_vae", "mine_vae", "va_vae"),
+    "diffusers_ae",
 )
 # evaluated with whole numbers, trained with noise in place of rounding
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior")
@@ -315,7 +317,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "semi_supervised_vae": {"kl": 1.0},
         "beta_tcvae": {"mi": 1.0, "tc": 6.0, "dwkl": 1.0},
         **{key: {"commitment": 0.25} for key in ("vq_vae", "rq_vae", "vq_vae_2")},
-        **{key: {"kl": 2.0} for key in ("gumbel_vq_vae", "dvae")},
+        **{key: {"kl": 2.0} for key in ("gumbel_vq_vae", "dvae", "diffusers_ae")},
         "sq_vae": {"kl": 1.0, "dequantisation": 1.0},
         **{key: {"tokenizer_loss": 1.0} for key in ("pixelcnn", "index_transformer")},
         "titok": {"commitment": 0.25, "codebook": 1.0},

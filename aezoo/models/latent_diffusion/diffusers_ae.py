@@ -1,0 +1,127 @@
+"""Image autoencoders of the library diffusers (von Platen et al. 2022), https://github.com/huggingface/diffusers
+
+Encoder, decoder and codebook are theirs, so that what others have trained can be measured and trained on here; how
+they are trained is the zoo's, in nats per sample, by the kind of their code:
+
+    L = -log p(x | g(z)) + beta KL(N(mu(x), diag sigma(x)^2) || N(0, I))          Gaussian; z ~ N(mu, diag sigma^2)
+    L = -log p(x | g(e_k)) + ||sg(z) - e_k||^2 + w_C ||z - sg(e_k)||^2            VQModel; e_k the code nearest to z
+    L = -log p(x | g(z))                                                          AutoencoderDC and AutoencoderTiny
+
+summed over all values of a sample or a code. `encode` gives what theirs does: mu of a Gaussian, and of VQModel the z
+that `decode` takes to e_k, without a factor for diffusion models. With a small beta codes lie far from N(0, I), and so
+there is no prior to sample from: `aezoo generate` fits one.
+
+Shapes: B batch, D channels of a code, (H, W) its places.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from aezoo import gaussians
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.likelihoods import Gaussian, Laplace, LogCosh
+from aezoo.limits import at_least
+from aezoo.nets import of_diffusers
+
+
+class DiffusersAE(Autoencoder):
+    """A model of the package diffusers, new or read from a folder: pip install 'aezoo[diffusers]'.
+
+    Args:
+        input_shape: (C, H, W), with sides that the model's stages divide.
+        kind: its class in diffusers: AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, AutoencoderKLKVAE,
+            AutoencoderKLHunyuanImage, VQModel, AutoencoderDC or AutoencoderTiny.
+        config: arguments of that class, such as block_out_channels; the rest is that of a small model.
+        pretrained: none, or a folder that its save_pretrained has written, which says kind and config.
+        beta: weight of the KL term, of a Gaussian code.
+        commitment: w_C, of VQModel.
+        likelihood: how outputs are compared with data, see vae; of a pretrained model gaussian, laplace or logcosh.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    encoder: of_diffusers.Encoding
+    decoder: of_diffusers.Decoding
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        kind: str = "AutoencoderKL",
+        config: dict[str, Any] | None = None,
+        pretrained: str = "none",
+        beta: float = 1e-6,
+        commitment: float = 0.25,
+        likelihood: str = "laplace:learned",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
+        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
+        self.save_hyperparameters()
+        at_least(0, beta=beta, commitment=commitment)
+        if len(self.input_shape) != 3:
+            raise AezooError(f"diffusers_ae takes images, (C, H, W), got {self.input_shape}")
+        if pretrained == "none":
+            net = of_diffusers.build(kind, config or {}, self.input_shape[0])
+        elif config is not None:
+            raise AezooError(f"config is that of {pretrained}: leave it out")
+        elif not isinstance(self.likelihood, Gaussian | Laplace | LogCosh):
+            # of the others an output is no value of a sample
+            raise AezooError(f"a pretrained model takes likelihood gaussian, laplace or logcosh, got {likelihood!r}")
+        else:
+            net = of_diffusers.read(Path(pretrained))
+            kind = type(net).__name__
+            # a checkpoint loads where the folder is not
+            self.hparams.update(kind=kind, config=of_diffusers.config_of(net), pretrained="none")
+        self.beta, self.commitment, self.kind = beta, commitment, kind
+        self.gaussian = "KL" in kind
+        if kind == "AsymmetricAutoencoderKL":
+            net.decoder.condition_encoder.requires_grad_(False)  # it reads a masked image, to be filled in
+        self.encoder, self.decoder = of_diffusers.halves(net)
+        self.code_shape = of_diffusers.code_shape(self.encoder, self.decoder, self.input_shape, self.gaussian)
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of a Gaussian code: (B, *input_shape) -> (B, D, H, W), (B, D, H, W)."""
+        mu, log_var = at_least_float32(self.encoder(x)).chunk(2, dim=1)
+        return mu, log_var.clamp(-30, 20)  # as theirs is
+
+    def encode(self, x: Tensor) -> Tensor:
+        return (self.moments(x)[0] if self.gaussian else self.encoder(x)).to(x.dtype)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        if not self.gaussian:
+            z = self.encoder(x).to(x.dtype)
+            nll = self.nll(self.decoder(z), x).mean()
+            terms = self.of_codes(z) if self.kind == "VQModel" else {}
+            return {
+                "loss": nll + self.commitment * terms["commitment"] + terms["codebook"] if terms else nll,
+                "nll": nll,
+                **terms,
+            }
+        mu, log_var = self.moments(x)
+        z = mu + (0.5 * log_var).exp() * gaussians.noise_like(mu)
+        nll = self.nll(self.decoder(z.to(x.dtype)), x).mean()
+        kl = 0.5 * (mu**2 + log_var.exp() - 1 - log_var).flatten(1).sum(1).mean()
+        return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+
+    def of_codes(self, z: Tensor) -> dict[str, Tensor]:
+        """How far codes are from the nearest of the codebook, by who is to move: (B, D, H, W) -> {name: ()}.
+
+        Theirs is a mean over all values, with the weight of the commitment on the other term.
+        """
+        quantise = self.decoder.net.quantize
+        k = quantise(z)[2][2]  # (B H W)
+        e = at_least_float32(quantise.embedding(k)).unflatten(0, (len(z), *z.shape[2:])).movedim(3, 1)
+        z = at_least_float32(z)
+        pairs = {"codebook": (z.detach(), e), "commitment": (z, e.detach())}
+        return {name: ((a - b) ** 2).flatten(1).sum(1).mean() for name, (a, b) in pairs.items()}

@@ -1,0 +1,282 @@
+"""Image autoencoders of Hugging Face's `diffusers`, each as an encoder and a decoder.
+
+They read and give values from -1 to 1, here from 0 to 1. diffusers is imported when one is built.
+"""
+
+import copy
+import difflib
+import importlib
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from aezoo.errors import AezooError
+from aezoo.security import values, weights
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_MAX_CONFIG = 2**20
+_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_TWO_BLOCKS: dict[str, Any] = {key: [block] * 2 for key, block in _BLOCKS.items()} | {"norm_num_groups": 8}
+_TWO_STAGES = {**_TWO_BLOCKS, "block_out_channels": [32, 64]}
+# a small one of each kind, for what its user does not set: their own defaults have one stage or 10^8 weights
+KINDS: dict[str, dict[str, Any]] = {
+    "AutoencoderKL": {**_TWO_STAGES, "mid_block_add_attention": False},
+    "AsymmetricAutoencoderKL": {
+        **_TWO_BLOCKS,
+        **{"down_block_out_channels": [32, 64], "up_block_out_channels": [32, 64]},
+    },
+    "AutoencoderKLFlux2": {**_TWO_STAGES, "layers_per_block": 1, "latent_channels": 8},
+    "AutoencoderKLHunyuanImage": {
+        **{"block_out_channels": [32, 64], "layers_per_block": 1, "latent_channels": 4},
+        **{"spatial_compression_ratio": 2, "sample_size": 32},
+    },
+    "AutoencoderKLKVAE": {"channels": 32, "ch_mult": [1, 2], "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4},
+    "VQModel": {**_TWO_STAGES, "latent_channels": 4, "mid_block_add_attention": False},
+    "AutoencoderDC": {
+        **{"encoder_block_out_channels": [32, 64], "decoder_block_out_channels": [32, 64], "latent_channels": 8},
+        **{"encoder_layers_per_block": [1, 1], "decoder_layers_per_block": [1, 1]},
+        **{"encoder_qkv_multiscales": [[], []], "decoder_qkv_multiscales": [[], []]},
+    },
+    "AutoencoderTiny": {
+        **{"encoder_block_out_channels": [32, 32], "decoder_block_out_channels": [32, 32]},
+        **{"num_encoder_blocks": [1, 2], "num_decoder_blocks": [2, 1]},
+    },
+}
+_VIDEO = (
+    *("AutoencoderKLAllegro", "AutoencoderKLCogVideoX", "AutoencoderKLCosmos", "AutoencoderKLHunyuanVideo"),
+    *("AutoencoderKLHunyuanImageRefiner", "AutoencoderKLHunyuanVideo15", "AutoencoderKLKVAEVideo", "Kandinsky6SRVAE"),
+    *("AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video", "AutoencoderKLMagvit", "AutoencoderKLMiniMaxH3"),
+    *("AutoencoderKLMochi", "AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLTemporalDecoder"),
+    *("AutoencoderKLWan", "AutoencoderVidTok", "LTX2VideoDiffusionDecoderModel"),
+)
+_AUDIO = (
+    *("AutoencoderKLKVAEAudio", "AutoencoderKLLTX2Audio", "AutoencoderKLMiniMaxH3Audio", "AutoencoderOobleck"),
+    *("AutoencoderSAME", "Cosmos3AVAEAudioTokenizer", "LongCatAudioDiTVae", "MMAudioVAE"),
+)
+REFUSED = {
+    **dict.fromkeys(_VIDEO, "is made for videos, with an axis of time"),
+    **dict.fromkeys(_AUDIO, "is made for sound"),
+    "ConsistencyDecoderVAE": "decodes by a diffusion model, so that a code has no one reconstruction",
+    "AutoencoderRAE": "has an encoder of the package transformers",
+    "RFD4ProteinaAutoencoder": "is made for proteins",
+}
+
+
+class Half(nn.Module):
+    """A model of diffusers with some of its modules alone.
+
+    Args:
+        net: the whole model, which keeps all.
+        parts: names of the modules.
+    """
+
+    def __init__(self, net: Any, parts: Sequence[str]) -> None:
+        super().__init__()
+        self.net: Any = copy.copy(net)
+        self.net._modules = {name: module for name, module in net._modules.items() if name in parts}
+
+
+class Encoding(Half):
+    """Samples to codes, or to means and log-variances of Gaussian ones, one after the other in the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.net.encode(2 * x - 1, return_dict=False)[0]
+        code: Tensor = found if isinstance(found, Tensor) else found.parameters
+        return code
+
+
+class Decoding(Half):
+    """Codes to samples."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        x: Tensor = self.net.decode(z, return_dict=False)[0]
+        return (x + 1) / 2
+
+
+def halves(net: Any) -> tuple[Encoding, Decoding]:
+    """Encoder and decoder; every module of the model is in one of them."""
+    parts = ("encoder", "quant_conv")
+    return Encoding(net, parts), Decoding(net, [name for name in net._modules if name not in parts])
+
+
+def kind_of(name: str) -> Any:
+    """The class of a kind.
+
+    Raises:
+        AezooError: no such kind, one that is no autoencoder of images, or diffusers is not installed.
+    """
+    if name in REFUSED:
+        raise AezooError(f"{name} of diffusers {REFUSED[name]}: take one of {', '.join(KINDS)}")
+    if name not in KINDS:
+        near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.5)
+        raise AezooError(
+            f"unknown kind {name!r}{f', did you mean {near[0]!r}?' if near else ':'} Take one of {', '.join(KINDS)}"
+        )
+    try:
+        return getattr(importlib.import_module("diffusers"), name)
+    except ImportError as error:
+        raise AezooError("diffusers_ae needs diffusers: pip install 'aezoo[diffusers]'") from error
+    except (AttributeError, RuntimeError) as error:
+        raise AezooError(f"diffusers cannot give {name}, {_brief(error)}: pip install -U 'aezoo[diffusers]'") from error
+
+
+def build(name: str, config: dict[str, Any], channels: int) -> Any:
+    """A model with its initial weights.
+
+    Args:
+        name: its kind.
+        config: arguments of its class; the rest is as `KINDS` has it, and then as the class does.
+        channels: of a sample.
+
+    Raises:
+        AezooError: as `kind_of` does, or the class does not take the arguments.
+    """
+    cls = kind_of(name)
+    given = values.plain(config, f"config of {name}: its arguments")
+    known = _arguments(cls)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise AezooError(
+                f"config of {name} has no {key!r}{f', did you mean {near[0]!r}?' if near else ':'} "
+                f"It takes {', '.join(known)}"
+            )
+    settings: dict[str, Any] = dict.fromkeys({"in_channels", "out_channels"} & {*known}, channels)
+    settings |= {**KINDS[name], **given}
+    try:
+        for key in [key for key in _BLOCKS if key in known and key not in given]:
+            # as many blocks as there are widths
+            widths = settings.get("block_out_channels") or settings[key.replace("types", "out_channels")]
+            settings[key] = [_BLOCKS[key]] * len(widths)
+        return cls(**settings)
+    except Exception as error:  # a class fails in any way on values that it does not expect
+        raise AezooError(f"{name} does not take config {_brief(given)}: {_brief(error)}") from error
+
+
+def read(folder: Path) -> Any:
+    """A model that its `save_pretrained` has written, from safetensors alone, which bound its size.
+
+    Raises:
+        AezooError: as `kind_of` does; or the folder has no such files, whole and of one model.
+    """
+    name = kind_in(folder)
+    cls = kind_of(name)
+    if (folder / f"{WEIGHTS}.index.json").exists():
+        raise AezooError(f"{folder} has its weights in several files: save it again with max_shard_size='100GB'")
+    if not (folder / WEIGHTS).is_file():
+        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        why = f"{pickles[0]} is refused, since a pickle can run code" if pickles else "so that there are no weights"
+        raise AezooError(
+            f"{folder} has no {WEIGHTS}, {why}: save_pretrained(FOLDER, safe_serialization=True) writes one"
+        )
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+        with weights.no_larger_than(shapes):
+            # it knows the names that weights had in versions before
+            net, found = cls.from_pretrained(
+                str(folder),
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except Exception as error:  # a damaged or foreign file can end in any error
+        raise AezooError(f"cannot read {folder} as {name}: {_brief(error)}; save it again") from error
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found.get(key):
+            raise AezooError(
+                f"{folder / WEIGHTS} does not fit its {CONFIG}, {key}: {_brief(found[key])}; save it again"
+            )
+    return net.train()
+
+
+def kind_in(folder: Path) -> str:
+    """The kind that the `config.json` of a folder names.
+
+    Raises:
+        AezooError: there is no such file, or it names none.
+    """
+    if not (folder / CONFIG).is_file():
+        raise AezooError(
+            f"{folder} has no {CONFIG}: give the folder of a model of diffusers on this disk, of a pipeline its vae; "
+            "`hf download NAME --local-dir FOLDER` fetches one"
+        )
+    try:
+        with (folder / CONFIG).open("rb") as file:
+            text = file.read(_MAX_CONFIG + 1)
+        if len(text) > _MAX_CONFIG:
+            raise ValueError(f"it has more than {_MAX_CONFIG} bytes")
+        config = json.loads(text.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AezooError(f"cannot read {folder / CONFIG}: {_brief(error)}") from error
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(name, str):
+        raise AezooError(f"{folder / CONFIG} names no model: it was not written by a model of diffusers")
+    if config.get("quantization_config"):
+        raise AezooError(f"{folder} is quantised, which needs code of others: give the model that it was made from")
+    return name
+
+
+def config_of(net: Any) -> dict[str, Any]:
+    """All arguments of a model's class, as plain values by which `build` makes it again."""
+    config: dict[str, Any] = json.loads(json.dumps({key: net.config[key] for key in _arguments(type(net))}))
+    return config
+
+
+def code_shape(encoder: Encoding, decoder: Decoding, input_shape: tuple[int, ...], gaussian: bool) -> tuple[int, ...]:
+    """Shape of a code, by a computation of shapes alone.
+
+    Args:
+        encoder: of a model.
+        decoder: of the same.
+        input_shape: (C, H, W).
+        gaussian: half of the encoder's channels are log-variances.
+
+    Raises:
+        AezooError: the model does not take such samples, or gives others back.
+    """
+    name = type(encoder.net).__name__
+    try:
+        h = _shapes_alone(encoder, torch.empty(1, *input_shape, device="meta"))
+        z = h.chunk(2, dim=1)[0] if gaussian else h
+        x_hat = _shapes_alone(decoder, z)
+    except Exception as error:  # torch's and diffusers' own
+        channels = encoder.net.config.get("in_channels", input_shape[0])
+        if channels != input_shape[0]:
+            raise AezooError(
+                f"this {name} takes {channels} channels, got {input_shape}: give --data.channels {channels}"
+            ) from error
+        raise AezooError(f"this {name} does not take samples of shape {input_shape}: {_brief(error)}") from error
+    if x_hat.shape[1:] != input_shape:
+        factors = [max(n // m, 1) for n, m in zip(x_hat.shape[2:], z.shape[2:], strict=True)]
+        sides = " and ".join(map(str, dict.fromkeys(factors)))
+        raise AezooError(
+            f"this {name} gives {tuple(x_hat.shape[1:])} back for {input_shape}: take sides that are multiples of "
+            f"{sides}, as --data.size resizes them"
+        )
+    return tuple(z.shape[1:])
+
+
+@torch.no_grad()
+def _shapes_alone(half: Half, x: Tensor) -> Tensor:
+    state = {key: value.to("meta") for key, value in [*half.named_parameters(), *half.named_buffers()]}
+    found: Tensor = functional_call(half, state, x)
+    return found
+
+
+def _arguments(cls: Any) -> list[str]:
+    return [key for key in inspect.signature(cls.__init__).parameters if key != "self"]
+
+
+def _brief(what: object) -> str:
+    text = " ".join(str(what).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."

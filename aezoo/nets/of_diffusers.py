@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -100,8 +101,28 @@ class Decoding(Half):
         return (x + 1) / 2
 
 
+class _OfDoubled(nn.Conv2d):
+    """A convolution of a map of twice the sides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _for_any_batch(net: nn.Module) -> None:
+    """Let layers that double the sides compute the same without a look at the batch's size.
+
+    Theirs copies 64 samples and more, for what old versions of torch cannot do, and so is exported for fewer alone.
+    """
+    for layer in net.modules():
+        known: Any = layer if type(layer).__name__ == "Upsample2D" else None
+        if known and known.use_conv and known.interpolate and known.name == "conv" and type(known.conv) is nn.Conv2d:
+            known.conv.__class__ = _OfDoubled
+            known.use_conv_transpose = True  # after the norm the convolution is all there is
+
+
 def halves(net: Any) -> tuple[Encoding, Decoding]:
     """Encoder and decoder; every module of the model is in one of them."""
+    _for_any_batch(net)
     parts = ("encoder", "quant_conv")
     return Encoding(net, parts), Decoding(net, [name for name in net._modules if name not in parts])
 

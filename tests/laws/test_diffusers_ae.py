@@ -21,6 +21,7 @@ from aezoo.checkpoint import load_run
 from aezoo.errors import AezooError
 from aezoo.nets import of_diffusers
 from aezoo.nets.of_diffusers import KINDS, REFUSED, WEIGHTS
+from aezoo.testing import check_export
 
 SHAPE = (3, 12, 16)
 # with attention, which the small ones leave out, and more channels of a code than of a sample
@@ -162,6 +163,22 @@ def test_weights_in_half_precision_are_read_as_float32_and_all_are_trained(tmp_p
     model = ours(tmp_path)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+
+
+@every
+@torch.no_grad()
+def test_many_samples_at_once_are_as_few(kind: str, tmp_path: Path) -> None:
+    """From 64 on diffusers goes another way."""
+    net, x = stored(kind, tmp_path).double(), images(70, dtype=torch.float64)
+    model = ours(tmp_path).double().eval()
+    torch.testing.assert_close(model(x)[:4], model(x[:4]))
+    torch.testing.assert_close(model(x), net.decode(code_of(net, 2 * x - 1)).sample / 2 + 0.5)
+
+
+@pytest.mark.slow
+@every
+def test_each_kind_is_exported_for_batches_of_any_size(kind: str) -> None:
+    check_export("diffusers_ae", kind=kind)
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
@@ -343,10 +360,10 @@ def test_what_is_no_autoencoder_of_images_is_refused_by_name(kind: str, tmp_path
 
 
 def test_every_autoencoder_of_diffusers_is_taken_or_refused_with_a_reason() -> None:
-    names = [name for name in dir(diffusers) if isinstance(getattr(diffusers, name, None), type)]
-    classes = {
-        name for name in names if getattr(diffusers, name).__module__.startswith("diffusers.models.autoencoders.")
-    }
+    from diffusers.models import autoencoders
+
+    classes = {name for name, cls in vars(autoencoders).items() if isinstance(cls, type)}
+    assert len(classes) > 20
     with_codes = {name for name in classes if hasattr(getattr(diffusers, name), "encode")}
     assert with_codes - {*KINDS, *REFUSED} == set()
 

@@ -139,6 +139,7 @@ VARIANTS = [
     subject_of("vae", net="conv_keras", hidden_dims=(8, 8)),
     subject_of("vae", net="gdn", hidden_dims=(8, 8)),
     subject_of("vae", net="dc", hidden_dims=(8, 8)),
+    subject_of("vae", net="mixer", hidden_dims=(16, 12)),
     subject_of("factorized_prior", net="mlp", hidden_dims=(24,)),
     subject_of("mean_scale_hyperprior", net="mlp", hidden_dims=(24,)),
     subject_of("cheng2020", mixtures=1, attention=False, hidden_dims=(8, 8)),

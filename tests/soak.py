@@ -37,7 +37,7 @@ RANGES = {
     "latent_dim": lambda rng: rng.randint(4, 24),
     "latent_map": lambda rng: rng.random() < 0.5,
     "hidden_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 3))],
-    "net": lambda rng: rng.choice(("mlp", "conv", "resnet", "conv_keras", "gdn", "dc")),
+    "net": lambda rng: rng.choice(("mlp", "conv", "resnet", "conv_keras", "gdn", "dc", "mixer")),
     "activation": lambda rng: rng.choice([*ACTIVATIONS]),
     "code_activation": lambda rng: rng.choice([*ACTIVATIONS]),
     "likelihood": lambda rng: rng.choice(LIKELIHOODS),

@@ -9,7 +9,7 @@ Shapes: B batch, C channels, N patches, P values in a patch, D width of a token,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -212,12 +212,12 @@ class Block(nn.Module):
         return out
 
 
-def blocks(widths: Sequence[int], act: str) -> nn.Sequential:
+def blocks(widths: Sequence[int], act: str, block: Callable[[int, str], nn.Module] = Block) -> nn.Sequential:
     """A block for each width and a last normalisation, with a linear layer between blocks of different widths."""
     layers: list[nn.Module] = []
     for i, width in enumerate(widths):
         layers += [Linear(widths[i - 1], width)] if i and widths[i - 1] != width else []
-        layers.append(Block(width, act))
+        layers.append(block(width, act))
     return nn.Sequential(*layers, nn.LayerNorm(widths[-1], eps=1e-6))
 
 

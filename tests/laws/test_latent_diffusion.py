@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
 ]
 SHAPE, X = (2, 9, 7), 126
-NETS = ("resnet", "conv", "convnext", "conv_keras", "unet", "dc", "vit")
+NETS = ("resnet", "conv", "convnext", "conv_keras", "unet", "dc", "vit", "mixer")
 
 
 def small(name: str = "autoencoder_kl", **settings: Any) -> Any:
@@ -669,6 +669,7 @@ def test_tau_is_drawn_by_the_seed_of_the_step(share: float, monkeypatch: pytest.
         ({"net": "mlp"}, "feature map"),
         ({"net": "unet"}, "one size alone"),
         ({"net": "vit"}, "one size alone"),
+        ({"net": "mixer"}, "one size alone"),
         ({"equivariance": 1.1}, "equivariance must be from 0 to 1"),
     ],
 )

@@ -34,7 +34,7 @@ class ScaleHyperprior(FactorizedPrior):
         lam: weight of the distortion.
         hyper_dim: N, channels of the side information.
         hyper_hidden_dims: channels of the stages between y and z (net mlp: widths of layers); mirrored back.
-        net: gdn, conv, resnet, convnext, conv_keras, unet, dc, vit, mlp, lstm or transformer.
+        net: gdn, conv, resnet, convnext, conv_keras, unet, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers;
             of net gdn, between those of the side information alone.

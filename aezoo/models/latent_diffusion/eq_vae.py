@@ -75,7 +75,7 @@ class EQVAE(AutoencoderKL):
     ) -> None:
         if len(input_shape) != 3:
             raise AezooError(f"eq_vae turns images (C, H, W), got {tuple(input_shape)}: take autoencoder_kl")
-        if net in ("unet", "vit"):
+        if net in ("unet", "vit", "mixer"):
             raise AezooError(f"net {net!r} decodes maps of one size alone: take resnet, conv, convnext, gdn or dc")
         if not 0 <= equivariance <= 1:
             raise AezooError(f"equivariance must be from 0 to 1, got {equivariance}")

@@ -31,7 +31,7 @@ class MaskedConvAE(Autoencoder):
         mask_ratio: share of the patches that are masked.
         patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
         learned_token: masked values become a learned number for each channel, instead of 0.
-        net: conv, resnet, convnext, conv_keras, vit or mlp.
+        net: conv, resnet, convnext, conv_keras, vit, mixer or mlp.
         latent_dim: size of the code, or its channels if `latent_map` is on.
         latent_map: the code is a feature map on the grid that the stages leave, instead of a vector.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.

@@ -27,7 +27,7 @@ class BSQVAE(DiscreteAutoencoder):
         beta: weight of the commitment.
         temperature: of the probabilities of codes.
         places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mlp, lstm or transformer.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,

@@ -53,7 +53,7 @@ class DVAE(GumbelVQVAE):
         temperature_steps: optimiser steps over which tau falls to temperature; 0 keeps it there. The paper has 150,000.
         hard: decode codes in training as well, with the gradient of the relaxed ones.
         places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mlp, lstm or transformer.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: logit_laplace, of which the decoder gives scales, too;

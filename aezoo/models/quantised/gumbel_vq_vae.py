@@ -41,7 +41,7 @@ class GumbelVQVAE(DiscreteAutoencoder):
         temperature_steps: optimiser steps over which tau falls to temperature; 0 keeps it there.
         hard: decode codes in training as well, with the gradient of the relaxed ones.
         places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mlp, lstm or transformer.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,

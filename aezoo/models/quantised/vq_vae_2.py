@@ -42,7 +42,7 @@ class VQVAE2(DiscreteAutoencoder):
         estimator: how the gradient passes the quantisers: ste, rotation, gumbel or diveq.
         cosine: compare directions, on the unit sphere.
         data_init: start the codes by k-means on the first batch of training, the bottom ones given the top.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc or vit.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
         hidden_dims: channels of the encoder's stages down to the bottom grid; the decoder mirrors them.
         top_dims: channels of the stages from there to the top grid.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.

@@ -36,7 +36,7 @@ class AE1SVM(Autoencoder):
         nu: share of the samples that may lie outside, above 0 and at most 1.
         n_frequencies: R, random frequencies, of which each gives two features.
         bandwidth: sigma, standard deviation of the kernel in the space of codes.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         code_activation: applied to the code as well; with identity bandwidth should suit the scale that codes take.

@@ -26,7 +26,7 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.limits import at_least
 
-# without places or gates, and 0 at 0 without a value that they saturate at
+# without places, gates or a last normalisation, and 0 at 0 without a value that they saturate at
 _NETS = ("mlp", "conv", "resnet", "convnext", "conv_keras", "unet", "gdn", "dc")
 _ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "identity", "gated")
 _NEAR_0 = 0.1

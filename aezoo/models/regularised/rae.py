@@ -71,7 +71,7 @@ class RAE(Constrained, Autoencoder):
         beta: weight of half of the code's squared norm.
         regulariser: of the decoder: l2 (of its parameters), gp (of its Jacobian), sn (spectral norm) or none.
         regulariser_weight: lam, weight of l2 or gp.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,

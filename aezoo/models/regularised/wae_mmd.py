@@ -37,7 +37,7 @@ class WAEMMD(Autoencoder):
         kernel: inverse_multiquadratic or rbf.
         kernel_scales: s, widths of the kernels that are added up, in squared units of the distance between two draws.
         unbiased: take the U-statistic; off, the V-statistic.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,

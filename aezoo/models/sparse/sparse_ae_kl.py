@@ -34,7 +34,7 @@ class SparseAEKL(Autoencoder):
         beta: weight of the divergence from it, twice that of the notes.
         l2: weight of the sum of squared weights, the notes' lambda, whatever weight_decay the optimiser adds; 0 turns
             it off.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         latent_dim: D, size of the code.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

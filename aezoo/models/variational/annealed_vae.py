@@ -31,7 +31,7 @@ class AnnealedVAE(VAE):
         max_capacity: C in nats at the end of its rise; the paper has 25 on dSprites.
         capacity_steps: optimiser steps over which C rises from 0; the paper has 100,000.
         per_sample: hold the KL term of each sample at C instead of the batch's mean.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,

@@ -41,7 +41,7 @@ class BetaTCVAE(VAE):
         gamma: weight of the dimensions' KL from the prior.
         estimator: of q(z) from a batch: mss, mss_mean or mws.
         dataset_size: N, number of training samples; 0 takes that of the training data, and without any the batch's.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,

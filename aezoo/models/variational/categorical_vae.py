@@ -37,7 +37,7 @@ class CategoricalVAE(VAE):
         start_temperature: tau at the first step, where it falls.
         temperature_steps: optimiser steps over which tau falls exponentially to temperature; 0 keeps it there.
         straight_through: decode one-hot codes in training as well, with the gradient of the relaxed ones.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,

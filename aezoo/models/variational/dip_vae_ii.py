@@ -23,7 +23,7 @@ class DIPVAEII(DIPVAEI):
         latent_dim: D, size of the code.
         off_diagonal: l_od, weight of the squared covariances; usual are 1 to 50.
         diagonal: l_d, weight of the squared distances of the variances from 1; l_od is usual.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,

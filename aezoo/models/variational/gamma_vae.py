@@ -40,7 +40,7 @@ class GammaVAE(VAE):
         prior_shape: a, shape of the prior, at least 0.1: sparse below 1, exponential at 1, nearly normal when large.
         prior_rate: b, rate of the prior, at least 0.001: codes have the mean a / b.
         beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,

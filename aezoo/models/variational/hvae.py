@@ -40,7 +40,7 @@ class HVAE(VAE):
         n_leapfrog: K, leapfrog steps; each costs a pass through the decoder and back.
         step_size: eps before training, above 0 and below 0.5, the most that is learned.
         beta_0: inverse temperature of the momentum at the start, above 0 and at most 1, which is no tempering.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,

@@ -21,7 +21,7 @@ class LogCoshVAE(VAE):
         latent_dim: D, size of the code.
         a: errors well below 1/a count by their square, those well above by their size.
         beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         lr: learning rate.

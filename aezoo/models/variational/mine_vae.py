@@ -42,7 +42,7 @@ class MineVAE(VAE):
         decay: of the moving average M, below 1; 0 takes the mean over the batch alone, the bound's own gradient.
         discriminator_dims: widths of the hidden layers of the statistics network T.
         discriminator_lr: learning rate of T.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,

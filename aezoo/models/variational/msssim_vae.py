@@ -39,7 +39,7 @@ class MSSSIMVAE(VAE):
         scales: most scales, each half as large as the one before; fewer where the image leaves no room for the window.
         window: most pixels across the Gaussian window, odd.
         beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: whose mean of the decoder's output is the reconstruction, see vae; nothing else of it counts. Data

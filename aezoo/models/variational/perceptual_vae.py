@@ -43,7 +43,7 @@ class PerceptualVAE(VAE):
         features: random, vgg16, vgg19, or the path of a .pth file of VGG weights or of a model of the zoo.
         weight: nats for a mean squared difference of 2 in one layer.
         beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: whose mean of the decoder's output is the reconstruction, see vae; nothing else of it counts. Data

@@ -35,7 +35,7 @@ class PIWAE(IWAE):
         n_groups: M, bounds that the encoder averages; M K codes are decoded for each data sample, twice.
         n_samples: K, importance samples of each of the encoder's bounds.
         estimator: the encoder's gradient: reparam, stl or dreg; of the last two the noise is lower.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,

@@ -37,7 +37,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         num_classes: K, number of labels; from the data on the command line.
         alpha: weight of the classifier's cross-entropy for each labelled sample; 0.1 N / N_l in the paper, 50 for 100
             labels among 50,000 samples.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them, and the
             classifier has the same.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

@@ -233,6 +233,7 @@ FIXED = {
     "noise2void": {"likelihood": "gaussian"},
     "unet_ae": {"hidden_dims": [8, 12]},
     "mae": {"likelihood": "gaussian:learned"},
+    "simmim": {"net": "mixer"},
     "sequence_ae": {"net": "transformer", "hidden_dims": [16, 12]},
     "vq_vae": {"estimator": "rotation", "latent_dim": 6, "n_groups": 2},
     "titok": {"estimator": "rotation"},

@@ -24,7 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "simmim": {"width": 12, "depth": 2, "patch_size": 2},
     "masked_conv_ae": {"hidden_dims": (6,), "latent_dim": 5, "patch_size": 2, "likelihood": "gaussian"},
 }
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"mae_norm": ("mae", {"norm_pix": True})}
+VARIANTS = {"mae_norm": ("mae", {"norm_pix": True}), "simmim_mixer": ("simmim", {"net": "mixer"})}
 MODELS = [*SMALL, *VARIANTS]
 
 
@@ -249,6 +249,18 @@ def test_a_mixer_is_patches_through_its_blocks(shape: tuple[int, ...], shifted: 
     torch.testing.assert_close(decoder(z), patchify.inverse(found[1]))
 
 
+def test_simmim_s_mixer_is_made_of_such_blocks_without_positions(shifted: Any) -> None:
+    model, x = build("simmim_mixer", shifted, depth=3), data(4)
+    masked_BN = vit.is_masked(torch.rand(4, patchify_of(model).n).argsort(1), model.masked)
+    embed, blocks, _ = model.encoder.children()
+    h = torch.where(masked_BN[..., None], model.mask_token, embed(x))
+    *layers, last = blocks
+    assert len(layers) == 3
+    for layer in layers:
+        h = mixed(layer, h)
+    torch.testing.assert_close(model.tokens(x, masked_BN), last(h))
+
+
 @pytest.mark.parametrize("sides", [(1,), (2, 3), (2, 3, 2)])
 def test_a_code_s_grid_is_that_of_a_mixer_s_patches(sides: tuple[int, ...]) -> None:
     shape = (1, *(4 * side for side in sides))
@@ -341,7 +353,7 @@ def test_the_loss_of_an_mae_is_a_function_of_the_masked_targets_alone(name: str,
     assert (of(torch.where(masked, other, x)) - of(x)).abs() > 0.1
 
 
-@pytest.mark.parametrize("name", ["mae", "simmim", "masked_conv_ae"])
+@pytest.mark.parametrize("name", ["mae", "simmim", "simmim_mixer", "masked_conv_ae"])
 def test_predictions_do_not_depend_on_what_is_masked(name: str, shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The derivative of each prediction by each masked value is 0; by visible ones it is not."""
     model, x = build(name, shifted), data(3).requires_grad_()
@@ -358,6 +370,16 @@ def test_predictions_do_not_depend_on_what_is_masked(name: str, shifted: Any, mo
     (gradient,) = torch.autograd.grad((seen[0] * torch.randn_like(seen[0])).sum(), x)
     assert not gradient[masked].any()
     assert (gradient[~masked] != 0).double().mean() > 0.9
+
+
+def test_the_leak_of_a_mixer_that_is_masked_late_would_be_seen(shifted: Any) -> None:
+    """The mixer of autoencodersplz masks what has been mixed: a visible token then tells of every masked value."""
+    model, x = build("simmim_mixer", shifted), data(3).requires_grad_()
+    order_BN, masked = masks(model, 3)
+    embed, blocks, _ = model.encoder.children()
+    kept_BVD = vit.shuffle(blocks(embed(x)), order_BN[:, : len(order_BN[0]) - model.masked])
+    (gradient,) = torch.autograd.grad((kept_BVD * torch.randn_like(kept_BVD)).sum(), x)
+    assert (gradient[masked] != 0).all()
 
 
 def test_the_encoder_of_an_mae_gets_visible_patches_alone(shifted: Any) -> None:
@@ -377,7 +399,7 @@ def test_the_encoder_of_an_mae_gets_visible_patches_alone(shifted: Any) -> None:
         torch.testing.assert_close(out_BVD, blocks[0](picked))
 
 
-@pytest.mark.parametrize("name", ["simmim"])
+@pytest.mark.parametrize("name", ["simmim", "simmim_mixer"])
 def test_mask_tokens_go_through_the_encoder_of_simmim_in_place_of_the_patches(name: str, shifted: Any) -> None:
     model, x, found = build(name, shifted), data(4), []
     order_BN, _ = masks(model, 4)
@@ -392,7 +414,7 @@ def test_mask_tokens_go_through_the_encoder_of_simmim_in_place_of_the_patches(na
             torch.testing.assert_close(found[0][b, i], wanted)
 
 
-@pytest.mark.parametrize("name", [*SMALL])
+@pytest.mark.parametrize("name", [*SMALL, "simmim_mixer"])
 def test_the_loss_is_the_likelihood_of_the_masked_values_scaled_to_all(name: str, shifted: Any) -> None:
     """In nats by scipy's densities, N/|M| times the sum over masked values, the same in training and evaluation."""
     model, x = build(name, shifted), data(5)
@@ -471,6 +493,7 @@ def test_the_head_of_norm_pix_and_the_readout_move_nothing_else(shifted: Any) ->
     for name, term, own in (
         ("mae_norm", "scale", "decoder.scale."),
         ("simmim", "readout", "decoder.1."),
+        ("simmim_mixer", "readout", "decoder.1."),
     ):
         model, x = build(name, shifted), data(5)
         terms = loss(model, x)
@@ -499,7 +522,7 @@ def test_a_reconstruction_knows_nothing_that_the_code_does_not_tell(shifted: Any
 
 
 def test_a_score_hides_each_patch_from_the_model_and_counts_it_once(shifted: Any) -> None:
-    for name in ("mae", "simmim"):
+    for name in ("mae", "simmim", "simmim_mixer"):
         model, x = build(name, shifted), data(3)
         patchify = patchify_of(model)
         orders_KN = vit.fixed_orders(patchify.n, model.masked)
@@ -564,6 +587,7 @@ def test_what_is_hidden_is_filled_in_from_what_is_seen(adam: Any) -> None:
         ("mae", (1, 8, 8), {"norm_pix": True, "likelihood": "bernoulli"}, "norm_pix"),
         ("mae", (1, 8, 8), {"decoder_depth": 0}, "at least 1"),
         ("simmim", (1, 8, 8), {"depth": 0}, "at least 1"),
+        ("simmim", (1, 8, 8), {"net": "conv"}, "net must be vit or mixer"),
         ("masked_conv_ae", (1, 8, 8), {"patch_size": -1}, "patch_size"),
     ],
 )

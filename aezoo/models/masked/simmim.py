@@ -12,6 +12,9 @@ says little about what a visible token holds, so decode has a linear layer of it
 from tokens of training (`readout`, squared error), and its gradient ends there: it moves nothing else. score hides the
 patches from the encoder, a part at a time.
 
+The encoder is a transformer or an MLP-Mixer, whose layers over the places need all tokens, mask tokens too. One that
+mixes samples before they are masked, as in https://github.com/tomouellette/autoencodersplz, tells what is asked for.
+
 Shapes: B batch, N patches, P values in a patch, D width of a token, K hidden parts.
 """
 
@@ -20,17 +23,18 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.nets import vit
+from aezoo.nets import mixer, vit
 from aezoo.nets.linear import Linear
 
 
 class SimMIM(Autoencoder):
-    """A vision transformer that fills in masked patches by itself, without a decoder.
+    """A vision transformer or MLP-Mixer that fills in masked patches by itself, without a decoder.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size of at least two patches.
         mask_ratio: share of the patches that are masked.
         patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
+        net: what the encoder's blocks are of: vit or mixer.
         width: D, size of a token; the code has one for each patch.
         depth: blocks of the encoder.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -51,6 +55,7 @@ class SimMIM(Autoencoder):
         *,
         mask_ratio: float = 0.6,
         patch_size: int = 0,
+        net: str = "vit",
         width: int = 64,
         depth: int = 4,
         activation: str = "gelu",
@@ -73,11 +78,15 @@ class SimMIM(Autoencoder):
         self.save_hyperparameters()
         if min(width, depth) < 1:
             raise AezooError(f"width and depth must be at least 1, got {width} and {depth}")
+        if net not in ("vit", "mixer"):
+            raise AezooError(f"net must be vit or mixer, got {net!r}: masked_conv_ae takes conv, resnet, ...")
         self.patchify = vit.Patchify(self.input_shape, patch_size)
         self.masked = vit.count_masked(self.patchify.n, mask_ratio)
         self.code_shape = (width, *self.patchify.grid)
         embed = nn.Sequential(self.patchify, vit.embedding(self.patchify.size, width))
         blocks = nn.Sequential(vit.Positions(self.patchify.grid, width), vit.blocks((width,) * depth, activation))
+        if net == "mixer":
+            blocks = mixer.blocks(self.patchify.n, (width,) * depth, activation)
         self.encoder = nn.Sequential(embed, blocks, vit.ToMap(self.patchify.grid))
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.head = Linear(width, self.patchify.size)

@@ -248,6 +248,7 @@ def test_what_it_sees_it_learns_to_keep(digits: Tensor) -> None:
         ({"input_shape": (30,)}, "convolutions take"),
         ({"net": "mlp"}, "feature map"),
         ({"net": "vit"}, "cannot decode stage by stage"),
+        ({"net": "mixer"}, "cannot decode stage by stage"),
         ({"net": "gdn"}, "cannot decode stage by stage"),
         ({"full_mask": 1.1}, "full_mask must be from 0 to 1"),
         ({"decoder_dims": (8,)}, "decoder_dims must be as many widths"),

@@ -58,7 +58,7 @@ def whole(model: Any, x: Tensor, seed: int = 3) -> tuple[dict[str, Tensor], Tens
     return terms, player + model.alignment_weight * terms["alignment_weight"] * A
 
 
-@pytest.mark.parametrize("net", ["resnet", "conv", "vit"])
+@pytest.mark.parametrize("net", ["resnet", "conv", "vit", "mixer"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_terms_are_those_of_the_written_sums_and_of_autograd(net: str, training: bool, shifted: Any) -> None:
     model, x = shifted(aligned(net=net, beta=0.3, perceptual_weight=0.7)).train(training), images()

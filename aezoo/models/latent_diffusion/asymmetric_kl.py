@@ -103,7 +103,7 @@ class AsymmetricKL(AutoencoderKL):
         lr_schedule: str = "constant",
         warmup_steps: int = 0,
     ) -> None:
-        if net in ("gdn", "vit"):  # of one stage gdn is linear, and vit of its own grid
+        if net in ("gdn", "vit", "mixer"):  # of one stage gdn is linear, and the others are of their own grid
             raise AezooError(f"net {net!r} cannot decode stage by stage: take resnet, conv, convnext, unet or dc")
         if not 0 <= full_mask <= 1:
             raise AezooError(f"full_mask must be from 0 to 1, got {full_mask}")

@@ -46,7 +46,7 @@ class VAVAE(AutoencoderKL):
         discriminator_start: optimiser steps before the discriminator counts; 50001 in the authors' settings.
         discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc or vit.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
         hidden_dims: channels of the encoder's stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.

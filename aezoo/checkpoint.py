@@ -100,9 +100,9 @@ def load_run(
 
     Returns:
         The model, and a dict with `settings` of the DataModule, `scaling` of the samples where it depends on them (both
-        are empty for a saved model folder and for data that were not aezoo's), `white` as `aezoo.data.source.Source`
-        has it, and `folder`, the run's or the saved model's; for one of the hub, whose files lie in a cache,
-        `runs/user_name`.
+        are empty for a saved model folder and for data that were not aezoo's), `white` and `columns` as
+        `aezoo.data.source.Source` has them, and `folder`, the run's or the saved model's; for one of the hub,
+        whose files lie in a cache, `runs/user_name`.
     """
     data: dict[str, Any] = {}
     address = str(path) if hub_files.is_address(path) else None
@@ -135,7 +135,8 @@ def load_run(
         raise AezooError(f"the weights in {source} do not fit {name}: {_brief(error)}") from error
     if address is not None:
         folder = Path("runs") / archives.component(hub_files.split(address)[0])
-    return model.to(map_location).eval(), {"settings": {}, "scaling": {}, "white": None, "folder": folder} | data
+    unknown: dict[str, Any] = {"settings": {}, "scaling": {}, "white": None, "columns": ()}
+    return model.to(map_location).eval(), unknown | {"folder": folder} | data
 
 
 def _data_of(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -146,7 +147,9 @@ def _data_of(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
     scaling, white = state.get("scaling"), state.get("white")
     whole = isinstance(scaling, dict) and all(isinstance(scaling.get(key), Tensor) for key in ("offset", "factor"))
     white = white if isinstance(white, int) and white in (1, 255) else None
-    return {"settings": settings, "scaling": scaling if whole else {}, "white": white}
+    columns = state.get("columns")
+    columns = tuple(columns) if isinstance(columns, list) and all(isinstance(name, str) for name in columns) else ()
+    return {"settings": settings, "scaling": scaling if whole else {}, "white": white, "columns": columns}
 
 
 def verify(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:

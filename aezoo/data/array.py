@@ -28,7 +28,7 @@ from torch import Tensor
 
 from aezoo.data.classes import UNLABELLED
 from aezoo.data.memory import InMemory, Pair, numeric, real
-from aezoo.data.readers import read_arrays
+from aezoo.data.readers import Table, read_arrays
 from aezoo.data.source import STAGES, Options, Stage
 from aezoo.errors import AezooError
 
@@ -50,6 +50,7 @@ class Array(InMemory):
         path = Path(options.root).expanduser()
         self.title = "" if arrays is not None else f"{path}: "
         raw = read_arrays(path, options.max_bytes) if arrays is None else arrays
+        self.columns = raw.columns if isinstance(raw, Table) else ()
         given = {"x": "x_train", "y": "y_train"}
         raw = {given.get(key, key): value for key, value in raw.items() if value is not None}
         unknown = [key for key in raw if key not in {f"{a}_{stage}" for a in "xy" for stage in STAGES}]

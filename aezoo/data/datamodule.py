@@ -15,6 +15,7 @@ from aezoo.arguments import Checked
 from aezoo.data import binarise as binarise_rules
 from aezoo.data.classes import keep_labels, train_on
 from aezoo.data.loaders import EpochSampler, LazyLoader, blocks_of, collate, local_processes, make_loader, workers
+from aezoo.data.readers import check_columns
 from aezoo.data.resident import ResidentLoader, decode, excess, on_device, size_of
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, as_float, levels_of
 from aezoo.data.sources import from_path, open_source
@@ -326,7 +327,7 @@ class DataModule(Checked, LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data: the epoch, the batches of it that each rank has seen, and what deals them.
 
-        With it goes what a task needs to scale other samples as these were.
+        With it goes what a task needs to scale other samples as these were, and what a table calls its columns.
         """
         if self.trainer is None:
             return {}
@@ -339,7 +340,8 @@ class DataModule(Checked, LightningDataModule):
         scaling = getattr(self.source, "scaling", None)
         scale = {} if scaling is None else scaling.state()
         white = {} if self.source.white is None else {"white": self.source.white}
-        return {**position, **white, "scaling": scale} if scale else {**position, **white}
+        columns = {"columns": list(self.source.columns)} if self.source.columns else {}
+        return position | white | columns | ({"scaling": scale} if scale else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on there; Lightning calls it before it asks for the loader.
@@ -347,6 +349,8 @@ class DataModule(Checked, LightningDataModule):
         The order of an epoch comes from the seed and is dealt out among the processes in batches, so others of these
         can begin an epoch, and can not go on within one.
         """
+        check_columns(str(self.hparams["root"] if self.name == "array" else self.name), self.source.columns,
+                      state_dict.get("columns", ()))  # fmt: skip
         _, world = self._rank_and_world()
         # who evaluates takes no part in the epoch
         trains = self.trainer is None or self.trainer.state.fn in (None, "fit")

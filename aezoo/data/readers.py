@@ -3,7 +3,7 @@
 import csv
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,19 @@ from aezoo.security.archives import unpacked_size
 # a cell of a text file becomes a Python text of about 60 bytes
 _CSV_GROWTH = 16
 Arrays = Mapping[str, Any]
+
+
+class Table(dict[str, Any]):
+    """Arrays of a table, and what it calls the columns of x; () where it has no names.
+
+    Args:
+        arrays: x and y.
+        columns: the names, in the order of the columns.
+    """
+
+    def __init__(self, arrays: Arrays, columns: Sequence[str] = ()) -> None:
+        super().__init__(arrays)
+        self.columns = tuple(columns)
 
 
 def read_arrays(path: Path, max_bytes: int = 2**33) -> Arrays:
@@ -46,6 +59,28 @@ def read_arrays(path: Path, max_bytes: int = 2**33) -> Arrays:
         raise AezooError(
             f"{path} cannot be read as {path.suffix} ({type(error).__name__}: {reason}): write it again"
         ) from None
+
+
+def check_columns(what: str, columns: Sequence[str], trained: Sequence[str]) -> None:
+    """Refuse a table whose columns are named otherwise, or stand in another order, than those of the training data."""
+    if not columns or not trained or list(columns) == list(trained):
+        return
+    missing, extra = ([name for name in a if name not in b] for a, b in ((trained, columns), (columns, trained)))
+    if missing or extra or len(columns) != len(trained):
+        found = [f"lacks {_few(missing)}"] * bool(missing) + [f"has {_few(extra)} besides"] * bool(extra)
+        raise AezooError(
+            f"{what} {' and '.join(found) or 'repeats some'} of the {len(trained)} columns of the training data: give "
+            "it these columns, in their order, or no header if only the names differ"
+        )
+    place = next(i for i, name in enumerate(trained) if columns[i] != name)
+    raise AezooError(
+        f"{what} has the columns of the training data in another order, {columns[place]!r} where {trained[place]!r} "
+        f"was: write them in the order {_few(trained)}"
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join([repr(name) for name in names[:5]] + ["..."] * (len(names) > 5))
 
 
 def check_bytes(path: Path, size: int, max_bytes: int) -> None:
@@ -180,7 +215,8 @@ def _read_csv(path: Path, max_bytes: int) -> Arrays:
     if counts and (x == np.floor(x)).all():
         warnings.warn(f"{path}: the first row, {separator.join(first)[:40]}, is taken for a header, as all others hold "
                       "whole numbers too: write 0.0 for its 0 if it is a sample", stacklevel=2)  # fmt: skip
-    return {"x": x, "y": _labels(labels) if labels else None}
+    columns = [name for i, name in enumerate(first) if i != label] if header else []
+    return Table({"x": x, "y": _labels(labels) if labels else None}, columns)
 
 
 def _read_parquet(path: Path, max_bytes: int) -> Arrays:
@@ -203,7 +239,7 @@ def _read_parquet(path: Path, max_bytes: int) -> Arrays:
         raise AezooError(f"{path}: the columns {', '.join(text) or '(none)'} hold no numbers: drop or encode them")
     if labels is not None and labels.dtype.kind not in "biuf":
         labels = _labels([str(label) for label in labels])
-    return {"x": frame.to_numpy(), "y": labels}
+    return Table({"x": frame.to_numpy(), "y": labels}, [str(name) for name in frame.columns])
 
 
 def _labels(texts: list[str]) -> Any:

@@ -63,6 +63,7 @@ class Source(ABC):
         input_shape: shape of one sample, known from the constructor on.
         num_classes: number of classes, None without labels; known from the constructor on.
         class_names: what the labels 0, 1, ... mean, where it is known.
+        columns: what a table calls the columns of a sample; () where it has no names.
         value_range: the range that the training values fill, None when it has no bounds.
         white: what white is in its pictures before they are scaled: 255 of bytes, 1 of floats from 0 to 1; None where
             it cannot be told. Known once there is a split.
@@ -72,6 +73,7 @@ class Source(ABC):
     input_shape: tuple[int, ...]
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
+    columns: tuple[str, ...] = ()
     value_range: tuple[float, float] | None = (0.0, 1.0)
     white: int | None = None
     processes: int = 1

@@ -19,7 +19,7 @@ from aezoo import acceleration, checkpoint
 from aezoo.data import DataModule, images
 from aezoo.data.array import arrange, number_labels
 from aezoo.data.memory import numeric
-from aezoo.data.readers import read_arrays
+from aezoo.data.readers import Table, check_columns, read_arrays
 from aezoo.data.source import STAGES, ArrayDataset, Stage
 from aezoo.errors import AezooError
 from aezoo.parsing import Parser, check_flags
@@ -164,6 +164,7 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
         return found
     try:
         module = DataModule(**data)
+        check_columns(str(module.name), module.source.columns, trained.get("columns", ()))
         splits = module.splits()
     except AezooError as error:
         if needed:
@@ -214,6 +215,8 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
         scaling = _scaling(trained, 255 if image.dtype == torch.uint8 else 1, what)
         return Samples(ArrayDataset(image[None]), *scaling, None, path)
     arrays = read_arrays(source, given.get("max_bytes", 2**33))
+    if isinstance(arrays, Table):
+        check_columns(what, arrays.columns, trained.get("columns", ()))
     name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)
     if name is None:
         raise AezooError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: name the array of samples x")

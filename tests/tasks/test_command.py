@@ -72,6 +72,60 @@ def test_a_file_is_scaled_as_the_training_data_were(run, tmp_path, capsys):
     assert (tmp_path / "errors.csv").read_text().splitlines()[0].endswith("label")
 
 
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A run folder of a table whose columns have names."""
+    home = tmp_path_factory.mktemp("table")
+    x = np.random.default_rng(0).random((40, 3))
+    rows = [",".join(map(repr, [*row, i % 2])) for i, row in enumerate(x.tolist())]
+    (home / "d.csv").write_text("\n".join(["age,height,weight,label", *rows]))
+    flags = ["--data.name", str(home / "d.csv"), "--trainer.max_epochs", "1", "--model.latent_dim", "2"]
+    cli.main(["fit", "--model", "dense_ae", *flags, "--trainer.default_root_dir", str(home / "runs")])
+    (folder,) = (path.parent for path in (home / "runs").rglob("config.yaml"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("height,age,weight", "in another order, 'height' where 'age' was: write them in the order 'age', 'height', "),
+        ("age,height", "lacks 'weight' of the 3 columns of the training data"),
+        ("id,age,height,weight", "has 'id' besides of the 3 columns of the training data: give it these columns"),
+        ("age,height,mass", "lacks 'weight' and has 'mass' besides of the 3"),
+    ],
+)
+def test_columns_of_other_names_or_in_another_order_are_refused(table, tmp_path, capsys, header, words):
+    pandas = pytest.importorskip("pandas")
+    names = header.split(",")
+    frame = pandas.DataFrame(np.random.default_rng(1).random((12, len(names))), columns=names)
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    frame.to_parquet(tmp_path / "new.parquet")
+    capsys.readouterr()
+    for name in ("new.csv", "new.parquet"):
+        for flags in (["--input", str(tmp_path / name)], ["--data", str(tmp_path / name)]):
+            said = refused(capsys, "reconstruct", "--ckpt_path", str(table), *flags, "--out", str(tmp_path))
+            assert words in said and name in said, said
+
+
+def test_columns_that_are_those_of_training_or_have_no_names_are_taken(table, tmp_path):
+    for header in (["weight,label,height,age"], ["age,height,weight"], ["label,age,height,weight"], []):
+        rows = ["0.1,0.2,0.3" + ",1" * ("label" in "".join(header))] * 4
+        (tmp_path / "new.csv").write_text("\n".join([*header, *rows]))
+        if header == ["weight,label,height,age"]:
+            with pytest.raises(aezoo.AezooError, match="another order"):
+                read(str(tmp_path / "new.csv"), aezoo.checkpoint.load_run(table)[1])
+        else:
+            assert read(str(tmp_path / "new.csv"), aezoo.checkpoint.load_run(table)[1]).shape == (3,)
+
+
+def test_a_run_is_not_tested_on_columns_in_another_order(table, tmp_path, capsys):
+    text = (table.parents[2] / "d.csv").read_text()
+    (tmp_path / "other.csv").write_text(text.replace("age,height", "height,age"))
+    capsys.readouterr()
+    said = refused(capsys, "test", "--ckpt_path", str(table), "--data", str(tmp_path / "other.csv"))
+    assert "other.csv has the columns of the training data in another order" in said
+
+
 def test_a_picture_is_scaled_as_the_training_data_were(tmp_path):
     x = np.random.default_rng(0).integers(0, 200, (40, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "x.npy", x)

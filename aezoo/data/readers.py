@@ -202,6 +202,12 @@ def _read_csv(path: Path, max_bytes: int) -> Arrays:
         texts.append(row)
     if not texts or not texts[0]:
         raise AezooError(f"{path} has a header only: give one row a sample")
+    named = header or first[1:] == [str(i) for i in range(len(first) - 1)]
+    if len(first) > 1 and not first[0] and named and _numbers_rows([row[0] for row in texts[not header :]]):
+        raise AezooError(
+            f"{path}: the first column has no name and numbers the rows, as pandas writes its index: save the table "
+            "without it, frame.to_csv(path, index=False), or name the column if it is a feature"
+        )
     x = np.empty((len(texts), len(texts[0])))
     for number, row in enumerate(texts):
         try:
@@ -244,6 +250,11 @@ def _read_parquet(path: Path, max_bytes: int) -> Arrays:
 
 def _labels(texts: list[str]) -> Any:
     return np.array([float(t) for t in texts]) if all(map(_is_number, texts)) else np.array(texts)
+
+
+def _numbers_rows(cells: list[str]) -> bool:
+    """Whether each is another whole number."""
+    return bool(cells) and all(cell.strip().isdigit() for cell in cells) and len(set(cells)) == len(cells)
 
 
 def _is_number(cell: str) -> bool:

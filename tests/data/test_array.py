@@ -336,7 +336,11 @@ def broken_files(folder):
     (folder / "hole.csv").write_text("1,,3\n4,5,6\n")
     yield "hole.csv", "row 0, column 2 of the features: '' is no number: fill it"
     (folder / "index.csv").write_text(",0,1\n0,4.5,5.5\n")
-    yield "index.csv", "row 0, column 1 of the features: '' is no number: fill it"
+    yield "index.csv", "as pandas writes its index: save the table without it, frame.to_csv(path, index=False)"
+    (folder / "names.csv").write_text(",a,b\n5,4.5,5.5\n2,1.5,2.5\n")
+    yield "names.csv", "the first column has no name and numbers the rows"
+    (folder / "first.csv").write_text(",0,1\n0.5,4.5,5.5\n")
+    yield "first.csv", "row 0, column 1 of the features: '' is no number: fill it"
     (folder / "ragged.csv").write_text("a,b\n1,2\n3\n")
     yield "ragged.csv", "row 1: 1 columns, the first line has 2"
     (folder / "latin.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
@@ -350,7 +354,7 @@ def broken_files(folder):
 def test_broken_and_hostile_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cases = list(broken_files(tmp_path))
-    assert len(cases) == 21
+    assert len(cases) == 23
     for name, message in cases:
         with pytest.raises(AezooError) as caught:
             DataModule("array", root=str(tmp_path / name)).setup()

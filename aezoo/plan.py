@@ -72,11 +72,11 @@ class Plan:
         hooked = [_owner(hook) for name in _AROUND_STEP for hook, _ in self.hooks[name]]
         # those of this package and of Lightning read no more of a batch than its length
         self.batch_is_private = all(_is_ours(who) for who in hooked)
-        layers = all(type(part).__module__.startswith(("aezoo.", "torch.")) for part in module.modules())
+        layers = all(_is_as_written(part, "aezoo", "torch") for part in module.modules())
         # no code of others runs
-        self.is_private = layers and all(_is_ours(callback) for callback in callbacks)
+        self.is_private = layers and all(_is_as_written(callback, *_OURS) for callback in callbacks)
         # they alone draw from NumPy's and Python's generators
-        self.noise_is_torchs = self.is_private and type(trainer.train_dataloader) is ResidentLoader
+        self.noise_is_torchs = self.is_private and _data_are_ours(trainer)
         within = [_owner(hook) for name in _WITHIN_STEP for hook, _ in self.hooks[name]]
         # nobody can change the loss between a step and its end
         self.loss_is_private = all(_is_ours(who) for who in (*hooked, *within)) and _is_ours_too(module, "backward")
@@ -164,7 +164,6 @@ class Plan:
 
         Asked each epoch, after `begin_epoch`, since it depends on what code of others may change between two.
         """
-        data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
         return (
             self.guard is not None
             and self.prepare is not None
@@ -172,9 +171,7 @@ class Plan:
             and not trainer.gradient_clip_val
             and self.validates_at_end
             and not self.plateau
-            and type(loader) is ResidentLoader
-            and loader.transform in (None, drawn_anew)
-            and (data is None or _is_as_written(data))
+            and _data_are_ours(trainer)
             and self._is_alone
             and not any(not own for name in _WITHIN_STEP for _, own in self.quiet[name])
             and all(_reads_no_weights(hook, own) for name in _AROUND_STEP for hook, own in self.quiet[name])
@@ -185,7 +182,7 @@ class Plan:
         return (
             trainer.strategy.root_device.type == "cpu"
             and not torch.is_anomaly_enabled()
-            and _is_as_written(self.module)
+            and _is_as_written(self.module, "aezoo")
             and all(_is_watched_by_nobody(part) for part in self.module.modules())
             and not any(getattr(of_modules, name) for name in _GLOBAL_HOOKS)
         )
@@ -278,12 +275,19 @@ def _steps_by_itself(optimizer: torch.optim.Optimizer) -> bool:
     return str(type(optimizer).step.__module__).startswith("torch.optim.") and has_step_of_class(optimizer)
 
 
-def _is_as_written(thing: Any) -> bool:
-    """Whether a module or data module of this package has all its own methods."""
+def _is_as_written(thing: Any, *packages: str) -> bool:
+    """Whether a thing is of a class of these packages with all its own methods, which a LambdaCallback has not."""
     cls = type(thing)
-    return cls.__module__.startswith("aezoo.") and not any(
+    return cls.__module__.partition(".")[0] in packages and not any(
         inspect.isfunction(getattr(cls, name, None)) for name in vars(thing)
     )
+
+
+def _data_are_ours(trainer: pl.Trainer) -> bool:
+    """Whether no code of others has a part in the batches."""
+    data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
+    known = type(loader) is ResidentLoader and loader.transform in (None, drawn_anew)
+    return known and (data is None or _is_as_written(data, "aezoo"))
 
 
 def _is_watched_by_nobody(part: nn.Module) -> bool:
@@ -291,7 +295,7 @@ def _is_watched_by_nobody(part: nn.Module) -> bool:
     hooks: list[Any] = [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks]
     for parameter in part.parameters(recurse=False):
         hooks += [parameter._backward_hooks, parameter._post_accumulate_grad_hooks]
-    return type(part).__module__.startswith(("aezoo.", "torch.")) and not any(hooks)
+    return _is_as_written(part, "aezoo", "torch") and not any(hooks)
 
 
 def _is_written(name: str, callback: pl.Callback) -> bool:

@@ -8,7 +8,12 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -722,6 +727,16 @@ class Normed(DenseAE):
         return terms | {"loss": terms["loss"] + seen.detach()}
 
 
+def of_functions(callback):
+    """A callback of Lightning that does the same."""
+    hooks = [name for name in vars(type(callback)) if name.startswith("on_")]
+
+    def function(hook):
+        return lambda *arguments: hook(*arguments)
+
+    return LambdaCallback(**{name: function(getattr(callback, name)) for name in hooks})
+
+
 class NumpyNoise(nn.Module):
     def forward(self, x):
         return x * torch.as_tensor(np.random.rand(*x.shape), dtype=torch.float32)
@@ -736,6 +751,17 @@ def with_numpy_noise():
 class DrawsInEpochs(pl.Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         pl_module.heard = [*(getattr(pl_module, "heard", None) or []), np.random.rand()]
+
+
+class DrawsInBatches(pl.LightningDataModule):
+    """Its batches are kept in memory, and noise is added to each."""
+
+    def train_dataloader(self):
+        x = torch.rand(40, 6, generator=torch.Generator().manual_seed(1))
+        return ResidentLoader(x, batch_size=4, shuffle=True, seed=5)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return (batch[0] * np.random.rand(), *batch[1:])
 
 
 class Augmented(torch.utils.data.Dataset):
@@ -824,6 +850,8 @@ OTHERS = {
     "state cleared": {"callbacks": lambda: [At(lambda t, m: t.optimizers[0].state.clear(), step=4)]},
     "moments replaced": {"callbacks": lambda: [At(zero_moments, step=4)]},
     "a weight exchanged": {"callbacks": lambda: [ExchangesAWeight()]},
+    "a weight exchanged by a function": {"callbacks": lambda: [of_functions(ExchangesAWeight())]},
+    "noise of NumPy in a function": {"callbacks": lambda: [of_functions(DrawsInEpochs())]},
     "no longer fused": {"callbacks": lambda: [At(unfuse, step=4)]},
     "step hooks": {"model": dense(StepHook)},
     "step hooks under a guard": {"model": dense(StepHook), "callbacks": guarded()},
@@ -846,6 +874,7 @@ OTHERS = {
     "own clipping of nothing": {"model": dense(LogsClipping)},
     "noise of NumPy": {"model": with_numpy_noise},
     "noise of NumPy in a callback": {"callbacks": lambda: [DrawsInEpochs()]},
+    "noise of NumPy in batches": {"data": DrawsInBatches},
     "noise of NumPy in data": {"data": lambda: DataLoader(Augmented(), batch_size=4)},
     "a loss changed in place": {"callbacks": lambda: [DoublesLoss()]},
     "a loss of which the gradient needs its value": {

@@ -5,7 +5,7 @@ import functools
 import math
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +113,19 @@ class Compiled:
         # an epoch's last batch is not worth a second compilation
         if self._compiled is None or len(x) != self._size:
             return self._function(x, *rest)
-        return self._compiled(x, *rest)
+        return self._run(x, *rest)
+
+    def _run(self, x: torch.Tensor, *rest: Any) -> Any:
+        assert self._compiled is not None
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._compiled(x, *rest)
+        with _exact_backward():
+            return self._compiled(x, *rest)
 
     def _first(self, x: torch.Tensor, *rest: Any) -> Any:
         self._size = len(x)
-        assert self._compiled is not None
         try:
-            return self._compiled(x, *rest)
+            return self._run(x, *rest)
         except Exception as error:  # every back end fails in its own way
             self._compiled = None
             self._before_retry()
@@ -134,6 +140,14 @@ class Compiled:
         rank_zero_warn(
             f"the step is not compiled and runs slower ({cause[:160]}): install what is missing, or give --compile off"
         )
+
+
+def _exact_backward() -> AbstractContextManager[Any]:
+    """What is compiled inside is lowered forward alone, as autocast has it; a setting that may go."""
+    import torch._functorch.config as settings
+
+    name = "backward_pass_autocast"
+    return settings.patch(name, "off") if hasattr(settings, name) else nullcontext()
 
 
 @contextmanager

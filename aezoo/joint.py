@@ -85,7 +85,9 @@ class Joint(Compiled):
 
     def _with_gradients(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor, tuple[Any, ...]]:
         terms, values = self._terms(x, y)
-        gradients = torch.autograd.grad(terms["loss"], self._trained, allow_unused=True)
+        # the engine is called outside of it
+        with torch.autocast(x.device.type, enabled=False):
+            gradients = torch.autograd.grad(terms["loss"], self._trained, allow_unused=True)
         return {name: term.detach() for name, term in terms.items()}, values, gradients
 
     def _say(self, error: Exception) -> None:

@@ -24,19 +24,42 @@ def _few_threads():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """torch.compile with a back end that compiles nothing; collects what it was asked for."""
-    asked = []
+def _compile_by(backend, monkeypatch):
     real = torch.compile
-
-    def backend(module, inputs):
-        asked.append(module)
-        return module.forward
 
     def compile_it(function, *, mode, dynamic):
         torch._dynamo.reset()
         return real(function, backend=backend, dynamic=dynamic)
 
     monkeypatch.setattr(torch, "compile", compile_it)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.compile with a back end that compiles nothing; collects what it was asked for."""
+    asked = []
+
+    def backend(module, inputs):
+        asked.append(module)
+        return module.forward
+
+    _compile_by(backend, monkeypatch)
+    return asked
+
+
+@pytest.fixture
+def aot_graphs(monkeypatch):
+    """The same after autograd has been traced, as for inductor: graphs of a pass forward."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    asked = []
+
+    def compiler(module, inputs):
+        asked.append(module)
+        return make_boxed_func(module.forward)
+
+    _compile_by(
+        aot_autograd(fw_compiler=compiler, bw_compiler=lambda module, _: make_boxed_func(module.forward)), monkeypatch
+    )
     return asked

@@ -9,6 +9,7 @@ from torch import nn
 
 import aezoo
 from aezoo import acceleration
+from aezoo.acceleration import Compiled
 from aezoo.callbacks import FaultGuard
 from aezoo.data import DataModule
 from aezoo.joint import Joint, can_trace
@@ -114,6 +115,38 @@ def test_gradients_lie_as_the_weights_do(graphs):
     assert torch.autograd.grad(module.terms(x, None)[0]["loss"], [module.weight])[0].stride() == (1, 3)
     joint_of(module).step(x, None)
     assert module.weight.grad.stride() == (4, 1) and torch.equal(module.weight.grad, x.t())
+
+
+class Exact(nn.Module):
+    """A layer in 16 bits and one that autocast has to leave alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def terms(self, x, y):
+        z = self.first(x)
+        with torch.autocast("cpu", enabled=False):
+            loss = self.second(z.float()).square().sum()
+        return {"loss": loss}, loss.detach()[None]
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("n", [5, 2])  # compiled or as it is
+def test_gradients_of_what_is_computed_exactly_are_exact(aot_graphs, n, joined):
+    module, x = Exact(), torch.rand(n, 3)
+    plain, in_bf16 = copy.deepcopy(module), torch.autocast("cpu", torch.bfloat16)
+    with in_bf16:
+        loss = plain.terms(x, None)[0]["loss"]
+    loss.backward()
+    compiled = joint_of(module, least=5) if joined else Compiled(module.terms, "default", lambda: None, least=5)
+    with in_bf16:
+        terms, _ = (compiled.step if joined else compiled)(x, None)
+    if not joined:
+        terms["loss"].backward()
+    assert len(aot_graphs) == (n == 5)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(module.parameters(), plain.parameters(), strict=True))
 
 
 def test_the_setting_of_others_is_left(graphs):

@@ -45,11 +45,10 @@ class Joint(Compiled):
     ) -> None:
         super().__init__(self._with_gradients, mode, before_retry, least)
         self._terms, self._module = terms, module
-        self._trained: list[nn.Parameter] = []
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
-        """Look up the parameters; which of them are trained is asked in each step."""
+        """Look up the parameters; a step asks which of them are trained, and whether others are in their places."""
         self._parameters = list(self._module.parameters())
 
     @property
@@ -58,24 +57,24 @@ class Joint(Compiled):
         return self._compiled is not None
 
     @property
-    def is_unwatched(self) -> bool:
-        """Whether nobody has hooks on the parameters, which only the engine calls."""
-        return not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
+    def suits(self) -> bool:
+        """Whether parameters are trained and nobody has hooks on them, which only the engine calls."""
+        hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
+        return not hooked and any(p.requires_grad for p in self._parameters)
 
     def step(self, x: Tensor, y: Tensor | None) -> Terms:
         """The terms, none of which has a gradient of its own; the parameters have got theirs."""
-        self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         import torch._dynamo.config as settings
 
         before = getattr(settings, _SETTING)
         setattr(settings, _SETTING, True)
         try:
-            terms, values, gradients = self(x, y)
+            terms, values, trained, gradients = self(x, y)
         finally:
             setattr(settings, _SETTING, before)
-        for parameter in self._parameters:
+        for parameter in (*self._parameters, *trained):
             parameter.grad = None
-        found = [(p, gradient) for p, gradient in zip(self._trained, gradients, strict=True) if gradient is not None]
+        found = [(p, gradient) for p, gradient in zip(trained, gradients, strict=True) if gradient is not None]
         apart = len({gradient.data_ptr() for _, gradient in found}) == len(found)
         for parameter, gradient in found:
             # as the engine leaves them: in the weights' own order of memory, and of each alone
@@ -83,12 +82,14 @@ class Joint(Compiled):
             parameter.grad = gradient if fits else torch.empty_like(parameter).copy_(gradient)
         return terms, values
 
-    def _with_gradients(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor, tuple[Any, ...]]:
+    def _with_gradients(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor, list[Any], Any]:
         terms, values = self._terms(x, y)
+        # what is asked within the graph its guards keep an eye on
+        trained = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         # the engine is called outside of it
         with torch.autocast(x.device.type, enabled=False):
-            gradients = torch.autograd.grad(terms["loss"], self._trained, allow_unused=True)
-        return {name: term.detach() for name, term in terms.items()}, values, gradients
+            gradients = torch.autograd.grad(terms["loss"], trained, allow_unused=True)
+        return {name: term.detach() for name, term in terms.items()}, values, trained, gradients
 
     def _say(self, error: Exception) -> None:
         pass

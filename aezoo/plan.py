@@ -193,7 +193,7 @@ class Plan:
         Args:
             loud: the guard's hooks are called too.
         """
-        if self.joint is None or not (self._gradients_are_private and self.joint.works and self.joint.is_unwatched):
+        if self.joint is None or not (self._gradients_are_private and self.joint.works and self.joint.suits):
             return False
         hooks = self.hooks if loud else self.quiet
         return not any(hooks[name] for name in _BEFORE_GRADIENTS)

@@ -354,6 +354,32 @@ def test_a_callback_that_comes_later_is_asked(graphs, taken):
     assert taken == [0, 1, 2] and late.seen == 3
 
 
+def test_a_weight_that_takes_anothers_place_in_an_epoch_is_trained(graphs, taken, monkeypatch):
+    class Exchanges(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *batch):
+            if trainer.global_step == 2:
+                layer, parameters = pl_module.encoder[0][1], trainer.optimizers[0].param_groups[0]["params"]
+                place = next(i for i, p in enumerate(parameters) if p is layer.weight)
+                layer.weight = parameters[place] = nn.Parameter(layer.weight.detach() / 2)
+
+    ends = [fit(model(), Exchanges())]
+    assert taken == STEPS
+    monkeypatch.setattr("aezoo.loop.join", lambda trainer, joint: None)
+    ends.append(fit(model(), Exchanges()))
+    weights = [trainer.lightning_module.state_dict().values() for trainer in ends]
+    assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
+
+
+def test_that_nothing_is_trained_is_said_by_torch(graphs, taken):
+    class Freezes(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *batch):
+            pl_module.requires_grad_(trainer.global_step < 2)
+
+    with pytest.raises(RuntimeError, match=r"^element 0 of tensors does not require grad"):
+        fit(model(), Freezes())
+    assert taken == [0, 1]
+
+
 @pytest.mark.parametrize("freezes_in_an_epoch", [True, False])
 def test_a_layer_that_is_freed_while_it_trains_is_trained(graphs, taken, freezes_in_an_epoch):
     class Frees(pl.Callback):

@@ -407,8 +407,13 @@ class Autoencoder(Checked, pl.LightningModule):
                 loop.join(self.trainer, joint.Joint(self, self._terms, **how))
         if light and _is_own(type(self)):
             loop.trust(self.trainer)
-        self._noise_is_torch_s = light and loop.noise_is_torchs(self.trainer) and _is_own(type(self))
-        self.takes_bytes = chosen and light and loop.batch_is_private(self.trainer)
+        self._heed_others()
+        loop.tell(self.trainer, self._heed_others)
+
+    def _heed_others(self) -> None:
+        """Look who else has a part in a step: what others see and draw is as in any other run."""
+        self._noise_is_torch_s = loop.noise_is_torchs(self.trainer) and _is_own(type(self))
+        self.takes_bytes = self._compiled is not None and loop.batch_is_private(self.trainer)
 
     def _worth_compiling(self) -> bool:
         batch_size = getattr(self.trainer.train_dataloader, "batch_size", None)

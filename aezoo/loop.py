@@ -11,6 +11,7 @@ renamed something of what is needed here, with one warning.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -144,6 +145,13 @@ def batch_is_private(trainer: pl.Trainer) -> bool:
     return plan is not None and plan.batch_is_private
 
 
+def tell(trainer: pl.Trainer, of_others: Callable[[], None]) -> None:
+    """Have this called when others than before have a part in this fit, in which the light loop has been taken."""
+    plan = getattr(trainer.fit_loop.epoch_loop, "plan", None)
+    if plan is not None:
+        plan.of_others = of_others
+
+
 def noise_is_torchs(trainer: pl.Trainer) -> bool:
     """Nobody draws from NumPy's or Python's generators in this fit."""
     plan = getattr(trainer.fit_loop.epoch_loop, "plan", None)
@@ -222,9 +230,12 @@ class LightLoop(_TrainingEpochLoop):
         if new is not None:
             same = new.can_capture and new.optimizer is old.optimizer
             new.captured, new.rollback, new.joint = old.captured if same else None, old.rollback, old.joint
+            new.of_others = old.of_others
         elif old.rollback is not None:
             old.rollback.close()
         self.plan = new
+        if old.of_others is not None:
+            old.of_others()
 
     def advance(self, data_fetcher: Any) -> None:
         if self.plan is not None and not self.plan.seems_of(self.trainer):

@@ -95,6 +95,8 @@ class Plan:
         self.prepare = in_place(trainer, trainer.train_dataloader)
         self.captured: CapturedStep | None = None
         self.joint: Joint | None = None
+        # called when another plan takes this one's place
+        self.of_others: Callable[[], None] | None = None
         # callbacks that take part in a step: a graph can hold those that say so
         self.recorded: list[Any] = list({_owner(hook): None for name in _RECORDED for hook, _ in self.hooks[name]})
         a_batch_is_a_step = (

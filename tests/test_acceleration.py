@@ -201,6 +201,34 @@ def test_a_strangers_callback_sees_floats_in_a_compiled_run_too(graphs):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("in_an_epoch", [True, False])
+def test_a_strangers_callback_that_comes_later_sees_floats_too(graphs, in_an_epoch):
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append((batch[0].dtype, pl_module.takes_bytes, pl_module._noise_is_torch_s))
+
+    class Adds(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 1 and in_an_epoch:
+                trainer.callbacks.append(Look())
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1 and not in_an_epoch:
+                trainer.callbacks.append(Look())
+
+    # as one of this package's own
+    Adds.__module__ = "aezoo.callbacks"
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, callbacks=[Adds()], limit_train_batches=2, limit_val_batches=0,
+    )  # fmt: skip
+    x = torch.randint(256, (24, 6), dtype=torch.uint8)
+    trainer.fit(model("default", "dense_ae"), DataModule.from_arrays(x, batch_size=4, val_fraction=0, test_fraction=0))
+    assert seen == [(torch.float32, False, False)] * (3 if in_an_epoch else 2)
+
+
 def test_batches_of_another_size_run_as_they_are(graphs):
     compiled = Compiled(lambda x: x.sum(), "default", lambda: None)
     assert compiled(torch.ones(4, 2)) == 8

@@ -349,6 +349,10 @@ class Autoencoder(Checked, pl.LightningModule):
         if self._fit_seed is None or self.trainer.ckpt_path is None:
             self._fit_seed, self._compiled_before = torch.initial_seed() % 2**63, None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy is in no fit: what is compiled has the weights of this model, and no file can hold it
+        return {**super().__getstate__(), "_compiled": None, "takes_bytes": False, "_noise_is_torch_s": False}
+
     def configure_callbacks(self) -> list[pl.Callback]:
         there = any(isinstance(callback, _AfterError) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if there or self.trainer.state.fn != "fit" else [_AfterError()]

@@ -1,5 +1,7 @@
 """Compilation, denormals and memory layout: they change how fast a run is and nothing else."""
 
+import copy
+import pickle
 import platform
 import subprocess
 import sys
@@ -385,6 +387,22 @@ def test_annealing_compiles_once_and_equals_the_plain_run(graphs, mode):
     assert runs[0][1:] == runs[1][1:]
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_that_is_made_in_a_fit_computes_with_its_own_weights(graphs, copy_of):
+    seen = []
+
+    class Copies(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *batch):
+            other, x = copy_of(pl_module), torch.rand(4, 6)
+            with torch.no_grad():
+                for p in other.parameters():
+                    p.zero_()
+                seen.append((other.step_terms(x, None)[0]["loss"], other.loss(x)["loss"]))
+
+    fit(model("default", "dense_ae"), Copies(), limit_train_batches=2, limit_val_batches=0, max_epochs=1)
+    assert len(seen) == 2 and all(torch.equal(*both) for both in seen)
 
 
 def test_annealing_writes_no_tensor_into_checkpoints(graphs, tmp_path):

@@ -5,7 +5,7 @@ import functools
 import math
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +113,13 @@ class Compiled:
         # an epoch's last batch is not worth a second compilation
         if self._compiled is None or len(x) != self._size:
             return self._function(x, *rest)
-        return self._run(x, *rest)
-
-    def _run(self, x: torch.Tensor, *rest: Any) -> Any:
-        assert self._compiled is not None
-        if not torch.is_autocast_enabled(x.device.type):
-            return self._compiled(x, *rest)
-        with _exact_backward():
-            return self._compiled(x, *rest)
+        return self._compiled(x, *rest)
 
     def _first(self, x: torch.Tensor, *rest: Any) -> Any:
         self._size = len(x)
+        assert self._compiled is not None
         try:
-            return self._run(x, *rest)
+            return self._compiled(x, *rest)
         except Exception as error:  # every back end fails in its own way
             self._compiled = None
             self._before_retry()
@@ -142,12 +136,21 @@ class Compiled:
         )
 
 
-def _exact_backward() -> AbstractContextManager[Any]:
-    """What is compiled inside is lowered forward alone, as autocast has it; a setting that may go."""
-    import torch._functorch.config as settings
+@contextmanager
+def compiled_alike() -> Iterator[None]:
+    """What is compiled inside does as what is not: autocast lowers no backward pass, hooks that come later are seen.
 
-    name = "backward_pass_autocast"
-    return settings.patch(name, "off") if hasattr(settings, name) else nullcontext()
+    Settings of torch's compilers, each of which may go. To see hooks costs a step nothing that can be measured.
+    """
+    import torch._dynamo.config as of_graphs
+    import torch._functorch.config as of_gradients
+
+    wanted = (of_gradients, "backward_pass_autocast", "off"), (of_graphs, "skip_nnmodule_hook_guards", False)
+    with ExitStack() as stack:
+        for settings, name, value in wanted:
+            if hasattr(settings, name):
+                stack.enter_context(settings.patch(name, value))
+        yield
 
 
 @contextmanager

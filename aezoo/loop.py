@@ -12,6 +12,7 @@ renamed something of what is needed here, with one warning.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning
@@ -24,7 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from aezoo.acceleration import flushed_denormals, full_batch
+from aezoo.acceleration import compiled_alike, flushed_denormals, full_batch
 from aezoo.capture import CapturedStep
 from aezoo.joint import Joint
 from aezoo.optimizers import with_gradients
@@ -205,7 +206,8 @@ class LightLoop(_TrainingEpochLoop):
             self.plan.begin_epoch(trainer)
             if self.plan.rollback is not None:
                 self.plan.rollback.begin_epoch(self.plan.step if self.plan.can_go_back(trainer) else None)
-        with flushed_denormals():
+        is_compiled = getattr(trainer.lightning_module, "_compiled", None) is not None
+        with flushed_denormals(), compiled_alike() if is_compiled else nullcontext():
             try:
                 super().run(data_fetcher)
             finally:

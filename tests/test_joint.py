@@ -9,7 +9,7 @@ from torch import nn
 
 import aezoo
 from aezoo import acceleration
-from aezoo.acceleration import Compiled
+from aezoo.acceleration import Compiled, compiled_alike
 from aezoo.callbacks import FaultGuard
 from aezoo.data import DataModule
 from aezoo.joint import Joint, can_trace
@@ -141,7 +141,7 @@ def test_gradients_of_what_is_computed_exactly_are_exact(aot_graphs, n, joined):
         loss = plain.terms(x, None)[0]["loss"]
     loss.backward()
     compiled = joint_of(module, least=5) if joined else Compiled(module.terms, "default", lambda: None, least=5)
-    with in_bf16:
+    with compiled_alike(), in_bf16:
         terms, _ = (compiled.step if joined else compiled)(x, None)
     if not joined:
         terms["loss"].backward()
@@ -368,6 +368,29 @@ def test_a_weight_that_takes_anothers_place_in_an_epoch_is_trained(graphs, taken
     ends.append(fit(model(), Exchanges()))
     weights = [trainer.lightning_module.state_dict().values() for trainer in ends]
     assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in torch's compiler
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("joined", [True, False])
+def test_hooks_on_layers_that_come_and_go_in_an_epoch_are_called(graphs, taken, monkeypatch, joined, backward):
+    def halve(layer, inputs, outputs):
+        return tuple(g if g is None else g / 2 for g in inputs) if backward else outputs / 2
+
+    class Hooks(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *batch):
+            layer = pl_module.decoder
+            if trainer.global_step == 2:
+                self._hook = (layer.register_full_backward_hook if backward else layer.register_forward_hook)(halve)
+            elif trainer.global_step == 4:
+                self._hook.remove()
+
+    if not joined:
+        monkeypatch.setattr("aezoo.loop.join", lambda trainer, joint: None)
+    ends = [fit(model(mode=mode), Hooks()) for mode in ("default", "off")]
+    assert taken == (STEPS if joined else [])
+    for one, other in zip(*(end_of(trainer)[0] for trainer in ends), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_that_nothing_is_trained_is_said_by_torch(graphs, taken):

@@ -65,7 +65,18 @@ def subset(dataset: Dataset[Any], rows: Tensor) -> Dataset[Any]:
     """The samples of these numbers, with their labels."""
     y = labels_of(dataset)
     y = None if y is None else y[rows]
-    return ArrayDataset(dataset.x[rows], y) if isinstance(dataset, ArrayDataset) else Part(dataset, rows, y)
+    if not isinstance(dataset, ArrayDataset):
+        return Part(dataset, rows, y)
+    paths = dataset.paths
+    return ArrayDataset(dataset.x[rows], y, None if paths is None else [paths[i] for i in rows.tolist()])
+
+
+def paths_of(dataset: Dataset[Any]) -> Sequence[str] | None:
+    """The file of each sample, (N,); None where samples have none of their own."""
+    if isinstance(dataset, Subset):
+        paths = paths_of(dataset.dataset)
+        return None if paths is None else [paths[i] for i in dataset.indices]
+    return getattr(dataset, "paths", None)
 
 
 def names_of(y: Tensor, class_names: tuple[str, ...] | None) -> npt.NDArray[np.str_]:
@@ -73,6 +84,14 @@ def names_of(y: Tensor, class_names: tuple[str, ...] | None) -> npt.NDArray[np.s
     if class_names is not None:
         return np.array([*class_names, str(UNLABELLED)])[y.numpy()]  # -1 counts from the end
     return np.array([str(int(label)) if float(label).is_integer() else str(label) for label in y.tolist()], dtype=str)
+
+
+def as_given(y: Tensor, class_names: tuple[str, ...] | None) -> list[Any]:
+    """Labels as the data have them: names of classes, as whole numbers where all of them are such."""
+    if class_names is None:
+        return y.tolist()
+    names = names_of(y, class_names).tolist()
+    return [int(name) for name in names] if all(str(name).removeprefix("-").isdigit() for name in names) else names
 
 
 def listed(names: npt.NDArray[np.str_]) -> str:

@@ -218,4 +218,9 @@ class ImageFiles(Files):
 
     def in_memory(self, x: Tensor) -> ArrayDataset:
         """The same samples, which are decoded already: (N, C, H, W)."""
-        return ArrayDataset(x, None if self.labels is None else torch.tensor(self.labels))
+        return ArrayDataset(x, None if self.labels is None else torch.tensor(self.labels), self.paths)
+
+    @property
+    def paths(self) -> list[str] | None:
+        """The files; None where they are not files of their own."""
+        return [str(file) for file, _ in self.files] if isinstance(self.files[0][0], Path) else None

@@ -93,10 +93,11 @@ class ArrayDataset(Dataset[Batch]):
     Args:
         x: (N, *input_shape), uint8 or float32.
         y: (N,) labels.
+        paths: (N,) the file of each sample; None where a sample has none of its own.
     """
 
-    def __init__(self, x: Tensor, y: Tensor | None = None) -> None:
-        self.x, self.y = x, y
+    def __init__(self, x: Tensor, y: Tensor | None = None, paths: Sequence[str] | None = None) -> None:
+        self.x, self.y, self.paths = x, y, paths
 
     def __len__(self) -> int:
         return len(self.x)

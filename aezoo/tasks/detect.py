@@ -80,9 +80,10 @@ def detect(
 ) -> Detection:
     """Find strange samples, beside detectors that train no neural network.
 
-    Writes scores.csv (index, score, p_value, is_anomaly, a column for each further score and, where there are labels,
-    label), detect.csv with a row for each score and baseline, and a picture of the strangest samples with the error of
-    each pixel. AUROC and AUPR need a protocol, `normal` or `anomaly`, and labels; samples without one count in neither.
+    Writes scores.csv (index, score, p_value, is_anomaly, a column for each further score and, where there are such, the
+    file and the label), detect.csv with a row for each score and baseline, and a picture of the strangest samples with
+    the error of each pixel. AUROC and AUPR need a protocol, `normal` or `anomaly`, and labels; samples without one
+    count in neither.
 
     Args:
         model: a trained model.
@@ -229,16 +230,13 @@ def _judge(
 
 
 def _score_rows(samples: Samples, found: _Judgement, others: dict[str, _Judgement]) -> list[Row]:
-    labels = samples.labels
     rows: list[Row] = [
         {"index": i, "score": float(score), "p_value": float(p), "is_anomaly": bool(strange)}
         for i, (score, p, strange) in enumerate(zip(found.scores, found.p_values, found.is_anomaly, strict=True))
     ]
     for name, other in others.items():
         rows = [row | {name: float(score)} for row, score in zip(rows, other.scores, strict=True)]
-    if labels is not None:
-        rows = [row | {"label": label} for row, label in zip(rows, labels.tolist(), strict=True)]
-    return rows
+    return [row | note for row, note in zip(rows, samples.notes, strict=True)]
 
 
 def _about_threshold(

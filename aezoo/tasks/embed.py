@@ -131,11 +131,11 @@ def embed(
         if table == "npz":
             store.arrays("codes", {"x": codes} | ({} if labels is None else {"y": labels}))
         elif table != "npy":
-            store.table("codes", _code_rows(flat, labels), table)
+            store.table("codes", _code_rows(flat, samples), table)
         rows = choose_rows(n, _MOST_POINTS, seed)
         plane = to_plane(flat[rows], method, seed)
         shown = None if labels is None else labels[rows]
-        store.table("plane", _plane_rows(rows, plane, shown), kind)
+        store.table("plane", _plane_rows(rows, plane, samples), kind)
         accuracies: list[Row] = []
         # of samples that classifiers have learnt from they say nothing
         new = train is not None and train.dataset is not samples.dataset
@@ -203,21 +203,20 @@ def _accuracies(
 # ---- tables and pictures --------------------------------------------------------------------------------------------
 
 
-def _code_rows(flat: Array, labels: Array | None) -> list[Row]:
+def _code_rows(flat: Array, samples: Samples) -> list[Row]:
     rows = [{"index": i} | {f"z{d}": float(value) for d, value in enumerate(code)} for i, code in enumerate(flat)]
-    return rows if labels is None else [row | {"label": labels[i].item()} for i, row in enumerate(rows)]
+    return [row | note for row, note in zip(rows, samples.notes, strict=True)]
 
 
-def _plane_rows(rows: Array, plane: Array, labels: Array | None) -> list[Row]:
-    table = [{"index": int(i), "u": float(u), "v": float(v)} for i, (u, v) in zip(rows, plane, strict=True)]
-    return table if labels is None else [row | {"label": labels[i].item()} for i, row in enumerate(table)]
+def _plane_rows(rows: Array, plane: Array, samples: Samples) -> list[Row]:
+    notes = samples.notes
+    return [{"index": int(i), "u": float(u), "v": float(v)} | notes[i] for i, (u, v) in zip(rows, plane, strict=True)]
 
 
 def _neighbour_rows(neighbours: Array, distances: Array, library: Samples) -> list[Row]:
-    y = library.labels
+    notes = library.notes
     return [
-        {"index": i, "rank": j + 1, "neighbour": int(found), "distance": float(distances[i, j])}
-        | ({} if y is None else {"label": y[int(found)].item()})
+        {"index": i, "rank": j + 1, "neighbour": int(found), "distance": float(distances[i, j])} | notes[int(found)]
         for i, line in enumerate(neighbours)
         for j, found in enumerate(line)
     ]

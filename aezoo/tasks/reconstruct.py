@@ -62,8 +62,8 @@ def reconstruct(
 ) -> Reconstruction:
     """Reconstruct samples and measure the error of each.
 
-    Writes reconstructions.npy, errors.csv (index, mse, mae, score and, where there are labels, label) and a picture of
-    the best, the median and the worst samples.
+    Writes reconstructions.npy, errors.csv (index, mse, mae, score and, where there are such, file and label) and a
+    picture of the best, the median and the worst samples.
 
     Args:
         model: a trained model.
@@ -97,12 +97,10 @@ def reconstruct(
             fill(errors["mae"], start, difference.abs().mean(1))
             fill(errors["score"], start, model.score(given))
             start += len(batch)
-        labels = samples.labels
         rows = [
-            {"index": i} | {name: float(values[i]) for name, values in errors.items()}
-            | ({} if labels is None else {"label": labels[i].item()})
-            for i in range(n)
-        ]  # fmt: skip
+            {"index": i} | {name: float(values[i]) for name, values in errors.items()} | note
+            for i, note in enumerate(samples.notes)
+        ]
         store.table("errors", rows, table)
         if n_shown and store.folder is not None:
             store.picture("reconstructions", _picture(samples, x_hat, errors["mse"], n_shown))

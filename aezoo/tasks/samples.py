@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from aezoo.autoencoder import Autoencoder
 from aezoo.data import DataModule, binarise
 from aezoo.data.array import arrange
-from aezoo.data.classes import labels_of, subset
+from aezoo.data.classes import as_given, labels_of, paths_of, subset
 from aezoo.data.loaders import collate, local_processes, make_loader, workers
 from aezoo.data.memory import numeric, real
 from aezoo.data.resident import decode
@@ -90,6 +90,15 @@ class Samples:
         """Labels (N,); None where there are none or several a sample."""
         y = self.y
         return None if y is None or y.ndim != 1 else y
+
+    @property
+    def notes(self) -> list[dict[str, Any]]:
+        """What tables say of each sample beside its number: its file, and its label as the data have it; {} if none."""
+        paths, y = paths_of(self.dataset), self.labels
+        rows: list[dict[str, Any]] = [{} for _ in range(len(self))] if paths is None else [{"file": p} for p in paths]
+        return rows if y is None else [
+            row | {"label": label} for row, label in zip(rows, as_given(y, self.class_names), strict=True)
+        ]  # fmt: skip
 
     def rows(self, index: Tensor | list[int] | range) -> Tensor:
         """The samples of these numbers, (n, *shape), on the CPU."""

@@ -1,5 +1,6 @@
 """The verbs on the command line: models and samples from files, results into a folder, errors of one line."""
 
+import csv
 import shutil
 
 import numpy as np
@@ -70,6 +71,43 @@ def test_a_file_is_scaled_as_the_training_data_were(run, tmp_path, capsys):
     expected = model(scaled).detach().numpy()
     assert np.allclose(np.load(tmp_path / "reconstructions.npy"), expected, atol=1e-6)
     assert (tmp_path / "errors.csv").read_text().splitlines()[0].endswith("label")
+
+
+def test_tables_say_the_file_and_the_label_that_the_data_have(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        folder = tmp_path / "photos" / ("sound" if i % 2 else "broken")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    flags = ["--data.val_fraction", "0.2", "--data.test_fraction", "0.2", "--model.latent_dim", "2"]
+    flags += ["--data", str(tmp_path / "photos"), "--trainer.max_epochs", "1"]
+    cli.main(["fit", "--model", "dense_ae", *flags, "--trainer.default_root_dir", str(tmp_path / "runs")])
+    (run,) = (path.parent for path in (tmp_path / "runs").rglob("config.yaml"))
+    given = ["--ckpt_path", str(run), "--n_shown", "0", f"--out={tmp_path / 'out'}"]
+    photos = tmp_path / "photos"
+    for memory in ("on", "off"):
+        cli.main(["detect", *given, "--baselines", "false", "--data.memory", memory])
+        cli.main(["reconstruct", *given, "--input", str(photos), "--data.memory", memory])
+        cli.main(["embed", *given, "--table", "csv", "--nearest", "1", "--data.memory", memory])
+        for name, most in (("scores", 4), ("errors", 20), ("codes", 4), ("plane", 4), ("neighbours", 4)):
+            with (tmp_path / "out" / f"{name}.csv").open() as file:
+                rows = list(csv.DictReader(file))
+            assert len(rows) == most
+            assert all(row["file"].startswith(str(photos / row["label"])) for row in rows), rows
+    one = str(photos / "sound" / "1.png")
+    cli.main(["detect", *given, "--baselines", "false", "--input", one])
+    assert one in (tmp_path / "out" / "scores.csv").read_text()
+
+
+def test_labels_in_tables_are_those_of_the_file(run, tmp_path):
+    rows = np.random.default_rng(0).normal(100, 5, (6, 4)).tolist()
+    for labels in ([7, 3, 7, -1, 3, 30], ["b", "a", "b", "b", "a", "c"]):
+        lines = [",".join(map(repr, row)) + f",{label}" for row, label in zip(rows, labels, strict=True)]
+        (tmp_path / "new.csv").write_text("\n".join(["a,b,c,d,label", *lines]))
+        cli.main(["detect", "--ckpt_path", str(run), "--input", str(tmp_path / "new.csv"), f"--out={tmp_path}",
+                  "--baselines", "false", "--n_shown", "0"])  # fmt: skip
+        with (tmp_path / "scores.csv").open() as file:
+            assert [row["label"] for row in csv.DictReader(file)] == list(map(str, labels))
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@
 
     .npz, .pt   x or x_train, y or y_train, x_val, y_val, x_test, y_test (or one array of any name; .pt also x alone
                 or a tuple (x, y)). Nothing pickled is ever run.
-    .csv        numbers, with or without a header; a column named label holds the classes. A first row of 0,1,2 ... is a
+    .csv        numbers, with or without a header; a column named label, or as --data.label_column says, holds the
+                classes, and none leaves them out. A first row of 0,1,2 ... is a
                 header, as pandas writes it, unless it has decimal points
-    .parquet    columns of numbers and an optional column label
+    .parquet    columns of numbers and an optional column of classes, as in .csv
 
 Values are scaled by `aezoo.data.memory.Scale`. Class labels may be any integers or texts: unless they are 0..K-1
 already they are numbered in sorted order; `class_names` keeps the originals. Labels with fractions stay numbers.
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from aezoo.data.classes import UNLABELLED
 from aezoo.data.memory import InMemory, Pair, numeric, real
-from aezoo.data.readers import Table, read_arrays
+from aezoo.data.readers import Table, few, read_arrays
 from aezoo.data.source import STAGES, Options, Stage
 from aezoo.errors import AezooError
 
@@ -49,8 +50,12 @@ class Array(InMemory):
     def __init__(self, options: Options, arrays: Mapping[str, Any] | None = None) -> None:
         path = Path(options.root).expanduser()
         self.title = "" if arrays is not None else f"{path}: "
-        raw = read_arrays(path, options.max_bytes) if arrays is None else arrays
+        wanted = options.label_column
+        raw = read_arrays(path, options.max_bytes, wanted) if arrays is None else arrays
         self.columns = raw.columns if isinstance(raw, Table) else ()
+        if wanted not in ("auto", "none") and (not isinstance(raw, Table) or raw.label is None):
+            there = f"there are {few(self.columns)}" if self.columns else "columns have names in .csv and .parquet"
+            raise AezooError(f"{self.title or 'arrays: '}no column {wanted!r} (--data.label_column): {there}")
         given = {"x": "x_train", "y": "y_train"}
         raw = {given.get(key, key): value for key, value in raw.items() if value is not None}
         unknown = [key for key in raw if key not in {f"{a}_{stage}" for a in "xy" for stage in STAGES}]

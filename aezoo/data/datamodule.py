@@ -90,8 +90,8 @@ class DataModule(Checked, LightningDataModule):
             the number of their dimensions. It stays in the checkpoint, and save_model folds it into the weights.
         column: What holds the samples of hf or stream, by name, or by number in a tuple; auto takes the one of images,
             or else the one of arrays.
-        label_column: What holds the labels of hf or stream; none leaves them out, auto takes the one of classes, or
-            else the one that is called label.
+        label_column: What holds the labels of hf, stream or a table (.csv, .parquet), by name; none leaves them out,
+            auto takes the one of classes, or else the one that is called label.
     """
 
     input_shape: tuple[int, ...]

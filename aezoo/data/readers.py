@@ -1,6 +1,7 @@
 """Files of arrays, read without running anything that they hold: .npy, .npz, .pt, .csv, .parquet."""
 
 import csv
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,20 +27,31 @@ class Table(dict[str, Any]):
     Args:
         arrays: x and y.
         columns: the names, in the order of the columns.
+        label: the name of the column of labels; None where there is none.
     """
 
-    def __init__(self, arrays: Arrays, columns: Sequence[str] = ()) -> None:
+    def __init__(self, arrays: Arrays, columns: Sequence[str] = (), label: str | None = None) -> None:
         super().__init__(arrays)
-        self.columns = tuple(columns)
+        self.columns, self.label = tuple(columns), label
 
 
-def read_arrays(path: Path, max_bytes: int = 2**33) -> Arrays:
-    """The arrays in a file, by name; what the file declares is compared with `max_bytes` before memory is taken."""
+def read_arrays(path: Path, max_bytes: int = 2**33, label_column: str = "auto") -> Arrays:
+    """The arrays in a file, by name; what the file declares is compared with `max_bytes` before memory is taken.
+
+    Args:
+        path: the file.
+        max_bytes: the most memory that it may take.
+        label_column: of a table, as `DataModule` has it.
+
+    Raises:
+        AezooError: it cannot be read, or takes more.
+    """
     if path == Path():
         raise AezooError("arrays handed in from Python are not kept in a checkpoint: call DataModule.from_arrays again")
     readers: dict[str, Callable[[Path, int], Arrays]] = {
-        ".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt, ".csv": _read_csv,
-        ".parquet": _read_parquet,
+        ".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt, 
+        ".csv": functools.partial(_read_csv, label_column=label_column),
+        ".parquet": functools.partial(_read_parquet, label_column=label_column),
     }  # fmt: skip
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -67,7 +79,7 @@ def check_columns(what: str, columns: Sequence[str], trained: Sequence[str]) -> 
         return
     missing, extra = ([name for name in a if name not in b] for a, b in ((trained, columns), (columns, trained)))
     if missing or extra or len(columns) != len(trained):
-        found = [f"lacks {_few(missing)}"] * bool(missing) + [f"has {_few(extra)} besides"] * bool(extra)
+        found = [f"lacks {few(missing)}"] * bool(missing) + [f"has {few(extra)} besides"] * bool(extra)
         raise AezooError(
             f"{what} {' and '.join(found) or 'repeats some'} of the {len(trained)} columns of the training data: give "
             "it these columns, in their order, or no header if only the names differ"
@@ -75,11 +87,20 @@ def check_columns(what: str, columns: Sequence[str], trained: Sequence[str]) -> 
     place = next(i for i, name in enumerate(trained) if columns[i] != name)
     raise AezooError(
         f"{what} has the columns of the training data in another order, {columns[place]!r} where {trained[place]!r} "
-        f"was: write them in the order {_few(trained)}"
+        f"was: write them in the order {few(trained)}"
     )
 
 
-def _few(names: Sequence[str]) -> str:
+def _label_among(names: Sequence[str], label_column: str) -> int | None:
+    """The place of the labels: the column of that name, which auto and none take to be `label`, whatever its case."""
+    if label_column not in ("auto", "none"):
+        return list(names).index(label_column) if label_column in names else None
+    lower = [name.lower() for name in names]
+    return lower.index("label") if "label" in lower else None
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, for a message."""
     return ", ".join([repr(name) for name in names[:5]] + ["..."] * (len(names) > 5))
 
 
@@ -171,7 +192,7 @@ def _single(arrays: dict[str, Any]) -> Arrays:
     return {"x": next(iter(arrays.values()))} if len(arrays) == 1 else arrays
 
 
-def _read_csv(path: Path, max_bytes: int) -> Arrays:
+def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
     """Features, and labels if the header names them; the separator is a comma, semicolon or tab.
 
     A header is a first row with a cell of text, or one that counts its columns, 0,1,2 and so on, as pandas writes where
@@ -191,8 +212,7 @@ def _read_csv(path: Path, max_bytes: int) -> Arrays:
     # an empty cell is a value that is missing
     counts = len(first) > 1 and first == [str(i) for i in range(len(first))]
     header = counts or not all(_is_number(cell) for cell in first if cell)
-    names = [name.lower() for name in first] if header else []
-    label = names.index("label") if "label" in names else None
+    label = _label_among(first, label_column) if header else None
     texts, labels = [], []
     for number, row in enumerate(rows if header else csv.reader(lines, delimiter=separator)):
         if len(row) != len(first):
@@ -208,25 +228,25 @@ def _read_csv(path: Path, max_bytes: int) -> Arrays:
             f"{path}: the first column has no name and numbers the rows, as pandas writes its index: save the table "
             "without it, frame.to_csv(path, index=False), or name the column if it is a feature"
         )
+    columns = [name for i, name in enumerate(first) if i != label] if header else []
     x = np.empty((len(texts), len(texts[0])))
     for number, row in enumerate(texts):
         try:
             x[number] = row
         except ValueError:
             column = next(i for i, cell in enumerate(row) if not _is_number(cell))
-            raise AezooError(
-                f"{path}, row {number}, column {column + 1} of the features: {row[column]!r} is no number: fill it, or "
-                "name the column of the classes label"
-            ) from None
+            cure = "fill it" + ", or say by --data.label_column which column holds the classes" * (label is None)
+            place = f"column {column + 1} of the features" + (f", {columns[column]}" if columns else "")
+            raise AezooError(f"{path}, row {number}, {place}: {row[column]!r} is no number: {cure}") from None
     if counts and (x == np.floor(x)).all():
         warnings.warn(f"{path}: the first row, {separator.join(first)[:40]}, is taken for a header, as all others hold "
                       "whole numbers too: write 0.0 for its 0 if it is a sample", stacklevel=2)  # fmt: skip
-    columns = [name for i, name in enumerate(first) if i != label] if header else []
-    return Table({"x": x, "y": _labels(labels) if labels else None}, columns)
+    y = _labels(labels) if labels and label_column != "none" else None
+    return Table({"x": x, "y": y}, columns, None if label is None else first[label])
 
 
-def _read_parquet(path: Path, max_bytes: int) -> Arrays:
-    """All columns as features, the column `label` apart."""
+def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
+    """All columns as features, that of the labels apart."""
     try:
         import pandas
         from pyarrow import parquet
@@ -238,14 +258,17 @@ def _read_parquet(path: Path, max_bytes: int) -> Arrays:
         # a column that repeats one value takes no space in the file
         check_bytes(path, max(declared, 8 * about.num_rows * about.num_columns), max_bytes)
     frame = pandas.read_parquet(path)
-    names = {str(name).lower(): name for name in frame.columns}
-    labels = frame.pop(names["label"]).to_numpy() if "label" in names else None
+    place = _label_among([str(name) for name in frame.columns], label_column)
+    name = None if place is None else frame.columns[place]
+    labels = None if name is None else frame.pop(name).to_numpy()
     text = [str(name) for name, kind in frame.dtypes.items() if getattr(kind, "kind", "O") not in "biuf"]
     if text or not frame.shape[1]:
-        raise AezooError(f"{path}: the columns {', '.join(text) or '(none)'} hold no numbers: drop or encode them")
+        raise AezooError(f"{path}: the columns {', '.join(text) or '(none)'} hold no numbers: drop or encode them, or "
+                         "say by --data.label_column which holds the classes")  # fmt: skip
     if labels is not None and labels.dtype.kind not in "biuf":
         labels = _labels([str(label) for label in labels])
-    return Table({"x": frame.to_numpy(), "y": labels}, [str(name) for name in frame.columns])
+    y = None if label_column == "none" else labels
+    return Table({"x": frame.to_numpy(), "y": y}, [str(name) for name in frame.columns], name and str(name))
 
 
 def _labels(texts: list[str]) -> Any:

@@ -214,7 +214,7 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
         image = images.read(source, size, channels or (1 if mode in images.GREY else 3), most)
         scaling = _scaling(trained, 255 if image.dtype == torch.uint8 else 1, what)
         return Samples(ArrayDataset(image[None], None, [path]), *scaling, None, path)
-    arrays = read_arrays(source, given.get("max_bytes", 2**33))
+    arrays = read_arrays(source, given.get("max_bytes", 2**33), given.get("label_column", "auto"))
     if isinstance(arrays, Table):
         check_columns(what, arrays.columns, trained.get("columns", ()))
     name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)

@@ -86,6 +86,40 @@ def test_pt_forms(tmp_path):
         assert torch.equal(everything(data), ordered(x))
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_any_column_of_a_table_can_hold_the_labels(tmp_path, kind):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    x = vectors(20, 2)
+    frame = pandas.DataFrame(x, columns=["a", "b"])
+    frame.insert(1, "fraud", ["yes", "no"] * 10)
+    path = tmp_path / f"d.{kind}"
+    frame.to_csv(path, index=False) if kind == "csv" else frame.to_parquet(path)
+    with pytest.raises(AezooError, match=r"say by --data\.label_column which"):
+        DataModule(str(path))
+    data = DataModule(str(path), label_column="fraud", scale="none")
+    assert (data.input_shape, data.num_classes, data.source.class_names) == ((2,), 2, ("no", "yes"))
+    assert data.source.columns == ("a", "b")
+    assert torch.equal(everything(data), ordered(x))
+    frame["fraud"] = frame["fraud"].eq("yes").astype(int)
+    frame = frame.rename(columns={"fraud": "Label"})
+    frame.to_csv(path, index=False) if kind == "csv" else frame.to_parquet(path)
+    with pytest.raises(AezooError, match=r"no column 'frauds' \(--data.label_column\): there are 'a', 'Label', 'b'"):
+        DataModule(str(path), label_column="frauds")
+    without = DataModule(str(path), label_column="none")
+    assert (without.input_shape, without.num_classes) == ((2,), None)
+    other = DataModule(str(path), label_column="b")
+    assert (other.source.columns, other.num_classes) == (("a", "Label"), None)
+
+
+def test_what_has_no_named_columns_refuses_one_of_labels(tmp_path):
+    np.save(tmp_path / "x.npy", vectors())
+    with pytest.raises(AezooError, match=r"no column 'y' .*columns have names in .csv and .parquet"):
+        DataModule(str(tmp_path / "x.npy"), label_column="y")
+    with pytest.raises(AezooError, match="no column 'y'"):
+        DataModule.from_arrays(vectors(), label_column="y")
+
+
 def test_csv_without_header_and_with_other_separators(tmp_path):
     x = vectors(20, 2)
     for separator in ",;\t":
@@ -332,7 +366,7 @@ def broken_files(folder):
     (folder / "header.csv").write_text("a,b\n")
     yield "header.csv", "a header only"
     (folder / "text.csv").write_text("a,b\n1,2\n3,x\n")
-    yield "text.csv", "row 1, column 2 of the features: 'x' is no number"
+    yield "text.csv", "row 1, column 2 of the features, b: 'x' is no number: fill it, or say by --data.label_column"
     (folder / "hole.csv").write_text("1,,3\n4,5,6\n")
     yield "hole.csv", "row 0, column 2 of the features: '' is no number: fill it"
     (folder / "index.csv").write_text(",0,1\n0,4.5,5.5\n")

@@ -156,6 +156,15 @@ def test_columns_that_are_those_of_training_or_have_no_names_are_taken(table, tm
             assert read(str(tmp_path / "new.csv"), aezoo.checkpoint.load_run(table)[1]).shape == (3,)
 
 
+def test_a_file_may_have_or_lack_the_column_of_labels(tmp_path):
+    trained = {"settings": {"label_column": "fraud"}, "scaling": {}, "columns": ("a", "b")}
+    for text, labels in (("a,fraud,b\n0.1,yes,0.2\n0.3,no,0.4\n", [1, 0]), ("a,b\n0.1,0.2\n0.3,0.4\n", None)):
+        (tmp_path / "new.csv").write_text(text)
+        samples = read(str(tmp_path / "new.csv"), trained, trained["settings"])
+        assert torch.allclose(samples.rows([0, 1]), torch.tensor([[0.1, 0.2], [0.3, 0.4]]))
+        assert labels is None if samples.y is None else samples.y.tolist() == labels
+
+
 def test_a_run_is_not_tested_on_columns_in_another_order(table, tmp_path, capsys):
     text = (table.parents[2] / "d.csv").read_text()
     (tmp_path / "other.csv").write_text(text.replace("age,height", "height,age"))

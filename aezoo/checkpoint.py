@@ -239,7 +239,14 @@ def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None
     except Exception as error:  # one changed byte can end in any exception of the unpickler
         raise AezooError(f"cannot read {path} as a checkpoint: {_brief(error)}") from error
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)):
-        raise AezooError(f"{path} is not a checkpoint of Lightning: it has no state_dict")
+        weights_alone = isinstance(checkpoint, dict) and checkpoint and all(map(torch.is_tensor, checkpoint.values()))
+        if (path.parent / CONFIG).is_file() and path.suffix == ".safetensors":
+            cure = f"; give the folder of the saved model, {path.parent}"
+        elif weights_alone:
+            cure = ", only weights: make the model by aezoo.create_model and give them to its load_state_dict"
+        else:
+            cure = ""
+        raise AezooError(f"{path} is not a checkpoint of Lightning: it has no state_dict{cure}")
     return checkpoint
 
 

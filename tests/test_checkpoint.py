@@ -265,6 +265,12 @@ def test_a_file_without_a_state_dict(refused, tmp_path, content):
     refused(tmp_path / "x.ckpt", "it has no state_dict")
 
 
+def test_weights_alone_name_the_way_to_load_them(refused, saved, model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    refused(tmp_path / "weights.pt", "only weights: make the model by aezoo.create_model and give them to its load_sta")
+    refused(saved / "model.safetensors", f"it has no state_dict; give the folder of the saved model, {saved}")
+
+
 def test_a_checkpoint_without_a_registered_name(refused, file):
     for stamp in (None, "vae", {}, {"model": None}):
         edit(file, lambda c, stamp=stamp: c.update(aezoo=stamp))

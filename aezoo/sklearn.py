@@ -204,7 +204,9 @@ class _Estimator(base.BaseEstimator):
         """Log-likelihood of each sample in nats, larger is more normal, (n_samples,).
 
         It is log p(x | code), for a variational model the ELBO. A density is that of X in its own units, whatever the
-        scale; a discrete likelihood, as bernoulli, gives a probability, which has no units.
+        scale; a discrete likelihood, as bernoulli, gives a probability, which has no units. Of a model that judges by
+        something else, as deep_svdd by a distance and dagmm by an energy, it is minus that, up to a constant: it tells
+        samples of one model apart and says nothing beside other models.
         """
         return self._log_likelihood(self._checked(X))
 
@@ -319,6 +321,9 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         self.contamination = contamination
 
     def _settings(self) -> dict[str, Any]:
+        if isinstance(self.contamination, str):
+            raise AezooError(f"contamination must be a number in (0, 0.5], the share of outliers, got "
+                             f"{self.contamination!r}: no rule sets it from the data")  # fmt: skip
         settings = super()._settings()
         if not 0 < settings["contamination"] <= 0.5:
             raise AezooError(f"contamination must be in (0, 0.5], got {settings['contamination']}")

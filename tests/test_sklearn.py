@@ -212,6 +212,8 @@ def test_a_detector_finds_what_is_far_from_the_training_data():
     for bad in (0.6, 0, "auto"):
         with pytest.raises(AezooError, match="contamination"):
             clone(model).set_params(contamination=bad).fit(X)
+    with pytest.raises(AezooError, match=r"a number in \(0, 0.5\], the share of outliers, got 'auto'"):
+        AutoencoderDetector(contamination="auto").fit(X)
 
 
 def test_a_denoiser_takes_noise_away(digits):

@@ -89,7 +89,9 @@ def detect(
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
         score: nll, mse, elbo, iwae, mahalanobis, sap, nap or deep_svdd; several, as in nll,nap, are compared in the
-            table, and the first one decides. For grey images under a Bernoulli likelihood mse tells more than nll.
+            table, and the first one decides. nll is the model's own score: for most -log p(x | z), but the distance of
+            a deep_svdd, the energy of a dagmm and what other detectors judge by. For grey images under a Bernoulli
+            likelihood mse tells more than nll.
         contamination: share of the training scores that lies above the threshold, at most 0.5.
         quantile: put the threshold at this quantile of the scores of held-out samples instead, those of the validation
             split or, in Python, of calibrate_on.

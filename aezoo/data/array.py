@@ -80,7 +80,7 @@ class Array(InMemory):
     def load(self) -> dict[Stage, Pair]:
         splits = {}
         for stage, values in self._x.items():
-            x = numeric(values, self._what(stage))
+            x = numeric(values, self._what(stage), self.columns)
             y = self._y.get(stage)
             if y is not None and len(y) != len(x):
                 raise AezooError(f"{self._what(stage)} has {len(x)} samples but {len(y)} labels: one label a sample")

@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aezoo.data.images import fit, fitted_shape
+from aezoo.data.readers import few
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, carve
 from aezoo.errors import AezooError
 
@@ -139,8 +141,17 @@ def real(values: object, what: str) -> Tensor | npt.NDArray[Any]:
     return array
 
 
-def numeric(values: object, what: str) -> Tensor:
-    """Real, finite numbers as a CPU tensor of dtype uint8, float32 or float64, or the reason why not."""
+def numeric(values: object, what: str, columns: Sequence[str] = ()) -> Tensor:
+    """Real, finite numbers as a CPU tensor of dtype uint8, float32 or float64, or the reason why not.
+
+    Args:
+        values: samples (N, ...).
+        what: what the message calls them.
+        columns: what a table calls its columns.
+
+    Raises:
+        AezooError: they are not.
+    """
     checked = real(values, what)
     if isinstance(checked, Tensor):
         tensor = checked.detach().cpu()
@@ -154,9 +165,12 @@ def numeric(values: object, what: str) -> Tensor:
         tensor = tensor.to(_wide(tensor.element_size(), tensor.is_floating_point(), torch.float64, torch.float32))
         bad = (~tensor.isfinite()).reshape(len(tensor), math.prod(tensor.shape[1:])).any(1)
         if bad.any():
+            # a table is mended by columns
+            found = (~tensor.isfinite()).any(0).nonzero().flatten().tolist() if columns else []
+            place = f", in {few([columns[i] for i in found])}" if found else ""
             raise AezooError(
                 f"{what} has NaN or infinity in {int(bad.sum())} of {len(tensor)} rows, the first is row "
-                f"{int(bad.nonzero()[0])}: fill or remove them"
+                f"{int(bad.nonzero()[0])}{place}: fill or remove them"
             )
     return tensor
 

@@ -215,12 +215,12 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
         scaling = _scaling(trained, 255 if image.dtype == torch.uint8 else 1, what)
         return Samples(ArrayDataset(image[None], None, [path]), *scaling, None, path)
     arrays = read_arrays(source, given.get("max_bytes", 2**33), given.get("label_column", "auto"))
-    if isinstance(arrays, Table):
-        check_columns(what, arrays.columns, trained.get("columns", ()))
+    columns = arrays.columns if isinstance(arrays, Table) else ()
+    check_columns(what, columns, trained.get("columns", ()))
     name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)
     if name is None:
         raise AezooError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: name the array of samples x")
-    x = arrange(numeric(arrays[name], f"{path}: {name}"), given.get("layout", "auto"))
+    x = arrange(numeric(arrays[name], f"{path}: {name}", columns), given.get("layout", "auto"))
     x = images.fit(x, size, channels) if x.ndim == 4 else x
     labels = arrays.get(name.replace("x", "y", 1))
     y, names = number_labels({} if labels is None else {"test": labels}, f"{path}: ")

@@ -406,6 +406,18 @@ def test_parquet_with_text(tmp_path):
         DataModule(str(tmp_path / "t.parquet"))
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_with_gaps_names_their_columns(tmp_path, kind):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame(vectors(20, 3), columns=["a", "b", "c"])
+    frame.loc[4, "c"] = frame.loc[[7, 9], "a"] = float("nan")
+    path = tmp_path / f"d.{kind}"
+    frame.to_csv(path, index=False, na_rep="nan") if kind == "csv" else frame.to_parquet(path)
+    with pytest.raises(AezooError, match="in 3 of 20 rows, the first is row 4, in 'a', 'c': fill or remove them"):
+        DataModule(str(path)).setup()
+
+
 def test_parquet_without_pandas(tmp_path, monkeypatch):
     import sys
 

@@ -95,7 +95,7 @@ class Compiled:
     Args:
         function: takes tensors, the first of them a batch.
         mode: default, reduce-overhead or max-autotune.
-        before_retry: called before the first compiled call is repeated uncompiled.
+        before_retry: called before a call that could not be compiled is repeated uncompiled.
         least: a smaller batch is not full: a run that goes on may begin with the last one of an epoch.
     """
 
@@ -109,18 +109,13 @@ class Compiled:
 
     def __call__(self, x: torch.Tensor, *rest: Any) -> Any:
         if self._size is None and len(x) >= self._least:
-            return self._first(x, *rest)
+            self._size = len(x)
         # an epoch's last batch is not worth a second compilation
         if self._compiled is None or len(x) != self._size:
             return self._function(x, *rest)
-        return self._compiled(x, *rest)
-
-    def _first(self, x: torch.Tensor, *rest: Any) -> Any:
-        self._size = len(x)
-        assert self._compiled is not None
         try:
             return self._compiled(x, *rest)
-        except Exception as error:  # every back end fails in its own way
+        except Exception as error:  # every back end fails in its own way, later too where a step is compiled anew
             self._compiled = None
             self._before_retry()
             result = self._function(x, *rest)  # a fault of the model itself is raised here

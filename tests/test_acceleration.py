@@ -351,6 +351,32 @@ def test_what_a_failed_compilation_has_drawn_is_put_back_before_the_step_is_repe
     assert calls == ["compiled", "put back", "plain", "plain"]
 
 
+def test_a_step_that_cannot_be_compiled_anew_runs_on_uncompiled(monkeypatch):
+    """A layer that is frozen in the middle of a run has the step compiled once more."""
+    made, frozen = [], []
+
+    class Freeze(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                next(pl_module.encoder.parameters()).requires_grad_(False)
+                frozen.append(True)
+
+    def breaks(module, inputs):
+        if frozen:
+            raise RuntimeError("no more of these")
+        made.append(module)
+        return module
+
+    plain, _ = fit(model("off"), Freeze(), max_epochs=3)
+    frozen.clear()
+    real = torch.compile
+    monkeypatch.setattr(acceleration.torch, "compile", lambda f, mode, dynamic: real(f, backend=breaks))
+    with pytest.warns(UserWarning, match=r"not compiled and runs slower \(.*no more of these"):
+        fallen, _ = fit(model("default"), Freeze(), max_epochs=3)
+    assert made
+    assert fallen == pytest.approx(plain, rel=1e-5)
+
+
 def test_a_fault_of_the_model_is_raised_as_it_is(graphs):
     class Faulty(aezoo.model_class("dense_ae")):
         def loss(self, x, y=None):

@@ -182,6 +182,7 @@ RANGES = {
     "scales": lambda rng: rng.randint(1, 5),
     "window": lambda rng: rng.choice((3, 7, 11)),
     "features": lambda rng: "random",
+    "foundation": lambda rng: "random",
     "average": lambda rng: rng.choice(AVERAGES),
     "group_dim": lambda rng: rng.choice((None, 0, 3)),
     "sigma": lambda rng: rng.uniform(0.01, 1),

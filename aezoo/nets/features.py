@@ -29,15 +29,16 @@ class FeatureDistance:
     Args:
         features: random, vgg16, vgg19 or the path of a file of VGG weights (.pth); of none all batches are at 0.
         input_shape: shape of one sample.
+        argument: what the model's user calls the network.
 
     Raises:
         AezooError: no such network.
     """
 
-    def __init__(self, features: str, input_shape: tuple[int, ...]) -> None:
+    def __init__(self, features: str, input_shape: tuple[int, ...], argument: str = "features") -> None:
         if features not in ("none", "random", *VGG) and not features.endswith(".pth"):
             raise AezooError(
-                f"features takes none, random, {', '.join(VGG)} or the path of a .pth file, got {features!r}"
+                f"{argument} takes none, random, {', '.join(VGG)} or the path of a .pth file, got {features!r}"
             )
         self.features, self.input_shape = features, input_shape
         self.net = random_features(input_shape) if features == "random" else None

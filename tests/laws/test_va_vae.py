@@ -165,5 +165,5 @@ def test_values_that_cannot_work_are_refused() -> None:
             aligned(**{name: -0.1})
     with pytest.raises(AezooError, match="foundation must be a network: for none take autoencoder_kl"):
         aligned(foundation="none")
-    with pytest.raises(AezooError, match="features takes"):
+    with pytest.raises(AezooError, match="foundation takes"):
         aezoo.create_model("va_vae", SHAPE, foundation="dino")

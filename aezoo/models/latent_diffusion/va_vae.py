@@ -7,10 +7,10 @@ images sees, place by place; in nats per sample:
     A = mean_i (1 - m_c - cos(v_i, f_i))^+ + mean_ij (|cos(v_i, v_j) - cos(f_i, f_j)| - m_d)^+     v = W z
     lambda_A = ||dR / dW_e|| / (||dA / dW_e|| + 1e-4), at most 1e8     W_e the weight of the encoder's last layer
 
-over places i and j of a sample's code (equations 2 to 6), with f the features F(x) on the code's grid, means over what
-each place covers. F is not trained; it takes DINOv2 in the paper, here the networks of perceptual losses. A counts in
-the loss by its gradient alone. w_A = 0 is autoencoder_kl. W, a linear map from codes to features, and the constants are
-those of https://github.com/hustvl/LightningDiT, whose last epochs alone have the margins.
+over places i and j of a sample's code, with f the features F(x) on the code's grid, means over what each place covers.
+F is not trained; it is DINOv2 in the paper, here one of the networks of perceptual losses. A counts in the loss by its
+gradient alone. w_A = 0 is autoencoder_kl. W, a linear map from codes to features, and the constants are those of
+https://github.com/hustvl/LightningDiT, whose last epochs alone have the margins.
 
 Shapes: B batch, C channels, F channels of features, P places.
 """
@@ -108,7 +108,7 @@ class VAVAE(AutoencoderKL):
         )
         self.save_hyperparameters()
         self.alignment_weight, self.margins = alignment_weight, (cosine_margin, matrix_margin)
-        self.foundation = FeatureDistance(foundation, self.input_shape)
+        self.foundation = FeatureDistance(foundation, self.input_shape, "foundation")
         self.projection = CONVS[len(input_shape) - 1](latent_dim, self.foundation.channels, 1, bias=False)
 
     def on_fit_start(self) -> None:

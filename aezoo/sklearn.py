@@ -400,7 +400,14 @@ def _build(settings: dict[str, Any], n_features: int) -> Autoencoder:
     if "tokenizer" in known:  # of a prior over indices; it is what compares outputs with data
         grid = {} if len(shape) > 1 else {"net": "mlp"}
         common["tokenizer"] = {"model": "vq_vae", "likelihood": settings["likelihood"], **grid}
-    return create_model(settings["model"], shape, **{**common, **settings["model_params"]})
+    try:
+        return create_model(settings["model"], shape, **{**common, **settings["model_params"]})
+    except AezooError as error:
+        # one that the estimator has no argument for
+        other = next((name for name in known if name not in common and str(error).startswith(f"{name} ")), None)
+        if other is None:
+            raise
+        raise AezooError(f"{error}: give it in model_params={{{other!r}: ...}}") from error
 
 
 def _labels(y: Any, known: Array | None) -> tuple[Array, Tensor]:

@@ -411,6 +411,8 @@ def test_a_prior_over_indices_takes_rows_and_their_likelihood():
         ({"model_params": {"hidden": (3,)}}, "did you mean 'hidden_dims'"),
         ({"model_params": [1]}, "model_params takes a mapping"),
         ({"model_params": {"input_shape": (6,)}}, "give sample_shape"),
+        ({"model": "topk_sae"}, r"latent_dim=2, got 16: give it in model_params=\{.k.: \.\.\.\}"),
+        ({"model": "vae", "latent_dim": 0}, "latent_dim must be at least 1, got 0$"),
         ({"lr": 0}, "lr must be above 0"),
         ({"device": "abacus"}, "no device"),
     ],

@@ -5,7 +5,7 @@ import functools
 import math
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,15 @@ class Compiled:
         self._size: int | None = None
 
     def __call__(self, x: torch.Tensor, *rest: Any) -> Any:
-        if self._size is None and len(x) >= self._least:
+        compiles = self._size is None and len(x) >= self._least
+        if compiles:
             self._size = len(x)
         # an epoch's last batch is not worth a second compilation
         if self._compiled is None or len(x) != self._size:
             return self._function(x, *rest)
         try:
-            return self._compiled(x, *rest)
+            with compiled_alike() if compiles else nullcontext():
+                return self._compiled(x, *rest)
         except Exception as error:  # every back end fails in its own way, later too where a step is compiled anew
             self._compiled = None
             self._before_retry()
@@ -135,12 +137,19 @@ class Compiled:
 def compiled_alike() -> Iterator[None]:
     """What is compiled inside does as what is not: autocast lowers no backward pass, hooks that come later are seen.
 
-    Settings of torch's compilers, each of which may go. To see hooks costs a step nothing that can be measured.
+    Nor are operations put in another order for less memory: that of torch 2.13 reads what is added to in place before
+    all is added, so that a step as one graph has gradients of 0 behind layers that double a grid. Settings of torch's
+    compilers, each of which may go. To see hooks costs a step nothing that can be measured.
     """
     import torch._dynamo.config as of_graphs
     import torch._functorch.config as of_gradients
+    import torch._inductor.config as of_loops
 
-    wanted = (of_gradients, "backward_pass_autocast", "off"), (of_graphs, "skip_nnmodule_hook_guards", False)
+    wanted: tuple[tuple[Any, str, Any], ...] = (
+        (of_gradients, "backward_pass_autocast", "off"),
+        (of_graphs, "skip_nnmodule_hook_guards", False),
+        (of_loops, "reorder_for_peak_memory", False),
+    )
     with ExitStack() as stack:
         for settings, name, value in wanted:
             if hasattr(settings, name):

@@ -444,3 +444,31 @@ def test_where_one_graph_cannot_be_compiled_two_are(monkeypatch, recwarn):
     # the first step, which has run as it is, is rounded otherwise
     for one, other in zip(end_of(found)[0], end_of(fit(model("vae")))[0], strict=True):
         torch.testing.assert_close(one, other)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1)),
+            *(nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1)),
+        )
+
+    def forward(self, x):
+        return (x + self.body(x)) / 1.0
+
+
+@pytest.mark.slow
+def test_gradients_pass_through_layers_that_double_a_grid():
+    """By inductor of torch 2.13 as it is they are 0 there, or the step ends in an UnboundLocalError."""
+    torch.manual_seed(0)
+    ends = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+    net = nn.Sequential(ends[0], Residual(), nn.Upsample(scale_factor=2.0), Residual(), ends[1])
+    x = torch.randn(7, 8, 7, 7)
+    loss = net(x).square().sum()
+    expected = torch.autograd.grad(loss, [*net.parameters()])
+    joint = Joint(net, lambda x, _: ({"loss": net(x).square().sum()}, x), "default", lambda: None)
+    joint.step(x, None)
+    assert joint.works
+    for p, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))

@@ -11,8 +11,8 @@
     .npz, .pt   x or x_train, y or y_train, x_val, y_val, x_test, y_test (or one array of any name; .pt also x alone
                 or a tuple (x, y)). Nothing pickled is ever run.
     .csv        numbers, with or without a header; a column named label, or as --data.label_column says, holds the
-                classes, and none leaves them out. A first row of 0,1,2 ... is a
-                header, as pandas writes it, unless it has decimal points
+                classes, and none leaves them out. A first row of 0,1,2 ... is a header, as pandas writes it, unless it
+                has decimal points
     .parquet    columns of numbers and an optional column of classes, as in .csv
 
 Values are scaled by `aezoo.data.memory.Scale`. Class labels may be any integers or texts: unless they are 0..K-1

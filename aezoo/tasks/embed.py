@@ -128,14 +128,15 @@ def embed(
             fill(codes, start, model.encode(batch.to(device)))
             start += len(batch)
         flat = codes.reshape(n, -1)
+        notes = samples.notes
         if table == "npz":
             store.arrays("codes", {"x": codes} | ({} if labels is None else {"y": labels}))
         elif table != "npy":
-            store.table("codes", _code_rows(flat, samples), table)
+            store.table("codes", _code_rows(flat, notes), table)
         rows = choose_rows(n, _MOST_POINTS, seed)
         plane = to_plane(flat[rows], method, seed)
         shown = None if labels is None else labels[rows]
-        store.table("plane", _plane_rows(rows, plane, samples), kind)
+        store.table("plane", _plane_rows(rows, plane, notes), kind)
         accuracies: list[Row] = []
         # of samples that classifiers have learnt from they say nothing
         new = train is not None and train.dataset is not samples.dataset
@@ -203,13 +204,12 @@ def _accuracies(
 # ---- tables and pictures --------------------------------------------------------------------------------------------
 
 
-def _code_rows(flat: Array, samples: Samples) -> list[Row]:
+def _code_rows(flat: Array, notes: list[Row]) -> list[Row]:
     rows = [{"index": i} | {f"z{d}": float(value) for d, value in enumerate(code)} for i, code in enumerate(flat)]
-    return [row | note for row, note in zip(rows, samples.notes, strict=True)]
+    return [row | note for row, note in zip(rows, notes, strict=True)]
 
 
-def _plane_rows(rows: Array, plane: Array, samples: Samples) -> list[Row]:
-    notes = samples.notes
+def _plane_rows(rows: Array, plane: Array, notes: list[Row]) -> list[Row]:
     return [{"index": int(i), "u": float(u), "v": float(v)} | notes[i] for i, (u, v) in zip(rows, plane, strict=True)]
 
 

@@ -478,6 +478,7 @@ class Autoencoder(Checked, pl.LightningModule):
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         x, y = inputs.unpack(batch)
         if self.training not in self._checked:
+            inputs.tell_unread(batch)
             self.check_batch(from_bytes(x) if self.takes_bytes else x)
             self._checked.add(self.training)
         return x, y

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from aezoo.errors import AezooError
@@ -44,6 +45,15 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
         return batch[0], batch[1] if len(batch) > 1 else None
     what = f"a dict with {', '.join(map(repr, batch))}" if isinstance(batch, dict) else _kind(batch)
     raise AezooError(f"a batch must be x, (x,) or (x, y) of tensors, got {what}: have the data set return those")
+
+
+def tell_unread(batch: Any) -> None:
+    """Warn of parts of a batch that no model reads."""
+    if isinstance(batch, list | tuple) and len(batch) > 2:
+        rank_zero_warn(
+            f"a batch has {len(batch)} parts: the first is read as x, the second as y, the others not. A loss that "
+            "weights or masks belong in needs a model of its own"
+        )
 
 
 def check_batch(model: "Autoencoder", x: Tensor) -> None:

@@ -103,6 +103,7 @@ class AezooCLI(LightningCLI):
             DataModule,
             subclass_mode_model=True,
             parser_class=Parser,
+            parser_kwargs={"prog": "aezoo"},
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             auto_configure_optimizers=False,

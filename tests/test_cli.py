@@ -72,6 +72,7 @@ def test_help_says_what_flags_do_here(capsys):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         text = " ".join(capsys.readouterr().out.split())
+        assert text.startswith(f"usage: aezoo [options] {command}")  # under `python -m aezoo` too
         assert "A name of `aezoo recipes`, or a YAML file." in text and "--allow PKG Let a configuration" in text
         assert checkpoint in text and "registry" not in text.split("--ckpt_path CKPT_PATH", 2)[-1]
         assert "--weights_only" not in text

@@ -1,5 +1,7 @@
 """What a model is given by mistake is answered in one line; what works, works as before."""
 
+import warnings
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -120,7 +122,14 @@ def test_batches_that_a_model_was_not_made_for_are_refused(row, says):
 
 @pytest.mark.parametrize("row", [X[0], (X[0],), (X[0], 3), [X[0], 3]])
 def test_batches_are_samples_alone_or_with_labels(row):
-    trained(model(), Rows(row))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="a batch has")
+        trained(model(), Rows(row))
+
+
+def test_parts_of_a_batch_that_nobody_reads_are_named():
+    with pytest.warns(UserWarning, match="a batch has 3 parts: .* the others not"):
+        trained(model(), Rows((X[0], 3, 0.5)))
 
 
 @pytest.mark.parametrize(

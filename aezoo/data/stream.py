@@ -61,6 +61,7 @@ _KINDS = (
 )
 # what items are made of; litdata imports what a defaultdict of an index names as its factory
 _CONTAINERS = {"builtins.dict", "builtins.list", "builtins.tuple", "collections.OrderedDict", "collections.deque"}
+_SAFE = "images, arrays, text and Python's own numbers (float(x) or int(x) of NumPy's)"
 # litdata takes what stands after the colon for the name of a decoder too
 _PLAIN = re.compile(rf"({'|'.join(_KINDS)})(:(\d+|jpe?g|png|webp|bmp|gif))?")
 
@@ -79,7 +80,7 @@ class _Refused(_AsStored):
     """In the place of what would unpickle."""
 
     def deserialize(self, data: Any) -> bytes:
-        raise AezooError("it holds Python objects (pickle), which can run code: write images, arrays and numbers alone")
+        raise AezooError(f"it holds Python objects (pickle), which can run code: write {_SAFE} alone")
 
 
 class Chunks(Dataset[Any]):
@@ -158,7 +159,7 @@ def _index(root: Path) -> tuple[list[str], list[int]]:
     others = sorted(kind for kind in kinds if not _PLAIN.fullmatch(kind))
     if others:
         raise AezooError(f"{path} tells of items of {', '.join(others)}, which may be pickled and run code: write "
-                         "images, arrays and numbers alone")  # fmt: skip
+                         f"{_SAFE} alone")  # fmt: skip
     if others := sorted(containers - _CONTAINERS):
         raise AezooError(f"{path} tells of items in a {', '.join(others)[:100]}, which may import code: write dicts, "
                          "lists and tuples alone")  # fmt: skip

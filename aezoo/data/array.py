@@ -16,7 +16,8 @@
     .parquet    columns of numbers and an optional column of classes, as in .csv
 
 Values are scaled by `aezoo.data.memory.Scale`. Class labels may be any integers or texts: unless they are 0..K-1
-already they are numbered in sorted order; `class_names` keeps the originals. Labels with fractions stay numbers.
+already they are numbered in sorted order; `class_names` keeps the originals. Labels with fractions stay numbers. A
+sample whose label is empty in its table has none, -1.
 """
 
 from collections.abc import Mapping
@@ -128,9 +129,11 @@ def arrange(x: Tensor, layout: str) -> Tensor:
 def number_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Tensor], tuple[str, ...] | None]:
     """Labels as int64 classes 0..K-1 with their names, or float32 without names where they have fractions.
 
-    -1 beside at least two classes is no class but a sample without a label, as in scikit-learn; it stays -1.
+    -1 beside at least two classes is no class but a sample without a label, as in scikit-learn; it stays -1, and what
+    is masked becomes -1.
     """
     arrays: dict[Stage, Any] = {}
+    given: dict[Stage, Any] = {}
     for stage, values in raw.items():
         array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
         array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
@@ -139,14 +142,22 @@ def number_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Ten
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise AezooError(f"{title}the labels hold NaN or infinity: fill or remove those rows")
         arrays[stage] = array
+        given[stage] = np.broadcast_to(~np.ma.getmask(values), np.shape(values)).reshape(array.shape)
     if not arrays:
         return {}, None
     whole = all(a.dtype.kind != "f" or (a == np.floor(a)).all() for a in arrays.values())
     if not whole or any(a.ndim > 1 for a in arrays.values()):
+        if not all(there.all() for there in given.values()):
+            raise AezooError(f"{title}some labels are empty, others have fractions: fill or remove those rows")
         return {stage: torch.from_numpy(a.astype(np.float32)) for stage, a in arrays.items()}, None
     everything = np.concatenate([a.astype(np.int64) if a.dtype.kind in "bf" else a for a in arrays.values()])
-    names, numbers = np.unique(everything, return_inverse=True)
+    labelled = np.concatenate([*given.values()])
+    names, classes = np.unique(everything[labelled], return_inverse=True)
+    if not len(names):
+        raise AezooError(f"{title}all labels are empty: fill them, or give --data.label_column none")
     if everything.dtype.kind in "iu" and len(names) > 2 and names[0] == UNLABELLED:
-        names, numbers = names[1:], numbers - 1
-    parts = np.split(numbers.astype(np.int64), np.cumsum([len(a) for a in arrays.values()])[:-1])
+        names, classes = names[1:], classes - 1
+    numbers = np.full(len(everything), UNLABELLED)
+    numbers[labelled] = classes
+    parts = np.split(numbers, np.cumsum([len(a) for a in arrays.values()])[:-1])
     return dict(zip(arrays, map(torch.from_numpy, parts), strict=True)), tuple(str(name) for name in names)

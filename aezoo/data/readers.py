@@ -260,19 +260,27 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
     frame = pandas.read_parquet(path)
     place = _label_among([str(name) for name in frame.columns], label_column)
     name = None if place is None else frame.columns[place]
-    labels = None if name is None else frame.pop(name).to_numpy()
+    column = None if name is None else frame.pop(name)
     text = [str(name) for name, kind in frame.dtypes.items() if getattr(kind, "kind", "O") not in "biuf"]
     if text or not frame.shape[1]:
         raise AezooError(f"{path}: the columns {', '.join(text) or '(none)'} hold no numbers: drop or encode them, or "
                          "say by --data.label_column which holds the classes")  # fmt: skip
-    if labels is not None and labels.dtype.kind not in "biuf":
-        labels = _labels([str(label) for label in labels])
-    y = None if label_column == "none" else labels
+    y = None
+    if column is not None and label_column != "none":
+        missing, y = column.isna().to_numpy(), column.to_numpy()
+        if y.dtype.kind not in "biuf":
+            y = _labels(["" if lacks else str(label) for label, lacks in zip(y, missing, strict=True)])
+        elif missing.any():
+            y = np.ma.array(np.where(missing, 0, y), mask=missing)
     return Table({"x": frame.to_numpy(), "y": y}, [str(name) for name in frame.columns], name and str(name))
 
 
 def _labels(texts: list[str]) -> Any:
-    return np.array([float(t) for t in texts]) if all(map(_is_number, texts)) else np.array(texts)
+    """Numbers if all are such, else the texts, (N,); masked where there is none."""
+    missing = np.array([not text for text in texts])
+    numbers = all(_is_number(text) for text in texts if text)
+    labels = np.array([float(text or 0) for text in texts]) if numbers else np.array(texts)
+    return np.ma.array(labels, mask=missing) if missing.any() else labels
 
 
 def _numbers_rows(cells: list[str]) -> bool:

@@ -112,6 +112,34 @@ def test_any_column_of_a_table_can_hold_the_labels(tmp_path, kind):
     assert (other.source.columns, other.num_classes) == (("a", "Label"), None)
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("labels", [["b", None, "a", "a", "b", None], [7, 3, None, 3, 7, 7], [1, -1, None, -1, 1, 1]])
+def test_rows_of_a_table_whose_label_is_empty_have_none(tmp_path, kind, labels):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame({"a": np.arange(6.0) / 5, "label": labels})
+    path = tmp_path / f"d.{kind}"
+
+    def read(**plain):
+        frame.to_csv(path, index=False) if kind == "csv" else frame.to_parquet(path)
+        return DataModule(str(path), scale="none", val_fraction=0, test_fraction=0, **plain)
+
+    data = read()
+    names = sorted({label for label in labels if label is not None})
+    assert data.num_classes == 2
+    assert data.source.class_names == tuple(map(str, names))
+    x, y = data.tensors("train")
+    expected = [-1 if label is None else names.index(label) for label in labels]
+    assert y[x[:, 0].argsort()].tolist() == expected
+    frame["label"] = [0.5, None, 1.25, 2, 3, 4]
+    with pytest.raises(AezooError, match="some labels are empty, others have fractions: fill or remove"):
+        read()
+    frame["label"] = pandas.Series([None] * 6, dtype="float64")
+    with pytest.raises(AezooError, match=r"all labels are empty: fill them, or give --data\.label_column none"):
+        read()
+    assert read(label_column="none").num_classes is None
+
+
 def test_what_has_no_named_columns_refuses_one_of_labels(tmp_path):
     np.save(tmp_path / "x.npy", vectors())
     with pytest.raises(AezooError, match=r"no column 'y' .*columns have names in .csv and .parquet"):

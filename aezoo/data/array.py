@@ -20,6 +20,7 @@ already they are numbered in sorted order; `class_names` keeps the originals. La
 sample whose label is empty in its table has none, -1.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from aezoo.data.classes import UNLABELLED
 from aezoo.data.memory import InMemory, Pair, numeric, real
-from aezoo.data.readers import Table, few, read_arrays
+from aezoo.data.readers import Table, few, labels_of_texts, read_arrays
 from aezoo.data.source import STAGES, Options, Stage
 from aezoo.errors import AezooError
 
@@ -126,6 +127,14 @@ def arrange(x: Tensor, layout: str) -> Tensor:
     return x
 
 
+def _is_missing(label: Any) -> bool:
+    return label is None or type(label).__name__ == "NAType" or (isinstance(label, float) and math.isnan(label))
+
+
+def _is_label(label: Any) -> bool:
+    return isinstance(label, str | int | float | np.integer) or _is_missing(label)
+
+
 def number_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Tensor], tuple[str, ...] | None]:
     """Labels as int64 classes 0..K-1 with their names, or float32 without names where they have fractions.
 
@@ -137,6 +146,9 @@ def number_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Ten
     for stage, values in raw.items():
         array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
         array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+        if array.dtype.kind == "O" and array.ndim == 1 and all(map(_is_label, array)):
+            # as pandas holds texts
+            values = array = labels_of_texts(["" if _is_missing(label) else str(label) for label in array])
         if array.dtype.kind not in "biufUS" or (array.dtype.kind in "US" and array.ndim != 1) or array.ndim == 0:
             raise AezooError(f"{title}labels of dtype {array.dtype} and shape {array.shape}: give integers or texts")
         if array.dtype.kind == "f" and not np.isfinite(array).all():

@@ -15,7 +15,7 @@ from aezoo.arguments import Checked
 from aezoo.data import binarise as binarise_rules
 from aezoo.data.classes import keep_labels, train_on
 from aezoo.data.loaders import EpochSampler, LazyLoader, blocks_of, collate, local_processes, make_loader, workers
-from aezoo.data.readers import check_columns
+from aezoo.data.readers import Table, check_columns
 from aezoo.data.resident import ResidentLoader, decode, excess, on_device, size_of
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, as_float, levels_of
 from aezoo.data.sources import from_path, open_source
@@ -236,7 +236,7 @@ class DataModule(Checked, LightningDataModule):
         y_test: Any = None,
         **plain: Any,
     ) -> "DataModule":
-        """A DataModule of tensors or NumPy arrays; a split that is not given is taken out of x.
+        """A DataModule of tensors, NumPy arrays or DataFrames; a split that is not given is taken out of x.
 
         Args:
             x: training samples: (N, D), (N, C, L), (N, H, W), (N, H, W, C), (N, C, H, W) or (N, C, D, H, W).
@@ -251,7 +251,11 @@ class DataModule(Checked, LightningDataModule):
             raise AezooError(f"from_arrays has its data already: drop {' and '.join(sorted(given))}")
         plain |= {"name": "array", "root": ""}
         module = cls.__new__(cls, **plain)  # which checks them
-        module._arrays = {"x": x, "y": y, "x_val": x_val, "y_val": y_val, "x_test": x_test, "y_test": y_test}
+        columns = _columns(x)
+        for name, other in (("x_val", x_val), ("x_test", x_test)):
+            check_columns(name, _columns(other), columns)
+        arrays = {"x": x, "y": y, "x_val": x_val, "y_val": y_val, "x_test": x_test, "y_test": y_test}
+        module._arrays = Table(arrays, columns)
         cls.__init__(module, **plain)
         return module
 
@@ -509,6 +513,12 @@ class DataModule(Checked, LightningDataModule):
         """The trainer may fit other data next, with a split for validation."""
         if self._limit_before is not None and self.trainer is not None:
             self.trainer.limit_val_batches, self._limit_before = self._limit_before, None
+
+
+def _columns(x: Any) -> tuple[str, ...]:
+    """What a DataFrame calls its columns, if all have names, as scikit-learn takes them."""
+    names = tuple(getattr(x, "columns", ()))
+    return names if all(isinstance(name, str) for name in names) else ()
 
 
 def _storage(loader: LazyLoader | ResidentLoader) -> str:

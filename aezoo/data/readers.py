@@ -241,7 +241,7 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
     if counts and (x == np.floor(x)).all():
         warnings.warn(f"{path}: the first row, {separator.join(first)[:40]}, is taken for a header, as all others hold "
                       "whole numbers too: write 0.0 for its 0 if it is a sample", stacklevel=2)  # fmt: skip
-    y = _labels(labels) if labels and label_column != "none" else None
+    y = labels_of_texts(labels) if labels and label_column != "none" else None
     return Table({"x": x, "y": y}, columns, None if label is None else first[label])
 
 
@@ -269,13 +269,13 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
     if column is not None and label_column != "none":
         missing, y = column.isna().to_numpy(), column.to_numpy()
         if y.dtype.kind not in "biuf":
-            y = _labels(["" if lacks else str(label) for label, lacks in zip(y, missing, strict=True)])
+            y = labels_of_texts(["" if lacks else str(label) for label, lacks in zip(y, missing, strict=True)])
         elif missing.any():
             y = np.ma.array(np.where(missing, 0, y), mask=missing)
     return Table({"x": frame.to_numpy(), "y": y}, [str(name) for name in frame.columns], name and str(name))
 
 
-def _labels(texts: list[str]) -> Any:
+def labels_of_texts(texts: list[str]) -> Any:
     """Numbers if all are such, else the texts, (N,); masked where there is none."""
     missing = np.array([not text for text in texts])
     numbers = all(_is_number(text) for text in texts if text)

@@ -305,6 +305,42 @@ def test_labels_of_any_kind():
     assert data.tensors("train")[1].dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("y", "names", "numbers"),
+    [
+        (["dog", "cat", None, "dog"], ("cat", "dog"), [1, 0, -1, 1]),
+        ([7, 3, 3, 7], ("3", "7"), [1, 0, 0, 1]),
+        ([True, False, False, True], ("0", "1"), [1, 0, 0, 1]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["plain", "category", "nullable", "objects"])
+def test_labels_as_pandas_holds_them(y, names, numbers, kind):
+    pandas = pytest.importorskip("pandas")
+    held = pandas.Series(y)
+    held = {"category": held.astype("category"), "nullable": held.convert_dtypes(), "objects": held.astype(object)}.get(
+        kind, held
+    )
+    if kind == "objects":
+        names = ("False", "True") if y[0] is True else names
+    data = DataModule.from_arrays(np.arange(4.0)[:, None] / 3, held, scale="none", val_fraction=0, test_fraction=0)
+    assert data.source.class_names == names
+    x, labels = data.tensors("train")
+    assert labels[x[:, 0].argsort()].tolist() == numbers
+
+
+def test_a_frame_names_its_columns():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(vectors(20, 2), columns=["a", "b"])
+    data = DataModule.from_arrays(frame, x_val=frame[:5])
+    assert data.source.columns == ("a", "b")
+    with pytest.raises(AezooError, match="x_val has the columns of the training data in another order, 'b' where 'a'"):
+        DataModule.from_arrays(frame, x_val=frame[["b", "a"]])
+    frame.iloc[3, 1] = np.nan
+    with pytest.raises(AezooError, match="x has NaN or infinity in 1 of 20 rows, the first is row 3, in 'b'"):
+        DataModule.from_arrays(frame).setup()
+    assert DataModule.from_arrays(pandas.DataFrame(vectors(20, 2))).source.columns == ()
+
+
 def test_handed_in_data_is_not_changed():
     x = RNG.integers(0, 256, (20, 4, 4), dtype=np.uint8)
     wide, tensor = vectors(20) * 9, torch.rand(20, 3, requires_grad=True)

@@ -44,6 +44,13 @@ def product(mu: Tensor, log_var: Tensor, member: Tensor | None = None) -> tuple[
     return (log_precision.softmax(-2) * mu).sum(-2), -log_precision.logsumexp(-2)
 
 
+def kl(mu: Tensor, log_var: Tensor, other_mu: Tensor, other_log_var: Tensor) -> Tensor:
+    """KL(N(mu, diag exp(log_var)) || N(other_mu, diag exp(other_log_var))) in nats: (..., D), four times -> (...)."""
+    d2 = (mu - other_mu) ** 2 * torch.exp(-other_log_var)
+    log_ratio = log_var - other_log_var
+    return 0.5 * (log_ratio.exp() + d2 - 1 - log_ratio).sum(-1)
+
+
 def mixture_log_density(z_BD: Tensor, phi_K: Tensor, mu_KD: Tensor, sigma_KDD: Tensor, jitter: float = 0.0) -> Tensor:
     """Log sum_k phi_k N(z | mu_k, Sigma_k), (B, D) -> (B,), computed in float64 where there is such.
 

@@ -83,6 +83,7 @@ FEWER = {
     ("deep_svdd", "nu"): OFF,
     ("k_sparse", "alpha"): {1.5},
     ("beta_tcvae", "alpha"): WEIGHT,
+    ("jmvae", "alpha"): WEIGHT,
     ("joint_vae", "n_variables"): OFF,
     ("semi_supervised_vae", "alpha"): WEIGHT,
     ("sequence_ae", "hidden_dims"): set(),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import aezoo
 from aezoo import AezooError, gaussians
+from aezoo.models.variational.jmvae import JMVAE
 from aezoo.models.variational.mmvae import MMVAE
 from aezoo.models.variational.mopoe_vae import MoPoEVAE
 from aezoo.models.variational.mvae import MVAE
@@ -22,7 +23,7 @@ from aezoo.multimodal import cut
 
 SHAPE, PARTS, CODE = (6, 2, 3), (1, 2, 3), 4
 MIXTURES: list[Any] = [MMVAE, MoPoEVAE]
-ALL: list[Any] = [MVAE, *MIXTURES]
+ALL: list[Any] = [MVAE, *MIXTURES, JMVAE]
 
 
 def small(make: Any, shifted: Any, **settings: Any) -> Any:
@@ -472,6 +473,7 @@ def test_the_code_of_some_parts_is_the_posterior_of_the_kind_of_model(shifted: A
             MVAE: MVAE.product(mu, log_var)[0],
             MMVAE: mu.mean(1),
             MoPoEVAE: (mu.sum(1) + both_mu) / 3,
+            JMVAE: JMVAE.product(mu, log_var)[0],
         }[make]
         torch.testing.assert_close(model.infer(x, (0, 2))[0], expected)
         torch.testing.assert_close(model.reconstruct_from(x, (0, 2)), model.decode(expected))

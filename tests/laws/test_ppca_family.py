@@ -55,6 +55,7 @@ OTHERS = {
     "mixture_vae": "its prior is learned: its own laws hold it at N(0, I)",
     "vamp_vae": "its prior is the encoder's",
     "mvae": "its posterior is the encoder's Gaussian times the prior: its own laws hold it at the exact one",
+    "jmvae": "it has encoders of parts beside that of the whole: its own laws hold all at the exact ones",
     "two_stage_vae": "its prior is a second model",
     "conditional_vae": "bounds log p(x|y)",
     "semi_supervised_vae": "bounds log p(x, y)",

@@ -1,0 +1,122 @@
+"""JMVAE, the joint multimodal VAE (Suzuki et al. 2016), https://arxiv.org/abs/1611.01891
+
+A sample has parts x = (x_1, ..., x_M), its modalities; one encoder sees them all, and each part has one of its own,
+which learns what the first would say:
+
+    q(z|x) = N(mu(x), diag sigma(x)^2)     q_i(z|x_i) = N(mu_i, diag sigma_i^2)     p(z) = N(0, I)
+
+    L = E_q(z|x)[-sum_i log p(x_i|z)] + beta KL(q(z|x) || p(z)) + alpha sum_i KL(q(z|x) || q_i(z|x_i))
+
+in nats per sample; this is the paper's JMVAE-kl, with a weight beta of its first KL. The parts' encoders learn from the
+last term alone, the decoders from the first, q(z|x) from all three. With alpha = 0 it is a VAE of whole samples.
+
+The code of one part is that of its encoder, of all parts that of q(z|x). Of several the paper says nothing. Each q_i
+stands for p(z|x_i), in which the prior is, and of all that are looked at it is to count once:
+
+    q(z|x_S) proportional to p(z) prod_(i in S) q_i(z|x_i) / p(z)     S: some of the parts
+    1 / sigma_S^2 = 1 + sum_i (1 / sigma_i^2 - 1)     mu_S = sigma_S^2 sum_i mu_i / sigma_i^2
+
+which is p(z|x_S) where the q_i are the p(z|x_i), as the parts are independent given z. There no sigma_i is above 1; one
+that is counts as 1. MultiVae (https://github.com/AgatheSenellart/MultiVae) multiplies the q_i themselves, which has the
+prior in it once for each part and is too sure of codes near 0.
+
+Shapes: B batch, D code, M parts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aezoo import gaussians, nets
+from aezoo.autoencoder import at_least_float32
+from aezoo.limits import at_least
+from aezoo.models.variational.vae import VAE
+from aezoo.multimodal import WithParts
+
+
+class JMVAE(WithParts, VAE):
+    """A VAE of whole samples, and encoders of their parts that learn its posterior.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
+            entries of vectors, rows of images with one channel; halves by default.
+        latent_dim: D, size of the code.
+        beta: weight of the KL term.
+        alpha: weight of the KL terms between the posterior and those of the parts.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        parts: tuple[int, ...] = (),
+        latent_dim: int = 16,
+        beta: float = 1.0,
+        alpha: float = 0.1,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, alpha=alpha)
+        self.alpha = alpha
+        # there are several KLs, of which none alone is to be near a capacity
+        del self.capacity
+        self.keep_parts(parts, net, hidden_dims, activation)
+        self.joint_encoder = nets.encoder(net, self.input_shape, (2 * latent_dim,), hidden_dims, activation)
+
+    @staticmethod
+    def product(mu_BSD: Tensor, log_var_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of p(z) prod_i q_i(z|x_i) / p(z): (B, S, D), (B, S, D) -> (B, D), (B, D)."""
+        precision_BSD = torch.exp(-log_var_BSD.clamp(max=0))
+        precision_BD = 1 + (precision_BSD - 1).sum(1)
+        return (precision_BSD * mu_BSD).sum(1) / precision_BD, -precision_BD.log()
+
+    def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        if parts is None or sorted(parts) == [*range(len(self.sizes))]:
+            mu_BD, log_var_BD = at_least_float32(self.joint_encoder(x)).chunk(2, 1)
+            return mu_BD, log_var_BD.clamp(-30, 20)  # the VAE's interval
+        mu_BSD, log_var_BSD = self.experts(x, parts)
+        return (mu_BSD[:, 0], log_var_BSD[:, 0]) if len(parts) == 1 else self.product(mu_BSD, log_var_BSD)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.infer(x)
+        mu_BMD, log_var_BMD = self.experts(x)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl = self.kl(mu_BD, log_var_BD).mean()
+        parts_kl = gaussians.kl(mu_BD[:, None], log_var_BD[:, None], mu_BMD, log_var_BMD).sum(1).mean()
+        loss = nll + self.beta * kl + self.alpha * parts_kl
+        return {"loss": loss, "nll": nll, "kl": kl, "parts_kl": parts_kl, "elbo": -(nll + kl)}

@@ -84,6 +84,7 @@ FEWER = {
     ("k_sparse", "alpha"): {1.5},
     ("beta_tcvae", "alpha"): WEIGHT,
     ("jmvae", "alpha"): WEIGHT,
+    ("mvtcae", "alpha"): OFF,
     ("joint_vae", "n_variables"): OFF,
     ("semi_supervised_vae", "alpha"): WEIGHT,
     ("sequence_ae", "hidden_dims"): set(),

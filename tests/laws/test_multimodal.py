@@ -18,12 +18,13 @@ from aezoo.models.variational.jmvae import JMVAE
 from aezoo.models.variational.mmvae import MMVAE
 from aezoo.models.variational.mopoe_vae import MoPoEVAE
 from aezoo.models.variational.mvae import MVAE
+from aezoo.models.variational.mvtcae import MVTCAE
 from aezoo.models.variational.vae import VAE
 from aezoo.multimodal import cut
 
 SHAPE, PARTS, CODE = (6, 2, 3), (1, 2, 3), 4
 MIXTURES: list[Any] = [MMVAE, MoPoEVAE]
-ALL: list[Any] = [MVAE, *MIXTURES, JMVAE]
+ALL: list[Any] = [MVAE, *MIXTURES, JMVAE, MVTCAE]
 
 
 def small(make: Any, shifted: Any, **settings: Any) -> Any:
@@ -474,6 +475,7 @@ def test_the_code_of_some_parts_is_the_posterior_of_the_kind_of_model(shifted: A
             MMVAE: mu.mean(1),
             MoPoEVAE: (mu.sum(1) + both_mu) / 3,
             JMVAE: JMVAE.product(mu, log_var)[0],
+            MVTCAE: both_mu,
         }[make]
         torch.testing.assert_close(model.infer(x, (0, 2))[0], expected)
         torch.testing.assert_close(model.reconstruct_from(x, (0, 2)), model.decode(expected))

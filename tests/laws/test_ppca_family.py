@@ -41,6 +41,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "triplet_vae": {},
     "mmvae": {"parts": (64,)},
     "mopoe_vae": {"parts": (64,)},
+    "mvtcae": {"parts": (64,), "alpha": 0.0},
     "semi_supervised_m1": {},
     "vae_flow": {"n_flows": 0},
     "vae_iaf": {"n_flows": 0},

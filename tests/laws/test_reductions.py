@@ -113,6 +113,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mmvae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0},
     "mopoe_vae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0},
     "jmvae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0, "alpha": 0.7},
+    "mvtcae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0, "alpha": 0.6},
     "vq_vae": {**FOUR_PLACES, "latent_dim": 4, "codebook_size": 8},
     "rq_vae": {**FOUR_PLACES, "latent_dim": 4, "levels": 3, "codebook_size": 5},
     "fsq_vae": {**FOUR_PLACES, "levels": (4, 3, 5)},
@@ -161,7 +162,7 @@ NOISY = (
     *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae"),
     *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl", "gamma_vae"),
     *("triplet_vae", "eq_vae", "asymmetric_kl", "mvae", "mmvae", "mopoe_vae", "sq_vae", "mine_vae", "va_vae"),
-    *("diffusers_ae", "jmvae"),
+    *("diffusers_ae", "jmvae", "mvtcae"),
 )
 # evaluated with whole numbers, trained with noise in place of rounding
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior")
@@ -314,6 +315,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         **{key: {"kl": 2.0} for key in ("mmvae", "mopoe_vae")},
         "mvae": {"kl": 2.0, "subset_nelbo": 1.0},
         "jmvae": {"kl": 2.0, "parts_kl": 0.7},
+        "mvtcae": {"nll": -0.2, "kl": 0.8, "parts_kl": 0.4},
         "two_stage_vae": {"kl": 1.0, "code_nll": 1.0, "code_kl": 1.0},
         "joint_vae": {"kl_continuous": 5.0, "kl_discrete": 5.0},
         "semi_supervised_vae": {"kl": 1.0},

@@ -154,6 +154,12 @@ def test_every_expert_learns_from_every_term_and_no_decoder_from_a_kl(shifted: A
         assert all(g is None for g in found)
 
 
+def test_the_gradient_of_the_distance_to_the_experts_is_by_differences_that_of_both_sides() -> None:
+    model, x = MVTCAE((3,), parts=(1, 1, 1), latent_dim=2, hidden_dims=()).double(), torch.rand(2, 3).double()
+    own = [torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(lambda *own: saying(model, *own).loss(x)["parts_kl"], own)
+
+
 def test_alpha_is_a_share_and_leaves_one_part_a_loss() -> None:
     assert MVTCAE(SHAPE, alpha=1.0).alpha == 1.0
     for alpha in (-0.1, 1.1):

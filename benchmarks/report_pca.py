@@ -37,6 +37,7 @@ REASONS = {
     "masked_conv_ae": "it learns to fill in what is masked; whole samples are new to it",
     "mine_vae": _RATE,
     "mmvae": "each number must come from one part alone, and the whole sample be decoded from it",
+    "mmvae_plus": "the shared numbers must come from one part alone, and the private ones be drawn where another's are",
     "mopoe_vae": "most of its codes are of some parts alone, from which the whole sample is decoded",
     "mvae": f"{_RATE}, and decoders serve codes of some parts alone as well",
     "mvtcae": f"{_RATE}, and its posterior is pulled to what each part can tell alone",

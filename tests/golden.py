@@ -128,6 +128,8 @@ VARIANTS = [
     subject_of("mmvae", net="conv", hidden_dims=(8, 8), likelihood="gaussian:learned"),
     subject_of("mopoe_vae", parts=(10, 10, 8), likelihood="gaussian:learned"),
     subject_of("jmvae", parts=(10, 10, 8), alpha=1.0, net="conv", hidden_dims=(8, 8), likelihood="gaussian:learned"),
+    subject_of("mmvae_plus", parts=(10, 10, 8), private_dim=2, net="conv", hidden_dims=(8, 8)),
+    subject_of("mmvae_plus", private_dim=0, likelihood="gaussian:learned"),
     subject_of("mvtcae", parts=(10, 10, 8), alpha=1.0, net="conv", hidden_dims=(8, 8)),
     subject_of("mvtcae", alpha=0.0, beta=2.5, likelihood="gaussian:learned"),
     subject_of("hyperspherical_vae", posterior="vmf"),

@@ -55,7 +55,7 @@ MEANING = {
     "temperature": {1.5}, "start_temperature": {1.5}, "temperature_steps": OFF | NEVER, "straight_through": ON,
     "max_discrete_capacity": WEIGHT, "num_labels": OFF, "start_variance": {1.5},
     "capacity_steps": NEVER, "a": {1.5}, "weight": {1.5}, "dataset_size": OFF | NEVER, "group_dim": NONE | OFF,
-    "n_subsets": OFF, "parts": {"[]"}, "sigma": {1.5}, "residual": ON, "pad_value": NONE | OFF,
+    "n_subsets": OFF, "private_dim": OFF, "parts": {"[]"}, "sigma": {1.5}, "residual": ON, "pad_value": NONE | OFF,
     "lam": WEIGHT, "hyper_hidden_dims": {"[]"}, "attention": ON,
     "places": NEVER, "dead_below": WEIGHT, "cosine": ON, "kl_steps": OFF | NEVER, "hard": ON, "top_dims": {"[]"},
     # data: digits needs no folder; one batch of all; limits that are raised

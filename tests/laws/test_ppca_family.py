@@ -42,6 +42,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "mmvae": {"parts": (64,)},
     "mopoe_vae": {"parts": (64,)},
     "mvtcae": {"parts": (64,), "alpha": 0.0},
+    "mmvae_plus": {"parts": (64,), "private_dim": 0},
     "semi_supervised_m1": {},
     "vae_flow": {"n_flows": 0},
     "vae_iaf": {"n_flows": 0},

@@ -113,6 +113,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mmvae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0},
     "mopoe_vae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0},
     "jmvae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0, "alpha": 0.7},
+    "mmvae_plus": {"hidden_dims": (24,), "latent_dim": 4, "private_dim": 2, "parts": (2, 5, 1), "beta": 2.0},
     "mvtcae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0, "alpha": 0.6},
     "vq_vae": {**FOUR_PLACES, "latent_dim": 4, "codebook_size": 8},
     "rq_vae": {**FOUR_PLACES, "latent_dim": 4, "levels": 3, "codebook_size": 5},
@@ -162,7 +163,7 @@ NOISY = (
     *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae"),
     *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl", "gamma_vae"),
     *("triplet_vae", "eq_vae", "asymmetric_kl", "mvae", "mmvae", "mopoe_vae", "sq_vae", "mine_vae", "va_vae"),
-    *("diffusers_ae", "jmvae", "mvtcae"),
+    *("diffusers_ae", "jmvae", "mvtcae", "mmvae_plus"),
 )
 # evaluated with whole numbers, trained with noise in place of rounding
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior")
@@ -312,7 +313,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "ladder_vae": {"kl": 2.0},
         "vdvae": {"kl": 1.0},
         **{key: {"kl": 2.0} for key in ("mixture_vae", "vamp_vae", "vae_flow", "vae_iaf", "flow_prior_vae")},
-        **{key: {"kl": 2.0} for key in ("mmvae", "mopoe_vae")},
+        **{key: {"kl": 2.0} for key in ("mmvae", "mopoe_vae", "mmvae_plus")},
         "mvae": {"kl": 2.0, "subset_nelbo": 1.0},
         "jmvae": {"kl": 2.0, "parts_kl": 0.7},
         "mvtcae": {"nll": -0.2, "kl": 0.8, "parts_kl": 0.4},

@@ -91,10 +91,14 @@ class MMVAE(WithParts, VAE):
         """Means and log-variances of the mixture q(z | some parts): (B, *input_shape) -> (B, S, D), (B, S, D)."""
         return self.experts(x, parts)
 
-    def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        mu_BSD, log_var_BSD = self.components(x, parts)
+    @staticmethod
+    def moments(mu_BSD: Tensor, log_var_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the mixture of the components: (B, S, D), (B, S, D) -> (B, D), (B, D)."""
         mean_BD = mu_BSD.mean(1)
         return mean_BD, (log_var_BSD.exp() + (mu_BSD - mean_BD[:, None]) ** 2).mean(1).log()
+
+    def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        return self.moments(*self.components(x, parts))
 
     @staticmethod
     def log_densities(z_BKD: Tensor, mu_BSD: Tensor, log_var_BSD: Tensor) -> Tensor:

@@ -1,0 +1,143 @@
+"""MMVAE+, with a private code for each part as well (Palumbo et al. 2023), https://openreview.net/forum?id=sdQGxouELX
+
+A sample has parts x = (x_1, ..., x_M), its modalities. All are decoded from u, and each from a w_i of its own as well:
+
+    p(x, u, w) = p(u) prod_i p(w_i) p(x_i|u, w_i)     p(u) = N(0, I)     p(w_i) = N(0, I)
+    q(u|x) = 1/M sum_i q_i(u|x_i)     q_i(u, w_i|x_i) = N(mu_i, diag sigma_i^2)     r_i(w) = N(0, diag s_i^2)
+
+    L = 1/M sum_i E_q_i[-log p(x_i|u, w_i) - sum_(j != i) E_r_j[log p(x_j|u, w)]
+                        + beta (log q(u|x) - log p(u) + KL(q_i(w_i|x_i) || p(w_i)))]
+
+in nats per sample, estimated as `mmvae` does. From the u of another part x_j is decoded with a w of r_j, so that what
+is shared cannot hide in private codes; s_j is learned. Where r_j is p, -L for beta = 1 is a bound on log p(x), in which
+w_j has its posterior with the u of x_j alone, and the prior with that of others. The form is that of MultiVae
+(https://github.com/AgatheSenellart/MultiVae), r_j with the mean of p too, for one draw of each; there distributions are
+of Laplace by default, here they are Gaussian.
+
+Codes are (u, w_1, ..., w_M): the mean of the mu_i, and each part's own; of a part that is not looked at, the mean of p.
+
+Shapes: B batch, D shared code, P private code, E = D + P, M parts, S of them that are looked at, K importance samples.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import gaussians
+from aezoo.autoencoder import at_least_float32
+from aezoo.limits import at_least
+from aezoo.models.variational.mmvae import MMVAE
+from aezoo.multimodal import Decoders
+
+
+class PrivateDecoders(Decoders):
+    """Decoders of the parts, each of u and its own w: (B, D + M P) -> (B, *input_shape)."""
+
+    shared: int
+
+    def forward(self, z: Tensor) -> Tensor:
+        p = (z.shape[1] - self.shared) // len(self)
+        u, *w = z.split([self.shared, *[p] * len(self)], 1)
+        return torch.cat([net(torch.cat([u, own], 1)) for net, own in zip(self, w, strict=True)], self.dim + 1)
+
+
+class MMVAEPlus(MMVAE):
+    """A VAE of several modalities with a code that all share, and one for each that the others do not see.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
+            entries of vectors, rows of images with one channel; halves by default.
+        latent_dim: D, size of the code that all parts share.
+        private_dim: P, size of the code that each part has beside it; with 0 it is the MMVAE.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        parts: tuple[int, ...] = (),
+        latent_dim: int = 16,
+        private_dim: int = 4,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, private_dim=private_dim)
+        super().__init__(
+            input_shape,
+            parts=parts,
+            latent_dim=latent_dim + private_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.latent_dim = latent_dim
+        self.decoder = PrivateDecoders([*self.decoder], self.decoder.dim)
+        self.decoder.shared = latent_dim
+        self.code_shape = (latent_dim + len(self.sizes) * private_dim,)
+        self.r_log_var_MP = nn.Parameter(torch.zeros(len(self.sizes), private_dim))
+
+    def components(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        mu_BSE, log_var_BSE = self.experts(x, parts)
+        return mu_BSE[..., : self.latent_dim], log_var_BSE[..., : self.latent_dim]
+
+    def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        parts = range(len(self.sizes)) if parts is None else parts
+        own = self.experts(x, parts)
+        found = []
+        for u_BD, values_BSE in zip(self.moments(*(v[..., : self.latent_dim] for v in own)), own, strict=True):
+            w = dict(zip(parts, values_BSE[..., self.latent_dim :].unbind(1), strict=True))
+            unseen_BP = torch.zeros_like(values_BSE[:, 0, self.latent_dim :])  # of N(0, I), mean and log-variance
+            found.append(torch.cat([u_BD, *(w.get(i, unseen_BP) for i in range(len(self.sizes)))], 1))
+        return found[0], found[1]
+
+    def bound(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor]:
+        mu_BME, log_var_BME = self.experts(x)
+        draw = torch.randn_like if noise else torch.zeros_like
+        z_BME = mu_BME + torch.exp(0.5 * log_var_BME) * draw(mu_BME)
+        u_BMD, w_BMP = z_BME[..., : self.latent_dim], z_BME[..., self.latent_dim :]
+        nll_MBM = []
+        for i, (x_i, log_var_P) in enumerate(zip(self.split(x), at_least_float32(self.r_log_var_MP), strict=True)):
+            r_BMP = torch.exp(0.5 * log_var_P) * draw(w_BMP)
+            w_i_BMP = torch.cat([r_BMP[:, :i], w_BMP[:, i : i + 1], r_BMP[:, i + 1 :]], 1)
+            nll_MBM.append(self.nll_of_part(i, torch.cat([u_BMD, w_i_BMP], 2), x_i))
+        kl_BM = self.kl(mu_BME.flatten(0, 1), log_var_BME.flatten(0, 1)).unflatten(0, mu_BME.shape[:2])
+        log_q_BMM = self.log_densities(u_BMD, *(v[..., : self.latent_dim] for v in (mu_BME, log_var_BME)))
+        log_mixture_BM = log_q_BMM.logsumexp(2) - math.log(len(self.sizes))
+        return torch.stack(nll_MBM).sum(0), kl_BM - (log_q_BMM.diagonal(dim1=1, dim2=2) - log_mixture_BM)
+
+    def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        u_KBD, log_q_u_KB = super().sample_posterior(x, n)
+        mu_BMP, log_var_BMP = (v[..., self.latent_dim :] for v in self.experts(x))
+        w_KBMP, log_q_w_KBM = gaussians.draw(mu_BMP, log_var_BMP, n)
+        return torch.cat([u_KBD, w_KBMP.flatten(2)], 2), log_q_u_KB + log_q_w_KBM.sum(2)

@@ -28,8 +28,9 @@ def find(text: str) -> Path:
         raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
     path = Path(text)
     if path.suffix == ".ckpt" and not path.is_dir():
-        if path.parent.name == run_folder.CHECKPOINTS and path.parent.is_dir():
-            return _newest(path.parent, path)
+        home = run_folder.folder_of(path)
+        if home.name == run_folder.CHECKPOINTS and home.is_dir():
+            return _newest(home, home / path.name)
         if not path.exists():
             raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
         durable.check(path)

@@ -86,7 +86,13 @@ def run_of(source: Path, given: Path) -> Path | None:
     noted = [run for run in noted if checkpoints_of(run) == source.parent]
     if noted:
         return max(noted, key=lambda run: (run / _NOTE).stat().st_mtime)
-    return source.parent.parent if source.parent.name == CHECKPOINTS else None
+    home = folder_of(source)
+    return home.parent if home.name == CHECKPOINTS else None
+
+
+def folder_of(file: Path) -> Path:
+    """The folder of a file, with its name also where it is the working directory, or one above that."""
+    return file.parent if file.parent.name not in ("", "..") else file.parent.resolve()
 
 
 @contextlib.contextmanager

@@ -8,8 +8,10 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+import torch
 
 from aezoo import cli, durable, resume, run_folder
+from aezoo.checkpoint import find_checkpoint
 from aezoo.errors import AezooError
 
 OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
@@ -113,3 +115,26 @@ def test_a_second_writer_of_a_run_is_refused(holder, capsys):
     assert [path.name for path in (HOME / "0").iterdir()] == [".lock"]
     cli.main([*FIT, "--trainer.max_epochs=1"])
     assert (HOME / "1" / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("given", ["last.ckpt", ".", "../checkpoints", "sub/../last.ckpt"])
+def test_a_run_is_known_from_within_its_folders(given, monkeypatch):
+    folder = HOME / "0" / "checkpoints"
+    (folder / "sub").mkdir(parents=True)
+    torch.save({}, folder / "last.ckpt")
+    run = (HOME / "0").absolute()
+    monkeypatch.chdir(folder)
+    source = find_checkpoint(given)
+    assert run_folder.run_of(source, Path(given)).resolve() == run
+    monkeypatch.chdir("sub")
+    assert run_folder.run_of(Path("../last.ckpt"), Path("../last.ckpt")) == run
+
+
+def test_a_damaged_file_is_passed_over_from_within_its_folder(monkeypatch, capsys):
+    folder = HOME / "0" / "checkpoints"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    durable.save({"state_dict": {}}, Path("best-000-1.ckpt"))
+    Path("last.ckpt").write_bytes(b"PK")
+    assert resume.find("last.ckpt").name == "best-000-1.ckpt"
+    assert "last.ckpt cannot be used" in capsys.readouterr().err

@@ -84,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # the reader has gone, as in `aezoo list | head`; keep the interpreter from flushing into the void
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"aezoo: cannot read or write {error.filename}: {error.strerror}; give another path", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\naezoo: interrupted", file=sys.stderr)
         sys.exit(130)

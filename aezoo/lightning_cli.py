@@ -97,7 +97,10 @@ class AezooCLI(LightningCLI):
 
     def __init__(self, argv: list[str], ends: contextlib.ExitStack) -> None:
         self.ends = ends
-        self.request = expand(argv)
+        try:
+            self.request = expand(argv)
+        except OSError as error:
+            raise AezooError(f"cannot read {error.filename}: {error.strerror}; give another path") from error
         super().__init__(
             Autoencoder,
             DataModule,

@@ -542,3 +542,18 @@ def fashion_files(tmp_path_factory):
             header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
             (raw / f"{part}-{kind}-ubyte").write_bytes(header + values.tobytes())
     return root
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["cp", "vae", LONG], ["fit", "-c", LONG], ["fit", "--model", "vae", "--data", LONG], ["fit", "--resume", LONG],
+        ["test", "--ckpt_path", LONG], ["reconstruct", "--ckpt_path", LONG],
+    ],
+)  # fmt: skip
+def test_a_path_that_cannot_be_looked_at_is_one_line(argv, capsys):
+    line = refused(capsys, *argv)
+    assert "File name too long" in line and "default_root_dir" not in line

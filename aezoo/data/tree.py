@@ -1,6 +1,7 @@
 """Which images a folder holds, and what its sub-folders say about splits and classes."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,22 @@ def scan(root: Path) -> tuple[Files, tuple[str, ...]]:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS
-        and path.is_file()
+    return sorted(_found(folder, ()))
+
+
+def _found(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """Images at any depth, also behind links to folders, as far as these do not lead back to one of those above."""
+    here = folder.resolve()
+    if here in above:
+        return
+    for path in folder.iterdir():
         # ._name.png and __MACOSX hold Finder's notes, not images
-        and not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
-    )
+        if path.name.startswith(".") or path.name == "__MACOSX":
+            continue
+        if path.suffix.lower() in EXTENSIONS and path.is_file():
+            yield path
+        elif path.is_dir():
+            yield from _found(path, (*above, here))
 
 
 def few(paths: list[Any]) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from aezoo.data import ArrayDataset, DataModule
 from aezoo.data.folder import sort
+from aezoo.data.tree import scan
 from aezoo.errors import AezooError
 
 RNG = np.random.default_rng(0)
@@ -72,6 +73,15 @@ def test_one_folder_or_stray_files_make_no_classes(tmp_path):
     assert DataModule("folder", root=str(tmp_path)).num_classes == 2
     save(tmp_path / "stray.png")
     assert DataModule("folder", root=str(tmp_path)).num_classes is None
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    pictures(tmp_path / "far" / "cats", 4)
+    pictures(tmp_path / "set" / "dogs", 4)
+    (tmp_path / "set" / "cats").symlink_to(tmp_path / "far" / "cats")
+    (tmp_path / "set" / "dogs" / "back").symlink_to(tmp_path / "set")
+    files, names = scan(tmp_path / "set")
+    assert names == ("cats", "dogs") and [label for _, label in files["train"]].count(0) == 4
 
 
 def test_split_folders(tmp_path):

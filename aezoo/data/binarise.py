@@ -52,7 +52,7 @@ def binarised(dataset: ArrayDataset, rule: str, seed: int) -> ArrayDataset:
     else:
         generator = torch.Generator(x.device).manual_seed(seed)
         fresh = torch.cat([draw(part, generator) for part in x.split(_CHUNK)])
-    return ArrayDataset(fresh, dataset.y)
+    return ArrayDataset(fresh, dataset.y, dataset.paths)
 
 
 def drawn_anew(batches: Iterator[Batch], sampler: EpochSampler) -> Iterator[Batch]:

@@ -91,7 +91,12 @@ def as_given(y: Tensor, class_names: tuple[str, ...] | None) -> list[Any]:
     if class_names is None:
         return y.tolist()
     names = names_of(y, class_names).tolist()
-    return [int(name) for name in names] if all(str(name).removeprefix("-").isdigit() for name in names) else names
+    # 001 is a name, and another one than 1
+    return [int(name) for name in names] if all(map(_is_whole, set(names))) else names
+
+
+def _is_whole(name: str) -> bool:
+    return name.removeprefix("-").isdecimal() and str(int(name)) == name
 
 
 def listed(names: npt.NDArray[np.str_]) -> str:
@@ -166,4 +171,6 @@ def keep_labels(
                              f"has {len(rows)} of {name!r}: lower it")  # fmt: skip
         rows = rows[torch.randperm(len(rows), generator=generator)[:each]]
         kept[rows] = y[rows].long()
-    return ArrayDataset(dataset.x, kept) if isinstance(dataset, ArrayDataset) else Relabelled(dataset, kept)
+    return (
+        ArrayDataset(dataset.x, kept, dataset.paths) if isinstance(dataset, ArrayDataset) else Relabelled(dataset, kept)
+    )

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from aezoo.data.classes import paths_of
 from aezoo.data.loaders import Transform, collate, epoch_sampler, even_batch_size, gathers
 from aezoo.data.source import ArrayDataset, Batch
 from aezoo.errors import AezooError
@@ -212,7 +213,7 @@ def decode(dataset: Dataset[Any], name: str) -> ArrayDataset:
             x[rows] = batch[0]
             if y is not None:
                 y[rows] = batch[1]
-        return ArrayDataset(x, y)
+        return ArrayDataset(x, y, paths_of(dataset))
 
     def fill(i: int) -> None:
         sample = dataset[i]
@@ -223,4 +224,4 @@ def decode(dataset: Dataset[Any], name: str) -> ArrayDataset:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # list: an error of a thread is raised here
         list(pool.map(fill, range(n)))
-    return ArrayDataset(x, y)
+    return ArrayDataset(x, y, paths_of(dataset))

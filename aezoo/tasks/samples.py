@@ -153,7 +153,7 @@ class Samples:
         held = self.dataset if isinstance(self.dataset, ArrayDataset) else decode(self.dataset, self.name)
         x = self._as_float(held.x) if self.scaling else held.x
         binarise.check_values(x, self.name, "give such values")
-        fresh = binarise.binarised(ArrayDataset(x, held.y), rule, seed)
+        fresh = binarise.binarised(ArrayDataset(x, held.y, held.paths), rule, seed)
         return Samples(fresh, self.levels, None, self.class_names, self.name)
 
     def check(self, model: Autoencoder) -> "Samples":

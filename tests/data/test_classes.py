@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from aezoo.data import DataModule
-from aezoo.data.classes import labels_of, names_of
+from aezoo.data.classes import as_given, labels_of, names_of
 from aezoo.errors import AezooError
 
 RNG = np.random.default_rng(0)
@@ -99,3 +99,10 @@ def test_names_of_numbers_and_fractions():
     assert names_of(torch.tensor([1, 0]), ("a", "b")).tolist() == ["b", "a"]
     assert names_of(torch.tensor([3, 1]), None).tolist() == ["3", "1"]
     assert names_of(torch.tensor([1.0, 0.5]), None).tolist() == ["1", "0.5"]
+
+
+def test_names_that_look_like_numbers_stay_apart_in_tables():
+    y = torch.tensor([0, 1, -1])
+    assert as_given(y, ("3", "7")) == [3, 7, -1]
+    for names in (("1", "01"), ("001", "002"), ("3", "\u00b2")):
+        assert as_given(y, names) == [*names, "-1"]

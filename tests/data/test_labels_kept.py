@@ -7,7 +7,7 @@ from PIL import Image
 
 import aezoo
 from aezoo.data import DataModule
-from aezoo.data.classes import labels_of, names_of
+from aezoo.data.classes import labels_of, names_of, paths_of
 from aezoo.errors import AezooError
 
 RNG = np.random.default_rng(0)
@@ -150,3 +150,16 @@ def test_callbacks_and_tasks_bear_samples_without_a_label(tmp_path, monkeypatch)
     assert len(found.codes) == len(module.dataset("test"))
     anomalies = detect(model, module, normal="3")
     assert len(anomalies.scores) == len(module.dataset("test"))
+
+
+@pytest.mark.parametrize("how", [{"num_labels": 4}, {"binarise": "static"}, {"num_labels": 4, "binarise": "threshold"}])
+@pytest.mark.parametrize("memory", ["on", "off"])
+def test_samples_keep_their_files(tmp_path, how, memory):
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.fromarray(np.full((4, 4), 25 * i + 1, np.uint8)).save(tmp_path / name / f"{i}.png")
+    module = DataModule(str(tmp_path), memory=memory, num_workers=0, **how)
+    plain = DataModule(str(tmp_path), num_workers=0)
+    for stage in ("train", "test"):
+        assert paths_of(module.dataset(stage)) == paths_of(plain.dataset(stage)) is not None

@@ -65,6 +65,8 @@ def read_arrays(path: Path, max_bytes: int = 2**33, label_column: str = "auto") 
         return arrays
     except AezooError:
         raise
+    except PermissionError as error:
+        raise AezooError(f"cannot read {path} ({error.strerror}): check its permissions") from None
     # every format has exceptions of its own for a cut or foreign file
     except Exception as error:
         reason = " ".join(str(error).split())[:150]
@@ -272,7 +274,10 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
             y = labels_of_texts(["" if lacks else str(label) for label, lacks in zip(y, missing, strict=True)])
         elif missing.any():
             y = np.ma.array(np.where(missing, 0, y), mask=missing)
-    return Table({"x": frame.to_numpy(), "y": y}, [str(name) for name in frame.columns], name and str(name))
+    x = frame.to_numpy()
+    if x.dtype.kind == "O":  # truth values beside numbers, or whole numbers with gaps
+        x = frame.to_numpy(np.float64, na_value=math.nan)
+    return Table({"x": x, "y": y}, [str(name) for name in frame.columns], name and str(name))
 
 
 def labels_of_texts(texts: list[str]) -> Any:

@@ -1,5 +1,6 @@
 """Arrays from files and from Python: axes, scaling, labels, and what is refused."""
 
+import errno
 import pickle
 import warnings
 import zipfile
@@ -10,6 +11,7 @@ import torch
 
 from aezoo.data import DataModule
 from aezoo.data.array import arrange
+from aezoo.data.readers import read_arrays
 from aezoo.errors import AezooError
 
 RNG = np.random.default_rng(0)
@@ -480,6 +482,33 @@ def test_a_table_with_gaps_names_their_columns(tmp_path, kind):
     frame.to_csv(path, index=False, na_rep="nan") if kind == "csv" else frame.to_parquet(path)
     with pytest.raises(AezooError, match="in 3 of 20 rows, the first is row 4, in 'a', 'c': fill or remove them"):
         DataModule(str(path)).setup()
+
+
+def test_parquet_of_several_kinds_of_numbers(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    x = vectors(20, 3)
+    frame = pandas.DataFrame({"a": x[:, 0], "b": x[:, 1] > 0, "c": pandas.array([3, 5] * 10, dtype="Int64")})
+    frame.to_parquet(tmp_path / "d.parquet")
+    found = read_arrays(tmp_path / "d.parquet")["x"]
+    assert np.array_equal(found, np.stack([x[:, 0], x[:, 1] > 0, [3, 5] * 10], 1))
+    frame.loc[4, "c"] = pandas.NA
+    frame.to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(AezooError, match="in 1 of 20 rows, the first is row 4, in 'c': fill or remove them"):
+        DataModule(str(tmp_path / "d.parquet")).setup()
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz", "csv"])
+def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"d.{suffix}"
+    path.write_text("1,2")
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(path), "open", refuse)
+    with pytest.raises(AezooError, match=r"^cannot read .* \(Permission denied\): check its permissions$"):
+        read_arrays(path)
 
 
 def test_parquet_without_pandas(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from torch import Tensor
 from aezoo import acceleration, checkpoint
 from aezoo.data import DataModule, images
 from aezoo.data.array import arrange, number_labels
-from aezoo.data.memory import numeric
+from aezoo.data.memory import numeric, real
 from aezoo.data.readers import Table, check_columns, read_arrays
 from aezoo.data.source import STAGES, ArrayDataset, Stage
 from aezoo.errors import AezooError
@@ -206,7 +206,12 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
     if source.is_dir():
         kept = {key: given[key] for key in ("size", "channels", "on_error", "max_pixels", "memory") if key in given}
         module = DataModule(name=path, val_fraction=0, test_fraction=0, **kept)
-        dataset = module.dataset("train")
+        module.prepare_data()
+        # not of the module, which refuses what nothing can be learnt from
+        dataset, *others = (split for stage in STAGES if (split := module.source.split(stage)) is not None)
+        if others:
+            print(f"aezoo: {what} has a part for training, which alone is used: give the folder of another part, or "
+                  f"--data {path} --split test", file=sys.stderr)  # fmt: skip
         scaling = _scaling(trained, module.source.white, what)
         return Samples(dataset, *scaling, module.source.class_names, path)
     if source.suffix.lower() in images.EXTENSIONS:
@@ -220,10 +225,15 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
     name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)
     if name is None:
         raise AezooError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: name the array of samples x")
+    shape = tuple(real(arrays[name], f"{path}: {name}").shape)
+    if len(shape) < 2:
+        raise AezooError(f"{path}: {name} has shape {shape}: give samples (N, *shape), one sample as {name}[None]")
     x = arrange(numeric(arrays[name], f"{path}: {name}", columns), given.get("layout", "auto"))
     x = images.fit(x, size, channels) if x.ndim == 4 else x
     labels = arrays.get(name.replace("x", "y", 1))
     y, names = number_labels({} if labels is None else {"test": labels}, f"{path}: ")
+    if y and len(y["test"]) != len(x):
+        raise AezooError(f"{path}: {name} has {len(x)} samples but {len(y['test'])} labels: one label a sample")
     scaling = _scaling(trained, 255 if x.dtype == torch.uint8 else None)
     return Samples(ArrayDataset(x, y.get("test")), *scaling, names, path)
 

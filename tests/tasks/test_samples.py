@@ -102,6 +102,36 @@ def test_pictures_are_refused_where_the_training_data_do_not_say_what_white_is(t
     assert torch.allclose(all_of(read(str(tmp_path / "x.npy"), trained)), seen)
 
 
+def test_any_pictures_of_a_folder_can_be_worked_on(tmp_path, capsys):
+    for stage, values in (("train", [7, 7]), ("test", [9, 9, 9])):
+        (tmp_path / stage).mkdir()
+        for i, value in enumerate(values):
+            Image.fromarray(np.full((4, 4), value, np.uint8)).save(tmp_path / stage / f"{i}.png")
+    assert all_of(read(str(tmp_path / "test"), UNKNOWN)).shape == (3, 1, 4, 4)  # nothing could be learnt from these
+    assert capsys.readouterr().err == ""
+    assert len(read(str(tmp_path), UNKNOWN)) == 2
+    assert f"--input {tmp_path} has a part for training, which alone is used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"x": np.ones((4, 3)), "y": np.arange(3)}, "x has 4 samples but 3 labels: one label a sample"),
+        ({"x": np.ones((4, 3)), "y": np.arange(5)}, "x has 4 samples but 5 labels: one label a sample"),
+        (
+            {"x_test": np.ones(3), "y": np.arange(5)},
+            r"x_test has shape \(3,\): give samples \(N, \*shape\), one sample",
+        ),
+        ({"x": np.float32(3)}, r"x has shape \(\): give samples \(N, \*shape\), one sample"),
+    ],
+)
+def test_arrays_that_are_no_samples_are_refused_in_one_line(tmp_path, arrays, words):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(AezooError, match=words) as refusal:
+        read(str(tmp_path / "x.npz"), UNKNOWN)
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("rule", ["threshold", "static", "dynamic"])
 def test_files_are_binarised_by_the_rule_of_training(tmp_path, rule):
     x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)

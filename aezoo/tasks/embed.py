@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
-from aezoo.data.classes import UNLABELLED
+from aezoo.data.classes import UNLABELLED, as_given
 from aezoo.errors import AezooError
 from aezoo.tasks.embed_codes import (
     choose_rows,
@@ -130,7 +130,7 @@ def embed(
         flat = codes.reshape(n, -1)
         notes = samples.notes
         if table == "npz":
-            store.arrays("codes", {"x": codes} | ({} if labels is None else {"y": labels}))
+            store.arrays("codes", {"x": codes} | ({} if labels is None else {"y": _given(samples)}))
         elif table != "npy":
             store.table("codes", _code_rows(flat, notes), table)
         rows = choose_rows(n, _MOST_POINTS, seed)
@@ -202,6 +202,13 @@ def _accuracies(
 
 
 # ---- tables and pictures --------------------------------------------------------------------------------------------
+
+
+def _given(samples: Samples) -> Array:
+    """Labels as the data have them; numbers where some have none, which no text says."""
+    assert samples.labels is not None
+    given = np.asarray(as_given(samples.labels, samples.class_names))
+    return samples.labels.numpy() if given.dtype.kind == "U" and (samples.labels == UNLABELLED).any() else given
 
 
 def _code_rows(flat: Array, notes: list[Row]) -> list[Row]:

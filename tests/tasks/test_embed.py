@@ -49,6 +49,19 @@ def test_codes_in_an_npz_are_data_that_a_model_can_be_trained_on(tmp_path):
     assert np.array_equal(x.numpy(), found.codes) and torch.equal(y, data.tensors("test")[1])
 
 
+@pytest.mark.parametrize(
+    ("labels", "kept"), [([7, 3, 7, 3], [7, 3, 7, 3]), ([7, 3, -1, 3], [7, 3, -1, 3]), (list("baba"), list("baba"))]
+)
+def test_labels_in_an_npz_are_those_of_the_data(tmp_path, labels, kept):
+    model = aezoo.create_model("dense_ae", (5,), latent_dim=3)
+    data = aezoo.DataModule.from_arrays(
+        np.random.default_rng(0).random((4, 5)), labels, val_fraction=0, test_fraction=0
+    )
+    embed(model, Samples.of(data, "train"), table="npz", n_shown=0, out=str(tmp_path))
+    with np.load(tmp_path / "codes.npz") as file:
+        assert file["y"].tolist() == kept
+
+
 def test_codes_are_those_of_the_model(tmp_path, model, digits):
     x, y = digits.tensors("test")
     found = embed(model, digits, out=str(tmp_path), batch_size=7)

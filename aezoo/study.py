@@ -217,6 +217,8 @@ class Study:
         folder = str(self.folder.absolute())
         direction = StudyDirection.MINIMIZE if self.options.direction == "min" else StudyDirection.MAXIMIZE
         known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
+        if not self.options.storage and len(known) == 1:
+            (name,) = known  # of the folder before it was renamed
         if name in known:
             study = optuna.load_study(study_name=name, storage=storage)
             if self.options.storage and (other := study.user_attrs.get("folder", folder)) != folder:

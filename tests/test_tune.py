@@ -371,6 +371,15 @@ def test_a_study_can_be_moved_and_gone_on_with_from_another_folder(fake, monkeyp
     assert "its run: ../two/mine/" in capsys.readouterr().out
 
 
+def test_a_study_whose_folder_was_renamed_goes_on(fake):
+    fake()
+    command = [*BASE, LR, "--study"]
+    cli.main([*command, "mine", "--trials=1"])
+    Path("mine").rename("old")
+    cli.main([*command, "old", "--trials=2"])
+    assert [row["run"] for row in rows(Path("old"))] == ["old/0", "old/1"]
+
+
 def test_two_studies_of_one_name_do_not_share_a_record(fake, capsys):
     fake()
     command = [*BASE, LR, "--trials=1", "--storage=all.db"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aezoo.data.images import fit, fitted_shape
-from aezoo.data.readers import few
+from aezoo.data.readers import few, of_frame
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, carve
 from aezoo.errors import AezooError
 
@@ -131,7 +131,7 @@ def real(values: object, what: str) -> Tensor | npt.NDArray[Any]:
             raise AezooError(f"{what} is a sparse or quantised tensor: give a dense one (x.to_dense(), x.dequantize())")
         return values
     try:
-        array = np.asarray(values)
+        array = of_frame(values) if hasattr(values, "columns") else np.asarray(values)
     except ValueError:
         raise AezooError(f"{what} has rows of unequal shape: give an array of one shape") from None
     if array.dtype.kind not in "biuf":

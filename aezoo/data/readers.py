@@ -1,5 +1,6 @@
 """Files of arrays, read without running anything that they hold: .npy, .npz, .pt, .csv, .parquet."""
 
+import contextlib
 import csv
 import functools
 import math
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numpy.lib import format as npy
 from torch import Tensor
@@ -274,10 +276,16 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
             y = labels_of_texts(["" if lacks else str(label) for label, lacks in zip(y, missing, strict=True)])
         elif missing.any():
             y = np.ma.array(np.where(missing, 0, y), mask=missing)
-    x = frame.to_numpy()
-    if x.dtype.kind == "O":  # truth values beside numbers, or whole numbers with gaps
-        x = frame.to_numpy(np.float64, na_value=math.nan)
-    return Table({"x": x, "y": y}, [str(name) for name in frame.columns], name and str(name))
+    return Table({"x": of_frame(frame), "y": y}, [str(name) for name in frame.columns], name and str(name))
+
+
+def of_frame(frame: Any) -> npt.NDArray[Any]:
+    """The values of a DataFrame, (N, D); of truth values beside numbers, or numbers with gaps, floats and NaN."""
+    values: npt.NDArray[Any] = frame.to_numpy()
+    if values.dtype.kind == "O":
+        with contextlib.suppress(TypeError, ValueError):  # there are texts
+            values = frame.to_numpy(np.float64, na_value=math.nan)
+    return values
 
 
 def labels_of_texts(texts: list[str]) -> Any:

@@ -492,10 +492,14 @@ def test_parquet_of_several_kinds_of_numbers(tmp_path):
     frame.to_parquet(tmp_path / "d.parquet")
     found = read_arrays(tmp_path / "d.parquet")["x"]
     assert np.array_equal(found, np.stack([x[:, 0], x[:, 1] > 0, [3, 5] * 10], 1))
+    assert torch.equal(everything(DataModule.from_arrays(frame, scale="none")), ordered(found))
     frame.loc[4, "c"] = pandas.NA
     frame.to_parquet(tmp_path / "d.parquet")
-    with pytest.raises(AezooError, match="in 1 of 20 rows, the first is row 4, in 'c': fill or remove them"):
-        DataModule(str(tmp_path / "d.parquet")).setup()
+    for read in (lambda: DataModule(str(tmp_path / "d.parquet")), lambda: DataModule.from_arrays(frame)):
+        with pytest.raises(AezooError, match="in 1 of 20 rows, the first is row 4, in 'c': fill or remove them"):
+            read().setup()
+    with pytest.raises(AezooError, match="x holds Python objects"):
+        DataModule.from_arrays(frame.assign(b="text"))
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz", "csv"])

@@ -140,6 +140,12 @@ RANGES = {
     "equivariance": lambda rng: rng.choice((0.0, 0.5, 1.0)),
     "decoder_dims": lambda rng: [],
     "teacher": lambda rng: "none",
+    "sigma_min": lambda rng: 10 ** rng.uniform(-3, -1),
+    "sigma_max": lambda rng: 10 ** rng.uniform(0, 2),
+    "sigma_data": lambda rng: 10 ** rng.uniform(-1, 0),
+    "start_noise_levels": lambda rng: rng.randint(1, 20),
+    "noise_levels": lambda rng: rng.randint(20, 1280),
+    "level_steps": lambda rng: rng.randint(0, 500),
     "full_mask": lambda rng: rng.choice((0.0, 0.5, 1.0)),
     "discriminator_lr": lambda rng: 10 ** rng.uniform(-5, -3),
     "classifier_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 2))],
@@ -248,6 +254,7 @@ FIXED = {
     "va_vae": {"net": "conv", "beta": 1e-6},
     "asymmetric_kl": {"net": "conv", "beta": 1e-6, "hidden_dims": [8, 12], "decoder_dims": [16, 8]},
     "vqgan": {"net": "conv", "estimator": "rotation"},
+    "consistency_decoder": {"net": "conv"},
 }
 
 

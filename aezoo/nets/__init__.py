@@ -6,7 +6,7 @@ batches of the other, and a function `map_shape(input_shape, hidden_dims, channe
 be.
 
 The other files are parts that models build on: `dictionary`, `flows`, `levels`, `top_down`, `labels`, `adversarial`,
-`features`, `tied`, `classifier`, `context` and `standardise`.
+`features`, `tied`, `classifier`, `context`, `denoiser` and `standardise`.
 """
 
 from aezoo.nets.build import ACTIVATIONS, NETS, WITHOUT_GRID, activation, decoder, encoder, map_shape

@@ -140,6 +140,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "asymmetric_kl": {"hidden_dims": (6, 8), "latent_dim": 4, "beta": 2.0, "perceptual_weight": 0.5, "full_mask": 0.3},
     "vqgan": {"hidden_dims": (6, 8), "latent_dim": 4, "codebook_size": 8, "perceptual_weight": 0.5},
     "taesd": {"hidden_dims": (6, 8), "latent_dim": 4},
+    "consistency_decoder": {"hidden_dims": (6, 8), "latent_dim": 4, "nll_weight": 0.5},
     "diffusers_ae": {"config": {"block_out_channels": [6, 8], "norm_num_groups": 2}, "beta": 2.0},
 }
 # rhohat is a mean over the batch before it enters a logarithm; dead latents are counted over batches; the others
@@ -179,7 +180,7 @@ PLAIN = (
 # takes no other likelihood
 OWN_LIKELIHOOD = (
     *("sigma_vae", "sq_vae", "logcosh_vae", "dncnn", "noise2noise", "noise2void"),
-    *("pixelcnn", "index_transformer"),
+    *("pixelcnn", "index_transformer", "consistency_decoder"),
 )
 
 
@@ -251,7 +252,7 @@ def test_training_and_evaluation_compute_the_same_loss_at_the_same_noise(name: s
         torch.testing.assert_close(train[term], evaluation[term], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in NOISY])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*NOISY, *OWN_LIKELIHOOD)])
 def test_nll_is_summed_over_the_data_and_averaged_over_the_batch(name: str, shifted: Any) -> None:
     """Against torch.distributions, summed over the 64 values here: a mean over them would be 64 times less."""
     for likelihood in ("bernoulli", "gaussian:0.3"):
@@ -332,6 +333,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "lfq_vae": {"entropy": 0.3, "diversity": -0.3, "commitment": 0.25},
         "bsq_vae": {"entropy": 0.3, "diversity": -0.3},
         **{key: {"kl": 2.0, "perceptual": 0.5} for key in ("autoencoder_kl", "eq_vae", "asymmetric_kl", "va_vae")},
+        "consistency_decoder": {"nll": -0.5, "consistency": 1.0},
         "vqgan": {"commitment": 0.25, "codebook": 1.0, "perceptual": 0.5},
         **{key: {"kl": 1.0} for key in PLAIN},
         # lam of 0.01, of squared errors of values to 255 and of bits

@@ -1,0 +1,150 @@
+"""Autoencoder with a consistency model as decoder (OpenAI 2023), https://github.com/openai/consistencydecoder
+
+f takes samples with any noise, and the code z = g(x), in one step to what they are without it; in nats per sample:
+
+    L = E[d(f(x + s_n+1 e, s_n+1, z), stopgrad f(x + s_n e, s_n, z)) / (s_n+1 - s_n)] + w R     e ~ N(0, I)
+    f(x, s, z) = c_skip(s) x + c_out(s) F(x / sqrt(s^2 + s_d^2), log(s) / 4, z)     hence f(x, s_0, z) = x
+    c_skip = s_d^2 / ((s - s_0)^2 + s_d^2)     c_out = s_d (s - s_0) / sqrt(s^2 + s_d^2)
+    d(a, b) = sqrt(||a - b||^2 + c^2) - c     c = 0.00054 sqrt(X)
+    s_n = (s_0^1/7 + n/N (s_N^1/7 - s_0^1/7))^7     P(n) ~ Phi(s_n+1) - Phi(s_n), log s of mean -1.1, deviation 2
+    xhat = f(s_N e_0, s_N, z)     R = -log p(x|xhat) = ||x - xhat||^2 + const, a Gaussian of variance 1/2
+
+Consistency training (Song et al. 2023, https://arxiv.org/abs/2303.01469), improved (Song & Dhariwal 2023,
+https://arxiv.org/abs/2310.14189): N doubles from start_noise_levels to noise_levels over level_steps, theirs are the
+whole run. R is not theirs: it is what one step of N = 1 compares. With w = 0 images of short runs are worse. e_0 is
+drawn once and kept: a code has one image. z has no KL, as L bounds no likelihood. F gets z as channels, enlarged.
+
+Shapes: B batch, X data dimensions.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import gaussians, nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.nets.denoiser import Denoiser
+
+LOG_MEAN, LOG_STD, RHO = -1.1, 2.0, 7
+
+
+class ConsistencyDecoder(nn.Module):
+    """(B, *code_shape) -> (B, *input_shape), by one step of f from s_N."""
+
+    noise: Tensor
+
+    def __init__(self, net: nn.Module, input_shape: tuple[int, ...], *sigmas: float) -> None:
+        super().__init__()
+        self.net, (self.sigma_min, self.sigma_max, self.sigma_data) = net, sigmas
+        self.register_buffer("noise", torch.randn(1, *input_shape))
+
+    def f(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        """What noisy samples are without noise of deviation s, (B or 1, 1, ..., 1): (B, *input_shape), same."""
+        s_0, s_d = self.sigma_min, self.sigma_data
+        scale = (s.square() + s_d**2).sqrt()
+        skip, out = s_d**2 / ((s - s_0).square() + s_d**2), s_d * (s - s_0) / scale
+        return skip * x + out * at_least_float32(self.net(x / scale, s.log().flatten(1) / 4, z))
+
+    def forward(self, z: Tensor) -> Tensor:
+        noise = at_least_float32(self.noise)
+        s = noise.new_full([1] * noise.ndim, self.sigma_max)
+        return self.f(s * noise.expand(len(z), *noise.shape[1:]), s, z).to(z.dtype)
+
+
+class ConsistencyDecoderAE(Autoencoder):
+    """A feature map as code, decoded in one step by a model that learns to undo any noise.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
+        latent_dim: channels of the code.
+        nll_weight: w.
+        sigma_min: s_0, in the data's unit.
+        sigma_max: s_N, beside which the data must be small.
+        sigma_data: s_d, about the data's root mean square.
+        start_noise_levels: N at the first step.
+        noise_levels: N at the end; 1280 in the paper, for much longer runs.
+        level_steps: optimiser steps over which N rises; 0 keeps it at noise_levels.
+        net: of the encoder: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
+        hidden_dims: channels of the encoder's stages; the decoder's U-Net has as many.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    decoder: ConsistencyDecoder
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 4,
+        nll_weight: float = 1.0,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        start_noise_levels: int = 10,
+        noise_levels: int = 160,
+        level_steps: int = 1000,
+        net: str = "resnet",
+        hidden_dims: tuple[int, ...] = (16, 32),
+        activation: str = "silu",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
+        super().__init__(input_shape, likelihood="gaussian", lr=lr, weight_decay=weight_decay, **how)
+        self.save_hyperparameters()
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, nll_weight=nll_weight, level_steps=level_steps)
+        if not 1e-4 <= sigma_min < sigma_max <= 1e4 or not 1e-4 <= sigma_data <= 1e4:
+            raise AezooError(f"sigmas must be from 1e-4 to 1e4, min < max: got {sigma_min}, {sigma_max}, {sigma_data}")
+        if not 1 <= start_noise_levels <= noise_levels <= 10_000:
+            raise AezooError(f"noise_levels must rise, from 1 to 10000: got {start_noise_levels} to {noise_levels}")
+        self.nll_weight, self.level_steps = nll_weight, level_steps
+        self.start_noise_levels, self.noise_levels = start_noise_levels, noise_levels
+        self.code_shape = nets.map_shape(net, self.input_shape, hidden_dims, latent_dim)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        F = Denoiser(self.input_shape, latent_dim, hidden_dims, activation)
+        self.decoder = ConsistencyDecoder(F, self.input_shape, sigma_min, sigma_max, sigma_data)
+        self.keep_steps()
+
+    def n_levels(self) -> Tensor:
+        """N at the present step, ()."""
+        doublings = math.log2(self.noise_levels / self.start_noise_levels) + 1
+        risen = (doublings * self.share_of_steps(self.level_steps)).floor()
+        return (self.start_noise_levels * 2**risen).clamp(max=self.noise_levels)
+
+    def pair(self, u: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
+        """Levels s_n and s_n+1 next to each other, n by the inverse of its distribution at u, all of one shape."""
+        s_0, s_N = self.decoder.sigma_min, self.decoder.sigma_max
+        low, high = (math.erf((math.log(s) - LOG_MEAN) / (LOG_STD * math.sqrt(2))) for s in (s_0, s_N))
+        s = torch.exp(LOG_MEAN + LOG_STD * math.sqrt(2) * torch.erfinv(low + (high - low) * u))
+        a, b = s_0 ** (1 / RHO), s_N ** (1 / RHO)
+        n = ((s ** (1 / RHO) - a) / (b - a) * N).floor().clamp_min(0).minimum(N - 1)
+        return (a + n / N * (b - a)) ** RHO, (a + (n + 1) / N * (b - a)) ** RHO
+
+    def consistency(self, x: Tensor, z: Tensor) -> Tensor:
+        """How far apart neighbouring levels are denoised, by their distance: (B, *input_shape), codes -> (B,)."""
+        x = at_least_float32(x)
+        u = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device, dtype=x.dtype)
+        (low, high), noise = self.pair(u, self.n_levels()), gaussians.noise_like(x)
+        found = self.decoder.f(x + high * noise, high, z)
+        with torch.no_grad():  # second, as autocast keeps the weights that it rounds, here without gradient
+            target = self.decoder.f(x + low * noise, low, z)
+        c, sse_B = 0.00054 * math.sqrt(x[0].numel()), (found - target).flatten(1).square().sum(1)
+        return sse_B / ((sse_B + c**2).sqrt() + c) / (high - low).flatten()
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z = self.encode(x)
+        nll, consistency = self.nll(self.decoder(z), x).mean(), self.consistency(x, z).mean()
+        return {"loss": consistency + self.nll_weight * nll, "nll": nll, "consistency": consistency}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aezoo import AezooError, gaussians
 from aezoo.models.variational.jmvae import JMVAE
+from aezoo.models.variational.mvtcae import MVTCAE
 from aezoo.models.variational.vae import VAE
 
 K, SIZES = 2, (3, 4, 2)
@@ -36,6 +37,20 @@ def test_the_kl_of_the_surest_from_the_least_sure_is_finite_in_float32_and_the_o
     for p, q in ((sure, unsure), (unsure, sure)):
         expected = D.kl_divergence(normal(mu.double(), p.double()), normal(-mu.double(), q.double()))
         torch.testing.assert_close(gaussians.kl(mu, p, -mu, q).double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("make", [JMVAE, MVTCAE])
+def test_the_kls_of_encoders_in_half_precision_are_computed_in_single(make: Any) -> None:
+    model, x = make(SHAPE, parts=PARTS, latent_dim=CODE), torch.rand(5, *SHAPE)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        terms, found, own = model.loss(x), model.infer(x), model.experts(x)
+    assert all(values.dtype == torch.float32 for values in (*found, *own, *terms.values()))
+    q, *of_parts = (
+        normal(*(v.double() for v in pair)) for pair in (found, *zip(*(v.unbind(1) for v in own), strict=True))
+    )
+    apart = torch.stack([D.kl_divergence(q, q_i) for q_i in of_parts])
+    torch.testing.assert_close(terms["kl"].double(), D.kl_divergence(q, PRIOR).mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms["parts_kl"].double(), apart.sum(0).mean(), rtol=1e-5, atol=0)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Laws of MMVAE+: which code says what of which part, its two limits, and exact evidence."""
 
+import itertools
 import math
 from typing import Any
 
@@ -31,11 +32,9 @@ def with_draws(model: Any, x: Tensor, *draws: Tensor) -> Any:
         return model.loss(x)
 
 
-def noise(n: int = 5) -> tuple[Tensor, ...]:
-    return (
-        torch.randn(n, M, CODE + P, dtype=torch.float64),
-        *(torch.randn(n, M, P, dtype=torch.float64) for _ in PARTS),
-    )
+def noise(n: int = 5) -> tuple[Tensor, Tensor]:
+    """Of the codes of each part; of the private code of each, the last but one dimension, with the u of each."""
+    return torch.randn(n, M, CODE + P, dtype=torch.float64), torch.randn(n, M, M, P, dtype=torch.float64)
 
 
 def parted(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +50,7 @@ def test_the_loss_is_by_torch_distributions_and_other_parts_are_decoded_from_dra
     nll, kl = [], []
     for i, (mu, log_var) in enumerate(own):
         u, w = parted(mu + (0.5 * log_var).exp() * draws[0][:, i])
-        z = [w if j == i else draws[1 + j][:, i] * (0.5 * model.r_log_var_MP[j]).exp() for j in range(M)]
+        z = [w if j == i else draws[1][:, i, j] * (0.5 * model.r_log_var_MP[j]).exp() for j in range(M)]
         log_p = D.Bernoulli(probs=model.decode(torch.cat([u, *z], 1)), validate_args=False).log_prob(x)
         nll.append(-log_p.flatten(1).sum(1))
         q_u_i, q_w_i = (normal(*pair) for pair in zip(parted(mu), parted(log_var), strict=True))
@@ -103,14 +102,14 @@ def test_a_private_code_says_nothing_of_any_other_part(shifted: Any) -> None:
     whole, only = model.nll_of_part, 0
     model.nll_of_part = lambda i, z, x_i: whole(i, z, x_i) * (i == only)
     for only in range(M):
-        draws = [torch.randn_like(d).requires_grad_() for d in noise()]
+        draws = [d.requires_grad_() for d in noise()]
         nll = with_draws(model, x, *draws)["nll"]
-        own, of_r, *of_draws = torch.autograd.grad(nll, [values[0], model.r_log_var_MP, *draws[1:]])
+        own, of_r, of_draws = torch.autograd.grad(nll, [values[0], model.r_log_var_MP, draws[1]])
         assert [(g.abs().max() > 0).item() for g in parted(own)[1].unbind(1)] == [i == only for i in range(M)]
         assert all(g.abs().max() > 0 for g in parted(own)[0].unbind(1))
         assert [(g.abs().max() > 0).item() for g in of_r] == [i == only for i in range(M)]
-        for j, g in enumerate(of_draws):
-            assert [(row.abs().max() > 0).item() for row in g.unbind(1)] == [j == only != i for i in range(M)]
+        for i, j in itertools.product(range(M), range(M)):
+            assert (of_draws[:, i, j].abs().max() > 0) == (j == only != i)
 
 
 def test_the_learned_scale_is_one_of_r_and_no_draw_of_it_is_in_the_score(shifted: Any) -> None:
@@ -122,7 +121,7 @@ def test_the_learned_scale_is_one_of_r_and_no_draw_of_it_is_in_the_score(shifted
         model.r_log_var_MP += 5.0
         assert torch.equal(model.score(x), before)
         draws = noise()
-        twice = with_draws(model, x, draws[0], *(d * math.exp(2.5) for d in draws[1:]))
+        twice = with_draws(model, x, draws[0], draws[1] * math.exp(2.5))
         model.r_log_var_MP += 5.0
         torch.testing.assert_close(with_draws(model, x, *draws)["nll"], twice["nll"])
 
@@ -224,6 +223,9 @@ def test_with_the_prior_for_r_no_bound_is_above_the_evidence_and_training_tighte
 def test_the_codes_have_sizes() -> None:
     model = MMVAEPlus((6,), latent_dim=3, private_dim=2)
     assert model.code_shape == (7,) and model.hparams["latent_dim"] == 3 and not hasattr(model, "capacity")
+    # of one part and with no private codes r is of no use
+    for settings in ({}, {"parts": (6,)}, {"private_dim": 0}):
+        assert MMVAEPlus((6,), **settings).r_log_var_MP.requires_grad == (not settings)
     with pytest.raises(AezooError, match="latent_dim must be at least 1"):
         MMVAEPlus((6,), latent_dim=0)
     with pytest.raises(AezooError, match="private_dim must be at least 0"):

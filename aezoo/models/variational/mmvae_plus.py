@@ -105,7 +105,8 @@ class MMVAEPlus(MMVAE):
         self.decoder = PrivateDecoders([*self.decoder], self.decoder.dim)
         self.decoder.shared = latent_dim
         self.code_shape = (latent_dim + len(self.sizes) * private_dim,)
-        self.r_log_var_MP = nn.Parameter(torch.zeros(len(self.sizes), private_dim))
+        used = private_dim > 0 and len(self.sizes) > 1
+        self.r_log_var_MP = nn.Parameter(torch.zeros(len(self.sizes), private_dim), requires_grad=used)
 
     def components(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         mu_BSE, log_var_BSE = self.experts(x, parts)
@@ -126,10 +127,11 @@ class MMVAEPlus(MMVAE):
         draw = torch.randn_like if noise else torch.zeros_like
         z_BME = mu_BME + torch.exp(0.5 * log_var_BME) * draw(mu_BME)
         u_BMD, w_BMP = z_BME[..., : self.latent_dim], z_BME[..., self.latent_dim :]
+        std_MP = torch.exp(0.5 * at_least_float32(self.r_log_var_MP))
+        r_BMMP = std_MP * draw(w_BMP[:, :, None].expand(-1, -1, len(self.sizes), -1))
         nll_MBM = []
-        for i, (x_i, log_var_P) in enumerate(zip(self.split(x), at_least_float32(self.r_log_var_MP), strict=True)):
-            r_BMP = torch.exp(0.5 * log_var_P) * draw(w_BMP)
-            w_i_BMP = torch.cat([r_BMP[:, :i], w_BMP[:, i : i + 1], r_BMP[:, i + 1 :]], 1)
+        for i, x_i in enumerate(self.split(x)):
+            w_i_BMP = torch.cat([r_BMMP[:, :i, i], w_BMP[:, i : i + 1], r_BMMP[:, i + 1 :, i]], 1)
             nll_MBM.append(self.nll_of_part(i, torch.cat([u_BMD, w_i_BMP], 2), x_i))
         kl_BM = self.kl(mu_BME.flatten(0, 1), log_var_BME.flatten(0, 1)).unflatten(0, mu_BME.shape[:2])
         log_q_BMM = self.log_densities(u_BMD, *(v[..., : self.latent_dim] for v in (mu_BME, log_var_BME)))

@@ -128,6 +128,7 @@ class MMVAEPlus(MMVAE):
         z_BME = mu_BME + torch.exp(0.5 * log_var_BME) * draw(mu_BME)
         u_BMD, w_BMP = z_BME[..., : self.latent_dim], z_BME[..., self.latent_dim :]
         std_MP = torch.exp(0.5 * at_least_float32(self.r_log_var_MP))
+        # at once, since a graph may have several draws in another order
         r_BMMP = std_MP * draw(w_BMP[:, :, None].expand(-1, -1, len(self.sizes), -1))
         nll_MBM = []
         for i, x_i in enumerate(self.split(x)):

@@ -195,7 +195,7 @@ class Autoencoder(Checked, pl.LightningModule):
         """For the constructor of a model that changes over training: the buffer `steps`, optimiser steps taken."""
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    def share_of_steps(self, n: int) -> Tensor:
+    def share_of_steps(self, n: float) -> Tensor:
         """How much of n optimiser steps is over, from 0 to 1, (); all of none. See `keep_steps`."""
         steps = self._buffers["steps"]
         assert steps is not None

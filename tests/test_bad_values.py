@@ -53,6 +53,7 @@ MEANING = {
     "alignment_weight": WEIGHT, "cosine_margin": WEIGHT, "matrix_margin": WEIGHT,
     "config": NONE, "commitment": WEIGHT, "sigma_min": {1.5}, "sigma_max": {1.5}, "sigma_data": {1.5},
     "level_steps": OFF | NEVER,
+    "momentum": OFF, "momentum_steps": OFF | NEVER,
     "temperature": {1.5}, "start_temperature": {1.5}, "temperature_steps": OFF | NEVER, "straight_through": ON,
     "max_discrete_capacity": WEIGHT, "num_labels": OFF, "start_variance": {1.5},
     "capacity_steps": NEVER, "a": {1.5}, "weight": {1.5}, "dataset_size": OFF | NEVER, "group_dim": NONE | OFF,

@@ -164,7 +164,7 @@ def embedding(size: int, width: int) -> nn.Linear:
 
 
 class Attention(nn.Module):
-    """Self-attention of tokens in heads of about 32 numbers, (B, N, D) -> (B, N, D).
+    """Self-attention of tokens in heads of about 32 numbers, (B, N, D) -> (B, N, D), to all or to those seen, (B, N).
 
     Args:
         width: D.
@@ -177,10 +177,11 @@ class Attention(nn.Module):
         self.qkv, self.bias_q = Linear(width, 3 * width, bias=False), nn.Parameter(torch.zeros(width))
         self.out = Linear(width, width)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, seen_BN: Tensor | None = None) -> Tensor:
         qkv_BNF = linear(x_BND, self.qkv.weight, F.pad(self.bias_q, (0, 2 * len(self.bias_q))))
         q_BHNE, k_BHNE, v_BHNE = qkv_BNF.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE)
+        seen_B11N = None if seen_BN is None else seen_BN[:, None, None]
+        mixed_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, seen_B11N)
         out: Tensor = self.out(mixed_BHNE.transpose(1, 2).flatten(2))
         return out
 
@@ -206,8 +207,8 @@ class Block(nn.Module):
                 if part.bias is not None:
                     nn.init.zeros_(part.bias)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.attention(self.norm_1(x_BND))
+    def forward(self, x_BND: Tensor, seen_BN: Tensor | None = None) -> Tensor:
+        x_BND = x_BND + self.attention(self.norm_1(x_BND), seen_BN)
         out: Tensor = x_BND + self.mlp(self.norm_2(x_BND))
         return out
 
@@ -219,6 +220,16 @@ def blocks(widths: Sequence[int], act: str, block: Callable[[int, str], nn.Modul
         layers += [Linear(widths[i - 1], width)] if i and widths[i - 1] != width else []
         layers.append(block(width, act))
     return nn.Sequential(*layers, nn.LayerNorm(widths[-1], eps=1e-6))
+
+
+def look(layers: nn.Module, tokens_BND: Tensor, seen_BN: Tensor) -> Tensor:
+    """`blocks` in which attention is to the tokens that are seen alone: what they become is as if there were no others.
+
+    As many tokens come out as go in, so that masks of any size leave shapes as they are.
+    """
+    for layer in layers.children():
+        tokens_BND = layer(tokens_BND, seen_BN) if isinstance(layer, Block) else layer(tokens_BND)
+    return tokens_BND
 
 
 class ToMap(nn.Module):

@@ -1,0 +1,141 @@
+"""I-JEPA, image-based joint-embedding predictive architecture (Assran et al. 2023), https://arxiv.org/abs/2301.08243
+
+From what an encoder f sees of an image, a context C of patches, a narrow predictor g tells the codes that the target
+encoder f' gives the patches of K blocks T_k, which C leaves out, of the whole image; f' follows f as a moving average:
+
+    L = N/K sum_k 1/|T_k| sum_{i in T_k} sum_d l(g_i(f(x_C), T_k)_d - s_id) - log p(x | h(sg f'(x)))    s = norm(f'(x))
+    f' <- m f' + (1 - m) f before each step, m from 0.996 to 1
+
+l is the smooth L1 of the authors' code, where the paper says L2, norm its normalisation of each code without weights.
+L is N D times their mean over patches and features, so that it is a sum over the code as nll is one over the data. The
+decoder h is ours, a probe of what a code tells: its gradient ends at the code, and nothing of pixels reaches f.
+
+Blocks are drawn for each sample on the device, each with a size of its own: of the grid the share 0.15 to 0.2 for T_k,
+their aspect 0.75 to 1.5 times the grid's, and 0.85 to 1 of its aspect for C, rounded to patches. The code has one size
+for a batch and cuts masks to the smallest; here attention leaves out what is not seen, which keeps shapes whatever the
+masks. On a coarse grid T_k that would leave nothing of C are not asked for. Codes are those of f', as in the paper.
+
+Shapes: B batch, N patches, D width of a token, K blocks.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.nets import jepa, vit
+from aezoo.nets.linear import Linear
+from aezoo.optimizers import known_steps
+
+# each is a pass of the predictor
+_MOST_TARGETS = 64
+
+
+class IJEPA(Autoencoder):
+    """A vision transformer that predicts codes of what it does not see, with a decoder beside it.
+
+    Args:
+        input_shape: (C, H, W), any size of at least two patches.
+        n_targets: K, blocks to predict.
+        momentum: m of the target encoder at the start.
+        momentum_steps: optimiser steps over which m rises to 1; 0 for those of the run, where they are known.
+        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
+        width: D, size of a token; the code has one for each patch, the target encoder's.
+        depth: blocks of the encoder.
+        predictor_width: size of the predictor's tokens.
+        predictor_depth: blocks of the predictor.
+        decoder_width: size of the decoder's tokens.
+        decoder_depth: blocks of the decoder.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    encoder: jepa.Follower
+    steps: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        n_targets: int = 4,
+        momentum: float = 0.996,
+        momentum_steps: int = 0,
+        patch_size: int = 0,
+        width: int = 64,
+        depth: int = 4,
+        predictor_width: int = 32,
+        predictor_depth: int = 2,
+        decoder_width: int = 32,
+        decoder_depth: int = 1,
+        activation: str = "gelu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
+        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
+        self.save_hyperparameters()
+        if len(self.input_shape) != 3:
+            raise AezooError(f"ijepa takes images (C, H, W), got {self.input_shape}: take mae, which has no blocks")
+        at_least(1, n_targets=n_targets, width=width, depth=depth, predictor_width=predictor_width)
+        at_least(1, predictor_depth=predictor_depth, decoder_width=decoder_width, decoder_depth=decoder_depth)
+        at_least(0, momentum_steps=momentum_steps)
+        if not (0 <= momentum <= 1 and n_targets <= _MOST_TARGETS):
+            most = f"n_targets be at most {_MOST_TARGETS}"
+            raise AezooError(f"momentum must lie between 0 and 1 and {most}, got {momentum} and {n_targets}")
+        patchify = vit.Patchify(self.input_shape, patch_size)
+        if patchify.n == 1:
+            raise AezooError(
+                f"ijepa predicts patches from others and {self.input_shape} is one: take a smaller patch_size"
+            )
+        self.n_targets, self.momentum, self.momentum_steps = n_targets, momentum, momentum_steps
+        self.keep_steps()
+        self.grid, self.code_shape = patchify.grid, (width, *patchify.grid)
+        embed = nn.Sequential(patchify, vit.embedding(patchify.size, width), vit.Positions(self.grid, width))
+        self.context = nn.Sequential(embed, vit.blocks((width,) * depth, activation), vit.ToMap(self.grid))
+        self.encoder = jepa.Follower(self.context)
+        self.predictor = jepa.Predictor(self.grid, (width, predictor_width), predictor_depth, activation)
+        narrow, out = Linear(width, decoder_width), Linear(decoder_width, patchify.size)
+        layers = vit.ToTokens(), narrow, vit.blocks((decoder_width,) * decoder_depth, activation), out
+        self.decoder = nn.Sequential(*layers, vit.Unpatchify(patchify))
+
+    def momentum_now(self) -> Tensor:
+        """What a weight of f' keeps of itself at the present step, ()."""
+        steps = self.momentum_steps or (math.inf if self._trainer is None else known_steps(self._trainer))
+        return 1 - (1 - self.momentum) * (1 - self.share_of_steps(steps))
+
+    def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+        before = self.steps.clone()
+        x, y = super().begin_step(batch, batch_idx)
+        # once where several batches make a step
+        self.encoder.follow(self.context, (1 - self.momentum_now()) * (self.steps != before))
+        return x, y
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        u_BL4 = torch.rand(len(x), self.n_targets + 1, 4, device=x.device)
+        seen_BN, asked_BKN, counts_BK = jepa.masks(u_BL4, self.grid)
+        with torch.no_grad():
+            code = self.encoder(x)
+            target_BND = at_least_float32(code.flatten(2).transpose(1, 2))
+            target_BND = F.layer_norm(target_BND, target_BND.shape[2:])
+        embed, layers, _ = self.context.children()
+        found_BKND = at_least_float32(self.predictor(vit.look(layers, embed(x), seen_BN), seen_BN, asked_BKN))
+        error_BKN = F.smooth_l1_loss(found_BKND, target_BND[:, None].expand_as(found_BKND), reduction="none").sum(3)
+        error_BK = (error_BKN * asked_BKN).sum(2) / asked_BKN.sum(2)
+        prediction = seen_BN.shape[1] * ((error_BK * counts_BK).sum(1) / counts_BK.sum(1)).mean()
+        nll = self.nll(self.decoder(code), x).mean()
+        return {"loss": nll + prediction, "nll": nll, "prediction": prediction}

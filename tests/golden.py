@@ -90,6 +90,7 @@ VARIANTS = [
     subject_of("simmim", likelihood="gaussian:learned", patch_size=5),
     subject_of("simmim", net="mixer", patch_size=5),
     subject_of("ijepa", patch_size=5, momentum=0.5, momentum_steps=2, n_targets=2, likelihood="bernoulli"),
+    subject_of("maetok", patch_size=5, aux_weight=0.0, least_masked=0.0, likelihood="gaussian:learned"),
     subject_of("masked_conv_ae", net="convnext", hidden_dims=(8, 8), latent_map=True, learned_token=False),
     subject_of("denoising_ae", net="vit", hidden_dims=(16, 12)),
     subject_of("memory_ae", shrinkage=0.0, net="conv", hidden_dims=(8, 8)),

@@ -54,6 +54,7 @@ MEANING = {
     "config": NONE, "commitment": WEIGHT, "sigma_min": {1.5}, "sigma_max": {1.5}, "sigma_data": {1.5},
     "level_steps": OFF | NEVER,
     "momentum": OFF, "momentum_steps": OFF | NEVER,
+    "least_masked": OFF,
     "temperature": {1.5}, "start_temperature": {1.5}, "temperature_steps": OFF | NEVER, "straight_through": ON,
     "max_discrete_capacity": WEIGHT, "num_labels": OFF, "start_variance": {1.5},
     "capacity_steps": NEVER, "a": {1.5}, "weight": {1.5}, "dataset_size": OFF | NEVER, "group_dim": NONE | OFF,
@@ -93,6 +94,7 @@ FEWER = {
     # one patch of all
     ("titok", "patch_size"): OFF | NEVER,
     ("soft_vq", "patch_size"): OFF | NEVER,
+    ("maetok", "patch_size"): OFF | NEVER,
     ("wae_mmd", "mmd_weight"): WEIGHT,
     ("info_vae", "alpha"): {-1, 0},  # the KL may weigh more than in an ELBO
 }

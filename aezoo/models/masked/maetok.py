@@ -1,0 +1,140 @@
+"""MAETok, masked autoencoders as tokenizers (Chen et al. 2025), https://arxiv.org/abs/2502.03444
+
+A plain autoencoder whose code is a row of N tokens without a grid, as that of titok but not quantised: in training a
+mask token stands for each patch in M, and a second, shallow decoder tells what is seen there, by its gradients' HOG:
+
+    z = f(x with mask tokens at M, l)    L = -log p(x | g(z)) + w P/|M| sum_{i in M} |h_i(z) - HOG_i(x)|^2
+
+|M| = ceil(r P) with r uniform in 0.4 to 0.6 for each sample; codes, reconstructions and evaluation have no mask, where
+the second term is of all patches. P/|M| makes it a sum over patches, whatever r. The histogram of oriented gradients
+(Dalal & Triggs 2005) of a patch has 9 directions without sign, each pixel weighing as much as its gradient, that of the
+channel where it is largest, and length 1: scikit-image's, with one cell a block, whatever the size of a patch.
+
+The paper has decoders for features of DINOv2 and CLIP as well, a perceptual and an adversarial loss, rotary positions,
+and at last trains g alone, without a mask. None of these is here; how networks begin is that of `nets.tokens`.
+
+Shapes: B batch, P patches, W width within the encoder, D channels of a token, N tokens, K directions.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.nets import tokens, vit
+
+_DIRECTIONS = 9
+
+
+@torch.no_grad()
+def hog(x: Tensor, patchify: vit.Patchify) -> Tensor:
+    """Histograms of oriented gradients of the patches of images, (B, C, H, W) -> (B, K, rows, columns)."""
+    down, right = torch.zeros_like(x), torch.zeros_like(x)
+    down[..., 1:-1, :] = x[..., 2:, :] - x[..., :-2, :]
+    right[..., 1:-1] = x[..., 2:] - x[..., :-2]
+    size, channel = torch.hypot(down, right).max(1, keepdim=True)
+    turn = torch.atan2(down.gather(1, channel), right.gather(1, channel)) / math.pi % 1
+    direction = (turn * _DIRECTIONS).long().clamp(max=_DIRECTIONS - 1)
+    of_direction = direction == torch.arange(_DIRECTIONS, device=x.device)[:, None, None]
+    found_BPK = patchify(of_direction * size).unflatten(2, (_DIRECTIONS, -1)).mean(3)
+    found_BPK = found_BPK / (found_BPK.square().sum(2, keepdim=True) + 1e-10).sqrt()
+    return found_BPK.transpose(1, 2).unflatten(2, patchify.grid)
+
+
+class MAETok(Autoencoder):
+    """A row of tokens from patches of which a part is masked.
+
+    Args:
+        input_shape: (C, H, W), of any size.
+        n_tokens: N, tokens a sample.
+        latent_dim: D, channels of a token.
+        least_masked: least share of the patches that is masked in training.
+        most_masked: largest share of them, below 1.
+        aux_weight: w, of the decoder of HOG; 0 for none.
+        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
+        width: W, size of a token within the encoder.
+        depth: blocks of the encoder.
+        decoder_width: size of a token within the decoders.
+        decoder_depth: blocks of the decoder of pixels.
+        aux_depth: blocks of the decoder of HOG.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    encoder: tokens.TokenEncoder
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        n_tokens: int = 32,
+        latent_dim: int = 16,
+        least_masked: float = 0.4,
+        most_masked: float = 0.6,
+        aux_weight: float = 1.0,
+        patch_size: int = 0,
+        width: int = 64,
+        depth: int = 2,
+        decoder_width: int = 64,
+        decoder_depth: int = 2,
+        aux_depth: int = 1,
+        activation: str = "gelu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
+        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
+        self.save_hyperparameters()
+        if len(self.input_shape) != 3:
+            raise AezooError(
+                f"maetok takes images (C, H, W), whose gradients it tells, got {self.input_shape}: take mae"
+            )
+        at_least(0, aux_weight=aux_weight)
+        at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, width=width, depth=depth)
+        at_least(1, decoder_width=decoder_width, decoder_depth=decoder_depth, aux_depth=aux_depth)
+        if not 0 <= least_masked <= most_masked < 1:
+            raise AezooError(
+                f"maetok needs 0 <= least_masked <= most_masked < 1, got least_masked={least_masked} and "
+                f"most_masked={most_masked}"
+            )
+        self.least_masked, self.most_masked, self.aux_weight = least_masked, most_masked, aux_weight
+        self.patchify, self.code_shape = vit.Patchify(self.input_shape, patch_size), (latent_dim, n_tokens)
+        self.encoder = tokens.TokenEncoder(self.patchify, self.code_shape, (width,) * depth, activation)
+        self.mask_W = nn.Parameter(0.02 * torch.randn(width), requires_grad=most_masked > 0)
+        widths = (decoder_width,) * decoder_depth
+        self.decoder = tokens.TokenDecoder(self.patchify, self.code_shape, widths, activation)
+        cells, widths = vit.Patchify((_DIRECTIONS, *self.patchify.grid), 1), (decoder_width,) * aux_depth
+        self.aux = tokens.TokenDecoder(cells, self.code_shape, widths, activation) if aux_weight else None
+
+    def draw_mask(self, x: Tensor) -> Tensor:
+        """Which patches are masked, in training by chance: (B, *input_shape) -> (B, P)."""
+        n, place_BP = self.patchify.n, vit.random_order(len(x), self.patchify.n, x.device)
+        share_B1 = torch.empty(len(x), 1, device=x.device).uniform_(self.least_masked, self.most_masked)
+        masked_BP: Tensor = place_BP < (share_B1 * n - 1e-4).ceil().clamp(0, n - 1)
+        return masked_BP & self.training
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        masked_BP = self.draw_mask(x)
+        patches_BPW = torch.where(masked_BP[..., None], self.mask_W, self.encoder.embed(x))
+        z = self.encoder.read(patches_BPW + self.encoder.position_PW)
+        nll = self.nll(self.decoder(z), x).mean()
+        if self.aux is None:
+            return {"loss": nll, "nll": nll}
+        error_BP = (at_least_float32(self.aux(z)) - hog(at_least_float32(x), self.patchify)).square().sum(1).flatten(1)
+        counts_BP = masked_BP | ~masked_BP.any(1, keepdim=True)
+        features = ((error_BP * counts_BP).sum(1) / counts_BP.sum(1)).mean() * self.patchify.n
+        return {"loss": nll + self.aux_weight * features, "nll": nll, "hog": features}

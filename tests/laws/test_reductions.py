@@ -67,6 +67,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "ae1svm": {"hidden_dims": (24,), "latent_dim": 6, "n_frequencies": 40},
     "deep_svdd": {"hidden_dims": (24,), "latent_dim": 6, "nu": 0.2},
     "alad": {"hidden_dims": (24,), "latent_dim": 6, "discriminator_dims": (24, 16), "nll_weight": 0.5},
+    "f_anogan": {"hidden_dims": (24,), "latent_dim": 6, "discriminator_dims": (24, 16), "feature_weight": 0.5},
     "vae": {"hidden_dims": (24,), "latent_dim": 6, "beta": 2.0},
     "beta_vae": {"hidden_dims": (24,), "latent_dim": 6},
     "annealed_vae": {"hidden_dims": (24,), "latent_dim": 6, "gamma": 5.0},
@@ -173,7 +174,7 @@ ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior")
 # trained with the scale that suits the batch, evaluated with its running mean; the likelihood is its own
 OWN_SCALE = ("sigma_vae", "sq_vae", "batch_topk_sae", "matryoshka_sae", "dagmm", *ROUNDED)
 # the score is another than -log p(x | xhat)
-OWN_SCORE = ("dagmm", "ganomaly", "ae1svm", "deep_svdd", "alad", "pixelcnn", "index_transformer", *ROUNDED)
+OWN_SCORE = ("dagmm", "ganomaly", "ae1svm", "deep_svdd", "alad", "f_anogan", "pixelcnn", "index_transformer", *ROUNDED)
 # nll + kl, whatever these are
 PLAIN = (
     *("semi_supervised_m1", "logcosh_vae", "denoising_vae", "msssim_vae", "perceptual_vae", "ada_gvae", "mlvae"),
@@ -302,6 +303,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "ae1svm": {"svm": 1.0},
         "deep_svdd": {"svdd": 1.0},
         "alad": {"nll": -0.5, "adversarial": 1.0, "cycle_x": 1.0, "cycle_z": 1.0},
+        "f_anogan": {"features": 0.5},
         "vae": {"kl": 2.0},
         "beta_vae": {"kl": 4.0},
         "annealed_vae": {"kl": 5.0},

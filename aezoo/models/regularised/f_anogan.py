@@ -1,0 +1,150 @@
+"""f-AnoGAN, fast unsupervised anomaly detection (Schlegl et al. 2019), https://doi.org/10.1016/j.media.2019.01.010
+
+A Wasserstein GAN learns what samples look like, an encoder to find a sample's code again (izi_f of the paper):
+
+    L_E = -log p(x | xhat) + kappa X ||f(x) - f(xhat)||^2 / F     xhat = G(E(x)), f the input of D's last layer
+    L_G = -E[D(G(z))] + alpha L_E     z ~ p(z) = N(0, I)
+    L_D = E[D(G(z))] - E[D(x)] + lam E[(||dD(m)/dm|| - 1)^2]     m = a x + (1 - a) G(z), a ~ U[0, 1] for each sample
+
+L_E, the value of `loss` and, of a sample, the score, is in nats: squared errors are sums over the X values of a sample,
+those of F features means times X. With the Gaussian of variance 1/2 it is X times the paper's, a mean over both, and a
+constant. Each loss trains its own network alone; L_G and L_D, in units of D, are in `loss` by their gradients.
+
+In the paper alpha is 0, and E learns after G and D, which takes five steps for each of G. Here all step at once, D at a
+higher rate: for alpha = 0 E moves neither of them, so that both are, weight for weight, those trained alone, and E
+follows a G that comes to rest as the learning rate falls. Reconstructions are less like their samples then. Shapes: B
+batch, D code, F features.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.limits import at_least
+from aezoo.nets.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+from aezoo.nets.linear import Linear
+
+
+class Critic(nn.Module):
+    """Features of each sample, and how real it looks, of no bounds: (B, F), (B,)."""
+
+    def __init__(self, body: nn.Module, n_features: int) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(body, nn.LeakyReLU(0.2)), Linear(n_features, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        f_BF = self.body(x)
+        return f_BF, at_least_float32(self.head(f_BF)).squeeze(1)
+
+
+class FAnoGAN(Autoencoder):
+    """A Wasserstein GAN and an encoder for it; what the two do not give back, and the critic misses, is strange.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, size of the code.
+        generator_weight: alpha, how much of the encoder's loss the generator descends on as well; 0 in the paper.
+        feature_weight: kappa, weight of the critic's features.
+        penalty_weight: lam, weight of the critic's gradient penalty.
+        discriminator_dims: widths or channels of the critic, the last is F. Empty: hidden_dims, or 64.
+        discriminator_lr: learning rate of the critic. All betas are 0 and 0.9 unless optimizer sets them.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for all networks.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the generator mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data, see wae_gan; gaussian is the paper's squared error.
+        lr: learning rate of encoder and generator.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    has_prior = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        generator_weight: float = 0.1,
+        feature_weight: float = 1.0,
+        penalty_weight: float = 10.0,
+        discriminator_dims: tuple[int, ...] = (),
+        discriminator_lr: float = 3e-3,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (256,),
+        activation: str = "leaky_relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
+        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
+        self.save_hyperparameters()
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, generator_weight=generator_weight, feature_weight=feature_weight, penalty_weight=penalty_weight)
+        check_discriminator(discriminator_dims, discriminator_lr)
+        self.generator_weight, self.feature_weight = generator_weight, feature_weight
+        self.penalty_weight, self.discriminator_lr, self.code_shape = penalty_weight, discriminator_lr, (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
+        body = nets.encoder(net, self.input_shape, dims[-1:], dims[:-1] if net == "mlp" else dims, activation)
+        self.discriminator = Critic(body, dims[-1])
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return two_groups(self, betas=(0.0, 0.9), both=True)  # those of the authors' code
+
+    def generate(self, e_BD: Tensor) -> Tensor:
+        """decoder(e), whose weights get alpha times their gradient, (B, D) -> (B, *input_shape)."""
+        alpha, named = self.generator_weight, self.decoder.named_parameters()
+        return functional_call(self.decoder, {name: p.detach() + alpha * (p - p.detach()) for name, p in named}, e_BD)
+
+    def missed(self, f_BF: Tensor, f_hat_BF: Tensor) -> Tensor:
+        """X ||f(x) - f(xhat)||^2 / F, (B, F), (B, F) -> (B,)."""
+        return math.prod(self.input_shape) * at_least_float32(f_BF - f_hat_BF).square().mean(1)
+
+    def penalty(self, x: Tensor, made: Tensor) -> Tensor:
+        """(||dD(m)/dm|| - 1)^2 somewhere between two samples, (B, *input_shape), (B, *input_shape) -> (B,)."""
+        share_B = torch.rand(len(x), device=x.device, dtype=x.dtype)
+        mixed = torch.lerp(made, x, share_B.view(-1, *[1] * (x.ndim - 1)))
+        t_B, pullback, *_ = vjp(lambda m: self.discriminator(m)[1], mixed)
+        slope = at_least_float32(pullback(torch.ones_like(t_B))[0]).flatten(1)
+        # where D is flat the norm has no gradient
+        return (slope.square().sum(1).clamp(min=1e-24).sqrt() - 1).square()
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        e_BD = self.encode(x)
+        params = self.generate(e_BD)
+        made = self.decode(torch.randn_like(at_least_float32(e_BD)).to(e_BD.dtype)).to(x.dtype)
+
+        f_BF, t_B = self.discriminator(torch.cat([x, made.detach()]))
+        critic = t_B[len(x) :].mean() - t_B[: len(x)].mean()
+        penalty = self.penalty(x, made.detach()).mean()
+        # to the others the critic is a constant
+        f_hat_BF, t_hat_B = frozen(self.discriminator, torch.cat([self.likelihood.mean(params).to(x.dtype), made]))
+        adversarial = -t_hat_B[len(x) :].mean()
+        nll, features = self.nll(params, x).mean(), self.missed(f_BF[: len(x)].detach(), f_hat_BF[: len(x)]).mean()
+        players = adversarial + critic + self.penalty_weight * penalty
+        loss = nll + self.feature_weight * features + gradient_alone(players)
+        more = {"adversarial": adversarial, "discriminator": critic, "gradient_penalty": penalty}
+        return {"loss": loss, "nll": nll, "features": features, **more}
+
+    def score(self, x: Tensor) -> Tensor:
+        """-log p(x | xhat) + kappa X ||f(x) - f(xhat)||^2 / F, (B, *input_shape) -> (B,)."""
+        params = self.decoder(self.encode(x))
+        f_BF, f_hat_BF = (self.discriminator(each)[0] for each in (x, self.likelihood.mean(params).to(x.dtype)))
+        return self.nll(params, x) + self.feature_weight * self.missed(f_BF, f_hat_BF)
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        weight = next(self.decoder.parameters())
+        return self.decode(torch.randn(n, *self.code_shape, device=weight.device, dtype=weight.dtype))

@@ -157,6 +157,7 @@ RANGES = {
     "start_noise_levels": lambda rng: rng.randint(1, 20),
     "noise_levels": lambda rng: rng.randint(20, 1280),
     "level_steps": lambda rng: rng.randint(0, 500),
+    "code_shape": lambda rng: rng.choice(([], [5])), "tau": lambda rng: rng.uniform(0, 2),
     "full_mask": lambda rng: rng.choice((0.0, 0.5, 1.0)),
     "discriminator_lr": lambda rng: 10 ** rng.uniform(-5, -3),
     "classifier_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 2))],

@@ -56,6 +56,7 @@ MEANING = {
     "level_steps": OFF | NEVER,
     "momentum": OFF, "momentum_steps": OFF | NEVER,
     "least_masked": OFF,
+    "code_shape": {"[]"}, "tau": WEIGHT,
     "temperature": {1.5}, "start_temperature": {1.5}, "temperature_steps": OFF | NEVER, "straight_through": ON,
     "max_discrete_capacity": WEIGHT, "num_labels": OFF, "start_variance": {1.5},
     "capacity_steps": NEVER, "a": {1.5}, "weight": {1.5}, "dataset_size": OFF | NEVER, "group_dim": NONE | OFF,

@@ -143,7 +143,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "asymmetric_kl": {"hidden_dims": (6, 8), "latent_dim": 4, "beta": 2.0, "perceptual_weight": 0.5, "full_mask": 0.3},
     "vqgan": {"hidden_dims": (6, 8), "latent_dim": 4, "codebook_size": 8, "perceptual_weight": 0.5},
     "taesd": {"hidden_dims": (6, 8), "latent_dim": 4},
-    "consistency_decoder": {"hidden_dims": (6, 8), "latent_dim": 4, "nll_weight": 0.5},
+    "consistency_decoder": {"hidden_dims": (6, 8), "latent_dim": 4, "nll_weight": 0.5}, "representation_ae": {"code_shape": (6, 4, 4), "width": 12, "depth": 1, "perceptual_weight": 0.5},
     "diffusers_ae": {"config": {"block_out_channels": [6, 8], "norm_num_groups": 2}, "beta": 2.0},
 }
 # rhohat is a mean over the batch before it enters a logarithm; dead latents are counted over batches; the others
@@ -152,6 +152,7 @@ BATCH_COUPLED = (
     *("sparse_ae_kl", "topk_sae", "annealed_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "beta_tcvae", "joint_vae"),
     *("factor_vae", "vae_gan", "wta_ae", "dagmm", "wae_mmd", "swae", "cw_ae", "topological_ae"),
     *("lfq_vae", "bsq_vae", "soft_vq", "autoencoder_kl", "eq_vae", "asymmetric_kl", "vqgan", "mine_vae", "va_vae"),
+    "representation_ae",
 )
 # what is estimated depends on how many samples there are
 BATCH_SIZED = ("beta_tcvae", "wta_ae", "wae_mmd", "cw_ae", "topological_ae")
@@ -167,12 +168,13 @@ NOISY = (
     *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae"),
     *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl", "gamma_vae"),
     *("triplet_vae", "eq_vae", "asymmetric_kl", "mvae", "mmvae", "mopoe_vae", "sq_vae", "mine_vae", "va_vae"),
-    *("diffusers_ae", "jmvae", "mvtcae", "mmvae_plus"),
+    *("diffusers_ae", "jmvae", "mvtcae", "mmvae_plus", "representation_ae"),
 )
 # evaluated with whole numbers, trained with noise in place of rounding
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior")
-# trained with the scale that suits the batch, evaluated with its running mean; the likelihood is its own
-OWN_SCALE = ("sigma_vae", "sq_vae", "batch_topk_sae", "matryoshka_sae", "dagmm", *ROUNDED)
+# trained with the scale that suits the batch, evaluated with its running mean; the likelihood is its own, or codes are
+# noisy in training alone
+OWN_SCALE = ("sigma_vae", "sq_vae", "representation_ae", "batch_topk_sae", "matryoshka_sae", "dagmm", *ROUNDED)
 # the score is another than -log p(x | xhat)
 OWN_SCORE = ("dagmm", "ganomaly", "ae1svm", "deep_svdd", "alad", "f_anogan", "pixelcnn", "index_transformer", *ROUNDED)
 # nll + kl, whatever these are
@@ -342,7 +344,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "lfq_vae": {"entropy": 0.3, "diversity": -0.3, "commitment": 0.25},
         "bsq_vae": {"entropy": 0.3, "diversity": -0.3},
         **{key: {"kl": 2.0, "perceptual": 0.5} for key in ("autoencoder_kl", "eq_vae", "asymmetric_kl", "va_vae")},
-        "consistency_decoder": {"nll": -0.5, "consistency": 1.0},
+        "consistency_decoder": {"nll": -0.5, "consistency": 1.0}, "representation_ae": {"perceptual": 0.5},
         "vqgan": {"commitment": 0.25, "codebook": 1.0, "perceptual": 0.5},
         **{key: {"kl": 1.0} for key in PLAIN},
         # lam of 0.01, of squared errors of values to 255 and of bits

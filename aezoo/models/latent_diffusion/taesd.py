@@ -13,21 +13,17 @@ hidden_dims of (64, 64, 64) and latent_dim 4, f and g have the 1,222,532 and 1,2
 decoder was trained against a discriminator as well. Shapes: B batch.
 """
 
-from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import aezoo
 from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
-from aezoo.errors import AezooError
-from aezoo.hub_files import on_disk
+from aezoo.autoencoder import at_least_float32
 from aezoo.limits import at_least
 from aezoo.nets.conv import CONVS, grids
+from aezoo.taught import Taught, teacher_path
 
 
 class Clamp(nn.Module):
@@ -50,7 +46,7 @@ class Block(nn.Module):
         return x
 
 
-class TAESD(Autoencoder):
+class TAESD(Taught):
     """A small deterministic autoencoder that learns codes and images of a larger one.
 
     Args:
@@ -66,6 +62,8 @@ class TAESD(Autoencoder):
         lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
         warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
+
+    fitted_by = "latent_dim and hidden_dims"
 
     def __init__(
         self,
@@ -84,11 +82,7 @@ class TAESD(Autoencoder):
     ) -> None:
         how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
         super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
-        teacher = str(teacher)
-        if teacher != "none" and len(Path(teacher).parts) < 2:
-            if not teacher or not Path(teacher).exists():
-                raise AezooError(f"teacher takes none or the path of a model of the zoo, got {teacher!r}")
-            teacher = str(Path(teacher).absolute())  # still a path where there is no such file
+        teacher = teacher_path(teacher)
         self.save_hyperparameters()
         at_least(1, latent_dim=latent_dim)
         self.teacher, self.code_shape = teacher, nets.map_shape("conv", self.input_shape, hidden_dims, latent_dim)
@@ -103,33 +97,6 @@ class TAESD(Autoencoder):
             up += [nn.Upsample(grid), conv(a, b, 3, padding=1, bias=False)]
         self.encoder = nn.Sequential(*down, conv(widths[-1], latent_dim, 3, padding=1))
         self.decoder = nn.Sequential(*up, Block(conv, widths[0], activation), conv(widths[0], channels, 3, padding=1))
-        # in a tuple, which keeps it from the state_dict, the optimiser, train() and the exchange between ranks
-        self.frozen: tuple[Autoencoder, ...] = ()
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        for model in self.frozen:
-            model._apply(fn)
-        return super()._apply(fn, recurse)
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        if self.teacher != "none":
-            self.taught_by()
-
-    def taught_by(self) -> Autoencoder:
-        """The teacher, read from its file at the first call: not in the constructor, so that a model loads without.
-
-        Raises:
-            AezooError: there is no such model, or it does not fit the data or the code.
-        """
-        if not self.frozen:
-            model = aezoo.load_model(on_disk(self.teacher))
-            theirs, own = ((each.input_shape, each.code_shape) for each in (model, self))
-            if theirs != own:
-                cure = "set latent_dim and hidden_dims to fit, or take another"
-                raise AezooError(f"teacher: {self.teacher} has samples and codes of {theirs}, not {own}: {cure}")
-            self.frozen = (model.requires_grad_(False).to(next(self.decoder.parameters())),)
-        return self.frozen[0]
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z = self.encode(x)

@@ -1,0 +1,150 @@
+"""RAE, representation autoencoder (Zheng et al. 2025), https://arxiv.org/abs/2510.11690
+
+An encoder f that was trained for something else stays as it is. A vision transformer g learns to decode what it sees
+through noise, and so to forgive what a diffusion model of the codes z gets wrong; in nats per sample:
+
+    L = R + w_D lambda L_G     R = -log p(x | g(z + n)) + w_P X P(x, xhat)     z = (f(x) - m) / s
+    n ~ N(0, sigma^2 I)     sigma ~ |N(0, tau^2)| for each sample of a step of training; else n = 0
+
+with P, L_G, the discriminator's L_D and lambda as in vqgan: sums over the X values of a sample, for each of which P
+counts; L_G and L_D by their gradients alone, from discriminator_start steps on. With the Laplace likelihood -log p is
+||x - xhat||_1 and a constant. m and s are mean and deviation of each channel over all codes of training so far. In the
+authors' code and in diffusers f ends in a layer norm without weights, m and s come after the noise, and sigma ~ U(0,
+tau). f is the encoder of a model of the zoo, the teacher, whose weights are not saved: to encode and to score takes its
+file, to decode does not. Without a teacher f is a vision transformer that keeps its random start. The zoo's `rae` is
+another model, the regularised autoencoder of 2020. Shapes: B batch, C channels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.nets import adversarial, vit
+from aezoo.nets.adversarial import frozen, gradient_alone, with_gradient
+from aezoo.nets.conv import head
+from aezoo.nets.features import FeatureDistance
+from aezoo.nets.linear import Linear
+from aezoo.nets.standardise import Standardiser
+from aezoo.taught import Taught, teacher_path
+
+
+class RepresentationAE(Taught):
+    """A decoder for the codes of an encoder that is not trained.
+
+    Args:
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
+        teacher: none, or the path of a run, checkpoint or saved model of the zoo, whose codes are decoded.
+        code_shape: of the teacher's codes, a vector or a map; empty is that of mae, 64 channels for each patch.
+        tau: the noise's scale in training, 0.8 in the paper.
+        features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
+        perceptual_weight: w_P.
+        discriminator_weight: w_D.
+        discriminator_start: optimiser steps before the discriminator counts; half of all in the paper.
+        discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: 32 and 64.
+        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
+        width: size of the decoder's tokens, one for each place of a code that is a map.
+        depth: blocks of the decoder.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, within a block.
+        likelihood: how outputs are compared with data, see vae; laplace is the paper's absolute error.
+        lr: learning rate of the decoder.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    fitted_by = "code_shape"
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        teacher: str = "none",
+        code_shape: tuple[int, ...] = (),
+        tau: float = 0.8,
+        features: str = "random",
+        perceptual_weight: float = 1.0,
+        discriminator_weight: float = 0.75,
+        discriminator_start: int = 0,
+        discriminator_dims: tuple[int, ...] = (),
+        discriminator_lr: float = 1e-4,
+        width: int = 64,
+        depth: int = 4,
+        activation: str = "gelu",
+        likelihood: str = "laplace",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
+        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
+        teacher = teacher_path(teacher)
+        self.save_hyperparameters()
+        at_least(1, width=width, depth=depth)
+        at_least(0, tau=tau, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
+        adversarial.check_discriminator(discriminator_dims, discriminator_lr, discriminator_start)
+        if len(code_shape) not in (0, 1, len(self.input_shape)) or any(int(n) != n or n < 1 for n in code_shape):
+            raise AezooError(f"code_shape takes (C,), or C and {len(self.input_shape) - 1} sides, got {code_shape}")
+        self.teacher, self.tau, self.perceptual_weight = teacher, tau, perceptual_weight
+        self.discriminator_weight, self.discriminator_lr = discriminator_weight, discriminator_lr
+        self.discriminator_start, self.distance = discriminator_start, FeatureDistance(features, self.input_shape)
+        sides = [-(-n // places) for n, places in zip(self.input_shape[1:], code_shape[1:], strict=False)]
+        patchify = vit.Patchify(self.input_shape, max(sides, default=0))
+        self.code_shape = tuple(code_shape) or (64, *patchify.grid)
+        down, up = head(self.code_shape, (width, *patchify.grid), len(patchify.grid))
+        place, blocks = vit.Positions(patchify.grid, width), vit.blocks((width,) * depth, activation)
+        out = Linear(width, patchify.size), vit.Unpatchify(patchify)
+        self.encoder, self.decoder = nn.Identity(), nn.Sequential(up, vit.ToTokens(), place, *blocks, *out)
+        if teacher == "none":
+            layers = patchify, vit.embedding(patchify.size, width), place, *vit.blocks((width,) * depth, activation)
+            self.encoder = nn.Sequential(*layers, vit.ToMap(patchify.grid), down).requires_grad_(False)
+        self.discriminator = adversarial.PatchDiscriminator(self.input_shape, tuple(discriminator_dims) or (32, 64))
+        self.normaliser = Standardiser(self.code_shape[0], decay=1.0)
+        self.keep_steps()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        rest, judge = adversarial.two_groups(self, betas=(0.5, 0.9), both=True)
+        return [{**rest, "params": [p for p in rest["params"] if p.requires_grad]}, judge]
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.distance.read()
+
+    def represent(self, x: Tensor) -> Tensor:
+        """What f gives, without a gradient for f: (B, *input_shape) -> (B, *code_shape)."""
+        f: Tensor = self.encoder(x if self.teacher == "none" else self.taught_by().encode(x))
+        return f
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.normaliser.forward(self.represent(x))
+
+    def noised(self, z: Tensor) -> Tensor:
+        """The decoder's input in training, z + n: (B, *code_shape) -> (B, *code_shape)."""
+        one = [1] * (z.ndim - 1)
+        sigma, n = (torch.randn(len(z), *rest, device=z.device, dtype=z.dtype) for rest in (one, z.shape[1:]))
+        return z + self.tau * sigma.abs() * n
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        f = at_least_float32(self.represent(x)).detach()
+        if self.training:
+            self.normaliser.observe(f.reshape(*f.shape[:2], -1), self.batch_mean)
+        z = self.noised(self.normaliser(f)) if self.training else self.normaliser(f)
+        params, to_last_layer = adversarial.by_last_layer(self.decoder, z.to(x.dtype))
+        image, distance = self.likelihood.mean, self.distance.beside(x)
+        nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
+        perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
+        gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
+        g_R = g_nll + self.perceptual_weight * g_P
+        weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan)))
+        judged = self.discriminator(torch.cat([x, image(params).detach().to(x.dtype)]))
+        hinge = adversarial.hinge(*judged.chunk(2))
+        started = self.share_of_steps(self.discriminator_start) >= 1
+        players = gradient_alone(started * (self.discriminator_weight * weight * gan + hinge))
+        terms = {"perceptual": perceptual, "adversarial": gan, "adaptive_weight": weight, "discriminator": hinge}
+        return {"loss": nll + self.perceptual_weight * perceptual + players, "nll": nll, **terms}

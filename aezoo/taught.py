@@ -1,0 +1,67 @@
+"""Models that have another one, trained before and left as it is, beside them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import aezoo
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.hub_files import on_disk
+
+
+def teacher_path(teacher: str) -> str:
+    """The argument `teacher` as it is kept: none, or a path, of a file beside the program in full.
+
+    Raises:
+        AezooError: neither of them.
+    """
+    teacher = str(teacher)
+    if teacher != "none" and len(Path(teacher).parts) < 2:
+        if not teacher or not Path(teacher).exists():
+            raise AezooError(f"teacher takes none or the path of a model of the zoo, got {teacher!r}")
+        teacher = str(Path(teacher).absolute())  # still a path where there is no such file
+    return teacher
+
+
+class Taught(Autoencoder):
+    """An autoencoder with a teacher, a model of the zoo that is not trained; a subclass sets `teacher` and code_shape.
+
+    The teacher goes where the model goes, but is no part of it: its weights are not saved.
+
+    Attributes:
+        teacher: none, or the teacher's path, see `teacher_path`.
+        frozen: the teacher, once it is read.
+        fitted_by: the arguments that the shape of a code depends on.
+    """
+
+    fitted_by: ClassVar[str]
+
+    teacher: str
+    # in a tuple, which keeps it from the state_dict, the optimiser, train() and the exchange between ranks
+    frozen: tuple[Autoencoder, ...] = ()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        for model in self.frozen:
+            model._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.teacher != "none":
+            self.taught_by()
+
+    def taught_by(self) -> Autoencoder:
+        """The teacher, read from its file at the first call: not in the constructor, so that a model loads without.
+
+        Raises:
+            AezooError: there is no such model, or it does not fit the data or the code.
+        """
+        if not self.frozen:
+            model = aezoo.load_model(on_disk(self.teacher))
+            theirs, own = ((each.input_shape, each.code_shape) for each in (model, self))
+            if theirs != own:
+                cure = f"set {self.fitted_by} to fit, or take another"
+                raise AezooError(f"teacher: {self.teacher} has samples and codes of {theirs}, not {own}: {cure}")
+            self.frozen = (model.requires_grad_(False).to(next(self.decoder.parameters())),)
+        return self.frozen[0]

@@ -43,7 +43,8 @@ OVERFIT_LATE = (
     *("miwae", "aae", "simmim", "semi_supervised_vae", "vq_vae", "vae_gan", "conditional_vae", "matryoshka_sae"),
     *("mae", "matching_pursuit_sae", "autoencoder_kl", "vqgan", "joint_ar_hyperprior", "checkerboard"),
     *("mean_scale_hyperprior", "scale_hyperprior", "factorized_prior", "alad", "gained_hyperprior"),
-    *("eq_vae", "sq_vae", "asymmetric_kl", "va_vae", "taesd", "diffusers_ae", "consistency_decoder", "ijepa", "maetok", "f_anogan", "representation_ae"),
+    *("eq_vae", "sq_vae", "asymmetric_kl", "va_vae", "taesd", "diffusers_ae", "consistency_decoder"),
+    *("ijepa", "maetok", "f_anogan", "representation_ae"),
 )
 OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer", "elic", "cheng2020", "vdvae")
 # of each kind of network and of what stands between encoder and decoder

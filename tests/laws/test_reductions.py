@@ -143,7 +143,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "asymmetric_kl": {"hidden_dims": (6, 8), "latent_dim": 4, "beta": 2.0, "perceptual_weight": 0.5, "full_mask": 0.3},
     "vqgan": {"hidden_dims": (6, 8), "latent_dim": 4, "codebook_size": 8, "perceptual_weight": 0.5},
     "taesd": {"hidden_dims": (6, 8), "latent_dim": 4},
-    "consistency_decoder": {"hidden_dims": (6, 8), "latent_dim": 4, "nll_weight": 0.5}, "representation_ae": {"code_shape": (6, 4, 4), "width": 12, "depth": 1, "perceptual_weight": 0.5},
+    "consistency_decoder": {"hidden_dims": (6, 8), "latent_dim": 4, "nll_weight": 0.5},
+    "representation_ae": {"code_shape": (6, 4, 4), "width": 12, "depth": 1, "perceptual_weight": 0.5},
     "diffusers_ae": {"config": {"block_out_channels": [6, 8], "norm_num_groups": 2}, "beta": 2.0},
 }
 # rhohat is a mean over the batch before it enters a logarithm; dead latents are counted over batches; the others
@@ -344,7 +345,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "lfq_vae": {"entropy": 0.3, "diversity": -0.3, "commitment": 0.25},
         "bsq_vae": {"entropy": 0.3, "diversity": -0.3},
         **{key: {"kl": 2.0, "perceptual": 0.5} for key in ("autoencoder_kl", "eq_vae", "asymmetric_kl", "va_vae")},
-        "consistency_decoder": {"nll": -0.5, "consistency": 1.0}, "representation_ae": {"perceptual": 0.5},
+        "consistency_decoder": {"nll": -0.5, "consistency": 1.0},
+        "representation_ae": {"perceptual": 0.5},
         "vqgan": {"commitment": 0.25, "codebook": 1.0, "perceptual": 0.5},
         **{key: {"kl": 1.0} for key in PLAIN},
         # lam of 0.01, of squared errors of values to 255 and of bits

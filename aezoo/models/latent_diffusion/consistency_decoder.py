@@ -7,12 +7,13 @@ f takes samples with any noise, and the code z = g(x), in one step to what they 
     c_skip = s_d^2 / ((s - s_0)^2 + s_d^2)     c_out = s_d (s - s_0) / sqrt(s^2 + s_d^2)
     d(a, b) = sqrt(||a - b||^2 + c^2) - c     c = 0.00054 sqrt(X)
     s_n = (s_0^1/7 + n/N (s_N^1/7 - s_0^1/7))^7     P(n) ~ Phi(s_n+1) - Phi(s_n), log s of mean -1.1, deviation 2
-    xhat = f(s_N e_0, s_N, z)     R = -log p(x|xhat) = ||x - xhat||^2 + const, a Gaussian of variance 1/2
+    xhat = f(0, s_N, z)     R = -log p(x|xhat) = ||x - xhat||^2 + const, a Gaussian of variance 1/2
 
 Consistency training (Song et al. 2023, https://arxiv.org/abs/2303.01469), improved (Song & Dhariwal 2023,
 https://arxiv.org/abs/2310.14189): N doubles from start_noise_levels to noise_levels over level_steps, theirs are the
-whole run. R is not theirs: it is what one step of N = 1 compares. With w = 0 images of short runs are worse. e_0 is
-drawn once and kept: a code has one image. z has no KL, as L bounds no likelihood. F gets z as channels, enlarged.
+whole run. R is not theirs: it is what one step of N = 1 compares. With w = 0 images of short runs are worse. Images
+are made of the mean noise, which is none: the same for each code, and nearer to samples, with either w, than of noise
+that is drawn. z has no KL term, as L bounds no likelihood. F gets z as channels, enlarged.
 
 Shapes: B batch, X data dimensions.
 """
@@ -35,12 +36,10 @@ LOG_MEAN, LOG_STD, RHO = -1.1, 2.0, 7
 class ConsistencyDecoder(nn.Module):
     """(B, *code_shape) -> (B, *input_shape), by one step of f from s_N."""
 
-    noise: Tensor
-
     def __init__(self, net: nn.Module, input_shape: tuple[int, ...], *sigmas: float) -> None:
         super().__init__()
-        self.net, (self.sigma_min, self.sigma_max, self.sigma_data) = net, sigmas
-        self.register_buffer("noise", torch.randn(1, *input_shape))
+        self.net, self.input_shape = net, input_shape
+        self.sigma_min, self.sigma_max, self.sigma_data = sigmas
 
     def f(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
         """What noisy samples are without noise of deviation s, (B or 1, 1, ..., 1): (B, *input_shape), same."""
@@ -50,9 +49,8 @@ class ConsistencyDecoder(nn.Module):
         return skip * x + out * at_least_float32(self.net(x / scale, s.log().flatten(1) / 4, z))
 
     def forward(self, z: Tensor) -> Tensor:
-        noise = at_least_float32(self.noise)
-        s = noise.new_full([1] * noise.ndim, self.sigma_max)
-        return self.f(s * noise.expand(len(z), *noise.shape[1:]), s, z).to(z.dtype)
+        x = at_least_float32(z).new_zeros(z.shape[0], *self.input_shape)
+        return self.f(x, x.new_full([1] * x.ndim, self.sigma_max), z).to(z.dtype)
 
 
 class ConsistencyDecoderAE(Autoencoder):

@@ -6,9 +6,12 @@ A verb is a function whose keyword arguments, with their types, defaults and doc
 import argparse
 import importlib
 import inspect
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -96,7 +99,8 @@ def main(argv: list[str]) -> None:
     common = {"batch_size": config.get("batch_size"), "seed": config.get("seed"), "progress": True}
     settings |= {key: value for key, value in common.items() if key in accepted}
     before = set(out.glob("*"))
-    result: Result = function(model=model, out=str(out), **settings)
+    with _cleaning_up():
+        result: Result = function(model=model, out=str(out), **settings)
     text = result.summary()
     print(f"{text}\n" if text else "", end="")
     if trained["scaling"] and verb in _OF_SAMPLES:
@@ -108,6 +112,19 @@ def main(argv: list[str]) -> None:
         return
     for file in result.files:
         print(file)
+
+
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """SIGTERM, by which clusters end jobs, leaves no half written files, which may be large: it ends us like Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which alone may ask for signals
+        return
+    before = signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parser_of(verb: str, function: Callable[..., Any]) -> Parser:

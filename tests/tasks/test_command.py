@@ -1,7 +1,9 @@
 """The verbs on the command line: models and samples from files, results into a folder, errors of one line."""
 
 import csv
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -254,6 +256,24 @@ def test_a_saved_model_takes_settings_of_the_data(run, tmp_path, capsys, form):
 )
 def test_mistakes_end_in_one_line(run, capsys, flags, words):
     assert words in refused(capsys, "reconstruct", *[str(run) if flag == "RUN" else flag for flag in flags])
+
+
+def test_sigterm_leaves_nothing_half_written(run, tmp_path, monkeypatch):
+    from aezoo.tasks import reconstruct
+
+    def ended(*_):
+        assert len(list(tmp_path.iterdir())) == 2
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(reconstruct, "_picture", ended)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is to be there afterwards
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main(["reconstruct", "--ckpt_path", str(run), f"--out={tmp_path}"])
+        assert end.value.code == 143 and list(tmp_path.iterdir()) == []
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_help_names_the_flags_of_the_verb_and_needs_no_model(capsys):

@@ -87,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"aezoo: cannot read or write {error.filename}: {error.strerror}; give another path", file=sys.stderr)
+        print(
+            f"aezoo: cannot read or write {os.fsdecode(error.filename)}: {error.strerror}; give another path",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("\naezoo: interrupted", file=sys.stderr)

@@ -422,9 +422,10 @@ def main(argv: list[str]) -> None:
         if not isinstance(cause, OSError) or cause.errno not in _DISK:
             raise
         flag = "--predictions.folder" if argv[0] == "predict" else "--trainer.default_root_dir"
+        where = os.fsdecode(cause.filename or "the run folder")
         raise AezooError(
-            f"cannot read or write {cause.filename or 'the run folder'}: {cause.strerror}; what was saved before is "
-            f"kept: make room, or choose a folder that can be written with {flag}"
+            f"cannot read or write {where}: {cause.strerror}; what was saved before is kept: make room, or choose a "
+            f"folder that can be written with {flag}"
         ) from error
     finally:
         threading.excepthook = report_thread

@@ -160,7 +160,8 @@ def test_a_logger_that_cannot_write(capsys, monkeypatch, code):
     from torch.utils.tensorboard import SummaryWriter
 
     def full(*args, **kwargs):
-        raise OSError(code, "the reason", "runs/events")
+        # TensorBoard's writer names its files in bytes
+        raise OSError(code, "the reason", b"runs/events" if code == errno.EACCES else "runs/events")
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
     line = refused(capsys, *FIT)

@@ -74,7 +74,15 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         log_dir = trainer.log_dir  # broadcasts, so every rank must ask
-        if stage == "fit" and trainer.is_global_zero and log_dir is not None and not self.already_saved:
+        # a run that goes on keeps its own until the checkpoint is found to fit what is set now
+        if stage == "fit" and log_dir is not None and not (Path(log_dir) / self.config_filename).exists():
+            self._write(trainer, pl_module, log_dir)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, pl_module, trainer.log_dir)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, log_dir: str | None) -> None:
+        if trainer.is_global_zero and log_dir is not None and not self.already_saved:
             config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
             config.pop("ckpt_path", None)
             config = {key: config.pop(key) for key in ("model", "data")} | config

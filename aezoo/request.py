@@ -115,6 +115,9 @@ def expand(argv: list[str]) -> Request:
         content = checkpoint.read_checkpoint(source)
         checkpoint.note_version(content.get("aezoo"), source)
         stored = values.plain(content.get("hyper_parameters", {}), f"{source}: its hyperparameters")
+        if command == "fit" and not {"optimizer_states", "lr_schedulers"} <= content.keys():
+            raise AezooError(f"{source} holds weights alone, and no state of a training to go on from: give another "
+                             "checkpoint of its run, or fine-tune from Python with aezoo.load_model")  # fmt: skip
         settings = _settings(command, content, source, run, optional=given is not None)
         _take_out_repeated(settings, flags)
         flags = ["--config", json.dumps(settings), *flags]

@@ -406,6 +406,26 @@ def test_a_checkpoint_alone_is_enough_for_validate_test_predict_and_resume(capsy
     assert not Path("runs/vae-digits/1").exists()
 
 
+def test_a_fit_that_is_refused_leaves_the_settings_of_its_run(capsys):
+    fit("--model", "dense_ae")
+    config = Path("runs/dense_ae-digits/0/config.yaml")
+    before = config.read_text()
+    for flag in ("--model=linear_ae", "--model.latent_dim=7"):
+        line = refused(capsys, "fit", "--ckpt_path=runs/dense_ae-digits/0", "--trainer.max_epochs=2", flag)
+        assert "do not fit the model" in line and config.read_text() == before
+
+
+def test_weights_alone_are_no_training_to_go_on_with(capsys):
+    fit("--model=dense_ae", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_weights_only=true",
+        "--trainer.callbacks.dirpath=lean")  # fmt: skip
+    (lean,) = map(str, Path("lean").iterdir())
+    line = refused(capsys, "fit", "--ckpt_path", lean, "--trainer.max_epochs=2")
+    assert f"{lean} holds weights alone" in line and "aezoo.load_model" in line
+    cli.main(["test", "--ckpt_path", lean])
+    out = capsys.readouterr().out
+    assert "test/loss" in out and "run folder" not in out
+
+
 def test_flags_beat_the_checkpoint_and_a_difference_is_said(capsys):
     fit("--model", "dense_ae")
     cli.main(["fit", "--ckpt_path", "runs/dense_ae-digits/0", "--trainer.max_epochs", "2", "--model.lr", "0.5"])

@@ -516,7 +516,7 @@ def test_what_cannot_be_written_is_one_line_and_keeps_what_was(run, monkeypatch,
     if how == "full":
         monkeypatch.setattr(os, "fdopen", lambda handle, mode: Full(true_fdopen(handle, mode)))
         # the settings are longer, too
-        monkeypatch.setattr(lightning_cli.SaveConfig, "setup", lambda *args, **kwargs: None)
+        monkeypatch.setattr(lightning_cli.SaveConfig, "_write", lambda *args, **kwargs: None)
     else:
         monkeypatch.setattr(os, "open", read_only)
     line = refused(capsys, *SHORT, "--trainer.max_epochs=3", "--resume", "auto")

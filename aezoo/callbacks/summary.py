@@ -73,7 +73,8 @@ class Summary(pl.Callback):
         self._best.load_state_dict(state_dict)
 
     def _places(self, trainer: pl.Trainer) -> dict[str, str]:
-        rows = {"run folder": _short(self._folder)}
+        # who tests a checkpoint that lies by itself makes none
+        rows = {"run folder": _short(self._folder)} if self._folder.is_dir() else {}
         pictures = self._folder / "pictures"
         if pictures.is_dir():
             rows["pictures"] = _short(pictures)

@@ -28,10 +28,12 @@ class Parser(LightningArgumentParser):
 def check_flags(argv: list[str], model: str | None, parser: LightningArgumentParser) -> None:
     """Refuse an unknown flag with the nearest known one, before jsonargparse does it in five lines."""
     known = _flags(parser)
-    for token in argv[1:]:
+    for token, after in zip(argv[1:], [*argv[2:], "--"], strict=False):
         flag = token.partition("=")[0].rstrip("+")
         if not flag.startswith("--") or flag in known or flag == "--model.help":
             continue
+        if flag.startswith("--model.") and "=" not in token and after.startswith("--"):
+            raise AezooError(f"{flag} needs a value")  # of which jsonargparse would say that --model needs one
         if flag.replace(".init_args", "") in [f"--model.{name}" for name in FROM_DATA]:
             raise AezooError(f"{flag} is what the data say: leave it out, or change them by --data...")
         candidates = known
@@ -71,7 +73,10 @@ def plain(message: str, parser: LightningArgumentParser) -> str:
         return f"unknown setting {name}{_near(f'--{name}', _flags(parser)).replace('--', '')}"
     bare = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
     if bare:
-        return f"{bare[1]!r} belongs to no flag: a model is --model {bare[1]}, a recipe or a file -c {bare[1]}"
+        meant = {"--model": "a model", "-c": "a recipe or a file", "--ckpt_path": "a run", "--input": "what to work on"}
+        known = {"-c", *_flags(parser)} if "--config" in _flags(parser) else _flags(parser)
+        cures = [f"{kind} is {flag} {bare[1]}" for flag, kind in meant.items() if flag in known]
+        return f"{bare[1]!r} belongs to no flag: {', '.join(cures)}"
     unread = re.search(r'Parser key "(\w+)": Unable to load config "(.*)"', message)
     if unread:
         return f"--{unread[1]} {unread[2]}: no such file, or none with settings in YAML"

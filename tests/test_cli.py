@@ -90,7 +90,14 @@ def test_what_is_read_before_the_files_is_not_read_from_them(flag, capsys):
 
 
 def test_words_without_a_flag_and_classes_that_do_not_exist_are_answered(capsys):
-    assert "'vae' belongs to no flag: a model is --model vae" in refused(capsys, "fit", "vae")
+    assert "'vae' belongs to no flag: a model is --model vae, a recipe or a file is -c vae" in refused(
+        capsys, "fit", "vae"
+    )
+    line = refused(capsys, "reconstruct", "runs/vae/0")
+    assert line.endswith("no flag: a run is --ckpt_path runs/vae/0, what to work on is --input runs/vae/0")
+    for after in ([], ["--data=digits"]):
+        line = refused(capsys, "fit", "--model=vae", "--model.latent_dim", *after)
+        assert line == "aezoo: --model.latent_dim needs a value"
     line = refused(capsys, "fit", "--model=vae", "--trainer.callbacks+=Foo")
     assert "trainer.callbacks: no class is named Foo" in line and "--trainer.callbacks.help" in line
     for name in ("input_shape", "num_classes"):

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -355,6 +355,7 @@ class DataModule(Checked, LightningDataModule):
         """
         check_columns(str(self.hparams["root"] if self.name == "array" else self.name), self.source.columns,
                       state_dict.get("columns", ()))  # fmt: skip
+        self.note_scaling(state_dict.get("scaling", {}), state_dict.get("white"))
         _, world = self._rank_and_world()
         # who evaluates takes no part in the epoch
         trains = self.trainer is None or self.trainer.state.fn in (None, "fit")
@@ -370,6 +371,22 @@ class DataModule(Checked, LightningDataModule):
                     f"take --{flag} {was}, or a checkpoint from the end of an epoch, such as best-*.ckpt"
                 )
         self._position = (state_dict.get("epoch", -1), state_dict.get("batches", 0))
+
+    def note_scaling(self, trained: Mapping[str, Tensor], white: int | None) -> None:
+        """Say of other data than a model was trained on that their own statistics scale them.
+
+        Args:
+            trained: what those were scaled by, as `state_dict` has it.
+            white: what white was in those; known where nothing was to be scaled.
+        """
+        scaling = getattr(self.source, "scaling", None)
+        own = {} if scaling is None else scaling.state()
+        same = trained.keys() == own.keys() and all(torch.equal(trained[key].cpu(), own[key].cpu()) for key in own)
+        if self._splits and not same and (trained or white is not None):
+            rank_zero_info(
+                f"{self.name}: values are scaled by what its own training split holds, otherwise than those that the "
+                "model was trained on (--data.scale); a verb scales what it is given as --input as these were"
+            )
 
     def val_dataloader(self) -> LazyLoader | ResidentLoader:
         return self._loader("val")

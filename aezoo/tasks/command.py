@@ -183,6 +183,7 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
         module = DataModule(**data)
         check_columns(str(module.name), module.source.columns, trained.get("columns", ()))
         splits = module.splits()
+        module.note_scaling(trained["scaling"], trained.get("white"))
     except AezooError as error:
         if needed:
             raise

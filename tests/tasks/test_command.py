@@ -75,6 +75,18 @@ def test_a_file_is_scaled_as_the_training_data_were(run, tmp_path, capsys):
     assert (tmp_path / "errors.csv").read_text().splitlines()[0].endswith("label")
 
 
+@pytest.mark.parametrize("verb", ["reconstruct", "test"])
+def test_other_data_that_are_scaled_otherwise_say_so(run, tmp_path, caplog, verb):
+    with np.load(run.parents[2] / "data.npz") as file:
+        np.savez(tmp_path / "new.npz", x=2 * file["x"], y=file["y"])
+    words = "values are scaled by what its own training split holds"
+    for flags, said in ([], False), (["--data", str(tmp_path / "new.npz")], True):
+        caplog.clear()
+        place = [f"--out={tmp_path}"] if verb == "reconstruct" else []
+        cli.main([verb, "--ckpt_path", str(run), *flags, *place])
+        assert (words in caplog.text) == said
+
+
 def test_tables_say_the_file_and_the_label_that_the_data_have(tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     for i, image in enumerate(pixels):

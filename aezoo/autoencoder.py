@@ -53,6 +53,7 @@ class Autoencoder(Checked, pl.LightningModule):
         discrete_code: a code can be written in indices, see `aezoo.discrete`.
         compares_samples: the loss sets the samples of a batch against each other, so that it depends on how many there
             are; of a batch given twice it need not be the same.
+        not_averaged: names of buffers that hold single codes or samples, of which an average over steps would be none.
         steps_differ: what a training step computes depends on draws, so that no graph of one step holds the others and
             a fit never compiles it.
         compile_mode: whether a fit compiles the loss: auto (where the run is long enough to earn it back), off, or a
@@ -79,6 +80,7 @@ class Autoencoder(Checked, pl.LightningModule):
     sparse_code: ClassVar[bool] = False
     discrete_code: ClassVar[bool] = False
     compares_samples: ClassVar[bool] = False
+    not_averaged: ClassVar[tuple[str, ...]] = ()
     steps_differ: ClassVar[bool] = False
 
     compile_mode: str = "auto"

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from aezoo.arguments import Checked
 from aezoo.callbacks.base import check_count
+from aezoo.constraint import Constrained
 from aezoo.errors import AezooError
 
 
@@ -18,7 +19,8 @@ class EMA(Checked, WeightAveraging):
 
     Validation, pictures, checkpoints and the finished model have the averaged weights; training goes on with its own,
     which checkpoints keep under `current_model_state`. Until its first update the average is the current model.
-    Whole-number buffers, such as counters, are copied and not averaged.
+    Whole-number buffers, such as counters, are copied and not averaged, and so are those in a model's `not_averaged`.
+    What a model holds somewhere, such as directions at norm 1, is put back there: a mean of unit vectors is shorter.
 
     Args:
         decay: share of the old average that is kept; 0 turns the averaging off.
@@ -50,6 +52,19 @@ class EMA(Checked, WeightAveraging):
         if self._average_model is not None:
             # looked at on every update: on an accelerator each look would wait for all work in flight
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        before = self._latest_update_step
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._average_model is None or self._latest_update_step == before:
+            return
+        average = self._average_model.module
+        for name in getattr(pl_module, "not_averaged", ()):
+            average.get_buffer(name).copy_(pl_module.get_buffer(name))
+        if isinstance(average, Constrained):
+            average.after_optimizer_step()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._average_model is not None:

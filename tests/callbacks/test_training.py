@@ -246,6 +246,30 @@ def test_counters_are_copied_not_averaged(fit):
     assert model.level == 0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 3
 
 
+@pytest.mark.parametrize(("name", "settings"), [("topk_sae", {"k": 2}), ("rae", {"regulariser": "sn"})])
+def test_averaged_weights_are_held_where_the_model_holds_its_own(fit, name, settings):
+    """Averages of unit vectors are shorter than 1, and that of a singular vector belongs to no weight."""
+    model = aezoo.create_model(name, (4,), latent_dim=8, lr=0.1, **settings)
+    fit(model, EMA(0.8), max_epochs=4)
+    if name == "rae":
+        layers = [layer for layer in model.decoder.modules() if isinstance(layer, torch.nn.Linear)]
+        norms = [float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) for layer in layers]
+    else:
+        norms = model.decoder.W_NX.norm(dim=1).tolist()
+    assert norms and norms == pytest.approx([1.0] * len(norms), abs=1e-5)
+
+
+def test_codes_that_a_model_has_seen_are_not_averaged(fit):
+    """The average of a row of codes that moves on at each step is none of them: all would be the mean of the data's."""
+    ends = []
+    for callbacks in ([], [EMA(0.8)]):
+        torch.manual_seed(3)
+        model = aezoo.create_model("rhvae", (4,), latent_dim=2, hidden_dims=(8,), n_leapfrog=1, n_centroids=20)
+        fit(model, *callbacks)
+        ends.append(model.centroids_MD.clone())
+    assert torch.equal(*ends)
+
+
 def test_no_decay_is_no_average(fit, tmp_path):
     trace, model = Trace(), Fake((4,))
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}")

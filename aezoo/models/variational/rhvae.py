@@ -56,6 +56,7 @@ class RHVAE(HVAE):
         warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
 
+    not_averaged = ("centroids_MD",)
     centroids_MD: Tensor
 
     def __init__(

@@ -7,6 +7,7 @@ multistep:0.5@0.2,0.6      a schedule: times 0.5 after a fifth of the steps, and
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -227,5 +228,17 @@ def total_steps(trainer: "Trainer") -> int:
         if trainer.max_steps == -1:
             raise AezooError("lr_schedule needs an end and this loader has no length: set --trainer.max_steps")
         return trainer.max_steps
-    steps = trainer.max_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    steps = sum(n * math.ceil(trainer.num_training_batches / batches) for n, batches in _accumulation(trainer))
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+def _accumulation(trainer: "Trainer") -> list[tuple[int, int]]:
+    """How many epochs in a row take a step after how many batches."""
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    end = trainer.max_epochs or 0
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            starts = [start for start in callback.epochs if start < end]
+            return [(b - a, callback.scheduling[a]) for a, b in pairwise([*starts, end])]
+    return [(end, trainer.accumulate_grad_batches)]

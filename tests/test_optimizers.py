@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import lr_scheduler as S
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -30,12 +31,15 @@ class Rates(pl.Callback):
         self.seen.append(optimizer.param_groups[0]["lr"])
 
 
-def rates(loader: Any = None, settings: dict[str, Any] | None = None, **hyperparameters: Any) -> list[float]:
+def rates(
+    loader: Any = None, settings: dict[str, Any] | None = None, callbacks: tuple[Any, ...] = (), **hyperparameters: Any
+) -> list[float]:
     """Train linear_ae on 10 batches an epoch; the rate of every step."""
     model = aezoo.create_model("linear_ae", input_shape=(3,), latent_dim=1, lr=LR, **hyperparameters)
     callback = Rates()
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = pl.Trainer(accelerator="cpu", callbacks=[callback], **silent, **(settings or {"max_epochs": 2}))
+    settings = {"callbacks": [callback, *callbacks], **silent, **(settings or {"max_epochs": 2})}
+    trainer = pl.Trainer(accelerator="cpu", **settings)
     trainer.fit(model, DataLoader(torch.rand(40, 3), batch_size=4) if loader is None else loader)
     assert trainer.global_step == len(callback.seen)
     return callback.seen
@@ -92,6 +96,24 @@ def test_the_rate_follows_the_schedule_of_that_name(name: str, warmup: int) -> N
 def test_the_schedule_ends_with_the_training(settings: dict[str, Any], steps: int) -> None:
     found = rates(settings=settings, lr_schedule="cosine", warmup_steps=2)
     assert found == pytest.approx(expected("cosine", steps, 2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "settings", "steps"),
+    [
+        ({0: 1, 2: 4}, {"max_epochs": 5}, 29),
+        ({1: 5, 3: 2}, {"max_epochs": 4}, 19),
+        ({0: 3, 7: 1}, {"max_epochs": 2}, 8),
+        ({0: 1, 1: 10}, {"max_epochs": 9, "max_steps": 12}, 12),
+    ],
+    ids=str,
+)
+def test_the_schedule_ends_with_the_training_where_accumulation_changes(
+    scheduling: dict[int, int], settings: dict[str, Any], steps: int
+) -> None:
+    """Counted by the batches of a step in the present epoch alone, it would be over with half of the steps to go."""
+    found = rates(settings=settings, callbacks=(GradientAccumulationScheduler(scheduling),), lr_schedule="cosine")
+    assert found == pytest.approx(expected("cosine", steps), rel=1e-6)
 
 
 class Endless(IterableDataset):

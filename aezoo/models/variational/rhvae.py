@@ -100,10 +100,9 @@ class RHVAE(HVAE):
         self.save_hyperparameters()
         if not 1 <= n_centroids <= 100_000:
             raise AezooError(f"n_centroids must be from 1 to 100000, got {n_centroids}")
-        if not 1e-6 <= temperature <= 1e6:
-            raise AezooError(f"temperature must be from 1e-6 to 1e6, got {temperature}")
-        if not 1e-6 <= metric_floor <= 1e6:
-            raise AezooError(f"metric_floor must be from 1e-6 to 1e6, got {metric_floor}")
+        for name, value in (("temperature", temperature), ("metric_floor", metric_floor)):
+            if not 1e-6 <= value <= 1e6:
+                raise AezooError(f"{name} must be from 1e-6 to 1e6, got {value}")
         if not 1 <= n_fixed_point <= _MOST_ITERATIONS:
             raise AezooError(f"n_fixed_point must be from 1 to {_MOST_ITERATIONS}, got {n_fixed_point}")
         self.temperature, self.metric_floor, self.n_fixed_point = temperature, metric_floor, n_fixed_point

@@ -157,7 +157,7 @@ def test_a_run_with_a_teacher_goes_on_as_if_it_had_not_stopped(
 def test_over_the_training_data_codes_have_mean_0_and_deviation_1(
     name: str, tmp_path: Path, shifted: Any, quiet: Any
 ) -> None:
-    """After two epochs, and of all batches alike: a moving average would be that of the last."""
+    """After two epochs, although batches differ."""
     batches = [(seed + 1) / 4 * images(6, seed).float() for seed in range(4)]
     how: dict[str, Any] = {} if name == "none" else taught(name, tmp_path, shifted)[1]
     model = small(**how).float()
@@ -167,6 +167,18 @@ def test_over_the_training_data_codes_have_mean_0_and_deviation_1(
     torch.testing.assert_close(codes.mean(1), torch.zeros(len(codes)), rtol=0, atol=2e-3)
     torch.testing.assert_close(codes.std(1, unbiased=False), torch.ones(len(codes)), rtol=2e-3, atol=0)
     assert model.normaliser.count == 8
+
+
+def test_the_last_batch_counts_as_much_as_the_first(teacher: tuple[Any, dict[str, Any]]) -> None:
+    """After 399 batches of mean 0 and variance 1 another one has a share of 1 in 400."""
+    other, how = teacher
+    model, x = small(**how), images()
+    model.normaliser.count.fill_(399)
+    model.loss(x)
+    codes = rows(other.encode(x).detach())
+    torch.testing.assert_close(model.normaliser.mean_C, codes.mean(1) / 400)
+    second = (399 + codes.square().mean(1)) / 400
+    torch.testing.assert_close(model.normaliser.std_C, (second - (codes.mean(1) / 400) ** 2).sqrt())
 
 
 def test_evaluation_leaves_the_moments(teacher: tuple[Any, dict[str, Any]]) -> None:

@@ -12,12 +12,8 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def noise_like(mu: Tensor) -> Tensor:
-    """Draws from N(0, I), (B, ...) -> (B, ...), in the order in which a map lies in memory.
-
-    In a graph they are in the order of its shape: inductor lays maps as it likes, and a seed is to give the same draws.
-    """
-    graph = torch.compiler.is_compiling()
-    return torch.randn_like(mu, memory_format=torch.contiguous_format) if graph else torch.randn_like(mu)
+    """Draws from N(0, I), (B, ...) -> (B, ...), for a seed the same however a map lies in memory."""
+    return torch.randn_like(mu, memory_format=torch.contiguous_format)
 
 
 def draw(mu: Tensor, log_var: Tensor, *n: int) -> tuple[Tensor, Tensor]:

@@ -421,7 +421,7 @@ class DataModule(Checked, LightningDataModule):
 
     def _split(self, stage: Stage) -> Dataset[Any]:
         if stage not in self._ready():
-            raise AezooError(f"{self.name} has no {stage} split: set --data.{stage}_fraction above 0")
+            raise AezooError(f"{self.name} has no {stage} split: set --data.{stage}_fraction above 0 before training")
         return self._splits[stage]
 
     def tensors(self, stage: Stage, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:

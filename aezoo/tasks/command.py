@@ -191,8 +191,12 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
         left = "nothing is read" if config.input is None else f"{config.input} alone is used"
         print(f"aezoo: {left}, the training data are not there: {error}", file=sys.stderr)
         return found
+    if needed and config.split not in splits:
+        # not larger fractions, which would take samples that the model was trained on
+        others = " or ".join(splits)
+        raise AezooError(f"{module.name} has no {config.split} split: take --split {others}, or give --input FILE")
     for key in missing:
-        if key == "x" or wanted[key] in splits:
+        if wanted[key] in splits:
             found[key] = Samples.of(module, wanted[key])
     return found
 

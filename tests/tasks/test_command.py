@@ -342,6 +342,18 @@ def test_a_model_that_has_left_its_training_data_behind_still_works(run, tmp_pat
     assert (folder / "detect" / "scores.csv").is_file()
 
 
+def test_a_run_that_left_nothing_to_test(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 4)))
+    flags = ["--data", str(tmp_path / "x.npy"), "--data.test_fraction", "0", "--trainer.max_epochs", "1"]
+    cli.main(["fit", "--model", "vae", *flags, "--trainer.default_root_dir", str(tmp_path / "runs")])
+    (run,) = (str(path.parent) for path in (tmp_path / "runs").rglob("config.yaml"))
+    cli.main(["generate", "--ckpt_path", run, f"--out={tmp_path}", "--n", "3"])  # which needs none
+    assert "3 samples from the model's own prior" in capsys.readouterr().out
+    line = refused(capsys, "detect", "--ckpt_path", run, f"--out={tmp_path}")
+    assert line.endswith("x.npy has no test split: take --split train or val, or give --input FILE")
+    cli.main(["detect", "--ckpt_path", run, f"--out={tmp_path}", "--split", "val", "--baselines", "false"])
+
+
 def test_a_prior_needs_no_training_data(tmp_path, capsys):
     np.save(tmp_path / "data.npy", np.random.default_rng(0).random((60, 4)))
     flags = [

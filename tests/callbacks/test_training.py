@@ -536,6 +536,17 @@ def test_predictions_are_written_in_order(fit, tmp_path, capsys, own):
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".tmp")] == []
 
 
+def test_predictions_that_replace_earlier_ones_say_so(tmp_path, capsys):
+    trainer = SimpleNamespace(world_size=1, global_rank=0, fast_dev_run=False)
+    path = tmp_path / "predictions.npz"
+    for said in ("", f"aezoo: the earlier {path} is replaced; --predictions.folder DIR keeps both\n"):
+        writer = PredictionWriter(str(tmp_path))
+        writer.setup(trainer, None, "predict")
+        writer.on_predict_batch_end(trainer, None, {"score": torch.ones(3)}, None, 0)
+        writer.on_predict_end(trainer, None)
+        assert capsys.readouterr().err == said
+
+
 def test_bfloat16_predictions_become_float32(fit, tmp_path):
     model, writer = Fake((4,)), PredictionWriter()
     trainer = fit(model, writer, precision="bf16-true", max_epochs=1)

@@ -178,7 +178,7 @@ VARIANTS = [
     subject_of("va_vae", features="none", net="conv", hidden_dims=(8, 8), cosine_margin=0.0, matrix_margin=0.0),
     subject_of("asymmetric_kl", features="none", net="conv", hidden_dims=(8, 8), decoder_dims=(12, 8), full_mask=0.0),
     subject_of("vqgan", features="none", update="ema", cosine=True, codebook_size=32),
-    subject_of("consistency_decoder", nll_weight=0.0, net="conv", hidden_dims=(8, 8), noise_levels=40, level_steps=2),
+    subject_of("consistency_decoder", nll_weight=0.0, net="conv", hidden_dims=(8, 8), noise_levels=20, level_steps=2),
     subject_of("representation_ae", code_shape=(16,), tau=0.0, features="none", likelihood="gaussian:learned"),
     *(subject_of("diffusers_ae", kind=kind) for kind in ("VQModel", "AutoencoderDC", "AutoencoderTiny")),
 ]

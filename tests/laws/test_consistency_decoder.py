@@ -168,7 +168,7 @@ def by_hand(model: Any, x: Tensor, N: int, stopped: bool = True) -> dict[str, Te
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize(("step", "N"), [(0, 10), (500, 40), (10**6, 160)])
 def test_the_terms_are_those_of_the_papers(step: int, N: int, training: bool, shifted: Any) -> None:
-    model, x = shifted(small(nll_weight=0.7)).train(training), images()
+    model, x = shifted(small(nll_weight=0.7, noise_levels=160)).train(training), images()
     model.steps.fill_(step)
     torch.manual_seed(3)
     found = model.loss(x)

@@ -64,7 +64,7 @@ class ConsistencyDecoderAE(Autoencoder):
         sigma_max: s_N, beside which the data must be small.
         sigma_data: s_d, about the data's root mean square.
         start_noise_levels: N at the first step.
-        noise_levels: N at the end; 1280 in the paper, for much longer runs.
+        noise_levels: N at the end; 1280 in the paper: the more, the noisier are gradients, and the longer must runs be.
         level_steps: optimiser steps over which N rises; 0 keeps it at noise_levels.
         net: of the encoder: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
         hidden_dims: channels of the encoder's stages; the decoder's U-Net has as many.
@@ -88,7 +88,7 @@ class ConsistencyDecoderAE(Autoencoder):
         sigma_max: float = 80.0,
         sigma_data: float = 0.5,
         start_noise_levels: int = 10,
-        noise_levels: int = 160,
+        noise_levels: int = 40,
         level_steps: int = 1000,
         net: str = "resnet",
         hidden_dims: tuple[int, ...] = (16, 32),

@@ -461,6 +461,19 @@ def test_samples_are_drawn_by_the_square_of_their_error(shifted: Any) -> None:
     assert chi2[0] < 16.3 < chi2[1]  # three degrees of freedom, 0.1 %
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e200])
+def test_no_latent_starts_anew_from_a_sample_that_is_not_finite(value: float, shifted: Any) -> None:
+    """The fault guard would skip the step, but not bring back the weights."""
+    for seed in range(4):
+        model, optimizer = with_dead(shifted(sae()), data(30))
+        x = data(3)
+        seen = F.normalize(model.read(x[:2]), dim=1).detach()
+        x[2] = value
+        model.resample(x, optimizer, seed)
+        found = F.normalize(model.encoder.weight[DEAD].detach(), dim=1) @ seen.T
+        assert found.amax(1).min() > 0.9999
+
+
 def test_a_fit_revives_dead_latents_when_it_is_time(digits: Any, quiet: Any) -> None:
     settings: dict[str, Any] = {"input_shape": (1, 8, 8), "latent_dim": 32, "dead_after": 30}
     shares = []

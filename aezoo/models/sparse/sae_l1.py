@@ -13,9 +13,7 @@ all of it. lam = 0 is the dense autoencoder with a ReLU code.
 
 Dead latents may start anew after every resample_steps-th step, each from a sample of the next batch of all ranks, drawn
 with probability in proportion to the square of its squared error; the authors draw from far more samples, at four steps
-of a long run.
-
-Shapes: B batch, X data dimensions, N latents.
+of a long run. Shapes: B batch, X data dimensions, N latents.
 """
 
 import math
@@ -143,6 +141,7 @@ class SAEL1(UnitNorm, Autoencoder):
             return
         y = self.predicted(x)
         sse_B = at_least_float32(y - self.likelihood.mean(self.decoder(self.encode(x)))).flatten(1).square().sum(1)
+        sse_B = torch.where(sse_B.isfinite(), sse_B, 0)  # nothing starts from a sample that is not finite
         share_B = (sse_B / sse_B.max()).nan_to_num(1).square().cpu()
         generator = torch.Generator().manual_seed(seed)  # of its own, since all ranks must draw the same
         rows = torch.multinomial(share_B, int(dead_N.sum()), True, generator=generator).to(x.device)

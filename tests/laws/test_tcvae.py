@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from two_ranks import on_two_ranks
 
 import aezoo
-from aezoo.callbacks import BetaAnnealing
+from aezoo.callbacks import BetaAnnealing, FaultGuard
 from aezoo.divergences import ESTIMATORS
 from aezoo.models.variational.beta_tcvae import BetaTCVAE
 from aezoo.testing import SharedNoise
@@ -262,6 +262,19 @@ def test_the_number_of_data_is_that_of_the_set_that_it_is_trained_on(kind: str, 
         quiet(max_epochs=1).fit(each, loader, loaders()["batches"][0])
     assert model.n_data.item() == expected
     assert told.n_data.item() == 70
+
+
+def test_the_number_of_data_outlives_a_first_step_that_is_skipped(quiet: Any) -> None:
+    """The fault guard puts the buffers of that step back, and so the number: the batch would stand for all data."""
+    x = torch.rand(22, *SHAPE)
+    x[1] = 1e25
+    model = BetaTCVAE(SHAPE, latent_dim=CODE, hidden_dims=(8,), likelihood="gaussian")
+    guard = FaultGuard()
+    rows: Any = list(x)
+    train, val = DataLoader(rows, batch_size=4), DataLoader(rows[2:], batch_size=4)
+    quiet(max_epochs=1, callbacks=[guard]).fit(model, train, val)
+    assert guard.skipped == 1
+    assert model.n_data.item() == 22
 
 
 def test_a_run_that_goes_on_keeps_its_number_of_data(quiet: Any, tmp_path: Any) -> None:

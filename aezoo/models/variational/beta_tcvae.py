@@ -96,19 +96,20 @@ class BetaTCVAE(VAE):
         self.save_hyperparameters()
         del self.capacity  # BetaAnnealing raises beta, but there is no one KL term to hold at a capacity
         self.alpha, self.gamma, self.estimator, self.dataset_size = alpha, gamma, estimator, dataset_size
-        self._counted = False
+        self._counted, self._samples = False, 0
         self.register_buffer("n_data", torch.tensor(dataset_size))  # saved: a loaded model evaluates as it was trained
 
     def on_train_start(self) -> None:
         super().on_train_start()
         resumed = self.trainer.ckpt_path is not None and bool(self.n_data)  # goes on as it was
-        self._counted = self.dataset_size > 0 or resumed
+        self._counted, self._samples = self.dataset_size > 0 or resumed, 0
 
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         x, y = super().begin_step(batch, batch_idx)
         if not self._counted and self._trainer is not None:
-            self.n_data.fill_(self.training_samples(len(x)))
-            self._counted = True
+            # at each step: of one that was not finite the fault guard puts buffers back
+            self._samples = self._samples or self.training_samples(len(x))
+            self.n_data.fill_(self._samples)
         return x, y
 
     def training_samples(self, batch_size: int) -> int:

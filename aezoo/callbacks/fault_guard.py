@@ -159,6 +159,7 @@ class FaultGuard(Checked, pl.Callback):
         if trainer.world_size > 1 and self._scaler is None:
             losses = []
         if self._device is not None:
+            _begin_momentum(optimizer)
             found = self._device.judge(optimizer, parameters, [*_norms(gradients), *losses])
             optimizer.found_inf, optimizer.grad_scale = found, None  # type: ignore[attr-defined]
             self._tell_averages(found)
@@ -392,6 +393,15 @@ def _norms(gradients: list[Any]) -> list[Tensor]:
         return [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in dense]
     norms = torch._foreach_norm(dense, 2, dtype) if low else torch._foreach_norm(dense)
     return [norm if norm.dtype == torch.float32 else norm.float() for norm in norms]
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Have SGD's momentum begin at 0, where its first step is the same; one that is skipped leaves it undefined."""
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        if group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _averages(trainer: pl.Trainer) -> Iterator[Any]:

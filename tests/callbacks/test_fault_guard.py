@@ -368,6 +368,16 @@ class Two(pl.LightningModule):
         return [torch.optim.Adam(layer.parameters(), 0.01, fused=True) for layer in (self.first, self.second)]
 
 
+def test_momentum_begins_with_the_first_good_step():
+    """Torch's kernel of SGD, told to skip its very first step, would leave momentum whatever was in that memory."""
+    ends = []
+    for defers in (False, True):
+        model = Norms({0: "kl"}, "sgd")
+        fit(model, guard(defers))
+        ends.append(model.state_dict())
+    assert differing(*ends) == []
+
+
 @pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
 def test_of_two_optimisers_the_one_with_bad_gradients_skips(defers):
     made, states = guard(defers), States()

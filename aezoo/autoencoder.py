@@ -115,6 +115,7 @@ class Autoencoder(Checked, pl.LightningModule):
         self.lr, self.optimizer, self.weight_decay = lr, optimizer, weight_decay
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self._train_means = Means()
+        self._before_start: list[Tensor] = []
         self._evaluation: Evaluation | None = None
         self._checked: set[bool] = set()
         self._fit_seed: int | None = None
@@ -238,15 +239,24 @@ class Autoencoder(Checked, pl.LightningModule):
         if "steps" in self._buffers and self._trainer is not None:
             # in place, since a compiled step or a CUDA graph reads it anew each time
             self._buffers["steps"].fill_(self._trainer.global_step)  # type: ignore[union-attr]
-        if "started" in self._buffers and (self._trainer is None or self._trainer.global_step == 0):
-            self._start(x)  # in later steps the flag need not be fetched from an accelerator
+        if "started" in self._buffers:
+            first = self._trainer is None or self._trainer.global_step == 0
+            if first or self._before_start:
+                self._start(x, first)  # in later steps the flag need not be fetched from an accelerator
         return x, y
 
     @torch.no_grad()
-    def _start(self, x: Tensor) -> None:
+    def _start(self, x: Tensor, first: bool) -> None:
         if not self.started:
+            # of a step that was not finite the fault guard puts buffers back, `started` among them, and no weights
+            for parameter, before in zip(self.parameters(), self._before_start, strict=False):
+                parameter.copy_(before)
+            if self._trainer is not None and not self._before_start:
+                self._before_start = [parameter.detach().clone() for parameter in self.parameters()]
             self.start_from(self.of_all_ranks(from_bytes(x)))
             self.started.fill_(True)
+        elif not first:
+            self._before_start = []
 
     def step_terms(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """The terms of the loss, by name and as one vector, compiled or not; the second part, device work alone."""
@@ -353,7 +363,8 @@ class Autoencoder(Checked, pl.LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy is in no fit: what is compiled has the weights of this model, and no file can hold it
-        return {**super().__getstate__(), "_compiled": None, "takes_bytes": False, "_noise_is_torch_s": False}
+        of_fit: dict[str, Any] = {"_compiled": None, "takes_bytes": False, "_noise_is_torch_s": False}
+        return {**super().__getstate__(), **of_fit, "_before_start": []}
 
     def configure_callbacks(self) -> list[pl.Callback]:
         there = any(isinstance(callback, _AfterError) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -364,7 +375,7 @@ class Autoencoder(Checked, pl.LightningModule):
 
     def leave_fit(self) -> None:
         """Undo what is of one fit alone, however that has ended."""
-        self._compiled, self.takes_bytes = None, False
+        self._compiled, self.takes_bytes, self._before_start = None, False, []
         if self._channels_last:
             # the same bits as a model that is loaded from a file
             acceleration.to_channels_first(self)

@@ -378,6 +378,40 @@ def test_momentum_begins_with_the_first_good_step():
     assert differing(*ends) == []
 
 
+STARTED = {
+    "deep_svdd": {},
+    "vamp_vae": {"likelihood": "gaussian", "n_components": 4},
+    "topk_sae": {"data_init": True, "k": 2},
+}
+
+
+@pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("name", STARTED)
+def test_what_data_start_is_started_by_the_first_good_batch(name, defers):
+    """A first batch that has overflowed leaves nothing: neither parameters started from it nor none started at all."""
+
+    class Looks(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 0:
+                pl_module.held = [parameter.detach().clone() for parameter in pl_module.parameters()]
+            if batch_idx == first:
+                pl_module.began = {n: v.clone() for n, v in pl_module.state_dict().items()}
+
+    ends = []
+    for first in (0, 1):
+        torch.manual_seed(0)
+        model = aezoo.create_model(name, (6,), optimizer="sgd", lr=1e-9, latent_dim=8, **STARTED[name])
+        x = table().tensors[0]
+        if first:
+            x = torch.cat([x[:8] + 1e25 * torch.eye(8)[:, :1], x])
+        fit(model, guard(defers), Looks(), data=TensorDataset(x))
+        assert model.started and not model._before_start
+        ends.append(model.began)
+    for key, value in ends[0].items():
+        if key != "since_fired_N":
+            torch.testing.assert_close(ends[1][key], value, msg=key)
+
+
 @pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
 def test_of_two_optimisers_the_one_with_bad_gradients_skips(defers):
     made, states = guard(defers), States()

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -474,9 +475,27 @@ def test_a_second_model_checkpoint_leaves_best_as_it_is(capsys):
     assert re.search(r"test/loss .*", out)[0].split() == re.search(r"test/loss .*", capsys.readouterr().out)[0].split()
 
 
-def test_training_without_validation_keeps_the_best_by_the_training_loss():
-    fit("--model", "vae", "--trainer.limit_val_batches", "0")
-    assert list(Path("runs/vae-digits/0/checkpoints").glob("best-*.ckpt"))
+@pytest.mark.parametrize("without", [["--trainer.limit_val_batches", "0"], ["--data.val_fraction", "0"]])
+def test_training_without_validation_keeps_the_best_by_the_training_loss(capsys, without):
+    fit("--model", "vae", *without)
+    (best,) = Path("runs/vae-digits/0/checkpoints").glob("best-*.ckpt")
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*callbacks used to create the checkpoint")
+        cli.main(["test", "--ckpt_path", "runs/vae-digits/0"])
+    assert re.search(rf"best checkpoint +{best}\n", capsys.readouterr().out)
+
+
+def test_a_run_that_goes_on_with_validation_forgets_what_training_scored():
+    # whose loss is far below that of any validation with beta 0
+    fit("--model", "vae", "--model.beta", "0", "--trainer.limit_val_batches", "0", "--trainer.max_epochs", "3")
+    more = ["--trainer.limit_val_batches", "1.0", "--trainer.max_epochs", "4", "--model.beta", "1"]
+    cli.main(["fit", "--ckpt_path", "runs/vae-digits/0", *more])
+    state = torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    (saver,) = (found for key, found in state.items() if key.startswith("Checkpoints"))
+    (stopper,) = (found for key, found in state.items() if key.startswith("EarlyStop"))
+    assert saver["monitor"] == stopper["monitor"] == "val/loss"
+    assert saver["best_model_score"] == stopper["best_score"] == saver["current_score"]
 
 
 def test_schedule_accumulation_and_clipping_work_together():

@@ -107,17 +107,18 @@ class Checkpoints(Checked, ModelCheckpoint):
         self._every_n_steps, self._seconds = every_n_steps, 60 * every_n_minutes
         self._within_epochs = bool(every_n_steps or every_n_minutes)
         self._saved_at = 0.0
-        self._validated = False
+        self._validated = self._fits = False
         self._max_steps: int | None = None
         self._not_finite: set[str] = set()
 
     @property
     def state_key(self) -> str:
-        # not the periods: a run may go on with others and still know its best
-        return f"Checkpoints{{'monitor': {self.monitor!r}}}"
+        # not the periods: a run may go on with others and still know its best. Nor what is watched for want of
+        # validation, which who tests such a run does not know
+        return f"Checkpoints{{'monitor': {self._asked!r}}}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        monitored = _monitored(self._asked, self.monitor, trainer, stage)
+        monitored, self._fits = _monitored(self._asked, self.monitor, trainer, stage), stage == "fit"
         if monitored != self.monitor:
             self.monitor = monitored
             # scores of another metric, as of a fit of other data, do not compare
@@ -135,6 +136,10 @@ class Checkpoints(Checked, ModelCheckpoint):
             durable.prepare(Path(str(self.dirpath)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        watched = state_dict.get("monitor", self.monitor)
+        if watched != self.monitor and self._fits:
+            return  # scores of another metric do not compare
+        self.monitor = watched
         # a checkpoint that comes from elsewhere begins a list of its own here; a run whose folder was moved goes on
         home = Path(str(self.dirpath))
         here = {str(path): str(home / Path(str(path)).name) for path in state_dict.get("best_k_models", {})}
@@ -345,7 +350,17 @@ class EarlyStop(Checked, EarlyStopping):
         """Whether it has ended this run for want of patience."""
         return self.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
 
+    @property
+    def state_key(self) -> str:
+        # what it is asked for, as that of Checkpoints
+        return self._generate_state_key(monitor=self.settings["monitor"], mode=self.mode)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "monitor": self.monitor}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("monitor", self.monitor) != self.monitor:
+            return  # scores of another metric do not compare
         # what is set now counts, and a run that goes on has not been stopped
         now = {"patience": self.patience, "stopping_reason": EarlyStoppingReason.NOT_STOPPED.value}
         super().load_state_dict(state_dict | now)

@@ -17,6 +17,7 @@ EXTENSIONS = frozenset([".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
 DEEP = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
 GREY = frozenset({"1", "L", "LA"}) | DEEP
+_WITH_ALPHA = {"P": "PA", "L": "LA", "RGB": "RGBA"}
 _ROTATED = frozenset({5, 6, 7, 8})
 
 
@@ -98,7 +99,8 @@ def header(path: Path | Encoded, max_pixels: int) -> tuple[tuple[int, int], str]
             width, height = image.size
             if image.getexif().get(0x0112) in _ROTATED:
                 width, height = height, width
-            mode = image.mode
+            # one colour of a palette, a picture of colours or a grey one can be see-through, too
+            mode = _WITH_ALPHA.get(image.mode, image.mode) if "transparency" in image.info else image.mode
     except AezooError:
         raise
     except Exception as error:

@@ -142,6 +142,15 @@ def test_transparency_is_dropped_aloud(tmp_path):
     assert data.input_shape == (3, 8, 8)
 
 
+@pytest.mark.parametrize(("mode", "suffix"), [("P", "png"), ("P", "gif"), ("L", "png"), ("RGB", "png")])
+def test_one_transparent_colour_is_dropped_aloud_as_well(tmp_path, mode, suffix):
+    for i in range(5):
+        image = Image.fromarray(np.tile(np.uint8([0, 40 * i + 50]), (8, 4))).convert(mode)
+        image.save(tmp_path / f"{i}.{suffix}", transparency=(0, 0, 0) if mode == "RGB" else 0)
+    with pytest.warns(UserWarning, match="transparency is dropped from 5 images"):
+        DataModule("folder", root=str(tmp_path)).setup()
+
+
 def test_exif_rotation_is_applied(tmp_path):
     values = np.zeros((6, 9), np.uint8)
     values[0, :] = 255

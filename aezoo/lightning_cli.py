@@ -35,7 +35,7 @@ from aezoo.data import DataModule
 from aezoo.data.loaders import local_processes
 from aezoo.errors import AezooError
 from aezoo.parsing import FROM_DATA, Parser, check_flags, plain
-from aezoo.request import RESUMED, RUN_DIR, check_against, expand, say_differences
+from aezoo.request import RESUMED, RUN_DIR, check_against, expand, note_other_splits, say_differences
 from aezoo.security import archives
 
 # what a disk or a folder refuses, anywhere in a run: a logger and a picture write too
@@ -237,6 +237,8 @@ class AezooCLI(LightningCLI):
             check_against(self.request.stored, self.request.source, self.model, self.subcommand == "fit")
         if self.subcommand == "fit":
             say_differences("data", self.request.stored_data, dict(self.datamodule.hparams))
+        else:
+            note_other_splits(self.request.stored_data, dict(self.datamodule.hparams))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = dict(self._get(self.config_init, "trainer", default={}))

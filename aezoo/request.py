@@ -357,6 +357,16 @@ def check_against(stored: dict[str, Any], source: Path, model: Autoencoder, resu
     say_differences("model", stored, now)
 
 
+def note_other_splits(trained: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say that what a model is judged by may be what it was trained on, where the same set is split otherwise."""
+    same_set = all(trained.get(key) == now.get(key) for key in ("name", "root"))
+    changed = [key for key in ("seed", "val_fraction", "test_fraction") if trained.get(key, now[key]) != now[key]]
+    if same_set and changed:
+        flags = " and ".join(f"--data.{key}" for key in changed)
+        print(f"aezoo: {flags} splits the set otherwise than for training: the model may know these samples",
+              file=sys.stderr)  # fmt: skip
+
+
 def say_differences(section: str, stored: dict[str, Any], now: dict[str, Any]) -> None:
     """What flags and files have changed, but for what changes no number."""
     silent = {"num_workers", "memory", "root", "download", "max_pixels", "max_bytes"}

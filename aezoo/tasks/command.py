@@ -27,7 +27,7 @@ from aezoo.data.source import STAGES, ArrayDataset, Stage
 from aezoo.errors import AezooError
 from aezoo.parsing import Parser, check_flags
 from aezoo.randomness import mix
-from aezoo.request import name_data, setting
+from aezoo.request import name_data, note_other_splits, setting
 from aezoo.security import policy
 from aezoo.tasks.output import device_of
 from aezoo.tasks.samples import Samples
@@ -40,6 +40,8 @@ _FILES = {"around"}
 # verbs whose results are samples
 _OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
 _MOST_LINES = 20
+# of values that training had from 0 to 1; bytes that were stored as floats are beyond
+_MOST = 11.0
 _AS_IS = {"offset": torch.zeros(()), "factor": torch.ones(())}
 
 
@@ -184,6 +186,7 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
         check_columns(str(module.name), module.source.columns, trained.get("columns", ()))
         splits = module.splits()
         module.note_scaling(trained["scaling"], trained.get("white"))
+        note_other_splits(trained["settings"], dict(module.hparams))
     except AezooError as error:
         if needed:
             raise
@@ -257,6 +260,10 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
     if y and len(y["test"]) != len(x):
         raise AezooError(f"{path}: {name} has {len(x)} samples but {len(y['test'])} labels: one label a sample")
     scaling = _scaling(trained, 255 if x.dtype == torch.uint8 else None)
+    # of tables a value far away may be what is looked for
+    if trained["settings"] and scaling == (255, {}) and x.is_floating_point() and x.ndim > 2 and x.abs().max() > _MOST:
+        raise AezooError(f"{path}: values from {x.min():.4g} to {x.max():.4g}, the training data had 0 to 1: divide "
+                         "them by what white is, or give bytes (uint8)")  # fmt: skip
     return Samples(ArrayDataset(x, y.get("test")), *scaling, names, path)
 
 

@@ -75,6 +75,25 @@ def test_a_file_is_scaled_as_the_training_data_were(run, tmp_path, capsys):
     assert (tmp_path / "errors.csv").read_text().splitlines()[0].endswith("label")
 
 
+def test_bytes_that_were_stored_as_floats_are_told_from_values_up_to_1(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", x=pixels)
+    flags = ["--data", str(tmp_path / "data.npz"), "--trainer.max_epochs", "1", "--model.likelihood", "gaussian"]
+    cli.main(["fit", "--model", "dense_ae", *flags, "--trainer.default_root_dir", str(tmp_path / "runs")])
+    (run,) = (path.parent for path in (tmp_path / "runs").rglob("config.yaml"))
+    found = {}
+    for name, x in {"bytes": pixels, "unit": pixels / np.float32(255), "floats": pixels.astype(np.float32)}.items():
+        np.save(tmp_path / f"{name}.npy", x)
+        capsys.readouterr()
+        argv = ["reconstruct", "--ckpt_path", str(run), "--input", str(tmp_path / f"{name}.npy"), "--n_shown", "0"]
+        if name == "floats":
+            assert "values from 0 to 255, the training data had 0 to 1: divide them" in refused(capsys, *argv)
+        else:
+            cli.main([*argv, f"--out={tmp_path / name}"])
+            found[name] = np.load(tmp_path / name / "reconstructions.npy")
+    assert np.allclose(found["bytes"], found["unit"], atol=1e-6)
+
+
 @pytest.mark.parametrize("verb", ["reconstruct", "test"])
 def test_other_data_that_are_scaled_otherwise_say_so(run, tmp_path, caplog, verb):
     with np.load(run.parents[2] / "data.npz") as file:
@@ -85,6 +104,15 @@ def test_other_data_that_are_scaled_otherwise_say_so(run, tmp_path, caplog, verb
         place = [f"--out={tmp_path}"] if verb == "reconstruct" else []
         cli.main([verb, "--ckpt_path", str(run), *flags, *place])
         assert (words in caplog.text) == said
+
+
+@pytest.mark.parametrize("verb", ["reconstruct", "test"])
+def test_other_splits_than_those_of_training_are_named(run, tmp_path, capsys, verb):
+    place = [f"--out={tmp_path}"] if verb == "reconstruct" else []
+    words = "aezoo: --data.seed and --data.test_fraction splits the set otherwise than for training"
+    for flags, said in ([], False), (["--data.seed=7", "--data.test_fraction=0.3"], True):
+        cli.main([verb, "--ckpt_path", str(run), *flags, *place])
+        assert (words in capsys.readouterr().err) == said
 
 
 def test_tables_say_the_file_and_the_label_that_the_data_have(tmp_path, capsys):

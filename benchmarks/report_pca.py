@@ -35,6 +35,7 @@ REASONS = {
     "joint_vae": "both KL terms are held at capacities, which bound what a code can say",
     "ladder_vae": _RATE,
     "linear_ae": "PCA is its optimum: what is left is the optimiser's distance",
+    "maetok": "its 512 numbers pass a transformer as a row of tokens, for which so little training does not do",
     "masked_conv_ae": "it learns to fill in what is masked; whole samples are new to it",
     "mine_vae": _RATE,
     "mmvae": "each number must come from one part alone, and the whole sample be decoded from it",

@@ -191,7 +191,7 @@ def test_the_loss_of_a_gaussian_code_by_hand(kind: str) -> None:
     terms = model.loss(x)
     q = model.encoder.net.encode(2 * x - 1).latent_dist
     torch.manual_seed(3)
-    z = q.mean + q.std * torch.randn_like(q.mean)
+    z = q.mean + q.std * torch.randn(q.mean.shape, dtype=q.mean.dtype)
     p = D.Laplace(model.decoder.net.decode(z).sample / 2 + 0.5, 0.2)
     nll = -p.log_prob(x).sum((1, 2, 3)).mean()
     kl = D.kl_divergence(D.Normal(q.mean, q.std), D.Normal(0.0, 1.0)).sum((1, 2, 3)).mean()

@@ -50,7 +50,7 @@ def whole(model: Any, x: Tensor, seed: int = 3) -> tuple[dict[str, Tensor], Tens
     rec = terms["nll"] + model.perceptual_weight * terms["perceptual"]
     torch.manual_seed(seed)
     mu, log_var = model.encoder(x).chunk(2, 1)
-    z = mu + (0.5 * log_var).exp() * torch.randn_like(mu)
+    z = mu + (0.5 * log_var).exp() * torch.randn(mu.shape, dtype=mu.dtype)
     A = misalignment(model, z, features(x, z.shape[2:]))
     W = [p for p in model.encoder.parameters() if p.ndim > 1][-1]
     norms = [torch.autograd.grad(term, W, retain_graph=True)[0].norm() for term in (rec, A)]

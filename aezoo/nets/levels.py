@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aezoo.gaussians import LOG_2PI
+from aezoo.gaussians import LOG_2PI, kl
 from aezoo.nets.build import activation
 from aezoo.nets.linear import Linear
 from aezoo.precision import at_least_float32
@@ -68,9 +68,7 @@ class Level(NamedTuple):
 
     def kl(self) -> Tensor:
         """KL(N(mu, sigma^2) || N(m, s^2)) in nats, in closed form: (...)."""
-        log_ratio = self.log_var - self.log_s2
-        distance = (self.mu - self.m) ** 2 * torch.exp(-self.log_s2)
-        return 0.5 * (distance + log_ratio.exp() - 1 - log_ratio).sum(-1)
+        return kl(self.mu, self.log_var, self.m, self.log_s2)
 
     def log_q(self) -> Tensor:
         """Density log N(z; mu, sigma^2) in nats, by the noise and so without the rounding of z - mu: (...)."""

@@ -84,8 +84,7 @@ class Array(InMemory):
         for stage, values in self._x.items():
             x = numeric(values, self._what(stage), self.columns)
             y = self._y.get(stage)
-            if y is not None and len(y) != len(x):
-                raise AezooError(f"{self._what(stage)} has {len(x)} samples but {len(y)} labels: one label a sample")
+            check_length(x, y, self._what(stage))
             splits[stage] = Pair(arrange(x, self.options.layout), y)
         if self._y and set(self._y) != set(splits):
             raise AezooError(f"{self.title}labels are given for {', '.join(self._y)} only: give them for all or none")
@@ -109,6 +108,12 @@ def sample_shape(values: Any, layout: str, what: str) -> tuple[int, ...]:
     # a stand-in without memory of its own goes through the same rule as the data
     stand_in = torch.empty(1, dtype=torch.uint8 if is_bytes else torch.float32).expand(1, *shape[1:])
     return tuple(arrange(stand_in, layout).shape[1:])
+
+
+def check_length(x: Tensor, y: Tensor | None, what: str) -> None:
+    """Refuse labels that are not one for each sample."""
+    if y is not None and len(y) != len(x):
+        raise AezooError(f"{what} has {len(x)} samples but {len(y)} labels: one label a sample")
 
 
 def arrange(x: Tensor, layout: str) -> Tensor:

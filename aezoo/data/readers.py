@@ -272,10 +272,8 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
     y = None
     if column is not None and label_column != "none":
         missing, y = column.isna().to_numpy(), column.to_numpy()
-        if y.dtype.kind not in "biuf":
+        if missing.any() or y.dtype.kind not in "biuf":
             y = labels_of_texts(["" if lacks else str(label) for label, lacks in zip(y, missing, strict=True)])
-        elif missing.any():
-            y = np.ma.array(np.where(missing, 0, y), mask=missing)
     return Table({"x": of_frame(frame), "y": y}, [str(name) for name in frame.columns], name and str(name))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aezoo import acceleration, checkpoint
 from aezoo.data import DataModule, images
-from aezoo.data.array import arrange, number_labels
+from aezoo.data.array import arrange, check_length, number_labels
 from aezoo.data.memory import numeric, real
 from aezoo.data.readers import Table, check_columns, read_arrays
 from aezoo.data.source import STAGES, ArrayDataset, Stage
@@ -256,15 +256,15 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
     x = arrange(numeric(arrays[name], f"{path}: {name}", columns), given.get("layout", "auto"))
     x = images.fit(x, size, channels) if x.ndim == 4 else x
     labels = arrays.get(name.replace("x", "y", 1))
-    y, names = number_labels({} if labels is None else {"test": labels}, f"{path}: ")
-    if y and len(y["test"]) != len(x):
-        raise AezooError(f"{path}: {name} has {len(x)} samples but {len(y['test'])} labels: one label a sample")
+    numbered, names = number_labels({} if labels is None else {"test": labels}, f"{path}: ")
+    y = numbered.get("test")
+    check_length(x, y, f"{path}: {name}")
     scaling = _scaling(trained, 255 if x.dtype == torch.uint8 else None)
     # of tables a value far away may be what is looked for
     if trained["settings"] and scaling == (255, {}) and x.is_floating_point() and x.ndim > 2 and x.abs().max() > _MOST:
         raise AezooError(f"{path}: values from {x.min():.4g} to {x.max():.4g}, the training data had 0 to 1: divide "
                          "them by what white is, or give bytes (uint8)")  # fmt: skip
-    return Samples(ArrayDataset(x, y.get("test")), *scaling, names, path)
+    return Samples(ArrayDataset(x, y), *scaling, names, path)
 
 
 def _scaling(trained: dict[str, Any], white: int | None, picture: str = "") -> tuple[int, dict[str, Tensor]]:

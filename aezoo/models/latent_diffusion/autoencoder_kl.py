@@ -23,15 +23,13 @@ import torch
 from torch import Tensor
 
 from aezoo import gaussians, nets
+from aezoo.judged import Judged
 from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
-from aezoo.nets import adversarial
-from aezoo.nets.adversarial import frozen, gradient_alone, with_gradient
-from aezoo.nets.features import FeatureDistance
 from aezoo.nets.standardise import Standardiser
 
 
-class AutoencoderKL(VAE):
+class AutoencoderKL(Judged, VAE):
     """A Gaussian feature map with little KL, made sharp by a perceptual and an adversarial loss.
 
     Args:
@@ -82,25 +80,14 @@ class AutoencoderKL(VAE):
         super(VAE, self).__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
         self.save_hyperparameters()
         at_least(1, latent_dim=latent_dim)
-        at_least(0, beta=beta, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
-        adversarial.check_discriminator(discriminator_dims, discriminator_lr, discriminator_start)
-        self.beta, self.capacity, self.perceptual_weight = beta, 0.0, perceptual_weight
-        self.discriminator_weight, self.discriminator_lr = discriminator_weight, discriminator_lr
-        self.discriminator_start, self.distance = discriminator_start, FeatureDistance(features, self.input_shape)
+        at_least(0, beta=beta)
+        self.beta, self.capacity = beta, 0.0
         self.code_shape, both = (nets.map_shape(net, self.input_shape, hidden_dims, n * latent_dim) for n in (1, 2))
         self.encoder = nets.encoder(net, self.input_shape, both, hidden_dims, activation)
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
         dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
-        self.discriminator = adversarial.PatchDiscriminator(self.input_shape, dims)
+        self.keep_judges(features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr)
         self.standardiser = Standardiser(latent_dim)
-        self.keep_steps()
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return adversarial.two_groups(self, betas=(0.5, 0.9), both=True)  # those of the authors' code
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.distance.read()
 
     @staticmethod
     def kl(mu_BD: Tensor, log_var_BD: Tensor) -> Tensor:
@@ -120,22 +107,11 @@ class AutoencoderKL(VAE):
         if self.training:
             self.standardiser.observe(z.detach(), self.batch_mean)
         x, z, *seen = self.compared(x, z)
-        params, to_last_layer = adversarial.by_last_layer(self.decoder, z.to(x.dtype), *seen)
-        image, distance = self.likelihood.mean, self.distance.beside(x)
-        nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
-        perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
-        gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
-        g_R = g_nll + self.perceptual_weight * g_P
-        weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan)))
+        loss, terms, g_R = self.judged(x, z.to(x.dtype), *seen)
         kl = self.mean_kl(self.kl(mu, log_var))
         extra, own = self.besides(x, z, mu, g_R)
-        judged = self.discriminator(torch.cat([x, image(params).detach().to(x.dtype)]))
-        discriminator = adversarial.hinge(*judged.chunk(2))
-        started = self.share_of_steps(self.discriminator_start) >= 1
-        players = started * (self.discriminator_weight * weight * gan + discriminator)
-        loss = nll + self.perceptual_weight * perceptual + self.beta * (kl - self.capacity).abs() + extra
-        more = {"adversarial": gan, "adaptive_weight": weight, "discriminator": discriminator, "perceptual": perceptual}
-        return {"loss": loss + gradient_alone(players), "nll": nll, "kl": kl, "elbo": -(nll + kl), **more, **own}
+        loss = loss + self.beta * (kl - self.capacity).abs() + extra
+        return {"loss": loss, "kl": kl, "elbo": -(terms["nll"] + kl), **terms, **own}
 
     def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         """What is compared in a step: samples, and what is decoded to be these, codes and whatever a decoder takes."""

@@ -22,17 +22,16 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
+from aezoo.judged import Judged
 from aezoo.limits import at_least
-from aezoo.nets import adversarial, vit
-from aezoo.nets.adversarial import frozen, gradient_alone, with_gradient
+from aezoo.nets import vit
 from aezoo.nets.conv import head
-from aezoo.nets.features import FeatureDistance
 from aezoo.nets.linear import Linear
 from aezoo.nets.standardise import Standardiser
 from aezoo.taught import Taught, teacher_path
 
 
-class RepresentationAE(Taught):
+class RepresentationAE(Judged, Taught):
     """A decoder for the codes of an encoder that is not trained.
 
     Args:
@@ -87,13 +86,10 @@ class RepresentationAE(Taught):
         teacher = teacher_path(teacher)
         self.save_hyperparameters()
         at_least(1, width=width, depth=depth)
-        at_least(0, tau=tau, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
-        adversarial.check_discriminator(discriminator_dims, discriminator_lr, discriminator_start)
+        at_least(0, tau=tau)
         if len(code_shape) not in (0, 1, len(self.input_shape)) or any(int(n) != n or n < 1 for n in code_shape):
             raise AezooError(f"code_shape takes (C,), or C and {len(self.input_shape) - 1} sides, got {code_shape}")
-        self.teacher, self.tau, self.perceptual_weight = teacher, tau, perceptual_weight
-        self.discriminator_weight, self.discriminator_lr = discriminator_weight, discriminator_lr
-        self.discriminator_start, self.distance = discriminator_start, FeatureDistance(features, self.input_shape)
+        self.teacher, self.tau = teacher, tau
         sides = [-(-n // places) for n, places in zip(self.input_shape[1:], code_shape[1:], strict=False)]
         patchify = vit.Patchify(self.input_shape, max(sides, default=0))
         self.code_shape = tuple(code_shape) or (64, *patchify.grid)
@@ -104,17 +100,13 @@ class RepresentationAE(Taught):
         if teacher == "none":
             layers = patchify, vit.embedding(patchify.size, width), place, *vit.blocks((width,) * depth, activation)
             self.encoder = nn.Sequential(*layers, vit.ToMap(patchify.grid), down).requires_grad_(False)
-        self.discriminator = adversarial.PatchDiscriminator(self.input_shape, tuple(discriminator_dims) or (32, 64))
+        dims = tuple(discriminator_dims) or (32, 64)
+        self.keep_judges(features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr)
         self.normaliser = Standardiser(self.code_shape[0], decay=1.0)
-        self.keep_steps()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        rest, judge = adversarial.two_groups(self, betas=(0.5, 0.9), both=True)
+        rest, judge = super().parameter_groups()
         return [{**rest, "params": [p for p in rest["params"] if p.requires_grad]}, judge]
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.distance.read()
 
     def represent(self, x: Tensor) -> Tensor:
         """What f gives, without a gradient for f: (B, *input_shape) -> (B, *code_shape)."""
@@ -135,16 +127,5 @@ class RepresentationAE(Taught):
         if self.training:
             self.normaliser.observe(f.reshape(*f.shape[:2], -1), self.batch_mean)
         z = self.noised(self.normaliser(f)) if self.training else self.normaliser(f)
-        params, to_last_layer = adversarial.by_last_layer(self.decoder, z.to(x.dtype))
-        image, distance = self.likelihood.mean, self.distance.beside(x)
-        nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
-        perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
-        gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
-        g_R = g_nll + self.perceptual_weight * g_P
-        weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan)))
-        judged = self.discriminator(torch.cat([x, image(params).detach().to(x.dtype)]))
-        hinge = adversarial.hinge(*judged.chunk(2))
-        started = self.share_of_steps(self.discriminator_start) >= 1
-        players = gradient_alone(started * (self.discriminator_weight * weight * gan + hinge))
-        terms = {"perceptual": perceptual, "adversarial": gan, "adaptive_weight": weight, "discriminator": hinge}
-        return {"loss": nll + self.perceptual_weight * perceptual + players, "nll": nll, **terms}
+        loss, terms, _ = self.judged(x, z.to(x.dtype))
+        return {"loss": loss, **terms}

@@ -21,19 +21,16 @@ Shapes: B batch, D channels of a code, K codes.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aezoo import nets
 from aezoo.discrete import DiscreteAutoencoder
+from aezoo.judged import Judged
 from aezoo.limits import at_least
-from aezoo.nets import adversarial
-from aezoo.nets.adversarial import frozen, gradient_alone, with_gradient
-from aezoo.nets.features import FeatureDistance
 from aezoo.quantisers.vq import VQ
 
 
-class VQGAN(DiscreteAutoencoder):
+class VQGAN(Judged, DiscreteAutoencoder):
     """A map of codes from one codebook, made sharp by a perceptual and an adversarial loss.
 
     Args:
@@ -96,47 +93,20 @@ class VQGAN(DiscreteAutoencoder):
         how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
         super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
         self.save_hyperparameters()
-        at_least(0, beta=beta, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
+        at_least(0, beta=beta)
         at_least(1, codebook_size=codebook_size)
-        adversarial.check_discriminator(discriminator_dims, discriminator_lr, discriminator_start)
-        self.beta, self.perceptual_weight = beta, perceptual_weight
-        self.discriminator_weight, self.discriminator_lr = discriminator_weight, discriminator_lr
-        self.discriminator_start, self.distance = discriminator_start, FeatureDistance(features, self.input_shape)
+        self.beta = beta
         nets.map_shape(net, self.input_shape, hidden_dims, 1)  # refuses what has no grid
         self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places=1)
         learning: dict[str, Any] = {"update": update, "decay": decay, "dead_below": dead_below}
         self.quantiser = VQ(latent_dim, codebook_size, estimator=estimator, cosine=cosine, **learning)
         dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
-        self.discriminator = adversarial.PatchDiscriminator(self.input_shape, dims)
-        self.keep_steps()
+        self.keep_judges(features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr)
         if data_init:
             self.keep_started()
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return adversarial.two_groups(self, betas=(0.5, 0.9), both=True)  # those of the authors' code
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.distance.read()
-
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)
-        params, to_last_layer = adversarial.by_last_layer(self.decoder, z_q)
-
-        # for the step of encoder, codes and decoder, to which the discriminator is a constant
-        image, distance = self.likelihood.mean, self.distance.beside(x)
-        nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
-        perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
-        gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
-        g_R = g_nll + self.perceptual_weight * g_P
-        # of all ranks: the mean of their own weights would be another
-        weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan)))
-
-        # for the discriminator's step
-        judged = self.discriminator(torch.cat([x, image(params).detach().to(x.dtype)]))
-        discriminator = adversarial.hinge(*judged.chunk(2))
-        started = self.share_of_steps(self.discriminator_start) >= 1
-        players = started * (self.discriminator_weight * weight * gan + discriminator)
-        loss = nll + self.perceptual_weight * perceptual + self.beta * terms["commitment"] + terms.get("codebook", 0)
-        terms |= {"adversarial": gan, "adaptive_weight": weight, "discriminator": discriminator}
-        return {"loss": loss + gradient_alone(players), "nll": nll, "perceptual": perceptual, **terms}
+        loss, judged, _ = self.judged(x, z_q)
+        loss = loss + self.beta * terms["commitment"] + terms.get("codebook", 0)
+        return {"loss": loss, **judged, **terms}

@@ -595,6 +595,15 @@ class OtherWhenCompiled(Sound):
         return {**terms, "loss": terms["loss"] * (1.01 if torch.compiler.is_compiling() else 1)}
 
 
+class RemembersTheCompiler(Sound):
+    """A buffer that only a compiled loss makes."""
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        if torch.compiler.is_compiling():
+            self.register_buffer("compiled", torch.tensor(True))
+        return super().loss(x)
+
+
 class FixedBatch(Sound):
     """Its reshape names the batch size that the export saw."""
 

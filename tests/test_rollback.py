@@ -6,6 +6,7 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
+from kinds import OF_EACH_KIND
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -316,7 +317,12 @@ def test_a_loss_that_is_not_finite_leaves_no_trace_in_buffers(went_back):
     assert went_back == [0, 5]
 
 
-@pytest.mark.parametrize("name", aezoo.list_models())
+def of_models():
+    for name in aezoo.list_models():
+        yield pytest.param(name, marks=[] if name in OF_EACH_KIND else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("name", [*of_models()])
 def test_any_model_ends_as_with_steps_looked_at_one_by_one(name, went_back, monkeypatch):
     monkeypatch.setattr(rollback, "PERIOD", 4)
     asked, trust = [], loop.trust

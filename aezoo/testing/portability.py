@@ -23,6 +23,7 @@ from aezoo.testing.subject import (
     require_close,
     require_finite_gradients,
     require_terms,
+    state_shapes,
 )
 
 
@@ -89,6 +90,7 @@ def _compare_compiled(subject: Subject, backend: str, options: dict[str, Any], d
             compiled["loss"].backward()
     finally:
         torch._dynamo.reset()
+    require(state_shapes(other) == state_shapes(model), "a compiled loss changes the state_dict's keys or shapes")
     for name, value in eager.items():
         require_close(f"the compiled {name}", compiled[name], value, 1e-4)
     largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)

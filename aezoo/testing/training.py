@@ -161,7 +161,6 @@ def check_state_dict(subject: Subject) -> None:
         "eval()": model.eval,
         "an evaluation": lambda: model(subject.data()),
         "compile()": lambda: model.compile(backend="eager"),
-        "a call after compile()": lambda: model(subject.data()),
         "train()": model.train,
         "a fit": lambda: fit(model, [subject.data()] * 2),
     }

@@ -1,0 +1,9 @@
+"""Models of each kind of network and of what stands between encoder and decoder, for tests too slow for all."""
+
+OF_EACH_KIND = (
+    *("dense_ae", "conv_ae", "resnet_ae", "unet_ae", "sequence_ae", "contractive_ae", "memory_ae"),
+    *("topk_sae", "jumprelu_sae", "matching_pursuit_sae", "rae", "dagmm", "mae", "autoencoder_kl"),
+    *("vae", "vae_flow", "vae_iaf", "flow_prior_vae", "hvae", "hyperspherical_vae", "gamma_vae", "poincare_vae"),
+    *("vdvae", "categorical_vae", "conditional_vae"),
+    *("vq_vae", "rq_vae", "fsq_vae", "gumbel_vq_vae", "titok", "soft_vq", "index_transformer"),
+)

@@ -28,6 +28,8 @@ RESUMED = "AEZOO_RESUMED"
 
 # what one word stands for in the place of a section's settings
 _ONE_WORD = {"model": "class_path", "data": "name"}
+# settings of the data that name what is in one set, and which of its samples are trained on
+_OF_ONE_SET = ("train_classes", "num_labels")
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ def expand(argv: list[str]) -> Request:
             raise AezooError(f"{source} holds weights alone, and no state of a training to go on from: give another "
                              "checkpoint of its run, or fine-tune from Python with aezoo.load_model")  # fmt: skip
         settings = _settings(command, content, source, run, optional=given is not None)
+        if command != "fit":
+            settings["data"] = for_the_set(settings["data"], flags)
         _take_out_repeated(settings, flags)
         flags = ["--config", json.dumps(settings), *flags]
         model = model or _model_of(settings)
@@ -161,6 +165,14 @@ def setting(flags: list[str], section: str, key: str) -> str | None:
                 part = _in_section(section, str(beside) if beside.is_file() else part)
             found = (part if isinstance(part, dict) else {}).get(key, found)
     return None if found is None else str(found)
+
+
+def for_the_set(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
+    """Stored settings of the data for the set that flags name: of another, all samples and labels are of use."""
+    # where arrays and folders lie is what they are
+    whole = ("name",) if stored.get("name") not in ("array", "folder") else ("name", "root")
+    other = any(setting(flags, "data", key) not in (None, str(stored.get(key))) for key in whole)
+    return {key: value for key, value in stored.items() if not (other and key in _OF_ONE_SET)}
 
 
 def _in_section(section: str, text: str) -> dict[str, Any]:

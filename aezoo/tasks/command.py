@@ -27,7 +27,7 @@ from aezoo.data.source import STAGES, ArrayDataset, Stage
 from aezoo.errors import AezooError
 from aezoo.parsing import Parser, check_flags
 from aezoo.randomness import mix
-from aezoo.request import name_data, note_other_splits, setting
+from aezoo.request import for_the_set, name_data, note_other_splits, setting
 from aezoo.security import policy
 from aezoo.tasks.output import device_of
 from aezoo.tasks.samples import Samples
@@ -80,6 +80,7 @@ def main(argv: list[str]) -> None:
         model, trained = checkpoint.load_run(path)
         known = inspect.signature(DataModule).parameters
         stored = {key: value for key, value in trained["settings"].items() if key in known and key != "batch_size"}
+        stored = for_the_set(stored, argv)
         if "file" not in accepted:
             parser.set_defaults({f"data.{key}": value for key, value in stored.items()})
     config = parser.parse_args(argv[1:])

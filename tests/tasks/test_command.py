@@ -115,6 +115,24 @@ def test_other_splits_than_those_of_training_are_named(run, tmp_path, capsys, ve
         assert (words in capsys.readouterr().err) == said
 
 
+def test_classes_that_a_run_was_trained_on_are_not_looked_for_in_other_data(tmp_path, capsys):
+    x = np.random.default_rng(0).random((60, 4))
+    np.savez(tmp_path / "seen.npz", x=x, y=np.arange(60) % 3)
+    np.save(tmp_path / "new.npy", x)
+    np.savez(tmp_path / "new.npz", x=x, y=7 + np.arange(60) % 2)
+    flags = ["--data", str(tmp_path / "seen.npz"), "--data.train_classes=[0]", "--data.num_labels=2"]
+    flags += ["--trainer.max_epochs=1", "--trainer.default_root_dir", str(tmp_path / "runs")]
+    cli.main(["fit", "--model", "dense_ae", *flags])
+    (run,) = (path.parent for path in (tmp_path / "runs").rglob("config.yaml"))
+    for name in ("new.npy", "new.npz"):
+        for verb in ("test", "reconstruct"):
+            cli.main([verb, "--ckpt_path", str(run), "--data", str(tmp_path / name)])
+    capsys.readouterr()
+    # those of the set itself stay
+    cli.main(["reconstruct", "--ckpt_path", str(run), "--split=train"])
+    assert "16 samples" in capsys.readouterr().out
+
+
 def test_tables_say_the_file_and_the_label_that_the_data_have(tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     for i, image in enumerate(pixels):

@@ -1,16 +1,20 @@
 """reconstruct: what a model makes of samples, how far off it is, and which samples it knows best and least."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
+from aezoo.multimodal import WithParts
+from aezoo.registry import name_of
 from aezoo.tasks.output import Store, fill, table_text
 from aezoo.tasks.samples import Samples, at_work
 
@@ -27,20 +31,28 @@ class Reconstruction:
         mse: (N,) squared error of each sample, the mean over its values.
         mae: (N,) absolute error of each sample, likewise.
         score: (N,) the model's `score` in nats per sample: -log p(x | code), of a VAE -ELBO, with the KL of its code.
+            None where some parts of samples are looked at, as it is a matter of all.
+        part_mse: the squared error of each part, by its number, (N,); empty unless `parts` are given.
         files: what has been written.
     """
 
     x_hat: npt.NDArray[np.float32]
     mse: npt.NDArray[np.float32]
     mae: npt.NDArray[np.float32]
-    score: npt.NDArray[np.float32]
+    score: npt.NDArray[np.float32] | None = None
+    part_mse: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+
+    @property
+    def errors(self) -> dict[str, npt.NDArray[np.float32]]:
+        """All errors by their names in the table, (N,) each."""
+        score = {} if self.score is None else {"score": self.score}
+        return {"mse": self.mse, "mae": self.mae, **score} | {f"mse_{i}": mse for i, mse in self.part_mse.items()}
 
     def summary(self) -> str:
         """Means and quantiles as a table."""
         rows = []
-        for name in ("mse", "mae", "score"):
-            values = getattr(self, name)
+        for name, values in self.errors.items():
             low, middle, high = np.quantile(values, (0.05, 0.5, 0.95)).tolist()
             rows.append({"error": name, "mean": float(values.mean(dtype=np.float64)), "5 %": low, "median": middle,
                          "95 %": high, "largest": float(values.max())})  # fmt: skip
@@ -53,6 +65,7 @@ def reconstruct(
     model: Autoencoder,
     x: Any,
     *,
+    parts: int | tuple[int, ...] | None = None,
     n_shown: int = 8,
     table: str = "csv",
     out: str | None = None,
@@ -62,12 +75,14 @@ def reconstruct(
 ) -> Reconstruction:
     """Reconstruct samples and measure the error of each.
 
-    Writes reconstructions.npy, errors.csv (index, mse, mae, score and, where there are such, file and label) and a
-    picture of the best, the median and the worst samples.
+    Writes reconstructions.npy, errors.csv (index, mse, mae, score and, where there are such, file and label; with
+    `parts` the mse of each in place of the score) and a picture of the best, the median and the worst samples.
 
     Args:
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
+        parts: look at this part of samples alone, or at these, numbered from 0, and make whole ones, whatever the
+            others hold; for models of samples that have parts, such as mvae. By default all are looked at.
         n_shown: samples in each row of the picture; 0 draws none.
         table: csv or parquet, the format of the errors.
         out: folder for the results; None keeps them in memory.
@@ -76,56 +91,90 @@ def reconstruct(
         progress: show a bar on a terminal.
 
     Raises:
-        AezooError: samples that the model cannot use, or a folder that cannot be written.
+        AezooError: samples that the model cannot use, parts that it does not have, or a folder that cannot be written.
     """
     if table not in ("csv", "parquet"):
         raise AezooError(f"table is {table!r}: take csv or parquet")
     if n_shown < 0 or batch_size < 1:
         raise AezooError(f"n_shown must be at least 0 and batch_size at least 1, got {n_shown} and {batch_size}")
+    some = None if parts is None else _Some(model, (parts,) if isinstance(parts, int) else parts)
     samples = Samples.of(x).check(model)
     n = len(samples)
     with Store(out) as store, at_work(model, seed) as device:
         x_hat = store.array("reconstructions", (n, *model.input_shape))
-        errors = {name: np.empty(n, np.float32) for name in ("mse", "mae", "score")}
+        mse, mae, score = (np.empty(n, np.float32) for _ in range(3))
+        part_mse = {i: np.empty(n, np.float32) for i in range(len(some.model.sizes) if some else 0)}
         start = 0
         for batch in samples.batches(batch_size, "reconstruct" if progress else ""):
             given = batch.to(device)
-            output = model(given).float()
-            difference = (output - given).flatten(1)
+            output = (some.reconstructed(given) if some else model(given)).float()
+            difference = output - given
             fill(x_hat, start, output)
-            fill(errors["mse"], start, difference.square().mean(1))
-            fill(errors["mae"], start, difference.abs().mean(1))
-            fill(errors["score"], start, model.score(given))
+            fill(mse, start, difference.square().flatten(1).mean(1))
+            fill(mae, start, difference.abs().flatten(1).mean(1))
+            if some is None:
+                fill(score, start, model.score(given))
+            else:
+                for i, part in enumerate(some.model.split(difference)):
+                    fill(part_mse[i], start, part.square().flatten(1).mean(1))
             start += len(batch)
+        found = Reconstruction(x_hat, mse, mae, None if some else score, part_mse)
         rows = [
-            {"index": i} | {name: float(values[i]) for name, values in errors.items()} | note
+            {"index": i} | {name: float(values[i]) for name, values in found.errors.items()} | note
             for i, note in enumerate(samples.notes)
         ]
         store.table("errors", rows, table)
         if n_shown and store.folder is not None:
-            store.picture("reconstructions", _picture(samples, x_hat, errors["mse"], n_shown))
-    return Reconstruction(x_hat, **errors, files=store.files)
+            store.picture("reconstructions", _picture(samples, x_hat, mse, n_shown, some))
+    return replace(found, files=store.files)
 
 
-def _picture(samples: Samples, x_hat: npt.NDArray[Any], mse: npt.NDArray[Any], n_shown: int) -> "Figure":
-    """Originals above reconstructions, for the samples of least, middle and largest error."""
+class _Some:
+    """Some parts of samples, to a model that knows them.
+
+    Raises:
+        AezooError: the model knows none.
+    """
+
+    def __init__(self, model: Autoencoder, parts: Sequence[int]) -> None:
+        if not isinstance(model, WithParts):
+            raise AezooError(f"{name_of(type(model)) or type(model).__name__} knows no parts of samples: drop --parts, "
+                             "or train a model that does, such as mvae")  # fmt: skip
+        self.model, self.parts = model, parts
+
+    def reconstructed(self, x: Tensor) -> Tensor:
+        return self.model.reconstruct_from(x, self.parts)
+
+    def shown(self, x: Tensor) -> Tensor:
+        """Samples whose other parts are grey, (B, *shape) -> (B, *shape)."""
+        grey = (x.min() + x.max()) / 2
+        seen = [part if i in self.parts else grey.expand_as(part) for i, part in enumerate(self.model.split(x))]
+        return torch.cat(seen, self.model.decoder.dim + 1)
+
+
+def _picture(
+    samples: Samples,
+    x_hat: npt.NDArray[Any],
+    mse: npt.NDArray[Any],
+    n_shown: int,
+    some: _Some | None = None,
+) -> "Figure":
+    """Originals above reconstructions, for the samples of least, middle and largest error; what was seen between."""
     from aezoo.callbacks import drawing
 
     order = torch.from_numpy(np.argsort(mse, kind="stable"))
     n = min(n_shown, len(order))
     middle = (len(order) - n) // 2
     groups = {"best": order[:n], "median": order[middle : middle + n], "worst": order[-n:].flip(0)}
-    pairs = {
-        name: (samples.rows(index), torch.from_numpy(np.asarray(x_hat[index.numpy()])))
-        for name, index in groups.items()
-    }
+    shown = {}
+    for name, index in groups.items():
+        given, output = samples.rows(index), torch.from_numpy(np.asarray(x_hat[index.numpy()]))
+        shown[name] = {"original": given} | ({"seen": some.shown(given)} if some else {}) | {"output": output}
     if not drawing.is_image(samples.shape):
-        panels = [
-            {"original": given[i], "output": output[i]} for given, output in pairs.values() for i in range(min(n, 4))
-        ]
+        panels = [{what: part[i] for what, part in parts.items()} for parts in shown.values() for i in range(min(n, 4))]
         labels = [f"{name}: mse {mse[index[i]]:.3g}" for name, index in groups.items() for i in range(min(n, 4))]
         return drawing.panel_figure(panels, labels)
-    limits = drawing.value_range(torch.cat([given for given, _ in pairs.values()]))
-    rows = [drawing.tiles(part, limits) for pair in pairs.values() for part in pair]
-    labels = [label for name in groups for label in (name, "output")]
+    limits = drawing.value_range(torch.cat([parts["original"] for parts in shown.values()]))
+    rows = [drawing.tiles(part, limits) for parts in shown.values() for part in parts.values()]
+    labels = [name if what == "original" else what for name, parts in shown.items() for what in parts]
     return drawing.mosaic_figure(rows, labels)

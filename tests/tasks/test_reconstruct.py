@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 import aezoo
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
-from aezoo.tasks.reconstruct import _picture
+from aezoo.tasks.reconstruct import _picture, _Some
 from aezoo.tasks.samples import Samples
 
 
@@ -105,3 +105,39 @@ def test_bad_values_are_refused():
     for bad in ({"table": "xls"}, {"n_shown": -1}, {"batch_size": 0}):
         with pytest.raises(AezooError, match=next(iter(bad))):
             aezoo.reconstruct(model, x, **bad)
+
+
+@pytest.fixture
+def half():
+    """A model of two parts, and samples of it."""
+    torch.manual_seed(0)
+    model = aezoo.create_model("mvae", (1, 6, 4), parts=(2, 4), latent_dim=2, hidden_dims=(5,)).eval()
+    return model, torch.rand(7, 1, 6, 4)
+
+
+def test_whole_samples_come_from_some_of_their_parts(half, tmp_path):
+    model, x = half
+    found = aezoo.reconstruct(model, x, parts=(1,), out=str(tmp_path), batch_size=3)
+    expected = model.reconstruct_from(x, (1,)).detach()
+    assert torch.allclose(torch.from_numpy(np.array(found.x_hat)), expected, atol=1e-6)
+    square = (x - expected) ** 2
+    assert np.allclose(found.part_mse[0], square[:, :, :2].mean((1, 2, 3)), rtol=1e-4)
+    assert np.allclose(found.part_mse[1], square[:, :, 2:].mean((1, 2, 3)), rtol=1e-4)
+    assert found.score is None and np.allclose(found.mse, square.mean((1, 2, 3)), rtol=1e-4)
+    assert (tmp_path / "errors.csv").read_text().startswith("index,mse,mae,mse_0,mse_1\n0,")
+    assert "mse_1" in found.summary() and (tmp_path / "reconstructions.png").is_file()
+    other = torch.cat([torch.rand(7, 1, 2, 4), x[:, :, 2:]], 2)
+    assert np.array_equal(aezoo.reconstruct(model, other, parts=1, batch_size=3).x_hat, found.x_hat)
+
+
+def test_what_is_not_looked_at_is_grey_in_the_picture(half):
+    model, x = half
+    shown = _Some(model, (0,)).shown(x)
+    assert torch.equal(shown[:, :, :2], x[:, :, :2]) and shown[:, :, 2:].unique().numel() == 1
+
+
+@pytest.mark.parametrize(("name", "parts", "words"), [("vae", (0,), "vae knows no parts"), ("mvae", (2,), "0 to 1")])
+def test_parts_that_a_model_does_not_have_are_refused(name, parts, words):
+    model = aezoo.create_model(name, (6,), latent_dim=2, hidden_dims=(5,))
+    with pytest.raises(AezooError, match=words):
+        aezoo.reconstruct(model, torch.rand(3, 6), parts=parts)

@@ -43,7 +43,7 @@ class JMVAE(WithParts, VAE):
         parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
             entries of vectors, rows of images with one channel; halves by default.
         latent_dim: D, size of the code.
-        beta: weight of the KL term.
+        beta: weight of the KL term between the posterior and the prior.
         alpha: weight of the KL terms between the posterior and those of the parts.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.

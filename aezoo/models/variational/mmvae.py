@@ -7,12 +7,12 @@ A sample has parts x = (x_1, ..., x_M), its modalities; the posterior is the mea
     L = 1/M sum_i E_q_i[-log p(x|z) + beta (log q(z|x) - log p(z))]     (section 3)
       = 1/M sum_i (E_q_i[-log p(x|z)] + beta (KL(q_i || p) - E_q_i[log q_i(z|x_i) - log q(z|x)]))
 
-in nats per sample. This is the ELBO, not the tighter IWAE bound that the paper trains on, by stratified sampling: each
-expert draws one z, all parts are decoded from each, x_i from z ~ q_j too, and q in the second form is the whole mixture
-at that z, so that the estimate has no bias. What is subtracted there is at most log M: without it the mean of the
-experts' KLs would stand for the mixture's, which is never larger. M = 1 is the VAE.
+in nats per sample. This is the ELBO, not the tighter IWAE bound that the paper trains on. It is estimated by stratified
+sampling, without bias: each expert draws one z, all parts are decoded from it, x_i from z ~ q_j too, and q(z|x) is the
+whole mixture at that z. What the second form subtracts is at most log M: without it the mean of the experts' KLs would
+stand for the mixture's, which is never larger. M = 1 is the VAE.
 
-Codes are the mixture's mean, the mean of the mu_i, scores the same terms with z at the mu_i in place of draws.
+Codes are the mixture's mean, the mean of the mu_i; scores are the second form for beta = 1 with z at the mu_i.
 
 Shapes: B batch, D code, M parts, S components of the mixture, K importance samples.
 """

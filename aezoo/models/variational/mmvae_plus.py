@@ -9,10 +9,10 @@ A sample has parts x = (x_1, ..., x_M), its modalities. All are decoded from u, 
                         + beta (log q(u|x) - log p(u) + KL(q_i(w_i|x_i) || p(w_i)))]
 
 in nats per sample, estimated as `mmvae` does. From the u of another part x_j is decoded with a w of r_j, so that what
-is shared cannot hide in private codes; s_j is learned. Where r_j is p, -L for beta = 1 is a bound on log p(x), in which
-w_j has its posterior with the u of x_j alone, and the prior with that of others. The form is that of MultiVae
-(https://github.com/AgatheSenellart/MultiVae), r_j with the mean of p too, for one draw of each; there distributions are
-of Laplace by default, here they are Gaussian.
+is shared cannot hide in private codes; s_j is learned. Where r_j is p, -L for beta = 1 is a bound on log p(x), whose
+posterior of w_j is q_j with a u from x_j, and the prior with a u from another part. The form is that of MultiVae
+(https://github.com/AgatheSenellart/MultiVae) for one draw of each; there too r_j has the mean of p, but distributions
+are of Laplace by default, here they are Gaussian.
 
 Codes are (u, w_1, ..., w_M): the mean of the mu_i, and each part's own; of a part that is not looked at, the mean of p.
 
@@ -52,7 +52,7 @@ class MMVAEPlus(MMVAE):
             entries of vectors, rows of images with one channel; halves by default.
         latent_dim: D, size of the code that all parts share.
         private_dim: P, size of the code that each part has beside it; with 0 it is the MMVAE.
-        beta: weight of the KL term.
+        beta: weight of the terms with q, log q(u|x) - log p(u) and the KL of w_i.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

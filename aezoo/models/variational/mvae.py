@@ -40,7 +40,7 @@ class MVAE(WithParts, VAE):
             entries of vectors, rows of images with one channel; halves by default.
         latent_dim: D, size of the code.
         n_subsets: k, random subsets of the parts whose ELBO is added at each step; of two parts there are none.
-        beta: weight of the KL terms.
+        beta: weight of the KL terms of all subsets.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

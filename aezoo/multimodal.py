@@ -63,23 +63,36 @@ class WithParts(Autoencoder):
     encoder: nn.ModuleList
     decoder: Decoders
 
-    def keep_parts(self, parts: tuple[int, ...], net: str, hidden_dims: tuple[int, ...], activation: str) -> None:
-        """Build the networks, of a kind and size that are the same for all parts."""
+    def keep_parts(
+        self,
+        parts: tuple[int, ...],
+        net: str,
+        hidden_dims: tuple[int, ...],
+        activation: str,
+        n_decoded: int | None = None,
+    ) -> None:
+        """Build the networks, of a kind and size that are the same for all parts.
+
+        Args:
+            parts: as in `cut`.
+            net: kind of the networks.
+            hidden_dims: widths or channels of the encoders' layers; the decoders mirror them.
+            activation: between layers.
+            n_decoded: size of what the decoders are given, D by default.
+        """
         dim, self.sizes = cut(parts, self.input_shape)
         shapes = [(*self.input_shape[:dim], size, *self.input_shape[dim + 1 :]) for size in self.sizes]
         code = (2 * self.code_shape[0],)
         self.encoder = nn.ModuleList(nets.encoder(net, shape, code, hidden_dims, activation) for shape in shapes)
-        mirrored = hidden_dims[::-1]
-        self.decoder = Decoders(
-            [nets.decoder(net, self.code_shape, shape, mirrored, activation) for shape in shapes], dim
-        )
+        decoded, mirrored = (n_decoded or self.code_shape[0],), hidden_dims[::-1]
+        self.decoder = Decoders([nets.decoder(net, decoded, shape, mirrored, activation) for shape in shapes], dim)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """The parts of samples, (B, *input_shape) -> M of (B, *part)."""
         return x.split(self.sizes, self.decoder.dim + 1)
 
-    def experts(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance that each part's encoder gives: (B, *input_shape) -> (B, M, D), (B, M, D).
+    def encoded(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+        """What each part's encoder gives: (B, *input_shape) -> (B, M, 2 D), M the parts that are looked at.
 
         Args:
             x: whole samples.
@@ -93,8 +106,19 @@ class WithParts(Autoencoder):
         if not parts or len({*parts}) < len(parts) or not {*parts} <= {*range(m)}:
             raise AezooError(f"parts must be some of 0 to {m - 1}, each once, got {tuple(parts)}")
         x_M = self.split(x)
-        outputs_BME = torch.stack([self.encoder[i](x_M[i]) for i in parts], 1)
-        mu_BMD, log_var_BMD = at_least_float32(outputs_BME).chunk(2, 2)
+        return torch.stack([self.encoder[i](x_M[i]) for i in parts], 1)
+
+    def experts(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of each part's q_i(z|x_i): (B, *input_shape) -> (B, M, D), (B, M, D).
+
+        Args:
+            x: whole samples.
+            parts: which to look at, as in `encoded`.
+
+        Raises:
+            AezooError: no part, one that there is not, or one twice.
+        """
+        mu_BMD, log_var_BMD = at_least_float32(self.encoded(x, parts)).chunk(2, 2)
         return mu_BMD, log_var_BMD.clamp(-30, 20)  # the VAE's interval
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ REASONS = {
     "linear_ae": "PCA is its optimum: what is left is the optimiser's distance",
     "maetok": "its 512 numbers pass a transformer as a row of tokens, for which so little training does not do",
     "masked_conv_ae": "it learns to fill in what is masked; whole samples are new to it",
+    "mhvae": f"{_RATE}, and decoders serve codes of some parts alone as well",
     "mine_vae": _RATE,
     "mmvae": "each number must come from one part alone, and the whole sample be decoded from it",
     "mmvae_plus": "the shared numbers must come from one part alone, and the private ones be drawn where another's are",

@@ -1,0 +1,150 @@
+"""MHVAE, the multi-modal hierarchical VAE (Dorent et al. 2023), https://arxiv.org/abs/2309.08747
+
+A sample has parts x = (x_1, ..., x_M), its modalities, and L levels of codes, z_1 at the bottom to z_L at the top; the
+posterior of a level given some of the parts S is the product of what each of them says there, and of the prior:
+
+    p(x, z) = p(x_1 | z_1) ... p(x_M | z_1) p(z_1 | z_2) ... p(z_{L-1} | z_L) p(z_L)     p(z_L) = N(0, I)
+    q(z_l | x_S, z_{l+1}) = N(mu, sigma^2), proportional to p(z_l | z_{l+1}) prod_(i in S) q_i(z_l | x_i, z_{l+1})
+    1 / sigma^2 = 1 / s^2 + sum_i 1 / sigma_i^2     mu = sigma^2 (m / s^2 + sum_i mu_i / sigma_i^2)     p = N(m, s^2)
+
+    L = 1 / (2^M - 1) sum_S (E_q[-log p(x | z_1)] + beta sum_l E_q[KL(q(z_l | x_S, z_{l+1}) || p(z_l | z_{l+1}))])
+
+in nats per sample, over all S but the empty one. From each all parts are decoded, those not in it too, so that with
+beta = 1 each term is a bound on -log p(x). This mean is that of MultiVae (https://github.com/AgatheSenellart/MultiVae);
+the authors' code (https://github.com/ReubenDo/MHVAE), for two parts, has the sum of the three terms. nll, kl, kl_l and
+elbo are those of all parts, `subset_nelbo` is what the other S add.
+
+The authors' code weighs means by 1 / sigma_i and has the sum of those for 1 / sigma, which is no product of Gaussians;
+here it is one. As there, all parts share the nets of q_i below the top, which see z_{l+1} and what the part's own
+encoder makes for the level. Not from there: codes are vectors, not maps, and nothing is adversarial. Its warm-up of the
+KL, without which levels easily come to carry nothing, is the callback BetaAnnealing in linear mode.
+
+Given z_1 the parts are independent, so that at the bottom the product may be the posterior itself. Above they are not:
+there that of several parts is an approximation, too sure in a linear model. L = 1 is an MVAE whose subsets decode all.
+
+The code is all levels from the bottom up, D = D_1 + ... + D_L; decode reads the bottom level, on which alone x depends.
+
+Shapes: B batch, D code, L levels, M parts, S subsets of them.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from aezoo import gaussians
+from aezoo.errors import AezooError
+from aezoo.models.variational.hierarchical_vae import HierarchicalVAE
+from aezoo.models.variational.ladder_vae import OfBottom
+from aezoo.models.variational.mopoe_vae import MOST_PARTS
+from aezoo.multimodal import Decoders, WithParts
+from aezoo.nets.levels import Pair, gaussian
+
+
+class MHVAE(WithParts, HierarchicalVAE):
+    """A VAE of several modalities with levels of codes, each the prior of the one below and an expert on it.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        parts: sizes of at most 6 parts along the first dimension of input_shape that is longer than 1, channels of
+            images or entries of vectors, rows of images with one channel; halves by default.
+        latent_dims: D_1, ..., D_L, sizes of the levels from the bottom up.
+        level_dim: width of the hidden layer of the nets between levels.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        parts: tuple[int, ...] = (),
+        latent_dims: tuple[int, ...] = (32, 16),
+        level_dim: int = 64,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dims=latent_dims,
+            level_dim=level_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        # there are several KLs, of which none alone is to be near a capacity
+        del self.capacity
+        self.keep_parts(parts, net, hidden_dims, activation, n_decoded=latent_dims[0])
+        if len(self.sizes) > MOST_PARTS:
+            raise AezooError(f"parts must be at most {MOST_PARTS}, got {len(self.sizes)}: take mvae or mmvae for more")
+        if len(latent_dims) > 1:
+            self.decoder = Decoders([OfBottom(latent_dims[0], net) for net in self.decoder], self.decoder.dim)
+
+    def subsets(self) -> list[tuple[int, ...]]:
+        """All subsets of the parts but the empty one, that of all parts first."""
+        m = len(self.sizes)
+        return [chosen for size in range(m, 0, -1) for chosen in combinations(range(m), size)]
+
+    def bottom_up(self, x: Tensor, parts: Sequence[int] | None = None) -> list[Tensor]:
+        """h_1, ..., h_L of some parts, all by default; the last are mean and log-variance: -> (B, M, 2 D_l)."""
+        return [*self.encoded(x, parts).split([2 * d for d in self.latent_dims], 2)]
+
+    def experts(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of each part's q_i(z_L|x_i), at the top: (B, *input_shape) -> (B, M, D_L) twice."""
+        return gaussian(self.bottom_up(x, parts)[-1])
+
+    def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> tuple[Pair, Pair]:
+        """Mean and log-variance of q(z_l | x_S, z_{l+1}), S the parts of h_l, and of p(z_l | z_{l+1})."""
+        h, prior = h_L[-1 - len(above)], self.priors.given(above)
+        if above:
+            experts = self.posteriors[-len(above)](h, above[-1][..., None, :].expand(*h.shape[:-1], -1))
+        else:
+            experts = gaussian(h)
+        mu, log_var = (
+            torch.cat([own, of_p[..., None, :].expand_as(own[..., :1, :])], -2)
+            for own, of_p in zip(experts, prior, strict=True)
+        )
+        return gaussians.product(mu, log_var), prior
+
+    def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        levels = self.top_down(self.bottom_up(x, parts), draw=False)
+        return torch.cat([level.mu for level in levels], 1), torch.cat([level.log_var for level in levels], 1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        h_LM = [h.unbind(1) for h in self.bottom_up(x)]
+        of_S = ([torch.stack([h_M[i] for i in chosen], 1) for h_M in h_LM] for chosen in self.subsets())
+        drawn_S = [self.top_down(h_L, draw=True) for h_L in of_S]
+        z_BSD = torch.stack([torch.cat([level.z for level in levels], 1) for levels in drawn_S], 1)
+        nll_BS = torch.stack([self.nll_of_part(i, z_BSD, x_i) for i, x_i in enumerate(self.split(x))]).sum(0)
+        kl_SL = torch.stack([torch.stack([level.kl().mean() for level in levels]) for levels in drawn_S])
+        nll_S = nll_BS.mean(0)
+        nelbo_S = nll_S + self.beta * kl_SL.sum(1)
+        nll, kl, rest = nll_S[0], kl_SL[0].sum(), nelbo_S[1:].sum() / len(nelbo_S)
+        each = {f"kl_{i}": value for i, value in enumerate(kl_SL[0], 1)}
+        return {"loss": nelbo_S.mean(), "nll": nll, "kl": kl, "elbo": -(nll + kl), "subset_nelbo": rest, **each}

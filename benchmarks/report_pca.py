@@ -24,6 +24,7 @@ REASONS = {
     "denoising_ae": _CORRUPTED,
     "dip_vae_ii": "a penalty on the covariance of codes trades against reconstruction",
     "denoising_vae": _CORRUPTED,
+    "dmvae": f"{_RATE}, and decoders serve shared codes of one part alone as well",
     "f_anogan": "the generator serves the critic as well, and heeds a tenth of what the encoder does",
     "factor_vae": "a weight on the total correlation buys independence with reconstruction",
     "gamma_vae": _RATE,

@@ -1,0 +1,138 @@
+"""DMVAE, the private-shared disentangled multimodal VAE (Lee & Pavlovic 2021), https://arxiv.org/abs/2012.13024
+
+A sample has parts x = (x_1, ..., x_M), its modalities. All are decoded from u, and each from a w_i of its own as well:
+
+    p(x, u, w) = p(u) prod_i p(w_i) p(x_i|u, w_i)     p(u) = N(0, I)     p(w_i) = N(0, I)
+    q(u|x_S) proportional to p(u) prod_(i in S) q_i(u|x_i)     S: some of the parts
+    q_i(u, w_i|x_i) = N(mu_i, diag sigma_i^2)
+
+    L = -ELBO_all(x) - sum_i ELBO_i(x)
+    ELBO_S(x) = E_(q(u|x_S) q(w|x))[sum_j log p(x_j|u, w_j)]
+                - beta (KL(q(u|x_S) || p(u)) + sum_j KL(q_j(w_j|x_j) || p(w_j)))
+
+in nats per sample. With beta = 1 each ELBO is one of log p(x), of all parts: the first has u of them all, the others
+have it of one part alone, from which all are decoded then, each with its own w_j, so that u must hold what is shared.
+The terms nll, kl and elbo are those of the first, `cross_nelbo` is what the others add; with M = 1 there are none, and
+it is a VAE whose posterior of u has the prior in it.
+
+The u of one part has the prior in it as that of several does, so that where the q_i are the likelihoods p(x_i|u) all
+posteriors of u are exact. The authors' code (https://github.com/seqam-lab/DMVAE) and MultiVae
+(https://github.com/AgatheSenellart/MultiVae) have q_i alone there, which is exact for no q_i that is so in a product;
+the first also counts the KL of u with each part that is decoded, and leaves out the likelihoods of ELBO_all.
+
+Codes are (u, w_1, ..., w_M); of a part that is not looked at, w_i is the mean of p.
+
+Shapes: B batch, D shared code, P private code, E = D + P, C = D + M P, M parts, S of u: of all parts, of each alone.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aezoo.limits import at_least
+from aezoo.models.variational.mmvae_plus import PrivateDecoders
+from aezoo.models.variational.mvae import MVAE
+from aezoo.models.variational.vae import VAE
+from aezoo.multimodal import WithParts
+
+
+class DMVAE(WithParts, VAE):
+    """A VAE of several modalities with a code for each beside that which all share, a product of what each says.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
+            entries of vectors, rows of images with one channel; halves by default.
+        latent_dim: D, size of the code that all parts share.
+        private_dim: P, size of the code that each part has beside it.
+        beta: weight of the KL terms.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        parts: tuple[int, ...] = (),
+        latent_dim: int = 16,
+        private_dim: int = 4,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, private_dim=private_dim)
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim + private_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        # there are several KLs, of which none alone is to be near a capacity
+        del self.capacity
+        self.latent_dim = latent_dim
+        self.keep_parts(parts, net, hidden_dims, activation)
+        self.decoder = PrivateDecoders([*self.decoder], self.decoder.dim)
+        self.decoder.shared = latent_dim
+        self.code_shape = (latent_dim + len(self.sizes) * private_dim,)
+
+    def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        m, d = len(self.sizes), self.latent_dim
+        parts = [*range(m)] if parts is None else [*parts]
+        own = self.experts(x, parts)
+        found = []
+        for u_BD, values_BSE in zip(MVAE.product(*(v[..., :d] for v in own)), own, strict=True):
+            w_SBP = values_BSE[..., d:].unbind(1)
+            unseen_BP = torch.zeros_like(w_SBP[0])  # of N(0, I), mean and log-variance
+            w_MBP = [w_SBP[parts.index(i)] if i in parts else unseen_BP for i in range(m)]
+            found.append(torch.cat([u_BD, *w_MBP], 1))
+        return found[0], found[1]
+
+    def posteriors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and log-variances of q(u|x_S) q(w|x), S all parts and each alone: -> (B, S, C), (B, S, C)."""
+        m, d = len(self.sizes), self.latent_dim
+        mu_BME, log_var_BME = self.experts(x)
+        every_1M = torch.ones(1, m, dtype=torch.bool, device=x.device)
+        alone_MM = torch.eye(m, dtype=torch.bool, device=x.device)[: m if m > 1 else 0]
+        member_SM = torch.cat([every_1M, alone_MM])
+        shared = MVAE.product(mu_BME[:, None, :, :d], log_var_BME[:, None, :, :d], member_SM)
+        private = (v[:, None, :, d:].flatten(2).expand(-1, len(member_SM), -1) for v in (mu_BME, log_var_BME))
+        mu_BSC, log_var_BSC = (torch.cat(pair, 2) for pair in zip(shared, private, strict=True))
+        return mu_BSC, log_var_BSC
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BSC, log_var_BSC = self.posteriors(x)
+        z_BSC = mu_BSC + torch.exp(0.5 * log_var_BSC) * torch.randn_like(mu_BSC)
+        b, s, _ = z_BSC.shape
+        x_BS = x[:, None].expand(b, s, *x.shape[1:]).flatten(0, 1)
+        nll_BS = self.nll(self.decoder(z_BSC.flatten(0, 1).to(x.dtype)), x_BS).unflatten(0, (b, s))
+        kl_BS = self.kl(mu_BSC.flatten(0, 1), log_var_BSC.flatten(0, 1)).unflatten(0, (b, s))
+        nll, kl = nll_BS[:, 0].mean(), kl_BS[:, 0].mean()
+        cross = (nll_BS + self.beta * kl_BS)[:, 1:].sum(1).mean()
+        return {"loss": nll + self.beta * kl + cross, "nll": nll, "kl": kl, "elbo": -(nll + kl), "cross_nelbo": cross}

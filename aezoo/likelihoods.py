@@ -86,6 +86,10 @@ class Likelihood(nn.Module):
         """Log-likelihood of each sample in nats: (B, *shape), (B, *shape) -> (B,)."""
         raise NotImplementedError
 
+    def forward(self, params: Tensor, x: Tensor) -> Tensor:
+        """`log_prob`, which is what `torch.func.functional_call` computes."""
+        return self.log_prob(params, x)
+
     def mean(self, params: Tensor) -> Tensor:
         """E[x | params], the reconstruction in data space: (B, *shape) -> (B, *shape)."""
         raise NotImplementedError

@@ -53,6 +53,7 @@ REASONS = {
     "sparse_ae_l1": _L1,
     "stacked_dae": f"{_CORRUPTED}, and layers are trained one by one first",
     "transcoder": _L1,
+    "telbo": _RATE,
     "triplet_vae": "the triplet loss moves means apart by label, beside the ELBO's price of each number",
     "vae": _RATE,
     "wta_ae": "its decoder reads what reaches a unit's threshold, about 13 of 256; the rest counts as in use",

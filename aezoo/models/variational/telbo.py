@@ -1,0 +1,132 @@
+"""TELBO, the triple ELBO (Vedantam et al. 2018), https://arxiv.org/abs/1705.10762
+
+A sample has parts x = (x_1, ..., x_M), its modalities; one encoder sees them all, and each part has one of its own, an
+expert beside the prior:
+
+    q(z|x) = N(mu(x), diag sigma(x)^2)     q_i(z|x_i) = N(mu_i, diag sigma_i^2)     p(z) = N(0, I)
+    q(z|x_S) proportional to p(z) prod_(i in S) q_i(z|x_i)     S: some of the parts, not all
+
+    L = E_q(z|x)[-sum_i log p(x_i|z)] + beta KL(q(z|x) || p(z))
+        + sum_i (gamma E_q(z|x_i)[-log p(x_i|z)] + beta KL(q(z|x_i) || p(z)))
+
+in nats per sample: the ELBO of all parts and that of each, which with beta = gamma = 1 are three for two parts. The
+terms nll, kl and elbo are those of all parts, `parts_nelbo` is what the others add.
+
+Decoders, and the scale of a likelihood, learn from the first ELBO alone; in the others they are held, so that these fit
+the parts' encoders to the p(z|x_i) of the model, and not the model to them. All are trained at once, as in the authors'
+code (https://github.com/google/joint_vae, whose scripts set stop_elbox_gradient and stop_elboy_gradient); it takes the
+mean of the ELBOs, and has a weight for each likelihood. MultiVae (https://github.com/AgatheSenellart/MultiVae) trains
+the parts' encoders in a second stage, the rest frozen; the rest learns the same here, as it gets no gradient from them.
+Its KL of a part has the joint log-variance in place of the part's own, which draws sigma_i to 0.
+
+The paper's products are of the attributes that are given, here they are of parts. Where the q_i are the likelihoods
+p(x_i|z) all of them are exact, as in `mvae`.
+
+Shapes: B batch, D code, M parts, S posteriors: of all parts, of each alone.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from aezoo import nets
+from aezoo.autoencoder import at_least_float32
+from aezoo.limits import at_least
+from aezoo.models.variational.mvae import MVAE
+from aezoo.models.variational.vae import VAE
+from aezoo.multimodal import WithParts
+from aezoo.nets.memory_format import like
+
+
+def held(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """What a module makes of inputs, with no gradient of its parameters."""
+    return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, inputs)
+
+
+class TELBO(WithParts, VAE):
+    """A VAE of whole samples, and encoders of their parts that learn by ELBOs of their own.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
+            entries of vectors, rows of images with one channel; halves by default.
+        latent_dim: D, size of the code.
+        beta: weight of the KL terms.
+        gamma: weight of the likelihoods in the ELBOs of the parts.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        parts: tuple[int, ...] = (),
+        latent_dim: int = 16,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, gamma=gamma)
+        self.gamma = gamma
+        # there are several KLs, of which none alone is to be near a capacity
+        del self.capacity
+        self.keep_parts(parts, net, hidden_dims, activation)
+        self.joint_encoder = nets.encoder(net, self.input_shape, (2 * latent_dim,), hidden_dims, activation)
+
+    def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        if parts is None or sorted(parts) == [*range(len(self.sizes))]:
+            mu_BD, log_var_BD = at_least_float32(self.joint_encoder(x)).chunk(2, 1)
+            return mu_BD, log_var_BD.clamp(-30, 20)  # the VAE's interval
+        return MVAE.product(*self.experts(x, parts))
+
+    def held_nll(self, i: int, z_BD: Tensor, x: Tensor) -> Tensor:
+        """-log p(x_i|z), with the gradient of z alone: (B, D), (B, *part) -> (B,)."""
+        params = held(self.decoder[i], z_BD.to(x.dtype))
+        return -held(self.likelihood, at_least_float32(params), like(at_least_float32(x), params))
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        of_parts = MVAE.product(*(v[:, :, None] for v in self.experts(x)))
+        mu_BSD, log_var_BSD = (
+            torch.cat([whole[:, None], own], 1) for whole, own in zip(self.infer(x), of_parts, strict=True)
+        )
+        z_BSD = mu_BSD + torch.exp(0.5 * log_var_BSD) * torch.randn_like(mu_BSD)
+        kl_BS = self.kl(mu_BSD.flatten(0, 1), log_var_BSD.flatten(0, 1)).unflatten(0, z_BSD.shape[:2])
+        nll, kl = self.nll(self.decoder(z_BSD[:, 0].to(x.dtype)), x).mean(), kl_BS[:, 0].mean()
+        own_nll_MB = [self.held_nll(i, z_BSD[:, 1 + i], x_i) for i, x_i in enumerate(self.split(x))]
+        parts_nelbo = (self.gamma * torch.stack(own_nll_MB).sum(0) + self.beta * kl_BS[:, 1:].sum(1)).mean()
+        loss = nll + self.beta * kl + parts_nelbo
+        return {"loss": loss, "nll": nll, "kl": kl, "parts_nelbo": parts_nelbo, "elbo": -(nll + kl)}

@@ -253,6 +253,29 @@ def test_no_bound_is_above_the_evidence_and_importance_samples_find_it_from_wron
     np.testing.assert_allclose(model.log_likelihood(x, 20_000).numpy(), evidence, atol=0.1)
 
 
+def test_training_puts_what_parts_share_into_the_shared_code_and_what_each_has_alone_into_its_own() -> None:
+    """Of two parts with one number in common and one of each alone."""
+    common, *alone = torch.randn(3, 500)
+    loads = [torch.linalg.qr(torch.randn(3, 2))[0] for _ in alone]
+    x = torch.cat([torch.stack([common, own], 1) @ w.T for own, w in zip(alone, loads, strict=True)], 1)
+    x += 0.3 * torch.randn(500, 6)
+    model = DMVAE((6,), latent_dim=1, private_dim=1, hidden_dims=(), likelihood="gaussian:0.3")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 200)
+        optimizer.zero_grad()
+        model.loss(x)["loss"].backward()
+        optimizer.step()
+    with torch.no_grad():
+        codes = torch.cat([torch.stack([common, *alone]), model.encode(x).T])
+        from_first = model.reconstruct_from(x, (0,))[:, 3:]
+    correlations = torch.corrcoef(codes)[:3, 3:].abs()
+    assert (correlations.diagonal() > 0.9).all() and (correlations - torch.diag(correlations.diagonal()) < 0.2).all()
+    # of the second part the first knows what is common
+    wanted = common[:, None] * loads[1][:, 0]
+    assert (from_first - wanted).square().sum() < 0.15 * wanted.square().sum()
+
+
 # ---- the zoo ---------------------------------------------------------------------------------------------------------
 
 

@@ -100,7 +100,7 @@ def test_the_prior_is_the_mixture_of_torch_distributions(name: str, likelihood: 
     # far out too, where each density underflows
     torch.testing.assert_close(model.log_prior(100 * z), mixture(model).log_prob(100 * z))
     # PyTorch-VAE's parenthesis: the log-variance is divided by the variance as well
-    log_w, mu, log_var = model.components()
+    log_w, mu, log_var = model.mixture()
     exponent = -0.5 * (log_var + (z[..., None, :] - mu) ** 2) / log_var.exp()
     wrong = torch.logsumexp(log_w + exponent.sum(-1), -1) - 1.5 * math.log(2 * math.pi)
     assert (wrong - expected).abs().mean() > 0.1
@@ -112,7 +112,7 @@ def test_the_prior_is_the_mixture_of_torch_distributions(name: str, likelihood: 
 def test_many_codes_are_compared_with_the_components_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, z = small(name, n_components=4), torch.randn(7, 3, dtype=torch.float64)
     whole = model.log_prior(z)
-    monkeypatch.setattr("aezoo.models.variational.mixture_vae._MOST_VALUES", 25)
+    monkeypatch.setattr("aezoo.mixture_prior._MOST_VALUES", 25)
     torch.testing.assert_close(model.log_prior(z), whole)
 
 
@@ -246,7 +246,7 @@ def test_the_score_holds_a_bound_on_the_kl_that_is_tight_for_components_far_apar
     assert (bound - kl).min() > -0.05
     assert torch.equal(model.score(x), model.score(x))
     # by the closed form of torch.distributions
-    log_w, m, s = model.components()
+    log_w, m, s = model.mixture()
     each = torch.stack([D.kl_divergence(normal(mu, log_var), normal(a, b)) for a, b in zip(m, s, strict=True)], 1)
     torch.testing.assert_close(bound, -torch.logsumexp(log_w - each, 1))
     if name == "mixture_vae":

@@ -10,24 +10,18 @@ s = 1 is the VAE. The start has the mean and the covariance of N(0, I), up to ch
 The score is free of noise: in place of the KL it takes the bound KL(q || p) <= -log sum_k w_k exp(-KL(q || p_k)) of
 Hershey & Olsen 2007, https://doi.org/10.1109/ICASSP.2007.366913, an equality for K = 1.
 
-Shapes: B batch, D code, K components, N codes.
+Shapes: B batch, D code, K components.
 """
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from aezoo.autoencoder import at_least_float32
-from aezoo.errors import AezooError
 from aezoo.gaussians import LOG_2PI
+from aezoo.mixture_prior import WithMixture
 from aezoo.models.variational.vae import VAE
 
-# of the differences between codes and components that are held at a time: 64 MiB
-_MOST_VALUES = 2**24
 
-
-class MixtureVAE(VAE):
+class MixtureVAE(WithMixture, VAE):
     """Gaussian code whose prior is a learned mixture of Gaussians.
 
     Args:
@@ -83,17 +77,7 @@ class MixtureVAE(VAE):
         self.save_hyperparameters()
         # the sampled KL may be negative, at no distance from a capacity
         del self.capacity
-        if n_components < 1:
-            raise AezooError(f"n_components must be at least 1, got {n_components}")
-        self.n_components = n_components
-        self.weight_K = nn.Parameter(torch.zeros(n_components))
-        self.mean_KD = nn.Parameter(math.sqrt(0.5) * torch.randn(n_components, latent_dim))
-        self.log_var_KD = nn.Parameter(torch.full((n_components, latent_dim), math.log(0.5)))
-
-    def components(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-weights, means and log-variances of the prior's Gaussians: (K,), (K, D), (K, D)."""
-        weight_K, mean_KD, log_var_KD = map(at_least_float32, (self.weight_K, self.mean_KD, self.log_var_KD))
-        return weight_K.log_softmax(0), mean_KD, log_var_KD.clamp(-30, 20)
+        self.keep_mixture(n_components, latent_dim)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_1BD, log_q_1B = self.sample_posterior(x, 1)
@@ -101,26 +85,11 @@ class MixtureVAE(VAE):
         kl = (log_q_1B - self.log_prior(z_1BD)).mean()
         return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
-    def log_joint(self, mu_ND: Tensor, var_ND: Tensor) -> Tensor:
-        """Mean of log w_k N(z | m_k, diag s_k^2) over z ~ N(mu, diag var), in nats: (N, D), (N, D) -> (N, K)."""
-        log_w_K, mean_KD, log_var_KD = self.components()
-        step = max(1, _MOST_VALUES // mean_KD.numel())
-        log_p_NK = [
-            -0.5 * (((mu_ND[:, None] - mean_KD) ** 2 + var_ND[:, None]) / log_var_KD.exp() + log_var_KD).sum(2)
-            for mu_ND, var_ND in zip(mu_ND.split(step), var_ND.split(step), strict=True)
-        ]
-        return log_w_K + torch.cat(log_p_NK) - 0.5 * LOG_2PI * mean_KD.shape[1]
-
     def log_prior(self, z: Tensor) -> Tensor:
-        z_ND = at_least_float32(z).reshape(-1, z.shape[-1])
-        return torch.logsumexp(self.log_joint(z_ND, torch.zeros_like(z_ND)), 1).reshape(z.shape[:-1])
+        return self.log_mixture(z)
 
-    @torch.no_grad()
     def sample_prior(self, n: int) -> Tensor:
-        log_w_K, mean_KD, log_var_KD = self.components()
-        k_N = torch.multinomial(log_w_K.exp(), n, replacement=True)
-        z_ND = mean_KD[k_N] + torch.exp(0.5 * log_var_KD[k_N]) * torch.randn_like(mean_KD[k_N])
-        return z_ND.to(next(self.decoder.parameters()).dtype)
+        return self.draw_mixture(n).to(next(self.decoder.parameters()).dtype)
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:

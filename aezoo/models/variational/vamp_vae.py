@@ -92,6 +92,6 @@ class VampVAE(MixtureVAE):
         """The u_k, in the data's range: (K, *input_shape)."""
         return self.pseudo_K.sigmoid() if self.likelihood.unit_interval else self.pseudo_K
 
-    def components(self) -> tuple[Tensor, Tensor, Tensor]:
+    def mixture(self) -> tuple[Tensor, Tensor, Tensor]:
         mean_KD, log_var_KD = self.posterior(self.pseudo_inputs())
         return mean_KD.new_full((self.n_components,), -math.log(self.n_components)), mean_KD, log_var_KD

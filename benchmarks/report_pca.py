@@ -18,6 +18,7 @@ REASONS = {
     "categorical_vae": "its numbers are one-hot: 20 variables of 4 classes are 40 bits",
     "contractive_ae": "one sigmoid layer, and a penalty on what the code tells apart",
     "crosscoder": _L1,
+    "crmvae": f"{_RATE}, its posterior is pulled to what each part can tell alone, and that is decoded as well",
     "dagmm": "the code must fit a small mixture as well",
     "deep_svdd": "codes are drawn to one point by an encoder without biases",
     "dense_ae": "its layers of 128 and 64 ReLUs hold less than a linear code of as many numbers",

@@ -90,6 +90,7 @@ FEWER = {
     ("beta_tcvae", "alpha"): WEIGHT,
     ("jmvae", "alpha"): WEIGHT,
     ("mvtcae", "alpha"): OFF,
+    ("crmvae", "alpha"): OFF | NONE,
     ("joint_vae", "n_variables"): OFF,
     ("semi_supervised_vae", "alpha"): WEIGHT,
     ("sequence_ae", "hidden_dims"): set(),

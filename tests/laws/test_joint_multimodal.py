@@ -11,6 +11,7 @@ from test_multimodal import CODE, PARTS, PRIOR, SHAPE, SUBSETS, Exact, experts, 
 from torch import Tensor, nn
 
 from aezoo import AezooError, gaussians
+from aezoo.models.variational.crmvae import CRMVAE
 from aezoo.models.variational.jmvae import JMVAE
 from aezoo.models.variational.mvtcae import MVTCAE
 from aezoo.models.variational.vae import VAE
@@ -39,7 +40,7 @@ def test_the_kl_of_the_surest_from_the_least_sure_is_finite_in_float32_and_the_o
         torch.testing.assert_close(gaussians.kl(mu, p, -mu, q).double(), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("make", [JMVAE, MVTCAE])
+@pytest.mark.parametrize("make", [JMVAE, MVTCAE, CRMVAE])
 def test_the_kls_of_encoders_in_half_precision_are_computed_in_single(make: Any) -> None:
     model, x = make(SHAPE, parts=PARTS, latent_dim=CODE), torch.rand(5, *SHAPE)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():

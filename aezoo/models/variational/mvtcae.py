@@ -94,14 +94,14 @@ class MVTCAE(WithParts, VAE):
         if not 0 <= alpha <= 1:
             raise AezooError(f"alpha must be from 0 to 1, got {alpha}")
         if alpha == len(self.sizes) == 1:
-            raise AezooError("alpha must be less than 1 for samples of one part: no term of their loss is left")
+            raise AezooError("alpha must be less than 1 for samples of one part: no KL of their loss is left")
         self.alpha = alpha
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         return gaussians.product(*self.experts(x, parts))
 
-    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        mu_BMD, log_var_BMD = self.experts(x)
+    def terms(self, x: Tensor, mu_BMD: Tensor, log_var_BMD: Tensor) -> dict[str, Tensor]:
+        """The loss and its terms, from what the experts say: (B, *input_shape), (B, M, D), (B, M, D) -> scalars."""
         mu_BD, log_var_BD = gaussians.product(mu_BMD, log_var_BMD)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
@@ -110,3 +110,6 @@ class MVTCAE(WithParts, VAE):
         share = self.alpha / len(self.sizes)
         loss = (1 - share) * nll + self.beta * ((1 - self.alpha) * kl + share * parts_kl)
         return {"loss": loss, "nll": nll, "kl": kl, "parts_kl": parts_kl, "elbo": -(nll + kl)}
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        return self.terms(x, *self.experts(x))

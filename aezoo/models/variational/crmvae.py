@@ -1,0 +1,103 @@
+"""CRMVAE, which decodes what each part says as well (Suzuki & Matsuo 2023), https://openreview.net/forum?id=Rn8u4MYgeNJ
+
+A sample has parts x = (x_1, ..., x_M), its modalities. The posterior is that of `mvtcae`, the product of what the
+encoders of the parts say, and is to be near each of them; and x_i is decoded from what its own encoder says, too:
+
+    q(z|x) proportional to prod_i q_i(z|x_i)     q_i = N(mu_i, diag sigma_i^2)     p(z) = N(0, I)
+
+    L = (1 - alpha / M) E_q[-log p(x|z)] + alpha / M sum_i E_q_i[-log p(x_i|z)] + beta R
+    R = (1 - alpha) KL(q || p) + alpha / M sum_i KL(q || q_i)     alpha: M / (M + 1) by default
+
+in nats per sample, (1 - alpha) L_0 + alpha / M sum_i L_i of terms each of which has every part once, all alike by
+default:
+
+    L_0 = E_q[-log p(x|z)] + beta KL(q || p)
+    L_i = E_q[-sum_(j != i) log p(x_j|z)] + E_q_i[-log p(x_i|z)] + beta KL(q || q_i)
+
+Without the E_q_i it is that of `mvtcae`, with alpha = 0 that of a VAE. For beta = 1, -L_0 is a bound on log p(x), the
+term elbo, and -L_i one on the log-evidence of x_i plus that of the others, each with q_i in place of the prior. That of
+x_i may be more than log p(x_i), as KL(q_i || p) is left out, so that -L is no bound on log p(x): where q and q_i are
+the posteriors of x and of x_i,
+
+    -L = log p(x) + alpha / M sum_i KL(q_i || p)
+
+MultiVae (https://github.com/AgatheSenellart/MultiVae) weighs E_q by 1 / (M + 1) like the E_q_i, and both by half of
+that in its code: a part counts the less there the more there are. It weighs the KLs as much against E_q as here with a
+2 M-th of the beta, and the E_q_i M times as much.
+
+Shapes: B batch, D code, M parts.
+"""
+
+import torch
+from torch import Tensor
+
+from aezoo.models.variational.mvtcae import MVTCAE
+
+
+class CRMVAE(MVTCAE):
+    """A VAE of several modalities whose posterior is near what each says, and all that is said can be decoded.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
+            entries of vectors, rows of images with one channel; halves by default.
+        latent_dim: D, size of the code.
+        beta: weight of all KL terms.
+        alpha: share of the L_i, from 0 to 1; that of L_0 is 1 - alpha; None for M / (M + 1).
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        parts: tuple[int, ...] = (),
+        latent_dim: int = 16,
+        beta: float = 1.0,
+        alpha: float | None = None,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            parts=parts,
+            latent_dim=latent_dim,
+            beta=beta,
+            alpha=0.0 if alpha is None else alpha,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        if alpha is None:
+            self.alpha = len(self.sizes) / (len(self.sizes) + 1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BMD, log_var_BMD = self.experts(x)
+        terms = self.terms(x, mu_BMD, log_var_BMD)
+        z_BMD = mu_BMD + torch.exp(0.5 * log_var_BMD) * torch.randn_like(mu_BMD)
+        own = [self.nll_of_part(i, z_BMD[:, i : i + 1], x_i)[:, 0] for i, x_i in enumerate(self.split(x))]
+        own_nll = torch.stack(own).sum(0).mean()
+        return {**terms, "loss": terms["loss"] + self.alpha / len(self.sizes) * own_nll, "own_nll": own_nll}

@@ -8,6 +8,7 @@ NOT_EXPLAINED = "not explained: a defect until it is"
 _RATE = "the ELBO switches off numbers that cost more nats of KL than they save in error"
 _L1 = "an L1 penalty shrinks what is active"
 _CORRUPTED = "its error is that of corrupted samples"
+_PRIVATE = "the shared numbers must come from one part alone, and the private ones be drawn where another's are"
 REASONS = {
     "ae1svm": "codes lie between 0 and 1, and a one-class SVM draws them together",
     "aae": "the encoder serves the discriminator as well",
@@ -16,6 +17,7 @@ REASONS = {
     "beta_tcvae": "a weight above 1 buys independence of the numbers with reconstruction",
     "beta_vae": "a weight above 1 buys a smaller KL with reconstruction",
     "categorical_vae": "its numbers are one-hot: 20 variables of 4 classes are 40 bits",
+    "cmvae": _PRIVATE,
     "contractive_ae": "one sigmoid layer, and a penalty on what the code tells apart",
     "crosscoder": _L1,
     "crmvae": f"{_RATE}, its posterior is pulled to what each part can tell alone, and that is decoded as well",
@@ -42,7 +44,7 @@ REASONS = {
     "mhvae": f"{_RATE}, and decoders serve codes of some parts alone as well",
     "mine_vae": _RATE,
     "mmvae": "each number must come from one part alone, and the whole sample be decoded from it",
-    "mmvae_plus": "the shared numbers must come from one part alone, and the private ones be drawn where another's are",
+    "mmvae_plus": _PRIVATE,
     "mopoe_vae": "most of its codes are of some parts alone, from which the whole sample is decoded",
     "mvae": f"{_RATE}, and decoders serve codes of some parts alone as well",
     "mvtcae": f"{_RATE}, and its posterior is pulled to what each part can tell alone",

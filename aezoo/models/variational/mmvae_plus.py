@@ -122,7 +122,8 @@ class MMVAEPlus(MMVAE):
             found.append(torch.cat([u_BD, *(w.get(i, unseen_BP) for i in range(len(self.sizes)))], 1))
         return found[0], found[1]
 
-    def bound(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor]:
+    def draws(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """The shared codes that are decoded, and what `bound` says of them: -> (B, M, D), (B, M), (B, M)."""
         mu_BME, log_var_BME = self.experts(x)
         draw = torch.randn_like if noise else torch.zeros_like
         z_BME = mu_BME + torch.exp(0.5 * log_var_BME) * draw(mu_BME)
@@ -137,7 +138,10 @@ class MMVAEPlus(MMVAE):
         kl_BM = self.kl(mu_BME.flatten(0, 1), log_var_BME.flatten(0, 1)).unflatten(0, mu_BME.shape[:2])
         log_q_BMM = self.log_densities(u_BMD, *(v[..., : self.latent_dim] for v in (mu_BME, log_var_BME)))
         log_mixture_BM = log_q_BMM.logsumexp(2) - math.log(len(self.sizes))
-        return torch.stack(nll_MBM).sum(0), kl_BM - (log_q_BMM.diagonal(dim1=1, dim2=2) - log_mixture_BM)
+        return u_BMD, torch.stack(nll_MBM).sum(0), kl_BM - (log_q_BMM.diagonal(dim1=1, dim2=2) - log_mixture_BM)
+
+    def bound(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor]:
+        return self.draws(x, noise)[1:]
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         u_KBD, log_q_u_KB = super().sample_posterior(x, n)

@@ -1,0 +1,150 @@
+"""CMVAE, whose parts share a code in clusters (Palumbo et al. 2024), https://openreview.net/forum?id=k5THrhXDV3
+
+A sample has parts x = (x_1, ..., x_M), its modalities. The model is `mmvae_plus`, u now of one of K clusters:
+
+    p(x, c, u, w) = p(c) p(u|c) prod_i p(w_i) p(x_i|u, w_i)     p(u|c) = N(m_c, diag s_c^2)     p(c), m, s: learned
+    q(u|x) = 1/M sum_i q_i(u|x_i)     q(c|u) = p(c|u)
+
+    L = 1/M sum_i E_q_i[-log p(x_i|u, w_i) - sum_(j != i) E_r_j[log p(x_j|u, w)]
+                        + beta (log q(u|x) - log p(u) + KL(q_i(w_i|x_i) || p(w_i)))]     p(u) = sum_c p(c) p(u|c)
+
+in nats per sample, a bound where that of `mmvae_plus` is one. The paper's mean over q(c|u) of log p(c, u) - log q(c|u)
+is log p(u) itself. Estimated as there, plus log N(u; 0, I) - log p(u) at each draw; K = 1 with m = 0 and s = 1 is
+`mmvae_plus`. The paper's diffusion is left out; in MultiVae (https://github.com/AgatheSenellart/MultiVae) all s are 1.
+
+How likely each cluster is, is the mean over parts of q_i(c|x_i), proportional to exp E_q_i[log p(c) p(u|c)] as in VaDE
+(https://arxiv.org/abs/1611.05148); the paper draws a u of each part and takes the majority of their clusters. `prune`
+chooses afterwards how many there are: the cluster with the least of sum_x q(c|x) goes, one after the other, and of 2 to
+K those stay with the least penalised normalised entropy, of parts and samples in the mean,
+
+    beta H(q_i(c|x_i)) / log K - 1/D log sum_c exp E_q_i[log p(c) p(u|c)]
+
+Shapes: B batch, D shared code, M parts, S of them that are looked at, K clusters.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aezoo.errors import AezooError
+from aezoo.gaussians import LOG_2PI
+from aezoo.mixture_prior import WithMixture
+from aezoo.models.variational.mmvae_plus import MMVAEPlus
+
+_NEVER = -1e4  # its exponential is 0, and weights stay finite
+
+
+class CMVAE(WithMixture, MMVAEPlus):
+    """A VAE of several modalities with private codes, and a code that all share whose prior is a mixture of clusters.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
+            entries of vectors, rows of images with one channel; halves by default.
+        latent_dim: D, size of the code that all parts share.
+        private_dim: P, size of the code that each part has beside it.
+        n_components: K, clusters, Gaussians of the shared code's prior.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        parts: tuple[int, ...] = (),
+        latent_dim: int = 16,
+        private_dim: int = 4,
+        n_components: int = 10,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            parts=parts,
+            latent_dim=latent_dim,
+            private_dim=private_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.keep_mixture(n_components, latent_dim)
+
+    def bound(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor]:
+        u_BMD, nll_BM, kl_BM = self.draws(x, noise)
+        return nll_BM, kl_BM - 0.5 * (u_BMD**2 + LOG_2PI).sum(2) - self.log_mixture(u_BMD)
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        u, w = z.split([self.latent_dim, z.shape[-1] - self.latent_dim], -1)
+        return self.log_mixture(u) + super().log_prior(w)
+
+    def sample_prior(self, n: int) -> Tensor:
+        z = super().sample_prior(n)
+        return torch.cat([self.draw_mixture(n).to(z.dtype), z[:, self.latent_dim :]], 1)
+
+    def log_clusters(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+        """E_q_i[log p(c) p(u|c)] in nats of some parts, all by default: (B, *input_shape) -> (B, S, K)."""
+        mu_BSD, log_var_BSD = self.components(x, parts)
+        return self.log_joint(mu_BSD.flatten(0, 1), log_var_BSD.exp().flatten(0, 1)).unflatten(0, mu_BSD.shape[:2])
+
+    @torch.no_grad()
+    def clusters(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+        """How likely each cluster is by some of the parts, all by default: (B, *input_shape) -> (B, K)."""
+        return self.log_clusters(x, parts).softmax(2).mean(1)
+
+    @torch.no_grad()
+    def prune(self, x: Tensor) -> dict[int, float]:
+        """Keep as many clusters as suit these samples; p(c) of the others is 0 from then on.
+
+        Args:
+            x: samples to choose by, (B, *input_shape).
+
+        Returns:
+            The penalised normalised entropy of each number of clusters.
+
+        Raises:
+            AezooError: there is one cluster alone.
+        """
+        log_w_K, log_BMK = self.weight_K.log_softmax(0), self.log_clusters(x)
+        kept = (log_w_K > _NEVER / 2).nonzero().flatten().tolist()
+        if len(kept) < 2:
+            raise AezooError("prune needs at least 2 clusters: there is one alone")
+        found = {}
+        while len(kept) > 1:
+            own_BMK = log_BMK[..., kept] - log_w_K[kept].logsumexp(0)
+            q_BMK = own_BMK.softmax(2)
+            entropy_BM = torch.special.entr(q_BMK).sum(2) / math.log(len(kept))
+            penalised_BM = self.beta * entropy_BM - own_BMK.logsumexp(2) / self.latent_dim
+            found[len(kept)] = penalised_BM.mean().item(), kept
+            least = q_BMK.sum((0, 1)).argmin().item()
+            kept = [c for i, c in enumerate(kept) if i != least]
+        best = min(found.values())[1]
+        self.weight_K[[c for c in range(self.n_components) if c not in best]] = _NEVER
+        return {k: penalised for k, (penalised, _) in found.items()}

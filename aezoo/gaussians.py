@@ -40,6 +40,25 @@ def product(mu: Tensor, log_var: Tensor, member: Tensor | None = None) -> tuple[
     return (log_precision.softmax(-2) * mu).sum(-2), -log_precision.logsumexp(-2)
 
 
+def product_of_posteriors(mu: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variances of p(z) prod_i N(z; mu_i, C_i) / p(z) with p(z) = N(0, I), the prior counted once.
+
+    Where C_i has a variance above 1, which no posterior's has, it counts as 1: C^-1 = I + sum_i (C_i^-1 - I).
+
+    Args:
+        mu: means, (..., M, D).
+        root: R_i with C_i = R_i^T R_i, (..., M, D, D). What comes back is (..., D).
+    """
+    exact = torch.float32 if mu.device.type == "mps" else torch.float64  # Apple's GPUs have none
+    with torch.autocast(mu.device.type, enabled=False):
+        _, scale, axes = torch.linalg.svd(root.to(exact))
+        excess = axes.mT @ ((scale.clamp(1e-6, 1)[..., None] ** -2 - 1) * axes)
+        covariance = torch.linalg.inv(torch.eye(mu.shape[-1]).to(excess) + excess.sum(-3))
+        column = mu.to(exact)[..., None]
+        mean = covariance @ (excess @ column + column).sum(-3)
+        return mean[..., 0].to(mu.dtype), covariance.diagonal(dim1=-2, dim2=-1).log().to(mu.dtype)
+
+
 def kl(mu: Tensor, log_var: Tensor, other_mu: Tensor, other_log_var: Tensor) -> Tensor:
     """KL(N(mu, diag exp(log_var)) || N(other_mu, diag exp(other_log_var))) in nats: (..., D), four times -> (...)."""
     d2 = (mu - other_mu) ** 2 * torch.exp(-other_log_var)

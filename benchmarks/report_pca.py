@@ -35,6 +35,7 @@ REASONS = {
     "hierarchical_vae": _RATE,
     "hyperspherical_vae": "a direction has a number less than its coordinates, and a noise of its own",
     "jmvae": f"{_RATE}, and its posterior is pulled to what each part can tell alone",
+    "jnf": _RATE,
     "jumprelu_sae": "its penalty counts active numbers, and goes on to trade them for error",
     "joint_vae": "both KL terms are held at capacities, which bound what a code can say",
     "ladder_vae": _RATE,

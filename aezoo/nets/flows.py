@@ -204,3 +204,32 @@ class AffineLayer(nn.Module):
             m, a = self.parts(z)
             z = (u - m) * torch.exp(-a)
         return z
+
+
+class AutoregressiveFlow(nn.ModuleList):
+    """f(z) of masked autoregressive layers, whose elements take turns in being the first; the identity without layers.
+
+    Args:
+        size: D.
+        n_flows: layers.
+        width: H, in each of their two hidden layers.
+    """
+
+    def __init__(self, size: int, n_flows: int, width: int) -> None:
+        order_D = torch.arange(size)
+        super().__init__(AffineLayer(order_D.flip(0) if t % 2 else order_D, False, width) for t in range(n_flows))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """f(z) and log|det df/dz|: (..., D) -> (..., D), (...)."""
+        log_det = torch.zeros_like(z[..., 0])
+        for layer in self:
+            z, log_det_t = layer(z)
+            log_det = log_det + log_det_t
+        return z, log_det
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """The z of which f is u: (..., D) -> (..., D)."""
+        layer: nn.Module
+        for layer in reversed(self):
+            u = layer.inverse(u)  # type: ignore[operator]
+        return u

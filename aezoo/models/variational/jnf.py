@@ -1,0 +1,138 @@
+"""JNF, the joint VAE with normalising flows for its parts (Senellart et al. 2023), https://arxiv.org/abs/2305.11832
+
+A sample has parts x = (x_1, ..., x_M), its modalities; one encoder sees them all, and each part has one of its own with
+a flow behind it, that learns what the first says:
+
+    q(z|x) = N(mu(x), diag sigma(x)^2)     p(z) = N(0, I)
+    log q_i(z|x_i) = log N(f_i(z); mu_i, diag sigma_i^2) + log|det df_i/dz|     f_i: a masked autoregressive flow
+
+    L = E_q(z|x)[-sum_i log p(x_i|z)] + beta KL(q(z|x) || p(z)) + sum_i E_sg(q)[log q(z|x) - log q_i(z|x_i)]
+
+in nats per sample. In `jmvae` q_i is Gaussian and draws the joint VAE to what it can follow. Here the last term trains
+the q_i alone: sg stops gradients. The paper takes two stages, first the joint VAE, then, that one frozen,
+-E_q[log q_i(z|x_i)], which has the same gradient for q_i. In one run the joint VAE learns what it would alone and the
+q_i follow it: a point where both rest is one where both stages rest. Without layers q_i is that of `jmvae`.
+
+The code of all parts is that of q(z|x), of one f_i^-1(mu_i). Of several it is that of p(z) prod_i q_i(z|x_i) / p(z)
+with the prior once, each q_i taken for a Gaussian N(m_i, C_i) there:
+
+    m_i = f_i^-1(mu_i)     C_i = sum_d a_d a_d^T     2 a_d = f_i^-1(mu_i + sigma_id e_d) - f_i^-1(mu_i - sigma_id e_d)
+    C_S^-1 = I + sum_i (C_i^-1 - I)     m_S = C_S sum_i C_i^-1 m_i     variances of C_i above 1 count as 1
+
+which is p(z|x_S) where the q_i are the p(z|x_i) and the f_i affine. The paper draws from the density itself by
+Hamiltonian Monte Carlo; MultiVae (https://github.com/AgatheSenellart/MultiVae) divides it by p(z) once, however many
+parts there are, which is right for two.
+
+Shapes: B batch, D code, M parts, S of them that are looked at.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import gaussians
+from aezoo.gaussians import LOG_2PI
+from aezoo.limits import at_least
+from aezoo.models.variational.jmvae import JMVAE
+from aezoo.nets.flows import AutoregressiveFlow, check_count
+
+
+class JNF(JMVAE):
+    """A VAE of whole samples, and flows that learn its posterior from each of their parts.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
+            entries of vectors, rows of images with one channel; halves by default.
+        latent_dim: D, size of the code.
+        n_flows: layers of each part's flow; 0 for Gaussians.
+        flow_width: hidden units of each layer's network, in each of two hidden layers.
+        beta: weight of the KL term.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        parts: tuple[int, ...] = (),
+        latent_dim: int = 16,
+        n_flows: int = 2,
+        flow_width: int = 64,
+        beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            parts=parts,
+            latent_dim=latent_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        del self.alpha
+        check_count(n_flows)
+        at_least(1, flow_width=flow_width)
+        self.flows = nn.ModuleList(AutoregressiveFlow(latent_dim, n_flows, flow_width) for _ in self.sizes)
+
+    def log_experts(self, z_BD: Tensor, x: Tensor) -> Tensor:
+        """Log q_i(z|x_i) in nats for every part: (B, D), (B, *input_shape) -> (B, M)."""
+        u_MBD, log_det_MB = zip(*(flow(z_BD) for flow in self.flows), strict=True)
+        mu_BMD, log_var_BMD = self.experts(x)
+        d2_BMD = (torch.stack(u_MBD, 1) - mu_BMD) ** 2 * torch.exp(-log_var_BMD)
+        return torch.stack(log_det_MB, 1) - 0.5 * (d2_BMD + log_var_BMD + LOG_2PI).sum(2)
+
+    def gaussian(self, i: int, mu_BD: Tensor, log_var_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """m_i and the a_d as rows: (B, D), (B, D) -> (B, D), (B, D, D)."""
+        d, std_BDD = mu_BD.shape[1], torch.diag_embed(torch.exp(0.5 * log_var_BD))
+        u_BND = mu_BD[:, None] + torch.cat([torch.zeros_like(std_BDD[:, :1]), std_BDD, -std_BDD], 1)
+        flow: Any = self.flows[i]
+        m_B1D, above_BDD, below_BDD = flow.inverse(u_BND).split([1, d, d], 1)
+        return m_B1D[:, 0], (above_BDD - below_BDD) / 2
+
+    def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        if parts is None or len(parts) == len(self.sizes):
+            return super().infer(x, parts)
+        own = zip(parts, *(values.unbind(1) for values in self.experts(x, parts)), strict=True)
+        m, a = (torch.stack(values, 1) for values in zip(*(self.gaussian(*each) for each in own), strict=True))
+        if len(parts) > 1:
+            return gaussians.product_of_posteriors(m, a)
+        return m[:, 0], (a[:, 0] ** 2).sum(1).clamp_min(1e-12).log()
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        mu_BD, log_var_BD = self.infer(x)
+        eps_BD = torch.randn_like(mu_BD)
+        z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * eps_BD
+        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
+        kl = self.kl(mu_BD, log_var_BD).mean()
+        log_q_B = -0.5 * (eps_BD**2 + log_var_BD.detach() + LOG_2PI).sum(1)
+        parts_kl = (log_q_B[:, None] - self.log_experts(z_BD.detach(), x)).sum(1).mean()
+        loss = nll + self.beta * kl + parts_kl
+        return {"loss": loss, "nll": nll, "kl": kl, "parts_kl": parts_kl, "elbo": -(nll + kl)}

@@ -50,6 +50,24 @@ class Decoders(nn.ModuleList):
         return torch.cat([decoder(z) for decoder in self], self.dim + 1)
 
 
+class OwnDecoders(Decoders):
+    """The decoders of parts that have codes of their own: (B, D + M P) -> (B, *input_shape).
+
+    Args:
+        decoders: one for each part, of P values.
+        dim: the dimension of a sample along which the parts follow each other.
+        shared: D, values before them that none of them reads.
+    """
+
+    def __init__(self, decoders: Sequence[nn.Module], dim: int, shared: int) -> None:
+        super().__init__(decoders, dim)
+        self.shared = shared
+
+    def forward(self, z: Tensor) -> Tensor:
+        own = z[:, self.shared :].chunk(len(self), 1)
+        return torch.cat([decoder(z_i) for decoder, z_i in zip(self, own, strict=True)], self.dim + 1)
+
+
 class WithParts(Autoencoder):
     """A model with a Gaussian code of samples that have parts; its constructor calls `keep_parts`.
 

@@ -49,6 +49,7 @@ REASONS = {
     "mopoe_vae": "most of its codes are of some parts alone, from which the whole sample is decoded",
     "mvae": f"{_RATE}, and decoders serve codes of some parts alone as well",
     "mvtcae": f"{_RATE}, and its posterior is pulled to what each part can tell alone",
+    "nexus": f"{_RATE}, and no number of a part's code may tell of another part",
     "ra_sae": "its directions stay within a distance of 1 from mixtures of 128 samples",
     "sae_l1": _L1,
     "semantic_hash_ae": "its numbers are bits",

@@ -236,6 +236,8 @@ RANGES = {
     "commitment": lambda rng: rng.uniform(0, 2),
     "parts": lambda rng: rng.choice(([], [8], [3, 5], [2, 1, 4, 1])),
     "private_dim": lambda rng: rng.randint(0, 4),
+    "part_dim": lambda rng: rng.randint(1, 16),
+    "top_beta": lambda rng: rng.uniform(0, 4),
     "n_subsets": lambda rng: rng.randint(0, 3),
     "groups": lambda rng: [rng.randint(1, 6) for _ in range(rng.randint(1, 4))],
 }

@@ -61,7 +61,7 @@ MEANING = {
     "max_discrete_capacity": WEIGHT, "num_labels": OFF, "start_variance": {1.5},
     "capacity_steps": NEVER, "a": {1.5}, "weight": {1.5}, "dataset_size": OFF | NEVER, "group_dim": NONE | OFF,
     "n_subsets": OFF, "private_dim": OFF, "parts": {"[]"}, "sigma": {1.5}, "residual": ON, "pad_value": NONE | OFF,
-    "lam": WEIGHT, "hyper_hidden_dims": {"[]"}, "attention": ON,
+    "top_beta": WEIGHT, "lam": WEIGHT, "hyper_hidden_dims": {"[]"}, "attention": ON,
     "places": NEVER, "dead_below": WEIGHT, "cosine": ON, "kl_steps": OFF | NEVER, "hard": ON, "top_dims": {"[]"},
     # data: digits needs no folder; one batch of all; limits that are raised
     "root": {"", "abc", "1"}, "batch_size": {HUGE}, "val_fraction": OFF, "test_fraction": OFF, "seed": {0, HUGE},

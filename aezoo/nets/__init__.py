@@ -5,8 +5,8 @@ a class `Decoder(code_shape, input_shape, hidden_dims, activation)`, both module
 batches of the other, and a function `map_shape(input_shape, hidden_dims, channels)`: the feature map that a code can
 be.
 
-The other files are parts that models build on: `dictionary`, `flows`, `levels`, `top_down`, `labels`, `adversarial`,
-`features`, `tied`, `classifier`, `context`, `denoiser` and `standardise`.
+The other files are parts that models build on: `dictionary`, `flows`, `levels`, `messages`, `top_down`, `labels`,
+`adversarial`, `features`, `tied`, `classifier`, `context`, `denoiser` and `standardise`.
 """
 
 from aezoo.nets.build import ACTIVATIONS, NETS, WITHOUT_GRID, activation, decoder, encoder, map_shape

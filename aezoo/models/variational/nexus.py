@@ -1,0 +1,150 @@
+"""Nexus, the hierarchical multimodal VAE (Vasco et al. 2022), https://doi.org/10.1016/j.neunet.2021.11.019
+
+A sample has parts x = (x_1, ..., x_M), its modalities. Each has a VAE with a code z_i of its own, and over the codes
+stands another with a code u that they share, to which each sends a message; the messages are averaged:
+
+    p(x, z, u) = p(u) prod_i p(z_i|u) p(x_i|z_i)     p(u) = N(0, I)     p(z_i|u) = N(m_i(u), diag s_i^2)
+    q(z, u|x) = q(u|z) prod_i q_i(z_i|x_i)     q_i = N(mu_i, diag sigma_i^2)
+    q(u|z_S) = N(mu(c), diag sigma(c)^2)     c = 1/|S| sum_(i in S) c_i(z_i)     S: some of the parts
+
+    L = sum_i (E_q_i[-log p(x_i|z_i)] + beta KL(q_i(z_i|x_i) || N(0, I)))
+        + E_sg(q_i)[E_q(u|z_S)[-sum_i log p(z_i|u)] + top_beta KL(q(u|z_S) || p(u))]
+
+in nats per sample. sg stops gradients: each part's VAE learns as if alone, the higher level from codes as they are. S
+is all parts but for forced perceptual dropout: of a share of the samples in training only some send their messages,
+first how many, evenly from 1 to M - 1, then which; u is to tell the codes of all. elbo bounds log p(x), with p(z_i|u)
+for the prior of z_i. Codes are (u, z_1, ..., z_M), the means; of parts that are not looked at, m_i(u).
+
+The paper also weighs each p(x_i|z_i) and p(z_i|u). The authors' code (https://github.com/miguelsvasco/nexus_pytorch)
+has s_i^2 = 1/2, or for one part what is best for the batch; here s_i is learned. It has batch normalisation too, and KL
+weights that rise over epochs. MultiVae (https://github.com/AgatheSenellart/MultiVae), which says that its results are
+not the paper's, has s_i = 1, dropout in evaluation too and by default none.
+
+Shapes: B batch, D shared code, P code of a part, M parts, S of them that are looked at, K importance samples.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aezoo import gaussians
+from aezoo.limits import at_least
+from aezoo.models.variational.vae import VAE
+from aezoo.multimodal import OwnDecoders, WithParts
+from aezoo.nets.messages import MessageLevel
+
+
+class Nexus(WithParts, VAE):
+    """A VAE for each of several modalities, and one of their codes that makes those of the parts that are missing.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
+            entries of vectors, rows of images with one channel; halves by default.
+        latent_dim: D, size of the code that all parts share.
+        part_dim: P, size of each part's own code.
+        level_dim: size of a message, and width of the hidden layer of the nets between the levels.
+        dropout: share of samples in training whose shared code comes from some of their parts alone.
+        beta: weight of the KL terms of the parts.
+        top_beta: weight of the KL term of the shared code.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    normal_prior = False
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        parts: tuple[int, ...] = (),
+        latent_dim: int = 16,
+        part_dim: int = 16,
+        level_dim: int = 64,
+        dropout: float = 0.2,
+        beta: float = 1.0,
+        top_beta: float = 1.0,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        at_least(0, top_beta=top_beta)
+        at_least(1, latent_dim=latent_dim, part_dim=part_dim, level_dim=level_dim)
+        super().__init__(
+            input_shape,
+            latent_dim=part_dim,
+            beta=beta,
+            net=net,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        # there are several KLs, of which none alone is to be near a capacity
+        del self.capacity
+        self.keep_parts(parts, net, hidden_dims, activation)
+        self.decoder = OwnDecoders([*self.decoder], self.decoder.dim, latent_dim)
+        self.latent_dim, self.top_beta = latent_dim, top_beta
+        self.code_shape = (latent_dim + len(self.sizes) * part_dim,)
+        self.top = MessageLevel(len(self.sizes), part_dim, latent_dim, level_dim, activation, dropout)
+
+    def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        return self.top.completed(*self.experts(x, parts), range(len(self.sizes)) if parts is None else parts)
+
+    def bound(self, x: Tensor, noise: bool = True) -> dict[str, Tensor]:
+        """The terms of the loss, each (B,); without noise codes are their means, of all parts."""
+        mu_BMP, log_var_BMP = self.experts(x)
+        d, zero_BF = self.latent_dim, F.pad(torch.zeros_like(mu_BMP).flatten(1), (0, self.latent_dim))
+        # at once, since a graph may have several draws in another order
+        eps_BF = torch.randn_like(zero_BF) if noise else zero_BF
+        z_BMP = mu_BMP + torch.exp(0.5 * log_var_BMP) * eps_BF[:, :-d].unflatten(1, mu_BMP.shape[1:])
+        top_nll_B, top_kl_B = self.top.bound(z_BMP.detach(), eps_BF[:, -d:], noise and self.training)
+        nll_B = self.nll(self.decoder(F.pad(z_BMP.flatten(1), (d, 0)).to(x.dtype)), x)
+        kl_B = self.kl(mu_BMP.flatten(1), log_var_BMP.flatten(1))
+        entropy_B = 0.5 * (log_var_BMP + 1 + gaussians.LOG_2PI).sum((1, 2))
+        elbo_B = entropy_B - nll_B - top_nll_B - top_kl_B
+        return {"nll": nll_B, "kl": kl_B, "top_nll": top_nll_B, "top_kl": top_kl_B, "elbo": elbo_B}
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        of = {name: values_B.mean() for name, values_B in self.bound(x).items()}
+        return {"loss": of["nll"] + self.beta * of["kl"] + of["top_nll"] + self.top_beta * of["top_kl"], **of}
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        u, own = z[..., : self.latent_dim], z[..., self.latent_dim :]
+        return super().log_prior(u) + self.top.log_down(own.unflatten(-1, (len(self.sizes), -1)), u)
+
+    def sample_prior(self, n: int) -> Tensor:
+        u_BD = super().sample_prior(n)[:, : self.latent_dim]
+        z_BMP, _ = gaussians.draw(*self.top.down(u_BD))
+        return torch.cat([u_BD, z_BMP.flatten(1).to(u_BD.dtype)], 1)
+
+    def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        z_KBMP, log_q_KBM = gaussians.draw(*self.experts(x), n)
+        u_KBD, log_q_KB = gaussians.draw(*self.top.up(z_KBMP, range(len(self.sizes))))
+        return torch.cat([u_KBD, z_KBMP.flatten(2)], 2), log_q_KB + log_q_KBM.sum(2)
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """-elbo with codes at their means, in nats: (B, *input_shape) -> (B,), no noise."""
+        return -self.bound(x, noise=False)["elbo"]

@@ -14,19 +14,25 @@ from torch import Tensor, nn
 
 import aezoo
 from aezoo import AezooError, gaussians
+from aezoo.models.variational.cmvae import CMVAE
+from aezoo.models.variational.crmvae import CRMVAE
+from aezoo.models.variational.dmvae import DMVAE
 from aezoo.models.variational.jmvae import JMVAE
+from aezoo.models.variational.jnf import JNF
 from aezoo.models.variational.mmvae import MMVAE
 from aezoo.models.variational.mmvae_plus import MMVAEPlus
 from aezoo.models.variational.mopoe_vae import MoPoEVAE
 from aezoo.models.variational.mvae import MVAE
 from aezoo.models.variational.mvtcae import MVTCAE
+from aezoo.models.variational.nexus import Nexus
+from aezoo.models.variational.telbo import TELBO
 from aezoo.models.variational.vae import VAE
 from aezoo.multimodal import cut
 
 SHAPE, PARTS, CODE = (6, 2, 3), (1, 2, 3), 4
 MIXTURES: list[Any] = [MMVAE, MoPoEVAE]
-ALL: list[Any] = [MVAE, *MIXTURES, JMVAE, MVTCAE]
-WITH_PRIVATE: list[Any] = [*ALL, MMVAEPlus]
+ALL: list[Any] = [MVAE, *MIXTURES, JMVAE, MVTCAE, CRMVAE, TELBO]
+EVERY: list[Any] = [*ALL, JNF, MMVAEPlus, DMVAE, CMVAE, Nexus]
 
 
 def small(make: Any, shifted: Any, **settings: Any) -> Any:
@@ -79,7 +85,7 @@ def given_noise(patch: pytest.MonkeyPatch, eps: Tensor | None = None) -> None:
 def test_samples_are_cut_along_the_first_dimension_that_can_be_and_in_halves(shape: Any, dim: int, halves: Any) -> None:
     assert cut((), shape) == (dim, halves)
     x = torch.rand(2, *shape)
-    for make in WITH_PRIVATE:
+    for make in EVERY:
         model = make(shape, latent_dim=2, hidden_dims=())
         parts = model.split(x)
         assert [part.shape[dim + 1] for part in parts] == [*halves]
@@ -96,7 +102,7 @@ def test_upper_and_lower_half_of_an_image_and_channels_are_parts() -> None:
     assert torch.equal(red, x[:, :1]) and torch.equal(others, x[:, 1:])
 
 
-@pytest.mark.parametrize("make", WITH_PRIVATE)
+@pytest.mark.parametrize("make", EVERY)
 def test_sizes_that_do_not_add_up_are_refused(make: Any) -> None:
     for parts in ((3, 2), (6, 1), (7, -1), (6, 0)):
         with pytest.raises(AezooError, match="parts must be sizes of at least 1 that add up to 6, dimension 0"):
@@ -424,7 +430,7 @@ def test_mopoe_of_the_full_subset_alone_is_the_joint_product(shifted: Any) -> No
         torch.testing.assert_close(getattr(model.eval(), call)(x), getattr(other.eval(), call)(x))
 
 
-@pytest.mark.parametrize("make", WITH_PRIVATE)
+@pytest.mark.parametrize("make", EVERY)
 def test_the_score_is_the_bound_of_all_parts_without_noise(make: Any, shifted: Any) -> None:
     model, x = small(make, shifted, beta=3.0).eval(), images()
     with pytest.MonkeyPatch.context() as patch:
@@ -439,7 +445,7 @@ SUBSETS = [chosen for n in (1, 2, 3) for chosen in itertools.combinations(range(
 
 
 @pytest.mark.parametrize("chosen", SUBSETS, ids=str)
-@pytest.mark.parametrize("make", WITH_PRIVATE)
+@pytest.mark.parametrize("make", EVERY)
 def test_a_reconstruction_from_some_parts_depends_on_no_value_of_the_others(
     make: Any, chosen: tuple[int, ...], shifted: Any
 ) -> None:
@@ -458,7 +464,7 @@ def test_a_reconstruction_from_some_parts_depends_on_no_value_of_the_others(
         assert torch.equal(found, model(x))
 
 
-@pytest.mark.parametrize("make", WITH_PRIVATE)
+@pytest.mark.parametrize("make", EVERY)
 def test_the_experts_of_other_parts_get_no_gradient_from_a_reconstruction(make: Any, shifted: Any) -> None:
     model = small(make, shifted)
     model.reconstruct_from(images(), (2,)).sum().backward()
@@ -478,12 +484,14 @@ def test_the_code_of_some_parts_is_the_posterior_of_the_kind_of_model(shifted: A
             MoPoEVAE: (mu.sum(1) + both_mu) / 3,
             JMVAE: JMVAE.product(mu, log_var)[0],
             MVTCAE: both_mu,
+            TELBO: MVAE.product(mu, log_var)[0],
+            CRMVAE: both_mu,
         }[make]
         torch.testing.assert_close(model.infer(x, (0, 2))[0], expected)
         torch.testing.assert_close(model.reconstruct_from(x, (0, 2)), model.decode(expected))
 
 
-@pytest.mark.parametrize("make", WITH_PRIVATE)
+@pytest.mark.parametrize("make", EVERY)
 @pytest.mark.parametrize("parts", [(), (3,), (-1,), (0, 0), (0, 1, 2, 3)])
 def test_parts_that_there_are_not_are_refused(make: Any, parts: tuple[int, ...], shifted: Any) -> None:
     with pytest.raises(AezooError, match="parts must be some of 0 to 2, each once, got"):
@@ -596,7 +604,7 @@ def test_importance_samples_find_the_evidence_from_any_posterior(make: Any, shif
 # ---- the zoo ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", WITH_PRIVATE)
+@pytest.mark.parametrize("make", EVERY)
 def test_sizes_may_be_a_list_and_no_kl_of_several_has_a_capacity(make: Any) -> None:
     model = aezoo.create_model(aezoo.registry.name_of(make), SHAPE, parts=[2, 4])
     assert model.sizes == (2, 4) and not hasattr(model, "capacity") and model.beta == 1.0

@@ -117,7 +117,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "mopoe_vae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0},
     "jmvae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0, "alpha": 0.7},
     "mmvae_plus": {"hidden_dims": (24,), "latent_dim": 4, "private_dim": 2, "parts": (2, 5, 1), "beta": 2.0},
+    "jnf": {"hidden_dims": (24,), "latent_dim": 6, "flow_width": 12, "parts": (2, 5, 1), "beta": 2.0},
+    "nexus": {"hidden_dims": (24,), "latent_dim": 4, "part_dim": 3, "level_dim": 12, "parts": (2, 5, 1), "beta": 2.0},
     "mvtcae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0, "alpha": 0.6},
+    "mhvae": {"hidden_dims": (24,), "latent_dims": (4, 3), "level_dim": 12, "parts": (2, 5, 1), "beta": 2.0},
+    "dmvae": {"hidden_dims": (24,), "latent_dim": 4, "private_dim": 2, "parts": (2, 5, 1), "beta": 2.0},
+    "telbo": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0, "gamma": 3.0},
+    "crmvae": {"hidden_dims": (24,), "latent_dim": 6, "parts": (2, 5, 1), "beta": 2.0, "alpha": 0.6},
+    "cmvae": {
+        "hidden_dims": (24,),
+        "latent_dim": 4,
+        "private_dim": 2,
+        "n_components": 3,
+        "parts": (2, 5, 1),
+        "beta": 2.0,
+    },
     "vq_vae": {**FOUR_PLACES, "latent_dim": 4, "codebook_size": 8},
     "rq_vae": {**FOUR_PLACES, "latent_dim": 4, "levels": 3, "codebook_size": 5},
     "fsq_vae": {**FOUR_PLACES, "levels": (4, 3, 5)},
@@ -169,7 +183,8 @@ NOISY = (
     *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae"),
     *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl", "gamma_vae"),
     *("triplet_vae", "eq_vae", "asymmetric_kl", "mvae", "mmvae", "mopoe_vae", "sq_vae", "mine_vae", "va_vae"),
-    *("diffusers_ae", "jmvae", "mvtcae", "mmvae_plus", "representation_ae"),
+    *("diffusers_ae", "jmvae", "mvtcae", "mmvae_plus", "mhvae", "representation_ae", "dmvae", "telbo", "crmvae"),
+    *("cmvae", "jnf", "nexus"),
 )
 # evaluated with whole numbers, trained with noise in place of rounding
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior")
@@ -250,7 +265,7 @@ def test_codes_reconstructions_and_scores_ignore_the_batch_mates(name: str, shif
 
 
 # trained on images that are turned, or with a part of them in sight
-PARTIAL = ("eq_vae", "asymmetric_kl", "maetok")
+PARTIAL = ("eq_vae", "asymmetric_kl", "maetok", "nexus")
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in (*OWN_SCALE, *PARTIAL)])
@@ -326,10 +341,16 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "ladder_vae": {"kl": 2.0},
         "vdvae": {"kl": 1.0},
         **{key: {"kl": 2.0} for key in ("mixture_vae", "vamp_vae", "vae_flow", "vae_iaf", "flow_prior_vae")},
-        **{key: {"kl": 2.0} for key in ("mmvae", "mopoe_vae", "mmvae_plus")},
+        **{key: {"kl": 2.0} for key in ("mmvae", "mopoe_vae", "mmvae_plus", "cmvae")},
         "mvae": {"kl": 2.0, "subset_nelbo": 1.0},
+        "mhvae": {"nll": 1 / 7 - 1, "kl": 2 / 7, "subset_nelbo": 1.0},
         "jmvae": {"kl": 2.0, "parts_kl": 0.7},
+        "jnf": {"kl": 2.0, "parts_kl": 1.0},
+        "nexus": {"kl": 2.0, "top_nll": 1.0, "top_kl": 1.0},
         "mvtcae": {"nll": -0.2, "kl": 0.8, "parts_kl": 0.4},
+        "dmvae": {"kl": 2.0, "cross_nelbo": 1.0},
+        "telbo": {"kl": 2.0, "parts_nelbo": 1.0},
+        "crmvae": {"nll": -0.2, "kl": 0.8, "parts_kl": 0.4, "own_nll": 0.2},
         "two_stage_vae": {"kl": 1.0, "code_nll": 1.0, "code_kl": 1.0},
         "joint_vae": {"kl_continuous": 5.0, "kl_discrete": 5.0},
         "semi_supervised_vae": {"kl": 1.0},

@@ -24,7 +24,7 @@ from test_multimodal import (
 from torch import Tensor, nn
 
 from aezoo import AezooError
-from aezoo.models.variational.telbo import TELBO, held
+from aezoo.models.variational.telbo import TELBO
 
 M, K, SIZES, SCALE = 3, 2, (3, 4, 2), 0.6
 
@@ -123,15 +123,6 @@ def test_gamma_weighs_the_likelihoods_of_the_parts_own_elbos_alone(shifted: Any)
     torch.testing.assert_close(without["parts_nelbo"], 3.0 * torch.stack(kls).sum())
     with pytest.raises(AezooError, match="gamma must be at least 0 and finite"):
         TELBO((6,), gamma=-0.1)
-
-
-def test_what_is_held_is_computed_as_ever_and_lets_the_gradient_of_its_input_through() -> None:
-    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3, requires_grad=True)
-    plain, found = net(x), held(net, x)
-    assert torch.equal(plain, found)
-    assert all(g is None for g in gradients(found.sum(), net))
-    (mine,), (theirs,) = (torch.autograd.grad(values.square().sum(), x) for values in (found, plain))
-    assert torch.equal(mine, theirs) and all(p.requires_grad for p in net.parameters())
 
 
 def test_the_kls_of_encoders_in_half_precision_are_computed_in_single() -> None:

@@ -28,8 +28,7 @@ Shapes: B batch, D code, M parts, S posteriors: of all parts, of each alone.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
@@ -37,12 +36,8 @@ from aezoo.limits import at_least
 from aezoo.models.variational.mvae import MVAE
 from aezoo.models.variational.vae import VAE
 from aezoo.multimodal import WithParts
+from aezoo.nets.adversarial import frozen
 from aezoo.nets.memory_format import like
-
-
-def held(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """What a module makes of inputs, with no gradient of its parameters."""
-    return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, inputs)
 
 
 class TELBO(WithParts, VAE):
@@ -115,8 +110,9 @@ class TELBO(WithParts, VAE):
 
     def held_nll(self, i: int, z_BD: Tensor, x: Tensor) -> Tensor:
         """-log p(x_i|z), with the gradient of z alone: (B, D), (B, *part) -> (B,)."""
-        params = held(self.decoder[i], z_BD.to(x.dtype))
-        return -held(self.likelihood, at_least_float32(params), like(at_least_float32(x), params))
+        params = frozen(self.decoder[i], z_BD.to(x.dtype))
+        log_p_B: Tensor = frozen(self.likelihood, at_least_float32(params), like(at_least_float32(x), params))
+        return -log_p_B
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         of_parts = MVAE.product(*(v[:, :, None] for v in self.experts(x)))

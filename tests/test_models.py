@@ -56,7 +56,9 @@ def of_models():
         for check in ALONE:
             if check is not testing.check_indices or aezoo.model_class(name).discrete_code:
                 late = check in GRAPHS and name not in GRAPHS_AT_ONCE
-                last = check is testing.check_overfits and name in OVERFIT_LAST
+                # what cannot be exported has no ONNX file, and what can seldom lacks one
+                last = check is testing.check_onnx and name not in OF_EACH_KIND
+                last |= check is testing.check_overfits and name in OVERFIT_LAST
                 late |= check is testing.check_overfits and name in OVERFIT_LATE
                 marks = [pytest.mark.longest] if last else [pytest.mark.slow] if late else []
                 yield pytest.param(name, check, id=f"{name}-{name_of_check(check)}", marks=marks)
@@ -70,11 +72,11 @@ def test_model(name, check):
 
 def of_variants():
     """The checks that fit or save are the longest; what they look at is rarely an argument's doing."""
-    late = (testing.check_checkpoint, testing.check_resume, testing.check_loop, testing.check_seed)
-    late += (testing.check_deterministic_evaluation,)
+    late = (testing.check_checkpoint, testing.check_resume)
+    last = (testing.check_loop, testing.check_seed, testing.check_deterministic_evaluation)
     for check in CHECKS:
         if check.__name__ not in NOT_OF_VARIANTS:
-            marks = [pytest.mark.slow] if check in late else []
+            marks = [pytest.mark.longest] if check in last else [pytest.mark.slow] if check in late else []
             yield pytest.param(check, id=name_of_check(check), marks=marks)
 
 

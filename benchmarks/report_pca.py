@@ -57,6 +57,7 @@ REASONS = {
     "sparse_ae_kl": "sigmoid units are never 0, so that all of them count as in use",
     "sparse_ae_l1": _L1,
     "stacked_dae": f"{_CORRUPTED}, and layers are trained one by one first",
+    "temporal_sae": "PCA gets as many numbers as its two codes hold together, of which few are free",
     "transcoder": _L1,
     "telbo": _RATE,
     "triplet_vae": "the triplet loss moves means apart by label, beside the ELBO's price of each number",

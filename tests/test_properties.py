@@ -33,7 +33,7 @@ TINY = float(np.nextafter(np.float32(0), np.float32(1)))
 values = st.sampled_from(["random", "zero", "one", "denormal", "edges", "constant"])
 DENOISERS = ("dncnn", "noise2noise", "noise2void")
 MASKED = ("mae", "simmim", "masked_conv_ae", "ijepa")
-SMALL = {"latent_dim": 3, "hidden_dims": (5, 4), "k": 2, "depth": 2, "codebook_size": 5}
+SMALL = {"latent_dim": 3, "hidden_dims": (5, 4), "k": 2, "depth": 2, "codebook_size": 5, "heads": 1}
 SMALL |= {"groups": (1, 2), "hyper_dim": 2, "hyper_hidden_dims": (3,)}
 # without another net
 ON_A_GRID = [

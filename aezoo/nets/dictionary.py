@@ -114,6 +114,7 @@ class UnitNorm(Constrained):
     """
 
     decoder: Dictionary
+    input_shape: tuple[int, ...]
     since_fired_N: Tensor
 
     def prepare(self, latent_dim: int, dead_after: int, data_init: bool) -> None:
@@ -128,6 +129,10 @@ class UnitNorm(Constrained):
         self.register_buffer("since_fired_N", torch.zeros(latent_dim, dtype=torch.long))
         if data_init:
             self.keep_started()  # type: ignore[operator]
+
+    def explained(self) -> tuple[int, ...]:
+        """Shape of what a code of latents is of: a sample, where that does not hold several."""
+        return self.input_shape
 
     @property
     def dead_N(self) -> Tensor:

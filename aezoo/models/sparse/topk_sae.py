@@ -89,10 +89,10 @@ class TopKSAE(UnitNorm, Autoencoder):
         if aux_scale not in ("sse", "variance"):
             raise AezooError(f"aux_scale must be sse or variance, got {aux_scale!r}")
         self.k, self.aux_weight, self.aux_scale, self.multi_weight = k, aux_weight, aux_scale, multi_weight
-        self.k_aux = min(k_aux or max(1, math.prod(self.input_shape) // 2), latent_dim)
+        self.k_aux = min(k_aux or max(1, math.prod(self.explained()) // 2), latent_dim)
         self.code_shape = (latent_dim,)
-        self.encoder = Linear(math.prod(self.input_shape), latent_dim)
-        self.decoder = Dictionary(latent_dim, self.input_shape, decode)
+        self.encoder = Linear(math.prod(self.explained()), latent_dim)
+        self.decoder = Dictionary(latent_dim, self.explained(), decode)
         self.encoder.weight.data.copy_(self.decoder.W_NX)
         nn.init.zeros_(self.encoder.bias)
         self.prepare(latent_dim, dead_after, data_init)

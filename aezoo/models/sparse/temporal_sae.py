@@ -1,0 +1,138 @@
+"""Temporal sparse autoencoder, temporal feature analysis (Lubana et al. 2025), https://arxiv.org/abs/2511.01836
+
+What earlier positions of a sequence tell about the present one is taken out of it before it gets a sparse code, so that
+this says what is new. At each position, with r = x - b_pre and v = relu(W_enc r + b_enc):
+
+    p = relu(attention of v to the v of earlier positions)     c = <W_dec p, r> / (||W_dec p|| + 1e-6)^2
+    pi = W_enc (r - c W_dec p) + b_enc     f = relu(topk_k(pi))     x_hat = W_dec (f + c p) + b_pre     ||d_i|| = 1
+    L = sum over positions of -log p(x | x_hat) + alpha s ||e - e_hat||^2     AuxK and its s as in TopK
+
+in nats per sample. The past chooses the direction W_dec p, the position how much of it there is: c may be negative. The
+first position attends to a code of zeros alone, as all others may: with the output's bias at 0, as it starts, nothing
+is predicted there, and a sequence of one position is topk_sae to the end. k = N leaves the ReLU alone.
+
+SAELens and the authors have W_enc = W_dec^T / (4 D), directions of any norm, no b_enc and no AuxK; theirs have a bias
+of the keys, which the softmax undoes, and one of the values, which the output's takes in.
+
+`aezoo.nets.over_time` says which numbers of a sample are a position; (T, D) has T of them.
+
+Shapes: B batch, T positions, D dimensions of one, N latents, k active ones.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import at_least_float32
+from aezoo.models.sparse.topk_sae import TopKSAE
+from aezoo.nets.dictionary import spread
+from aezoo.nets.linear import linear
+from aezoo.nets.over_time import Context, OverTime, counts, positions
+
+EPS = 1e-6
+
+
+class TemporalSAE(TopKSAE):
+    """At most k latents are active for what is new at a position; attention predicts the rest from earlier ones.
+
+    The code has what is new before what is predicted, (2, T, N), of which the second is not sparse.
+
+    Args:
+        input_shape: shape of one sample: (T, D) for T positions; any, see `aezoo.nets.over_time`.
+        latent_dim: N, number of latents in the dictionary.
+        k: active latents a position; fewer where fewer pre-activations are positive.
+        key_dim: width of the keys of all heads together.
+        heads: of the attention; key_dim and latent_dim are multiples of it.
+        k_aux: dead latents that model the residual; half of a position's dimensions if 0.
+        aux_weight: alpha, weight of the auxiliary loss.
+        aux_scale: sse or variance, what the auxiliary loss is measured in.
+        dead_after: a latent is dead when it has not fired for this many positions.
+        data_init: start the bias and the encoder's scale from the first batch of training.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    sparse_code = False
+    context: Context
+    encoder: nn.Linear
+    decoder: OverTime
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 512,
+        k: int = 16,
+        key_dim: int = 32,
+        heads: int = 4,
+        k_aux: int = 0,
+        aux_weight: float = 1 / 32,
+        aux_scale: str = "sse",
+        dead_after: int = 20_000,
+        data_init: bool = False,
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            latent_dim=latent_dim,
+            k=k,
+            k_aux=k_aux,
+            aux_weight=aux_weight,
+            aux_scale=aux_scale,
+            dead_after=dead_after,
+            data_init=data_init,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        self.context = Context(latent_dim, key_dim, heads)
+        self.code_shape = (2, counts(self.input_shape)[0], latent_dim)
+        self.decoder = OverTime(latent_dim, self.input_shape)
+        self.encoder.weight.data.copy_(self.decoder.W_NX)
+
+    def explained(self) -> tuple[int, ...]:
+        return counts(self.input_shape)[1:]
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is new before the k largest are taken, pi, and c p, (B, *input_shape) -> (B, T, N), (B, T, N)."""
+        r_BTD = positions(x) - self.decoder.b_X
+        p_BTN = self.context(self.encoder(r_BTD).relu()).relu()
+        d_BTD, exact_BTD = at_least_float32(linear(p_BTN, self.decoder.W_NX.t())), at_least_float32(r_BTD)
+        c_BT1 = (d_BTD * exact_BTD).sum(2, keepdim=True) / (d_BTD.norm(dim=2, keepdim=True) + EPS).square()
+        pi_BTN: Tensor = self.encoder((exact_BTD - c_BT1 * d_BTD).to(r_BTD.dtype))
+        return pi_BTN, (c_BT1 * p_BTN).to(pi_BTN.dtype)
+
+    def both(self, pi_BTN: Tensor, predicted_BTN: Tensor) -> Tensor:
+        """The code, (B, T, N), (B, T, N) -> (B, 2, T, N)."""
+        _, t, n = self.code_shape
+        new_BTN = spread(*self.active(pi_BTN.flatten(0, 1), self.k), n).unflatten(0, (-1, t))
+        return torch.stack([new_BTN, predicted_BTN], 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.both(*self.split(x))
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        pi_BTN, predicted_BTN = self.split(x)
+        code_B2TN = self.both(pi_BTN, predicted_BTN)
+        x_hat = self.decoder(code_B2TN)
+        nll_B, usage = self.nll(x_hat, x), self.usage(code_B2TN[:, 0].flatten(0, 1))
+        rows, rows_hat = (positions(each).flatten(0, 1) for each in (x, x_hat))
+        aux_B = self.aux(rows, rows_hat, pi_BTN.flatten(0, 1)).unflatten(0, (-1, self.code_shape[1])).sum(1)
+        loss = (nll_B + self.aux_weight * aux_B).mean()
+        return {"loss": loss, "nll": nll_B.mean(), "aux": aux_B.mean(), **usage}
+
+    def start_from(self, x: Tensor) -> None:
+        super().start_from(positions(x).flatten(0, 1))

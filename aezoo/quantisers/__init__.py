@@ -8,6 +8,7 @@ See `aezoo.quantisers.base`. In `aezoo.quantisers.estimators` stands how a gradi
 from aezoo.quantisers.base import Quantised, Quantiser
 from aezoo.quantisers.bsq import BSQ
 from aezoo.quantisers.fsq import FSQ
+from aezoo.quantisers.fvq import FVQ
 from aezoo.quantisers.grouped_vq import GroupedVQ
 from aezoo.quantisers.gumbel_vq import GumbelVQ
 from aezoo.quantisers.latent_quantisation import LatentQuantisation
@@ -22,6 +23,7 @@ from aezoo.quantisers.vq import VQ
 __all__ = [
     "BSQ",
     "FSQ",
+    "FVQ",
     "LFQ",
     "VQ",
     "GroupedVQ",

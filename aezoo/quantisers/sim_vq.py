@@ -19,7 +19,43 @@ from aezoo.quantisers.common import nearest
 from aezoo.quantisers.estimators import rotation, ste
 
 
-class SimVQ(Quantiser):
+class SharedBook(Quantiser):
+    """VQ whose codes are made of parameters that they share: a subclass writes `book`. Terms: commitment and codebook.
+
+    Args:
+        dim: D, channels of z.
+        size: K, number of codes.
+        estimator: how the gradient passes: ste or rotation.
+
+    Raises:
+        AezooError: a value that cannot work.
+    """
+
+    def __init__(self, dim: int, size: int, estimator: str) -> None:
+        super().__init__(dim, (size,))
+        if estimator not in ("ste", "rotation"):
+            raise AezooError(f"estimator must be one of ste, rotation, got {estimator!r}")
+        self.pass_gradient = rotation if estimator == "rotation" else ste
+
+    def book(self) -> Tensor:
+        """The codes, (K, D)."""
+        raise NotImplementedError(f"{type(self).__name__} must write book")
+
+    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+        code_KD = self.book()
+        index_N = nearest(z_ND, code_KD)
+        q_ND = F.embedding(index_N, code_KD)
+        terms = {
+            "commitment": (z_ND - q_ND.detach()).square().sum(1),
+            "codebook": (z_ND.detach() - q_ND).square().sum(1),
+        }
+        return self.pass_gradient(z_ND, q_ND), index_N[:, None], terms
+
+    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+        return F.embedding(index_NQ[:, 0], self.book())
+
+
+class SimVQ(SharedBook):
     """VQ whose codes are one linear map of frozen vectors. Terms: commitment and codebook.
 
     Args:
@@ -34,26 +70,10 @@ class SimVQ(Quantiser):
     frozen_KD: Tensor
 
     def __init__(self, dim: int, size: int = 512, *, estimator: str = "ste") -> None:
-        super().__init__(dim, (size,))
-        if estimator not in ("ste", "rotation"):
-            raise AezooError(f"estimator must be one of ste, rotation, got {estimator!r}")
-        self.pass_gradient = rotation if estimator == "rotation" else ste
+        super().__init__(dim, size, estimator)
         self.keep("frozen_KD", torch.randn(size, dim) * dim**-0.5)
         self.W_DD = nn.Parameter(nn.init.orthogonal_(torch.empty(dim, dim)))
 
     def book(self) -> Tensor:
         """The codes, (K, D)."""
         return self.frozen_KD @ self.W_DD.to(self.exact_dtype)
-
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
-        code_KD = self.book()
-        index_N = nearest(z_ND, code_KD)
-        q_ND = F.embedding(index_N, code_KD)
-        terms = {
-            "commitment": (z_ND - q_ND.detach()).square().sum(1),
-            "codebook": (z_ND.detach() - q_ND).square().sum(1),
-        }
-        return self.pass_gradient(z_ND, q_ND), index_N[:, None], terms
-
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
-        return F.embedding(index_NQ[:, 0], self.book())

@@ -35,6 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfq": ("lfq_vae", {"latent_dim": DIM, "entropy_weight": 0.3, "gamma": 0.7, "beta": 0.6, "temperature": 1.5}),
     "bsq": ("bsq_vae", {"latent_dim": DIM, "entropy_weight": 0.3, "gamma": 0.7, "beta": 0.6, "temperature": 0.8}),
     "sim_vq": ("sim_vq_vae", {"latent_dim": DIM, "codebook_size": 7, "beta": 0.6}),
+    "fvq": ("fvq_vae", {"latent_dim": DIM, "codebook_size": 7, "beta": 0.6, "group_size": 2, "width": 16, "depth": 1}),
 }
 every = pytest.mark.parametrize("key", MODELS)
 
@@ -158,6 +159,9 @@ def reference(key: str, model: Any, z: Tensor) -> tuple[Tensor, dict[str, float]
             terms["codebook"] = terms["commitment"]
     elif key == "sim_vq":
         codes, terms = by_books(rows, [quantiser.frozen_KD.numpy() @ quantiser.W_DD.detach().numpy()])
+        terms["codebook"] = terms["commitment"]
+    elif key == "fvq":
+        codes, terms = by_books(rows, [quantiser.book().detach().numpy()])
         terms["codebook"] = terms["commitment"]
     elif key.startswith("fsq"):
         codes, terms = by_rounding(rows, (4, 3, 5, 6), 3 if key == "fsq-deep" else 1)
@@ -307,7 +311,7 @@ def passed(key: str, **settings: Any) -> tuple[Any, Tensor, Tensor, Tensor, Tens
     return model, z, z_q, of_z, of_q
 
 
-@pytest.mark.parametrize("key", ["vq", "vq-gradient", "vq-groups", "rq", "rq-gradient", "lfq", "sim_vq"])
+@pytest.mark.parametrize("key", ["vq", "vq-gradient", "vq-groups", "rq", "rq-gradient", "lfq", "sim_vq", "fvq"])
 def test_straight_through_z_gets_the_gradient_of_its_code(key: str) -> None:
     _, z, z_q, of_z, of_q = passed(key)
     assert not torch.equal(z, z_q)
@@ -327,7 +331,7 @@ def test_straight_through_the_sphere_and_the_bound_are_differentiated() -> None:
         torch.testing.assert_close(of_z, of_q * slope)
 
 
-@pytest.mark.parametrize("key", ["vq", "vq-gradient", "rq", "sim_vq"])
+@pytest.mark.parametrize("key", ["vq", "vq-gradient", "rq", "sim_vq", "fvq"])
 def test_rotation_keeps_the_angle_to_the_code_and_scales_by_the_norms(key: str) -> None:
     model, z, z_q, of_z, of_q = passed(key, estimator="rotation")
     assert torch.equal(z_q, as_rows(model.encode(data())))
@@ -762,6 +766,10 @@ def test_two_processes_train_like_one_with_every_option() -> None:
         ("sim_vq_vae", {"codebook_size": 0}, "codebook_size"),
         ("sim_vq_vae", {"estimator": "gumbel"}, "estimator"),
         ("sim_vq_vae", {"places": 0, "net": "mlp"}, "places"),
+        ("fvq_vae", {"group_size": 0}, "group_size"),
+        ("fvq_vae", {"depth": 0}, "depth"),
+        ("fvq_vae", {"width": 0}, "width"),
+        ("fvq_vae", {"codebook_size": 0}, "codebook_size"),
     ],
 )
 def test_values_that_cannot_work_are_refused(name: str, settings: dict[str, Any], word: str) -> None:

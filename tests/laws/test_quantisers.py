@@ -17,6 +17,7 @@ from aezoo.metrics.codebook import CodebookPerplexity, CodebookUsage
 from aezoo.quantisers import (
     BSQ,
     FSQ,
+    FVQ,
     LFQ,
     VQ,
     GroupedVQ,
@@ -47,6 +48,7 @@ ALL = {
     "lfq": lambda: LFQ(D),
     "bsq": lambda: BSQ(D),
     "sim_vq": lambda: SimVQ(D, K),
+    "fvq": lambda: FVQ(D, K, group_size=3, width=12, depth=1),
     "latent_quantisation": lambda: LatentQuantisation(D, 5),
     "gumbel_vq": lambda: GumbelVQ(D, 4),
     "stochastic_vq": lambda: StochasticVQ(D, K),
@@ -408,7 +410,7 @@ def test_beta_weighs_what_moves_z():
         assert torch.allclose(of_code, expected[1], atol=1e-6) is right
 
 
-@pytest.mark.parametrize("name", ["vq", "vq-gradient", "residual_vq", "grouped_vq", "sim_vq", "lfq"])
+@pytest.mark.parametrize("name", ["vq", "vq-gradient", "residual_vq", "grouped_vq", "sim_vq", "fvq", "lfq"])
 def test_straight_through_the_gradient_of_z_is_that_of_the_code(name):
     quantiser, z, weight = built(name).train(), torch.randn(8, D, 3, requires_grad=True), torch.randn(8, D, 3)
     z_q = quantiser(z).z_q

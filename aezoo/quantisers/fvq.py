@@ -1,0 +1,83 @@
+"""FVQ, full use of a codebook by a bridge, VQBridge (Chang et al. 2025), https://arxiv.org/abs/2509.10140
+
+    h_g = W_comp [P rows of C] + b_comp, of each group g    h <- blocks(h)    P rows of C^ = W_rec norm(h_g) + b_rec
+    z_q = the row of C^ nearest to z    codebook = ||sg(z) - z_q||^2    commitment = ||z - sg(z_q)||^2
+
+C is trained, through a transformer whose tokens are groups of codes: what one code is pulled to moves all of them. The
+blocks are those of `aezoo.nets.vit`, without positions; the last group is filled up with zeros.
+
+The authors' MLPs are twice as wide as their tokens, and their W_rec and b_rec start at 0, with all codes alike; here
+codes start apart. Theirs is the advice of two blocks, and of groups that grow with K: 16 for K = 16384.
+
+Shapes: N rows, D channels, K codes, P codes a group.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo.limits import at_least
+from aezoo.nets import vit
+from aezoo.nets.linear import Linear
+from aezoo.quantisers.sim_vq import SharedBook
+
+
+class Bridge(nn.Module):
+    """C to C^, (..., K, D) -> (..., K, D).
+
+    Args:
+        dim: D.
+        group_size: P.
+        width: of a group's token.
+        depth: number of blocks.
+    """
+
+    def __init__(self, dim: int, group_size: int, width: int, depth: int) -> None:
+        super().__init__()
+        at_least(1, group_size=group_size, width=width, depth=depth)
+        self.group_size = group_size
+        self.compress = Linear(group_size * dim, width)
+        self.blocks = vit.blocks((width,) * depth, "gelu")
+        self.recover = Linear(width, group_size * dim)
+
+    def forward(self, code_KD: Tensor) -> Tensor:
+        size, dim = code_KD.shape[-2:]
+        whole = F.pad(code_KD, (0, 0, 0, -size % self.group_size)).flatten(-2)
+        token_1GW = self.compress(whole.unflatten(-1, (-1, self.group_size * dim)))
+        token_1GW = self.blocks(token_1GW if token_1GW.ndim == 3 else token_1GW[None])
+        moved: Tensor = self.recover(token_1GW).reshape(*code_KD.shape[:-2], -1, dim)[..., :size, :]
+        return moved
+
+
+class FVQ(SharedBook):
+    """VQ whose codes pass a bridge together. Terms: commitment and codebook.
+
+    Args:
+        dim: D, channels of z.
+        size: K, number of codes.
+        group_size: P, codes that are one token of the bridge.
+        width: of a token.
+        depth: blocks of the bridge.
+        estimator: how the gradient passes: ste or rotation.
+
+    Raises:
+        AezooError: a value that cannot work.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        size: int = 512,
+        *,
+        group_size: int = 4,
+        width: int = 64,
+        depth: int = 2,
+        estimator: str = "ste",
+    ) -> None:
+        super().__init__(dim, size, estimator)
+        self.raw_KD = nn.Parameter(torch.randn(size, dim) * dim**-0.5)
+        self.bridge = Bridge(dim, group_size, width, depth)
+
+    def book(self) -> Tensor:
+        moved: Tensor = self.bridge(self.raw_KD).to(self.exact_dtype)
+        return moved

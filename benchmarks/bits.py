@@ -65,6 +65,7 @@ def settings(bits: int, places: int) -> list[tuple[str, dict[str, Any]]]:
         ("rq_vae", {"levels": 2, "codebook_size": 2 ** (bits // 2)}),
         ("sim_vq_vae", size),
         ("fvq_vae", size),
+        ("vp_vae", size),
         ("gumbel_vq_vae", size),
         ("dvae", size),
         ("sq_vae", size),

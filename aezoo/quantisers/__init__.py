@@ -18,6 +18,7 @@ from aezoo.quantisers.residual_fsq import ResidualFSQ
 from aezoo.quantisers.residual_vq import ResidualVQ
 from aezoo.quantisers.sim_vq import SimVQ
 from aezoo.quantisers.stochastic_vq import StochasticVQ
+from aezoo.quantisers.vector_perturbation import VectorPerturbation
 from aezoo.quantisers.vq import VQ
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "ResidualVQ",
     "SimVQ",
     "StochasticVQ",
+    "VectorPerturbation",
 ]

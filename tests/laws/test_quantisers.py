@@ -28,6 +28,7 @@ from aezoo.quantisers import (
     ResidualVQ,
     SimVQ,
     StochasticVQ,
+    VectorPerturbation,
 )
 from aezoo.quantisers.common import entropy, for_tf32, k_means
 from aezoo.quantisers.estimators import diveq, rotation, ste
@@ -54,6 +55,7 @@ ALL = {
     "stochastic_vq": lambda: StochasticVQ(D, K),
     "stochastic_vq-place": lambda: StochasticVQ(D - 1, K, variance="place"),
     "random_projection": lambda: RandomProjection(D, K, 4),
+    "vector_perturbation": lambda: VectorPerturbation(D, K, queue_size=40),
 }
 LAYOUTS = {"vector": (), "sequence": (7,), "map": (4, 3), "volume": (2, 3, 2)}
 every = pytest.mark.parametrize("name", ALL)

@@ -1,0 +1,108 @@
+"""VP-VAE, vector perturbation autoencoder (Zhai et al. 2026), https://arxiv.org/abs/2602.17133
+
+Trained without a codebook: each place of the encoder's output is moved about as far as quantising it would, and so that
+codes stay where codes are (`aezoo.quantisers.vector_perturbation`, a step of Metropolis and Hastings):
+
+    z = f(x)    z_q = z + u, or z where u is rejected    gradient of z = gradient of z_q
+
+    L = -log p(x | g(z_q)) + lam_1 ||mu||^2 + lam_2 ||sigma^2 - 1||^2
+
+the last two, of the mean and the variance of each channel over all places of a batch, summed over places. Evaluation
+quantises to the nearest of K codes, which follow z by moving averages and which nothing else follows. The authors weigh
+means over channels by 0.1 and 0.07, beside a mean over the data's dimensions.
+"""
+
+from torch import Tensor
+
+from aezoo.discrete import DiscreteAutoencoder
+from aezoo.limits import at_least
+from aezoo.quantisers.vector_perturbation import VectorPerturbation
+
+
+class VPVAE(DiscreteAutoencoder):
+    """A map of codes from one codebook that the decoder is made ready for and does not see.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        latent_dim: D, channels of a code.
+        codebook_size: K.
+        eta: the largest move over the distance to the nearest S / K rows.
+        neighbours: k, by which the density of codes is estimated.
+        queue_size: S, rows of batches before that both are estimated from.
+        share: of the rows of a batch that enter the queue.
+        mean_weight: lam_1.
+        variance_weight: lam_2.
+        decay: of the codes' moving averages.
+        dead_below: mean rows a batch below which a code moves to a row, at most rows / 2K where rows <= K; 0 for never.
+        data_init: start the codes by k-means on the first batch of training, and fill the queue with its rows.
+        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
+        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 4,
+        codebook_size: int = 512,
+        eta: float = 1.0,
+        neighbours: int = 8,
+        queue_size: int = 4096,
+        share: float = 0.1,
+        mean_weight: float = 0.5,
+        variance_weight: float = 0.35,
+        decay: float = 0.99,
+        dead_below: float = 1.0,
+        data_init: bool = True,
+        places: int = 16,
+        net: str = "resnet",
+        hidden_dims: tuple[int, ...] = (32, 64),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
+        at_least(1, codebook_size=codebook_size)
+        self.mean_weight, self.variance_weight = mean_weight, variance_weight
+        self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
+        self.quantiser = VectorPerturbation(
+            latent_dim,
+            codebook_size,
+            eta=eta,
+            neighbours=neighbours,
+            queue_size=queue_size,
+            share=share,
+            decay=decay,
+            dead_below=dead_below,
+        )
+        if data_init:
+            self.keep_started()
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_q, _, terms = self.quantise(x)
+        nll = self.nll(self.decoder(z_q), x).mean()
+        loss = nll + self.mean_weight * terms["code_mean"] + self.variance_weight * terms["code_variance"]
+        return {"loss": loss, "nll": nll, **terms}

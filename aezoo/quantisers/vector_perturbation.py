@@ -1,0 +1,134 @@
+"""VP, vector perturbation (Zhai et al. 2026), https://arxiv.org/abs/2602.17133
+
+What a decoder sees of quantisation is an error about as large as a cell. In training z is moved by such an error in
+place of being quantised: with D_m(z) its distance to its m-th neighbour in a queue of S rows of batches before,
+
+    z' = z + u    u uniform in the ball of radius eta D_M(z)    M = ceil(S / K)
+    z_q = z' with probability min(1, (D_k(z) D_M(z) / (D_k(z') D_M(z')))^D), 0 where ||u|| > eta D_M(z'), else z
+
+a step of Metropolis and Hastings that leaves the density 1 / D_k^D of z as it is. No gradient passes a choice; dL/dz is
+dL/dz_q. The terms pull z to mean 0 and variance 1 in each channel, over the rows of all ranks:
+
+    code_mean = ||mu||^2    code_variance = ||sigma^2 - 1||^2
+
+Evaluation takes the nearest of K codes, which no loss sees: they are the moving averages of `vq`. The authors cluster
+the queue by k-means when training ends, or is looked at; their queue has 16 D K rows and a share of 0.01 of each batch.
+
+Shapes: N rows, D channels, K codes, S rows in the queue.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from aezoo.limits import at_least
+from aezoo.quantisers.base import Rows
+from aezoo.quantisers.estimators import ste
+from aezoo.quantisers.vq import VQ
+
+# rows whose distances to the queue are held at once
+_ROWS = 1024
+
+
+class VectorPerturbation(VQ):
+    """Rows moved by what quantising them would, in training. Terms: code_mean and code_variance.
+
+    Args:
+        dim: D, channels of z.
+        size: K, number of codes.
+        eta: the largest move over the distance to the M-th neighbour.
+        neighbours: k, by which density is estimated.
+        queue_size: S.
+        share: of the rows of a batch that enter the queue.
+        decay: d, of the codes' moving averages.
+        dead_below: N_k, in rows a batch of all ranks, below which a code moves to a row, see `vq`; 0 for never.
+
+    Raises:
+        AezooError: a value that cannot work.
+    """
+
+    queue_SD: Tensor
+    next: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        size: int = 512,
+        *,
+        eta: float = 1.0,
+        neighbours: int = 8,
+        queue_size: int = 4096,
+        share: float = 0.1,
+        decay: float = 0.99,
+        dead_below: float = 1.0,
+    ) -> None:
+        super().__init__(dim, size, decay=decay, dead_below=dead_below)
+        at_least(0, eta=eta, share=share)
+        at_least(1, neighbours=neighbours, queue_size=queue_size)
+        self.eta, self.share = eta, min(share, 1.0)
+        self.k, self.m = min(neighbours, queue_size), math.ceil(queue_size / size)
+        self.keep("queue_SD", torch.randn(queue_size, dim))
+        self.register_buffer("next", torch.zeros((), dtype=torch.long))
+
+    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+        q_ND, index_N, _ = self.choose(z_ND, places)
+        mean_D = self.mean_over_ranks(z_ND.mean(0))
+        # on one process no gradient passes the mean either; of a rank's own rows some would
+        variance_D = self.mean_over_ranks((z_ND - mean_D.detach()).square().mean(0))
+        terms = {"code_mean": mean_D.square().sum(), "code_variance": (variance_D - 1).square().sum()}
+        if not self.training:
+            return ste(z_ND, q_ND), index_N[:, None], terms
+        of_samples = z_ND.detach().unflatten(0, (-1, places))  # to which random numbers belong
+        direction_ND = torch.randn_like(of_samples).flatten(0, 1)
+        radius_N, coin_N = (torch.rand_like(of_samples[..., 0]).flatten() for _ in range(2))
+        moved_ND = z_ND + self.move(z_ND, direction_ND, radius_N, coin_N)
+        self._remember(z_ND)
+        return moved_ND, index_N[:, None], terms
+
+    @torch.no_grad()
+    def move(self, z_ND: Tensor, direction_ND: Tensor, radius_N: Tensor, coin_N: Tensor) -> Tensor:
+        """Proposed moves where they are accepted, 0 elsewhere, (N, D).
+
+        Args:
+            z_ND: the rows.
+            direction_ND: standard normal.
+            radius_N: uniform in [0, 1].
+            coin_N: uniform in [0, 1].
+        """
+        near_N, far_N = self.distances(z_ND)
+        length_N = self.eta * far_N * radius_N ** (1 / self.dim)
+        u_ND = length_N[:, None] * F.normalize(direction_ND, dim=1)
+        other_near_N, other_far_N = self.distances(z_ND + u_ND)
+        log_ratio_N = self.dim * (near_N.log() + far_N.log() - other_near_N.log() - other_far_N.log())
+        accepted_N = (coin_N.log() < log_ratio_N) & (length_N <= self.eta * other_far_N)
+        return torch.where(accepted_N[:, None], u_ND, 0)
+
+    def distances(self, z_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """D_k and D_M of rows, above 0, (N,), (N,)."""
+        most, parts = max(self.k, self.m), []
+        for rows in z_ND.split(_ROWS):
+            all_nS = torch.cdist(rows, self.queue_SD, compute_mode="donot_use_mm_for_euclid_dist")
+            parts.append(all_nS.topk(most, dim=1, largest=False).values[:, [self.k - 1, self.m - 1]])
+        near_N, far_N = torch.cat(parts).clamp(min=torch.finfo(z_ND.dtype).tiny).unbind(1)
+        return near_N, far_N
+
+    @torch.no_grad()
+    def _remember(self, z_ND: Tensor) -> None:
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.across_ranks() else (0, 1)
+        n, all_n = z_ND.shape[0], z_ND.shape[0] * ranks
+        i_C = torch.arange(min(len(self.queue_SD), math.ceil(self.share * all_n)), device=z_ND.device)
+        # rows of all ranks, evenly spread and others at each update; each rank gives those that it has
+        row_C = (i_C * all_n // max(1, len(i_C)) + self.updates) % all_n - rank * n
+        own_C1 = ((row_C >= 0) & (row_C < n))[:, None]
+        fresh_CD = self.over_ranks(torch.where(own_C1, z_ND[row_C.clamp(0, n - 1)], 0))
+        self.queue_SD.index_copy_(0, (self.next + i_C) % len(self.queue_SD), fresh_CD)
+        self.next.add_(len(i_C)).remainder_(len(self.queue_SD))
+
+    def _start_rows(self, z_ND: Tensor) -> None:
+        """By k-means, and the queue with rows, several times where they are few."""
+        super()._start_rows(z_ND)
+        i_S = torch.arange(len(self.queue_SD), device=z_ND.device)
+        self.queue_SD.copy_(z_ND[i_S * len(z_ND) // len(i_S)])

@@ -70,6 +70,7 @@ def settings(bits: int, places: int) -> list[tuple[str, dict[str, Any]]]:
         ("dvae", size),
         ("sq_vae", size),
         ("fsq_vae", {"levels": FSQ_LEVELS[bits]}),
+        ("fsp_vae", {"levels": FSQ_LEVELS[bits]}),
         ("qlae", {"latent_dim": 2 * places, "n_values": 2 ** (bits // 2)}),
         ("lfq_vae", {"latent_dim": bits}),
         ("bsq_vae", {"latent_dim": bits}),

@@ -24,6 +24,7 @@ from aezoo.nets.dictionary import DECODES
 from aezoo.nets.flows import FLOWS
 from aezoo.nets.of_diffusers import KINDS
 from aezoo.optimizers import OPTIMIZERS, SCHEDULES
+from aezoo.quantisers.fsp import SQUASHES
 from aezoo.quantisers.stochastic_vq import VARIANCES
 from aezoo.quantisers.vq import UPDATES
 from aezoo.triplets import MINING
@@ -218,6 +219,8 @@ RANGES = {
     "dead_below": lambda rng: rng.choice((0.0, 1.0)),
     "cosine": lambda rng: rng.random() < 0.5,
     "places": lambda rng: rng.randint(1, 8),
+    "squash": lambda rng: rng.choice([*SQUASHES]),
+    "quantised": lambda rng: rng.uniform(0, 1),
     "eta": lambda rng: rng.uniform(0, 2),
     "neighbours": lambda rng: rng.randint(1, 20),
     "queue_size": lambda rng: rng.randint(1, 200),
@@ -274,6 +277,7 @@ FIXED = {
     "rq_vae": {"estimator": "ste"},
     **{name: {"estimator": "rotation"} for name in ("sim_vq_vae", "fvq_vae")},
     "fsq_vae": {"levels": [5, 4, 3], "depth": 2},
+    "fsp_vae": {"levels": [5, 4, 3]},
     "autoencoder_kl": {"net": "conv", "beta": 1e-6},
     "eq_vae": {"net": "dc", "beta": 1e-6},
     "va_vae": {"net": "conv", "beta": 1e-6},

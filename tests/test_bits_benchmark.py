@@ -80,12 +80,13 @@ def test_all_have_the_same_bits(wanted):
             "vq_vae_2": (49 + 16) * size,
             "titok": given.get("n_tokens", 0) * size,
             "fsq_vae": 49 * math.log2(math.prod(given["levels"])) if model == "fsq_vae" else 0,
+            "fsp_vae": 49 * math.log2(math.prod(given["levels"])) if model == "fsp_vae" else 0,
             "qlae": given.get("latent_dim", 0) * math.log2(given.get("n_values", 1)),
             "lfq_vae": 49 * given.get("latent_dim", 0),
             "bsq_vae": 49 * given.get("latent_dim", 0),
         }.get(model, 49 * size)
         assert spec["row"]["bits"] == pytest.approx(found)
-        assert found == pytest.approx(49 * wanted, rel=0.012 if model == "fsq_vae" else 0.004), model
+        assert found == pytest.approx(49 * wanted, rel=0.012 if model in ("fsq_vae", "fsp_vae") else 0.004), model
         assert given.get("hidden_dims") == (None if model == "titok" else (32, 64))
         seen.add((model, spec["row"]["options"]))
     assert len(seen) == len(bits.settings(wanted, 49))

@@ -7,6 +7,7 @@ See `aezoo.quantisers.base`. In `aezoo.quantisers.estimators` stands how a gradi
 
 from aezoo.quantisers.base import Quantised, Quantiser
 from aezoo.quantisers.bsq import BSQ
+from aezoo.quantisers.fsp import FSP
 from aezoo.quantisers.fsq import FSQ
 from aezoo.quantisers.fvq import FVQ
 from aezoo.quantisers.grouped_vq import GroupedVQ
@@ -23,6 +24,7 @@ from aezoo.quantisers.vq import VQ
 
 __all__ = [
     "BSQ",
+    "FSP",
     "FSQ",
     "FVQ",
     "LFQ",

@@ -165,6 +165,13 @@ class Quantiser(nn.Module):
             mean = self.over_ranks(mean.detach()) / dist.get_world_size() + (mean - mean.detach())
         return mean
 
+    def moments(self, z_ND: Tensor, variance: float) -> dict[str, Tensor]:
+        """Terms that pull each channel to mean 0 and to a variance, over the rows of all ranks."""
+        mean_D = self.mean_over_ranks(z_ND.mean(0))
+        # on one process no gradient passes the mean either; of a rank's own rows some would
+        variance_D = self.mean_over_ranks((z_ND - mean_D.detach()).square().mean(0))
+        return {"code_mean": mean_D.square().sum(), "code_variance": (variance_D - variance).square().sum()}
+
     def _check(self, what: str, given: Tensor, channels: int, name: str) -> None:
         if given.ndim < 2 or given.shape[1] != channels:
             raise AezooError(

@@ -75,10 +75,7 @@ class VectorPerturbation(VQ):
 
     def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
         q_ND, index_N, _ = self.choose(z_ND, places)
-        mean_D = self.mean_over_ranks(z_ND.mean(0))
-        # on one process no gradient passes the mean either; of a rank's own rows some would
-        variance_D = self.mean_over_ranks((z_ND - mean_D.detach()).square().mean(0))
-        terms = {"code_mean": mean_D.square().sum(), "code_variance": (variance_D - 1).square().sum()}
+        terms = self.moments(z_ND, 1.0)
         if not self.training:
             return ste(z_ND, q_ND), index_N[:, None], terms
         of_samples = z_ND.detach().unflatten(0, (-1, places))  # to which random numbers belong

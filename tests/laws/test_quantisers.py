@@ -16,6 +16,7 @@ from aezoo.errors import AezooError
 from aezoo.metrics.codebook import CodebookPerplexity, CodebookUsage
 from aezoo.quantisers import (
     BSQ,
+    FSP,
     FSQ,
     FVQ,
     LFQ,
@@ -45,6 +46,7 @@ ALL = {
     "residual_vq": lambda: ResidualVQ(D, 3, K, dropout=0.5),
     "grouped_vq": lambda: GroupedVQ(D, 3, K, dead_below=0.5),
     "fsq": lambda: FSQ(GRIDS),
+    "fsp": lambda: FSP(GRIDS),
     "residual_fsq": lambda: ResidualFSQ(GRIDS, 3, dropout=0.5),
     "lfq": lambda: LFQ(D),
     "bsq": lambda: BSQ(D),

@@ -1,0 +1,85 @@
+"""FSP autoencoder, finite scalar perturbation (Zhai et al. 2026), https://arxiv.org/abs/2602.17133
+
+As `fsq_vae`, with values in the middle of equal intervals, and with moves in place of half of the rounding in training
+(`aezoo.quantisers.fsp`):
+
+    p = g(f(x))    z_q = sqrt(12) (p_q - 1/2)    p_q the middle of p's interval, or in training p + u
+
+    L = -log p(x | g(z_q)) + lam_1 ||mu||^2 + lam_2 ||sigma^2 - sigma_g^2||^2
+
+the last two, of the mean and the variance of each channel of f(x) over all places of a batch, summed over places: with
+the variance of the distribution that has g for its distribution function p is about uniform, and all codes are in use.
+"""
+
+from torch import Tensor
+
+from aezoo.discrete import DiscreteAutoencoder
+from aezoo.limits import at_least
+from aezoo.quantisers.fsp import FSP
+
+
+class FSPVAE(DiscreteAutoencoder):
+    """A map of channels of few values, moved by as much in training.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        levels: values of each channel of a code; K is their product.
+        squash: g, what takes a channel to [0, 1]: tanh, sigmoid or normal, the distribution function.
+        eta: the width of a move over that of an interval.
+        quantised: probability that a number is quantised in training, and not moved.
+        mean_weight: lam_1.
+        variance_weight: lam_2.
+        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
+        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        levels: tuple[int, ...] = (8, 5, 5, 5),
+        squash: str = "tanh",
+        eta: float = 1.0,
+        quantised: float = 0.5,
+        mean_weight: float = 0.5,
+        variance_weight: float = 0.35,
+        places: int = 16,
+        net: str = "resnet",
+        hidden_dims: tuple[int, ...] = (32, 64),
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            likelihood=likelihood,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        self.save_hyperparameters()
+        at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
+        self.mean_weight, self.variance_weight = mean_weight, variance_weight
+        self.quantiser = FSP(tuple(levels), squash=squash, eta=eta, quantised=quantised)
+        self.set_nets(net, (len(levels), len(levels)), hidden_dims, activation, places)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        z_q, _, terms = self.quantise(x)
+        nll = self.nll(self.decoder(z_q), x).mean()
+        loss = nll + self.mean_weight * terms["code_mean"] + self.variance_weight * terms["code_variance"]
+        return {"loss": loss, "nll": nll, **terms}

@@ -54,6 +54,7 @@ VARIANTS = [
     subject_of("matryoshka_sae", fractions=()),
     subject_of("matching_pursuit_sae", data_init=True, likelihood="bernoulli"),
     subject_of("omp_sae", data_init=True, likelihood="laplace"),
+    subject_of("temporal_sae", dead_after=1, k=4, k_aux=32, aux_weight=1.0, key_dim=3, heads=1, data_init=True),
     subject_of("k_sparse", start_k=100, k_steps=2),
     subject_of("wta_ae", spatial=True, lifetime=0.3, latent_dim=8, hidden_dims=(6,)),
     subject_of("sae_l1", form="april", l1_steps=2),
@@ -172,6 +173,9 @@ VARIANTS = [
     subject_of("vq_vae", n_groups=4, codebook_size=32, net="mlp", hidden_dims=(16,)),
     subject_of("rq_vae", levels=3, codebook_size=8, dropout=0.5, update="gradient", net="mlp", hidden_dims=(16,)),
     subject_of("fsq_vae", depth=2, dropout=0.5, net="mlp", hidden_dims=(16,)),
+    subject_of("fsp_vae", squash="normal", eta=0.5, quantised=0.2, net="mlp", hidden_dims=(16,)),
+    subject_of("vp_vae", eta=0.5, neighbours=2, queue_size=64, data_init=False, net="mlp", hidden_dims=(16,)),
+    subject_of("fvq_vae", codebook_size=30, width=16, depth=1, estimator="rotation", net="mlp", hidden_dims=(16,)),
     subject_of("bsq_vae", beta=0.25, net="mlp", hidden_dims=(16,)),
     # with more codes than rows some are equal, and rounding chooses between them
     subject_of(

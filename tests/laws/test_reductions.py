@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "matryoshka_sae": {"latent_dim": 40, "k": 5, "dead_after": 60},
     "matching_pursuit_sae": {"latent_dim": 40, "k": 5},
     "omp_sae": {"latent_dim": 40, "k": 5},
+    "temporal_sae": {"latent_dim": 40, "k": 5, "dead_after": 600},
     "k_sparse": {"latent_dim": 40, "k": 5},
     "wta_ae": {"latent_dim": 20, "lifetime": 0.3},
     "sae_l1": {"latent_dim": 40},
@@ -138,6 +139,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "lfq_vae": {**FOUR_PLACES, "latent_dim": 4},
     "bsq_vae": {**FOUR_PLACES, "latent_dim": 4},
     "sim_vq_vae": {**FOUR_PLACES, "latent_dim": 4, "codebook_size": 8},
+    "fvq_vae": {**FOUR_PLACES, "latent_dim": 4, "codebook_size": 8, "width": 12, "depth": 1},
+    "fsp_vae": {**FOUR_PLACES, "levels": (4, 3, 5)},
+    "vp_vae": {**FOUR_PLACES, "codebook_size": 8, "neighbours": 3, "queue_size": 40},
     "qlae": {"hidden_dims": (24,), "latent_dim": 6, "n_values": 4, "beta": 0.5},
     "vq_vae_2": {"hidden_dims": (6, 8), "top_dims": (6,), "latent_dim": 4, "codebook_size": 16},
     "gumbel_vq_vae": {"hidden_dims": (6, 8), "latent_dim": 4, "codebook_size": 16, "beta": 2.0, "hard": True},
@@ -167,7 +171,7 @@ BATCH_COUPLED = (
     *("sparse_ae_kl", "topk_sae", "annealed_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "beta_tcvae", "joint_vae"),
     *("factor_vae", "vae_gan", "wta_ae", "dagmm", "wae_mmd", "swae", "cw_ae", "topological_ae"),
     *("lfq_vae", "bsq_vae", "soft_vq", "autoencoder_kl", "eq_vae", "asymmetric_kl", "vqgan", "mine_vae", "va_vae"),
-    "representation_ae",
+    *("representation_ae", "vp_vae", "fsp_vae"),
 )
 # what is estimated depends on how many samples there are
 BATCH_SIZED = ("beta_tcvae", "wta_ae", "wae_mmd", "cw_ae", "topological_ae")
@@ -190,7 +194,10 @@ NOISY = (
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior")
 # trained with the scale that suits the batch, evaluated with its running mean; the likelihood is its own, or codes are
 # noisy in training alone
-OWN_SCALE = ("sigma_vae", "sq_vae", "representation_ae", "batch_topk_sae", "matryoshka_sae", "dagmm", *ROUNDED)
+OWN_SCALE = (
+    *("sigma_vae", "sq_vae", "representation_ae", "batch_topk_sae", "matryoshka_sae", "dagmm", "vp_vae", "fsp_vae"),
+    *ROUNDED,
+)
 # the score is another than -log p(x | xhat)
 OWN_SCORE = ("dagmm", "ganomaly", "ae1svm", "deep_svdd", "alad", "f_anogan", "pixelcnn", "index_transformer", *ROUNDED)
 # nll + kl, whatever these are
@@ -208,10 +215,11 @@ OWN_LIKELIHOOD = (
 def build(name: str, shifted: Any, **extra: Any) -> Any:
     torch.manual_seed(0)
     model = shifted(aezoo.create_model(name, input_shape=SHAPE, **MODELS[name], **extra))
-    if name in ("topk_sae", "abs_topk_sae", "ra_sae", "batch_topk_sae", "matryoshka_sae"):
+    if name in ("topk_sae", "abs_topk_sae", "ra_sae", "batch_topk_sae", "matryoshka_sae", "temporal_sae"):
+        large = 3 if name == "temporal_sae" else 8  # which is of a row of pixels
         with torch.no_grad():  # a third is dead, with positive pre-activations that the live latents outrank
-            model.encoder.bias += 8
-            model.encoder.bias[::3] -= 5
+            model.encoder.bias += large
+            model.encoder.bias[::3] -= large * 5 / 8
         model.since_fired_N[::3] = 10**6
     return model
 
@@ -299,7 +307,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "sparse_ae_l1": {"l1": 0.1},
         "sparse_ae_kl": {"sparsity": 6.0, "l2": 1e-4},
         **{key: {"aux": 1 / 32, "multi": 1 / 8} for key in ("topk_sae", "abs_topk_sae")},
-        **{key: {"aux": 1 / 32} for key in ("batch_topk_sae", "ra_sae")},
+        **{key: {"aux": 1 / 32} for key in ("batch_topk_sae", "ra_sae", "temporal_sae")},
         "matryoshka_sae": {"aux": 1 / 32, "prefix_nll": 1.0},
         **{key: {"l1": 1.0} for key in ("sae_l1", "transcoder", "crosscoder")},
         "jumprelu_sae": {"l0": 0.1},
@@ -361,7 +369,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         **{key: {"tokenizer_loss": 1.0} for key in ("pixelcnn", "index_transformer")},
         "titok": {"commitment": 0.25, "codebook": 1.0},
         "soft_vq": {"entropy": 0.5, "diversity": -0.5},
-        "sim_vq_vae": {"commitment": 0.25, "codebook": 1.0},
+        **{key: {"commitment": 0.25, "codebook": 1.0} for key in ("sim_vq_vae", "fvq_vae")},
+        **{key: {"code_mean": 0.5, "code_variance": 0.35} for key in ("vp_vae", "fsp_vae")},
         "qlae": {"commitment": 0.5, "codebook": 1.0},
         "lfq_vae": {"entropy": 0.3, "diversity": -0.3, "commitment": 0.25},
         "bsq_vae": {"entropy": 0.3, "diversity": -0.3},

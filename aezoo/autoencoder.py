@@ -53,6 +53,7 @@ class Autoencoder(Checked, pl.LightningModule):
         discrete_code: a code can be written in indices, see `aezoo.discrete`.
         compares_samples: the loss sets the samples of a batch against each other, so that it depends on how many there
             are; of a batch given twice it need not be the same.
+        reads_labels: labels say which samples of a batch belong together, however many labels there are.
         not_averaged: names of buffers that hold single codes or samples, of which an average over steps would be none.
         steps_differ: what a training step computes depends on draws, so that no graph of one step holds the others and
             a fit never compiles it.
@@ -80,6 +81,7 @@ class Autoencoder(Checked, pl.LightningModule):
     sparse_code: ClassVar[bool] = False
     discrete_code: ClassVar[bool] = False
     compares_samples: ClassVar[bool] = False
+    reads_labels: ClassVar[bool] = False
     not_averaged: ClassVar[tuple[str, ...]] = ()
     steps_differ: ClassVar[bool] = False
 

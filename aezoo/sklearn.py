@@ -41,7 +41,7 @@ from aezoo.checkpoint import build
 from aezoo.data.resident import ResidentLoader
 from aezoo.errors import AezooError
 from aezoo.randomness import forked_rng, seed_all
-from aezoo.registry import create_model, hyperparameters, name_of
+from aezoo.registry import create_model, hyperparameters, model_class, name_of
 from aezoo.tasks.output import device_of
 
 Array = npt.NDArray[Any]
@@ -89,7 +89,8 @@ class _Estimator(base.BaseEstimator):
     def fit(self, X: Any, y: Any = None) -> Self:
         """Train a fresh model on X, (n_samples, n_features), dense and finite.
 
-        Labels y, (n_samples,), -1 for none, are for models with the hyperparameter `num_classes`; others ignore them.
+        Labels y, (n_samples,), -1 for none, are for models with the hyperparameter `num_classes` and for those that are
+        told by them what belongs together, as triplet_ae; others ignore them.
         """
         return self._learn(X, y, fresh=True)
 
@@ -112,12 +113,14 @@ class _Estimator(base.BaseEstimator):
     def _train(self, X: Array, y: Any, fresh: bool, epochs: int | None = None) -> None:
         settings = self._settings()
         labels = None
-        if y is not None and "num_classes" in hyperparameters(settings["model"]):
+        counts_classes = "num_classes" in hyperparameters(settings["model"])
+        if y is not None and (counts_classes or model_class(settings["model"]).reads_labels):
             check_consistent_length(X, y)
             if not fresh and not hasattr(self, "classes_"):
                 raise AezooError("partial_fit takes labels from its first call on, which had none: give them there too")
             classes, labels = _labels(y, None if fresh else getattr(self, "classes_", None))
-            settings["model_params"] = {"num_classes": len(classes), **settings["model_params"]}
+            if counts_classes:
+                settings["model_params"] = {"num_classes": len(classes), **settings["model_params"]}
         epochs = epochs or settings["max_epochs"]
         device = device_of(settings["device"])
         seed = check_random_state(self.random_state).randint(2**31) + (0 if fresh else self.n_epochs_)
@@ -272,7 +275,7 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
         offset_of_scale_: (n_features,) what is subtracted.
         scale_: (n_features,) what is divided by.
         n_epochs_: epochs trained so far.
-        classes_: (n_classes,) the labels that a model with `num_classes` was trained with.
+        classes_: (n_classes,) the labels that a model which reads them was trained with.
     """
 
     def transform(self, X: Any) -> Array:

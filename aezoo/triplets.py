@@ -25,6 +25,7 @@ class WithTriplets(Autoencoder):
     """
 
     compares_samples: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
 
     triplet_weight: float
     margin: float

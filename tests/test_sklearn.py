@@ -81,6 +81,14 @@ def test_labels_that_are_none_are_refused(y, says):
         AutoencoderTransformer("conditional_vae", **FEW).fit(gaussian(30), y)
 
 
+@pytest.mark.parametrize("name", ["triplet_ae", "triplet_vae", "ada_gvae", "mlvae"])
+def test_so_do_models_that_are_told_what_belongs_together(name):
+    X, y = gaussian(30), np.array(list("ab") * 15)
+    plain, told = (AutoencoderTransformer(name, **FEW).fit(X, labels) for labels in (None, y))
+    assert told.classes_.tolist() == ["a", "b"] and not hasattr(plain, "classes_")
+    assert not np.allclose(plain.transform(X), told.transform(X))
+
+
 def test_other_models_ignore_labels():
     X = gaussian(30)
     plain, given = AutoencoderTransformer(**FEW).fit(X), AutoencoderTransformer(**FEW).fit(X, np.linspace(0, 1, 30))

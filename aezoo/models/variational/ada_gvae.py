@@ -52,6 +52,7 @@ class AdaGVAE(VAE):
     """
 
     compares_samples = True
+    reads_labels = True
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ class MLVAE(VAE):
     """
 
     compares_samples = True
+    reads_labels = True
 
     def __init__(
         self,

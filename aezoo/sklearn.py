@@ -128,6 +128,8 @@ class _Estimator(base.BaseEstimator):
         with _without_trace(device):
             seed_all(seed, device, others=False)
             model = _build(settings, X.shape[1]) if fresh else self.autoencoder_
+            if "lr" in model.hparams:
+                model.lr = {**settings, **settings["model_params"]}["lr"]
             model.compile_mode = "off"
             x = _scaled(X, offset, scale).reshape(len(X), *model.input_shape)
             trainer = pl.Trainer(

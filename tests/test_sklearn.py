@@ -389,6 +389,15 @@ def test_partial_fits_go_on_where_the_last_one_ended():
     assert np.allclose(model.offset_of_scale_, X[:100].mean(0))
 
 
+def test_partial_fits_take_the_present_learning_rate():
+    X = gaussian(60)
+    model = AutoencoderTransformer(**FEW).partial_fit(X)
+    before = model.transform(X)
+    np.testing.assert_allclose(model.set_params(lr=1e-9).partial_fit(X).transform(X), before, atol=1e-5)
+    model.set_params(model_params={"lr": 1e-2}).partial_fit(X)
+    assert np.abs(model.transform(X) - before).max() > 1e-2
+
+
 @pytest.mark.parametrize("name", aezoo.list_models())
 def test_every_model_of_the_zoo_is_an_estimator(name):
     X = load_digits().data[:40]

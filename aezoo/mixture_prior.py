@@ -64,5 +64,5 @@ class WithMixture(Autoencoder):
     def draw_mixture(self, n: int) -> Tensor:
         """Draw n times from the mixture, (n, D)."""
         log_w_K, mean_KD, log_var_KD = self.mixture()
-        k_N = torch.multinomial(log_w_K.exp(), n, replacement=True)
+        k_N = torch.multinomial(log_w_K.exp(), max(1, n), replacement=True)[:n]  # torch draws no less than one
         return mean_KD[k_N] + torch.exp(0.5 * log_var_KD[k_N]) * torch.randn_like(mean_KD[k_N])

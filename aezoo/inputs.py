@@ -149,6 +149,12 @@ def _check(model: "Autoencoder", name: str, x: Any, shape: str, failed: Exceptio
         raise AezooError(
             f"{name} expects float32 like the model's weights, got float64: give x.float(), or take model.double()"
         ) from failed
+    weight = next(model.parameters(), x)
+    if failed and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise AezooError(
+            f"{name} expects {weight.dtype} like the model's weights, got {x.dtype}: give x.to({weight.dtype}), or "
+            "take model.float()"
+        ) from failed
 
 
 def _of_a_count(method: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -77,6 +77,14 @@ def test_a_model_in_double_precision_takes_doubles():
         assert model().eval().encode(X.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("method", ["encode", "forward", "score", "loss"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_floats_are_those_of_the_weights(method, dtype):
+    says = f"({method}|encode) expects {dtype} like the model's weights, got torch.float32: give x.to\\({dtype}\\)"
+    with pytest.raises(AezooError, match=says):
+        getattr(model().to(dtype).eval(), method)(X)
+
+
 @pytest.mark.parametrize("n", [-1, 2.5, "3", None])
 @pytest.mark.parametrize("name", ["vae", "conditional_vae"])  # the second has its `sample` from a class beside
 def test_a_count_that_is_none_is_refused(n, name):

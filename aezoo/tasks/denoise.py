@@ -99,12 +99,12 @@ def denoise(
         raise AezooError(f"corrupt is {corrupt!r}: give a standard deviation of at most {_MOST_NOISE:g}")
     samples = Samples.of(x).check(model)
     n = len(samples)
-    with Store(out) as store, at_work(model, seed) as device:
+    with Store(out) as store, at_work(model, seed) as like:
         x_hat, start = store.array("denoised", (n, *model.input_shape)), 0
         low, high = math.inf, -math.inf
         for batch in samples.batches(batch_size, "denoise" if progress else ""):
             noisy = _corrupted(batch, range(start, start + len(batch)), noise, seed)
-            fill(x_hat, start, model(noisy.to(device)))
+            fill(x_hat, start, model(noisy.to(like)))
             low, high = min(low, float(batch.min())), max(high, float(batch.max()))
             start += len(batch)
         if (low >= 0 and high <= 1) or low == high or model.likelihood.unit_interval:

@@ -171,17 +171,17 @@ def detect(
         }
         store.table("scores", _score_rows(samples, first, further), table)
         store.table("detect", rows)
-        with at_work(model, seed) as device:
+        with at_work(model, seed) as like:
             if maps:
                 errors, start = store.array("maps", (len(samples), *model.input_shape)), 0
                 for batch in samples.batches(batch_size, "maps" if progress else ""):
-                    fill(errors, start, (model(batch.to(device)).float().cpu() - batch).abs())
+                    fill(errors, start, (model(batch.to(like)).float().cpu() - batch).abs())
                     start += len(batch)
             if n_shown and store.folder is not None:
                 strangest = torch.from_numpy(np.argsort(-first.scores, kind="stable")[:n_shown].copy())
                 given = samples.rows(strangest)
                 titles = [f"p {value:.2g}" for value in first.p_values[strangest.numpy()]]
-                store.picture("anomalies", _picture(given, model(given.to(device)).float().cpu(), titles))
+                store.picture("anomalies", _picture(given, model(given.to(like)).float().cpu(), titles))
     itself = train.samples is samples
     lines = _about_threshold(first, None if itself else train, held_out, contamination, quantile)
     lines += about_labels(rows, others, train, protocol, anomalous, samples.labels is not None)

@@ -31,7 +31,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from aezoo.autoencoder import Autoencoder
+from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.tasks.detect_svdd import DeepSVDD, Tuning
 
@@ -215,7 +215,7 @@ class Mahalanobis:
 def _negative_elbo(model: Autoencoder, n_draws: int, x: Tensor) -> Tensor:
     """-ELBO of each sample: `loss` gives means over a batch, so each sample gets batches of its own, n_draws copies."""
     most = max(1, _MOST_VALUES // x[0].numel())
-    scores = x.new_zeros(len(x))
+    scores = at_least_float32(x).new_zeros(len(x))
     for i, sample in enumerate(x):
         for start in range(0, n_draws, most):
             n = min(most, n_draws - start)

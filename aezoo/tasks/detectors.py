@@ -86,12 +86,12 @@ class Detector:
         """
         samples = Samples.of(X, "train").check(self.model)
         n = len(samples)
-        with at_work(self.model, self.seed) as device:
-            most = self._scorer.most_samples(samples.rows([0]).to(device))
+        with at_work(self.model, self.seed) as like:
+            most = self._scorer.most_samples(samples.rows([0]).to(like))
             chosen = draw_rows(n, most, self.seed)
             part = samples if len(chosen) == n else samples.subset(chosen)
             batches = part.batches(self.batch_size, self._title("fit"))
-            self._scorer.fit((x.to(device) for x in batches), len(part))
+            self._scorer.fit((x.to(like) for x in batches), len(part))
         self.decision_scores_ = self._scores(samples)
         self.decision_scores_[chosen.numpy()] = self._scorer.left_out(self.decision_scores_[chosen.numpy()])
         self.threshold_ = float(np.percentile(self.decision_scores_, 100 * (1 - self.contamination)))
@@ -124,9 +124,9 @@ class Detector:
     def _scores(self, samples: Samples) -> Scores:
         scores = np.empty(len(samples))
         start = 0
-        with at_work(self.model, self.seed) as device:
+        with at_work(self.model, self.seed) as like:
             for x in samples.batches(self.batch_size, self._title("scores")):
-                scores[start : start + len(x)] = self._scorer(x.to(device)).cpu().double().numpy()
+                scores[start : start + len(x)] = self._scorer(x.to(like)).cpu().double().numpy()
                 start += len(x)
         if not np.isfinite(scores).all():
             worst = int(np.flatnonzero(~np.isfinite(scores))[0])

@@ -120,12 +120,12 @@ def embed(
     if nearest > len(library):
         raise AezooError(f"nearest is {nearest}, but there are {len(library)} samples to choose from")
     labels = None if samples.labels is None else samples.labels.numpy()
-    with Store(out) as store, at_work(model, seed) as device:
+    with Store(out) as store, at_work(model, seed) as like:
         shape = (n, *model.code_shape)
         codes = store.array("codes", shape) if table == "npy" else np.empty(shape, np.float32)
         start = 0
         for batch in samples.batches(batch_size, "embed" if progress else ""):
-            fill(codes, start, model.encode(batch.to(device)))
+            fill(codes, start, model.encode(batch.to(like)))
             start += len(batch)
         flat = codes.reshape(n, -1)
         notes = samples.notes

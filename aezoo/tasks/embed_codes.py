@@ -16,7 +16,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.data.classes import UNLABELLED
 from aezoo.errors import AezooError
 from aezoo.tasks.output import fill
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import Samples, like
 from aezoo.tasks.samples import progress as progress_bar
 
 Array = npt.NDArray[Any]
@@ -55,7 +55,7 @@ def codes_of(
         whole = len(rows) == len(samples)
         parts = [rows[i : i + batch_size].tolist() for i in range(0, len(rows), batch_size)]
         for batch in samples.batches(batch_size) if whole else map(samples.rows, parts):
-            fill(codes, start, encode(batch.to(model.device)).flatten(1))
+            fill(codes, start, encode(batch.to(like(model))).flatten(1))
             start += len(batch)
             advance(len(batch))
     return codes, rows

@@ -20,7 +20,7 @@ from aezoo.tasks import generate_walks, priors
 from aezoo.tasks.embed_codes import codes_of
 from aezoo.tasks.generate_walks import GIVE_TRAINING
 from aezoo.tasks.output import Row, Store, fill, join, table_text
-from aezoo.tasks.samples import Samples, at_work
+from aezoo.tasks.samples import Samples, at_work, like
 from aezoo.tasks.samples import progress as progress_bar
 
 if TYPE_CHECKING:
@@ -327,7 +327,7 @@ def _draws(
     rng = np.random.default_rng(seed)
     for start in range(0, n, _DRAWN):
         codes = torch.from_numpy(fitted.sample(min(_DRAWN, n - start), rng)).unflatten(1, model.code_shape)
-        yield from (model.decode(part.to(model.device)) for part in codes.split(batch_size))
+        yield from (model.decode(part.to(like(model))) for part in codes.split(batch_size))
 
 
 def _picture(samples: Tensor) -> "Figure":

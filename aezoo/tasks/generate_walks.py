@@ -15,7 +15,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.tasks.embed_codes import codes_of
 from aezoo.tasks.output import Store, fill
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import Samples, like
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ def interpolation(model: Autoencoder, starts: Samples, circle: bool, walks: int,
         raise AezooError(f"interpolate needs two samples at least, {starts.name} holds one: give more")
     x = _some(starts, 2 * walks, seed)
     x = x[: len(x) // 2 * 2]
-    a, b = model.encode(x.to(model.device)).flatten(1).cpu().unflatten(0, (-1, 2)).unbind(1)
+    a, b = model.encode(x.to(like(model))).flatten(1).float().cpu().unflatten(0, (-1, 2)).unbind(1)
     t = torch.linspace(0, 1, steps)[:, None]
     between = slerp if circle else torch.lerp
     codes = torch.stack([between(start, end, t) for start, end in zip(a, b, strict=True)])
@@ -81,7 +81,7 @@ def traversal(
     codes = _codes(model, known, batch_size, seed)
     variance, low, high = codes.var(0, unbiased=False), codes.amin(0), codes.amax(0)
     order = variance.argsort(descending=True, stable=True)[:walks].tolist()
-    start = model.encode(starts.rows([0]).to(model.device)).flatten().cpu()
+    start = model.encode(starts.rows([0]).to(like(model))).flatten().float().cpu()
     walked = start.repeat(len(order), steps, 1)
     for i, d in enumerate(order):
         walked[i, :, d] = torch.linspace(float(low[d]), float(high[d]), steps)
@@ -101,7 +101,7 @@ def about(
     """Near codes z of samples: z + spread s e, e ~ N(0, I), s the standard deviations of codes of `known`."""
     s = _codes(model, known, batch_size, seed).std(0, unbiased=False)
     x = _some(starts, walks, seed)
-    z = model.encode(x.to(model.device)).flatten(1).cpu()
+    z = model.encode(x.to(like(model))).flatten(1).float().cpu()
     e = torch.randn(len(z), steps, z.shape[1], generator=torch.Generator().manual_seed(seed))
     return Walks("around", z[:, None] + spread * s * e, [], (x,))
 
@@ -129,7 +129,7 @@ def decode(model: Autoencoder, walk: Walks, store: Store, batch_size: int) -> Ar
     flat = samples.reshape(-1, *model.input_shape)  # a view
     start = 0
     for part in codes.split(batch_size):
-        fill(flat, start, model.decode(part.to(model.device)))
+        fill(flat, start, model.decode(part.to(like(model))))
         start += len(part)
     return samples
 

@@ -100,15 +100,15 @@ def reconstruct(
     some = None if parts is None else _Some(model, (parts,) if isinstance(parts, int) else parts)
     samples = Samples.of(x).check(model)
     n = len(samples)
-    with Store(out) as store, at_work(model, seed) as device:
+    with Store(out) as store, at_work(model, seed) as like:
         x_hat = store.array("reconstructions", (n, *model.input_shape))
         mse, mae, score = (np.empty(n, np.float32) for _ in range(3))
         part_mse = {i: np.empty(n, np.float32) for i in range(len(some.model.sizes) if some else 0)}
         start = 0
         for batch in samples.batches(batch_size, "reconstruct" if progress else ""):
-            given = batch.to(device)
+            given = batch.to(like)
             output = (some.reconstructed(given) if some else model(given)).float()
-            difference = output - given
+            difference = output - batch.to(output)
             fill(x_hat, start, output)
             fill(mse, start, difference.square().flatten(1).mean(1))
             fill(mae, start, difference.abs().flatten(1).mean(1))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -193,9 +194,15 @@ def progress(title: str, total: int) -> Iterator[Any]:
         yield lambda n: bar.advance(task, n)
 
 
+def like(model: Autoencoder) -> Tensor:
+    """An empty tensor on the model's device and of its dtype."""
+    held = (value for value in chain(model.parameters(), model.buffers()) if value.is_floating_point())
+    return next(held, torch.empty(0, device=model.device)).detach().new_empty(0)
+
+
 @contextmanager
-def at_work(model: Autoencoder, seed: int = 0) -> Iterator[torch.device]:
-    """Evaluation mode, no gradients and a fixed random stream inside; gives the model's device.
+def at_work(model: Autoencoder, seed: int = 0) -> Iterator[Tensor]:
+    """Evaluation mode, no gradients and a fixed random stream inside; gives what samples are to be `like`.
 
     Modes and random streams are as before afterwards.
     """
@@ -204,7 +211,7 @@ def at_work(model: Autoencoder, seed: int = 0) -> Iterator[torch.device]:
     try:
         with forked_rng(model.device), torch.no_grad():
             torch.manual_seed(seed)
-            yield model.device
+            yield like(model)
     finally:
         for module, training in modes:
             module.training = training

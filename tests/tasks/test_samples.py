@@ -1,5 +1,7 @@
 """Samples: the same numbers from an array, a DataModule and a file, read in batches of any size."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,25 @@ UNKNOWN = {"settings": {}, "scaling": {}}
 
 def all_of(samples, size=7):
     return torch.cat([*samples.batches(size)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_verbs_take_a_model_of_any_precision(dtype):
+    x, narrow = torch.rand(20, 6), aezoo.create_model("vae", (6,), latent_dim=2, hidden_dims=(8,)).eval()
+    wide = copy.deepcopy(narrow).to(dtype)
+    calls = {
+        "reconstruct": lambda model: aezoo.reconstruct(model, x).mse,
+        "denoise": lambda model: aezoo.denoise(model, x, baselines=False, corrupt="gaussian:0.1").x_hat,
+        "embed": lambda model: aezoo.embed(model, x, fit_on=x[:9], nearest=1).codes,
+        "detect": lambda model: aezoo.detect(model, x, score="nll,sap,mahalanobis", baselines=False).scores,
+        "elbo": lambda model: aezoo.detect(model, x[:3], score="elbo", n_draws=999, baselines=False).scores,
+        "gaussian": lambda model: aezoo.generate(model, n=4, prior="gaussian", fit_on=x).samples,
+        "interpolate": lambda model: aezoo.generate(model, x, interpolate=True, walks=2, steps=3).samples,
+        "traverse": lambda model: aezoo.generate(model, x, traverse=True, walks=2, steps=3).samples,
+        "around": lambda model: aezoo.generate(model, x, around=x[:2], steps=3).samples,
+    }
+    for verb, call in calls.items():
+        np.testing.assert_allclose(call(wide), call(narrow), rtol=0.05, atol=0.05, err_msg=verb)
 
 
 def test_bytes_become_shares_of_255_and_floats_stay():

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.registry import name_of
 from aezoo.tasks.codec.container import MAX_THREADS
+from aezoo.tasks.samples import like as like  # callers find it here, beside what else a model computes with
 
 
 def fingerprint(model: Autoencoder) -> str:
@@ -36,11 +36,6 @@ def name(model: Autoencoder) -> str:
 def model_folder(fingerprint: str) -> str:
     """Where `compress` puts a model beside its files."""
     return f"model-{fingerprint[:8]}"
-
-
-def like(model: Autoencoder) -> Tensor:
-    """An empty tensor on the model's device and of its dtype."""
-    return next(model.parameters()).detach().new_empty(0)
 
 
 def describe(model: Autoencoder) -> dict[str, str]:

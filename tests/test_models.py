@@ -228,6 +228,29 @@ def test_check_model_accepts_a_class_that_is_not_registered():
     assert check_model(broken.Sound, exclude=["check_ddp"], widths=(16,)) == {}
 
 
+class TwoOptimisers(broken.Sound):
+    """Steps them by itself."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(part.parameters(), self.lr) for part in (self.encoder, self.decoder)]
+
+    def training_step(self, batch, batch_idx):
+        x, y = self.begin_step(batch, batch_idx)
+        terms, values = self.step_terms(x, y)
+        self.zero_grad()
+        self.manual_backward(terms["loss"])
+        for optimizer in self.optimizers():
+            optimizer.step()
+        self.end_step(terms, values, len(x))
+        return terms
+
+
+def test_check_model_resumes_a_model_with_several_optimisers():
+    testing.check_resume(TwoOptimisers)
+
+
 def test_check_model_gathers_all_failures():
     run_these = ("check_loss", "check_state_dict", "check_checkpoint")
     with pytest.raises(AssertionError) as caught:

@@ -244,7 +244,8 @@ class _Saves(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         if trainer.ckpt_path is None:
-            trainer.save_checkpoint(_file(self.folder, trainer.global_step))
+            # not global_step, which counts the steps of each of several optimisers
+            trainer.save_checkpoint(_file(self.folder, trainer.fit_loop.total_batch_idx + 1))
 
 
 def _file(folder: str, step: int) -> Path:

@@ -17,6 +17,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import lru_cache
@@ -225,8 +226,9 @@ def name_of(cls: type) -> str | None:
     for entry in entries().values():
         if cls.__module__ == entry.module and entry.attribute in ("", cls.__qualname__):
             return entry.name
-        if entry.attribute and getattr(sys.modules.get(entry.module), entry.attribute, None) is cls:
-            return entry.name
+        with suppress(AttributeError):
+            if entry.attribute and attrgetter(entry.attribute)(sys.modules.get(entry.module)) is cls:
+                return entry.name
     return None
 
 

@@ -178,6 +178,13 @@ def test_a_plugin_is_a_model_like_any_other(install):
     assert registry.import_plugins() == ["nice_ae"]
 
 
+def test_a_plugin_may_lie_deeper_than_in_its_module(install):
+    deep = "import types\n\n\nhome = types.SimpleNamespace(models=types.SimpleNamespace(Deep=MyAE))\n"
+    install("deep-ae", {"deep_ae": ":home.models.Deep"}, PLUGIN + deep)
+    model = aezoo.create_model("deep_ae", input_shape=(6,), latent_dim=2)
+    assert registry.name_of(type(model)) == "deep_ae"
+
+
 def test_two_packages_with_one_name_are_both_named(install):
     install("first-ae", {"my_ae": ":MyAE"})
     install("second-ae", {"my_ae": ":MyAE"})

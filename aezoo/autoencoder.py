@@ -61,6 +61,7 @@ class Autoencoder(Checked, pl.LightningModule):
             mode of torch.compile: default, reduce-overhead, max-autotune. Weights keep their names.
         importance_samples: how many draws of the code for each sample `log_likelihood` takes in validation and test
             after training; a bound that tightens with them.
+        steps_before: optimiser steps of earlier fits, which a fit goes on from; 0 begins anew, see `keep_steps`.
         takes_bytes: `training_step` scales bytes to [0, 1] itself, within what is compiled.
 
     Args:
@@ -89,6 +90,7 @@ class Autoencoder(Checked, pl.LightningModule):
     importance_samples: int = 100
     code_radius: float = math.inf
     takes_bytes: bool = False
+    steps_before: int = 0
 
     started: Tensor
     encoder: nn.Module
@@ -240,7 +242,7 @@ class Autoencoder(Checked, pl.LightningModule):
         self._seed_step(batch_idx)
         if "steps" in self._buffers and self._trainer is not None:
             # in place, since a compiled step or a CUDA graph reads it anew each time
-            self._buffers["steps"].fill_(self._trainer.global_step)  # type: ignore[union-attr]
+            self._buffers["steps"].fill_(self.steps_before + self._trainer.global_step)  # type: ignore[union-attr]
         if "started" in self._buffers:
             first = self._trainer is None or self._trainer.global_step == 0
             if first or self._before_start:

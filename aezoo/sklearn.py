@@ -130,6 +130,9 @@ class _Estimator(base.BaseEstimator):
             model = _build(settings, X.shape[1]) if fresh else self.autoencoder_
             if "lr" in model.hparams:
                 model.lr = {**settings, **settings["model_params"]}["lr"]
+            for part in model.modules():
+                if isinstance(part, Autoencoder) and "steps" in part._buffers:
+                    part.steps_before = 0 if fresh else int(part.get_buffer("steps")) + 1
             model.compile_mode = "off"
             x = _scaled(X, offset, scale).reshape(len(X), *model.input_shape)
             trainer = pl.Trainer(

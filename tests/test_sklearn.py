@@ -389,6 +389,13 @@ def test_partial_fits_go_on_where_the_last_one_ended():
     assert np.allclose(model.offset_of_scale_, X[:100].mean(0))
 
 
+def test_partial_fits_go_on_with_what_changes_over_steps():
+    X = gaussian(60)
+    model = AutoencoderTransformer("annealed_vae", batch_size=20, **FEW).partial_fit(X).partial_fit(X)
+    assert pickle.loads(pickle.dumps(model)).partial_fit(X).autoencoder_.steps == 8
+    assert model.fit(X).autoencoder_.steps == 5
+
+
 def test_partial_fits_take_the_present_learning_rate():
     X = gaussian(60)
     model = AutoencoderTransformer(**FEW).partial_fit(X)

@@ -434,7 +434,9 @@ class Autoencoder(Checked, pl.LightningModule):
     def _heed_others(self) -> None:
         """Look who else has a part in a step: what others see and draw is as in any other run."""
         self._noise_is_torch_s = loop.noise_is_torchs(self.trainer) and _is_own(type(self))
-        self.takes_bytes = self._compiled is not None and loop.batch_is_private(self.trainer)
+        # anybody else's would be refused where the step is not compiled
+        leaves = getattr(self.trainer.datamodule, "leaves_bytes", False)  # type: ignore[attr-defined]
+        self.takes_bytes = leaves and self._compiled is not None and loop.batch_is_private(self.trainer)
 
     def _worth_compiling(self) -> bool:
         batch_size = getattr(self.trainer.train_dataloader, "batch_size", None)

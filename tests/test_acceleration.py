@@ -192,6 +192,17 @@ def test_bytes_are_scaled_in_a_compiled_step_with_the_same_result(graphs):
         torch.testing.assert_close(value, runs[1][key])
 
 
+@pytest.mark.parametrize("mode", ["off", "default"])
+def test_bytes_of_a_strangers_loader_are_refused_whether_a_step_is_compiled(graphs, mode):
+    loader = torch.utils.data.DataLoader(torch.randint(256, (8, 6), dtype=torch.uint8), batch_size=4)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    with pytest.raises(AezooError, match="the model expects float data"):
+        trainer.fit(model(mode, "dense_ae"), loader, loader)
+
+
 def test_a_strangers_callback_sees_floats_in_a_compiled_run_too(graphs):
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

@@ -96,6 +96,8 @@ class DataModule(Checked, LightningDataModule):
 
     input_shape: tuple[int, ...]
     num_classes: int | None
+    # to steps that scale them
+    leaves_bytes = True
 
     def __init__(
         self,

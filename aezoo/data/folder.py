@@ -24,11 +24,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aezoo.data.images import DEEP, GREY, header, read
+from aezoo.data.images import DEEP, GREY, Header, few, header, lost, read
 from aezoo.data.loaders import Files
 from aezoo.data.resident import allocate, fits
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, carve
-from aezoo.data.tree import few, scan
+from aezoo.data.tree import scan
 from aezoo.errors import AezooError
 
 
@@ -55,14 +55,14 @@ class Pictures(Source):
             Image.MAX_IMAGE_PIXELS = options.max_pixels
         self.class_names, self.num_classes = names or None, len(names) or None
         self.value_range = (0.0, 1.0) if options.scale == "auto" else None
-        (height, width), mode = self._first_header()
+        (height, width), mode, _ = self._first_header()
         self.channels = options.channels or (1 if mode in GREY else 3)
         self.size = options.size
         self.input_shape = (self.channels, *((self.size, self.size) if self.size else (height, width)))
         self._splits: dict[Stage, Dataset[Any]] | None = None
 
-    def header(self, file: Any) -> tuple[tuple[int, int], str]:
-        """(height, width) and Pillow's mode of one picture, without decoding its pixels."""
+    def header(self, file: Any) -> Header:
+        """What the file of one picture says of it, without decoding its pixels."""
         return header(file, self.options.max_pixels)
 
     def load(self, file: Any) -> Tensor:
@@ -74,7 +74,7 @@ class Pictures(Source):
             self._splits = self._build()
         return self._splits.get(stage)
 
-    def _first_header(self) -> tuple[tuple[int, int], str]:
+    def _first_header(self) -> Header:
         for stage in self.files:
             for path, _ in self.files[stage]:
                 try:
@@ -90,7 +90,7 @@ class Pictures(Source):
             rank_zero_info(f"reading {len(paths)} images from {self.where}")
         headers = self._each(paths, self.header)
         self._check(headers)
-        deep = any(mode in DEEP for _, mode in headers.values())
+        deep = any(header.mode in DEEP for header in headers.values())
         self.white = 1 if deep else 255
         size = len(paths) * math.prod(self.input_shape) * (4 if deep else 1)
         memory = self.options.memory
@@ -144,11 +144,11 @@ class Pictures(Source):
             results = list(pool.map(one, paths))
         return {path: result for path, result in zip(paths, results, strict=True) if result is not None}
 
-    def _check(self, headers: dict[Any, tuple[tuple[int, int], str]]) -> None:
+    def _check(self, headers: dict[Any, Header]) -> None:
         """One size and one kind of image, or the choice is the user's."""
         sizes: dict[tuple[int, int], Any] = {}
         kinds: dict[bool, Any] = {}
-        for path, (shape, mode) in headers.items():
+        for path, (shape, mode, _) in headers.items():
             sizes.setdefault(shape, path)
             kinds.setdefault(mode in GREY, path)
         if self.size is None and len(sizes) > 1:
@@ -161,12 +161,8 @@ class Pictures(Source):
             raise AezooError(
                 f"{kinds[True]} is grey and {kinds[False]} is coloured: choose --data.channels 1 or --data.channels 3"
             )
-        see_through = [path for path, (_, mode) in headers.items() if mode in ("RGBA", "LA", "PA", "La", "RGBa")]
-        if see_through:
-            warnings.warn(
-                f"{self.where}: transparency is dropped from {len(see_through)} images: {few(see_through)}",
-                stacklevel=2,
-            )
+        for words in lost(headers):
+            warnings.warn(f"{self.where}: {words}", stacklevel=2)
 
 
 class Folder(Pictures):

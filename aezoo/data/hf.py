@@ -29,7 +29,7 @@ from torch import Tensor
 
 from aezoo.data.array import arrange, number_labels, sample_shape
 from aezoo.data.folder import Pictures
-from aezoo.data.images import Encoded
+from aezoo.data.images import Encoded, Header
 from aezoo.data.memory import InMemory, Pair, numeric
 from aezoo.data.readers import check_bytes
 from aezoo.data.source import Options, Source, Stage
@@ -101,7 +101,7 @@ class HfPictures(Pictures):
             files[stage] = [(Row(options.root, stage, i), label) for i, label in enumerate(labels)]
         super().__init__(options, options.root, files, names or ())
 
-    def header(self, file: Row) -> tuple[tuple[int, int], str]:
+    def header(self, file: Row) -> Header:
         return super().header(self._file(file))
 
     def load(self, file: Row) -> Tensor:

@@ -2,7 +2,9 @@
 
 import io
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +19,40 @@ EXTENSIONS = frozenset([".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff"
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
 DEEP = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
 GREY = frozenset({"1", "L", "LA"}) | DEEP
+_SEE_THROUGH = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
+# that hold several pictures of a kind; those behind the first of a JPEG are a camera's own
+_PAGED = frozenset({"GIF", "TIFF", "PNG", "WEBP"})
 _WITH_ALPHA = {"P": "PA", "L": "LA", "RGB": "RGBA"}
 _ROTATED = frozenset({5, 6, 7, 8})
+
+
+class Header(NamedTuple):
+    """What can be told of a picture file without decoding its pixels.
+
+    Attributes:
+        shape: (height, width) as shown upright.
+        mode: Pillow's.
+        pages: pictures in the file, of which the first is read.
+    """
+
+    shape: tuple[int, int]
+    mode: str
+    pages: int = 1
+
+
+def few(paths: list[Any]) -> str:
+    """The first three of some paths, for a message."""
+    return ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
+
+
+def lost(headers: Mapping[Any, Header]) -> list[str]:
+    """What is not read of some files, in words for a warning."""
+    see_through = [path for path, header in headers.items() if header.mode in _SEE_THROUGH]
+    paged = [path for path, header in headers.items() if header.pages > 1]
+    return [
+        *([f"transparency is dropped from {len(see_through)} images: {few(see_through)}"] if see_through else []),
+        *([f"{len(paged)} files hold several images, and the first alone is read: {few(paged)}"] if paged else []),
+    ]
 
 
 def fitted_shape(shape: tuple[int, ...], size: int | None, channels: int | None) -> tuple[int, ...]:
@@ -91,8 +125,8 @@ def read(path: Path | Encoded, size: int | None, channels: int, max_pixels: int)
         raise _broken(path, error, max_pixels) from None
 
 
-def header(path: Path | Encoded, max_pixels: int) -> tuple[tuple[int, int], str]:
-    """(height, width) as shown upright, and Pillow's mode, without decoding the pixels."""
+def header(path: Path | Encoded, max_pixels: int) -> Header:
+    """What a file says of its picture; a broken one is named."""
     try:
         with _open(path) as image:
             check_pixels(path, image.size, max_pixels)
@@ -101,13 +135,14 @@ def header(path: Path | Encoded, max_pixels: int) -> tuple[tuple[int, int], str]
                 width, height = height, width
             # one colour of a palette, a picture of colours or a grey one can be see-through, too
             mode = _WITH_ALPHA.get(image.mode, image.mode) if "transparency" in image.info else image.mode
+            pages = getattr(image, "n_frames", 1) if image.format in _PAGED else 1
     except AezooError:
         raise
     except Exception as error:
         raise _broken(path, error, max_pixels) from None
     if mode == "F":
         raise AezooError(f"{path} has floating-point pixels: save it with 8 or 16 bits, or give the values as .npy")
-    return (height, width), mode
+    return Header((height, width), mode, pages)
 
 
 def check_pixels(path: object, size: tuple[int, int], max_pixels: int) -> None:

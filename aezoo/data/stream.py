@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aezoo.data.array import arrange, sample_shape
-from aezoo.data.images import DEEP, GREY, Encoded, check_pixels, fit, fitted_shape, header, read, to_tensor
+from aezoo.data.images import DEEP, GREY, Encoded, Header, check_pixels, fit, fitted_shape, header, read, to_tensor
 from aezoo.data.loaders import GROUP, collate
 from aezoo.data.memory import numeric
 from aezoo.data.source import Batch, Options, Source, Stage, carve
@@ -253,7 +253,7 @@ class Stream(Source):
     def _set_shape(self, first: Any, place: str) -> None:
         options = self.options
         if isinstance(first, bytes | Image.Image):
-            (height, width), mode = self._header(first, place)
+            (height, width), mode, _ = self._header(first, place)
             self.white, self._grey = 1 if mode in DEEP else 255, mode in GREY
             channels = options.channels or (1 if self._grey else 3)
             self.input_shape = (channels, *((options.size, options.size) if options.size else (height, width)))
@@ -262,18 +262,18 @@ class Stream(Source):
         self.input_shape = fitted_shape(shape, options.size, options.channels)
         self.white = 255 if str(first.dtype).removeprefix("torch.") == "uint8" else None
 
-    def _header(self, image: Any, place: str) -> tuple[tuple[int, int], str]:
+    def _header(self, image: Any, place: str) -> Header:
         limit = self.options.max_pixels
         if isinstance(image, bytes):
             return header(Encoded(place, image), limit)
         check_pixels(place, image.size, limit)
-        return (image.height, image.width), image.mode
+        return Header((image.height, image.width), image.mode)
 
     def _read(self, value: Any, place: str) -> Tensor:
         options = self.options
         if not isinstance(value, bytes | Image.Image):
             return self._array(value, place)
-        _, mode = self._header(value, place)
+        mode = self._header(value, place).mode
         if options.channels is None and (mode in GREY) != self._grey:
             kinds = ("grey", "coloured") if mode in GREY else ("coloured", "grey")
             raise AezooError(f"{place} is {kinds[0]} and the first item is {kinds[1]}: choose --data.channels 1 or "

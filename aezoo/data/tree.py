@@ -3,9 +3,8 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from aezoo.data.images import EXTENSIONS
+from aezoo.data.images import EXTENSIONS, few
 from aezoo.data.source import Stage
 from aezoo.errors import AezooError
 
@@ -68,8 +67,3 @@ def _found(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
             yield path
         elif path.is_dir():
             yield from _found(path, (*above, here))
-
-
-def few(paths: list[Any]) -> str:
-    """The first three of some paths, for a message."""
-    return ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")

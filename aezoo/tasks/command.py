@@ -241,8 +241,10 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
         scaling = _scaling(trained, module.source.white, what)
         return Samples(dataset, *scaling, module.source.class_names, path)
     if source.suffix.lower() in images.EXTENSIONS:
-        mode = images.header(source, most)[1]
-        image = images.read(source, size, channels or (1 if mode in images.GREY else 3), most)
+        header = images.header(source, most)
+        for words in images.lost({path: header}):
+            print(f"aezoo: {words}", file=sys.stderr)
+        image = images.read(source, size, channels or (1 if header.mode in images.GREY else 3), most)
         scaling = _scaling(trained, 255 if image.dtype == torch.uint8 else 1, what)
         return Samples(ArrayDataset(image[None], None, [path]), *scaling, None, path)
     arrays = read_arrays(source, given.get("max_bytes", 2**33), given.get("label_column", "auto"))

@@ -142,6 +142,16 @@ def test_transparency_is_dropped_aloud(tmp_path):
     assert data.input_shape == (3, 8, 8)
 
 
+@pytest.mark.parametrize("suffix", ["gif", "tif", "png", "webp"])
+def test_of_several_images_in_a_file_the_first_is_read_aloud(tmp_path, suffix):
+    for i in range(5):
+        first, *others = (Image.fromarray(np.full((8, 8), 40 * i + 9 * j, np.uint8)) for j in range(3))
+        first.save(tmp_path / f"{i}.{suffix}", save_all=True, append_images=others)
+    data = DataModule("folder", root=str(tmp_path), channels=1)
+    with pytest.warns(UserWarning, match="5 files hold several images, and the first alone is read"):
+        data.setup()
+
+
 @pytest.mark.parametrize(("mode", "suffix"), [("P", "png"), ("P", "gif"), ("L", "png"), ("RGB", "png")])
 def test_one_transparent_colour_is_dropped_aloud_as_well(tmp_path, mode, suffix):
     for i in range(5):

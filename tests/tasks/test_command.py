@@ -248,6 +248,13 @@ def test_a_picture_is_scaled_as_the_training_data_were(tmp_path):
     assert np.allclose(np.load(tmp_path / "reconstructions.npy"), model(scaled).detach().numpy(), atol=1e-5)
 
 
+def test_what_is_not_read_of_a_picture_is_said(tmp_path, capsys):
+    aezoo.save_model(aezoo.create_model("dense_ae", (3, 8, 8), latent_dim=2), tmp_path / "model")
+    Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(tmp_path / "one.png")
+    cli.main(["reconstruct", f"--ckpt_path={tmp_path / 'model'}", f"--input={tmp_path / 'one.png'}", "--n_shown=0"])
+    assert "aezoo: transparency is dropped from 1 images: " in capsys.readouterr().err
+
+
 def test_tasks_see_zeros_and_ones_where_training_did(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "x.npy", x)

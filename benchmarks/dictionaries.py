@@ -10,7 +10,7 @@ of atoms and the latents that they are matched with one to one; uniqueness, how 
 over latents; l0 and dead_share, entries that are not 0; fvu, cosine, shrinkage and reconstruction_bias as in
 `aezoo.metrics`, best at 0, 1, 1 and 1. A latent's direction is how much it changes what the decoder gives. Crosscoders
 and transcoders get two streams of one code, as many numbers each; a transcoder reads the first and is judged by the
-second.
+second. temporal_sae is left out: of samples of one position it is topk_sae.
 
 Rows that are there already, of the same model, seed, data, budget and options, are kept; --again measures them anew.
 """
@@ -39,6 +39,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # streams of a model's data; 1 for all others
 STREAMS = {"crosscoder": 2, "transcoder": 2}
+# the data have none
+OF_SEQUENCES = ("temporal_sae",)
 DATA = ("atoms", "dim", "active", "correlation", "noise", "samples")
 KEY = ("model", "seed", "steps", "batch_size", "lr", *DATA, "options")
 SCORES = ("mcc", "uniqueness", "l0", "fvu", "dead_share", "cosine", "shrinkage", "reconstruction_bias")
@@ -48,7 +50,7 @@ SHOWN = ("mcc", "l0", "fvu", "dead_share")
 
 def plan(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """What to run: a spec for each row, with the row's first columns."""
-    known = registry.list_models(family="sparse")
+    known = [name for name in registry.list_models(family="sparse") if name not in OF_SEQUENCES]
     names = [registry.find(name).name for name in arguments.models or known]
     other = next((name for name in names if name not in known), None)
     if other is not None:

@@ -199,7 +199,7 @@ def rows_of(folder):
 
 def test_every_sparse_model_has_its_rows_and_options_that_it_takes():
     specs = dictionaries.plan(dictionaries.arguments_of(["--seeds", "3", "--active", "5.2", "--atoms", "32"]))
-    names = registry.list_models(family="sparse")
+    names = [name for name in registry.list_models(family="sparse") if name != "temporal_sae"]
     assert [spec["row"]["model"] for spec in specs] == [name for name in names for _ in range(3)]
     assert {spec["hyperparameters"]["latent_dim"] for spec in specs} == {32}
     for spec in specs[::3]:

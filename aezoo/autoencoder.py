@@ -120,7 +120,7 @@ class Autoencoder(Checked, pl.LightningModule):
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self._train_means = Means()
         self._before_start: list[Tensor] = []
-        self._evaluation: Evaluation | None = None
+        self._evaluations: dict[int, Evaluation] = {}
         self._checked: set[bool] = set()
         self._fit_seed: int | None = None
         self._means_before: dict[str, Any] | None = None
@@ -292,11 +292,11 @@ class Autoencoder(Checked, pl.LightningModule):
         self._train_means.reset()
         self.log_dict({f"train/{name}": value for name, value in means.items()}, sync_dist=True)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
@@ -304,7 +304,7 @@ class Autoencoder(Checked, pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         x, y = self._unpack(batch)
         z, kind = self.encode(x), type(self)
         if kind.score is Autoencoder.score and kind.decode is Autoencoder.decode:
@@ -357,7 +357,7 @@ class Autoencoder(Checked, pl.LightningModule):
     def on_fit_start(self) -> None:
         self._checked.clear()
         self._train_means.reset()
-        self._evaluation = None
+        self._evaluations = {}
         means, self._means_before = self._means_before, None
         if means is not None and self.trainer.ckpt_path is not None:
             # what the epoch had added up before the checkpoint; of several ranks that of the first, for all
@@ -461,10 +461,11 @@ class Autoencoder(Checked, pl.LightningModule):
         self._fit_seed, self._compiled_before = stamp.get("seed"), stamp.get("compiled")
         self._means_before = stamp.get("means")
 
-    def _evaluate(self, batch: Any, batch_idx: int) -> None:
+    def _evaluate(self, batch: Any, batch_idx: int, loader: int) -> None:
         x, y = self._unpack(batch)
-        if self._evaluation is None:
-            self._evaluation = Evaluation(self.input_shape, self.device, self.code_shape if self.sparse_code else None)
+        if loader not in self._evaluations:
+            code_shape = self.code_shape if self.sparse_code else None
+            self._evaluations[loader] = Evaluation(self.input_shape, self.device, code_shape)
         with self._fixed_noise(batch_idx):
             terms = self.loss(x, y)
             read = x if self.corruption is None else self.corruption(x)
@@ -472,7 +473,7 @@ class Autoencoder(Checked, pl.LightningModule):
             log_likelihood = getattr(self, "log_likelihood", None)
             if callable(log_likelihood) and self.trainer.state.fn in ("validate", "test"):
                 terms["log_likelihood"] = log_likelihood(x, self.importance_samples).mean()
-        self._evaluation.add(terms, x, x_hat, **seen)
+        self._evaluations[loader].add(terms, x, x_hat, **seen)
 
     def _reconstruct(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The reconstruction, and what else of the code `Evaluation` looks at."""
@@ -482,10 +483,12 @@ class Autoencoder(Checked, pl.LightningModule):
         return self(x), {}
 
     def _log_evaluation(self, stage: str) -> None:
-        if self._evaluation is not None:
-            figures = self._evaluation.compute()
-            self._evaluation = None
-            self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, sync_dist=True)
+        for loader, evaluation in self._evaluations.items():
+            # those of the first have the plain names, by which checkpoints go
+            group = f"{stage}_{loader}" if loader else stage
+            figures = {f"{group}/{name}": value for name, value in evaluation.compute().items()}
+            self.log_dict(figures, sync_dist=True)
+        self._evaluations = {}
 
     @contextmanager
     def _fixed_noise(self, batch_idx: int) -> Iterator[None]:

@@ -1,12 +1,16 @@
 """The figures of every evaluation against numpy and scipy."""
 
 import math
+from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from torch.utils.data import DataLoader
 
+import aezoo
 from aezoo.metrics import Evaluation, Means
 
 CPU = torch.device("cpu")
@@ -78,3 +82,22 @@ def test_means_of_many_batches_keep_their_digits() -> None:
     for _ in range(10_000):
         means.add({"a": torch.tensor(0.1)}, 1000)
     assert means.compute()["a"].item() == pytest.approx(0.1, rel=1e-7)
+
+
+def test_each_of_several_loaders_has_figures_of_its_own(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (DataLoader((scale * torch.rand(10, 6, generator=generator)), batch_size=4) for scale in (1, 0.5))
+    torch.manual_seed(0)
+    model = aezoo.create_model("vae", (6,), latent_dim=2, hidden_dims=(5,))
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(model, first, [first, second])
+    alone = [trainer.validate(model, loader, verbose=False)[0] for loader in (first, second)]
+    both = trainer.validate(model, [first, second], verbose=False)
+    assert both[0] == alone[0] | {name.replace("val/", "val_1/"): value for name, value in alone[1].items()}
+    swapped = trainer.test(model, [second, first], verbose=False)[0]
+    assert swapped["test/loss"] == alone[1]["val/loss"] and swapped["test_1/loss"] == alone[0]["val/loss"]
+    found = trainer.predict(model, [first, second])
+    assert [len(batches) for batches in found] == [3, 3]

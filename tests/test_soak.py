@@ -7,6 +7,7 @@ import promises
 import pytest
 import torch
 from golden import own_models
+from kinds import OF_EACH_KIND
 from soak import RANGES, TRIM, Watch, arguments, draw
 
 import aezoo
@@ -44,11 +45,15 @@ def test_every_hyperparameter_of_every_model_is_drawn():
             aezoo.create_model(name, (1, 8, 8), **draw(name, seed))
 
 
+def of_runs():
+    for name in own_models():
+        for seed in SEEDS:
+            mark = pytest.mark.slow if seed == SEEDS[0] and name in OF_EACH_KIND else pytest.mark.longest
+            yield pytest.param(name, seed, id=f"{name}-{seed}", marks=mark)
+
+
 @pytest.mark.skipif(TRIM is None, reason="memory cannot be told here")
-@pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=pytest.mark.longest if i else pytest.mark.slow) for i, seed in enumerate(SEEDS)]
-)
-@pytest.mark.parametrize("name", own_models())
+@pytest.mark.parametrize(("name", "seed"), [*of_runs()])
 def test_hundreds_of_steps_stay_finite_and_do_not_grow(name, seed, data):
     torch.manual_seed(seed)
     drawn = draw(name, seed)

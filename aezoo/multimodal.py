@@ -68,6 +68,15 @@ class OwnDecoders(Decoders):
         return torch.cat([decoder(z_i) for decoder, z_i in zip(self, own, strict=True)], self.dim + 1)
 
 
+class PrivateDecoders(OwnDecoders):
+    """The same, each of which reads the shared values before its own, D + P together."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        u, own = z[:, : self.shared], z[:, self.shared :].chunk(len(self), 1)
+        pairs = (decoder(torch.cat([u, w], 1)) for decoder, w in zip(self, own, strict=True))
+        return torch.cat([*pairs], self.dim + 1)
+
+
 class WithParts(Autoencoder):
     """A model with a Gaussian code of samples that have parts; its constructor calls `keep_parts`.
 

@@ -31,10 +31,9 @@ import torch
 from torch import Tensor
 
 from aezoo.limits import at_least
-from aezoo.models.variational.mmvae_plus import PrivateDecoders
 from aezoo.models.variational.mvae import MVAE
 from aezoo.models.variational.vae import VAE
-from aezoo.multimodal import WithParts
+from aezoo.multimodal import PrivateDecoders, WithParts
 
 
 class DMVAE(WithParts, VAE):
@@ -98,8 +97,7 @@ class DMVAE(WithParts, VAE):
         del self.capacity
         self.latent_dim = latent_dim
         self.keep_parts(parts, net, hidden_dims, activation)
-        self.decoder = PrivateDecoders([*self.decoder], self.decoder.dim)
-        self.decoder.shared = latent_dim
+        self.decoder = PrivateDecoders([*self.decoder], self.decoder.dim, latent_dim)
         self.code_shape = (latent_dim + len(self.sizes) * private_dim,)
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:

@@ -29,18 +29,7 @@ from aezoo import gaussians
 from aezoo.autoencoder import at_least_float32
 from aezoo.limits import at_least
 from aezoo.models.variational.mmvae import MMVAE
-from aezoo.multimodal import Decoders
-
-
-class PrivateDecoders(Decoders):
-    """Decoders of the parts, each of u and its own w: (B, D + M P) -> (B, *input_shape)."""
-
-    shared: int
-
-    def forward(self, z: Tensor) -> Tensor:
-        p = (z.shape[1] - self.shared) // len(self)
-        u, *w = z.split([self.shared, *[p] * len(self)], 1)
-        return torch.cat([net(torch.cat([u, own], 1)) for net, own in zip(self, w, strict=True)], self.dim + 1)
+from aezoo.multimodal import PrivateDecoders
 
 
 class MMVAEPlus(MMVAE):
@@ -102,8 +91,7 @@ class MMVAEPlus(MMVAE):
         )
         self.save_hyperparameters()
         self.latent_dim = latent_dim
-        self.decoder = PrivateDecoders([*self.decoder], self.decoder.dim)
-        self.decoder.shared = latent_dim
+        self.decoder = PrivateDecoders([*self.decoder], self.decoder.dim, latent_dim)
         self.code_shape = (latent_dim + len(self.sizes) * private_dim,)
         used = private_dim > 0 and len(self.sizes) > 1
         self.r_log_var_MP = nn.Parameter(torch.zeros(len(self.sizes), private_dim), requires_grad=used)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
+from aezoo.nets.levels import gaussian
 
 
 def cut(parts: tuple[int, ...], input_shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
@@ -145,8 +146,7 @@ class WithParts(Autoencoder):
         Raises:
             AezooError: no part, one that there is not, or one twice.
         """
-        mu_BMD, log_var_BMD = at_least_float32(self.encoded(x, parts)).chunk(2, 2)
-        return mu_BMD, log_var_BMD.clamp(-30, 20)  # the VAE's interval
+        return gaussian(self.encoded(x, parts))
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | some parts), of all by default: (B, *input_shape) -> (B, D), (B, D)."""

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from aezoo import gaussians, nets
-from aezoo.autoencoder import at_least_float32
 from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
 from aezoo.multimodal import WithParts
+from aezoo.nets.levels import gaussian
 
 
 class JMVAE(WithParts, VAE):
@@ -106,8 +106,7 @@ class JMVAE(WithParts, VAE):
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         if parts is None or sorted(parts) == [*range(len(self.sizes))]:
-            mu_BD, log_var_BD = at_least_float32(self.joint_encoder(x)).chunk(2, 1)
-            return mu_BD, log_var_BD.clamp(-30, 20)  # the VAE's interval
+            return gaussian(self.joint_encoder(x))
         mu_BSD, log_var_BSD = self.experts(x, parts)
         return (mu_BSD[:, 0], log_var_BSD[:, 0]) if len(parts) == 1 else self.product(mu_BSD, log_var_BSD)
 

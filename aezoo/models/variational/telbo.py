@@ -37,6 +37,7 @@ from aezoo.models.variational.mvae import MVAE
 from aezoo.models.variational.vae import VAE
 from aezoo.multimodal import WithParts
 from aezoo.nets.adversarial import frozen
+from aezoo.nets.levels import gaussian
 from aezoo.nets.memory_format import like
 
 
@@ -104,8 +105,7 @@ class TELBO(WithParts, VAE):
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         if parts is None or sorted(parts) == [*range(len(self.sizes))]:
-            mu_BD, log_var_BD = at_least_float32(self.joint_encoder(x)).chunk(2, 1)
-            return mu_BD, log_var_BD.clamp(-30, 20)  # the VAE's interval
+            return gaussian(self.joint_encoder(x))
         return MVAE.product(*self.experts(x, parts))
 
     def held_nll(self, i: int, z_BD: Tensor, x: Tensor) -> Tensor:

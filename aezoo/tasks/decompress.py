@@ -23,7 +23,7 @@ from aezoo.tasks.codec import indices, learned, lossless, lossy, machine, tables
 from aezoo.tasks.codec.autoregressive import Advance, Autoregressive
 from aezoo.tasks.codec.container import Frame, Header, Reader
 from aezoo.tasks.output import Store
-from aezoo.tasks.samples import at_work
+from aezoo.tasks.samples import at_work, like
 from aezoo.tasks.samples import progress as bar
 
 KINDS = ("npy", "png")
@@ -153,7 +153,7 @@ def _lossless(model: Autoencoder, reader: Reader) -> Iterator[tuple[npt.NDArray[
     if chain.levels != header.levels:
         raise AezooError(f"{reader.path} is refused: {header.levels} levels, and the model has {chain.levels}")
     key = lossless.seed_of(header.fingerprint, header.seed)
-    coder = lossless.BitsBack(chain, machine.like(model), header.block, header.precision, key)
+    coder = lossless.BitsBack(chain, like(model), header.block, header.precision, key)
     for frame in reader.frames:
         words = tables.from_bytes(reader.payload(frame))
         with _refusing(reader):

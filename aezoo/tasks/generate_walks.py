@@ -52,7 +52,7 @@ def interpolation(model: Autoencoder, starts: Samples, circle: bool, walks: int,
         raise AezooError(f"interpolate needs two samples at least, {starts.name} holds one: give more")
     x = _some(starts, 2 * walks, seed)
     x = x[: len(x) // 2 * 2]
-    a, b = model.encode(x.to(like(model))).flatten(1).float().cpu().unflatten(0, (-1, 2)).unbind(1)
+    a, b = _encoded(model, x).unflatten(0, (-1, 2)).unbind(1)
     t = torch.linspace(0, 1, steps)[:, None]
     between = slerp if circle else torch.lerp
     codes = torch.stack([between(start, end, t) for start, end in zip(a, b, strict=True)])
@@ -81,7 +81,7 @@ def traversal(
     codes = _codes(model, known, batch_size, seed)
     variance, low, high = codes.var(0, unbiased=False), codes.amin(0), codes.amax(0)
     order = variance.argsort(descending=True, stable=True)[:walks].tolist()
-    start = model.encode(starts.rows([0]).to(like(model))).flatten().float().cpu()
+    start = _encoded(model, starts.rows([0]))[0]
     walked = start.repeat(len(order), steps, 1)
     for i, d in enumerate(order):
         walked[i, :, d] = torch.linspace(float(low[d]), float(high[d]), steps)
@@ -101,7 +101,7 @@ def about(
     """Near codes z of samples: z + spread s e, e ~ N(0, I), s the standard deviations of codes of `known`."""
     s = _codes(model, known, batch_size, seed).std(0, unbiased=False)
     x = _some(starts, walks, seed)
-    z = model.encode(x.to(like(model))).flatten(1).float().cpu()
+    z = _encoded(model, x)
     e = torch.randn(len(z), steps, z.shape[1], generator=torch.Generator().manual_seed(seed))
     return Walks("around", z[:, None] + spread * s * e, [], (x,))
 
@@ -110,6 +110,11 @@ def _codes(model: Autoencoder, known: Samples, batch_size: int, seed: int) -> Te
     if len(known) < 2:
         raise AezooError(f"the range of codes is that of the training samples, two at least: {GIVE_TRAINING}")
     return torch.from_numpy(codes_of(model, known, _MOST_CODES, batch_size, seed, False)[0])
+
+
+def _encoded(model: Autoencoder, x: Tensor) -> Tensor:
+    """Codes as rows of float32 on the CPU, (B, *input_shape) -> (B, D)."""
+    return model.encode(x.to(like(model))).flatten(1).float().cpu()
 
 
 def _some(samples: Samples, most: int, seed: int) -> Tensor:

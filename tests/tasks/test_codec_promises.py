@@ -14,9 +14,10 @@ import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.nets.dictionary import geometric_median
-from aezoo.tasks.codec import baselines, lossless, lossy, machine, tables
+from aezoo.tasks.codec import baselines, lossless, lossy, tables
 from aezoo.tasks.compress import compress
 from aezoo.tasks.decompress import decompress
+from aezoo.tasks.samples import like
 
 
 class WithoutFloat64(TorchFunctionMode):
@@ -143,7 +144,7 @@ def test_numbers_of_a_device_without_float64_are_widened_on_the_cpu():
     torch.manual_seed(0)
     model = aezoo.create_model("vae", (64,), latent_dim=4, hidden_dims=(16,), likelihood="bernoulli").eval()
     levels = np.random.default_rng(0).integers(0, 2, (20, 64)).astype(np.uint8)
-    coder = lossless.BitsBack(lossless.chain_of(model), machine.like(model), 8, 8, b"a")
+    coder = lossless.BitsBack(lossless.chain_of(model), like(model), 8, 8, b"a")
     rows = torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]])
     with torch.no_grad(), WithoutFloat64():
         assert np.array_equal(coder.decode(coder.encode(levels).words, 20), levels)
@@ -153,7 +154,7 @@ def test_numbers_of_a_device_without_float64_are_widened_on_the_cpu():
 
 def test_a_file_that_says_more_samples_than_it_has_bits_for_is_left_at_once():
     model, calls = vae(), []
-    coder = lossless.BitsBack(lossless.chain_of(model), machine.like(model), 16, 10, b"seed")
+    coder = lossless.BitsBack(lossless.chain_of(model), like(model), 16, 10, b"seed")
     with torch.no_grad():
         words = coder.encode(bits(10).byte().numpy()).words
         model.decoder.register_forward_hook(lambda *given: calls.append(None))

@@ -29,7 +29,8 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.discrete import DiscreteAutoencoder
 from aezoo.entropy import EntropyCoded
 from aezoo.errors import AezooError
-from aezoo.tasks.codec import machine, tables
+from aezoo.tasks.codec import tables
+from aezoo.tasks.samples import like
 
 Indices = npt.NDArray[np.int64]
 _DIGIT = 16  # bits of a digit, and of the largest table
@@ -106,7 +107,7 @@ def encode(model: DiscreteAutoencoder, x: Tensor, sizes: Indices) -> Indices:
     Raises:
         AezooError: they are not of their books.
     """
-    found: Indices = model.encode_indices(x.to(machine.like(model))).flatten(1).cpu().numpy()
+    found: Indices = model.encode_indices(x.to(like(model))).flatten(1).cpu().numpy()
     if not ((found >= 0) & (found < sizes)).all():
         raise AezooError(f"{type(model).__name__} gives indices that are not in its books: train it again")
     return found

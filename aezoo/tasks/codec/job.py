@@ -23,7 +23,7 @@ from aezoo.tasks.codec.autoregressive import Autoregressive
 from aezoo.tasks.codec.container import FRAME, Header, Writer, most_in_piece
 from aezoo.tasks.codec.levels import Levels, reason, to_levels
 from aezoo.tasks.output import Row, Store, table_text
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import Samples, like
 from aezoo.tasks.samples import progress as bar
 
 # samples, and values of samples, that steps, tables and baselines are made from: more would change them little
@@ -125,7 +125,7 @@ class Job:
         """One file."""
         chain = lossless.chain_of(self.model)
         key = lossless.seed_of(self.header["fingerprint"], self.seed)
-        coder = lossless.BitsBack(chain, machine.like(self.model), self.batch_size, precision, key)
+        coder = lossless.BitsBack(chain, like(self.model), self.batch_size, precision, key)
         found = Compression("lossless", [])
 
         def fill(file: IO[bytes]) -> None:
@@ -295,10 +295,9 @@ class Job:
 
     def _codes(self, samples: Samples | None = None) -> tuple[Any, float, bool]:
         """`_read` of codes (N, D), float32."""
-        like = machine.like(self.model)
 
         def encode(batch: Tensor) -> Any:
-            z = self.model.encode(batch.to(like)).float().flatten(1)
+            z = self.model.encode(batch.to(like(self.model))).float().flatten(1)
             if not bool(z.isfinite().all()):
                 raise AezooError("the model gives codes that are NaN or infinite: train it again")
             return z.cpu().numpy()

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from aezoo.entropy import EntropyCoded, Law, Mixtures, Table, Taking, one_by_one
 from aezoo.errors import AezooError
-from aezoo.tasks.codec import machine, tables
+from aezoo.tasks.codec import tables
 from aezoo.tasks.codec.autoregressive import DIGEST, digest
+from aezoo.tasks.samples import like
 
 Symbols = npt.NDArray[np.int64]
 _HALF = 16  # bits of each half of a number that is escaped
@@ -87,7 +88,7 @@ def encode(model: EntropyCoded, x: Tensor) -> Symbols:
     Raises:
         AezooError: they are none, or too large.
     """
-    found: Symbols = model.encode_symbols(x.to(machine.like(model))).cpu().numpy()
+    found: Symbols = model.encode_symbols(x.to(like(model))).cpu().numpy()
     if not ((found > -_MOST) & (found < _MOST)).all():  # -2^40 is NaN
         raise AezooError(f"{type(model).__name__} gives codes that are NaN, infinite or above 2^31: train it again")
     return found
@@ -98,7 +99,7 @@ def decode(model: EntropyCoded, symbols: Symbols, block: int) -> Any:
     parts = []
     for start in range(0, len(symbols), block):
         z = model.codes(torch.from_numpy(symbols[start : start + block]).to(model.device))
-        parts.append(model.decode(z.to(machine.like(model))).float().cpu().numpy())
+        parts.append(model.decode(z.to(like(model))).float().cpu().numpy())
     return np.concatenate(parts)
 
 

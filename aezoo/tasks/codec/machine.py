@@ -14,7 +14,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.registry import name_of
 from aezoo.tasks.codec.container import MAX_THREADS
-from aezoo.tasks.samples import like as like  # callers find it here, beside what else a model computes with
+from aezoo.tasks.samples import like
 
 
 def fingerprint(model: Autoencoder) -> str:

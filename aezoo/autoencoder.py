@@ -110,6 +110,7 @@ class Autoencoder(Checked, pl.LightningModule):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
+        acceleration.expect_large_tensors()
         if not 1 <= len(input_shape) <= 4 or any(int(n) != n or n < 1 for n in input_shape):
             raise AezooError(f"input_shape must be (D,), (C, L), (C, H, W) or (C, D, H, W), got {tuple(input_shape)}")
         optimizers.check(optimizer, lr, weight_decay, lr_schedule, warmup_steps)

@@ -1,6 +1,7 @@
 """Compilation, denormals and memory layout: they change how fast a run is and nothing else."""
 
 import copy
+import os
 import pickle
 import platform
 import subprocess
@@ -593,6 +594,31 @@ def test_a_fit_lays_convolutions_out_and_undoes_it(tmp_path):
     whole = aezoo.create_model("conv_ae", input_shape=(1, 8, 8), latent_dim=4, hidden_dims=(4, 8))
     fit(whole, **part | {"source": DataModule("digits")})
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+STEPS = """
+import resource, sys, torch, aezoo
+
+if sys.argv[1:]:
+    aezoo.create_model("dense_ae", (4,))
+torch.ones(2**18).sum()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    [torch.ones(2**22) for _ in range(3)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_a_process_with_a_model_does_not_fetch_the_pages_of_each_tensor_anew():
+    """Of ten rounds of 3 tensors of 16 MiB, each 12,288 pages of 4 KiB, the first alone has to."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    command = [sys.executable, "-c", STEPS]
+    without, within = (
+        int(subprocess.run([*command, *more], capture_output=True, text=True, check=True, env=env).stdout)
+        for more in ([], ["model"])
+    )
+    assert within < without / 5
 
 
 PAGES = """

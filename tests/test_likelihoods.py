@@ -365,6 +365,42 @@ def test_the_compiled_cross_entropy_keeps_its_digits_where_it_is_small() -> None
     torch.testing.assert_close(-compiled(t, torch.zeros_like(t)).double(), exact, rtol=3e-7, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(64, 784), (8, 3, 64, 64), (64, 3, 16, 16)])
+def test_the_cross_entropy_of_many_values_is_torchs_with_its_derivatives(shape: tuple[int, ...]) -> None:
+    made, draw = likelihood("bernoulli"), torch.Generator().manual_seed(0)
+    t, x = 8 * torch.randn(shape, generator=draw), torch.rand(shape, generator=draw)
+    t[0], x[0] = 1e4, 1
+    t[1], x[1] = -1e4, 1
+    t[2] = 0
+    if len(shape) == 4:
+        t, x = (a.contiguous(memory_format=torch.channels_last) for a in (t, x))
+    weights = torch.rand(len(t), generator=draw)
+
+    def derivatives(t: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, again: bool) -> list[torch.Tensor]:
+        inputs = [a.detach().requires_grad_() for a in (t, x)]
+        found = made.log_prob(*inputs)
+        first = torch.autograd.grad(found, inputs, weights, create_graph=again)
+        second = torch.autograd.grad(first[0].square().sum(), inputs) if again else ()
+        return [found.detach(), *first, *second]
+
+    for again in (False, True):
+        exact = derivatives(t.double(), x.double(), weights.double(), again)
+        for found, wanted in zip(derivatives(t, x, weights, again), exact, strict=True):
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert type(made.log_prob(t.requires_grad_(), x).grad_fn.next_functions[0][0]).__name__ == "_CrossEntropyBackward"
+
+
+def test_many_cross_entropies_are_no_further_from_the_truth_than_torchs() -> None:
+    t, x = torch.full((64, 784), -20.0), torch.zeros(64, 784)
+    exact = 784 * math.log1p(math.exp(-20.0))
+    assert (-likelihood("bernoulli").log_prob(t, x) - exact).abs().max() < 2e-6
+    t, x = 8 * torch.randn(64, 784), torch.rand(64, 784)
+    by_torch = torch.nn.functional.binary_cross_entropy_with_logits
+    wanted = by_torch(t.double(), x.double(), reduction="none").sum(1)
+    own, others = -likelihood("bernoulli").log_prob(t, x), by_torch(t, x, reduction="none").sum(1)
+    assert (own - wanted).square().mean() < 2 * (others - wanted).square().mean()
+
+
 def test_gradients_are_those_of_finite_differences() -> None:
     x = LEVELS[torch.tensor([[0, 1, 100, 254, 255]])]
     t = torch.tensor([[0.1, -0.2, 0.03, 1.3, 0.9]], dtype=torch.float64, requires_grad=True)

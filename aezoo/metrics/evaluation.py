@@ -7,10 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import MeanSquaredError, Metric, MetricCollection
-from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torchmetrics.image import PeakSignalNoiseRatio
 
-# half the width of torchmetrics' Gaussian window of sigma 1.5: SSIM pads by it, and a smaller image cannot be padded
-_SSIM_MARGIN = 5
+from aezoo.metrics.similarity import StructuralSimilarity
 
 
 class Means:
@@ -93,8 +92,8 @@ class Evaluation:
         self._means = Means()
         self._dims = math.prod(input_shape)
         self._metrics: dict[str, Metric] = {"mse": MeanSquaredError(), "psnr": PeakSignalNoiseRatio(data_range=1.0)}
-        if len(input_shape) == 3 and min(input_shape[1:]) > _SSIM_MARGIN:
-            self._metrics["ssim"] = StructuralSimilarityIndexMeasure(data_range=1.0)
+        if StructuralSimilarity.is_for(input_shape):
+            self._metrics["ssim"] = StructuralSimilarity(data_range=1.0)
         for metric in self._metrics.values():
             metric.to(device)
         self._sparse: MetricCollection | None = None

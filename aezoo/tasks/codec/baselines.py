@@ -36,8 +36,6 @@ _LOSSLESS: dict[str, dict[str, Any]] = {
 }
 _LOSSY: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}, "AVIF": {}, "JXL": {}}
 _QUALITIES = (5, 25, 50, 75, 95)
-# torchmetrics pads by half the width of its window, and a smaller image cannot be padded
-_SSIM_MARGIN = 5
 
 
 class Distortion:
@@ -49,18 +47,17 @@ class Distortion:
     """
 
     def __init__(self, shape: tuple[int, ...], peak: float) -> None:
-        from torchmetrics.image import StructuralSimilarityIndexMeasure
+        from aezoo.metrics.similarity import StructuralSimilarity
 
         self._peak, self._sse, self._count = peak, 0.0, 0
-        images = len(shape) == 3 and min(shape[1:]) > _SSIM_MARGIN
-        self._ssim = StructuralSimilarityIndexMeasure(data_range=peak) if images else None
+        self._ssim = StructuralSimilarity(data_range=peak) if StructuralSimilarity.is_for(shape) else None
 
     def add(self, x: Tensor, x_hat: Tensor) -> None:
         """Add samples and what has become of them."""
         self._sse += float((x.double() - x_hat.double()).square().sum())
         self._count += x.numel()
         if self._ssim is not None:
-            self._ssim.update(x_hat.contiguous(), x.contiguous())
+            self._ssim.update(x_hat, x)
 
     def figures(self) -> dict[str, float]:
         """Both; SSIM is NaN where there is none, PSNR infinite without any error."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from .common import ROOT, writing
 from .peer_scripts.job import Job
@@ -95,7 +95,7 @@ def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str,
         shutil.copytree(_SCRIPTS, folder / _SCRIPTS.name, ignore=shutil.ignore_patterns("__pycache__"))
         job_file, log = folder / "job.json", folder / "log"
         job_file.write_text(json.dumps(asdict(job) | {"started": time.time()}))
-        command = [python, "-m", _SCRIPTS.name, str(job_file), str(folder)]
+        command = [python, "-m", _SCRIPTS.name, str(job_file), str(folder), "follow"]
         if pin and hasattr(os, "sched_getaffinity") and shutil.which("taskset"):
             cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[-job.threads :]))
             command = ["taskset", "-c", cores, *command]
@@ -107,7 +107,8 @@ def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str,
                 command,
                 cwd=folder,
                 env=os.environ | added,
-                stdin=subprocess.DEVNULL,
+                # open as long as this process lives: see `end_with_parent`
+                stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -120,6 +121,7 @@ def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str,
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                cast(IO[bytes], process.stdin).close()
         result = folder / "result.json"
         if code or not result.is_file():
             lines = _ESCAPES.sub("", log.read_text(errors="replace")).strip().splitlines()

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from .common import NAME, ROOT
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     # there is none on Windows
     from multiprocessing.context import ForkServerContext
 
-_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+# the last is what torch makes of C++'s own
+_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
+# what ranks say of one that has ended without a word
+_LOST = ("closed by peer", "reset by peer")
 _LONGEST_ERROR = 200
 _running: set[int] = set()
 _starting = threading.Lock()
@@ -31,7 +34,7 @@ _starting = threading.Lock()
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a smaller batch could help: torch has one class for GPUs and a plain RuntimeError on the CPU."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY)
+        isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in _MEMORY)
     )
 
 
@@ -44,9 +47,12 @@ def failure(error: BaseException) -> dict[str, Any]:
 def answer(measure: Callable[[dict[str, Any]], dict[str, Any]], argv: Sequence[str] | None = None) -> None:
     """What a row's process runs: `python -m MODULE SPEC FILE` measures and writes a row to the file, as JSON.
 
-    Of several ranks the first writes the row, and each that fails writes its failure beside it.
+    Of several ranks the first writes the row, and each that fails writes its failure beside it. With a third word all
+    end when the process that asked for the row has closed their standard input, as it does at its own end.
     """
-    spec, file = (sys.argv[1:] if argv is None else argv)[:2]
+    spec, file, *follows = sys.argv[1:] if argv is None else argv
+    if follows:
+        threading.Thread(target=_follow, args=(_input_closed,), daemon=True).start()
     rank = int(os.environ.get("LOCAL_RANK", 0))
     try:
         row, failed = measure(json.loads(spec)), False
@@ -104,9 +110,10 @@ class _Spawned:
     def __init__(self, module: str, argv: list[str], log: Path, variables: dict[str, str]) -> None:
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"{NAME}.{module}", *argv],
+                [sys.executable, "-m", f"{NAME}.{module}", *argv, "follow"],
                 cwd=log.parent,
                 env={**os.environ, **variables, "PYTHONPATH": _path()},
+                stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -123,6 +130,7 @@ class _Spawned:
     def join(self, timeout: float | None = None) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
+            cast(IO[bytes], self._process.stdin).close()
 
 
 def _fork(module: str, argv: list[str], log: Path, variables: dict[str, str]) -> BaseProcess:
@@ -147,7 +155,7 @@ def _server(module: str) -> "ForkServerContext":
 def _measure(module: str, argv: list[str], log: Path, variables: dict[str, str]) -> None:
     """Become what `_Spawned` starts."""
     os.setsid()
-    threading.Thread(target=_follow, daemon=True).start()
+    threading.Thread(target=_follow, args=(cast(Any, multiprocessing.parent_process()).join,), daemon=True).start()
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -163,10 +171,18 @@ def _measure(module: str, argv: list[str], log: Path, variables: dict[str, str])
     answer(importlib.import_module(f"{NAME}.{module}").measure, argv)
 
 
-def _follow() -> None:
-    """End with the process that asked for the row."""
-    cast(Any, multiprocessing.parent_process()).join()
-    os.killpg(0, signal.SIGKILL)
+def _follow(wait: Callable[[], object]) -> None:
+    """End with the process that asked for the row, for whose end `wait` waits: else it went on beside the next run."""
+    wait()
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def _input_closed() -> None:
+    # a reader of sys.stdin would hold its lock, without which Python cannot end
+    while os.read(0, 1):
+        pass
 
 
 def _path() -> str:
@@ -195,7 +211,10 @@ def _judge(rows: list[dict[str, Any]], code: int | None, timeout: float, log: Pa
     failed = [row for row in rows if row.get("error")]
     if failed:
         # the other ranks fail as well then, for want of the one
-        return next((row for row in failed if row.get("out_of_memory")), failed[0])
+        told = next((row for row in failed if row.get("out_of_memory")), failed[0])
+        # and where none says why, the kernel has ended it for its memory, as below
+        lost = all(any(words in row["error"].lower() for words in _LOST) for row in failed)
+        return told | {"out_of_memory": True} if lost else told
     if rows and code is not None:
         return rows[0]
     if code is None:
@@ -203,7 +222,9 @@ def _judge(rows: list[dict[str, Any]], code: int | None, timeout: float, log: Pa
     if code < 0:
         name = signal.Signals(-code).name
         # the kernel ends what takes the machine's last memory like this
-        return {"error": f"killed by {name}", "out_of_memory": name == "SIGKILL"}
+        # and C++ aborts where nobody catches its own
+        aborted = name == "SIGABRT" and "std::bad_alloc" in log.read_text(errors="replace")
+        return {"error": f"killed by {name}", "out_of_memory": name == "SIGKILL" or aborted}
     last = log.read_text(errors="replace").strip().splitlines()[-1:]
     return {"error": f"exit code {code}: {''.join(last)}"[:_LONGEST_ERROR]}
 

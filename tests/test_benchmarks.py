@@ -1,6 +1,7 @@
 """The speed benchmark: rows in processes of their own, CSVs that go on, batches that shrink, figures that add up."""
 
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -274,6 +275,40 @@ def test_whatever_happens_in_its_process_a_row_comes_back(tmp_path, warm):
     assert killed == {"error": "killed by SIGKILL", "out_of_memory": True}
     ranks = [processes.failure(ConnectionError("peer")), processes.failure(RuntimeError("out of memory"))]
     assert processes._judge(ranks, 1, 1, tmp_path)["out_of_memory"]
+    # the kernel has ended a rank, which so has said nothing
+    lost = processes.failure(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]"))
+    assert processes._judge([lost, lost], 1, 1, tmp_path)["out_of_memory"]
+    assert not processes._judge([lost, processes.failure(ValueError("NaN"))], 1, 1, tmp_path)["out_of_memory"]
+    log = tmp_path / "log"
+    for said, memory in (("terminate called after throwing an instance of 'std::bad_alloc'", True), ("free()", False)):
+        log.write_text(said)
+        assert processes._judge([], -6, 1, log) == {"error": "killed by SIGABRT", "out_of_memory": memory}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no groups of processes")
+def test_a_row_ends_with_the_process_that_asked_for_it_however_that_ends(tmp_path, monkeypatch):
+    code = "import time; from benchmarks.processes import answer; answer(lambda _: time.sleep(60), %s)"
+    of_peers = "from benchmarks.peer_scripts.__main__ import end_with_parent; end_with_parent()"
+    for words in (code % ["{}", "row", "follow"], of_peers):
+        row = subprocess.Popen(
+            [sys.executable, "-c", words],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        row.stdin.close()  # the system does that for a process that is killed
+        assert row.wait(30) == -signal.SIGKILL
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text('#!/bin/sh\necho "$5"\ncat\necho closed\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    row = processes._Spawned("speed_row", ["{}", "row"], log, {})
+    row.join(0.05)
+    assert row.exitcode is None
+    row._process.stdin.close()
+    row.join()
+    assert log.read_text().split() == ["follow", "closed"]
 
 
 def test_a_row_that_was_not_written_whole_is_a_failure_and_no_traceback(tmp_path, monkeypatch):
@@ -324,6 +359,9 @@ def test_an_exception_becomes_the_error_of_a_row(tmp_path):
     [
         (MemoryError(), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (OSError(28, "No space left on device"), False),
         (RuntimeError("shapes differ"), False),
         (ValueError("out of memory"), False),
     ],

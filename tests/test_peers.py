@@ -336,7 +336,9 @@ def test_a_party_without_a_terminal_writes_to_a_file_and_a_coloured_error_is_tol
     home.mkdir()
     monkeypatch.setattr(peer_runs.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(str(home)))
     script = home / "python"
-    script.write_text("#!/bin/sh\ntest -t 1 && printf '\\033[1;35mValueError\\033[0m: a terminal\\n'\nexit 3\n")
+    follows = 'test "$5" = follow && test -p /dev/stdin || exit 4'
+    coloured = "test -t 1 && printf '\\033[1;35mValueError\\033[0m: a terminal\\n'"
+    script.write_text(f"#!/bin/sh\n{follows}\n{coloured}\nexit 3\n")
     script.chmod(0o755)
     for party, said in (("aezoo", "exit code 3: ValueError: a terminal"), ("loop", "exit code 3: ")):
         with pytest.raises(peer_runs.RunFailure) as failure:

@@ -1,7 +1,10 @@
 """python -m benchmarks.peer_scripts JOB.json FOLDER: train one party's run, write FOLDER/result.json."""
 
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -39,7 +42,18 @@ def function(party: str) -> Callable[[Job], dict[str, Any]]:
     return found
 
 
+def end_with_parent() -> None:
+    """End, with all children, when the process that asked for the run closes standard input, as it does at its end."""
+    while os.read(0, 1):
+        pass
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    if sys.argv[3:]:
+        threading.Thread(target=end_with_parent, daemon=True).start()
     job, folder = Job.read(Path(sys.argv[1])), Path(sys.argv[2]).resolve()
     result = run(function(job.party), job, folder)
     (folder / "result.json").write_text(json.dumps(result))

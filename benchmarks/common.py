@@ -13,7 +13,8 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,9 @@ def environment(
         asked: what `parser` has read: the machine's name and, with such a flag, the accelerator.
         precision: fp32 or bf16.
         accelerator: one that the user cannot choose.
+
+    Raises:
+        AezooError: an accelerator that is not there: its failures were rows in the processor's file.
     """
     import torch
 
@@ -48,8 +52,10 @@ def environment(
     device = f"cpu{os.cpu_count()}"
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
-    elif accelerator == "mps":
+    elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         device = "mps"
+    elif accelerator not in ("auto", "cpu"):
+        raise AezooError(f"--accelerator {accelerator}: torch finds none here; take cpu, or auto for what there is")
     return "-".join(filter(None, [precision, f"pt{version}", device, getattr(asked, "machine", None)]))
 
 
@@ -154,7 +160,7 @@ def command_line(script: str, argv: Sequence[str]) -> str:
         if not own and before != "--results" and not (before == "--again" and word in AGAIN):
             kept.append(word)
         before = word
-    return shlex.join(["python", "-m", f"benchmarks.{script}", *kept])
+    return shlex.join(["python", "-m", f"{NAME}.{script}", *kept])
 
 
 class Spread(NamedTuple):
@@ -198,7 +204,8 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         AezooError: the file cannot be read as one.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # with the mark that some spreadsheets write first, or without
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
         rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise AezooError(f"cannot read {path} as CSV ({error}): mend or remove it") from error
@@ -221,8 +228,53 @@ def writing(path: Path) -> Iterator[None]:
         raise AezooError(f"cannot write {path}: {error.strerror}; give another folder by --results") from error
 
 
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes a table of this folder, where the system can."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        # network file systems may have no locks of folders
+        with contextlib.suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold a file that grows while a run measures, and let no other run near it.
+
+    Raises:
+        AezooError: another run holds it.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    with file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise AezooError(
+                    f"another run is writing {path}: wait for it, or give another folder by --results"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+        yield
+
+
 class Table:
     """A CSV that is whole after every row: rows of a run that was broken off are there, and are not measured again.
+
+    Rows that other processes, or a hand, have put into the file in the meantime stay.
 
     Args:
         path: the file; it need not exist.
@@ -232,10 +284,28 @@ class Table:
     """
 
     def __init__(self, path: Path, key: Sequence[str], command: str, again: str | None = None) -> None:
-        self.path, self.key, self.again = path, tuple(key), again
-        self.commands, self.rows = read_csv(path) if path.is_file() else ([], [])
-        if command not in self.commands:
-            self.commands.append(command)
+        self.path, self.key, self.again, self.command = path, tuple(key), again, command
+        self.commands: list[str] = []
+        self.rows: list[dict[str, str]] = []
+        self.read()
+        self._writable = False
+
+    def read(self) -> None:
+        """Take what the file holds now."""
+        if self.path.is_file():
+            self.commands, self.rows = read_csv(self.path)
+        if self.command not in self.commands:
+            self.commands.append(self.command)
+
+    @contextlib.contextmanager
+    def changed(self) -> Iterator[None]:
+        """Change the rows that the file holds now, and write them, with no other process in between."""
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with in_turn(self.path.parent):
+                self.read()
+                yield
+                self.write()
 
     def find(self, row: Mapping[str, object]) -> dict[str, str] | None:
         """The row with the same key, if there is one."""
@@ -243,20 +313,47 @@ class Table:
         return next((r for r in self.rows if [r.get(name, "") for name in self.key] == wanted), None)
 
     def needs(self, row: Mapping[str, object]) -> bool:
-        """Whether the row is still to be measured."""
+        """Whether the row is still to be measured.
+
+        Raises:
+            AezooError: it is, and what is measured could not be written.
+        """
         there = self.find(row)
-        return there is None or self.again == "all" or (self.again == "failed" and bool(there.get("error")))
+        needed = there is None or self.again == "all" or (self.again == "failed" and bool(there.get("error")))
+        if needed:
+            self.check_writable()
+        return needed
+
+    def check_writable(self) -> None:
+        """Before anything is measured: what could not be written were lost.
+
+        Raises:
+            AezooError: cause and cure.
+        """
+        if self._writable:
+            return
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path.parent):
+                self._writable = True
 
     def put(self, row: Mapping[str, object]) -> None:
         """Add a row, with the processor's name, or replace the one with its key, and write the file."""
-        there = self.find(row)
         fresh = {name: as_text(value) for name, value in row.items()} | {"processor": as_text(processor())}
-        if there is None:
-            self.rows.append(fresh)
-        else:
-            there.clear()
-            there.update(fresh)
-        self.write()
+        with self.changed():
+            there = self.find(row)
+            if there is None:
+                self.rows.append(fresh)
+            else:
+                there.clear()
+                there.update(fresh)
+
+    def renew(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Put these rows, measured by this table's command, in the place of all, and write the file."""
+        with self.changed():
+            self.commands, self.rows = [self.command], []
+            machine = {"processor": as_text(processor())}
+            self.rows += [{name: as_text(value) for name, value in row.items()} | machine for row in rows]
 
     def write(self) -> None:
         """Write all rows; the file is the old one or the new one, never a part."""

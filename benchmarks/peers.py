@@ -54,6 +54,7 @@ has not been run yet: what leads up to it is tested on the CPU.
 
 import argparse
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -63,7 +64,7 @@ from typing import Any
 
 from aezoo.errors import AezooError
 
-from .common import Spread, Table, at_least, command_line, environment, parser, seconds
+from .common import Spread, Table, alone, at_least, command_line, environment, parser, seconds
 from .environments import EnvironmentFailure, cache, python_for
 from .peer_runs import Part, RunFailure, train
 from .peer_scripts.__main__ import PARTIES
@@ -285,9 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = asked.results / f"peers-{asked.workload}-{name}.csv"
     command = command_line("peers", _portable(sys.argv[1:] if argv is None else argv))
     table, part_path = Table(path, ("party",), command), path.with_suffix(".runs.part")
-    if asked.again == "all":
-        part_path.unlink(missing_ok=True)
-    elif table.rows and not part_path.exists():
+    if asked.again != "all" and table.rows and not part_path.exists():
         if table.commands != [command]:
             raise AezooError(
                 f"{path} holds the rows of another command, {table.commands[0]}: give --again to replace them, or "
@@ -295,14 +294,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         print(f"{path} is there already; --again measures it again")
         return 0
+    with alone(part_path):
+        return _measured(asked, table, part_path)
+
+
+def _measured(asked: argparse.Namespace, table: Table, part_path: Path) -> int:
+    if asked.again == "all":
+        os.truncate(part_path, 0)
     keys = ("workload", "precision", "threads", "rows", "batch", "epochs", "seed", "pin", "aezoo_flags")
     part = Part(part_path, {key: getattr(asked, key) for key in keys})
     measure(asked, part)
     lines = [row(party, asked, part) for party in asked.parties]
-    table.commands, table.rows = [command], []
-    for line in lines:
-        table.put(line)
-    print(path)
+    table.renew(lines)
+    print(table.path)
     if not any(line["error"] for line in lines):
         part_path.unlink()
     odd = [line["party"] for line in lines if line["agrees"] == "no"]

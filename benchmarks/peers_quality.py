@@ -162,10 +162,10 @@ def _by_seed(rows: Sequence[dict[str, str]], model: str, party: str) -> dict[str
 
 def _compare(table: common.Table, row: dict[str, Any]) -> None:
     """Write into pythae's row by how much the zoo's is tighter, once both are there."""
-    ours, theirs = (table.find({**row, "party": party}) for party in PARTIES)
-    if ours and theirs and ours.get("log_likelihood") and theirs.get("log_likelihood"):
-        theirs["tighter_by"] = common.as_text(float(ours["log_likelihood"]) - float(theirs["log_likelihood"]))
-        table.write()
+    with table.changed():
+        ours, theirs = (table.find({**row, "party": party}) for party in PARTIES)
+        if ours and theirs and ours.get("log_likelihood") and theirs.get("log_likelihood"):
+            theirs["tighter_by"] = common.as_text(float(ours["log_likelihood"]) - float(theirs["log_likelihood"]))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 """The CSV of `benchmarks.quality`: which row is of which run, and the baselines that its rows have in common."""
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ class QualityTable(Table):
             return False
         most = wanted["most_seconds"]
         return there.get("most_seconds", "") == most or (
-            is_whole(there) and (not most or float(there["seconds"]) <= float(most))
+            is_whole(there) and (not most or _number(there, "seconds") <= float(most))
         )
 
     def put_run(self, row: Mapping[str, Any]) -> None:
@@ -52,22 +53,38 @@ class QualityTable(Table):
 
     def fill(self, baselines: Mapping[int, Mapping[str, Any]], probe_rows: int) -> None:
         """Give baselines to rows that were measured without them, as when those had failed."""
-        changed = False
-        for row in self._probed(probe_rows):
-            for name, value in {**baselines.get(0, {}), **baselines.get(int(row["code_size"]), {})}.items():
-                if not row.get(name):
-                    row[name], changed = as_text(value), True
-        if changed:
-            self.write()
+
+        def missing() -> list[tuple[dict[str, str], str, Any]]:
+            return [
+                (row, name, value)
+                for row in self._probed(probe_rows)
+                for name, value in {**baselines.get(0, {}), **baselines.get(int(row["code_size"]), {})}.items()
+                if not row.get(name)
+            ]
+
+        if missing():
+            with self.changed():
+                for row, name, value in missing():
+                    row[name] = as_text(value)
 
     def _probed(self, probe_rows: int) -> Iterable[dict[str, str]]:
-        return (row for row in self.rows if row.get("probe_rows") == str(probe_rows))
+        # a size that is no number has been written by hand
+        rows = (row for row in self.rows if row.get("code_size", "").isdigit())
+        return (row for row in rows if row.get("probe_rows") == str(probe_rows))
 
 
 def is_whole(row: Mapping[str, str]) -> bool:
     """Whether a run reached its budget of epochs."""
-    epochs, asked = row.get("epochs"), row["budget"].partition("epochs=")[2]
-    return bool(epochs and asked and float(epochs) >= float(asked))
+    asked = row.get("budget", "").partition("epochs=")[2]
+    return bool(asked) and _number(row, "epochs") >= float(asked)
+
+
+def _number(row: Mapping[str, str], name: str) -> float:
+    """A cell as a number; nan, which is neither more nor less than any, where it is none."""
+    try:
+        return float(row.get(name, ""))
+    except ValueError:
+        return math.nan
 
 
 def dataset_name(data: Mapping[str, Any]) -> str:

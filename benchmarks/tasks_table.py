@@ -27,7 +27,10 @@ class VerbTable(Table):
         """Whether these rows are still to be measured."""
         there = self.rows_of(head)
         failed = any(row.get("error") for row in there)
-        return not there or self.again == "all" or (self.again == "failed" and failed)
+        needed = not there or self.again == "all" or (self.again == "failed" and failed)
+        if needed:
+            self.check_writable()
+        return needed
 
     def own(self, head: Row) -> list[dict[str, str]]:
         """Rows of the model itself."""
@@ -55,11 +58,11 @@ class VerbTable(Table):
             cells = {name: (head | row).get(name) for name in FIRST} | row
             cells |= {"classes": head["classes"]} if head.get("classes") else {}
             fresh.append({name: as_text(value) for name, value in cells.items() if name != "out_of_memory"})
-        old = self.own(head)
-        for task in {row.get("task", "") for row in fresh if is_baseline(row)}:
-            old += self.baselines(head, task)
-        self.rows = [row for row in self.rows if row not in old] + fresh
-        self.write()
+        with self.changed():
+            old = self.own(head)
+            for task in {row.get("task", "") for row in fresh if is_baseline(row)}:
+                old += self.baselines(head, task)
+            self.rows = [row for row in self.rows if row not in old] + fresh
 
 
 def is_baseline(row: Row) -> bool:

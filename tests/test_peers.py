@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from aezoo.acceleration import flushed_denormals, worth_compiling
 from aezoo.errors import AezooError
 from benchmarks import environments, peer_runs, peers, targets
-from benchmarks.common import read_csv
+from benchmarks.common import alone, read_csv
 from benchmarks.peer_scripts import aezoo_cli, keras_fit, loops, networks
 from benchmarks.peer_scripts.job import Job
 from benchmarks.workloads import WORKLOADS, images, model, write
@@ -195,6 +195,20 @@ def test_another_command_replaces_no_rows_unasked(fake, capsys):
     assert path.read_bytes() == before and len(fake.calls) == calls
     fake.run("--epochs", "2", "--again")
     assert path.read_bytes() != before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_two_runs_do_not_measure_into_one_file(fake):
+    fake.run()
+    (path,) = fake.folder.glob("*.csv")
+    part, before = path.with_suffix(".runs.part"), path.read_bytes()
+    with alone(part):
+        part.write_text("theirs")
+        with pytest.raises(AezooError, match=r"another run is writing .*runs\.part: wait for it"):
+            fake.run("--again")
+        assert part.read_text() == "theirs" and path.read_bytes() == before
+    fake.run("--again")
+    assert not part.exists()
 
 
 def test_what_needs_a_gpu_is_refused_without_one(fake, monkeypatch):

@@ -188,6 +188,16 @@ def test_rows_of_before_these_columns_are_there(fake):
     assert fake()[0] == []
 
 
+def test_cells_that_a_hand_has_spoilt_cost_their_row_alone(fake):
+    for old, new in ((",2,,20,", ",2,,long,"), (",2,,20,", ",some,,20,"), (",8,", ",eight,")):
+        fake("--models", "vae", "--most-seconds", "90", "--again")
+        text = fake.path().read_text()
+        assert old in text
+        fake.path().write_text(text.replace(old, new))
+        assert fake("--models", "vae", "--most-seconds", "80")[0][-1:] == ["vae"]
+        fake.path().unlink()
+
+
 def test_a_failed_row_is_replaced_when_it_is_measured_again(fake):
     fake.failing.update({"vae", "dense_ae"})
     assert [row["error"] for row in fake()[1]] == ["killed by SIGKILL"] * 2

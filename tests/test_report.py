@@ -4,16 +4,19 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import aezoo
 from aezoo import cli
 from aezoo.errors import AezooError
 from benchmarks import plots, report, report_columns, report_pca, speed, targets
-from benchmarks.common import Table, command_line, processor, read_csv
+from benchmarks.common import Table, command_line, environment, in_turn, processor, read_csv
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,6 +53,50 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one_alone(tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["some.csv"] and len(read_csv(tmp_path / "some.csv")[1]) == 1
 
 
+def test_what_another_process_or_a_hand_puts_into_a_csv_in_the_meantime_stays(tmp_path):
+    path = tmp_path / "a.csv"
+    ours, theirs = Table(path, ("model",), "ours"), Table(path, ("model",), "theirs")
+    theirs.put({"model": "vae", "mse": 1.0})
+    path.write_text("\ufeff" + path.read_text().replace("1,", "2,"), encoding="utf-8")  # as by a spreadsheet
+    ours.put({"model": "dense_ae"})
+    assert not ours.needs({"model": "vae"})
+    theirs.put({"model": "linear_ae"})
+    commands, rows = read_csv(path)
+    assert {*commands} == {"ours", "theirs"}
+    assert [(row["model"], row["mse"]) for row in rows] == [("vae", "2"), ("dense_ae", ""), ("linear_ae", "")]
+    ours.renew([{"model": "aae"}])
+    assert (commands := read_csv(path)[0]) == ["ours"] and [row["model"] for row in read_csv(path)[1]] == ["aae"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks of folders")
+def test_two_processes_do_not_write_at_the_same_time(tmp_path):
+    writer = threading.Thread(target=Table(tmp_path / "a.csv", ("model",), "it").put, args=({"model": "vae"},))
+    with in_turn(tmp_path):
+        writer.start()
+        writer.join(0.1)
+        assert writer.is_alive() and not [*tmp_path.iterdir()]
+    writer.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_what_could_not_be_written_is_not_measured(tmp_path):
+    (tmp_path / "file").touch()
+    table = Table(tmp_path / "file" / "a.csv", ("model",), "it")
+    with pytest.raises(AezooError, match=r"cannot write .*a\.csv: .*; give another folder by --results"):
+        table.needs({"model": "vae"})
+
+
+def test_an_accelerator_that_is_not_there_has_no_rows_in_the_processor_s_file(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in ("gpu", "cuda", "mps", "gpx"):
+        with pytest.raises(AezooError, match=f"--accelerator {name}: torch finds none here; take cpu, or auto"):
+            environment(SimpleNamespace(accelerator=name))
+    assert "-cpu" in environment(SimpleNamespace(accelerator="auto"))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert [environment(SimpleNamespace(accelerator=name))[-4:] for name in ("auto", "gpu", "mps")] == ["-mps"] * 3
+
+
 def test_a_broken_csv_is_named(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("a,b\n1,2,3\n")
@@ -57,9 +104,11 @@ def test_a_broken_csv_is_named(tmp_path):
         read_csv(path)
 
 
-def test_the_command_of_a_csv_is_free_of_folders():
+def test_the_command_of_a_csv_is_free_of_folders_and_can_be_run(monkeypatch):
     words = ["train", "--results", "/somewhere", "--again", "failed", "--models", "all", "--results=/x"]
     assert command_line("speed", words) == "python -m benchmarks.speed train --models all"
+    monkeypatch.setattr("benchmarks.common.NAME", "aezoo.benchmarks")  # in a wheel, where there are no others
+    assert command_line("speed", words) == "python -m aezoo.benchmarks.speed train --models all"
 
 
 @pytest.fixture
@@ -84,9 +133,8 @@ def results(tmp_path):
     for party, ratio in (("loop", 1.0), ("aezoo", 0.9), ("aezoo_compiled", 0.97), ("lightning", 0.5)):
         spread = {"ratio_min": ratio - 0.1, "ratio_max": ratio + 0.1}
         rates = f"{5e4 * ratio:.6g} {4e4 * ratio:.6g}"
-        peers.put({"party": party, "samples_per_s": 5e4 * ratio, "ratio": ratio, **spread, "round_rates": rates})
-        peers.rows[-1]["agrees"] = "yes"
-    peers.write()
+        row = {"party": party, "samples_per_s": 5e4 * ratio, "ratio": ratio, **spread, "round_rates": rates}
+        peers.put(row | {"agrees": "yes"})
     train = Table(tmp_path / "speed-train-fp32-pt2.13-cpu2.csv", ("name", "devices"), "python -m benchmarks.speed --no")
     for devices, rate in ((1, 1000.0), (2, 1800.0)):
         peak = {"peak_gflops": 90 + 10 * devices}

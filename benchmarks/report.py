@@ -25,6 +25,12 @@ _GROUP = (
     *("steps", "lr", "atoms", "dim", "active", "correlation", "noise", "samples", "options", "rows"),
     "bits_a_place",
 )
+# columns without which there is no telling what a row is of, by the beginning of a CSV's name
+_NEEDED = {
+    "peers-": ("party",),
+    "quality-": ("dataset", "model", "code_size"),
+    "tasks-": ("dataset", "model", "seed", "budget", "code_size", "method", "kind"),
+}
 # peaks that are further apart are of a machine in two states
 _SAME_STATE = 1.25
 
@@ -73,6 +79,8 @@ def _efficiency(row: Row, one: Row) -> Row:
         return {}
     if not base:
         return {"unscaled": "no row of one device"}
+    if row.get("batch_used") != one.get("batch_used"):
+        return {"unscaled": f"one device was measured with a batch of {one.get('batch_used')}"}
     peaks = [number(of, "peak_gflops") or 0 for of in (row, one)]
     if not all(peaks):
         return {"unscaled": "a peak was not measured"}
@@ -101,7 +109,7 @@ def comparable(rows: Sequence[Row]) -> list[Row]:
 
 def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
     """The text of all tables, for a file in `home`, and the rows of each CSV by its stem."""
-    read = {path.stem: read_csv(path) for path in sorted(folder.glob("*.csv"))}
+    read = {path.stem: _read(path) for path in sorted(folder.glob("*.csv"))}
     read = {
         stem: (head, scaled(rows) if stem.startswith("speed-train-") else rows) for stem, (head, rows) in read.items()
     }
@@ -126,6 +134,16 @@ def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
     return "\n\n".join(parts), {stem: rows for stem, (_, rows) in read.items()}
 
 
+def _read(path: Path) -> tuple[list[str], list[Row]]:
+    head, rows = read_csv(path)
+    if path.stem.startswith(("peers-quality-", "quality-recipes-")):
+        return head, rows
+    needed = next((columns for prefix, columns in _NEEDED.items() if path.stem.startswith(prefix)), ())
+    if missing := [name for name in needed if any(name not in row for row in rows)]:
+        raise AezooError(f"cannot read {path}: no column {', '.join(missing)}; measure its rows again, or remove it")
+    return head, rows
+
+
 def counted(stem: str, commands: Sequence[str], rows: Sequence[Row]) -> list[str]:
     """Commands of a CSV; of the benchmark of speed with how many of their rows are there, if not all are."""
     found = re.match(r"speed-(train|infer)-([a-z0-9]+)-", stem)
@@ -137,7 +155,7 @@ def counted(stem: str, commands: Sequence[str], rows: Sequence[Row]) -> list[str
 def _share(command: str, kind: str, precision: str, rows: Sequence[Row]) -> str:
     try:
         here, asked = there(command, kind, precision, rows)
-    except (AezooError, SystemExit):  # a flag or a model of before
+    except (AezooError, SystemExit, ValueError):  # a flag or a model of before, or a quote that is not closed
         return "  # how many of its rows are here is not known"
     return "" if here == asked else f"  # {here} of {asked} rows"
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-Row = dict[str, str]
+from .report_columns import Row, number
+
 NOT_EXPLAINED = "not explained: a defect until it is"
 # of models that are behind PCA where the reason is their own and not the budget's
 _RATE = "the ELBO switches off numbers that cost more nats of KL than they save in error"
@@ -69,14 +70,13 @@ REASONS = {
 
 def floor(row: Row) -> float | None:
     """The error of PCA with as many numbers as a code has, a sparse one in use, or None."""
-    cell = row.get("pca_mse_at_l0") if row.get("l0") else row.get("pca_mse")
-    return float(cell) if cell else None
+    return number(row, "pca_mse_at_l0" if row.get("l0") else "pca_mse")
 
 
 def ratio(row: Row) -> float | None:
     """The row's error as a multiple of PCA's, or None."""
-    pca = floor(row)
-    return float(row["mse"]) / pca if pca and row.get("mse") else None
+    pca, mse = floor(row), number(row, "mse")
+    return mse / pca if pca and mse is not None else None
 
 
 def section(judged: Sequence[Row], rows: Sequence[Row]) -> str:
@@ -101,7 +101,7 @@ def section(judged: Sequence[Row], rows: Sequence[Row]) -> str:
     )
     table = ["| data | model | numbers | mse / PCA's | why |", "| --- | --- | --- | --- | --- |"]
     for row, found in behind:
-        numbers = f"{float(row['l0']):.0f} of {row['code_size']}" if row.get("l0") else row["code_size"]
+        numbers = f"{l0:.0f} of {row['code_size']}" if (l0 := number(row, "l0")) is not None else row["code_size"]
         table.append(f"| {row['dataset']} | {row['model']} | {numbers} | {found:.2f} | {why(row, [*judged, *rows])} |")
     return "\n\n".join(
         [
@@ -121,11 +121,11 @@ def why(row: Row, rows: Sequence[Row]) -> str:
     for here in (True, False):
         for other in alike:
             found, same = ratio(other), other["dataset"] == row["dataset"]
-            longer = not same or float(other.get("steps") or 0) > float(row.get("steps") or 0)
+            longer = not same or (number(other, "steps") or 0) > (number(row, "steps") or 0)
             if found is not None and found <= 1 and same == here and longer:
                 where = "the budget: {0:.2f} at {1}" if here else "ahead elsewhere: {0:.2f} on {2}, {1}"
                 return where.format(found, other.get("budget"), other["dataset"])
-    epochs, asked = row.get("epochs", ""), row.get("budget", "").partition("epochs=")[2]
-    if epochs and asked and float(epochs) < float(asked):
-        return f"the budget: cut off after {float(epochs):.1f} of {asked} epochs"
+    epochs, asked = number(row, "epochs"), row.get("budget", "").partition("epochs=")[2]
+    if epochs is not None and asked and epochs < float(asked):
+        return f"the budget: cut off after {epochs:.1f} of {asked} epochs"
     return REASONS.get(row["model"], NOT_EXPLAINED)

@@ -65,7 +65,7 @@ def number(row: Row, name: str) -> float | None:
 
 def round_rates(row: Row) -> list[float | None]:
     """Samples a second of each round; None for one that failed."""
-    return [float(text) if text != "-" else None for text in row.get("round_rates", "").split()]
+    return [number({"": text}, "") for text in row.get("round_rates", "").split()]
 
 
 def between(ours: str, other: str, note: str = "") -> Callable[[Sequence[Row]], Found | None]:

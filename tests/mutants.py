@@ -32,7 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LIST = Path(__file__).with_suffix(".txt")
-COPIED = ("aezoo", "tests", "recipes", "pyproject.toml")
+COPIED = ("aezoo", "benchmarks", "tests", "recipes", "pyproject.toml")
 NEEDED = 0.9
 WRONG_COPY = 90
 # find_spec, not import: a package that a fault keeps from being imported is pytest's to report

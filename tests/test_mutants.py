@@ -17,6 +17,7 @@ def test_every_fault_fits_its_file_once_and_names_a_test_file():
     misfits = [f"{fault.file}: {fault.name}" for fault in FAULTS if fault.occurrences() != 1]
     assert not misfits, f"tests/mutants.txt is stale, correct the old text of: {misfits}"
     assert all(fault.old != fault.new and (ROOT / fault.test).is_file() for fault in FAULTS)
+    assert {fault.file.partition("/")[0] for fault in FAULTS} <= {*mutants.COPIED}
 
 
 def test_no_two_faults_are_the_same():

@@ -234,6 +234,8 @@ def test_devices_are_compared_with_one_device_of_the_same_state(results):
     assert slow["unscaled"] == fast["unscaled"] == "one device was measured at a peak of 100 GFLOP/s"
     assert (other["unscaled"], unknown["unscaled"]) == ("no row of one device", "a peak was not measured")
     assert not any(row["scaling_efficiency"] for row in (slow, fast, other, unknown))
+    halved = report.scaled([one | {"batch_used": "128"}, two | {"batch_used": "64"}])[1]
+    assert halved["unscaled"] == "one device was measured with a batch of 128" and not halved["scaling_efficiency"]
     assert report.scaled([one]) == [one | {"scaling_efficiency": "", "unscaled": ""}]
 
     train = Table(results / "speed-train-fp32-pt2.13-cpu2.csv", ("name", "devices"), "speed it")
@@ -305,6 +307,20 @@ def test_layers_that_torch_computes_best_are_left_out(results):
     report.main(["--results", str(results)])
     text = (results / "RESULTS.md").read_text()
     assert [row in text for row in ("| 1 | torch", "| 2 | torch", "| 3 | torch", "| 4 | products")] == [0, 0, 1, 1]
+
+
+def test_a_csv_that_was_edited_by_hand_is_shown_or_named(results):
+    wrong = Table(results / "peers-dense-bf16-pt9.9-cpu2.csv", ("party",), "python -m 'benchmarks.speed")
+    wrong.put({"party": "loop", "agrees": "yes", "round_rates": "90 fast"})
+    assert targets.round_rates(wrong.rows[0]) == [90, None]
+    row = {"model": "vae", "dataset": "digits", "code_size": "8", "budget": "epochs=2", "epochs": "all", "steps": "x"}
+    row |= {"mse": "0.3", "pca_mse": "0.2"}
+    assert "| digits | vae | 8 | 1.50 |" in report_pca.section([row], [row, row | {"mse": "good"}, row | {"l0": "few"}])
+    assert "not known" in report.counted("speed-train-fp32-pt2.13-cpu2", ["python -m 'benchmarks.speed"], [])[0]
+    quality = results / "quality-digits-fp32-pt9.9-cpu2.csv"
+    quality.write_text("model,mse\nvae,1\n")
+    with pytest.raises(AezooError, match=r"cannot read .*quality-digits.*\.csv: no column dataset, code_size; measure"):
+        report.main(["--results", str(results)])
 
 
 def test_models_behind_pca_are_listed_with_their_reasons(monkeypatch):

@@ -64,7 +64,7 @@ from typing import Any
 
 from aezoo.errors import AezooError
 
-from .common import Spread, Table, alone, at_least, command_line, environment, parser, seconds
+from .common import Spread, Table, alone, at_least, command_line, environment, parser, run_script, seconds
 from .environments import EnvironmentFailure, cache, python_for
 from .peer_runs import Part, RunFailure, train
 from .peer_scripts.__main__ import PARTIES
@@ -327,8 +327,4 @@ def _portable(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except AezooError as error:
-        print(f"peers: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(lambda: sys.exit(main()))

@@ -23,7 +23,7 @@ from aezoo import registry
 from aezoo.cli import recipes
 from aezoo.errors import AezooError
 
-from .common import Table, bare_parser, command_line, environment, read_csv
+from .common import Table, bare_parser, command_line, environment, read_csv, run_script
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -175,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,7 +1,9 @@
 """The CSVs of the benchmarks, the report that is made of them, and the command that runs them all."""
 
+import argparse
 import errno
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -410,6 +412,20 @@ def test_the_command_lists_the_benchmarks_without_torch():
     names = [line.split()[0] for line in done.stdout.splitlines()[2:]]
     trained = ["quality", "tasks", "disentangle", "dictionaries", "probe", "bits"]
     assert names == ["speed", *trained, "quantisers", "peers", "report"]
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (AezooError("cause; cure"), 2)])
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_scripts_end_in_one_line(monkeypatch, capsys, error, code):
+    def ends(*_):
+        raise error
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", ends)
+    for name in [*cli.BENCHMARKS, "recipes"]:
+        with pytest.raises(SystemExit) as left:
+            runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+        assert left.value.code == code, name
+        assert capsys.readouterr().err == ("aezoo: cause; cure\n" if code == 2 else "")
 
 
 def test_an_unknown_benchmark_suggests_the_nearest(capsys):

@@ -11,6 +11,7 @@ import aezoo
 from aezoo import registry
 from aezoo.entropy import EntropyCoded
 from benchmarks import recipes as benchmark
+from benchmarks import report
 from benchmarks.common import read_csv
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +131,15 @@ def test_sentences_say_what_the_csvs_say():
     classes = {name: registry.model_class(name) for name in registry.list_models()}
     numbers = {name for name, kind in classes.items() if not kind.discrete_code and not issubclass(kind, EntropyCoded)}
     assert len(sets) == 4 and all(numbers <= found for found in sets) and "is numbers on four sets" in readme
+
+
+def test_the_report_is_that_of_the_csvs():
+    home = ROOT / "benchmarks"
+    text, rows = report.tables(home / "results", home)
+    written = (home / "RESULTS.md").read_text(encoding="utf-8")
+    anew = "run `python -m benchmarks.report`"
+    assert written.endswith(f"{text}\n"), anew
+    assert f"\n\n{report.target_table(rows)}\n\n" in written, anew
 
 
 def test_every_model_has_passed_checks_and_laws_that_the_table_counts():

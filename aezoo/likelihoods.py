@@ -67,7 +67,8 @@ class _CrossEntropy(torch.autograd.Function):
         (t, x), (of_t, of_x, _) = ctx.saved_tensors, ctx.needs_input_grad
         g = gradients[0].reshape(-1, *[1] * (t.dim() - 1))
         by_x = -t * g if of_x else None
-        if torch.is_grad_enabled():
+        # of many at once one stands for all, and nothing can be written into a single one
+        if torch.is_grad_enabled() or needs_torch(g):
             return (t.sigmoid() - x) * g if of_t else None, by_x, None
         return t.sigmoid().sub_(x).mul_(g) if of_t else None, by_x, None
 
@@ -81,8 +82,10 @@ def _cross_entropies(params: Tensor, x: Tensor) -> Tensor:
     """`_cross_entropy` of each sample: (B, *shape), (B, *shape) -> (B,)."""
     if params.stride() == x.stride():
         params, x = _in_order(params), _in_order(x)
-    ours = params.is_cpu and params.dtype == x.dtype == torch.float32 and params.shape == x.shape
-    if ours and params.numel() >= _MANY and not in_graph() and not needs_torch(params, x):
+    values = params.numel()
+    # which of symbols is none
+    ours = isinstance(values, int) and params.is_cpu and params.dtype == x.dtype == torch.float32
+    if ours and params.shape == x.shape and values >= _MANY and not in_graph() and not needs_torch(params, x):
         factors = _factors(params[0].numel())
         if factors >= _FEW_FACTORS:
             found: Tensor = _CrossEntropy.apply(params, x, factors)

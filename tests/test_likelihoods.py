@@ -11,6 +11,7 @@ import torch
 import torch.distributions as D
 from scipy import stats
 from scipy.integrate import quad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aezoo.errors import AezooError
@@ -399,6 +400,22 @@ def test_many_cross_entropies_are_no_further_from_the_truth_than_torchs() -> Non
     wanted = by_torch(t.double(), x.double(), reduction="none").sum(1)
     own, others = -likelihood("bernoulli").log_prob(t, x), by_torch(t, x, reduction="none").sum(1)
     assert (own - wanted).square().mean() < 2 * (others - wanted).square().mean()
+
+
+def test_many_cross_entropies_have_many_gradients_at_once() -> None:
+    made, weights = likelihood("bernoulli"), torch.rand(2, 48)
+    inputs = [torch.randn(48, 784).requires_grad_(), torch.rand(48, 784).requires_grad_()]
+    many = torch.autograd.grad(made.log_prob(*inputs), inputs, weights, is_grads_batched=True)
+    each = [torch.autograd.grad(made.log_prob(*inputs), inputs, weight) for weight in weights]
+    for found, *wanted in zip(many, *each, strict=True):
+        torch.testing.assert_close(found, torch.stack(wanted))
+
+
+def test_cross_entropies_of_sizes_that_are_symbols_are_torchs() -> None:
+    made, samples = likelihood("bernoulli"), (torch.zeros(48, 784), torch.ones(48, 784))
+    traced = make_fx(lambda t, x: made.log_prob(t, x), tracing_mode="symbolic")(*samples)
+    t, x = torch.randn(3, 5), torch.rand(3, 5)
+    torch.testing.assert_close(traced(t, x), made.log_prob(t, x))
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

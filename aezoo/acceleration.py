@@ -195,7 +195,8 @@ def expect_large_tensors() -> None:
     in a process that has freed no such tensor yet each step pays for page faults. `keep_pages` keeps more.
     Nothing is set, and the memory is never touched.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
+    # no tensor, which torch fills where all has to be deterministic
+    torch.UntypedStorage(2**25 - 2**16, device="cpu")
 
 
 def keep_pages() -> bool:

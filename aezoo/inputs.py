@@ -149,8 +149,10 @@ def _check(model: "Autoencoder", name: str, x: Any, shape: str, failed: Exceptio
         raise AezooError(
             f"{name} expects float32 like the model's weights, got float64: give x.float(), or take model.double()"
         ) from failed
+    if failed is None:  # to look for a weight takes as long as a small layer
+        return
     weight = next(model.parameters(), x)
-    if failed and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise AezooError(
             f"{name} expects {weight.dtype} like the model's weights, got {x.dtype}: give x.to({weight.dtype}), or "
             "take model.float()"

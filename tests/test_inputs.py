@@ -62,6 +62,15 @@ def test_codes_are_looked_at_too():
         model().decode(X)
 
 
+def test_what_is_right_is_looked_at_without_the_weights(monkeypatch):
+    """To find the first of them takes as long as a small layer."""
+    model, asked = aezoo.create_model("dense_ae", (30,)).eval(), []
+    monkeypatch.setattr(model, "parameters", lambda: asked.append(1) or iter(()))
+    model.score(torch.rand(1, 30))
+    model(torch.rand(1, 30))
+    assert not asked
+
+
 def test_an_error_of_the_model_itself_stays_what_it_is():
     class Broken(type(model())):
         def encode(self, x):

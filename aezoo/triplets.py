@@ -1,15 +1,17 @@
 """Triplets of labelled samples: an anchor, a positive of its label, a negative of another (Schroff et al. 2015).
 
-Shapes: B batch on this rank, N samples on all ranks, D code; P positives and M negatives are N samples too.
+Shapes: B batch on this rank, N samples on all ranks, D code; P positives and M negatives, sorted, are N samples too.
 """
 
 import math
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
+from aezoo.divergences import distances
 from aezoo.errors import AezooError
 
 MINING = ("all", "active", "semi_hard")
@@ -46,28 +48,33 @@ class WithTriplets(Autoencoder):
         self.triplet_weight, self.margin, self.mining = triplet_weight, margin, mining
 
     def triplets(self, d_BN: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of each triplet and whether it counts, from the distances to all samples: two (B, P, M)."""
-        y_N, rows_B = self.of_all_ranks(y_B), torch.arange(len(y_B), device=y_B.device)
-        n = torch.arange(len(y_N), device=y_B.device)
-        other_BN = n != (rows_B + self.own_rank() * len(y_B))[:, None]
+        """The sum of each anchor's triplets and how many count, from the distances to all samples: two (B,)."""
+        y_N = self.of_all_ranks(y_B)
+        other_BN = torch.arange(len(y_N), device=y_B.device) != self.own_rows(y_B)[:, None]
         known_BN = (y_B[:, None] != -1) & (y_N != -1)
         positive_BN = known_BN & (y_B[:, None] == y_N) & other_BN
         negative_BN = known_BN & (y_B[:, None] != y_N)
-        d_p_BP1, d_n_B1M = d_BN[:, :, None], d_BN[:, None, :]
-        counts_BPM = positive_BN[:, :, None] & negative_BN[:, None, :]
+        number_B1 = negative_BN.sum(1, keepdim=True)
+        # negatives from the nearest on, so that those within reach of a positive are the first few: N log N, not N^2
+        d_BM = torch.where(negative_BN, d_BN, torch.inf).sort(dim=1, stable=True).values
         if self.mining == "semi_hard":
-            beyond_BPM = counts_BPM & (d_n_B1M > d_p_BP1)
-            nearest_BP = torch.where(beyond_BPM, d_n_B1M, torch.inf).argmin(2)
-            farthest_B1 = torch.where(negative_BN, d_BN, -torch.inf).argmax(1, keepdim=True)
-            chosen_BP = torch.where(beyond_BPM.any(2), nearest_BP, farthest_B1)
-            counts_BPM = counts_BPM & (chosen_BP[:, :, None] == n)
-        loss_BPM = (d_p_BP1 - d_n_B1M + self.margin).relu() * counts_BPM
-        return loss_BPM, loss_BPM > 0 if self.mining == "active" else counts_BPM
+            beyond_BP = torch.searchsorted(d_BM.detach(), d_BN.detach(), right=True)
+            chosen_BP = beyond_BP.minimum(number_B1 - 1).clamp(min=0)  # the farthest, where none is beyond
+            has_one_BP = positive_BN & (number_B1 > 0)
+            loss_BP = (d_BN - d_BM.gather(1, chosen_BP) + self.margin).relu() * has_one_BP
+            return loss_BP.sum(1), has_one_BP.sum(1)
+        reach_BP = d_BN + self.margin
+        within_BP = torch.searchsorted(d_BM.detach(), reach_BP.detach()) * positive_BN
+        # of the M nearest together, from M = 0 on
+        sums_BM = F.pad(torch.where(d_BM < torch.inf, d_BM, 0).cumsum(1), (1, 0))
+        loss_BP = within_BP * reach_BP - sums_BM.gather(1, within_BP)
+        counts_BP = within_BP if self.mining == "active" else positive_BN * number_B1
+        return loss_BP.sum(1), counts_BP.sum(1)
 
     def triplet_loss(self, z_BD: Tensor, y_B: Tensor) -> Tensor:
         """This rank's share of T; the mean over ranks is T."""
-        d_BN = torch.cdist(z_BD, self.of_all_ranks(z_BD), compute_mode="donot_use_mm_for_euclid_dist")
-        loss_BPM, counts_BPM = self.triplets(d_BN, y_B)
-        total = loss_BPM.sum((1, 2)).mean()
-        number = self.batch_mean(counts_BPM.sum((1, 2)).to(total.dtype))
+        d_BN = distances(self.of_all_ranks(z_BD))[self.own_rows(z_BD)]
+        loss_B, counts_B = self.triplets(d_BN, y_B)
+        total = loss_B.mean()
+        number = self.batch_mean(counts_B.to(total.dtype))
         return total / torch.where(number > 0, number, 1)

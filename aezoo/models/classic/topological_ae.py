@@ -20,18 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.csgraph import minimum_spanning_tree
 from torch import Tensor, nn
 
-from aezoo import nets
+from aezoo import divergences, nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 
 
 def distances(points_ND: Tensor, unit: Tensor | None = None) -> Tensor:
     """A, Euclidean distances in a unit, of the largest if there is none, (N, D), () -> (N, N)."""
-    # by differences: a product of matrices would leave equal points apart
-    a_NN = torch.cdist(points_ND, points_ND, compute_mode="donot_use_mm_for_euclid_dist")
+    a_NN = divergences.distances(points_ND)
     return a_NN / (a_NN.amax().clamp(min=torch.finfo(a_NN.dtype).tiny) if unit is None else unit)
 
 
@@ -39,11 +37,19 @@ def distances(points_ND: Tensor, unit: Tensor | None = None) -> Tensor:
 @torch.library.custom_op("aezoo::pairing", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def pairing(a_NN: Tensor) -> Tensor:
     """pi, the edges of the minimum spanning tree of distances, (N, N) -> (E, 2)."""
-    # SciPy takes 0 for no edge; the tree depends on the order of the distances only
-    a_NN = a_NN.double().cpu()
-    weights_NN = np.triu((a_NN / a_NN.amax().clamp(min=1e-300)).numpy() + 1, 1)
-    tree = minimum_spanning_tree(weights_NN).tocoo()
-    return torch.from_numpy(np.stack([tree.row, tree.col], 1)).to(a_NN.device, torch.long)
+    a = a_NN.cpu().numpy()
+    # Prim's algorithm: all pairs have an edge, and to sort these would take longer
+    edges = np.empty((len(a) - 1, 2), dtype=np.int64)
+    # how far each vertex is from the tree, and from which vertex there
+    far_N, near_N, within_N = a[0].copy(), np.zeros(len(a), dtype=np.int64), np.zeros(len(a), dtype=a.dtype)
+    new = 0
+    for edge in edges:
+        within_N[new] = np.inf
+        near_N[a[new] < far_N] = new
+        np.minimum(far_N, a[new], out=far_N)
+        new = (far_N + within_N).argmin()
+        edge[:] = near_N[new], new
+    return torch.from_numpy(edges).to(a_NN.device)
 
 
 @pairing.register_fake

@@ -13,6 +13,7 @@ Shapes: B batch, X data dimensions, N latents, k steps.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
@@ -96,10 +97,11 @@ class MatchingPursuitSAE(UnitNorm, Autoencoder):
     def encode(self, x: Tensor) -> Tensor:
         r_BX = self.encoder(x) - self.decoder.b_X
         index_Bk = self.choose(r_BX)
-        # gathered at once, and not at each step, for one gradient of the dictionary's size
-        d_BkX, values = self.decoder.W_NX[index_Bk], []
-        for t in range(self.k):
-            c_B1, r_BX = self.take(r_BX, d_BkX[:, t])
+        # gathered at once, and not at each step, for one gradient of the dictionary's size; sliced at each step, every
+        # slice would have a gradient of the size of all
+        d_BkX, values = F.embedding(index_Bk, self.decoder.W_NX), []
+        for d_BX in d_BkX.unbind(1):
+            c_B1, r_BX = self.take(r_BX, d_BX)
             values.append(c_B1)
         values_Bk = torch.cat(values, 1)
         zeros_BN = values_Bk.new_zeros(x.shape[0], *self.code_shape)

@@ -297,6 +297,16 @@ def test_auxk_moves_dead_latents_alone_and_vanishes_where_none_is_dead(name: str
     assert model.loss(x)["aux"] == 0
 
 
+def test_auxk_of_no_dead_latents_is_not_computed(shifted: Any, monkeypatch: Any) -> None:
+    """On a CPU, where to ask for them costs nothing."""
+    model, x, asked = with_dead_latents("batch_topk_sae", shifted), data(6), []
+    sum_of = model.decoder.sum_of
+    monkeypatch.setattr(model.decoder, "sum_of", lambda *active: asked.append(1) or sum_of(*active))
+    assert model.loss(x)["aux"] > 0 and len(asked) == 1
+    model.since_fired_N.zero_()
+    assert model.loss(x)["aux"] == 0 and len(asked) == 1
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_in_the_scale_of_the_variance_auxk_is_the_share_of_the_residual_left(training: bool, shifted: Any) -> None:
     """As alpha ||e - e_hat||^2 / Var(e) beside ||e||^2 / Var(x), in nats: both times Var(x), by NumPy."""

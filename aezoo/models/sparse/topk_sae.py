@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets.dictionary import Dictionary, UnitNorm, spread, top
-from aezoo.nets.linear import Linear
+from aezoo.nets.linear import Linear, in_graph
 
 
 class TopKSAE(UnitNorm, Autoencoder):
@@ -116,6 +116,8 @@ class TopKSAE(UnitNorm, Autoencoder):
 
     def aux(self, x: Tensor, x_hat: Tensor, pi_BN: Tensor) -> Tensor:
         """AuxK in the scale chosen, (B, *input_shape), (B, *input_shape), (B, N) -> (B,)."""
+        if pi_BN.device.type == "cpu" and not (in_graph() or self.dead_N.any()):
+            return at_least_float32(pi_BN.new_zeros(len(pi_BN)))  # as it would be; elsewhere asking is to wait
         e_BX = (x - self.likelihood.mean(x_hat)).detach().flatten(1)
         e_hat_BX = self.decoder.sum_of(*self.active(pi_BN.masked_fill(~self.dead_N, 0), self.k_aux))
         aux_B = at_least_float32(e_BX - e_hat_BX).square().sum(1) * (self.dead_N.sum() / self.k_aux).clamp(max=1)

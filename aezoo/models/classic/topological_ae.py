@@ -131,5 +131,5 @@ class TopologicalAE(Autoencoder):
         return {"loss": nll + self.topology * (x_to_z + z_to_x), "nll": nll, "x_to_z": x_to_z, "z_to_x": z_to_x}
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        # its own, so that no CUDA graph of the whole step is taken: SciPy works on the host
+        # its own, so that no CUDA graph of the whole step is taken: the tree grows on the host
         return super().training_step(batch, batch_idx)

@@ -2,13 +2,15 @@
 
 import io
 import math
+import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -23,7 +25,9 @@ _SEE_THROUGH = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
 # that hold several pictures of a kind; those behind the first of a JPEG are a camera's own
 _PAGED = frozenset({"GIF", "TIFF", "PNG", "WEBP"})
 _WITH_ALPHA = {"P": "PA", "L": "LA", "RGB": "RGBA"}
-_ROTATED = frozenset({5, 6, 7, 8})
+_ORIENTATION, _ROTATED = 0x0112, frozenset({5, 6, 7, 8})
+# what a PNG may say of its orientation besides in a chunk eXIf
+_NOTES = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 
 
 class Header(NamedTuple):
@@ -131,7 +135,10 @@ def header(path: Path | Encoded, max_pixels: int) -> Header:
         with _open(path) as image:
             check_pixels(path, image.size, max_pixels)
             width, height = image.size
-            if image.getexif().get(0x0112) in _ROTATED:
+            # of a PNG without a note before its pixels Pillow decodes these, as there may be one behind them
+            skips = isinstance(image, PngImageFile) and image.fp is not None and not _notes_follow(image.fp)
+            exif = Image.Image.getexif(image) if skips else image.getexif()
+            if exif.get(_ORIENTATION) in _ROTATED:
                 width, height = height, width
             # one colour of a palette, a picture of colours or a grey one can be see-through, too
             mode = _WITH_ALPHA.get(image.mode, image.mode) if "transparency" in image.info else image.mode
@@ -143,6 +150,23 @@ def header(path: Path | Encoded, max_pixels: int) -> Header:
     if mode == "F":
         raise AezooError(f"{path} has floating-point pixels: save it with 8 or 16 bits, or give the values as .npy")
     return Header((height, width), mode, pages)
+
+
+def _notes_follow(file: IO[bytes]) -> bool:
+    """Whether something is said of the picture behind the pixels of a PNG, which stays where it is being read."""
+    place, seen = file.tell(), False
+    file.seek(8)
+    try:
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            seen = seen or kind == b"IDAT"
+            start = file.read(min(length, 22)) if seen and kind in (b"tEXt", b"zTXt", b"iTXt") else b""
+            if (seen and kind == b"eXIf") or start.startswith(_NOTES):
+                return True
+            file.seek(length + 4 - len(start), io.SEEK_CUR)
+        return False
+    finally:
+        file.seek(place)
 
 
 def check_pixels(path: object, size: tuple[int, int], max_pixels: int) -> None:

@@ -1,7 +1,8 @@
 """Which images a folder holds, and what its sub-folders say about splits and classes."""
 
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from aezoo.data.images import EXTENSIONS, few
@@ -14,56 +15,81 @@ SPLITS: dict[str, Stage] = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
+_ENDINGS = tuple(EXTENSIONS)
 
 
 def scan(root: Path) -> tuple[Files, tuple[str, ...]]:
     """(image, class) by split and the class names; class -1 and no names where the folders tell none."""
-    children = sorted(child for child in root.iterdir() if child.is_dir())
-    named = {SPLITS[child.name.lower()]: child for child in children if child.name.lower() in SPLITS}
+    named = {SPLITS[name.lower()]: root / name for name in _folders(root) if name.lower() in SPLITS}
     homes: dict[Stage, Path] = named if "train" in named else {"train": root}
-    found = {stage: (home, _images(home)) for stage, home in homes.items()}
-    if not found["train"][1]:
+    found = {stage: list(_found(home, ())) for stage, home in homes.items()}
+    if not found["train"]:
         raise AezooError(
-            f"no images in {found['train'][0]} (looked for {' '.join(sorted(EXTENSIONS))}, at any depth): "
+            f"no images in {homes['train']} (looked for {' '.join(sorted(EXTENSIONS))}, at any depth): "
             "give another folder"
         )
-    if len(homes) > 1 or homes["train"] != root:
-        inside = {path for _, paths in found.values() for path in paths}
-        outside = [path for path in _images(root) if path not in inside]
+    if homes["train"] != root:
+        outside = [path for path, _ in _found(root, (), {home.name for home in homes.values()})]
         if outside:
             warnings.warn(
                 f"{root}: {len(outside)} images outside the folders of the splits are not used: {few(outside)}",
                 stacklevel=2,
             )
-    parts = [path.relative_to(home).parts for home, paths in found.values() for path in paths]
-    names = sorted({part[0] for part in parts}) if all(len(part) > 1 for part in parts) else []
-    names = names if len(names) > 1 else []
-    empty = [c.name for c in sorted(found["train"][0].iterdir()) if c.is_dir() and not _images(c)] if names else []
+    tops = {top for images in found.values() for _, top in images}
+    names = sorted(tops) if "" not in tops and len(tops) > 1 else []
+    in_train = {top for _, top in found["train"]}
+    childless = [name for name in _folders(homes["train"]) if name not in in_train] if names else []
+    empty = [name for name in childless if next(_found(homes["train"] / name, ()), None) is None]
     if empty:
         warnings.warn(f"{root}: the class folders {', '.join(empty)} hold no images", stacklevel=2)
     numbers = {name: i for i, name in enumerate(names)}
     files: Files = {
-        stage: [(path, numbers.get(path.relative_to(home).parts[0], -1)) for path in paths]
-        for stage, (home, paths) in found.items()
-        if paths
+        stage: [(path, numbers.get(top, -1)) for path, top in images] for stage, images in found.items() if images
     }
     return files, tuple(names)
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(_found(folder, ()))
+def _folders(folder: Path) -> list[str]:
+    return [entry.name for entry in _entries(folder) if _kind(entry) == "folder"]
 
 
-def _found(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Images at any depth, also behind links to folders, as far as these do not lead back to one of those above."""
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name; ._name.png and __MACOSX hold Finder's notes, not images."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise AezooError(f"cannot read the folder {folder} ({error.strerror}): check its permissions") from None
+    return [entry for entry in found if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """file, folder or link, one that leads nowhere; empty for a pipe and the like."""
+    try:
+        if found := "file" if entry.is_file() else "folder" if entry.is_dir() else "":
+            return found
+        entry.stat()
+    except OSError:
+        return "link"
+    return ""
+
+
+def _found(
+    folder: Path, above: tuple[Path, ...], besides: Collection[str] = (), top: str = ""
+) -> Iterator[tuple[Path, str]]:
+    """Images at any depth in the order of their names, each with the folder of the first depth that it is in.
+
+    Links to folders are followed as far as these do not lead back to one of those above. One to an image that is not
+    there is an image that cannot be read.
+    """
     here = folder.resolve()
     if here in above:
         return
-    for path in folder.iterdir():
-        # ._name.png and __MACOSX hold Finder's notes, not images
-        if path.name.startswith(".") or path.name == "__MACOSX":
+    for entry in _entries(folder):
+        if entry.name in besides:
             continue
-        if path.suffix.lower() in EXTENSIONS and path.is_file():
-            yield path
-        elif path.is_dir():
-            yield from _found(path, (*above, here))
+        kind = _kind(entry)
+        if kind == "folder":
+            yield from _found(folder / entry.name, (*above, here), (), top or entry.name)
+        elif kind and entry.name.lower().endswith(_ENDINGS):
+            yield folder / entry.name, top

@@ -1,17 +1,22 @@
 """Image folders as users have them, broken files included."""
 
+import os
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from aezoo.data import ArrayDataset, DataModule
 from aezoo.data.folder import sort
+from aezoo.data.images import header
 from aezoo.data.tree import scan
 from aezoo.errors import AezooError
 
@@ -82,6 +87,36 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "set" / "dogs" / "back").symlink_to(tmp_path / "set")
     files, names = scan(tmp_path / "set")
     assert names == ("cats", "dogs") and [label for _, label in files["train"]].count(0) == 4
+
+
+def test_images_come_in_the_order_of_their_folders_names(tmp_path):
+    for name in ("a/z", "a-b/y", "a b/x", "a/deep/c", "a/b", "A/q", "a/deep-er/d"):
+        save(tmp_path / f"{name}.PNG")
+    files, names = scan(tmp_path)
+    assert [path for path, _ in files["train"]] == sorted(tmp_path.rglob("*.PNG"))
+    assert [names[k] for _, k in files["train"]] == [p.relative_to(tmp_path).parts[0] for p, _ in files["train"]]
+
+
+def test_links_that_lead_nowhere_are_images_that_cannot_be_read(tmp_path):
+    pictures(tmp_path)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
+    os.mkfifo(tmp_path / "pipe.png")  # nobody writes to it, and who opened it would wait
+    refused(r"cannot read .*gone.png \(No such file or directory\): check the file", tmp_path)
+    with pytest.warns(UserWarning, match="2 of 12 files skipped as broken: .*gone.png, .*round.png"):
+        DataModule("folder", root=str(tmp_path), on_error="skip").setup()
+
+
+def test_a_folder_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    pictures(tmp_path / "shut")
+
+    def look(folder, scandir=os.scandir):
+        if Path(folder).name == "shut":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", look)
+    refused(r"cannot read the folder .*shut \(Permission denied\): check its permissions", tmp_path)
 
 
 def test_split_folders(tmp_path):
@@ -216,6 +251,34 @@ def broken(root):
         yield root / name, message
 
 
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize(
+    ("note", "shape"),
+    [
+        (b"", (4, 8)),
+        (chunk(b"tEXt", b"date:create\0today"), (4, 8)),
+        (chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"), (8, 4)),
+        (chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'), (8, 4)),
+    ],
+    ids=["nothing", "a date", "eXIf", "XMP"],
+)
+def test_the_header_of_a_png_is_told_without_its_pixels(tmp_path, monkeypatch, note, shape):
+    path, loads = tmp_path / "a.png", []
+    save(path, (4, 8, 3))
+    plain = path.read_bytes()
+    path.write_bytes(plain[:-12] + note + plain[-12:])
+    load = PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda image: loads.append(image) or load(image))
+    assert header(path, 100).shape == shape
+    assert len(loads) == (shape == (8, 4))  # a note behind the pixels
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(plain[:-30])
+    assert header(cut, 100).shape == (4, 8)
+
+
 @pytest.mark.parametrize("memory", ["on", "off"])
 def test_corrupt_files_are_named_or_skipped_with_a_count(tmp_path, memory):
     cases = list(broken(tmp_path / "all"))
@@ -325,6 +388,7 @@ def test_empty_class_folder_is_told(tmp_path):
     for name in ("a", "b"):
         pictures(tmp_path / name, 5)
     (tmp_path / "c").mkdir()
+    (tmp_path / ".git").mkdir()
     with pytest.warns(UserWarning, match="class folders c hold no images"):
         assert DataModule("folder", root=str(tmp_path)).num_classes == 2
 

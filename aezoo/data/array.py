@@ -82,12 +82,18 @@ class Array(InMemory):
     def load(self) -> dict[Stage, Pair]:
         splits = {}
         for stage, values in self._x.items():
-            x = numeric(values, self._what(stage), self.columns)
+            self.mapped = self.mapped or isinstance(values, np.memmap)
+            x = numeric(values, self._what(stage), self.columns, copy=not self.title)
             y = self._y.get(stage)
             check_length(x, y, self._what(stage))
             splits[stage] = Pair(arrange(x, self.options.layout), y)
         if self._y and set(self._y) != set(splits):
             raise AezooError(f"{self.title}labels are given for {', '.join(self._y)} only: give them for all or none")
+        return splits
+
+    def _build(self) -> dict[Stage, Pair]:
+        splits = super()._build()
+        self._x.clear()  # what a file held would stay beside what was made of it
         return splits
 
     def _what(self, stage: Stage) -> str:

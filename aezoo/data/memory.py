@@ -15,6 +15,9 @@ from aezoo.data.readers import few, of_frame
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, carve
 from aezoo.errors import AezooError
 
+# values that are looked at together
+_PART = 2**22
+
 
 class Pair(NamedTuple):
     """Samples (N, *shape) and their labels."""
@@ -38,6 +41,8 @@ class InMemory(Source):
         self.num_classes = num_classes
         self.value_range = (0.0, 1.0) if options.scale in ("auto", "unit") else None
         self.scaling: Scale | None = None
+        # `load` gives values that are still in their file
+        self.mapped = False
         self._splits: dict[Stage, Pair] | None = None
 
     @abstractmethod
@@ -59,13 +64,19 @@ class InMemory(Source):
             index = rows[stage]
             if index is not None and len(index) < len(x):
                 x, y = x[index], None if y is None else y[index]
+            elif self.mapped:
+                x = x.clone()
             if len(x):
                 splits[stage] = Pair(fit(x, options.size, options.channels) if x.ndim == 4 else x, y)
         if "train" not in splits:
             raise AezooError(f"{options.name}: the training split is empty: give at least one sample")
+        own.clear()
         self.scaling = scale = Scale(splits["train"].x, options.scale)
         self.white = scale.white
-        return {stage: Pair(scale(pair.x), pair.y) for stage, pair in splits.items()}
+        for stage in list(splits):
+            # one after the other, which frees what it was made of
+            splits[stage] = Pair(scale(splits[stage].x), splits[stage].y)
+        return splits
 
 
 class Scale:
@@ -118,7 +129,7 @@ class Scale:
         if self.keep_bytes:
             return x
         if self.offset is not None and self.factor is not None:
-            x = (x.to(self.offset.dtype) - self.offset) / self.factor
+            x = (x.to(self.offset.dtype) - self.offset).div_(self.factor)
         return x.float()
 
 
@@ -141,13 +152,14 @@ def real(values: object, what: str) -> Tensor | npt.NDArray[Any]:
     return array
 
 
-def numeric(values: object, what: str, columns: Sequence[str] = ()) -> Tensor:
+def numeric(values: object, what: str, columns: Sequence[str] = (), copy: bool = True) -> Tensor:
     """Real, finite numbers as a CPU tensor of dtype uint8, float32 or float64, or the reason why not.
 
     Args:
         values: samples (N, ...).
         what: what the message calls them.
         columns: what a table calls its columns.
+        copy: never share the memory of floats, to which whoever handed them in may write later.
 
     Raises:
         AezooError: they are not.
@@ -158,12 +170,16 @@ def numeric(values: object, what: str, columns: Sequence[str] = ()) -> Tensor:
     else:
         if checked.dtype != np.uint8:
             # in the machine's byte order; torch has no half of NumPy's dtypes
-            checked = checked.astype(_wide(checked.dtype.itemsize, checked.dtype.kind == "f", np.float64, np.float32))
+            wide = _wide(checked.dtype.itemsize, checked.dtype.kind == "f", np.float64, np.float32)
+            checked = checked.astype(wide, copy=copy)
         checked = np.ascontiguousarray(checked)
         tensor = torch.from_numpy(checked if checked.flags.writeable else checked.copy())
     if tensor.dtype != torch.uint8:
         tensor = tensor.to(_wide(tensor.element_size(), tensor.is_floating_point(), torch.float64, torch.float32))
-        bad = (~tensor.isfinite()).reshape(len(tensor), math.prod(tensor.shape[1:])).any(1)
+        size = math.prod(tensor.shape[1:])
+        # in parts, as what is looked at takes memory of its own
+        parts = tensor.split(max(1, _PART // max(1, size)))
+        bad = torch.cat([(~part.isfinite()).reshape(len(part), size).any(1) for part in parts])
         if bad.any():
             # a table is mended by columns
             found = (~tensor.isfinite()).any(0).nonzero().flatten().tolist() if columns else []

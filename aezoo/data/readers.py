@@ -1,5 +1,6 @@
 """Files of arrays, read without running anything that they hold: .npy, .npz, .pt, .csv, .parquet."""
 
+import array
 import contextlib
 import csv
 import functools
@@ -18,8 +19,8 @@ from torch import Tensor
 from aezoo.errors import AezooError
 from aezoo.security.archives import unpacked_size
 
-# a cell of a text file becomes a Python text of about 60 bytes
-_CSV_GROWTH = 16
+# a cell and its comma, two bytes at least, become a double and a float, beside the text as a whole and by lines
+_CSV_GROWTH = 8
 Arrays = Mapping[str, Any]
 
 
@@ -217,31 +218,37 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
     counts = len(first) > 1 and first == [str(i) for i in range(len(first))]
     header = counts or not all(_is_number(cell) for cell in first if cell)
     label = _label_among(first, label_column) if header else None
-    texts, labels = [], []
+    columns = [name for i, name in enumerate(first) if i != label] if header else []
+    # row by row, since the texts of all cells would take ten times the memory of their numbers
+    values, beginnings, labels, broken = array.array("d"), [], [], None
+    number = -1
     for number, row in enumerate(rows if header else csv.reader(lines, delimiter=separator)):
         if len(row) != len(first):
             raise AezooError(f"{path}, row {number}: {len(row)} columns, the first line has {len(first)}: mend the row")
         if label is not None:
             labels.append(row.pop(label).strip())
-        texts.append(row)
-    if not texts or not texts[0]:
+        beginnings.append(row[0] if row and not first[0] else "")
+        if broken is None:
+            try:
+                values.extend(map(float, row))
+            except ValueError:
+                broken = number, row
+    width = len(first) - (label is not None)
+    if number < 0 or not width:
         raise AezooError(f"{path} has a header only: give one row a sample")
     named = header or first[1:] == [str(i) for i in range(len(first) - 1)]
-    if len(first) > 1 and not first[0] and named and _numbers_rows([row[0] for row in texts[not header :]]):
+    if len(first) > 1 and not first[0] and named and _numbers_rows(beginnings[not header :]):
         raise AezooError(
             f"{path}: the first column has no name and numbers the rows, as pandas writes its index: save the table "
             "without it, frame.to_csv(path, index=False), or name the column if it is a feature"
         )
-    columns = [name for i, name in enumerate(first) if i != label] if header else []
-    x = np.empty((len(texts), len(texts[0])))
-    for number, row in enumerate(texts):
-        try:
-            x[number] = row
-        except ValueError:
-            column = next(i for i, cell in enumerate(row) if not _is_number(cell))
-            cure = "fill it" + ", or say by --data.label_column which column holds the classes" * (label is None)
-            place = f"column {column + 1} of the features" + (f", {columns[column]}" if columns else "")
-            raise AezooError(f"{path}, row {number}, {place}: {row[column]!r} is no number: {cure}") from None
+    if broken is not None:
+        number, row = broken
+        column = next(i for i, cell in enumerate(row) if not _is_number(cell))
+        cure = "fill it" + ", or say by --data.label_column which column holds the classes" * (label is None)
+        place = f"column {column + 1} of the features" + (f", {columns[column]}" if columns else "")
+        raise AezooError(f"{path}, row {number}, {place}: {row[column]!r} is no number: {cure}")
+    x = np.frombuffer(values).reshape(number + 1, width)
     if counts and (x == np.floor(x)).all():
         warnings.warn(f"{path}: the first row, {separator.join(first)[:40]}, is taken for a header, as all others hold "
                       "whole numbers too: write 0.0 for its 0 if it is a sample", stacklevel=2)  # fmt: skip

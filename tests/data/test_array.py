@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import tracemalloc
 import warnings
 import zipfile
 
@@ -354,6 +355,58 @@ def test_handed_in_data_is_not_changed():
     assert np.array_equal(x, copies[0])
     assert np.array_equal(wide, copies[1])
     assert torch.equal(tensor, copies[2])
+
+
+@pytest.mark.parametrize("dtype", ["u1", "f4"])
+def test_what_is_written_to_a_file_or_array_later_changes_nothing(tmp_path, dtype):
+    x = RNG.integers(0, 2, (400, 3)).astype(dtype)
+    np.save(tmp_path / "d.npy", x)
+    whole = {"val_fraction": 0.0, "test_fraction": 0.0, "scale": "none"}
+    data, handed = DataModule(str(tmp_path / "d.npy"), **whole), x.astype("f4")
+    from_array = DataModule.from_arrays(handed, **whole)
+    assert data.dataset("train").x[7].tolist() == from_array.dataset("train").x[7].tolist() == x[7].tolist()
+    with (tmp_path / "d.npy").open("r+b") as file:
+        file.seek(128)
+        file.write(b"\7" * x.nbytes)
+    handed[:] = 7
+    assert np.array_equal(data.dataset("train").x, x)
+    assert np.array_equal(from_array.dataset("train").x, x)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz", "csv"])
+def test_what_a_file_held_does_not_stay_beside_the_samples(tmp_path, suffix):
+    x = vectors(2000, 100)
+    path = tmp_path / f"d.{suffix}"
+    if suffix == "csv":
+        np.savetxt(path, x, "%.3f", delimiter=",")
+    else:
+        np.save(path, x) if suffix == "npy" else np.savez(path, x=x)
+    # NumPy's memory and Python's; the samples themselves are torch's, once they are split
+    tracemalloc.start()
+    try:
+        data = DataModule(str(path))
+        data.setup()
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < x.nbytes / 2
+    # the whole of a .npy is never read, and the cells of a table are no texts all at once
+    assert peak < {"npy": 0.5, "npz": 2.5, "csv": 7}[suffix] * x.nbytes
+
+
+def test_data_that_were_refused_once_are_refused_again():
+    data = DataModule.from_arrays(vectors(20), x_val=np.full((3, 5), np.nan))
+    for _ in range(2):
+        with pytest.raises(AezooError, match="x_val has NaN or infinity in 3 of 3 rows, the first is row 0"):
+            data.setup()
+
+
+def test_the_first_row_with_nan_is_found_in_any_part(monkeypatch):
+    monkeypatch.setattr("aezoo.data.memory._PART", 8)
+    for row in (0, 3, 4, 18):
+        x = vectors(19)
+        x[row:, 1] = np.inf
+        refused(f"NaN or infinity in {19 - row} of 19 rows, the first is row {row}:", x)
 
 
 def test_read_only_and_strided_arrays():

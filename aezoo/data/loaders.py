@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler, Subset
 from torch.utils.data.distributed import DistributedSampler
 
 from aezoo.data.source import Batch
+from aezoo.errors import AezooError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -106,7 +107,14 @@ class LazyLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         def batches() -> Iterator[Any]:
             found = super(LazyLoader, self).__iter__()
-            yield from found if self.transform is None else self.transform(found, cast(EpochSampler, self.sampler))
+            try:
+                yield from found if self.transform is None else self.transform(found, cast(EpochSampler, self.sampler))
+            except AezooError as error:
+                # that of a worker comes with the traceback of its process in front
+                _, traced, reason = str(error).rpartition(f"{AezooError.__module__}.AezooError: ")
+                if not traced:
+                    raise
+                raise AezooError(reason.rstrip()) from None
 
         return batches()
 

@@ -81,7 +81,8 @@ class ResidentLoader:
         # a generator, so that the epoch is read at the first next(): Lightning tells it after iter()
         rows = self.sampler.rows().to(self.x.device)
         for chosen in rows.split(self.batch_size):
-            if self.drop_last and len(chosen) < self.batch_size:
+            # no rows are one part, too
+            if len(chosen) < (self.batch_size if self.drop_last else 1):
                 return
             x = self.x.index_select(0, chosen)
             y = None if self.y is None else self.y.index_select(0, chosen)
@@ -124,8 +125,17 @@ def free_memory(device: torch.device) -> int:
                 numbers = [int((folder / f"memory.{name}").read_text()) for name in (limit, used)]
             except (OSError, ValueError):
                 continue
-            free = min(free, numbers[0] - numbers[1])
+            free = min(free, numbers[0] - numbers[1] + _cache(folder))
     return max(0, free)
+
+
+def _cache(group: Path) -> int:
+    """Bytes of files that a container counts as used and gives up when memory is asked for."""
+    try:
+        entries = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int(entries["active_file"]) + int(entries["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def fits(size: int, device: torch.device, processes: int) -> bool:

@@ -302,6 +302,17 @@ def test_corrupt_files_are_named_or_skipped_with_a_count(tmp_path, memory):
     assert data.tensors("train")[0].isfinite().all()
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_that_vanishes_is_told_in_one_line(tmp_path, num_workers):
+    pictures(tmp_path, 10)
+    data = DataModule("folder", root=str(tmp_path), memory="off", num_workers=num_workers, batch_size=2)
+    batches = iter(data.train_dataloader())
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(AezooError, match=r"^cannot read \S+.png \(No such file or directory\): check the file and"):
+        list(batches)
+
+
 def test_both_ways_of_reading_give_the_same_samples(tmp_path):
     for name in ("a", "b"):
         pictures(tmp_path / name, 20)

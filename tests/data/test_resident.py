@@ -61,6 +61,16 @@ def test_batches_are_the_loaders(batch_size, world, shuffle, drop_last, dtype, l
     assert len(seen) == len(set(seen))
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_epoch_of_which_all_is_skipped_has_no_batches(drop_last):
+    x = torch.rand(10, 3)
+    settings = {"batch_size": 4, "shuffle": True, "drop_last": drop_last}
+    for loader in (ResidentLoader(x, **settings), make_loader(ArrayDataset(x), **settings)):
+        loader.sampler.skip = (0, 12)  # a run that was saved after its last batch
+        assert list(loader) == []
+        assert len(list(loader)) == len(loader)
+
+
 def test_a_batch_is_a_copy():
     x, _ = arrays(False)
     (batch,) = next(iter(ResidentLoader(x, batch_size=4)))
@@ -466,6 +476,11 @@ def test_free_memory_is_the_machines_or_its_containers(monkeypatch, tmp_path):
         return real(self, *args)
 
     monkeypatch.setattr(resident.Path, "read_text", read_text)
+    assert free_memory(torch.device("cpu")) == 4_000_000
+    # what a container has read of files counts as used until somebody needs the memory
+    texts["/sys/fs/cgroup/memory.stat"] = "anon 9\nfile 900000\ninactive_file 300000\nactive_file 200000\n"
+    assert free_memory(torch.device("cpu")) == 4_500_000
+    texts["/sys/fs/cgroup/memory.stat"] = "odd\n"
     assert free_memory(torch.device("cpu")) == 4_000_000
     texts["/sys/fs/cgroup/memory.max"] = "max\n"
     assert free_memory(torch.device("cpu")) == 8000 * 1024

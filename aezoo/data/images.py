@@ -89,7 +89,8 @@ def to_tensor(image: Image.Image, size: int | None, channels: int) -> Tensor:
         if values.min() < 0 or values.max() > 1:
             raise ValueError("it has 32 bits a value; save it with 16 or 8")
         return fit(torch.from_numpy(values)[None, None], size, channels)[0]
-    image = image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)  # which would copy it
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     values = np.array(image)
@@ -120,8 +121,9 @@ def read(path: Path | Encoded, size: int | None, channels: int, max_pixels: int)
     try:
         with _open(path) as image:
             check_pixels(path, image.size, max_pixels)
-            # exif_transpose also decodes the file, so that a truncated one fails here
-            return to_tensor(ImageOps.exif_transpose(image), size, channels)
+            # which also decodes the file, so that a truncated one fails here
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_tensor(image, size, channels)
     except AezooError:
         raise
     # Pillow raises SyntaxError, ValueError, struct.error ... for broken files

@@ -63,7 +63,7 @@ class InMemory(Source):
             x, y = own[stage] if stage in own else own["train"]
             index = rows[stage]
             if index is not None and len(index) < len(x):
-                x, y = x[index], None if y is None else y[index]
+                x, y = x.index_select(0, index), None if y is None else y[index]
             elif self.mapped:
                 x = x.clone()
             if len(x):

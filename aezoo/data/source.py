@@ -108,7 +108,9 @@ class ArrayDataset(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A whole batch in one gather; torch's loader prefers this method to one call a sample."""
         rows = torch.as_tensor(indices)
-        return (self.x[rows],) if self.y is None else (self.x[rows], self.y[rows])
+        # which copies whole rows, where x[rows] goes through their values
+        x = self.x.index_select(0, rows)
+        return (x,) if self.y is None else (x, self.y.index_select(0, rows))
 
 
 def levels_of(scale: str) -> int:

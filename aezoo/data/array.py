@@ -164,6 +164,8 @@ def number_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Ten
             raise AezooError(f"{title}labels of dtype {array.dtype} and shape {array.shape}: give integers or texts")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise AezooError(f"{title}the labels hold NaN or infinity: fill or remove those rows")
+        if array.dtype.kind == "f" and (abs(array) >= 2**63).any():
+            raise AezooError(f"{title}a label is {array[abs(array) >= 2**63][0]:.3g}: give integers or texts")
         arrays[stage] = array
         given[stage] = np.broadcast_to(~np.ma.getmask(values), np.shape(values)).reshape(array.shape)
     if not arrays:

@@ -21,6 +21,7 @@ from aezoo.security.archives import unpacked_size
 
 # a cell and its comma, two bytes at least, become a double and a float, beside the text as a whole and by lines
 _CSV_GROWTH = 8
+_EXACT = 2**53
 Arrays = Mapping[str, Any]
 
 
@@ -207,7 +208,7 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise AezooError(f"{path} is no text in UTF-8 ({error.reason}): save it as plain CSV") from None
+        raise AezooError(f"{path} is no text in UTF-8 ({error.reason}): save it as CSV in UTF-8") from None
     lines = [line for line in lines if line.strip()]
     if not lines:
         raise AezooError(f"{path} is empty: give one row a sample")
@@ -245,7 +246,9 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
     if broken is not None:
         number, row = broken
         column = next(i for i, cell in enumerate(row) if not _is_number(cell))
-        cure = "fill it" + ", or say by --data.label_column which column holds the classes" * (label is None)
+        is_comma = separator != "," and _is_number(row[column].replace(",", "."))
+        cure = "write a point for its comma" if is_comma else "fill it"
+        cure += ", or say by --data.label_column which column holds the classes" * (label is None and not is_comma)
         place = f"column {column + 1} of the features" + (f", {columns[column]}" if columns else "")
         raise AezooError(f"{path}, row {number}, {place}: {row[column]!r} is no number: {cure}")
     x = np.frombuffer(values).reshape(number + 1, width)
@@ -294,10 +297,12 @@ def of_frame(frame: Any) -> npt.NDArray[Any]:
 
 
 def labels_of_texts(texts: list[str]) -> Any:
-    """Numbers if all are such, else the texts, (N,); masked where there is none."""
+    """Numbers if all are such and exact, else the texts, (N,); masked where there is none."""
     missing = np.array([not text for text in texts])
-    numbers = all(_is_number(text) for text in texts if text)
-    labels = np.array([float(text or 0) for text in texts]) if numbers else np.array(texts)
+    numbers = [float(text or 0) for text in texts] if all(_is_number(text) for text in texts if text) else []
+    # from there on neighbours are one float
+    names = not numbers or any(_EXACT <= abs(number) < math.inf for number in numbers)
+    labels = np.array(texts if names else numbers)
     return np.ma.array(labels, mask=missing) if missing.any() else labels
 
 

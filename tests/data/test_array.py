@@ -179,6 +179,24 @@ def test_a_csv_header_of_numbers_is_no_sample(tmp_path, whole):
         assert torch.equal(everything(DataModule(str(path), scale="none")), ordered(expected))
 
 
+def test_long_numbers_of_classes_stay_apart(tmp_path):
+    numbers = [10**17, 10**17 + 1, 2**70]
+    (tmp_path / "d.csv").write_text("\n".join(["a,label", *(f"{i},{numbers[i % 3]}" for i in range(30))]))
+    data = DataModule(str(tmp_path / "d.csv"))
+    assert data.source.class_names == tuple(sorted(map(str, numbers)))
+    (tmp_path / "d.csv").write_text("a,label\n1,inf\n2,3\n")
+    with pytest.raises(AezooError, match="the labels hold NaN or infinity"):
+        DataModule(str(tmp_path / "d.csv"))
+    with pytest.raises(AezooError, match=r"^a label is 1e\+300: give integers or texts$"):
+        DataModule.from_arrays(vectors(), np.array([1e300, 1.0] * 20))
+
+
+def test_a_decimal_comma_is_named(tmp_path):
+    (tmp_path / "d.csv").write_text("a;b\n1,5;2\n")
+    with pytest.raises(AezooError, match="a: '1,5' is no number: write a point for its comma"):
+        read_arrays(tmp_path / "d.csv")
+
+
 def test_a_csv_of_one_column_that_begins_with_0_has_no_header(tmp_path):
     (tmp_path / "d.csv").write_text("\n".join(map(str, range(20))))
     assert everything(DataModule(str(tmp_path / "d.csv"), scale="none"))[:, 0].tolist() == list(range(20))

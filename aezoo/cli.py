@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import aezoo
-from aezoo import registry
+from aezoo import registry, terminal
 from aezoo.errors import AezooError
 
 HELP = """\
@@ -82,8 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"aezoo: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
-        # the reader has gone, as in `aezoo list | head`; keep the interpreter from flushing into the void
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # the reader has gone: of `aezoo list | head`, which loses nothing, or of a run that does not go on
+        if argv and argv[0] in (*HEAVY, *VERBS, "benchmark", "tune"):
+            sys.exit(128 + 13)  # SIGPIPE, as shells have it
     except OSError as error:
         if error.filename is None:
             raise

@@ -28,7 +28,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import aezoo
-from aezoo import acceleration, callbacks, durable, flag_help, ranks, registry, resume, run_folder, trainer_settings
+from aezoo import (
+    acceleration,
+    callbacks,
+    durable,
+    flag_help,
+    ranks,
+    registry,
+    resume,
+    run_folder,
+    trainer_settings,
+)
 from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import dashboard
 from aezoo.data import DataModule
@@ -321,10 +331,15 @@ class AezooCLI(LightningCLI):
         except SystemExit:
             # Lightning ends with 1 after an interrupt that it has handled
             held = self._get(self.config_init, "interrupt")
-            print(self._how_to_resume(), file=sys.stderr)
+            with contextlib.suppress(OSError):  # of a terminal that is gone
+                print(self._how_to_resume(), file=sys.stderr)
             sys.exit(128 + (held.signum or signal.SIGINT))
         except BaseException as error:
             ranks.end_others(self.trainer, error)
+            if isinstance(error, BrokenPipeError):
+                with contextlib.suppress(OSError):
+                    print(self._how_to_resume(" by a broken pipe, as nobody reads the output,"), file=sys.stderr)
+                raise
             if re.search("Early stopping conditioned on metric|could not find the monitored", str(error)):
                 raise AezooError(" ".join(str(error).split()).partition(" HINT")[0]) from error
             if (line := _refusal(error)) is not None:
@@ -336,13 +351,13 @@ class AezooCLI(LightningCLI):
                 "that differ from the checkpoint's"
             ) from error
 
-    def _how_to_resume(self) -> str:
+    def _how_to_resume(self, by: str = "") -> str:
         last = getattr(callbacks.saver_of(self.trainer), "last_model_path", None)
         if self.subcommand != "fit" or not last:
-            return "aezoo: interrupted; nothing was saved"
+            return f"aezoo: interrupted{by}; nothing was saved"
         run = shlex.quote(str(run_folder.run_of(Path(last), Path(self.trainer.default_root_dir)) or last))
         return (
-            f"aezoo: interrupted at epoch {self.trainer.current_epoch}, step {self.trainer.global_step}; "
+            f"aezoo: interrupted{by} at epoch {self.trainer.current_epoch}, step {self.trainer.global_step}; "
             f"last saved: {last}\ngo on with: aezoo fit --ckpt_path {run}"
         )
 
@@ -394,7 +409,7 @@ def main(argv: list[str]) -> None:
 
     Raises:
         AezooError: what the user must mend.
-        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 0 after help.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 0 after help.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
     # data in memory need no workers

@@ -29,7 +29,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from aezoo import durable, ranks, run_folder
+from aezoo import durable, ranks, run_folder, terminal
 from aezoo.errors import AezooError
 from aezoo.lightning_cli import AezooCLI
 from aezoo.randomness import mix
@@ -51,7 +51,7 @@ _CURE = "make room, or choose a folder that can be written with --study"
 
 
 class Stopped(BaseException):
-    """Ctrl-C or SIGTERM; no Exception, which optuna and what it calls may take for a failure of theirs."""
+    """Ctrl-C, SIGTERM or SIGHUP; no Exception, which optuna and what it calls may take for a failure of theirs."""
 
 
 class _DryRun(AezooCLI):
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
 
     Raises:
         AezooError: what the user must mend; a mistake in flags or searches before the first trial.
-        SystemExit: 130 after Ctrl-C, 143 after SIGTERM; the study can be gone on with.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP; the study can be gone on with.
     """
     environment = {**os.environ, ranks.TRIAL: "1"}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -91,7 +91,8 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
         except Stopped:
             left = f"; {study.done()} of {options.trials} trials are done" if study else ""
             command = shlex.join(["aezoo", "tune", *argv])
-            print(f"aezoo: interrupted{left}\ngo on with: {command}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # of a terminal that is gone
+                print(f"aezoo: interrupted{left}\ngo on with: {command}", file=sys.stderr)
             sys.exit(128 + held[0])
         except BrokenPipeError:
             raise
@@ -145,14 +146,16 @@ def _hold(folder: Path, ends: contextlib.ExitStack) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM raise Stopped in here; the list holds which."""
+    """Ctrl-C, SIGTERM and SIGHUP raise Stopped in here; the list holds which."""
     held = [signal.SIGINT.value]
 
     def stop(signum: int, frame: Any) -> None:
+        if signum == held[0] == getattr(signal, "SIGHUP", None):
+            return  # the kernel and the shell say so each for itself
         held[0] = signum
         raise Stopped
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, *terminal.signals())}
     try:
         yield held
     finally:

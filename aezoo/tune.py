@@ -157,7 +157,7 @@ def main(argv: Sequence[str]) -> None:
 
     Raises:
         AezooError: what the user must mend.
-        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 0 after help.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 0 after help.
     """
     options, searches, flags = read(argv)
     if "LOCAL_RANK" in os.environ:

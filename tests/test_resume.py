@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from aezoo import cli, durable, lightning_cli, registry, resume
-from aezoo.callbacks import dashboard
+from aezoo.callbacks import ProgressBar, dashboard
 from aezoo.callbacks.checkpoints import Checkpoints
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
@@ -382,20 +383,66 @@ def test_callbacks_that_a_command_adds_are_there_once(tmp_path, monkeypatch):
     assert text.count("callbacks.EMA") == 1 and "decay: 0.5" in text
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_step_and_ends_with_its_code(run, monkeypatch, capsys, number, code):
-    true = VAE.training_step
+@pytest.fixture
+def hangs_up():
+    """What SIGHUP does here where nobody listens, instead of ending the tests."""
+    before = signal.signal(signal.SIGHUP, lambda *_: pytest.fail("nobody listens to SIGHUP"))
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+class Gone(io.StringIO):
+    """An output that nobody reads any more."""
+
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.usefixtures("hangs_up")
+@pytest.mark.parametrize(
+    ("number", "times", "code"), [(signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGHUP, 2, 129)]
+)
+def test_a_signal_saves_the_step_and_ends_with_its_code(run, monkeypatch, capsys, number, times, code):
+    true, write = VAE.training_step, os.write
 
     def step(self, batch, batch_idx):
         if self.trainer.global_step == 7:
-            os.kill(os.getpid(), number)
+            if number == signal.SIGHUP:  # the terminal has gone with it, of which kernel and shell tell us both
+                monkeypatch.setattr(sys, "stderr", Gone())
+                monkeypatch.setattr(os, "write", lambda fd, text: Gone().write(text) if fd == 2 else write(fd, text))
+            for _ in range(times):
+                os.kill(os.getpid(), number)
         return true(self, batch, batch_idx)
 
     monkeypatch.setattr(VAE, "training_step", step)
     with pytest.raises(SystemExit) as end:
         go_on()
     assert end.value.code == code
-    assert "interrupted at epoch 2, step 8" in capsys.readouterr().err
+    assert ("interrupted at epoch 2, step 8" in capsys.readouterr().err) == (number != signal.SIGHUP)
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "Input/output")])
+def test_a_run_that_nobody_reads_keeps_its_step_and_does_not_end_well(run, monkeypatch, capsys, error):
+    """A reader that has gone is told by a print: of the bar, which cannot take itself off the screen either then."""
+
+    def show(self, trainer, *_):
+        if trainer.global_step == 8:
+            raise error
+
+    def take_off(self):
+        if self.trainer.global_step == 8:
+            raise error
+
+    monkeypatch.setattr(ProgressBar, "on_train_batch_end", show)
+    monkeypatch.setattr(ProgressBar, "_stop_progress", take_off)
+    with pytest.raises(SystemExit) as end:
+        go_on()
+    said = capsys.readouterr().err
+    if isinstance(error, BrokenPipeError):
+        assert end.value.code == 141 and "broken pipe" in said
+        assert said.splitlines()[-1].startswith("go on with: aezoo fit --ckpt_path ")
+    assert end.value.code
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 8
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_warn
 
-from aezoo import durable, ranks, run_folder
+from aezoo import durable, ranks, run_folder, terminal
 from aezoo.arguments import Checked
 from aezoo.callbacks.base import check_count, check_share, is_dry_run
 from aezoo.callbacks.interrupt import AGREE_EVERY, Interrupt
@@ -223,7 +223,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         counts = batches.state_dict()["current"]
         between = counts["ready"] == counts["processed"] and not batches.is_last_batch
         between = between and counts["ready"] % trainer.accumulate_grad_batches == 0
-        if not isinstance(exception, KeyboardInterrupt):
+        if not isinstance(exception, KeyboardInterrupt) and not terminal.is_gone(exception):
             return
         if between and self._should_save_on_exception(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -1,5 +1,6 @@
-"""Ctrl-C, SIGTERM and SLURM's signals between two batches."""
+"""Ctrl-C, SIGTERM, SIGHUP and SLURM's signals between two batches."""
 
+import contextlib
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from aezoo import ranks
+from aezoo import ranks, terminal
 
 _HELD = b"\naezoo: stopping after this batch; press Ctrl-C again to stop at once\n"
 # batches between two agreements of the ranks, each of which waits for the slowest
@@ -20,12 +21,13 @@ AGREE_EVERY = 8
 
 
 class Interrupt(pl.Callback):
-    """Holds the first SIGINT or SIGTERM of a fit until the batch is done, then raises KeyboardInterrupt.
+    """Holds the first SIGINT, SIGTERM or SIGHUP of a fit until the batch is done, then raises KeyboardInterrupt.
 
     A checkpoint that is written then (by Checkpoints) can be resumed from exactly; one written within a batch, between
     batches whose gradients are summed, or on the last batch of an epoch cannot, so the batches that are still needed
     follow first: on the last batch of an epoch, and during a validation, that is the end of the epoch. A second signal
-    interrupts at once. Several ranks agree on the batch.
+    interrupts at once, but for SIGHUP: of a terminal that is closed the kernel and the shell tell a run, each for
+    itself. Under `nohup`, which has SIGHUP ignored, it goes on. Several ranks agree on the batch.
 
     Under SLURM the signal that announces the end of a job (SIGUSR1, or what the cluster environment names) does the
     same, and once Checkpoints has written its file the job is put into the queue again where Lightning would do so.
@@ -87,7 +89,7 @@ class Interrupt(pl.Callback):
         # back all handlers at the end of a run, however that ends
         if threading.current_thread() is not threading.main_thread():
             return
-        signals = {signal.SIGINT, signal.SIGTERM}
+        signals = {signal.SIGINT, *terminal.signals()}
         environment = _slurm(trainer)
         if environment is not None or SLURMEnvironment.detect():
             signals.add(_requeue_signal(environment))
@@ -95,12 +97,13 @@ class Interrupt(pl.Callback):
             signal.signal(number, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._leaving:
+        if self._leaving or (self.signum is not None and signum == getattr(signal, "SIGHUP", None)):
             return
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
-        os.write(2, _HELD)  # print is not safe in a signal handler
+        with contextlib.suppress(OSError):  # who would read it may be gone by the same signal, as `tee` is
+            os.write(2, _HELD)  # print is not safe in a signal handler
 
     def _agree(self, trainer: pl.Trainer) -> None:
         asked = self.signum is not None

@@ -1,5 +1,6 @@
 """The progress bar."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -98,6 +99,10 @@ class ProgressBar(Checked, RichProgressBar):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._print_epoch(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be what has gone; others have yet to save
+            super().on_exception(trainer, pl_module, exception)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop_progress()  # before others print: what is printed over a live bar repeats it

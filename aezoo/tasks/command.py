@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from aezoo import acceleration, checkpoint
+from aezoo import acceleration, checkpoint, terminal
 from aezoo.data import DataModule, images
 from aezoo.data.array import arrange, check_length, number_labels
 from aezoo.data.memory import numeric, real
@@ -119,15 +119,22 @@ def main(argv: list[str]) -> None:
 
 @contextmanager
 def _cleaning_up() -> Iterator[None]:
-    """SIGTERM, by which clusters end jobs, leaves no half written files, which may be large: it ends us like Ctrl-C."""
+    """SIGTERM of clusters and SIGHUP of terminals leave no half written files, which may be large: like Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield  # which alone may ask for signals
         return
-    before = signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+
+    def leave(signum: int, _: Any) -> None:
+        if signum != signal.SIGTERM:
+            signal.signal(signum, signal.SIG_IGN)  # the kernel and the shell say so each for itself
+        sys.exit(128 + signum)
+
+    before = {number: signal.signal(number, leave) for number in terminal.signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def parser_of(verb: str, function: Callable[..., Any]) -> Parser:

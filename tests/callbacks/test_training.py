@@ -325,7 +325,7 @@ class Kill(pl.Callback):
         self.after += trainer.global_step > self.at
 
 
-HANDLERS = signal.SIGINT, signal.SIGTERM
+HANDLERS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 @pytest.fixture
@@ -390,6 +390,17 @@ def test_handlers_come_back_after_an_error(fit):
 
     with pytest.raises(RuntimeError, match="stop"):
         fit(Fake((4,)), Interrupt(), Fail())
+
+
+@pytest.mark.usefixtures("handlers")
+def test_under_nohup_the_end_of_the_terminal_is_none_of_the_run(fit):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt = Interrupt()
+        assert fit(Fake((4,)), Kill(4, signal.SIGHUP), interrupt).current_epoch == 2
+        assert interrupt.signum is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_in_a_thread_no_handler_is_installed(fit):

@@ -323,22 +323,27 @@ def test_mistakes_end_in_one_line(run, capsys, flags, words):
     assert words in refused(capsys, "reconstruct", *[str(run) if flag == "RUN" else flag for flag in flags])
 
 
-def test_sigterm_leaves_nothing_half_written(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_written(run, tmp_path, monkeypatch, number):
     from aezoo.tasks import reconstruct
 
     def ended(*_):
         assert len(list(tmp_path.iterdir())) == 2
-        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1 + (number == signal.SIGHUP)):  # of which the kernel and the shell tell
+            os.kill(os.getpid(), number)
+
+    def afterwards(*_):
+        pytest.fail("nobody listens")
 
     monkeypatch.setattr(reconstruct, "_picture", ended)
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is to be there afterwards
+    before = signal.signal(number, afterwards)
     try:
         with pytest.raises(SystemExit) as end:
             cli.main(["reconstruct", "--ckpt_path", str(run), f"--out={tmp_path}"])
-        assert end.value.code == 143 and list(tmp_path.iterdir()) == []
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        assert end.value.code == 128 + number and list(tmp_path.iterdir()) == []
+        assert signal.getsignal(number) == afterwards
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 def test_help_names_the_flags_of_the_verb_and_needs_no_model(capsys):

@@ -1,0 +1,34 @@
+"""Terminals and pipes that go away while something runs."""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+
+
+def signals() -> tuple[signal.Signals, ...]:
+    """What asks a program to end: SIGTERM, and SIGHUP of a terminal that is closed unless `nohup` has it ignored."""
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN:
+        return (signal.SIGTERM,)
+    return signal.SIGTERM, hangup
+
+
+def is_gone(error: BaseException) -> bool:
+    """Whether an error says that nobody reads any more: of a pipe, or of a terminal."""
+    return isinstance(error, BrokenPipeError) or (
+        isinstance(error, OSError) and error.errno == errno.EIO and error.filename is None
+    )
+
+
+def let_go() -> None:
+    """Point those of our two outputs that nobody reads to nothing, lest the interpreter's last flush fails."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            if not is_gone(error):
+                continue
+            with contextlib.suppress(OSError):  # one without a file of its own
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -76,6 +76,7 @@ BENCHMARKS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; `argv` replaces `sys.argv[1:]`. Exit code 2: the user must mend something."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    terminal.show_what_can_be_shown()
     try:
         _run(argv)
     except AezooError as error:
@@ -96,12 +97,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\naezoo: interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        terminal.let_go()
 
 
 def _run(argv: list[str]) -> None:
     match argv:
         case ["help", command, *_] if command in (*LIGHT, *HEAVY, *VERBS):
             _run([command, "--help"])
+        case ["help", command, *_] if not command.startswith("-"):
+            _run([command])
         case [] | ["-h" | "--help" | "help", *_]:
             print(HELP, end="")
         case ["--version" | "-V", *_]:

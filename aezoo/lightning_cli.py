@@ -240,6 +240,8 @@ class AezooCLI(LightningCLI):
         except AezooError:
             raise
         except Exception as error:  # what a class of Lightning or of a plug-in says to values that it does not take
+            if registry.too_large(error.__cause__ or error):
+                raise AezooError(registry.does_not_fit(self.request.model or "the model")) from error
             # jsonargparse wraps what a constructor raises in a report on all types that it tried
             raise AezooError(plain(f"{error}" or repr(error), self._parser(self.subcommand))) from error
         self.model.importance_samples = self._get(self.config_init, "importance_samples")

@@ -72,6 +72,10 @@ def plain(message: str, parser: LightningArgumentParser) -> str:
         name = ".".join(filter(None, unknown.groups()))
         return f"unknown setting {name}{_near(f'--{name}', _flags(parser)).replace('--', '')}"
     bare = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
+    if bare and bare[1].startswith("-"):
+        spelt = f"-{bare[1]}"
+        named = spelt.startswith("--model.")
+        return f"unknown flag {bare[1]}{f', did you mean {spelt}?' if named else _near(spelt, _flags(parser))}"
     if bare:
         meant = {"--model": "a model", "-c": "a recipe or a file", "--ckpt_path": "a run", "--input": "what to work on"}
         known = {"-c", *_flags(parser)} if "--config" in _flags(parser) else _flags(parser)

@@ -197,9 +197,20 @@ def create_model(name: str, input_shape: tuple[int, ...] = (1, 28, 28), **hyperp
         shape = tuple(input_shape) if isinstance(input_shape, Iterable) else input_shape
         return cls(input_shape=shape, **hyperparameters)
     except (RuntimeError, MemoryError) as error:
-        if "alloc" in str(error) or "overflow" in str(error) or isinstance(error, MemoryError):
-            raise AezooError(f"{name} of this size does not fit in memory: lower latent_dim or hidden_dims") from error
+        if too_large(error):
+            raise AezooError(does_not_fit(name)) from error
         raise
+
+
+def too_large(error: BaseException) -> bool:
+    """Whether memory was not enough for a model that was to be made."""
+    said = isinstance(error, RuntimeError) and ("alloc" in str(error) or "overflow" in str(error))
+    return said or isinstance(error, MemoryError)
+
+
+def does_not_fit(name: str) -> str:
+    """What to do about that, in one line."""
+    return f"{name} of this size does not fit in memory: lower latent_dim or hidden_dims"
 
 
 def check_hyperparameters(cls: type, hyperparameters: Iterable[str], name: str) -> None:

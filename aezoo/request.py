@@ -261,6 +261,9 @@ def _model_of(config: dict[str, Any]) -> str | None:
 def _config_file(value: str) -> tuple[Path, dict[str, Any]]:
     if "://" in value:
         raise AezooError(f"configurations are read from disk only, not from {value}: download it first")
+    if (Path(value) / "config.yaml").is_file():
+        raise AezooError(f"{value} is a run's folder: its settings are -c {Path(value) / 'config.yaml'}, and "
+                         f"--ckpt_path {value} goes on with it")  # fmt: skip
     path = Path(value) if Path(value).is_file() else find_recipe(value)
     content = yaml_text.read(path)
     if not isinstance(content, dict):

@@ -1,10 +1,17 @@
-"""Terminals and pipes that go away while something runs."""
+"""Terminals and pipes: what they cannot show, and that they go away while something runs."""
 
 import contextlib
 import errno
 import os
 import signal
 import sys
+
+
+def show_what_can_be_shown() -> None:
+    """Let a question mark stand for what our output's encoding lacks, as for letters in names, instead of failing."""
+    if getattr(sys.stdout, "errors", None) == "strict":
+        with contextlib.suppress(AttributeError, OSError):  # of an output that somebody has put there
+            sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def signals() -> tuple[signal.Signals, ...]:

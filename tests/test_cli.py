@@ -186,6 +186,14 @@ def test_the_reader_of_a_pipe_may_leave():
     assert done.stderr == ""
 
 
+def test_an_output_without_all_letters_shows_the_others():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "aezoo", "list", "factorized_prior"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0 and "(Ball? et al. 2017)" in done.stdout, done.stderr
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +237,11 @@ def test_a_saved_model_is_neither_promised_nor_taken_where_a_checkpoint_is_neede
         (["fit", "--model", "vae", "--data.batch_size", "0"], "at least 1"),
         (["fit", "--model", "conv_ae", "--data.name", "array", "--data.root", "no.npy"], "no.npy does not exist"),
         (["fit", "--model", "vae", "--optimizer", "AdamW"], "unknown flag --optimizer"),
+        (["fit", "--model", "vae", "--data", "CIFAR10"], "did you mean 'cifar10'"),
+        (["fit", "--model", "vae", "--model.latent_dim", "99999999999"], "vae of this size does not fit in memory"),
+        (["fit", "-model", "vae"], "unknown flag -model, did you mean --model?"),
+        (["fit", "--model", "vae", "-model.latent_dim", "2"], "did you mean --model.latent_dim?"),
+        (["help", "ft"], "did you mean 'fit'"),
         (["test", "--model", "vae"], "needs a trained model"),
         (["test", "--ckpt_path", "nothing"], "no checkpoint at nothing"),
         (["test", "--ckpt_path", "https://example.org/a.ckpt"], "from disk only"),
@@ -371,6 +384,13 @@ def test_on_and_off_need_no_quotes_in_yaml():
     fit("-c", "mine.yaml")
     config = yaml.safe_load(Path("runs/mine/0/config.yaml").read_text())
     assert (config["compile"], config["data"]["memory"]) == ("off", "on")
+
+
+def test_a_run_is_not_taken_for_a_recipe(capsys):
+    Path("runs/vae/0").mkdir(parents=True)
+    Path("runs/vae/0/config.yaml").write_text("model: vae\n")
+    line = refused(capsys, "fit", "-c", "runs/vae/0")
+    assert "a run's folder: its settings are -c runs/vae/0/config.yaml, and --ckpt_path runs/vae/0 goes on" in line
 
 
 def test_a_local_file_wins_over_a_recipe_of_that_name():

@@ -15,6 +15,9 @@ from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder
 from aezoo.callbacks.checkpoints import saver_of
 from aezoo.data import DataModule
 
+# columns beside the longest name that a frame and a path take at least
+_LEAST = 30
+
 
 class Summary(pl.Callback):
     """At the end of fit, validate and test, a table: figures, where things are, and the next command to type.
@@ -86,9 +89,11 @@ class Summary(pl.Callback):
 
 @rank_zero_only
 def show(title: str, rows: dict[str, str], commands: list[str]) -> None:
-    """Print rows as a table and, below it, commands that can be copied; without frames where no terminal is."""
+    """Print rows as a table and, below it, commands that can be copied; without frames where no wide terminal is."""
     console = get_console()
-    if console.is_terminal or console.is_jupyter:
+    wide = max(map(len, rows), default=0)
+    # a frame in a narrow window would leave values no room
+    if (console.is_terminal or console.is_jupyter) and console.width >= wide + _LEAST:
         table = Table(title=title, box=box.ROUNDED, show_header=False, title_justify="left", title_style="bold")
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")
@@ -99,7 +104,6 @@ def show(title: str, rows: dict[str, str], commands: list[str]) -> None:
             # a line broken by us could not be copied
             console.print("Next:" if i == 0 else "     ", command, soft_wrap=True, highlight=False, markup=False)
         return
-    wide = max(map(len, rows), default=0)
     lines = [f"{title}", *(f"  {name:{wide}}  {value}" for name, value in rows.items())]
     print("\n".join([*lines, *(f"Next: {command}" for command in commands)]), flush=True)
 

@@ -48,7 +48,7 @@ def open_source(options: Options) -> Source:
         return factory(options)
     if options.name in plugins:
         return _load(plugins[options.name])(options)
-    close = difflib.get_close_matches(options.name, [*_BUILT_IN, *plugins], n=1)
+    close = difflib.get_close_matches(options.name.lower().replace("-", "_"), [*_BUILT_IN, *plugins], n=1)
     hint = f", did you mean {close[0]!r}?" if close else "."
     raise AezooError(f"unknown data {options.name!r}{hint} Known: {', '.join(list_data())}; or the path of your own")
 

@@ -41,7 +41,7 @@ def scan(root: Path) -> tuple[Files, tuple[str, ...]]:
     childless = [name for name in _folders(homes["train"]) if name not in in_train] if names else []
     empty = [name for name in childless if next(_found(homes["train"] / name, ()), None) is None]
     if empty:
-        warnings.warn(f"{root}: the class folders {', '.join(empty)} hold no images", stacklevel=2)
+        warnings.warn(f"{root}: {len(empty)} class folders hold no images: {few(empty)}", stacklevel=2)
     numbers = {name: i for i, name in enumerate(names)}
     files: Files = {
         stage: [(path, numbers.get(top, -1)) for path, top in images] for stage, images in found.items() if images

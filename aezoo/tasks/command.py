@@ -263,6 +263,8 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
     shape = tuple(real(arrays[name], f"{path}: {name}").shape)
     if len(shape) < 2:
         raise AezooError(f"{path}: {name} has shape {shape}: give samples (N, *shape), one sample as {name}[None]")
+    if 0 in shape:
+        raise AezooError(f"{path}: {name} is empty (shape {shape}): give at least one sample")
     x = arrange(numeric(arrays[name], f"{path}: {name}", columns), given.get("layout", "auto"))
     x = images.fit(x, size, channels) if x.ndim == 4 else x
     labels = arrays.get(name.replace("x", "y", 1))

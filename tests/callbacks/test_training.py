@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import aezoo
 from aezoo import callbacks as zoo
-from aezoo.callbacks import EMA, BetaAnnealing, Interrupt, PredictionWriter, ProgressBar
+from aezoo.callbacks import EMA, BetaAnnealing, Interrupt, PredictionWriter, ProgressBar, summary
 from aezoo.callbacks.base import Picture
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
@@ -487,6 +487,15 @@ def test_the_summary_is_not_printed_over_a_live_bar(fit, monkeypatch):
     table = out.getvalue().split("Trained")
     assert len(table) == 2
     assert "Epoch" not in table[1]
+
+
+@pytest.mark.parametrize(("width", "framed"), [(24, False), (80, True)])
+def test_the_summary_keeps_its_figures_in_a_narrow_window(monkeypatch, capsys, width, framed):
+    out = terminal(monkeypatch, width)
+    monkeypatch.setattr("aezoo.callbacks.summary.get_console", lambda: zoo.progress.get_console())
+    summary.show("Tested", {"test/log_likelihood": "-118.9"}, [])
+    assert ("-118.9" in out.getvalue()) == framed
+    assert capsys.readouterr().out == ("" if framed else "Tested\n  test/log_likelihood  -118.9\n")
 
 
 def test_the_bar_costs_little_between_two_refreshes(fit, monkeypatch):

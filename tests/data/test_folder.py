@@ -398,9 +398,9 @@ def test_empty_missing_and_wrong_folders(tmp_path):
 def test_empty_class_folder_is_told(tmp_path):
     for name in ("a", "b"):
         pictures(tmp_path / name, 5)
-    (tmp_path / "c").mkdir()
-    (tmp_path / ".git").mkdir()
-    with pytest.warns(UserWarning, match="class folders c hold no images"):
+    for name in (*"cdefg", ".git"):
+        (tmp_path / name).mkdir()
+    with pytest.warns(UserWarning, match=r": 5 class folders hold no images: c, d, e, \.\.\.$"):
         assert DataModule("folder", root=str(tmp_path)).num_classes == 2
 
 

@@ -323,6 +323,12 @@ def test_mistakes_end_in_one_line(run, capsys, flags, words):
     assert words in refused(capsys, "reconstruct", *[str(run) if flag == "RUN" else flag for flag in flags])
 
 
+def test_a_file_without_a_sample_is_refused(run, tmp_path, capsys):
+    np.save(tmp_path / "none.npy", np.zeros((0, 1, 8, 8), np.float32))
+    line = refused(capsys, "reconstruct", "--ckpt_path", str(run), "--input", str(tmp_path / "none.npy"))
+    assert line.endswith("none.npy: x is empty (shape (0, 1, 8, 8)): give at least one sample")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing_half_written(run, tmp_path, monkeypatch, number):
     from aezoo.tasks import reconstruct

@@ -1,10 +1,13 @@
 """The command line as a user meets it: light commands, short names, recipes, checkpoints alone, errors of one line."""
 
+import gc
 import os
 import re
 import subprocess
 import sys
 import warnings
+from importlib import abc
+from importlib.util import spec_from_loader
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +55,29 @@ def test_light_commands_need_no_torch(argv):
     code = f"import sys; from aezoo.cli import main; main({argv!r}); assert 'torch' not in sys.modules; print('light')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.rstrip().endswith("light"), done.stderr
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_imports_of_what_stays_are_not_searched_for_garbage(monkeypatch, whole):
+    seen = []
+
+    class Trained(abc.Loader):
+        def exec_module(self, module):
+            seen.append(gc.isenabled())
+            module.main = lambda argv: seen.append(gc.isenabled())
+
+    class Finder:
+        def find_spec(self, name, *_):
+            return spec_from_loader(name, Trained()) if name == "aezoo.lightning_cli" else None
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    monkeypatch.setattr(sys, "argv", ["aezoo", "fit"])
+    monkeypatch.setattr(gc, "freeze", lambda: seen.append("kept"))  # which would keep the garbage of the tests
+    monkeypatch.setitem(sys.modules, "aezoo.lightning_cli", None)  # and after the test as it was
+    monkeypatch.setattr(aezoo, "lightning_cli", None, raising=False)
+    del sys.modules["aezoo.lightning_cli"], aezoo.lightning_cli
+    cli.main(None if whole else ["fit"])
+    assert seen == [False, *["kept"] * whole, True]
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,18 @@ def test_rows_are_compared_in_parts(monkeypatch: Any) -> None:
     torch.testing.assert_close(quantiser.move(z, *given), whole)
 
 
+@pytest.mark.parametrize(
+    ("size", "k", "shift"), [(23, 2, 0.0), (200, 8, 0.0), (203, 1, 0.0), (5, 9, 0.0), (203, 8, 300.0)]
+)
+def test_distances_are_those_of_a_sort_in_float64_for_any_queue_and_far_from_0(size: int, k: int, shift: float) -> None:
+    quantiser = VectorPerturbation(D, K, queue_size=size, neighbours=k)
+    quantiser.queue_SD.add_(shift)
+    z = torch.randn(600, D) + shift
+    off = np.linalg.norm(z.double().numpy()[:, None] - quantiser.queue_SD.double().numpy(), axis=2)
+    expected = np.sort(off, axis=1)[:, [min(k, size) - 1, quantiser.m - 1]]
+    np.testing.assert_allclose(torch.stack(quantiser.distances(z), 1).numpy(), expected, rtol=3e-7)
+
+
 def test_the_density_that_is_estimated_stays_as_it_is_and_moves_without_a_choice_widen_it() -> None:
     """On a line the estimate 1 / D_k can be summed: rows drawn from it are moved ten times, and drawn anew."""
     torch.manual_seed(0)

@@ -330,9 +330,13 @@ HANDLERS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 @pytest.fixture
 def handlers():
+    """Those of a terminal, also where the tests run under nohup."""
+    of_tests = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = [signal.getsignal(number) for number in HANDLERS]
     yield
-    assert [signal.getsignal(number) for number in HANDLERS] == before
+    after = [signal.getsignal(number) for number in HANDLERS]
+    signal.signal(signal.SIGHUP, of_tests)
+    assert after == before
 
 
 @pytest.mark.usefixtures("handlers")

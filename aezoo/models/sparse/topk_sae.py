@@ -134,11 +134,9 @@ class TopKSAE(UnitNorm, Autoencoder):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         pi_BN = self.pre_activations(x)
         f_BN, x_hat = self.reconstruct(pi_BN, self.k)
-        nll_B = self.nll(x_hat, x)
-        usage = self.usage(f_BN)
+        nll_B, usage = self.nll(x_hat, x), self.usage(f_BN)
         aux_B = self.aux(x, x_hat, pi_BN)
-        loss = (nll_B + self.aux_weight * aux_B).mean()
-        terms = {"loss": loss, "nll": nll_B.mean(), "aux": aux_B.mean(), **usage}
+        terms = {"loss": (nll_B + self.aux_weight * aux_B).mean(), "nll": nll_B.mean(), "aux": aux_B.mean(), **usage}
         if self.multi_weight:
             terms["multi"] = self.nll(self.reconstruct(pi_BN, min(4 * self.k, *self.code_shape))[1], x).mean()
             terms["loss"] = terms["loss"] + self.multi_weight * terms["multi"]

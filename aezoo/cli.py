@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _importing(whole: bool) -> Iterator[None]:
+def importing(whole: bool) -> Iterator[None]:
     """Look for no garbage in what stays: a quarter of the time of imports; never again if the process is ours."""
     enabled = gc.isenabled()
     gc.disable()
@@ -138,17 +138,17 @@ def _run(argv: list[str], whole: bool = False) -> None:
         case ["benchmark", *rest]:
             _benchmark(rest)
         case ["tune", *rest]:
-            with _importing(whole):
+            with importing(whole):
                 from aezoo import tune
 
             tune.main(rest)
         case [command, *_] if command in HEAVY:
-            with _importing(whole):
+            with importing(whole):
                 from aezoo import lightning_cli
 
             lightning_cli.main(argv)
         case [command, *_] if command in VERBS:
-            with _importing(whole):
+            with importing(whole):
                 from aezoo.tasks import command as verb
 
             verb.main(argv)

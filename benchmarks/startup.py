@@ -20,8 +20,11 @@ _IMPORTS = "import torch, lightning, torchmetrics, os; os._exit(0)"
 # a callback among the command line's own, so that everything else is what a user runs
 _FIRST_STEP = """
 import os, sys
-from lightning.pytorch import Callback
-from aezoo import cli, lightning_cli
+from aezoo import cli
+
+with cli.importing(True):
+    from lightning.pytorch import Callback
+    from aezoo import lightning_cli
 
 class FirstStep(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

@@ -28,17 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import aezoo
-from aezoo import (
-    acceleration,
-    callbacks,
-    durable,
-    flag_help,
-    ranks,
-    registry,
-    resume,
-    run_folder,
-    trainer_settings,
-)
+from aezoo import acceleration, callbacks, durable, flag_help, ranks, registry, resume, run_folder, trainer_settings
 from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import dashboard
 from aezoo.data import DataModule

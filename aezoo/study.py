@@ -150,7 +150,7 @@ def _signals() -> Iterator[list[int]]:
     held = [signal.SIGINT.value]
 
     def stop(signum: int, frame: Any) -> None:
-        if signum == held[0] == getattr(signal, "SIGHUP", None):
+        if signum == held[0] == terminal.HANGUP:
             return  # the kernel and the shell say so each for itself
         held[0] = signum
         raise Stopped

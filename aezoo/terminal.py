@@ -6,6 +6,9 @@ import os
 import signal
 import sys
 
+# what the kernel and a shell tell of a terminal that is closed, each for itself; Windows has none
+HANGUP = getattr(signal, "SIGHUP", None)
+
 
 def show_what_can_be_shown() -> None:
     """Let a question mark stand for what our output's encoding lacks, as for letters in names, instead of failing."""
@@ -16,10 +19,9 @@ def show_what_can_be_shown() -> None:
 
 def signals() -> tuple[signal.Signals, ...]:
     """What asks a program to end: SIGTERM, and SIGHUP of a terminal that is closed unless `nohup` has it ignored."""
-    hangup = getattr(signal, "SIGHUP", None)
-    if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN:
+    if HANGUP is None or signal.getsignal(HANGUP) is signal.SIG_IGN:
         return (signal.SIGTERM,)
-    return signal.SIGTERM, hangup
+    return signal.SIGTERM, HANGUP
 
 
 def is_gone(error: BaseException) -> bool:

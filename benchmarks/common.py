@@ -197,6 +197,19 @@ def as_text(value: object) -> str:
     return " ".join(str(value).split())
 
 
+def as_number(text: str) -> float | None:
+    """What a cell says as a number, or None."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def number(row: Mapping[str, str], name: str) -> float | None:
+    """A cell as a number, or None."""
+    return as_number(row.get(name, ""))
+
+
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Commands at the head of a CSV, and its rows.
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import labels
+from . import common, labels
 from .labels import SIZE
 
 if TYPE_CHECKING:
@@ -33,10 +33,8 @@ _PEERS = {
 
 def number(row: Row, name: str) -> float:
     """A cell as a number, NaN where there is none."""
-    try:
-        return float(row.get(name, ""))
-    except ValueError:
-        return float("nan")
+    found = common.number(row, name)
+    return math.nan if found is None else found
 
 
 def _positive(rows: Sequence[Row], *names: str) -> list[Row]:

@@ -1,13 +1,12 @@
 """The CSV of `benchmarks.quality`: which row is of which run, and the baselines that its rows have in common."""
 
 import hashlib
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .common import Table, as_text
+from .common import Table, as_text, number
 
 KEY = ("model", "code_size", "seed", "budget", "batch_size", "probe_rows")
 BASELINE = ("pixels_probe", "pixels_knn", "pca_probe", "pca_knn", "pca_mse", "pca_psnr")
@@ -33,9 +32,9 @@ class QualityTable(Table):
         if len({there.get("importance_samples", ""), wanted["importance_samples"]} - {""}) > 1:
             return False
         most = wanted["most_seconds"]
-        return there.get("most_seconds", "") == most or (
-            is_whole(there) and (not most or _number(there, "seconds") <= float(most))
-        )
+        took = number(there, "seconds")
+        in_time = not most or (took is not None and took <= float(most))
+        return there.get("most_seconds", "") == most or (is_whole(there) and in_time)
 
     def put_run(self, row: Mapping[str, Any]) -> None:
         """Put a run's row; how many draws there were is a setting where something was drawn, or may have been."""
@@ -76,15 +75,8 @@ class QualityTable(Table):
 def is_whole(row: Mapping[str, str]) -> bool:
     """Whether a run reached its budget of epochs."""
     asked = row.get("budget", "").partition("epochs=")[2]
-    return bool(asked) and _number(row, "epochs") >= float(asked)
-
-
-def _number(row: Mapping[str, str], name: str) -> float:
-    """A cell as a number; nan, which is neither more nor less than any, where it is none."""
-    try:
-        return float(row.get(name, ""))
-    except ValueError:
-        return math.nan
+    epochs = number(row, "epochs")
+    return bool(asked) and epochs is not None and epochs >= float(asked)
 
 
 def dataset_name(data: Mapping[str, Any]) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 from aezoo.errors import AezooError
 
 from . import report_pca, report_tasks, targets
-from .common import PACKAGE, Spread, add_results, bare_parser, read_csv, run_script
-from .report_columns import BITS, DICTIONARIES, DISENTANGLE, QUALITY, Row, markdown, number, plain, spread, words
+from .common import PACKAGE, Spread, add_results, bare_parser, number, read_csv, run_script
+from .report_columns import BITS, DICTIONARIES, DISENTANGLE, QUALITY, Row, markdown, plain, spread, words
 from .report_sections import SECTIONS, Section
 from .speed import KEY, there
 

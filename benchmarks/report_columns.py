@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from .common import number
+
 Row = dict[str, str]
 
 
@@ -19,14 +21,6 @@ class Column(NamedTuple):
 
 
 # ---- cells ----------------------------------------------------------------------------------------------------------
-
-
-def number(row: Row, name: str) -> float | None:
-    """A cell as a number, or None."""
-    try:
-        return float(row.get(name, ""))
-    except ValueError:
-        return None
 
 
 def plain(value: float, digits: int = 4) -> str:

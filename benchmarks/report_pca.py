@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from .report_columns import Row, number
+from .common import number
+from .report_columns import Row
 
 NOT_EXPLAINED = "not explained: a defect until it is"
 # of models that are behind PCA where the reason is their own and not the budget's

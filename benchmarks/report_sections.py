@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from . import report_columns as of
-from .report_columns import Column, Row, number
+from .common import number
+from .report_columns import Column, Row
 
 
 class Section(NamedTuple):

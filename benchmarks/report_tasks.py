@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from .common import Spread
-from .report_columns import Column, Row, markdown, number, plain, words
+from .common import Spread, number
+from .report_columns import Column, Row, markdown, plain, words
 
 # rows that share these are compared
 SETTING = ("dataset", "task", "code_size", "budget", "fit_rows", "test_rows", "classes")

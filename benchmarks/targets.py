@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from .common import as_number, number
+
 Row = dict[str, str]
 Files = Mapping[str, Sequence[Row]]
 
@@ -52,20 +54,12 @@ class Target(NamedTuple):
         return found.median <= self.bound if self.at_most else found.median >= self.bound
 
 
-def number(row: Row, name: str) -> float | None:
-    """A cell as a number, or None."""
-    try:
-        return float(row.get(name, ""))
-    except ValueError:
-        return None
-
-
 # ---- peers ----------------------------------------------------------------------------------------------------------
 
 
 def round_rates(row: Row) -> list[float | None]:
     """Samples a second of each round; None for one that failed."""
-    return [number({"": text}, "") for text in row.get("round_rates", "").split()]
+    return [as_number(text) for text in row.get("round_rates", "").split()]
 
 
 def between(ours: str, other: str, note: str = "") -> Callable[[Sequence[Row]], Found | None]:

@@ -97,7 +97,7 @@ class Interrupt(pl.Callback):
             signal.signal(number, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._leaving or (self.signum is not None and signum == getattr(signal, "SIGHUP", None)):
+        if self._leaving or (self.signum is not None and signum == terminal.HANGUP):
             return
         if self.signum is not None:
             raise KeyboardInterrupt

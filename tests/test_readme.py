@@ -70,11 +70,11 @@ def test_sentences_say_what_the_csvs_say():
     compiled = figures("peers-dense", "ratio", party="aezoo_compiled")
     convolutional = figures("peers-conv", "ratio", party="aezoo")
     states(f"a dense network trains at {compiled[0]:.2f} to {compiled[-1]:.2f} times the loop's speed")
-    states(f"uncompiled, at {convolutional[0]:.2f} to {convolutional[-1]:.2f} times it")
+    states(f"uncompiled, at {convolutional[0]:.2f} to {convolutional[-1]:.2f} times the loop's speed")
     intel = [ratio("dense", precision, "cpu2") for precision in ("fp32", "bf16")]
     zen5 = [ratio("dense", precision, "zen5") for precision in ("fp32", "bf16")]
-    states(f"behind on an Intel processor ({intel[0]} in float32, {intel[1]} in bfloat16)")
-    states(f"on a Zen 5 ahead in float32 ({zen5[0]}) and behind in bfloat16 ({zen5[1]})")
+    states(f"slower than the loop on an Intel processor ({intel[0]} in float32, {intel[1]} in bfloat16)")
+    states(f"on a Zen 5 it is faster in float32 ({zen5[0]}) and slower in bfloat16 ({zen5[1]})")
 
     def most(end, chosen="products"):
         by_precision = (
@@ -84,7 +84,7 @@ def test_sentences_say_what_the_csvs_say():
 
     best = [*most("cpu2"), *most("zen5"), *most("zen4")]
     sentence = (
-        "up to {} times as fast as the convolution that torch would take (in bfloat16 {} times) on an Intel processor "
+        "up to {} times as fast as the convolution that torch would use (in bfloat16 {} times) on an Intel processor "
         "with AMX, {} ({}) on a Zen 5 and {} ({}) on a Zen 4"
     ).format(*best)
     states(sentence)
@@ -98,7 +98,7 @@ def test_sentences_say_what_the_csvs_say():
         return f"{figures(f'convolutions-{precision}-', found, layer='transposed_odd')[-1]:.1f}"
 
     longer = by_torch("fp32"), by_torch("bf16")
-    states("torch's takes up to {} times as long, in bfloat16 {} times (on a Zen 5)".format(*longer))
+    states("torch's layer takes up to {} times as long, in bfloat16 {} times (on a Zen 5)".format(*longer))
 
     steps = {int(row["steps"]): row["recipe"] for row in rows["published-fp32-pt2.13-cpu2"]}
     usual, longest = min(steps), max(steps)
@@ -106,9 +106,9 @@ def test_sentences_say_what_the_csvs_say():
 
     *guard, sgd = figures("speed-train-", "guard_share", "zen5")
     states(f"at most {100 * guard[-1]:.1f} % of a step on a Zen 5, where")
-    states(f"SGD's look after each step takes {100 * sgd:.0f} %")
+    states(f"SGD's check after each step takes {100 * sgd:.0f} %")
     before = figures("speed-train-", lambda row: float(row["guard_share"] or 0), "cpu2")
-    states(f"the rows of an Intel processor, up to {100 * before[-1]:.1f} %,")
+    states(f"The rows of an Intel processor, up to {100 * before[-1]:.1f} %,")
 
     def by_two(name):
         two, one = (
@@ -130,7 +130,7 @@ def test_sentences_say_what_the_csvs_say():
     sets = [{row["model"] for row in part if not row["error"]} for part in runs]
     classes = {name: registry.model_class(name) for name in registry.list_models()}
     numbers = {name for name, kind in classes.items() if not kind.discrete_code and not issubclass(kind, EntropyCoded)}
-    assert len(sets) == 4 and all(numbers <= found for found in sets) and "is numbers on four sets" in readme
+    assert len(sets) == 4 and all(numbers <= found for found in sets) and "on four data sets with three" in readme
 
 
 def test_the_report_is_that_of_the_csvs():

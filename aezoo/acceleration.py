@@ -245,7 +245,7 @@ def _heap() -> list[tuple[int, int]]:
 def announce(mode: str, chosen: bool, steps_differ: bool = False) -> None:
     """Say in a line whether the step is compiled."""
     if steps_differ and mode != "off":
-        rank_zero_info("training step: is not compiled, as it computes different things from step to step")
+        rank_zero_info("training step: not compiled, because it computes different things from step to step")
     elif mode == "auto":
         why = "the run is long enough to earn it back" if chosen else "a short run, or convolutions on a CPU"
         what = f"is {'' if chosen else 'not '}compiled ({why})"

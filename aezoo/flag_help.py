@@ -7,17 +7,19 @@ from lightning.pytorch.cli import LightningArgumentParser
 from aezoo.parsing import FROM_DATA
 from aezoo.security import policy
 
-_FIT = "A run's folder (runs/vae/0), to go on with from its newest whole checkpoint, or a checkpoint file."
-_USE = "A run's folder (runs/vae/0), of which the best checkpoint is taken, or a checkpoint file."
+_FIT = "A run folder (runs/vae/0), to continue from its newest complete checkpoint, or a checkpoint file."
+_USE = "A run folder (runs/vae/0), whose best checkpoint is used, or a checkpoint file."
 _WORDS = {
-    "config": "A name of `aezoo recipes`, or a YAML file. Several are read in their order; flags stand above them.",
-    "data": "A set of samples, as by --data.name, or a YAML file of settings for the data.",
-    "trainer.max_epochs": "Stop after this many epochs; -1: no end but max_steps or max_time.",
+    "config": "A name of `aezoo recipes`, or a YAML file. Several are read in order; flags override them.",
+    "model": "A model of `aezoo list`, such as vae, or a class of your own, such as my_package.MyModel. "
+    "--model.help NAME shows its flags.",
+    "data": "A data set, as with --data.name, or a YAML file of settings for the data.",
+    "trainer.max_epochs": "Stop after this many epochs; -1: no limit except max_steps and max_time.",
     "trainer.max_steps": "Stop after this many optimiser steps, even within an epoch; -1: no such limit.",
-    "trainer.default_root_dir": "The folder of all runs, runs if none is given: a run is <folder>/<recipe>/<number>.",
-    "trainer.callbacks": "Callbacks in place of none; --trainer.callbacks+=NAME adds one. Those of the zoo have flags "
-    "of their own, below.",
-    "trainer.logger": "TensorBoard if none is given; false logs nothing.",
+    "trainer.default_root_dir": "The folder of all runs, by default runs: a run is <folder>/<recipe>/<number>.",
+    "trainer.callbacks": "More callbacks, by default none; --trainer.callbacks+=NAME adds one. Those of the zoo have "
+    "flags of their own, below.",
+    "trainer.logger": "By default TensorBoard; false logs nothing.",
 }
 
 
@@ -40,12 +42,14 @@ def explain(parser: LightningArgumentParser, command: str) -> None:
             parser,
             "--resume",
             "RUN|auto",
-            "Go on with a run that was stopped: a run's folder or checkpoint, or auto, which finds the last run of the "
+            "Continue a run that was stopped: a run folder or a checkpoint, or auto, which finds the last run of the "
             "same command, or starts one.",
         )
     _mention(parser, policy.FLAG, "PKG", "Let a configuration name classes of this package; can be given repeatedly.")
     words = _WORDS | {"ckpt_path": _FIT if command == "fit" else _USE, "weights_only": argparse.SUPPRESS}
     for action in parser._actions:
+        if action.dest == "model":
+            action.extra_help = str  # type: ignore[attr-defined]  # not the paths of all classes
         if "--model.help" in action.option_strings:
             action.sub_add_kwargs = {"skip": {*FROM_DATA}}  # type: ignore[attr-defined]
         if action.dest in words:

@@ -330,7 +330,7 @@ def _loaded(path: str, input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
         found = aezoo.load_model(on_disk(path))
     except AezooError as error:
         raise AezooError(
-            f"tokenizer {path}: {error}; {_TAKE}; a run of a prior that is gone on with has its own: --ckpt_path RUN"
+            f"tokenizer {path}: {error}; {_TAKE}; the run of a prior holds its tokenizer: --ckpt_path RUN continues it"
         ) from error
     model = found.tokenizer if isinstance(found, IndexPrior) else found
     _checked(type(model), path)

@@ -51,8 +51,8 @@ def tell_unread(batch: Any) -> None:
     """Warn of parts of a batch that no model reads."""
     if isinstance(batch, list | tuple) and len(batch) > 2:
         rank_zero_warn(
-            f"a batch has {len(batch)} parts: the first is read as x, the second as y, the others not. A loss that "
-            "weights or masks belong in needs a model of its own"
+            f"a batch has {len(batch)} parts: the first is read as x, the second as y, the others are "
+            "ignored. For weights or masks in the loss, write a model of your own"
         )
 
 

@@ -161,27 +161,27 @@ class AezooCLI(LightningCLI):
             "--compile",
             type=Literal[acceleration.MODES],
             default="auto",
-            help="Compile the training step: auto where the run is long enough to earn it back, off, or a mode of "
-            "torch.compile.",
+            help="Compile the training step: auto, which compiles if the run is long enough to earn it back, off, or "
+            "a mode of torch.compile.",
         )
         parser.add_argument(
             "--importance_samples",
             type=_Draws,
             default=100,
-            help="Draws of the code for each sample in the log-likelihood that validate and test report.",
+            help="Importance samples for each data sample in the log-likelihood that validate and test report.",
         )
         parser.add_argument(
             "--matmul_precision",
             type=Literal["highest", "high", "medium"],
             default="high",
-            help="How a GPU multiplies float32 matrices: high is TF32, highest plain float32.",
+            help="How a GPU multiplies float32 matrices: high uses TF32, highest uses plain float32.",
         )
 
         parser.add_argument(
             "--rank_timeout",
             type=float,
             default=600.0,
-            help="Seconds that processes wait for one of them before the run ends, downloads by the first included.",
+            help="Seconds that processes wait for one another before the run ends; downloads by the first count, too.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -350,7 +350,7 @@ class AezooCLI(LightningCLI):
         run = shlex.quote(str(run_folder.run_of(Path(last), Path(self.trainer.default_root_dir)) or last))
         return (
             f"aezoo: interrupted{by} at epoch {self.trainer.current_epoch}, step {self.trainer.global_step}; "
-            f"last saved: {last}\ngo on with: aezoo fit --ckpt_path {run}"
+            f"last saved: {last}\ncontinue with: aezoo fit --ckpt_path {run}"
         )
 
     def before_fit(self) -> None:

@@ -35,7 +35,7 @@ def check_flags(argv: list[str], model: str | None, parser: LightningArgumentPar
         if flag.startswith("--model.") and "=" not in token and after.startswith("--"):
             raise AezooError(f"{flag} needs a value")  # of which jsonargparse would say that --model needs one
         if flag.replace(".init_args", "") in [f"--model.{name}" for name in FROM_DATA]:
-            raise AezooError(f"{flag} is what the data say: leave it out, or change them by --data...")
+            raise AezooError(f"{flag} follows from the data: leave it out, or change the data with --data...")
         candidates = known
         if flag.startswith("--model."):
             if model is None or registry.ALIASES.get(model, model) not in registry.entries():

@@ -118,7 +118,7 @@ def expand(argv: list[str]) -> Request:
         checkpoint.note_version(content.get("aezoo"), source)
         stored = values.plain(content.get("hyper_parameters", {}), f"{source}: its hyperparameters")
         if command == "fit" and not {"optimizer_states", "lr_schedulers"} <= content.keys():
-            raise AezooError(f"{source} holds weights alone, and no state of a training to go on from: give another "
+            raise AezooError(f"{source} holds only weights, and no training state to continue from: give another "
                              "checkpoint of its run, or fine-tune from Python with aezoo.load_model")  # fmt: skip
         settings = _settings(command, content, source, run, optional=given is not None)
         if command != "fit":
@@ -262,8 +262,8 @@ def _config_file(value: str) -> tuple[Path, dict[str, Any]]:
     if "://" in value:
         raise AezooError(f"configurations are read from disk only, not from {value}: download it first")
     if (Path(value) / "config.yaml").is_file():
-        raise AezooError(f"{value} is a run's folder: its settings are -c {Path(value) / 'config.yaml'}, and "
-                         f"--ckpt_path {value} goes on with it")  # fmt: skip
+        raise AezooError(f"{value} is a run folder: give -c {Path(value) / 'config.yaml'} for its settings, or "
+                         f"--ckpt_path {value} to continue it")  # fmt: skip
     path = Path(value) if Path(value).is_file() else find_recipe(value)
     content = yaml_text.read(path)
     if not isinstance(content, dict):
@@ -378,7 +378,7 @@ def note_other_splits(trained: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [key for key in ("seed", "val_fraction", "test_fraction") if trained.get(key, now[key]) != now[key]]
     if same_set and changed:
         flags = " and ".join(f"--data.{key}" for key in changed)
-        print(f"aezoo: {flags} splits the set otherwise than for training: the model may know these samples",
+        print(f"aezoo: {flags}: the set is split differently than for training, the model may have seen these samples",
               file=sys.stderr)  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def find(text: str) -> Path:
         AezooError: there is none.
     """
     if hub_files.is_address(text):
-        raise AezooError(f"{text} is a saved model, which has no state of a training to go on from: give a run folder")
+        raise AezooError(f"{text} is a saved model, which has no training state to continue from: give a run folder")
     if "://" in text:
         raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
     path = Path(text)
@@ -122,9 +122,9 @@ def _newest(folder: Path, first: Path | None = None) -> Path:
     found, lines = durable.newest(folder, first)
     if found is None:
         reasons = "; ".join(lines) or f"no .ckpt file in {folder}"
-        raise AezooError(f"{reasons}; no other checkpoint there is whole: train anew with --resume off")
+        raise AezooError(f"{reasons}; no other checkpoint there is complete: train from scratch with --resume off")
     for line in lines:
         print(f"aezoo: {line}", file=sys.stderr)
     if lines:
-        print(f"aezoo: going on from {found} instead", file=sys.stderr)
+        print(f"aezoo: continuing from {found} instead", file=sys.stderr)
     return found

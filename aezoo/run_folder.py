@@ -111,8 +111,8 @@ def held(folder: Path, stays: Path) -> Iterator[None]:
             _lock(ends.enter_context((folder / _LOCK).open("ab")))
         except BlockingIOError as error:
             raise AezooError(
-                f"{folder} is being written by another process: wait for it, or train anew without --ckpt_path and "
-                "--resume"
+                f"{folder} is being written by another process: wait for it, or train from scratch without "
+                "--ckpt_path and --resume"
             ) from error
         except OSError:
             pass  # no locks on this file system; what cannot be written is said when it is to be

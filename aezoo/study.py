@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
             left = f"; {study.done()} of {options.trials} trials are done" if study else ""
             command = shlex.join(["aezoo", "tune", *argv])
             with contextlib.suppress(OSError):  # of a terminal that is gone
-                print(f"aezoo: interrupted{left}\ngo on with: {command}", file=sys.stderr)
+                print(f"aezoo: interrupted{left}\ncontinue with: {command}", file=sys.stderr)
             sys.exit(128 + held[0])
         except BrokenPipeError:
             raise
@@ -113,7 +113,7 @@ def _checked(searches: Sequence[Search], flags: list[str]) -> Path:
             try:
                 _dry(flags, first | {search.name: value})
             except AezooError as error:
-                raise AezooError(f"--search.{search.name} {search.text}: {value} does not go: {error}") from error
+                raise AezooError(f"--search.{search.name} {search.text}: {value} is not possible: {error}") from error
     return home
 
 
@@ -265,7 +265,7 @@ class Study:
         self._write()
         best = self.best()
         if best is None:
-            raise AezooError(f"no trial came to an end with {options.monitor}: see {self.folder / 'trials.csv'}")
+            raise AezooError(f"no trial finished with {options.monitor}: see {self.folder / 'trials.csv'}")
         print(f"best: trial {best.number}, {options.monitor} {best.user_attrs['value']:.6g}; {_words(best.params)}")
         print(f"its run: {_run_of(self._root_of(best))}\nall trials: {self.folder / 'trials.csv'}")
         print(f"train it again: aezoo fit -c {shlex.quote(str(self.folder / 'best.yaml'))}")

@@ -95,15 +95,15 @@ def test_help_of_a_command_is_what_its_flag_shows(command, shows, capsys):
 
 
 def test_help_says_what_flags_do_here(capsys):
-    for command, checkpoint in (("fit", "to go on with from its newest whole"), ("test", "of which the best")):
+    for command, checkpoint in (("fit", "to continue from its newest complete"), ("test", "whose best")):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         text = " ".join(capsys.readouterr().out.split())
         assert text.startswith(f"usage: aezoo [options] {command}")  # under `python -m aezoo` too
         assert "A name of `aezoo recipes`, or a YAML file." in text and "--allow PKG Let a configuration" in text
         assert checkpoint in text and "registry" not in text.split("--ckpt_path CKPT_PATH", 2)[-1]
-        assert "--weights_only" not in text
-        assert ("--resume RUN|auto Go on with a run" in text) == (command == "fit")
+        assert "--weights_only" not in text and "A model of `aezoo list`" in text and "aezoo.models" not in text
+        assert ("--resume RUN|auto Continue a run" in text) == (command == "fit")
     with pytest.raises(SystemExit):
         cli.main(["fit", "--model.help", "conditional_vae"])
     text = capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_words_without_a_flag_and_classes_that_do_not_exist_are_answered(capsys)
     line = refused(capsys, "fit", "--model=vae", "--trainer.callbacks+=Foo")
     assert "trainer.callbacks: no class is named Foo" in line and "--trainer.callbacks.help" in line
     for name in ("input_shape", "num_classes"):
-        assert f"--model.{name} is what the data say" in refused(capsys, "fit", "--model=vae", f"--model.{name}=3")
+        assert f"--model.{name} follows from the data" in refused(capsys, "fit", "--model=vae", f"--model.{name}=3")
     assert "did you mean --resume?" in refused(capsys, "fit", "--model=vae", "--resme=auto")
 
 
@@ -416,7 +416,7 @@ def test_a_run_is_not_taken_for_a_recipe(capsys):
     Path("runs/vae/0").mkdir(parents=True)
     Path("runs/vae/0/config.yaml").write_text("model: vae\n")
     line = refused(capsys, "fit", "-c", "runs/vae/0")
-    assert "a run's folder: its settings are -c runs/vae/0/config.yaml, and --ckpt_path runs/vae/0 goes on" in line
+    assert "run folder: give -c runs/vae/0/config.yaml for its settings, or --ckpt_path runs/vae/0" in line
 
 
 def test_a_local_file_wins_over_a_recipe_of_that_name():
@@ -474,7 +474,7 @@ def test_weights_alone_are_no_training_to_go_on_with(capsys):
         "--trainer.callbacks.dirpath=lean")  # fmt: skip
     (lean,) = map(str, Path("lean").iterdir())
     line = refused(capsys, "fit", "--ckpt_path", lean, "--trainer.max_epochs=2")
-    assert f"{lean} holds weights alone" in line and "aezoo.load_model" in line
+    assert f"{lean} holds only weights" in line and "aezoo.load_model" in line
     cli.main(["test", "--ckpt_path", lean])
     out = capsys.readouterr().out
     assert "test/loss" in out and "run folder" not in out
@@ -599,7 +599,7 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume():
         lines += rest.read().splitlines()
     assert process.wait() == 130, "".join(lines)
     assert "Traceback" not in "".join(lines)
-    assert lines[-1].strip() == "go on with: aezoo fit --ckpt_path runs/vae-digits/0"
+    assert lines[-1].strip() == "continue with: aezoo fit --ckpt_path runs/vae-digits/0"
     step = int(re.search(r"interrupted at epoch \d+, step (\d+); last saved", "".join(lines))[1])
     checkpoint = torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == step

@@ -150,7 +150,7 @@ def test_batches_are_samples_alone_or_with_labels(row):
 
 
 def test_parts_of_a_batch_that_nobody_reads_are_named():
-    with pytest.warns(UserWarning, match="a batch has 3 parts: .* the others not"):
+    with pytest.warns(UserWarning, match="a batch has 3 parts: .* the others are ignored"):
         trained(model(), Rows((X[0], 3, 0.5)))
 
 

@@ -441,7 +441,7 @@ def test_a_run_that_nobody_reads_keeps_its_step_and_does_not_end_well(run, monke
     said = capsys.readouterr().err
     if isinstance(error, BrokenPipeError):
         assert end.value.code == 141 and "broken pipe" in said
-        assert said.splitlines()[-1].startswith("go on with: aezoo fit --ckpt_path ")
+        assert said.splitlines()[-1].startswith("continue with: aezoo fit --ckpt_path ")
     assert end.value.code
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 8
 
@@ -509,7 +509,7 @@ def test_a_run_whose_checkpoints_lie_elsewhere_goes_on(tmp_path, monkeypatch, ca
     monkeypatch.setattr(VAE, "training_step", step)
     with pytest.raises(SystemExit):
         cli.main([*command, "--trainer.max_epochs=4"])
-    assert capsys.readouterr().err.splitlines()[-1] == f"go on with: aezoo fit --ckpt_path {RUN}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"continue with: aezoo fit --ckpt_path {RUN}"
     assert steps() == 11
     cli.main(["embed", "--ckpt_path", str(RUN)])
     assert (RUN / "embed" / "codes.npy").is_file()
@@ -524,7 +524,7 @@ def test_what_an_earlier_run_has_left_is_not_what_a_later_one_goes_on_from(tmp_p
     assert resume.automatic(RUN.parent) == (None, RUN.parent / "1")
     shutil.rmtree(RUN.parent / "1")
     Path("ck").rename("gone")
-    with pytest.raises(AezooError, match=r"no .ckpt file in .*/ck; .* train anew with --resume off"):
+    with pytest.raises(AezooError, match=r"no .ckpt file in .*/ck; .* train from scratch with --resume off"):
         resume.automatic(RUN.parent)
     capsys.readouterr()
 

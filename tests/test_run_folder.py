@@ -111,7 +111,7 @@ def test_a_second_writer_of_a_run_is_refused(holder, capsys):
         cli.main([*FIT, "--trainer.max_epochs=1", "--resume=auto"])
     assert end.value.code == 2
     *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("aezoo: runs/vae-digits/0 is being written by another process: wait for it, or train anew")
+    assert line.startswith("aezoo: runs/vae-digits/0 is being written by another process: wait for it, or train")
     assert [path.name for path in (HOME / "0").iterdir()] == [".lock"]
     cli.main([*FIT, "--trainer.max_epochs=1"])
     assert (HOME / "1" / "checkpoints" / "last.ckpt").is_file()

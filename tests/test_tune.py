@@ -176,7 +176,7 @@ def test_without_the_extra_the_cure_is_said(capsys, monkeypatch):
     ("flags", "words"),
     [
         (["--search.model.latent_dmi=int:2:8"], "unknown flag --model.latent_dmi, did you mean --model.latent_dim?"),
-        (["--search.model.likelihood=bernoulli,gausian"], "bernoulli,gausian: gausian does not go: "),
+        (["--search.model.likelihood=bernoulli,gausian"], "bernoulli,gausian: gausian is not possible: "),
         (["--search.model.latent_dim=float:2:8"], "latent_dim takes int, got 2.0"),
         (["--search.model.latent_dim=int:0:8"], "latent_dim must be at least 1, got 0"),
         ([LR, "--trainer.max_epoch=3"], "did you mean --trainer.max_epochs?"),
@@ -269,7 +269,7 @@ def test_an_interrupted_study_goes_on_as_if_nothing_had_happened(fake, capsys):
     command = [*BASE, LR, "--trials=4", "--study=cut"]
     ends(*command, code=130)
     said = capsys.readouterr().err
-    assert "1 of 4 trials are done" in said and f"go on with: aezoo {' '.join(command)}" in said
+    assert "1 of 4 trials are done" in said and f"continue with: aezoo {' '.join(command)}" in said
     cli.main(command)
     whole, cut = rows(Path("whole")), rows(Path("cut"))
     assert [row["state"] for row in cut] == ["complete", "interrupted", "complete", "complete", "complete"]
@@ -396,7 +396,7 @@ def test_ctrl_c_while_the_record_is_opened(fake, capsys, monkeypatch):
     fake()
     monkeypatch.setattr(study.Study, "_opened", lambda *args: os.kill(os.getpid(), signal.SIGINT))
     ends(*BASE, LR, code=130)
-    assert "aezoo: interrupted\ngo on with: aezoo tune" in capsys.readouterr().err
+    assert "aezoo: interrupted\ncontinue with: aezoo tune" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_is_told_in_one_line(fake, capsys, monkeypatch):

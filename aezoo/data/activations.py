@@ -344,7 +344,7 @@ class Activations(Source):
             squares, n = found["train"][1], len(found["train"][0])
             factor = (squares / (n * self.input_shape[-1])).sqrt().float()
             if not bool((factor > 0).all() and factor.isfinite().all()):
-                raise AezooError(f"{self.options.layer} of {self.options.network} gives zeros, NaN or infinity alone "
+                raise AezooError(f"{self.options.layer} of {self.options.network} gives only zeros, NaN or infinity "
                                  "(--data.layer): take another layer, or --data.normalise false")  # fmt: skip
             factor = factor[:, None] if factor.ndim else factor
             self.scaling = Normalisation(factor)

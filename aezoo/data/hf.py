@@ -90,7 +90,7 @@ class HfPictures(Pictures):
         from datasets import Image
 
         if y and names is None:
-            raise AezooError(f"{options.root}: the labels are no classes: give --data.label_column none, or another")
+            raise AezooError(f"{options.root}: the labels are not classes: give --data.label_column none, or another")
         self._column = column
         # what Pillow opens is for our own rules to say
         encoded = Image(decode=False)

@@ -146,21 +146,21 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
     )
     accepted = inspect.signature(function).parameters
     if "file" in accepted:
-        parser.add_argument("--input", type=str | None, default=None, help="The file that compress has written.")
+        parser.add_argument("--input", type=str | None, default=None, help="The file that compress wrote.")
     else:
         parser.add_argument(
             "--input", type=str | None, default=None,
-            help="Work on this instead of --data: .npy, .npz, .csv, .parquet, .pt, an image, or a folder of images.",
+            help="Samples to use instead of --data: .npy, .npz, .csv, .parquet, .pt, an image, or a folder of images.",
         )  # fmt: skip
         parser.add_argument(
-            "--split", type=Literal["train", "val", "test"], default="test", help="Which split of --data."
+            "--split", type=Literal["train", "val", "test"], default="test", help="Which split of --data to use."
         )
-    parser.add_argument("--out", type=str | None, default=None, help=f"Where results go; by default RUN/{verb}.")
+    parser.add_argument("--out", type=str | None, default=None, help=f"Folder for the results; by default RUN/{verb}.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 ...")
     if "batch_size" in accepted:
-        parser.add_argument("--batch_size", type=int, default=256, help="Samples that are worked on at a time.")
+        parser.add_argument("--batch_size", type=int, default=256, help="Samples that are processed at a time.")
     if "seed" in accepted:
-        parser.add_argument("--seed", type=int, default=0, help="Fixes whatever is drawn.")
+        parser.add_argument("--seed", type=int, default=0, help="Seed of everything that is random.")
     parser.add_function_arguments(function, skip={name for name in accepted if name in _GIVEN})
     if "file" not in accepted:
         parser.add_class_arguments(DataModule, "data", instantiate=False)
@@ -200,7 +200,7 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
             raise
         # a model that works elsewhere than where it was trained
         left = "nothing is read" if config.input is None else f"{config.input} alone is used"
-        print(f"aezoo: {left}, the training data are not there: {error}", file=sys.stderr)
+        print(f"aezoo: {left}, the training data are not available: {error}", file=sys.stderr)
         return found
     if needed and config.split not in splits:
         # not larger fractions, which would take samples that the model was trained on
@@ -243,7 +243,7 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
         # not of the module, which refuses what nothing can be learnt from
         dataset, *others = (split for stage in STAGES if (split := module.source.split(stage)) is not None)
         if others:
-            print(f"aezoo: {what} has a part for training, which alone is used: give the folder of another part, or "
+            print(f"aezoo: {what} has a training split, and only this is used: give the folder of another split, or "
                   f"--data {path} --split test", file=sys.stderr)  # fmt: skip
         scaling = _scaling(trained, module.source.white, what)
         return Samples(dataset, *scaling, module.source.class_names, path)

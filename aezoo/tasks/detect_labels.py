@@ -30,7 +30,7 @@ class Protocol:
 
     def __init__(self, normal: str | None, anomaly: str | None) -> None:
         if normal is not None and anomaly is not None:
-            raise AezooError("normal and anomaly are both given: name the one normal class or the one strange class")
+            raise AezooError("normal and anomaly are both given: name the one normal class or the one anomalous class")
         self.named = anomaly if normal is None else normal
         self.normal_is_named = normal is not None
 

@@ -282,7 +282,7 @@ def test_labels_that_are_missing_or_beyond(tmp_path):
     data = DataModule("hf", root=saved(tmp_path / "fractions", {"train": table(numbers)}), **plain)
     assert data.num_classes is None
     rows = pictures(images(3)).add_column("label", [0.5, 1.5, 2.5])
-    refused("the labels are no classes", saved(tmp_path / "no", {"train": rows}))
+    refused("the labels are not classes", saved(tmp_path / "no", {"train": rows}))
     rows = table({"x": [[0.5, 0.25]] * 3, "label": [1, None, 0]})
     refused("gap, train, row 1 has no label", saved(tmp_path / "gap", {"train": rows}))
 

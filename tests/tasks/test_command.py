@@ -110,7 +110,7 @@ def test_other_data_that_are_scaled_otherwise_say_so(run, tmp_path, caplog, verb
 @pytest.mark.parametrize("verb", ["reconstruct", "test"])
 def test_other_splits_than_those_of_training_are_named(run, tmp_path, capsys, verb):
     place = [f"--out={tmp_path}"] if verb == "reconstruct" else []
-    words = "aezoo: --data.seed and --data.test_fraction splits the set otherwise than for training"
+    words = "aezoo: --data.seed and --data.test_fraction: the set is split differently than for training"
     for flags, said in ([], False), (["--data.seed=7", "--data.test_fraction=0.3"], True):
         cli.main([verb, "--ckpt_path", str(run), *flags, *place])
         assert (words in capsys.readouterr().err) == said
@@ -407,7 +407,7 @@ def test_a_model_that_has_left_its_training_data_behind_still_works(run, tmp_pat
     hidden.rename(hidden.with_suffix(".hidden"))
     try:
         cli.main(["detect", "--ckpt_path", str(folder), "--input", str(tmp_path / "x.npy")])
-        assert "the training data are not there" in capsys.readouterr().err
+        assert "the training data are not available" in capsys.readouterr().err
         assert "no such file" in refused(capsys, "detect", "--ckpt_path", str(folder))
     finally:
         hidden.with_suffix(".hidden").rename(hidden)
@@ -440,7 +440,7 @@ def test_a_prior_needs_no_training_data(tmp_path, capsys):
     (folder,) = (path.parent for path in tmp_path.rglob("config.yaml"))
     capsys.readouterr()
     cli.main(["generate", "--ckpt_path", str(folder), "--n", "3"])
-    assert "nothing is read, the training data are not there" in capsys.readouterr().err
+    assert "nothing is read, the training data are not available" in capsys.readouterr().err
     assert np.load(folder / "generate" / "samples.npy").shape == (3, 4)
     with pytest.raises(SystemExit):
         cli.main(["generate", "--ckpt_path", str(folder), "--prior", "gaussian"])

@@ -131,7 +131,7 @@ def test_any_pictures_of_a_folder_can_be_worked_on(tmp_path, capsys):
     assert all_of(read(str(tmp_path / "test"), UNKNOWN)).shape == (3, 1, 4, 4)  # nothing could be learnt from these
     assert capsys.readouterr().err == ""
     assert len(read(str(tmp_path), UNKNOWN)) == 2
-    assert f"--input {tmp_path} has a part for training, which alone is used" in capsys.readouterr().err
+    assert f"--input {tmp_path} has a training split, and only this is used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

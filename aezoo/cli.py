@@ -28,21 +28,21 @@ Look around
   cp RECIPE DEST                   copy a recipe to change it
 
 Train and use
-  fit -c RECIPE                    train by a recipe, or by a YAML file of your own
+  fit -c RECIPE                    train with a recipe, or with a YAML file of your own
   fit --model NAME --data SET      train any model on any data; every flag can be in the YAML too
-  fit ... --resume auto            the same, or go on where the last run of that command was stopped
-  fit --resume RUN                 go on with a run that was stopped
+  fit ... --resume auto            the same, or continue the last run of that command if it was stopped
+  fit --resume RUN                 continue a run that was stopped
   validate | test | predict --ckpt_path RUN_OR_FILE
   tune -c RECIPE --search.model.lr log:1e-4:1e-2 --trials 20
-                                   the best settings of fit by a search of many runs
+                                   search for the best settings of fit in many runs
 
-Use a trained model; each takes --ckpt_path RUN_OR_FILE and --input FILE or --data..., and has a --help
-  reconstruct                      outputs, errors of each sample, the best and the worst
-  generate                         samples of the model's prior or of one fitted to its codes; walks, FID and KID
-  denoise --corrupt gaussian:0.3   cleaned samples, beside filters
-  detect                           anomaly scores, thresholds, p-values, beside PCA, kNN and isolation forest
-  embed                            codes, their picture, what can be read off them; --nearest 5
-  compress                         .aez files, lossless or lossy, beside PNG, WebP, JPEG, xz, PCA
+Use a trained model: each command takes --ckpt_path RUN_OR_FILE, --input FILE or --data..., and --help
+  reconstruct                      reconstructions, the error of each sample, the best and the worst
+  generate                         new samples from the model's prior or a fitted one; walks, FID and KID
+  denoise --corrupt gaussian:0.3   denoised samples, compared with filters
+  detect                           anomaly scores and p-values, compared with PCA, kNN and isolation forest
+  embed                            codes, a picture of them, accuracy of classifiers on them; --nearest 5
+  compress                         .aez files, lossless or lossy, compared with PNG, WebP, JPEG, xz, PCA
   decompress --input FILE.aez      back to .npy or .png
 
 Measure
@@ -62,13 +62,13 @@ HEAVY = ("fit", "validate", "test", "predict")
 VERBS = ("reconstruct", "generate", "denoise", "detect", "embed", "compress", "decompress")
 BENCHMARKS = {
     "speed": "training and inference: samples/s, step time, memory, FLOPs, start-up, scaling over devices",
-    "quality": "reconstruction error, probes of the code and PCA's floor, for models, code sizes and seeds",
-    "tasks": "generate, denoise, detect, embed, compress beside what one would take otherwise",
+    "quality": "reconstruction error and probe accuracy, compared with PCA, for models, code sizes and seeds",
+    "tasks": "generate, denoise, detect, embed, compress, compared with the usual alternatives",
     "disentangle": "how well codes separate the factors of shapes: MIG, SAP, DCI and others, over seeds",
     "dictionaries": "whether sparse models find the atoms of a known dictionary: MCC, L0, FVU, dead share, over seeds",
-    "probe": "classes read off codes by a linear probe and by neighbours, for masked and other models, over seeds",
-    "bits": "reconstruction error of quantised models at equal bits, with usage of their codes, over seeds",
-    "quantisers": "speed and memory of quantisers from 512 to 65,536 codes beside vector-quantize-pytorch",
+    "probe": "accuracy of a linear probe and of kNN on codes, for masked and other models, over seeds",
+    "bits": "reconstruction error of quantised models at equal bits, and usage of their codes, over seeds",
+    "quantisers": "speed and memory of quantisers, 512 to 65,536 codes, compared with vector-quantize-pytorch",
     "peers": "the same networks trained by aezoo, by hand-written loops and by other libraries",
     "report": "tables and pictures from the CSVs that the others wrote",
 }

@@ -17,19 +17,19 @@ from aezoo.errors import AezooError
 
 _SEARCH = "--search."
 _HELP = """\
-Search the settings of fit by optuna: each trial is a run of `aezoo fit` in a process of its own.
+Search the settings of fit with optuna: each trial is a run of `aezoo fit` in a process of its own.
 
   aezoo tune -c vae --search.model.lr log:1e-4:1e-2 --search.model.latent_dim int:2:64 --trials 20
   aezoo tune --model vae --data digits --search.model.likelihood bernoulli,gaussian --trainer.max_epochs 10
 
 --search.SETTING takes, for any flag of fit without its dashes,
-  log:LOW:HIGH        a number, evenly over its logarithm
+  log:LOW:HIGH        a number, on a logarithmic scale
   float:LOW:HIGH      a number
-  int:LOW:HIGH        a whole number; int:LOW:HIGH:STEP in steps, int:LOW:HIGH:log evenly over its logarithm
+  int:LOW:HIGH        a whole number; int:LOW:HIGH:STEP in steps, int:LOW:HIGH:log on a logarithmic scale
   A,B,C               one of these values
 
-All other flags are those of fit and hold for every trial (`aezoo fit --help`). The folder of the study gets the runs,
-trials.csv and best.yaml, for `aezoo fit -c`. The same command goes on with a study that was stopped.
+All other flags are those of fit and apply to every trial (`aezoo fit --help`). The folder of the study gets the runs,
+trials.csv and best.yaml, for `aezoo fit -c`. The same command continues a study that was stopped.
 """
 
 
@@ -117,19 +117,19 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
     """
     parser = _Parser(prog="aezoo tune", allow_abbrev=False, description=_HELP, usage="aezoo tune --search... [FLAGS]",
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--trials", type=int, default=20, help="how many the study has in the end; 20 if not given")
-    parser.add_argument("--monitor", default="val/loss", help="the metric, at its best epoch; val/loss if not given")
-    parser.add_argument("--direction", choices=["min", "max"], default="min", help="what is better; min if not given")
-    parser.add_argument("--seed", type=int, default=0, help="of the search; that of the runs is --seed_everything")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="after these no trial is started")
+    parser.add_argument("--trials", type=int, default=20, help="number of trials in the whole study (default 20)")
+    parser.add_argument("--monitor", default="val/loss", help="the metric, at its best epoch (default val/loss)")
+    parser.add_argument("--direction", choices=["min", "max"], default="min", help="what is better (default min)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the search; the runs have --seed_everything")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="start no trial after this time")
     parser.add_argument(
         "--prune", choices=["on", "off"], default="on",
-        help="end trials that are behind the median of the others at the same epoch; on if not given",
+        help="end trials that are behind the median of the others at the same epoch (default on)",
     )  # fmt: skip
-    parser.add_argument("--study", metavar="FOLDER", help="all that is written; runs/RECIPE-tune if not given")
+    parser.add_argument("--study", metavar="FOLDER", help="folder for all files (default runs/RECIPE-tune)")
     parser.add_argument(
         "--storage", metavar="FILE",
-        help="optuna's record of the study: SQLite if it ends in .db, else a journal; FOLDER/study.log if not given",
+        help="optuna's record of the study: SQLite if it ends in .db, else a journal (default FOLDER/study.log)",
     )  # fmt: skip
     searches, rest = _searches(argv)
     own = [option for action in parser._actions for option in action.option_strings]

@@ -32,66 +32,67 @@ class DataModule(Checked, LightningDataModule):
     """Data for every model of the zoo. Batches are `(x,)` or `(x, y)` with x float32.
 
     Args:
-        name: mnist5k (ships with the package), digits, shapes (sprites drawn from known factors), synthetic_dictionary
-            (sparse sums of known atoms), activations (what a layer of a network makes of another set), folder, array,
-            hf (a set of Hugging Face), stream (chunks of litdata, which need not fit into memory), a torchvision set
-            such as fashion_mnist or cifar10, a name that a plug-in brings, or the path of a folder of images, of a
-            set that save_to_disk or litdata wrote, or of a file of arrays.
-        root: Where the files are, or where downloads go; for `folder` and `stream` the folder, for `array` the file,
-            for `hf` a folder or a name of the hub.
+        name: mnist5k (included in the package), digits, shapes (sprites drawn from known factors), synthetic_dictionary
+            (sparse sums of known atoms), activations (the output of a network's layer for another set), folder, array,
+            hf (a Hugging Face set), stream (chunks of litdata, which need not fit into memory), a torchvision set
+            such as fashion_mnist or cifar10, a name that a plug-in adds, or a path: a folder of images, a set that
+            save_to_disk or litdata wrote, or a file of arrays.
+        root: Where the files are, or where downloads go. For `folder` and `stream` the folder, for `array` the file,
+            for `hf` a folder or a name on the hub.
         batch_size: Samples in a batch of each process.
-        val_fraction: Share of the training samples taken for validation where the set has no validation split;
-            0 trains without validation.
+        val_fraction: Share of the training samples to validate on if the set has no validation split; 0 trains without
+            validation.
         test_fraction: The same for the test split.
         seed: Fixes the splits and the order of every epoch.
-        size: Resize the shorter side of images to this and cut the middle square.
-        channels: 1 turns images grey, 3 makes them coloured; by default as they are.
-        scale: auto divides uint8 by 255, leaves floats within 0 and 1 alone and brings all others to 0..1 by the
-            training split's minimum and maximum (per feature for vectors, else over everything); unit always does
-            the latter; standard subtracts the mean and divides by the deviation; none keeps the values.
-        binarise: Make zeros and ones of values from 0 to 1: threshold at 1/2; static draws each once, as a coin with
-            the value as its chance; dynamic draws those of training anew every epoch, and once for `aezoo detect` and
-            the like.
+        size: Resize the shorter side of images to this and crop the middle square.
+        channels: 1 converts images to grey, 3 to colour; by default they stay as they are.
+        scale: auto divides uint8 by 255, keeps floats between 0 and 1, and scales all others to 0..1 by the training
+            split's minimum and maximum (per feature for vectors, else over everything); unit always does the latter;
+            standard subtracts the mean and divides by the standard deviation; none keeps the values.
+        binarise: Turn values from 0 to 1 into zeros and ones. threshold compares with 1/2; static draws each value
+            once, with the value as the probability of a one; dynamic draws training values anew every epoch, and once
+            for `aezoo detect` and the like.
         layout: What the axes of an array mean; auto reads (N, D) as vectors, (N, A, B) as grey images if uint8 or
             square and else as sequences, four axes as images and five as volumes.
         labels: required refuses data without labels, ignore leaves them out of the batches.
-        train_classes: Train and validate on these classes only, by name or number; the test split keeps all. So does a
-            model learn what is normal, for `aezoo detect`. The statistics of `scale` are those of all classes.
-        num_labels: Leave the labels of so many training samples, equally many of each class, and give all others -1,
-            as for semi_supervised_vae; 0 leaves all. Validation and test keep theirs.
-        download: Fetch missing files where there is a network.
-        on_error: Whether a broken image ends the run or is skipped with a warning that counts them.
+        train_classes: Train and validate on these classes only, by name or number; the test split keeps all classes. A
+            model then learns what is normal, for `aezoo detect`. The statistics of `scale` are those of all classes.
+        num_labels: Keep the labels of this many training samples, equally many of each class, and give all others -1,
+            as for semi_supervised_vae; 0 keeps all labels. Validation and test keep theirs.
+        download: Download missing files if there is a network.
+        on_error: A broken image ends the run (raise), or is skipped with a warning that counts them (skip).
         max_pixels: Refuse images with more pixels, which may be decompression bombs.
-        max_bytes: Refuse files that take more bytes of memory once they are read (8 GiB).
+        max_bytes: Refuse files that need more bytes of memory once they are read (8 GiB).
         memory: on holds the samples of a split in memory, or on the GPU that trains on them; off reads batches through
-            a DataLoader; auto holds a split that takes at most a quarter of what is free there. Arrays, sets whose
-            files are arrays and binarised ones are read into memory at once and stay there, whatever they take.
-        num_workers: Processes that read ahead where samples are not held; by default one for each free core, up to 8.
+            a DataLoader; auto holds a split if it needs at most a quarter of the free memory there. Arrays, sets whose
+            files are arrays and binarised sets are always read into memory, whatever their size.
+        num_workers: Processes that read ahead if samples are not in memory; by default one for each free core, up to 8.
         drop_last: Leave out the last training batch of an epoch if it is not full.
-        dictionary_samples: Samples of synthetic_dictionary, all splits together.
-        dictionary_atoms: Its atoms.
-        dictionary_dim: Dimensions of each.
-        dictionary_active: How many of them are active in a sample, on the average.
-        dictionary_correlation: Correlation of which of them are active, within groups of four.
-        dictionary_noise: Standard deviation of its noise in each dimension.
-        dictionary_streams: With S above 1 samples are (S, D): the same code in S spaces, each with atoms of its own.
-        network: What activations are of: a torchvision model such as resnet18; classifier, a small one that learns the
-            labels of the set first; the run, checkpoint or saved folder of a model of the zoo; or the import path of a
-            module, or of what makes one, in a package that --allow names.
-        layer: The name of its layer, as in named_modules(); several, with commas between them, give (S, D). That before
-            the last is called features in the classifier.
-        of: The set whose samples go through the network; it takes the other settings, such as root, size and scale.
-        weights: stored takes a torchvision model's pretrained weights from torch's folder of checkpoints and refuses
-            where they are missing; random takes those of the start, fixed by the seed.
-        positions: Of a feature map or a row of tokens, each makes a sample of every position; mean and max pool them.
+        dictionary_samples: synthetic_dictionary: number of samples, all splits together.
+        dictionary_atoms: synthetic_dictionary: number of atoms.
+        dictionary_dim: synthetic_dictionary: dimensions of each atom.
+        dictionary_active: synthetic_dictionary: mean number of active atoms in a sample.
+        dictionary_correlation: synthetic_dictionary: correlation of which atoms are active, within groups of four.
+        dictionary_noise: synthetic_dictionary: standard deviation of the noise in each dimension.
+        dictionary_streams: With S above 1, samples are (S, D): the same code in S spaces, each with its own atoms.
+        network: activations: the network that makes them. A torchvision model such as resnet18; classifier, a small one
+            that learns the labels of the set first; the run, checkpoint or saved folder of a model of the zoo; or the
+            import path of a module, or of a function that makes one, in a package that --allow names.
+        layer: activations: the name of the layer, as in named_modules(). Several, separated by commas, give (S, D). In
+            the classifier, the layer before the last is called features.
+        of: activations: the set whose samples go through the network. The other settings, such as root, size and scale,
+            apply to it.
+        weights: stored takes a torchvision model's pretrained weights from torch's folder of checkpoints, and refuses
+            if they are missing; random takes random initial weights, fixed by the seed.
+        positions: For a feature map or a row of tokens, each makes a sample of every position; mean and max pool them.
         feature_axis: The axis of a layer's output that holds its features, first or last after the batch; auto is first
             for maps and last for tokens, (B, T, D).
-        normalise: Divide activations by one number a layer, which makes their mean squared norm in the training split
-            the number of their dimensions. It stays in the checkpoint, and save_model folds it into the weights.
-        column: What holds the samples of hf or stream, by name, or by number in a tuple; auto takes the one of images,
-            or else the one of arrays.
-        label_column: What holds the labels of hf, stream or a table (.csv, .parquet), by name; none leaves them out,
-            auto takes the one of classes, or else the one that is called label.
+        normalise: Divide activations by one number for each layer, so that their mean squared norm in the training
+            split is the number of their dimensions. It is kept in the checkpoint; save_model folds it into the weights.
+        column: The column that holds the samples of hf or stream, by name, or by number in a tuple; auto takes the one
+            of images, or else the one of arrays.
+        label_column: The column that holds the labels of hf, stream or a table (.csv, .parquet), by name; none leaves
+            labels out; auto takes the one of classes, or else the one called label.
     """
 
     input_shape: tuple[int, ...]

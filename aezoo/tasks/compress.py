@@ -38,33 +38,34 @@ def compress(
     seed: int = 0,
     progress: bool = False,
 ) -> Compression:
-    """Compress samples to .aez files, which decompress reads with the same model; compare with other formats.
+    """Compress samples to .aez files, which decompress reads with the same model, and compare with other formats.
 
     Lossless (models with a posterior, a prior and likelihood bernoulli, discretised_logistic or beta_binomial):
-    bits-back coding, samples.aez and comparison.csv. Lossy (any model): quantised codes, samples.aez, or
-    samples-qQUALITY.aez for each of several qualities, and rate_distortion.csv and .png; of a model whose code is
-    written in indices, these under its prior, if it has one, or else under tables of how often each occurs, of one that
-    is trained for the size of its file, whole numbers under its learned laws, and one file, whose rate is the model's
-    own, or one for each quality of a model of several rates. The model that opens them again lies beside them.
+    bits-back coding; writes samples.aez and comparison.csv. Lossy (any model): quantised codes; writes samples.aez, or
+    samples-qQUALITY.aez for each of several qualities, and rate_distortion.csv and .png. If the code of a model
+    consists of indices, these are coded under its prior, if it has one, or else under tables of how often each occurs.
+    If a model is trained for the size of its file, whole numbers are coded under its learned distributions. Both write
+    one file at the model's own rate, or one for each quality of a model of several rates. The model that opens the
+    files again is written beside them.
 
     Args:
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
-        mode: lossless, lossy, or auto: lossless where the model and the data allow it.
-        quality: lossy: bits of the code's most important dimension, about, 3 by default; one more halves all steps.
-            Several, as [1,2,3,4], give a file each and a curve. Indices are not quantised again, and PCA alone takes it
-            then. Of a model of several rates it is one of its own, by default the one that it is set to, at first its
-            highest: see gained_hyperprior.
-        steps: lossy: fitted (by how much the decoder makes of a change) or deviation (of each dimension of the code).
-        binarise: make values above 0.5 one and the others zero first, for likelihood bernoulli.
+        mode: lossless, lossy, or auto: lossless if the model and the data allow it.
+        quality: lossy: approximate bits of the code's most important dimension, by default 3; one more halves all
+            steps. Several, such as [1,2,3,4], give one file each and a curve. Indices are not quantised again; quality
+            then applies to PCA only. For a model of several rates it chooses a rate, by default the one that the model
+            is set to, at first its highest: see gained_hyperprior.
+        steps: lossy: fitted (to the decoder's sensitivity to a change) or deviation (of each dimension of the code).
+        binarise: first set values above 0.5 to one and the others to zero, for likelihood bernoulli.
         precision: lossless: each latent variable has 2^precision bins, 1 to 16.
-        compare: put other formats and PCA into the table, on at most 20,000 samples.
-        threads: of torch on the CPU; 0 leaves it as it is. A file is decoded with the same number.
-        fit_on: samples that lossy steps and tables are fitted to, and PCA; by default those that are compressed, to
-            which tables of indices are fitted always.
+        compare: add other formats and PCA to the table, on at most 20,000 samples.
+        threads: threads of torch on the CPU; 0 keeps the current number. A file is decoded with the same number.
+        fit_on: samples that lossy steps, tables and PCA are fitted to; by default those that are compressed. Tables of
+            indices are always fitted to those.
         out: folder for the results; None keeps them in memory.
         batch_size: samples that the model sees at a time, here and when the file is decoded; at most 2^24 values.
-        seed: of initial bits and subsamples.
+        seed: seed of initial bits and subsamples.
         progress: show a bar on a terminal.
 
     Raises:

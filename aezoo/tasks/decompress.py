@@ -64,16 +64,16 @@ def decompress(
 ) -> Decompression:
     """Decompress an .aez file with the model that it was written with.
 
-    Writes samples.npy, or a PNG for each image. A file that is cut off, altered, of another model, or that decodes to
-    other bytes on this machine is refused.
+    Writes samples.npy, or a PNG for each image. A file is refused if it is truncated, altered or of another model, or
+    if it decodes to other bytes on this machine.
 
     Args:
         model: the model that compressed it.
         file: the .aez file.
-        kind: npy or png, what is written.
-        strict: refuse a file that is not lossless if its outputs are not the same to the last bit; without it they may
-            differ by the rounding of another machine or device, where what they are made from is the same.
-        threads: of torch on the CPU; 0 takes as many as wrote the file.
+        kind: what to write, npy or png.
+        strict: refuse a file that is not lossless if its outputs are not the same to the last bit. Without it, outputs
+            may differ by the rounding of another machine or device, if what they are decoded from is the same.
+        threads: threads of torch on the CPU; 0 takes as many as wrote the file.
         max_bytes: refuse a file that would decode to more than this, counted as float32.
         out: folder for the results; None keeps them in memory.
         progress: show a bar on a terminal.

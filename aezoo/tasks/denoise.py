@@ -70,22 +70,22 @@ def denoise(
     seed: int = 0,
     progress: bool = False,
 ) -> Denoising:
-    """Clean noisy samples, or make clean ones noisy first and measure how much of the noise a model takes away.
+    """Denoise noisy samples, or add noise to clean samples first and measure how much of it the model removes.
 
-    Writes denoised.npy and a picture; with corrupt also denoise.csv: PSNR and SSIM against the clean originals beside
-    those of a median filter, total variation and non-local means (pip install 'aezoo[images]'). PSNR and SSIM take the
-    range of data within 0 and 1 as 1, and that of others from the least to the largest clean value.
+    Writes denoised.npy and a picture; with corrupt also denoise.csv: PSNR and SSIM against the clean originals,
+    compared with a median filter, total variation and non-local means (pip install 'aezoo[images]'). For PSNR and SSIM,
+    the range of data between 0 and 1 is 1; that of other data goes from the least to the largest clean value.
 
     Args:
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `Samples`; noisy ones unless corrupt is given.
-        corrupt: noise to add first: gaussian:0.3, masking:0.3, salt_and_pepper:0.1; none for samples that are noisy.
+        corrupt: noise to add first: gaussian:0.3, masking:0.3, salt_and_pepper:0.1; none if the samples are noisy.
         baselines: compare with filters.
-        n_compared: samples that the table is about, drawn from the seed, since filters are slow.
+        n_compared: number of samples in the comparison, drawn from the seed, since filters are slow.
         n_shown: samples in the picture; 0 draws none.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
-        seed: of the noise, which depends on it and on a sample's number alone.
+        seed: seed of the noise, which depends only on it and on a sample's number.
         progress: show bars on a terminal.
 
     Raises:

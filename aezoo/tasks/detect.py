@@ -78,47 +78,47 @@ def detect(
     seed: int = 0,
     progress: bool = False,
 ) -> Detection:
-    """Find strange samples, beside detectors that train no neural network.
+    """Find anomalies, and compare with detectors that train no neural network.
 
-    Writes scores.csv (index, score, p_value, is_anomaly, a column for each further score and, where there are such, the
-    file and the label), detect.csv with a row for each score and baseline, and a picture of the strangest samples with
-    the error of each pixel. AUROC and AUPR need a protocol, `normal` or `anomaly`, and labels; samples without one
-    count in neither.
+    Writes scores.csv (index, score, p_value, is_anomaly, a column for each further score and, if there are any, the
+    file and the label), detect.csv with a row for each score and baseline, and a picture of the most anomalous samples
+    with the error of each pixel. AUROC and AUPR need a protocol, `normal` or `anomaly`, and labels; samples without a
+    label count in neither.
 
     Args:
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
         score: nll, mse, elbo, iwae, mahalanobis, sap, nap or deep_svdd; several, as in nll,nap, are compared in the
-            table, and the first one decides. nll is the model's own score: for most -log p(x | z), but the distance of
-            a deep_svdd, the energy of a dagmm and what other detectors judge by. For grey images under a Bernoulli
-            likelihood mse tells more than nll.
+            table, and the first one decides. nll is the model's own score: for most models -log p(x | z), for detectors
+            their own criterion, such as the distance of a deep_svdd or the energy of a dagmm. For grey images under a
+            Bernoulli likelihood, mse tells more than nll.
         contamination: share of the training scores that lies above the threshold, at most 0.5.
         quantile: put the threshold at this quantile of the scores of held-out samples instead, those of the validation
             split or, in Python, of calibrate_on.
         normal: one-vs-rest: samples of this class are normal, all others are anomalies. Train the model on that class
-            alone, with --data.train_classes: one that was trained on all of them knows the anomalies too.
+            alone, with --data.train_classes: a model that was trained on all classes knows the anomalies, too.
         anomaly: leave-one-out: samples of this class are anomalies, all others are normal. Train the model without that
             class, with --data.train_classes.
         baselines: also fit PCA of the code's size, the mean sample, kNN and an isolation forest.
         features: also fit fre, PCA on frozen features: random, resnet18, resnet50, wide_resnet50_2, vgg16, vgg19 (if
             torch.hub has the weights), or the path of VGG weights (.pth) or of a model of the zoo. On photographs of
-            industrial goods frozen features win: image AUROC on MVTec AD .933 with resnet50 and .947 with
+            industrial goods, frozen features are better: image AUROC on MVTec AD .933 with resnet50 and .947 with
             wide_resnet50_2, .421 of GANomaly (anomalib's figures).
-        n_draws: draws of the code for each sample, of elbo and iwae.
+        n_draws: draws of the code for each sample, for elbo and iwae.
         svdd_epochs: passes over the training samples that deep_svdd makes.
         svdd_lr: learning rate of deep_svdd.
-        svdd_nu: share of the training samples that may lie outside of deep_svdd's soft boundary; 0 has none.
+        svdd_nu: share of the training samples that may lie outside deep_svdd's soft boundary; 0 has no soft boundary.
         n_fit: training samples that the baselines are fitted on, drawn from the seed.
         maps: also write maps.npy, the absolute error of each value of each sample.
         n_shown: samples in the picture; 0 draws none.
         table: csv or parquet, the format of the scores.
-        fit_on: normal samples for the threshold and for what scores and baselines must learn; by default the training
-            split if x is a DataModule, of which what labels call an anomaly is left out; else x itself as it is.
+        fit_on: normal samples for the threshold and for what scores and baselines must learn. By default, if x is a
+            DataModule, its training split without the samples whose labels make them anomalies; else x itself.
         calibrate_on: normal samples that the model was not trained on, for the p-values; by default the validation
             split if x is a DataModule, else the samples of fit_on.
         out: folder for the results; None writes nothing.
         batch_size: samples at a time.
-        seed: of what is drawn.
+        seed: seed of everything that is random.
         progress: show bars on a terminal.
 
     Raises:

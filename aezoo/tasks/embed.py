@@ -88,25 +88,25 @@ def embed(
     seed: int = 0,
     progress: bool = False,
 ) -> Embedding:
-    """Embed samples: their codes, a picture of the codes, what can be read off them, and their nearest neighbours.
+    """Embed samples: their codes, a picture of the codes, the accuracy of classifiers on them, and nearest neighbours.
 
-    Writes codes.npy (or a table with the columns index, z0, z1, ... and label), plane.csv and plane.png; with training
-    samples and labels accuracies.csv; with --nearest neighbours.csv and neighbours.png.
+    Writes codes.npy (or a table with the columns index, z0, z1, ... and label), plane.csv and plane.png. With training
+    samples and labels it also writes accuracies.csv; with --nearest, neighbours.csv and neighbours.png.
 
     Args:
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
-        fit_on: training samples, which classifiers learn from and neighbours come from: an array, a DataModule (its
-            training split) or `Samples`. Without it, or if x is it, there are no accuracies, and each sample is its own
-            nearest neighbour.
-        method: how codes are brought into the plane: pca, tsne or umap.
-        nearest: how many training samples to find for each sample, those nearest in code space; 0 finds none.
+        fit_on: training samples, for the classifiers and the nearest neighbours: an array, a DataModule (its training
+            split) or `Samples`. Without it, or if it is x, there are no accuracies, and each sample is its own nearest
+            neighbour.
+        method: how codes are projected to the plane: pca, tsne or umap.
+        nearest: how many nearest training samples in code space to find for each sample; 0 finds none.
         table: npy, npz (x, the codes, and y, the labels: what --data.name takes), csv or parquet, the format of the
             codes; that of the other tables is parquet or else csv.
         n_shown: samples in the picture of neighbours; 0 draws no pictures.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
-        seed: of t-SNE, UMAP and of which samples are taken where there are too many.
+        seed: seed of t-SNE, UMAP and of the choice of samples if there are too many.
         progress: show a bar on a terminal.
 
     Raises:

@@ -95,37 +95,38 @@ def generate(
 ) -> Generation:
     """Generate samples from a model's own prior, or from a prior that is fitted to the codes of the training samples.
 
-    Writes samples.npy and samples.png; with --interpolate, --traverse or --around a walk through code space in their
-    place, interpolation, traversal or around; with --quality quality.csv and copies.png.
+    Writes samples.npy and samples.png. With --interpolate, --traverse or --around it writes a walk through code space
+    instead: interpolation, traversal or around. With --quality it also writes quality.csv and copies.png.
 
     Args:
         model: a trained model.
-        x: real samples (N, *input_shape), a DataModule (its test split) or `Samples`: walks start from them, and with
-            fit_on they are the yardstick of quality, held out from training.
+        x: real samples (N, *input_shape), a DataModule (its test split) or `Samples`. Walks start from them; with
+            fit_on, they are the held-out samples that quality is measured against.
         n: number of samples.
         prior: own (the model's), gaussian, gmm (Gaussian mixture), maf (masked autoregressive flow), knn (between a
             training code and one of its nearest neighbours), two_stage (a second VAE, of the codes), vamp (the mean of
-            the posteriors of training samples), riemannian (by a metric that the codes give), sphere (of unit
-            vectors), poincare (of codes in a ball), or auto: the model's own if it has one, else gmm.
-        label: draw samples of this class, by number, from a model that is told labels, such as conditional_vae.
-        temperature: of a prior over indices, pixelcnn or index_transformer: below 1 for likelier samples, towards 0 for
-            the likeliest index each time, above 1 for stranger ones.
-        top_k: of such a prior: draw each index from this many of its likeliest alone; 0 for all.
+            the posteriors of training samples), riemannian (by a metric that the codes give), sphere (for codes that
+            are unit vectors), poincare (for codes in a ball), or auto: the model's own if it has one, else gmm.
+        label: draw samples of this class, by number, from a model trained with labels, such as conditional_vae.
+        temperature: for a prior over indices, pixelcnn or index_transformer: below 1 gives more likely samples, towards
+            0 the most likely index each time, above 1 less likely samples.
+        top_k: for such a prior: draw each index only from this many of the most likely ones; 0 for all.
         fit_on: training samples that a prior is fitted to and quality is measured against: an array, a DataModule (its
             training split) or `Samples`.
-        n_components: Gaussians in the mixture of gmm; the summary says how much likelier it makes held-out codes.
+        n_components: Gaussians in the mixture of gmm; the summary says how much more likely it makes held-out codes.
         n_neighbours: neighbours that knn chooses from.
-        interpolate: walk from sample to sample, straight from code to code.
-        circle: interpolate on a great circle about the origin instead, as suits codes from N(0, I), those of vae.
+        interpolate: walk from sample to sample, on a straight line between their codes.
+        circle: interpolate on a great circle about the origin instead, which suits codes from N(0, I), such as those of
+            vae.
         traverse: walk along one dimension of the code after the other, those of largest variance first, over the range
             of the training codes.
-        around: samples to vary, as x takes them (on the command line a file or a folder, as --input takes it): new ones
-            are decoded from codes near theirs.
-        spread: how far around, as a share of the standard deviation of the training codes.
-        walks: number of walks. A model with a prior of its own that is given no samples walks among those it draws.
+        around: samples to vary, given like x (on the command line a file or a folder, like --input): new samples are
+            decoded from codes near theirs.
+        spread: distance of these codes, as a share of the standard deviation of the training codes.
+        walks: number of walks. A model with its own prior that is given no samples walks among samples that it draws.
         steps: samples of each walk.
-        quality: number of samples to judge by FID, KID, precision, recall and closeness to training samples, at most
-            as many as there are in x; a thousand or more tell most. 0 judges none.
+        quality: number of samples to evaluate by FID, KID, precision, recall and closeness to training samples, at most
+            as many as there are in x; use a thousand or more for reliable figures. 0 evaluates none.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
         seed: fixes what is drawn.

@@ -81,13 +81,13 @@ def reconstruct(
     Args:
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
-        parts: look at this part of samples alone, or at these, numbered from 0, and make whole ones, whatever the
-            others hold; for models of samples that have parts, such as mvae. By default all are looked at.
+        parts: reconstruct whole samples from this part alone, or from these, numbered from 0; the other parts are
+            ignored. For models of samples that have parts, such as mvae. By default all parts are used.
         n_shown: samples in each row of the picture; 0 draws none.
         table: csv or parquet, the format of the errors.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
-        seed: of models that draw noise.
+        seed: seed of models that draw noise.
         progress: show a bar on a terminal.
 
     Raises:

@@ -100,7 +100,7 @@ def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
         nargs="?",
         const="all",
         choices=AGAIN,
-        help="measure rows again that are there already: all that are asked for (the default), or those that failed",
+        help="measure existing rows again: all that are asked for (the default), or those that failed",
     )
     return made
 

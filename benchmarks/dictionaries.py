@@ -103,8 +103,8 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch-size", type=count, default=128)
     add("--lr", type=float, default=1e-3, help="learning rate of all models (default 0.001)")
     add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
-    add("--jobs", type=count, default=1, help="rows at a time; each has its share of the cores, or a GPU in turn")
-    add("--timeout", type=common.seconds, default=3600.0, help="seconds after which a row is given up")
+    add("--jobs", type=count, default=1, help="rows in parallel; each gets its share of the cores, or a GPU in turn")
+    add("--timeout", type=common.seconds, default=3600.0, help="give up a row after this many seconds")
     return parser.parse_args(argv)
 
 

@@ -67,8 +67,8 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch-size", type=count, default=128)
     add("--net", help="mlp, conv or resnet; without it the models' own")
     add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
-    add("--jobs", type=count, default=1, help="models at a time; each has its share of the cores, or a GPU in turn")
-    add("--timeout", type=common.seconds, default=36_000.0, help="seconds after which a model is given up")
+    add("--jobs", type=count, default=1, help="models in parallel; each gets its share of the cores, or a GPU in turn")
+    add("--timeout", type=common.seconds, default=36_000.0, help="give up a model after this many seconds")
     return parser.parse_args(argv)
 
 

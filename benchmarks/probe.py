@@ -1,4 +1,4 @@
-"""Train models without labels and measure what simple classifiers read off their codes: one CSV row a run.
+"""Train models without labels and measure the accuracy of simple classifiers on their codes: one CSV row for each run.
 
     python -m benchmarks.probe                                       masked and other models, three seeds, on mnist5k
     python -m benchmarks.probe --data fashion_mnist --root /usr/share/datasets --rows 10000 --steps 4000
@@ -66,15 +66,15 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add, count = parser.add_argument, common.at_least(1)
     add("--models", nargs="+", metavar="NAME", help=f"models to train (default {' '.join(MODELS)})")
     add("--data", default="mnist5k", help="a labelled set by its name, as --data.name of `aezoo fit` takes it")
-    add("--root", default="data", help="where the data set's files are or are to go")
+    add("--root", default="data", help="folder of the data set's files or of its download")
     add("--rows", type=common.at_least(20), metavar="N", help="train and probe on this many training samples, not all")
     add("--steps", type=count, default=2000, help="training steps of each run (default 2000)")
     add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
     add("--code-size", type=count, default=64, help="numbers in a code, a token or PCA's code (default 64)")
     add("--batch-size", type=count, default=128)
     add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
-    add("--jobs", type=count, default=1, help="runs at a time; each has its share of the cores, or a GPU in turn")
-    add("--timeout", type=common.seconds, default=7200.0, help="seconds after which a run is given up (default 7200)")
+    add("--jobs", type=count, default=1, help="runs in parallel; each gets its share of the cores, or a GPU in turn")
+    add("--timeout", type=common.seconds, default=7200.0, help="give up a run after this many seconds (default 7200)")
     return parser.parse_args(argv)
 
 

@@ -100,9 +100,9 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
         help="models to train; without it all that suit the data and whose codes are no indices",
     )
     add("--data", default="mnist5k", help="a name or a path that --data.name of `aezoo fit` takes")
-    add("--root", default="data", help="where the data set's files are or are to go")
+    add("--root", default="data", help="folder of the data set's files or of its download")
     add("--size", type=count, help="resize images to this")
-    add("--rows", type=count, metavar="N", help="take at most so many samples for training and for the test")
+    add("--rows", type=count, metavar="N", help="use at most this many samples for training and for the test")
     add("--batch-size", type=count, default=128)
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--epochs", type=count, default=20, help="budget of each run (default 20)")
@@ -112,7 +112,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--most-seconds",
         type=common.seconds,
-        help="end a run of --epochs after so many seconds of training; its column epochs says how far it came",
+        help="end a run of --epochs after this many seconds of training; its column epochs says how far it came",
     )
     add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
     add("--code-sizes", type=count, nargs="+", metavar="N", help="numbers in a code; without it the models' own")
@@ -120,8 +120,8 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--importance-samples", type=count, default=100, help="draws behind each log_likelihood (default 100)")
     add("--precision", choices=PRECISIONS, default="fp32", help="arithmetic of training and test")
     add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
-    add("--jobs", type=count, default=1, help="runs at a time; each has its share of the cores, or a GPU in turn")
-    add("--timeout", type=common.seconds, default=7200.0, help="seconds after which a run is given up (default 7200)")
+    add("--jobs", type=count, default=1, help="runs in parallel; each gets its share of the cores, or a GPU in turn")
+    add("--timeout", type=common.seconds, default=7200.0, help="give up a run after this many seconds (default 7200)")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""How fast quantisers are in training, beside those of vector-quantize-pytorch: one CSV row a kind and number of codes.
+"""Speed of quantisers in training, compared with vector-quantize-pytorch: one CSV row a kind and number of codes.
 
     python -m benchmarks.quantisers                                         all kinds, 512 to 65,536 codes
     python -m benchmarks.quantisers --kinds vq_ema rvq --codes 1024 --threads 2 --repeats 9
@@ -77,7 +77,7 @@ def arguments_of(argv: Sequence[str]) -> Namespace:
     add("--repeats", type=count, default=7, help="rounds after the warm-up, at most (default 7)")
     add("--seconds", type=common.seconds, default=60.0, help="no round begins later in a row than this (default 60)")
     add("--seed", type=int, default=0)
-    add("--timeout", type=common.seconds, default=1800.0, help="seconds after which a row is given up (default 1800)")
+    add("--timeout", type=common.seconds, default=1800.0, help="give up a row after this many seconds (default 1800)")
     return parser.parse_args(argv)
 
 

@@ -85,7 +85,7 @@ def arguments_of(words: Sequence[str]) -> Namespace:
     add("--steps", type=int, default=0, help="steps of a repeat, in place of --seconds")
     add("--seconds", type=float, default=2.0, help="length of a repeat")
     add("--repeats", type=int, default=5, help="repeats after the warm-up, or of --startup")
-    add("--timeout", type=float, default=900.0, help="seconds after which a row is given up")
+    add("--timeout", type=float, default=900.0, help="give up a row after this many seconds")
     add("--startup", action="store_true", help="measure the time to the first step instead")
     return made.parse_args(words)
 

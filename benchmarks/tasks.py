@@ -1,4 +1,4 @@
-"""Measure what trained models are used for beside what a user would take otherwise: one CSV a verb, one row a method.
+"""Measure the verbs of trained models, compared with the usual alternatives: one CSV for each verb, one row a method.
 
     python -m benchmarks.tasks                                   every verb on mnist5k, digits and fashion_mnist
     python -m benchmarks.tasks --root /usr/share/datasets --seeds 3 --jobs 2
@@ -153,7 +153,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add, count = parser.add_argument, common.at_least(1)
     add("--verbs", nargs="+", choices=VERBS, default=VERBS, metavar="VERB", help=f"of {', '.join(VERBS)}; else all")
     add("--data", nargs="+", default=["mnist5k", "digits", "fashion_mnist"], metavar="NAME", help="data sets")
-    add("--root", default="data", help="where the data sets' files are or are to go")
+    add("--root", default="data", help="folder of the data sets' files or of their downloads")
     add("--models", nargs="+", metavar="NAME", help=f"for all verbs: of the registry, {', '.join(NAMED)}; else a few")
     add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
     add("--steps", type=count, default=1000, help="training of each model, in batches of 128 (default 1000)")
@@ -163,8 +163,8 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--fit-rows", type=count, default=10_000, metavar="N", help="most training samples to fit to (default 10000)")
     add("--test-rows", type=count, default=2_000, metavar="N", help="most test samples (default 2000)")
     add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
-    add("--jobs", type=count, default=1, help="runs at a time; each has its share of the cores, or a GPU in turn")
-    add("--timeout", type=common.seconds, default=7200.0, help="seconds after which a run is given up (default 7200)")
+    add("--jobs", type=count, default=1, help="runs in parallel; each gets its share of the cores, or a GPU in turn")
+    add("--timeout", type=common.seconds, default=7200.0, help="give up a run after this many seconds (default 7200)")
     return parser.parse_args(argv)
 
 

@@ -64,7 +64,7 @@ class Checkpoints(Checked, ModelCheckpoint):
     Args:
         monitor: the metric whose lowest value is best.
         save_top_k: how many of the best to keep; -1 keeps all, 0 none.
-        every_n_epochs: epochs between two saves, each with a look at the metric; the last epoch is always saved.
+        every_n_epochs: epochs between two saves, each of which checks the metric; the last epoch is always saved.
         every_n_steps: optimiser steps between two saves of `last.ckpt` within an epoch; 0 saves none.
         every_n_minutes: minutes between two saves of `last.ckpt` within an epoch; 0 saves none.
         dirpath: another folder for the files. The folder of a run of the command line keeps its name.

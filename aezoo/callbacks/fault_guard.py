@@ -40,7 +40,7 @@ class FaultGuard(Checked, pl.Callback):
 
     Args:
         patience: bad steps in a row that end the run; 0 turns the guard off.
-        every_n_steps: batches between two looks at the counters on a GPU.
+        every_n_steps: batches between two checks of the counters on a GPU.
 
     Attributes:
         skipped: steps skipped so far.

@@ -108,7 +108,7 @@ def test_sentences_say_what_the_csvs_say():
     states(f"at most {100 * guard[-1]:.1f} % of a step on a Zen 5, where")
     states(f"SGD's check after each step takes {100 * sgd:.0f} %")
     before = figures("speed-train-", lambda row: float(row["guard_share"] or 0), "cpu2")
-    states(f"The rows of an Intel processor, up to {100 * before[-1]:.1f} %,")
+    states(f"The measurements on an Intel processor, up to {100 * before[-1]:.1f} %,")
 
     def by_two(name):
         two, one = (

@@ -22,7 +22,6 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from aezoo import registry
@@ -131,11 +130,8 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--rows", type=count, metavar="N", help="use at most this many samples for training and for the test")
     add("--batch-size", type=count, default=128)
     add("--epochs", type=count, default=10, help="budget of each run (default 10)")
-    add("--most-seconds", type=common.seconds, help="end a run after this many seconds of training")
-    add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
-    add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
-    add("--jobs", type=count, default=1, help="rows in parallel; each gets its share of the cores, or a GPU in turn")
-    add("--timeout", type=common.seconds, default=3600.0, help="give up a row after this many seconds (default 3600)")
+    add("--most-seconds", type=common.seconds, help="end a run after so many seconds of training")
+    common.add_runs(parser, "row", timeout=3600)
     return parser.parse_args(argv)
 
 
@@ -143,18 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is asked for and not there yet."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
-    from aezoo import DataModule
-    from aezoo.data.sources import from_path
-
-    options: dict[str, Any] = {"name": arguments.data, "root": arguments.root, "batch_size": arguments.batch_size}
-    data = DataModule(**options)
-    # once, before several processes download the same files
-    data.prepare_data()
-    # rows are measured in folders of their own
-    places = ("name", "root") if from_path(arguments.data) else ("root",)
-    options |= {"size": None, "rows": arguments.rows}
-    options |= {key: str(Path(options[key]).expanduser().resolve()) for key in places}
-    specs = plan(arguments, options, data.input_shape)
+    data, options = common.fetched(arguments.data, arguments.root, arguments.batch_size)
+    specs = plan(arguments, options | {"rows": arguments.rows}, data.input_shape)
     path = f"bits-{specs[0]['row']['dataset']}-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("bits", argv), arguments.again)
     needed = [spec for spec in specs if table.needs(spec["row"])]

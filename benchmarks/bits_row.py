@@ -13,7 +13,7 @@ import aezoo
 from aezoo import registry
 
 from . import processes
-from .quality_row import open_data
+from .quality_row import open_data, silent_trainer
 
 # of the test figures of `Evaluation`, those that become columns as they are
 FIGURES = ("loss", "mse", "psnr", "ssim")
@@ -36,18 +36,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     plain |= {key: steps // 2 for key in SCHEDULES if key in registry.hyperparameters(name)}
     model = aezoo.create_model(name, data.input_shape, **plain)
     seconds = spec["most_seconds"]
-    trainer = pl.Trainer(
-        max_epochs=spec["epochs"],
-        accelerator=spec["accelerator"],
-        devices=1,
-        callbacks=[Timer(timedelta(seconds=seconds), interval="step", verbose=False)] if seconds else [],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        # nothing is chosen by the validation split: what is measured is the last step's model
-        limit_val_batches=0,
-    )
+    timers = [Timer(timedelta(seconds=seconds), interval="step", verbose=False)] if seconds else []
+    trainer = silent_trainer(spec, max_epochs=spec["epochs"], callbacks=timers)
     began = time.perf_counter()
     trainer.fit(model, data)
     row = {

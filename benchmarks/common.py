@@ -16,9 +16,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aezoo.errors import AezooError
+
+if TYPE_CHECKING:
+    from aezoo import DataModule
 
 PACKAGE = Path(__file__).parent
 # `benchmarks` in a checkout, `aezoo.benchmarks` in a wheel: what `python -m` needs, and the folder where it is found
@@ -112,6 +115,16 @@ def add_results(made: argparse.ArgumentParser) -> None:
     made.add_argument("--results", type=Path, default=folder, metavar="DIR", help=text)
 
 
+def add_runs(made: argparse.ArgumentParser, unit: str, timeout: int) -> None:
+    """The flags of scripts that train models with several seeds, `unit` by `unit`, each in a process of its own."""
+    add, count = made.add_argument, at_least(1)
+    add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
+    add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
+    add("--jobs", type=count, default=1, help=f"{unit}s at a time; each has its share of the cores, or a GPU in turn")
+    text = f"seconds after which a {unit} is given up (default {timeout})"
+    add("--timeout", type=seconds, default=float(timeout), help=text)
+
+
 def _machine(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not of small letters and digits alone")
@@ -138,6 +151,25 @@ def seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
     return value
+
+
+def fetched(name: str, root: str, batch_size: int, size: int | None = None) -> tuple["DataModule", dict[str, Any]]:
+    """A data set whose files are there before several processes download the same ones, and the arguments that open it.
+
+    Paths are absolute, since rows are measured in folders of their own.
+    """
+    from aezoo import DataModule
+    from aezoo.data.sources import from_path
+
+    places = {"name": _absolute(name) if from_path(name) else name, "root": _absolute(root)}
+    options: dict[str, Any] = {**places, "batch_size": batch_size, "size": size}
+    data = DataModule(**options)
+    data.prepare_data()
+    return data, options
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 def run_script(main: Callable[[], None]) -> None:

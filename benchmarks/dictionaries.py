@@ -93,7 +93,6 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add, count = parser.add_argument, common.at_least(1)
     add("--models", nargs="+", metavar="NAME", help="models to train (default: all of the family sparse)")
     add("--steps", type=count, default=5000, help="training steps of each run (default 5000)")
-    add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
     add("--atoms", type=count, default=64, help="atoms, and numbers in a code (default 64)")
     add("--dim", type=common.at_least(2), default=32, help="dimensions of the data (default 32)")
     add("--active", type=float, default=4.0, help="mean number of active atoms in a sample (default 4)")
@@ -102,9 +101,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--samples", type=common.at_least(100), default=100_000, help="of all splits together (default 100000)")
     add("--batch-size", type=count, default=128)
     add("--lr", type=float, default=1e-3, help="learning rate of all models (default 0.001)")
-    add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
-    add("--jobs", type=count, default=1, help="rows in parallel; each gets its share of the cores, or a GPU in turn")
-    add("--timeout", type=common.seconds, default=3600.0, help="give up a row after this many seconds")
+    common.add_runs(parser, "row", timeout=3600)
     return parser.parse_args(argv)
 
 

@@ -61,14 +61,11 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--models", nargs="+", metavar="NAME", help=f"models to train (default {' '.join(MODELS)})")
     add("--steps", type=count, default=10_000, help="training steps of each run (default 10000)")
     add("--rows", type=common.at_least(400), default=5000, metavar="N", help="samples to score by (default 5000)")
-    add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
     add("--size", type=common.at_least(8), default=32, help="side of the images (default 32)")
     add("--code-size", type=count, default=10, help="numbers in a code (default 10)")
     add("--batch-size", type=count, default=128)
     add("--net", help="mlp, conv or resnet; without it the models' own")
-    add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
-    add("--jobs", type=count, default=1, help="models in parallel; each gets its share of the cores, or a GPU in turn")
-    add("--timeout", type=common.seconds, default=36_000.0, help="give up a model after this many seconds")
+    common.add_runs(parser, "model", timeout=36_000)
     return parser.parse_args(argv)
 
 

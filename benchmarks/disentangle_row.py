@@ -12,6 +12,7 @@ from aezoo.data.shapes import Shapes
 from aezoo.metrics import DCI, IRS, MIG, SAP, UDR, FactorVAEScore, Modularity
 
 from . import codes, processes
+from .quality_row import silent_trainer
 
 _CHUNK = 500
 
@@ -59,17 +60,7 @@ def samples(data: aezoo.DataModule, n: int) -> tuple[Tensor, Tensor]:
 
 def train(model: aezoo.Autoencoder, data: aezoo.DataModule, spec: dict[str, Any]) -> dict[str, Any]:
     """Train for the spec's steps."""
-    trainer = pl.Trainer(
-        max_steps=spec["steps"],
-        accelerator=spec["accelerator"],
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        # nothing is chosen by the validation split: what is measured is the last step's model
-        limit_val_batches=0,
-    )
+    trainer = silent_trainer(spec, max_steps=spec["steps"])
     start = time.perf_counter()
     trainer.fit(model, data)
     row = {"seconds": time.perf_counter() - start, "parameters": sum(p.numel() for p in model.parameters())}

@@ -69,12 +69,9 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--root", default="data", help="folder of the data set's files or of its download")
     add("--rows", type=common.at_least(20), metavar="N", help="train and probe on this many training samples, not all")
     add("--steps", type=count, default=2000, help="training steps of each run (default 2000)")
-    add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
     add("--code-size", type=count, default=64, help="numbers in a code, a token or PCA's code (default 64)")
     add("--batch-size", type=count, default=128)
-    add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
-    add("--jobs", type=count, default=1, help="runs in parallel; each gets its share of the cores, or a GPU in turn")
-    add("--timeout", type=common.seconds, default=7200.0, help="give up a run after this many seconds (default 7200)")
+    common.add_runs(parser, "run", timeout=7200)
     return parser.parse_args(argv)
 
 

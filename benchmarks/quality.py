@@ -22,7 +22,6 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from aezoo import registry
@@ -114,14 +113,11 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
         type=common.seconds,
         help="end a run of --epochs after this many seconds of training; its column epochs says how far it came",
     )
-    add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
     add("--code-sizes", type=count, nargs="+", metavar="N", help="numbers in a code; without it the models' own")
     add("--probe-rows", type=count, default=10_000, help="most training codes that a classifier sees (default 10000)")
     add("--importance-samples", type=count, default=100, help="draws behind each log_likelihood (default 100)")
     add("--precision", choices=PRECISIONS, default="fp32", help="arithmetic of training and test")
-    add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
-    add("--jobs", type=count, default=1, help="runs in parallel; each gets its share of the cores, or a GPU in turn")
-    add("--timeout", type=common.seconds, default=7200.0, help="give up a run after this many seconds (default 7200)")
+    common.add_runs(parser, "run", timeout=7200)
     return parser.parse_args(argv)
 
 
@@ -129,17 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is asked for and not there yet."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
-    from aezoo import DataModule
-    from aezoo.data.sources import from_path
-
-    options: dict[str, Any] = {"name": arguments.data, "root": arguments.root, "batch_size": arguments.batch_size}
-    data = DataModule(**options, size=arguments.size)
-    # once, before several processes download the same files
-    data.prepare_data()
-    # rows are measured in folders of their own
-    places = ("name", "root") if from_path(arguments.data) else ("root",)
-    options |= {"size": arguments.size, "rows": arguments.rows}
-    options |= {key: str(Path(options[key]).expanduser().resolve()) for key in places}
+    data, options = common.fetched(arguments.data, arguments.root, arguments.batch_size, arguments.size)
+    options |= {"rows": arguments.rows}
     specs = plan(arguments, options, data.input_shape)
     path = f"quality-{specs[0]['row']['dataset']}-{common.environment(arguments, arguments.precision)}.csv"
     table = QualityTable(arguments.results / path, KEY, common.command_line("quality", argv), arguments.again)

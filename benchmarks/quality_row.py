@@ -68,6 +68,17 @@ def open_data(options: dict[str, Any], seed: int) -> aezoo.DataModule:
     return data
 
 
+def silent_trainer(spec: dict[str, Any], **settings: Any) -> pl.Trainer:
+    """A trainer on one device of the spec's accelerator, without output and validation.
+
+    Nothing is chosen by the validation split: what is measured is the last step's model.
+    """
+    off: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    return pl.Trainer(accelerator=spec["accelerator"], devices=1, limit_val_batches=0, **off, **settings)
+
+
 def some(data: aezoo.DataModule, stage: Stage, most: int | None) -> tuple[Tensor, Tensor | None]:
     """At most so many samples of a split with their labels, the same in every run."""
     chosen = choose_rows(len(cast(Sized, data.dataset(stage))), most)
@@ -87,19 +98,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     model.importance_samples = spec["importance_samples"]
     seconds, epochs = spec["seconds"], spec["epochs"]
     timer, rates = Timer(timedelta(seconds=seconds) if seconds else None, interval="step", verbose=False), _Rates()
-    trainer = pl.Trainer(
-        max_epochs=epochs or -1,
-        precision=spec["precision"],
-        accelerator=spec["accelerator"],
-        devices=1,
-        callbacks=[Throughput(), rates, timer],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        # nothing is chosen by the validation split: what is measured is the last step's model
-        limit_val_batches=0,
-    )
+    callbacks = [Throughput(), rates, timer]
+    trainer = silent_trainer(spec, max_epochs=epochs or -1, precision=spec["precision"], callbacks=callbacks)
     trainer.fit(model, data)
     rates.take(trainer)
     row = {

@@ -25,7 +25,6 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from aezoo import registry
@@ -155,16 +154,13 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--data", nargs="+", default=["mnist5k", "digits", "fashion_mnist"], metavar="NAME", help="data sets")
     add("--root", default="data", help="folder of the data sets' files or of their downloads")
     add("--models", nargs="+", metavar="NAME", help=f"for all verbs: of the registry, {', '.join(NAMED)}; else a few")
-    add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
     add("--steps", type=count, default=1000, help="training of each model, in batches of 128 (default 1000)")
     add("--detect-steps", type=count, default=300, metavar="N", help="of each class's model (default 300)")
     add("--code-size", type=count, metavar="N", help="numbers in a code; else 32 or a quarter of a sample's values")
     add("--classes", type=count, metavar="N", help="detect takes the first classes only; else all")
     add("--fit-rows", type=count, default=10_000, metavar="N", help="most training samples to fit to (default 10000)")
     add("--test-rows", type=count, default=2_000, metavar="N", help="most test samples (default 2000)")
-    add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
-    add("--jobs", type=count, default=1, help="runs in parallel; each gets its share of the cores, or a GPU in turn")
-    add("--timeout", type=common.seconds, default=7200.0, help="give up a run after this many seconds (default 7200)")
+    common.add_runs(parser, "run", timeout=7200)
     return parser.parse_args(argv)
 
 
@@ -172,9 +168,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is asked for and not there yet."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
-    from aezoo import DataModule
-    from aezoo.data.sources import from_path
-
     command, where = common.command_line("tasks", argv), common.environment(arguments)
     tables = {
         verb: VerbTable(arguments.results / f"tasks-{verb}-{where}.csv", KEY, command, arguments.again)
@@ -182,12 +175,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     specs: list[Row] = []
     for name in arguments.data:
-        # rows are measured in folders of their own
-        named = str(Path(name).expanduser().resolve()) if from_path(name) else name
-        data: Row = {"name": named, "root": str(Path(arguments.root).expanduser().resolve()), "batch_size": 128}
-        module = DataModule(**data)
-        module.prepare_data()
-        specs += plan(arguments, data | {"size": None}, module.input_shape, tables)
+        module, data = common.fetched(name, arguments.root, batch_size=128)
+        specs += plan(arguments, data, module.input_shape, tables)
     if not specs and arguments.models:
         print("nothing is left to measure", file=sys.stderr)
     # all of one seed first: a run that is broken off has something of everything

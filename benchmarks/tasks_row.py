@@ -18,7 +18,7 @@ from aezoo.tasks.detect import detect
 from aezoo.tasks.samples import Samples
 
 from . import processes
-from .quality_row import open_data
+from .quality_row import open_data, silent_trainer
 from .tasks_verbs import BASELINE, OURS, VERBS, Row, Work
 
 # features of nap, whose covariance takes seconds for each class beyond
@@ -60,17 +60,7 @@ def train_model(spec: Row, data: aezoo.DataModule, steps: int) -> aezoo.Autoenco
     """A model as its last step leaves it."""
     pl.seed_everything(spec["seed"], workers=True, verbose=False)
     model = aezoo.create_model(spec["registered"], data.input_shape, **spec["hyperparameters"])
-    trainer = pl.Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator=spec["accelerator"],
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    trainer = silent_trainer(spec, max_steps=steps)
     trainer.fit(model, data)
     return model.to(trainer.strategy.root_device).eval()
 

@@ -198,6 +198,12 @@ class LightLoop(_TrainingEpochLoop):
     # of all gradients of a step that will be clipped to it
     _norm: Tensor | None = None
 
+    @property
+    def planned(self) -> Plan:
+        """The plan of a step that goes by one."""
+        assert self.plan is not None
+        return self.plan
+
     def run(self, data_fetcher: Any) -> None:
         trainer = self.trainer
         if self.plan is not None and not self.plan.is_of(trainer):
@@ -324,8 +330,7 @@ class LightLoop(_TrainingEpochLoop):
         return batch
 
     def _ask(self, hook: str, *args: Any) -> None:
-        trainer, plan = self.trainer, self.plan
-        assert plan is not None
+        trainer, plan = self.trainer, self.planned
         # the guard remembers at its own place among those who may change what it remembers
         remembers = hook == "on_train_batch_start" and not (plan.rollback is not None and plan.rollback.is_trusting)
         for method, is_module in (plan.hooks if self._loud or remembers else plan.quiet)[hook]:
@@ -333,8 +338,7 @@ class LightLoop(_TrainingEpochLoop):
 
     def _named(self, name: str, call: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what is logged from under this name."""
-        assert self.plan is not None
-        attributes = vars(self.plan.module)  # past torch's __setattr__, which looks for parameters
+        attributes = vars(self.planned.module)  # past torch's __setattr__, which looks for parameters
         before = attributes["_current_fx_name"]
         attributes["_current_fx_name"] = name
         result = call(*args, **kwargs)
@@ -342,8 +346,7 @@ class LightLoop(_TrainingEpochLoop):
         return result
 
     def _optimise(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        plan, trainer = self.plan, self.trainer
-        assert plan is not None
+        plan, trainer = self.planned, self.trainer
         watched = plan.own_step or plan.step.is_watched()
         a_graph = plan.captured is not None and not trainer.lr_scheduler_configs and not watched
         if a_graph and trainer.accumulate_grad_batches == 1:
@@ -384,8 +387,7 @@ class LightLoop(_TrainingEpochLoop):
 
     def _looked_at(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Gradients of a step that the guard looks at, if there is one to be asked in place of its hooks."""
-        plan = self.plan
-        assert plan is not None
+        plan = self.planned
         if self._loud:
             return self._forward_and_backward(batch, batch_idx)
         output = self._forward_and_backward(batch, batch_idx)
@@ -399,8 +401,7 @@ class LightLoop(_TrainingEpochLoop):
 
     def _clip(self) -> None:
         """Clip gradients as Lightning has it; nothing is to do where their norm is known and small enough."""
-        plan, trainer = self.plan, self.trainer
-        assert plan is not None
+        plan, trainer = self.planned, self.trainer
         most, norm, self._norm = trainer.gradient_clip_val, self._norm, None
         if norm is None:
             plan.module.clip_gradients(plan.optimizer, most, trainer.gradient_clip_algorithm)
@@ -409,8 +410,7 @@ class LightLoop(_TrainingEpochLoop):
 
     def _trusted(self, rollback: Rollback, batch: Any, batch_idx: int) -> dict[str, Any] | None:
         """Gradients of a step that is trusted; None if steps before it were bad and have been taken back."""
-        plan = self.plan
-        assert plan is not None
+        plan = self.planned
         zero_grad: Any = self.automatic_optimization.optim_progress.optimizer.zero_grad
         before = zero_grad.total.ready, zero_grad.current.ready
         try:
@@ -450,8 +450,7 @@ class LightLoop(_TrainingEpochLoop):
             batch_idx: its number.
             is_last: it is the epoch's last.
         """
-        plan = self.plan
-        assert plan is not None
+        plan = self.planned
         assert plan.prepare is not None
         self.batch_progress.is_last_batch = is_last
         batch = plan.prepare(batch, 0)
@@ -469,17 +468,16 @@ class LightLoop(_TrainingEpochLoop):
 
     def _consult(self, guard: Any, output: dict[str, Any]) -> None:
         """Have the guard's hooks called from here on, unless it lets the step pass."""
-        assert self.plan is not None
+        plan = self.planned
         loss, known = output.get("loss"), self._norm is not None and math.isfinite(self._norm)
-        passes = loss is not None and (guard.passes_loss(loss) if known else guard.passes(loss, self.plan.optimizer))
+        passes = loss is not None and (guard.passes_loss(loss) if known else guard.passes(loss, plan.optimizer))
         self._loud = not passes
         if self._loud and loss is not None:
-            guard.on_before_backward(self.trainer, self.plan.module, loss)
+            guard.on_before_backward(self.trainer, plan.module, loss)
 
     def _replay(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """The same step as one CUDA graph; callbacks that were recorded in it are told that it has run again."""
-        plan, progress = self.plan, self.automatic_optimization.optim_progress.optimizer
-        assert plan is not None
+        plan, progress = self.planned, self.automatic_optimization.optim_progress.optimizer
         assert plan.captured is not None
         x, y = plan.module.begin_step(batch, batch_idx)
         progress.zero_grad.increment_ready()
@@ -497,8 +495,7 @@ class LightLoop(_TrainingEpochLoop):
 
     def recorded_step(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """Forward, backward and update without anything that waits for the device: what a graph can hold."""
-        plan = self.plan
-        assert plan is not None
+        plan = self.planned
         optimizer = plan.optimizer
         terms, values = plan.within(plan.module.step_terms, x, y)
         self._ask("on_before_backward", terms["loss"])
@@ -512,8 +509,7 @@ class LightLoop(_TrainingEpochLoop):
         if not torch.is_grad_enabled():
             with torch.enable_grad():
                 return self._forward_and_backward(batch, batch_idx)
-        trainer, plan = self.trainer, self.plan
-        assert plan is not None
+        trainer, plan = self.trainer, self.planned
         if trainer.accumulate_grad_batches == 1 and plan.at_once(self._loud):
             return self._at_once(batch, batch_idx)
         module, optimizer = plan.module, plan.optimizer
@@ -553,8 +549,7 @@ class LightLoop(_TrainingEpochLoop):
 
     def _at_once(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """The same where gradients come with the loss."""
-        plan, zero_grad = self.plan, self.automatic_optimization.optim_progress.optimizer.zero_grad
-        assert plan is not None
+        plan, zero_grad = self.planned, self.automatic_optimization.optim_progress.optimizer.zero_grad
         assert plan.joint is not None
         x, y = plan.module.begin_step(batch, batch_idx)
         zero_grad.increment_ready()

@@ -1,4 +1,4 @@
-"""One DataModule, and one file a source."""
+"""One DataModule, and one file per source."""
 
 from aezoo.data.datamodule import DataModule
 from aezoo.data.source import ArrayDataset, Options, Source

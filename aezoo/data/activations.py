@@ -1,11 +1,11 @@
-"""activations: what a layer of a network makes of the samples of another set, for models that take networks apart.
+"""activations: a network layer's outputs for the samples of another set, for models that interpret networks.
 
     aezoo fit --model topk_sae --data.name activations --data.network resnet18 --data.layer layer3 --data.of cifar10
 
 The samples of `--data.of`, as any model would get them, go through the network once, in evaluation mode, in batches of
-a fixed size and on the GPU where there is one; the splits are those of that set. `named_modules()` has the names of the
-layers, and what a forward hook there would see is taken, before a later layer can change it in place. Of a layer that
-is used several times the last use counts.
+a fixed size and on the GPU if there is one; the splits are those of that set. Layers have their names in
+`named_modules()`, and activations are what a forward hook there would see, copied before a later layer can change it in
+place. For a layer that is used several times the last use counts.
 
     a layer gives                                  samples (D,); of S layers (S, D)
     (B, D)                                         one each
@@ -20,7 +20,7 @@ c stays in checkpoints, as the statistics of `--data.scale` do, so that tasks sc
     model, trained = aezoo.checkpoint.load_run("runs/topk_sae-activations/0")
     aezoo.save_model(model, "sae", trained["scaling"])
 
-They are held in memory, or written to a file that is mapped into it and removed in the end, as `--data.memory` has it.
+Activations are held in memory or in a memory-mapped temporary file, by `--data.memory`.
 
 Shapes: B batch, P positions, S layers, D features.
 """
@@ -69,11 +69,11 @@ _CPU = torch.device("cpu")
 
 @dataclass
 class Network:
-    """What samples go through.
+    """The network whose activations are taken.
 
     Attributes:
         module: the network, in evaluation mode.
-        prepare: samples as the network takes them, (B, *shape) -> (B, ...).
+        prepare: converts samples to the network's input, (B, *shape) -> (B, ...).
     """
 
     module: nn.Module
@@ -85,11 +85,11 @@ def open_network(options: Options, shape: tuple[int, ...], classes: int | None) 
 
     Args:
         options: network, weights and seed count.
-        shape: of the samples that it is for.
-        classes: of these samples.
+        shape: shape of one sample.
+        classes: number of classes of the samples.
 
     Raises:
-        AezooError: there is none of that name, it may not be imported, or its weights are not at hand.
+        AezooError: there is none of that name, it may not be imported, or its weights are missing.
     """
     name = options.network
     is_file = Path(name).exists() or os.sep in name or name.endswith(".ckpt")
@@ -145,7 +145,7 @@ def _of_torchvision(name: str, weights: str, shape: tuple[int, ...]) -> Network:
 
 
 def _imported(path: str) -> nn.Module:
-    """A copy of a module, or what a class or a function without arguments makes, by import path."""
+    """A copy of a module, or the result of a class or function without arguments, by import path."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     if not policy._opened:
@@ -180,7 +180,7 @@ def _imported(path: str) -> nn.Module:
 
 
 def _nearest(path: str) -> str:
-    """The nearest name in a module that is imported already, for a message."""
+    """The nearest name in a module that is already imported, for a message."""
     module, _, name = path.rpartition(".")
     known = vars(sys.modules[module]) if module in sys.modules else {}
     near = [] if name in known else difflib.get_close_matches(name, known, n=3)
@@ -206,10 +206,10 @@ def check_layers(module: nn.Module, layers: Sequence[str], what: str) -> None:
 
 @torch.no_grad()
 def tapped(module: nn.Module, layers: Sequence[str], x: Tensor) -> list[Tensor]:
-    """What layers give for a batch, one tensor each, float32.
+    """The outputs of layers for a batch, one float32 tensor each.
 
     Raises:
-        AezooError: the network does not take the batch, or a layer gives no tensor of a row a sample.
+        AezooError: the network does not take the batch, or a layer's output is no tensor with one row per sample.
     """
     found: dict[str, Tensor] = {}
 
@@ -251,7 +251,7 @@ def as_rows(output: Tensor, positions: str, first: bool) -> Tensor:
     Args:
         output: (B, D), (B, D, ...) or (B, ..., D).
         positions: each keeps them, mean and max pool them to one.
-        first: features stand right after the batch.
+        first: whether the feature axis follows the batch axis.
     """
     output = output.movedim(1, -1) if first else output
     rows = output.reshape(len(output), -1, output.shape[-1])
@@ -274,7 +274,7 @@ class Normalisation:
         self.factor = factor
 
     def state(self) -> dict[str, Tensor]:
-        """What other activations need to be scaled as these were."""
+        """What scales other activations in the same way."""
         return {"offset": torch.zeros_like(self.factor), "factor": self.factor}
 
 
@@ -283,8 +283,8 @@ class Activations(Source):
 
     Attributes:
         of: that set.
-        network: what its samples go through.
-        scaling: by which activations were divided; known once they are there, None where they are not.
+        network: the network.
+        scaling: what divides the activations; None before they are computed, or without `normalise`.
     """
 
     value_range = None
@@ -394,17 +394,17 @@ class Activations(Source):
 
 
 class Rows(Dataset[Batch]):
-    """Activations in memory or in a file that is mapped into it.
+    """Activations in memory or in a memory-mapped file.
 
     Args:
-        n: how many samples.
-        shape: of one.
-        memory: on, off or auto, as the DataModule has it.
-        name: what messages call them.
-        processes: how many of this machine hold them.
+        n: number of samples.
+        shape: shape of one.
+        memory: on, off or auto, see `DataModule`.
+        name: their name in messages.
+        processes: how many processes of this machine hold them.
 
     Attributes:
-        labels: (n,) of each sample, None without.
+        labels: (n,), None without labels.
     """
 
     labels: Tensor | None = None
@@ -430,7 +430,7 @@ class Rows(Dataset[Batch]):
         np.memmap(self._path, np.float32, "w+", shape=self.shape)
 
     def write(self, start: int, part: Tensor) -> None:
-        """Put samples in their place."""
+        """Write samples from row `start` on."""
         if self._x is not None:
             self._x[start : start + len(part)] = part
         else:
@@ -439,14 +439,14 @@ class Rows(Dataset[Batch]):
             cast(Any, mapped).flush()
 
     def divide(self, factor: Tensor) -> None:
-        """Divide all samples: at once in memory, a file's when they are read."""
+        """Divide all samples: those in memory now, those in a file when they are read."""
         if self._x is not None:
             self._x.div_(factor)
         else:
             self.factor = factor
 
     def held(self) -> Dataset[Any]:
-        """Itself, or a data set that says that its samples are in memory."""
+        """Itself, or an `ArrayDataset` if its samples are in memory."""
         return self if self._x is None else ArrayDataset(self._x, self.labels)
 
     def __len__(self) -> int:
@@ -475,7 +475,7 @@ def _remove(folder: str, owner: int) -> None:
 
 @contextmanager
 def _exact() -> Iterator[None]:
-    """Plain float32 and the same algorithms each time, whatever the run takes."""
+    """Plain float32 and deterministic algorithms, whatever the run uses."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -46,7 +46,7 @@ class Array(InMemory):
 
     Args:
         options: the DataModule's arguments; root is the file.
-        arrays: x, y, x_val, y_val, x_test, y_test in the place of a file.
+        arrays: x, y, x_val, y_val, x_test, y_test instead of a file.
     """
 
     def __init__(self, options: Options, arrays: Mapping[str, Any] | None = None) -> None:
@@ -117,7 +117,7 @@ def sample_shape(values: Any, layout: str, what: str) -> tuple[int, ...]:
 
 
 def check_length(x: Tensor, y: Tensor | None, what: str) -> None:
-    """Refuse labels that are not one for each sample."""
+    """Refuse labels whose number differs from that of the samples."""
     if y is not None and len(y) != len(x):
         raise AezooError(f"{what} has {len(x)} samples but {len(y)} labels: one label a sample")
 
@@ -149,8 +149,8 @@ def _is_label(label: Any) -> bool:
 def number_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Tensor], tuple[str, ...] | None]:
     """Labels as int64 classes 0..K-1 with their names, or float32 without names where they have fractions.
 
-    -1 beside at least two classes is no class but a sample without a label, as in scikit-learn; it stays -1, and what
-    is masked becomes -1.
+    -1 beside at least two classes marks a sample without a label, as in scikit-learn; it stays -1, and masked labels
+    become -1.
     """
     arrays: dict[Stage, Any] = {}
     given: dict[Stage, Any] = {}

@@ -2,11 +2,10 @@
 
     threshold   1 where a value is above 1/2
     static      1 with the value as its probability, drawn once (Salakhutdinov & Murray 2008, ICML)
-    dynamic     training samples are drawn anew every epoch (Burda et al. 2015, https://arxiv.org/abs/1509.00519,
-                section 5), those of val and test once, and so are those of training for all but training
+    dynamic     training draws its samples anew every epoch (Burda et al. 2015, https://arxiv.org/abs/1509.00519,
+                section 5); samples of val and test, and of train outside training, are drawn once
 
-What is drawn depends on the seed, the split, and for dynamic on the epoch and the place in it: not on workers, not on
-what was drawn before.
+Draws depend on the seed, the split and, for dynamic, the epoch and the position in it; not on workers or earlier draws.
 """
 
 from collections.abc import Iterator
@@ -19,13 +18,12 @@ from aezoo.data.source import ArrayDataset, Batch
 from aezoo.errors import AezooError
 from aezoo.randomness import mix
 
-RULES = ("none", "threshold", "static", "dynamic")
 # samples drawn for at a time
 _CHUNK = 4096
 
 
 def draw(x: Tensor, generator: torch.Generator) -> Tensor:
-    """0 or the highest value, with x as the probability of the latter: uint8 of 255, or floats in [0, 1]."""
+    """0 or the largest value, with x as the probability of the latter: uint8 out of 255, or floats in [0, 1]."""
     if x.dtype == torch.uint8:
         # one of 255 equally likely thresholds below x: a probability of x / 255, exactly
         noise = torch.empty_like(x).random_(0, 255, generator=generator)
@@ -35,10 +33,10 @@ def draw(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def check_values(x: Tensor, name: str, cure: str = "set --data.scale unit") -> None:
-    """Refuse what are no chances.
+    """Refuse values that are not probabilities.
 
     Raises:
-        AezooError: values outside of [0, 1]; the message ends with the cure.
+        AezooError: values outside [0, 1]; the message ends with the cure.
     """
     if x.dtype != torch.uint8 and not (float(x.min()) >= 0 and float(x.max()) <= 1):
         raise AezooError(f"{name}: --data.binarise needs values from 0 to 1: {cure}")
@@ -56,7 +54,7 @@ def binarised(dataset: ArrayDataset, rule: str, seed: int) -> ArrayDataset:
 
 
 def drawn_anew(batches: Iterator[Batch], sampler: EpochSampler) -> Iterator[Batch]:
-    """Batches of an epoch, binarised by draws that depend on (seed, epoch, rank, place)."""
+    """Batches of an epoch, binarised by draws that depend on (seed, epoch, rank, position)."""
     place, generator = -1, torch.Generator()
     for x, *y in batches:
         if place < 0:

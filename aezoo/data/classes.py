@@ -1,4 +1,4 @@
-"""Samples of some classes: the labels of a data set, what they mean, and the part of it that has them."""
+"""Labels and classes of data sets, and subsets by class."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -51,7 +51,7 @@ class Relabelled(Subset[Any]):
 
 
 def labels_of(dataset: Dataset[Any]) -> Tensor | None:
-    """All labels, (N,) on the CPU, without a look at the samples where the data set can tell; None without labels."""
+    """All labels, (N,) on the CPU, without reading samples if the data set knows its labels; None without labels."""
     held = cast(Any, dataset)
     if isinstance(dataset, ArrayDataset):
         return dataset.y
@@ -62,7 +62,7 @@ def labels_of(dataset: Dataset[Any]) -> Tensor | None:
 
 
 def subset(dataset: Dataset[Any], rows: Tensor) -> Dataset[Any]:
-    """The samples of these numbers, with their labels."""
+    """The samples with these indices, with their labels."""
     y = labels_of(dataset)
     y = None if y is None else y[rows]
     if not isinstance(dataset, ArrayDataset):
@@ -72,7 +72,7 @@ def subset(dataset: Dataset[Any], rows: Tensor) -> Dataset[Any]:
 
 
 def paths_of(dataset: Dataset[Any]) -> Sequence[str] | None:
-    """The file of each sample, (N,); None where samples have none of their own."""
+    """The file of each sample, (N,); None unless each sample has its own."""
     if isinstance(dataset, Subset):
         paths = paths_of(dataset.dataset)
         return None if paths is None else [paths[i] for i in dataset.indices]
@@ -80,14 +80,14 @@ def paths_of(dataset: Dataset[Any]) -> Sequence[str] | None:
 
 
 def names_of(y: Tensor, class_names: tuple[str, ...] | None) -> npt.NDArray[np.str_]:
-    """The class of each sample by name, (N,); one without a name, and -1, no class, are called by their numbers."""
+    """The class name of each sample, (N,); the number for classes without a name and for -1, no class."""
     if class_names is not None:
         return np.array([*class_names, str(UNLABELLED)])[y.numpy()]  # -1 counts from the end
     return np.array([str(int(label)) if float(label).is_integer() else str(label) for label in y.tolist()], dtype=str)
 
 
 def as_given(y: Tensor, class_names: tuple[str, ...] | None) -> list[Any]:
-    """Labels as the data have them: names of classes, as whole numbers where all of them are such."""
+    """Labels as in the data: class names, as integers if all of them are integers."""
     if class_names is None:
         return y.tolist()
     names = names_of(y, class_names).tolist()
@@ -108,16 +108,16 @@ def listed(names: npt.NDArray[np.str_]) -> str:
 def train_on(
     splits: dict[Stage, Dataset[Any]], wanted: Sequence[str | int], class_names: tuple[str, ...] | None, where: str
 ) -> dict[Stage, Dataset[Any]]:
-    """The same splits, train and val with samples of some classes alone.
+    """The same splits, with train and val reduced to some classes.
 
     Args:
         splits: all samples.
         wanted: the classes by name or number.
-        class_names: what the labels 0, 1, ... mean.
-        where: what messages call the data.
+        class_names: names of the labels 0, 1, ....
+        where: the data's name in messages.
 
     Raises:
-        AezooError: there are no labels, several a sample, or none of a wanted class.
+        AezooError: there are no labels, several per sample, or no sample of a wanted class.
     """
     kept = dict(splits)
     for stage in ("train", "val"):
@@ -141,17 +141,17 @@ def train_on(
 def keep_labels(
     dataset: Dataset[Any], n: int, seed: int, class_names: tuple[str, ...] | None, where: str
 ) -> Dataset[Any]:
-    """The same samples, n of them with their labels, equally many of each class, and all others with -1.
+    """The same samples, n of them with their labels, equally many per class, and all others with -1.
 
     Args:
         dataset: the samples.
         n: how many keep their labels.
         seed: fixes which.
-        class_names: what the labels 0, 1, ... mean.
-        where: what messages call the data.
+        class_names: names of the labels 0, 1, ....
+        where: the data's name in messages.
 
     Raises:
-        AezooError: there are no classes, n does not go by their number, or a class has too few samples.
+        AezooError: there are no classes, n is no multiple of their number, or a class has too few samples.
     """
     y = labels_of(dataset)
     if y is None or y.ndim != 1 or y.is_floating_point():

@@ -1,9 +1,8 @@
-"""The one DataModule: any source by name, the same batches for the same seed."""
+"""The DataModule: any source by name, the same batches for the same seed."""
 
-import difflib
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from dataclasses import fields
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset, Subset
 
 from aezoo.arguments import Checked
 from aezoo.data import binarise as binarise_rules
+from aezoo.data import settings
 from aezoo.data.classes import keep_labels, train_on
 from aezoo.data.loaders import EpochSampler, LazyLoader, blocks_of, collate, local_processes, make_loader, workers
 from aezoo.data.readers import Table, check_columns
@@ -21,11 +21,6 @@ from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, as_f
 from aezoo.data.sources import from_path, open_source
 from aezoo.errors import AezooError
 from aezoo.randomness import mix
-
-Scaling = Literal["auto", "none", "unit", "standard"]
-Layout = Literal["auto", "vector", "sequence", "image", "image_last", "volume", "volume_last"]
-Labels = Literal["auto", "required", "ignore"]
-Memory = Literal["auto", "on", "off"]
 
 
 class DataModule(Checked, LightningDataModule):
@@ -97,7 +92,7 @@ class DataModule(Checked, LightningDataModule):
 
     input_shape: tuple[int, ...]
     num_classes: int | None
-    # to steps that scale them
+    # bytes go unscaled to a step that scales them itself
     leaves_bytes = True
 
     def __init__(
@@ -110,17 +105,17 @@ class DataModule(Checked, LightningDataModule):
         seed: int = 0,
         size: int | None = None,
         channels: int | None = None,
-        scale: Scaling = "auto",
-        binarise: Literal["none", "threshold", "static", "dynamic"] = "none",
-        layout: Layout = "auto",
-        labels: Labels = "auto",
+        scale: settings.Scaling = "auto",
+        binarise: settings.Binarising = "none",
+        layout: settings.Layout = "auto",
+        labels: settings.Labels = "auto",
         train_classes: list[str | int] | None = None,
         num_labels: int = 0,
         download: bool = True,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: settings.OnError = "raise",
         max_pixels: int = 89_478_485,
         max_bytes: int = 2**33,
-        memory: Memory = "auto",
+        memory: settings.Memory = "auto",
         num_workers: int | None = None,
         drop_last: bool = False,
         dictionary_samples: int = 100_000,
@@ -133,9 +128,9 @@ class DataModule(Checked, LightningDataModule):
         network: str = "classifier",
         layer: str = "features",
         of: str = "mnist5k",
-        weights: Literal["stored", "random"] = "stored",
-        positions: Literal["each", "mean", "max"] = "each",
-        feature_axis: Literal["auto", "first", "last"] = "auto",
+        weights: settings.Weights = "stored",
+        positions: settings.Positions = "each",
+        feature_axis: settings.FeatureAxis = "auto",
         normalise: bool = True,
         column: str = "auto",
         label_column: str = "auto",
@@ -143,69 +138,15 @@ class DataModule(Checked, LightningDataModule):
         super().__init__()
         # a Path would end up in checkpoints, which weights_only loading then refuses
         name, root, network, of = str(name), str(root), str(network), str(of)
-        if not name:
-            raise AezooError("--data.name is empty: give a set, a folder or a file of arrays")
+        given = dict(locals())
         self.save_hyperparameters(logger=False)
-        for key, value, least in (
-            ("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers or 0, 0),
-            ("max_pixels", max_pixels, 1), ("max_bytes", max_bytes, 1), ("size", 1 if size is None else size, 1),
-            ("num_labels", num_labels, 0), ("dictionary_samples", dictionary_samples, 1),
-            ("dictionary_atoms", dictionary_atoms, 1), ("dictionary_dim", dictionary_dim, 1),
-            ("dictionary_streams", dictionary_streams, 1),
-        ):  # fmt: skip
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise AezooError(f"--data.{key} is {value!r}: give a whole number of at least {least}")
-        for key, number, most in (
-            ("size", size or 1, 2**14), ("num_workers", num_workers or 0, 2**10), ("num_labels", num_labels, 10**9),
-            ("dictionary_samples", dictionary_samples, 10**9), ("dictionary_atoms", dictionary_atoms, 2**20),
-            ("dictionary_dim", dictionary_dim, 2**20), ("dictionary_streams", dictionary_streams, 2**10),
-        ):  # fmt: skip
-            if number > most:
-                raise AezooError(f"--data.{key} is {number}: give at most {most}")
-        for key, part in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-            if isinstance(part, bool) or not isinstance(part, int | float) or not 0 <= part < 1:
-                raise AezooError(f"--data.{key} is {part!r}: give a share from 0 up to, but not including, 1")
-        if val_fraction + test_fraction >= 1:
-            raise AezooError(f"--data.val_fraction {val_fraction} and --data.test_fraction {test_fraction} leave "
-                             "nothing to train on: their sum must stay below 1")  # fmt: skip
-        for key, level, most_level in (
-            ("dictionary_active", dictionary_active, math.inf), ("dictionary_correlation", dictionary_correlation, 1),
-            ("dictionary_noise", dictionary_noise, math.inf),
-        ):  # fmt: skip
-            least_open = key == "dictionary_active"
-            if not 0 <= level < most_level or (least_open and not level):
-                raise AezooError(f"--data.{key} is {level!r}: give a number {'above' if least_open else 'from'} 0"
-                                 f"{' up to, but not including, 1' if most_level == 1 else ''}")  # fmt: skip
-        _one_of("scale", scale, ("auto", "none", "unit", "standard"))
-        _one_of("binarise", binarise, binarise_rules.RULES)
-        _one_of("layout", layout, ("auto", "vector", "sequence", "image", "image_last", "volume", "volume_last"))
-        _one_of("labels", labels, ("auto", "required", "ignore"))
-        _one_of("on_error", on_error, ("raise", "skip"))
-        _one_of("memory", memory, ("auto", "on", "off"))
-        _one_of("weights", weights, ("stored", "random"))
-        _one_of("positions", positions, ("each", "mean", "max"))
-        _one_of("feature_axis", feature_axis, ("auto", "first", "last"))
-        if num_labels and labels == "ignore":
-            raise AezooError(f"--data.num_labels {num_labels} and --data.labels ignore contradict each other: drop one")
-        if train_classes == []:
-            raise AezooError("--data.train_classes is empty: give classes by name or number, such as [0, 1]")
-        if channels not in (None, 1, 3):
-            raise AezooError(f"--data.channels is {channels!r}: give 1 (grey) or 3 (coloured)")
-
+        settings.check(given)
         self.name, self.batch_size, self.seed, self.drop_last = name, batch_size, seed, drop_last
         self.scale, self.labels, self.memory, self.num_workers = scale, labels, memory, num_workers
         self.train_classes, self.num_labels, self.binarise = train_classes, num_labels, binarise
         reader = from_path(name)
-        options = Options(
-            name=reader or name, root=name if reader else root, val_fraction=val_fraction, test_fraction=test_fraction,
-            seed=seed, size=size, channels=channels, scale=scale, layout=layout, download=download, on_error=on_error,
-            max_pixels=max_pixels, max_bytes=max_bytes, memory=memory, dictionary_samples=dictionary_samples,
-            dictionary_atoms=dictionary_atoms, dictionary_dim=dictionary_dim, dictionary_active=dictionary_active,
-            dictionary_correlation=dictionary_correlation, dictionary_noise=dictionary_noise,
-            dictionary_streams=dictionary_streams, network=network, layer=layer, of=of, weights=weights,
-            positions=positions, feature_axis=feature_axis, normalise=normalise,
-            column=column, label_column=label_column,
-        )  # fmt: skip
+        own = {"name": reader or name, "root": name if reader else root}
+        options = Options(**{field.name: given[field.name] for field in fields(Options)} | own)
         self.source = self._open(options)
         self.input_shape = tuple(self.source.input_shape)
         self.num_classes = None if labels == "ignore" else self.source.num_classes
@@ -239,7 +180,7 @@ class DataModule(Checked, LightningDataModule):
         y_test: Any = None,
         **plain: Any,
     ) -> "DataModule":
-        """A DataModule of tensors, NumPy arrays or DataFrames; a split that is not given is taken out of x.
+        """A DataModule of tensors, NumPy arrays or DataFrames; missing splits are taken from x.
 
         Args:
             x: training samples: (N, D), (N, C, L), (N, H, W), (N, H, W, C), (N, C, H, W) or (N, C, D, H, W).
@@ -266,7 +207,7 @@ class DataModule(Checked, LightningDataModule):
         self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the splits and refuse what cannot be trained on; all splits at once, as they share their statistics."""
+        """Read and check the splits; all at once, as they share their statistics."""
         if not self._splits:
             if self.trainer is None:
                 self.prepare_data()
@@ -299,7 +240,7 @@ class DataModule(Checked, LightningDataModule):
             self._splits[stage] = held
 
     def _draws_anew(self, stage: Stage) -> bool:
-        """Whether a split is kept as chances, which training draws from as it uses them."""
+        """Whether a split is kept as probabilities, from which training draws every epoch."""
         return self.binarise == "dynamic" and stage == "train"
 
     def _check(self, train: Dataset[Any] | None) -> None:
@@ -332,9 +273,9 @@ class DataModule(Checked, LightningDataModule):
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the training data: the epoch, the batches of it that each rank has seen, and what deals them.
+        """The position in the training data, and the settings that fix the order of batches.
 
-        With it goes what a task needs to scale other samples as these were, and what a table calls its columns.
+        Also what a task needs to scale other samples in the same way, and the column names of a table.
         """
         if self.trainer is None:
             return {}
@@ -351,10 +292,10 @@ class DataModule(Checked, LightningDataModule):
         return position | white | columns | ({"scaling": scale} if scale else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on there; Lightning calls it before it asks for the loader.
+        """Continue there; Lightning calls this before it asks for the loader.
 
-        The order of an epoch comes from the seed and is dealt out among the processes in batches, so others of these
-        can begin an epoch, and can not go on within one.
+        The seed fixes the order of an epoch, which is distributed over the processes in batches: with another seed,
+        batch size or number of processes a run can begin an epoch, but not continue within one.
         """
         check_columns(str(self.hparams["root"] if self.name == "array" else self.name), self.source.columns,
                       state_dict.get("columns", ()))  # fmt: skip
@@ -376,11 +317,11 @@ class DataModule(Checked, LightningDataModule):
         self._position = (state_dict.get("epoch", -1), state_dict.get("batches", 0))
 
     def note_scaling(self, trained: Mapping[str, Tensor], white: int | None) -> None:
-        """Say of other data than a model was trained on that their own statistics scale them.
+        """Say so if these data are scaled by other statistics than a model's training data.
 
         Args:
-            trained: what those were scaled by, as `state_dict` has it.
-            white: what white was in those; known where nothing was to be scaled.
+            trained: the scaling of the training data, as in `state_dict`.
+            white: their value of white; known if they needed no scaling.
         """
         scaling = getattr(self.source, "scaling", None)
         own = {} if scaling is None else scaling.state()
@@ -413,7 +354,7 @@ class DataModule(Checked, LightningDataModule):
         return (x, *batch[1:])
 
     def dataset(self, stage: Stage) -> Dataset[Any]:
-        """The samples of a split, x uint8 or float32; of those that training draws anew, the draw that static makes."""
+        """The samples of a split, x uint8 or float32; with dynamic binarisation train is drawn as static does."""
         held = self._split(stage)
         if not self._draws_anew(stage):
             return held
@@ -428,7 +369,7 @@ class DataModule(Checked, LightningDataModule):
         return self._splits[stage]
 
     def tensors(self, stage: Stage, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
-        """All of a split, or the rows with these numbers: x float32 as the model sees it, and the labels or None."""
+        """A split, or these rows of it: x float32 as the model sees it, and the labels or None."""
         dataset = self.dataset(stage)
         dataset = dataset if rows is None else Subset(dataset, rows)
         loader = make_loader(dataset, batch_size=1024, labels=self.labels != "ignore")
@@ -436,11 +377,11 @@ class DataModule(Checked, LightningDataModule):
         return as_float(x, levels_of(self.scale)), y[0] if y else None
 
     def splits(self) -> tuple[Stage, ...]:
-        """The splits there are, in the order train, val, test."""
+        """The existing splits, in the order train, val, test."""
         return tuple(self._ready())
 
     def describe(self) -> str:
-        """One line: sizes of the splits, shape, classes."""
+        """Sizes of the splits, shape and classes in one line."""
         sizes = ", ".join(f"{_length(dataset)} {stage}" for stage, dataset in self._ready().items())
         classes = f"{self.num_classes} classes" if self.num_classes else "no classes"
         return f"{self.name}: {sizes}, {'x'.join(map(str, self.input_shape))}, {classes}"
@@ -453,11 +394,11 @@ class DataModule(Checked, LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _overfits(self) -> bool:
-        """The batches are to be learnt by heart, so that they must be the same ones in every epoch."""
+        """Whether the trainer overfits a few batches, which must then be the same in every epoch."""
         return bool(getattr(self.trainer, "overfit_batches", 0))
 
     def _step_takes_bytes(self) -> bool:
-        """A compiled training step scales bytes itself, in the same pass over memory as what follows."""
+        """Whether the batch goes to a compiled training step, which scales bytes in one pass with what follows."""
         trainer = self.trainer
         return (
             trainer is not None
@@ -471,7 +412,7 @@ class DataModule(Checked, LightningDataModule):
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         dataset = self._held(stage, device)
         resident = isinstance(dataset, ArrayDataset) and self.memory != "off"
-        settings: dict[str, Any] = {
+        shared: dict[str, Any] = {
             "batch_size": self.batch_size,
             "shuffle": stage == "train" and not self._overfits(),
             "seed": self.seed,
@@ -485,7 +426,7 @@ class DataModule(Checked, LightningDataModule):
             held = cast(ArrayDataset, dataset)
             y = None if self.labels == "ignore" else held.y
             pin_memory = device.type == "cuda" and held.x.device.type == "cpu"
-            loader = ResidentLoader(held.x, y, pin_memory=pin_memory, **settings)
+            loader = ResidentLoader(held.x, y, pin_memory=pin_memory, **shared)
             loader.transform = transform
             return loader
         num_workers = self.num_workers
@@ -496,7 +437,7 @@ class DataModule(Checked, LightningDataModule):
             num_workers=num_workers,
             pin_memory=device.type == "cuda",
             labels=self.labels != "ignore",
-            **settings,
+            **shared,
         )
         lazy.transform = transform
         return lazy
@@ -517,7 +458,7 @@ class DataModule(Checked, LightningDataModule):
         return dataset
 
     def _too_much(self, stage: Stage, device: torch.device, processes: int) -> bool:
-        """Whether auto decides against a split in that memory; the line at the start says why."""
+        """Whether auto decides against holding a split in that memory; the log line at the start says why."""
         self._why[stage] = excess(size_of(self._splits[stage]), device, processes) if self.memory == "auto" else ""
         return bool(self._why[stage])
 
@@ -530,13 +471,13 @@ class DataModule(Checked, LightningDataModule):
         self._restore_limit()
 
     def _restore_limit(self) -> None:
-        """The trainer may fit other data next, with a split for validation."""
+        """Restore the trainer's limit: it may fit other data next, with a validation split."""
         if self._limit_before is not None and self.trainer is not None:
             self.trainer.limit_val_batches, self._limit_before = self._limit_before, None
 
 
 def _columns(x: Any) -> tuple[str, ...]:
-    """What a DataFrame calls its columns, if all have names, as scikit-learn takes them."""
+    """A DataFrame's column names, () unless all are strings, as in scikit-learn."""
     names = tuple(getattr(x, "columns", ()))
     return names if all(isinstance(name, str) for name in names) else ()
 
@@ -553,10 +494,3 @@ def _storage(loader: LazyLoader | ResidentLoader) -> str:
 
 def _length(dataset: Dataset[Any]) -> int:
     return len(cast(Any, dataset))
-
-
-def _one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
-        raise AezooError(f"--data.{key} is {value!r}{hint}; choose from {', '.join(choices)}")

@@ -10,8 +10,8 @@
     noise         standard deviation of a Gaussian in every dimension
     streams       S of them show the same f in S spaces, each with atoms of its own, for crosscoders and transcoders
 
-Every number is a function of the seed and of the sample's number, by the steps of splitmix64: nothing is stored but the
-atoms, a sample does not depend on which others are asked for, and the splits are ranges of numbers, train first.
+Every number is a function of the seed and the sample's index, by splitmix64: only the atoms are stored, a sample does
+not depend on which others are read, and the splits are ranges of indices, train first.
 
 Shapes: n samples, N atoms, S streams, D dimensions, G groups.
 """
@@ -39,7 +39,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def uniform(seed: int, stream: int, index: npt.NDArray[np.int64]) -> Floats:
-    """Numbers within (0, 1), each a function of its own index and of seed and stream: splitmix64, as in `mix`."""
+    """Numbers within (0, 1), each a function of its index, seed and stream: splitmix64, as in `mix`."""
     z = index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(mix(seed, stream))
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -82,7 +82,7 @@ class SyntheticDictionary(Source):
         self._ranges = dict(zip(STAGES, map(range, bounds[:-1], bounds[1:]), strict=True))
 
     def rows(self, stage: Stage) -> Tensor:
-        """The numbers of a split's samples, in its order."""
+        """The indices of a split's samples, in its order."""
         chosen = self._ranges[stage]
         return torch.arange(chosen.start, chosen.stop)
 
@@ -90,12 +90,12 @@ class SyntheticDictionary(Source):
         return Sums(self, self._ranges[stage]) if self._ranges[stage] else None
 
     def codes(self, index: Tensor | Sequence[int]) -> Tensor:
-        """The f of samples by number: (n,) -> (n, N), float32."""
+        """Codes f of the samples with these indices: (n,) -> (n, N), float32."""
         parts = [self._codes(part) for part in self._parts(index)]
         return torch.from_numpy(np.concatenate([np.empty((0, self.number)), *parts])).float()
 
     def samples(self, index: Tensor | Sequence[int]) -> Tensor:
-        """The x of samples by number: (n,) -> (n, *input_shape), float32."""
+        """Samples x with these indices: (n,) -> (n, *input_shape), float32."""
         parts = [self._samples(part) for part in self._parts(index)]
         return torch.from_numpy(np.concatenate([np.empty((0, *self.input_shape)), *parts])).float()
 
@@ -141,7 +141,7 @@ class Sums(Dataset[Batch]):
 
     Args:
         source: draws them.
-        numbers: of the samples.
+        numbers: indices of the samples.
     """
 
     labels: Tensor | None = None

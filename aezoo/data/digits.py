@@ -1,4 +1,4 @@
-"""digits: the 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn, values 0 to 16 divided by 16."""
+"""digits: scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, values 0 to 16 divided by 16."""
 
 import torch
 

@@ -4,8 +4,8 @@
     root/cat/*.png, root/dog/*.png       two or more folders and every image in one of them: the folder is the class
     root/train/..., root/val/..., root/test/...     own splits (also training, valid, validation, testing)
 
-Without --data.size all images must have one size; with it each is resized and cut to a square. Files of 16 bits a
-value are divided by 65535, others by 255. The EXIF rotation is applied. A set that fits into memory is decoded
+Without --data.size all images must have the same size; with it each is resized and cropped to a square. Values of
+16-bit files are divided by 65535, others by 255. The EXIF rotation is applied. A set that fits into memory is decoded
 once, before training, which finds every broken file (see --data.memory); a larger one is decoded by the workers, and
 only its headers are read before.
 """
@@ -33,13 +33,13 @@ from aezoo.errors import AezooError
 
 
 class Pictures(Source):
-    """Pictures in any place, decoded once, before training, or each when it is used.
+    """Pictures from any container, decoded once, before training, or each when it is used.
 
     Args:
         options: the DataModule's arguments.
-        where: what messages call the place.
-        files: (file, class) of each picture by split, a file being what `header` and `load` take: hashable, and
-            written in messages as its text.
+        where: the container's name in messages.
+        files: (file, class) of each picture by split; a file is what `header` and `load` take: hashable, with a `str`
+            for messages.
         names: the classes, empty without labels.
     """
 
@@ -62,7 +62,7 @@ class Pictures(Source):
         self._splits: dict[Stage, Dataset[Any]] | None = None
 
     def header(self, file: Any) -> Header:
-        """What the file of one picture says of it, without decoding its pixels."""
+        """The header of one picture, without decoding its pixels."""
         return header(file, self.options.max_pixels)
 
     def load(self, file: Any) -> Tensor:
@@ -145,7 +145,7 @@ class Pictures(Source):
         return {path: result for path, result in zip(paths, results, strict=True) if result is not None}
 
     def _check(self, headers: dict[Any, Header]) -> None:
-        """One size and one kind of image, or the choice is the user's."""
+        """Refuse images of different sizes or kinds unless the user says how to convert them."""
         sizes: dict[tuple[int, int], Any] = {}
         kinds: dict[bool, Any] = {}
         for path, (shape, mode, _) in headers.items():
@@ -177,7 +177,7 @@ class Folder(Pictures):
 
 
 def sort(x: Tensor, order: Tensor) -> None:
-    """Move the rows of these numbers to the front, in this order, without a second copy of all: (N, ...), (n,)."""
+    """Move the rows with these indices to the front, in this order, without copying the tensor: (N, ...), (n,)."""
     columns = x.flatten(1)
     for part in columns.split(-(-columns.shape[1] // 64), 1):
         part[: len(order)] = part[order]
@@ -193,7 +193,7 @@ class ImageFiles(Files):
     Args:
         source: decodes a file.
         files: (file, class) of each sample.
-        deep: some files have 16 bits a value, so that all are given as floats in [0, 1].
+        deep: some files have 16 bits per value, so all become floats in [0, 1].
     """
 
     def __init__(self, source: Pictures, files: list[tuple[Any, int]], deep: bool) -> None:
@@ -209,11 +209,11 @@ class ImageFiles(Files):
 
     @property
     def labels(self) -> list[int] | None:
-        """The class of each sample, without a look at the images."""
+        """The class of each sample, without reading the images."""
         return [label for _, label in self.files] if self.source.num_classes else None
 
     def in_memory(self, x: Tensor) -> ArrayDataset:
-        """The same samples, which are decoded already: (N, C, H, W)."""
+        """The same samples, already decoded: (N, C, H, W)."""
         return ArrayDataset(x, None if self.labels is None else torch.tensor(self.labels), self.paths)
 
     @property

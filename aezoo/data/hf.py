@@ -2,16 +2,16 @@
 
     --data hf --data.root saved           what `datasets` wrote by save_to_disk
     --data hf --data.root folder          parquet, arrow, csv or json files, or images with metadata, as on the hub
-    --data hf --data.root owner/name      fetched when the DataModule is made, as nothing else knows the shape;
+    --data hf --data.root owner/name      downloaded when the DataModule is made, which needs the shape;
                                           owner/name:config for one of several configurations
 
 The samples are the one column of images; without images, the one column of arrays or of lists of numbers, all of one
 shape. The labels are the one column of classes, or a plain one called label, labels, class, target or y.
 `--data.column` and `--data.label_column` name others.
 
-Images follow the rules of `aezoo.data.folder`, and arrays those of `aezoo.data.array`, which lie in memory. Splits
-called train, validation and test (or as folders may be) are those of the set; what it lacks is taken out of train. No
-code of a data set is ever run.
+Images follow the rules of `aezoo.data.folder`, and arrays, which are held in memory, those of `aezoo.data.array`.
+Splits called train, validation and test (or any name that a folder may have) are those of the set; missing ones are
+taken from train. No code of a data set is ever run.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ Sets = dict[Stage, Any]
 
 
 class Row(NamedTuple):
-    """One sample, called in messages by its place."""
+    """One sample, named in messages by its position."""
 
     where: str
     stage: Stage
@@ -81,7 +81,7 @@ class HfPictures(Pictures):
         sets: rows by split.
         column: the images.
         y: labels by split, empty without.
-        names: what the labels mean.
+        names: names of the labels.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class HfPictures(Pictures):
 
 
 class HfArrays(InMemory):
-    """A column of arrays, or of lists, of numbers: the arguments are those of `HfPictures`."""
+    """A column of arrays or lists of numbers; arguments as for `HfPictures`."""
 
     def __init__(
         self, options: Options, sets: Sets, column: str, y: dict[Stage, Tensor], names: tuple[str, ...] | None
@@ -148,7 +148,7 @@ class HfArrays(InMemory):
 
 
 def _values(rows: Any, column: str, start: int, stop: int, place: Row) -> npt.NDArray[Any]:
-    """The arrays of some rows, (n, ...); the first that differs from the row before it is named."""
+    """The arrays of some rows, (n, ...); an error names the first that differs from the row before."""
     chosen, dtype = rows.select_columns([column]), np.dtype(_dtype(rows.features[column]))
     # by default it makes float32 of them
     wide = {"dtype": np.float64} if dtype == np.float64 else {}
@@ -191,7 +191,7 @@ def _is(feature: Any, name: str) -> bool:
 
 
 def _kind(feature: Any) -> str:
-    """What must be the same in all splits."""
+    """What must agree between all splits."""
     if feature is None:
         return "missing"
     if _is(feature, "ClassLabel"):
@@ -200,7 +200,7 @@ def _kind(feature: Any) -> str:
 
 
 def _dtype(feature: Any) -> str | None:
-    """The dtype of an array or a list of numbers, however deep; None for all else."""
+    """The dtype of an array or a nested list of numbers; None for anything else."""
     name = type(feature).__name__
     if re.fullmatch(r"Array\dD", name):
         return str(feature.dtype)
@@ -248,7 +248,7 @@ def _label_column(features: Mapping[str, Any], options: Options) -> str | None:
 
 
 def _labels(sets: Sets, column: str | None, where: str) -> tuple[dict[Stage, Tensor], tuple[str, ...] | None]:
-    """Labels by split, a row without one having -1, and what they mean."""
+    """Labels by split, -1 for rows without one, and their names."""
     if column is None:
         return {}, None
     found = {stage: rows.select_columns([column]).with_format(None)[:][column] for stage, rows in sets.items()}
@@ -288,7 +288,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _load(options: Options) -> Mapping[str, Any]:
-    """The set by the names of its splits."""
+    """The data set by split name."""
     try:
         import datasets
     except ImportError:
@@ -324,7 +324,7 @@ def _load(options: Options) -> Mapping[str, Any]:
 
 
 def _check_card(folder: Path) -> None:
-    """Refuse a folder whose card names data files by addresses, which datasets would open, offline or not."""
+    """Refuse a folder whose card gives URLs of data files, which datasets would open even offline."""
     texts = []
     if (folder / "README.md").is_file():
         found = _CARD.search((folder / "README.md").read_text())
@@ -348,7 +348,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Let the hub's own packages look in their cache alone; they read their variables when they are imported."""
+    """Restrict the hub's packages to their cache; they read these variables when they are imported."""
     from datasets import config
     from huggingface_hub import constants
 

@@ -1,4 +1,4 @@
-"""MNIST and its family: idx files, plain or .gz, read where they lie.
+"""MNIST and its family: idx files, plain or .gz, read in place.
 
     idx file    two zero bytes, a type byte, the number of axes, their lengths as big-endian int32, the values
 
@@ -137,7 +137,7 @@ class Idx(InMemory):
 
 
 def read_idx(path: Path, title: str = "", max_bytes: int = 2**33) -> Tensor:
-    """The array in an idx file; a cut, broken, oversized or wrong file is named with the cure."""
+    """The array in an idx file; an error names a truncated, broken, oversized or wrong file and the cure."""
     again = "delete it and download it again"
     try:
         check_bytes(path, path.stat().st_size, max_bytes)

@@ -1,4 +1,4 @@
-"""One picture or many, brought to one size and channel count."""
+"""Read pictures and convert them to one size and number of channels."""
 
 import io
 import math
@@ -31,12 +31,12 @@ _NOTES = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 
 
 class Header(NamedTuple):
-    """What can be told of a picture file without decoding its pixels.
+    """What a picture file says without decoding its pixels.
 
     Attributes:
-        shape: (height, width) as shown upright.
-        mode: Pillow's.
-        pages: pictures in the file, of which the first is read.
+        shape: (height, width) after the EXIF rotation.
+        mode: Pillow's mode.
+        pages: pictures in the file; the first is read.
     """
 
     shape: tuple[int, int]
@@ -50,7 +50,7 @@ def few(paths: list[Any]) -> str:
 
 
 def lost(headers: Mapping[Any, Header]) -> list[str]:
-    """What is not read of some files, in words for a warning."""
+    """What is ignored in some files, in words for a warning."""
     see_through = [path for path, header in headers.items() if header.mode in _SEE_THROUGH]
     paged = [path for path, header in headers.items() if header.pages > 1]
     return [
@@ -71,7 +71,7 @@ def fitted_shape(shape: tuple[int, ...], size: int | None, channels: int | None)
 
 
 def fit(x: Tensor, size: int | None, channels: int | None) -> Tensor:
-    """Resize the shorter side to `size`, cut the middle square, and convert grey and colour: (N, C, H, W)."""
+    """Resize the shorter side to `size`, crop the centre square, and convert grey and colour: (N, C, H, W)."""
     if channels is not None and channels != x.shape[1]:
         x = x[:, :3] if x.shape[1] == 4 else x
         if x.shape[1] != channels:
@@ -83,7 +83,7 @@ def fit(x: Tensor, size: int | None, channels: int | None) -> Tensor:
 
 
 def to_tensor(image: Image.Image, size: int | None, channels: int) -> Tensor:
-    """A picture as (channels, H, W): uint8, or float32 in [0, 1] when it has 16 bits a value."""
+    """A picture as (channels, H, W): uint8, or float32 in [0, 1] if it has 16 bits per value."""
     if image.mode in DEEP:
         values = np.asarray(image).astype(np.float32) / 65535
         if values.min() < 0 or values.max() > 1:
@@ -98,10 +98,10 @@ def to_tensor(image: Image.Image, size: int | None, channels: int) -> Tensor:
 
 
 class Encoded:
-    """A picture file that lies in a larger one.
+    """A picture file inside a larger file.
 
     Args:
-        title: what messages call it.
+        title: its name in messages.
         content: its bytes.
     """
 
@@ -117,7 +117,7 @@ def _open(path: Path | Encoded) -> Image.Image:
 
 
 def read(path: Path | Encoded, size: int | None, channels: int, max_pixels: int) -> Tensor:
-    """A picture file as a tensor, upright by its EXIF note; an error names the file and the cure."""
+    """A picture file as a tensor, after the EXIF rotation; an error names the file and the cure."""
     try:
         with _open(path) as image:
             check_pixels(path, image.size, max_pixels)
@@ -132,7 +132,7 @@ def read(path: Path | Encoded, size: int | None, channels: int, max_pixels: int)
 
 
 def header(path: Path | Encoded, max_pixels: int) -> Header:
-    """What a file says of its picture; a broken one is named."""
+    """The header of a picture file; an error names a broken one."""
     try:
         with _open(path) as image:
             check_pixels(path, image.size, max_pixels)
@@ -155,7 +155,7 @@ def header(path: Path | Encoded, max_pixels: int) -> Header:
 
 
 def _notes_follow(file: IO[bytes]) -> bool:
-    """Whether something is said of the picture behind the pixels of a PNG, which stays where it is being read."""
+    """Whether a PNG has chunks of metadata after its pixels; the file position stays."""
     place, seen = file.tell(), False
     file.seek(8)
     try:

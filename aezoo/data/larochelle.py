@@ -1,6 +1,6 @@
 """binarized_mnist: the digits of MNIST as Larochelle & Murray (2011) drew them once, 50,000, 10,000 and 10,000.
 
-The "static" or "fixed" binarisation of the papers on deep generative models, in three text files of zeros and ones.
+The "static" or "fixed" binarisation of papers on deep generative models, in three text files of zeros and ones.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ _FROM = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist"
 
 
 class BinarizedMnist(InMemory):
-    """Digits of zeros and ones without labels, in the splits that the files bring."""
+    """Digits of zeros and ones without labels, in the splits of the files."""
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, (1, 28, 28), None)

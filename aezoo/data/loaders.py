@@ -1,6 +1,6 @@
-"""Batches in an order that depends on (seed, epoch) alone: not on workers, not on what was drawn before.
+"""Batches in an order that depends on (seed, epoch) alone: not on workers or earlier draws.
 
-For what is not held in memory; `aezoo.data.resident` gives the same batches of what is.
+For samples that are not held in memory; `aezoo.data.resident` gives the same batches of those that are.
 """
 
 import os
@@ -25,19 +25,19 @@ GROUP = 16
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Row numbers of one rank, `order[rank::world]`, with order = f(seed, epoch).
+    """Row indices of one rank, `order[rank::world]`, with order = f(seed, epoch).
 
-    With blocks, rows that share files, the order is that of a shuffle within groups: `GROUP` random blocks at a time.
+    With blocks, which are rows that share a file, rows are shuffled within groups of `GROUP` random blocks.
 
-    Lightning puts a sampler of its own in the place of any other than a DistributedSampler, hence the base class.
-    Shuffled (training): every rank gets len // world rows; the up to world - 1 rows left over differ from epoch to
-    epoch. Not shuffled: no row is left out or read twice, unless there are fewer rows than ranks; then each rank
-    reads all of them, and means over ranks stay exact.
+    Lightning replaces any sampler but a DistributedSampler by its own, hence the base class. Shuffled (training): every
+    rank gets len // world rows; the up to world - 1 rows left out differ between epochs. Not shuffled: no row is left
+    out or read twice, unless there are fewer rows than ranks; then each rank reads all of them, and means over ranks
+    stay exact.
 
     Attributes:
-        skip: (epoch, rows): that epoch's next pass leaves out so many of its first rows, which a run that goes on has
-            seen already.
-        first: how many rows the pass that goes on left out at its beginning.
+        skip: (epoch, rows): the next pass of that epoch leaves out this many of its first rows, which a resumed run has
+            already seen.
+        first: how many rows the current pass left out at its beginning.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class EpochSampler(DistributedSampler[Any]):
             self.num_samples = n if n < world else len(range(rank, n, world))
 
     def rows(self) -> Tensor:
-        """The row numbers of the present epoch, less those to skip."""
+        """The row indices of the current epoch, without those to skip."""
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.n, generator=generator)
@@ -74,14 +74,14 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class InOrder(EpochSampler, SequentialSampler):
-    """Not shuffled, which Lightning believes of a SequentialSampler alone.
+    """The sampler without shuffling; Lightning recognises that by the class SequentialSampler only.
 
-    With `overfit_batches` it makes other loaders anew, with a sampler of its own that deals nothing out among ranks.
+    With `overfit_batches` it replaces other loaders, with a sampler of its own that does not distribute rows to ranks.
     """
 
 
 def epoch_sampler(n: int, *, shuffle: bool, **rest: Any) -> EpochSampler:
-    """The sampler of a split, shuffled or not; `rest` are the further arguments of `EpochSampler`."""
+    """The sampler of a split, shuffled or not; `rest` are the other arguments of `EpochSampler`."""
     return (EpochSampler if shuffle else InOrder)(n, shuffle=shuffle, **rest)
 
 
@@ -92,7 +92,7 @@ class LazyLoader(DataLoader[Any]):
     """A DataLoader that starts at the first `next`: workers started at `iter` would run ahead with the old epoch.
 
     Attributes:
-        transform: what becomes of the batches of an epoch, in this process.
+        transform: transforms the batches of an epoch, in this process.
     """
 
     transform: Transform | None = None
@@ -120,20 +120,20 @@ class LazyLoader(DataLoader[Any]):
 
 
 def local_processes(trainer: "Trainer | None" = None) -> int:
-    """Processes of the run on this machine, which share its memory and its cores."""
+    """Processes of the run on this machine, which share its memory and cores."""
     # Lightning's own launchers set no variable for it; under torchrun a task without a trainer has nothing else
     launched = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return launched if trainer is None else max(launched, trainer.num_devices)
 
 
 def workers(processes: int) -> int:
-    """Processes that read ahead beside each of these: one for each core that is left, up to 8, at least one."""
+    """Reading processes for each of these: one per remaining core, up to 8, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(1, cores // processes - 1))
 
 
 def collate(samples: Batch | Sequence[Any], *, labels: bool) -> Batch:
-    """A batch (x,) or (x, y) from a batch that the data set gathered itself, or from a list of samples."""
+    """A batch (x,) or (x, y) from one that the data set gathered, or from a list of samples."""
     if isinstance(samples, tuple):
         x, y = samples[0], samples[1] if len(samples) > 1 else None
     else:
@@ -152,14 +152,14 @@ class Files(Dataset[Any]):
 
 
 def gathers(dataset: Dataset[Any]) -> bool:
-    """A batch of it costs less than its samples one by one, so that nobody needs to read them side by side."""
+    """Whether reading a whole batch costs less than reading its samples one by one, so no worker is needed."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return hasattr(dataset, "__getitems__") and not isinstance(dataset, Files)
 
 
 def blocks_of(dataset: Dataset[Any]) -> Tensor | None:
-    """The number of the block, such as a file of many samples, that each sample lies in, (N,); None without blocks."""
+    """The block of each sample, such as a file of many samples, (N,); None without blocks."""
     if isinstance(dataset, Subset):
         blocks = blocks_of(dataset.dataset)
         return None if blocks is None else blocks[torch.as_tensor(dataset.indices)]
@@ -169,8 +169,8 @@ def blocks_of(dataset: Dataset[Any]) -> Tensor | None:
 def even_batch_size(n: int, world: int, batch_size: int) -> int:
     """The largest size up to `batch_size` (else the next above it) that gives every rank the same number of batches.
 
-    DistributedDataParallel hangs when one rank evaluates a batch more than another. Shares of n // world and
-    n // world + 1 rows need different numbers of batches only when the size divides the smaller one.
+    DistributedDataParallel hangs if one rank evaluates more batches than another. Shares of n // world and
+    n // world + 1 rows differ in their number of batches only if the size divides the smaller one.
     """
     if n % world == 0 or n < world:
         return batch_size
@@ -195,8 +195,8 @@ def make_loader(
     """The loader of one split for one rank.
 
     Args:
-        dataset: a sized, map-style data set; with `__getitems__` it is asked for whole batches.
-        batch_size: samples a batch and rank.
+        dataset: a sized, map-style data set; `__getitems__`, if it has that, reads whole batches.
+        batch_size: samples per batch and rank.
         shuffle: a new order each epoch, for training; else the order of the data set.
         seed: fixes the orders of all epochs.
         rank: this process.

@@ -1,4 +1,4 @@
-"""Sources whose samples fit in memory: split, resize and scale, in that order, by stated rules."""
+"""Sources whose samples fit in memory: split, resize and scale, in that order."""
 
 import math
 from abc import abstractmethod
@@ -47,7 +47,7 @@ class InMemory(Source):
 
     @abstractmethod
     def load(self) -> dict[Stage, Pair]:
-        """The splits that the set brings along; "train" at least. A missing one is carved out of it."""
+        """The set's own splits; "train" at least, from which missing ones are taken."""
 
     def split(self, stage: Stage) -> ArrayDataset | None:
         if self._splits is None:
@@ -87,15 +87,15 @@ class Scale:
     standard  (x - mean) / standard deviation
     none      the values as they are
 
-    Minimum, maximum, mean and deviation are taken per feature for vectors (N, D), over everything for the rest. A
-    feature that never changes becomes 0. Values of val and test beyond the training range are not clipped.
+    Minimum, maximum, mean and deviation are taken per feature for vectors (N, D), else over all values. A constant
+    feature becomes 0. Values of val and test outside the training range are not clipped.
 
     Args:
         train: the training samples.
         rule: one of the four names.
 
     Attributes:
-        white: see `Source`; floats within [0, 1] are taken for shares of white, as auto takes them.
+        white: see `Source`; floats within [0, 1] count as shares of white, as for auto.
     """
 
     def __init__(self, train: Tensor, rule: str) -> None:
@@ -120,7 +120,7 @@ class Scale:
         self.factor = torch.where(high > low, factor, 1)
 
     def state(self) -> dict[str, Tensor]:
-        """What other samples need to be scaled as these were; empty where nothing depends on the training split."""
+        """What scales other samples in the same way; empty if nothing depends on the training split."""
         return {} if self.offset is None or self.factor is None else {"offset": self.offset, "factor": self.factor}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Scale:
 
 
 def real(values: object, what: str) -> Tensor | npt.NDArray[Any]:
-    """The values as they are, a tensor or an array, or the reason why they are no real numbers."""
+    """The values unchanged, a tensor or an array, or the reason why they are not real numbers."""
     if isinstance(values, Tensor):
         if values.is_complex():
             raise AezooError(f"{what} holds complex numbers: give the real and imaginary part as two channels")
@@ -157,12 +157,12 @@ def numeric(values: object, what: str, columns: Sequence[str] = (), copy: bool =
 
     Args:
         values: samples (N, ...).
-        what: what the message calls them.
-        columns: what a table calls its columns.
-        copy: never share the memory of floats, to which whoever handed them in may write later.
+        what: their name in messages.
+        columns: the column names of a table.
+        copy: never share the memory of floats, which the caller may change later.
 
     Raises:
-        AezooError: they are not.
+        AezooError: they are not real, finite numbers.
     """
     checked = real(values, what)
     if isinstance(checked, Tensor):
@@ -192,5 +192,5 @@ def numeric(values: object, what: str, columns: Sequence[str] = (), copy: bool =
 
 
 def _wide(size: int, is_float: bool, wide: Any, narrow: Any) -> Any:
-    """float32 where it is exact: for floats of up to 4 bytes, integers of up to 2."""
+    """float32 if it is exact: for floats of up to 4 bytes, integers of up to 2; else float64."""
     return narrow if size <= (4 if is_float else 2) else wide

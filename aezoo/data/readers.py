@@ -1,4 +1,4 @@
-"""Files of arrays, read without running anything that they hold: .npy, .npz, .pt, .csv, .parquet."""
+"""Files of arrays, read without running code from them: .npy, .npz, .pt, .csv, .parquet."""
 
 import array
 import contextlib
@@ -26,12 +26,12 @@ Arrays = Mapping[str, Any]
 
 
 class Table(dict[str, Any]):
-    """Arrays of a table, and what it calls the columns of x; () where it has no names.
+    """Arrays of a table, and its column names of x; () without names.
 
     Args:
         arrays: x and y.
         columns: the names, in the order of the columns.
-        label: the name of the column of labels; None where there is none.
+        label: the name of the label column; None without one.
     """
 
     def __init__(self, arrays: Arrays, columns: Sequence[str] = (), label: str | None = None) -> None:
@@ -40,15 +40,15 @@ class Table(dict[str, Any]):
 
 
 def read_arrays(path: Path, max_bytes: int = 2**33, label_column: str = "auto") -> Arrays:
-    """The arrays in a file, by name; what the file declares is compared with `max_bytes` before memory is taken.
+    """The arrays in a file, by name; the size that it declares is checked before memory is allocated.
 
     Args:
         path: the file.
-        max_bytes: the most memory that it may take.
-        label_column: of a table, as `DataModule` has it.
+        max_bytes: the most memory that its arrays may take.
+        label_column: of a table, see `DataModule`.
 
     Raises:
-        AezooError: it cannot be read, or takes more.
+        AezooError: the file cannot be read, or takes more memory.
     """
     if path == Path():
         raise AezooError("arrays handed in from Python are not kept in a checkpoint: call DataModule.from_arrays again")
@@ -80,7 +80,7 @@ def read_arrays(path: Path, max_bytes: int = 2**33, label_column: str = "auto") 
 
 
 def check_columns(what: str, columns: Sequence[str], trained: Sequence[str]) -> None:
-    """Refuse a table whose columns are named otherwise, or stand in another order, than those of the training data."""
+    """Refuse a table whose column names, or their order, differ from those of the training data."""
     if not columns or not trained or list(columns) == list(trained):
         return
     missing, extra = ([name for name in a if name not in b] for a, b in ((trained, columns), (columns, trained)))
@@ -98,7 +98,7 @@ def check_columns(what: str, columns: Sequence[str], trained: Sequence[str]) -> 
 
 
 def _label_among(names: Sequence[str], label_column: str) -> int | None:
-    """The place of the labels: the column of that name, which auto and none take to be `label`, whatever its case."""
+    """The position of the labels: the column of that name; for auto and none that is `label`, in any case."""
     if label_column not in ("auto", "none"):
         return list(names).index(label_column) if label_column in names else None
     lower = [name.lower() for name in names]
@@ -111,7 +111,7 @@ def few(names: Sequence[str]) -> str:
 
 
 def check_bytes(path: Path, size: int, max_bytes: int) -> None:
-    """Refuse a file whose content would fill the memory."""
+    """Refuse a file whose content takes too much memory."""
     if size > max_bytes:
         raise AezooError(
             f"{path} takes {_readable(size)} of memory, more than the limit of {_readable(max_bytes)}: if it is what "
@@ -166,7 +166,7 @@ def _read_npz(path: Path, max_bytes: int) -> Arrays:
 
 
 def _check_header(path: Path, stream: Any, max_bytes: int) -> None:
-    """Refuse an array whose header declares more than the limit, for which NumPy would take the memory first."""
+    """Refuse an array whose header declares more than the limit; NumPy would allocate that memory first."""
     with stream:
         version = npy.read_magic(stream) if stream.peek(6)[:6] == b"\x93NUMPY" else None
         if version is not None:
@@ -201,8 +201,8 @@ def _single(arrays: dict[str, Any]) -> Arrays:
 def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
     """Features, and labels if the header names them; the separator is a comma, semicolon or tab.
 
-    A header is a first row with a cell of text, or one that counts its columns, 0,1,2 and so on, as pandas writes where
-    they have no names; a 0 above a single column is a sample.
+    A header is a first row with a text cell, or one that counts the columns, 0,1,2 and so on, as pandas writes for
+    columns without names; a 0 above a single column is a sample.
     """
     check_bytes(path, path.stat().st_size * _CSV_GROWTH, max_bytes)
     try:
@@ -260,7 +260,7 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
 
 
 def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
-    """All columns as features, that of the labels apart."""
+    """All columns but the labels as features."""
     try:
         import pandas
         from pyarrow import parquet
@@ -288,7 +288,7 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
 
 
 def of_frame(frame: Any) -> npt.NDArray[Any]:
-    """The values of a DataFrame, (N, D); of truth values beside numbers, or numbers with gaps, floats and NaN."""
+    """The values of a DataFrame, (N, D); float with NaN for booleans mixed with numbers and for missing numbers."""
     values: npt.NDArray[Any] = frame.to_numpy()
     if values.dtype.kind == "O":
         with contextlib.suppress(TypeError, ValueError):  # there are texts
@@ -297,7 +297,7 @@ def of_frame(frame: Any) -> npt.NDArray[Any]:
 
 
 def labels_of_texts(texts: list[str]) -> Any:
-    """Numbers if all are such and exact, else the texts, (N,); masked where there is none."""
+    """Numbers if all texts are numbers and exact, else the texts, (N,); masked where empty."""
     missing = np.array([not text for text in texts])
     numbers = [float(text or 0) for text in texts] if all(_is_number(text) for text in texts if text) else []
     # from there on neighbours are one float

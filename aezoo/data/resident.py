@@ -1,8 +1,8 @@
 """The resident path: a split is one tensor, in memory or on the GPU, and a batch is one gather.
 
-What fits is held: a split may take a quarter of the memory that is free, shared by the processes of the machine.
-What is there in any case, as an array is, stays in memory, and goes to the GPU by the same rule.
-Samples stay as they are stored, so bytes stay bytes until the step needs floats.
+A split is held if it takes at most a quarter of the free memory, shared by the processes of the machine. Data that are
+in memory anyway, such as arrays, stay there, and move to the GPU by the same rule. Samples keep their dtype, so bytes
+stay bytes until the step needs floats.
 """
 
 import copy
@@ -32,17 +32,17 @@ class ResidentLoader:
     Args:
         x: (N, *input_shape), all samples of the split.
         y: (N,) labels or None.
-        batch_size: samples a batch and rank.
+        batch_size: samples per batch and rank.
         shuffle: a new order each epoch, for training; else the order of the data set.
         seed: fixes the orders of all epochs.
         rank: this process.
         world: number of processes.
         drop_last: leave out an incomplete last batch.
         pin_memory: page-locked batches, which reach a GPU faster.
-        blocks: (N,) the file of many samples that each came from, if a shuffle goes by these.
+        blocks: (N,) see `blocks_of`.
 
     Attributes:
-        transform: what becomes of the batches of an epoch.
+        transform: transforms the batches of an epoch.
     """
 
     transform: Transform | None = None
@@ -91,7 +91,7 @@ class ResidentLoader:
             yield (x,) if y is None else (x, y)
 
     def again(self, first: int) -> Iterator[Batch]:
-        """The batches of the present epoch from the one with number `first` on, whoever reads them otherwise."""
+        """The batches of the current epoch from batch `first` on, independent of any other iterator."""
         other = copy.copy(self)
         other.sampler = copy.copy(self.sampler)
         other.sampler.skip = (self.sampler.epoch, first * self.batch_size)
@@ -106,7 +106,7 @@ class ResidentLoader:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or that the machine can give without swapping; 0 where nobody can tell."""
+    """Free bytes on a GPU, or that the machine can give without swapping; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -130,7 +130,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _cache(group: Path) -> int:
-    """Bytes of files that a container counts as used and gives up when memory is asked for."""
+    """Bytes of cached files that a container counts as used and frees on demand."""
     try:
         entries = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return int(entries["active_file"]) + int(entries["inactive_file"])
@@ -139,12 +139,12 @@ def _cache(group: Path) -> int:
 
 
 def fits(size: int, device: torch.device, processes: int) -> bool:
-    """`size` bytes in each of the processes that share a memory are within the share."""
+    """Whether `size` bytes in each process that shares the memory are within the share."""
     return not excess(size, device, processes)
 
 
 def excess(size: int, device: torch.device, processes: int) -> str:
-    """Why they are not, in a few words; empty where they are."""
+    """Why they are not, in a few words; empty if they are."""
     free = free_memory(device)
     if size * processes <= SHARE * free:
         return ""
@@ -154,7 +154,7 @@ def excess(size: int, device: torch.device, processes: int) -> str:
 
 
 def size_of(dataset: Dataset[Any]) -> int:
-    """Bytes of all samples, judged by the first."""
+    """Bytes of all samples, estimated from the first."""
     if isinstance(dataset, ArrayDataset):
         return dataset.x.nbytes
     return len(cast(Any, dataset)) * int(cast(Tensor, dataset[0][0]).nbytes)
@@ -173,11 +173,11 @@ def on_device(dataset: ArrayDataset, device: torch.device, name: str) -> ArrayDa
 
 
 def allocate(name: str, n: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Room for n decoded samples, (n, *shape), not filled yet; says so where filling it takes a while.
+    """Memory for n decoded samples, (n, *shape), not filled yet; logs a line if filling it takes a while.
 
     Raises:
-        AezooError: there is not so much memory. It is handed out before it is used, so that a process which takes too
-            much is not refused but killed later, without a word.
+        AezooError: there is too little memory. The system hands out memory before it is used, and kills a process that
+            then uses too much without a message.
     """
     size = n * math.prod(shape) * dtype.itemsize
     if 0 < free_memory(torch.device("cpu")) < size:
@@ -204,8 +204,8 @@ def decode(dataset: Dataset[Any], name: str) -> ArrayDataset:
     """All samples of a data set that reads them one by one, in one tensor.
 
     Args:
-        dataset: gives (x,) or (x, y) for a number.
-        name: what the message calls it.
+        dataset: gives (x,) or (x, y) for an index.
+        name: its name in messages.
 
     Raises:
         AezooError: there are none, or more than memory holds.

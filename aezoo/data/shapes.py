@@ -1,4 +1,4 @@
-"""shapes: sprites like dSprites (Matthey et al. 2017), drawn from their factors when they are asked for.
+"""shapes: sprites like dSprites (Matthey et al. 2017), drawn from their factors on demand.
 
     shape        3   square, ellipse, heart
     scale        6   0.5 to 1 in equal steps; at 1 the sprite reaches 1/4 of the image's side from its centre of mass
@@ -97,7 +97,7 @@ class Shapes(Source):
         return math.prod(self.factor_sizes)
 
     def factors(self, index: Tensor | Sequence[int]) -> Tensor:
-        """The factors of samples by number: (N,) -> (N, F), each from 0 up to its size."""
+        """The factors of samples by index: (N,) -> (N, F), each from 0 to its size - 1."""
         rest, digits = self._within(torch.as_tensor(index).long(), len(self), "sample"), []
         for size in reversed(self.factor_sizes):
             digits.append(rest % size)
@@ -105,7 +105,7 @@ class Shapes(Source):
         return torch.stack(digits[::-1], dim=-1)
 
     def index(self, factors: Tensor) -> Tensor:
-        """The numbers of samples by factors: (N, F) -> (N,)."""
+        """The indices of samples by factors: (N, F) -> (N,)."""
         index = torch.zeros_like(factors[..., 0])
         for name, size, column in zip(self.factor_names, self.factor_sizes, factors.unbind(-1), strict=True):
             index = index * size + self._within(column, size, name)
@@ -118,7 +118,7 @@ class Shapes(Source):
         return torch.cat(parts) if parts else torch.empty(0, *self.input_shape, dtype=torch.uint8)
 
     def rows(self, stage: Stage) -> Tensor:
-        """The numbers of a split's samples, in its order."""
+        """The indices of a split's samples, in its order."""
         grey = self._grey_rows()[stage]
         return (torch.arange(len(self) // COMBINATIONS)[:, None] * COMBINATIONS + grey).flatten()
 
@@ -184,7 +184,7 @@ class Sprites(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         source: draws them.
-        grey: (n,) numbers of samples without their hues; with colours each comes in every pair of hues.
+        grey: (n,) indices of samples without hues; with colours each comes in every pair of hues.
     """
 
     def __init__(self, source: Shapes, grey: Tensor) -> None:

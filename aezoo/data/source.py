@@ -1,7 +1,7 @@
 """What a data source is, and how a set without splits of its own is split.
 
-A source is a factory that takes `Options` and gives a `Source`. Its constructor is cheap and needs no network; the
-data are read by `split`. A plug-in registers its factory as an entry point of the group `aezoo.data`.
+A factory takes `Options` and returns a `Source`, whose constructor is cheap and needs no network; `split` reads the
+data. A plug-in registers its factory as an entry point of the group `aezoo.data`.
 """
 
 from abc import ABC, abstractmethod
@@ -62,12 +62,12 @@ class Source(ABC):
     Attributes:
         input_shape: shape of one sample, known from the constructor on.
         num_classes: number of classes, None without labels; known from the constructor on.
-        class_names: what the labels 0, 1, ... mean, where it is known.
-        columns: what a table calls the columns of a sample; () where it has no names.
-        value_range: the range that the training values fill, None when it has no bounds.
-        white: what white is in its pictures before they are scaled: 255 of bytes, 1 of floats from 0 to 1; None where
-            it cannot be told. Known once there is a split.
-        processes: how many of this machine read the set, each into its own memory; the DataModule sets it.
+        class_names: names of the labels 0, 1, ..., if known.
+        columns: column names of a table; () without names.
+        value_range: the range of the training values, None if it has no bounds.
+        white: value of white in its pictures before scaling: 255 for bytes, 1 for floats from 0 to 1; None if unknown.
+            Set by the first `split`.
+        processes: how many processes of this machine read the set, each into its own memory; the DataModule sets it.
     """
 
     input_shape: tuple[int, ...]
@@ -79,21 +79,21 @@ class Source(ABC):
     processes: int = 1
 
     def prepare(self) -> None:
-        """Download what is missing; called by one process a machine."""
+        """Download missing files; called by one process per machine."""
         return
 
     @abstractmethod
     def split(self, stage: Stage) -> Dataset[Any] | None:
-        """The samples of a split, (x,) or (x, y) each, x uint8 (of 255) or float32; None for one switched off."""
+        """The samples of a split, (x,) or (x, y) each, x uint8 (of 255) or float32; None without this split."""
 
 
 class ArrayDataset(Dataset[Batch]):
-    """Samples held in one tensor, read a batch at a time.
+    """Samples held in one tensor, read in batches.
 
     Args:
         x: (N, *input_shape), uint8 or float32.
         y: (N,) labels.
-        paths: (N,) the file of each sample; None where a sample has none of its own.
+        paths: (N,) the file of each sample; None unless each sample has its own.
     """
 
     def __init__(self, x: Tensor, y: Tensor | None = None, paths: Sequence[str] | None = None) -> None:
@@ -106,7 +106,7 @@ class ArrayDataset(Dataset[Batch]):
         return (self.x[index],) if self.y is None else (self.x[index], self.y[index])
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """A whole batch in one gather; torch's loader prefers this method to one call a sample."""
+        """A whole batch in one gather; torch's loader prefers this method to one call per sample."""
         rows = torch.as_tensor(indices)
         # which copies whole rows, where x[rows] goes through their values
         x = self.x.index_select(0, rows)
@@ -114,20 +114,19 @@ class ArrayDataset(Dataset[Batch]):
 
 
 def levels_of(scale: str) -> int:
-    """What bytes are divided by under a rule of `--data.scale`: 255, or 1 where they keep their values."""
+    """The divisor of bytes under a rule of `--data.scale`: 255, or 1 if they keep their values."""
     return 1 if scale == "none" else 255
 
 
 def as_float(x: Tensor, levels: int) -> Tensor:
-    """Samples as a model sees them: bytes divided by `levels`, all else as it is, in float32."""
+    """Samples as a model sees them, in float32: bytes divided by `levels`, others unchanged."""
     return x.float().div_(levels) if x.dtype == torch.uint8 else x.float()
 
 
 def split_rows(n: int, labels: Tensor | None, fractions: tuple[float, float], seed: int) -> dict[Stage, Tensor]:
-    """Row numbers of train, val and test: disjoint, together all of `range(n)`, fixed by the seed.
+    """Row indices of train, val and test: disjoint, together all of `range(n)`, fixed by the seed.
 
-    With class labels every class gives each split its share, rounded up or down: the rows are shuffled, sorted by
-    class, and taken at equal distances.
+    With class labels the split is stratified: the rows are shuffled, sorted by class, and taken at equal distances.
     """
     rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     if labels is not None and not labels.is_floating_point() and labels.ndim == 1:
@@ -153,9 +152,9 @@ def _take(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def carve(
     sizes: dict[Stage, int], labels: Tensor | None, fractions: tuple[float, float], seed: int
 ) -> dict[Stage, Tensor | None]:
-    """Rows of the training part that become val and test, where the set has none of its own (not in `sizes`).
+    """Rows of the training part that become val and test if the set has none of its own (not in `sizes`).
 
-    Returns rows of the training part for what was carved, and None for a split that the set brings along.
+    Returns rows of the training part for each split taken from it, and None for a split of the set itself.
     """
     missing = tuple(0.0 if stage in sizes else f for stage, f in zip(("val", "test"), fractions, strict=True))
     rows = split_rows(sizes["train"], labels, (missing[0], missing[1]), seed)

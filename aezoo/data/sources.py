@@ -1,4 +1,4 @@
-"""Names of data sources: the built-in ones, and those of other packages (entry-point group `aezoo.data`)."""
+"""Names of data sources: built-in ones and plug-ins (entry-point group `aezoo.data`)."""
 
 import difflib
 from collections.abc import Callable
@@ -35,12 +35,12 @@ GROUP = "aezoo.data"
 
 
 def list_data(pattern: str = "*") -> list[str]:
-    """Names of all sources, plug-ins included, that match a shell pattern."""
+    """Names of all sources that match a shell pattern, including plug-ins."""
     return sorted(name for name in {*_BUILT_IN, *_plugins()} if fnmatch(name, pattern))
 
 
 def open_source(options: Options) -> Source:
-    """The source of a name, or of a path to a folder or file given in a name's place."""
+    """The source of a name, or of the path of a folder or file given as the name."""
     plugins = _plugins()
     if options.name in _BUILT_IN:
         module, attribute = _BUILT_IN[options.name].split(":")
@@ -54,7 +54,7 @@ def open_source(options: Options) -> Source:
 
 
 def from_path(name: str) -> str | None:
-    """Which source reads the path that stands in a name's place; None for a plain name."""
+    """The source that reads a path given as the name; None for a plain name."""
     if name in _BUILT_IN or name in _plugins():
         return None
     path = Path(name).expanduser()
@@ -69,7 +69,7 @@ def from_path(name: str) -> str | None:
 
 
 def _kind(folder: Path) -> str:
-    """Which source reads a folder, by the files that others write beside the data."""
+    """The source that reads a folder, recognised by the files in it."""
     if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
         return "hf"
     if (folder / "dataset_dict.json").is_file():
@@ -79,7 +79,7 @@ def _kind(folder: Path) -> str:
 
 
 def _plugins() -> dict[str, EntryPoint]:
-    """Entry points by name; two owners of one name are both named."""
+    """Entry points by name; an error names both packages that define a name twice."""
     found = unique_points(GROUP)
     for name in found.keys() & _BUILT_IN.keys():
         raise AezooError(

@@ -1,22 +1,21 @@
-"""stream: a set of any size in chunks on a disk, as `litdata.optimize` writes them; only what is used is read.
+"""stream: a set of any size in chunks on disk, as `litdata.optimize` writes them; only what is used is read.
 
     root/index.json, root/chunk-*.bin      one set, from which val and test are taken
     root/train/..., root/val/..., root/test/...     own splits, each such a folder
     root/classes.json                      the names of the classes, ["cat", "dog"]; without it labels are numbers
 
 An item is a dict, a tuple, or the sample alone. The sample is its one image, or else its one array; the label its one
-number or text, or the one of several that is called label. `--data.column` and `--data.label_column` name others, a
-place in a tuple by its number. Encoded images follow the rules of `aezoo.data.folder` and arrays those of
-`aezoo.data.array`, but for `scale`: bytes are divided by 255, and floats must lie within 0 and 1, since nobody has seen
-all of them (none takes any).
+number or text, or the one of several that is called label. `--data.column` and `--data.label_column` name others, those
+of a tuple by position. Encoded images follow the rules of `aezoo.data.folder` and arrays those of `aezoo.data.array`,
+except for `scale`: bytes are divided by 255, and floats must lie within 0 and 1, as statistics would need all samples
+(with none they may be any).
 
-The order of litdata's own loader depends on how many workers there are. So items are read by their numbers, in the
-order that the zoo deals out, f(seed, epoch): an epoch takes the chunks in a random order, `GROUP` at a time, and the
-items of these in a random order. That mixes less than a shuffle of everything, so do not write them sorted by class.
-Each process keeps the chunks of a group mapped into memory, which the machine holds once, and every rank reads all
-chunks.
+The order of litdata's own loader depends on the number of workers. Here items are read by index, in the order of the
+zoo, f(seed, epoch): an epoch takes the chunks in random order, `GROUP` at a time, and the items of a group in random
+order. That mixes less than a full shuffle, so do not write items sorted by class. Each process maps the chunks of a
+group into memory, which the machine holds only once, and every rank reads all chunks.
 
-What is pickled in a chunk is refused, since it could run code.
+Pickled data are refused, since they could run code.
 """
 
 import bisect
@@ -67,7 +66,7 @@ _PLAIN = re.compile(rf"({'|'.join(_KINDS)})(:(\d+|jpe?g|png|webp|bmp|gif))?")
 
 
 class _AsStored:
-    """In the place of litdata's decoder: the bytes of an image, which our own rules decode."""
+    """Replaces litdata's decoder: returns the bytes of an image, which `aezoo.data.images` decodes."""
 
     def setup(self, metadata: Any) -> None:
         return
@@ -77,21 +76,21 @@ class _AsStored:
 
 
 class _Refused(_AsStored):
-    """In the place of what would unpickle."""
+    """Replaces the decoder that would unpickle."""
 
     def deserialize(self, data: Any) -> bytes:
         raise AezooError(f"it holds Python objects (pickle), which can run code: write {_SAFE} alone")
 
 
 class Chunks(Dataset[Any]):
-    """The items of one folder, by number.
+    """The items of one folder, by index.
 
     Args:
         root: the folder.
 
     Attributes:
         names: the chunks.
-        ends: where each of them ends, among the numbers of the items.
+        ends: the index after the last item of each chunk.
     """
 
     def __init__(self, root: str) -> None:
@@ -105,7 +104,7 @@ class Chunks(Dataset[Any]):
         return {**self.__dict__, "_open": (0, None)}
 
     def __getitem__(self, row: int) -> Any:
-        """An item as it was written, but encoded images as their bytes."""
+        """An item as it was written, with encoded images as bytes."""
         try:
             return self._reader()[row]
         # a damaged item ends in whatever its decoder makes of it
@@ -120,7 +119,7 @@ class Chunks(Dataset[Any]):
         return f"{self.root}, item {row} ({self.names[bisect.bisect_right(self.ends, row)]})"
 
     def _reader(self) -> Any:
-        """The reader of litdata, one for each process, as it keeps files open."""
+        """The litdata reader, one per process, as it keeps files open."""
         process, reader = self._open
         if reader is None or process != os.getpid():
             self._open = (os.getpid(), _reader(self.root))
@@ -141,7 +140,7 @@ def _reader(root: str) -> Any:
 
 
 def _index(root: Path) -> tuple[list[str], list[int]]:
-    """The chunks by name and the number of the item after each, when all are there and hold what can be read."""
+    """The chunk names and the index of the item after each; all chunks must exist and be readable."""
     path = root / "index.json"
     try:
         content = json.loads(path.read_text())
@@ -233,7 +232,7 @@ class Stream(Source):
 
     @property
     def labelled(self) -> bool:
-        """Items have labels."""
+        """Whether items have labels."""
         return self._label is not None
 
     def sample(self, item: Any, place: str) -> tuple[Any, ...]:
@@ -326,7 +325,7 @@ class Items(Dataset[Any]):
     Args:
         source: what makes a sample of an item.
         chunks: the items.
-        rows: the numbers of those that belong to this split, in ascending order.
+        rows: the indices of this split's items, in ascending order.
     """
 
     def __init__(self, source: Stream, chunks: Chunks, rows: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Which images a folder holds, and what its sub-folders say about splits and classes."""
+"""The images of a folder, and the splits and classes that its subfolders define."""
 
 import os
 import warnings
@@ -19,7 +19,7 @@ _ENDINGS = tuple(EXTENSIONS)
 
 
 def scan(root: Path) -> tuple[Files, tuple[str, ...]]:
-    """(image, class) by split and the class names; class -1 and no names where the folders tell none."""
+    """(image, class) by split and the class names; class -1 and no names if the folders define no classes."""
     named = {SPLITS[name.lower()]: root / name for name in _folders(root) if name.lower() in SPLITS}
     homes: dict[Stage, Path] = named if "train" in named else {"train": root}
     found = {stage: list(_found(home, ())) for stage, home in homes.items()}
@@ -54,7 +54,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name; ._name.png and __MACOSX hold Finder's notes, not images."""
+    """The entries of a folder, by name, without Finder's ._name.png and __MACOSX, which are not images."""
     try:
         with os.scandir(folder) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
@@ -77,10 +77,10 @@ def _kind(entry: os.DirEntry[str]) -> str:
 def _found(
     folder: Path, above: tuple[Path, ...], besides: Collection[str] = (), top: str = ""
 ) -> Iterator[tuple[Path, str]]:
-    """Images at any depth in the order of their names, each with the folder of the first depth that it is in.
+    """Images at any depth, sorted by name, each with the top-level folder that it is in.
 
-    Links to folders are followed as far as these do not lead back to one of those above. One to an image that is not
-    there is an image that cannot be read.
+    Links to folders are followed unless they lead back to a folder above. A broken link to an image counts as an image
+    that cannot be read.
     """
     here = folder.resolve()
     if here in above:

@@ -1,6 +1,6 @@
-"""torchvision's image sets by name: read under root, downloaded when they are missing and there is a network.
+"""torchvision's image sets by name: read under root, downloaded if they are missing and there is a network.
 
-A set of pictures of many sizes is resized and cut to squares of the size in its row, unless --data.size says else.
+A set of pictures of many sizes is resized and cropped to squares of the size in its row, unless --data.size is given.
 """
 
 import contextlib
@@ -183,7 +183,7 @@ class Pictures(Files):
 
     @property
     def labels(self) -> Tensor | None:
-        """The class of each sample, without a look at the pictures where the set can tell."""
+        """The class of each sample, without reading the pictures if the set knows its labels."""
         labels = _labels(self.dataset) if self.labelled else None
         return None if labels is None else labels[self.rows] + self.offset
 
@@ -238,7 +238,7 @@ def _labels(dataset: Any) -> Tensor | None:
 
 @contextlib.contextmanager
 def _explained(title: str, files: str, options: Options) -> Iterator[None]:
-    """Turn what torchvision raises for absent, broken or unreachable files into one line with the cure."""
+    """Turn torchvision's errors for missing, broken or unreachable files into one line with the cure."""
     timeout = socket.getdefaulttimeout()
     try:
         # torchvision sets none, and a dropped packet would wait for minutes

@@ -37,12 +37,12 @@ def run_folder(trainer: pl.Trainer) -> Path:
 
 
 def is_dry_run(trainer: pl.Trainer) -> bool:
-    """Whether the trainer only tries out a few batches (fast_dev_run): nothing is drawn or written then."""
+    """Whether the trainer only tries a few batches (fast_dev_run); nothing is drawn or written then."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def in_use(callback: pl.Callback) -> bool:
-    """Whether a callback is switched on; one that is not still costs 7 us a step in Lightning's hooks."""
+    """Whether a callback is switched on; even one that is off costs 7 us a step in Lightning's hooks."""
     if getattr(callback, "every_n_epochs", 1) == 0:
         return False
     return all(getattr(callback, name, 1) != 0 for name in ("n_steps", "decay", "patience"))
@@ -54,7 +54,7 @@ def tensorboard_writers(trainer: pl.Trainer) -> list[Any]:
 
 
 def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """(x, labels) of a batch x, (x,) or (x, y); what is not one integer a sample is no label."""
+    """(x, labels) of a batch x, (x,) or (x, y); labels are None unless y is one integer per sample."""
     if isinstance(batch, Tensor):
         return batch, None
     x, y = batch[0], batch[1] if len(batch) > 1 else None
@@ -64,7 +64,7 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def undisturbed(model: pl.LightningModule) -> Iterator[None]:
-    """Evaluation mode, no gradients and a fixed seed inside; modes and random streams are as before afterwards."""
+    """Evaluation mode, no gradients and a fixed seed inside; restores modes and random states afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     # not Lightning's isolate_rng, which restores nothing after an exception
     states = random.getstate(), np.random.get_state()
@@ -81,7 +81,7 @@ def undisturbed(model: pl.LightningModule) -> Iterator[None]:
 
 
 def publish(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") -> None:
-    """Write `folder/name.png`, whole or not at all, and the same picture to TensorBoard; on rank zero only."""
+    """Write `folder/name.png` atomically, and the same picture to TensorBoard; on rank zero only."""
     from aezoo.callbacks.drawing import render, write_png
 
     pixels = render(figure)
@@ -92,7 +92,7 @@ def publish(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") -> N
 
 @contextmanager
 def no_end_of_a_run(owner: Any) -> Iterator[None]:
-    """What fails inside gives one warning until `owner._warned` is reset: no picture is worth a training run."""
+    """Turn an error inside into one warning until `owner._warned` is reset: no picture is worth a training run."""
     try:
         yield
     except Exception as error:
@@ -120,11 +120,10 @@ def check_count(owner: object, name: str, value: int, least: int = 1, most: int 
     return value
 
 
-def check_share(owner: object, name: str, value: float, most: float = float("inf")) -> float:
-    """Refuse a number below 0 or above `most`."""
-    if not 0 <= value <= most:
-        upto = "" if most == float("inf") else f" and at most {most:g}"
-        raise AezooError(f"{type(owner).__name__}.{name} must be at least 0{upto}, got {value}")
+def check_not_negative(owner: object, name: str, value: float) -> float:
+    """Refuse a number below 0."""
+    if not value >= 0:
+        raise AezooError(f"{type(owner).__name__}.{name} must be at least 0, got {value}")
     return value
 
 
@@ -241,7 +240,7 @@ class BestLoss:
         self.value, self.epoch = float("inf"), -1
 
     def update(self, trainer: pl.Trainer) -> None:
-        """Take up the validation that has just ended."""
+        """Take the validation that has just ended into account."""
         loss = trainer.callback_metrics.get("val/loss")
         if loss is not None and float(loss) < self.value:
             self.value, self.epoch = float(loss), trainer.current_epoch
@@ -251,5 +250,5 @@ class BestLoss:
         return {"value": self.value, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the values of a checkpoint."""
+        """Restore the values of a checkpoint."""
         self.value, self.epoch = float(state["value"]), int(state["epoch"])

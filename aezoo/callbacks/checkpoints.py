@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from aezoo import durable, ranks, run_folder, terminal
 from aezoo.arguments import Checked
-from aezoo.callbacks.base import check_count, check_share, is_dry_run
+from aezoo.callbacks.base import check_count, check_not_negative, is_dry_run
 from aezoo.callbacks.interrupt import AGREE_EVERY, Interrupt
 from aezoo.errors import AezooError
 
@@ -28,7 +28,7 @@ _Metric = TypeVar("_Metric")
 def _monitored(asked: str, watched: _Metric, trainer: pl.Trainer, stage: str) -> str | _Metric:
     """The metric that is asked for, or that of training where there is no validation; known once the data are set up.
 
-    A test of what was trained without validation still knows its best by what that was judged by, which was watched.
+    Testing a model trained without validation still ranks its checkpoints by the metric that training monitored.
     """
     if trainer.limit_val_batches == 0:
         return asked.replace("val/", "train/", 1)
@@ -43,7 +43,7 @@ def _check_metric(owner: object, metric: str) -> None:
 
 
 def _look_for(metric: str | None, owner: object, trainer: pl.Trainer) -> None:
-    """Say of a metric that is mistyped before an epoch is over: what else logs, callbacks say at its end."""
+    """Warn of a metric that seems mistyped before an epoch is over; Lightning checks it at the epoch's end."""
     logged = [*trainer.callback_metrics]
     near = difflib.get_close_matches(metric or "", logged, n=1, cutoff=0.8)
     if near and metric not in logged:
@@ -53,13 +53,13 @@ def _look_for(metric: str | None, owner: object, trainer: pl.Trainer) -> None:
 class Checkpoints(Checked, ModelCheckpoint):
     """`best-<epoch>-<step>.ckpt`, the lowest validation loss, and `last.ckpt`, in `<run>/checkpoints`.
 
-    `last.ckpt` is written at the end of an epoch and, if asked for, after a number of steps or minutes; the one before
-    stays as `previous.ckpt`. Whatever is written resumes exactly: nothing is written within a batch, between two
-    batches whose gradients are summed, or on the last batch of an epoch, where the end of the epoch follows at once. A
-    run that is interrupted between two batches writes `last.ckpt` at that very step. Weights or moments that are not
-    finite end the run instead of replacing a good file.
+    `last.ckpt` is written at the end of an epoch and, on request, after a number of steps or minutes; the one before
+    is kept as `previous.ckpt`. Every file resumes exactly: nothing is written within a batch, between two batches
+    whose gradients are accumulated, or on the last batch of an epoch, where the end of the epoch follows at once. A
+    run that is interrupted between two batches writes `last.ckpt` at that step. Weights or optimiser moments that are
+    not finite end the run instead of replacing a good file.
 
-    Files are written by `aezoo.durable`, in the place of Lightning's own writer, unless the trainer has another one.
+    Files are written by `aezoo.durable` instead of Lightning's writer, unless the trainer has another one.
 
     Args:
         monitor: the metric whose lowest value is best.
@@ -67,10 +67,10 @@ class Checkpoints(Checked, ModelCheckpoint):
         every_n_epochs: epochs between two saves, each of which checks the metric; the last epoch is always saved.
         every_n_steps: optimiser steps between two saves of `last.ckpt` within an epoch; 0 saves none.
         every_n_minutes: minutes between two saves of `last.ckpt` within an epoch; 0 saves none.
-        dirpath: another folder for the files. The folder of a run of the command line keeps its name.
+        dirpath: another folder for the files. The run folder of the command line keeps its name.
 
     Attributes:
-        run: the folder of a run of the command line, which sets it.
+        run: the run folder, set by the command line.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Checkpoints(Checked, ModelCheckpoint):
             self._save_last_checkpoint(trainer, metrics)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing: the end of the last epoch has been saved."""
+        """Do nothing: the end of the last epoch has been saved."""
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or _at(trainer.max_steps, trainer)
@@ -320,7 +320,7 @@ def _broken(state: Any, path: str = "") -> Iterator[str]:
 
 
 def saver_of(trainer: pl.Trainer) -> ModelCheckpoint | None:
-    """The callback that knows a run's best and last checkpoint; Lightning's own answer is a user's second one."""
+    """The callback that knows a run's best and last checkpoint; Lightning would return a user's second one."""
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
     return next((saver for saver in savers if isinstance(saver, Checkpoints)), next(iter(savers), None))
 
@@ -334,20 +334,20 @@ class EarlyStop(Checked, EarlyStopping):
         min_delta: what counts as an improvement.
 
     Attributes:
-        settings: what it was given, by name.
+        settings: its arguments, by name.
     """
 
     def __init__(self, monitor: str = "val/loss", patience: int = 20, min_delta: float = 0.0) -> None:
         if patience < 0:
             raise AezooError(f"early_stopping.patience must be at least 0, got {patience}")
         _check_metric(self, monitor)
-        check_share(self, "min_delta", min_delta)
+        check_not_negative(self, "min_delta", min_delta)
         super().__init__(monitor=monitor, mode="min", patience=patience or 2**62, min_delta=min_delta)
         self.settings: dict[str, Any] = {"monitor": monitor, "patience": patience, "min_delta": min_delta}
 
     @property
     def has_stopped(self) -> bool:
-        """Whether it has ended this run for want of patience."""
+        """Whether it has ended this run."""
         return self.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
 
     @property

@@ -10,8 +10,8 @@ from torch import Tensor
 from aezoo import ranks
 from aezoo.arguments import Checked
 from aezoo.callbacks.base import (
+    check_not_negative,
     check_period,
-    check_share,
     is_dry_run,
     no_end_of_a_run,
     publish,
@@ -28,8 +28,8 @@ class CodeStatistics(Checked, pl.Callback):
     varies by more than `threshold` over the set (Burda et al. 2016, https://arxiv.org/abs/1509.00519), and
     pictures/kl_per_dimension.png.
     For models with a sparse code: `val/l0`, the mean number of entries above `l0_threshold` in a code, and `val/dead`,
-    the share of entries that no sample uses. Names that the model logs itself are left to it, and other
-    models cost nothing.
+    the share of entries that no sample uses. Metrics that the model logs itself are not logged again. Other models
+    cost nothing.
 
     Args:
         every_n_epochs: epochs between two counts; 0 turns them off.
@@ -42,8 +42,8 @@ class CodeStatistics(Checked, pl.Callback):
     def __init__(self, every_n_epochs: int = 1, threshold: float = 0.01, l0_threshold: float = 1e-3) -> None:
         super().__init__()
         self.every_n_epochs = check_period(self, every_n_epochs)
-        self.threshold = check_share(self, "threshold", threshold)
-        self.l0_threshold = check_share(self, "l0_threshold", l0_threshold)
+        self.threshold = check_not_negative(self, "threshold", threshold)
+        self.l0_threshold = check_not_negative(self, "l0_threshold", l0_threshold)
         self._active = False
         self._terms: Collection[str] = ()
 

@@ -23,6 +23,7 @@ DECODES = ("auto", "dense", "gather")
 # latents for each active one from which gathering rows beats the dense product, forward and backward, by device: what
 # `python -m benchmarks.gather` prints (benchmarks/results/gather-*.csv); dense on one that has not been measured
 CROSSOVER = {"cpu": 32}
+_MEDIAN_STEPS = 1000
 
 
 class Dictionary(nn.Module):
@@ -221,7 +222,7 @@ def onto_simplex(v_NP: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def geometric_median(x_BX: Tensor, steps: int = 1000) -> Tensor:
+def geometric_median(x_BX: Tensor) -> Tensor:
     """The point whose summed distance to the rows is least, (B, X) -> (X,).
 
     By Weiszfeld's iteration with Vardi & Zhang's step at the rows themselves (2000), where the plain one divides by 0
@@ -230,7 +231,7 @@ def geometric_median(x_BX: Tensor, steps: int = 1000) -> Tensor:
     x_NX = x_BX.cpu().double()
     m_X = x_NX.mean(0)
     tolerance = 1e-12 * float((x_NX - m_X).norm(dim=1).max())
-    for _ in range(steps):
+    for _ in range(_MEDIAN_STEPS):
         distance_N = (x_NX - m_X).norm(dim=1)
         apart_N = distance_N > tolerance
         if not apart_N.any():

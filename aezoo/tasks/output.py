@@ -1,4 +1,4 @@
-"""Where results go: arrays that may be larger than memory, tables, pictures; each file whole or not there."""
+"""Output of results: arrays that may be larger than memory, tables, pictures; files are written atomically."""
 
 import csv
 import errno
@@ -26,16 +26,16 @@ CURE = "make room, or choose a folder that can be written with --out"
 
 
 class Store:
-    """Arrays and files of one piece of work, in a folder or, without one, arrays in memory.
+    """Arrays and files of one task, in a folder or, without one, arrays in memory.
 
-    Use it in a `with` block: all files take their names when it ends well, and are removed if it does not, so that what
-    was there before stays as it was.
+    Use it in a `with` block: all files get their names when it succeeds, and are removed if it fails, so that existing
+    files stay unchanged.
 
     Args:
-        folder: made if it does not exist; None keeps arrays in memory and writes nothing.
+        folder: created if it does not exist; None keeps arrays in memory and writes nothing.
 
     Attributes:
-        files: what has been written, in order.
+        files: the files written, in order.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
@@ -73,7 +73,7 @@ class Store:
                 raise AezooError(f"cannot write {path}: {error.strerror or error}; {CURE}") from error
 
     def array(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
-        """An empty array to be filled: `folder/name.npy`, mapped into memory, or plain memory."""
+        """An empty array to fill: `folder/name.npy`, memory-mapped, or plain memory."""
         if self.folder is None:
             try:
                 return np.empty(shape, dtype)
@@ -115,7 +115,7 @@ class Store:
         self.write(name, lambda file: file.write(content))
 
     def write(self, name: str, fill: Callable[[IO[bytes]], object]) -> int:
-        """Write `folder/name`, whose content `fill` writes into the open file; its size."""
+        """Write `folder/name`, whose content `fill` writes into the open file; returns its size."""
         if self.folder is None:
             return 0
         path = self.folder / name
@@ -141,7 +141,7 @@ class Store:
 
 
 def _reserve(file: Path) -> None:
-    """Have the disk give a mapped file its room: a page that it lacked later would end the process without a word."""
+    """Reserve disk space for a mapped file: a full disk would later end the process without a message."""
     if not hasattr(os, "posix_fallocate"):
         return
     with file.open("r+b") as opened:
@@ -153,7 +153,7 @@ def _reserve(file: Path) -> None:
 
 
 def csv_bytes(rows: Sequence[Row]) -> bytes:
-    """A CSV with the keys of the first row as its head; numbers with all their digits."""
+    """A CSV with the keys of the first row as header; numbers with all digits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -172,12 +172,12 @@ def _parquet_bytes(rows: Sequence[Row]) -> bytes:
     return sink.getvalue()
 
 
-def table_text(rows: Sequence[Row], digits: int = 4) -> str:
-    """Rows as lines of aligned columns under their names; numbers to the right."""
+def table_text(rows: Sequence[Row]) -> str:
+    """Rows as lines of aligned columns with a header; numbers right-aligned."""
     if not rows:
         return ""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names, *([_cell(row.get(name), digits) for name in names] for row in rows)]
+    cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     numeric = [any(isinstance(row.get(name), int | float) for row in rows) for name in names]
     lines = [
@@ -189,14 +189,14 @@ def table_text(rows: Sequence[Row], digits: int = 4) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: Any, digits: int) -> str:
+def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, bool | str):
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.{digits}g}"
+    return f"{value:.4g}"
 
 
 def fill(array: npt.NDArray[Any], start: int, values: Tensor) -> None:

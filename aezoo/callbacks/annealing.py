@@ -16,14 +16,14 @@ class BetaAnnealing(Checked, pl.Callback):
     """Raises the weight of the KL term, or the capacity it aims at, over the first `n_steps` optimiser steps.
 
     linear: beta rises from 0 to the model's own beta (Bowman et al. 2016, https://arxiv.org/abs/1511.06349).
-    cyclical: that, `cycles` times; each cycle rises for `ratio` of its steps and stays for the rest (Fu et al. 2019,
-    https://arxiv.org/abs/1903.10145). capacity: C rises from 0 to `max_capacity` nats in the loss nll + beta |kl - C|
-    (Burgess et al. 2018, https://arxiv.org/abs/1804.03599).
+    cyclical: the same, repeated `cycles` times; beta rises for `ratio` of each cycle and stays at its final value for
+    the rest (Fu et al. 2019, https://arxiv.org/abs/1903.10145). capacity: C rises from 0 to `max_capacity` nats in the
+    loss nll + beta |kl - C| (Burgess et al. 2018, https://arxiv.org/abs/1804.03599).
 
-    The value depends on the step alone, so a resumed run goes on exactly. Validation, test and the finished model see
-    the final value: val/loss of all epochs compare, and the best checkpoint is the best at the objective aimed at.
-    The way there is logged as `train/beta` or `train/capacity`, in at most 500 points. In a step that is compiled the
-    value is a tensor of one number, since a float would be compiled in, and anew at every change.
+    The value depends only on the step, so a resumed run continues exactly. Validation, test and the finished model use
+    the final value: val/loss is comparable between epochs, and the best checkpoint is the best at the final objective.
+    The current value is logged as `train/beta` or `train/capacity`, in at most 500 points. A compiled step gets the
+    value as a one-element tensor, since a float would be a constant and every change would recompile.
 
     Args:
         mode: linear, cyclical or capacity.

@@ -37,28 +37,28 @@ Books = dict[str, tuple[Tensor, tuple[int, ...]]]
 
 
 class Codebook(Picture):
-    """Codebooks of models whose code is indices, such as vq_vae; other models cost nothing.
+    """Codebooks of models with discrete codes, such as vq_vae; other models cost nothing.
 
     Over the whole validation set and all ranks, without a second pass:
 
-    - pictures/codebook_usage.png, a cell for each code, row by row: black if never chosen, brighter the more often. In
-      books of more than 65,536 codes a cell is a run of codes; those of more than 2^24 are not counted.
-    - pictures/codebook_frequencies.png and the histogram codebook/use, codes from the most to the least chosen: level
-      where all are in even use.
+    - pictures/codebook_usage.png: one cell per code, row by row, from black (never chosen) to bright (often chosen). In
+      books of more than 65,536 codes a cell is a range of codes; books of more than 2^24 codes are not counted.
+    - pictures/codebook_frequencies.png and the histogram codebook/use: codes from the most to the least chosen; a flat
+      curve if all are used equally.
 
     For the same validation samples each time:
 
-    - pictures/codebook_indices.png: the sample, its indices, each code in a colour of its own, and the output.
+    - pictures/codebook_indices.png: the sample, its indices, with one colour per code, and the output.
 
     And TensorBoard's Projector tab: the codes, with their index and how often they were chosen.
 
-    Each book has pictures of its own, named after it (codebook_usage_top), each of the Q indices of a place a panel; at
-    most 4 books and 8 indices a place are shown. The figures val/usage and val/perplexity are logged by the model.
+    Each book has its own pictures, named after it (codebook_usage_top), with one panel for each of the Q indices of a
+    place; at most 4 books and 8 indices per place are shown. The model itself logs val/usage and val/perplexity.
 
     Args:
         n: number of samples.
         every_n_epochs: epochs between two pictures; 0 turns them off, and the projector.
-        n_projected: codes of the largest book that is projected; 0 for none.
+        n_projected: most codes that a projected book may have; 0 projects none.
     """
 
     _metrics: dict[str, CodebookUsage]
@@ -228,7 +228,7 @@ class Codebook(Picture):
 
 
 def quantiser_of(model: "Autoencoder", name: str, sizes: tuple[int, ...]) -> Quantiser | None:
-    """The quantiser of a book: the only one that the model has, or the one whose attribute has the book's name."""
+    """The quantiser of a book: the model's only one, or the one whose attribute has the book's name."""
     found: dict[str, Quantiser] = {}
     for path, module in model.named_modules():
         within = any(path.startswith(f"{outer}.") for outer in found)
@@ -241,7 +241,7 @@ def quantiser_of(model: "Autoencoder", name: str, sizes: tuple[int, ...]) -> Qua
 
 
 def codes_of(quantiser: Quantiser, level: int) -> Tensor:
-    """The codes of one index of a place, (K, C): what it adds to a sum of levels, or the channels that it decides."""
+    """The codes of one index of a place, (K, C): what it adds to a sum of levels, or the channels it determines."""
     sizes = quantiser.book_sizes
     # -1 is a level that was dropped, and adds nothing; the others' codes are only held fixed
     adds = hasattr(quantiser, "dropout")
@@ -252,7 +252,7 @@ def codes_of(quantiser: Quantiser, level: int) -> Tensor:
 
 
 def write_ranks(writer: Any, tag: str, counts_K: Tensor, step: int) -> None:
-    """A histogram over the places of codes in the order of how often they were chosen, 0 for the most chosen."""
+    """A histogram over the ranks of codes by how often they were chosen, 0 for the most chosen."""
     sorted_K = counts_K.sort(descending=True).values.double()
     total = float(sorted_K.sum())
     if total:

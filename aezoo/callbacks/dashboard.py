@@ -23,11 +23,11 @@ _COMPARABLE = ("mse", "psnr", "ssim")
 class Dashboard(Checked, pl.Callback):
     """TensorBoard's Custom Scalars, Text and HParams tabs.
 
-    Custom Scalars holds one chart for each loss term, training and validation together. Text holds the run's
-    config.yaml, or the hyperparameters of model and data where there is none. HParams shows the run from its
-    first step on, beside others under the same folder, with their hyperparameters, all scalars and, at the end,
-    `best/val_loss` and the other figures of that validation that compare between models: `best/val_mse`, .... A resumed
-    run keeps the hyperparameters of its first start there; Text has the settings of each start.
+    Custom Scalars has one chart per loss term, training and validation together. Text holds the run's config.yaml, or
+    the hyperparameters of model and data if there is none. HParams shows the run from its first step on, beside the
+    other runs under the same folder, with hyperparameters, all scalars and, at the end, `best/val_loss` and the other
+    metrics of that validation that can be compared between models: `best/val_mse`, .... There a resumed run keeps the
+    hyperparameters of its first start; Text has the settings of each start.
 
     Use it with TensorBoardLogger(default_hp_metric=False): the logger's own `hp_metric` hides all other columns.
 
@@ -131,7 +131,7 @@ class Dashboard(Checked, pl.Callback):
 def forget_later_steps(writer: Any, step: int) -> None:
     """Hide what an abandoned continuation wrote after `step`, so that no curve runs twice.
 
-    TensorBoard's fast loader sees that by itself, the one in Python needs to be told
+    TensorBoard's fast loader detects that by itself; the Python loader needs an explicit event
     (tensorboard/backend/event_processing/event_accumulator.py, _CheckForRestartAndMaybePurge).
     """
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -142,11 +142,11 @@ def forget_later_steps(writer: Any, step: int) -> None:
 
 
 def wait_for_a_later_name(folder: Path) -> None:
-    """Wait until a new event file's name sorts behind those of a run's folder.
+    """Wait until the name of a new event file sorts after those in a run's folder.
 
-    The names begin with a time in whole seconds, then come host and process (tensorboard/summary/writer/
-    event_file_writer.py), and TensorBoard reads them in the order of names: of two files of one second the later may
-    come first, and then lose its points to the earlier one's. A clock that is behind by more is not waited for.
+    Names begin with a time in whole seconds, followed by host and process (tensorboard/summary/writer/
+    event_file_writer.py), and TensorBoard reads files in the order of their names: of two files of the same second the
+    later may come first and then lose its points to the earlier one. A clock that is further behind is not waited for.
     """
     names = (_EVENTS.match(path.name) for path in folder.glob("events.out.tfevents.*"))
     wait = max((int(name[1]) for name in names if name), default=0) + 1 - time.time()
@@ -163,7 +163,7 @@ def scalars_layout(terms: list[str]) -> dict[str, dict[str, list[Any]]]:
 
 
 def hyperparameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-    """What a run is told apart by: the model's and the data's hyperparameters as plain values, named like the flags."""
+    """The hyperparameters of model and data as plain values, named like the flags."""
     values: dict[str, Any] = {"model": name_of(type(pl_module)) or type(pl_module).__name__}
     values |= {f"model.{name}": value for name, value in dict(pl_module.hparams_initial).items()}
     datamodule = getattr(trainer, "datamodule", None)

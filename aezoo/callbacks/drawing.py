@@ -39,9 +39,9 @@ def is_image(shape: Sequence[int]) -> bool:
 
 
 def planes(x: Tensor) -> Floats:
-    """What is shown of samples as images: (B, H, W, 3) for colour, else (B, H, W, 1).
+    """Samples as images: (B, H, W, 3) for colour, else (B, H, W, 1).
 
-    Of a volume the middle slice, of many channels their mean; a sequence of many channels is an image of its own.
+    A volume shows its middle slice, many channels their mean; a sequence of many channels is itself an image.
     """
     x = torch.nan_to_num(x.detach().float().cpu())
     if x.ndim == 5:
@@ -57,7 +57,7 @@ def planes(x: Tensor) -> Floats:
 
 
 def value_range(x: Tensor) -> tuple[float, float]:
-    """The range that is black to white: [0, 1] if the data lie there, else theirs."""
+    """The range from black to white: [0, 1] if the data lie there, else that of the data."""
     x = torch.nan_to_num(x.detach().float())
     low, high = float(x.min()), float(x.max())
     if low >= -1e-3 and high <= 1 + 1e-3:
@@ -82,7 +82,7 @@ def error_tiles(error: Tensor, most: float) -> Floats:
 
 
 def signed_tiles(weights: Tensor) -> Floats:
-    """Weights as RGB tiles, each scaled by its own largest: blue below 0, white, red above; colours around grey."""
+    """Weights as RGB tiles, each scaled by its largest: blue below 0, white, red above; colour weights around grey."""
     from matplotlib import colormaps
 
     shown = planes(weights)
@@ -107,7 +107,7 @@ def mosaic_figure(
         row_labels: one a row, or none.
         column_labels: one a column, or none.
         title: a line above.
-        gap: pixels between tiles, of the tiles' own size; None chooses.
+        gap: pixels between tiles, before the zoom; None chooses.
     """
     from matplotlib.figure import Figure
 
@@ -293,7 +293,7 @@ def bar_figure(values: Tensor, label: str, title: str = "", marked: Tensor | Non
 
 
 def map_figure(x: Tensor, ticks: tuple[list[float], list[float]], limits: tuple[float, float], title: str) -> "Figure":
-    """Decoded grid of a two-dimensional code: (side * side, *shape), rows from the top, with the codes at the edges."""
+    """Decoded grid of a two-dimensional code: (side * side, *shape), from the top row, codes written at the edges."""
     side = len(ticks[0])
     rgb = tiles(x, limits)
     rows = [rgb[i * side : (i + 1) * side] for i in range(side)]
@@ -307,16 +307,16 @@ def map_figure(x: Tensor, ticks: tuple[list[float], list[float]], limits: tuple[
 
 
 def index_grid(index: Tensor) -> Tensor:
-    """Indices (B, *places) as they are shown, (B, H, W): a sequence as a row, of a volume the middle slice."""
+    """Indices (B, *places) as shown, (B, H, W): a sequence is a row, a volume its middle slice."""
     if index.ndim == 4:
         index = index[:, index.shape[1] // 2]
     return index.reshape(len(index), *((1,) * (3 - index.ndim)), *index.shape[1:])
 
 
 def index_colours(index: Tensor) -> Floats:
-    """A colour of its own for each index, always the same, (...) -> (..., 3); white for -1.
+    """A fixed colour for each index, (...) -> (..., 3); white for -1.
 
-    Hues are multiples of the golden section of the circle, so that neighbours differ most.
+    Hues are multiples of the golden angle, so that neighbouring indices differ most.
     """
     from matplotlib.colors import hsv_to_rgb
 
@@ -333,13 +333,13 @@ def index_tiles(index: Tensor, size: tuple[int, int]) -> Floats:
 
 
 def enlarged(x: Floats, size: tuple[int, int]) -> Floats:
-    """Tiles (B, H, W, 3) at another size, without colours in between."""
+    """Tiles (B, H, W, 3) resized without interpolation."""
     rows, columns = (np.arange(new) * old // new for new, old in zip(size, x.shape[1:3], strict=True))
     return x[:, rows][:, :, columns]
 
 
 def count_cells(counts_K: Tensor) -> Tensor:
-    """Counts (K,) as a nearly square mosaic (H, W), row by row, -1 where there is none; many are summed in runs."""
+    """Counts (K,) as a nearly square mosaic (H, W), row by row, -1 in empty cells; cells sum ranges if K is large."""
     run = -(-len(counts_K) // _MOST_CELLS)
     cells = torch.nn.functional.pad(counts_K, (0, -len(counts_K) % run)).unflatten(0, (-1, run)).sum(1)
     columns = math.ceil(len(cells) ** 0.5)
@@ -347,7 +347,7 @@ def count_cells(counts_K: Tensor) -> Tensor:
 
 
 def count_figure(counts: Sequence[Tensor], labels: Sequence[str], unit: str, title: str = "") -> "Figure":
-    """Mosaics of counts, black for 0, brighter the more, by the logarithm.
+    """Mosaics of counts on a logarithmic scale from black (0) to bright.
 
     Args:
         counts: (K,) each.
@@ -393,11 +393,11 @@ def count_figure(counts: Sequence[Tensor], labels: Sequence[str], unit: str, tit
 
 
 def rank_figure(counts: Mapping[str, Tensor], axis_labels: tuple[str, str], title: str = "") -> "Figure":
-    """Shares of counts (K,) in falling order, on a logarithmic axis, and dashed what they would be if all were alike.
+    """Shares of counts (K,) in falling order on a logarithmic axis, with the uniform share as a dashed line.
 
     Args:
         counts: by name.
-        axis_labels: of the order and of the shares.
+        axis_labels: of the rank and of the shares.
         title: a line above.
     """
     from matplotlib import colormaps
@@ -438,10 +438,10 @@ def render(figure: "Figure") -> Pixels:
 
 
 def write_png(path: Path, pixels: Pixels) -> None:
-    """Write a PNG, whole or not at all.
+    """Write a PNG atomically.
 
     Raises:
-        AezooError: it could not be written; what was there is still there.
+        AezooError: it could not be written; an existing file is unchanged.
     """
     durable.write(path, lambda file: save_png(file, pixels), cure="make room, or make the folder writable")
 

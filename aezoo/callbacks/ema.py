@@ -17,10 +17,10 @@ from aezoo.errors import AezooError
 class EMA(Checked, WeightAveraging):
     """Exponential moving average of the weights: a <- decay a + (1 - decay) w after an optimiser step.
 
-    Validation, pictures, checkpoints and the finished model have the averaged weights; training goes on with its own,
-    which checkpoints keep under `current_model_state`. Until its first update the average is the current model.
-    Whole-number buffers, such as counters, are copied and not averaged, and so are those in a model's `not_averaged`.
-    What a model holds somewhere, such as directions at norm 1, is put back there: a mean of unit vectors is shorter.
+    Validation, pictures, checkpoints and the finished model use the averaged weights; training continues with the
+    current ones, which checkpoints keep under `current_model_state`. Until the first update the average is the current
+    model. Integer buffers, such as counters, are copied and not averaged, and so are those in a model's
+    `not_averaged`. Constraints of a model, such as directions of norm 1, are applied to the average again.
 
     Args:
         decay: share of the old average that is kept; 0 turns the averaging off.
@@ -105,9 +105,9 @@ class EMA(Checked, WeightAveraging):
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def _follow(self, pl_module: pl.LightningModule) -> None:
-        """Before the first update the average is the current model.
+        """Make the average the current model, before the first update.
 
-        Lightning's own callback validates and stores the initial weights there (#21724).
+        Lightning's callback validates and stores the initial weights there (#21724).
         """
         if self._average_model is not None and self._average_model.n_averaged == 0:
             self._average_model.module.load_state_dict(pl_module.state_dict())

@@ -1,4 +1,4 @@
-"""The figures of each epoch in a file that other programs can follow."""
+"""The metrics of each epoch in a file that other programs can follow."""
 
 import json
 from typing import Any
@@ -9,10 +9,10 @@ from aezoo.callbacks.base import is_dry_run, run_folder
 
 
 class EpochMetrics(pl.Callback):
-    """`metrics.jsonl` in the run's folder: one line of JSON an epoch, with its number, the step and all metrics.
+    """`metrics.jsonl` in the run's folder: one line of JSON per epoch, with its number, the step and all metrics.
 
-    A line with epoch -1 comes before, from the batches of validation that precede training, if there are any. An epoch
-    that a resumed run trains once more has a line once more.
+    The validation batches before training, if any, give a first line with epoch -1. An epoch that a resumed run repeats
+    has a second line.
     """
 
     _ended: int | None = None

@@ -1,4 +1,4 @@
-"""Steps that are not finite: skipped, counted, and after some in a row the end of the run."""
+"""Skip and count steps that are not finite, and end the run after several in a row."""
 
 import math
 from collections import Counter, deque
@@ -22,21 +22,21 @@ from aezoo.optimizers import with_gradients
 class FaultGuard(Checked, pl.Callback):
     """Skips an optimiser step whose loss or gradient is not finite; ends the run after `patience` of them in a row.
 
-    Parameters, moments, averaged weights and buffers, such as the statistics of BatchNorm, stay as they were before
-    that batch; the step counter and the learning rate schedule go on. A gradient counts as not finite if the sum of
-    its squares overflows, which would ruin the moments of an adaptive optimiser. With several optimisers only the one
-    whose gradients are bad skips. Under accumulation all batches of a step are dropped. A gradient scaler's own skips,
-    by which it finds its scale, do not count until that scale has fallen below 1.
+    Parameters, optimiser moments, averaged weights and buffers, such as the statistics of BatchNorm, stay as they were
+    before that batch; the step counter and the learning rate schedule advance. A gradient counts as not finite if the
+    sum of its squares overflows, which would ruin the moments of an adaptive optimiser. With several optimisers only
+    the one with bad gradients skips. With gradient accumulation all batches of the step are dropped. Skips by which a
+    gradient scaler finds its scale do not count until that scale is below 1.
 
-    Each skip gives a line, up to a point; the run that is ended leaves `fault.txt` in its folder. Several processes
-    judge by the gradients alone, which they share, and so skip the same steps.
+    Skips are logged, ever more rarely; a run that ends this way leaves `fault.txt` in its folder. Several processes
+    decide by the gradients alone, which they share, and so skip the same steps.
 
-    Steps of the zoo's own models on a CPU are looked at together where that can be and, if one was bad, taken back and
-    taken again one by one (`aezoo.rollback`). All ends up the same, to the bit; the line comes later, after at most 256
-    steps or ten seconds.
+    On a CPU many steps of the zoo's own models are checked together where possible; if one was bad, they are undone
+    and repeated one by one (`aezoo.rollback`). The result is the same to the bit; the log line comes later, after at
+    most 256 steps or ten seconds.
 
-    On a GPU with a fused optimiser the kernel itself skips, and nothing is waited for: the counters are read every
-    `every_n_steps` batches, at the end of an epoch and at a save. Other optimisers there wait once a step.
+    On a GPU with a fused optimiser the kernel itself skips, without synchronisation: the counters are read every
+    `every_n_steps` batches, at the end of an epoch and at a save. Other optimisers on a GPU synchronise once a step.
 
     Args:
         patience: bad steps in a row that end the run; 0 turns the guard off.
@@ -44,7 +44,7 @@ class FaultGuard(Checked, pl.Callback):
 
     Attributes:
         skipped: steps skipped so far.
-        by_term: of these, how often each loss term was not finite; `gradient` where all of them were.
+        by_term: of these, how often each loss term was not finite; `gradient` if all terms were finite.
         by_part: of these, how often each part of the model had a gradient that was not finite.
     """
 
@@ -69,31 +69,31 @@ class FaultGuard(Checked, pl.Callback):
 
     @property
     def capturable(self) -> bool:
-        """Whether its part of a step can be recorded in a CUDA graph: nothing waits, nothing is kept a batch."""
+        """Whether its part of a step can be recorded in a CUDA graph: no synchronisation, no state per batch."""
         return self._device is not None and self._held is None
 
     @property
     def only_looks(self) -> bool:
-        """Whether its hooks do nothing but `remember` in a step of one optimiser for which `passes` is true."""
+        """Whether its hooks only `remember` in a step of one optimiser for which `passes` is true."""
         return type(self) is FaultGuard and self.patience > 0 and self._device is None and self._scaler is None
 
     def remember(self) -> None:
-        """A batch begins that is a step, or the first of several."""
+        """Keep what a skip restores, at the first batch of a step."""
         self._losses.clear()
         if self._held is not None:
             self._held.remember()
 
     def passes(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a step is finite and comes after one that was; a loop that asks this need not call the hooks."""
+        """Whether this step and the one before are finite; a loop that asks this need not call the hooks."""
         gradients = [parameter.grad for parameter in with_gradients(optimizer)]
         return self.passes_loss(loss) and bool(gradients) and not _broken(gradients)
 
     def passes_loss(self, loss: Tensor) -> bool:
-        """The same judged by the loss alone, for a step that can be taken back."""
+        """The same by the loss alone, for a step that can be undone."""
         return not self._in_a_row and math.isfinite(loss)
 
     def replayed(self) -> None:
-        """A graph that holds its part of the step has run again, the first time right after it was recorded."""
+        """Note that a graph with its part of the step has run, the first time right after it was recorded."""
         if self._device is None:
             return
         if self._captured is None:
@@ -218,7 +218,7 @@ class FaultGuard(Checked, pl.Callback):
         return bad
 
     def _skip(self, trainer: pl.Trainer, parameters: list[nn.Parameter]) -> None:
-        """Leave the optimiser nothing to do, and put back what the batch has changed already."""
+        """Leave the optimiser nothing to do, and restore what the batch has already changed."""
         named = [self._names.get(id(p), "?") for p in parameters if _broken([p.grad])]
         self._bad = [*(self._bad or []), *named]
         for parameter in parameters:
@@ -231,7 +231,7 @@ class FaultGuard(Checked, pl.Callback):
                 callback._latest_update_step = trainer.global_step + 1
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        """Read the counters of the device: the one wait."""
+        """Read the counters of the device: the only synchronisation."""
         assert self._device is not None
         seen = self._device.read()
         before = self.skipped
@@ -255,7 +255,7 @@ class FaultGuard(Checked, pl.Callback):
         self.by_part.update(self._by_part(seen))
 
     def _by_part(self, seen: "_Seen") -> Counter[str]:
-        """Bad steps of each part: those of its parameter that had most."""
+        """Bad steps of each part: the most of any of its parameters."""
         parts: Counter[str] = Counter()
         for key, count in seen.parameters.items():
             part = self._names.get(key, "?").partition(".")[0]
@@ -274,15 +274,15 @@ class FaultGuard(Checked, pl.Callback):
 
 
 class _Seen:
-    """What a device has counted since the last look.
+    """What a device has counted since the last read.
 
     Attributes:
-        row: bad steps in a row now.
-        peak: the most in a row.
+        row: current number of bad steps in a row.
+        peak: the most bad steps in a row.
         total: bad steps.
         ago: good steps since the last bad one.
         terms: how often each loss term was not finite.
-        parameters: the same for each parameter with a bad gradient, by identity.
+        parameters: how often each parameter had a bad gradient, by identity.
     """
 
     def __init__(self, numbers: list[float], terms: dict[str, int], parameters: dict[int, int]) -> None:
@@ -291,16 +291,16 @@ class _Seen:
 
 
 class _OnDevice:
-    """Counters that live where the steps are taken.
+    """Counters on the device that trains.
 
     Args:
-        device: the place.
+        device: that device.
         in_a_row: bad steps in a row so far.
-        window: batches between two looks.
-        n_optimizers: how many take a step a batch.
+        window: batches between two reads.
+        n_optimizers: how many optimisers step per batch.
 
     Attributes:
-        found: of the batch in hand, 1 where a step was not finite, else 0.
+        found: 1 if a step of the current batch was not finite, else 0.
     """
 
     def __init__(self, device: torch.device, in_a_row: int, window: int, n_optimizers: int = 1) -> None:
@@ -315,7 +315,7 @@ class _OnDevice:
         self._places: deque[tuple[int, int, int]] = deque(maxlen=window + 1)
 
     def judge(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], values: list[Tensor]) -> Tensor:
-        """1 where any value is not finite, else 0."""
+        """1 if any value is not finite, else 0."""
         bad = torch.stack(values).isfinite().logical_not_()
         found = bad.any().float()
         key, count = id(optimizer), bad[: len(parameters)]
@@ -348,7 +348,7 @@ class _OnDevice:
                 self._terms, self._by_term = list(terms), bad.int()
 
     def read(self, keep: bool = False) -> _Seen:
-        """All counts since the last time, which begin again unless they are kept."""
+        """All counts since the last read; resets them unless they are kept."""
         numbers = self._numbers.tolist()
         terms: dict[str, int] = {}
         parameters: dict[int, int] = {}
@@ -375,7 +375,7 @@ class _OnDevice:
 
 
 def _broken(gradients: list[Any]) -> bool:
-    """Whether the squares of any gradient add up to no finite number; waits for the device."""
+    """Whether the sum of squares of any gradient is not finite; synchronises with the device."""
     norms = _norms(gradients)
     # numbers of the CPU are at hand; of a GPU each would be a wait
     total = sum(norm.item() for norm in norms) if norms[0].is_cpu else float(torch.stack(norms).sum())
@@ -396,7 +396,7 @@ def _norms(gradients: list[Any]) -> list[Tensor]:
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Have SGD's momentum begin at 0, where its first step is the same; one that is skipped leaves it undefined."""
+    """Start SGD's momentum at 0, which gives the same first step; skipping that step would leave it undefined."""
     for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
         if group["momentum"] and not group["dampening"]:
             for parameter in group["params"]:

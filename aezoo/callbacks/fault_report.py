@@ -1,4 +1,4 @@
-"""What is said and written about steps that are not finite."""
+"""Messages and the report about steps that are not finite."""
 
 import copy
 import shlex
@@ -54,7 +54,7 @@ def broken_terms(outputs: Any) -> list[str]:
 
 
 def say(trainer: pl.Trainer, fault: Fault, batch: Any) -> None:
-    """One line on a skipped step: the first five, then those whose number is a power of two."""
+    """Log a skipped step: the first five, then those whose number is a power of two."""
     if not trainer.is_global_zero or (fault.in_all > 5 and fault.in_all & (fault.in_all - 1)):
         return
     parts = sorted({name.partition(".")[0] for name in fault.parameters})
@@ -78,7 +78,7 @@ def write(
     """Write the report on rank zero.
 
     Returns:
-        What the error that ends the run says, in one line.
+        The message of the error that ends the run, one line.
     """
     folder = run_folder(trainer)
     layer = _first_broken(module, fault.batch, batch) if batch is not None else None
@@ -118,7 +118,7 @@ def _list(items: list[Any]) -> str:
 
 
 def _bad_samples(trainer: pl.Trainer, fault: Fault, batch: Any) -> list[int]:
-    """Numbers of the training samples in a batch that are not finite; their places in it if the numbers are unknown."""
+    """Indices of the training samples in a batch that are not finite; their places in it if the indices are unknown."""
     x = None if batch is None else unpack(batch)[0]
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return []
@@ -128,7 +128,7 @@ def _bad_samples(trainer: pl.Trainer, fault: Fault, batch: Any) -> list[int]:
 
 
 def _rows(trainer: pl.Trainer, fault: Fault) -> list[int]:
-    """Numbers of the training samples in the batch of a fault; empty if the loader is not one of this package."""
+    """Indices of the training samples in the batch of a fault; empty if the loader is not one of this package."""
     loader = trainer.train_dataloader
     sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
     if not (isinstance(sampler, EpochSampler) and isinstance(size, int)):
@@ -139,7 +139,7 @@ def _rows(trainer: pl.Trainer, fault: Fault) -> list[int]:
 
 
 def _command(trainer: pl.Trainer, folder: Path) -> str | None:
-    """What runs into the same fault: a command for a run of the command line, else a line of Python."""
+    """How to reproduce the fault: a command for a run of the command line, else a line of Python."""
     if not (folder / "config.yaml").is_file():
         last = getattr(saver_of(trainer), "last_model_path", None)
         seed = getattr(trainer.lightning_module, "_fit_seed", None)
@@ -151,7 +151,7 @@ def _command(trainer: pl.Trainer, folder: Path) -> str | None:
 
 
 def _first_broken(module: pl.LightningModule, batch_idx: int, batch: Any) -> str | None:
-    """The first layer that makes finite inputs infinite, found by one more forward pass."""
+    """The first layer whose output is not finite for finite inputs, found by another forward pass."""
     found: list[str] = []
 
     def look(name: str) -> Any:

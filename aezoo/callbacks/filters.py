@@ -18,9 +18,9 @@ _INPUTS = 256
 class Filters(Picture):
     """pictures/filters.png: the weights of the first layer; for sparse codes also pictures/atoms.png.
 
-    A filter is what one unit of the first linear or convolutional layer looks for, the largest first. An atom is what
-    one entry of the code adds to the output, decode(e_i) - decode(0), the most used first: of a linear decoder
-    exactly its dictionary.
+    A filter is the weight of one unit of the first linear or convolutional layer, the largest first. An atom is what
+    one entry of the code adds to the output, decode(e_i) - decode(0), the most used first; for a linear decoder atoms
+    are exactly its dictionary.
 
     Args:
         n: number of filters and atoms.
@@ -55,7 +55,7 @@ class Filters(Picture):
 
 
 def first_weights(model: "Autoencoder") -> Tensor | None:
-    """(units, *shape) of the first linear or convolutional layer, shaped like data; None if there is nothing to see."""
+    """(units, *shape) of the first linear or convolutional layer, shaped like data; None if there is none."""
     for layer in (getattr(model, "encoder", None) or model).modules():
         if isinstance(layer, nn.Linear):
             weights = layer.weight.detach().float().cpu()

@@ -12,7 +12,7 @@ from aezoo.callbacks.base import check_period, is_dry_run, tensorboard_writers
 class Histograms(Checked, pl.Callback):
     """TensorBoard's Histograms tab: every weight, and its gradient at the last optimiser step of the epoch.
 
-    Gradients are those of rank zero after the ranks were averaged, before clipping.
+    Gradients are those of rank zero, averaged over ranks, before clipping.
 
     Args:
         every_n_epochs: epochs between two histograms; 0 turns them off.

@@ -23,18 +23,18 @@ AGREE_EVERY = 8
 class Interrupt(pl.Callback):
     """Holds the first SIGINT, SIGTERM or SIGHUP of a fit until the batch is done, then raises KeyboardInterrupt.
 
-    A checkpoint that is written then (by Checkpoints) can be resumed from exactly; one written within a batch, between
-    batches whose gradients are summed, or on the last batch of an epoch cannot, so the batches that are still needed
-    follow first: on the last batch of an epoch, and during a validation, that is the end of the epoch. A second signal
-    interrupts at once, but for SIGHUP: of a terminal that is closed the kernel and the shell tell a run, each for
-    itself. Under `nohup`, which has SIGHUP ignored, it goes on. Several ranks agree on the batch.
+    The checkpoint that Checkpoints then writes resumes exactly. One written within a batch, between batches whose
+    gradients are accumulated, or on the last batch of an epoch would not, so the run first finishes these batches: on
+    the last batch of an epoch, and during a validation, it finishes the epoch. A second signal interrupts at once,
+    except SIGHUP, which both the kernel and the shell send when a terminal is closed. Under `nohup`, which ignores
+    SIGHUP, the run continues. Several ranks agree on the batch.
 
     Under SLURM the signal that announces the end of a job (SIGUSR1, or what the cluster environment names) does the
-    same, and once Checkpoints has written its file the job is put into the queue again where Lightning would do so.
+    same, and once Checkpoints has written its file the job is requeued where Lightning would do so.
 
     Attributes:
-        signum: the signal received in the last fit, or None; a program that it ended exits with 128 + signum.
-        asked: the ranks have agreed to stop.
+        signum: the signal received in the last fit, or None; a program that it ends exits with 128 + signum.
+        asked: whether the ranks have agreed to stop.
     """
 
     reads_no_weights = True  # at a batch of training
@@ -74,9 +74,9 @@ class Interrupt(pl.Callback):
         self._leaving = True  # checkpoints are written now
 
     def requeue(self, trainer: pl.Trainer) -> None:
-        """Put the job into the queue again if SLURM has announced its end; what is to be kept is on the disk by then.
+        """Requeue the job if SLURM has announced its end; call it once all files are written.
 
-        Not a hook: after an interruption Lightning calls none but `on_exception`, and this one's before Checkpoints'.
+        Not a hook: after an interruption Lightning only calls `on_exception`, and this callback's before Checkpoints'.
         """
         environment = _slurm(trainer)
         if environment is None or not environment.auto_requeue or not trainer.is_global_zero:
@@ -129,7 +129,7 @@ def _requeue_signal(environment: SLURMEnvironment | None) -> signal.Signals:
 
 
 def _requeue() -> None:
-    """Put this SLURM job into the queue again; its command goes on from where it was with `--resume auto`."""
+    """Requeue this SLURM job; with `--resume auto` its command continues from the checkpoint."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
     if not re.fullmatch("[0-9_-]+", job):

@@ -71,7 +71,7 @@ class Projector(Picture):
 def write_embedding(
     run: Path, name: str, codes: Tensor, columns: Mapping[str, Tensor], sprites: Tensor | None, prefix: str = ""
 ) -> None:
-    """What the Projector tab reads; SummaryWriter.add_embedding leaves a folder for each step in the run's folder.
+    """Write what the Projector tab reads; SummaryWriter.add_embedding would leave one folder per step in the run's.
 
     Points with the same prefix are replaced, others stay.
 
@@ -79,7 +79,7 @@ def write_embedding(
         run: the folder of the event files.
         name: what the tab calls the points.
         codes: (N, D).
-        columns: what is known of each point, (N,) whole numbers each.
+        columns: metadata of the points, (N,) integers each.
         sprites: (N, 3, side, side) in [0, 1].
         prefix: of the files' names.
     """
@@ -111,7 +111,7 @@ def write_embedding(
 
 
 def _enter(path: Path, info: Any) -> None:
-    """Put an embedding into the list that the tab reads, in the place of what has the same file."""
+    """Put an embedding into the list that the tab reads; it replaces an entry with the same file."""
     from google.protobuf import text_format
     from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
@@ -127,7 +127,7 @@ def _enter(path: Path, info: Any) -> None:
 
 
 def principal_plane(codes: Tensor) -> tuple[Tensor, tuple[str, str]]:
-    """Codes (N, D) as points (N, 2), and what the two axes are."""
+    """Codes (N, D) as points (N, 2), and the labels of the two axes."""
     if codes.shape[1] == 2 or (len(codes) == 1 and codes.shape[1] > 2):
         return codes[:, :2], ("z0", "z1")
     if codes.shape[1] == 1:

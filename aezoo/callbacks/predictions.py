@@ -1,4 +1,4 @@
-"""What `predict` computed, as a file."""
+"""Predictions as a file."""
 
 import sys
 from pathlib import Path
@@ -16,12 +16,12 @@ _CURE = "make room, or choose a folder that can be written with --predictions.fo
 
 
 class PredictionWriter(Checked, pl.Callback):
-    """predictions.npz: one array each for code, reconstruction, score and, if the data have them, label.
+    """Writes predictions.npz: one array each for code, reconstruction, score and, if the data have it, label.
 
     Several ranks write one file each, predictions-rank0.npz and so on, and each holds the rank's own samples.
 
     Args:
-        folder: where to write; empty for the run's folder.
+        folder: where to write; the run's folder if empty.
     """
 
     def __init__(self, folder: str = "") -> None:

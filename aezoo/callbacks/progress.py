@@ -17,7 +17,7 @@ from aezoo.callbacks.base import check_count, unpack
 class ProgressBar(Checked, RichProgressBar):
     """A rich bar with the loss terms of the last batch, val/loss and samples per second.
 
-    Between two refreshes a batch costs next to nothing. Where the output is no terminal it prints one line an epoch.
+    Between two refreshes a batch costs next to nothing. If the output is not a terminal it prints one line per epoch.
 
     Args:
         refresh_rate: refreshes a second; 0 turns the bar off.
@@ -131,7 +131,7 @@ class ProgressBar(Checked, RichProgressBar):
         return True
 
     def _print_epoch(self, trainer: pl.Trainer) -> None:
-        """One line on the epoch before, once its means are logged: the model does that after all callbacks."""
+        """Print one line on the epoch before, once its means are logged: the model does that after all callbacks."""
         if self._lines and self._finished is not None:
             logged = trainer.callback_metrics
             named = [f"{name} {float(logged[name]):.4g}" for name in ("train/loss", "val/loss") if name in logged]

@@ -1,4 +1,4 @@
-"""Originals beside what the model makes of them."""
+"""Originals beside their reconstructions."""
 
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,13 @@ _ROWS = ("original", "corrupted", "output", "error")
 class Reconstructions(Picture):
     """pictures/reconstructions.png: the same validation samples at every epoch, in rows.
 
-    Images and the middle slices of volumes stand in rows; vectors and sequences are curves laid over each other.
-    A denoising model is shown the corrupted input, and only it has a `corrupted` row.
+    Images and the middle slices of volumes form rows; vectors and sequences are overlaid curves. A denoising model
+    gets the corrupted input, and only it has a `corrupted` row.
 
     Args:
         n: number of samples.
         every_n_epochs: epochs between two pictures; 0 turns them off.
-        rows: what to show, out of original, corrupted, output and error.
+        rows: what to show, of original, corrupted, output and error.
     """
 
     def __init__(self, n: int = 10, every_n_epochs: int = 5, rows: tuple[str, ...] = _ROWS) -> None:

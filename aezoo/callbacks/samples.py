@@ -1,4 +1,4 @@
-"""What the model makes up."""
+"""Samples from the prior."""
 
 from typing import TYPE_CHECKING
 

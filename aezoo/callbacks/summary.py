@@ -1,4 +1,4 @@
-"""What a run has come to, and what to do next."""
+"""The results of a run, and what to do next."""
 
 import shlex
 import time
@@ -20,10 +20,10 @@ _LEAST = 30
 
 
 class Summary(pl.Callback):
-    """At the end of fit, validate and test, a table: figures, where things are, and the next command to type.
+    """At the end of fit, validate and test, a table: metrics, where the files are, and the next command to type.
 
     Attributes:
-        test_follows: set it if a test follows the fit at once: then one table at its end holds everything.
+        test_follows: set it if a test follows the fit at once: then one table at the end of the test holds everything.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class Summary(pl.Callback):
 
 @rank_zero_only
 def show(title: str, rows: dict[str, str], commands: list[str]) -> None:
-    """Print rows as a table and, below it, commands that can be copied; without frames where no wide terminal is."""
+    """Print rows as a table and, below it, commands to copy; without frames unless there is a wide terminal."""
     console = get_console()
     wide = max(map(len, rows), default=0)
     # a frame in a narrow window would leave values no room

@@ -12,8 +12,8 @@ from aezoo.callbacks.base import unpack
 class Throughput(pl.Callback):
     """`train/samples_per_s` once an epoch: samples trained on by all ranks per second, data loading included.
 
-    Validation, pictures and checkpoints do not count, nor does the first batch of a fit, which pays for
-    compilation. The accelerator is waited for when the clock stops, not at each step.
+    Validation, pictures and checkpoints do not count, nor does the first batch of a fit, which includes compilation.
+    The accelerator is synchronised when the clock stops, not at each step.
     """
 
     reads_no_weights = True  # at a batch of training

@@ -20,12 +20,12 @@ class Traversal(Picture):
     """pictures/traversal.png, interpolation.png and, for two-dimensional codes, latent_map.png.
 
     The traversal changes one dimension of one sample's code at a time, from -span to span standard deviations of the
-    prior where that is N(0, I), else over the range of the codes; dimensions come in the order of their KL, else
-    of their variance. The interpolation runs straight between the codes of two samples, originals at both ends. The map
+    prior if that is N(0, I), else over the range of the codes; dimensions are sorted by their KL, else by their
+    variance. The interpolation is linear between the codes of two samples, with the originals at both ends. The map
     decodes a grid of quantiles of the prior, else of the codes.
 
     Args:
-        n_dims: dimensions to traverse at most.
+        n_dims: most dimensions to traverse.
         n_pairs: pairs of samples to interpolate between.
         steps: pictures along each walk.
         span: how far the traversal goes, in standard deviations of the prior.

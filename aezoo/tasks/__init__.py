@@ -1,4 +1,4 @@
-"""What an autoencoder is trained for: one file a verb, the same from Python and from the command line.
+"""Tasks for trained models: one file per verb, the same from Python and from the command line.
 
 `aezoo.reconstruct(model, x)` and its siblings take a model and samples; `aezoo reconstruct --ckpt_path RUN` reads both
 from files and writes the results to a folder.

@@ -46,10 +46,10 @@ _AS_IS = {"offset": torch.zeros(()), "factor": torch.ones(())}
 
 
 class Result(Protocol):
-    """What a verb gives back.
+    """The result of a verb.
 
     Attributes:
-        files: what it has written.
+        files: the files written.
     """
 
     files: list[Path]
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     """Run one verb.
 
     Raises:
-        AezooError: what the user must mend.
+        AezooError: what the user must correct.
     """
     verb = argv[0]
     function = getattr(importlib.import_module(f"aezoo.tasks.{verb}"), verb)
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
 
 @contextmanager
 def _cleaning_up() -> Iterator[None]:
-    """SIGTERM of clusters and SIGHUP of terminals leave no half written files, which may be large: like Ctrl-C."""
+    """Handle SIGTERM and SIGHUP like Ctrl-C, which removes half-written files."""
     if threading.current_thread() is not threading.main_thread():
         yield  # which alone may ask for signals
         return
@@ -170,7 +170,7 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
 
 
 def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Mapping[str, Any]) -> dict[str, Any]:
-    """What a verb works on and what it learns from: `--input` or a split, and the splits for fitting."""
+    """The samples for a verb, from `--input` or a split, and the splits for fitting."""
     # the parser adds the path of a file of settings
     known = inspect.signature(DataModule).parameters
     data = {key: value for key, value in dict(config.data).items() if key in known}
@@ -213,17 +213,17 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
 
 
 def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None, flag: str = "input") -> Samples:
-    """The samples in a file or a folder, scaled and binarised as those were that a model was trained on.
+    """The samples in a file or a folder, scaled and binarised like a model's training data.
 
     Args:
         path: a file of arrays, an image, or a folder of images.
-        trained: what `load_run` says of the data.
-        data: settings of the DataModule: size, channels, layout, binarise with its seed, on_error and the limits count
-            here.
-        flag: what the message calls it.
+        trained: the data's state from `load_run`.
+        data: settings of the DataModule, of which size, channels, layout, binarise with its seed, on_error and the
+            limits are used.
+        flag: the name of the path in messages.
 
     Raises:
-        AezooError: there is nothing to read, or it cannot be scaled or binarised so.
+        AezooError: there is nothing to read, or it cannot be scaled or binarised in this way.
     """
     given = {key: value for key, value in (data or {}).items() if value is not None}
     samples, rule = _scaled(path, trained, given, f"--{flag} {path}"), given.get("binarise", "none")
@@ -280,16 +280,16 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
 
 
 def _scaling(trained: dict[str, Any], white: int | None, picture: str = "") -> tuple[int, dict[str, Tensor]]:
-    """What `Samples` divides bytes by, and the scaling, for samples that become what the model was trained on.
+    """The divisor of bytes for `Samples`, and the scaling, which give samples the scale of the training data.
 
     Args:
-        trained: what `load_run` says of the data.
-        white: what white is in the samples: 255 of bytes, 1 of pictures of 16 bits, None of numbers in the units of the
-            training data.
-        picture: what the message calls them if they are pictures.
+        trained: the data's state from `load_run`.
+        white: the value of white in the samples: 255 for bytes, 1 for 16-bit pictures, None for numbers in the units of
+            the training data.
+        picture: the name of pictures in messages.
 
     Raises:
-        AezooError: they are pictures, and what white was in the training data cannot be told.
+        AezooError: they are pictures, and the training data's value of white is unknown.
     """
     scaling, was = trained["scaling"], trained.get("white")
     if not scaling and trained["settings"].get("scale") != "none":
@@ -304,7 +304,7 @@ def _scaling(trained: dict[str, Any], white: int | None, picture: str = "") -> t
 
 
 def _value(argv: list[str], flag: str) -> str | None:
-    """The last value of a flag, whether an equals sign or a space lies between them."""
+    """The last value of a flag, after an equals sign or a space."""
     found = None
     for word, after in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = word.partition("=")

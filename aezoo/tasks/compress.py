@@ -1,4 +1,4 @@
-"""compress: samples as a file, bit for bit by the model's likelihood or as codes or indices, beside other formats."""
+"""compress: samples as a file, lossless by the model's likelihood or lossy as codes or indices, and other formats."""
 
 from typing import Any
 
@@ -69,7 +69,7 @@ def compress(
         progress: show a bar on a terminal.
 
     Raises:
-        AezooError: samples that cannot be coded so, a bad value, or a folder that cannot be written.
+        AezooError: samples that cannot be coded in this mode, a bad value, or a folder that cannot be written.
     """
     if quality is None:
         quality = model.quality if isinstance(model, EntropyCoded) and model.top_quality else _QUALITY
@@ -101,7 +101,7 @@ def compress(
 
 
 def keep_model(model: Autoencoder, fingerprint: str, store: Store) -> None:
-    """Write the model beside its files, which no other opens: a run that is trained on forgets these weights."""
+    """Save the model beside its files, which only it can decode: further training of its run overwrites the weights."""
     # a class that is not registered is its owner's to keep
     if store.folder is not None and name_of(type(model)) is not None:
         store.files.append(save_model(model, store.folder / machine.model_folder(fingerprint)))

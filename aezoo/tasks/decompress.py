@@ -31,13 +31,13 @@ KINDS = ("npy", "png")
 
 @dataclass
 class Decompression:
-    """What was in the file.
+    """The content of a file.
 
     Attributes:
-        x: (N, *shape): bytes of a lossless file, 255 being 1.0; float32 of any other.
+        x: (N, *shape): bytes of a lossless file, 255 for 1.0; float32 of any other.
         mode: lossless, lossy, indices, prior or learned.
-        same: every sample is, bit for bit, what `compress` saw when it checked the file.
-        files: what has been written.
+        same: whether every sample equals to the bit what `compress` decoded when it checked the file.
+        files: the files written.
     """
 
     x: npt.NDArray[Any]
@@ -46,7 +46,7 @@ class Decompression:
     files: list[Path] = field(default_factory=list)
 
     def summary(self) -> str:
-        """How many samples, and whether they are the same bytes."""
+        """The number of samples, and whether they are the same bytes."""
         same = "the same bytes as when it was written" if self.same else "codes are exact, outputs differ by rounding"
         return f"{len(self.x):,} samples of shape {'x'.join(map(str, self.x.shape[1:]))}, {self.mode}: {same}"
 
@@ -128,7 +128,7 @@ def _check_model(model: Autoencoder, header: Header, file: str, exact: bool) -> 
 
 
 def _written_by(model: Autoencoder) -> tuple[str, ...]:
-    """How a model's own code can be written; one with a prior had tables before it had a prior."""
+    """The modes that a model's own code may have; files from before it had a prior use tables."""
     mode = indices.mode_of(model)
     return ("indices", "prior") if mode == "prior" else (mode,)
 
@@ -136,7 +136,7 @@ def _written_by(model: Autoencoder) -> tuple[str, ...]:
 def _parts(
     model: Autoencoder, reader: Reader, strict: bool, advance: Advance
 ) -> Iterator[tuple[npt.NDArray[Any], bool]]:
-    """The samples, some at a time, and whether they are as they were when the file was written."""
+    """The samples in parts, and whether they equal those decoded when the file was written."""
     match reader.header.mode:
         case "lossless":
             return _lossless(model, reader)
@@ -199,7 +199,7 @@ def _learned(model: EntropyCoded, reader: Reader, strict: bool) -> Iterator[tupl
 
 
 class _Decoder(Protocol):
-    """Bytes as (n, D) whole numbers; None if they are not what was encoded."""
+    """Bytes as (n, D) integers; None if they are not what was encoded."""
 
     def decode(self, content: bytes, n: int, /) -> Any: ...
 
@@ -207,7 +207,7 @@ class _Decoder(Protocol):
 def _coded(
     reader: Reader, frames: list[Frame], coder: _Decoder, what: str, decode: Callable[[Any], Any], strict: bool
 ) -> Iterator[tuple[npt.NDArray[Any], bool]]:
-    """What frames of whole numbers decode to, a model's own code."""
+    """The outputs of frames of integers, a model's own code."""
     for frame in frames:
         with _refusing(reader):
             found = coder.decode(reader.payload(frame), frame.n)
@@ -219,7 +219,7 @@ def _coded(
 def _outputs(
     reader: Reader, frame: Frame, symbols: Any, decode: Callable[[Any], Any], strict: bool
 ) -> Iterator[tuple[npt.NDArray[Any], bool]]:
-    """What symbols (n, D) decode to, a block at a time, if it is what the frame's digest says."""
+    """The outputs of symbols (n, D), a block at a time, checked against the frame's digest."""
     digest, parts = hashlib.sha256(), []
     block = reader.header.block
     for start in range(0, frame.n, block):
@@ -234,7 +234,7 @@ def _outputs(
 
 @contextmanager
 def _refusing(reader: Reader) -> Iterator[None]:
-    """One line for whatever goes wrong: in a file with a right checksum it was put there on purpose."""
+    """Turn any error into one line: with a correct checksum the file was forged."""
     try:
         yield
     except AezooError:

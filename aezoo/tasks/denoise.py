@@ -1,4 +1,4 @@
-"""denoise: what a model makes of noisy samples, and whether a filter would have done as well."""
+"""denoise: clean noisy samples with a model, compared with filters."""
 
 import math
 from collections.abc import Iterable
@@ -33,15 +33,15 @@ _MOST_NOISE = 1e6
 
 @dataclass
 class Denoising:
-    """What `denoise` found; the array is a memory-mapped file where a folder was given.
+    """The result of `denoise`; the array is a memory-mapped file if a folder was given.
 
     Attributes:
         x_hat: (N, *shape), the model's output, float32.
         table: a row for the model, the noisy samples and each filter: mse, psnr, ssim of images, the filter's setting;
-            empty without `corrupt`, since nothing says then what clean is.
-        n_compared: samples that the table is about.
-        text: what the table rests on, and what is best in it.
-        files: what has been written.
+            empty without `corrupt`, as there are no clean samples to compare with.
+        n_compared: number of samples in the table.
+        text: how the table was made, and its best row.
+        files: the files written.
     """
 
     x_hat: npt.NDArray[np.float32]
@@ -51,7 +51,7 @@ class Denoising:
     files: list[Path] = field(default_factory=list)
 
     def summary(self) -> str:
-        """The table, or what it would take."""
+        """The table, or how to get one."""
         if not self.table:
             return f"{len(self.x_hat):,} samples; errors need clean ones and noise to add, as in --corrupt gaussian:0.3"
         return f"{table_text(self.table)}\n{self.text}"
@@ -139,7 +139,7 @@ def denoise(
 
 
 def _corrupted(clean: Tensor, numbers: Iterable[int], noise: Corruption | None, seed: int) -> Tensor:
-    """Samples with their noise, a function of the seed and of a sample's number: no batch size or device changes it."""
+    """Samples with noise that depends on the seed and a sample's index, not on batch size or device."""
     if noise is None:
         return clean
     generators = (torch.Generator().manual_seed(mix(seed, number)) for number in numbers)
@@ -147,7 +147,7 @@ def _corrupted(clean: Tensor, numbers: Iterable[int], noise: Corruption | None, 
 
 
 def _tuned(samples: Samples, index: Tensor, noise: Corruption, seed: int) -> dict[str, tuple[str, Filter]]:
-    """Each filter with the setting that suits these samples best."""
+    """Each filter with its best setting for these samples."""
     clean = samples.rows(index)
     noisy = _corrupted(clean, index.tolist(), noise, seed)
     sigma = float((noisy - clean).square().mean().sqrt())
@@ -169,7 +169,7 @@ def _evaluate(
     seed: int,
     progress: bool,
 ) -> list[Evaluation]:
-    """Errors of the model, of the noisy samples and of each filter, in this order, with limits brought to 0 and 1."""
+    """Errors of the model, the noisy samples and each filter, in this order, with the data range scaled to [0, 1]."""
     low, high = limits
     evaluations = [Evaluation(samples.shape, torch.device("cpu")) for _ in range(2 + len(chosen))]
     with progress_bar("compare" if progress else "", len(compared)) as advance:
@@ -195,7 +195,7 @@ def _rows(model: str, evaluations: list[Evaluation], chosen: dict[str, tuple[str
 
 
 def _text(rows: list[Row], n_compared: int, n: int, n_tuned_on: int, peak: float) -> str:
-    """What the table rests on, and what is best in it."""
+    """How the table was made, and its best row."""
     lines = [f"{n_compared:,} of {n:,} samples"]
     if n_tuned_on:
         lines[0] += f"; each filter in the setting that is best for {n_tuned_on:,} of them"
@@ -206,7 +206,7 @@ def _text(rows: list[Row], n_compared: int, n: int, n_tuned_on: int, peak: float
 
 
 def _picture(panels: dict[str, Tensor]) -> "Figure":
-    """Rows of samples: original, noisy, output and the best filter's, as far as there are any."""
+    """Rows of samples: original, noisy, output and the best filter's output, if there are any."""
     from aezoo.callbacks import drawing
 
     if not drawing.is_image(panels["noisy"].shape[1:]):

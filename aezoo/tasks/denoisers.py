@@ -1,7 +1,7 @@
-"""What a user would clean samples with if there were no model: filters without anything learned.
+"""Baselines for denoising: filters without learning.
 
-Each filter comes in a few strengths, in units of the noise, which is known here. `best_setting` takes the one of least
-squared error against the clean originals of a few samples, which nobody has in practice: the table favours the filters.
+Each filter comes in a few strengths, in units of the known noise. `best_setting` takes the one with the least squared
+error against the clean originals of a few samples, which are unknown in practice: the table favours the filters.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,12 @@ MISSING = "needs scikit-image: pip install 'aezoo[images]'"
 
 
 def filters(shape: tuple[int, ...], sigma: float) -> dict[str, dict[str, Filter]]:
-    """Filters by name and setting that make sense for samples of a shape; none for vectors, which have no neighbours.
+    """Filters for samples of a shape, by name and setting; none for vectors, which have no neighbours.
 
-    Those of scikit-image's are left out where it is not installed.
+    Those of scikit-image are left out if it is not installed.
 
     Args:
-        shape: of one sample: (C, L), (C, H, W) or (C, D, H, W).
+        shape: shape of one sample: (C, L), (C, H, W) or (C, D, H, W).
         sigma: standard deviation of the noise.
     """
     if len(shape) == 1:
@@ -57,7 +57,7 @@ def missing(shape: tuple[int, ...]) -> list[str]:
 
 
 def median(x: Arrays, size: int) -> Arrays:
-    """The median of a window of `size` along each axis but the channels'."""
+    """The median of a window of `size` along each axis but the channel axis."""
     from scipy.ndimage import median_filter
 
     filtered: Arrays = median_filter(x, (1, 1, *[size] * (x.ndim - 2)))

@@ -1,4 +1,4 @@
-"""detect: which samples are strange, how sure that is, and whether simpler detectors would have told as well."""
+"""detect: find anomalies, with p-values, and compare with simpler detectors."""
 
 import math
 from dataclasses import dataclass, field
@@ -26,17 +26,17 @@ __all__ = ["Detection", "Detector", "detect", "p_values"]
 
 @dataclass
 class Detection:
-    """What `detect` found.
+    """The result of `detect`.
 
     Attributes:
         scores: (N,) larger is stranger.
-        p_values: (N,) how likely a normal sample is to be as strange.
-        is_anomaly: (N,) above the threshold.
+        p_values: (N,) probability that a normal sample is as strange.
+        is_anomaly: (N,) whether the score is above the threshold.
         threshold: of the scores.
-        table: a row for each score and each baseline: auroc and aupr where it is known what an anomaly is, the
-            threshold, and the share of the samples that lies above it.
-        text: what threshold and p-values rest on.
-        files: what has been written.
+        table: a row for each score and each baseline: auroc and aupr if anomalies are known, the threshold, and the
+            share of samples above it.
+        text: the samples behind threshold and p-values.
+        files: the files written.
     """
 
     scores: Scores
@@ -48,7 +48,7 @@ class Detection:
     files: list[Path] = field(default_factory=list)
 
     def summary(self) -> str:
-        """The table, and what it rests on."""
+        """The table and `text`."""
         return f"{table_text(self.table)}\n{self.text}"
 
 
@@ -122,7 +122,7 @@ def detect(
         progress: show bars on a terminal.
 
     Raises:
-        AezooError: a value that cannot work, or samples that the model cannot use.
+        AezooError: an invalid value, or samples that the model cannot use.
     """
     if table not in ("csv", "parquet"):
         raise AezooError(f"table is {table!r}: take csv or parquet")
@@ -192,7 +192,7 @@ def detect(
 
 @dataclass
 class _Judgement:
-    """What one detector says of the samples."""
+    """The scores of one detector."""
 
     scores: Scores
     p_values: Scores
@@ -248,7 +248,7 @@ def _about_threshold(
     contamination: float,
     quantile: float | None,
 ) -> list[str]:
-    """What threshold and p-values rest on."""
+    """The samples behind threshold and p-values, in words."""
     fitted = "these very samples (give fit_on)" if train is None else f"{len(train.samples):,} training samples"
     calibrated = fitted if held_out is None else f"{len(held_out.samples):,} held-out samples"
     rule = (
@@ -266,7 +266,7 @@ def _about_threshold(
 
 
 def _picture(given: Tensor, output: Tensor, titles: list[str]) -> "Figure":
-    """The strangest samples, what the model makes of them, and how far off each of their values is."""
+    """The strangest samples, their reconstructions, and the error of each value."""
     from aezoo.callbacks import drawing
 
     error = (output - given).abs()

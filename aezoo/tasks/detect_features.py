@@ -1,4 +1,4 @@
-"""Features of a network that was trained elsewhere and stays as it is, which the detector fre compares.
+"""Features of a frozen, pretrained network, for the detector fre.
 
     random           a network with random weights, the same everywhere
     resnet18, resnet50, wide_resnet50_2     the third stage of torchvision's weights, if torch.hub has them
@@ -41,7 +41,7 @@ class Frozen(nn.Module):
         input_shape: shape of one sample.
 
     Raises:
-        AezooError: weights that are not at hand, or samples that the network cannot take.
+        AezooError: missing weights, or samples that the network cannot take.
     """
 
     def __init__(self, name: str, input_shape: tuple[int, ...]) -> None:
@@ -71,7 +71,7 @@ class Frozen(nn.Module):
 
 
 def resnet_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
-    """A ResNet up to its third stage, which tells more of defects than the last (anomalib's choice as well)."""
+    """A ResNet up to its third stage, which shows defects better than the last (also anomalib's choice)."""
     from torchvision import models
 
     if len(input_shape) != 3 or input_shape[0] not in (1, 3):

@@ -1,4 +1,4 @@
-"""What counts as an anomaly where samples have labels, which samples are normal, and how well scores tell."""
+"""Anomalies and normal samples by label, and how well scores separate them."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class Protocol:
         return np.where(labelled, (classes == str(self.named)) != self.normal_is_named, UNLABELLED)
 
     def normal_places(self, samples: Samples) -> npt.NDArray[np.int64]:
-        """Which samples are normal by their labels, as numbers; all of them if they have no labels."""
+        """The indices of samples that are normal by their labels; all of them without labels."""
         known = None if self.named is None else _classes(samples)
         if known is None:
             return np.arange(len(samples))
@@ -74,9 +74,9 @@ class Reference:
     """Normal samples to fit or to calibrate on.
 
     Attributes:
-        samples: them.
-        own: their places among the samples that are judged, if they are some of these.
-        n_left_out: how many more there were, which labels call anomalies; samples without a label are left out, too.
+        samples: the samples.
+        own: their indices among the scored samples, if they are some of these.
+        n_left_out: how many were left out, as anomalies or without a label.
     """
 
     samples: Samples
@@ -85,7 +85,7 @@ class Reference:
 
     @classmethod
     def other_split(cls, given: Any, x: Any, split: Stage, protocol: Protocol, judged: Samples) -> "Reference | None":
-        """What is given, or a split of the DataModule that x is; None if there is neither."""
+        """`given`, or else a split of x if that is a DataModule, or else None."""
         if given is None and isinstance(x, DataModule) and split in x.splits():
             given = x
         if given is None:
@@ -100,7 +100,7 @@ class Reference:
 
 
 def measure(scores: npt.NDArray[Any], anomalous: Kinds | Flags | None) -> dict[str, float | None]:
-    """Area under the ROC curve and average precision; None where there are no anomalies or nothing else."""
+    """Area under the ROC curve and average precision; None without anomalies or without normal samples."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     if anomalous is not None:
@@ -122,7 +122,7 @@ def about_labels(
     anomalous: Kinds | None,
     labelled: bool,
 ) -> list[str]:
-    """What AUROC and AUPR rest on, and whether a baseline has the best ones."""
+    """The samples behind AUROC and AUPR, in words, and whether a baseline is best."""
     if anomalous is None:
         hint = "AUROC and AUPR need to know what an anomaly is: give normal or anomaly, as in --normal CLASS"
         return [hint] if labelled else []
@@ -140,7 +140,7 @@ def about_labels(
 
 
 def _classes(samples: Samples) -> tuple[npt.NDArray[Any], Flags] | None:
-    """The class of each sample by name, and whether it has one; None if none has."""
+    """The class name of each sample, and whether it has one; None if no sample has."""
     y = samples.labels
     if y is None:
         return None

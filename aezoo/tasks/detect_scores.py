@@ -1,11 +1,11 @@
-"""Scores by which a trained model tells strange samples from normal ones, larger is stranger.
+"""Anomaly scores of a trained model, larger is stranger.
 
 x_hat is the reconstruction of x, z its code:
 
     nll          the model's own `score`, for most -log p(x | z)
-    mse          ||x - x_hat||^2 / D; of grey values under a Bernoulli, -log p is least for black and white ones,
-                 whatever the reconstruction, and mse tells more
-    elbo         -ELBO(x), the mean over draws of the code, of models whose loss has an ELBO
+    mse          ||x - x_hat||^2 / D; better for grey values with a Bernoulli likelihood, whose -log p is least for
+                 black and white values, whatever the reconstruction
+    elbo         -ELBO(x), the mean over draws of the code, for models whose loss has an ELBO
     iwae         -log p(x), importance-sampled (Burda et al. 2015, https://arxiv.org/abs/1509.00519)
     mahalanobis  (z - mu)' C^-1 (z - mu), with mean and covariance of the training codes
     sap, nap     the difference of x and x_hat in all layers of the encoder
@@ -15,8 +15,8 @@ x_hat is the reconstruction of x, z its code:
                      NAP(x) = ||(d(x) - mu)' V S^-1||^2     U S V' = the training rows d(x_i) - mu
     deep_svdd    ||f(x) - c||^2 for a copy f of the encoder, fine-tuned on the training samples, see detect_svdd
 
-NAP is the Mahalanobis distance of d(x) divided by n - 1, so one class, `Mahalanobis`, serves both. The paper has more
-training samples than features; with fewer, what no training sample shows counts most, see there.
+NAP is the Mahalanobis distance of d(x) divided by n - 1, so one class, `Mahalanobis`, computes both. The paper has more
+training samples than features; with fewer, directions without training variance dominate, see there.
 
 Shapes: B batch, N training samples, M features, R directions in which training samples vary.
 """
@@ -48,11 +48,11 @@ class Scorer(Protocol):
     """One score of a model."""
 
     def most_samples(self, x: Tensor) -> int | None:
-        """Training samples that it can learn from, given one of them, (1, *shape); None for any number."""
+        """The most training samples that it can use, given one of them, (1, *shape); None without limit."""
         ...
 
     def fit(self, batches: Iterable[Tensor], n: int) -> None:
-        """Learn what it must know of n training samples, batches (B, *shape) on the model's device."""
+        """Fit to n training samples, batches (B, *shape) on the model's device."""
         ...
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def scorer(model: Autoencoder, name: str, n_draws: int, tuning: Tuning | None = 
         title: of a bar for long training; empty shows none.
 
     Raises:
-        AezooError: no such score, or none of this model's.
+        AezooError: an unknown score, or one that this model does not have.
     """
     kind = type(model).__name__
     match name:
@@ -115,7 +115,7 @@ class Plain:
         return None
 
     def fit(self, batches: Iterable[Tensor], n: int) -> None:
-        """Nothing to learn."""
+        """Do nothing."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._function(x)
@@ -132,8 +132,8 @@ class Mahalanobis:
         h(f) = ||(f - mu)' V S^-1||^2
 
     is the distance in units of their sum of squares, as in nap, and (n - 1) h(f) that in units of their covariance.
-    Directions in which no training sample varies have s = 0; there 1e-10 of the mean squared s stands in its place, a
-    spread that the rounding of float32 may reach, so that they count much, but not infinitely.
+    Directions without training variance have s = 0; s^2 is then replaced by 1e-10 of the mean s^2, which float32
+    rounding may reach, so that they count much, but not infinitely.
 
     Args:
         features: (B, *shape) -> (B, M).
@@ -213,7 +213,7 @@ class Mahalanobis:
 
 
 def _negative_elbo(model: Autoencoder, n_draws: int, x: Tensor) -> Tensor:
-    """-ELBO of each sample: `loss` gives means over a batch, so each sample gets batches of its own, n_draws copies."""
+    """-ELBO of each sample: `loss` gives means over a batch, so each sample is a batch of its own of n_draws copies."""
     most = max(1, _MOST_VALUES // x[0].numel())
     scores = at_least_float32(x).new_zeros(len(x))
     for i, sample in enumerate(x):

@@ -11,8 +11,8 @@ everything, is ruled out as in section 3.3: biases are set to 0 in the copy and 
 them, weights of 0 would do: proposition 2); c is not what weights of 0 give, 0 (proposition 1); and activations that
 saturate at a value other than 0 stand in for a bias and are refused (proposition 3), as are those that are not 0 at 0.
 
-Normal samples are drawn together, whatever lies between them too: several classes that are normal side by side suit
-it less well than one. Training distances are too small to calibrate on: give held-out samples for p-values.
+All normal samples are mapped to one point, and so is what lies between them: one normal class works better than
+several. Training distances are too small for calibration: give held-out samples for p-values.
 
 Shapes: B batch, N training samples, D code.
 """
@@ -43,9 +43,9 @@ class Tuning:
     """How the copy is trained.
 
     Attributes:
-        epochs: passes over the training samples; 0 leaves the codes as they are, but for biases.
+        epochs: passes over the training samples; 0 keeps the initial codes, without biases.
         lr: Adam's learning rate.
-        nu: share of the training samples that may lie outside of a soft boundary; 0 has none, the one-class objective.
+        nu: share of the training samples that may lie outside a soft boundary; 0 is the one-class objective without it.
     """
 
     epochs: int = 50
@@ -62,12 +62,12 @@ class DeepSVDD:
     """Squared distance of a fine-tuned code from the centre of the normal ones.
 
     Args:
-        model: stays as it is; a copy is trained.
-        tuning: how.
+        model: is copied for training, and stays unchanged.
+        tuning: how the copy is trained.
         title: of the progress bar; empty shows none.
 
     Raises:
-        AezooError: the encoder has an activation by which everything could be mapped to one point.
+        AezooError: the encoder has an activation with which everything could collapse to one point.
     """
 
     centre_D: Tensor
@@ -124,12 +124,12 @@ class DeepSVDD:
         return self.distances(x)
 
     def left_out(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Without a fit for each sample nobody knows them."""
+        """Unknown without a fit for each sample."""
         return scores
 
 
 def without_biases(model: nn.Module) -> list[nn.Parameter]:
-    """Set all biases to 0 and hold them there, other vectors where they are; the weights, which are to be trained."""
+    """Fix all biases at 0 and other vectors at their values; returns the weights to train."""
     for name, p in model.named_parameters():
         p.requires_grad_(p.ndim > 1)
         last = name.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Detectors with one face: a trained model, and baselines that train no neural network."""
+"""Detectors with one interface: a trained model, and baselines that train no neural network."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,29 +26,29 @@ _FRE_COMPONENTS = 220
 class Detector:
     """Anomaly detection by a trained model, with the conventions of PyOD.
 
-    `fit` sets the threshold, and learns what mahalanobis, nap and deep_svdd need; the model stays as it is.
+    `fit` sets the threshold, and fits mahalanobis, nap and deep_svdd; the model stays unchanged.
     PyOD: Zhao et al. 2019, https://jmlr.org/papers/v20/19-011.html
 
     Args:
         model: a trained model.
         score: nll, mse, elbo, iwae, mahalanobis, sap, nap or deep_svdd, see `aezoo.tasks.detect_scores`.
-        contamination: share of the training samples that lies above the threshold, at most one half.
-        n_draws: draws of the code for each sample, of elbo and iwae.
-        svdd_epochs: passes over the training samples that deep_svdd makes.
+        contamination: share of the training samples above the threshold, at most one half.
+        n_draws: draws of the code per sample, for elbo and iwae.
+        svdd_epochs: epochs of deep_svdd.
         svdd_lr: learning rate of deep_svdd.
-        svdd_nu: share of the training samples that may lie outside of deep_svdd's soft boundary; 0 has none.
+        svdd_nu: share of the training samples that may lie outside deep_svdd's soft boundary; 0 has no boundary.
         batch_size: samples at a time.
-        seed: of what is drawn.
+        seed: of random draws.
         progress: show bars on a terminal.
 
     Attributes:
-        decision_scores_: (N,) scores of the samples it was fitted on; of mahalanobis and nap as if each had been left
-            out of the fit.
-        threshold_: what lies above is an anomaly.
-        labels_: (N,) 1 for the anomalies among the samples it was fitted on, 0 for the others.
+        decision_scores_: (N,) scores of the training samples; for mahalanobis and nap as if each had been left out of
+            the fit.
+        threshold_: samples with larger scores are anomalies.
+        labels_: (N,) 1 for the anomalies among the training samples, 0 for the others.
 
     Raises:
-        AezooError: a value that cannot work, or a score that the model does not have.
+        AezooError: an invalid value, or a score that the model does not have.
     """
 
     decision_scores_: Scores
@@ -109,16 +109,16 @@ class Detector:
         return (self.decision_function(X) > self.threshold_).astype(np.int64)
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
-        """Scores from the least to the largest training score, as 0 to 1, (N, 2): normal, anomaly.
+        """Scores scaled to 0 at the least and 1 at the largest training score, (N, 2): normal, anomaly.
 
-        These are PyOD's, and no probabilities; `p_values` are.
+        These follow PyOD and are not probabilities; `p_values` are.
         """
         scores, train = self.decision_function(X), self.decision_scores_
         outlier = ((scores - train.min()) / (np.ptp(train) or 1.0)).clip(0, 1)
         return np.stack([1 - outlier, outlier], axis=1)
 
     def p_values(self, X: Any) -> Scores:
-        """How likely a normal sample is to be as strange as each of these, (N,); see `p_values`."""
+        """Probabilities that a normal sample is as strange as each of these, (N,); see `p_values`."""
         return p_values(self.decision_function(X), self.decision_scores_)
 
     def _scores(self, samples: Samples) -> Scores:
@@ -140,13 +140,13 @@ class Detector:
 def p_values(scores: Scores, reference: Scores, among: bool = False) -> Scores:
     """Conformal p-values, (1 + #{reference >= score}) / (n + 1).
 
-    If a sample is normal, and so are the n reference samples, and no model was trained on either, its p-value is p or
-    less with a probability of at most p (Bates et al. 2023, https://doi.org/10.1214/22-AOS2244).
+    If a sample and the n reference samples are normal, and no model was trained on them, its p-value is p or less with
+    a probability of at most p (Bates et al. 2023, https://doi.org/10.1214/22-AOS2244).
 
     Args:
-        scores: of samples.
+        scores: scores of the samples.
         reference: scores of normal samples.
-        among: the samples are the reference samples, and each is compared with the n - 1 others.
+        among: whether the samples are the reference samples; each is then compared with the n - 1 others.
     """
     at_least = len(reference) - np.searchsorted(np.sort(reference), scores, side="left")
     p: Scores = at_least / len(reference) if among else (1 + at_least) / (len(reference) + 1)
@@ -154,31 +154,31 @@ def p_values(scores: Scores, reference: Scores, among: bool = False) -> Scores:
 
 
 class Baseline:
-    """A detector that trains no neural network, on raw values or frozen features; fitted and asked as a `Detector` is.
+    """A detector that trains no neural network, on raw values or frozen features, with the methods of `Detector`.
 
     Args:
         name: pca, the squared error of a reconstruction from as many components as a code has numbers; mean, the
             squared distance to the mean sample; knn, the distance to the fifth-nearest training sample;
             isolation_forest (Liu et al. 2008, https://doi.org/10.1109/ICDM.2008.17). All are scikit-learn's. fre, the
             feature reconstruction error (Ndiour et al. 2020, https://arxiv.org/abs/2012.04250): pca, of 220
-            components or half of what there could be, in the features of a frozen network. PCA is what a linear
-            autoencoder's squared error is least with, and needs no training. On photographs of industrial goods this
-            wins over autoencoders of pixels: image AUROC on MVTec AD .933 with ResNet-50 and .947 with a wide one,
-            against .421 of GANomaly (anomalib's figures).
-        contamination: as of a `Detector`.
-        n_components: of pca.
-        features: of fre, see `aezoo.tasks.detect_features`.
-        device: where the network of these runs.
+            components or half of the possible number, in the features of a frozen network. PCA is the optimum of a
+            linear autoencoder's squared error, and needs no training. On photographs of industrial products this is
+            better than autoencoders of pixels: image AUROC on MVTec AD .933 with ResNet-50 and .947 with a wide one,
+            against .421 for GANomaly (anomalib's results).
+        contamination: as in `Detector`.
+        n_components: for pca.
+        features: for fre, see `aezoo.tasks.detect_features`.
+        device: of the network for fre.
         n_fit: training samples to fit on, drawn from the seed.
         batch_size: samples at a time.
-        seed: of what is drawn.
+        seed: of random draws.
         progress: show bars on a terminal.
 
     Attributes:
-        fitted_on: numbers of the samples that it was fitted on.
-        decision_scores_: scores of these; of knn, none is its own neighbour.
-        threshold_: what lies above is an anomaly.
-        note: why it cannot be fitted, if it cannot.
+        fitted_on: indices of the training samples that it was fitted on.
+        decision_scores_: their scores; for knn no sample is its own neighbour.
+        threshold_: samples with larger scores are anomalies.
+        note: why it cannot be fitted, if so.
     """
 
     fitted_on: npt.NDArray[np.int64]
@@ -231,7 +231,7 @@ class Baseline:
         return np.concatenate([np.asarray(self._function(self._values(x)), np.float64) for x in batches])
 
     def _values(self, x: Tensor) -> "Rows":
-        """What is compared of samples, (B, *shape) -> (B, D)."""
+        """The values or features of samples, (B, *shape) -> (B, D)."""
         values: Rows = (x if self._net is None else self._net(x.to(self.device)).cpu()).flatten(1).numpy()
         return values
 

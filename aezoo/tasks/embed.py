@@ -1,4 +1,4 @@
-"""embed: the codes of samples, a picture of them in the plane, what can be read off them, and each one's neighbours."""
+"""embed: codes of samples, a picture of them in the plane, classification by code, and nearest neighbours."""
 
 import math
 from dataclasses import dataclass, field
@@ -43,18 +43,17 @@ _MOST_VALUES = 2**26
 
 @dataclass
 class Embedding:
-    """What `embed` found; codes are a memory-mapped file where a folder was given.
+    """The result of `embed`; codes are a memory-mapped file if a folder was given.
 
     Attributes:
         codes: (N, *code_shape), `model.encode` of each sample.
-        plane: (M, 2), the points of the picture, for at most 10,000 of the samples.
-        rows: (M,), the samples that the points belong to.
-        accuracies: one row each for codes, raw values and PCA: the share of x, where it has labels, whose class a
-            logistic regression (probe) and the 5 nearest neighbours (knn) read off them; empty without labels or new
-            samples.
-        neighbours: (N, nearest), numbers of the nearest samples of `fit_on`, nearest first.
-        distances: (N, nearest), how far they are in code space (Euclidean).
-        files: what has been written.
+        plane: (M, 2), the points of the picture, for at most 10,000 samples.
+        rows: (M,), the index of each point's sample.
+        accuracies: one row each for codes, raw values and PCA: the share of labelled samples of x whose class a
+            logistic regression (probe) and the 5 nearest neighbours (knn) predict; empty without labels or new samples.
+        neighbours: (N, nearest), indices of the nearest samples of `fit_on`, nearest first.
+        distances: (N, nearest), their Euclidean distances in code space.
+        files: the files written.
     """
 
     codes: Array
@@ -66,7 +65,7 @@ class Embedding:
     files: list[Path] = field(default_factory=list)
 
     def summary(self) -> str:
-        """The accuracies, and how many codes of which size there are."""
+        """The accuracies, and the number and size of the codes."""
         n, *shape = self.codes.shape
         lines = [f"{n:,} codes of {' x '.join(map(str, shape))}"]
         if self.distances.size:
@@ -171,9 +170,9 @@ def _check(method: str, table: str, nearest: int, n_shown: int, batch_size: int)
 def _accuracies(
     model: Autoencoder, train: Samples, test: Samples, test_codes: Array, batch_size: int, seed: int, progress: bool
 ) -> list[Row]:
-    """Codes beside raw values and beside PCA of the code's size, read by the same two classifiers.
+    """Accuracies of the same two classifiers on codes, raw values and PCA of the code's size.
 
-    All of them see the same samples of either set, at most 10,000.
+    All use the same samples of either set, at most 10,000.
     """
     most = min(_MOST_PROBED, max(100, _MOST_VALUES // math.prod(model.input_shape)))
     train_codes, rows = codes_of(model, train, most, batch_size, seed, progress)
@@ -205,7 +204,7 @@ def _accuracies(
 
 
 def _given(samples: Samples) -> Array:
-    """Labels as the data have them; numbers where some have none, which no text says."""
+    """Labels as in the data; class numbers if some samples have none."""
     assert samples.labels is not None
     given = np.asarray(as_given(samples.labels, samples.class_names))
     return samples.labels.numpy() if given.dtype.kind == "U" and (samples.labels == UNLABELLED).any() else given

@@ -1,4 +1,4 @@
-"""What `embed` works out from codes: their plane, what classifiers read off them, and who is near whom.
+"""What `embed` computes from codes: a plane, accuracies of classifiers, and nearest neighbours.
 
 Codes are vectors here, (N, D); a feature map is one vector of all its channels and places.
 """
@@ -28,7 +28,7 @@ _QUERIES = 1024
 
 
 def choose_rows(n: int, most: int | None, seed: int = 0) -> Array:
-    """At most `most` of n row numbers, drawn without repeats, in rising order."""
+    """At most `most` of n row indices, drawn without replacement, in ascending order."""
     if most is None or n <= most:
         return np.arange(n)
     return np.sort(np.random.default_rng(seed).permutation(n)[:most])
@@ -43,9 +43,9 @@ def codes_of(
     progress: bool,
     code: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Array, Array]:
-    """Codes as vectors, (N, D) float32, of at most `most` samples, and the numbers of these; inside of `at_work`.
+    """Codes as vectors, (N, D) float32, of at most `most` samples, and the indices of these; use inside `at_work`.
 
-    `code` gives what is as large as a code in its place.
+    `code` replaces the encoder by another function with outputs of the same size.
     """
     encode = code or model.encode
     rows = choose_rows(len(samples), most, seed)
@@ -62,13 +62,13 @@ def codes_of(
 
 
 def has_classes(samples: Samples) -> bool:
-    """Whether each sample has one label, and labels are whole numbers."""
+    """Whether each sample has one label, and labels are integers."""
     y = samples.labels
     return y is not None and not y.is_floating_point()
 
 
 def same_classes(samples: Samples, known: Samples) -> Array:
-    """Labels of `samples` as `known` numbers its classes, where both name them; the next number is a class it lacks."""
+    """Labels of `samples` numbered as in `known` if both name their classes; unknown classes get the next number."""
     y, names, known_names = np.asarray(samples.y), samples.class_names, known.class_names
     if names is None or known_names is None or names == known_names:
         return y
@@ -143,11 +143,10 @@ def pca(train: Array, test: Array, size: int) -> tuple[Array, Array]:
 
 
 def read_off(train: Array, y_train: Array, test: Array, y_test: Array) -> dict[str, float]:
-    """Share of test samples whose class is read off their code by classifiers that have seen the training codes.
+    """Test accuracies of classifiers that are trained on the training codes.
 
     Returns:
-        `probe`, of logistic regression on standardised codes, and `knn`, of the 5 nearest neighbours on codes as they
-        are.
+        `probe`, of logistic regression on standardised codes, and `knn`, of the 5 nearest neighbours on raw codes.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -168,7 +167,7 @@ def read_off(train: Array, y_train: Array, test: Array, y_test: Array) -> dict[s
 
 
 def nearest_codes(library: Array, codes: Array, k: int) -> tuple[Array, Array]:
-    """Row numbers (N, k) of the codes of `library` (M, D) nearest to each of `codes` (N, D), and their distances."""
+    """Row indices (N, k) of the codes of `library` (M, D) nearest to each of `codes` (N, D), and their distances."""
     from sklearn.neighbors import NearestNeighbors
 
     library = library.astype(np.float64)

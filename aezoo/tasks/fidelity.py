@@ -1,6 +1,6 @@
-"""How good samples are: are they like real ones, are they as varied, and are they copies?
+"""Quality of generated samples: fidelity, diversity, and copies of training samples.
 
-Figures compare features (N, F) of real and of generated samples; see `aezoo.tasks.fidelity_features` for the space.
+Metrics compare features (N, F) of real and generated samples; see `aezoo.tasks.fidelity_features` for the space.
 """
 
 import math
@@ -33,11 +33,11 @@ _CHUNK = 256
 
 @dataclass
 class Nearest:
-    """The nearest training sample of each of some samples.
+    """The nearest training sample of each sample.
 
     Attributes:
         distances: (N,), Euclidean, in raw values.
-        rows: (N,), which it is.
+        rows: (N,), its index.
     """
 
     distances: Array
@@ -55,20 +55,20 @@ def judge(
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[list[Row], str]:
-    """Compare generated samples with training samples and, as a yardstick, real samples that are new to the model.
+    """Compare generated samples with training samples and, as a reference, real samples that are new to the model.
 
     Args:
         fake: (N, *shape) generated samples on the CPU, at least two.
         train: training samples.
         held: other real samples; at most N of them are used.
         device: where features are computed.
-        store: takes quality.csv and copies.png, the samples nearest to training samples above these.
+        store: receives quality.csv and copies.png, the samples nearest to training samples above these.
         batch_size: samples at a time.
-        seed: of what is drawn.
+        seed: of random draws.
         progress: show bars on a terminal.
 
     Returns:
-        A row of figures for the generated samples and one for `held`, and the name of the features.
+        A row of metrics for the generated samples and one for `held`, and the name of the features.
     """
     features = choose_features(train, device, seed, progress)
     real = features.all(train.take(_MOST_REAL, seed), batch_size, progress)
@@ -88,7 +88,7 @@ def judge(
 
 
 def figures(real: Tensor, fake: Tensor, nearest: Nearest, seed: int = 0) -> Row:
-    """The figures of samples with features `fake`, (N, F), whose nearest training samples are known."""
+    """The metrics of samples with features `fake`, (N, F), whose nearest training samples are known."""
     precision, recall = precision_recall(real, fake)
     return {
         "n": len(fake),
@@ -103,8 +103,8 @@ def figures(real: Tensor, fake: Tensor, nearest: Nearest, seed: int = 0) -> Row:
 def fid(real: Tensor, fake: Tensor) -> float:
     """Frechet distance of the two Gaussians with the sets' means and covariances (Heusel et al. 2017, eq. (6)).
 
-    |m - m_w|^2 + tr(C + C_w - 2 (C C_w)^1/2), https://arxiv.org/abs/1706.08500; it falls as sets grow, so that only
-    figures from equally many samples compare.
+    |m - m_w|^2 + tr(C + C_w - 2 (C C_w)^1/2), https://arxiv.org/abs/1706.08500; it falls as sets grow, so values are
+    only comparable for equal numbers of samples.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -116,7 +116,7 @@ def fid(real: Tensor, fake: Tensor) -> float:
 
 
 def kid(real: Tensor, fake: Tensor, seed: int = 0) -> float:
-    """Squared maximum mean discrepancy under the kernel (a.b / F + 1)^3, without bias, so that it may be below 0.
+    """Unbiased squared maximum mean discrepancy with the kernel (a.b / F + 1)^3; it may be below 0.
 
     Binkowski et al. 2018, https://arxiv.org/abs/1801.01401: the mean over 100 subsets of 1,000.
     """
@@ -134,7 +134,7 @@ def kid(real: Tensor, fake: Tensor, seed: int = 0) -> float:
 
 
 class _Given(nn.Module):
-    """Features that are computed already, as torchmetrics takes them."""
+    """Precomputed features, as torchmetrics takes them."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def nearest_samples(x: Tensor, train: Samples, batch_size: int = 256, progress: bool = False) -> Nearest:
-    """The training sample nearest to each of x (N, *shape) in raw values; training samples are read once."""
+    """The training sample nearest to each of x (N, *shape) in raw values; reads the training samples once."""
     flat = x.flatten(1).double()
     least = torch.full((len(x),), math.inf, dtype=torch.float64)
     rows = torch.zeros(len(x), dtype=torch.int64)
@@ -183,7 +183,7 @@ def nearest_samples(x: Tensor, train: Samples, batch_size: int = 256, progress: 
 
 
 def closer(fake: Array, held: Array) -> float:
-    """P(a generated sample is closer to the training set than a real, held-out one): 0.5 is none copied, 1 is all.
+    """P(a generated sample is closer to the training set than a real, held-out one): 0.5 without copies, 1 if all are.
 
     The Mann-Whitney statistic of Meehan et al. 2020, section 3 (https://arxiv.org/abs/2004.05675). Blurred samples are
     closer as well: look at copies.png.

@@ -1,4 +1,4 @@
-"""The space in which samples are judged: networks or principal components that tell real samples from each other."""
+"""Feature spaces for comparing samples: networks or principal components."""
 
 import math
 from collections.abc import Callable
@@ -28,8 +28,8 @@ class Features:
     """A space for `fidelity`.
 
     Attributes:
-        name: what it is, for the table of figures.
-        of: samples (B, *shape) to features (B, F).
+        name: its name in the table of metrics.
+        of: maps samples (B, *shape) to features (B, F).
     """
 
     name: str
@@ -42,9 +42,9 @@ class Features:
 
 
 def choose_features(train: Samples, device: torch.device, seed: int, progress: bool) -> Features:
-    """The best space at hand: Inception for images, else a classifier of the set's labels, else principal components.
+    """The best available space: Inception for images, else a classifier of the set's labels, else principal components.
 
-    Nothing is downloaded: Inception is used if torchvision has stored its weights on this machine before.
+    Nothing is downloaded: Inception is used if torchvision's weights are already on this machine.
     """
     shape = train.shape
     has_weights = stored_file("inception_v3").is_file()
@@ -66,9 +66,9 @@ def _in_unit_interval(train: Samples) -> bool:
 
 
 def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The 2,048 averaged activations before the last layer, as Heusel et al. 2017 take them for the FID.
+    """The 2,048 averaged activations before the last layer, as in the FID of Heusel et al. 2017.
 
-    They used other weights, and published figures are comparable only among themselves.
+    They used other weights, so values are not comparable with published ones.
     """
     from torchvision.models import inception_v3
 
@@ -125,7 +125,7 @@ def _classifier(
 
 
 def _pca(x: Tensor) -> Features:
-    """Principal components of raw values: no network, and what they see is brightness and outline."""
+    """Principal components of raw values; without a network they show only brightness and outline."""
     from sklearn.decomposition import PCA
 
     flat = x.flatten(1).numpy()

@@ -1,4 +1,4 @@
-"""generate: new samples, from a model's prior or from one fitted to its codes, walks between samples, and figures."""
+"""generate: new samples from a model's prior or one fitted to its codes, walks between samples, and quality metrics."""
 
 import inspect
 import math
@@ -40,14 +40,14 @@ _MOST_SHOWN, _MOST_PANELS = 256, 16
 
 @dataclass
 class Generation:
-    """What `generate` made; samples are a memory-mapped file where a folder was given.
+    """The result of `generate`; samples are a memory-mapped file if a folder was given.
 
     Attributes:
-        samples: (n, *shape) samples, or (walks, steps, *shape) where a walk was asked for; float32.
-        source: where they come from.
-        figures: how good samples are, a row for them and one for real ones; empty unless `quality` was asked for.
-        features: the space that fid, kid, precision and recall were measured in.
-        files: what has been written.
+        samples: (n, *shape) samples, or (walks, steps, *shape) for walks; float32.
+        source: where they come from, in words.
+        figures: quality metrics, a row for the samples and one for real ones; empty without `quality`.
+        features: the feature space of fid, kid, precision and recall.
+        files: the files written.
     """
 
     samples: Array
@@ -57,7 +57,7 @@ class Generation:
     files: list[Path] = field(default_factory=list)
 
     def summary(self) -> str:
-        """The figures and where samples come from."""
+        """The metrics and the source of the samples."""
         lines = [f"{self.samples.shape[0]:,} {self.source}"]
         if self.figures:
             lines += [table_text(self.figures), f"fid, kid, precision and recall in the space of {self.features}"]
@@ -129,7 +129,7 @@ def generate(
             as many as there are in x; use a thousand or more for reliable figures. 0 evaluates none.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
-        seed: fixes what is drawn.
+        seed: fixes random draws.
         progress: show a bar on a terminal.
 
     Raises:
@@ -275,7 +275,7 @@ def _prior(
     seed: int,
     progress: bool,
 ) -> tuple[priors.Prior | None, str]:
-    """The prior that is fitted to training codes, or None for the model's own, and what to call it."""
+    """The prior that is fitted to training codes, or None for the model's own, and its name."""
     hint = ""
     if name == "auto":
         name = "own" if model.has_prior else "gmm"
@@ -321,7 +321,7 @@ def _draws(
     seed: int,
     asked: dict[str, Any] | None = None,
 ) -> Iterator[Tensor]:
-    """Batches of n samples, from the model's own prior, drawn as it is asked to, where none is fitted."""
+    """Batches of n samples, from the fitted prior, or the model's own if that is None."""
     if fitted is None:
         yield from (model.sample(min(batch_size, n - start), **(asked or {})) for start in range(0, n, batch_size))
         return

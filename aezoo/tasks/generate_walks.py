@@ -1,4 +1,4 @@
-"""Walks through code space: from one sample to another, along each dimension, and about a sample.
+"""Walks through code space: between samples, along each dimension, and around a sample.
 
 A walk is a row of codes, (walks, steps, D); a feature map is one vector of all its channels and places.
 """
@@ -31,13 +31,13 @@ _MOST_PANELS = 16
 
 @dataclass
 class Walks:
-    """Codes to decode, and what they are.
+    """Codes to decode, and how to show them.
 
     Attributes:
-        name: of the files.
+        name: name of the files.
         codes: (walks, steps, D).
-        labels: what each walk is, for the picture; or none.
-        ends: originals to show before and after a walk, (walks, *shape) each; or none.
+        labels: label of each walk in the picture; may be empty.
+        ends: originals to show before and after a walk, (walks, *shape) each; may be empty.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Walks:
 
 
 def interpolation(model: Autoencoder, starts: Samples, circle: bool, walks: int, steps: int, seed: int) -> Walks:
-    """From sample to sample: the first two, the next two, ...; of many samples random ones."""
+    """Walks between the first two samples, the next two, ...; between random ones if there are many."""
     if len(starts) < 2:
         raise AezooError(f"interpolate needs two samples at least, {starts.name} holds one: give more")
     x = _some(starts, 2 * walks, seed)
@@ -60,7 +60,7 @@ def interpolation(model: Autoencoder, starts: Samples, circle: bool, walks: int,
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Along the great circle from a to b, so that lengths stay typical of N(0, I): (D,), (D,), (T, 1) -> (T, D).
+    """Spherical interpolation from a to b, which keeps lengths typical of N(0, I): (D,), (D,), (T, 1) -> (T, D).
 
     sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b, w the angle between them (White 2016, section 2.1,
     https://arxiv.org/abs/1609.04468).
@@ -74,9 +74,9 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 def traversal(
     model: Autoencoder, starts: Samples, known: Samples, walks: int, steps: int, batch_size: int, seed: int
 ) -> Walks:
-    """One dimension at a time of the first sample's code, from the least to the largest value among codes of `known`.
+    """One dimension of the first sample's code at a time, from the least to the largest value among codes of `known`.
 
-    Dimensions come in the order of their variance, the largest first.
+    Dimensions are in order of falling variance.
     """
     codes = _codes(model, known, batch_size, seed)
     variance, low, high = codes.var(0, unbiased=False), codes.amin(0), codes.amax(0)
@@ -98,7 +98,7 @@ def about(
     batch_size: int,
     seed: int,
 ) -> Walks:
-    """Near codes z of samples: z + spread s e, e ~ N(0, I), s the standard deviations of codes of `known`."""
+    """Codes near those of samples: z + spread s e, e ~ N(0, I), s the standard deviations of codes of `known`."""
     s = _codes(model, known, batch_size, seed).std(0, unbiased=False)
     x = _some(starts, walks, seed)
     z = _encoded(model, x)
@@ -118,7 +118,7 @@ def _encoded(model: Autoencoder, x: Tensor) -> Tensor:
 
 
 def _some(samples: Samples, most: int, seed: int) -> Tensor:
-    """All of a few samples in their order; of more than `most` random ones in random order."""
+    """All samples in their order, or `most` random ones in random order if there are more."""
     if len(samples) <= most:
         return samples.rows(range(len(samples)))
     return samples.rows(torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:most])
@@ -140,7 +140,7 @@ def decode(model: Autoencoder, walk: Walks, store: Store, batch_size: int) -> Ar
 
 
 def picture(walk: Walks, samples: Array) -> "Figure":
-    """A walk a row, between the originals that it joins."""
+    """One walk per row, between its originals."""
     from aezoo.callbacks import drawing
 
     decoded = torch.from_numpy(np.array(samples))

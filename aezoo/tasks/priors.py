@@ -1,4 +1,4 @@
-"""Priors fitted to codes: where a model that has none of its own, or a poor one, draws its samples from.
+"""Priors fitted to codes, for sampling from models without a prior or with a poor one.
 
     gaussian    N(mean, covariance) of the codes
     gmm         mixture of Gaussians with full covariances, as Ghosh et al. 2020 fit it after training, 10 of them
@@ -6,20 +6,20 @@
     maf         masked autoregressive flow (Papamakarios et al. 2017, https://arxiv.org/abs/1705.07057)
     two_stage   a second VAE, of codes, with its own scale of noise (Dai & Wipf 2019, section 4,
                 https://arxiv.org/abs/1903.05789)
-    vamp        the mean of the posteriors of training samples, the prior that a VAE's bound likes best (Tomczak &
-                Welling 2017, https://arxiv.org/abs/1705.07120); of codes that have none, kernels of one width,
+    vamp        the mean of the posteriors of training samples, the optimal prior for a VAE's bound (Tomczak & Welling
+                2017, https://arxiv.org/abs/1705.07120); for codes without posteriors, kernels of one width,
                 `priors_vamp`
-    riemannian  uniform on the manifold of the codes: large where a metric that they give is small, drawn by
-                Hamiltonian Monte Carlo (Chadebec et al. 2021, https://arxiv.org/abs/2105.00026), `priors_riemannian`
-    sphere      mixture of von Mises-Fisher distributions, of unit vectors, `priors_sphere`
-    poincare    mixture of Gaussians in normal coordinates, of codes in a Poincare ball, `priors_poincare`
+    riemannian  uniform on the manifold of the codes, by a metric of the codes, drawn by Hamiltonian Monte Carlo
+                (Chadebec et al. 2021, https://arxiv.org/abs/2105.00026), `priors_riemannian`
+    sphere      mixture of von Mises-Fisher distributions, for unit vectors, `priors_sphere`
+    poincare    mixture of Gaussians in normal coordinates, for codes in a Poincare ball, `priors_poincare`
     knn         z = a + u (b - a), u ~ U(0, 1), a any code, b one of its k nearest neighbours: SMOTE (Chawla et al.
                 2002, https://doi.org/10.1613/jair.953)
 
 Codes are vectors, (N, D): a feature map is one vector of all its channels and places, which are drawn together.
 
-Those up to riemannian describe t, the code's principal components scaled to variance 1. What lies beyond the components
-kept is Gaussian, with the covariance that the codes have there; nothing lies there for codes of few dimensions:
+Those up to riemannian describe t, the code's principal components scaled to variance 1. The remainder outside these
+components is Gaussian, with the covariance of the codes; for codes of few dimensions there is no remainder:
 
     z = mean + t S^1/2 V + r        S, V: variances and directions of the components kept; r: Gaussian, orthogonal to V
 """
@@ -61,7 +61,7 @@ class Prior(Protocol):
     """A distribution of codes."""
 
     def sample(self, n: int, seed: Seed) -> Array:
-        """Draw n codes, (n, D) float32; a generator goes on where it was."""
+        """Draw n codes, (n, D) float32; advances the generator."""
         ...
 
 
@@ -94,12 +94,12 @@ def fit(
         codes: (N, D), at least two.
         n_components: distributions in the mixtures of gmm, sphere and poincare.
         n_neighbours: neighbours that knn chooses from.
-        radius: of the ball that codes lie in, for poincare.
-        log_vars: (N, D), for vamp, of the Gaussian posteriors whose means the codes are; None where there are none.
-        seed: of what is drawn while fitting.
+        radius: radius of the ball of codes, for poincare.
+        log_vars: (N, D), for vamp, of the Gaussian posteriors with the codes as means; None without posteriors.
+        seed: of random draws in the fit.
 
     Raises:
-        AezooError: an unknown name, fewer than two codes, or codes that are not finite or not where the prior lies.
+        AezooError: an unknown name, fewer than two codes, or codes that are not finite or outside the prior's support.
     """
     if name not in NAMES:
         raise AezooError(f"unknown prior {name!r}: take one of {', '.join(NAMES)}")
@@ -138,9 +138,9 @@ class Principal:
     Args:
         name: gaussian, gmm, maf, two_stage, vamp or riemannian.
         codes: (N, D).
-        size: how many components are kept at most.
+        size: most components to keep.
         n_components: Gaussians of gmm.
-        seed: of what is drawn while fitting.
+        seed: of random draws in the fit.
 
     Attributes:
         density: the distribution of t.
@@ -186,13 +186,13 @@ class Principal:
         return (self.mean + t @ self.components + r).astype(np.float32)
 
     def log_prob(self, codes: Array) -> Array:
-        """Log-density of the components kept, in nats: (N, D) -> (N,)."""
+        """Log-density of the kept components, in nats: (N, D) -> (N,)."""
         t = (codes - self.mean) @ self._to_t
         # dt/dz = S^-1/2
         return self.density.log_prob(t) - np.log(np.linalg.norm(self.components, axis=1)).sum()
 
     def gain(self, codes: Array) -> float:
-        """Nats by which a code is likelier than under a Gaussian of the same mean and covariance, on the average."""
+        """Mean log-likelihood gain, in nats per code, over a Gaussian of the same mean and covariance."""
         t = (codes - self.mean) @ self._to_t
         return float((self.density.log_prob(t) - Normal(t.shape[1]).log_prob(t)).mean())
 
@@ -235,7 +235,7 @@ class Mixture:
 class Flow:
     """A masked autoregressive flow.
 
-    Its steps are affine, so that it is a Gaussian where t has one dimension.
+    Its steps are affine, so for one-dimensional t it is a Gaussian.
     """
 
     def __init__(self, t: Array, seed: int) -> None:
@@ -277,14 +277,14 @@ class SecondStage:
             return self.vae.likelihood.sample(self.vae.decoder(self.vae.sample_prior(n))).double().numpy()
 
     def log_prob(self, t: Array) -> Array:
-        """By importance sampling, a little low."""
+        """By importance sampling, a lower bound on average."""
         with forked_rng(torch.device("cpu")):
             torch.manual_seed(0)
             return self.vae.log_likelihood(torch.from_numpy(t).float(), _DRAWS).double().numpy()
 
 
 def _train(model: nn.Module, nll: Callable[[Tensor], Tensor], data: Tensor) -> None:
-    """Train on nine tenths of the data until the rest grows no more likely, and keep the weights that it likes best."""
+    """Train on nine tenths of the data, with early stopping on the rest, and keep the best weights."""
     held = data[: max(1, len(data) // 10)]
     data = data[len(held) :]
     optimizer = torch.optim.Adam(model.parameters(), lr=_LR)

@@ -1,9 +1,9 @@
-"""A prior of codes in a Poincare ball: a wrapped mixture of Gaussians (Nagano et al. 2019, Mathieu et al. 2019).
+"""A prior for codes in a Poincare ball: a wrapped mixture of Gaussians (Nagano et al. 2019, Mathieu et al. 2019).
 
     z = R tanh(|v| / 2R) v / |v|     v = 2 R artanh(|z| / R) z / |z|     v ~ sum_k w_k N(m_k, C_k)
 
-v are normal coordinates at the ball's centre, see `manifolds.poincare`, in which hyperbolic distances from it are plain
-ones; R is the ball's radius, 1 / sqrt(c) for the curvature -c. One Gaussian N(0, I) is the model's own prior.
+v are normal coordinates at the ball's centre, see `manifolds.poincare`, in which hyperbolic distances from the centre
+are Euclidean; R is the ball's radius, 1 / sqrt(c) for the curvature -c. One Gaussian N(0, I) is the model's own prior.
 """
 
 from typing import Any
@@ -25,11 +25,11 @@ class Poincare:
     Args:
         codes: (N, D), in the ball.
         n_components: Gaussians.
-        seed: of what is drawn while fitting.
+        seed: of random draws in the fit.
         radius: R.
 
     Raises:
-        AezooError: codes that are not in the ball.
+        AezooError: codes outside the ball.
     """
 
     def __init__(self, codes: Array, n_components: int, seed: int, radius: float) -> None:

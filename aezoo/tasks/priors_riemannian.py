@@ -1,13 +1,13 @@
-"""A prior that keeps to where codes are, by a metric that they give: uniform on the manifold of the codes.
+"""A prior that is uniform on the manifold of the codes, by a metric of the codes.
 
     G^-1(z) = sum_i S_i exp(-|z - c_i|^2 / T^2) + lam exp(-|z|^2 / D) I         c_i: centres, S_i: spread around c_i
     p(z) ~ sqrt(det G^-1(z))                                    (Chadebec et al. 2021, https://arxiv.org/abs/2105.00026)
 
-The density is that of the volume element's inverse: large near the centres, where the metric is small; far from all of
-them it is lam^(D/2) exp(-|z|^2 / 2), where the paper's constant lam would leave it without an end. There the S_i are
-learned with the model; here they are covariances of the codes, so that any code has such a prior, as in Chadebec &
-Allassonniere 2022 (https://arxiv.org/abs/2209.07370), who take those of the posteriors. Draws come from Hamiltonian
-Monte Carlo, chains side by side, each begun at a centre.
+The density is the inverse volume element: large near the centres, where the metric is small; far from all of them it is
+lam^(D/2) exp(-|z|^2 / 2), while with the paper's constant lam it could not be normalised. In the paper the S_i are
+learned with the model; here they are covariances of the codes, so any code has such a prior, as in Chadebec &
+Allassonniere 2022 (https://arxiv.org/abs/2209.07370), who take those of the posteriors. Draws come from parallel chains
+of Hamiltonian Monte Carlo, each started at a centre.
 
 Codes are t of `aezoo.tasks.priors`: principal components scaled to variance 1.
 """
@@ -47,7 +47,7 @@ class Riemannian:
         spreads: S, (K, D, D).
         width: T.
         lam: lam.
-        accepted: share of proposals that the last chains took.
+        accepted: share of accepted proposals in the last chains.
     """
 
     def __init__(self, t: Array, seed: int) -> None:
@@ -81,7 +81,7 @@ class Riemannian:
         return torch.einsum("bk,kij->bij", weight_BK, self.spreads) + far_B[:, None, None] * eye
 
     def log_density(self, z: Tensor) -> Tensor:
-        """Log p(z) but for its constant, (B, D) -> (B,)."""
+        """Log p(z) up to a constant, (B, D) -> (B,)."""
         return -half_log_det(self.inverse_metric(z))
 
     def sample(self, n: int, rng: np.random.Generator) -> Array:
@@ -99,7 +99,7 @@ class Riemannian:
             return torch.cat(drawn)[:n].numpy()
 
     def _settle(self, z: Tensor) -> tuple[Tensor, float]:
-        """Forget where chains began, and find a step that they accept."""
+        """Burn in the chains, and adapt the step size."""
         step = _STEP * self.width
         for i in range(_BURN_IN):
             z, accepted = self._move(z, step)
@@ -110,7 +110,7 @@ class Riemannian:
         return z, step
 
     def _move(self, z: Tensor, step: float) -> tuple[Tensor, float]:
-        """One step of Hamiltonian Monte Carlo; the share of chains that took it."""
+        """One step of Hamiltonian Monte Carlo; returns the share of accepted proposals."""
         z, taken = hamiltonian.monte_carlo(z, self.log_density, step, _LEAPFROG, self._gradient)
         return z, float(taken.cpu().double().mean())
 

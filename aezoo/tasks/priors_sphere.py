@@ -1,4 +1,4 @@
-"""A prior of codes on the unit sphere: a mixture of von Mises-Fisher distributions, or the uniform distribution.
+"""A prior for codes on the unit sphere: a mixture of von Mises-Fisher distributions, or the uniform distribution.
 
     p(z) = sum_k w_k C(kappa_k) exp(kappa_k (m_k . z - 1))     C as of `manifolds.sphere.VonMisesFisher`
 
@@ -40,7 +40,7 @@ class Sphere:
         kappas_K: concentrations.
 
     Raises:
-        AezooError: codes that are no unit vectors.
+        AezooError: codes that are not unit vectors.
     """
 
     def __init__(self, codes: Array, n_components: int, seed: int) -> None:
@@ -103,7 +103,7 @@ class Sphere:
 
 
 def concentration(length: Array, size: int) -> Array:
-    """The kappa under which unit vectors of `size` dimensions have a mean of this length."""
+    """The kappa for which unit vectors of `size` dimensions have a mean of this length."""
     r = np.clip(length, 1e-6, 1 - 1e-9)
     kappa = np.clip(r * (size - r**2) / (1 - r**2), 1e-6, _MOST_CONCENTRATED)
     for _ in range(2):

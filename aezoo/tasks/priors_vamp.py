@@ -1,4 +1,4 @@
-"""The prior that a VAE's bound likes best, the mean of the posteriors of training samples, and its like for any code.
+"""The optimal prior for a VAE's bound, the mean of the posteriors of training samples, and its analogue for any code.
 
     p(z) = 1/N sum_n N(z; mu_n, diag sigma_n^2)     posteriors of training samples (Tomczak & Welling 2017, section 3,
                                                     https://arxiv.org/abs/1705.07120, with data for pseudo-inputs)
@@ -31,7 +31,7 @@ class Posteriors:
 
     Args:
         means_ND: their means.
-        log_vars_ND: and the logarithms of their variances.
+        log_vars_ND: the logarithms of their variances.
     """
 
     def __init__(self, means_ND: Array, log_vars_ND: Array) -> None:
@@ -60,7 +60,7 @@ class Kernel:
 
     Args:
         t: (N, K), of variance 1.
-        seed: of which codes are left out.
+        seed: fixes which codes are left out.
 
     Attributes:
         width: h.

@@ -1,4 +1,4 @@
-"""reconstruct: what a model makes of samples, how far off it is, and which samples it knows best and least."""
+"""reconstruct: reconstructions of samples, their errors, and the best and worst of them."""
 
 import math
 from collections.abc import Sequence
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Reconstruction:
-    """What `reconstruct` found; arrays are memory-mapped files where a folder was given.
+    """The result of `reconstruct`; arrays are memory-mapped files if a folder was given.
 
     Attributes:
         x_hat: (N, *shape), reconstructions in data space, float32.
         mse: (N,) squared error of each sample, the mean over its values.
-        mae: (N,) absolute error of each sample, likewise.
-        score: (N,) the model's `score` in nats per sample: -log p(x | code), of a VAE -ELBO, with the KL of its code.
-            None where some parts of samples are looked at, as it is a matter of all.
-        part_mse: the squared error of each part, by its number, (N,); empty unless `parts` are given.
-        files: what has been written.
+        mae: (N,) absolute error of each sample, the mean over its values.
+        score: (N,) the model's `score` in nats per sample: -log p(x | code), for a VAE -ELBO, with the KL of its code.
+            None with `parts`, since it depends on the whole sample.
+        part_mse: the squared error of each part, by its number, (N,); empty without `parts`.
+        files: the files written.
     """
 
     x_hat: npt.NDArray[np.float32]
@@ -45,7 +45,7 @@ class Reconstruction:
 
     @property
     def errors(self) -> dict[str, npt.NDArray[np.float32]]:
-        """All errors by their names in the table, (N,) each."""
+        """All errors by column name, (N,) each."""
         score = {} if self.score is None else {"score": self.score}
         return {"mse": self.mse, "mae": self.mae, **score} | {f"mse_{i}": mse for i, mse in self.part_mse.items()}
 
@@ -75,8 +75,8 @@ def reconstruct(
 ) -> Reconstruction:
     """Reconstruct samples and measure the error of each.
 
-    Writes reconstructions.npy, errors.csv (index, mse, mae, score and, where there are such, file and label; with
-    `parts` the mse of each in place of the score) and a picture of the best, the median and the worst samples.
+    Writes reconstructions.npy, errors.csv (index, mse, mae, score and, if known, file and label; with `parts` the mse
+    of each instead of the score) and a picture of the best, the median and the worst samples.
 
     Args:
         model: a trained model.
@@ -84,7 +84,7 @@ def reconstruct(
         parts: reconstruct whole samples from this part alone, or from these, numbered from 0; the other parts are
             ignored. For models of samples that have parts, such as mvae. By default all parts are used.
         n_shown: samples in each row of the picture; 0 draws none.
-        table: csv or parquet, the format of the errors.
+        table: format of the errors, csv or parquet.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
         seed: seed of models that draw noise.
@@ -130,10 +130,10 @@ def reconstruct(
 
 
 class _Some:
-    """Some parts of samples, to a model that knows them.
+    """Some parts of samples, for a model with parts.
 
     Raises:
-        AezooError: the model knows none.
+        AezooError: the model has no parts.
     """
 
     def __init__(self, model: Autoencoder, parts: Sequence[int]) -> None:
@@ -146,7 +146,7 @@ class _Some:
         return self.model.reconstruct_from(x, self.parts)
 
     def shown(self, x: Tensor) -> Tensor:
-        """Samples whose other parts are grey, (B, *shape) -> (B, *shape)."""
+        """Samples with their other parts grey, (B, *shape) -> (B, *shape)."""
         grey = (x.min() + x.max()) / 2
         seen = [part if i in self.parts else grey.expand_as(part) for i, part in enumerate(self.model.split(x))]
         return torch.cat(seen, self.model.decoder.dim + 1)
@@ -159,7 +159,7 @@ def _picture(
     n_shown: int,
     some: _Some | None = None,
 ) -> "Figure":
-    """Originals above reconstructions, for the samples of least, middle and largest error; what was seen between."""
+    """Originals above reconstructions, with the encoded parts between, for the least, median and largest errors."""
     from aezoo.callbacks import drawing
 
     order = torch.from_numpy(np.argsort(mse, kind="stable"))

@@ -24,14 +24,14 @@ from aezoo.randomness import forked_rng
 
 
 class Samples:
-    """Samples of one shape, float32 as a model sees them; read when they are asked for.
+    """Samples of one shape, float32 as a model sees them; read on demand.
 
     Args:
-        dataset: gives (x,) or (x, y), x of uint8 or float32; one that knows `__getitems__` is read batch-wise.
-        levels: what bytes are divided by: 255, or 1 for data that keep their values.
-        scaling: offset and factor of the training split, by which `dataset` is not scaled yet.
-        class_names: what the labels 0, 1, ... mean.
-        name: what to call them in messages.
+        dataset: gives (x,) or (x, y), x of uint8 or float32; with `__getitems__` it is read in batches.
+        levels: divisor of bytes: 255, or 1 for data that keep their values.
+        scaling: offset and factor of the training split, not yet applied to `dataset`.
+        class_names: names of the labels 0, 1, ....
+        name: their name in messages.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Samples:
 
     @classmethod
     def of(cls, x: "Samples | DataModule | Tensor | np.ndarray[Any, Any]", split: Stage = "test") -> "Samples":
-        """Samples from what a user has at hand.
+        """Samples from `Samples`, a DataModule, a tensor or an array.
 
         Args:
-            x: samples; a DataModule, of which `split` is taken; or a tensor or an array (N, *shape), of which bytes are
-                scaled to [0, 1] and floats stay as they are. (N, H, W) bytes become images of one channel.
+            x: samples; a DataModule, of which `split` is taken; or a tensor or an array (N, *shape): bytes are scaled
+                to [0, 1], floats stay unchanged. (N, H, W) bytes become images of one channel.
             split: train, val or test.
 
         Raises:
@@ -81,20 +81,20 @@ class Samples:
 
     @property
     def y(self) -> Tensor | None:
-        """All labels, (N,) on the CPU; None where there are none."""
+        """All labels, (N,) on the CPU; None without labels."""
         if self._y is None:
             self._y = labels_of(self.dataset)
         return self._y
 
     @property
     def labels(self) -> Tensor | None:
-        """Labels (N,); None where there are none or several a sample."""
+        """Labels (N,); None without labels or with several per sample."""
         y = self.y
         return None if y is None or y.ndim != 1 else y
 
     @property
     def notes(self) -> list[dict[str, Any]]:
-        """What tables say of each sample beside its number: its file, and its label as the data have it; {} if none."""
+        """Further columns for tables of samples: the file, and the label as in the data; {} if unknown."""
         paths, y = paths_of(self.dataset), self.labels
         rows: list[dict[str, Any]] = [{} for _ in range(len(self))] if paths is None else [{"file": p} for p in paths]
         return rows if y is None else [
@@ -102,7 +102,7 @@ class Samples:
         ]  # fmt: skip
 
     def rows(self, index: Tensor | list[int] | range) -> Tensor:
-        """The samples of these numbers, (n, *shape), on the CPU."""
+        """The samples with these indices, (n, *shape), on the CPU."""
         index = torch.as_tensor(list(index) if isinstance(index, range) else index)
         dataset: Any = self.dataset
         if hasattr(dataset, "__getitems__"):
@@ -119,7 +119,7 @@ class Samples:
         return as_float(x, self.levels)
 
     def batches(self, size: int, title: str = "") -> Iterator[Tensor]:
-        """All samples in their order, `size` at a time, on the CPU; with a title a progress bar runs along."""
+        """All samples in their order, `size` at a time, on the CPU; with a title it shows a progress bar."""
         with progress(title, len(self)) as advance:
             for x in self._batches(size):
                 yield x
@@ -133,7 +133,7 @@ class Samples:
             yield from (self._as_float(batch[0]) for batch in loader)
 
     def take(self, n: int, seed: int = 0) -> "Samples":
-        """At most n samples, drawn at random without repeats and left in their order."""
+        """At most n samples, drawn without replacement, in their order."""
         if n >= len(self):
             return self
         index = draw_rows(len(self), n, seed)
@@ -142,11 +142,11 @@ class Samples:
         return Samples(held, class_names=self.class_names, name=self.name)
 
     def subset(self, index: Tensor) -> "Samples":
-        """The samples of these numbers, read when they are asked for."""
+        """The samples with these indices, read on demand."""
         return Samples(subset(self.dataset, index), self.levels, self.scaling, self.class_names, self.name)
 
     def binarised(self, rule: str, seed: int) -> "Samples":
-        """Zeros and ones of them, in memory, by a rule of `--data.binarise`; what is drawn is drawn once.
+        """Binarised samples, in memory, by a rule of `--data.binarise`; random ones are drawn once.
 
         Raises:
             AezooError: values outside of [0, 1].
@@ -158,10 +158,10 @@ class Samples:
         return Samples(fresh, self.levels, None, self.class_names, self.name)
 
     def check(self, model: Autoencoder) -> "Samples":
-        """Themselves, if the model can use them.
+        """The same samples, if the model can use them.
 
         Raises:
-            AezooError: none at all, another shape, or values outside of what the model's likelihood takes.
+            AezooError: no samples, another shape, or values outside the range of the model's likelihood.
         """
         if not len(self):
             raise AezooError(f"{self.name} holds no samples")
@@ -174,13 +174,13 @@ class Samples:
 
 
 def draw_rows(n: int, most: int | None, seed: int) -> Tensor:
-    """At most so many numbers below n, at random without repeats, in their order."""
+    """At most `most` indices below n, drawn without replacement, in ascending order."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].sort().values
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Any]:
-    """A progress bar on a terminal while work is done; calls of what it gives move it on. Silent without a title."""
+    """A progress bar on a terminal, which calls of the yielded function advance. Silent without a title."""
     if not title:
         yield lambda n: None
         return
@@ -202,9 +202,9 @@ def like(model: Autoencoder) -> Tensor:
 
 @contextmanager
 def at_work(model: Autoencoder, seed: int = 0) -> Iterator[Tensor]:
-    """Evaluation mode, no gradients and a fixed random stream inside; gives what samples are to be `like`.
+    """Evaluation mode, no gradients and a fixed seed inside; yields the tensor that samples are to be `like`.
 
-    Modes and random streams are as before afterwards.
+    Restores modes and random states afterwards.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

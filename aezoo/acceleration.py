@@ -35,7 +35,7 @@ _ROOM = 3 * 2**28
 
 
 def check_mode(mode: str) -> str:
-    """The mode, or the reason why it is none.
+    """The mode itself.
 
     Raises:
         AezooError: not one of `MODES`.
@@ -48,12 +48,12 @@ def check_mode(mode: str) -> str:
 def worth_compiling(parameters: int, batch_size: int, positions: int, steps: float, device: torch.device) -> bool:
     """Whether a run of `steps` steps earns back what compiling its step costs.
 
-    A judgement from sizes alone, so that the same command always decides the same: a resumed run must not differ.
-    Convolutions on a CPU gain nothing by it and lose what `aezoo.nets.conv2d` does for them.
+    The estimate uses sizes only, so the same command always decides the same: a resumed run must not differ.
+    Convolutions on a CPU gain nothing, and lose the optimisations of `aezoo.nets.conv2d`.
 
     Args:
-        parameters: numbers in the model.
-        batch_size: samples a step.
+        parameters: number of parameters.
+        batch_size: samples per step.
         positions: how often a sample uses each parameter: 1 for dense layers, more for convolutions.
         steps: optimiser steps of the whole run.
         device: where it trains.
@@ -67,7 +67,7 @@ def worth_compiling(parameters: int, batch_size: int, positions: int, steps: flo
 
 
 def positions(module: nn.Module, shape: tuple[int, ...]) -> int:
-    """How often a sample uses the weights of a module on average, judged by its convolutions and the sample's grid."""
+    """How often a sample uses a module's weights on average, estimated from convolutions and the sample's grid."""
     convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     weights = sum(p.numel() for p in module.parameters())
     in_convolutions = sum(part.weight.numel() for part in module.modules() if isinstance(part, convolution))
@@ -77,7 +77,7 @@ def positions(module: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def full_batch(loader: Any) -> int:
-    """Samples in a full batch of a loader; 0 where it does not say."""
+    """Samples in a full batch of a loader; 0 if unknown."""
     size = getattr(loader, "batch_size", None)
     if not isinstance(size, int):
         return 0
@@ -88,15 +88,15 @@ def full_batch(loader: Any) -> int:
 
 
 class Compiled:
-    """A function compiled at its first call with a full batch, for the size of that; other sizes run as they are.
+    """A function compiled at its first call with a full batch, for that batch size; other sizes run uncompiled.
 
-    Where compiling fails it warns once, with the cause, and the function runs uncompiled from then on.
+    If compiling fails it warns once, with the cause, and the function runs uncompiled from then on.
 
     Args:
         function: takes tensors, the first of them a batch.
         mode: default, reduce-overhead or max-autotune.
-        before_retry: called before a call that could not be compiled is repeated uncompiled.
-        least: a smaller batch is not full: a run that goes on may begin with the last one of an epoch.
+        before_retry: called before a call that failed to compile is repeated uncompiled.
+        least: size of a full batch: a resumed run may begin with the smaller last batch of an epoch.
     """
 
     def __init__(
@@ -135,11 +135,11 @@ class Compiled:
 
 @contextmanager
 def compiled_alike() -> Iterator[None]:
-    """What is compiled inside does as what is not: autocast lowers no backward pass, hooks that come later are seen.
+    """Compile inside with the semantics of eager mode: no autocast in backward passes, and hooks added later run.
 
-    Nor are operations put in another order for less memory: that of torch 2.13 reads what is added to in place before
-    all is added, so that a step as one graph has gradients of 0 behind layers that double a grid. Settings of torch's
-    compilers, each of which may go. To see hooks costs a step nothing that can be measured.
+    Operations are not reordered for less memory either: torch 2.13 then reads an in-place sum before all is added, so
+    that a step as one graph has zero gradients behind layers that double a grid. These are settings of torch's
+    compilers, each of which may disappear. Checking for hooks costs no measurable time.
     """
     import torch._dynamo.config as of_graphs
     import torch._functorch.config as of_gradients
@@ -159,7 +159,7 @@ def compiled_alike() -> Iterator[None]:
 
 @contextmanager
 def flushed_denormals() -> Iterator[None]:
-    """Numbers below float32's normal range are zero inside: processors add them up to 100 times slower."""
+    """Flush denormal numbers to zero inside: processors add them up to 100 times slower."""
     before = bool((torch.full((1,), 1e-39) * 1.0 == 0).item())
     torch.set_flush_denormal(True)
     try:
@@ -169,7 +169,7 @@ def flushed_denormals() -> Iterator[None]:
 
 
 def to_channels_last(module: nn.Module) -> bool:
-    """Give 2-D convolutions their faster memory layout; values stay. Returns whether there are any."""
+    """Give 2-D convolutions their faster memory layout, with the same values. Returns whether there are any."""
     if not any(isinstance(part, nn.Conv2d | nn.ConvTranspose2d) for part in module.modules()):
         return False
     _lay(module, torch.channels_last)
@@ -177,7 +177,7 @@ def to_channels_last(module: nn.Module) -> bool:
 
 
 def to_channels_first(module: nn.Module) -> None:
-    """Give weights torch's usual memory layout again; values stay."""
+    """Give weights torch's default memory layout again, with the same values."""
     _lay(module, torch.contiguous_format)
 
 
@@ -189,11 +189,11 @@ def _lay(module: nn.Module, memory_format: torch.memory_format) -> None:
 
 
 def expect_large_tensors() -> None:
-    """Have glibc's malloc keep up to 64 MiB from step to step, as it does once a tensor of 32 MiB was freed.
+    """Make glibc's malloc keep up to 64 MiB from step to step, as it does once a tensor of 32 MiB has been freed.
 
-    It takes for large what is larger than all it was given back, up to 32 MiB, and returns that to the system at once:
-    in a process that has freed no such tensor yet each step pays for page faults. `keep_pages` keeps more.
-    Nothing is set, and the memory is never touched.
+    malloc returns blocks to the system at once if they are larger than any freed before, up to 32 MiB: until a process
+    has freed such a tensor, each step pays for page faults. `keep_pages` keeps more. This changes no setting and never
+    touches the memory.
     """
     # no tensor, which torch fills where all has to be deterministic
     torch.UntypedStorage(2**25 - 2**16, device="cpu")
@@ -202,10 +202,9 @@ def expect_large_tensors() -> None:
 def keep_pages() -> bool:
     """Let glibc's malloc keep the pages of large tensors from step to step, for the rest of the process.
 
-    By default it returns and refetches them, and each step pays for the page faults: 54 % on 3x64x64 convolutions. The
-    pages are huge ones where the kernel gives these on request, of which a processor keeps the addresses of a whole
-    step: 2 to 4 % on convolutions. A process-wide setting, so only the command line makes it. Returns whether it was
-    made.
+    By default it returns and refetches them, and each step pays for the page faults: 54 % on 3x64x64 convolutions. If
+    the kernel gives huge pages on request, the pages are huge, and the TLB covers a whole step: 2 to 4 % on
+    convolutions. The setting is process-wide, so only the command line makes it. Returns whether it was made.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -218,7 +217,7 @@ def keep_pages() -> bool:
 
 @functools.cache
 def _ask_for_huge_pages() -> None:
-    """For malloc's heap as it is and as far as it will grow; what is refused stays as it was."""
+    """For malloc's heap, now and as it grows; a refusal changes nothing."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
@@ -233,7 +232,7 @@ def _ask_for_huge_pages() -> None:
 
 
 def _heap() -> list[tuple[int, int]]:
-    """Where malloc's heap lies, if the kernel tells."""
+    """The address ranges of malloc's heap, if the kernel lists them."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -243,7 +242,7 @@ def _heap() -> list[tuple[int, int]]:
 
 
 def announce(mode: str, chosen: bool, steps_differ: bool = False) -> None:
-    """Say in a line whether the step is compiled."""
+    """Log whether the step is compiled, and why."""
     if steps_differ and mode != "off":
         rank_zero_info("training step: not compiled, because it computes different things from step to step")
     elif mode == "auto":

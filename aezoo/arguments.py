@@ -15,10 +15,10 @@ _LARGEST = 1e9
 
 
 class Checked:
-    """A base of classes whose constructors take plain values: a value of another type is refused in one line.
+    """Base of classes whose constructors take plain values: a value of another type is refused in one line.
 
-    Whole numbers must fit in 64 bits, others be finite and at most 1e9. What a number means, its constructor checks
-    itself. This is no decorator of `__init__`, whose frame `save_hyperparameters` reads.
+    Integers must fit in 64 bits, floats must be finite and at most 1e9. Constructors check the meaning of values
+    themselves. This is not a decorator of `__init__`, since `save_hyperparameters` reads the frame of that.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -27,7 +27,7 @@ class Checked:
 
 
 def check(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse values that do not fit a constructor's annotations; annotations of other than plain types say nothing.
+    """Refuse values that do not fit a constructor's annotations; only annotations of plain types are checked.
 
     Raises:
         AezooError: names the class, the argument, what it takes and what it got.

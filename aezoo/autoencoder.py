@@ -28,7 +28,7 @@ _EVALUATION_SEED = 20
 
 
 def from_bytes(x: Tensor) -> Tensor:
-    """Bytes as values from 0 to 1, as the DataModule gives them; anything else as it is."""
+    """Bytes as values from 0 to 1, as the DataModule gives them; anything else unchanged."""
     return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
@@ -45,24 +45,24 @@ class Autoencoder(Checked, pl.LightningModule):
         input_shape: shape of one sample.
         code_shape: shape of one code.
         likelihood: p(x | decoder output).
-        corruption: what the input goes through in training; None for most models.
-        has_prior: `sample` works.
-        normal_prior: q(z|x) is the diagonal Gaussian of `posterior(x)`, its mean and log-variance, and p(z) is N(0, I).
-        code_radius: codes lie within this distance of 0; infinite but for codes in a ball.
-        sparse_code: most entries of a code are meant to be zero.
-        discrete_code: a code can be written in indices, see `aezoo.discrete`.
-        compares_samples: the loss sets the samples of a batch against each other, so that it depends on how many there
-            are; of a batch given twice it need not be the same.
-        reads_labels: labels say which samples of a batch belong together, however many labels there are.
-        not_averaged: names of buffers that hold single codes or samples, of which an average over steps would be none.
-        steps_differ: what a training step computes depends on draws, so that no graph of one step holds the others and
-            a fit never compiles it.
-        compile_mode: whether a fit compiles the loss: auto (where the run is long enough to earn it back), off, or a
-            mode of torch.compile: default, reduce-overhead, max-autotune. Weights keep their names.
-        importance_samples: how many draws of the code for each sample `log_likelihood` takes in validation and test
-            after training; a bound that tightens with them.
-        steps_before: optimiser steps of earlier fits, which a fit goes on from; 0 begins anew, see `keep_steps`.
-        takes_bytes: `training_step` scales bytes to [0, 1] itself, within what is compiled.
+        corruption: corruption of the input in training; None for most models.
+        has_prior: whether `sample` works.
+        normal_prior: whether q(z|x) is the diagonal Gaussian of `posterior(x)`, its mean and log-variance, and p(z) is
+            N(0, I).
+        code_radius: radius of the ball around 0 in which codes lie; infinite for most models.
+        sparse_code: whether most entries of a code should be zero.
+        discrete_code: whether a code can be written as indices, see `aezoo.discrete`.
+        compares_samples: whether the loss compares the samples of a batch, and so depends on the batch size.
+        reads_labels: whether labels tell which samples of a batch belong together, whatever the number of labels.
+        not_averaged: names of buffers that hold single codes or samples, which must not be averaged over steps.
+        steps_differ: whether the computation of a training step depends on random draws, so that one graph does not
+            fit all steps and a fit never compiles it.
+        compile_mode: whether a fit compiles the loss: auto (if the run is long enough to earn it back), off, or a mode
+            of torch.compile: default, reduce-overhead, max-autotune. Weights keep their names.
+        importance_samples: draws of the code per sample for `log_likelihood` in validation and test after training;
+            more draws tighten the bound.
+        steps_before: optimiser steps of earlier fits, from which a fit continues; 0 starts anew, see `keep_steps`.
+        takes_bytes: whether `training_step` scales bytes to [0, 1] itself, as part of the compiled function.
 
     Args:
         input_shape: shape of one sample: (D,), (C, L), (C, H, W) or (C, D, H, W).
@@ -74,7 +74,7 @@ class Autoencoder(Checked, pl.LightningModule):
         warmup_steps: optimiser steps over which the learning rate rises linearly.
 
     Raises:
-        AezooError: a value that cannot work; the message says which and what is possible.
+        AezooError: an invalid value; the message names it and the valid ones.
     """
 
     has_prior: ClassVar[bool] = False
@@ -133,7 +133,7 @@ class Autoencoder(Checked, pl.LightningModule):
     # ---- the contract -----------------------------------------------------------------------------------------------
 
     def encode(self, x: Tensor) -> Tensor:
-        """The deterministic code, (B, *input_shape) -> (B, *code_shape); of a posterior, its mean."""
+        """The deterministic code, (B, *input_shape) -> (B, *code_shape); the mean of a posterior."""
         code: Tensor = self.encoder(x)
         return code
 
@@ -167,7 +167,7 @@ class Autoencoder(Checked, pl.LightningModule):
         return self.nll(self.decoder(self.encode(x)), x)
 
     def _set_hparams(self, hp: Any) -> None:
-        """Keep what this class takes of what was collected up to its parents: an argument of theirs would not load."""
+        """Keep only arguments of this class: those collected from parents' constructors would not load."""
         own = inspect.signature(type(self)).parameters
         super()._set_hparams({name: value for name, value in hp.items() if name in own})
 
@@ -184,7 +184,7 @@ class Autoencoder(Checked, pl.LightningModule):
     def batch_mean(self, values: Tensor) -> Tensor:
         """Mean over the batch dimension, in training over the batches of all ranks, with gradient.
 
-        A loss term that is not linear in such a mean needs it to be the same on one process and on many.
+        Loss terms that are not linear in a batch mean need it to give the same result on one process and on many.
         """
         mean = at_least_float32(values).mean(0)
         if self._across_ranks():
@@ -192,37 +192,37 @@ class Autoencoder(Checked, pl.LightningModule):
         return mean
 
     def of_all_ranks(self, values: Tensor) -> Tensor:
-        """In training the values of all ranks, in their order, with gradient: (B, ...) -> (N, ...); else as they are.
+        """In training the values of all ranks, in their order, with gradient: (B, ...) -> (N, ...); else unchanged.
 
-        The mean over ranks of a loss is what is minimised: a term that each rank computes of its own samples against
-        all of them, N, counts every pair once.
+        The mean over ranks of the loss is minimised, so a term that each rank computes between its own samples and all
+        N counts every pair once.
         """
         return collectives.rows_of_ranks(values) if self._across_ranks() else values
 
     def keep_steps(self) -> None:
-        """For the constructor of a model that changes over training: the buffer `steps`, optimiser steps taken."""
+        """Add the buffer `steps`, the optimiser steps taken; for constructors of models that change over training."""
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def share_of_steps(self, n: float) -> Tensor:
-        """How much of n optimiser steps is over, from 0 to 1, (); all of none. See `keep_steps`."""
+        """The share of n optimiser steps that has been taken, from 0 to 1, (); 1 for n = 0. See `keep_steps`."""
         steps = self._buffers["steps"]
         assert steps is not None
         return (steps / n).clamp(max=1) if n else 1 + 0 * steps
 
     def keep_started(self) -> None:
-        """For the constructor of a model that data start: the buffer `started`, whether `start_from` has seen them."""
+        """Add the buffer `started`; for constructors of models that `start_from` initialises with data."""
         self.register_buffer("started", torch.tensor(False))
 
     def start_from(self, x: Tensor) -> None:
-        """Start parameters from the first batch of training, of all ranks, (N, *input_shape); see `keep_started`."""
+        """Initialise parameters from the first training batch of all ranks, (N, *input_shape); see `keep_started`."""
         raise NotImplementedError(f"{type(self).__name__} must write what its first data start")
 
     def own_rank(self) -> int:
-        """How many batches come before this rank's in what `of_all_ranks` gives."""
+        """The position of this rank's batch in the result of `of_all_ranks`."""
         return dist.get_rank() if self._across_ranks() else 0
 
     def own_rows(self, values: Tensor) -> Tensor:
-        """Where the samples of this rank stand in what `of_all_ranks` gives: (B, ...) -> (B,)."""
+        """The row indices of this rank's samples in the result of `of_all_ranks`: (B, ...) -> (B,)."""
         first = self.own_rank() * len(values)
         return torch.arange(first, first + len(values), device=values.device)
 
@@ -238,7 +238,7 @@ class Autoencoder(Checked, pl.LightningModule):
         return terms
 
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
-        """Unpack and check a batch, and seed the step's noise; the first of a training step's three parts."""
+        """Unpack and check a batch, and seed the step's noise; the first of three parts of a training step."""
         x, y = self._unpack(batch)
         self._seed_step(batch_idx)
         if "steps" in self._buffers and self._trainer is not None:
@@ -264,16 +264,16 @@ class Autoencoder(Checked, pl.LightningModule):
             self._before_start = []
 
     def step_terms(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-        """The terms of the loss, by name and as one vector, compiled or not; the second part, device work alone."""
+        """The terms of the loss, by name and as one vector, compiled or not; the second part, device work only."""
         terms: tuple[dict[str, Tensor], Tensor] = (self._compiled or self._terms)(x, y)
         return terms
 
     def end_step(self, terms: dict[str, Tensor], values: Tensor, n: int) -> None:
-        """Count the terms of n samples into the epoch's means; the third part."""
+        """Add the terms of n samples to the epoch's means; the third part."""
         self._train_means.add(terms, n, values)
 
     def _terms(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-        """The loss of a batch as it is stored, and all its terms as one vector; what is compiled."""
+        """The loss of a batch, which may be bytes, and all its terms as one vector; this function is compiled."""
         x = from_bytes(x)
         if self._channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -282,7 +282,7 @@ class Autoencoder(Checked, pl.LightningModule):
         return terms, torch.stack([*terms.values()]).detach()
 
     def _seed_step(self, batch_idx: int) -> None:
-        """Noise is a function of (seed, rank, epoch, batch): a resumed run draws what an unstopped one would have."""
+        """Make noise a function of (seed, rank, epoch, batch): a resumed run draws the same as an uninterrupted one."""
         trainer = self._trainer
         if trainer is not None and self._fit_seed is not None:
             seed = mix(self._fit_seed, trainer.global_rank, trainer.current_epoch, batch_idx)
@@ -342,10 +342,10 @@ class Autoencoder(Checked, pl.LightningModule):
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimiser trains: groups of parameters, which may have settings of their own.
+        """Groups of parameters for the optimiser, which may have their own settings.
 
-        The players of an adversarial model have a group each: where every parameter gets the gradient of its own
-        player's loss alone, one backward pass and one optimiser of disjoint groups are as many optimisers.
+        Each player of an adversarial model has a group: if every parameter gets the gradient of its own player's loss
+        only, one backward pass and one optimiser of disjoint groups are equivalent to several optimisers.
         """
         return [{"params": [*self.parameters()]}]
 
@@ -379,7 +379,7 @@ class Autoencoder(Checked, pl.LightningModule):
         self.leave_fit()
 
     def leave_fit(self) -> None:
-        """Undo what is of one fit alone, however that has ended."""
+        """Undo everything that belongs to one fit, however it ended."""
         self._compiled, self.takes_bytes, self._before_start = None, False, []
         if self._channels_last:
             # the same bits as a model that is loaded from a file
@@ -403,7 +403,7 @@ class Autoencoder(Checked, pl.LightningModule):
             optimizers.renew(optimizer, scheduler, rates, decays)
 
     def _prepare_step(self) -> None:
-        """Take the light loop and compile the loss, where they suit this run."""
+        """Use the light loop and compile the loss, if they suit this run."""
         light = loop.lighten(self.trainer)
         mode = acceleration.check_mode(self.compile_mode)
         if mode == "auto":
@@ -433,7 +433,7 @@ class Autoencoder(Checked, pl.LightningModule):
         loop.tell(self.trainer, self._heed_others)
 
     def _heed_others(self) -> None:
-        """Look who else has a part in a step: what others see and draw is as in any other run."""
+        """Check who else takes part in a step: what others see and draw must not change."""
         self._noise_is_torch_s = loop.noise_is_torchs(self.trainer) and _is_own(type(self))
         # anybody else's would be refused where the step is not compiled
         leaves = getattr(self.trainer.datamodule, "leaves_bytes", False)  # type: ignore[attr-defined]
@@ -477,7 +477,7 @@ class Autoencoder(Checked, pl.LightningModule):
         self._evaluations[loader].add(terms, x, x_hat, **seen)
 
     def _reconstruct(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The reconstruction, and what else of the code `Evaluation` looks at."""
+        """The reconstruction, and further arguments of `Evaluation.add`."""
         if self.sparse_code:
             code = self.encode(x)
             return self.decode(code), {"code": code}
@@ -493,7 +493,7 @@ class Autoencoder(Checked, pl.LightningModule):
 
     @contextmanager
     def _fixed_noise(self, batch_idx: int) -> Iterator[None]:
-        """The same noise for a batch at every evaluation, so that epochs compare; training's noise is untouched."""
+        """The same noise for a batch in every evaluation, so that epochs are comparable; training's noise stays."""
         with forked_rng(self.device):
             torch.manual_seed((_EVALUATION_SEED * 1_000_003 + self.global_rank) * 1_000_003 + batch_idx)
             yield
@@ -509,17 +509,17 @@ class Autoencoder(Checked, pl.LightningModule):
     def check_batch(self, x: Tensor) -> None:
         """Refuse a batch that the model cannot use; the loop calls it on the first batches of training and evaluation.
 
-        Training data must lie in the likelihood's interval; unseen data may exceed the range they were scaled by, but
-        not tenfold, as images from 0 to 255 do.
+        Training data must lie in the likelihood's interval; other data may exceed the range of the training data, but
+        not tenfold, as unscaled images from 0 to 255 do.
 
         Raises:
-            AezooError: wrong shape or dtype, values that are not finite, or outside of [0, 1] where that is needed.
+            AezooError: wrong shape or dtype, values that are not finite, or outside the likelihood's [0, 1].
         """
         inputs.check_batch(self, x)
 
 
 class _AfterError(pl.Callback):
-    """After Ctrl-C or an error Lightning asks callbacks alone, and no module."""
+    """Calls `leave_fit` after Ctrl-C or an error, of which Lightning informs callbacks only."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(pl_module, Autoencoder) and trainer.state.fn == "fit":

@@ -1,4 +1,4 @@
-"""What a batch changes of a model beside its weights: statistics, codebooks, thresholds, counters."""
+"""Buffers of a model, which a batch changes: statistics, codebooks, thresholds, counters."""
 
 from typing import cast
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class Buffers:
-    """The buffers of a model, and what they held when `remember` was called.
+    """The buffers of a model, and a copy made by `remember`.
 
     Args:
-        module: a forward pass may change its buffers in place or put others in their places.
+        module: a forward pass may change its buffers in place or replace them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -30,19 +30,19 @@ class Buffers:
         return bool(self._places)
 
     def remember(self) -> None:
-        """Copy what they hold now."""
+        """Copy their values."""
         self._held = self._now()
         self._kept = [_flat(group) for group in self._held]
 
     def restore(self) -> None:
-        """Give them back what they held."""
+        """Restore the copied values."""
         for places, group, kept in zip(self._places, self._held, self._kept, strict=False):
             self._write(group, kept)
             for (owner, name), buffer in zip(places, group, strict=True):
                 owner[name] = buffer
 
     def restore_where(self, found: Tensor) -> None:
-        """The same where `found` is above 0, without asking the device what it is."""
+        """The same if `found` is above 0, without synchronising with the device."""
         for group, kept in zip(self._now(), self._kept, strict=False):
             self._write(group, torch.where(found > 0, kept, _flat(group)))
 

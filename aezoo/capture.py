@@ -1,8 +1,8 @@
-"""A whole training step as one CUDA graph: what a small model's step costs on a GPU is launching its kernels.
+"""A whole training step as one CUDA graph: on a GPU a small model's step is dominated by kernel launches.
 
-Forward, backward, the look for faults and the update of a fused optimiser are recorded once and then replayed with one
-launch. Taken by a fit with `compile_mode` reduce-overhead whose data are on the GPU (see `aezoo.loop`). The recording
-itself is CUDA's and has been run on no GPU yet; everything up to it is tested on the CPU.
+Forward, backward, the fault check and the update of a fused optimiser are recorded once and then replayed with one
+launch. A fit with `compile_mode` reduce-overhead whose data are on the GPU uses it (see `aezoo.loop`). The recording
+itself is CUDA's and has not been run on a GPU yet; everything around it is tested on the CPU.
 """
 
 from collections.abc import Callable
@@ -17,17 +17,17 @@ WARM_UP = 3
 
 
 class Recorder(Protocol):
-    """What runs and records a step; `CudaRecorder`, or a test's."""
+    """Runs and records a step; `CudaRecorder`, or a replacement in tests."""
 
     def warm_up(self, step: Callable[[], Any]) -> Any:
-        """Run the step as it is, apart from other work."""
+        """Run the step eagerly, apart from other work."""
 
     def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Record the step without running it: what replays it, and the tensors that each replay fills anew."""
+        """Record the step without running it: a function that replays it, and the tensors that each replay fills."""
 
 
 class CudaRecorder:
-    """CUDA graphs by the recipe of torch's documentation: warm up on a side stream, then capture."""
+    """CUDA graphs as in torch's documentation: warm up on a side stream, then capture."""
 
     def warm_up(self, step: Callable[[], Any]) -> Any:
         side = torch.cuda.Stream()
@@ -45,16 +45,16 @@ class CudaRecorder:
 
 
 class CapturedStep:
-    """A step that runs as it is a few times, is then recorded, and replayed from there on.
+    """A step that runs eagerly a few times, is then recorded, and replayed from then on.
 
-    All of these are steps of the training. A batch of another size, the last of an epoch, runs as it is; it must not
-    leave gradients of its own behind, so they are put back where the recorded step writes them.
+    All of these are training steps. A batch of another size, the last of an epoch, runs eagerly; it must not leave its
+    own gradient tensors behind, so those that the recorded step writes to are put back.
 
     Args:
         step: takes a batch and its labels, updates the parameters, and returns tensors.
-        parameters: what the step trains.
+        parameters: the trained parameters.
         recorder: runs and records it.
-        least: a smaller batch is not full: a run that goes on may begin with the last one of an epoch.
+        least: size of a full batch: a resumed run may begin with the smaller last batch of an epoch.
     """
 
     def __init__(

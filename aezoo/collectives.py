@@ -1,6 +1,6 @@
 """Sums and batches over the processes of a run, with gradient.
 
-What torch.distributed.nn.functional holds is deprecated since torch 2.13, and what is to replace it is private.
+torch.distributed.nn.functional is deprecated since torch 2.13, and its replacement is private.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Models whose weights are held somewhere by hand, such as on a sphere or above 0."""
+"""Models with constrained weights, such as on a sphere or above 0."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import lightning.pytorch as pl
 
 
 class Constrained(pl.LightningModule):
-    """What a model that changes its weights after each step of the optimiser inherits before `Autoencoder`.
+    """Mixin, before `Autoencoder`, for models that change their weights after each optimiser step.
 
-    The light loop, which leaves steps of unknown code to Lightning, calls `after_optimizer_step` by itself.
+    The light loop leaves steps with foreign code to Lightning, but calls `after_optimizer_step` itself.
     """
 
     def after_optimizer_step(self) -> None:
-        """Put the weights where they belong."""
+        """Project the weights onto the constraint."""
         raise NotImplementedError(f"{type(self).__name__} must say where its weights belong")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
-"""Corruptions x -> x~: what a denoising model must undo.
+"""Corruptions x -> x~, which a denoising model must undo.
 
 Named by a plain string with an amount: `gaussian:0.3`, `masking:0.3`, `salt_and_pepper:0.1`, or `none`. Noise is drawn
-on the sample's own device, from torch's seeded global state or from a generator that is handed in.
+on the sample's device, from torch's global random state or from a given generator.
 """
 
 import math
@@ -16,7 +16,7 @@ class Corruption(nn.Module):
     """A random map of data to data of the same shape.
 
     Args:
-        amount: how strong; its unit is the subclass's.
+        amount: its strength, in the unit of the subclass.
     """
 
     def __init__(self, amount: float) -> None:
@@ -50,7 +50,7 @@ class Masking(Corruption):
 
 
 class SaltAndPepper(Corruption):
-    """Each value replaced with probability `amount` by 0 or 1, evenly (Vincent et al. 2010)."""
+    """Each value replaced with probability `amount` by 0 or 1, equally likely (Vincent et al. 2010)."""
 
     def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         u = self._uniform(x, generator)

@@ -1,4 +1,4 @@
-"""Autoencoders whose code is written in indices: between an encoder and a decoder stands a quantiser.
+"""Autoencoders with discrete codes: a quantiser between encoder and decoder.
 
 Shapes: B batch, D channels that are quantised, C channels of a code, Q indices a place.
 """
@@ -16,10 +16,10 @@ from aezoo.quantisers.base import Quantised, Quantiser, in_evaluation
 class DiscreteAutoencoder(Autoencoder):
     """An autoencoder with a `quantiser`; a subclass sets it, calls `set_nets` and writes its loss.
 
-    The code of a sample is (C, *places), and stands for indices (Q, *places) and back.
+    The code of a sample is (C, *places), and is equivalent to indices (Q, *places).
 
     Attributes:
-        quantiser: what takes the encoder's output to codes.
+        quantiser: maps the encoder's output to codes.
     """
 
     discrete_code = True
@@ -28,14 +28,14 @@ class DiscreteAutoencoder(Autoencoder):
     def set_nets(
         self, net: str, dims: tuple[int, int], hidden_dims: tuple[int, ...], activation: str, places: int
     ) -> None:
-        """Set encoder, decoder and code_shape, for the constructor.
+        """Set encoder, decoder and code_shape; for constructors.
 
         Args:
             net: a network's name.
             dims: D and C.
             hidden_dims: of the encoder; the decoder mirrors them.
             activation: an activation's name.
-            places: how many, of a network without a grid (mlp, lstm, transformer); one with a grid has its places.
+            places: number of places, for a network without a grid (mlp, lstm, transformer).
 
         Raises:
             AezooError: shapes that the network cannot take.
@@ -81,7 +81,7 @@ class DiscreteAutoencoder(Autoencoder):
             return self.quantise(x).indices
 
     def codes(self, indices: Tensor) -> Tensor:
-        """What indices stand for, (B, *index_shape) -> (B, *code_shape)."""
+        """The codes of indices, (B, *index_shape) -> (B, *code_shape)."""
         return self.quantiser.codes(indices)
 
     def decode_indices(self, indices: Tensor) -> Tensor:

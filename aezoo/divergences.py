@@ -1,4 +1,4 @@
-"""How far two sets of codes are from each other, and how dense the codes of all data are.
+"""Distances between sets of codes, and the density of the codes of all data.
 
 Shapes: B samples of this rank, N of all ranks, D code.
 """
@@ -23,7 +23,7 @@ def squared_distances(a_BD: Tensor, b_ND: Tensor) -> Tensor:
 def distances(points_ND: Tensor) -> Tensor:
     """||a - b|| between all pairs of one set, by differences, (N, D) -> (N, N); 0 between equal points.
 
-    A product of matrices would leave these apart.
+    With a matrix product equal points would have a distance above 0.
     """
     if points_ND.device.type != "cpu":
         return torch.cdist(points_ND, points_ND, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,15 +1,15 @@
-"""Autoencoders whose code is whole numbers under a learned distribution, ready for an entropy coder.
+"""Autoencoders whose code is integers under a learned distribution, ready for an entropy coder.
 
-Values v, counted from a mean m, are rounded; in training noise takes the place of rounding, so that gradients pass
+Values v are rounded relative to a mean m; in training noise replaces rounding, so that gradients pass
 (Ballé et al. 2017, https://arxiv.org/abs/1611.01704, section 3):
 
     evaluation  v^ = m + round(v - m)      training  v~ = v + u, u ~ U(-1/2, 1/2)
     P(v) = F(v + 1/2) - F(v - 1/2)         rate = -sum log P, in nats
 
 F is the distribution function of a law: `Factorised`, learned for each channel, `Gaussians` of given means and scales,
-or `Mixtures` of these. A model says once, in `walk`, what is coded under which law and in which order; a coder goes
-with it: `Noise`, `Rounding`, or `Taking`, which is given the whole numbers by a file or by chance. Writer and reader of
-a file so compute the same laws by the same operations.
+or `Mixtures` of these. A model's `walk` defines once what is coded under which law and in which order, for any coder:
+`Noise`, `Rounding`, or `Taking`, which gets the integers from a file or a random generator. So writer and reader of a
+file compute the same laws by the same operations.
 
 Shapes: B batch, C channels; ... are the places of a map, none for a vector.
 """
@@ -43,9 +43,9 @@ class Law(Protocol):
     """A distribution of values, independent of each other.
 
     Attributes:
-        mean: what whole numbers are counted from, (B, C, ...).
-        table: which of the model's `tables` each value is coded under, (B, C, ...), long; of `Mixtures`, whose values
-            have tables of their own, how wide it is.
+        mean: offset of the integers, (B, C, ...).
+        table: index of each value's table among the model's `tables`, (B, C, ...), long; for `Mixtures`, whose values
+            have their own tables, the width of the table.
     """
 
     mean: Tensor
@@ -59,7 +59,7 @@ class Law(Protocol):
 
 
 class Table(NamedTuple):
-    """Probabilities of the whole numbers from `low` on, (K,); what is lacking to 1 is that of all others.
+    """Probabilities of the integers from `low` on, (K,); the rest up to 1 is that of all others.
 
     A table for each of N values is (N, K).
     """
@@ -74,9 +74,9 @@ def _log_one_minus(d: Tensor) -> Tensor:
 
 
 def _log_ndtr(x: Tensor) -> Tensor:
-    """Log of the standard normal distribution function, with a gradient far out, too.
+    """Log of the standard normal distribution function, with a gradient far from 0, too.
 
-    That of torch's own is exp(-x^2 / 2 - log ndtr(x)), two numbers of which nothing is left in float32 from -1000 on.
+    torch computes the gradient as exp(-x^2 / 2 - log ndtr(x)), a difference that cancels in float32 from -1000 on.
     """
     t = x.clamp_max(-1) * -math.sqrt(0.5)
     tail = (torch.special.erfcx(t) / 2).log() - t * t
@@ -85,7 +85,7 @@ def _log_ndtr(x: Tensor) -> Tensor:
 
 @dataclass
 class Gaussians:
-    """N(mean, scale^2): (B, C, ...) each; `first` is the number of the first table of a Gaussian."""
+    """N(mean, scale^2): (B, C, ...) each; `first` is the index of the first table of a Gaussian."""
 
     mean: Tensor
     scale: Tensor
@@ -104,7 +104,7 @@ class Gaussians:
 
 
 class Mixtures:
-    """sum_k w_k N(mean_k, scale_k^2), one for each value; whole numbers are counted from its mean.
+    """sum_k w_k N(mean_k, scale_k^2), one for each value; integers are relative to its mean.
 
     Args:
         means: (K, B, C, ...).
@@ -122,13 +122,13 @@ class Mixtures:
 
     @property
     def table(self) -> Tensor:
-        """The least power of two up to which whole numbers have entries, (B, C, ...): six scales of all parts."""
+        """The least power of two that covers six scales of all components, (B, C, ...): the table's width."""
         reach = (self.parts.mean - self.mean).abs() + 6 * self.parts.scale
         reach = torch.where(self.log_weight > math.log(_TAIL), reach, 1)
         return reach.amax(0).log2().ceil().long().clamp(1, int(math.log2(_WIDEST)))
 
     def table_at(self, power: int, here: npt.NDArray[np.int64]) -> Table:
-        """The table of some of the values, given where they lie in all, (N,)."""
+        """The tables of some values, given their flat indices, (N,)."""
         from scipy.special import ndtr
 
         parts = (self.parts.mean - self.mean, self.parts.scale, self.log_weight.exp())
@@ -141,7 +141,7 @@ class Mixtures:
         return Table(-(2**power), np.diff(F_NB))
 
     def draw(self) -> Tensor:
-        """Whole numbers, (B, C, ...), long: those of the steps in which draws of the mixture fall."""
+        """Integers, (B, C, ...), long: rounded draws from the mixture."""
         part = self.log_weight.movedim(0, -1).exp().flatten(0, -2).multinomial(1).view(1, *self.mean.shape)
         mean, scale = (of.gather(0, part)[0] for of in (self.parts.mean, self.parts.scale))
         return (mean - self.mean + scale * torch.randn_like(mean)).round().long()
@@ -167,8 +167,8 @@ def gaussian_tables() -> list[Table]:
 class Factorised(nn.Module):
     """A distribution for each channel, whatever its shape (Ballé et al. 2018, https://arxiv.org/abs/1802.01436, 6.1).
 
-    F(v) = sigmoid(f(v - m) - f(0)), f a network of one input and one output whose weights are positive, so that it
-    rises. f(0) is taken off, and so m is the median, learned with the rest: no loss of its own has to find it.
+    F(v) = sigmoid(f(v - m) - f(0)), f a network of one input and one output with positive weights, so that it is
+    monotonic. With f(0) subtracted m is the median, learned with the rest without a separate loss.
 
     Args:
         channels: C.
@@ -223,7 +223,7 @@ class Factorised(nn.Module):
 
 @dataclass
 class FactorisedLaw:
-    """The law of values under a `Factorised`, whose tables are the model's first: mean (B, C, ...)."""
+    """The law of values under a `Factorised`, with the model's first tables: mean (B, C, ...)."""
 
     density: Factorised
     mean: Tensor
@@ -242,10 +242,10 @@ class FactorisedLaw:
 
 
 class Coder:
-    """What happens to values on their way.
+    """Transforms the values of a `walk`.
 
     Attributes:
-        rate_B: -log P of all that has passed, in nats; computed when it is asked for, which who only decodes does not.
+        rate_B: -log P of all values so far, in nats; computed on access, which decoding never needs.
     """
 
     def __init__(self) -> None:
@@ -257,22 +257,22 @@ class Coder:
         return -sum(others, first)
 
     def change(self, v: Tensor, law: Law) -> Tensor:
-        """What values become, (B, C, ...) -> (B, C, ...)."""
+        """The transformed values, (B, C, ...) -> (B, C, ...)."""
         raise NotImplementedError
 
     def count(self, v: Tensor, law: Law) -> None:
-        """Let the rate count values as they are."""
+        """Add values to the rate without changing them."""
         self._passed.append((v, law))
 
     def __call__(self, v: Tensor | None, law: Law) -> Tensor:
-        """Let values pass, (B, C, ...), None where they are not known yet."""
+        """Transform values, (B, C, ...), or None if they are not known yet."""
         v = self.change(law.mean if v is None else at_least_float32(v), law)
         self.count(v, law)
         return v
 
 
 class Noise(Coder):
-    """v~ = v + u, in training, whatever the law is."""
+    """v~ = v + u, in training, for any law."""
 
     def change(self, v: Tensor, law: Law | None = None) -> Tensor:
         # the same however v lies in memory
@@ -283,7 +283,7 @@ class Rounding(Coder):
     """v^ = m + round(v - m), in evaluation.
 
     Attributes:
-        symbols: the whole numbers of each call, (B, C x places).
+        symbols: the integers of each call, (B, C x places).
     """
 
     def __init__(self) -> None:
@@ -297,7 +297,7 @@ class Rounding(Coder):
 
 
 class Taking(Coder):
-    """Whole numbers from elsewhere.
+    """Integers from a given function.
 
     Args:
         take: gives them, (B, C, ...), for their law.
@@ -312,7 +312,7 @@ class Taking(Coder):
 
 
 def one_by_one(symbols: Tensor) -> Callable[[Law], Tensor]:
-    """A function for `Taking` that gives whole numbers (B, T) in their order, as many as a law is for."""
+    """A function for `Taking` that gives integers (B, T) in their order, as many as the law has values."""
     start = 0
 
     def take(law: Law) -> Tensor:
@@ -326,11 +326,11 @@ def one_by_one(symbols: Tensor) -> Callable[[Law], Tensor]:
 class EntropyCoded(Autoencoder):
     """An autoencoder whose code is rounded under a learned law; a subclass sets its nets and writes `walk` and `loss`.
 
-    The code of a sample is y^, (C, ...), and stands for whole numbers (T,), those of side information included.
+    The code of a sample is y^, (C, ...), and is equivalent to integers (T,), including those of side information.
 
     Attributes:
-        weight: of the reconstruction's nll against the rate, in the loss.
-        quality: what a model of several rates is evaluated at, from 0 to `top_quality`; 0 of any other.
+        weight: weight of the reconstruction's nll against the rate, in the loss.
+        quality: the rate at which a model of several rates is evaluated, from 0 to `top_quality`; else 0.
     """
 
     has_prior = True
@@ -339,14 +339,14 @@ class EntropyCoded(Autoencoder):
     top_quality: float = 0.0
 
     def set_nets(self, net: str, latent_dim: int, hidden_dims: tuple[int, ...], activation: str, lam: float) -> None:
-        """Set encoder, decoder, code_shape and weight: a map of `latent_dim` channels, a vector of a net without one.
+        """Set encoder, decoder, code_shape and weight: a map of `latent_dim` channels, or a vector if a net has no map.
 
-        `lam` weighs the mean squared error of values from 0 to 255 against bits a place: over the places of a sample
-        and in nats, L = rate + lam 255^2 log 2 / C ||x - x^||^2 for C channels, and ||x - x^||^2 is the nll of the
-        likelihood gaussian but for a constant.
+        `lam` weighs the mean squared error of values from 0 to 255 against bits per place: summed over the places of a
+        sample and in nats, L = rate + lam 255^2 log 2 / C ||x - x^||^2 for C channels, and ||x - x^||^2 is the nll of
+        the likelihood gaussian up to a constant.
 
         Raises:
-            AezooError: a value that cannot work, or shapes that the network cannot take.
+            AezooError: an invalid value, or shapes that the network cannot take.
         """
         at_least(1, latent_dim=latent_dim)
         at_least(0, lam=lam)
@@ -360,21 +360,21 @@ class EntropyCoded(Autoencoder):
         """Pass the code of n samples through a coder, part by part, in the order in which they are coded.
 
         Args:
-            coder: what happens to each part.
-            y: what the encoder gives, (n, *code_shape), if it is known.
-            n: how many samples.
+            coder: transforms each part.
+            y: the encoder's output, (n, *code_shape), if it is known.
+            n: number of samples.
 
         Returns:
-            What is left of it, (n, *code_shape).
+            The coded y, (n, *code_shape).
         """
         raise NotImplementedError(f"{type(self).__name__} must write its walk")
 
     def tables(self) -> list[Table]:
-        """The tables of its laws, by the number that `Law.table` gives."""
+        """The tables of its laws, by the index in `Law.table`."""
         raise NotImplementedError(f"{type(self).__name__} must write its tables")
 
     def rated(self, x: Tensor, coder: Coder) -> tuple[Tensor, Tensor]:
-        """Reconstruction's nll and rate of samples through a coder, in nats: (B, *input_shape) -> (B,), (B,)."""
+        """The nll of the reconstruction and the rate of samples, in nats: (B, *input_shape) -> (B,), (B,)."""
         y_hat = self.walk(coder, self.encoder(x), x.shape[0])
         return self.nll(self.decoder(y_hat.to(x.dtype)), x), coder.rate_B
 
@@ -386,16 +386,16 @@ class EntropyCoded(Autoencoder):
         return self.walk(Rounding(), self.encoder(x), x.shape[0]).to(x.dtype)
 
     def encode_symbols(self, x: Tensor) -> Tensor:
-        """The whole numbers that stand for samples, in the order of `walk`: (B, *input_shape) -> (B, T), long.
+        """The integers of samples, in the order of `walk`: (B, *input_shape) -> (B, T), long.
 
-        -2^40 stands for NaN, of which processors make different numbers, ARM's 0.
+        NaN becomes -2^40, since processors convert it to different integers, ARM's to 0.
         """
         coder = Rounding()
         self.walk(coder, self.encoder(x), x.shape[0])
         return torch.cat(coder.symbols, 1).nan_to_num(-(2.0**40)).long()
 
     def codes(self, symbols: Tensor) -> Tensor:
-        """What whole numbers stand for, (B, T) -> (B, *code_shape)."""
+        """The codes of integers, (B, T) -> (B, *code_shape)."""
         return self.walk(Taking(one_by_one(symbols)), None, symbols.shape[0])
 
     @torch.no_grad()

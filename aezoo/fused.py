@@ -1,8 +1,8 @@
-"""An optimiser's steps by its kernel alone, and what they change.
+"""An optimiser's steps by its fused kernel alone, and the tensors that they change.
 
-`Optimizer.step` gathers parameters, gradients and moments anew in every step, sorts them by device and type, counts
-each parameter's steps by an operation of its own and opens a record for torch's profiler. On a CPU that takes as long
-as the update of 200,000 parameters. `FusedStep` looks once, and then calls the same kernel with the same numbers.
+`Optimizer.step` collects parameters, gradients and moments in every step, sorts them by device and type, increments
+each parameter's step count separately and opens a record for torch's profiler. On a CPU that takes as long as the
+update of 200,000 parameters. `FusedStep` collects them once, and then calls the same kernel with the same arguments.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ _KNOWN = (
 
 
 class Memory(NamedTuple):
-    """Where an optimiser holds the gradients that it has seen.
+    """How an optimiser accumulates gradients.
 
     Attributes:
-        state: the name of what holds them.
-        power: of a gradient, in that.
-        share: how much of a new one it takes, by the group's settings.
-        left: how much a step leaves of what it had.
+        state: name of the accumulator.
+        power: power of a gradient in it.
+        share: weight of a new gradient, by the group's settings.
+        left: factor of the old value in a step.
     """
 
     state: str
@@ -57,19 +57,19 @@ _MEMORIES: dict[type, Memory] = {
 
 
 class Group(NamedTuple):
-    """A parameter group, as a step finds it.
+    """A parameter group with what a step needs.
 
     Attributes:
-        settings: torch's own, read again in each step since schedules change them.
-        parameters: those that have gradients.
-        idle: those that have none.
-        states: torch's own, of each of the parameters.
-        memory: where the gradients of the past are.
-        tensors: moments and, last, the counts of steps, in the kernel's order; none without a kernel.
-        counted: all counts in one tensor, which those of `tensors` are views of; None without a kernel.
-        kernel: the update, if it is called by itself.
-        members: all parameters, if somebody may exchange them.
-        found: dictionaries, keys and values that a step would find otherwise if somebody had changed them.
+        settings: torch's group, read again in each step since schedules change it.
+        parameters: parameters with gradients.
+        idle: parameters without gradients.
+        states: torch's state of each parameter.
+        memory: how past gradients are accumulated.
+        tensors: moments and, last, step counts, in the kernel's order; empty without a kernel.
+        counted: all step counts in one tensor, of which those of `tensors` are views; None without a kernel.
+        kernel: the fused update, if it is called directly.
+        members: all parameters, if foreign code may replace them.
+        found: dictionaries, keys and values that show whether foreign code has changed the state.
     """
 
     settings: dict[str, Any]
@@ -85,18 +85,18 @@ class Group(NamedTuple):
 
     @property
     def changed(self) -> list[Tensor]:
-        """All that a step changes, in place."""
+        """All tensors that a step changes in place."""
         counts = [] if self.counted is None else [self.counted]
         held = (v for state in self.states for name, v in state.items() if not (counts and name == "step"))
         return [*_in_order(self.parameters), *_in_order([*held]), *counts]
 
     @property
     def left(self) -> float:
-        """How much of a squared gradient is left a step later."""
+        """The factor of a squared gradient one step later."""
         return self.memory.left(self.settings) ** (2 / self.memory.power)
 
     def most_squared(self, steps: int) -> float:
-        """What the sum of a step's squared gradients can have been at most, in so many steps; NaN if one was NaN."""
+        """An upper bound of the sum of squared gradients of any of the last steps; NaN if one was NaN."""
         held = [state[self.memory.state] for state in self.states]
         squares = held if self.memory.power == 2 else [v.square() for v in held]
         total = sum(float(v.sum()) for v in squares)
@@ -105,25 +105,25 @@ class Group(NamedTuple):
 
 
 def _in_order(tensors: list[Any]) -> list[Any]:
-    """The same numbers in the order of memory: of weights in channels_last the kernel makes copies that it drops."""
+    """The same values in memory order: the kernel would copy weights in channels_last and drop the copies."""
     return [t.permute(0, 2, 3, 1) if t.dim() == 4 and not t.is_contiguous() else t for t in tensors]
 
 
 def has_step_of_class(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step is that of the optimiser's class; a schedule may have wrapped it, to see that it comes first."""
+    """Whether `step` is the method of the optimiser's class; schedules may wrap it to check the order of calls."""
     own = vars(optimizer).get("step")
     return own is None or hasattr(own, "_wrapped_by_lr_sched")
 
 
 class FusedStep:
-    """Does what `optimizer.step()` does, bit for bit; for one epoch or less, since it keeps what it has looked up.
+    """The same as `optimizer.step()`, bit for bit; for at most one epoch, since it caches its lookups.
 
-    A step is torch's own where the kernel alone would not do the same: of another optimiser than a fused Adam or AdamW
-    on the CPU, the first one, and any with hooks on it, under a gradient scaler or without some of the gradients.
+    It calls torch's step if the kernel alone would not do the same: for other optimisers than a fused Adam or AdamW on
+    the CPU, in the first step, and with hooks, a gradient scaler or missing gradients.
 
     Args:
         optimizer: any of torch's.
-        alone: nobody's code runs between two steps that could change more of it than its settings.
+        alone: no foreign code runs between steps that could change more of the optimiser than its settings.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, alone: bool = False) -> None:
@@ -136,7 +136,7 @@ class FusedStep:
 
     @property
     def groups(self) -> list[Group]:
-        """What the next step changes, one list as long as that holds; empty where it may be more."""
+        """The groups of the next step, the same list while they stay valid; empty if a step may change more."""
         known = self._suits and self._state is self._optimizer.state and not self._has_changed()
         return self._groups if known else []
 
@@ -174,7 +174,7 @@ class FusedStep:
                 )
 
     def is_watched(self) -> bool:
-        """Whether somebody's code belongs to a step, or a device decides whether it is taken."""
+        """Whether hooks belong to a step, or a gradient scaler decides on the device whether it is taken."""
         optimizer: Any = self._optimizer
         return bool(
             optimizer._optimizer_step_pre_hooks

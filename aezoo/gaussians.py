@@ -12,7 +12,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def noise_like(mu: Tensor) -> Tensor:
-    """Draws from N(0, I), (B, ...) -> (B, ...), for a seed the same however a map lies in memory."""
+    """Draws from N(0, I), (B, ...) -> (B, ...), the same for a seed whatever the memory layout."""
     return torch.randn_like(mu, memory_format=torch.contiguous_format)
 
 
@@ -22,7 +22,7 @@ def draw(mu: Tensor, log_var: Tensor, *n: int) -> tuple[Tensor, Tensor]:
     Args:
         mu: means, (..., D).
         log_var: logarithms of the variances, (..., D).
-        *n: draws for each, as the first dimensions of what comes back: (*n, ..., D), (*n, ...); one by default.
+        *n: draws for each, as the first dimensions of the results: (*n, ..., D), (*n, ...); one by default.
     """
     eps = torch.randn(*n, *mu.shape, device=mu.device, dtype=mu.dtype)
     return mu + torch.exp(0.5 * log_var) * eps, -0.5 * (eps**2 + log_var + LOG_2PI).sum(-1)
@@ -34,7 +34,7 @@ def product(mu: Tensor, log_var: Tensor, member: Tensor | None = None) -> tuple[
     Args:
         mu: means, (..., M, D).
         log_var: logarithms of the variances, (..., M, D).
-        member: which of the M take part, at least one, (..., M) bool; all by default. What comes back is (..., D).
+        member: which of the M take part, at least one, (..., M) bool; all by default. The results are (..., D).
     """
     log_precision = -log_var if member is None else torch.where(member[..., None], -log_var, -torch.inf)
     return (log_precision.softmax(-2) * mu).sum(-2), -log_precision.logsumexp(-2)
@@ -43,11 +43,11 @@ def product(mu: Tensor, log_var: Tensor, member: Tensor | None = None) -> tuple[
 def product_of_posteriors(mu: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variances of p(z) prod_i N(z; mu_i, C_i) / p(z) with p(z) = N(0, I), the prior counted once.
 
-    Where C_i has a variance above 1, which no posterior's has, it counts as 1: C^-1 = I + sum_i (C_i^-1 - I).
+    Variances of C_i above 1, which no posterior has, count as 1: C^-1 = I + sum_i (C_i^-1 - I).
 
     Args:
         mu: means, (..., M, D).
-        root: R_i with C_i = R_i^T R_i, (..., M, D, D). What comes back is (..., D).
+        root: R_i with C_i = R_i^T R_i, (..., M, D, D). The results are (..., D).
     """
     exact = torch.float32 if mu.device.type == "mps" else torch.float64  # Apple's GPUs have none
     with torch.autocast(mu.device.type, enabled=False):
@@ -67,16 +67,16 @@ def kl(mu: Tensor, log_var: Tensor, other_mu: Tensor, other_log_var: Tensor) -> 
 
 
 def mixture_log_density(z_BD: Tensor, phi_K: Tensor, mu_KD: Tensor, sigma_KDD: Tensor, jitter: float = 0.0) -> Tensor:
-    """Log sum_k phi_k N(z | mu_k, Sigma_k), (B, D) -> (B,), computed in float64 where there is such.
+    """Log sum_k phi_k N(z | mu_k, Sigma_k), (B, D) -> (B,), computed in float64 if the device has it.
 
-    The diagonal of Sigma_k is raised by its rounding, so that it has a Cholesky factor of few samples too.
+    The rounding error of Sigma_k is added to its diagonal, so that covariances of few samples have a Cholesky factor.
 
     Args:
-        z_BD: where.
-        phi_K: shares.
+        z_BD: points.
+        phi_K: weights.
         mu_KD: means.
         sigma_KDD: covariances.
-        jitter: how much more than that the diagonals are raised.
+        jitter: further addition to the diagonals.
     """
     rounding_K1 = 4 * torch.finfo(sigma_KDD.dtype).eps * sigma_KDD.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
     exact = torch.float32 if z_BD.device.type == "mps" else torch.float64  # Apple's GPUs have none
@@ -94,12 +94,12 @@ def mixture_log_density(z_BD: Tensor, phi_K: Tensor, mu_KD: Tensor, sigma_KDD: T
 
 @torch.no_grad()
 def pool_(mixture: tuple[Tensor, ...], batch: tuple[Tensor, ...], weight: float) -> None:
-    """Make the moments of a mixture, in place, those of its union with a batch.
+    """Update the moments of a mixture, in place, to those of its union with a batch.
 
     Args:
-        mixture: shares, means and covariances of what came before: (K,), (K, D), (K, D, D).
+        mixture: weights, means and covariances of earlier data: (K,), (K, D), (K, D, D).
         batch: the same of a batch.
-        weight: how much of the union the batch is, from 0 to 1.
+        weight: share of the batch in the union, from 0 to 1.
     """
     phi_K, mu_KD, sigma_KDD = mixture
     new_phi_K, new_mu_KD, new_sigma_KDD = (values.to(phi_K) for values in batch)

@@ -1,14 +1,14 @@
-"""Priors over the indices of a quantised model, which make it generate: k ~ p(k), x = g(k).
+"""Priors over the indices of a quantised model, for generation: k ~ p(k), x = g(k).
 
     p(k) = prod_t p(k_t | k_1 .. k_{t-1})        L = -log p(k),  k the indices of x
 
 in nats per sample, summed over the T indices: place by place in raster order, and within a place its Q indices in turn.
-The quantised model, the `tokenizer`, is trained first and stays as it is (van den Oord et al. 2017, section 3.3,
-https://arxiv.org/abs/1711.00937). One that is not trained learns beside its prior, whose loss is added to its own. An
-index passes no gradient, so that it becomes, weight for weight, what it is when trained alone.
+The quantised model, the `tokenizer`, is trained first and then frozen (van den Oord et al. 2017, section 3.3,
+https://arxiv.org/abs/1711.00937). An untrained one is trained together with its prior, and their losses are added. An
+index passes no gradient, so its weights are the same as when it is trained alone.
 
-The score is -log p(x, k) = -log p(x | g(k)) - log p(k), the length of a message that tells the indices and then x; no
-less than -log p(x), which sums over all indices.
+The score is -log p(x, k) = -log p(x | g(k)) - log p(k), the length of a message with the indices and then x; at least
+-log p(x), which sums over all indices.
 
 Shapes: B batch, T indices of a sample, Q indices of a place, P places, K codes of the largest book.
 """
@@ -41,21 +41,21 @@ class IndexPrior(DiscreteAutoencoder):
     """An autoregressive prior over a tokenizer's indices; a subclass writes `token_logits`.
 
     Codes, indices and reconstructions are the tokenizer's. Terms of the loss: nll, of the indices; accuracy, the share
-    of indices that were held likeliest; of a tokenizer that learns also its own, as tokenizer_loss, tokenizer_nll, ...
+    of indices that were the likeliest; those of a trained tokenizer, tokenizer_loss, tokenizer_nll, ...
 
     Attributes:
         tokenizer: gives indices, and decodes them.
-        frozen: the tokenizer is trained and stays as it is.
+        frozen: whether the tokenizer is not trained.
 
     Args:
         input_shape: shape of one sample.
         tokenizer: path of a trained quantised model (checkpoint, run or saved folder; of a prior, its tokenizer), which
-            is copied into this one; or a quantised model that learns beside its prior, by name or as {"model": name,
-            argument: value, ...}. It then has its own lr, and all else of the optimiser from its prior.
+            is copied into this one; or a quantised model to train together with its prior, by name or as {"model":
+            name, argument: value, ...}. It then has its own lr; other settings of the optimiser are the prior's.
         lr: learning rate.
-        optimizer: as every model has it.
+        optimizer: as for every model.
         weight_decay: the optimiser's weight decay.
-        lr_schedule: as every model has it.
+        lr_schedule: as for every model.
         warmup_steps: optimiser steps over which the learning rate rises linearly.
 
     Raises:
@@ -111,11 +111,11 @@ class IndexPrior(DiscreteAutoencoder):
         self.register_buffer("beyond_QK", torch.arange(self.n_codes) >= torch.tensor(sizes)[:, None], persistent=False)
 
     def _set_hparams(self, hp: Any) -> None:
-        """In place of a path what is needed to build the tokenizer again; its weights are with the prior's."""
+        """Replace a path by the arguments of the tokenizer; its weights are stored with the prior's."""
         super()._set_hparams({**hp, "tokenizer": self._described})
 
     def check_net(self, width: int, depth: int, dropout: float) -> None:
-        """For the constructor: refuse a network that cannot be built."""
+        """Refuse a network that cannot be built; for constructors."""
         if width < 1 or not 1 <= depth <= _MOST_LAYERS or not 0 <= dropout < 1:
             raise AezooError(
                 f"width must be at least 1, depth from 1 to {_MOST_LAYERS} and dropout at least 0 and below 1, got "
@@ -204,13 +204,13 @@ class IndexPrior(DiscreteAutoencoder):
     # ---- the prior ---------------------------------------------------------------------------------------------------
 
     def token_logits(self, tokens: Tensor) -> Tensor:
-        """What `logits` gives, before codes beyond an index's own book are ruled out."""
+        """The logits before codes outside an index's book are excluded."""
         raise NotImplementedError(f"{type(self).__name__} must write token_logits")
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Of every token those of its codes, from the tokens before it alone: (B, T) -> (B, T, K).
+        """The logits of every token, from the tokens before it: (B, T) -> (B, T, K).
 
-        In at least float32. Codes beyond an index's own book have -inf.
+        In at least float32. Codes outside an index's book have -inf.
         """
         logits_BPQK = self.token_logits(tokens).unflatten(1, (-1, len(self.index_sizes)))
         return self.within_books(logits_BPQK, self.beyond_QK).flatten(1, 2)
@@ -221,14 +221,14 @@ class IndexPrior(DiscreteAutoencoder):
         return at_least_float32(logits).masked_fill(beyond, -math.inf)
 
     def next_logits(self, tokens: Tensor, t: int) -> Tensor:
-        """The logits of token t, bit for bit the same whatever stands at t and after it: (B, T) -> (B, K)."""
+        """The logits of token t, to the bit independent of tokens from t on: (B, T) -> (B, K)."""
         past = torch.arange(self.n_tokens, device=tokens.device) < t
         return self.logits(torch.where(past, tokens, 0))[:, t]
 
     def stepper(self) -> Callable[[Tensor, int], Tensor]:
-        """A function as `next_logits` for one walk over the tokens of a batch: t rises from call to call.
+        """A function like `next_logits` for one pass over the tokens of a batch: t increases from call to call.
 
-        A subclass that can gives one that keeps what it has computed of earlier tokens.
+        A subclass may return one that caches the computations for earlier tokens.
         """
         return self.next_logits
 
@@ -246,7 +246,7 @@ class IndexPrior(DiscreteAutoencoder):
         return -self._nll(self.tokens(indices))[0]
 
     def _nll(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p, (B, T) -> (B,), and the logits that it comes from; -1, a dropped index, costs nothing."""
+        """-log p, (B, T) -> (B,), and the logits; -1, a dropped index, costs nothing."""
         logits_BTK = self.logits(tokens.clamp(min=0))
         nll_BT = F.cross_entropy(logits_BTK.transpose(1, 2), tokens, ignore_index=-1, reduction="none")
         return nll_BT.sum(1), logits_BTK
@@ -262,7 +262,7 @@ class IndexPrior(DiscreteAutoencoder):
 
     @torch.no_grad()
     def _indices(self, x: Tensor) -> Tensor:
-        """Indices as evaluation gives them: nothing is drawn or dropped, and no codebook counts them."""
+        """Indices in evaluation mode: nothing is drawn or dropped, and codebooks do not count them."""
         learns = self.tokenizer.training
         self.tokenizer.eval()
         indices = self.tokenizer.encode_indices(x)
@@ -283,9 +283,9 @@ class IndexPrior(DiscreteAutoencoder):
         """Draw the indices of n samples, one after the other: (n, *index_shape).
 
         Args:
-            n: how many.
-            temperature: logits are divided by it: below 1 for likelier samples, towards 0 the likeliest code each time.
-            top_k: draw each index from this many of its likeliest codes alone; 0 for all.
+            n: number of samples.
+            temperature: divides the logits: below 1 for likelier samples, towards 0 for the likeliest code each time.
+            top_k: draw each index from this many of its likeliest codes only; 0 for all.
 
         Raises:
             AezooError: a negative temperature or number of codes.

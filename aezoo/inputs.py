@@ -1,4 +1,4 @@
-"""What models are called with, and what losses give back, checked in one line: batches, samples, codes, counts."""
+"""Checks of models' inputs and of the results of losses, with errors of one line: batches, samples, codes, counts."""
 
 import functools
 import inspect
@@ -82,9 +82,9 @@ def check_batch(model: "Autoencoder", x: Tensor) -> None:
 
 
 def guard(cls: type["Autoencoder"]) -> None:
-    """Have a class answer what it was not made for in one line, in place of an error from within a layer.
+    """Make a class refuse unsuitable inputs in one line, instead of an error from inside a layer.
 
-    In evaluation mode what it is given is looked at before; in training, and of a loss, once something has failed.
+    In evaluation mode inputs are checked before; in training, and for a loss, only after something has failed.
 
     Raises:
         AezooError: the loss cannot be called with samples and labels.

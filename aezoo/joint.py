@@ -1,8 +1,8 @@
-"""A loss and its gradients as one compiled graph: nothing is kept in between, and torch's engine has no part in it.
+"""A loss and its gradients as one compiled graph, without torch's autograd engine.
 
-A compiled loss is two graphs, one forward and one for the engine to run backward. As one they are a tenth faster, for
-784-128-64-32-64-128-784, and the same to the bit. For that TorchDynamo has to trace `torch.autograd.grad`, which it
-does if asked by a setting that may go: where that is missing a step is two graphs as before.
+A compiled loss is two graphs, one forward and one that the engine runs backward. As one they are a tenth faster, for
+784-128-64-32-64-128-784, and the same to the bit. For that TorchDynamo has to trace `torch.autograd.grad`, which needs
+a setting that may disappear: without it a step remains two graphs.
 """
 
 from collections.abc import Callable
@@ -18,19 +18,19 @@ _SETTING = "trace_autograd_ops"
 
 
 def can_trace() -> bool:
-    """Whether this torch has what is needed; its compiler is imported for that."""
+    """Whether this torch has what is needed; imports its compiler."""
     import torch._dynamo.config as settings
 
     return hasattr(settings, _SETTING)
 
 
 class Joint(Compiled):
-    """Terms of a loss, whose gradients are then those of the module's parameters; compiled as `Compiled` has it.
+    """Terms of a loss, whose gradients are set on the module's parameters; compiled as in `Compiled`.
 
-    Where compiling fails nothing is said: a loss compiled by itself may do, and will say so if not.
+    A failure to compile is silent: the loss alone may still compile, and warns if not.
 
     Args:
-        module: all of its parameters that are to be trained get their gradients, and others none.
+        module: all of its trained parameters get their gradients, and others none.
         terms: the loss of a batch among others, by name and as one vector.
         mode: as for `Compiled`, with before_retry and least.
     """
@@ -48,22 +48,22 @@ class Joint(Compiled):
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
-        """Look up the parameters; a step asks which of them are trained, and whether others are in their places."""
+        """Look up the parameters; a step checks which of them are trained, and whether they have been replaced."""
         self._parameters = list(self._module.parameters())
 
     @property
     def works(self) -> bool:
-        """Whether it has not failed to compile so far."""
+        """Whether compiling has not failed so far."""
         return self._compiled is not None
 
     @property
     def suits(self) -> bool:
-        """Whether parameters are trained and nobody has hooks on them, which only the engine calls."""
+        """Whether parameters are trained and have no hooks, which only the engine calls."""
         hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
         return not hooked and any(p.requires_grad for p in self._parameters)
 
     def step(self, x: Tensor, y: Tensor | None) -> Terms:
-        """The terms, none of which has a gradient of its own; the parameters have got theirs."""
+        """The terms, without gradients; sets the gradients of the parameters."""
         import torch._dynamo.config as settings
 
         before = getattr(settings, _SETTING)

@@ -1,4 +1,4 @@
-"""Reconstructions that a distance of features and a discriminator judge, beside the likelihood.
+"""Reconstruction losses with a feature distance and a discriminator, in addition to the likelihood.
 
 Shapes: B batch.
 """
@@ -54,15 +54,15 @@ class Judged(Autoencoder):
         self.distance.read()
 
     def judged(self, x: Tensor, z: Tensor, *seen: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """R + w_D lambda L_G + L_D, the two last by their gradients alone, of one draw of the code.
+        """R + w_D lambda L_G + L_D, the last two by their gradients only, for one draw of the code.
 
         Args:
             x: samples, (B, *input_shape).
             z: codes, (B, *code_shape), which the decoder takes.
-            seen: what else it takes.
+            seen: further arguments of the decoder.
 
         Returns:
-            The loss, a scalar in nats per sample, its terms, and R's gradient where the decoder ends.
+            The loss, a scalar in nats per sample, its terms, and R's gradient at the decoder's output.
         """
         params, to_last_layer = adversarial.by_last_layer(self.decoder, z, *seen)
 

@@ -1,13 +1,13 @@
-"""A light training loop: Lightning's own, less what nobody has asked for.
+"""A light training loop: Lightning's own without unused features.
 
-At 5 ms a step Lightning 2.6 spends 0.4 to 0.5 ms on hooks that are empty, metrics that were not logged and transfers
-that move nothing. `lighten` puts a loop in the place of Lightning's epoch loop that does the same things in the same
-order for every batch, but looks once, when training starts, which hooks somebody has written. Counters, schedules,
-accumulation, clipping, logging, validation and checkpoints are Lightning's.
+At 5 ms per step Lightning 2.6 spends 0.4 to 0.5 ms on empty hooks, metrics that were not logged and transfers that move
+nothing. `lighten` replaces Lightning's epoch loop by one that does the same things in the same order for every batch,
+but looks up only once, when training starts, which hooks are implemented. Counters, schedules, accumulation, clipping,
+logging, validation and checkpoints are Lightning's.
 
-It is taken where one process trains on one device with one of torch's optimisers by automatic optimisation; any other
-run, and the first batch after a restart, go through Lightning's loop. So does every run under a Lightning that has
-renamed something of what is needed here, with one warning.
+It is used if one process trains on one device with one of torch's optimisers and automatic optimisation; any other
+run, and the first batch after a restart, use Lightning's loop. So does, with one warning, a run with a Lightning
+version in which something needed here has been renamed.
 """
 
 import math
@@ -38,7 +38,7 @@ try:
 except ImportError:  # pragma: no cover (a Lightning to come)
     _TrainingEpochLoop, ClosureResult = object, None  # type: ignore[assignment,misc]
 
-# what the light loop uses of Lightning without a promise that it stays, seen from the trainer
+# private attributes of Lightning that the light loop uses, relative to the trainer
 _NEEDED = (
     "_logger_connector._first_loop_iter",
     "_logger_connector.on_batch_end",
@@ -89,7 +89,7 @@ _EPSILON = 1e-6
 
 
 def missing(trainer: pl.Trainer) -> str | None:
-    """The first thing that this Lightning lacks of what the light loop uses; None where all is there."""
+    """The first attribute of Lightning that the light loop uses and this version lacks; None if it has all."""
     if ClosureResult is None:
         return "_TrainingEpochLoop or ClosureResult"
     for path in _NEEDED:
@@ -102,10 +102,10 @@ def missing(trainer: pl.Trainer) -> str | None:
 
 
 def lighten(trainer: pl.Trainer) -> bool:
-    """Take the light loop for this fit where it does the same as Lightning's; call it when training starts.
+    """Use the light loop for this fit if it does the same as Lightning's; call it when training starts.
 
     Returns:
-        Whether it is taken.
+        Whether it is used.
     """
     lacks = missing(trainer)
     if lacks is not None:
@@ -123,7 +123,7 @@ def lighten(trainer: pl.Trainer) -> bool:
 
 
 def plan_of(trainer: pl.Trainer) -> Plan | None:
-    """Who has a part in a step, if the light loop does the same for them as Lightning's."""
+    """The plan of a fit; None if the light loop cannot do the same as Lightning's."""
     module, loader, optimizers = trainer.lightning_module, trainer.train_dataloader, trainer.optimizers
     suits = (
         module.automatic_optimization
@@ -141,26 +141,26 @@ def plan_of(trainer: pl.Trainer) -> Plan | None:
 
 
 def batch_is_private(trainer: pl.Trainer) -> bool:
-    """Nobody but the step itself reads the values of a batch in this fit."""
+    """Whether only the step itself reads the values of a batch in this fit."""
     plan = getattr(trainer.fit_loop.epoch_loop, "plan", None)
     return plan is not None and plan.batch_is_private
 
 
 def tell(trainer: pl.Trainer, of_others: Callable[[], None]) -> None:
-    """Have this called when others than before have a part in this fit, in which the light loop has been taken."""
+    """Call this function when the participants in a step change during this fit, if it uses the light loop."""
     plan = getattr(trainer.fit_loop.epoch_loop, "plan", None)
     if plan is not None:
         plan.of_others = of_others
 
 
 def noise_is_torchs(trainer: pl.Trainer) -> bool:
-    """Nobody draws from NumPy's or Python's generators in this fit."""
+    """Whether nothing draws from NumPy's or Python's generators in this fit."""
     plan = getattr(trainer.fit_loop.epoch_loop, "plan", None)
     return plan is not None and plan.noise_is_torchs
 
 
 def capture(trainer: pl.Trainer) -> bool:
-    """Take a CUDA graph for the whole step where the light loop's plan allows it; returns whether it does."""
+    """Use a CUDA graph for the whole step if the light loop's plan allows it; returns whether it does."""
     loop = trainer.fit_loop.epoch_loop
     if not isinstance(loop, LightLoop) or loop.plan is None or not loop.plan.can_capture:
         return False
@@ -170,17 +170,17 @@ def capture(trainer: pl.Trainer) -> bool:
 
 
 def join(trainer: pl.Trainer, joint: Joint) -> None:
-    """Take a loss and its gradients at once where the light loop's plan allows it, step by step."""
+    """Compute a loss and its gradients jointly in each step for which the light loop's plan allows it."""
     loop = trainer.fit_loop.epoch_loop
     if isinstance(loop, LightLoop) and loop.plan is not None:
         loop.plan.joint = joint
 
 
 def trust(trainer: pl.Trainer) -> bool:
-    """Have the fault guard look at many steps together where the plan allows it; returns whether it does.
+    """Let the fault guard check many steps together if the plan allows it; returns whether it does.
 
-    Call it for a module that keeps what it remembers of a step in its weights and epoch means alone, and whose noise is
-    a function of seed, epoch and batch.
+    Call it for a module whose only state is in its weights, buffers and epoch means, and whose noise is a function of
+    seed, epoch and batch.
     """
     loop = trainer.fit_loop.epoch_loop
     if not isinstance(loop, LightLoop) or loop.plan is None or not loop.plan.can_go_back(trainer):
@@ -190,17 +190,17 @@ def trust(trainer: pl.Trainer) -> bool:
 
 
 class LightLoop(_TrainingEpochLoop):
-    """The training epoch loop with a plan; without one, Lightning's with denormals flushed."""
+    """The training epoch loop with a plan; without one, Lightning's loop with denormals flushed."""
 
     plan: Plan | None = None
-    # the guard's hooks are called too
+    # whether the guard's hooks are called
     _loud = True
-    # of all gradients of a step that will be clipped to it
+    # norm of all gradients of the current step, if it is known and needed for clipping
     _norm: Tensor | None = None
 
     @property
     def planned(self) -> Plan:
-        """The plan of a step that goes by one."""
+        """The plan, in methods that are only called with one."""
         assert self.plan is not None
         return self.plan
 
@@ -227,7 +227,7 @@ class LightLoop(_TrainingEpochLoop):
         self.__class__ = _TrainingEpochLoop
 
     def _plan_anew(self) -> None:
-        """Others than before have a part in what follows."""
+        """Make a new plan, since the participants in a step have changed."""
         self._settle()
         old, self.plan = self.plan, None
         assert old is not None
@@ -317,13 +317,13 @@ class LightLoop(_TrainingEpochLoop):
             raise SIGTERMException
 
     def _settle(self) -> None:
-        """Weights are about to be read."""
+        """Finish pending checks, since weights are about to be read."""
         if self.plan is not None and self.plan.rollback is not None:
             self.plan.rollback.settle()
 
     @staticmethod
     def _next(data_fetcher: Any) -> Any:
-        """The next batch of the one loader there is, past the machinery that combines several."""
+        """The next batch of the only loader, bypassing Lightning's combination of several."""
         batch = next(data_fetcher.iterator._iterator.iterators[0])
         data_fetcher.fetched += 1
         data_fetcher.done = data_fetcher.fetched >= data_fetcher.length
@@ -337,7 +337,7 @@ class LightLoop(_TrainingEpochLoop):
             self._named(hook, method, *args) if is_module else self._named(hook, method, trainer, plan.module, *args)
 
     def _named(self, name: str, call: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call what is logged from under this name."""
+        """Call a hook under this name, from which it logs."""
         attributes = vars(self.planned.module)  # past torch's __setattr__, which looks for parameters
         before = attributes["_current_fx_name"]
         attributes["_current_fx_name"] = name
@@ -386,7 +386,7 @@ class LightLoop(_TrainingEpochLoop):
         return output
 
     def _looked_at(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Gradients of a step that the guard looks at, if there is one to be asked in place of its hooks."""
+        """Gradients of a step that the guard checks, directly or by its hooks."""
         plan = self.planned
         if self._loud:
             return self._forward_and_backward(batch, batch_idx)
@@ -400,7 +400,7 @@ class LightLoop(_TrainingEpochLoop):
         return output
 
     def _clip(self) -> None:
-        """Clip gradients as Lightning has it; nothing is to do where their norm is known and small enough."""
+        """Clip gradients as Lightning does; a known and small enough norm needs no clipping."""
         plan, trainer = self.planned, self.trainer
         most, norm, self._norm = trainer.gradient_clip_val, self._norm, None
         if norm is None:
@@ -409,7 +409,7 @@ class LightLoop(_TrainingEpochLoop):
             torch.nn.utils.clip_grads_with_norm_(with_gradients(plan.optimizer), float(most), norm)
 
     def _trusted(self, rollback: Rollback, batch: Any, batch_idx: int) -> dict[str, Any] | None:
-        """Gradients of a step that is trusted; None if steps before it were bad and have been taken back."""
+        """Gradients of a trusted step; None if steps before it were bad and have been undone."""
         plan = self.planned
         zero_grad: Any = self.automatic_optimization.optim_progress.optimizer.zero_grad
         before = zero_grad.total.ready, zero_grad.current.ready
@@ -430,11 +430,11 @@ class LightLoop(_TrainingEpochLoop):
         return None
 
     def counters(self) -> list[Any]:
-        """How far this epoch's loop has come."""
+        """The progress of this epoch's loop."""
         return [self._batches_that_stepped, *(progress.state_dict() for progress in self._progress())]
 
     def set_counters(self, counters: list[Any]) -> None:
-        """Go on from there."""
+        """Restore the progress of this epoch's loop."""
         self._batches_that_stepped, *states = counters
         for progress, state in zip(self._progress(), states, strict=True):
             progress.load_state_dict(state)
@@ -443,12 +443,12 @@ class LightLoop(_TrainingEpochLoop):
         return self.batch_progress, self.scheduler_progress, self.automatic_optimization.optim_progress
 
     def take_again(self, batch: Any, batch_idx: int, is_last: bool) -> None:
-        """Take a step of this epoch again, with the guard alone beside it.
+        """Repeat a step of this epoch, with no hooks but the guard's.
 
         Args:
-            batch: as its loader gives it.
-            batch_idx: its number.
-            is_last: it is the epoch's last.
+            batch: the batch from the loader.
+            batch_idx: its index.
+            is_last: whether it is the epoch's last.
         """
         plan = self.planned
         assert plan.prepare is not None
@@ -467,7 +467,7 @@ class LightLoop(_TrainingEpochLoop):
         self._batches_that_stepped += 1
 
     def _consult(self, guard: Any, output: dict[str, Any]) -> None:
-        """Have the guard's hooks called from here on, unless it lets the step pass."""
+        """Call the guard's hooks from here on, unless the step passes."""
         plan = self.planned
         loss, known = output.get("loss"), self._norm is not None and math.isfinite(self._norm)
         passes = loss is not None and (guard.passes_loss(loss) if known else guard.passes(loss, plan.optimizer))
@@ -476,7 +476,7 @@ class LightLoop(_TrainingEpochLoop):
             guard.on_before_backward(self.trainer, plan.module, loss)
 
     def _replay(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """The same step as one CUDA graph; callbacks that were recorded in it are told that it has run again."""
+        """The same step as one CUDA graph; notifies callbacks that were recorded in it."""
         plan, progress = self.planned, self.automatic_optimization.optim_progress.optimizer
         assert plan.captured is not None
         x, y = plan.module.begin_step(batch, batch_idx)
@@ -494,7 +494,7 @@ class LightLoop(_TrainingEpochLoop):
         return {**terms}
 
     def recorded_step(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-        """Forward, backward and update without anything that waits for the device: what a graph can hold."""
+        """Forward, backward and update without synchronisation, so that a graph can hold them."""
         plan = self.planned
         optimizer = plan.optimizer
         terms, values = plan.within(plan.module.step_terms, x, y)
@@ -505,7 +505,7 @@ class LightLoop(_TrainingEpochLoop):
         return {name: term.detach() for name, term in terms.items()}, values
 
     def _forward_and_backward(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """The step but for the optimiser: loss, zeroed gradients, gradients; returns what callbacks get as outputs."""
+        """A step without the optimiser: loss, zeroed gradients, gradients; returns the outputs for callbacks."""
         if not torch.is_grad_enabled():
             with torch.enable_grad():
                 return self._forward_and_backward(batch, batch_idx)
@@ -548,7 +548,7 @@ class LightLoop(_TrainingEpochLoop):
         return output
 
     def _at_once(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """The same where gradients come with the loss."""
+        """The same with gradients computed together with the loss."""
         plan, zero_grad = self.planned, self.automatic_optimization.optim_progress.optimizer.zero_grad
         assert plan.joint is not None
         x, y = plan.module.begin_step(batch, batch_idx)

@@ -1,6 +1,6 @@
 """Optimisers and learning rate schedules by plain names.
 
-adam:beta1=0.5,eps=1e-4    an optimiser with other settings than torch's: eps, beta1 and beta2, of those that have them
+adam:beta1=0.5,eps=1e-4    an optimiser with other settings than torch's: eps, beta1 and beta2, if it has them
 multistep:0.5@0.2,0.6      a schedule: times 0.5 after a fifth of the steps, and again after three fifths
 """
 
@@ -84,18 +84,18 @@ def _read_optimizer(text: str) -> tuple[str, dict[str, float]]:
 
 
 def _usual(name: str) -> dict[str, Any]:
-    """What torch's optimiser of that name has for each of its arguments if nobody says otherwise."""
+    """The defaults of torch's optimiser of that name, by argument."""
     return {key: argument.default for key, argument in inspect.signature(OPTIMIZERS[name]).parameters.items()}
 
 
 def betas(text: str, usual: tuple[float, float]) -> tuple[float, float]:
-    """The betas that an optimiser's text names, and the usual ones in place of those that it does not."""
+    """The betas in an optimiser's text, with the usual ones for those that it does not give."""
     settings = _read_optimizer(text)[1]
     return settings.get("beta1", usual[0]), settings.get("beta2", usual[1])
 
 
 def _falloff(text: str) -> Callable[[float], float]:
-    """The share of the learning rate at progress p, of a name in `SCHEDULES` or of multistep:FACTOR@P,P,..."""
+    """The factor of the learning rate at progress p, for a name in `SCHEDULES` or multistep:FACTOR@P,P,..."""
     if text in SCHEDULES:
         return SCHEDULES[text]
     name, _, rest = text.partition(":")
@@ -120,10 +120,10 @@ def build(
 
     Args:
         name: a key of `OPTIMIZERS`, with or without settings.
-        parameters: what it trains.
+        parameters: the parameters to train.
         lr: learning rate.
         weight_decay: its weight decay.
-        fused: update all parameters in one kernel where torch has one for their device.
+        fused: update all parameters in one kernel if torch has one for their device.
     """
     text = name
     name, given = _read_optimizer(text)
@@ -145,7 +145,7 @@ def build(
 
 
 def _has_adagrad(devices: set[str]) -> bool:
-    """Whether this torch has the kernel there: it came to the CPU first and to CUDA later."""
+    """Whether this torch has the kernel for the device: it came to the CPU first and to CUDA later."""
     try:
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         return all(has_kernel("aten::_fused_adagrad_", device.upper()) for device in devices)
@@ -157,11 +157,11 @@ def _has_adagrad(devices: set[str]) -> bool:
 def schedule(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, trainer: "Trainer") -> LambdaLR:
     """A schedule over optimiser steps: linear warm-up, then `name` until the trainer's last step.
 
-    The number of steps is read at the second step, when the loop knows it, since asking
+    The number of steps is read at the second step, when the loop knows it, since reading
     `Trainer.estimated_stepping_batches` here would build the loaders before their state is restored (Lightning #20550).
 
     Raises:
-        AezooError: the schedule falls to an end and the trainer has none.
+        AezooError: the schedule needs a last step and the trainer has none.
     """
     if name != "constant" and trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise AezooError(f"lr_schedule={name!r} needs an end: set --trainer.max_epochs or --trainer.max_steps")
@@ -180,7 +180,7 @@ def schedule(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, tra
 
 
 def align(optimizer: torch.optim.Optimizer) -> None:
-    """Give restored moments the memory layout of their parameters: fused kernels read both as one run of numbers."""
+    """Give restored moments the memory layout of their parameters: fused kernels read both in memory order."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             fits = isinstance(value, torch.Tensor) and value.shape == parameter.shape
@@ -191,7 +191,7 @@ def align(optimizer: torch.optim.Optimizer) -> None:
 def renew(
     optimizer: torch.optim.Optimizer, scheduler: LambdaLR | None, lrs: list[float], weight_decays: list[float]
 ) -> None:
-    """Set what was asked for, of each group, over what a checkpoint has restored, at the schedule's present point."""
+    """Set the requested settings of each group over those from a checkpoint, at the schedule's current point."""
     factors = [1.0] * len(lrs)
     if scheduler is not None:
         scheduler.base_lrs = [*lrs]
@@ -208,7 +208,7 @@ def with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def known_steps(trainer: "Trainer") -> float:
-    """Optimiser steps of the whole fit, infinite where nobody knows."""
+    """Optimiser steps of the whole fit, infinite if unknown."""
     try:
         steps = total_steps(trainer)
     except AezooError:
@@ -233,7 +233,7 @@ def total_steps(trainer: "Trainer") -> int:
 
 
 def _accumulation(trainer: "Trainer") -> list[tuple[int, int]]:
-    """How many epochs in a row take a step after how many batches."""
+    """Runs of epochs: their number, and the batches per optimiser step in them."""
     from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
     end = trainer.max_epochs or 0

@@ -1,4 +1,4 @@
-"""Who has a part in a training step: looked up when training starts, for `aezoo.loop`."""
+"""The participants in a training step: looked up when training starts, for `aezoo.loop`."""
 
 import inspect
 from collections.abc import Callable
@@ -48,10 +48,10 @@ _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device")
 
 
 class Plan:
-    """Who wants to be asked at each batch, looked up once.
+    """The hooks and participants of a step, looked up once.
 
     Args:
-        trainer: with its callbacks, loader and optimiser set up.
+        trainer: its callbacks, loader and optimiser are set up.
 
     Attributes:
         step: the optimiser's step, a new one each epoch.
@@ -152,19 +152,19 @@ class Plan:
             self.joint.begin_epoch()
 
     def is_of(self, trainer: pl.Trainer) -> bool:
-        """Whether all who have a part are those that were looked up."""
+        """Whether the participants are still those that were looked up."""
         now = _parties(trainer)
         return len(now) == len(self._parties) and all(a is b for a, b in zip(now, self._parties, strict=True))
 
     def seems_of(self, trainer: pl.Trainer) -> bool:
-        """The same at less cost, which most steps can be asked for."""
+        """A cheaper, incomplete version of `is_of` for every step."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         return self.optimizer is trainer.optimizers[0] and len(callbacks) == self._callbacks
 
     def can_go_back(self, trainer: pl.Trainer) -> bool:
-        """Whether a step can be found to be bad later, as nobody has a part in it or sees what it has left.
+        """Whether a bad step may be detected later, since nobody else takes part in it or sees its results.
 
-        Asked each epoch, after `begin_epoch`, since it depends on what code of others may change between two.
+        Call it in each epoch, after `begin_epoch`, since foreign code may change the answer between epochs.
         """
         return (
             self.guard is not None
@@ -190,10 +190,10 @@ class Plan:
         )
 
     def at_once(self, loud: bool) -> bool:
-        """Whether a step's loss and gradients may come together, as nobody asks to be called in between.
+        """Whether a step may compute loss and gradients together, since no hook runs in between.
 
         Args:
-            loud: the guard's hooks are called too.
+            loud: whether the guard's hooks are called.
         """
         if self.joint is None or not (self._gradients_are_private and self.joint.works and self.joint.suits):
             return False
@@ -201,7 +201,7 @@ class Plan:
         return not any(hooks[name] for name in _BEFORE_GRADIENTS)
 
     def within(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Call what a step computes in the step's precision."""
+        """Call a function in the step's precision."""
         if self.context is None:
             return call(*arguments)
         with self.context():
@@ -209,7 +209,7 @@ class Plan:
 
 
 def is_plain(trainer: pl.Trainer) -> bool:
-    """Whether one process works on one device, in a precision that leaves weights alone, and nobody takes the time."""
+    """Whether one process uses one device, in a precision that leaves weights alone, without a profiler."""
     return (
         type(trainer.strategy) is SingleDeviceStrategy
         and trainer.strategy.model is trainer.lightning_module
@@ -219,14 +219,14 @@ def is_plain(trainer: pl.Trainer) -> bool:
 
 
 def transfer(trainer: pl.Trainer, batch: Any) -> Any:
-    """A batch of the only loader, moved to where it is needed by all who have a part in that."""
+    """A batch of the only loader, transferred to the device with all hooks."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def asked(name: str, trainer: pl.Trainer) -> list[tuple[Hook, bool]]:
-    """Who wants to be asked of a hook: the method, and whether it is the module's, which comes last."""
+    """The implementations of a hook: the method, and whether it is the module's, which comes last."""
     module = trainer.lightning_module
     callbacks = [c for c in trainer.callbacks if _is_written(name, c)]  # type: ignore[attr-defined]
     own = [(getattr(module, name), True)] if is_overridden(name, module) else []
@@ -234,9 +234,9 @@ def asked(name: str, trainer: pl.Trainer) -> list[tuple[Hook, bool]]:
 
 
 def in_place(trainer: pl.Trainer, loader: Any) -> Hook | None:
-    """What a batch goes through that lies where it is needed, as bytes or float32: the data's own hook and no more.
+    """The only transform of a batch that is already on the device, as bytes or float32: the data's own hook.
 
-    None where a batch has to be moved, or somebody wants to move it.
+    None if a batch has to be moved, or a transfer hook is implemented.
     """
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
     lies_there = (
@@ -268,17 +268,17 @@ def _is_ours(who: Any) -> bool:
 
 
 def _is_ours_too(module: pl.LightningModule, name: str) -> bool:
-    """Whether a method of a module is this package's or Lightning's, whoever wrote its class."""
+    """Whether a method of a module is this package's or Lightning's, even if its class is not."""
     return name not in vars(module) and getattr(type(module), name).__module__.partition(".")[0] in _OURS
 
 
 def _steps_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step is torch's, which needs no closure."""
+    """Whether the optimiser's step is torch's, which needs no closure."""
     return str(type(optimizer).step.__module__).startswith("torch.optim.") and has_step_of_class(optimizer)
 
 
 def _is_as_written(thing: Any, *packages: str) -> bool:
-    """Whether a thing is of a class of these packages with all its own methods, which a LambdaCallback has not."""
+    """Whether an object's class is of these packages and no method is replaced, as in a LambdaCallback."""
     cls = type(thing)
     return cls.__module__.partition(".")[0] in packages and not any(
         inspect.isfunction(getattr(cls, name, None)) for name in vars(thing)
@@ -286,14 +286,14 @@ def _is_as_written(thing: Any, *packages: str) -> bool:
 
 
 def _data_are_ours(trainer: pl.Trainer) -> bool:
-    """Whether no code of others has a part in the batches."""
+    """Whether no foreign code takes part in making batches."""
     data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
     known = type(loader) is ResidentLoader and loader.transform in (None, drawn_anew)
     return known and (data is None or _is_as_written(data, "aezoo"))
 
 
 def _is_watched_by_nobody(part: nn.Module) -> bool:
-    """Whether a layer of this package or of torch has no hooks, which would see bad weights, and a step twice."""
+    """Whether a layer is of this package or torch and has no hooks, which would see bad weights and repeated steps."""
     hooks: list[Any] = [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks]
     for parameter in part.parameters(recurse=False):
         hooks += [parameter._backward_hooks, parameter._post_accumulate_grad_hooks]
@@ -301,7 +301,7 @@ def _is_watched_by_nobody(part: nn.Module) -> bool:
 
 
 def _is_written(name: str, callback: pl.Callback) -> bool:
-    """Whether a callback has a hook of its own, be it a method, a function or any other callable."""
+    """Whether a callback implements a hook, as a method, a function or any other callable."""
     try:
         return is_overridden(name, callback, parent=pl.Callback)
     except AttributeError:  # without __code__, so not the base class's method
@@ -311,7 +311,7 @@ def _is_written(name: str, callback: pl.Callback) -> bool:
 def _reads_no_weights(hook: Hook, own: bool) -> bool:
     """Whether a hook of a batch's start or end is known to leave weights and noise alone.
 
-    It may be handed the terms of a step that is taken back later.
+    It may get the terms of a step that is undone later.
     """
     who = _owner(hook)
     known = isinstance(who, _READ_NO_WEIGHTS) and type(who).__module__.startswith(("lightning.", "aezoo."))

@@ -1,9 +1,9 @@
-"""A light prediction loop: Lightning's own, less what nobody has asked for, as `aezoo.loop` is for training.
+"""A light prediction loop: Lightning's own without unused features, as `aezoo.loop` for training.
 
-Of the 0.1 ms that Lightning 2.6 spends on a batch of a prediction, half goes to empty hooks, signatures that are read
-anew and transfers that move nothing. Where one process predicts on one device the loop looks once, at the first
-batch, who wants to be asked; any other run takes Lightning's. So does every run under a Lightning that has renamed
-something of what is needed here.
+Half of the 0.1 ms that Lightning 2.6 spends per batch of a prediction goes to empty hooks, repeated inspection of
+signatures and transfers that move nothing. If one process predicts on one device the loop looks up the implemented
+hooks once, at the first batch; any other run uses Lightning's loop. So does a run with a Lightning version in which
+something needed here has been renamed.
 """
 
 from typing import Any
@@ -37,8 +37,8 @@ class LightPredictions(_PredictionLoop):
     """The prediction loop with its hooks looked up at the first batch.
 
     Attributes:
-        hooks: for each name the methods, and whether it is the module's; empty for Lightning's own way, None before.
-        prepare: what a batch goes through that is where it is needed.
+        hooks: for each name the methods, and whether it is the module's; empty for Lightning's loop, None before.
+        prepare: the only transform of a batch that is already on the device.
     """
 
     hooks: dict[str, list[tuple[Hook, bool]]] | None = None

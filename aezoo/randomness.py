@@ -1,4 +1,4 @@
-"""Random numbers that depend on what is being done, not on what was done before."""
+"""Random numbers that depend on the current task, not on earlier draws."""
 
 import random
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _MASK = 2**63 - 1
 
 
 def mix(*numbers: int) -> int:
-    """One seed below 2^63 from whole numbers; a change of any of them, or of their order, gives another.
+    """One seed below 2^63 from integers; a change of any of them, or of their order, gives another.
 
     The steps of splitmix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195), one for each number.
     """
@@ -37,7 +37,7 @@ def seed_all(seed: int, device: torch.device, *, others: bool = True) -> None:
 
 @contextmanager
 def forked_rng(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn or seeded inside, torch's random streams go on afterwards as if nothing had been."""
+    """Restore torch's random states afterwards, whatever is drawn or seeded inside."""
     # torch's fork_rng covers the CPU and CUDA; manual_seed seeds Apple's GPUs as well
     apple = torch.mps.get_rng_state() if device.type == "mps" else None
     try:

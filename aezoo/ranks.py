@@ -1,8 +1,8 @@
-"""Processes of one run end together: whichever dies, raises or freezes, none is left behind.
+"""Processes of one run end together: if one dies, raises or freezes, none is left behind.
 
-Lightning's launcher ends the others when a rank has ended. What it leaves are ranks that do not answer (stopped,
-swapped out, caught in a lock), since it waits for them, and ranks whose launcher was killed. A rank that does not
-answer shows as a time-out of a collective in the others, which then end it.
+Lightning's launcher ends the other ranks when one has ended. It does not handle ranks that do not respond (stopped,
+swapped out, in a deadlock), for which it waits, and ranks whose launcher was killed. A rank that does not respond
+causes a timeout of a collective in the others, which then end it.
 """
 
 import atexit
@@ -49,7 +49,7 @@ def limit_wait(trainer: Trainer, seconds: float) -> None:
 
 
 def hold_it_whole(trainer: Trainer) -> bool:
-    """Whether each process has the whole model: one alone, or as many copies of it; other strategies cut it up."""
+    """Whether each process has the whole model: a single one, or replicas; other strategies shard it."""
     return trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
 
 

@@ -1,12 +1,11 @@
-"""Steps on trust: whether they were finite is asked of many together, and where one was not they are taken back.
+"""Optimistic steps: many steps are checked for finiteness together, and if one was not finite they are undone.
 
-To look at each gradient costs two to four per cent of the step of a dense network, most of it the way of the numbers
-from memory. Second moments tell it later: v <- b2 v + (1 - b2) g^2 of Adam holds for good what is not finite, and for
-long what is large, and so do those of the others but SGD. So a step is asked for its loss alone, and the moments are
-asked after `PERIOD` steps and before anybody reads the weights. If they are bad, weights, moments and buffers become
-what they were before these steps, and all are taken again with a look at each gradient. The noise of a step is a
-function of seed, epoch and batch: they are the same steps, bit for bit. The copy that this needs takes three times
-the memory of the weights.
+Checking each gradient costs two to four per cent of the step of a dense network, mostly for reading memory. Second
+moments show the same later: v <- b2 v + (1 - b2) g^2 of Adam keeps values that are not finite for good, and large ones
+for long, and so do those of other optimisers except SGD. So each step checks only its loss, and the moments are checked
+after `PERIOD` steps and before anybody reads the weights. If they are bad, weights, moments and buffers are restored,
+and all of these steps are repeated with a check of each gradient. The noise of a step is a function of seed, epoch and
+batch: the repeated steps are the same, bit for bit. The copy for this takes three times the memory of the weights.
 """
 
 import copy
@@ -25,7 +24,7 @@ from aezoo.fused import FusedStep, Group
 if TYPE_CHECKING:
     from aezoo.loop import LightLoop
 
-# steps between two looks; and seconds, since slow steps would be slow to take again
+# steps between two checks; and seconds, since slow steps would be slow to repeat
 PERIOD, SECONDS = 256, 10.0
 # what a step leaves of a squared gradient; below it moments soon forget
 _LEAST_MEMORY = 0.9
@@ -34,11 +33,11 @@ _LARGE = 3e37
 
 
 class _Copy:
-    """What a step changes, as it was between two steps.
+    """A copy of everything that steps change, made between two steps.
 
     Args:
-        loop: whose steps they are.
-        groups: of its optimiser, all of whose changes are known.
+        loop: the loop of the steps.
+        groups: groups of its optimiser, all of whose changes are known.
     """
 
     def __init__(self, loop: "LightLoop", groups: list[Group]) -> None:
@@ -49,7 +48,7 @@ class _Copy:
 
     @staticmethod
     def fits(loop: "LightLoop", groups: list[Group]) -> bool:
-        """Whether memory holds it."""
+        """Whether memory has room for the copy."""
         size = sum(tensor.nbytes for group in groups for tensor in group.changed)
         return fits(size, torch.device("cpu"), local_processes(loop.trainer))
 
@@ -59,7 +58,7 @@ class _Copy:
         return bool(self._buffers)
 
     def remember(self) -> None:
-        """Copy what is now."""
+        """Copy the current state."""
         with torch.no_grad():
             torch._foreach_copy_(self._copies, self._tensors)
         self._buffers.remember()
@@ -69,7 +68,7 @@ class _Copy:
         self._schedules = [copy.deepcopy(config.scheduler.state_dict()) for config in configs]
 
     def restore(self) -> None:
-        """Put back what was."""
+        """Restore the copied state."""
         with torch.no_grad():
             torch._foreach_copy_(self._tensors, self._copies)
         self._buffers.restore()
@@ -81,18 +80,18 @@ class _Copy:
             config.scheduler.load_state_dict(state)
 
     def is_finite(self, steps: int) -> bool:
-        """Whether no gradient of so many steps since then can have been bad; some that were good may seem bad."""
+        """Whether no gradient of this many steps since the copy can have been bad; may be False for good ones."""
         return all(group.most_squared(steps) < _LARGE for group in self.groups)
 
 
 class Rollback:
-    """Takes back the steps of a light loop that were not finite.
+    """Undoes the steps of a light loop that were not finite.
 
-    A step is trusted, looked at by itself, or taken again. The first of an epoch is looked at, since it finds out what
-    a step changes, and so are those that follow a step which was taken back.
+    A step is trusted, checked by itself, or repeated. The first of an epoch is checked, since it shows what a step
+    changes, and so are those that follow an undone step.
 
     Args:
-        loop: whose steps they are; its plan says that they can be taken again.
+        loop: the loop of the steps; its plan allows repeating them.
     """
 
     def __init__(self, loop: "LightLoop") -> None:
@@ -105,11 +104,11 @@ class Rollback:
         self._unwatch: Callable[[], None] = _nothing
 
     def begin_epoch(self, step: FusedStep | None) -> None:
-        """Trust the steps of an epoch, or with None look at each."""
+        """Trust the steps of an epoch, or with None check each."""
         self._step, self._taken = step, None
 
     def prepare_step(self) -> None:
-        """Begin to trust or, after `PERIOD` steps, see whether they deserved it; call it between two steps."""
+        """Begin to trust or, after `PERIOD` steps, check the trusted ones; call it between two steps."""
         if self._taken is not None and len(self._taken) < PERIOD and time.monotonic() < self._ends_at:
             return
         self.settle()
@@ -119,11 +118,11 @@ class Rollback:
 
     @property
     def is_trusting(self) -> bool:
-        """Whether the step in hand is taken without a look at its gradients."""
+        """Whether the current step is taken without checking its gradients."""
         return self._taken is not None
 
     def note(self, loss: Any, batch_idx: int) -> bool:
-        """Note the step in hand, which is trusted, with this loss; returns False if it cannot be."""
+        """Note the current, trusted step with this loss; returns False if it cannot be trusted."""
         plan = self._loop.plan
         if self._taken is None or plan is None or loss is None or not plan.guard.passes_loss(loss):
             return False
@@ -133,10 +132,10 @@ class Rollback:
         return True
 
     def settle(self, in_step: bool = False) -> bool:
-        """End the trust: look at the moments, and take the steps again where they are bad.
+        """End the trust: check the moments, and repeat the steps if they are bad.
 
         Args:
-            in_step: a further step has begun and cannot be trusted: what it has changed of the buffers is taken back.
+            in_step: another step has begun and cannot be trusted: its changes of buffers are undone.
 
         Returns:
             Whether weights, moments and buffers have changed.
@@ -182,7 +181,7 @@ class Rollback:
         return True
 
     def _take_again(self, was: _Copy, taken: list[tuple[int, bool]]) -> None:
-        """Where this ends with an error, all is as it was at the step that made it."""
+        """Repeat the steps; after an error the state is that of the step that raised it."""
         loop = self._loop
         counters = loop.counters()
         was.restore()

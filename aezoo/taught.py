@@ -1,4 +1,4 @@
-"""Models that have another one, trained before and left as it is, beside them."""
+"""Models with a teacher: another trained model that stays frozen."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from aezoo.hub_files import on_disk
 
 
 def teacher_path(teacher: str) -> str:
-    """The argument `teacher` as it is kept: none, or a path, of a file beside the program in full.
+    """The value of `teacher` to store: none, or a path, absolute for a file in the working directory.
 
     Raises:
         AezooError: neither of them.
@@ -27,12 +27,12 @@ def teacher_path(teacher: str) -> str:
 class Taught(Autoencoder):
     """An autoencoder with a teacher, a model of the zoo that is not trained; a subclass sets `teacher` and code_shape.
 
-    The teacher goes where the model goes, but is no part of it: its weights are not saved.
+    The teacher moves to the model's device, but is not a submodule: its weights are not saved.
 
     Attributes:
         teacher: none, or the teacher's path, see `teacher_path`.
-        frozen: the teacher, once it is read.
-        fitted_by: the arguments that the shape of a code depends on.
+        frozen: the teacher, once it is loaded.
+        fitted_by: the arguments that determine the shape of a code.
     """
 
     fitted_by: ClassVar[str]
@@ -52,7 +52,7 @@ class Taught(Autoencoder):
             self.taught_by()
 
     def taught_by(self) -> Autoencoder:
-        """The teacher, read from its file at the first call: not in the constructor, so that a model loads without.
+        """The teacher, loaded from its file at the first call: not in the constructor, so a model loads without it.
 
         Raises:
             AezooError: there is no such model, or it does not fit the data or the code.

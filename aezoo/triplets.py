@@ -23,7 +23,7 @@ class WithTriplets(Autoencoder):
     Attributes:
         triplet_weight: weight of the triplet loss.
         margin: how much farther than the positives the negatives must be.
-        mining: which triplets of a batch count: all, active or semi_hard, as `triplet_ae` describes them.
+        mining: which triplets of a batch count: all, active or semi_hard, see `triplet_ae`.
     """
 
     compares_samples: ClassVar[bool] = True
@@ -34,10 +34,10 @@ class WithTriplets(Autoencoder):
     mining: str
 
     def keep_triplets(self, triplet_weight: float, margin: float, mining: str) -> None:
-        """Take the attributes of these names.
+        """Set the attributes of these names.
 
         Raises:
-            AezooError: a value that cannot work.
+            AezooError: an invalid value.
         """
         if not 0 <= triplet_weight < math.inf:
             raise AezooError(f"triplet_weight must be at least 0 and finite, got {triplet_weight}")

@@ -61,11 +61,8 @@ class CodeStatistics(Checked, pl.Callback):
             self._terms = outputs.keys()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        due = (
-            trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
-            if self._active
-            else False
-        )
+        epoch, in_fit = trainer.current_epoch + 1, trainer.state.fn == "fit"
+        due = self._active and not (in_fit and epoch % self.every_n_epochs)
         self._counting = due and not trainer.sanity_checking
         self._sums: dict[str, Tensor] = {}
 

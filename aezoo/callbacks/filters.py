@@ -1,5 +1,6 @@
 """What the weights look like."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,11 +60,9 @@ def first_weights(model: "Autoencoder") -> Tensor | None:
     for layer in (getattr(model, "encoder", None) or model).modules():
         if isinstance(layer, nn.Linear):
             weights = layer.weight.detach().float().cpu()
-            return weights.unflatten(1, model.input_shape) if weights[0].numel() == _numel(model.input_shape) else None
+            return (
+                weights.unflatten(1, model.input_shape) if weights[0].numel() == math.prod(model.input_shape) else None
+            )
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return layer.weight.detach().float().cpu() if max(layer.kernel_size) > 1 else None
     return None
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()

@@ -18,19 +18,19 @@ from aezoo.nets import inductor, linear
 from aezoo.nets.memory_format import ChannelsLast
 
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
-# a compilation may cost this many seconds where the compiler's cache is empty, and saves about this share of a step's
-# arithmetic at this many FLOP/s a thread, which is 0.51 ms of the dense step (0.25 to 0.7 ms of it were measured where
-# gradients were a graph of their own, 1.3 ms on a Zen 5 since, see benchmarks/results/speed-train-*.csv), or on a GPU
-# this many seconds of launches a step
+# compiling may take this many seconds with an empty cache, and saves about this share of a step's arithmetic at this
+# many FLOP/s per thread, which is 0.51 ms of the dense step (measured 0.25 to 0.7 ms when gradients were a separate
+# graph, 1.3 ms on a Zen 5 since then, see benchmarks/results/speed-train-*.csv), or on a GPU this many seconds of
+# launches per step
 _COMPILE_SECONDS = 20.0
 _SAVED_SHARE = 0.15
 _FLOPS_PER_THREAD = 1e11
 _SAVED_LAUNCHES = 5e-4
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# of Linux's mman.h: have huge pages from now on, and at once what is there
+# from Linux's mman.h: huge pages from now on, and for existing pages at once
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _HUGE = 2**21
-# less than what malloc keeps
+# less than malloc keeps
 _ROOM = 3 * 2**28
 
 
@@ -126,7 +126,7 @@ class Compiled:
 
     def _say(self, error: Exception) -> None:
         lines = [line.strip() for line in str(error).splitlines()]
-        # dynamo's first line names the back end alone
+        # dynamo's first line only names the back end
         cause = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
         rank_zero_warn(
             f"the step is not compiled and runs slower ({cause[:160]}): install what is missing, or give --compile off"
@@ -195,7 +195,7 @@ def expect_large_tensors() -> None:
     has freed such a tensor, each step pays for page faults. `keep_pages` keeps more. This changes no setting and never
     touches the memory.
     """
-    # no tensor, which torch fills where all has to be deterministic
+    # not a tensor, which torch fills in deterministic mode
     torch.UntypedStorage(2**25 - 2**16, device="cpu")
 
 
@@ -222,7 +222,7 @@ def _ask_for_huge_pages() -> None:
     libc.malloc.restype = ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    # room that takes no memory before it is used, and that malloc keeps when it is free
+    # a block that takes no memory until it is used, and that malloc keeps when it is freed
     room = libc.malloc(ctypes.c_size_t(_ROOM))
     for start, end in _heap():
         if room is not None and start <= room < end:

@@ -253,7 +253,7 @@ class Autoencoder(Checked, pl.LightningModule):
     @torch.no_grad()
     def _start(self, x: Tensor, first: bool) -> None:
         if not self.started:
-            # of a step that was not finite the fault guard puts buffers back, `started` among them, and no weights
+            # after a step that was not finite the fault guard restores buffers, `started` among them, but no weights
             for parameter, before in zip(self.parameters(), self._before_start, strict=False):
                 parameter.copy_(before)
             if self._trainer is not None and not self._before_start:
@@ -277,7 +277,7 @@ class Autoencoder(Checked, pl.LightningModule):
         x = from_bytes(x)
         if self._channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        # gradients are asked of the loss alone
+        # only the loss needs gradients
         terms = {name: term if name == "loss" else term.detach() for name, term in self.loss(x, y).items()}
         return terms, torch.stack([*terms.values()]).detach()
 
@@ -309,7 +309,7 @@ class Autoencoder(Checked, pl.LightningModule):
         x, y = self._unpack(batch)
         z, kind = self.encode(x), type(self)
         if kind.score is Autoencoder.score and kind.decode is Autoencoder.decode:
-            params = self.decoder(z)  # once for what both of them need
+            params = self.decoder(z)  # once for mean and score
             found = {"code": z, "reconstruction": self.likelihood.mean(params), "score": self.nll(params, x)}
         else:
             found = {"code": z, "reconstruction": self.decode(z), "score": self.score(x)}
@@ -337,7 +337,7 @@ class Autoencoder(Checked, pl.LightningModule):
     def clip_gradients(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        # of a step that is skipped there are none, which torch refuses to clip by value
+        # a skipped step has no gradients, and torch refuses to clip none by value
         if optimizers.with_gradients(optimizer):
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -351,7 +351,7 @@ class Autoencoder(Checked, pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         ranks.let_go_at_exit(self.trainer)
-        # DistributedDataParallel, which follows, keeps gradients as weights lie now
+        # before DistributedDataParallel, which lays out gradients like the weights
         fits = stage == "fit" and ranks.hold_it_whole(self.trainer)
         self._channels_last = fits and acceleration.to_channels_last(self)
 
@@ -361,13 +361,13 @@ class Autoencoder(Checked, pl.LightningModule):
         self._evaluations = {}
         means, self._means_before = self._means_before, None
         if means is not None and self.trainer.ckpt_path is not None:
-            # what the epoch had added up before the checkpoint; of several ranks that of the first, for all
+            # the epoch's sums up to the checkpoint; several ranks all get those of the first
             self._train_means.load_state_dict(means, self.device)
         if self._fit_seed is None or self.trainer.ckpt_path is None:
             self._fit_seed, self._compiled_before = torch.initial_seed() % 2**63, None
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy is in no fit: what is compiled has the weights of this model, and no file can hold it
+        # a copy belongs to no fit: a compiled function refers to this model's weights, and cannot be pickled
         of_fit: dict[str, Any] = {"_compiled": None, "takes_bytes": False, "_noise_is_torch_s": False}
         return {**super().__getstate__(), **of_fit, "_before_start": []}
 
@@ -389,7 +389,7 @@ class Autoencoder(Checked, pl.LightningModule):
     def on_train_start(self) -> None:
         epoch_loop = self.trainer.fit_loop.epoch_loop
         if epoch_loop.restarted_on_train_batch_end and epoch_loop.batch_progress.is_last_batch:
-            self._train_means.reset()  # of an epoch that Lightning takes for over
+            self._train_means.reset()  # Lightning counts this epoch as finished
         for held in self.trainer.optimizers:
             optimizers.align(held)
         self._prepare_step()
@@ -417,7 +417,7 @@ class Autoencoder(Checked, pl.LightningModule):
         own_loop = type(self).training_step is Autoencoder.training_step
         if chosen:
             if light and own_loop and mode == "reduce-overhead" and loop.capture(self.trainer):
-                mode = "default"  # a graph of the whole step holds those of its parts
+                mode = "default"  # a graph of the whole step includes those of its parts
             batches = self.trainer.fit_loop.epoch_loop.batch_progress
             how: dict[str, Any] = {
                 "mode": "default" if mode == "auto" else mode,
@@ -435,7 +435,7 @@ class Autoencoder(Checked, pl.LightningModule):
     def _heed_others(self) -> None:
         """Check who else takes part in a step: what others see and draw must not change."""
         self._noise_is_torch_s = loop.noise_is_torchs(self.trainer) and _is_own(type(self))
-        # anybody else's would be refused where the step is not compiled
+        # bytes from other data are refused if the step is not compiled, so also if it is
         leaves = getattr(self.trainer.datamodule, "leaves_bytes", False)  # type: ignore[attr-defined]
         self.takes_bytes = leaves and self._compiled is not None and loop.batch_is_private(self.trainer)
 
@@ -452,7 +452,7 @@ class Autoencoder(Checked, pl.LightningModule):
         from aezoo.registry import name_of
 
         stamp = {"model": name_of(type(self)), "version": aezoo.__version__}
-        # a run that goes on must draw the same noise by the same arithmetic
+        # a resumed run must draw the same noise and use the same arithmetic
         checkpoint["aezoo"] = stamp | {"seed": self._fit_seed, "compiled": self._compiled_before}
         if self._train_means.state_dict()["count"]:
             checkpoint["aezoo"]["means"] = self._train_means.state_dict()
@@ -485,7 +485,7 @@ class Autoencoder(Checked, pl.LightningModule):
 
     def _log_evaluation(self, stage: str) -> None:
         for loader, evaluation in self._evaluations.items():
-            # those of the first have the plain names, by which checkpoints go
+            # the first loader has the plain names, which checkpoints monitor
             group = f"{stage}_{loader}" if loader else stage
             figures = {f"{group}/{name}": value for name, value in evaluation.compute().items()}
             self.log_dict(figures, sync_dist=True)
@@ -526,7 +526,7 @@ class _AfterError(pl.Callback):
             pl_module.leave_fit()
 
 
-inputs.guard(Autoencoder)  # its subclasses are guarded as they are made
+inputs.guard(Autoencoder)  # subclasses are guarded when they are defined
 
 
 def _is_own(cls: type) -> bool:

@@ -222,7 +222,7 @@ class LightLoop(_TrainingEpochLoop):
     def teardown(self) -> None:
         if self.plan is not None and self.plan.rollback is not None:
             self.plan.rollback.close()
-        self.plan = None  # of this fit alone
+        self.plan = None  # it belongs to this fit only
         super().teardown()
         self.__class__ = _TrainingEpochLoop
 
@@ -231,7 +231,7 @@ class LightLoop(_TrainingEpochLoop):
         self._settle()
         old, self.plan = self.plan, None
         assert old is not None
-        # another module has not asked for this loop
+        # another module has not requested this loop
         new = plan_of(self.trainer) if old.module is self.trainer.lightning_module else None
         if old.rollback is not None:
             old.rollback.begin_epoch(None)
@@ -255,7 +255,7 @@ class LightLoop(_TrainingEpochLoop):
             return
         trainer, progress = self.trainer, self.batch_progress
         connector, results = trainer._logger_connector, self._results
-        # somebody may have said otherwise since the epoch began
+        # callbacks may have changed both since the epoch began
         simple = trainer.accumulate_grad_batches == 1 and not plan.step.is_watched()
         if plan.rollback is not None:
             if not simple:
@@ -268,7 +268,7 @@ class LightLoop(_TrainingEpochLoop):
         progress.is_last_batch = data_fetcher.done
         batch = transfer(trainer, batch) if plan.prepare is None else plan.prepare(batch, 0)
         progress.increment_ready()
-        # what the connector's on_batch_start does, with the results at hand
+        # the same as the connector's on_batch_start
         connector._first_loop_iter = connector._first_loop_iter is None
         results.batch, results.batch_size, results.dataloader_idx = batch, None, None
         output: dict[str, Any] | None = None
@@ -280,7 +280,7 @@ class LightLoop(_TrainingEpochLoop):
             output = self._optimise(batch, batch_idx)
         self._end_step()
         self._ask("on_train_batch_end", output, batch, batch_idx)
-        # a value keeps its place after it was logged; only one that is not reset was logged in this epoch
+        # logged values stay in the results; only those that are not reset were logged in this epoch
         logged = any(not value.has_reset for value in results.values())
         if logged:
             connector.on_batch_end()
@@ -331,7 +331,7 @@ class LightLoop(_TrainingEpochLoop):
 
     def _ask(self, hook: str, *args: Any) -> None:
         trainer, plan = self.trainer, self.planned
-        # the guard remembers at its own place among those who may change what it remembers
+        # the guard must remember at its own place among callbacks that may change the state
         remembers = hook == "on_train_batch_start" and not (plan.rollback is not None and plan.rollback.is_trusting)
         for method, is_module in (plan.hooks if self._loud or remembers else plan.quiet)[hook]:
             self._named(hook, method, *args) if is_module else self._named(hook, method, trainer, plan.module, *args)
@@ -416,7 +416,7 @@ class LightLoop(_TrainingEpochLoop):
         try:
             output = self._forward_and_backward(batch, batch_idx)
         except Exception:
-            # weights that are not finite may be the reason
+            # the reason may be weights that are not finite
             if not rollback.settle(in_step=True):
                 raise
         else:
@@ -521,7 +521,7 @@ class LightLoop(_TrainingEpochLoop):
             loss = output["loss"] if shared else output["loss"] / accumulated
             output = {"loss": None, **output} | {"loss": loss.detach() if shared else loss.detach().clone()}
         else:
-            # a tensor, None, another mapping, or the message on what it should be
+            # a tensor, None, another mapping, or an error
             result = ClosureResult.from_training_step_output(output, accumulated)
             loss, output = result.closure_loss, {} if result.loss is None else result.asdict()
             if loss is None:

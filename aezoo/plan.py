@@ -30,18 +30,18 @@ from aezoo.joint import Joint
 from aezoo.rollback import Rollback
 
 Hook = Callable[..., Any]
-# of all modules at once; private to torch
+# global module hooks; private to torch
 _GLOBAL_HOOKS = [name for name in vars(of_modules) if name.startswith("_global_") and name.endswith("_hooks")]
 _AROUND_STEP = ("on_train_batch_start", "on_train_batch_end")
 _BEFORE_GRADIENTS = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
 _WITHIN_STEP = (*_BEFORE_GRADIENTS, "on_before_optimizer_step")
-# of these what a CUDA graph can hold
+# hooks that a CUDA graph can hold
 _RECORDED = ("on_before_backward", "on_before_optimizer_step")
-# callbacks whose hooks around a step read no weights but through state_dict; this package's own say so themselves
+# Lightning's callbacks whose hooks around a step read weights only through state_dict; this package's have a flag
 _READ_NO_WEIGHTS = (LearningRateMonitor, ModelCheckpoint, ProgressBar, Timer)
-# one of these is reason enough to leave the step to Lightning
+# with one of these Lightning takes the step
 _OWN_STEP = ("optimizer_step", "configure_gradient_clipping", "lr_scheduler_step")
-# what a module may be given of its own while it trains
+# attributes of a module that may be replaced while it trains
 _OF_MODULE = (*_AROUND_STEP, *_WITHIN_STEP, *_OWN_STEP, "training_step", "backward", "clip_gradients")
 _OURS = ("aezoo", "lightning")
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device")
@@ -60,7 +60,7 @@ class Plan:
     step: FusedStep
 
     def __init__(self, trainer: pl.Trainer) -> None:
-        module: Any = trainer.lightning_module  # any LightningModule: this package's have further methods
+        module: Any = trainer.lightning_module  # Any, since models of this package have further methods
         self.module = module
         self.optimizer = trainer.optimizers[0]
         self._parties = _parties(trainer)
@@ -70,22 +70,22 @@ class Plan:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         self._callbacks = len(callbacks)
         hooked = [_owner(hook) for name in _AROUND_STEP for hook, _ in self.hooks[name]]
-        # those of this package and of Lightning read no more of a batch than its length
+        # callbacks of this package and of Lightning only read a batch's length
         self.batch_is_private = all(_is_ours(who) for who in hooked)
         layers = all(_is_as_written(part, "aezoo", "torch") for part in module.modules())
-        # no code of others runs
+        # no foreign code runs
         self.is_private = layers and all(_is_as_written(callback, *_OURS) for callback in callbacks)
-        # they alone draw from NumPy's and Python's generators
+        # only foreign code draws from NumPy's and Python's generators
         self.noise_is_torchs = self.is_private and _data_are_ours(trainer)
         within = [_owner(hook) for name in _WITHIN_STEP for hook, _ in self.hooks[name]]
-        # nobody can change the loss between a step and its end
+        # nothing can change the loss between a step and its end
         self.loss_is_private = all(_is_ours(who) for who in (*hooked, *within)) and _is_ours_too(module, "backward")
         constrained = isinstance(module, Constrained)
         theirs = Constrained if constrained else pl.LightningModule
         self.own_step = any(is_overridden(name, module, theirs) for name in _OWN_STEP)
         self.own_step |= not _is_ours_too(module, "clip_gradients") or not _steps_by_itself(self.optimizer)
         self.after_step: Hook | None = module.after_optimizer_step if constrained else None
-        # torch's own does the same among records for its profiler, at ten times the cost
+        # torch's zero_grad does the same with records for its profiler, at ten times the cost
         self.own_zero_grad = (
             is_overridden("optimizer_zero_grad", module)
             or type(self.optimizer).zero_grad is not torch.optim.Optimizer.zero_grad
@@ -95,9 +95,9 @@ class Plan:
         self.prepare = in_place(trainer, trainer.train_dataloader)
         self.captured: CapturedStep | None = None
         self.joint: Joint | None = None
-        # called when another plan takes this one's place
+        # called when another plan replaces this one
         self.of_others: Callable[[], None] | None = None
-        # callbacks that take part in a step: a graph can hold those that say so
+        # callbacks within a step: a graph can hold those with `capturable`
         self.recorded: list[Any] = list({_owner(hook): None for name in _RECORDED for hook, _ in self.hooks[name]})
         a_batch_is_a_step = (
             trainer.accumulate_grad_batches == 1
@@ -116,17 +116,17 @@ class Plan:
             and all(getattr(who, "capturable", False) for who in self.recorded)
             and all(group.get("capturable") for group in self.optimizer.param_groups)
         )
-        # a guard that has the last word on a step may be asked in place of its hooks
+        # a guard that is the last to act on a step may be called directly instead of by its hooks
         guards = [c for c in trainer.callbacks if getattr(c, "only_looks", False)]  # type: ignore[attr-defined]
         others = [own for hook, own in self.hooks["on_before_optimizer_step"] if _owner(hook) not in guards]
         has_last_word = len(guards) == 1 and all(others)
         self.guard: Any = guards[0] if has_last_word and a_batch_is_a_step else None
-        # the same without the guard's, which are not called for a step that it passes
+        # the hooks without the guard's, which are not called for a step that passes
         self.quiet = {
             name: [(hook, own) for hook, own in hooks if _owner(hook) is not self.guard]
             for name, hooks in self.hooks.items()
         }
-        # the norm that gradients are clipped to tells the guard what it would look for
+        # the norm for clipping is also the guard's check
         self.clips_by_norm = (
             trainer.strategy.root_device.type == "cpu"
             and type(precision) is Precision
@@ -139,7 +139,7 @@ class Plan:
     def begin_epoch(self, trainer: pl.Trainer) -> None:
         """Look up what may change from epoch to epoch."""
         self.step = FusedStep(self.optimizer, alone=self.is_private)
-        # validation after a share of an epoch, by time, or by the count of all batches is Lightning's to judge
+        # Lightning decides on validation after part of an epoch, by time, or by the count of all batches
         self.validates_at_end = (
             trainer.check_val_every_n_epoch is not None
             and trainer._val_check_time_interval is None  # type: ignore[attr-defined]
@@ -315,7 +315,7 @@ def _reads_no_weights(hook: Hook, own: bool) -> bool:
     """
     who = _owner(hook)
     known = isinstance(who, _READ_NO_WEIGHTS) and type(who).__module__.startswith(("lightning.", "aezoo."))
-    # of the class itself: another's hooks may do what they like
+    # of the class itself: a subclass may have other hooks
     return not own and (known or bool(vars(type(who)).get("reads_no_weights")))
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # steps between two checks; and seconds, since slow steps would be slow to repeat
 PERIOD, SECONDS = 256, 10.0
-# what a step leaves of a squared gradient; below it moments soon forget
+# least decay factor of a squared gradient in a step; with a smaller one moments soon forget
 _LEAST_MEMORY = 0.9
 # squares of gradients that add up to a tenth of what float32 holds
 _LARGE = 3e37
@@ -98,7 +98,7 @@ class Rollback:
         self._loop = loop
         self._step: FusedStep | None = None
         self._copy: _Copy | None = None
-        # number of the batch, and whether it is the epoch's last: of the steps since the copy, None if none is trusted
+        # (index of the batch, whether it is the epoch's last) of the steps since the copy; None if none is trusted
         self._taken: list[tuple[int, bool]] | None = None
         self._ends_at = 0.0
         self._unwatch: Callable[[], None] = _nothing
@@ -153,7 +153,7 @@ class Rollback:
     def _has_room(self, groups: list[Group]) -> bool:
         if self._copy is None or self._copy.groups is not groups:
             had_room, self._copy = self._copy is not None, None
-            # asked once, as weights do not grow: the answer is in several files
+            # checked once, as weights do not grow: it reads several files
             if not had_room and not _Copy.fits(self._loop, groups):
                 self._step = None
                 return False
@@ -164,7 +164,7 @@ class Rollback:
         assert self._copy is not None
         self._copy.remember()
         self._taken, self._ends_at = [], time.monotonic() + SECONDS
-        # who saves the weights asks the module for them. A hook must not remove itself, so it calls `_settle`
+        # whatever saves the weights calls state_dict. A hook must not remove itself, so it calls `_settle`
         watch = self._loop.trainer.lightning_module.register_state_dict_pre_hook(lambda *_: self._settle())
         self._unwatch = watch.remove
 
@@ -175,7 +175,7 @@ class Rollback:
         if self._copy.is_finite(len(taken)) and not (in_step and self._copy.has_buffers):
             return False
         self._step = None  # for the rest of the epoch
-        # whoever asks for the weights may want no gradients, nor 16 bits
+        # the caller of state_dict may have disabled gradients or enabled autocast
         with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
             self._take_again(self._copy, taken)
         return True
@@ -187,11 +187,11 @@ class Rollback:
         was.restore()
         if taken:
             loader: Any = loop.trainer.train_dataloader
-            # the epoch's own iterator goes on where it is
+            # the epoch's own iterator keeps its position
             batches = itertools.islice(loader.again(taken[0][0]), len(taken))
             for (batch_idx, is_last), batch in zip(taken, batches, strict=True):
                 loop.take_again(batch, batch_idx, is_last)
-        # the step in hand has been counted too
+        # the current step has been counted, too
         loop.set_counters(counters)
 
 

@@ -105,7 +105,7 @@ class FaultGuard(Checked, pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         skipped, in_a_row, by_term, by_part = self.skipped, self._in_a_row, self.by_term, self.by_part
         if self._device is not None:
-            # a look that takes nothing away from the next one, which speaks of it
+            # a read that keeps the counts for the next one, which reports them
             seen = self._device.read(keep=True)
             skipped, in_a_row = skipped + seen.total, seen.row
             by_term, by_part = by_term + Counter(seen.terms), by_part + self._by_part(seen)
@@ -155,7 +155,7 @@ class FaultGuard(Checked, pl.Callback):
             return
         self._stepped = True
         gradients: list[Any] = [parameter.grad for parameter in parameters]
-        # each rank has a loss of its own, and all must do the same
+        # the loss differs between ranks, which must all do the same
         if trainer.world_size > 1 and self._scaler is None:
             losses = []
         if self._device is not None:
@@ -167,7 +167,7 @@ class FaultGuard(Checked, pl.Callback):
                 self._held.restore_where(found)
             return
         if self._scaler is not None:
-            # it skips by itself what it has scaled too high
+            # the scaler itself skips steps with a too large scale
             bad = self._broken_under_scaler(trainer, losses, gradients)
         else:
             bad = _broken(gradients) or not all(math.isfinite(loss) for loss in losses)
@@ -206,7 +206,7 @@ class FaultGuard(Checked, pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
-            return  # the counters go into the file that is saved now
+            return  # the counters go into the file that is being saved
         self._device = self._held = None
 
     def _broken_under_scaler(self, trainer: pl.Trainer, losses: list[Tensor], gradients: list[Tensor]) -> bool:
@@ -242,7 +242,7 @@ class FaultGuard(Checked, pl.Callback):
         terms, names = list(seen.terms), [self._names.get(key, "?") for key in seen.parameters]
         row = max(seen.peak, seen.row)
         fault = fault_report.Fault(epoch, batch_idx, step, terms, names, row, self.skipped)
-        # the batch in hand is the bad one only if that was the last
+        # the current batch is the bad one only if that was the last
         batch = batch if seen.ago == 0 else None
         fault_report.say(trainer, fault, batch)
         if row >= self.patience:
@@ -263,7 +263,7 @@ class FaultGuard(Checked, pl.Callback):
         return parts
 
     def _tell_averages(self, found: Tensor | None) -> None:
-        # with several optimisers some weights move all the same
+        # with several optimisers some weights still change
         if self._device is not None and self._device.n_optimizers == 1:
             for callback in self._averages:
                 callback.skipped = found
@@ -306,7 +306,7 @@ class _OnDevice:
     def __init__(self, device: torch.device, in_a_row: int, window: int, n_optimizers: int = 1) -> None:
         self.n_optimizers = n_optimizers
         self.found: Tensor | None = None
-        # in a row, most in a row, in all, good ones since
+        # bad steps in a row, most in a row, in total; good steps since
         self._numbers = torch.tensor([float(in_a_row), 0.0, 0.0, 0.0], device=device)
         self._keys: dict[int, list[int]] = {}
         self._by_value: dict[int, Tensor] = {}
@@ -377,7 +377,7 @@ class _OnDevice:
 def _broken(gradients: list[Any]) -> bool:
     """Whether the sum of squares of any gradient is not finite; synchronises with the device."""
     norms = _norms(gradients)
-    # numbers of the CPU are at hand; of a GPU each would be a wait
+    # values on the CPU cost nothing to read; on a GPU each read would synchronise
     total = sum(norm.item() for norm in norms) if norms[0].is_cpu else float(torch.stack(norms).sum())
     return not math.isfinite(total)
 

@@ -211,7 +211,7 @@ class DataModule(Checked, LightningDataModule):
         if not self._splits:
             if self.trainer is None:
                 self.prepare_data()
-            # more where somebody knows of a run to come
+            # a caller may have set more for a later run
             self.source.processes = max(self.source.processes, local_processes(self.trainer))
             splits = {part: self.source.split(part) for part in STAGES}
             self._splits = {part: dataset for part, dataset in splits.items() if dataset is not None}
@@ -220,13 +220,13 @@ class DataModule(Checked, LightningDataModule):
             if self.num_labels and "train" in self._splits:
                 named = self.source.class_names, str(self.name)
                 self._splits["train"] = keep_labels(self._splits["train"], self.num_labels, self.seed, *named)
-            # what is read into memory later keeps the order that its files had
+            # samples that are read into memory later keep the order of their files
             self._blocks = {part: blocks_of(dataset) for part, dataset in self._splits.items()}
             if self.binarise != "none":
                 self._binarise()
         self._check(self._splits.get("train"))
         if self.trainer is not None and stage == "fit" and "val" not in self._splits:
-            # an empty loader would make Lightning warn of what was asked for
+            # with an empty loader Lightning would warn of what the user wanted
             if self._limit_before is None:
                 self._limit_before = self.trainer.limit_val_batches
             self.trainer.limit_val_batches = 0
@@ -254,7 +254,7 @@ class DataModule(Checked, LightningDataModule):
                 f"{self.batch_size}: lower --data.batch_size or set --data.drop_last false"
             )
         x = train.x if isinstance(train, ArrayDataset) else None
-        # by number, since `for row in x` would make a tensor of every row before it compares the second
+        # by index, since `for row in x` would make tensors of all rows before the first comparison
         if x is not None and (x.min() == x.max() if n == 1 else all(torch.equal(x[i], x[0]) for i in range(n))):
             raise AezooError(f"{self.name}: constant data, all {n} training samples are the same: check the file")
         if self.labels == "required" and len(collate([cast(Any, train)[0]], labels=True)) == 1:
@@ -301,7 +301,7 @@ class DataModule(Checked, LightningDataModule):
                       state_dict.get("columns", ()))  # fmt: skip
         self.note_scaling(state_dict.get("scaling", {}), state_dict.get("white"))
         _, world = self._rank_and_world()
-        # who evaluates takes no part in the epoch
+        # evaluation does not continue the epoch
         trains = self.trainer is None or self.trainer.state.fn in (None, "fit")
         for key, now, flag, words in (
             ("world", world, "trainer.devices", "of {} processes"),
@@ -349,7 +349,7 @@ class DataModule(Checked, LightningDataModule):
                 return batch
             x = as_float(x, levels_of(self.scale))
             if self.trainer is not None:
-                # Lightning has converted the batch to the precision of the run already, and bytes are left as they are
+                # Lightning has already converted the batch to the run's precision, except bytes
                 x = self.trainer.precision_plugin.convert_input(x)
         return (x, *batch[1:])
 
@@ -467,7 +467,7 @@ class DataModule(Checked, LightningDataModule):
         self._restore_limit()
 
     def on_exception(self, exception: BaseException) -> None:
-        # Lightning tears nothing down then
+        # Lightning does not call teardown then
         self._restore_limit()
 
     def _restore_limit(self) -> None:

@@ -1,12 +1,12 @@
 """Convolutions of images on a CPU with the samples of a batch abreast: (H, W, B, C) in memory.
 
-oneDNN multiplies a row of the grid at a time, which is a matrix of 2 to 8 points where grids are small. Where the
-samples lie side by side the batch is one more side of the grid, along which the kernel has a single tap: the matrices
-have as many rows as there are samples, and nothing beyond the border is multiplied. So are values and gradients of
-inputs computed, and the gradient of weights of 16 bits; that of weights of 32 bits is the faster with channels last.
-Forward and backward a layer is up to 2.4 times as fast as torch's, in bfloat16 6.7 times, where torch adds a bias
-number by number as well (`python -m benchmarks.convolutions`). A tensor stays (B, C, H, W): how it lies is a matter of
-its strides, which activations keep.
+oneDNN multiplies one row of the grid at a time, a matrix of only 2 to 8 points on small grids. With samples side by
+side the batch is another axis of the grid, along which the kernel has a single tap: the matrices have as many rows as
+there are samples, and padding is never multiplied. Values and gradients of inputs are computed in this way, and the
+gradient of 16-bit weights; that of 32-bit weights is faster with channels last. Forward and backward a layer is up to
+2.4 times as fast as torch's, in bfloat16 6.7 times, where torch also adds a bias number by number
+(`python -m benchmarks.convolutions`). The shape of a tensor stays (B, C, H, W): only its strides change, which
+activations keep.
 """
 
 import functools
@@ -70,7 +70,7 @@ def _images(volume: Tensor) -> Tensor:
 
 @functools.cache
 def is_known() -> bool:
-    """Whether this build of torch has oneDNN's operators, one of which is private to it."""
+    """Whether this build of torch has oneDNN's operators, one of which is private."""
     one = torch.ones(1, 1, 1, 1, dtype=torch.float32, device="cpu")
     point = Geometry((1, 1), (1, 1), (0, 0), (1, 1), (1, 1))
     try:
@@ -90,7 +90,7 @@ linear.count(getattr(_onednn, "_convolution_transpose_pointwise", None), functoo
 
 
 class Abreast(Convolution):
-    """A convolution, or a transposed one, whose values and gradients lie abreast; that of the input lies as it does."""
+    """A convolution, or a transposed one, with values and gradients abreast; the input's gradient has its layout."""
 
     @staticmethod
     def forward(

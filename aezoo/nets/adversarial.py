@@ -1,12 +1,12 @@
-"""Players of an adversarial game that step at once, on one backward pass.
+"""Players of an adversarial game that step together, with one backward pass.
 
-Each player has a loss of its own, which passes no gradient to the parameters of the others: what another one owns is
-`frozen` or detached in it. Then one backward pass through the sum of all losses gives the gradients of every player,
-and an optimiser with a group of parameters for each is as many optimisers. A loss that is to train, but not to count in
-the value of the sum, is a `gradient_alone`.
+Each player has its own loss, which passes no gradient to the parameters of the others: these are `frozen` or detached
+in it. Then one backward pass through the sum of all losses gives the gradients of every player, and an optimiser with a
+group of parameters for each is equivalent to several optimisers. A loss that trains but does not count in the value of
+the sum is a `gradient_alone`.
 
-Where a loss is weighed against another by their gradients at one layer, `by_last_layer` and `with_gradient` find these
-by the passes that training takes anyway.
+If a loss is weighted against another by their gradients at one layer, `by_last_layer` and `with_gradient` compute these
+in passes that training needs anyway.
 """
 
 import math
@@ -40,7 +40,7 @@ def check_discriminator(dims: tuple[int, ...], lr: float, start: int = 0) -> Non
 
 
 def frozen(module: nn.Module, *inputs: Tensor) -> Any:
-    """module(*inputs) with the module's parameters as constants: gradients go to the inputs alone."""
+    """module(*inputs) with the module's parameters as constants: gradients go to the inputs only."""
     return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, inputs)
 
 
@@ -50,12 +50,12 @@ def gradient_alone(loss: Tensor) -> Tensor:
 
 
 def two_groups(model: nn.Module, betas: tuple[float, float], both: bool = False) -> list[dict[str, Any]]:
-    """Parameter groups: all that is not the discriminator's, and the discriminator's, at a rate of its own.
+    """Parameter groups: all parameters but the discriminator's, and the discriminator's, with its own learning rate.
 
     Args:
         model: has a module `discriminator`, its learning rate, `discriminator_lr`, and `optimizer`.
         betas: of the discriminator's optimiser, if it has moments and the user sets no others.
-        both: these are the other group's, too.
+        both: whether the other group uses these betas, too.
     """
     others = [p for name, p in model.named_parameters() if not name.startswith("discriminator.")]
     judge = [*model.discriminator.parameters()]  # type: ignore[union-attr]
@@ -77,8 +77,8 @@ class Generator(nn.Module):
 class PatchDiscriminator(nn.Sequential):
     """How real each patch of a sample looks (Isola et al. 2016, https://arxiv.org/abs/1611.07004, section 2.2.2).
 
-    (B, C, *grid) -> (B, 1, *smaller grid), by stages of stride 2 for any size; normalised over groups of channels of a
-    sample, where the paper's batch normalisation would set samples against each other.
+    (B, C, *grid) -> (B, 1, *smaller grid), by stages of stride 2 for any size; with group normalisation, since the
+    paper's batch normalisation would make samples depend on each other.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W).
@@ -112,7 +112,7 @@ def hinge(t_real: Tensor, t_fake: Tensor) -> Tensor:
 
 
 def by_last_layer(net: nn.Module, *inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """A network's output, and what takes a gradient of it to that of the weight W of the network's last layer.
+    """A network's output, and a map from gradients of it to those of the weight W of the network's last layer.
 
     One forward pass for both: (B, ...) -> (B, ...) and the map (B, ...) -> (*W.shape), whose results are constants.
     """
@@ -128,7 +128,7 @@ def by_last_layer(net: nn.Module, *inputs: Tensor) -> tuple[Tensor, Callable[[Te
 
 
 def with_gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
-    """loss(at), live, and its gradient with respect to `at`, a constant: (B, ...) -> (), (B, ...)."""
+    """loss(at), differentiable, and its gradient with respect to `at`, a constant: (B, ...) -> (), (B, ...)."""
     compiling = torch.compiler.is_compiling()  # then as in `by_last_layer`
     value, pull, *_ = vjp(loss, at.detach() if compiling else at)
     gradient = pull(torch.ones_like(value))[0].detach()
@@ -136,7 +136,7 @@ def with_gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor,
 
 
 def at_input(net: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
-    """A gradient where a network ends, taken to where it begins, a constant: (B, ...) -> (B, ...)."""
+    """The gradient at a network's input for one at its output, a constant: (B, ...) -> (B, ...)."""
     _, pull, *_ = vjp(lambda at: frozen(net, at), x.detach())
     return pull(gradient)[0].detach()
 
@@ -144,9 +144,9 @@ def at_input(net: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
 def adaptive_weight(g_rec: Tensor, g_gan: Tensor, *, most: float = 1e4) -> Tensor:
     """||g_rec|| / (||g_gan|| + 1e-4), at most `most`, of the gradients at the decoder's last layer -> ().
 
-    Whatever the scale of the adversarial loss, it moves that layer as far as the reconstruction does: Esser et al.
-    2020, https://arxiv.org/abs/2012.09841, equation 7, with the constants of their code. Gradients are to be those
-    of all ranks: the mean of the ranks' own weights would be another.
+    With this weight the adversarial loss moves that layer as far as the reconstruction does, whatever its scale: Esser
+    et al. 2020, https://arxiv.org/abs/2012.09841, equation 7, with the constants of their code. The gradients must be
+    averaged over ranks: the mean of the weights of single ranks would differ.
     """
     ratio = at_least_float32(g_rec).norm() / (at_least_float32(g_gan).norm() + 1e-4)
     return ratio.clamp(0, most)

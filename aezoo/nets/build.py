@@ -1,4 +1,4 @@
-"""Names to networks and activations."""
+"""Networks and activations by name."""
 
 from importlib import import_module
 from types import ModuleType
@@ -57,11 +57,10 @@ def encoder(
         name: `mlp`, `lstm` and `transformer` take any shape, the last two as steps; `conv`, `resnet`, `convnext`,
             `conv_keras`, `unet`, `gdn`, `dc`, `vit` and `mixer` take (C, L), (C, H, W) or (C, D, H, W) of any size.
         input_shape: shape of one sample.
-        code_shape: (D,) for a vector; for all but mlp, lstm and transformer also the feature map that
-            `map_shape` names.
+        code_shape: (D,) for a vector; for all but mlp, lstm and transformer also a feature map, see `map_shape`.
         hidden_dims: widths of the layers (mlp, lstm), of the blocks (transformer, vit, mixer) or channels of the
             stages, of stride 2 (the others).
-        act: an activation's name; gated for mlp alone.
+        act: an activation's name; gated for mlp only.
 
     Raises:
         AezooError: an unknown name, or shapes that the network cannot take.
@@ -83,7 +82,7 @@ def decoder(
 
 
 def map_shape(name: str, input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    """Shape of a code that is a feature map: `channels` on the grid that the encoder's strides leave.
+    """Shape of a code that is a feature map: `channels` on the encoder's smallest grid.
 
     Raises:
         AezooError: the network has no grid (mlp), or its input has none.

@@ -1,4 +1,4 @@
-"""The zoo's own classifier: a small network that learns a set's labels in seconds, for what its layers see."""
+"""The zoo's own classifier: a small network that learns a set's labels in seconds, for its activations."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ class Classifier(nn.Module):
 
     Args:
         input_shape: shape of one sample.
-        classes: how many there are.
+        classes: number of classes.
     """
 
     low: Tensor
@@ -32,7 +32,7 @@ class Classifier(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def activations(self, x: Tensor) -> Tensor:
-        """What the logits are read off, (B, *input_shape) -> (B, 64)."""
+        """The input of the layer of logits, (B, *input_shape) -> (B, 64)."""
         found: Tensor = self.features(self.body((x - self.low) / self.scale))
         return found
 
@@ -42,7 +42,7 @@ class Classifier(nn.Module):
         return found
 
     def standardise(self, x: Tensor) -> None:
-        """Shift and scale inputs as these samples ask for."""
+        """Set shift and scale of inputs from the statistics of these samples."""
         self.low.copy_(x.mean())
         self.scale.copy_(x.std() + 1e-6)
 

@@ -1,8 +1,8 @@
-"""What the known places of a map say of the others: a convolution with holes, and a network of each place.
+"""Predictions for a map from its known places: a masked convolution, and a network at each place.
 
-A hole is a tap of the kernel that is always 0, as in PixelCNN (van den Oord et al. 2016), https://arxiv.org/abs/1601.06759
+Masked taps of the kernel are always 0, as in PixelCNN (van den Oord et al. 2016), https://arxiv.org/abs/1601.06759
 
-Shapes: B batch, M channels of the map, S channels of what is known besides.
+Shapes: B batch, M channels of the map, S channels of side information.
 """
 
 import torch
@@ -19,10 +19,10 @@ _MOST_REACH = 15
 
 
 def taps(reach: int, rank: int) -> Tensor:
-    """Where each tap of a kernel lies, from -reach to reach along each axis: (rank, 2 reach + 1, ...).
+    """Offsets of the taps of a kernel, from -reach to reach along each axis: (rank, 2 reach + 1, ...).
 
     Raises:
-        AezooError: a reach of none, or of more than any code is wide.
+        AezooError: a reach below 1, or above the width of any code.
     """
     if not 1 <= reach <= _MOST_REACH:
         raise AezooError(f"reach must be from 1 to {_MOST_REACH}, got {reach}")
@@ -30,13 +30,13 @@ def taps(reach: int, rank: int) -> Tensor:
 
 
 class Context(nn.Module):
-    """What laws of a map's places need, from those that are known, and from what is known besides.
+    """Parameters of the distributions of a map's places, from known places and side information.
 
     Args:
         channels: M.
         besides: S.
-        open_taps: which taps of the kernel see, (2 reach + 1, ...), bool.
-        numbers: P, of the law of one channel: mean and raw scale.
+        open_taps: which taps of the kernel are not masked, (2 reach + 1, ...), bool.
+        numbers: P, parameters of the distribution of one channel: mean and raw scale.
     """
 
     open_taps: Tensor
@@ -58,15 +58,15 @@ class Context(nn.Module):
         return self.weight * self.open_taps
 
     def seen(self, y: Tensor) -> Tensor:
-        """What every place sees: (B, M, *grid) -> (B, 2 M, *grid)."""
+        """The context of every place: (B, M, *grid) -> (B, 2 M, *grid)."""
         return _CONV[self.open_taps.dim()](y.to(self.weight), self._holed(), self.bias, padding=self.reach)
 
     def seen_from(self, patch: Tensor) -> Tensor:
-        """The same at one place, from the places about it: (B, M, 2 reach + 1, ...) -> (B, 2 M)."""
+        """The context of one place, from the places around it: (B, M, 2 reach + 1, ...) -> (B, 2 M)."""
         return F.linear(patch.to(self.weight).flatten(1), self._holed().flatten(1), self.bias)
 
     def forward(self, besides: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
-        """P numbers of each law, means and raw scales: (B, S, ...), (B, 2 M, ...) -> P times (B, M, ...)."""
+        """P parameters of each distribution: (B, S, ...), (B, 2 M, ...) -> P times (B, M, ...)."""
         both = torch.cat([besides.to(self.weight), seen.to(self.weight)], 1).movedim(1, -1)
         found: Tensor = self.fuse(both).movedim(-1, 1)
         return found.split(self.channels, 1)

@@ -1,17 +1,16 @@
-"""torch's convolutions of images, with the same parameters and results, computed as a CPU does it faster.
+"""torch's convolutions of images, with the same parameters and results, computed faster on a CPU.
 
-Where a grid is small and the channels are many, a layer takes up to 5.6 times as long by oneDNN as by products of
-matrices, 6.0 times in bfloat16 on a processor with AMX and 4.6 times without. A transposed convolution to few channels
-takes up to 2.1 times as long as a convolution that finds the points between, or as products laid over one another. On
-a larger grid it takes up to 1.5 times as long with the gradient of its bias, which is a sum of its own here; and to a
-grid that is no whole number of strides, as 7x7 from 4x4, up to 1.8 times as long with a bias, 6.6 times in bfloat16.
-Without AMX the gradient of weights of bfloat16 is a product: without, a strided layer takes up to 1.2 times as long, a
-transposed one 2.2 times with its bias; and where an input fills the caches, its gradient is better computed after that
-of the weights, as it is what is needed next. Layers that follow one another have the samples of a batch abreast
-(`aezoo.nets.abreast`), on a Zen 5. `python -m benchmarks.convolutions` measures them all; the rules are of one thread
-of three processors, with AMX and without. On other devices, in exported graphs and under torch.func all is
-torch's own, in compiled graphs all but the bias of uneven grids; but what oneDNN gets wrong is right in compiled ones,
-too (`aezoo.nets.narrow`).
+On small grids with many channels a layer takes up to 5.6 times as long by oneDNN as by matrix products, 6.0 times in
+bfloat16 on a processor with AMX and 4.6 times without. A transposed convolution to few channels takes up to 2.1 times
+as long as a sub-pixel convolution, or as overlaid products. On larger grids it takes up to 1.5 times as long with the
+gradient of its bias, which is a separate sum here; and to a grid that is no whole number of strides, as 7x7 from 4x4,
+up to 1.8 times as long with a bias, 6.6 times in bfloat16. Without AMX the gradient of bfloat16 weights is a matrix
+product: otherwise a strided layer takes up to 1.2 times as long, a transposed one 2.2 times with its bias; and if an
+input fills the caches, its gradient is computed after that of the weights, as it is needed next. Consecutive layers
+have the samples of a batch abreast (`aezoo.nets.abreast`), on a Zen 5. `python -m benchmarks.convolutions` measures
+them all; the rules are from one thread of three processors, with AMX and without. On other devices, in exported graphs
+and under torch.func all is torch's own, in compiled graphs all but the bias of uneven grids; but errors of oneDNN are
+corrected in compiled graphs, too (`aezoo.nets.narrow`).
 """
 
 import math
@@ -51,12 +50,12 @@ _CACHE = 2**21
 
 
 def _is_torchs(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
-    """A graph for elsewhere should say convolution, inductor makes slow loops of the rest, GPUs have their own."""
+    """Whether to use torch's own: in exported graphs, for inductor, which makes slow loops of the rest, and on GPUs."""
     return linear.in_graph() or linear.needs_torch() or not _is_plain(layer, x)
 
 
 def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
-    """Whether there is nothing that torch refuses, or that only its own layer can do."""
+    """Whether torch accepts the input, and its own layer is not needed."""
     # weights that are computed are read once, as their rule may change with each time
     if x.device.type != "cpu" or x.dim() != 4 or "parametrizations" in layer._modules:
         return False
@@ -68,7 +67,7 @@ def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
 
 
 def abreast_pays(layer: "Conv2d | ConvTranspose2d", geometry: Geometry, x: Tensor) -> bool:
-    """Whether samples abreast are the faster way, for a layer between others that take them so."""
+    """Whether samples abreast are faster, for a layer between others that take them so."""
     if not (layer.among_layers and linear.HALVED and torch._C._get_mkldnn_enabled() and abreast.is_known()):
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else layer.weight.dtype
@@ -84,7 +83,7 @@ def abreast_pays(layer: "Conv2d | ConvTranspose2d", geometry: Geometry, x: Tenso
 
 
 def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
-    """Whether matrix products are the faster way, for a layer whose smaller grid is this."""
+    """Whether matrix products are faster, for a layer with this smaller grid."""
     points, channels = math.prod(small), layer.in_channels * layer.out_channels
     most, least = _POINTS, _CHANNELS * max(4, points)
     if not linear.TILES if _is_lowered(layer) else linear.HALVED:
@@ -94,14 +93,14 @@ def products_pay(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
 
 
 def weighing_pays(layer: nn.Conv2d | nn.ConvTranspose2d, geometry: Geometry) -> bool:
-    """Whether a matrix product is the faster way to the gradient of the weights, where it is none to the rest."""
+    """Whether a matrix product is faster for the gradient of the weights, if it is not for the rest."""
     slow = torch.is_grad_enabled() and _is_lowered(layer) and not linear.TILES
     enough = layer.in_channels * layer.out_channels >= 4 * _CHANNELS and math.prod(geometry.small) <= _POINTS
     return slow and enough and math.prod(layer.stride) > 1 and math.prod(layer.kernel_size) > 1
 
 
 def sub_pixels_pay(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
-    """Whether a convolution of the smaller grid is the faster way to this layer's few channels."""
+    """Whether a sub-pixel convolution of the smaller grid is faster, for a layer with few channels."""
     between = math.prod(layer.stride)
     few = 1 < between <= _BETWEEN // layer.out_channels
     # beyond that no point of the smaller grid is seen
@@ -110,14 +109,14 @@ def sub_pixels_pay(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
 
 
 def overlay_pays(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
-    """Whether products laid over one another are the faster way to this layer's only channel."""
+    """Whether overlaid products are faster, for a layer with one channel."""
     by_onednn = linear.HALVED and layer.weight.dtype == torch.float32 and not _is_lowered(layer)
     overlap = any(k > s for k, s in zip(geometry.kernel, geometry.stride, strict=True))
     return by_onednn and layer.out_channels == 1 and overlap and sub_pixels_pay(layer, geometry)
 
 
 def bias_pays_apart(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
-    """Whether it is faster to leave the bias out of a transposed convolution, or of its backward pass."""
+    """Whether a separate bias is faster in a transposed convolution, or in its backward pass."""
     lowered = _is_lowered(layer)
     many = layer.out_channels > (_FEW_IN_16_BITS if lowered else _FEW)
     slow = torch.is_grad_enabled() and not (lowered and linear.TILES) and many
@@ -126,7 +125,7 @@ def bias_pays_apart(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
 
 
 def apart_pays(layer: nn.Conv2d | nn.ConvTranspose2d, geometry: Geometry, x: Tensor) -> bool:
-    """Whether derivatives are faster to take apart."""
+    """Whether separate derivatives are faster."""
     if isinstance(layer, nn.ConvTranspose2d):
         return bias_pays_apart(layer, geometry) or weighing_pays(layer, geometry)
     sides = layer.in_channels * math.prod(geometry.large), layer.out_channels * math.prod(geometry.small)

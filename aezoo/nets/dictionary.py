@@ -1,4 +1,4 @@
-"""Dictionaries: decoders of sparse codes whose directions have unit norm, and what it takes to train one.
+"""Dictionaries: decoders of sparse codes with directions of unit norm, and their training.
 
     x_hat = sum_i f_i d_i + b     ||d_i|| = 1
 
@@ -32,8 +32,8 @@ class Dictionary(nn.Module):
     Args:
         latent_dim: N, number of directions.
         input_shape: shape of one sample, that of the output.
-        decode: how `of_active` sums: dense multiplies the whole code by the whole dictionary, gather reads the rows of
-            active latents alone, auto takes what is faster for so many of them.
+        decode: how `of_active` sums: dense multiplies the whole code by the whole dictionary, gather reads only the
+            rows of active latents, auto takes the faster one for their number.
     """
 
     def __init__(self, latent_dim: int, input_shape: tuple[int, ...], decode: str = "auto") -> None:
@@ -81,7 +81,7 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
-        """Take away the gradient along each direction: a step along it is undone by the normalisation."""
+        """Remove the gradient along each direction: the normalisation would undo a step along it."""
         grad_NX, d_NX = self.W_NX.grad, self.W_NX
         if grad_NX is not None:
             grad_NX -= (grad_NX * d_NX).sum(1, keepdim=True) * d_NX
@@ -100,14 +100,14 @@ class FreeDictionary(Dictionary):
     """
 
     def remove_parallel_gradient(self) -> None:
-        """Leave the gradient as it is."""
+        """Do nothing."""
 
     def normalise(self) -> None:
-        """Leave the directions as they are."""
+        """Do nothing."""
 
 
 class UnitNorm(Constrained):
-    """What a model with a `Dictionary` for its decoder inherits before `Autoencoder`: unit norm, and dead latents.
+    """Mixin, before `Autoencoder`, for models with a `Dictionary` as decoder: unit norm, and dead latents.
 
     Attributes:
         decoder: the dictionary.
@@ -119,12 +119,12 @@ class UnitNorm(Constrained):
     since_fired_N: Tensor
 
     def prepare(self, latent_dim: int, dead_after: int, data_init: bool) -> None:
-        """For the constructor: what is counted and kept over training.
+        """Set what is counted and kept over training; for constructors.
 
         Args:
             latent_dim: N, number of latents.
             dead_after: a latent is dead when it has not fired for this many samples.
-            data_init: whether the first batch of training starts the parameters.
+            data_init: whether the first training batch initialises the parameters.
         """
         self.dead_after = dead_after
         self.register_buffer("since_fired_N", torch.zeros(latent_dim, dtype=torch.long))
@@ -132,7 +132,7 @@ class UnitNorm(Constrained):
             self.keep_started()  # type: ignore[operator]
 
     def explained(self) -> tuple[int, ...]:
-        """Shape of what a code of latents is of: a sample, where that does not hold several."""
+        """Shape of the data of one code: a sample, unless a sample holds several."""
         return self.input_shape
 
     @property
@@ -142,7 +142,7 @@ class UnitNorm(Constrained):
 
     @torch.no_grad()
     def count(self, f_BN: Tensor) -> None:
-        """In training, add this batch, over all ranks, to the samples since each latent fired."""
+        """In training, add this batch of all ranks to the samples since each latent fired."""
         if self.training:
             fired_N = (f_BN != 0).any(0).long()
             samples = len(f_BN)
@@ -152,12 +152,12 @@ class UnitNorm(Constrained):
             self.since_fired_N.add_(samples).mul_(1 - fired_N)
 
     def usage(self, f_BN: Tensor) -> dict[str, Tensor]:
-        """Count the batch, and say how many latents are active a sample and what share of them is dead."""
+        """Count the batch; returns the mean number of active latents per sample and the share of dead ones."""
         self.count(f_BN)
         return {"l0": (f_BN != 0).sum(1).float().mean(), "dead_latents": self.dead_N.float().mean()}
 
     def start_from(self, x: Tensor) -> None:
-        """Start parameters from samples of all ranks, (N, *input_shape): b at their geometric median."""
+        """Initialise parameters from samples of all ranks, (N, *input_shape): b at their geometric median."""
         self.decoder.b_X.copy_(geometric_median(x.flatten(1)))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -169,7 +169,7 @@ class UnitNorm(Constrained):
 
 
 def top(pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row after a ReLU, and where they stand, (B, N) -> (B, k), (B, k)."""
+    """The k largest of each row after a ReLU, and their indices, (B, N) -> (B, k), (B, k)."""
     values_Bk, index_Bk = pi_BN.topk(k, dim=1)
     return values_Bk.relu(), index_Bk
 
@@ -189,18 +189,18 @@ def restart(
     y_nX: Tensor,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Start n dead latents anew, each from one sample (Bricken et al. 2023, "neuron resampling").
+    """Restart n dead latents, each from one sample (Bricken et al. 2023, "neuron resampling").
 
-    A direction is that of the sample, its encoder's row too, with a fifth of the live rows' norm; the encoder's bias
-    and the optimiser's moments become 0.
+    Its direction becomes that of the sample, and so does its encoder row, with a fifth of the live rows' norm; the
+    encoder's bias and the optimiser's moments become 0.
 
     Args:
         encoder: the layer that reads samples.
         decoder: the dictionary.
         dead_N: which latents are dead, n of them.
-        x_nX: what the encoder sees of the samples.
-        y_nX: what the decoder is compared with.
-        optimizer: the one that trains both.
+        x_nX: the encoder's inputs for the samples.
+        y_nX: the decoder's targets.
+        optimizer: the optimiser of both.
     """
     W, b, D = encoder.weight, encoder.bias, decoder.W_NX
     live_N = ~dead_N if len(x_nX) < len(dead_N) else dead_N
@@ -225,8 +225,8 @@ def onto_simplex(v_NP: Tensor) -> Tensor:
 def geometric_median(x_BX: Tensor) -> Tensor:
     """The point whose summed distance to the rows is least, (B, X) -> (X,).
 
-    By Weiszfeld's iteration with Vardi & Zhang's step at the rows themselves (2000), where the plain one divides by 0
-    or stands still; in float64 on the CPU, so that all ranks find the same bits.
+    By Weiszfeld's iteration with Vardi & Zhang's step at the rows themselves (2000), where the plain iteration divides
+    by 0 or stalls; in float64 on the CPU, so that all ranks get the same bits.
     """
     x_NX = x_BX.cpu().double()
     m_X = x_NX.mean(0)

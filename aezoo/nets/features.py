@@ -1,4 +1,4 @@
-"""Networks whose activations are compared, for losses by features: they are not trained."""
+"""Frozen networks whose activations are compared in feature losses."""
 
 import math
 from pathlib import Path
@@ -21,15 +21,15 @@ RANDOM_WIDTHS = {"conv": (16, 32, 64), "mlp": (512, 512)}
 
 
 class FeatureDistance:
-    """How far two batches are apart to a network that is no part of the model.
+    """The distance of two batches in the features of a network that is not part of the model.
 
-    The model holds it as a plain object: it is not saved, trained or exchanged between ranks. It goes where the data
-    are.
+    The model holds it as a plain object: it is not saved, trained or exchanged between ranks. It moves to the device of
+    the data.
 
     Args:
-        features: random, vgg16, vgg19 or the path of a file of VGG weights (.pth); of none all batches are at 0.
+        features: random, vgg16, vgg19 or the path of a file of VGG weights (.pth); for none all distances are 0.
         input_shape: shape of one sample.
-        argument: what the model's user calls the network.
+        argument: the network's name in the model's arguments.
 
     Raises:
         AezooError: no such network.
@@ -45,11 +45,11 @@ class FeatureDistance:
 
     @property
     def channels(self) -> int:
-        """Of the last layer that is read, where there is a grid."""
+        """Channels of the last feature layer, for samples with a grid."""
         return RANDOM_WIDTHS["conv"][-1] if self.features == "random" else 256
 
     def read(self) -> "FeatureNet | None":
-        """The network, read from its file at the first call: not in the constructor, so that a model loads without.
+        """The network, loaded from its file at the first call: not in the constructor, so a model loads without it.
 
         Raises:
             AezooError: there is no such file, or it does not fit the data.
@@ -59,9 +59,9 @@ class FeatureDistance:
         return self.net
 
     def beside(self, x: Tensor) -> Self:
-        """This, with the network on the device and in the precision of data, at least float32.
+        """Itself, with the network on the device and in the precision of the data, at least float32.
 
-        To be called before a transform of torch.func, in which a module cannot be moved.
+        Call it before a transform of torch.func, inside which a module cannot be moved.
         """
         net, x = self.read(), at_least_float32(x)
         if net is not None and (net.mean.device != x.device or net.mean.dtype != x.dtype):
@@ -80,12 +80,12 @@ class FeatureDistance:
 
 
 class FeatureNet(nn.Module):
-    """Layers in a row, of which some are read.
+    """A sequence of layers, the outputs of some of which are features.
 
     Args:
-        layers: the network up to its last layer that is read.
-        read: the layers' numbers; none reads the activations and residual blocks.
-        imagenet: bring data in [0, 1] to three channels and ImageNet's scale.
+        layers: the network up to its last feature layer.
+        read: indices of the feature layers; by default activations and residual blocks.
+        imagenet: convert data in [0, 1] to three channels and ImageNet's scale.
     """
 
     mean: Tensor
@@ -102,7 +102,7 @@ class FeatureNet(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The activations of each layer that is read, (B, ...) each."""
+        """The outputs of the feature layers, (B, ...) each."""
         x = x.to(next(self.parameters()).dtype)
         if self.imagenet:
             x = (x - self.mean) / self.std
@@ -115,7 +115,7 @@ class FeatureNet(nn.Module):
 
 
 def random_features(input_shape: tuple[int, ...]) -> FeatureNet:
-    """Strided convolutions where there is a grid, with He-normal weights from a fixed seed."""
+    """Strided convolutions for data with a grid, else an MLP, with He-normal weights from a fixed seed."""
     rng = np.random.RandomState(0)  # whose stream NumPy promises to keep (NEP 19)
     kind = "conv" if len(input_shape) > 1 else "mlp"
     with torch.random.fork_rng(devices=[]):  # the initial weights that are replaced must draw nothing
@@ -128,7 +128,7 @@ def random_features(input_shape: tuple[int, ...]) -> FeatureNet:
 
 
 def vgg_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
-    """The first layers of VGG-16 or VGG-19, which differ in their weights alone."""
+    """The first layers of VGG-16 or VGG-19, which differ only in their weights."""
     if len(input_shape) != 3 or input_shape[0] not in (1, 3) or min(input_shape[1:]) < 4:
         raise AezooError(f"{name} takes images of 1 or 3 channels and at least 4 x 4, got {input_shape}: take random")
     layers: list[nn.Module] = []

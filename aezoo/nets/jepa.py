@@ -1,7 +1,7 @@
-"""What predicts representations (I-JEPA, Assran et al. 2023), https://arxiv.org/abs/2301.08243
+"""Prediction of representations (I-JEPA, Assran et al. 2023), https://arxiv.org/abs/2301.08243
 
 Masks of a context and of blocks that it leaves out, a network that follows another one, and a predictor between them.
-All shapes are the same whatever the masks: `vit.look` leaves out what is not seen.
+All shapes are independent of the masks: `vit.look` ignores what is not seen.
 
 Shapes: B batch, N patches, D width of a token, K blocks, S patches along a side.
 """
@@ -38,10 +38,10 @@ def blocks(u_BK4: Tensor, grid: tuple[int, ...], share: Range, aspect: Range) ->
 
 
 def masks(u_BL4: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Which patches are seen, which are asked for, and which blocks count: (B, K + 1, 4) -> (B, N), (B, K, N), (B, K).
+    """The context, the target blocks, and which blocks count: (B, K + 1, 4) -> (B, N), (B, K, N), (B, K).
 
-    Nothing is seen of a block that counts. On a coarse grid the blocks may leave nothing of the context: then the last
-    ones do not count. The first one alone is smaller than the context on any grid of two patches or more.
+    The context contains no patch of a block that counts. On a coarse grid the blocks may cover the whole context: then
+    the last ones do not count. The first one alone is smaller than the context on any grid of two patches or more.
     """
     asked_BKN = blocks(u_BL4[:, 1:], grid, _TARGET, _TARGET_ASPECT)
     context_B1N = blocks(u_BL4[:, :1], grid, _CONTEXT, _CONTEXT_ASPECT)
@@ -53,10 +53,10 @@ def masks(u_BL4: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]
 class Follower(nn.Module):
     """A network whose weights are moving averages of another's.
 
-    They are buffers: saved, moved and taken back with the model, and never an optimiser's.
+    They are buffers: saved, moved and restored with the model, and never trained.
 
     Args:
-        leader: the other one; both begin with its weights.
+        leader: the other network; both start with its weights.
     """
 
     def __init__(self, leader: nn.Module) -> None:
@@ -69,7 +69,7 @@ class Follower(nn.Module):
 
     @torch.no_grad()
     def follow(self, leader: nn.Module, rate: Tensor) -> None:
-        """Move by a share of what lies between the two, ()."""
+        """Move the weights by this share of the difference, ()."""
         named = dict(leader.named_parameters())
         own = [self.net.get_buffer(name) for name in named]
         ahead = torch._foreach_sub([*named.values()], own)

@@ -1,4 +1,4 @@
-"""Labels of samples: a label is a whole number from 0 to K - 1, and -1 is none.
+"""Labels of samples: a label is an integer from 0 to K - 1, and -1 is none.
 
 Shapes: B batch, D latent, K labels, E = D + K code.
 """
@@ -14,7 +14,7 @@ from aezoo.errors import AezooError
 
 
 def class_count(num_classes: int | None) -> int:
-    """The number of classes, of data that have some.
+    """The number of classes, for labelled data.
 
     Raises:
         AezooError: none, or fewer than one.
@@ -28,10 +28,10 @@ def class_count(num_classes: int | None) -> int:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def all_labelled(y: Tensor, num_classes: int) -> bool:
-    """Whether no sample is without a label.
+    """Whether all samples have a label.
 
     Raises:
-        AezooError: values that are no labels of so many classes.
+        AezooError: values that are not labels of this number of classes.
     """
     if y.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # a graph cannot wait for values, and the way without labels is right for all
@@ -48,10 +48,10 @@ def all_labelled(y: Tensor, num_classes: int) -> bool:
 
 
 def asked_for(y: Tensor | int | None, n: int, num_classes: int) -> Tensor:
-    """The labels of n samples to be drawn, (n,): y for all, one y for each, or labels drawn evenly.
+    """The labels of n samples to draw, (n,): y for all, one y for each, or labels drawn uniformly.
 
     Raises:
-        AezooError: another number of labels than samples, or values that are none.
+        AezooError: the number of labels differs from that of samples, or values are not labels.
     """
     labels = torch.randint(num_classes, (n,)) if y is None else torch.as_tensor(y)
     labels = labels.expand(n) if labels.ndim == 0 else labels
@@ -74,17 +74,16 @@ def with_every_label(x: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
 
 
 def at_label(y: Tensor, values_BK: Tensor, without_B: Tensor) -> Tensor:
-    """The value of each sample at its label, and where it has none the other: (B,), (B, K), (B,) -> (B,)."""
+    """The value of each sample at its label, or the other value without a label: (B,), (B, K), (B,) -> (B,)."""
     return torch.where(y >= 0, values_BK.gather(1, y.long().clamp(min=0)[:, None])[:, 0], without_B)
 
 
 class BesideLabel(nn.Linear):
-    """A sample beside a linear map of its one-hot label, as a network reads them together.
+    """A sample concatenated with a linear map of its one-hot label, as input of a network.
 
     Args:
         num_classes: K.
-        input_shape: shape of one sample; the label is as many entries as there are labels beside a vector, else one
-            more channel.
+        input_shape: shape of one sample; the label becomes K more entries of a vector, or else one more channel.
 
     Attributes:
         label_shape: shape of the label's map.
@@ -104,7 +103,7 @@ class BesideLabel(nn.Linear):
 
 
 class LabelledCode(pl.LightningModule):
-    """What a model with codes [z, one-hot y] inherits before `VAE`: a prior of z beside a uniform one of labels.
+    """Mixin, before `VAE`, for models with codes [z, one-hot y]: a prior of z and a uniform one of labels.
 
     Attributes:
         latent_dim: D, size of z.
@@ -121,7 +120,7 @@ class LabelledCode(pl.LightningModule):
         return log_p - math.log(self.num_classes)
 
     def sample_prior(self, n: int, y: Tensor | int | None = None) -> Tensor:
-        """Draw n codes, (n, E), with the label y, or (n,) labels, or labels drawn evenly."""
+        """Draw n codes, (n, E), with the label y, or (n,) labels, or labels drawn uniformly."""
         weight = next(self.decoder.parameters())
         z = torch.randn(n, self.latent_dim, device=weight.device, dtype=weight.dtype)
         y_n = asked_for(y, n, self.num_classes).to(z.device)
@@ -129,6 +128,6 @@ class LabelledCode(pl.LightningModule):
 
     @torch.no_grad()
     def sample(self, n: int, y: Tensor | int | None = None) -> Tensor:
-        """Draw n samples, (n, *input_shape), with the label y, or (n,) labels, or labels drawn evenly."""
+        """Draw n samples, (n, *input_shape), with the label y, or (n,) labels, or labels drawn uniformly."""
         x: Tensor = self.decode(self.sample_prior(n, y))  # type: ignore[operator]
         return x

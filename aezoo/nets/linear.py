@@ -1,8 +1,8 @@
-"""torch's linear layer, with the same parameters, multiplied as fast as the processor can.
+"""torch's linear layer, with the same parameters and faster products on some processors.
 
-For matrices of float32 on a CPU torch calls MKL, which on AMD's processors computes 256 bits at a time. Since Zen 5
-these compute 512, and oneDNN, which torch has for convolutions and for 16 bits, does so: twice as fast, with sums in
-another order. On other processors, of other types and in graphs that are traced or exported all is torch's own.
+For float32 matrices on a CPU torch calls MKL, which computes 256 bits at a time on AMD's processors. Since Zen 5 these
+have 512-bit units, which oneDNN, torch's library for convolutions and 16 bits, uses: twice as fast, with sums in
+another order. On other processors, for other types and in traced or exported graphs all is torch's own.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _halved() -> bool:
-    """Whether MKL uses half of this processor and oneDNN all; older versions of torch do not know the processor."""
+    """Whether MKL uses only half of this processor's width; older versions of torch do not know the processor."""
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     # all of AMD's that compute 512 bits at a time have vp2intersect, and none before them
     wide = str(has.get("cpu_name")).startswith("AMD") and bool(has.get("avx512_vp2intersect"))
@@ -52,20 +52,20 @@ TILES = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_
 
 
 def in_graph() -> bool:
-    """Whether the operations of a graph are written down now, for inductor or for other programs."""
+    """Whether a graph is being traced, for inductor or for export."""
     return bool(torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def goes_elsewhere() -> bool:
-    """Whether a graph is made for other programs, which should say what torch says."""
+    """Whether a graph is being exported, which should have torch's own operators."""
     return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[attr-defined]
 
 
 def needs_torch(*tensors: Tensor) -> bool:
-    """Whether derivatives are under way whose rules only torch's own operators have.
+    """Whether derivatives are being computed for which only torch's own operators have rules.
 
-    They are those of torch.func, forward ones, and many at once, as by `torch.autograd.grad(is_grads_batched=True)`,
-    for which one tensor stands for many.
+    These are those of torch.func, forward-mode ones, and batched ones, as in
+    `torch.autograd.grad(is_grads_batched=True)`.
     """
     # none of these has a public name
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
@@ -122,11 +122,11 @@ def _flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
 
 
 def count(operator: Any, flops: Callable[..., int]) -> None:
-    """Have torch's counter of operations know an operator, if this build of torch has it.
+    """Register an operator with torch's FLOP counter, if this build of torch has it.
 
     Args:
-        operator: or None.
-        flops: of the shapes that it is given, and of `out_shape`.
+        operator: the operator, or None.
+        flops: a function of the input shapes and `out_shape`.
     """
     if operator is not None and operator not in flop_registry:
         register_flop_formula(operator)(flops)
@@ -159,7 +159,7 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Numbers of float32 in memory, and no class that has its own way of multiplying them."""
+    """Whether it is a dense float32 tensor, and no subclass with its own product."""
     mine = type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype == torch.float32
     return mine and x.layout == torch.strided and not x.is_nested
 

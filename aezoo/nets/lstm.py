@@ -41,16 +41,16 @@ class FromSteps(nn.Module):
 
 
 def steps_of(input_shape: tuple[int, ...]) -> tuple[int, int]:
-    """How many steps a sample has, and how many values each of them."""
+    """The number of steps of a sample, and of values per step."""
     steps = input_shape[0] if len(input_shape) == 1 else input_shape[1]
     return steps, math.prod(input_shape) // steps
 
 
 def check_shapes(net: str, code_shape: tuple[int, ...], hidden_dims: tuple[int, ...]) -> None:
-    """Refuse what a network of steps cannot give.
+    """Refuse shapes that a network of steps cannot have.
 
     Raises:
-        AezooError: a code that is no vector, or no layer.
+        AezooError: a code that is not a vector, or no layer.
     """
     if len(code_shape) != 1:
         raise AezooError(f"the code of net={net!r} is a vector, not {tuple(code_shape)}: leave latent_map off")
@@ -59,7 +59,7 @@ def check_shapes(net: str, code_shape: tuple[int, ...], hidden_dims: tuple[int, 
 
 
 def map_shape(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    """A network of steps has no grid."""
+    """Raise an error: a network of steps has no grid."""
     raise AezooError("lstm and transformer have no feature map: take net='conv' or net='resnet', or latent_map off")
 
 

@@ -1,8 +1,8 @@
-"""Images with channels last in memory, also where they come from vectors or go to them.
+"""Images with channels last in memory, also next to vectors.
 
-A fit keeps images with channels last. A vector's numbers, and gradients of vectors, come as (C, H, W), and torch's
-operations take ten times as long where their inputs are not in one order: a third of a step of the convolutional VAE
-with one stage. To copy what comes is quicker. A graph plans its own memory. Some layers have the samples abreast, see
+A fit keeps images with channels last. Values and gradients of vectors are laid out as (C, H, W), and torch's operations
+take ten times as long if the layouts of their inputs differ: a third of a step of the convolutional VAE with one stage.
+Copying is faster. A compiled graph plans its own memory. Some layers have the samples abreast, see
 `aezoo.nets.abreast`: channels are last then, too.
 """
 
@@ -26,12 +26,12 @@ class _Laid(torch.autograd.Function):
 
 
 def is_last(x: Tensor) -> bool:
-    """Whether it is images of several channels that lie with these last."""
+    """Whether x is images of several channels with channels last in memory."""
     return x.dim() == 4 and x.stride(1) == 1 < x.shape[1]
 
 
 def is_abreast(x: Tensor) -> bool:
-    """Whether it is several images that lie as (H, W, B, C)."""
+    """Whether x is several images with memory layout (H, W, B, C)."""
     if x.dim() != 4 or len(x) < 2:
         return False
     b, c, _, w = x.shape
@@ -39,19 +39,19 @@ def is_abreast(x: Tensor) -> bool:
 
 
 def lay(x: Tensor, abreast: bool) -> Tensor:
-    """Images as (H, W, B, C) in memory, or as (B, H, W, C): themselves if they lie so."""
+    """Images with memory layout (H, W, B, C), or (B, H, W, C); without a copy if they have it."""
     if abreast:
         return x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def nobodys_view(x: Tensor) -> Tensor:
-    """The same memory as a tensor of its own, for an operator's result that is arranged anew and may be changed."""
+    """The same memory as a tensor that is not a view, for a rearranged result that may be changed in place."""
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
 def in_order(x: Tensor) -> Tensor:
-    """x, whose gradient will lie in memory as x does if that is with channels last."""
+    """x, with a gradient in the layout of x if that is channels last."""
     if not (is_last(x) and x.requires_grad) or linear.in_graph() or linear.needs_torch(x):
         return x
     out: Tensor = _Laid.apply(x, is_abreast(x))
@@ -59,7 +59,7 @@ def in_order(x: Tensor) -> Tensor:
 
 
 def laid(x: Tensor, abreast: bool) -> Tensor:
-    """Images as `lay` has them, that lie the other way now; their gradient will lie as they do now."""
+    """Images in the other layout, as by `lay`; their gradient keeps the current layout."""
     if is_abreast(x) is abreast:
         return x
     out: Tensor = _Laid.apply(x, abreast)
@@ -67,7 +67,7 @@ def laid(x: Tensor, abreast: bool) -> Tensor:
 
 
 def like(x: Tensor, other: Tensor) -> Tensor:
-    """x, in memory as another tensor of its shape if that is images with channels last."""
+    """x, in the layout of another tensor of its shape if that is images with channels last."""
     last = is_last(other) and not linear.in_graph()
     return lay(x, is_abreast(other)) if last else x
 
@@ -81,10 +81,10 @@ class Flatten(nn.Flatten):
 
 
 class ChannelsLast(nn.Module):
-    """What it is given; if that is images and the model's lie in memory with channels last, as those.
+    """The identity; converts images to channels last if the model's images have them.
 
     Attributes:
-        on: whether they do, which `aezoo.acceleration.to_channels_last` sets.
+        on: whether they have, set by `aezoo.acceleration.to_channels_last`.
     """
 
     on = False

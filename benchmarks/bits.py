@@ -27,8 +27,7 @@ from typing import Any
 from aezoo import registry
 from aezoo.errors import AezooError
 
-from . import common
-from .parallel import run_rows
+from . import common, parallel
 from .quality_table import dataset_name
 
 NET = {"net": "conv", "hidden_dims": (32, 64)}
@@ -143,14 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     specs = plan(arguments, options | {"rows": arguments.rows}, data.input_shape)
     path = f"bits-{specs[0]['row']['dataset']}-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("bits", argv), arguments.again)
-    needed = [spec for spec in specs if table.needs(spec["row"])]
-    found = run_rows("bits_row", needed, arguments.timeout, arguments.jobs, arguments.accelerator)
-    for i, (spec, row) in enumerate(found, start=1):
-        known = spec["row"]
-        table.put({name: {**row, **known}.get(name) for name in COLUMNS})
-        told = [f"{name} {common.as_text(row.get(name))}" for name in ("mse", "usage", "perplexity", "seconds")]
-        head = f"[{i}/{len(needed)}] {known['model']} {known['options']}, seed {known['seed']}"
-        print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)
+    parallel.fill(table, "bits_row", specs, arguments, COLUMNS, ("mse", "usage", "perplexity", "seconds"))
     print(table.path)
 
 

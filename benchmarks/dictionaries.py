@@ -24,8 +24,7 @@ from typing import Any
 from aezoo import registry
 from aezoo.errors import AezooError
 
-from . import common
-from .parallel import run_rows
+from . import common, parallel
 
 # what a model needs beside the size of its code and the number of active latents: penalties that bring l0 near the
 # default --active, in runs of thousands of steps
@@ -126,14 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = f"dictionaries-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("dictionaries", argv), arguments.again)
     specs = plan(arguments)
-    needed = [spec for spec in specs if table.needs(spec["row"])]
-    found = run_rows("dictionaries_row", needed, arguments.timeout, arguments.jobs, arguments.accelerator)
-    for i, (spec, row) in enumerate(found, start=1):
-        known = spec["row"]
-        table.put({name: {**row, **known}.get(name) for name in COLUMNS})
-        told = [f"{name} {common.as_text(row.get(name))}" for name in (*SHOWN, "seconds")]
-        head = f"[{i}/{len(needed)}] {known['model']}, seed {known['seed']}"
-        print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)
+    parallel.fill(table, "dictionaries_row", specs, arguments, COLUMNS, (*SHOWN, "seconds"))
     print(*medians(there for spec in specs if (there := table.find(spec["row"])) is not None), sep="\n")
     print(table.path)
 

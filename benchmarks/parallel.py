@@ -1,12 +1,13 @@
 """Rows side by side: as many processes at a time as there are jobs, each with its share of the machine."""
 
+import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
 from typing import Any
 
-from . import processes
+from . import common, processes
 
 
 def run_rows(
@@ -41,6 +42,25 @@ def run_rows(
             pool.shutdown(wait=False, cancel_futures=True)
             processes.end_all()
             raise
+
+
+def fill(
+    table: common.Table,
+    module: str,
+    specs: Iterable[dict[str, Any]],
+    arguments: argparse.Namespace,
+    columns: Sequence[str],
+    shown: Sequence[str],
+) -> None:
+    """Measure the rows that a table needs, `row` of each spec with all `columns`, and print the values of `shown`."""
+    needed = [spec for spec in specs if table.needs(spec["row"])]
+    found = run_rows(module, needed, arguments.timeout, arguments.jobs, arguments.accelerator)
+    for i, (spec, measured) in enumerate(found, start=1):
+        row = measured | spec["row"]
+        table.put({name: row.get(name) for name in columns})
+        told = [f"{name} {common.as_text(row[name])}" for name in shown if row.get(name) not in (None, "")]
+        head = f"[{i}/{len(needed)}] {' '.join(filter(None, (row['model'], row.get('options'))))}, seed {row['seed']}"
+        print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)
 
 
 def variables(slot: int, jobs: int, accelerator: str) -> dict[str, str]:

@@ -23,8 +23,7 @@ from typing import Any
 from aezoo import registry
 from aezoo.errors import AezooError
 
-from . import common
-from .parallel import run_rows
+from . import common, parallel
 
 MODELS = ("mae", "simmim", "masked_conv_ae", "conv_ae", "denoising_ae", "vae")
 BASELINES = ("raw pixels", "pca")
@@ -103,13 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data.prepare_data()
     path = f"probe-{arguments.data}-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("probe", argv), arguments.again)
-    left = [spec for spec in specs if table.needs(spec["row"])]
-    found = run_rows("probe_row", left, arguments.timeout, arguments.jobs, arguments.accelerator)
-    for i, (spec, row) in enumerate(found, start=1):
-        table.put({name: {**row, **spec["row"]}.get(name) for name in COLUMNS})
-        told = [f"{name} {common.as_text(row.get(name))}" for name in (*SCORES, "seconds") if row.get(name)]
-        head = f"[{i}/{len(left)}] {spec['row']['model']}, seed {spec['row']['seed']}"
-        print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)
+    parallel.fill(table, "probe_row", specs, arguments, COLUMNS, (*SCORES, "seconds"))
     print(table_text(medians(table.rows, specs[0]["row"])))
     print(table.path)
 

@@ -12,7 +12,7 @@ import aezoo
 from aezoo import cli, registry
 from aezoo.errors import AezooError
 from aezoo.index_prior import IndexPrior
-from benchmarks import bits, bits_row, plots_bits, report
+from benchmarks import bits, bits_row, parallel, plots_bits, report
 from benchmarks.common import Table
 
 TINY = ["--data", "digits", "--rows", "80", "--epochs", "2", "--batch-size", "20", "--accelerator", "cpu"]
@@ -37,7 +37,7 @@ def _in_this_process(monkeypatch):
             except (AezooError, FloatingPointError) as error:
                 yield spec, {"error": str(error)}
 
-    monkeypatch.setattr(bits, "run_rows", run_rows)
+    monkeypatch.setattr(parallel, "run_rows", run_rows)
 
 
 def run(folder, *more):

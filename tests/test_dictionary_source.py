@@ -16,7 +16,7 @@ from aezoo.data import DataModule
 from aezoo.data.dictionary import GROUP, uniform
 from aezoo.data.memory import Scale
 from aezoo.errors import AezooError
-from benchmarks import dictionaries, dictionaries_row, processes
+from benchmarks import dictionaries, dictionaries_row, parallel, processes
 
 SMALL = {"dictionary_samples": 1000, "dictionary_atoms": 24, "dictionary_dim": 10, "dictionary_active": 3.0}
 
@@ -224,7 +224,7 @@ def in_this_process(module, specs, *_):
 
 
 def test_rows_are_kept_failures_are_rows_and_medians_are_shown(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dictionaries, "run_rows", in_this_process)
+    monkeypatch.setattr(parallel, "run_rows", in_this_process)
     argv = [*TINY, "--models", "topk_sae", "--seeds", "2", "--results", str(tmp_path)]
     dictionaries.main(argv)
     rows = rows_of(tmp_path)

@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 import aezoo
 from aezoo.errors import AezooError
-from benchmarks import probe, probe_row
+from benchmarks import parallel, probe, probe_row
 
 TINY = ["--rows", "60", "--steps", "2", "--code-size", "8", "--batch-size", "20", "--accelerator", "cpu"]
 
@@ -35,7 +35,7 @@ def _in_this_process(monkeypatch):
             except AezooError as error:
                 yield spec, {"error": str(error)}
 
-    monkeypatch.setattr(probe, "run_rows", run_rows)
+    monkeypatch.setattr(parallel, "run_rows", run_rows)
 
 
 def run(folder, *more):

@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from silent import silent_trainer
 
 import aezoo
 from aezoo import acceleration, optimizers
@@ -49,11 +50,7 @@ def data(n=46, **plain):
 
 def fit(module, *callbacks, source=None, ckpt_path=None, **plain):
     losses = Losses()
-    trainer = pl.Trainer(
-        **{"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False,
-           "enable_model_summary": False, "enable_checkpointing": False} | plain,
-        callbacks=[losses, *callbacks],
-    )  # fmt: skip
+    trainer = silent_trainer(**{"max_epochs": 2} | plain, callbacks=[losses, *callbacks])
     trainer.fit(module, source or data(), ckpt_path=ckpt_path)
     return losses.seen, trainer
 
@@ -181,10 +178,7 @@ def test_bytes_are_scaled_in_a_compiled_step_with_the_same_result(graphs):
         seen = []
         torch.manual_seed(0)
         module = model(mode, "dense_ae", (1, 28, 28))
-        trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=1, limit_train_batches=5, limit_val_batches=0, logger=False,
-            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[Look()],
-        )  # fmt: skip
+        trainer = silent_trainer(max_epochs=1, limit_train_batches=5, limit_val_batches=0, callbacks=[Look()])
         trainer.fit(module, DataModule("mnist5k", **source))
         assert seen == [mode == "default"] * 5
         assert module.takes_bytes is False  # again after the fit
@@ -196,10 +190,7 @@ def test_bytes_are_scaled_in_a_compiled_step_with_the_same_result(graphs):
 @pytest.mark.parametrize("mode", ["off", "default"])
 def test_bytes_of_a_strangers_loader_are_refused_whether_a_step_is_compiled(graphs, mode):
     loader = torch.utils.data.DataLoader(torch.randint(256, (8, 6), dtype=torch.uint8), batch_size=4)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, num_sanity_val_steps=0,
-    )  # fmt: skip
+    trainer = silent_trainer(max_epochs=1, num_sanity_val_steps=0)
     with pytest.raises(AezooError, match="the model expects float data"):
         trainer.fit(model(mode, "dense_ae"), loader, loader)
 
@@ -234,10 +225,7 @@ def test_a_strangers_callback_that_comes_later_sees_floats_too(graphs, in_an_epo
 
     # as one of this package's own
     Adds.__module__ = "aezoo.callbacks"
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, callbacks=[Adds()], limit_train_batches=2, limit_val_batches=0,
-    )  # fmt: skip
+    trainer = silent_trainer(max_epochs=2, callbacks=[Adds()], limit_train_batches=2, limit_val_batches=0)
     x = torch.randint(256, (24, 6), dtype=torch.uint8)
     trainer.fit(model("default", "dense_ae"), DataModule.from_arrays(x, batch_size=4, val_fraction=0, test_fraction=0))
     assert seen == [(torch.float32, False, False)] * (3 if in_an_epoch else 2)
@@ -474,10 +462,7 @@ def test_what_is_of_a_fit_is_undone_once_however_it_ends(sizes, monkeypatch, err
     monkeypatch.setattr(Autoencoder, "leave_fit", lambda self: calls.append(1) or undo(self))
     module = model("default", "conv_ae", (1, 28, 28), hidden_dims=(4, 8))
     strides, fails = [p.stride() for p in module.parameters()], Fails(error)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, callbacks=[fails],
-    )  # fmt: skip
+    trainer = silent_trainer(max_epochs=1, callbacks=[fails])
     with pytest.raises((SystemExit, RuntimeError)):
         trainer.fit(module, DataModule("mnist5k"))
     assert fails.seen == [True] * 3

@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from silent import silent_trainer
 from torch import nn
 
 import aezoo
@@ -206,10 +207,7 @@ def fit(capturing, watch, **plain):
 
                 light.plan.captured = CapturedStep(step, parameters, CpuRecorder())
 
-    trainer = pl.Trainer(
-        **{"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False,
-           "enable_model_summary": False, "enable_checkpointing": False} | plain, callbacks=[Capture(), watch],
-    )  # fmt: skip
+    trainer = silent_trainer(**{"max_epochs": 2} | plain, callbacks=[Capture(), watch])
     trainer.fit(model, data)
     return trainer
 
@@ -280,10 +278,8 @@ def plan(**changes):
 
     cls = changes.get("cls", aezoo.model_class("dense_ae"))
     x = torch.rand(46, 6)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, callbacks=[*changes.get("callbacks", []), Look()], **changes.get("trainer", {}),
-    )  # fmt: skip
+    callbacks = [*changes.get("callbacks", []), Look()]
+    trainer = silent_trainer(max_epochs=1, callbacks=callbacks, **changes.get("trainer", {}))
     model = cls((6,), latent_dim=2, **{"hidden_dims": (8,)} | changes.get("model", {}))
     trainer.fit(model, DataModule.from_arrays(x, batch_size=4, val_fraction=0, test_fraction=0))
     return seen[0]

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from silent import silent_trainer
 from torch.utils.data import DataLoader
 
 from aezoo import callbacks, create_model, ranks
@@ -248,9 +249,8 @@ def test_images_lie_with_channels_last_in_several_processes_too_which_train_as_o
     for devices in (1, 2):
         torch.manual_seed(0)
         model = create_model("conv_ae", (channels, 8, 8), hidden_dims=(6, 8), latent_dim=4)
-        trainer = Trainer(
-            accelerator="cpu", devices=devices, strategy="ddp_fork" if devices == 2 else "auto", max_epochs=2,
-            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        trainer = silent_trainer(
+            devices=devices, strategy="ddp_fork" if devices == 2 else "auto", max_epochs=2,
             use_distributed_sampler=False, callbacks=[Layout(tmp_path)],
         )  # fmt: skip
         trainer.fit(model, Halves(x, 8))

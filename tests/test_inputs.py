@@ -2,10 +2,10 @@
 
 import warnings
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from silent import silent_trainer
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import aezoo
@@ -122,10 +122,7 @@ class Rows(Dataset):
 
 
 def trained(own, data):
-    trainer = pl.Trainer(
-        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
-    )
-    trainer.fit(own, DataLoader(data, batch_size=4), DataLoader(data, batch_size=4))
+    silent_trainer(max_epochs=1).fit(own, DataLoader(data, batch_size=4), DataLoader(data, batch_size=4))
 
 
 @pytest.mark.parametrize(

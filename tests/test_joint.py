@@ -5,6 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
+from silent import silent_trainer
 from torch import nn
 
 import aezoo
@@ -185,10 +186,7 @@ def model(name="dense_ae", mode="default", cls=None, **settings):
 def fit(module, *callbacks, epochs=2, **options):
     x = torch.rand(46, 6, generator=torch.Generator().manual_seed(1))
     data = DataModule.from_arrays(x, batch_size=8, val_fraction=0, test_fraction=0, seed=3)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, callbacks=list(callbacks), **options,
-    )  # fmt: skip
+    trainer = silent_trainer(max_epochs=epochs, callbacks=list(callbacks), **options)
     trainer.fit(module, data)
     return trainer
 

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from silent import silent_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -305,11 +306,8 @@ def fit(folder, model=None, data=data, callbacks=list, ckpt_path=None, trace=Non
     model = (model or dense())()
     # first and last: between them, others' callbacks are called in their place
     watch = [] if trace is None else [recorder(trace)]
-    trainer = pl.Trainer(
-        **{"accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 2, "logger": Notes(), "default_root_dir": folder,
-           "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False} | plain,
-        callbacks=[*watch, *callbacks()],
-    )  # fmt: skip
+    settings = {"max_epochs": 2, "log_every_n_steps": 2, "logger": Notes(), "default_root_dir": folder} | plain
+    trainer = silent_trainer(**settings, callbacks=[*watch, *callbacks()])
     with flushed_denormals():  # Lightning's loop does not by itself
         trainer.fit(model, data(), ckpt_path=ckpt_path)
     return trainer

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from silent import silent_trainer
 from torch.optim import lr_scheduler as S
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -37,9 +38,7 @@ def rates(
     """Train linear_ae on 10 batches an epoch; the rate of every step."""
     model = aezoo.create_model("linear_ae", input_shape=(3,), latent_dim=1, lr=LR, **hyperparameters)
     callback = Rates()
-    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    settings = {"callbacks": [callback, *callbacks], **silent, **(settings or {"max_epochs": 2})}
-    trainer = pl.Trainer(accelerator="cpu", **settings)
+    trainer = silent_trainer(**{"callbacks": [callback, *callbacks], **(settings or {"max_epochs": 2})})
     trainer.fit(model, DataLoader(torch.rand(40, 3), batch_size=4) if loader is None else loader)
     assert trainer.global_step == len(callback.seen)
     return callback.seen
@@ -203,10 +202,7 @@ def test_a_fit_takes_torch_s_steps_with_these_settings(text: str, monkeypatch: p
         torch.manual_seed(0)
         model = aezoo.create_model("linear_ae", input_shape=(3,), latent_dim=1, lr=LR, optimizer=text)
         if ours:
-            silent = dict.fromkeys(
-                ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-            )
-            pl.Trainer(accelerator="cpu", max_epochs=2, **silent).fit(model, DataLoader(x, batch_size=4))
+            silent_trainer(max_epochs=2).fit(model, DataLoader(x, batch_size=4))
         else:
             betas = (given.get("beta1", 0.9), given.get("beta2", 0.999))
             settings: dict[str, Any] = {"betas": betas, "eps": given.get("eps", 1e-8), "weight_decay": 0.0}
@@ -262,8 +258,7 @@ def test_a_model_s_own_parameter_groups_are_left_alone() -> None:
             groups = [{"params": self.encoder.parameters(), "lr": 1e-2}, {"params": self.decoder.parameters()}]
             return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.1)
 
-    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, **silent)
+    trainer = silent_trainer(max_epochs=1)
     trainer.fit(TwoRates(input_shape=(3,), latent_dim=1), DataLoader(torch.rand(8, 3), batch_size=4))
     found = [(group["lr"], group["weight_decay"]) for group in trainer.optimizers[0].param_groups]
     assert found == [(1e-2, 0.1), (1e-4, 0.1)]

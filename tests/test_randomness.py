@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from silent import silent_trainer
 
 import aezoo
 from aezoo.data import DataModule
@@ -114,11 +115,7 @@ def drawn(*callbacks, seed=0, **plain):
     torch.manual_seed(seed)
     model = Noise((4,), latent_dim=2, hidden_dims=(4,))
     data = DataModule.from_arrays(torch.rand(24, 4), batch_size=4, val_fraction=0.2, test_fraction=0)
-    pl.Trainer(
-        **{"accelerator": "cpu", "max_epochs": 3, "logger": False, "enable_progress_bar": False,
-           "enable_model_summary": False, "enable_checkpointing": False} | plain,
-        callbacks=list(callbacks),
-    ).fit(model, data)  # fmt: skip
+    silent_trainer(**{"max_epochs": 3} | plain, callbacks=list(callbacks)).fit(model, data)
     return model.drawn
 
 

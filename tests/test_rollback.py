@@ -8,6 +8,7 @@ import pytest
 import torch
 from kinds import OF_EACH_KIND
 from lightning.pytorch.callbacks import ModelCheckpoint
+from silent import silent_trainer
 from torch import nn
 
 import aezoo
@@ -73,14 +74,8 @@ def fit(trust, faults, *callbacks, model=None, data=None, everywhere=False, **op
     # where gradients are added up, since hooks of a weight are reason enough for a look at each step
     ends = [weight.view_as(weight).grad_fn.next_functions[0][0] for weight in weights if weight.requires_grad]
     hooks = [end.register_prehook(lambda gradients: (change(gradients[0]),)) for end in ends]
-    guard, made = FaultGuard(), {"max_epochs": 2, "logger": False, "enable_checkpointing": False} | options
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        callbacks=[guard, *callbacks],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **made,
-    )
+    guard = FaultGuard()
+    trainer = silent_trainer(callbacks=[guard, *callbacks], **{"max_epochs": 2} | options)
     before = loop.trust
     if not trust:
         loop.trust = lambda trainer: False

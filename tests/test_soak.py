@@ -2,12 +2,12 @@
 
 import gc
 
-import lightning.pytorch as pl
 import promises
 import pytest
 import torch
 from golden import own_models
 from kinds import OF_EACH_KIND
+from silent import silent_trainer
 from soak import RANGES, TRIM, Watch, arguments, draw
 
 import aezoo
@@ -20,11 +20,8 @@ BOUND = 1024
 
 
 def soak(model, data, watch):
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_epochs=EPOCHS, limit_train_batches=STEPS, limit_val_batches=1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[FaultGuard(patience=1), watch],
-    )  # fmt: skip
+    limits = {"max_epochs": EPOCHS, "limit_train_batches": STEPS, "limit_val_batches": 1}
+    trainer = silent_trainer(devices=1, **limits, callbacks=[FaultGuard(patience=1), watch])
     gc.collect()
     gc.freeze()  # what all the imports have made is not to be searched after every epoch
     try:

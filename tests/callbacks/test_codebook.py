@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.colors import hsv_to_rgb
 from PIL import Image
+from silent import silent_trainer
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -177,19 +178,8 @@ class Fails(Indexed):
 
 
 def on_two_ranks(folder: Path, model: pl.LightningModule, shares: tuple[int, int]) -> list[list[list[list[int]]]]:
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp_spawn",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        callbacks=[Written(every_n_epochs=1)],
-    )
+    settings = {"max_epochs": 1, "use_distributed_sampler": False, "default_root_dir": folder}
+    trainer = silent_trainer(devices=2, strategy="ddp_spawn", **settings, callbacks=[Written(every_n_epochs=1)])
     data = digits((1, 8, 8), 45)
     trainer.fit(model, DataLoader(data, 9), Shards(data, shares))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
@@ -262,16 +252,7 @@ def test_nothing_is_drawn_or_counted(fit, tmp_path, options):
 
 
 def test_without_validation_nothing_is_drawn(tmp_path):
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        callbacks=[Codebook(every_n_epochs=1)],
-    )
+    trainer = silent_trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=[Codebook(every_n_epochs=1)])
     model = Indexed()
     model.validation_step = None
     trainer.fit(model, DataLoader(digits((1, 8, 8)), 16))

@@ -13,6 +13,7 @@ import torch
 from callback_fakes import Fake, FakeSparse, FakeVAE, digits
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from silent import silent_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -198,16 +199,7 @@ def test_batches_without_labels(tmp_path, kind):
         def validation_step(self, batch, batch_idx):
             pass
 
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        callbacks=all_pictures(),
-    )
+    trainer = silent_trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=all_pictures())
     trainer.fit(Plain((1, 6, 6)), DataLoader(data, 16), DataLoader(data, 16))
     assert (tmp_path / "pictures" / "latents.png").is_file()
 

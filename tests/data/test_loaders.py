@@ -5,6 +5,7 @@ import contextlib
 import lightning.pytorch as pl
 import pytest
 import torch
+from silent import silent_trainer
 from torch import Tensor, nn
 
 from aezoo.data import ArrayDataset, DataModule
@@ -44,8 +45,7 @@ class Recorder(pl.LightningModule):
 
 
 def trainer(**plain):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return pl.Trainer(accelerator="cpu", enable_model_summary=False, **{**quiet, "max_epochs": 2, **plain})
+    return silent_trainer(**{"max_epochs": 2, **plain})
 
 
 def numbers(n=40):

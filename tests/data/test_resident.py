@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from silent import silent_trainer
 from test_vision import write_family
 
 import aezoo
@@ -165,12 +166,8 @@ def fit(memory, source, folder=None, ckpt_path=None, **plain):
     torch.manual_seed(0)
     data = DataModule(**source, memory=memory, batch_size=16, seed=1, num_workers=0)
     model = aezoo.create_model("vae", data.input_shape, latent_dim=2, hidden_dims=(8,))
-    trainer = pl.Trainer(
-        **{"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False,
-           "enable_model_summary": False, "enable_checkpointing": False, "limit_train_batches": 5,
-           "limit_val_batches": 2} | plain,
-        callbacks=[*([SaveAt(7, folder)] if folder else [])],
-    )  # fmt: skip
+    settings = {"max_epochs": 2, "limit_train_batches": 5, "limit_val_batches": 2} | plain
+    trainer = silent_trainer(**settings, callbacks=[SaveAt(7, folder)] if folder else [])
     trainer.fit(model, data, ckpt_path=ckpt_path)
     return model.state_dict(), {key: float(value) for key, value in trainer.callback_metrics.items()}
 
@@ -390,11 +387,8 @@ def test_workers_leave_a_core_to_training(monkeypatch):
 
 
 def two_ranks(**plain):
-    return pl.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=1, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False, num_sanity_val_steps=0,
-        **plain,
-    )  # fmt: skip
+    unasked = {"use_distributed_sampler": False, "num_sanity_val_steps": 0}
+    return silent_trainer(devices=2, strategy="ddp_fork", max_epochs=1, **unasked, **plain)
 
 
 @pytest.mark.parametrize("count", ["whole set", "training split"])

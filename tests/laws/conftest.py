@@ -3,12 +3,12 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from silent import silent_trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -54,12 +54,7 @@ def fashion_mnist() -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def quiet() -> Callable[..., pl.Trainer]:
     """A trainer that writes and prints nothing."""
-
-    def make(**settings: Any) -> pl.Trainer:
-        silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-        return pl.Trainer(accelerator="cpu", **{**silent, **settings})
-
-    return make
+    return silent_trainer
 
 
 @pytest.fixture(scope="session")

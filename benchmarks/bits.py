@@ -129,7 +129,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--rows", type=count, metavar="N", help="use at most this many samples for training and for the test")
     add("--batch-size", type=count, default=128)
     add("--epochs", type=count, default=10, help="budget of each run (default 10)")
-    add("--most-seconds", type=common.seconds, help="end a run after so many seconds of training")
+    add("--most-seconds", type=common.seconds, help="end a run after this many seconds of training")
     common.add_runs(parser, "row", timeout=3600)
     return parser.parse_args(argv)
 

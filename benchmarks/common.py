@@ -120,8 +120,10 @@ def add_runs(made: argparse.ArgumentParser, unit: str, timeout: int) -> None:
     add, count = made.add_argument, at_least(1)
     add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
     add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
-    add("--jobs", type=count, default=1, help=f"{unit}s at a time; each has its share of the cores, or a GPU in turn")
-    text = f"seconds after which a {unit} is given up (default {timeout})"
+    add(
+        "--jobs", type=count, default=1, help=f"{unit}s in parallel; each gets its share of the cores, or a GPU in turn"
+    )
+    text = f"give up a {unit} after this many seconds (default {timeout})"
     add("--timeout", type=seconds, default=float(timeout), help=text)
 
 

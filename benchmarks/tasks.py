@@ -191,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for verb in spec["verbs"]:
             failed = {"method": head["model"], "kind": "ours", "error": found.get("error")}
             rows, whole = found.get("verbs", {}).get(verb) or [failed], head_of(head, verb, arguments)
+            rows = [row | {"processor": common.processor()} for row in rows]
             if verb in spec["repairs"]:
                 brought = [row for row in rows if is_baseline(head | row)]
                 tables[verb].replace(whole, tables[verb].own(whole) + brought)

@@ -10,7 +10,7 @@ from aezoo import DataModule
 from aezoo.errors import AezooError
 from aezoo.tasks.samples import Samples
 from benchmarks import report, report_tasks, tasks
-from benchmarks.common import Table, read_csv
+from benchmarks.common import Table, as_text, processor, read_csv
 from benchmarks.report_tasks import CONTESTS, Figure, at_targets, merged, over_classes, sentences, verdict
 
 SMALL = ["--data", "digits", "--seeds", "1", "--steps", "2", "--detect-steps", "2", "--classes", "1"]
@@ -41,6 +41,7 @@ def test_every_verb_has_rows_of_a_model_and_of_its_baselines(results):
         assert {"ours", "baseline"} <= {row["kind"] for row in rows}, verb
         steps = {"steps=2"}
         assert {row["budget"] for row in rows} == steps and {row["code_size"] for row in rows} == {"16"}, verb
+        assert {row["processor"] for row in rows} == {as_text(processor())}, verb
     methods = {verb: {row["method"] for row in rows_of(results, verb)} for verb in tasks.VERBS}
     assert {"vae", "the noisy samples", "median filter"} <= methods["denoise"]
     assert {"vae, nll", "vae, nap", "isolation forest", "5th-nearest neighbour"} <= methods["detect"]

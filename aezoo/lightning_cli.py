@@ -276,6 +276,7 @@ class AezooCLI(LightningCLI):
             extra.append(LearningRateMonitor(logging_interval="step"))
         config.update(kwargs)
         trainer = self._instantiate_trainer(config, [callback for callback in extra if callbacks.in_use(callback)])
+        trainer_settings.check_processes(trainer)
         ranks.limit_wait(trainer, self._get(self.config_init, "rank_timeout"))
         return trainer
 

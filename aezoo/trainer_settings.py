@@ -6,11 +6,19 @@ from collections.abc import Mapping
 from datetime import timedelta
 from functools import reduce
 from operator import or_
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+import torch
+
+from aezoo.data.loaders import cores
 from aezoo.errors import AezooError
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
 _MANY = 10**9
+# processes on a core of the CPU: a few serve to try out what is to run elsewhere
+_ON_A_CORE = 4
 # key: least, most, words; a number of batches may be a share as well, and what is None is not set
 _WHOLE: dict[str, tuple[int, int, str]] = {
     "accumulate_grad_batches": (1, _MANY, "batches whose gradients are summed"),
@@ -85,6 +93,33 @@ def check(trainer: Mapping[str, Any]) -> None:
         raise AezooError("trainer.devices is an empty list: give a number or name the devices")
     for key in ("max_time", "val_check_interval"):
         _check_time(key, trainer.get(key))
+    accelerator = trainer.get("accelerator")
+    if accelerator in ("gpu", "cuda") and not _has_gpu(accelerator):
+        other = "" if torch.backends.cuda.is_built() else ", or install a torch for GPUs (https://pytorch.org)"
+        raise AezooError(
+            f"trainer.accelerator is {accelerator}, and torch {torch.__version__} finds no GPU here: give "
+            f"--trainer.accelerator cpu or auto{other}"
+        )
+
+
+def _has_gpu(accelerator: str) -> bool:
+    return torch.cuda.is_available() or (accelerator == "gpu" and torch.backends.mps.is_available())
+
+
+def check_processes(trainer: "Trainer") -> None:
+    """Refuse to start so many processes on the CPU that they hold each other up.
+
+    Raises:
+        AezooError: says how many it takes.
+    """
+    most = _ON_A_CORE * cores()
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    # those of torchrun or a cluster are there already, bound to cores of their own
+    if trainer.strategy.launcher is not None and on_cpu and trainer.num_devices > most:
+        raise AezooError(
+            f"trainer.devices is {trainer.num_devices}, each a process on the CPU, which has {cores()} core(s) here: "
+            f"give at most {most}"
+        )
 
 
 def _check_time(key: str, value: Any) -> None:

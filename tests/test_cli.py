@@ -9,6 +9,7 @@ import warnings
 from importlib import abc
 from importlib.util import spec_from_loader
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -581,6 +582,31 @@ def test_two_processes_train_one_run():
     assert done.returncode == 0, done.stderr[-3000:]
     assert [path.name for path in Path("runs/vae-digits").iterdir()] == ["0"]
     assert len(list(Path("runs/vae-digits/0/checkpoints").glob("*.ckpt"))) == 2
+
+
+def test_more_processes_than_a_cpu_can_serve_are_not_started(capsys, monkeypatch):
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+    from aezoo import trainer_settings
+
+    monkeypatch.setattr(_MultiProcessingLauncher, "launch", None)
+    monkeypatch.setattr(trainer_settings, "cores", lambda: 2)
+    flags = ["fit", *QUICK, "--model=vae", "--trainer.accelerator=cpu", "--trainer.strategy=ddp_fork"]
+    assert "has 2 core(s) here: give at most 8" in refused(capsys, *flags, "--trainer.devices=1000")
+    assert not Path("runs").exists()
+    # what a cluster has started counts its cores in another way
+    monkeypatch.setattr(trainer_settings, "cores", lambda: 0)
+    settings = SimpleNamespace(root_device=torch.device("cpu"), launcher=None)
+    trainer_settings.check_processes(SimpleNamespace(strategy=settings, num_devices=8))
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_gpu_that_is_not_there_is_told_with_a_cure(capsys, monkeypatch, built):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    line = refused(capsys, "fit", *QUICK, "--model=vae", "--trainer.accelerator=gpu")
+    assert "give --trainer.accelerator cpu or auto" in line and ("install a torch for GPUs" in line) is not built
 
 
 def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume():

@@ -126,10 +126,14 @@ def local_processes(trainer: "Trainer | None" = None) -> int:
     return launched if trainer is None else max(launched, trainer.num_devices)
 
 
+def cores() -> int:
+    """Cores of the CPU that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def workers(processes: int) -> int:
     """Reading processes for each of these: one per remaining core, up to 8, at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores // processes - 1))
+    return min(8, max(1, cores() // processes - 1))
 
 
 def collate(samples: Batch | Sequence[Any], *, labels: bool) -> Batch:

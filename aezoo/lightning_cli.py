@@ -32,7 +32,7 @@ from aezoo import acceleration, callbacks, durable, flag_help, ranks, registry, 
 from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import dashboard
 from aezoo.data import DataModule
-from aezoo.data.loaders import local_processes
+from aezoo.data.loaders import local_processes, lost_worker
 from aezoo.errors import AezooError
 from aezoo.parsing import FROM_DATA, Parser, check_flags, plain
 from aezoo.request import RESUMED, RUN_DIR, check_against, expand, note_other_splits, say_differences
@@ -450,8 +450,10 @@ def main(argv: list[str]) -> None:
 
 
 def _refusal(error: BaseException) -> str | None:
-    """What Lightning says in one line of settings that do not fit the data or the packages that are there."""
+    """One line for what Lightning says of settings that do not fit data or packages, and torch of a lost worker."""
     text = " ".join(str(error).split())
+    if (line := lost_worker(error)) is not None:
+        return f"{line}; go on with --resume auto"
     if isinstance(error, ModuleNotFoundError):
         return f"a package is missing, install it or leave out what asks for it: {text}"
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)

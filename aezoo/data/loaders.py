@@ -4,13 +4,14 @@ For samples that are not held in memory; `aezoo.data.resident` gives the same ba
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, Subset, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 
 from aezoo.data.source import Batch
@@ -136,6 +137,17 @@ def workers(processes: int) -> int:
     return min(8, max(1, cores() // processes - 1))
 
 
+def lost_worker(error: BaseException) -> str | None:
+    """The line to say of a process that cannot read ahead or has died, if that is what torch's error is about."""
+    told = f"{error.__cause__}\n{error}"  # which of them knows the signal is chance
+    died = r"DataLoader worker \(pid.*\) (is killed by signal: [\w ]*\w|exited unexpectedly)"
+    found = re.search(rf"{died}|unable to allocate shared memory", told)
+    return found and (
+        f"a data worker {found[1] or 'has failed'}, as it does for want of memory or of room in /dev/shm: read without "
+        "workers by --data.num_workers 0, or give more room, such as docker run --shm-size 4g"
+    )
+
+
 def collate(samples: Batch | Sequence[Any], *, labels: bool) -> Batch:
     """A batch (x,) or (x, y) from one that the data set gathered, or from a list of samples."""
     if isinstance(samples, tuple):
@@ -144,7 +156,12 @@ def collate(samples: Batch | Sequence[Any], *, labels: bool) -> Batch:
         pairs = [sample if isinstance(sample, tuple | list) else (sample,) for sample in samples]
         x = torch.stack([pair[0] for pair in pairs])
         y = torch.stack([torch.as_tensor(pair[1]) for pair in pairs]) if len(pairs[0]) > 1 else None
-    return (x, cast(Tensor, y)) if labels and y is not None else (x,)
+    batch = (x, cast(Tensor, y)) if labels and y is not None else (x,)
+    if get_worker_info() is not None:
+        # the thread that would do it at last loses a batch for which /dev/shm has no room, and all wait for that
+        for part in batch:
+            part.share_memory_()
+    return batch
 
 
 class Files(Dataset[Any]):

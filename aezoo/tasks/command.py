@@ -21,6 +21,7 @@ from torch import Tensor
 from aezoo import acceleration, checkpoint, terminal
 from aezoo.data import DataModule, images
 from aezoo.data.array import arrange, check_length, number_labels
+from aezoo.data.loaders import lost_worker
 from aezoo.data.memory import numeric, real
 from aezoo.data.readers import Table, check_columns, read_arrays
 from aezoo.data.source import STAGES, ArrayDataset, Stage
@@ -102,8 +103,13 @@ def main(argv: list[str]) -> None:
     common = {"batch_size": config.get("batch_size"), "seed": config.get("seed"), "progress": True}
     settings |= {key: value for key, value in common.items() if key in accepted}
     before = set(out.glob("*"))
-    with _cleaning_up():
-        result: Result = function(model=model, out=str(out), **settings)
+    try:
+        with _cleaning_up():
+            result: Result = function(model=model, out=str(out), **settings)
+    except RuntimeError as error:
+        if (line := lost_worker(error)) is None:
+            raise
+        raise AezooError(line) from error
     text = result.summary()
     print(f"{text}\n" if text else "", end="")
     if trained["scaling"] and verb in _OF_SAMPLES:
@@ -218,8 +224,8 @@ def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None,
     Args:
         path: a file of arrays, an image, or a folder of images.
         trained: the data's state from `load_run`.
-        data: settings of the DataModule, of which size, channels, layout, binarise with its seed, on_error and the
-            limits are used.
+        data: settings of the DataModule, of which size, channels, layout, binarise with its seed, on_error,
+            num_workers and the limits are used.
         flag: the name of the path in messages.
 
     Raises:
@@ -246,7 +252,7 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
             print(f"aezoo: {what} has a training split, and only this is used: give the folder of another split, or "
                   f"--data {path} --split test", file=sys.stderr)  # fmt: skip
         scaling = _scaling(trained, module.source.white, what)
-        return Samples(dataset, *scaling, module.source.class_names, path)
+        return Samples(dataset, *scaling, module.source.class_names, path, given.get("num_workers"))
     if source.suffix.lower() in images.EXTENSIONS:
         header = images.header(source, most)
         for words in images.lost({path: header}):

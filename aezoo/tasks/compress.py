@@ -131,7 +131,8 @@ class _Binary(Samples):
 def _binary(samples: Samples, model: Autoencoder) -> Samples:
     if not isinstance(model.likelihood, Bernoulli):
         raise AezooError("binarise is for models with likelihood bernoulli: leave it out")
-    return _Binary(samples.dataset, samples.levels, samples.scaling, samples.class_names, samples.name)
+    kept = samples.class_names, samples.name, samples.num_workers
+    return _Binary(samples.dataset, samples.levels, samples.scaling, *kept)
 
 
 def _check(mode: str, qualities: tuple[float, ...], steps: str, precision: int, batch_size: int) -> None:

@@ -32,6 +32,7 @@ class Samples:
         scaling: offset and factor of the training split, not yet applied to `dataset`.
         class_names: names of the labels 0, 1, ....
         name: their name in messages.
+        num_workers: processes that decode files ahead; None for one per free core, up to 8.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class Samples:
         scaling: dict[str, Tensor] | None = None,
         class_names: tuple[str, ...] | None = None,
         name: str = "the data",
+        num_workers: int | None = None,
     ) -> None:
-        self.dataset, self.class_names, self.name = dataset, class_names, name
+        self.dataset, self.class_names, self.name, self.num_workers = dataset, class_names, name, num_workers
         self.levels, self.scaling = levels, scaling
         self._y: Tensor | None = None
 
@@ -61,7 +63,8 @@ class Samples:
         if isinstance(x, Samples):
             return x
         if isinstance(x, DataModule):
-            return cls(x.dataset(split), levels_of(x.scale), None, x.source.class_names, f"{x.name} ({split})")
+            name = f"{x.name} ({split})"
+            return cls(x.dataset(split), levels_of(x.scale), None, x.source.class_names, name, x.num_workers)
         if isinstance(x, LightningDataModule):
             raise AezooError(f"a {type(x).__name__} is not aezoo's: give aezoo.DataModule, an array or a tensor")
         shape = tuple(real(x, "x").shape)
@@ -129,7 +132,8 @@ class Samples:
         if isinstance(self.dataset, ArrayDataset):
             yield from (self.rows(range(start, min(start + size, len(self)))) for start in range(0, len(self), size))
         else:  # files, which several processes decode ahead
-            loader = make_loader(self.dataset, batch_size=size, num_workers=workers(local_processes()), labels=False)
+            ahead = workers(local_processes()) if self.num_workers is None else self.num_workers
+            loader = make_loader(self.dataset, batch_size=size, num_workers=ahead, labels=False)
             yield from (self._as_float(batch[0]) for batch in loader)
 
     def take(self, n: int, seed: int = 0) -> "Samples":
@@ -143,7 +147,8 @@ class Samples:
 
     def subset(self, index: Tensor) -> "Samples":
         """The samples with these indices, read on demand."""
-        return Samples(subset(self.dataset, index), self.levels, self.scaling, self.class_names, self.name)
+        chosen = subset(self.dataset, index)
+        return Samples(chosen, self.levels, self.scaling, self.class_names, self.name, self.num_workers)
 
     def binarised(self, rule: str, seed: int) -> "Samples":
         """Binarised samples, in memory, by a rule of `--data.binarise`; random ones are drawn once.

@@ -1,17 +1,21 @@
 """Orders, shards and batches, by hand and under the Trainer."""
 
 import contextlib
+import os
+import signal
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from silent import silent_trainer
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from aezoo.data import ArrayDataset, DataModule
 from aezoo.data.classes import keep_labels, subset
-from aezoo.data.loaders import EpochSampler, Files, even_batch_size, gathers, make_loader
+from aezoo.data.loaders import EpochSampler, Files, even_batch_size, gathers, lost_worker, make_loader
 from aezoo.data.resident import decode
+from aezoo.lightning_cli import _refusal
 
 
 class Recorder(pl.LightningModule):
@@ -105,6 +109,42 @@ def test_epoch_set_after_iter_counts(num_workers):
     wanted.set_epoch(5)
     rows = (torch.cat([x for (x,) in iterator])[:, 0] * 40).round().long().tolist()
     assert rows == list(wanted)
+
+
+class Deadly(Files):
+    """Ends the process that reads it."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        assert get_worker_info() is not None
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_data_worker_that_dies_is_told_in_one_line_with_what_helps():
+    with pytest.raises(RuntimeError) as caught:
+        list(make_loader(Deadly(), batch_size=2, num_workers=1))
+    for error, cause in (
+        (caught.value, "is killed by signal: Killed,"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is"), "by signal: Bus error,"),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "exited unexpectedly,"),
+    ):
+        for line in (lost_worker(error), _refusal(error)):
+            assert line.startswith("a data worker ") and cause in line
+            assert "--data.num_workers 0" in line and "--shm-size" in line and "\n" not in line
+    assert lost_worker(RuntimeError("mat1 and mat2")) is None
+
+
+def test_a_batch_that_finds_no_room_in_shared_memory_ends_the_run_instead_of_stopping_it(monkeypatch):
+    def full(_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(RuntimeError) as caught:
+        list(make_loader(ArrayDataset(numbers()), batch_size=8, num_workers=1))
+    assert "a data worker has failed, as it does for want" in lost_worker(caught.value)
+    assert len(list(make_loader(ArrayDataset(numbers()), batch_size=8))) == 5
 
 
 def test_workers_change_nothing_in_a_training_run():

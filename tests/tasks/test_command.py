@@ -15,6 +15,7 @@ from PIL import Image
 import aezoo
 from aezoo import cli
 from aezoo.tasks.command import read
+from aezoo.tasks.samples import Samples
 
 
 @pytest.fixture(scope="module")
@@ -424,6 +425,15 @@ def test_a_run_that_left_nothing_to_test(tmp_path, capsys):
     line = refused(capsys, "detect", "--ckpt_path", run, f"--out={tmp_path}")
     assert line.endswith("x.npy has no test split: take --split train or val, or give --input FILE")
     cli.main(["detect", "--ckpt_path", run, f"--out={tmp_path}", "--split", "val", "--baselines", "false"])
+
+
+def test_a_data_worker_that_dies_is_told_in_one_line(run, tmp_path, capsys, monkeypatch):
+    def batches(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible")
+
+    monkeypatch.setattr(Samples, "batches", batches)
+    line = refused(capsys, "reconstruct", "--ckpt_path", str(run), f"--out={tmp_path}")
+    assert "a data worker is killed by signal: Bus error" in line and not [*tmp_path.iterdir()]
 
 
 def test_a_prior_needs_no_training_data(tmp_path, capsys):

@@ -58,7 +58,7 @@ def test_a_datamodule_gives_what_its_loader_gives(split):
     assert torch.equal(samples.rows([3, 1]), x[[3, 1]])
 
 
-def test_images_in_a_folder_are_read_as_they_are_used(tmp_path):
+def test_images_in_a_folder_are_read_as_they_are_used(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (6, 8, 8), dtype=np.uint8)
     for i, image in enumerate(pixels):
@@ -68,6 +68,9 @@ def test_images_in_a_folder_are_read_as_they_are_used(tmp_path):
     expected = torch.from_numpy(pixels).float()[[0, 2, 4, 1, 3, 5], None] / 255
     assert torch.equal(all_of(samples, 4), expected)
     assert samples.y.tolist() == [0, 0, 0, 1, 1, 1] and samples.class_names == ("a", "b")
+    alone = read(str(tmp_path), UNKNOWN, {"memory": "off", "num_workers": 0}).subset(torch.arange(6))
+    monkeypatch.setattr(torch.utils.data.dataloader, "_MultiProcessingDataLoaderIter", None)
+    assert torch.equal(all_of(alone, 4), expected)
     one = read(str(tmp_path / "a" / "0.png"), UNKNOWN, {})
     assert torch.equal(all_of(one), torch.from_numpy(pixels[:1]).float()[None] / 255)
 

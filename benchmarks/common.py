@@ -98,6 +98,12 @@ def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
         metavar="NAME",
         help="a name for this processor, such as zen4, at the end of the file's name; by default its cores alone",
     )
+    add_again(made)
+    return made
+
+
+def add_again(made: argparse.ArgumentParser) -> None:
+    """The flag of scripts that keep the rows that are there."""
     made.add_argument(
         "--again",
         nargs="?",
@@ -105,7 +111,6 @@ def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
         choices=AGAIN,
         help="measure existing rows again: all that are asked for (the default), or those that failed",
     )
-    return made
 
 
 def add_results(made: argparse.ArgumentParser) -> None:

@@ -1,7 +1,8 @@
 """Train recipes, write what they reached to a CSV, into the recipes' heads, and into the README's tables.
 
-    python -m benchmarks.recipes                      all recipes
-    python -m benchmarks.recipes vae dense_article    these
+    python -m benchmarks.recipes                      all recipes that the CSV does not have yet
+    python -m benchmarks.recipes vae dense_article --again
+                                                      these, whether it has them or not
     python -m benchmarks.recipes --root /usr/share/datasets fashion_vae
     python -m benchmarks.recipes --tables             only rewrite the heads and tables from the CSV
 
@@ -23,7 +24,7 @@ from aezoo import registry
 from aezoo.cli import recipes
 from aezoo.errors import AezooError
 
-from .common import Table, bare_parser, command_line, environment, read_csv, run_script
+from .common import Table, add_again, bare_parser, command_line, environment, read_csv, run_script
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,7 +45,9 @@ def train(name: str, root: str | None) -> dict[str, str]:
         command = [sys.executable, "-m", "aezoo", "fit", "-c", name]
         command += ["--data.root", root] if root and "fashion" in name else []
         began = time.monotonic()
-        subprocess.run(command, cwd=folder, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        done = subprocess.run(command, cwd=folder, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        if done.returncode:
+            raise AezooError(f"recipe {name} ends with exit code {done.returncode}: mend it; the same command goes on")
         seconds = time.monotonic() - began
         run = Path(folder) / "runs" / name / "0"
         found = scalars(run)
@@ -154,18 +157,22 @@ def newest() -> Path:
 
 
 def main() -> None:
-    """Train what is asked for and rewrite what states its figures."""
+    """Train what is asked for and not there yet, and rewrite what states its figures."""
     parser = bare_parser("recipes", __doc__)
     parser.add_argument(
         "recipes", nargs="*", choices=[*own_recipes(), []], help="recipes to train; all if none is given"
     )
     parser.add_argument("--root", help="folder that holds Fashion-MNIST")
     parser.add_argument("--tables", action="store_true", help="train nothing, rewrite heads and tables from the CSV")
+    add_again(parser)
     arguments = parser.parse_args()
     path = newest() if arguments.tables else RESULTS / f"quality-recipes-{environment()}.csv"
-    table = Table(path, ("recipe",), command_line("recipes", sys.argv[1:]))
+    table = Table(path, ("recipe",), command_line("recipes", sys.argv[1:]), arguments.again)
     for name in [] if arguments.tables else arguments.recipes or own_recipes():
-        table.put(train(name, arguments.root))
+        if table.needs({"recipe": name}):
+            table.put(train(name, arguments.root))
+        else:
+            print(f"{name} is there already: --again trains it anew", file=sys.stderr)
     rows = read(path)
     for name, file in own_recipes().items():
         if name in rows:

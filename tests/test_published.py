@@ -1,7 +1,8 @@
-"""Recipes of published figures: what is run, what is read, and what their heads say of it."""
+"""Recipes: what is run, what is read, what is kept, and what the heads of those of published figures say."""
 
 import re
 import shutil
+import sys
 
 import pytest
 import yaml
@@ -68,3 +69,30 @@ def test_heads_state_the_rows_of_the_csv_and_nothing_else(tmp_path, monkeypatch)
 def test_an_unknown_recipe_is_one_line():
     with pytest.raises(AezooError, match="take mnist_ciwae"):
         published.arguments_of(["mnist_vea"])
+
+
+def test_recipes_are_measured_one_by_one_under_their_commands(tmp_path, monkeypatch):
+    found = {"epochs": "2", "seconds": "3"} | dict.fromkeys(recipes.FIGURES, "1.5")
+    monkeypatch.setattr(recipes, "RESULTS", tmp_path)
+    monkeypatch.setattr(recipes, "ROOT", tmp_path)
+    monkeypatch.setattr(recipes, "own_recipes", lambda: {name: tmp_path / f"{name}.yaml" for name in ("b", "a")})
+    monkeypatch.setattr(recipes, "train", lambda name, root: {"recipe": name} | found | {"test/mse": str(len(root))})
+    for path in (tmp_path / "a.yaml", tmp_path / "b.yaml", tmp_path / "README.md"):
+        path.write_text("# reached: nothing\n<!-- recipes -->\n<!-- /recipes -->\n")
+    for words in (["b", "--root", "1"], ["--root", "22"], ["a", "--root", "333", "--again"], ["--tables"]):
+        monkeypatch.setattr(sys, "argv", ["recipes", *words])
+        recipes.main()
+    commands, rows = common.read_csv(recipes.newest())
+    assert commands == [
+        f"python -m benchmarks.recipes {words}" for words in ("b --root 1", "--root 22", "a --root 333")
+    ]
+    # what is there is kept, as after a crash
+    assert [(row["recipe"], row["test/mse"], row["epochs"]) for row in rows] == [("b", "1", "2"), ("a", "3", "2")]
+    assert "test/mse 3," in (tmp_path / "a.yaml").read_text()
+    assert "| `a` | 1.5 | 3 | 1.5 | 1.5 | 2 | 3 |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_recipe_that_fails_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(AezooError, match="recipe vae ends with exit code 1"):
+        recipes.train("vae", None)

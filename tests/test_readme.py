@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,26 +23,6 @@ def test_tables_and_heads_are_those_of_the_newest_results():
     assert benchmark.readme(rows) == README
     for name, path in benchmark.own_recipes().items():
         assert benchmark.head(rows[name], benchmark.newest()) in path.read_text(encoding="utf-8").splitlines()
-
-
-def test_recipes_are_measured_one_by_one_under_their_commands(tmp_path, monkeypatch):
-    found = {"epochs": "2", "seconds": "3"} | dict.fromkeys(benchmark.FIGURES, "1.5")
-    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
-    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
-    monkeypatch.setattr(benchmark, "own_recipes", lambda: {name: tmp_path / f"{name}.yaml" for name in ("b", "a")})
-    monkeypatch.setattr(benchmark, "train", lambda name, root: {"recipe": name} | found | {"test/mse": str(len(root))})
-    for path in (tmp_path / "a.yaml", tmp_path / "b.yaml", tmp_path / "README.md"):
-        path.write_text("# reached: nothing\n<!-- recipes -->\n<!-- /recipes -->\n")
-    for words in (["b", "--root", "1"], ["--root", "22"], ["a", "--root", "333"], ["--tables"]):
-        monkeypatch.setattr(sys, "argv", ["recipes", *words])
-        benchmark.main()
-    commands, rows = read_csv(benchmark.newest())
-    assert commands == [
-        f"python -m benchmarks.recipes {words}" for words in ("b --root 1", "--root 22", "a --root 333")
-    ]
-    assert [(row["recipe"], row["test/mse"], row["epochs"]) for row in rows] == [("b", "2", "2"), ("a", "3", "2")]
-    assert "test/mse 3," in (tmp_path / "a.yaml").read_text()
-    assert "| `a` | 1.5 | 3 | 1.5 | 1.5 | 2 | 3 |" in (tmp_path / "README.md").read_text()
 
 
 def test_sentences_say_what_the_csvs_say():

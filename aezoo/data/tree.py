@@ -1,9 +1,12 @@
 """The images of a folder, and the splits and classes that its subfolders define."""
 
 import os
+import threading
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from aezoo.data.images import EXTENSIONS, few
 from aezoo.data.source import Stage
@@ -16,10 +19,22 @@ SPLITS: dict[str, Stage] = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 _ENDINGS = tuple(EXTENSIONS)
+# seconds of a scan after which it says what it does
+_SILENT = 2.0
 
 
 def scan(root: Path) -> tuple[Files, tuple[str, ...]]:
     """(image, class) by split and the class names; class -1 and no names if the folders define no classes."""
+    late = threading.Timer(_SILENT, rank_zero_info, [f"looking for images at any depth of {root}"])
+    late.daemon = True
+    late.start()
+    try:
+        return _scan(root)
+    finally:
+        late.cancel()
+
+
+def _scan(root: Path) -> tuple[Files, tuple[str, ...]]:
     named = {SPLITS[name.lower()]: root / name for name in _folders(root) if name.lower() in SPLITS}
     homes: dict[Stage, Path] = named if "train" in named else {"train": root}
     found = {stage: list(_found(home, ())) for stage, home in homes.items()}

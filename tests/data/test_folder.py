@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from aezoo.data import ArrayDataset, DataModule
+from aezoo.data import ArrayDataset, DataModule, tree
 from aezoo.data.folder import sort
 from aezoo.data.images import header
 from aezoo.data.tree import scan
@@ -117,6 +118,20 @@ def test_a_folder_that_may_not_be_read_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", look)
     refused(r"cannot read the folder .*shut \(Permission denied\): check its permissions", tmp_path)
+
+
+def test_a_scan_that_takes_long_says_what_it_does(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    pictures(tmp_path, 2)
+    scan(tmp_path)
+    assert not caplog.records
+    said, scandir, inform = threading.Event(), os.scandir, tree.rank_zero_info
+    monkeypatch.setattr(tree, "_SILENT", 0)
+    monkeypatch.setattr(tree, "rank_zero_info", lambda text: (inform(text), said.set()))
+    monkeypatch.setattr(os, "scandir", lambda folder: scandir(folder) if said.wait(5) else None)
+    scan(tmp_path)
+    (record,) = caplog.records
+    assert record.getMessage() == f"looking for images at any depth of {tmp_path}"
 
 
 def test_split_folders(tmp_path):

@@ -6,6 +6,7 @@ import difflib
 import gc
 import importlib
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(argv, whole)
     except AezooError as error:
-        print(f"aezoo: {error}", file=sys.stderr)
+        print(f"aezoo: {_in_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         # the reader has gone: of `aezoo list | head`, which loses nothing, or of a run that does not go on
@@ -91,16 +92,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        print(
-            f"aezoo: cannot read or write {os.fsdecode(error.filename)}: {error.strerror}; give another path",
-            file=sys.stderr,
-        )
+        where = _in_one_line(os.fsdecode(error.filename))
+        print(f"aezoo: cannot read or write {where}: {error.strerror}; give another path", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\naezoo: interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
         terminal.let_go()
+
+
+def _in_one_line(text: str) -> str:
+    """Line breaks and whatever else a terminal obeys, as the name of a file may hold, written out."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 @contextlib.contextmanager

@@ -675,3 +675,9 @@ LONG = "x" * 300
 def test_a_path_that_cannot_be_looked_at_is_one_line(argv, capsys):
     line = refused(capsys, *argv)
     assert "File name too long" in line and "default_root_dir" not in line
+
+
+@pytest.mark.parametrize("argv", [["fit", "--model", "vae", "--data"], ["test", "--ckpt_path"], ["cp", "vae"]])
+def test_a_name_with_a_line_break_is_told_in_one_line(argv, capsys):
+    Path("a\nb\x1b[31m.npy").write_text("no array")
+    assert "a\\nb\\x1b[31m.npy" in refused(capsys, *argv, "a\nb\x1b[31m.npy")

@@ -30,6 +30,7 @@ from aezoo.parsing import Parser, check_flags
 from aezoo.randomness import mix
 from aezoo.request import for_the_set, name_data, note_other_splits, setting
 from aezoo.security import policy
+from aezoo.tasks.codec import tables
 from aezoo.tasks.output import device_of
 from aezoo.tasks.samples import Samples
 
@@ -78,6 +79,8 @@ def main(argv: list[str]) -> None:
     trained: dict[str, Any] = {"settings": {}, "scaling": {}}
     model = None
     if path is not None and not {"-h", "--help"} & set(argv):
+        if verb in ("compress", "decompress"):
+            tables.stream()  # what is not installed is said before anything is read
         model, trained = checkpoint.load_run(path)
         known = inspect.signature(DataModule).parameters
         stored = {key: value for key, value in trained["settings"].items() if key in known and key != "batch_size"}

@@ -15,7 +15,7 @@ from aezoo.errors import AezooError
 from aezoo.tasks.detect_labels import Protocol, Reference, about_labels, measure
 from aezoo.tasks.detect_scores import Scores
 from aezoo.tasks.detectors import BASELINES, Baseline, Detector, p_values
-from aezoo.tasks.output import Row, Store, fill, table_text
+from aezoo.tasks.output import Row, Store, check_table, fill, table_text
 from aezoo.tasks.samples import Samples, at_work
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ def detect(
     Raises:
         AezooError: an invalid value, or samples that the model cannot use.
     """
-    if table not in ("csv", "parquet"):
-        raise AezooError(f"table is {table!r}: take csv or parquet")
+    check_table(table, ("csv", "parquet"))
     if n_shown < 0 or n_fit < 2:
         raise AezooError(f"n_shown must be at least 0 and n_fit at least 2, got {n_shown} and {n_fit}")
     if quantile is not None and not 0 < quantile < 1:

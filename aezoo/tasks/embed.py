@@ -24,7 +24,7 @@ from aezoo.tasks.embed_codes import (
     to_plane,
     umap,
 )
-from aezoo.tasks.output import Row, Store, fill, table_text
+from aezoo.tasks.output import Row, Store, check_table, fill, table_text
 from aezoo.tasks.samples import Samples, at_work
 from aezoo.tasks.samples import progress as progress_bar
 
@@ -157,8 +157,7 @@ def embed(
 def _check(method: str, table: str, nearest: int, n_shown: int, batch_size: int) -> None:
     if method not in _METHODS:
         raise AezooError(f"method is {method!r}: take pca, tsne or umap")
-    if table not in ("npy", "npz", "csv", "parquet"):
-        raise AezooError(f"table is {table!r}: take npy, npz, csv or parquet")
+    check_table(table, ("npy", "npz", "csv", "parquet"))
     if nearest < 0 or n_shown < 0 or batch_size < 1:
         raise AezooError(
             f"nearest and n_shown must be at least 0 and batch_size at least 1, got {nearest}, {n_shown}, {batch_size}"

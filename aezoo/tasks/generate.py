@@ -219,6 +219,8 @@ def _check(
         raise AezooError(f"unknown prior {prior!r}: take one of {', '.join(names)}")
     if prior == "own" and not model.has_prior:
         raise AezooError(f"{type(model).__name__} has no prior of its own: take gmm, maf, gaussian, two_stage or knn")
+    if prior == "maf":
+        priors.flows()
     if circle and not interpolate:
         raise AezooError("circle is a way to interpolate: ask for interpolate as well")
     if circle and not model.has_prior:

@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -161,12 +162,18 @@ def csv_bytes(rows: Sequence[Row]) -> bytes:
     return text.getvalue().encode()
 
 
+def check_table(kind: str, kinds: Sequence[str]) -> None:
+    """Refuse a format of tables that is unknown or, as parquet may, lacks its package."""
+    if kind not in kinds:
+        raise AezooError(f"table is {kind!r}: take {', '.join(kinds[:-1])} or {kinds[-1]}")
+    if kind == "parquet" and find_spec("pyarrow") is None:
+        raise AezooError("writing .parquet needs pyarrow: pip install 'aezoo[parquet]'")
+
+
 def _parquet_bytes(rows: Sequence[Row]) -> bytes:
-    try:
-        import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
-        import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
-    except ImportError as error:
-        raise AezooError("writing .parquet needs pyarrow: pip install 'aezoo[parquet]'") from error
+    import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
+
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(list(rows)), sink)
     return sink.getvalue()

@@ -239,7 +239,7 @@ class Flow:
     """
 
     def __init__(self, t: Array, seed: int) -> None:
-        zuko = _zuko()
+        zuko = flows()
         with forked_rng(torch.device("cpu")), torch.enable_grad():
             torch.manual_seed(seed)
             data = torch.from_numpy(t).float()[torch.randperm(len(t))]
@@ -306,7 +306,12 @@ def _train(model: nn.Module, nll: Callable[[Tensor], Tensor], data: Tensor) -> N
     model.load_state_dict(kept)
 
 
-def _zuko() -> Any:
+def flows() -> Any:
+    """The package zuko.
+
+    Raises:
+        AezooError: it is not installed.
+    """
     try:
         import zuko
     except ImportError as error:

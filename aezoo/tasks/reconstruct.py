@@ -15,7 +15,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.multimodal import WithParts
 from aezoo.registry import name_of
-from aezoo.tasks.output import Store, fill, table_text
+from aezoo.tasks.output import Store, check_table, fill, table_text
 from aezoo.tasks.samples import Samples, at_work
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def reconstruct(
     Raises:
         AezooError: samples that the model cannot use, parts that it does not have, or a folder that cannot be written.
     """
-    if table not in ("csv", "parquet"):
-        raise AezooError(f"table is {table!r}: take csv or parquet")
+    check_table(table, ("csv", "parquet"))
     if n_shown < 0 or batch_size < 1:
         raise AezooError(f"n_shown must be at least 0 and batch_size at least 1, got {n_shown} and {batch_size}")
     some = None if parts is None else _Some(model, (parts,) if isinstance(parts, int) else parts)

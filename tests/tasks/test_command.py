@@ -4,6 +4,7 @@ import csv
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from PIL import Image
 
 import aezoo
 from aezoo import cli
+from aezoo.errors import AezooError
+from aezoo.tasks.codec import tables
 from aezoo.tasks.command import read
 from aezoo.tasks.samples import Samples
 
@@ -427,6 +430,22 @@ def test_a_run_that_left_nothing_to_test(tmp_path, capsys):
     cli.main(["detect", "--ckpt_path", run, f"--out={tmp_path}", "--split", "val", "--baselines", "false"])
 
 
+@pytest.mark.parametrize(
+    ("package", "extra", "verb", "flags"),
+    [
+        ("pyarrow", "parquet", "reconstruct", {"table": "parquet"}),
+        ("pyarrow", "parquet", "detect", {"table": "parquet"}),
+        ("pyarrow", "parquet", "embed", {"table": "parquet"}),
+        ("umap", "umap", "embed", {"method": "umap"}),
+        ("zuko", "flows", "generate", {"prior": "maf"}),
+    ],
+)
+def test_what_is_not_installed_is_said_before_samples_are_looked_at(monkeypatch, package, extra, verb, flags):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(AezooError, match=rf"pip install 'aezoo\[{extra}\]'"):
+        getattr(aezoo, verb)(aezoo.create_model("dense_ae", (4,)), torch.ones(1), **flags)
+
+
 def test_a_data_worker_that_dies_is_told_in_one_line(run, tmp_path, capsys, monkeypatch):
     def batches(*_):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible")
@@ -434,6 +453,16 @@ def test_a_data_worker_that_dies_is_told_in_one_line(run, tmp_path, capsys, monk
     monkeypatch.setattr(Samples, "batches", batches)
     line = refused(capsys, "reconstruct", "--ckpt_path", str(run), f"--out={tmp_path}")
     assert "a data worker is killed by signal: Bus error" in line and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("verb", ["compress", "decompress"])
+def test_the_codec_is_missed_before_the_model_is_read(monkeypatch, capsys, verb):
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    tables.stream.cache_clear()
+    assert "pip install 'aezoo[codec]'" in refused(capsys, verb, "--ckpt_path", "nowhere")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb, "--ckpt_path", "nowhere", "--help"])
+    assert ended.value.code == 0
 
 
 def test_a_prior_needs_no_training_data(tmp_path, capsys):

@@ -351,14 +351,15 @@ class Autoencoder(Checked, pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         ranks.let_go_at_exit(self.trainer)
+        # data may be others now, and an evaluation may have been interrupted
+        self._checked.clear()
+        self._evaluations.clear()
         # before DistributedDataParallel, which lays out gradients like the weights
         fits = stage == "fit" and ranks.hold_it_whole(self.trainer)
         self._channels_last = fits and acceleration.to_channels_last(self)
 
     def on_fit_start(self) -> None:
-        self._checked.clear()
         self._train_means.reset()
-        self._evaluations = {}
         means, self._means_before = self._means_before, None
         if means is not None and self.trainer.ckpt_path is not None:
             # the epoch's sums up to the checkpoint; several ranks all get those of the first
@@ -489,7 +490,7 @@ class Autoencoder(Checked, pl.LightningModule):
             group = f"{stage}_{loader}" if loader else stage
             figures = {f"{group}/{name}": value for name, value in evaluation.compute().items()}
             self.log_dict(figures, sync_dist=True)
-        self._evaluations = {}
+        self._evaluations.clear()
 
     @contextmanager
     def _fixed_noise(self, batch_idx: int) -> Iterator[None]:

@@ -354,6 +354,8 @@ class Autoencoder(Checked, pl.LightningModule):
         # data may be others now, and an evaluation may have been interrupted
         self._checked.clear()
         self._evaluations.clear()
+        if stage == "fit" and not self.training:
+            self.train()  # Lightning would leave it as load_model gives it
         # before DistributedDataParallel, which lays out gradients like the weights
         fits = stage == "fit" and ranks.hold_it_whole(self.trainer)
         self._channels_last = fits and acceleration.to_channels_last(self)

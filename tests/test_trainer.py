@@ -1,5 +1,7 @@
 """Models as Lightning's and torch's users take them: in a Trainer of their own, and in no Trainer at all."""
 
+from contextlib import nullcontext
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -61,3 +63,18 @@ def test_several_loaders_are_evaluated_apart_and_predicted():
     first = evaluated(own, X)
     assert both == first | {name.replace("val/", "val_1/"): value for name, value in second.items()}
     assert [len(part) for part in trainer().predict(own, [loader(), loader()])] == [4, 4]
+
+
+class Modes(pl.Callback):
+    def on_train_batch_start(self, _, own, *args):
+        self.seen = {name: part.training for name, part in own.named_modules()}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_in_evaluation_mode_is_trained_in_training_mode(whole):
+    own, modes = model(), Modes()
+    (own if whole else own.encoder).eval()
+    with nullcontext() if whole else pytest.warns(UserWarning, match="in eval mode at the start"):
+        fit(own, callbacks=[modes])
+    assert modes.seen[""] and modes.seen["decoder"]
+    assert modes.seen["encoder"] == whole

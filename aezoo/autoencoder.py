@@ -396,7 +396,8 @@ class Autoencoder(Checked, pl.LightningModule):
         for held in self.trainer.optimizers:
             optimizers.align(held)
         self._prepare_step()
-        if self.trainer.ckpt_path is None or type(self).configure_optimizers is not Autoencoder.configure_optimizers:
+        own = getattr(self.configure_optimizers, "__func__", None) is Autoencoder.configure_optimizers
+        if self.trainer.ckpt_path is None or not own:
             return
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         if isinstance(optimizer, torch.optim.Optimizer) and (scheduler is None or isinstance(scheduler, LambdaLR)):

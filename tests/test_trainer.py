@@ -78,3 +78,14 @@ def test_a_model_in_evaluation_mode_is_trained_in_training_mode(whole):
         fit(own, callbacks=[modes])
     assert modes.seen[""] and modes.seen["decoder"]
     assert modes.seen["encoder"] == whole
+
+
+def test_an_optimizer_of_the_user_goes_on_at_its_own_rate(tmp_path):
+    rates = []
+    for ckpt_path in (None, tmp_path / "half.ckpt"):
+        own = model()
+        own.configure_optimizers = lambda own=own: torch.optim.AdamW(own.parameters(), lr=0.25)
+        run = fit(own, ckpt_path=ckpt_path, max_epochs=1 if ckpt_path is None else 2)
+        run.save_checkpoint(tmp_path / "half.ckpt")
+        rates.append(run.optimizers[0].param_groups[0]["lr"])
+    assert rates == [0.25, 0.25]

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import aezoo
 from aezoo import acceleration, collectives, inputs, joint, likelihoods, loop, optimizers, predictions, ranks
 from aezoo.arguments import Checked
+from aezoo.constraint import Constrained
 from aezoo.corruptions import Corruption
 from aezoo.errors import AezooError
 from aezoo.likelihoods import Likelihood
@@ -329,10 +330,29 @@ class Autoencoder(Checked, pl.LightningModule):
         optimizer.param_groups[0].update({name: value for name, value in first.items() if name != "params"})
         for group in others:
             optimizer.add_param_group(group)
+        if self._trainer is None or self._trainer.lightning_module is not self:
+            self._hook_into(optimizer)
         if self.lr_schedule == "constant" and not self.warmup_steps:
             return optimizer
+        if self._trainer is None:
+            raise AezooError(
+                "lr_schedule and warmup_steps need a Trainer, which knows the last step: in a loop of your own leave "
+                "them out, and take one of torch.optim.lr_scheduler"
+            )
         schedule = optimizers.schedule(optimizer, self.lr_schedule, self.warmup_steps, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
+
+    def _hook_into(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have steps do by themselves what a Trainer calls this module for: a loop of somebody's own takes them."""
+
+        def after(*_: Any) -> None:
+            if "steps" in self._buffers:
+                self._buffers["steps"].add_(1)  # type: ignore[union-attr]
+            if isinstance(self, Constrained):
+                self.after_optimizer_step()
+
+        optimizer.register_step_pre_hook(lambda held, *_: self.on_before_optimizer_step(held))
+        optimizer.register_step_post_hook(after)
 
     def clip_gradients(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -476,7 +496,8 @@ class Autoencoder(Checked, pl.LightningModule):
             read = x if self.corruption is None else self.corruption(x)
             x_hat, seen = self._reconstruct(read)
             log_likelihood = getattr(self, "log_likelihood", None)
-            if callable(log_likelihood) and self.trainer.state.fn in ("validate", "test"):
+            trainer = self._trainer
+            if callable(log_likelihood) and trainer is not None and trainer.state.fn in ("validate", "test"):
                 terms["log_likelihood"] = log_likelihood(x, self.importance_samples).mean()
         self._evaluations[loader].add(terms, x, x_hat, **seen)
 

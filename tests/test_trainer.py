@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch.utils.data import DataLoader, TensorDataset
 
 import aezoo
@@ -89,3 +90,69 @@ def test_an_optimizer_of_the_user_goes_on_at_its_own_rate(tmp_path):
         run.save_checkpoint(tmp_path / "half.ckpt")
         rates.append(run.optimizers[0].param_groups[0]["lr"])
     assert rates == [0.25, 0.25]
+
+
+# ---- in a loop of one's own -----------------------------------------------------------------------------------------
+
+
+def by_hand(own, fabric=None):
+    """Two epochs."""
+    optimizer = own.configure_optimizers()
+    trained, optimizer = (own, optimizer) if fabric is None else fabric.setup(own, optimizer)
+    for _ in range(2):
+        for i, batch in enumerate(loader()):
+            optimizer.zero_grad()
+            trained.training_step(batch, i)["loss"].backward()
+            optimizer.step()
+    return own
+
+
+SPARSE = {"latent_dim": 12, "k": 2, "data_init": True, "lr": 0.1}
+
+
+@pytest.mark.parametrize("fabric", [None, Fabric(accelerator="cpu", devices=1)])
+def test_it_takes_the_steps_that_a_trainer_takes(fabric):
+    """Directions of norm 1 from the first batch on, with Adam's moments along the sphere."""
+    by_trainer = model("topk_sae", **SPARSE)
+    fit(by_trainer)
+    own = by_hand(model("topk_sae", **SPARSE), fabric)
+    for name, value in by_trainer.state_dict().items():
+        torch.testing.assert_close(own.state_dict()[name], value, msg=name)
+
+
+def test_it_counts_its_steps():
+    own = by_hand(model("annealed_vae", hidden_dims=(8,)))
+    assert own.steps == 8
+
+
+class Around(pl.LightningModule):
+    """Trains a model as a part of its own."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.own = own
+
+    def training_step(self, batch, batch_idx):
+        return self.own.loss(*batch)["loss"]
+
+    def configure_optimizers(self):
+        return self.own.configure_optimizers()
+
+
+def test_so_does_a_module_around_a_model():
+    own = model("topk_sae", **{**SPARSE, "data_init": False})
+    trainer().fit(Around(own), loader())
+    torch.testing.assert_close(own.decoder.W_NX.norm(dim=1), torch.ones(12))
+
+
+def test_a_schedule_without_a_trainer_is_refused():
+    for settings in ({"lr_schedule": "cosine"}, {"warmup_steps": 3}):
+        with pytest.raises(AezooError, match="need a Trainer, which knows the last step"):
+            model(**settings).configure_optimizers()
+
+
+def test_batches_are_evaluated_without_a_trainer():
+    own = model().eval()
+    own.validation_step((X,), 0)
+    with pytest.warns(UserWarning, match="self.log"):
+        own.on_validation_epoch_end()

@@ -92,6 +92,16 @@ def test_an_optimizer_of_the_user_goes_on_at_its_own_rate(tmp_path):
     assert rates == [0.25, 0.25]
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("noise2void", {"width": 4, "depth": 3}), ("vq_vae", {"hidden_dims": (4,)})]
+)
+def test_data_start_codes_and_hide_pixels_in_any_precision(name, settings, precision):
+    own = model(name, (1, 8, 8), **settings)
+    run = fit(own, torch.rand(8, 1, 8, 8, dtype=torch.float64), precision=precision, max_epochs=1)
+    assert torch.isfinite(run.callback_metrics["train/loss"])
+
+
 # ---- in a loop of one's own -----------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aezoo.precision import at_least_float32
+
 # rows that k-means sees, and multiplications that it may take
 _ROWS, _WORK = 2**14, 1e10
 # the bits of a float32 that TF32 keeps
@@ -115,7 +117,8 @@ def k_means(z_ND: Tensor, size: int) -> tuple[Tensor, Tensor]:
         np.add.at(mean, label, different * weight[:, None])
         mean = np.where(count[:, None] > 0, mean / count.clip(1)[:, None], found.cluster_centers_)
     else:
-        fill = torch.randn(size - len(different), rows.shape[1], generator=dice).numpy() * rows.std(0) + rows.mean(0)
+        noise = at_least_float32(torch.randn(size - len(different), rows.shape[1], generator=dice))
+        fill = noise.numpy() * rows.std(0) + rows.mean(0)
         mean, count = np.concatenate([different, fill]), np.concatenate([weight, np.ones(len(fill))])
     scale = len(z_ND) / len(rows)
     return torch.from_numpy(mean).to(z_ND), torch.from_numpy(np.maximum(count, 1) * scale).to(z_ND)

@@ -26,6 +26,7 @@ from torch import Tensor
 from aezoo import corruptions
 from aezoo.errors import AezooError
 from aezoo.models.classic.dncnn import DnCNN
+from aezoo.precision import at_least_float32
 
 _MOST_PLACES = 10_000
 
@@ -101,7 +102,7 @@ class Noise2Void(DnCNN):
         """y~ and M, (B, C, *grid) -> (B, C, *grid) and (B, P), 1 for the pixels that were replaced."""
         y_BCP = y.flatten(2)
         drawn_BM = torch.rand(len(y), y_BCP.shape[2], device=y.device).topk(self.n_masked, 1).indices
-        drawn_BP = torch.zeros(len(y), y_BCP.shape[2], device=y.device).scatter(1, drawn_BM, 1.0)
+        drawn_BP = torch.zeros_like(at_least_float32(y_BCP[:, 0])).scatter(1, drawn_BM, 1.0)
         free_BMK, j_BMK = torch.ones_like(drawn_BM)[..., None].bool(), torch.zeros_like(drawn_BM)[..., None]
         stride = 1
         for axis in reversed(range(len(self.grid))):  # row by row, as flatten does
@@ -117,7 +118,8 @@ class Noise2Void(DnCNN):
         j_BM = j_BM.where(replaced_BM, drawn_BM)
         values_BCM = y_BCP.gather(2, j_BM[:, None].expand(-1, y_BCP.shape[1], -1))
         index_BCM = drawn_BM[:, None].expand_as(values_BCM)
-        return y_BCP.scatter(2, index_BCM, values_BCM).view_as(y), drawn_BP.scatter(1, drawn_BM, replaced_BM.float())
+        drawn_BP = drawn_BP.scatter(1, drawn_BM, replaced_BM.to(drawn_BP))
+        return y_BCP.scatter(2, index_BCM, values_BCM).view_as(y), drawn_BP
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         noisy = x if self.corruption is None else self.corruption(x)

@@ -242,7 +242,7 @@ class _Estimator(base.BaseEstimator):
             name, settings, content = saved
             weights = safetensors.torch.load(content)
             model = build(name, settings, Path("the pickled estimator"), weights)
-            model.load_state_dict(weights)
+            model.float().load_state_dict(weights)
             self.autoencoder_ = model.eval()
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -409,7 +409,8 @@ def _build(settings: dict[str, Any], n_features: int) -> Autoencoder:
         grid = {} if len(shape) > 1 else {"net": "mlp"}
         common["tokenizer"] = {"model": "vq_vae", "likelihood": settings["likelihood"], **grid}
     try:
-        return create_model(settings["model"], shape, **{**common, **settings["model_params"]})
+        # whatever torch's default type is, samples are float32
+        return create_model(settings["model"], shape, **{**common, **settings["model_params"]}).float()
     except AezooError as error:
         # one that the estimator has no argument for
         other = next((name for name in known if name not in common and str(error).startswith(f"{name} ")), None)

@@ -306,6 +306,17 @@ def test_the_dtype_is_kept(dtype):
     assert codes.dtype == model.inverse_transform(codes).dtype == clean.dtype == dtype
 
 
+def test_torch_s_default_type_is_nothing_to_it():
+    X, model = gaussian(10), AutoencoderTransformer(**FEW)
+    codes = model.fit(X).transform(X)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert np.allclose(copy.deepcopy(model).transform(X), codes)
+        assert pickle.loads(pickle.dumps(model.fit(X))).transform(X).shape == codes.shape
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("light", [True, False])
 def test_a_seed_fixes_everything_and_disturbs_nobody(light, monkeypatch):
     if not light:  # Lightning's own loop seeds NumPy's and Python's streams too, for models of others

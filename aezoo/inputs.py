@@ -28,6 +28,7 @@ _SHAPES = {
     "encode_indices": "input_shape",
     "reconstruct_from": "input_shape",
     "inpaint": "input_shape",
+    "anomaly_map": "input_shape",
 }
 # what layers say of tensors that they were not made for
 _COMPLAINTS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)

@@ -104,6 +104,7 @@ VARIANTS = [
     subject_of("ganomaly", net="conv", hidden_dims=(8, 8), likelihood="gaussian:learned"),
     subject_of("ae1svm", net="conv", hidden_dims=(8, 8), code_activation="identity", likelihood="bernoulli"),
     subject_of("alad", net="conv", hidden_dims=(8, 8), likelihood="gaussian:learned"),
+    subject_of("draem", source="samples", net="conv", hidden_dims=(8, 8), likelihood="bernoulli"),
     subject_of("f_anogan", generator_weight=0.0, net="conv", hidden_dims=(8, 8), likelihood="gaussian:learned"),
     subject_of("deep_svdd", nu=0.2, net="conv", hidden_dims=(8, 8), likelihood="gaussian:learned"),
     subject_of("vae", net="conv", hidden_dims=(8, 8), beta=4.0),

@@ -39,6 +39,7 @@ MEANING = {
     "l2": WEIGHT, "data_init": ON, "tied": ON, "multi_weight": WEIGHT, "fractions": {"[]"}, "theta_decay": OFF,
     "delta": WEIGHT,
     "energy_weight": WEIGHT, "covariance_weight": WEIGHT, "dropout": OFF, "adv_weight": WEIGHT, "enc_weight": WEIGHT,
+    "ssim_weight": WEIGHT, "segmentation_weight": WEIGHT,
     "svm_weight": WEIGHT, "nll_weight": WEIGHT, "generator_weight": WEIGHT, "feature_weight": WEIGHT,
     "penalty_weight": WEIGHT,
     "sw_weight": WEIGHT, "cw_weight": WEIGHT, "adversarial_weight": WEIGHT, "regulariser_weight": WEIGHT,

@@ -46,7 +46,7 @@ OVERFIT_LATE = (
     *("mean_scale_hyperprior", "scale_hyperprior", "factorized_prior", "alad", "gained_hyperprior"),
     *("eq_vae", "sq_vae", "asymmetric_kl", "va_vae", "taesd", "diffusers_ae", "consistency_decoder"),
     *("ijepa", "maetok", "f_anogan", "representation_ae", "ra_sae", "omp_sae", "mvae", "gated_sae", "masked_conv_ae"),
-    *("temporal_sae", "fvq_vae", "vp_vae", "fsp_vae"),
+    *("temporal_sae", "fvq_vae", "vp_vae", "fsp_vae", "draem"),
 )
 OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer", "elic", "cheng2020", "vdvae")
 

@@ -5,6 +5,8 @@ too. A U-Net's skip connections copy maps of the encoder to the decoder, past th
 sample. Here they stay within their half: the map of every stage of the encoder goes, pooled, to the code's layer as
 well, and the code's map, enlarged, to every stage of the decoder. So all that the decoder gets is the code.
 
+`UNet` is a whole one, for what a model does with its outputs: no code of it is a code of the sample.
+
 Group normalisation as in resnet: samples stay independent of their batch.
 """
 
@@ -18,7 +20,7 @@ from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, grids, head, map_shape, rank_of
 from aezoo.nets.memory_format import in_order
 
-__all__ = ["Decoder", "Encoder", "map_shape"]
+__all__ = ["Decoder", "Encoder", "UNet", "map_shape"]
 
 _POOLS: dict[int, type[nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
@@ -103,3 +105,35 @@ class Decoder(nn.Module):
             h = stage(torch.cat([up(h), code], 1) if i else code)
         x_hat: Tensor = self.last(h)
         return x_hat
+
+
+class UNet(nn.Module):
+    """(B, C, *grid) -> (B, outputs, *grid), with the skip connections of the paper.
+
+    Args:
+        input_shape: (C, *grid), any size.
+        outputs: channels of the output.
+        hidden_dims: channels of the stages, each but the first on half the grid of the one before; at least one.
+        act: the activation.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, hidden_dims: tuple[int, ...], act: str) -> None:
+        super().__init__()
+        rank = rank_of(input_shape)
+        self.down = nn.ModuleList(
+            _TwoConvolutions(rank, a, b, act) for a, b in pairwise((input_shape[0], *hidden_dims))
+        )
+        self.pool = _POOLS[rank](2, ceil_mode=True)
+        self.enlarge = nn.ModuleList(_Doubled(grid) for grid in grids(input_shape, len(hidden_dims) - 1)[-2::-1])
+        self.up = nn.ModuleList(_TwoConvolutions(rank, a + b, b, act) for a, b in pairwise(hidden_dims[::-1]))
+        self.last = CONVS[rank](hidden_dims[0], outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps: list[Tensor] = []
+        for stage in self.down:
+            maps.append(stage(self.pool(maps[-1]) if maps else x))
+        h = maps.pop()
+        for enlarge, stage in zip(self.enlarge, self.up, strict=True):
+            h = stage(torch.cat([enlarge(h), maps.pop()], 1))
+        found: Tensor = self.last(h)
+        return found

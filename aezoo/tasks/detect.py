@@ -109,7 +109,7 @@ def detect(
         svdd_lr: learning rate of deep_svdd.
         svdd_nu: share of the training samples that may lie outside deep_svdd's soft boundary; 0 has no soft boundary.
         n_fit: training samples that the baselines are fitted on, drawn from the seed.
-        maps: also write maps.npy, the absolute error of each value of each sample.
+        maps: also write maps.npy, the absolute error of each value of each sample, of draem its anomaly map.
         n_shown: samples in the picture; 0 draws none.
         table: csv or parquet, the format of the scores.
         fit_on: normal samples for the threshold and for what scores and baselines must learn. By default, if x is a
@@ -174,13 +174,14 @@ def detect(
             if maps:
                 errors, start = store.array("maps", (len(samples), *model.input_shape)), 0
                 for batch in samples.batches(batch_size, "maps" if progress else ""):
-                    fill(errors, start, (model(batch.to(like)).float().cpu() - batch).abs())
+                    fill(errors, start, _errors(model, batch, like))
                     start += len(batch)
             if n_shown and store.folder is not None:
                 strangest = torch.from_numpy(np.argsort(-first.scores, kind="stable")[:n_shown].copy())
                 given = samples.rows(strangest)
                 titles = [f"p {value:.2g}" for value in first.p_values[strangest.numpy()]]
-                store.picture("anomalies", _picture(given, model(given.to(like)).float().cpu(), titles))
+                output = model(given.to(like)).float().cpu()
+                store.picture("anomalies", _picture(given, output, _errors(model, given, like), titles))
     itself = train.samples is samples
     lines = _about_threshold(first, None if itself else train, held_out, contamination, quantile)
     lines += about_labels(rows, others, train, protocol, anomalous, samples.labels is not None)
@@ -264,11 +265,18 @@ def _about_threshold(
     return lines
 
 
-def _picture(given: Tensor, output: Tensor, titles: list[str]) -> "Figure":
-    """The strangest samples, their reconstructions, and the error of each value."""
+def _errors(model: Autoencoder, x: Tensor, like: Tensor) -> Tensor:
+    """How strange each value of each sample is: by the model's own map if it has one, else its absolute error."""
+    given = x.to(like)
+    if hasattr(model, "anomaly_map"):
+        return model.anomaly_map(given)[:, None].expand_as(given).float().cpu()
+    return (model(given).float().cpu() - x).abs()
+
+
+def _picture(given: Tensor, output: Tensor, error: Tensor, titles: list[str]) -> "Figure":
+    """The strangest samples, their reconstructions, and how strange each value is."""
     from aezoo.callbacks import drawing
 
-    error = (output - given).abs()
     if not drawing.is_image(given.shape[1:]):
         panels = [
             {"original": x, "output": x_hat, "error": e} for x, x_hat, e in zip(given, output, error, strict=True)

@@ -69,6 +69,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "deep_svdd": {"hidden_dims": (24,), "latent_dim": 6, "nu": 0.2},
     "alad": {"hidden_dims": (24,), "latent_dim": 6, "discriminator_dims": (24, 16), "nll_weight": 0.5},
     "f_anogan": {"hidden_dims": (24,), "latent_dim": 6, "discriminator_dims": (24, 16), "feature_weight": 0.5},
+    "draem": {
+        **{"hidden_dims": (6, 8), "latent_dim": 6, "segmentation_dims": (4, 6)},
+        **{"ssim_weight": 0.5, "segmentation_weight": 2.0},
+    },
     "vae": {"hidden_dims": (24,), "latent_dim": 6, "beta": 2.0},
     "beta_vae": {"hidden_dims": (24,), "latent_dim": 6},
     "annealed_vae": {"hidden_dims": (24,), "latent_dim": 6, "gamma": 5.0},
@@ -199,7 +203,18 @@ OWN_SCALE = (
     *ROUNDED,
 )
 # the score is another than -log p(x | xhat)
-OWN_SCORE = ("dagmm", "ganomaly", "ae1svm", "deep_svdd", "alad", "f_anogan", "pixelcnn", "index_transformer", *ROUNDED)
+OWN_SCORE = (
+    "dagmm",
+    "ganomaly",
+    "ae1svm",
+    "deep_svdd",
+    "alad",
+    "f_anogan",
+    "draem",
+    "pixelcnn",
+    "index_transformer",
+    *ROUNDED,
+)
 # nll + kl, whatever these are
 PLAIN = (
     *("semi_supervised_m1", "logcosh_vae", "denoising_vae", "msssim_vae", "perceptual_vae", "ada_gvae", "mlvae"),
@@ -330,6 +345,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "deep_svdd": {"svdd": 1.0},
         "alad": {"nll": -0.5, "adversarial": 1.0, "cycle_x": 1.0, "cycle_z": 1.0},
         "f_anogan": {"features": 0.5},
+        "draem": {"structure": 0.5, "segmentation": 2.0},
         "vae": {"kl": 2.0},
         "beta_vae": {"kl": 4.0},
         "annealed_vae": {"kl": 5.0},

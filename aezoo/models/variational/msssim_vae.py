@@ -23,9 +23,9 @@ from torch import Tensor
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
+from aezoo.nets.similarity import similarity
 
 EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 4
-C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861
 _LEAST = 0.01  # similarity from which on a root is taken as it is
 
 
@@ -100,19 +100,6 @@ class MSSSIMVAE(VAE):
         self.weight, self.window = weight, min(window, side - 1 + side % 2)
         self.scales = sum(side // 2**m >= self.window for m in range(scales))
 
-    def blur(self, x: Tensor) -> Tensor:
-        """Means under the window, where it fits: (B, C, H, W) -> (B, C, H - window + 1, W - window + 1)."""
-        # products with banded matrices: a convolution of so few channels is a hundred times slower on a CPU, and on a
-        # GPU it may round to TF32, by more than the variance of a smooth patch
-        sigma = 1.5 * self.window / 11
-        for dim in (2, 3):
-            place, start = (torch.arange(n, device=x.device) for n in (x.shape[dim], x.shape[dim] - self.window + 1))
-            t = (place - start[:, None] - self.window // 2).to(x.dtype)
-            band = torch.where(t.abs() <= self.window // 2, torch.exp(-(t**2) / (2 * sigma**2)), 0.0)
-            band = band / band.sum(1, keepdim=True)
-            x = band @ x if dim == 2 else x @ band.T
-        return x
-
     def ms_ssim(self, x: Tensor, y: Tensor) -> Tensor:
         """MS-SSIM of each pair of images, (B, C, H, W), (B, C, H, W) -> (B,); 1 for equal ones."""
         exponents = [a / sum(EXPONENTS[: self.scales]) for a in EXPONENTS[: self.scales]]
@@ -121,12 +108,7 @@ class MSSSIMVAE(VAE):
             coarsest, pad = m == self.scales - 1, self.window // 2
             if coarsest:
                 x, y = (F.pad(image, (pad,) * 4, mode="reflect") for image in (x, y))
-            mu_x, mu_y = self.blur(x), self.blur(y)
-            var_x, var_y, cov = self.blur(x * x) - mu_x**2, self.blur(y * y) - mu_y**2, self.blur(x * y) - mu_x * mu_y
-            similarity = (2 * cov + C2) / (var_x + var_y + C2)
-            if coarsest:
-                similarity = similarity * (2 * mu_x * mu_y + C1) / (mu_x**2 + mu_y**2 + C1)
-            product = product * _positive(similarity.mean((1, 2, 3))) ** a
+            product = product * _positive(similarity(x, y, self.window, coarsest).mean((1, 2, 3))) ** a
             x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
         return product
 

@@ -1,0 +1,140 @@
+"""DRAEM, a discriminatively trained reconstruction (Zavrtanik et al. 2021), https://arxiv.org/abs/2108.07610
+
+Learns to undo simulated anomalies, and to see where they were by comparing a sample with what became of it:
+
+    L = -log p(x | xhat) + w_ssim X (1 - SSIM(x, xhat)) + w_seg X mean_i -(1 - p_i)^2 log p_i
+    xhat = g(f(x~))     x~ = (1 - M) x + M ((1 - b) x + b a)     b ~ U[0.1, 1]
+    p_i: what the segmentation, a U-Net of (x~, xhat), gives to what is true of pixel i, changed or not
+
+in nats per sample. With the Gaussian likelihood of variance 1/2 it is X times the authors' sum of means and a constant.
+M is where Perlin noise is above 1/2; half of the samples stay as they are. a, in the paper textures of other data, is a
+colour between the least and the largest value of the sample (the paper's homogeneous regions), or another sample of the
+batch, shifted. A pixel is changed where x~ is not x: black on black cannot be seen.
+
+`anomaly_map` is the probability that a pixel was changed, the score its largest mean under a window (section 3.3).
+Shapes: B batch, C channels, H height, W width, X = C H W.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.errors import AezooError
+from aezoo.limits import at_least
+from aezoo.nets.perlin import perlin
+from aezoo.nets.similarity import similarity
+from aezoo.nets.unet import UNet
+
+
+class DRAEM(Autoencoder):
+    """An autoencoder that repairs images, and a segmentation of what it had to repair.
+
+    Args:
+        input_shape: (C, H, W).
+        latent_dim: size of the code.
+        ssim_weight: w_ssim, weight of the structural similarity; 0 for data outside of [0, 1].
+        segmentation_weight: w_seg, weight of the segmentation's focal loss.
+        source: color or samples, what anomalies are made of.
+        window: pixels across the window of the score, odd; 21 for the paper's images of 256 x 256.
+        segmentation_dims: channels of the segmentation's stages.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        lr: learning rate.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 32,
+        ssim_weight: float = 1.0,
+        segmentation_weight: float = 1.0,
+        source: str = "color",
+        window: int = 3,
+        segmentation_dims: tuple[int, ...] = (16, 32),
+        net: str = "unet",
+        hidden_dims: tuple[int, ...] = (16, 32),
+        activation: str = "relu",
+        likelihood: str = "gaussian",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
+        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
+        self.save_hyperparameters()
+        if len(self.input_shape) != 3 or min(self.input_shape[1:]) < 3:
+            raise AezooError(f"draem takes images (C, H, W) of at least 3 x 3, got {self.input_shape}: take dense_ae")
+        at_least(1, latent_dim=latent_dim, window=window, segmentation_dims=min(segmentation_dims, default=0))
+        at_least(0, ssim_weight=ssim_weight, segmentation_weight=segmentation_weight)
+        if source not in ("color", "samples"):
+            raise AezooError(f"source is {source!r}: take color or samples")
+        if window % 2 == 0:
+            raise AezooError(f"window must be odd, got {window}")
+        self.ssim_weight, self.segmentation_weight = ssim_weight, segmentation_weight
+        self.source, self.window, self.code_shape = source, window, (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        channels, *grid = self.input_shape
+        self.segmentation = UNet((2 * channels, *grid), 1, segmentation_dims, activation)
+
+    def damage(self, x: Tensor) -> Tensor:
+        """x~, half of the samples with simulated anomalies, (B, C, H, W) -> (B, C, H, W)."""
+        hit_B, opacity_B = torch.rand(len(x), 2, 1, 1, 1, device=x.device).to(x.dtype).unbind(1)
+        mask = (perlin(len(x), self.input_shape[1:], x.device)[:, None] > 0.5) & (hit_B < 0.5)
+        if self.source == "color":
+            low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+            a = torch.lerp(low, high, torch.rand(*x.shape[:2], 1, 1, device=x.device).to(x.dtype))
+        else:
+            rows, columns = (
+                (torch.arange(n, device=x.device) + torch.randint(n, (), device=x.device)) % n for n in x.shape[2:]
+            )
+            a = x.roll(1, 0)[:, :, rows][..., columns]
+        return torch.where(mask, torch.lerp(x, a, 0.1 + 0.9 * opacity_B), x)
+
+    def log_odds(self, x: Tensor, params: Tensor) -> Tensor:
+        """Of each pixel to be changed, by a sample and its reconstruction: (B, H, W)."""
+        both = torch.cat([x, self.likelihood.mean(params).to(x.dtype)], 1)
+        return at_least_float32(self.segmentation(both)).squeeze(1)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        damaged = self.damage(x)
+        params = self.decoder(self.encoder(damaged))
+        nll = self.nll(params, x).mean()
+
+        x_dim, side = math.prod(self.input_shape), min(self.input_shape[1:])
+        ssim_window = min(11, side - 1 + side % 2)
+        with torch.autocast(x.device.type, enabled=False):  # variances are small differences
+            both = (at_least_float32(x), self.likelihood.mean(at_least_float32(params)))
+            x_p, x_hat_p = (F.pad(image, (ssim_window // 2,) * 4, mode="reflect") for image in both)
+            structure = x_dim * (1 - similarity(x_p, x_hat_p, ssim_window).mean())
+
+        changed_BHW = (damaged != x).any(1).float()
+        cross_entropy = F.binary_cross_entropy_with_logits(
+            self.log_odds(damaged, params), changed_BHW, reduction="none"
+        )
+        segmentation = x_dim * (torch.expm1(-cross_entropy).square() * cross_entropy).mean()
+        loss = nll + self.ssim_weight * structure + self.segmentation_weight * segmentation
+        return {"loss": loss, "nll": nll, "structure": structure, "segmentation": segmentation}
+
+    def anomaly_map(self, x: Tensor) -> Tensor:
+        """Probability of each pixel to be an anomaly, (B, C, H, W) -> (B, H, W)."""
+        return self.log_odds(x, self.decoder(self.encode(x))).sigmoid()
+
+    def score(self, x: Tensor) -> Tensor:
+        """Largest mean of `anomaly_map` under the window, (B, C, H, W) -> (B,)."""
+        return F.avg_pool2d(self.anomaly_map(x)[:, None], self.window, 1, self.window // 2).amax((1, 2, 3))

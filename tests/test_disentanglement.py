@@ -74,7 +74,8 @@ def test_order_sign_scale_and_origin_of_dimensions_do_not_matter(name, codes):
     assert score(name, -codes) == pytest.approx(before, abs=off)
     assert score(name, 16 * codes - 3) == pytest.approx(before, abs=off)
     if name != "irs":  # weighs dimensions by how far they deviate
-        assert score(name, codes * torch.tensor([1, 0.1, 10, 3]) + torch.arange(4)) == pytest.approx(before, abs=off)
+        scales = torch.tensor([1, 1e-9, 10, 3])  # of the second, all values are less than 1e-7 apart
+        assert score(name, codes * scales + torch.tensor([0, 0, 2, 3])) == pytest.approx(before, abs=off)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -168,6 +169,13 @@ def test_sap_of_two_classes_is_the_gap_of_shares_on_the_right_side():
     metric = SAP(categorical=(0,))
     metric.update(codes, y)
     assert float(metric.compute()) == pytest.approx(0.5, abs=0.06)
+    # of two hundred, one is of the second class, and may be held out
+    rare = torch.arange(200)[:, None] // 199
+    for seed in range(6):
+        metric = SAP(categorical=(0,), seed=seed)
+        metric.update(codes[:200], rare)
+        held = 199 in held_out(200, seed)[1]
+        assert float(metric.compute()) == 0 if held else float(metric.compute()) >= 0
     # without an order a third is right by chance in the other dimensions
     three = SAP(categorical=(0,))
     three.update(PERFECT, FACTORS[:, :1])
@@ -366,6 +374,8 @@ def test_two_processes_compute_from_the_samples_of_both(tmp_path):
         (MIG, PERFECT, FACTORS[:, 0], r"shape \(1500, F\)"),
         (MIG, PERFECT[:, 0], FACTORS, r"\(B, D\)"),
         (MIG, PERFECT / 0, FACTORS, "diverged"),
+        (MIG, PERFECT.double() * 1e300, FACTORS, "diverged"),
+        (IRS, PERFECT[:0], FACTORS[:0], "needs 20 samples of these factors, got 0"),
         (MIG, PERFECT[:19], FACTORS[:19], "needs 20 samples"),
         (Modularity, PERFECT[:19], FACTORS[:19], "needs 20 samples"),
         (SAP, PERFECT[:50], FACTORS[:50], "needs 100 samples"),
@@ -416,6 +426,7 @@ def test_nothing_collected_and_other_widths_are_refused(metric):
         (lambda: UDR(2, "pearson"), "correlation"),
         (lambda: udr(PERFECT, PERFECT[:9]), "same samples"),
         (lambda: udr(PERFECT[:9], PERFECT[:9]), "10 samples"),
+        (lambda: udr(PERFECT[:0], PERFECT[:0]), "10 samples"),
         (lambda: udr(PERFECT, PERFECT, kl=[PERFECT]), "compares 2 models"),
         (lambda: udr(PERFECT, PERFECT, kl=[PERFECT, PERFECT[:, :2]]), "shape of the codes"),
     ],

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from aezoo.metrics.disentanglement_base import FactorMetric, Floats, Ints, at_least
+from aezoo.metrics.disentanglement_base import FactorMetric, Floats, Ints, at_least, standardised
 
 
 class MIG(FactorMetric):
@@ -91,7 +91,7 @@ class SAP(FactorMetric):
         self.categorical, self.seed = tuple(categorical), seed
 
     def score(self, codes: Floats, factors: Ints) -> float:
-        codes = (codes - codes.mean(0)) / codes.std(0)
+        codes = standardised(codes)
         columns = [
             self._accuracies(codes, column) if k in self.categorical else _r2(codes, column)
             for k, column in enumerate(factors.T)
@@ -103,6 +103,8 @@ class SAP(FactorMetric):
         from sklearn.svm import LinearSVC
 
         train, test = held_out(len(column), self.seed)
+        if (column[train] == column[train[0]]).all():  # all others are held out: each dimension predicts this one
+            return np.full(codes.shape[1], (column[test] == column[train[0]]).mean())
         found = []
         for z in codes.T[:, :, None]:
             machine = LinearSVC(C=0.01, class_weight="balanced", random_state=0).fit(z[train], column[train])
@@ -139,6 +141,7 @@ class DCI(FactorMetric):
 
         if not codes.shape[1]:
             return dict.fromkeys(("disentanglement", "completeness", "informativeness"), 0.0)
+        codes = standardised(codes)  # trees do not split values that are less than 1e-7 apart
         train, test = held_out(len(codes), self.seed)
         importances, shares = [], []
         for k, column in enumerate(factors.T):

@@ -52,7 +52,7 @@ class FactorMetric(Metric):
         for new, kept, name in ((codes, self.codes, "codes"), (factors, self.factors, "factors")):
             if kept and kept[0].shape[1] != new.shape[1]:
                 raise AezooError(f"{name} had {kept[0].shape[1]} columns before, got {new.shape[1]}")
-        self.codes.append(codes.float().to(self.device))
+        self.codes.append(codes.to(self.device))
         self.factors.append(factors.long().to(self.device))
 
     def compute(self) -> Any:
@@ -77,7 +77,7 @@ class FactorMetric(Metric):
 
     def least_samples(self, sizes: Sequence[int]) -> int:
         """How few samples of factors with so many values are too few: here 10 for each value of the largest factor."""
-        return 10 * max(sizes)
+        return 10 * max(2, *sizes)
 
     @abstractmethod
     def score(self, codes: Floats, factors: Ints) -> Any:
@@ -89,9 +89,14 @@ def changing(codes: Floats) -> Floats:
     return codes[:, np.ptp(codes, axis=0) > 0]
 
 
+def standardised(codes: Floats) -> Floats:
+    """Dimensions that change, moved and scaled to mean 0 and variance 1."""
+    return (codes - codes.mean(0)) / codes.std(0)
+
+
 def checked(codes: Tensor, name: str) -> Tensor:
-    """A batch of finite numbers."""
-    codes = torch.as_tensor(codes).detach()
+    """A batch of finite numbers, in float32."""
+    codes = torch.as_tensor(codes).detach().float()
     if codes.ndim < 2:
         raise AezooError(f"{name} must have shape (B, D), got {tuple(codes.shape)}")
     if not bool(codes.isfinite().all()):

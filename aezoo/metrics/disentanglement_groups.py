@@ -23,7 +23,16 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from aezoo.errors import AezooError
-from aezoo.metrics.disentanglement_base import FactorMetric, Floats, Ints, at_least, changing, checked, tensors
+from aezoo.metrics.disentanglement_base import (
+    FactorMetric,
+    Floats,
+    Ints,
+    at_least,
+    changing,
+    checked,
+    standardised,
+    tensors,
+)
 
 
 class FactorVAEScore(FactorMetric):
@@ -138,7 +147,7 @@ class UDR(Metric):
         """Add the codes (B, D) of the same samples by each model, and the KL terms (B, D) of their posteriors."""
         if len(codes) != self.models or (kl is not None and len(kl) != self.models):
             raise AezooError(f"UDR compares {self.models} models: give codes, and KL terms if any, of each")
-        parts = [checked(part, "codes").flatten(1).float().to(self.device) for part in codes]
+        parts = [checked(part, "codes").flatten(1).to(self.device) for part in codes]
         if len({len(part) for part in parts}) > 1:
             raise AezooError(f"UDR needs codes of the same samples, got {[len(part) for part in parts]} of them")
         terms = [torch.full_like(part, torch.inf) for part in parts] if kl is None else [k.detach().float() for k in kl]
@@ -155,13 +164,13 @@ class UDR(Metric):
         seen: Any = self.codes_0
         if not len(seen):
             raise AezooError("UDR has seen no codes: call update first")
+        if (n := len(dim_zero_cat(seen))) < 10:
+            raise AezooError(f"UDR needs 10 samples, got {n}")
         codes = []
         for m in range(self.models):
             used = (dim_zero_cat(getattr(self, f"kl_{m}")).mean(0) > self.kl_threshold).cpu().numpy()
             kept = changing(dim_zero_cat(getattr(self, f"codes_{m}")).double().cpu().numpy()[:, used])
-            codes.append((kept - kept.mean(0)) / kept.std(0))
-        if len(codes[0]) < 10:
-            raise AezooError(f"UDR needs 10 samples, got {len(codes[0])}")
+            codes.append(standardised(kept))
         scores = np.array(
             [[0.0 if i == j else self._pair(a, b) for i, a in enumerate(codes)] for j, b in enumerate(codes)]
         )

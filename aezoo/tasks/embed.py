@@ -16,6 +16,7 @@ from aezoo.errors import AezooError
 from aezoo.tasks.embed_codes import (
     choose_rows,
     codes_of,
+    finite,
     has_classes,
     nearest_codes,
     pca,
@@ -126,7 +127,7 @@ def embed(
         for batch in samples.batches(batch_size, "embed" if progress else ""):
             fill(codes, start, model.encode(batch.to(like)))
             start += len(batch)
-        flat = codes.reshape(n, -1)
+        flat = finite(codes.reshape(n, -1))
         notes = samples.notes
         if table == "npz":
             store.arrays("codes", {"x": codes} | ({} if labels is None else {"y": _given(samples)}))
@@ -171,22 +172,21 @@ def _accuracies(
 ) -> list[Row]:
     """Accuracies of the same two classifiers on codes, raw values and PCA of the code's size.
 
-    All use the same samples of either set, at most 10,000.
+    All use the same labelled samples of either set, at most 10,000.
     """
     most = min(_MOST_PROBED, max(100, _MOST_VALUES // math.prod(model.input_shape)))
-    train_codes, rows = codes_of(model, train, most, batch_size, seed, progress)
-    test_rows = choose_rows(len(test), most, seed)
+    y_train, y_test = np.asarray(train.y), same_classes(test, train)
+    # -1 is no label, see --data.num_labels
+    known, known_test = (np.flatnonzero(y != UNLABELLED) for y in (y_train, y_test))
+    rows, test_rows = (part[choose_rows(len(part), most, seed)] for part in (known, known_test))
+    y_train, y_test = y_train[rows], y_test[test_rows]
+    if len(np.unique(y_train)) < 2 or not len(y_test):
+        return []  # nothing to tell apart
+    seen = train.subset(torch.from_numpy(rows))
+    train_codes, test_codes = codes_of(model, seen, None, batch_size, seed, progress)[0], test_codes[test_rows]
     raw_train, raw_test = (
         part.rows(torch.from_numpy(chosen)).flatten(1).numpy() for part, chosen in ((train, rows), (test, test_rows))
     )
-    y_train, y_test = np.asarray(train.y)[rows], same_classes(test, train)[test_rows]
-    test_codes = test_codes[test_rows]
-    # -1 is no label, see --data.num_labels
-    known, known_test = y_train != UNLABELLED, y_test != UNLABELLED
-    train_codes, raw_train, y_train = train_codes[known], raw_train[known], y_train[known]
-    test_codes, raw_test, y_test = test_codes[known_test], raw_test[known_test], y_test[known_test]
-    if len(np.unique(y_train)) < 2 or not len(y_test):
-        return []  # nothing to tell apart
     size = train_codes.shape[1]
     sets = {"codes": (train_codes, test_codes), "raw values": (raw_train, raw_test)}
     if size <= min(raw_train.shape):

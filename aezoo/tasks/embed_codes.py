@@ -58,7 +58,14 @@ def codes_of(
             fill(codes, start, encode(batch.to(like(model))).flatten(1))
             start += len(batch)
             advance(len(batch))
-    return codes, rows
+    return finite(codes), rows
+
+
+def finite(codes: Array) -> Array:
+    """The codes themselves, if they are numbers."""
+    if not np.isfinite(codes).all():
+        raise AezooError("some codes are NaN or infinite: the model is broken, train it again with a lower rate")
+    return codes
 
 
 def has_classes(samples: Samples) -> bool:

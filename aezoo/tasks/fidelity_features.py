@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aezoo.errors import AezooError
 from aezoo.nets.classifier import STEPS, Classifier
 from aezoo.nets.stored import stored_file, stored_weights
 from aezoo.randomness import forked_rng
@@ -38,7 +39,10 @@ class Features:
     @torch.no_grad()
     def all(self, samples: Samples, batch_size: int, progress: bool = False) -> Tensor:
         """Features of all samples, (N, F) on the CPU."""
-        return join(self.of(batch) for batch in samples.batches(batch_size, "features" if progress else ""))
+        found = join(self.of(batch) for batch in samples.batches(batch_size, "features" if progress else ""))
+        if not found.isfinite().all():
+            raise AezooError("some samples are NaN or infinite: the model is broken, train it again with a lower rate")
+        return found
 
 
 def choose_features(train: Samples, device: torch.device, seed: int, progress: bool) -> Features:
@@ -51,10 +55,11 @@ def choose_features(train: Samples, device: torch.device, seed: int, progress: b
     if has_weights and len(shape) == 3 and shape[0] in (1, 3) and _in_unit_interval(train):
         return Features("Inception-v3 of torchvision", _inception(device))
     most = min(_MOST_LEARNT, max(100, _MOST_VALUES // math.prod(shape)))
-    rows = torch.from_numpy(choose_rows(len(train), most, seed))
     if train.y is not None and has_classes(train) and len(torch.unique(train.y[train.y >= 0])) > 1:
+        labelled = torch.nonzero(train.y >= 0)[:, 0]  # -1 is no label, see --data.num_labels
+        rows = labelled[choose_rows(len(labelled), most, seed)]
         return _classifier(train, train.y, rows, device, seed, progress)
-    return _pca(train.rows(rows))
+    return _pca(train.rows(torch.from_numpy(choose_rows(len(train), most, seed))))
 
 
 # ---- Inception ------------------------------------------------------------------------------------------------------
@@ -98,7 +103,6 @@ def _classifier(
     """The 64 activations before the last layer of a network that learns the labels, a tenth of them held out."""
     with forked_rng(device), torch.enable_grad():
         torch.manual_seed(seed)
-        rows = rows[labels[rows] >= 0]  # -1 is no label, see --data.num_labels
         rows = rows[torch.randperm(len(rows))]
         x, y = train.rows(rows), torch.unique(labels[rows], return_inverse=True)[1]
         held = len(x) // 10

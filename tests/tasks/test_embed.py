@@ -128,7 +128,7 @@ def test_labels_of_another_numbering_are_compared_by_name(model, digits):
 
 
 @pytest.mark.parametrize("names", [tuple("0123456789"), tuple("9876543210")], ids=["same", "other numbering"])
-def test_samples_without_a_label_are_left_out_of_the_accuracies(model, digits, names):
+def test_samples_without_a_label_are_left_out_of_the_accuracies(model, digits, names, monkeypatch):
     x, y = digits.tensors("test")
     y = y if names[0] == "0" else 9 - y
     labelled = torch.arange(len(y)) % 4 == 1
@@ -136,6 +136,14 @@ def test_samples_without_a_label_are_left_out_of_the_accuracies(model, digits, n
     few = Samples(ArrayDataset(x[labelled], y[labelled]), class_names=names)
     found = embed(model, some, fit_on=digits)
     assert len(found.codes) == len(y) and found.accuracies == embed(model, few, fit_on=digits).accuracies
+    # in training too, and however few they are
+    monkeypatch.setattr("aezoo.tasks.embed._MOST_PROBED", 30)
+    x_train, y_train = digits.tensors("train")
+    rows = torch.arange(0, len(y_train), 50)
+    sparse = torch.full_like(y_train, -1).index_copy(0, rows, y_train[rows])
+    partly, wholly = (ArrayDataset(x_train, sparse), ArrayDataset(x_train[rows], y_train[rows]))
+    expected = embed(model, digits, fit_on=Samples(wholly)).accuracies
+    assert embed(model, digits, fit_on=Samples(partly)).accuracies == expected
     none = Samples(ArrayDataset(x, torch.full_like(y, -1)), class_names=names)
     assert embed(model, none, fit_on=digits).accuracies == []
 
@@ -309,6 +317,14 @@ def test_a_bad_value_is_refused_in_one_line(model, wrong, said):
     with pytest.raises(AezooError, match=said) as caught:
         embed(model, **({"x": torch.rand(3, 1, 8, 8)} | wrong))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", [{}, {"method": "tsne"}, {"nearest": 2}])
+def test_codes_of_a_model_that_diverged_are_refused(asked):
+    broken = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=5)
+    broken.encoder.apply(lambda part: [weight.data.fill_(torch.nan) for weight in part.parameters(recurse=False)])
+    with pytest.raises(AezooError, match="some codes are NaN or infinite: the model is broken"):
+        embed(broken, torch.rand(8, 1, 8, 8), **asked)
 
 
 def test_umap_says_how_to_get_it_where_it_is_not_installed(model, monkeypatch):

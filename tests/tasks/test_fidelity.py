@@ -150,6 +150,25 @@ def test_labels_with_fractions_are_no_classes():
     assert "principal" in fidelity_features.choose_features(data, torch.device("cpu"), 0, False).name
 
 
+def test_the_classifier_learns_from_the_samples_that_have_labels_however_few(monkeypatch):
+    monkeypatch.setattr(fidelity_features, "_MOST_LEARNT", 6)
+    monkeypatch.setattr(fidelity_features, "STEPS", 3)
+    monkeypatch.setattr("aezoo.nets.classifier.STEPS", 3)
+    y = torch.full((3000,), -1)
+    y[[3, 700, 1500]] = torch.tensor([0, 1, 2])
+    x = np.random.default_rng(0).normal(size=(3000, 4)).astype(np.float32)
+    found = generate(identity(4), fit_on=Samples(ArrayDataset(torch.from_numpy(x), y)), n=2, quality=5)
+    assert found.features == "a small classifier of the data" and np.isfinite(found.figures[0]["fid"])
+
+
+def test_samples_that_are_no_numbers_are_not_judged():
+    x = torch.randn(20, 4)
+    broken = aezoo.create_model("vae", (4,), latent_dim=2, likelihood="gaussian")
+    broken.decoder.apply(lambda part: [weight.data.fill_(torch.nan) for weight in part.parameters(recurse=False)])
+    with pytest.raises(AezooError, match="some samples are NaN or infinite: the model is broken"):
+        generate(broken, fit_on=x, n=2, quality=5)
+
+
 def test_samples_that_the_model_has_learnt_from_are_no_yardstick():
     x = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
     train = Samples.of(x[:80])

@@ -24,7 +24,7 @@ def perlin(n: int, grid: tuple[int, ...], device: torch.device) -> Tensor:
     halvings = min(_MOST_HALVINGS, int(math.log2(max(1, min(grid) // _FINEST))))
     side = 2**halvings + 1  # of the lattice, which repeats itself beyond
     angle_BG = 2 * math.pi * torch.rand(n, side * side, device=device)
-    cells_B2 = 2.0 ** torch.randint(halvings + 1, (n, 2), device=device)
+    cells_B2 = 2 ** (torch.rand(n, 2, device=device) * (halvings + 1)).floor()
     turn_B11 = math.pi * (torch.rand(n, 1, 1, device=device) - 0.5)
     i, j = ((torch.arange(length, device=device) + 0.5) / length - 0.5 for length in grid)
     cos, sin, i = turn_B11.cos(), turn_B11.sin(), i[:, None]

@@ -268,8 +268,10 @@ def _about_threshold(
 def _errors(model: Autoencoder, x: Tensor, like: Tensor) -> Tensor:
     """How strange each value of each sample is: by the model's own map if it has one, else its absolute error."""
     given = x.to(like)
-    if hasattr(model, "anomaly_map"):
-        return model.anomaly_map(given)[:, None].expand_as(given).float().cpu()
+    own = getattr(model, "anomaly_map", None)
+    if own is not None:
+        found: Tensor = own(given)[:, None].expand_as(given).float().cpu()
+        return found
     return (model(given).float().cpu() - x).abs()
 
 

@@ -37,7 +37,7 @@ def noise_by_hand(seed: int, n: int, grid: tuple[int, int]) -> np.ndarray:
     halvings = min(5, int(math.log2(max(1, min(grid) // 4))))
     side = 2**halvings + 1
     angles = 2 * np.pi * torch.rand(n, side * side).double().numpy().reshape(n, side, side)
-    cells = 2.0 ** torch.randint(halvings + 1, (n, 2)).numpy()
+    cells = 2.0 ** np.floor(torch.rand(n, 2).numpy() * (halvings + 1))
     turns = np.pi * (torch.rand(n, 1, 1).flatten().double().numpy() - 0.5)
     found = np.zeros((n, *grid))
     for k, y, x in np.ndindex(*found.shape):

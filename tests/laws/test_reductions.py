@@ -188,7 +188,7 @@ NOISY = (
     *("categorical_vae", "joint_vae", "semi_supervised_vae", "semi_supervised_m1", "factor_vae", "vae_gan"),
     *("hierarchical_vae", "ladder_vae", "vdvae", "mixture_vae", "vamp_vae", "vae_flow", "vae_iaf", "flow_prior_vae"),
     *("two_stage_vae", "hyperspherical_vae", "poincare_vae", "hvae", "rhvae", "wta_ae", "dncnn", "noise2noise"),
-    *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae"),
+    *("noise2void", "mae", "simmim", "masked_conv_ae", "semantic_hash_ae", "stacked_dae", "draem"),
     *("gumbel_vq_vae", "dvae", "pixelcnn", "index_transformer", "autoencoder_kl", "gamma_vae"),
     *("triplet_vae", "eq_vae", "asymmetric_kl", "mvae", "mmvae", "mopoe_vae", "sq_vae", "mine_vae", "va_vae"),
     *("diffusers_ae", "jmvae", "mvtcae", "mmvae_plus", "mhvae", "representation_ae", "dmvae", "telbo", "crmvae"),

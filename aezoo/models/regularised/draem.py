@@ -100,8 +100,9 @@ class DRAEM(Autoencoder):
             low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
             a = torch.lerp(low, high, torch.rand(*x.shape[:2], 1, 1, device=x.device).to(x.dtype))
         else:
+            places = (torch.arange(n, device=x.device) for n in x.shape[2:])
             rows, columns = (
-                (torch.arange(n, device=x.device) + torch.randint(n, (), device=x.device)) % n for n in x.shape[2:]
+                (place + (len(place) * torch.rand((), device=x.device)).long()) % len(place) for place in places
             )
             a = x.roll(1, 0)[:, :, rows][..., columns]
         return torch.where(mask, torch.lerp(x, a, 0.1 + 0.9 * opacity_B), x)

@@ -76,7 +76,8 @@ def card_of(folder: Path, name: str, revision: str | None, license: str | None, 
     if license is not None:
         head["license"] = license
     address = f"{hub_files.SCHEME}{name}" + (f"@{revision}" if revision else "")
-    rows = [f"| {' '.join(key.split())} | {value:.6g} |".replace("\\", "") for key, value in metrics.items()]
+    in_a_cell = str.maketrans("|", "/", "\\")
+    rows = [f"| {' '.join(key.translate(in_a_cell).split())} | {value:.6g} |" for key, value in metrics.items()]
     table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
     lines = [
         "---",
@@ -85,11 +86,11 @@ def card_of(folder: Path, name: str, revision: str | None, license: str | None, 
         "",
         f"# {name.partition('/')[2]}",
         "",
-        f"`{model}` of aezoo {config['aezoo_version']}: {about.summary}",
+        f"`{model}` of {entry.owner}, saved by aezoo {config['aezoo_version']}: {about.summary}".removesuffix(": "),
         *table,
         "",
         "```python",
-        "import aezoo  # pip install 'aezoo[hub]'",
+        f"import aezoo  # pip install 'aezoo[hub]' {entry.owner}".removesuffix(" aezoo"),
         "",
         f"model = aezoo.load_model({address!r})  # in eval mode",
         "x_hat = model(x)  # x: (batch, " + ", ".join(map(str, config["hyperparameters"]["input_shape"])) + ")",

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import yaml
 from hub_server import OWNER, STRANGER, Hub
 
 import aezoo
-from aezoo import cli, hub_files
+from aezoo import cli, hub_files, registry
 from aezoo.checkpoint import load_run
 from aezoo.data import DataModule
+from aezoo.hub import card_of
 
 constants = pytest.importorskip("huggingface_hub.constants")
 file_download = pytest.importorskip("huggingface_hub.file_download")
@@ -111,6 +113,14 @@ def test_the_card_says_how_to_load_and_only_what_was_handed_in(hub, model):
     assert call == "aezoo.create_model('vae', input_shape=(1, 8, 8), latent_dim=3)"
     again = eval(call, {"aezoo": aezoo})
     assert dict(again.hparams) == dict(model.hparams)
+
+
+def test_the_card_of_a_plugin_names_its_package(model, tmp_path, monkeypatch):
+    found = replace(registry.find("vae"), owner="nice-ae")
+    monkeypatch.setattr(registry, "find", lambda name: found)
+    card = card_of(aezoo.save_model(model, tmp_path), "user/digits", None, None, {"a|b\\": 2.5})
+    assert "`vae` of nice-ae, saved by aezoo" in card and "pip install 'aezoo[hub]' nice-ae\n" in card
+    assert "| a/b | 2.5 |" in card
 
 
 def test_a_card_that_is_there_stays_unless_it_is_to_be_replaced(hub, model, capsys):

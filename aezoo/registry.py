@@ -150,7 +150,9 @@ def find(name: str) -> Entry:
         return entries()[resolved]
     near = difflib.get_close_matches(name.lower().replace("-", "_"), [*entries(), *ALIASES], n=2, cutoff=0.5)
     hint = f", did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
-    raise AezooError(f"unknown model {name!r}{hint} See `aezoo list` (aezoo.list_models()).")
+    raise AezooError(
+        f"unknown model {name!r}{hint} See `aezoo list` (aezoo.list_models()); one of a plug-in needs its package"
+    )
 
 
 def model_class(name: str) -> type["Autoencoder"]:
@@ -170,12 +172,14 @@ def model_class(name: str) -> type["Autoencoder"]:
         else:
             classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == entry.module]
             classes = [c for c in classes if issubclass(c, Autoencoder)]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if entry.owner == "aezoo":
             raise
         raise AezooError(f"the plug-in {name!r} of package {entry.owner} is broken: {_brief(error)}") from error
     if len(classes) != 1 or not (isinstance(classes[0], type) and issubclass(classes[0], Autoencoder)):
-        raise AezooError(f"{entry.module} of package {entry.owner} must give one subclass of aezoo.Autoencoder")
+        raise AezooError(
+            f"the model {name!r}, {entry.module} of package {entry.owner}, must give one subclass of aezoo.Autoencoder"
+        )
     return classes[0]
 
 
@@ -219,7 +223,10 @@ def check_hyperparameters(cls: type, hyperparameters: Iterable[str], name: str) 
     Raises:
         AezooError: names the argument and the nearest one that exists.
     """
-    known = [key for key in inspect.signature(cls).parameters if key != "input_shape"]
+    parameters = inspect.signature(cls).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return  # of a plug-in, whose parent says what it has
+    known = [p.name for p in parameters if p.name != "input_shape"]
     for key in hyperparameters:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -293,6 +300,22 @@ def _parsed(entry: Entry) -> tuple[ast.Module, Entry | None]:
     return tree, None
 
 
+def _defined(entry: Entry) -> tuple[Entry, ast.Module, ast.ClassDef | None]:
+    """Where a class is defined, the module there, and the class if it is found."""
+    tree, origin = _parsed(entry)
+    for _ in range(_MOST_HOPS):
+        if origin is None or source_of(origin) is None:
+            break
+        entry = origin
+        tree, origin = _parsed(entry)
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and entry.attribute in ("", n.name)]
+    return entry, tree, next((cls for cls in reversed(classes) if entry.attribute or _constructor(cls)), None)
+
+
+def _constructor(cls: ast.ClassDef) -> ast.FunctionDef | None:
+    return next((f for f in cls.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
+
+
 @dataclass(frozen=True)
 class Card:
     """What a model's source says of it, read without importing it.
@@ -301,7 +324,7 @@ class Card:
         summary: first line of the module's docstring: name, authors, year, address of the paper.
         text: the rest of that docstring: the objective.
         about: first paragraph of the class's docstring.
-        parameters: (name, type, default, meaning) of each constructor argument.
+        parameters: (name, type, default, meaning) of each argument of its constructor, which may be its parent's.
     """
 
     summary: str
@@ -316,19 +339,17 @@ def card(name: str) -> Card:
     Raises:
         AezooError: no such model, or its source cannot be found or read.
     """
-    entry = find(name)
-    tree, origin = _parsed(entry)
-    for _ in range(_MOST_HOPS):
-        if origin is None or source_of(origin) is None:
-            break
-        entry = origin
-        tree, origin = _parsed(entry)
+    entry, tree, cls = _defined(find(name))
     summary, _, text = (ast.get_docstring(tree) or "").partition("\n")
-    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and entry.attribute in ("", n.name)]
-    with_init = [(c, f) for c in classes for f in c.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
-    if not with_init:
-        return Card(summary, text.strip(), "", ())
-    cls, init = with_init[-1]
+    about = ((ast.get_docstring(cls) if cls else None) or "").partition("\n\n")[0]
+    for _ in range(_MOST_HOPS):
+        if cls is None or _constructor(cls):
+            break
+        parents = [base.id for base in cls.bases if isinstance(base, ast.Name)]
+        entry, _, cls = _defined(replace(entry, attribute=parents[0])) if parents else (entry, tree, None)
+    init = _constructor(cls) if cls else None
+    if cls is None or init is None:
+        return Card(summary, text.strip(), about, ())
     doc = ast.get_docstring(cls) or ""
     meanings = {
         key: " ".join(value.split())
@@ -346,4 +367,4 @@ def card(name: str) -> Card:
         )
         for a, d in zip(arguments, defaults, strict=True)
     )
-    return Card(summary, text.strip(), doc.partition("\n\n")[0], parameters)
+    return Card(summary, text.strip(), about, parameters)

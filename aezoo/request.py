@@ -100,7 +100,7 @@ def expand(argv: list[str]) -> Request:
             asked = value
         else:
             given = value if flag == "--model" else given
-            if policy.is_class_path(value):
+            if policy.is_class_path(value) and value not in registry.entries():
                 # the user has typed it, which a file cannot
                 allowed += [value, policy.typed_class(value, Autoencoder)]
             flags += [flag, _class_path(value)]
@@ -276,7 +276,7 @@ def _config_file(value: str) -> tuple[Path, dict[str, Any]]:
 
 def _class_path(name: str) -> str:
     """`vae` to `aezoo.models.variational.vae.VAE`; class names, class paths, files and inline YAML stay."""
-    if name in _built_in() or "." in name or name.lstrip().startswith("{"):
+    if name in _built_in() or name.lstrip().startswith("{") or ("." in name and name not in registry.entries()):
         return name
     cls = registry.model_class(name)
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -14,6 +14,7 @@ from golden import own_models
 import aezoo
 from aezoo import registry
 from aezoo.errors import AezooError
+from aezoo.request import expand
 
 PLUGIN = '''"""A plug-in (Nobody 2020), https://example.org/paper"""
 
@@ -224,8 +225,13 @@ def test_one_package_twice_on_the_path_counts_once(install, tmp_path, monkeypatc
         ("import a_package_that_nobody_has\n", ":MyAE", "No module named 'a_package_that_nobody_has'"),
         ("class MyAE(:\n", ":MyAE", "SyntaxError"),
         ("1 / 0\n", ":MyAE", "ZeroDivisionError"),
+        ("raise SystemExit(3)\n", ":MyAE", "SystemExit: 3"),
         ("", ":MyAE", "has no attribute 'MyAE'"),
-        ("class MyAE: pass\n", ":MyAE", "must give one subclass of aezoo.Autoencoder"),
+        (
+            "class MyAE: pass\n",
+            ":MyAE",
+            "the model 'sad_ae', sad_ae of package sad-ae, must give one subclass of aezoo.A",
+        ),
         ("MyAE = 3\n", ":MyAE", "must give one subclass of aezoo.Autoencoder"),
         ("from aezoo import Autoencoder\n", "", "must give one subclass of aezoo.Autoencoder"),
     ],
@@ -289,6 +295,26 @@ def test_the_card_tells_what_the_class_has(name):
         assert meaning
         if parameter != "input_shape":
             assert eval(compile(ast.parse(default, mode="eval"), "default", "eval")) == parameters[parameter].default
+
+
+def test_a_card_of_a_class_without_a_constructor_has_its_parents_arguments(install):
+    own = "\n\nclass Middle(MyAE):\n    pass\n\n\nclass Last(Middle):\n    '''A plug-in of a plug-in.'''\n"
+    install("nice-ae", {"last_ae": ":Last"}, PLUGIN + own)
+    card = registry.card("last_ae")
+    assert card.about == "A plug-in of a plug-in."
+    assert card.parameters == registry.card("linear_ae").parameters
+    install("ring-ae", {"ring_ae": ":A"}, "class A(B): pass\nclass B(A): pass\nclass C(x.Y): pass\n")
+    assert registry.card("ring_ae").parameters == ()
+
+
+def test_a_name_with_a_dot_and_arguments_that_are_handed_on_work(install):
+    source = (
+        PLUGIN + "\n    def __init__(self, input_shape, **kwargs):\n        super().__init__(input_shape, **kwargs)\n"
+    )
+    module = install("nice-ae", {"nice.ae": ":MyAE"}, source)
+    flags = expand(["fit", "--model", "nice.ae", "--data", "digits"]).argv
+    assert flags[flags.index("--model") + 1] == f"{module}.MyAE"
+    assert aezoo.create_model("nice.ae", input_shape=(4,), latent_dim=3).code_shape == (3,)
 
 
 def test_a_card_is_of_the_class_that_a_package_hands_on(tmp_path, monkeypatch, install):

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import lightning.pytorch as pl
 import torch
@@ -98,6 +98,7 @@ class Autoencoder(Checked, pl.LightningModule):
     decoder: nn.Module
     code_shape: tuple[int, ...]
     corruption: Corruption | None
+    _keywords: frozenset[str]
 
     def __init__(
         self,
@@ -167,10 +168,18 @@ class Autoencoder(Checked, pl.LightningModule):
         """Anomaly score, larger is stranger: -log p(x | decoder(encode(x))) in nats, (B, *input_shape) -> (B,)."""
         return self.nll(self.decoder(self.encode(x)), x)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().__new__(cls, *args, **kwargs)
+        made._keywords = frozenset(kwargs)
+        return made
+
     def _set_hparams(self, hp: Any) -> None:
         """Keep only arguments of this class: those collected from parents' constructors would not load."""
         own = inspect.signature(type(self)).parameters
-        super()._set_hparams({name: value for name, value in hp.items() if name in own})
+        taken = own.keys() | self._keywords  # of a constructor that hands on **kwargs
+        if any(p.kind is p.VAR_POSITIONAL for p in own.values()):
+            taken |= {"input_shape"}
+        super()._set_hparams({name: value for name, value in hp.items() if name in taken})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -36,7 +36,7 @@ from aezoo.data.loaders import local_processes, lost_worker
 from aezoo.errors import AezooError
 from aezoo.parsing import FROM_DATA, Parser, check_flags, plain
 from aezoo.request import RESUMED, RUN_DIR, check_against, expand, note_other_splits, say_differences
-from aezoo.security import archives
+from aezoo.security import archives, values
 
 # what a disk or a folder refuses, anywhere in a run: a logger and a picture write too
 _DISK = {
@@ -234,6 +234,8 @@ class AezooCLI(LightningCLI):
                 raise AezooError(registry.does_not_fit(self.request.model or "the model")) from error
             # jsonargparse wraps what a constructor raises in a report on all types that it tried
             raise AezooError(plain(f"{error}" or repr(error), self._parser(self.subcommand))) from error
+        kind = type(self.model).__name__
+        values.plain(dict(self.model.hparams), f"{kind} could not be loaded from its checkpoint: its hyperparameters")
         self.model.importance_samples = self._get(self.config_init, "importance_samples")
         if self.request.source is not None:
             check_against(self.request.stored, self.request.source, self.model, self.subcommand == "fit")

@@ -46,6 +46,18 @@ def refused(capsys, *argv):
     return line
 
 
+def test_a_model_whose_checkpoints_could_not_be_loaded_is_not_trained(capsys, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = (
+        "    def __init__(self, input_shape, *, f=len, latent_dim: int = 2):\n        super().__init__(input_shape)\n"
+    )
+    code = f"from aezoo.models.variational.vae import VAE\nclass Odd(VAE):\n{code}        self.save_hyperparameters()\n"
+    Path("odd.py").write_text(code)
+    line = refused(capsys, "fit", *QUICK, "--model", "odd.Odd")
+    assert "Odd could not be loaded from its checkpoint: its hyperparameters: 'f' is a builtin_function" in line
+    assert not Path("runs").exists()
+
+
 # ---- light commands -------------------------------------------------------------------------------------------------
 
 

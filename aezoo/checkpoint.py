@@ -32,6 +32,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_GROWTH = 2**24
 MAX_BYTES = "AEZOO_MAX_BYTES"
 _MAX_CONFIG = 2**20
+# of weights, beside float32
+_DTYPES = {torch.float64, torch.float16, torch.bfloat16}
 # what LightningCLI adds to hyperparameters; it would import both
 _CLASS, _MAKER = "_class_path", "_instantiator"
 _KNOWN_MAKER = "lightning.pytorch.cli.instantiate_module"
@@ -52,8 +54,9 @@ def save_model(
         The folder.
 
     Raises:
-        AezooError: the model's class is not in the registry, so no other process could find it again; its weights
-            cannot take the scaling in; or the files cannot be written.
+        AezooError: the model's class is not in the registry, so no other process could find it again; it has
+            hyperparameters that are no plain values; its weights cannot take the scaling in; or the files cannot be
+            written.
     """
     name = name_of(type(model))
     if name is None:
@@ -61,10 +64,13 @@ def save_model(
             f"{type(model).__name__} is not in the registry: give it an entry point in aezoo.models "
             "(README, 'Add a model') or save model.state_dict() yourself"
         )
+    if "://" in str(folder):
+        raise AezooError(f"models are saved on this disk, not at {folder}: aezoo.push_to_hub puts one on the hub")
     if scaling is not None:
         model = fold(model, scaling)
     folder = Path(folder)
-    config = {"model": name, "aezoo_version": aezoo.__version__, "hyperparameters": dict(model.hparams)}
+    hyperparameters = values.plain(dict(model.hparams), f"{name} cannot be saved: its hyperparameters")
+    config = {"model": name, "aezoo_version": aezoo.__version__, "hyperparameters": hyperparameters}
     # copies, since safetensors refuses tensors that share memory, as tied weights do
     state = {
         key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()
@@ -76,13 +82,15 @@ def save_model(
     return folder
 
 
-def load_model(path: str | Path, map_location: str = "cpu", max_bytes: int | None = None) -> Autoencoder:
+def load_model(path: str | Path, map_location: str | torch.device = "cpu", max_bytes: int | None = None) -> Autoencoder:
     """Load a model from a checkpoint file, a run folder, a saved model folder or the hub; it comes back in eval mode.
+
+    Weights in float64, float16 or bfloat16 stay so; `.float()` makes float32 of them.
 
     Args:
         path: a `.ckpt` file; a run folder, of which the best checkpoint is taken; a folder made by `save_model`; or
             `hf://user/name`, `hf://user/name@revision`, what `push_to_hub` has put on the Hugging Face hub.
-        map_location: device of the weights.
+        map_location: device that the model is put on.
         max_bytes: what a compressed checkpoint may unpack to; by default `AEZOO_MAX_BYTES` of the environment, else the
             size of the file and 16 MiB more, since torch writes checkpoints without compression.
 
@@ -94,7 +102,7 @@ def load_model(path: str | Path, map_location: str = "cpu", max_bytes: int | Non
 
 
 def load_run(
-    path: str | Path, map_location: str = "cpu", max_bytes: int | None = None
+    path: str | Path, map_location: str | torch.device = "cpu", max_bytes: int | None = None
 ) -> tuple[Autoencoder, dict[str, Any]]:
     """A model as `load_model` gives it, and what its checkpoint says of the data that it was trained on.
 
@@ -112,7 +120,7 @@ def load_run(
         source = folder = Path(path)
         config = read_config(source)
         try:
-            content = load_file(source / WEIGHTS, device=map_location)
+            content = load_file(source / WEIGHTS)
         except Exception as error:  # a header can be wrong in any way
             raise AezooError(f"cannot read {source / WEIGHTS}: {_brief(error)}; save the model again") from error
         note_version({"version": config.get("aezoo_version")}, source)
@@ -123,12 +131,15 @@ def load_run(
         source = find_checkpoint(path)
         folder = run_folder.run_of(source, Path(path)) or source.parent
         durable.check(source)
-        checkpoint = read_checkpoint(source, map_location, max_bytes)
+        checkpoint = read_checkpoint(source, max_bytes=max_bytes)
         note_version(checkpoint.get("aezoo"), source)
         name, hyperparameters = described(checkpoint, source)
         content, data = checkpoint["state_dict"], _data_of(checkpoint, source)
     state = weights.tensors(content, source, name)
     model = build(name, hyperparameters, source, state)
+    kinds = {state[key].dtype for key, _ in model.named_parameters() if key in state}
+    if len(kinds) == 1 and kinds <= _DTYPES:
+        model = model.to(*kinds)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -136,7 +147,10 @@ def load_run(
     if address is not None:
         folder = Path("runs") / archives.component(hub_files.split(address)[0])
     unknown: dict[str, Any] = {"settings": {}, "scaling": {}, "white": None, "columns": ()}
-    return model.to(map_location).eval(), unknown | {"folder": folder} | data
+    try:
+        return model.to(map_location).eval(), unknown | {"folder": folder} | data
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch's, of devices that are not there
+        raise AezooError(f"map_location {map_location}: {_brief(error)}; give cpu and move the model later") from error
 
 
 def _data_of(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -322,7 +336,9 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     if not path.exists():
         raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
     for home in run_folder.homes(path):
-        files = sorted(home.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
+        # a link may lead nowhere
+        files = [file for file in home.glob("*.ckpt") if file.is_file()]
+        files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
         chosen = [file for file in files if file.stem.startswith(prefer)] or files
         if len(chosen) > 1 and prefer == "best":
             # several are kept, and the latest state knows which of them is best

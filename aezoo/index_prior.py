@@ -327,7 +327,7 @@ def _built(given: str | dict[str, Any], input_shape: tuple[int, ...]) -> Discret
 def _loaded(path: str, input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
     """A trained tokenizer; of a prior, the one that it has."""
     try:
-        found = aezoo.load_model(on_disk(path))
+        found = aezoo.load_model(on_disk(path)).float()
     except AezooError as error:
         raise AezooError(
             f"tokenizer {path}: {error}; {_TAKE}; the run of a prior holds its tokenizer: --ckpt_path RUN continues it"

@@ -1,5 +1,6 @@
 """Saving and loading: every kind of path, and files that are damaged, foreign or hostile."""
 
+import copy
 import json
 import os
 import pickle
@@ -158,6 +159,42 @@ def test_tied_weights_are_saved(tmp_path):
     assert torch.equal(aezoo.load_model(aezoo.save_model(model, tmp_path))(X), model(X))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_come_back_in_the_precision_that_they_were_saved_in(model, run, tmp_path, dtype):
+    other = copy.deepcopy(model).to(dtype)
+    edit(run / "checkpoints" / "best.ckpt", lambda c: c.update(state_dict=other.state_dict()))
+    for path in (aezoo.save_model(other, tmp_path / "saved"), run):
+        state = aezoo.load_model(path).state_dict()
+        assert {value.dtype for value in state.values()} == {dtype}
+        assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
+
+
+def test_a_model_goes_on_the_device_that_is_asked_for(model, run, saved):
+    for path in (run, saved):
+        assert same(model, aezoo.load_model(path, map_location=torch.device("cpu")))
+        assert aezoo.load_model(path, map_location="meta").device.type == "meta"
+        with pytest.raises(AezooError, match=r"map_location ipu: .*; give cpu and move the model later"):
+            aezoo.load_model(path, map_location="ipu")
+
+
+def test_a_link_to_nothing_among_checkpoints_is_passed_over(model, run):
+    (run / "checkpoints" / "best-2.ckpt").symlink_to("gone.ckpt")
+    assert same(model, aezoo.load_model(run))
+
+
+def test_what_cannot_be_loaded_is_not_saved_and_what_was_there_stays(model, saved, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    before = (saved / "model.safetensors").read_bytes()
+    other = aezoo.create_model("vae", input_shape=SHAPE, latent_dim=2)
+    other.hparams["beta"] = torch.tensor(1.0)
+    with pytest.raises(AezooError, match="vae cannot be saved: its hyperparameters: 'beta' is a Tensor"):
+        aezoo.save_model(other, saved)
+    assert (saved / "model.safetensors").read_bytes() == before
+    with pytest.raises(AezooError, match=r"saved on this disk, not at hf://user/vae: aezoo\.push_to_hub"):
+        aezoo.save_model(model, "hf://user/vae")
+    assert not Path("hf:").exists()
+
+
 # ---- what is not there ----------------------------------------------------------------------------------------------
 
 
@@ -178,6 +215,29 @@ def test_a_checkpoint_holds_what_its_own_class_takes(tmp_path):
     (file,) = tmp_path.rglob("*.ckpt")
     loaded = Fewer.load_from_checkpoint(file, weights_only=True)
     assert loaded.beta == 0.5 and loaded.code_shape == (6,)
+
+
+class HandsOn(VAE):
+    """A model as one writes it in a notebook: one argument more, and one settled for its parent."""
+
+    def __init__(self, input_shape, *, extra: float = 1.0, **kwargs):
+        super().__init__(input_shape, likelihood="gaussian", **kwargs)
+        self.extra = extra
+
+
+class HandsAllOn(VAE):
+    """Hands all on."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("cls", "more"), [(HandsOn, {"extra": 2.0}), (HandsAllOn, {})])
+def test_so_does_one_of_a_class_that_hands_arguments_on(cls, more):
+    model = cls((4,), latent_dim=3, **more)
+    assert dict(model.hparams) == {"input_shape": (4,), "latent_dim": 3, **more}
+    assert dict(copy.deepcopy(model).hparams) == dict(model.hparams)
+    assert cls(**model.hparams).code_shape == (3,)
 
 
 def test_nothing_there(refused, tmp_path):

@@ -108,7 +108,7 @@ def open_network(options: Options, shape: tuple[int, ...], classes: int | None) 
         elif is_file:
             from aezoo.checkpoint import load_model
 
-            network = Network(load_model(on_disk(name)))
+            network = Network(load_model(on_disk(name)).float())
         elif is_import:
             network = Network(_imported(name))
         else:

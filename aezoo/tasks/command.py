@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
         raise AezooError(f"batch_size takes a number above 0, got {config.batch_size}")
     if not 0 <= config.get("seed", 0) < 2**32:
         raise AezooError(f"seed takes a number from 0 to {2**32 - 1}, got {config.seed}")
-    model = model.to(device_of(config.device))
+    model = model.to(device_of(config.device)).float()  # samples are float32
     settings = {key: config[key] for key in accepted.keys() - _GIVEN}
     if "file" in accepted:
         if config.input is None:

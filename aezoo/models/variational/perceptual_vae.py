@@ -141,7 +141,7 @@ class PerceptualVAE(VAE):
 
 def zoo_features(path: str, input_shape: tuple[int, ...]) -> FeatureNet:
     """The encoder of a trained model of the zoo."""
-    model = aezoo.load_model(on_disk(path))
+    model = aezoo.load_model(on_disk(path)).float()
     if model.input_shape != input_shape:
         raise AezooError(f"features: the model in {path} takes samples of {model.input_shape}, not {input_shape}")
     net = FeatureNet([*model.encoder.children()] if isinstance(model.encoder, nn.Sequential) else [])

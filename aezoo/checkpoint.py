@@ -137,9 +137,11 @@ def load_run(
         content, data = checkpoint["state_dict"], _data_of(checkpoint, source)
     state = weights.tensors(content, source, name)
     model = build(name, hyperparameters, source, state)
-    kinds = {state[key].dtype for key, _ in model.named_parameters() if key in state}
+    kinds = {state[key].dtype for key, _ in model.named_parameters() if key in state} - {torch.float32}
     if len(kinds) == 1 and kinds <= _DTYPES:
-        model = model.to(*kinds)
+        model = model.to(*kinds)  # but for what it keeps in float32 itself
+    if any(own.dtype != state[key].dtype for key, own in model.named_parameters() if key in state):
+        model = model.float()
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

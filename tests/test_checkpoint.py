@@ -169,6 +169,16 @@ def test_weights_come_back_in_the_precision_that_they_were_saved_in(model, run, 
         assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
 
 
+def test_weights_of_two_precisions_lose_nothing(model, tmp_path):
+    sae = aezoo.create_model("jumprelu_sae", input_shape=(6,)).bfloat16()  # its thresholds stay in float32
+    mixed = copy.deepcopy(model)
+    mixed.encoder.bfloat16()
+    for other, kinds in ((sae, {torch.float32, torch.bfloat16}), (mixed, {torch.float32})):
+        state = aezoo.load_model(aezoo.save_model(other, tmp_path)).state_dict()
+        assert {value.dtype for value in state.values() if value.is_floating_point()} == kinds
+        assert all(torch.equal(value.float(), state[key].float()) for key, value in other.state_dict().items())
+
+
 def test_a_model_goes_on_the_device_that_is_asked_for(model, run, saved):
     for path in (run, saved):
         assert same(model, aezoo.load_model(path, map_location=torch.device("cpu")))

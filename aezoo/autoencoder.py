@@ -251,14 +251,20 @@ class Autoencoder(Checked, pl.LightningModule):
         """Unpack and check a batch, and seed the step's noise; the first of three parts of a training step."""
         x, y = self._unpack(batch)
         self._seed_step(batch_idx)
-        if "steps" in self._buffers and self._trainer is not None:
+        trainer = self._fitted_by()
+        if "steps" in self._buffers and trainer is not None:
             # in place, since a compiled step or a CUDA graph reads it anew each time
-            self._buffers["steps"].fill_(self.steps_before + self._trainer.global_step)  # type: ignore[union-attr]
+            self._buffers["steps"].fill_(self.steps_before + trainer.global_step)  # type: ignore[union-attr]
         if "started" in self._buffers:
-            first = self._trainer is None or self._trainer.global_step == 0
+            first = trainer is None or trainer.global_step == 0
             if first or self._before_start:
                 self._start(x, first)  # in later steps the flag need not be fetched from an accelerator
         return x, y
+
+    def _fitted_by(self) -> pl.Trainer | None:
+        """The Trainer in whose fit this is; Lightning keeps that of a fit which is over."""
+        trainer = self._trainer
+        return trainer if trainer is not None and trainer.training else None
 
     @torch.no_grad()
     def _start(self, x: Tensor, first: bool) -> None:
@@ -266,7 +272,7 @@ class Autoencoder(Checked, pl.LightningModule):
             # after a step that was not finite the fault guard restores buffers, `started` among them, but no weights
             for parameter, before in zip(self.parameters(), self._before_start, strict=False):
                 parameter.copy_(before)
-            if self._trainer is not None and not self._before_start:
+            if self._fitted_by() is not None and not self._before_start:
                 self._before_start = [parameter.detach().clone() for parameter in self.parameters()]
             self.start_from(self.of_all_ranks(from_bytes(x)))
             self.started.fill_(True)
@@ -293,7 +299,7 @@ class Autoencoder(Checked, pl.LightningModule):
 
     def _seed_step(self, batch_idx: int) -> None:
         """Make noise a function of (seed, rank, epoch, batch): a resumed run draws the same as an uninterrupted one."""
-        trainer = self._trainer
+        trainer = self._fitted_by()
         if trainer is not None and self._fit_seed is not None:
             seed = mix(self._fit_seed, trainer.global_rank, trainer.current_epoch, batch_idx)
             seed_all(seed, self._device, others=not self._noise_is_torch_s)
@@ -339,16 +345,17 @@ class Autoencoder(Checked, pl.LightningModule):
         optimizer.param_groups[0].update({name: value for name, value in first.items() if name != "params"})
         for group in others:
             optimizer.add_param_group(group)
-        if self._trainer is None or self._trainer.lightning_module is not self:
+        trainer = self._fitted_by()
+        if trainer is None or trainer.lightning_module is not self:
             self._hook_into(optimizer)
         if self.lr_schedule == "constant" and not self.warmup_steps:
             return optimizer
-        if self._trainer is None:
+        if trainer is None:
             raise AezooError(
                 "lr_schedule and warmup_steps need a Trainer, which knows the last step: in a loop of your own leave "
                 "them out, and take one of torch.optim.lr_scheduler"
             )
-        schedule = optimizers.schedule(optimizer, self.lr_schedule, self.warmup_steps, self.trainer)
+        schedule = optimizers.schedule(optimizer, self.lr_schedule, self.warmup_steps, trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def _hook_into(self, optimizer: torch.optim.Optimizer) -> None:

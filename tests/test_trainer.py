@@ -130,9 +130,15 @@ def test_it_takes_the_steps_that_a_trainer_takes(fabric):
         torch.testing.assert_close(own.state_dict()[name], value, msg=name)
 
 
-def test_it_counts_its_steps():
-    own = by_hand(model("annealed_vae", hidden_dims=(8,)))
-    assert own.steps == 8
+@pytest.mark.parametrize("was_fitted", [False, True])
+def test_it_counts_its_steps_and_draws_noise_anew(was_fitted):
+    own = model("annealed_vae", hidden_dims=(8,))
+    if was_fitted:
+        fit(own)
+    before = int(own.steps)
+    by_hand(own)
+    assert own.steps == before + 8
+    assert own.training_step((X,), 0)["nll"] != own.training_step((X,), 0)["nll"]
 
 
 class Around(pl.LightningModule):

@@ -394,7 +394,9 @@ class Autoencoder(Checked, pl.LightningModule):
             self.train()  # Lightning would leave it as load_model gives it
         # before DistributedDataParallel, which lays out gradients like the weights
         fits = stage == "fit" and ranks.hold_it_whole(self.trainer)
-        self._channels_last = fits and acceleration.to_channels_last(self)
+        # torch.nn.utils.parameters_to_vector, by which it prunes, takes no other layout than torch's usual one
+        prunes = any(isinstance(callback, pl.callbacks.ModelPruning) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        self._channels_last = fits and not prunes and acceleration.to_channels_last(self)
 
     def on_fit_start(self) -> None:
         self._train_means.reset()

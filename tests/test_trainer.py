@@ -92,6 +92,13 @@ def test_an_optimizer_of_the_user_goes_on_at_its_own_rate(tmp_path):
     assert rates == [0.25, 0.25]
 
 
+def test_convolutions_can_be_pruned():
+    own = model("conv_ae", (2, 8, 8), hidden_dims=(4,))
+    fit(own, torch.rand(8, 2, 8, 8), callbacks=[pl.callbacks.ModelPruning("l1_unstructured", amount=0.5)])
+    zeros = torch.cat([p.flatten() == 0 for p in own.parameters()])
+    assert zeros.float().mean() > 0.4
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 @pytest.mark.parametrize(
     ("name", "settings"), [("noise2void", {"width": 4, "depth": 3}), ("vq_vae", {"hidden_dims": (4,)})]

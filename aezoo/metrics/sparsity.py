@@ -136,7 +136,7 @@ class FVU(_Sums):
         self._add(total=x_BX.sum(0), squares=x_BX.square().sum(), errors=errors, count=len(x_BX))
 
     def compute(self) -> Tensor:
-        """Over all samples, (); NaN if they do not vary."""
+        """Over all samples, (); without a meaning if they do not vary, as rounding is all that is divided by."""
         self._seen()
         return self._of("errors") / (self._of("squares") - self._of("total").square().sum() / self._of("count"))
 

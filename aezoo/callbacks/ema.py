@@ -118,6 +118,8 @@ class EMA(Checked, WeightAveraging):
             self._swapped = False
 
     def _update(self, averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor) -> None:
+        # Lightning has copied the weights before it narrowed them, and small steps need the average's digits
+        current = [new.to(old.dtype) for old, new in zip(averaged, current, strict=True)]
         if averaged[0].is_floating_point() and self.skipped is not None:
             # towards itself where the step was skipped: 0 and 1 choose exactly, so that the average is the usual one
             ends = torch._foreach_mul(current, 1 - self.skipped)

@@ -259,6 +259,18 @@ def test_averaged_weights_are_held_where_the_model_holds_its_own(fit, name, sett
     assert norms and norms == pytest.approx([1.0] * len(norms), abs=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_in_another_precision_are_averaged(fit, precision):
+    ema = EMA(decay=0.8)
+    model = aezoo.create_model("linear_ae", input_shape=(4,), lr=0.05)
+    trainer = fit(model, ema, precision=precision, max_epochs=1)
+    average = ema._average_model.module
+    for own, mean in zip(model.parameters(), average.parameters(), strict=True):
+        assert own.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float64)
+        assert mean.dtype == torch.float32 and torch.equal(own, mean.to(own.dtype))
+    assert trainer.global_step == ema._average_model.n_averaged
+
+
 def test_codes_that_a_model_has_seen_are_not_averaged(fit):
     """The average of a row of codes that moves on at each step is none of them: all would be the mean of the data's."""
     ends = []

@@ -13,6 +13,7 @@ from torch import Tensor
 from aezoo.autoencoder import Autoencoder
 from aezoo.divergences import distances
 from aezoo.errors import AezooError
+from aezoo.nets.labels import one_each
 
 MINING = ("all", "active", "semi_hard")
 
@@ -49,7 +50,7 @@ class WithTriplets(Autoencoder):
 
     def triplets(self, d_BN: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of each anchor's triplets and how many count, from the distances to all samples: two (B,)."""
-        y_N = self.of_all_ranks(y_B)
+        y_N = self.of_all_ranks(one_each(y_B))
         other_BN = torch.arange(len(y_N), device=y_B.device) != self.own_rows(y_B)[:, None]
         known_BN = (y_B[:, None] != -1) & (y_N != -1)
         positive_BN = known_BN & (y_B[:, None] == y_N) & other_BN

@@ -57,6 +57,12 @@ def test_so_are_those_with_a_mask():
         model("asymmetric_kl", (1, 8, 8)).eval().inpaint(X, X > 0.5)
 
 
+@pytest.mark.parametrize("name", ["mlvae", "triplet_ae", "semi_supervised_vae"])
+def test_labels_are_one_a_sample(name):
+    with pytest.raises(AezooError, match=r"labels must be one .* a sample, got torch.int64 of shape \(6, 1\)"):
+        model(name).loss(X, torch.zeros(6, 1).long())
+
+
 def test_codes_are_looked_at_too():
     with pytest.raises(AezooError, match="decode expects codes of shape Bx16, got 6x12"):
         model().decode(X)

@@ -26,6 +26,17 @@ def class_count(num_classes: int | None) -> int:
     return num_classes
 
 
+def one_each(y: Tensor) -> Tensor:
+    """Labels that are only compared with each other, (B,), as they are.
+
+    Raises:
+        AezooError: another shape.
+    """
+    if y.ndim != 1:
+        raise AezooError(f"labels must be one number a sample, got {y.dtype} of shape {tuple(y.shape)}")
+    return y
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def all_labelled(y: Tensor, num_classes: int) -> bool:
     """Whether all samples have a label.

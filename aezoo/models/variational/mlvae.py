@@ -20,6 +20,7 @@ from torch import Tensor
 from aezoo import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
+from aezoo.nets.labels import one_each
 
 
 class MLVAE(VAE):
@@ -84,7 +85,7 @@ class MLVAE(VAE):
 
     def members(self, y_B: Tensor) -> Tensor:
         """Which samples of all ranks are of each sample's group, itself among them: (B,) -> (B, N) bool."""
-        y_N = self.of_all_ranks(y_B)
+        y_N = self.of_all_ranks(one_each(y_B))
         itself_BN = self.own_rows(y_B)[:, None] == torch.arange(len(y_N), device=y_B.device)
         return (y_B[:, None] == y_N) & (y_B[:, None] != -1) | itself_BN
 

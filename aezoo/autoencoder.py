@@ -395,7 +395,8 @@ class Autoencoder(Checked, pl.LightningModule):
         # before DistributedDataParallel, which lays out gradients like the weights
         fits = stage == "fit" and ranks.hold_it_whole(self.trainer)
         # torch.nn.utils.parameters_to_vector, by which it prunes, takes no other layout than torch's usual one
-        prunes = any(isinstance(callback, pl.callbacks.ModelPruning) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        callbacks: list[Any] = self.trainer.callbacks if fits else []  # type: ignore[attr-defined]
+        prunes = any(isinstance(callback, pl.callbacks.ModelPruning) for callback in callbacks)
         self._channels_last = fits and not prunes and acceleration.to_channels_last(self)
 
     def on_fit_start(self) -> None:

@@ -63,6 +63,7 @@ class Autoencoder(Checked, pl.LightningModule):
         importance_samples: draws of the code per sample for `log_likelihood` in validation and test after training;
             more draws tighten the bound.
         steps_before: optimiser steps of earlier fits, from which a fit continues; 0 starts anew, see `keep_steps`.
+        takes_missing: whether samples may lack parts, whose values are then all NaN, see `aezoo.multimodal`.
         takes_bytes: whether `training_step` scales bytes to [0, 1] itself, as part of the compiled function.
 
     Args:
@@ -86,6 +87,7 @@ class Autoencoder(Checked, pl.LightningModule):
     reads_labels: ClassVar[bool] = False
     not_averaged: ClassVar[tuple[str, ...]] = ()
     steps_differ: ClassVar[bool] = False
+    takes_missing: ClassVar[bool] = False
 
     compile_mode: str = "auto"
     importance_samples: int = 100
@@ -172,6 +174,10 @@ class Autoencoder(Checked, pl.LightningModule):
         made = super().__new__(cls, *args, **kwargs)
         made._keywords = frozenset(kwargs)
         return made
+
+    def unusable(self, x: Tensor) -> Tensor:
+        """Which samples have no loss, since some values are not finite: (B, *input_shape) -> (B,) bool."""
+        return inputs.not_finite(x)
 
     def _set_hparams(self, hp: Any) -> None:
         """Keep only arguments of this class: those collected from parents' constructors would not load."""
@@ -509,7 +515,7 @@ class Autoencoder(Checked, pl.LightningModule):
         x, y = self._unpack(batch)
         if loader not in self._evaluations:
             code_shape = self.code_shape if self.sparse_code else None
-            self._evaluations[loader] = Evaluation(self.input_shape, self.device, code_shape)
+            self._evaluations[loader] = Evaluation(self.input_shape, self.device, code_shape, self.takes_missing)
         with self._fixed_noise(batch_idx):
             terms = self.loss(x, y)
             read = x if self.corruption is None else self.corruption(x)

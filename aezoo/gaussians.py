@@ -40,6 +40,19 @@ def product(mu: Tensor, log_var: Tensor, member: Tensor | None = None) -> tuple[
     return (log_precision.softmax(-2) * mu).sum(-2), -log_precision.logsumexp(-2)
 
 
+def mixture_moments(mu: Tensor, log_var: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance, of each dimension, of a mixture of Gaussians.
+
+    Args:
+        mu: means, (B, S, D).
+        log_var: logarithms of the variances, (B, S, D).
+        weight: S times the share of each, (B, S). What comes back is (B, D).
+    """
+    weight_BS1 = weight[..., None]
+    mean_BD = (weight_BS1 * mu).mean(1)
+    return mean_BD, (weight_BS1 * (log_var.exp() + (mu - mean_BD[:, None]) ** 2)).mean(1).log()
+
+
 def product_of_posteriors(mu: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variances of p(z) prod_i N(z; mu_i, C_i) / p(z) with p(z) = N(0, I), the prior counted once.
 

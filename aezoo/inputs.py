@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -57,6 +56,11 @@ def tell_unread(batch: Any) -> None:
         )
 
 
+def not_finite(x: Tensor) -> Tensor:
+    """Which samples hold values that are not finite, (B, ...) -> (B,) bool."""
+    return (~x.isfinite()).flatten(1).any(1)
+
+
 def check_batch(model: "Autoencoder", x: Tensor) -> None:
     """See `Autoencoder.check_batch`."""
     if tuple(x.shape[1:]) != model.input_shape:
@@ -71,9 +75,16 @@ def check_batch(model: "Autoencoder", x: Tensor) -> None:
             "the data are float64, the model's weights float32: give x.float(), or train all in float64 with "
             "Trainer(precision='64-true')"
         )
-    low, high = float(x.min()), float(x.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise AezooError("the data hold NaN or infinite values: clean them first")
+    if bool((bad := model.unusable(x)).any()):
+        if model.takes_missing:
+            raise AezooError(
+                f"sample {int(bad.nonzero()[0])} of the batch holds infinite values, or NaN in some values of a part "
+                "or in all parts: clean it; a part is missing where all its values are NaN"
+            )
+        hint = ", or take a model of samples that lack whole parts, such as mvae" if x.isnan().any() else ""
+        raise AezooError(f"the data hold NaN or infinite values: clean them first{hint}")
+    known = x.nan_to_num(0.5)  # of what is missing
+    low, high = float(known.min()), float(known.max())
     slack = 1e-6 if model.training else 10.0
     if model.likelihood.unit_interval and not (low >= -slack and high <= 1 + slack):
         raise AezooError(

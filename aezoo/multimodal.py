@@ -1,5 +1,9 @@
 """Samples made of parts, the modalities: an encoder and a decoder for each, one Gaussian code for all of them.
 
+Where a model makes its posterior of those of the parts, a sample may lack some parts: all values of a missing part are
+NaN. The model then computes what a model of the other parts would compute, and the networks of a missing part do not
+learn from the sample.
+
 Shapes: B batch, D code, M parts, S subsets of them.
 """
 
@@ -173,3 +177,41 @@ class WithParts(Autoencoder):
         b, s, _ = z_BSD.shape
         x_BS = x[:, None].expand(b, s, *x.shape[1:]).flatten(0, 1)
         return self.nll(self.decoder[i](z_BSD.flatten(0, 1).to(x.dtype)), x_BS).unflatten(0, (b, s))
+
+
+def lacking(x: Tensor) -> Tensor:
+    """Which samples lack a part, whose values are then all NaN: (B, *part) -> (B,) bool."""
+    return x.isnan().flatten(1).all(1)
+
+
+class MayLackParts(WithParts):
+    """A model of samples that may lack parts: networks of these read zeros, and what they say counts for nothing."""
+
+    takes_missing = True
+
+    def seen(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+        """Which of some parts, by default all, are there: (B, *input_shape) -> (B, M) bool."""
+        x_M = self.split(x)
+        return ~torch.stack([lacking(x_M[i]) for i in (range(len(x_M)) if parts is None else parts)], 1)
+
+    def filled(self, x: Tensor) -> Tensor:
+        """Samples with zeros for the parts that they lack: (B, *input_shape) -> (B, *input_shape)."""
+        return torch.cat([_filled(x_i) for x_i in self.split(x)], self.decoder.dim + 1)
+
+    def unusable(self, x: Tensor) -> Tensor:
+        return super().unusable(self.filled(x)) | ~self.seen(x).any(1)
+
+    def experts(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        return super().experts(self.filled(x), parts)
+
+    def nll(self, params: Tensor, x: Tensor) -> Tensor:
+        """-log p(x | params) in nats of the parts that are there, of whole samples or of one part: (B,)."""
+        whole = x.shape[self.decoder.dim + 1] == sum(self.sizes)
+        nll_B = params.new_zeros(())
+        for params_i, x_i in zip(self.split(params), self.split(x), strict=True) if whole else [(params, x)]:
+            nll_B = nll_B + super().nll(params_i, _filled(x_i)).masked_fill(lacking(x_i), 0)
+        return nll_B
+
+
+def _filled(x: Tensor) -> Tensor:
+    return x.masked_fill(lacking(x).reshape(-1, *[1] * (x.ndim - 1)), 0)

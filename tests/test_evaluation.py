@@ -59,6 +59,22 @@ def test_a_perfect_reconstruction() -> None:
     assert "bits_per_dim" not in found
 
 
+def test_what_is_missing_has_no_part_in_the_figures() -> None:
+    x, known = torch.rand(8, 1, 12, 12), torch.ones(8, 1, 12, 12, dtype=torch.bool)
+    known[:4, :, :5] = False
+    x_hat = x + 0.2 * torch.randn_like(x)
+    evaluation = Evaluation((1, 12, 12), CPU, gaps=True)
+    for rows in (slice(0, 3), slice(3, 5), slice(5, 8)):
+        evaluation.add({"elbo": torch.tensor(-50.0)}, x.where(known, torch.nan)[rows], x_hat[rows])
+    found = {name: value.item() for name, value in evaluation.compute().items()}
+    mse = ((x - x_hat) ** 2)[known].mean().item()
+    assert found["mse"] == pytest.approx(mse) and found["psnr"] == pytest.approx(-10 * math.log10(mse))
+    assert found["bits_per_dim"] == pytest.approx(50 * 8 / int(known.sum()) / math.log(2), rel=1e-6)
+    whole = [ssim(a[0].numpy(), b[0].numpy()) for a, b in zip(x[4:], x_hat[4:], strict=True)]
+    assert found["ssim"] == pytest.approx(np.mean(whole), rel=1e-4)
+    assert set(found) == {"elbo", "bits_per_dim", "mse", "psnr", "ssim"}
+
+
 def test_half_precision_inputs_are_measured_in_float32() -> None:
     evaluation, x = Evaluation((1, 12, 12), CPU), torch.rand(3, 1, 12, 12)
     evaluation.add({}, x.bfloat16(), x.bfloat16() + 0.5)

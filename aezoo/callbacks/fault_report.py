@@ -17,6 +17,7 @@ from aezoo import durable
 from aezoo.callbacks.base import run_folder, unpack
 from aezoo.callbacks.checkpoints import saver_of
 from aezoo.data.loaders import EpochSampler
+from aezoo.inputs import not_finite
 from aezoo.run_folder import checkpoints_of
 
 FILE = "fault.txt"
@@ -122,7 +123,8 @@ def _bad_samples(trainer: pl.Trainer, fault: Fault, batch: Any) -> list[int]:
     x = None if batch is None else unpack(batch)[0]
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return []
-    bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    unusable = getattr(trainer.lightning_module, "unusable", not_finite)
+    bad = unusable(x).nonzero().flatten().tolist()
     rows = _rows(trainer, fault) if bad else []
     return [rows[i] if i < len(rows) else i for i in bad]
 

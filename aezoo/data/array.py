@@ -83,7 +83,7 @@ class Array(InMemory):
         splits = {}
         for stage, values in self._x.items():
             self.mapped = self.mapped or isinstance(values, np.memmap)
-            x = numeric(values, self._what(stage), self.columns, copy=not self.title)
+            x = numeric(values, self._what(stage), self.columns, copy=not self.title, missing=self.options.missing)
             y = self._y.get(stage)
             check_length(x, y, self._what(stage))
             splits[stage] = Pair(arrange(x, self.options.layout), y)

@@ -88,6 +88,8 @@ class DataModule(Checked, LightningDataModule):
             of images, or else the one of arrays.
         label_column: The column that holds the labels of hf, stream or a table (.csv, .parquet), by name; none leaves
             labels out; auto takes the one of classes, or else the one called label.
+        missing: keep reads NaN in arrays and tables as missing values, for models of samples that may lack whole parts,
+            such as mvae; raise refuses it.
     """
 
     input_shape: tuple[int, ...]
@@ -134,6 +136,7 @@ class DataModule(Checked, LightningDataModule):
         normalise: bool = True,
         column: str = "auto",
         label_column: str = "auto",
+        missing: settings.Missing = "raise",
     ) -> None:
         super().__init__()
         # a Path would end up in checkpoints, which weights_only loading then refuses
@@ -144,6 +147,7 @@ class DataModule(Checked, LightningDataModule):
         self.name, self.batch_size, self.seed, self.drop_last = name, batch_size, seed, drop_last
         self.scale, self.labels, self.memory, self.num_workers = scale, labels, memory, num_workers
         self.train_classes, self.num_labels, self.binarise = train_classes, num_labels, binarise
+        self.missing = missing
         reader = from_path(name)
         own = {"name": reader or name, "root": name if reader else root}
         options = Options(**{field.name: given[field.name] for field in fields(Options)} | own)
@@ -208,6 +212,10 @@ class DataModule(Checked, LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the splits; all at once, as they share their statistics."""
+        model = None if self.trainer is None else self.trainer.lightning_module
+        if self.missing == "keep" and not getattr(model, "takes_missing", True):
+            raise AezooError(f"--data.missing keep is for models of samples that lack whole parts, such as mvae, and "
+                             f"{type(model).__name__} is none: drop it")  # fmt: skip
         if not self._splits:
             if self.trainer is None:
                 self.prepare_data()

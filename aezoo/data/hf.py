@@ -142,7 +142,7 @@ class HfArrays(InMemory):
                 if part.shape[1:] != self._shape:
                     raise _mixed(Row(root, stage, start), part.shape[1:], self._shape)
                 x[start : start + _PART] = part
-            checked = numeric(x, f"{root}: column {self._column} for {stage}")
+            checked = numeric(x, f"{root}: column {self._column} for {stage}", missing=self.options.missing)
             pairs[stage] = Pair(arrange(checked, self.options.layout), self._y.get(stage))
         return pairs
 

@@ -87,8 +87,8 @@ class Scale:
     standard  (x - mean) / standard deviation
     none      the values as they are
 
-    Minimum, maximum, mean and deviation are taken per feature for vectors (N, D), else over all values. A constant
-    feature becomes 0. Values of val and test outside the training range are not clipped.
+    Minimum, maximum, mean and deviation are taken over the values that are not missing, per feature for vectors (N, D),
+    else over all. A constant feature becomes 0. Values of val and test outside the training range are not clipped.
 
     Args:
         train: the training samples.
@@ -101,7 +101,9 @@ class Scale:
     def __init__(self, train: Tensor, rule: str) -> None:
         self.bytes = train.dtype == torch.uint8
         self.keep_bytes = rule == "auto" and self.bytes
-        self.white = 255 if self.bytes else 1 if train.min() >= 0 and train.max() <= 1 else None
+        gaps = bool(train.isnan().any())
+        known = train.nan_to_num(0.5) if gaps else train
+        self.white = 255 if self.bytes else 1 if known.min() >= 0 and known.max() <= 1 else None
         self.offset: Tensor | None = None
         self.factor: Tensor | None = None
         if rule == "none" or self.keep_bytes:
@@ -109,11 +111,14 @@ class Scale:
         # float64 keeps what is exact in it: 1e9 + 1 and 1e9 + 2 are one number in float32
         x = train if train.dtype == torch.float64 else train.float()
         x = x if x.ndim == 2 else x.reshape(-1, 1)
-        low, high = x.amin(0), x.amax(0)
+        low = (x.nan_to_num(math.inf) if gaps else x).amin(0)
+        high = (x.nan_to_num(-math.inf) if gaps else x).amax(0)
+        if empty := (low > high).nonzero().flatten().tolist():
+            raise AezooError(f"column {empty[0] + 1} has no value in the training split: leave it out")
         if rule == "auto" and low.min() >= 0 and high.max() <= 1:
             return
         if rule == "standard":
-            deviation, mean = torch.std_mean(x.double(), 0, correction=0)
+            deviation, mean = _std_mean(x.double()) if gaps else torch.std_mean(x.double(), 0, correction=0)
             self.offset, factor = mean.to(x.dtype), deviation.to(x.dtype)
         else:
             self.offset, factor = low, high - low
@@ -131,6 +136,12 @@ class Scale:
         if self.offset is not None and self.factor is not None:
             x = (x.to(self.offset.dtype) - self.offset).div_(self.factor)
         return x.float()
+
+
+def _std_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Deviation and mean of each column without its NaN, (N, D) -> (D,), (D,)."""
+    mean = x.nanmean(0)
+    return (x - mean).square().nanmean(0).sqrt(), mean
 
 
 def real(values: object, what: str) -> Tensor | npt.NDArray[Any]:
@@ -152,7 +163,9 @@ def real(values: object, what: str) -> Tensor | npt.NDArray[Any]:
     return array
 
 
-def numeric(values: object, what: str, columns: Sequence[str] = (), copy: bool = True) -> Tensor:
+def numeric(
+    values: object, what: str, columns: Sequence[str] = (), copy: bool = True, missing: str = "raise"
+) -> Tensor:
     """Real, finite numbers as a CPU tensor of dtype uint8, float32 or float64, or the reason why not.
 
     Args:
@@ -160,6 +173,7 @@ def numeric(values: object, what: str, columns: Sequence[str] = (), copy: bool =
         what: their name in messages.
         columns: the column names of a table.
         copy: never share the memory of floats, which the caller may change later.
+        missing: raise, or keep for NaN that stands for a missing value; no row may lack all.
 
     Raises:
         AezooError: they are not real, finite numbers.
@@ -176,17 +190,22 @@ def numeric(values: object, what: str, columns: Sequence[str] = (), copy: bool =
         tensor = torch.from_numpy(checked if checked.flags.writeable else checked.copy())
     if tensor.dtype != torch.uint8:
         tensor = tensor.to(_wide(tensor.element_size(), tensor.is_floating_point(), torch.float64, torch.float32))
-        size = math.prod(tensor.shape[1:])
+        size, kept = math.prod(tensor.shape[1:]), missing == "keep"
         # in parts, as what is looked at takes memory of its own
-        parts = tensor.split(max(1, _PART // max(1, size)))
-        bad = torch.cat([(~part.isfinite()).reshape(len(part), size).any(1) for part in parts])
+        parts = [part.reshape(len(part), size) for part in tensor.split(max(1, _PART // max(1, size)))]
+        if kept and (empty := torch.cat([part.isnan().all(1) for part in parts])).any():
+            raise AezooError(f"{what} has no value at all in row {int(empty.nonzero()[0])}: remove such rows")
+        bad = torch.cat([(part.isinf() if kept else ~part.isfinite()).any(1) for part in parts])
         if bad.any():
+            wrong = (tensor.isinf() if kept else ~tensor.isfinite()).reshape(len(tensor), size)
             # a table is mended by columns
-            found = (~tensor.isfinite()).any(0).nonzero().flatten().tolist() if columns else []
-            place = f", in {few([columns[i] for i in found])}" if found else ""
+            place = f", in {few([columns[i] for i in wrong.any(0).nonzero().flatten().tolist()])}" if columns else ""
+            cure = "fill or remove them"
+            if not kept and tensor.isnan().any():
+                cure += ", or give --data.missing keep to a model of samples that lack whole parts, such as mvae"
             raise AezooError(
-                f"{what} has NaN or infinity in {int(bad.sum())} of {len(tensor)} rows, the first is row "
-                f"{int(bad.nonzero()[0])}{place}: fill or remove them"
+                f"{what} has {'infinity' if kept else 'NaN or infinity'} in {int(bad.sum())} of {len(tensor)} rows, "
+                f"the first is row {int(bad.nonzero()[0])}{place}: {cure}"
             )
     return tensor
 

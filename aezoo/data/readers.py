@@ -231,9 +231,12 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
         beginnings.append(row[0] if row and not first[0] else "")
         if broken is None:
             try:
-                values.extend(map(float, row))
+                values.extend([*map(float, row)])
             except ValueError:
-                broken = number, row
+                if all(_is_number(cell) for cell in row if cell.strip()):
+                    values.extend([float(cell) if cell.strip() else math.nan for cell in row])
+                else:
+                    broken = number, row
     width = len(first) - (label is not None)
     if number < 0 or not width:
         raise AezooError(f"{path} has a header only: give one row a sample")
@@ -245,7 +248,7 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
         )
     if broken is not None:
         number, row = broken
-        column = next(i for i, cell in enumerate(row) if not _is_number(cell))
+        column = next(i for i, cell in enumerate(row) if cell.strip() and not _is_number(cell))
         is_comma = separator != "," and _is_number(row[column].replace(",", "."))
         cure = "write a point for its comma" if is_comma else "fill it"
         cure += ", or say by --data.label_column which column holds the classes" * (label is None and not is_comma)

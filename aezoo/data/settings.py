@@ -16,6 +16,7 @@ Memory = Literal["auto", "on", "off"]
 Weights = Literal["stored", "random"]
 Positions = Literal["each", "mean", "max"]
 FeatureAxis = Literal["auto", "first", "last"]
+Missing = Literal["raise", "keep"]
 
 _CHOICES = {
     "scale": Scaling,
@@ -27,6 +28,7 @@ _CHOICES = {
     "weights": Weights,
     "positions": Positions,
     "feature_axis": FeatureAxis,
+    "missing": Missing,
 }
 # the least and the most of whole numbers
 _WHOLE = {
@@ -74,6 +76,9 @@ def check(given: Mapping[str, Any]) -> None:
         raise AezooError(f"--data.dictionary_noise is {given['dictionary_noise']!r}: give a number from 0")
     for key, choices in _CHOICES.items():
         _one_of(key, given[key], get_args(choices))
+    if given["missing"] == "keep" and given["binarise"] != "none":
+        raise AezooError(f"--data.missing keep and --data.binarise {given['binarise']} contradict each other: drop "
+                         "one, as a missing value is neither 0 nor 1")  # fmt: skip
     if given["num_labels"] and given["labels"] == "ignore":
         raise AezooError(f"--data.num_labels {given['num_labels']} and --data.labels ignore contradict each other: "
                          "drop one")  # fmt: skip

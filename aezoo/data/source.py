@@ -54,6 +54,7 @@ class Options:
     normalise: bool = True
     column: str = "auto"
     label_column: str = "auto"
+    missing: str = "raise"
 
 
 class Source(ABC):

@@ -11,6 +11,8 @@ from torchmetrics.image import PeakSignalNoiseRatio
 
 from aezoo.metrics.similarity import StructuralSimilarity
 
+_KNOWN = "share of values that are not missing"
+
 
 class Means:
     """Means of named scalars over samples: batches of any size, all ranks, kept on the device without a sync a step."""
@@ -84,12 +86,18 @@ class Evaluation:
         input_shape: shape of one sample; ssim is reported for (C, H, W) with both sides above 5.
         device: where the data are.
         code_shape: shape of one code, for models whose code is sparse.
+        gaps: samples may have values that are missing, NaN: mse, psnr and bits per dimension are those of the others,
+            ssim that of samples which lack nothing.
     """
 
     def __init__(
-        self, input_shape: tuple[int, ...], device: torch.device, code_shape: tuple[int, ...] | None = None
+        self,
+        input_shape: tuple[int, ...],
+        device: torch.device,
+        code_shape: tuple[int, ...] | None = None,
+        gaps: bool = False,
     ) -> None:
-        self._means = Means()
+        self._means, self._gaps = Means(), gaps
         self._dims = math.prod(input_shape)
         self._metrics: dict[str, Metric] = {"mse": MeanSquaredError(), "psnr": PeakSignalNoiseRatio(data_range=1.0)}
         if StructuralSimilarity.is_for(input_shape):
@@ -129,17 +137,27 @@ class Evaluation:
 
                 self._books[name] = codebook_metrics(sizes, f"_{name}" if name else "").to(x.device)
             self._books[name].update(indices)
+        known = ~x.isnan() if self._gaps else None
+        if known is not None:
+            terms = {**terms, _KNOWN: known.float().mean()}
         self._means.add(terms, len(x))
         if self._sparse is not None:
             self._sparse.update(code=code, x=x, x_hat=x_hat)
-        for metric in self._metrics.values():
-            metric.update(x_hat.float().contiguous(), x.float().contiguous())
+        for name, metric in self._metrics.items():
+            pair = x_hat.float().contiguous(), x.float().contiguous()
+            if known is None or known.all():
+                metric.update(*pair)
+            elif name != "ssim":
+                metric.update(*(values[known] for values in pair))
+            elif (whole_B := known.flatten(1).all(1)).any():
+                metric.update(*(values[whole_B] for values in pair))
 
     def compute(self) -> dict[str, Tensor]:
         """All figures over all samples of all ranks."""
         figures = self._means.compute()
+        dims = self._dims * figures.pop(_KNOWN, 1)
         if "elbo" in figures:
-            figures["bits_per_dim"] = -figures["elbo"] / (self._dims * math.log(2.0))
+            figures["bits_per_dim"] = -figures["elbo"] / (dims * math.log(2.0))
         figures |= {name: metric.compute() for name, metric in self._metrics.items()}
         for metrics in (*self._books.values(), *([] if self._sparse is None else [self._sparse])):
             figures |= metrics.compute()

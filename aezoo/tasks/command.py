@@ -274,7 +274,8 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
         raise AezooError(f"{path}: {name} has shape {shape}: give samples (N, *shape), one sample as {name}[None]")
     if 0 in shape:
         raise AezooError(f"{path}: {name} is empty (shape {shape}): give at least one sample")
-    x = arrange(numeric(arrays[name], f"{path}: {name}", columns), given.get("layout", "auto"))
+    checked = numeric(arrays[name], f"{path}: {name}", columns, missing=given.get("missing", "raise"))
+    x = arrange(checked, given.get("layout", "auto"))
     x = images.fit(x, size, channels) if x.ndim == 4 else x
     labels = arrays.get(name.replace("x", "y", 1))
     numbered, names = number_labels({} if labels is None else {"test": labels}, f"{path}: ")

@@ -143,7 +143,7 @@ def detect(
     detectors += [Baseline(name, features=features or "", **options) for name in others]
 
     protocol = Protocol(normal, anomaly)
-    samples = Samples.of(x).check(model)
+    samples = Samples.of(x, gaps=model.takes_missing).check(model)
     anomalous = protocol.anomalies(samples)
     train = Reference.other_split(fit_on, x, "train", protocol, samples)
     train = train or Reference(samples, np.arange(len(samples)), 0)

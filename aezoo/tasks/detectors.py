@@ -84,7 +84,7 @@ class Detector:
 
         Labels y are not used.
         """
-        samples = Samples.of(X, "train").check(self.model)
+        samples = Samples.of(X, "train", self.model.takes_missing).check(self.model)
         n = len(samples)
         with at_work(self.model, self.seed) as like:
             most = self._scorer.most_samples(samples.rows([0]).to(like))
@@ -102,7 +102,7 @@ class Detector:
         """Scores of samples, larger is stranger, (N,)."""
         if not hasattr(self, "threshold_"):
             raise AezooError("this Detector is not fitted: call fit(X) with samples that are mostly normal first")
-        return self._scores(Samples.of(X).check(self.model))
+        return self._scores(Samples.of(X, gaps=self.model.takes_missing).check(self.model))
 
     def predict(self, X: Any) -> npt.NDArray[np.int64]:
         """1 for samples above the threshold, 0 for the others, (N,)."""
@@ -215,7 +215,9 @@ class Baseline:
         x = np.concatenate([self._values(part) for part in parts])
         n, d = x.shape
         n_components = min(_FRE_COMPONENTS, n // 2, d // 2) if self.name == "fre" else self.n_components
-        if n < 2:
+        if np.isnan(x).any():
+            self.note = "takes no samples that lack values"
+        elif n < 2:
             self.note = "needs at least 2 training samples"
         elif self.name == "pca" and n_components >= min(n, d):
             self.note = f"{n_components:,} components lose nothing of {n:,} samples of {d:,} values"
@@ -227,8 +229,12 @@ class Baseline:
 
     def decision_function(self, samples: Samples) -> Scores:
         """Scores of samples, larger is stranger, (N,)."""
-        batches = samples.batches(self.batch_size, f"{self.name}: scores" if self.progress else "")
-        return np.concatenate([np.asarray(self._function(self._values(x)), np.float64) for x in batches])
+        scores = []
+        for x in samples.batches(self.batch_size, f"{self.name}: scores" if self.progress else ""):
+            if x.isnan().any():
+                raise AezooError(f"{self.name} takes no samples that lack values: give --baselines false")
+            scores.append(np.asarray(self._function(self._values(x)), np.float64))
+        return np.concatenate(scores)
 
     def _values(self, x: Tensor) -> "Rows":
         """The values or features of samples, (B, *shape) -> (B, D)."""

@@ -113,8 +113,8 @@ def embed(
         AezooError: samples that the model cannot use, values out of range, or a folder that cannot be written.
     """
     _check(method, table, nearest, n_shown, batch_size)
-    samples = Samples.of(x).check(model)
-    train = None if fit_on is None else Samples.of(fit_on, "train").check(model)
+    samples = Samples.of(x, gaps=model.takes_missing).check(model)
+    train = None if fit_on is None else Samples.of(fit_on, "train", model.takes_missing).check(model)
     library = samples if train is None else train
     n, kind = len(samples), "parquet" if table == "parquet" else "csv"
     if nearest > len(library):
@@ -189,7 +189,9 @@ def _accuracies(
     )
     size = train_codes.shape[1]
     sets = {"codes": (train_codes, test_codes), "raw values": (raw_train, raw_test)}
-    if size <= min(raw_train.shape):
+    if np.isnan(raw_train).any() or np.isnan(raw_test).any():
+        del sets["raw values"]  # classifiers take no gaps
+    elif size <= min(raw_train.shape):
         sets["pca"] = pca(raw_train, raw_test, size)
     with progress_bar("classifiers" if progress else "", len(sets)) as advance:
         found = []

@@ -28,11 +28,11 @@ class Reconstruction:
 
     Attributes:
         x_hat: (N, *shape), reconstructions in data space, float32.
-        mse: (N,) squared error of each sample, the mean over its values.
-        mae: (N,) absolute error of each sample, the mean over its values.
+        mse: (N,) squared error of each sample, the mean over its values that are not missing.
+        mae: (N,) absolute error of each sample, the mean over the same values.
         score: (N,) the model's `score` in nats per sample: -log p(x | code), for a VAE -ELBO, with the KL of its code.
             None with `parts`, since it depends on the whole sample.
-        part_mse: the squared error of each part, by its number, (N,); empty without `parts`.
+        part_mse: the squared error of each part, by its number, (N,); NaN of a missing part; empty without `parts`.
         files: the files written.
     """
 
@@ -97,7 +97,7 @@ def reconstruct(
     if n_shown < 0 or batch_size < 1:
         raise AezooError(f"n_shown must be at least 0 and batch_size at least 1, got {n_shown} and {batch_size}")
     some = None if parts is None else _Some(model, (parts,) if isinstance(parts, int) else parts)
-    samples = Samples.of(x).check(model)
+    samples = Samples.of(x, gaps=model.takes_missing).check(model)
     n = len(samples)
     with Store(out) as store, at_work(model, seed) as like:
         x_hat = store.array("reconstructions", (n, *model.input_shape))
@@ -109,13 +109,15 @@ def reconstruct(
             output = (some.reconstructed(given) if some else model(given)).float()
             difference = output - batch.to(output)
             fill(x_hat, start, output)
-            fill(mse, start, difference.square().flatten(1).mean(1))
-            fill(mae, start, difference.abs().flatten(1).mean(1))
+            known = ~batch.to(like.device).isnan()
+            fill(mse, start, _mean(difference.square(), known))
+            fill(mae, start, _mean(difference.abs(), known))
             if some is None:
                 fill(score, start, model.score(given))
             else:
+                parts_known = some.model.split(known)
                 for i, part in enumerate(some.model.split(difference)):
-                    fill(part_mse[i], start, part.square().flatten(1).mean(1))
+                    fill(part_mse[i], start, _mean(part.square(), parts_known[i]))
             start += len(batch)
         found = Reconstruction(x_hat, mse, mae, None if some else score, part_mse)
         rows = [
@@ -126,6 +128,11 @@ def reconstruct(
         if n_shown and store.folder is not None:
             store.picture("reconstructions", _picture(samples, x_hat, mse, n_shown, some))
     return replace(found, files=store.files)
+
+
+def _mean(errors: Tensor, known: Tensor) -> Tensor:
+    """The mean of each sample over its values that are not missing, (B, *shape) -> (B,); NaN if there are none."""
+    return errors.masked_fill(~known, 0).flatten(1).sum(1) / known.flatten(1).sum(1)
 
 
 class _Some:

@@ -49,13 +49,16 @@ class Samples:
         self._y: Tensor | None = None
 
     @classmethod
-    def of(cls, x: "Samples | DataModule | Tensor | np.ndarray[Any, Any]", split: Stage = "test") -> "Samples":
+    def of(
+        cls, x: "Samples | DataModule | Tensor | np.ndarray[Any, Any]", split: Stage = "test", gaps: bool = False
+    ) -> "Samples":
         """Samples from `Samples`, a DataModule, a tensor or an array.
 
         Args:
             x: samples; a DataModule, of which `split` is taken; or a tensor or an array (N, *shape): bytes are scaled
                 to [0, 1], floats stay unchanged. (N, H, W) bytes become images of one channel.
             split: train, val or test.
+            gaps: whether a tensor or an array may hold NaN for missing values.
 
         Raises:
             AezooError: not numbers, or no samples.
@@ -70,7 +73,7 @@ class Samples:
         shape = tuple(real(x, "x").shape)
         if len(shape) < 2 or 0 in shape:
             raise AezooError(f"x has shape {shape}: give samples (N, *shape), one sample as x[None]")
-        return cls(ArrayDataset(arrange(numeric(x, "x"), "auto")), name="x")
+        return cls(ArrayDataset(arrange(numeric(x, "x", missing="keep" if gaps else "raise"), "auto")), name="x")
 
     def __len__(self) -> int:
         return len(cast(Any, self.dataset))

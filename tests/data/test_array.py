@@ -427,6 +427,46 @@ def test_the_first_row_with_nan_is_found_in_any_part(monkeypatch):
         refused(f"NaN or infinity in {19 - row} of 19 rows, the first is row {row}:", x)
 
 
+def test_what_is_missing_is_kept_where_asked_for_and_scaled_by_what_is_there():
+    x = vectors(40, 3) * 7 - 2
+    x[:10, 0], x[5:20, 2] = np.nan, np.nan
+    settings = {"missing": "keep", "val_fraction": 0, "test_fraction": 0}
+    for scale, low, size in (
+        ("unit", np.nanmin(x, 0), np.nanmax(x, 0) - np.nanmin(x, 0)),
+        ("standard", np.nanmean(x, 0), np.nanstd(x, 0)),
+        ("none", 0, 1),
+    ):
+        found = DataModule.from_arrays(x, scale=scale, **settings).tensors("train")[0]
+        np.testing.assert_allclose(found.numpy(), (x - low) / size, rtol=1e-5, atol=1e-6)
+    share = (x - np.nanmin(x)) / np.ptp(x[~np.isnan(x)])
+    data = DataModule.from_arrays(share, **settings)
+    assert np.array_equal(data.tensors("train")[0].numpy(), share.astype(np.float32), equal_nan=True)
+    assert data.source.white == 1
+    images = np.where(RNG.random((20, 4, 4)) < 0.2, np.nan, RNG.normal(size=(20, 4, 4)))
+    found = DataModule.from_arrays(images, **settings).tensors("train")[0][:, 0].numpy()
+    assert np.nanmin(found) == 0 and np.nanmax(found) == 1 and np.array_equal(np.isnan(found), np.isnan(images))
+
+
+def test_what_is_missing_beyond_use_is_refused():
+    x = vectors(40, 3)
+    x[3] = np.nan
+    refused("no value at all in row 3: remove such rows", x, missing="keep")
+    x[3], x[:, 1] = 0, np.nan
+    refused("column 2 has no value in the training split: leave it out", x, missing="keep")
+    x[:, 1], x[2, 2] = np.inf, np.nan
+    refused("x has infinity in 40 of 40 rows, the first is row 0: fill or remove them$", x, missing="keep")
+    refused("missing keep and --data.binarise threshold contradict", x, missing="keep", binarise="threshold")
+
+
+def test_an_empty_cell_of_a_csv_file_is_missing(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b,label\n1,2,0\n,4,1\n5, ,0\n")
+    assert np.array_equal(read_arrays(tmp_path / "x.csv")["x"], [[1, 2], [np.nan, 4], [5, np.nan]], equal_nan=True)
+    with pytest.raises(
+        AezooError, match=r"in 2 of 3 rows, the first is row 1, in 'a', 'b': fill .* --data.missing keep"
+    ):
+        DataModule(str(tmp_path / "x.csv")).setup()
+
+
 def test_read_only_and_strided_arrays():
     x = np.broadcast_to(vectors(20, 1), (20, 3))
     assert torch.equal(everything(DataModule.from_arrays(x)), ordered(x.copy()))
@@ -505,13 +545,13 @@ def broken_files(folder):
     (folder / "text.csv").write_text("a,b\n1,2\n3,x\n")
     yield "text.csv", "row 1, column 2 of the features, b: 'x' is no number: fill it, or say by --data.label_column"
     (folder / "hole.csv").write_text("1,,3\n4,5,6\n")
-    yield "hole.csv", "row 0, column 2 of the features: '' is no number: fill it"
+    yield "hole.csv", "x has NaN or infinity in 1 of 2 rows, the first is row 0: fill or remove them"
     (folder / "index.csv").write_text(",0,1\n0,4.5,5.5\n")
     yield "index.csv", "as pandas writes its index: save the table without it, frame.to_csv(path, index=False)"
     (folder / "names.csv").write_text(",a,b\n5,4.5,5.5\n2,1.5,2.5\n")
     yield "names.csv", "the first column has no name and numbers the rows"
     (folder / "first.csv").write_text(",0,1\n0.5,4.5,5.5\n")
-    yield "first.csv", "row 0, column 1 of the features: '' is no number: fill it"
+    yield "first.csv", "x has NaN or infinity in 1 of 2 rows, the first is row 0: fill or remove them"
     (folder / "ragged.csv").write_text("a,b\n1,2\n3\n")
     yield "ragged.csv", "row 1: 1 columns, the first line has 2"
     (folder / "latin.csv").write_bytes(b"a,b\n\xff\xfe,1\n")

@@ -138,7 +138,7 @@ def of_one_part() -> tuple[Any, Tensor, np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
 def test_with_the_exact_posterior_it_is_above_the_evidence_by_what_is_left_out(alpha: float) -> None:
     model, x, evidence, kl = of_one_part()
-    model.alpha = alpha
+    model.alpha, model.all_alike = alpha, False
     for term, sign, expected in (("elbo", 1, evidence), ("loss", -1, evidence + alpha * kl)):
         found, error = mean_of(model, x, term)
         assert sign * found == pytest.approx(expected.mean(), abs=5 * error) and error < 0.05

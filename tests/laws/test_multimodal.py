@@ -254,7 +254,7 @@ def test_the_loss_is_the_sum_of_the_elbos_of_the_subsets(shifted: Any) -> None:
         torch.manual_seed(7)
         terms = model.loss(x)
     torch.manual_seed(7)
-    member = model.subsets(5, x.device)
+    member = model.subsets(model.seen(x))
     assert member.shape == (5, 6, 3) and member[:, 0].all() and (member[:, 1:4] == torch.eye(3)).all()
     nll, kl = torch.zeros(5, 6).double(), torch.zeros(5, 6).double()
     for b, s in itertools.product(range(5), range(6)):
@@ -275,7 +275,7 @@ def test_the_loss_is_the_sum_of_the_elbos_of_the_subsets(shifted: Any) -> None:
 
 def test_random_subsets_are_neither_one_part_nor_all_and_each_is_as_likely_as_another_of_its_size() -> None:
     model, n = MVAE((5,), parts=(1,) * 5, n_subsets=2, latent_dim=1, hidden_dims=()), 30_000
-    drawn = model.subsets(n, torch.device("cpu"))[:, 6:]
+    drawn = model.subsets(torch.ones(n, 5, dtype=torch.bool))[:, 6:]
     assert drawn.shape == (n, 2, 5)
     for own in drawn.unbind(1):
         sizes = own.sum(1)
@@ -289,16 +289,16 @@ def test_random_subsets_are_neither_one_part_nor_all_and_each_is_as_likely_as_an
 
 
 def test_of_two_parts_there_are_no_random_subsets_and_of_more_none_unless_asked_for() -> None:
-    cpu = torch.device("cpu")
-    assert MVAE((4,), n_subsets=9).subsets(1, cpu).tolist() == [[[True, True], [True, False], [False, True]]]
-    assert MVAE((4,), parts=(1, 1, 2), n_subsets=0).subsets(1, cpu).shape == (1, 4, 3)
-    assert MVAE((4,), parts=(4,)).subsets(2, cpu).tolist() == [[[True]]] * 2
+    of = torch.ones(2, 3, dtype=torch.bool)
+    assert MVAE((4,), n_subsets=9).subsets(of[:1, :2]).tolist() == [[[True, True], [True, False], [False, True]]]
+    assert MVAE((4,), parts=(1, 1, 2), n_subsets=0).subsets(of[:1]).shape == (1, 4, 3)
+    assert MVAE((4,), parts=(4,)).subsets(of[:, :1]).tolist() == [[[True]]] * 2
 
 
 @pytest.mark.parametrize("only", range(3))
 def test_neither_expert_nor_decoder_of_a_part_that_is_left_out_gets_a_gradient(only: int, shifted: Any) -> None:
     model, x = small(MVAE, shifted), images()
-    model.subsets = lambda n, device: (torch.arange(3) == only).expand(n, 5, 3)
+    model.subsets = lambda seen: (torch.arange(3) == only).expand(len(seen), 5, 3)
     model.loss(x)["loss"].backward()
     for i in range(3):
         for net in (model.encoder[i], model.decoder[i]):

@@ -47,6 +47,19 @@ def test_every_kind_of_sample_is_written(tmp_path, shape):
     assert "5 samples, PSNR" in found.summary()
 
 
+def test_what_is_missing_has_no_error(tmp_path):
+    model = aezoo.create_model("mvae", (6,), likelihood="gaussian")
+    x = torch.rand(4, 6)
+    x[0, :3], x[1, 3:] = torch.nan, torch.nan
+    found = aezoo.reconstruct(model, x, out=str(tmp_path))
+    errors = torch.from_numpy(np.array(found.x_hat)) - x
+    assert np.allclose(found.mse, errors.square().nanmean(1), atol=1e-6)
+    assert np.allclose(found.mae, errors.abs().nanmean(1), atol=1e-6)
+    assert np.allclose(found.score, model.score(x)) and np.isfinite(found.score).all()
+    with pytest.raises(AezooError, match="NaN or infinity in 2 of 4 rows"):
+        aezoo.reconstruct(aezoo.create_model("vae", (6,)), x)
+
+
 def test_one_sample_and_labels_are_enough(tmp_path):
     data = aezoo.DataModule("digits")
     x, y = data.tensors("test")

@@ -97,9 +97,9 @@ class CMVAE(WithMixture, MMVAEPlus):
         self.save_hyperparameters()
         self.keep_mixture(n_components, latent_dim)
 
-    def bound(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor]:
-        u_BMD, nll_BM, kl_BM = self.draws(x, noise)
-        return nll_BM, kl_BM - 0.5 * (u_BMD**2 + LOG_2PI).sum(2) - self.log_mixture(u_BMD)
+    def draws(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        u_BMD, nll_BM, kl_BM = super().draws(x, noise)
+        return u_BMD, nll_BM, kl_BM - 0.5 * (u_BMD**2 + LOG_2PI).sum(2) - self.log_mixture(u_BMD)
 
     def log_prior(self, z: Tensor) -> Tensor:
         u, w = z.split([self.latent_dim, z.shape[-1] - self.latent_dim], -1)
@@ -117,7 +117,7 @@ class CMVAE(WithMixture, MMVAEPlus):
     @torch.no_grad()
     def clusters(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
         """How likely each cluster is by some of the parts, all by default: (B, *input_shape) -> (B, K)."""
-        return self.log_clusters(x, parts).softmax(2).mean(1)
+        return (self.weights(x, parts)[..., None] * self.log_clusters(x, parts).softmax(2)).mean(1)
 
     @torch.no_grad()
     def prune(self, x: Tensor) -> dict[int, float]:
@@ -132,7 +132,7 @@ class CMVAE(WithMixture, MMVAEPlus):
         Raises:
             AezooError: there is one cluster alone.
         """
-        log_w_K, log_BMK = self.weight_K.log_softmax(0), self.log_clusters(x)
+        log_w_K, log_BMK, share_BM = self.weight_K.log_softmax(0), self.log_clusters(x), self.weights(x)
         kept = (log_w_K > _NEVER / 2).nonzero().flatten().tolist()
         if len(kept) < 2:
             raise AezooError("prune needs at least 2 clusters: there is one alone")
@@ -142,8 +142,8 @@ class CMVAE(WithMixture, MMVAEPlus):
             q_BMK = own_BMK.softmax(2)
             entropy_BM = torch.special.entr(q_BMK).sum(2) / math.log(len(kept))
             penalised_BM = self.beta * entropy_BM - own_BMK.logsumexp(2) / self.latent_dim
-            found[len(kept)] = penalised_BM.mean().item(), kept
-            least = q_BMK.sum((0, 1)).argmin().item()
+            found[len(kept)] = (share_BM * penalised_BM).mean().item(), kept
+            least = (share_BM[..., None] * q_BMK).sum((0, 1)).argmin().item()
             kept = [c for i, c in enumerate(kept) if i != least]
         best = min(found.values())[1]
         self.weight_K[[c for c in range(self.n_components) if c not in best]] = _NEVER

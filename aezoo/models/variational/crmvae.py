@@ -23,7 +23,7 @@ the posteriors of x and of x_i,
 
 MultiVae (https://github.com/AgatheSenellart/MultiVae) weighs E_q by 1 / (M + 1) like the E_q_i, and both by half of
 that in its code: a part counts the less there the more there are. It weighs the KLs as much against E_q as here with a
-2 M-th of the beta, and the E_q_i M times as much.
+2 M-th of the beta, and the E_q_i M times as much. A sample that lacks parts has the L of its other parts.
 
 Shapes: B batch, D code, M parts.
 """
@@ -91,13 +91,18 @@ class CRMVAE(MVTCAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        if alpha is None:
+        self.all_alike = alpha is None
+        if self.all_alike:
             self.alpha = len(self.sizes) / (len(self.sizes) + 1)
+
+    def shares(self, n_B: Tensor) -> tuple[Tensor, Tensor]:
+        return (n_B / (n_B + 1), 1 / (n_B + 1)) if self.all_alike else super().shares(n_B)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BMD, log_var_BMD = self.experts(x)
         terms = self.terms(x, mu_BMD, log_var_BMD)
         z_BMD = mu_BMD + torch.exp(0.5 * log_var_BMD) * torch.randn_like(mu_BMD)
         own = [self.nll_of_part(i, z_BMD[:, i : i + 1], x_i)[:, 0] for i, x_i in enumerate(self.split(x))]
-        own_nll = torch.stack(own).sum(0).mean()
-        return {**terms, "loss": terms["loss"] + self.alpha / len(self.sizes) * own_nll, "own_nll": own_nll}
+        own_nll_B = torch.stack(own).sum(0)
+        _, share_B = self.shares(self.seen(x).sum(1).to(own_nll_B.dtype))
+        return {**terms, "loss": terms["loss"] + (share_B * own_nll_B).mean(), "own_nll": own_nll_B.mean()}

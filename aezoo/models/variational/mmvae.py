@@ -10,7 +10,7 @@ A sample has parts x = (x_1, ..., x_M), its modalities; the posterior is the mea
 in nats per sample. This is the ELBO, not the tighter IWAE bound that the paper trains on. It is estimated by stratified
 sampling, without bias: each expert draws one z, all parts are decoded from it, x_i from z ~ q_j too, and q(z|x) is the
 whole mixture at that z. What the second form subtracts is at most log M: without it the mean of the experts' KLs would
-stand for the mixture's, which is never larger. M = 1 is the VAE.
+stand for the mixture's, which is never larger. M = 1 is the VAE. A sample that lacks parts has the L of the others.
 
 Codes are the mixture's mean, the mean of the mu_i; scores are the second form for beta = 1 with z at the mu_i.
 
@@ -23,12 +23,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from aezoo import gaussians
 from aezoo.gaussians import LOG_2PI
 from aezoo.models.variational.vae import VAE
-from aezoo.multimodal import WithParts
+from aezoo.multimodal import MayLackParts
 
 
-class MMVAE(WithParts, VAE):
+class MMVAE(MayLackParts, VAE):
     """A VAE of several modalities whose posterior is the mean of those of each.
 
     Args:
@@ -91,14 +92,17 @@ class MMVAE(WithParts, VAE):
         """Means and log-variances of the mixture q(z | some parts): (B, *input_shape) -> (B, S, D), (B, S, D)."""
         return self.experts(x, parts)
 
-    @staticmethod
-    def moments(mu_BSD: Tensor, log_var_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the mixture of the components: (B, S, D), (B, S, D) -> (B, D), (B, D)."""
-        mean_BD = mu_BSD.mean(1)
-        return mean_BD, (log_var_BSD.exp() + (mu_BSD - mean_BD[:, None]) ** 2).mean(1).log()
+    def there(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+        """Which components are of parts that are there: (B, *input_shape) -> (B, S) bool."""
+        return self.seen(x, parts)
+
+    def weights(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+        """S times the share of each component in the mixture, 1 of whole samples: (B, *input_shape) -> (B, S)."""
+        there_BS = self.there(x, parts).to(torch.promote_types(x.dtype, torch.float32))
+        return there_BS * there_BS.shape[1] / there_BS.sum(1, keepdim=True)
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        return self.moments(*self.components(x, parts))
+        return gaussians.mixture_moments(*self.components(x, parts), self.weights(x, parts))
 
     @staticmethod
     def log_densities(z_BKD: Tensor, mu_BSD: Tensor, log_var_BSD: Tensor) -> Tensor:
@@ -107,27 +111,34 @@ class MMVAE(WithParts, VAE):
         d2_BKSD = (z_BKD[:, :, None] - mu_B1SD) ** 2 * torch.exp(-log_var_B1SD)
         return -0.5 * (d2_BKSD + log_var_B1SD + LOG_2PI).sum(3)
 
+    @staticmethod
+    def log_mean(log_q_BKS: Tensor, weight_BS: Tensor) -> Tensor:
+        """Log q(z_k) in nats of the mixture: (B, K, S), (B, S) -> (B, K)."""
+        return (log_q_BKS + weight_BS.log()[:, None]).logsumexp(2) - math.log(log_q_BKS.shape[2])
+
     def bound(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor]:
-        """-log p(x|z) and the KL's share of z_s ~ q_s, or of z_s = mu_s: (B, *input_shape) -> (B, S), (B, S)."""
-        mu_BSD, log_var_BSD = self.components(x)
+        """Weighted -log p(x|z) and share of the KL of z_s ~ q_s, or z_s = mu_s: (B, *input_shape) -> (B, S), (B, S)."""
+        (mu_BSD, log_var_BSD), weight_BS = self.components(x), self.weights(x)
         z_BSD = mu_BSD + torch.exp(0.5 * log_var_BSD) * torch.randn_like(mu_BSD) if noise else mu_BSD
         nll_BS = torch.stack([self.nll_of_part(i, z_BSD, x_i) for i, x_i in enumerate(self.split(x))]).sum(0)
         kl_BS = self.kl(mu_BSD.flatten(0, 1), log_var_BSD.flatten(0, 1)).unflatten(0, nll_BS.shape)
         log_q_BSS = self.log_densities(z_BSD, mu_BSD, log_var_BSD)
-        log_mixture_BS = log_q_BSS.logsumexp(2) - math.log(log_q_BSS.shape[2])
-        return nll_BS, kl_BS - (log_q_BSS.diagonal(dim1=1, dim2=2) - log_mixture_BS)
+        log_mixture_BS = self.log_mean(log_q_BSS, weight_BS)
+        return weight_BS * nll_BS, weight_BS * (kl_BS - (log_q_BSS.diagonal(dim1=1, dim2=2) - log_mixture_BS))
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         nll, kl = (values_BS.mean() for values_BS in self.bound(x))
         return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        mu_BSD, log_var_BSD = self.components(x)
+        (mu_BSD, log_var_BSD), weight_BS = self.components(x), self.weights(x)
         b, s, d = mu_BSD.shape
-        of_BKD = torch.randint(s, (b, n, 1), device=mu_BSD.device).expand(b, n, d)
+        whole = bool((weight_BS == 1).all())
+        of_BK = torch.randint(s, (b, n), device=x.device) if whole else torch.multinomial(weight_BS, n, True)
+        of_BKD = of_BK[..., None].expand(b, n, d)
         std_BKD = torch.exp(0.5 * log_var_BSD.gather(1, of_BKD))
         z_BKD = mu_BSD.gather(1, of_BKD) + std_BKD * torch.randn_like(std_BKD)
-        log_q_BK = self.log_densities(z_BKD, mu_BSD, log_var_BSD).logsumexp(2) - math.log(s)
+        log_q_BK = self.log_mean(self.log_densities(z_BKD, mu_BSD, log_var_BSD), weight_BS)
         return z_BKD.transpose(0, 1), log_q_BK.T
 
     @torch.no_grad()

@@ -10,16 +10,16 @@ A sample has parts x = (x_1, ..., x_M), its modalities. All are decoded from u, 
 
 in nats per sample, estimated as `mmvae` does. From the u of another part x_j is decoded with a w of r_j, so that what
 is shared cannot hide in private codes; s_j is learned. Where r_j is p, -L for beta = 1 is a bound on log p(x), whose
-posterior of w_j is q_j with a u from x_j, and the prior with a u from another part. The form is that of MultiVae
-(https://github.com/AgatheSenellart/MultiVae) for one draw of each; there too r_j has the mean of p, but distributions
-are of Laplace by default, here they are Gaussian.
+posterior of w_j is q_j with a u from x_j, and the prior with a u from another part. A sample that lacks parts has the L
+of its other parts. The form is that of MultiVae (https://github.com/AgatheSenellart/MultiVae) for one draw of each;
+there too r_j has the mean of p, but distributions are of Laplace by default, here they are Gaussian.
 
-Codes are (u, w_1, ..., w_M): the mean of the mu_i, and each part's own; of a part that is not looked at, the mean of p.
+Codes are (u, w_1, ..., w_M): the mean of the mu_i, and each part's own; of a part that is missing or not looked at, the
+mean of p.
 
 Shapes: B batch, D shared code, P private code, E = D + P, M parts, S of them that are looked at, K importance samples.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -100,18 +100,23 @@ class MMVAEPlus(MMVAE):
         mu_BSE, log_var_BSE = self.experts(x, parts)
         return mu_BSE[..., : self.latent_dim], log_var_BSE[..., : self.latent_dim]
 
+    def private(self, values_BSE: Tensor, seen_BS: Tensor) -> Tensor:
+        """Means or log-variances of the parts' own codes, of N(0, I) where one is missing: (B, S, E) -> (B, S, P)."""
+        return values_BSE[..., self.latent_dim :].masked_fill(~seen_BS[..., None], 0)
+
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         parts = range(len(self.sizes)) if parts is None else parts
-        own = self.experts(x, parts)
-        found = []
-        for u_BD, values_BSE in zip(self.moments(*(v[..., : self.latent_dim] for v in own)), own, strict=True):
-            w = dict(zip(parts, values_BSE[..., self.latent_dim :].unbind(1), strict=True))
+        own, seen_BS, found = self.experts(x, parts), self.seen(x, parts), []
+        mu_BSD, log_var_BSD = (values[..., : self.latent_dim] for values in own)
+        u = gaussians.mixture_moments(mu_BSD, log_var_BSD, self.weights(x, parts))
+        for u_BD, values_BSE in zip(u, own, strict=True):
+            w = dict(zip(parts, self.private(values_BSE, seen_BS).unbind(1), strict=True))
             unseen_BP = torch.zeros_like(values_BSE[:, 0, self.latent_dim :])  # of N(0, I), mean and log-variance
             found.append(torch.cat([u_BD, *(w.get(i, unseen_BP) for i in range(len(self.sizes)))], 1))
         return found[0], found[1]
 
     def draws(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """The shared codes that are decoded, and what `bound` says of them: -> (B, M, D), (B, M), (B, M)."""
+        """The shared codes that are decoded, their -log p(x|u, w) and share of the KL: -> (B, M, D), (B, M), (B, M)."""
         mu_BME, log_var_BME = self.experts(x)
         draw = torch.randn_like if noise else torch.zeros_like
         z_BME = mu_BME + torch.exp(0.5 * log_var_BME) * draw(mu_BME)
@@ -125,14 +130,16 @@ class MMVAEPlus(MMVAE):
             nll_MBM.append(self.nll_of_part(i, torch.cat([u_BMD, w_i_BMP], 2), x_i))
         kl_BM = self.kl(mu_BME.flatten(0, 1), log_var_BME.flatten(0, 1)).unflatten(0, mu_BME.shape[:2])
         log_q_BMM = self.log_densities(u_BMD, *(v[..., : self.latent_dim] for v in (mu_BME, log_var_BME)))
-        log_mixture_BM = log_q_BMM.logsumexp(2) - math.log(len(self.sizes))
+        log_mixture_BM = self.log_mean(log_q_BMM, self.weights(x))
         return u_BMD, torch.stack(nll_MBM).sum(0), kl_BM - (log_q_BMM.diagonal(dim1=1, dim2=2) - log_mixture_BM)
 
     def bound(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor]:
-        return self.draws(x, noise)[1:]
+        _, nll_BM, kl_BM = self.draws(x, noise)
+        weight_BM = self.weights(x)
+        return weight_BM * nll_BM, weight_BM * kl_BM
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         u_KBD, log_q_u_KB = super().sample_posterior(x, n)
-        mu_BMP, log_var_BMP = (v[..., self.latent_dim :] for v in self.experts(x))
-        w_KBMP, log_q_w_KBM = gaussians.draw(mu_BMP, log_var_BMP, n)
+        mu_BME, log_var_BME = (self.private(values, self.seen(x)) for values in self.experts(x))
+        w_KBMP, log_q_w_KBM = gaussians.draw(mu_BME, log_var_BME, n)
         return torch.cat([u_KBD, w_KBMP.flatten(2)], 2), log_q_u_KB + log_q_w_KBM.sum(2)

@@ -11,7 +11,7 @@ in nats per sample, estimated as `mmvae` does: each q_S draws one z, from which 
 whole mixture there. The authors' code (https://github.com/thomassutter/MoPoE) takes the mean of the KL(q_S || p), which
 is never less than the mixture's. The prior is in no product, as the paper has it; in that code it is in the product of
 all parts. With subsets of one part alone it would be MMVAE, with that of all alone a product of experts; M = 1 is the
-VAE.
+VAE. A sample that lacks parts has the L of its other parts.
 
 Shapes: B batch, D code, M parts, S subsets of them.
 """
@@ -95,3 +95,7 @@ class MoPoEVAE(MMVAE):
         mu_BMD, log_var_BMD = self.experts(x, parts)
         member_SM = self.subsets(mu_BMD.shape[1], mu_BMD.device)
         return gaussians.product(mu_BMD[:, None], log_var_BMD[:, None], member_SM)
+
+    def there(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+        seen_BM = self.seen(x, parts)
+        return (seen_BM[:, None] | ~self.subsets(seen_BM.shape[1], x.device)).all(2)

@@ -11,7 +11,9 @@ A sample has parts x = (x_1, ..., x_M), its modalities; each encoder is an exper
 in nats per sample: the first ELBO is of all parts, the next are of each alone, the k last of random subsets of 2 to
 M - 1 parts, which each sample draws for itself: first how many, evenly, as the authors' code does
 (https://github.com/mhw32/multimodal-vae-public, celeba19), then which. The terms nll, kl and elbo are those of all
-parts, `subset_nelbo` is what the others add. M = 1 is a VAE whose posterior is q_1 times the prior.
+parts, `subset_nelbo` is what the others add. M = 1 is a VAE whose posterior is q_1 times the prior. A sample that lacks
+parts has the L of those that it has, so that of a single part ELBO(x_i) alone is left, as in the paper's weakly
+supervised runs.
 
 Shapes: B batch, D code, M parts, S subsets: all, each alone, k random ones.
 """
@@ -25,13 +27,13 @@ from torch import Tensor
 from aezoo import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
-from aezoo.multimodal import WithParts
+from aezoo.multimodal import MayLackParts
 
 # each is decoded
 MOST_SUBSETS = 1000
 
 
-class MVAE(WithParts, VAE):
+class MVAE(MayLackParts, VAE):
     """A VAE of several modalities whose posterior is the product of what each says, and of the prior.
 
     Args:
@@ -101,23 +103,26 @@ class MVAE(WithParts, VAE):
         return gaussians.product(mu, log_var, None if member is None else F.pad(member, (0, 1), value=True))
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        return self.product(*self.experts(x, parts))
+        return self.product(*self.experts(x, parts), self.seen(x, parts))
 
-    def subsets(self, n: int, device: torch.device) -> Tensor:
-        """Which parts are in each subset of n samples, (n, S, M): all, each alone, and random ones."""
-        m = len(self.sizes)
-        every_1M = torch.ones(1, m, dtype=torch.bool, device=device)
-        alone_MM = torch.eye(m, dtype=torch.bool, device=device)[: m if m > 1 else 0]
-        fixed_BSM = torch.cat([every_1M, alone_MM]).expand(n, -1, -1)
+    def subsets(self, seen_BM: Tensor) -> Tensor:
+        """Which parts are in each subset, (B, S, M), of those that are there: all, each alone, and random ones.
+
+        Of fewer than 2 parts that alone, of fewer than 3 the random ones are empty, which costs nothing.
+        """
+        n, m, device = *seen_BM.shape, seen_BM.device
+        seen_B1M, n_seen_B11 = seen_BM[:, None], seen_BM.sum(1)[:, None, None]
+        alone_BMM = torch.eye(m, dtype=torch.bool, device=device)[: m if m > 1 else 0] & seen_B1M & (n_seen_B11 > 1)
+        fixed_BSM = torch.cat([seen_B1M, alone_BMM], 1)
         if m < 3 or not self.n_subsets:
             return fixed_BSM
-        size_Bk1 = 2 + (torch.rand(n, self.n_subsets, 1, device=device) * (m - 2)).long()
-        rank_BkM = torch.rand(n, self.n_subsets, m, device=device).argsort(2).argsort(2)
-        return torch.cat([fixed_BSM, rank_BkM < size_Bk1], 1)
+        size_Bk1 = 2 + (torch.rand(n, self.n_subsets, 1, device=device) * (n_seen_B11 - 2)).long()
+        rank_BkM = torch.rand(n, self.n_subsets, m, device=device).masked_fill(~seen_B1M, 1).argsort(2).argsort(2)
+        return torch.cat([fixed_BSM, (rank_BkM < size_Bk1) & (n_seen_B11 > 2)], 1)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BMD, log_var_BMD = self.experts(x)
-        m, member_BSM = len(self.sizes), self.subsets(len(x), x.device)
+        m, member_BSM = len(self.sizes), self.subsets(self.seen(x))
         mu_BSD, log_var_BSD = self.product(mu_BMD[:, None], log_var_BMD[:, None], member_BSM)
         z_BSD = mu_BSD + torch.exp(0.5 * log_var_BSD) * torch.randn_like(mu_BSD)
         nll = rest_nll = mu_BSD.new_zeros(())

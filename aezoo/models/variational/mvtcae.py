@@ -14,7 +14,7 @@ in nats per sample. The total correlation of the parts that z explains is
 
 of which the last is at most E KL(q || q_i): what z knows of x beyond x_i. L is alpha times the bound on this and
 1 - alpha times that of a VAE, here one whose posterior has no prior in it. With alpha = 1 no term has the prior either;
-M = 1 is 1 - alpha times the VAE.
+M = 1 is 1 - alpha times the VAE. A sample that lacks parts has the L of those that it has: M is their number.
 
 This is the authors' code (https://github.com/gr8joo/MVTCAE: alpha is tc_ratio there, 5 / 6, beta 2.5 on PolyMNIST), but
 for the 1e-8 that it adds to variances in the product. The code of some parts is the product of their experts.
@@ -30,10 +30,10 @@ from torch import Tensor
 from aezoo import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
-from aezoo.multimodal import WithParts
+from aezoo.multimodal import MayLackParts
 
 
-class MVTCAE(WithParts, VAE):
+class MVTCAE(MayLackParts, VAE):
     """A VAE of several modalities whose posterior, the product of what each says, is to be near each of them.
 
     Args:
@@ -98,18 +98,24 @@ class MVTCAE(WithParts, VAE):
         self.alpha = alpha
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        return gaussians.product(*self.experts(x, parts))
+        return gaussians.product(*self.experts(x, parts), self.seen(x, parts))
+
+    def shares(self, n_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Alpha and alpha / M of samples that have so many parts: (B,) -> (B,), (B,)."""
+        return torch.full_like(n_B, self.alpha), self.alpha / n_B
 
     def terms(self, x: Tensor, mu_BMD: Tensor, log_var_BMD: Tensor) -> dict[str, Tensor]:
         """The loss and its terms, from what the experts say: (B, *input_shape), (B, M, D), (B, M, D) -> scalars."""
-        mu_BD, log_var_BD = gaussians.product(mu_BMD, log_var_BMD)
+        seen_BM = self.seen(x)
+        mu_BD, log_var_BD = gaussians.product(mu_BMD, log_var_BMD, seen_BM)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
-        nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
-        kl = self.kl(mu_BD, log_var_BD).mean()
-        parts_kl = gaussians.kl(mu_BD[:, None], log_var_BD[:, None], mu_BMD, log_var_BMD).sum(1).mean()
-        share = self.alpha / len(self.sizes)
-        loss = (1 - share) * nll + self.beta * ((1 - self.alpha) * kl + share * parts_kl)
-        return {"loss": loss, "nll": nll, "kl": kl, "parts_kl": parts_kl, "elbo": -(nll + kl)}
+        nll_B, kl_B = self.nll(self.decoder(z_BD.to(x.dtype)), x), self.kl(mu_BD, log_var_BD)
+        parts_kl_BM = gaussians.kl(mu_BD[:, None], log_var_BD[:, None], mu_BMD, log_var_BMD)
+        parts_kl_B = parts_kl_BM.masked_fill(~seen_BM, 0).sum(1)
+        alpha_B, share_B = self.shares(seen_BM.sum(1).to(mu_BD.dtype))
+        loss_B = (1 - share_B) * nll_B + self.beta * ((1 - alpha_B) * kl_B + share_B * parts_kl_B)
+        nll, kl, parts_kl = nll_B.mean(), kl_B.mean(), parts_kl_B.mean()
+        return {"loss": loss_B.mean(), "nll": nll, "kl": kl, "parts_kl": parts_kl, "elbo": -(nll + kl)}
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         return self.terms(x, *self.experts(x))

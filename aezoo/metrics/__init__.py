@@ -7,6 +7,7 @@ from aezoo.metrics.evaluation import Evaluation, Means
 
 if TYPE_CHECKING:
     from aezoo.metrics.codebook import CodebookPerplexity, CodebookUsage, codebook_metrics
+    from aezoo.metrics.coherence import CrossCoherence, JointCoherence
     from aezoo.metrics.disentanglement import DCI, MIG, SAP, Modularity
     from aezoo.metrics.disentanglement_groups import IRS, UDR, FactorVAEScore
     from aezoo.metrics.sparsity import (
@@ -31,9 +32,11 @@ __all__ = [
     "CodebookPerplexity",
     "CodebookUsage",
     "Cosine",
+    "CrossCoherence",
     "DeadShare",
     "Evaluation",
     "FactorVAEScore",
+    "JointCoherence",
     "Means",
     "Modularity",
     "ReconstructionBias",
@@ -46,6 +49,7 @@ __all__ = [
 # imported when they are asked for: no training needs them
 _LATER = {
     **dict.fromkeys(("CodebookPerplexity", "CodebookUsage", "codebook_metrics"), "codebook"),
+    **dict.fromkeys(("CrossCoherence", "JointCoherence"), "coherence"),
     **dict.fromkeys(("DCI", "MIG", "SAP", "Modularity"), "disentanglement"),
     **dict.fromkeys(("IRS", "UDR", "FactorVAEScore"), "disentanglement_groups"),
     **dict.fromkeys(("FVU", "L0", "Cosine", "DeadShare", "ReconstructionBias", "Recovery"), "sparsity"),

@@ -149,15 +149,10 @@ def pca(train: Array, test: Array, size: int) -> tuple[Array, Array]:
 # ---- what can be read off them ---------------------------------------------------------------------------------------
 
 
-def read_off(train: Array, y_train: Array, test: Array, y_test: Array) -> dict[str, float]:
-    """Test accuracies of classifiers that are trained on the training codes.
-
-    Returns:
-        `probe`, of logistic regression on standardised codes, and `knn`, of the 5 nearest neighbours on raw codes.
-    """
+def fit_probe(x: Array, y: Array) -> Any:
+    """A logistic regression on standardised vectors (N, D) and their classes (N,)."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -165,7 +160,18 @@ def read_off(train: Array, y_train: Array, test: Array, y_test: Array) -> dict[s
     with warnings.catch_warnings():
         # wide codes separate the classes, where logistic regression converges slowly and its accuracy has settled
         warnings.simplefilter("ignore", ConvergenceWarning)
-        probe.fit(train.astype(np.float64), y_train)
+        return probe.fit(x.astype(np.float64), y)
+
+
+def read_off(train: Array, y_train: Array, test: Array, y_test: Array) -> dict[str, float]:
+    """Test accuracies of classifiers that are trained on the training codes.
+
+    Returns:
+        `probe`, of logistic regression on standardised codes, and `knn`, of the 5 nearest neighbours on raw codes.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    probe = fit_probe(train, y_train)
     knn = KNeighborsClassifier(min(_VOTES, len(train))).fit(train, y_train)
     return {"probe": float(probe.score(test.astype(np.float64), y_test)), "knn": float(knn.score(test, y_test))}
 

@@ -15,7 +15,9 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.multimodal import WithParts
 from aezoo.registry import name_of
-from aezoo.tasks.output import Store, check_table, fill, table_text
+from aezoo.tasks.coherence import coherence
+from aezoo.tasks.embed_codes import has_classes
+from aezoo.tasks.output import Row, Store, check_table, fill, table_text
 from aezoo.tasks.samples import Samples, at_work
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class Reconstruction:
         score: (N,) the model's `score` in nats per sample: -log p(x | code), for a VAE -ELBO, with the KL of its code.
             None with `parts`, since it depends on the whole sample.
         part_mse: the squared error of each part, by its number, (N,); NaN of a missing part; empty without `parts`.
+        coherence: with `parts` and labels, one row for each part, see `aezoo.tasks.coherence`.
         files: the files written.
     """
 
@@ -41,6 +44,7 @@ class Reconstruction:
     mae: npt.NDArray[np.float32]
     score: npt.NDArray[np.float32] | None = None
     part_mse: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+    coherence: list[Row] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
 
     @property
@@ -52,13 +56,18 @@ class Reconstruction:
     def summary(self) -> str:
         """Means and quantiles as a table."""
         rows = []
-        for name, values in self.errors.items():
+        for name, all_values in self.errors.items():
+            values = _known(all_values) if self.part_mse else all_values
             low, middle, high = np.quantile(values, (0.05, 0.5, 0.95)).tolist()
             rows.append({"error": name, "mean": float(values.mean(dtype=np.float64)), "5 %": low, "median": middle,
                          "95 %": high, "largest": float(values.max())})  # fmt: skip
         # PSNR of the mean error, peak 1, as `aezoo test` reports it
-        psnr = -10 * math.log10(max(float(self.mse.mean(dtype=np.float64)), 1e-20))
-        return f"{table_text(rows)}\n{len(self.mse):,} samples, PSNR {psnr:.2f} dB"
+        mse = _known(self.mse) if self.part_mse else self.mse
+        psnr = -10 * math.log10(max(float(mse.mean(dtype=np.float64)), 1e-20))
+        text = f"{table_text(rows)}\n{len(self.mse):,} samples, PSNR {psnr:.2f} dB"
+        if len(mse) < len(self.mse):
+            text += f"\n{len(self.mse) - len(mse):,} of them lack the parts that are looked at, and are left out here"
+        return f"{text}\n{table_text(self.coherence)}" if self.coherence else text
 
 
 def reconstruct(
@@ -76,7 +85,8 @@ def reconstruct(
     """Reconstruct samples and measure the error of each.
 
     Writes reconstructions.npy, errors.csv (index, mse, mae, score and, if known, file and label; with `parts` the mse
-    of each instead of the score) and a picture of the best, the median and the worst samples.
+    of each instead of the score) and a picture of the best, the median and the worst samples. With `parts` and labels
+    also coherence.csv: whether the parts that are made have the class of their sample.
 
     Args:
         model: a trained model.
@@ -125,9 +135,19 @@ def reconstruct(
             for i, note in enumerate(samples.notes)
         ]
         store.table("errors", rows, table)
+        if some and has_classes(samples):
+            found.coherence = coherence(some.model, samples, x_hat, seed, batch_size)
+        if found.coherence:
+            store.table("coherence", found.coherence, table)
         if n_shown and store.folder is not None:
             store.picture("reconstructions", _picture(samples, x_hat, mse, n_shown, some))
     return replace(found, files=store.files)
+
+
+def _known(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The values that are numbers, if any is."""
+    lacks = np.isnan(values)
+    return values[~lacks] if not lacks.all() else values
 
 
 def _mean(errors: Tensor, known: Tensor) -> Tensor:

@@ -47,14 +47,17 @@ def test_every_kind_of_sample_is_written(tmp_path, shape):
     assert "5 samples, PSNR" in found.summary()
 
 
-def test_what_is_missing_has_no_error(tmp_path):
+def test_what_is_missing_has_no_error():
     model = aezoo.create_model("mvae", (6,), likelihood="gaussian")
     x = torch.rand(4, 6)
     x[0, :3], x[1, 3:] = torch.nan, torch.nan
-    found = aezoo.reconstruct(model, x, out=str(tmp_path))
+    found = aezoo.reconstruct(model, x)
     errors = torch.from_numpy(np.array(found.x_hat)) - x
     assert np.allclose(found.mse, errors.square().nanmean(1), atol=1e-6)
     assert np.allclose(found.mae, errors.abs().nanmean(1), atol=1e-6)
+    some = aezoo.reconstruct(aezoo.create_model("mmvae", (6,), likelihood="gaussian"), x, parts=0)
+    assert np.isnan(some.mse).tolist() == [True, False, False, False]
+    assert "1 of them lack the parts" in some.summary() and "nan" not in some.summary()
     assert np.allclose(found.score, model.score(x)) and np.isfinite(found.score).all()
     with pytest.raises(AezooError, match="NaN or infinity in 2 of 4 rows"):
         aezoo.reconstruct(aezoo.create_model("vae", (6,)), x)

@@ -1,0 +1,84 @@
+"""Coherence of samples that have parts (Shi et al. 2019, https://arxiv.org/abs/1911.03393): one class in all of them.
+
+    CrossCoherence   share of samples whose part i, made from other parts, is of the sample's class, for each i
+    JointCoherence   share of samples, drawn from a prior, whose parts are all of one class, whichever it is
+
+Both take the logits of classifiers that were trained on real parts. These make errors: their accuracy on real parts is
+what a perfect model would get. JointCoherence is also 1 if all samples are of one class, so it does not measure their
+variety.
+
+Shapes: B batch, M parts, K classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from aezoo.errors import AezooError
+
+
+class _Shares(Metric):
+    """Shares of samples, of all batches and ranks.
+
+    Args:
+        n: how many shares.
+    """
+
+    right: Tensor
+    total: Tensor
+    is_differentiable = False
+    full_state_update = False
+    higher_is_better = True
+
+    def __init__(self, n: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("right", torch.zeros(n, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def add(self, right: Tensor) -> None:
+        """Count samples, (B, n) bool."""
+        self.right += right.sum(0)
+        self.total += len(right)
+
+    def compute(self) -> Tensor:
+        """The shares, (n,), or () of one; NaN before any sample."""
+        return self.right / self.total
+
+
+class CrossCoherence(_Shares):
+    """Share of samples whose parts, each made from other parts, are of the sample's class: (M,).
+
+    Args:
+        n_parts: M.
+    """
+
+    def update(self, logits: Sequence[Tensor], y: Tensor) -> None:
+        """Add a batch: the logits (B, K) of each part, and the classes (B,), -1 where one is not known."""
+        classes_BM = _classes(logits)
+        if classes_BM.shape != (len(y), len(self.right)) or y.ndim != 1:
+            b, m = classes_BM.shape
+            raise AezooError(f"CrossCoherence takes logits of {len(self.right)} parts and y (B,) of as many samples, "
+                             f"got {m} parts of {b} samples and y {tuple(y.shape)}")  # fmt: skip
+        self.add((classes_BM == y[:, None])[y >= 0])
+
+
+class JointCoherence(_Shares):
+    """Share of samples whose parts are all of one class: ()."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(1, **kwargs)
+
+    def update(self, logits: Sequence[Tensor]) -> None:
+        """Add a batch: the logits (B, K) of each part."""
+        classes_BM = _classes(logits)
+        self.add((classes_BM == classes_BM[:, :1]).all(1, keepdim=True))
+
+
+def _classes(logits: Sequence[Tensor]) -> Tensor:
+    """The class of each part, (B, M)."""
+    if not len(logits) or any(of.ndim != 2 or len(of) != len(logits[0]) for of in logits):
+        raise AezooError(f"logits must be (B, K) for each part, got {[tuple(of.shape) for of in logits]}")
+    return torch.stack([of.argmax(1) for of in logits], 1)

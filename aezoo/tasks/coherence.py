@@ -1,0 +1,83 @@
+"""Whether the parts that a model makes are of one class, by classifiers that learn from real parts."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo.data.classes import UNLABELLED
+from aezoo.metrics.coherence import CrossCoherence, JointCoherence
+from aezoo.multimodal import WithParts
+from aezoo.tasks.embed_codes import choose_rows, fit_probe
+from aezoo.tasks.output import Row
+from aezoo.tasks.samples import Samples
+
+Array = npt.NDArray[Any]
+
+_FOLDS = 5
+# samples that classifiers learn from, and that are drawn from the prior
+_MOST, _DRAWN = 2000, 1000
+
+
+def coherence(model: WithParts, samples: Samples, x_hat: Array, seed: int, batch_size: int) -> list[Row]:
+    """One row for each part, and one for samples of the prior; none where there are too few labels.
+
+    A classifier is a logistic regression on the raw values of a part. It learns from the real parts of four fifths of
+    the samples and judges the others. Its accuracy on real parts, the most that a perfect model would get, and the
+    share of the most common class stand beside that on the parts that the model makes.
+
+    Args:
+        model: in evaluation mode.
+        samples: with labels.
+        x_hat: the reconstructions, (N, *input_shape).
+        seed: seed of the choice of at most 2000 samples, and of their split.
+        batch_size: samples drawn at a time.
+    """
+    y = np.asarray(samples.y)
+    known = np.flatnonzero(y != UNLABELLED)
+    rows = known[choose_rows(len(known), _MOST, seed)]
+    x = samples.rows(torch.from_numpy(rows))
+    whole = ~x.isnan().flatten(1).any(1)  # classifiers take no gaps
+    x, rows = x[whole], rows[whole.numpy()]
+    y, made = y[rows], torch.from_numpy(np.asarray(x_hat[rows]))
+    k = int(y.max(initial=0)) + 1
+    folds = np.random.default_rng(seed).permutation(len(y)) % _FOLDS
+    if len(y) < _FOLDS or any(len(np.unique(y[folds != fold])) < 2 for fold in range(_FOLDS)):
+        return []
+    crossed, of_real, alike = CrossCoherence(len(model.sizes)), CrossCoherence(len(model.sizes)), JointCoherence()
+    for fold in range(_FOLDS):
+        new = torch.from_numpy(folds == fold)
+        probes = [fit_probe(_flat(part), y[~new.numpy()]) for part in model.split(x[~new])]
+        given = torch.from_numpy(y[new.numpy()])
+        crossed.update(_logits(probes, model, made[new], k), given)
+        of_real.update(_logits(probes, model, x[new], k), given)
+        alike.update(_logits(probes, model, x[new], k))
+    common = float(np.bincount(y).max() / len(y))
+    found: list[Row] = [
+        {"part": str(i), "coherence": float(a), "of real parts": float(b), "most common class": common}
+        for i, (a, b) in enumerate(zip(*(m.compute().reshape(-1) for m in (crossed, of_real)), strict=True))
+    ]
+    if model.has_prior:
+        probes, joint = [fit_probe(_flat(part), y) for part in model.split(x)], JointCoherence()
+        for start in range(0, _DRAWN, batch_size):
+            drawn = model.sample(min(batch_size, _DRAWN - start)).float().cpu()
+            joint.update(_logits(probes, model, drawn, k))
+        found.append({"part": "all, of the prior", "coherence": float(joint.compute()),
+                      "of real parts": float(alike.compute())})  # fmt: skip
+    return found
+
+
+def _flat(part: Tensor) -> Array:
+    return part.flatten(1).double().numpy()
+
+
+def _logits(probes: list[Any], model: WithParts, x: Tensor, k: int) -> list[Tensor]:
+    """The logits of each part's classifier, (B, K) each; -inf for classes that it has not seen."""
+    found = []
+    for probe, part in zip(probes, model.split(x), strict=True):
+        logits = torch.full((len(x), k), -torch.inf, dtype=torch.float64)
+        logits[:, probe.classes_] = torch.from_numpy(probe.predict_log_proba(_flat(part)))
+        found.append(logits)
+    return found

@@ -185,7 +185,7 @@ def lacking(x: Tensor) -> Tensor:
 
 
 class MayLackParts(WithParts):
-    """A model of samples that may lack parts: networks of these read zeros, and what they say counts for nothing."""
+    """A model of samples that may lack parts: networks of these read zeros, and their experts are N(0, I)."""
 
     takes_missing = True
 
@@ -202,7 +202,9 @@ class MayLackParts(WithParts):
         return super().unusable(self.filled(x)) | ~self.seen(x).any(1)
 
     def experts(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        return super().experts(self.filled(x), parts)
+        mu_BMD, log_var_BMD = super().experts(self.filled(x), parts)
+        lacks_BM1 = ~self.seen(x, parts)[..., None]
+        return mu_BMD.masked_fill(lacks_BM1, 0), log_var_BMD.masked_fill(lacks_BM1, 0)
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
         """-log p(x | params) in nats of the parts that are there, of whole samples or of one part: (B,)."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
-from aezoo.gaussians import LOG_2PI, kl
+from aezoo.gaussians import LOG_2PI, draw, kl
 from aezoo.nets.build import activation
 from aezoo.nets.levels import ConditionalGaussian, Pair
 from aezoo.nets.linear import Linear
@@ -45,16 +45,17 @@ class MessageLevel(nn.Module):
         )
         self.s_log_var_MP = nn.Parameter(torch.zeros(n, size))
 
-    def senders(self, n: int) -> Tensor:
-        """Which codes of n training samples send messages, (n, M) bool: all, or of a share `dropout` of them some.
+    def senders(self, seen_BM: Tensor) -> Tensor:
+        """Which codes of training samples send messages, (B, M) bool: all that are there, or of some samples some.
 
-        First how many, evenly from 1 to M - 1, then which.
+        Of a share `dropout` of them: first how many, evenly from 1 to all but one, then which.
         """
-        m, device = len(self.messages), self.s_log_var_MP.device
+        (n, m), device = seen_BM.shape, seen_BM.device
         # at once, since a graph may have several draws in another order
         of_some_B1, size_B1, order_BM = torch.rand(n, 2 + m, device=device).split([1, 1, m], 1)
-        some_BM = order_BM.argsort(1).argsort(1) < 1 + (size_B1 * (m - 1)).long()
-        return some_BM | (of_some_B1 >= self.dropout)
+        rank_BM = order_BM.masked_fill(~seen_BM, 1).argsort(1).argsort(1)
+        some_BM = rank_BM < 1 + (size_B1 * (seen_BM.sum(1, keepdim=True) - 1)).long()
+        return (some_BM | (of_some_B1 >= self.dropout)) & seen_BM
 
     def up(self, z: Tensor, which: Sequence[int], sent: Tensor | None = None) -> Pair:
         """Mean and log-variance of q(u|z_S): (..., S, P) -> (..., D), (..., D).
@@ -75,27 +76,43 @@ class MessageLevel(nn.Module):
         m = at_least_float32(torch.stack([net(u.to(self.s_log_var_MP.dtype)) for net in self.downward], -2))
         return m, at_least_float32(self.s_log_var_MP).expand_as(m)
 
-    def log_down(self, z: Tensor, u: Tensor) -> Tensor:
-        """The density sum_i log p(z_i|u) in nats: (..., M, P), (..., D) -> (...)."""
+    def log_down(self, z: Tensor, u: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The density sum_i log p(z_i|u) in nats, of all or those seen, (..., M): (..., M, P), (..., D) -> (...)."""
         m, log_s2 = self.down(u)
-        return -0.5 * ((z - m) ** 2 * torch.exp(-log_s2) + log_s2 + LOG_2PI).sum((-2, -1))
+        density = -0.5 * ((z - m) ** 2 * torch.exp(-log_s2) + log_s2 + LOG_2PI)
+        if seen is not None:
+            density = density.masked_fill(~seen[..., None], 0)
+        return density.sum((-2, -1))
 
-    def completed(self, mu_BSP: Tensor, log_var_BSP: Tensor, which: Sequence[int]) -> Pair:
+    def completed(self, mu_BSP: Tensor, log_var_BSP: Tensor, which: Sequence[int], seen_BS: Tensor) -> Pair:
         """Mean and log-variance of u and all z_i, as it is known of some: (B, S, P), (B, S, P) -> (B, D + M P), twice.
 
         A code that is not known is that of p(z_i|u) for the mean of u.
         """
-        u = self.up(mu_BSP, which)
+        u = self.up(mu_BSP, which, seen_BS)
         both = []
         for u_BD, told_BMP, known_BSP in zip(u, self.down(u[0]), (mu_BSP, log_var_BSP), strict=True):
+            known_BSP = torch.where(seen_BS[..., None], known_BSP, told_BMP[:, [*which]])
             z = dict(enumerate(told_BMP.unbind(1))) | dict(zip(which, known_BSP.unbind(1), strict=True))
             both.append(torch.cat([u_BD, *z.values()], 1))
         return both[0], both[1]
 
-    def bound(self, z_BMP: Tensor, eps_BD: Tensor, drop: bool) -> tuple[Tensor, Tensor]:
+    def drawn(self, z: Tensor, log_q: Tensor, seen_BM: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws of u and all z_i in one row with their density, from those of z_i: (K, B, M, P), (K, B, M).
+
+        Of codes that are not seen, draws from N(0, I) become draws from p(z_i|u): (K, B, D + M P), (K, B).
+        """
+        u, log_q_u = draw(*self.up(z, range(len(self.messages)), seen_BM))
+        lacks = ~seen_BM[..., None]
+        m, log_s2 = self.down(u)
+        z = torch.where(lacks, m + torch.exp(0.5 * log_s2) * z, z)
+        log_q = log_q - 0.5 * log_s2.masked_fill(~lacks, 0).sum(-1)
+        return torch.cat([u, z.flatten(2)], 2), log_q_u + log_q.sum(2)
+
+    def bound(self, z_BMP: Tensor, eps_BD: Tensor, drop: bool, seen_BM: Tensor) -> tuple[Tensor, Tensor]:
         """-log p(z|u) of a u ~ q(u|z_S), made of N(0, I) noise, and KL(q(u|z_S) || p(u)) in nats: (B,), (B,)."""
-        sent_BM = self.senders(len(z_BMP)) if drop and self.dropout else None
+        sent_BM = self.senders(seen_BM) if drop and self.dropout else seen_BM
         mu_BD, log_var_BD = self.up(z_BMP, range(len(self.messages)), sent_BM)
         u_BD = mu_BD + torch.exp(0.5 * log_var_BD) * eps_BD
         zero = torch.zeros_like(mu_BD)
-        return -self.log_down(z_BMP, u_BD), kl(mu_BD, log_var_BD, zero, zero)
+        return -self.log_down(z_BMP, u_BD, seen_BM), kl(mu_BD, log_var_BD, zero, zero)

@@ -25,10 +25,13 @@ from aezoo.models.variational.mmvae_plus import MMVAEPlus
 from aezoo.models.variational.mopoe_vae import MoPoEVAE
 from aezoo.models.variational.mvae import MVAE
 from aezoo.models.variational.mvtcae import MVTCAE
+from aezoo.models.variational.nexus import Nexus
 from aezoo.models.variational.vae import VAE
 
 SHAPE, PARTS, CODE = (9, 1, 2), (2, 3, 4), 4
-MODELS: list[Any] = [MVAE, MMVAE, MoPoEVAE, MVTCAE, CRMVAE, MMVAEPlus, CMVAE]
+MODELS: list[Any] = [MVAE, MMVAE, MoPoEVAE, MVTCAE, CRMVAE, MMVAEPlus, CMVAE, Nexus]
+# what is drawn at random of the parts, apart from noise
+WITHOUT_DRAWS: dict[Any, Any] = {MVAE: {"n_subsets": 0}, Nexus: {"dropout": 0.0}}
 # of three parts all subsets but the empty one
 PATTERNS = [seen for n in (1, 2, 3) for seen in itertools.combinations(range(3), n)]
 NAN = float("nan")
@@ -66,6 +69,11 @@ def smaller(model: Any, seen: Any) -> Any:
         other.r_log_var_MP = nn.Parameter(model.r_log_var_MP[[*seen]].detach())
     if isinstance(model, CMVAE):
         other.weight_K, other.mean_KD, other.log_var_KD = model.weight_K, model.mean_KD, model.log_var_KD
+    if isinstance(model, Nexus):
+        other.top.node = model.top.node
+        other.top.messages = nn.ModuleList(model.top.messages[i] for i in seen)
+        other.top.downward = nn.ModuleList(model.top.downward[i] for i in seen)
+        other.top.s_log_var_MP = nn.Parameter(model.top.s_log_var_MP[[*seen]].detach())
     return other
 
 
@@ -81,8 +89,8 @@ def with_noise(model: Any, x: Tensor) -> Any:
 def test_the_loss_of_a_batch_is_the_mean_of_those_of_models_of_the_parts_that_each_sample_has(
     make: Any, likelihood: str, shifted: Any
 ) -> None:
-    few = {"n_subsets": 0} if make is MVAE else {}  # which are random
-    model, x = small(make, shifted, beta=3.0, likelihood=likelihood, **few), images(len(PATTERNS))
+    settings = WITHOUT_DRAWS.get(make, {})
+    model, x = small(make, shifted, beta=3.0, likelihood=likelihood, **settings), images(len(PATTERNS))
     given = torch.cat([without(x[i : i + 1], seen) for i, seen in enumerate(PATTERNS)])
     terms = with_noise(model, given)
     alone = [with_noise(smaller(model, seen), of_parts(x[i : i + 1], seen)) for i, seen in enumerate(PATTERNS)]
@@ -98,10 +106,11 @@ def test_codes_scores_and_reconstructions_are_those_of_a_model_of_the_parts_that
     model, x = small(make, shifted).eval(), images()
     other, given = smaller(model, seen), without(x, seen)
     code, own = model.encode(given), other.encode(of_parts(x, seen))
-    if issubclass(make, MMVAEPlus):
+    if issubclass(make, MMVAEPlus | Nexus):
         shared, private = code.split([CODE, code.shape[1] - CODE], 1)
-        private = private.unflatten(1, (3, -1))
-        assert (private[:, [i for i in range(3) if i not in seen]] == 0).all()
+        private, unseen = private.unflatten(1, (3, -1)), [i for i in range(3) if i not in seen]
+        expected = model.top.down(shared)[0][:, unseen] if make is Nexus else torch.zeros_like(private[:, unseen])
+        torch.testing.assert_close(private[:, unseen], expected)
         code = torch.cat([shared, private[:, [*seen]].flatten(1)], 1)
     torch.testing.assert_close(code, own, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(model.score(given), other.score(of_parts(x, seen)), rtol=1e-9, atol=1e-9)
@@ -116,7 +125,7 @@ def test_codes_scores_and_reconstructions_are_those_of_a_model_of_the_parts_that
 def test_networks_of_a_part_that_is_missing_get_no_gradient_and_the_others_that_of_a_model_of_theirs(
     make: Any, seen: Any, shifted: Any
 ) -> None:
-    model, x = small(make, shifted), images()
+    model, x = small(make, shifted, **WITHOUT_DRAWS.get(make, {})), images()
     other = smaller(model, seen)
     with_noise(other, of_parts(x, seen))["loss"].backward()
     expected = {i: [p.grad.clone() for p in (*model.encoder[i].parameters(), *model.decoder[i].parameters())]
@@ -170,7 +179,32 @@ def test_draws_from_the_posterior_come_from_the_components_that_are_there(make: 
         rest = D.Normal(mu, (0.5 * log_var).exp()).log_prob(own[:, :, [*seen]]).sum((2, 3))
         rest = rest + D.Normal(0.0, 1.0).log_prob(own[:, :, 1]).sum(2)
     torch.testing.assert_close(log_q, q.log_prob(z[..., :CODE]) + rest)
-    assert stats.ks_2samp(z[:, 0, 0].detach(), q.sample((4000,))[:, 0, 0]).pvalue > 1e-4
+    drawn = q.sample((4000,))
+    for b, d in itertools.product(range(2), range(CODE)):
+        assert stats.ks_2samp(z[:, b, d].detach(), drawn[:, b, d]).pvalue > 1e-4
+
+
+def test_draws_of_nexus_are_of_the_codes_that_are_there_and_of_their_prior_below_for_the_others(shifted: Any) -> None:
+    model, x, seen = small(Nexus, shifted), images(2), (0, 2)
+    other = smaller(model, seen)
+    z, log_q = model.sample_posterior(without(x, seen), 4000)
+    u, own = z[..., :CODE], z[..., CODE:].unflatten(2, (3, -1))
+    mu, log_var = other.experts(of_parts(x, seen))
+    below = D.Normal(mu, (0.5 * log_var).exp()).log_prob(own[:, :, [*seen]]).sum((2, 3))
+    u_mu, u_log_var = other.top.up(own[:, :, [*seen]], range(2))
+    m, log_s2 = (values[:, :, 1] for values in model.top.down(u))
+    prior = D.Normal(m, (0.5 * log_s2).exp())
+    expected = below + D.Normal(u_mu, (0.5 * u_log_var).exp()).log_prob(u).sum(2) + prior.log_prob(own[:, :, 1]).sum(2)
+    torch.testing.assert_close(log_q, expected)
+    assert stats.kstest(prior.cdf(own[:, :, 1]).flatten().detach(), "uniform").pvalue > 1e-4
+
+
+def test_of_nexus_some_of_the_parts_that_are_there_send_messages() -> None:
+    top, seen = Nexus((5,), parts=(1,) * 5, dropout=1.0, hidden_dims=()).top, torch.tensor([1, 0, 1, 1, 0]).bool()
+    sent = top.senders(seen.expand(3000, 5))
+    assert not sent[:, ~seen].any() and sent.sum(1).unique().tolist() == [1, 2]
+    one = torch.tensor([0, 0, 0, 1, 0]).bool().expand(9, 5)
+    assert torch.equal(top.senders(one), one)
 
 
 @pytest.mark.parametrize("make", MODELS)

@@ -57,7 +57,7 @@ def test_the_loss_is_by_torch_distributions_and_u_tells_the_codes_of_all_parts(c
     model, x = small(shifted, beta=3.0, top_beta=2.0), images()
     eps = torch.randn(5, M * P + CODE, dtype=torch.float64)
     if chosen:
-        model.top.senders = lambda n: torch.tensor([i in chosen for i in range(M)]).expand(n, M)
+        model.top.senders = lambda seen: torch.tensor([i in chosen for i in range(M)]).expand_as(seen)
     terms = with_noise(model.train(chosen is not None), x, eps)
     q = [normal(*pair) for pair in own(model, x)]
     z = [q_i.mean + q_i.stddev * e for q_i, e in zip(q, eps[:, : M * P].split(P, 1), strict=True)]
@@ -105,7 +105,7 @@ def test_the_levels_share_no_parameter_and_no_gradient(shifted: Any) -> None:
 
 def test_of_a_share_of_samples_some_send_first_how_many_evenly_then_which() -> None:
     model, n = Nexus((5,), parts=(1,) * 5, dropout=0.4, hidden_dims=()), 30_000
-    sent = model.top.senders(n)
+    sent = model.top.senders(torch.ones(n, 5, dtype=torch.bool))
     sizes = sent.sum(1)
     assert sizes.unique().tolist() == [1, 2, 3, 4, 5]
     assert stats.binomtest(int((sizes < 5).sum()), n, 0.4).pvalue > 1e-3
@@ -117,14 +117,15 @@ def test_of_a_share_of_samples_some_send_first_how_many_evenly_then_which() -> N
 
 
 def test_who_drops_nothing_or_has_one_part_sends_all() -> None:
-    assert Nexus((6,), dropout=0.0).top.senders(100).all()
-    assert Nexus((6,), parts=(6,), dropout=1.0).top.senders(100).all()
-    assert Nexus((6,), dropout=1.0).top.senders(100).sum(1).eq(1).all()
+    of = torch.ones(100, 2, dtype=torch.bool)
+    assert Nexus((6,), dropout=0.0).top.senders(of).all()
+    assert Nexus((6,), parts=(6,), dropout=1.0).top.senders(of[:, :1]).all()
+    assert Nexus((6,), dropout=1.0).top.senders(of).sum(1).eq(1).all()
 
 
 def test_nothing_is_dropped_but_from_a_training_loss(shifted: Any) -> None:
     model, x, asked = small(shifted, dropout=1.0), images(), []
-    model.top.senders = lambda n: asked.append(n) or torch.ones(n, M, dtype=torch.bool)
+    model.top.senders = lambda seen: asked.append(len(seen)) or seen
     for training in (True, False):
         model.train(training)
         for call in (model.encode, model, model.score, lambda x: model.sample_posterior(x, 2)):

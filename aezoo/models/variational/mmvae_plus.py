@@ -100,17 +100,13 @@ class MMVAEPlus(MMVAE):
         mu_BSE, log_var_BSE = self.experts(x, parts)
         return mu_BSE[..., : self.latent_dim], log_var_BSE[..., : self.latent_dim]
 
-    def private(self, values_BSE: Tensor, seen_BS: Tensor) -> Tensor:
-        """Means or log-variances of the parts' own codes, of N(0, I) where one is missing: (B, S, E) -> (B, S, P)."""
-        return values_BSE[..., self.latent_dim :].masked_fill(~seen_BS[..., None], 0)
-
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         parts = range(len(self.sizes)) if parts is None else parts
-        own, seen_BS, found = self.experts(x, parts), self.seen(x, parts), []
+        own, found = self.experts(x, parts), []
         mu_BSD, log_var_BSD = (values[..., : self.latent_dim] for values in own)
         u = gaussians.mixture_moments(mu_BSD, log_var_BSD, self.weights(x, parts))
         for u_BD, values_BSE in zip(u, own, strict=True):
-            w = dict(zip(parts, self.private(values_BSE, seen_BS).unbind(1), strict=True))
+            w = dict(zip(parts, values_BSE[..., self.latent_dim :].unbind(1), strict=True))
             unseen_BP = torch.zeros_like(values_BSE[:, 0, self.latent_dim :])  # of N(0, I), mean and log-variance
             found.append(torch.cat([u_BD, *(w.get(i, unseen_BP) for i in range(len(self.sizes)))], 1))
         return found[0], found[1]
@@ -140,6 +136,6 @@ class MMVAEPlus(MMVAE):
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         u_KBD, log_q_u_KB = super().sample_posterior(x, n)
-        mu_BME, log_var_BME = (self.private(values, self.seen(x)) for values in self.experts(x))
-        w_KBMP, log_q_w_KBM = gaussians.draw(mu_BME, log_var_BME, n)
+        mu_BMP, log_var_BMP = (v[..., self.latent_dim :] for v in self.experts(x))
+        w_KBMP, log_q_w_KBM = gaussians.draw(mu_BMP, log_var_BMP, n)
         return torch.cat([u_KBD, w_KBMP.flatten(2)], 2), log_q_u_KB + log_q_w_KBM.sum(2)

@@ -13,7 +13,8 @@ stands another with a code u that they share, to which each sends a message; the
 in nats per sample. sg stops gradients: each part's VAE learns as if alone, the higher level from codes as they are. S
 is all parts but for forced perceptual dropout: of a share of the samples in training only some send their messages,
 first how many, evenly from 1 to M - 1, then which; u is to tell the codes of all. elbo bounds log p(x), with p(z_i|u)
-for the prior of z_i. Codes are (u, z_1, ..., z_M), the means; of parts that are not looked at, m_i(u).
+for the prior of z_i. Codes are (u, z_1, ..., z_M), the means; of parts that are not looked at, m_i(u). A sample that
+lacks parts has the L of its other parts.
 
 The paper also weighs each p(x_i|z_i) and p(z_i|u). The authors' code (https://github.com/miguelsvasco/nexus_pytorch)
 has s_i^2 = 1/2, or for one part what is best for the batch; here s_i is learned. It has batch normalisation too, and KL
@@ -32,11 +33,11 @@ from torch import Tensor
 from aezoo import gaussians
 from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
-from aezoo.multimodal import OwnDecoders, WithParts
+from aezoo.multimodal import MayLackParts, OwnDecoders
 from aezoo.nets.messages import MessageLevel
 
 
-class Nexus(WithParts, VAE):
+class Nexus(MayLackParts, VAE):
     """A VAE for each of several modalities, and one of their codes that makes those of the parts that are missing.
 
     Args:
@@ -110,19 +111,20 @@ class Nexus(WithParts, VAE):
         self.top = MessageLevel(len(self.sizes), part_dim, latent_dim, level_dim, activation, dropout)
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        return self.top.completed(*self.experts(x, parts), range(len(self.sizes)) if parts is None else parts)
+        which = range(len(self.sizes)) if parts is None else parts
+        return self.top.completed(*self.experts(x, parts), which, self.seen(x, parts))
 
     def bound(self, x: Tensor, noise: bool = True) -> dict[str, Tensor]:
         """The terms of the loss, each (B,); without noise codes are their means, of all parts."""
-        mu_BMP, log_var_BMP = self.experts(x)
+        (mu_BMP, log_var_BMP), seen_BM = self.experts(x), self.seen(x)
         d, zero_BF = self.latent_dim, F.pad(torch.zeros_like(mu_BMP).flatten(1), (0, self.latent_dim))
         # at once, since a graph may have several draws in another order
         eps_BF = torch.randn_like(zero_BF) if noise else zero_BF
         z_BMP = mu_BMP + torch.exp(0.5 * log_var_BMP) * eps_BF[:, :-d].unflatten(1, mu_BMP.shape[1:])
-        top_nll_B, top_kl_B = self.top.bound(z_BMP.detach(), eps_BF[:, -d:], noise and self.training)
+        top_nll_B, top_kl_B = self.top.bound(z_BMP.detach(), eps_BF[:, -d:], noise and self.training, seen_BM)
         nll_B = self.nll(self.decoder(F.pad(z_BMP.flatten(1), (d, 0)).to(x.dtype)), x)
         kl_B = self.kl(mu_BMP.flatten(1), log_var_BMP.flatten(1))
-        entropy_B = 0.5 * (log_var_BMP + 1 + gaussians.LOG_2PI).sum((1, 2))
+        entropy_B = 0.5 * (log_var_BMP + 1 + gaussians.LOG_2PI).sum(2).masked_fill(~seen_BM, 0).sum(1)
         elbo_B = entropy_B - nll_B - top_nll_B - top_kl_B
         return {"nll": nll_B, "kl": kl_B, "top_nll": top_nll_B, "top_kl": top_kl_B, "elbo": elbo_B}
 
@@ -140,9 +142,7 @@ class Nexus(WithParts, VAE):
         return torch.cat([u_BD, z_BMP.flatten(1).to(u_BD.dtype)], 1)
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        z_KBMP, log_q_KBM = gaussians.draw(*self.experts(x), n)
-        u_KBD, log_q_KB = gaussians.draw(*self.top.up(z_KBMP, range(len(self.sizes))))
-        return torch.cat([u_KBD, z_KBMP.flatten(2)], 2), log_q_KB + log_q_KBM.sum(2)
+        return self.top.drawn(*gaussians.draw(*self.experts(x), n), self.seen(x))
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:

@@ -272,7 +272,7 @@ def _errors(model: Autoencoder, x: Tensor, like: Tensor) -> Tensor:
     if own is not None:
         found: Tensor = own(given)[:, None].expand_as(given).float().cpu()
         return found
-    return (model(given).float().cpu() - x).abs()
+    return (model(given).float().cpu() - x).abs().masked_fill(x.isnan(), 0)  # a missing value has no error
 
 
 def _picture(given: Tensor, output: Tensor, error: Tensor, titles: list[str]) -> "Figure":

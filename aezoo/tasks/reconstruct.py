@@ -173,7 +173,8 @@ class _Some:
 
     def shown(self, x: Tensor) -> Tensor:
         """Samples with their other parts grey, (B, *shape) -> (B, *shape)."""
-        grey = (x.min() + x.max()) / 2
+        known = x[~x.isnan()]
+        grey = (known.min() + known.max()) / 2
         seen = [part if i in self.parts else grey.expand_as(part) for i, part in enumerate(self.model.split(x))]
         return torch.cat(seen, self.model.decoder.dim + 1)
 
@@ -188,7 +189,7 @@ def _picture(
     """Originals above reconstructions, with the encoded parts between, for the least, median and largest errors."""
     from aezoo.callbacks import drawing
 
-    order = torch.from_numpy(np.argsort(mse, kind="stable"))
+    order = torch.from_numpy(np.argsort(mse, kind="stable")[: len(_known(mse))])  # NaN comes last
     n = min(n_shown, len(order))
     middle = (len(order) - n) // 2
     groups = {"best": order[:n], "median": order[middle : middle + n], "worst": order[-n:].flip(0)}

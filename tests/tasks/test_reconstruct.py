@@ -107,6 +107,10 @@ def test_the_picture_shows_the_best_the_median_and_the_worst(monkeypatch):
         "median: mse 0.5": 0,
         "worst: mse 0.9": 2,
     }
+    shown.clear()
+    mse[2] = np.nan
+    _picture(Samples.of(x + torch.arange(9)[:, None]), np.zeros((9, 2), np.float32), mse, 1)
+    assert [*shown][-1] == "worst: mse 0.8"
 
 
 def test_the_batch_size_changes_nothing():
@@ -150,6 +154,9 @@ def test_what_is_not_looked_at_is_grey_in_the_picture(half):
     model, x = half
     shown = _Some(model, (0,)).shown(x)
     assert torch.equal(shown[:, :, :2], x[:, :, :2]) and shown[:, :, 2:].unique().numel() == 1
+    x[0, :, :2] = torch.nan
+    shown = _Some(model, (0,)).shown(x)[:, :, 2:]
+    assert shown.unique().numel() == 1 and shown.isfinite().all()
 
 
 @pytest.mark.parametrize(("name", "parts", "words"), [("vae", (0,), "vae knows no parts"), ("mvae", (2,), "0 to 1")])

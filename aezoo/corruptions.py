@@ -1,7 +1,7 @@
 """Corruptions x -> x~, which a denoising model must undo.
 
-Named by a plain string with an amount: `gaussian:0.3`, `masking:0.3`, `salt_and_pepper:0.1`, or `none`. Noise is drawn
-on the sample's device, from torch's global random state or from a given generator.
+A corruption is named by a string with an amount: `gaussian:0.3`, `masking:0.3`, `salt_and_pepper:0.1`, or `none`. Noise
+is drawn on the sample's device, from torch's global random state or from a given generator.
 """
 
 import math
@@ -13,7 +13,7 @@ from aezoo.errors import AezooError
 
 
 class Corruption(nn.Module):
-    """A random map of data to data of the same shape.
+    """A random map from data to data of the same shape.
 
     Args:
         amount: its strength, in the unit of the subclass.
@@ -43,14 +43,14 @@ class GaussianNoise(Corruption):
 
 
 class Masking(Corruption):
-    """Each value set to 0 with probability `amount` (Vincent et al. 2008)."""
+    """Sets each value to 0 with probability `amount` (Vincent et al. 2008)."""
 
     def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         return x * (self._uniform(x, generator) >= self.amount)
 
 
 class SaltAndPepper(Corruption):
-    """Each value replaced with probability `amount` by 0 or 1, equally likely (Vincent et al. 2010)."""
+    """Replaces each value, with probability `amount`, by 0 or 1, equally likely (Vincent et al. 2010)."""
 
     def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         u = self._uniform(x, generator)
@@ -68,7 +68,7 @@ def corruption(name: str) -> Corruption | None:
     """Build a corruption from its name and amount, e.g. `gaussian:0.3`; `none` gives None.
 
     Raises:
-        AezooError: unknown name, no amount, an amount below 0, or a share above 1.
+        AezooError: the name is unknown, the amount is missing or below 0, or a share is above 1.
     """
     if name == "none":
         return None

@@ -1,6 +1,6 @@
-"""Triplets of labelled samples: an anchor, a positive of its label, a negative of another (Schroff et al. 2015).
+"""Triplets of labelled samples: an anchor, a positive with its label and a negative with another (Schroff et al. 2015).
 
-Shapes: B batch on this rank, N samples on all ranks, D code; P positives and M negatives, sorted, are N samples too.
+Shapes: B batch on this rank, N samples on all ranks, D code; P (positives) and M (negatives, sorted) also have size N.
 """
 
 import math
@@ -35,10 +35,10 @@ class WithTriplets(Autoencoder):
     mining: str
 
     def keep_triplets(self, triplet_weight: float, margin: float, mining: str) -> None:
-        """Set the attributes of these names.
+        """Set the attributes with these names.
 
         Raises:
-            AezooError: an invalid value.
+            AezooError: a value is invalid.
         """
         if not 0 <= triplet_weight < math.inf:
             raise AezooError(f"triplet_weight must be at least 0 and finite, got {triplet_weight}")
@@ -49,24 +49,24 @@ class WithTriplets(Autoencoder):
         self.triplet_weight, self.margin, self.mining = triplet_weight, margin, mining
 
     def triplets(self, d_BN: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of each anchor's triplets and how many count, from the distances to all samples: two (B,)."""
+        """The sum over each anchor's triplets and how many count, from the distances to all samples: two (B,)."""
         y_N = self.of_all_ranks(one_each(y_B))
         other_BN = torch.arange(len(y_N), device=y_B.device) != self.own_rows(y_B)[:, None]
         known_BN = (y_B[:, None] != -1) & (y_N != -1)
         positive_BN = known_BN & (y_B[:, None] == y_N) & other_BN
         negative_BN = known_BN & (y_B[:, None] != y_N)
         number_B1 = negative_BN.sum(1, keepdim=True)
-        # negatives from the nearest on, so that those within reach of a positive are the first few: N log N, not N^2
+        # negatives sorted by distance, so that those within reach of a positive come first: N log N, not N^2
         d_BM = torch.where(negative_BN, d_BN, torch.inf).sort(dim=1, stable=True).values
         if self.mining == "semi_hard":
             beyond_BP = torch.searchsorted(d_BM.detach(), d_BN.detach(), right=True)
-            chosen_BP = beyond_BP.minimum(number_B1 - 1).clamp(min=0)  # the farthest, where none is beyond
+            chosen_BP = beyond_BP.minimum(number_B1 - 1).clamp(min=0)  # the farthest, if none is beyond
             has_one_BP = positive_BN & (number_B1 > 0)
             loss_BP = (d_BN - d_BM.gather(1, chosen_BP) + self.margin).relu() * has_one_BP
             return loss_BP.sum(1), has_one_BP.sum(1)
         reach_BP = d_BN + self.margin
         within_BP = torch.searchsorted(d_BM.detach(), reach_BP.detach()) * positive_BN
-        # of the M nearest together, from M = 0 on
+        # cumulative sums over the nearest negatives, starting with none
         sums_BM = F.pad(torch.where(d_BM < torch.inf, d_BM, 0).cumsum(1), (1, 0))
         loss_BP = within_BP * reach_BP - sums_BM.gather(1, within_BP)
         counts_BP = within_BP if self.mining == "active" else positive_BN * number_B1

@@ -1,18 +1,18 @@
 """Contractive autoencoder (Rifai et al. 2011), https://icml.cc/2011/papers/455_icmlpaper.pdf
 
-Penalises how much the code moves when the input does, the squared Frobenius norm of the encoder's Jacobian:
+Penalises how much the code changes with the input, by the squared Frobenius norm of the encoder's Jacobian:
 
     L = -log p(x | g(h)) + lam ||dh/dx||_F^2     h = sigmoid(W x + b)     g(h) = W' h + c
     ||dh/dx||_F^2 = sum_j (h_j (1 - h_j))^2 ||W_j||^2
 
-one sigmoid layer (eq. 8), so the penalty is exact and costs no second backward pass. The decoder has the encoder's
-weights, W' the transpose of W, as throughout the paper (section 2): with weights of its own the encoder can shrink and
-the decoder grow by as much, and the penalty goes to 0 with nothing learned (Goodfellow et al. 2016, "Deep Learning",
-section 14.7).
+The encoder is one sigmoid layer (eq. 8), so the penalty is exact and needs no second backward pass. The decoder uses
+the encoder's weights: W' is the transpose of W, as throughout the paper (section 2). With separate weights, the encoder
+can shrink while the decoder grows by the same factor; the penalty then goes to 0 and nothing is learned (Goodfellow et
+al. 2016, "Deep Learning", section 14.7).
 
-Sigmoid units that all say the same are the quickest way to the mean of the data, and saturate there, for long or, with
-weights of the decoder's own, for good: with data_init the outputs' biases start at the mean of the first batch, as
-those of an RBM do (Hinton 2010, "A practical guide to training RBMs", section 8.1).
+If all sigmoid units act alike, the output reaches the mean of the data fastest. The units then saturate
+there, for a long time or, with separate decoder weights, for good. With data_init, the output biases therefore start at
+the mean of the first batch, as those of an RBM do (Hinton 2010, "A practical guide to training RBMs", section 8.1).
 
 Shapes: B batch, X data dimensions, D code.
 """
@@ -28,13 +28,13 @@ from aezoo.nets.tied import Transposed
 
 
 class ContractiveAE(Autoencoder):
-    """One sigmoid layer whose output is insensitive to its input; the penalty acts in training and evaluation alike.
+    """One sigmoid layer whose output is insensitive to its input; the penalty applies in training and in evaluation.
 
     Args:
         input_shape: shape of one sample; any.
         latent_dim: D, size of the code.
         contraction: lam, weight of the Jacobian's squared norm.
-        tied: the decoder has the encoder's weights, transposed; without, it can undo what the penalty does.
+        tied: the decoder uses the encoder's weights, transposed; with separate weights, it can undo the penalty.
         data_init: start the outputs' biases from the first batch of training.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
             gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
@@ -85,13 +85,13 @@ class ContractiveAE(Autoencoder):
             self.keep_started()
 
     def start_from(self, x: Tensor) -> None:
-        """Start the outputs' biases where the mean of the samples is, (N, *input_shape)."""
+        """Start the output biases at the mean of the samples, (N, *input_shape)."""
         self.decoder.get_parameter("0.bias").copy_(self.likelihood.params_of(x.mean(0)).flatten())
 
     def jacobian_norm(self, h_BD: Tensor) -> Tensor:
         """||dh/dx||_F^2 of each sample, (B, D) -> (B,)."""
         h_BD, W_DX = at_least_float32(h_BD), self.encoder.get_parameter("1.weight")
-        # not a matrix product: autocast would take it to half precision
+        # not a matrix product, which autocast would compute in half precision
         return ((h_BD * (1 - h_BD)).square() * W_DX.square().sum(1)).sum(1)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

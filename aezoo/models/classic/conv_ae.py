@@ -4,7 +4,7 @@ Minimises the reconstruction's negative log-likelihood in nats per sample throug
 
     L = -log p(x | g(f(x)))     f: stages of stride 2     g: transposed stages back to the exact size
 
-Sequences, images and volumes of any size, by the rank of `input_shape`.
+Takes sequences, images and volumes of any size, according to the rank of `input_shape`.
 """
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from aezoo.errors import AezooError
 
 
 class ConvAE(Autoencoder):
-    """Strided convolutions down to a code and transposed ones back.
+    """Encodes with strided convolutions and decodes with transposed convolutions.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size.

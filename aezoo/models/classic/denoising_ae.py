@@ -4,9 +4,9 @@ Reconstructs a clean sample from a corrupted one, x~ ~ C(x~ | x):
 
     L = E_C[ -log p(x | g(f(x~))) ]
 
-With Gaussian noise of standard deviation s and the squared error the best reconstruction is
-r(x~) = x~ + s^2 grad log p_s(x~), the score of the noisy density (Alain & Bengio 2014, https://arxiv.org/abs/1211.4246).
-Noise is drawn anew for every training batch, and once for evaluation, from a fixed seed.
+With Gaussian noise of standard deviation s and the squared error, the best reconstruction is
+r(x~) = x~ + s^2 grad log p_s(x~). The gradient is the score of the noisy density (Alain & Bengio 2014,
+https://arxiv.org/abs/1211.4246). Training draws new noise for every batch; evaluation draws it once, from a fixed seed.
 """
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from aezoo.errors import AezooError
 
 
 class DenoisingAE(Autoencoder):
-    """Learns to undo a corruption; reconstructions and metrics in evaluation start from corrupted input too.
+    """Learns to undo a corruption; in evaluation, reconstructions and metrics also start from corrupted input.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.

@@ -4,8 +4,8 @@ Minimises the reconstruction's negative log-likelihood in nats per sample throug
 
     L = -log p(x | g(f(x)))     f: X -> 128 -> 64 -> 32     g: 32 -> 64 -> 128 -> X
 
-With the Bernoulli likelihood L is the summed binary cross-entropy, with `gaussian` the squared error ||x - x_hat||^2
-plus a constant.
+With the Bernoulli likelihood, L is the summed binary cross-entropy; with `gaussian`, it is the squared error
+||x - x_hat||^2 plus a constant.
 """
 
 from torch import Tensor, nn
@@ -16,14 +16,14 @@ from aezoo.errors import AezooError
 
 
 class DenseAE(Autoencoder):
-    """Fully connected layers down to a short code and back.
+    """Encodes with fully connected layers to a short code and decodes back.
 
     Args:
         input_shape: shape of one sample; any.
         latent_dim: size of the code.
         hidden_dims: widths of the encoder's hidden layers; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        code_activation: applied to the code as well, such as relu; identity leaves the code free.
+        code_activation: also applied to the code, such as relu; identity leaves the code free.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
             gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate.

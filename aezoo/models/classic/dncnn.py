@@ -1,19 +1,19 @@
 """DnCNN, residual denoising network (Zhang et al. 2016), https://arxiv.org/abs/1608.03981
 
-Predicts the noise v in y = x + v, v ~ N(0, sigma^2 I), and takes it away:
+Predicts the noise v in y = x + v, v ~ N(0, sigma^2 I), and subtracts it:
 
     x_hat = y - R(y)
     L = E_v[ -log p(x | x_hat) ]     with likelihood=gaussian  ||R(y) - v||^2 + D/2 log(pi)
 
-the residual form (eq. 1, summed), since x_hat - x = v - R(y); with residual=False R(y) itself is x_hat, the direct
-form. R is a row of convolutions of stride 1, of which the last has no activation. There is no batch normalisation, so
-that a sample does not depend on its batch; the authors' released networks run without it as well
-(https://github.com/cszn/KAIR, main_test_dncnn.py). Weights start by He et al. 2015, https://arxiv.org/abs/1502.01852,
-which keeps the scale from layer to layer.
+This is the residual form (eq. 1, summed), since x_hat - x = v - R(y). With residual=False, R(y) itself is x_hat (the
+direct form). R is a stack of convolutions of stride 1; the last one has no activation. There is no batch normalisation,
+so that a sample does not depend on its batch; the authors' released networks also run without it
+(https://github.com/cszn/KAIR, main_test_dncnn.py). Weights are initialised as in He et al. 2015,
+https://arxiv.org/abs/1502.01852, which keeps the scale from layer to layer.
 
-This is no bottleneck. The code is what the last convolution reads: a map of features on the data's own grid, in the
-residual form behind the noisy sample, from which decode subtracts. Noise is drawn anew for every training batch, and
-once for evaluation, from a fixed seed. PSNR is of x_hat as it is, not clamped to [0, 1].
+The code is not a bottleneck. It is the input of the last convolution: a feature map on the data's own grid. In the
+residual form it follows the noisy sample, from which decode subtracts. Training draws new noise for every batch;
+evaluation draws it once, from a fixed seed. PSNR is computed on x_hat as it is, not clamped to [0, 1].
 
 Shapes: B batch, C channels of the data, H features.
 """
@@ -49,7 +49,7 @@ class Features(nn.Module):
 
 
 class Clean(nn.Module):
-    """The last convolution, and in the residual form y less its output: a code -> (B, C, *grid)."""
+    """The last convolution; in the residual form, y minus its output: a code -> (B, C, *grid)."""
 
     def __init__(self, input_shape: tuple[int, ...], width: int, residual: bool) -> None:
         super().__init__()
@@ -64,11 +64,11 @@ class Clean(nn.Module):
 
 
 class DnCNN(Autoencoder):
-    """Takes Gaussian noise of a known strength away; metrics in evaluation start from noisy input too.
+    """Removes Gaussian noise of a known strength; metrics in evaluation also start from noisy input.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size.
-        sigma: the noise's standard deviation, on the data's scale: 25/255 is the 25 of papers that count to 255.
+        sigma: standard deviation of the noise, on the data's scale; 25/255 is the 25 of papers with values up to 255.
         residual: predict the noise, not the clean sample.
         width: features of each layer; 64 in the paper.
         depth: number of convolutions; 17 in the paper.

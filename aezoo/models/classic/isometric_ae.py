@@ -1,20 +1,21 @@
 """Isometric autoencoder, I-AE (Gropp et al. 2020), https://arxiv.org/abs/2006.09289
 
-The decoder keeps lengths and angles, and the encoder is its pseudo-inverse, a projection at right angles:
+The decoder preserves lengths and angles, and the encoder is its pseudo-inverse, an orthogonal projection:
 
     L = -log p(x | g(f(x))) + lambda (L_iso + L_piso)
     L_iso = E_z,u (||dg(z) u|| - 1)^2     L_piso = E_x,u (||u' df(x)|| - 1)^2     u uniform on the unit sphere
 
-in nats per sample, one u a sample. g is the reconstruction, the likelihood's mean; z are the codes of the batch, held
-fixed, so that L_iso trains the decoder alone and L_piso the encoder. lambda = 0 is the plain autoencoder.
+L is in nats per sample, with one u per sample. g is the reconstruction, the likelihood's mean. z are the codes of the
+batch, which are held fixed, so that L_iso trains only the decoder and L_piso only the encoder. lambda = 0 gives the
+plain autoencoder.
 
-`distortion` relaxed asks for lengths up to a common scale and has no L_piso (Lee et al. 2022,
+`distortion` relaxed preserves lengths up to a common scale and has no L_piso (Lee et al. 2022,
 https://openreview.net/forum?id=mQxt8l7JL04):
 
     L_iso = E tr(G^2) / (E tr G)^2     G = dg(z)' dg(z)
 
-is at least 1 / D, which is reached where G is the same multiple of I everywhere. With v = sqrt(D) u the traces are the
-means of v' G v and v' G^2 v; unlike there, the codes are not mixed.
+This L_iso is at least 1 / D, with equality if G is the same multiple of I everywhere. With v = sqrt(D) u, the traces
+are the means of v' G v and v' G^2 v. Unlike in that paper, the codes are not mixed.
 
 Shapes: B batch, X data dimensions, D code.
 """
@@ -34,13 +35,13 @@ DISTORTIONS = ("isometric", "relaxed")
 
 
 class IsometricAE(Autoencoder):
-    """Distances between codes are distances along the data.
+    """Distances between codes equal distances along the data.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         isometry: lambda, weight of the isometric terms.
-        distortion: what the decoder must not do to lengths: isometric or, up to a scale, relaxed.
+        distortion: how the decoder preserves lengths: isometric, or relaxed for up to a common scale.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -98,7 +99,7 @@ class IsometricAE(Autoencoder):
     def linearised(self, z_BD: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """The maps u -> dg(z) u, (B, D) -> (B, X), and w -> w' dg(z), (B, X) -> (B, D)."""
         x_hat_BX, pull, *_ = torch.func.vjp(self.reconstruct, z_BD)
-        # the transpose of the transpose: at this size faster than forward mode, whose rules torch scripts for a second
+        # the transpose of the transpose: faster at this size than forward mode, whose rules torch scripts for a second
         _, push, *_ = torch.func.vjp(lambda w_BX: pull(w_BX)[0], torch.zeros_like(x_hat_BX))
         return lambda u_BD: push(u_BD)[0], lambda w_BX: pull(w_BX.to(x_hat_BX.dtype))[0]
 
@@ -123,7 +124,7 @@ class IsometricAE(Autoencoder):
         z_BD = self.encoder(x)
         nll = self.nll(self.decoder(z_BD), x).mean()
         at_BD = z_BD.detach().to(x.dtype)
-        # one draw: compiled by torch 2.13, the second of two would be another than in eager mode
+        # a single draw: if torch 2.13 compiles two draws, the second one differs from that in eager mode
         noise_B2D = torch.randn_like(at_least_float32(at_BD)[:, None].expand(-1, 2, -1))
         u_BD, v_BD = F.normalize(noise_B2D, dim=2).to(x.dtype).unbind(1)
         if self.distortion == "isometric":

@@ -4,8 +4,8 @@ Minimises the squared error of a linear map through a narrow code:
 
     L = ||x - x_hat||^2     z = W x + b     x_hat = V z + c
 
-Every minimum that is not a saddle spans the first D principal components, so the training error is that of PCA with D
-components: it can be reached and never beaten. The likelihood N(x_hat, 1/2) makes -log p = L + X/2 log(pi).
+Every critical point that is not a saddle point spans the first D principal components, so the training error of PCA
+with D components can be reached but never beaten. The likelihood N(x_hat, 1/2) makes -log p = L + X/2 log(pi).
 
 Shapes: B batch, X data dimensions, D code.
 """

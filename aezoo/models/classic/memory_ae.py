@@ -1,14 +1,14 @@
 """Memory-augmented autoencoder, MemAE (Gong et al. 2019), https://arxiv.org/abs/1904.02639
 
-The decoder sees no code of its own but a mixture of few items out of a learned memory, so that it draws what it knows:
+The decoder receives a mixture of a few items of a learned memory, not the code itself, so it draws what it knows:
 
     w_i = exp(cos(z, m_i)) / sum_j exp(cos(z, m_j))     z = f(x)                             (equations 4 and 5)
     w^_i = h(w_i) / sum_j h(w_j)     h(w) = w where w > s / N, else 0                        (equations 6 and 7)
     L = -log p(x | g(z^)) + alpha H(w^)     z^ = sum_i w^_i m_i     H(w) = -sum_i w_i log w_i     (equations 3 and 8)
 
-in nats per sample. The paper's s lies between 1 and 3. Where no weight exceeds the threshold the largest one stays,
-for which the paper has no answer. A sample with one item left trains that item, but not the encoder: an s that cuts
-this much from the start is too large. The code is z^; s = 0 and alpha = 0 are an attention with softmax.
+L is in nats per sample. In the paper, s lies between 1 and 3. If no weight exceeds the threshold, the largest weight is
+kept; the paper does not cover this case. A sample with one item left trains that item but not the encoder, so an s that
+removes this many items from the start is too large. The code is z^. s = 0 and alpha = 0 give softmax attention.
 
 Shapes: B batch, N items of the memory, D code.
 """
@@ -25,14 +25,14 @@ from aezoo.errors import AezooError
 
 
 class MemoryAE(Autoencoder):
-    """Reconstructs from items of a memory, which normal data fill: what is strange to them is reconstructed badly.
+    """Reconstructs from the items of a memory learned on normal data, so that unusual samples are reconstructed badly.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code and of each item.
         n_items: N, number of items in the memory.
-        shrinkage: s, weights of at most s / N are cut off.
-        entropy_weight: alpha, weight of the entropy of an address.
+        shrinkage: s; weights of at most s / N are set to 0.
+        entropy_weight: alpha, weight of the entropy of w^.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -85,17 +85,17 @@ class MemoryAE(Autoencoder):
         self.code_shape = (latent_dim,)
         self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
-        # an angle has no scale; at this one mixtures of nearly equal shares differ by about 1 from sample to sample
+        # cosines ignore the items' scale; at this one, mixtures of nearly equal weights differ by about 1 per sample
         self.memory_ND = nn.Parameter(math.sqrt(n_items) * torch.randn(n_items, latent_dim))
 
     def address(self, x: Tensor) -> Tensor:
-        """w^, the share of each item in each code, (B, *input_shape) -> (B, N)."""
+        """w^, the weight of each item in each code, (B, *input_shape) -> (B, N)."""
         z_BD, m_ND = at_least_float32(self.encoder(x)), at_least_float32(self.memory_ND)
-        with torch.autocast(x.device.type, enabled=False):  # it would round what the threshold cuts
+        with torch.autocast(x.device.type, enabled=False):  # rounding would change what the threshold cuts
             cosine_BN = F.normalize(z_BD, dim=1) @ F.normalize(m_ND, dim=1).T
         w_BN = cosine_BN.detach().softmax(1)
         kept_BN = (w_BN > self.shrinkage / w_BN.shape[1]) | (w_BN == w_BN.amax(1, keepdim=True))
-        # renormalised; of what is cut off, the gradient is 0 and no rest of two that cancel, which Adam would enlarge
+        # renormalised; the gradient of a removed weight is exactly 0, not a rest of two terms that Adam would enlarge
         return cosine_BN.masked_fill(~kept_BN, -torch.inf).softmax(1)
 
     def recall(self, w_BN: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
 """Noise2Noise (Lehtinen et al. 2018), https://arxiv.org/abs/1803.04189
 
-Learns to denoise without clean targets, from two noisy copies of a sample, y1 and y2, with independent noise:
+Learns to denoise without clean targets, from two noisy copies y1 and y2 of a sample, with independent noise:
 
     L = E[ -log p(y2 | f(y1)) ]     with likelihood=gaussian  E ||f(y1) - y2||^2 + D/2 log(pi)
 
-Given y1, noise of mean zero in y2 adds Var(y2 | x) to the squared error and changes no minimiser (section 2): the
-best f is that of clean targets, E[x | y1]. That holds for Gaussian noise and for the Poisson noise of counts,
-y = Poisson(peak x) / peak; not for masked, replaced or clipped values, whose mean is not x, nor for likelihoods other
-than the squared error, save that the absolute one, laplace, finds medians.
+Given y1, zero-mean noise in y2 adds Var(y2 | x) to the squared error and does not change the minimiser (section 2). The
+best f is therefore the same as with clean targets, E[x | y1]. This holds for Gaussian noise and for the Poisson noise
+of counts, y = Poisson(peak x) / peak. It does not hold for masked, replaced or clipped values, whose mean is not x, nor
+for likelihoods other than the squared error, except that the absolute error, laplace, finds medians.
 
-The network and its code, which is no bottleneck, are those of dncnn. Both copies are drawn anew for every training
-batch, and once for evaluation, from a fixed seed; mse and psnr compare f(y1) with the clean sample.
+The network and its code, which is not a bottleneck, are those of dncnn. Training draws both copies anew for every
+batch; evaluation draws them once, from a fixed seed. mse and psnr compare f(y1) with the clean sample.
 """
 
 import math
@@ -28,7 +28,7 @@ _BRIGHTEST = 1e6
 
 
 class PoissonNoise(Corruption):
-    """Poisson(amount x) / amount: counts, `amount` on average where x is 1, brought to the scale of x."""
+    """Poisson(amount x) / amount: counts, `amount` on average where x is 1, divided to have the scale of x."""
 
     def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         rate = self.amount * at_least_float32(x).clamp(min=0)
@@ -36,7 +36,7 @@ class PoissonNoise(Corruption):
 
 
 def unbiased(name: str) -> Corruption:
-    """The corruption of mean x that a name stands for, gaussian:STD or poisson:PEAK."""
+    """The corruption with mean x for a name, gaussian:STD or poisson:PEAK."""
     kind, _, argument = name.partition(":")
     if kind == "poisson":
         try:
@@ -53,11 +53,11 @@ def unbiased(name: str) -> Corruption:
 
 
 class Noise2Noise(DnCNN):
-    """Learns from pairs of noisy copies; metrics in evaluation start from noisy input too.
+    """Learns from pairs of noisy copies; metrics in evaluation also start from noisy input.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size.
-        corruption: gaussian:STD or poisson:PEAK, the count that a value of 1 gives on average.
+        corruption: gaussian:STD or poisson:PEAK, where PEAK is the average count for a value of 1.
         residual: predict the noise, not the clean sample.
         width: features of each layer; 64 in the paper of the network.
         depth: number of convolutions; 17 in the paper of the network.

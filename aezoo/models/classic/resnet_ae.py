@@ -15,7 +15,7 @@ from aezoo.errors import AezooError
 
 
 class ResNetAE(Autoencoder):
-    """Residual stages down to a code and back.
+    """Encodes and decodes with residual stages.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size.

@@ -1,19 +1,20 @@
 """Semantic hashing (Salakhutdinov & Hinton 2009), https://doi.org/10.1016/j.ijar.2008.11.006
 
-Gaussian noise before the sigmoid of the code drives its units to 0 or 1, where the noise changes little:
+Gaussian noise before the sigmoid of the code drives its units towards 0 or 1, where the noise has little effect:
 
     L = E_eps[ -log p(x | g(sigmoid(a + s eps))) ]     a = f(x)     eps ~ N(0, I)     code = 1[a > 0]
 
-in nats per sample, s = 4 in the paper. In training and evaluation the loss is that of noisy codes; codes, scores
-and reconstructions are those of bits. A gradient passes the bits as if they were sigmoid(a) (straight-through).
+L is in nats per sample; s = 4 in the paper. The loss uses noisy codes in training and evaluation; codes, scores and
+reconstructions use bits. The gradient passes through the bits as if they were sigmoid(a) (straight-through estimator).
 
-`binarisation` improved is the improved semantic hashing of Kaiser & Bengio 2018, https://arxiv.org/abs/1801.09797, with
-s = 1 there: v = a + s eps goes through the saturating sigmoid s'(v) = max(0, min(1, 1.2 sigmoid(v) - 0.1)), the decoder
-sees either s'(v) or the bit 1[v > 0] of each unit, half of the time each, and the gradient is always that of s'(v).
+`binarisation` improved is the improved semantic hashing of Kaiser & Bengio 2018, https://arxiv.org/abs/1801.09797,
+where s = 1. v = a + s eps passes through the saturating sigmoid s'(v) = max(0, min(1, 1.2 sigmoid(v) - 0.1)). For each
+unit, the decoder receives either s'(v) or the bit 1[v > 0], each half of the time; the gradient is always that of
+s'(v).
 
-The paper pretrains a stack of RBMs, whose visible biases start where the mean of the data is (Hinton 2010, "A practical
-guide to training RBMs", section 8.1). Without that, code units that all say the same are the quickest way to the mean
-of the data, and saturate there for good: data_init starts a bias of each output at the mean of the first batch.
+The paper pretrains a stack of RBMs, whose visible biases start at the mean of the data (Hinton 2010, "A practical guide
+to training RBMs", section 8.1). Without that start, the output reaches the mean of the data fastest if all code units
+act alike, and the units saturate there for good. data_init starts a bias of each output at the mean of the first batch.
 
 Shapes: B batch, D bits, X data dimensions.
 """
@@ -48,7 +49,7 @@ class VisibleBias(nn.Module):
 
 
 class SemanticHashAE(Autoencoder):
-    """A code of bits: samples that look alike have codes at a small Hamming distance.
+    """A binary code: similar samples have codes at a small Hamming distance.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -113,11 +114,11 @@ class SemanticHashAE(Autoencoder):
             self.keep_started()
 
     def start_from(self, x: Tensor) -> None:
-        """Start the outputs' biases where the mean of the samples is, (N, *input_shape)."""
+        """Start the output biases at the mean of the samples, (N, *input_shape)."""
         cast(VisibleBias, self.decoder[1]).b_X.copy_(self.likelihood.params_of(x.mean(0)))
 
     def noisy_code(self, a_BD: Tensor) -> Tensor:
-        """What the decoder sees in training, from the code's inputs: (B, D) -> (B, D)."""
+        """The decoder's input in training, from the code's pre-activations: (B, D) -> (B, D)."""
         v_BD = a_BD + self.noise_std * torch.randn_like(a_BD)
         if self.binarisation == "noise":
             return v_BD.sigmoid()

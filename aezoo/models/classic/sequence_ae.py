@@ -1,18 +1,18 @@
 """Sequence autoencoder, LSTM or Transformer (Srivastava et al. 2015), https://arxiv.org/abs/1502.04681
 
-A whole sequence becomes one code, from which it is written down again:
+Encodes a whole sequence into one code and decodes the sequence from it:
 
     L = - sum_{t < T} log p(x_t | g(z)_t)     z = f(x_0, ..., x_{T-1})
 
-in nats per sample, over the T steps of a sequence. Samples are all of one shape; where sequences are shorter, the rest
-is padding, and `pad_value` says so: the run of steps at the end that hold nothing but this value. Padding reaches
-neither the code nor the loss, however much of it there is; the same value before the end is data. Then the code's last
-entry is T, so that decode knows where to stop: it writes `pad_value` from there on. A sequence of padding alone counts
-as one step.
+L is in nats per sample, summed over the T steps of a sequence. All samples have one shape, and shorter sequences are
+padded. `pad_value` defines the padding: the run of steps at the end that hold only this value. The same value before
+the end is data. Padding affects neither the code nor the loss, whatever its length. With `pad_value`, the last entry of
+the code is T, so that decode knows where to stop: it writes `pad_value` from there on. A sequence of padding alone
+counts as one step.
 
-Steps run along the first axis after the channels: (C, L) is L steps of C values, (C, H, W) is H rows, (C, D, H, W) is D
-slices, (D,) is D steps of one value. Both networks, `aezoo.nets.lstm` and `aezoo.nets.transformer`, have weights that
-do not depend on the number of steps.
+Steps run along the first axis after the channels: (C, L) has L steps of C values, (C, H, W) has H rows, (C, D, H, W)
+has D slices and (D,) has D steps of one value. The weights of both networks, `aezoo.nets.lstm` and
+`aezoo.nets.transformer`, do not depend on the number of steps.
 
 Shapes: B batch, L steps of the shape, F values of a step, D code.
 """
@@ -29,13 +29,13 @@ _NETS = ("lstm", "transformer")
 
 
 class SequenceAE(Autoencoder):
-    """Reads a sequence step by step into a vector and writes it again, of any length up to the shape's.
+    """Encodes a sequence step by step into a vector and decodes it again, for any length up to the shape's.
 
     Args:
         input_shape: (C, L) for L steps of C values; images are read by rows, volumes by slices, vectors by values.
         net: lstm or transformer.
-        pad_value: steps at the end that hold this value alone are padding; None for sequences of full length.
-        latent_dim: D, size of the code; with pad_value the length stands behind it as one entry more.
+        pad_value: steps at the end that hold only this value are padding; None for sequences of full length.
+        latent_dim: D, size of the code; with pad_value, the length follows as one more entry.
         hidden_dims: widths of the encoder's layers; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, where the network has none.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
@@ -87,7 +87,7 @@ class SequenceAE(Autoencoder):
         self.to_steps, self.from_steps = Steps(), FromSteps(self.input_shape)
 
     def lengths(self, x: Tensor) -> Tensor | None:
-        """T of each sequence, (B, *input_shape) -> (B,); None where there is no padding."""
+        """T of each sequence, (B, *input_shape) -> (B,); None if there is no padding."""
         if self.pad_value is None:
             return None
         steps_BLF = self.to_steps(x)
@@ -97,7 +97,7 @@ class SequenceAE(Autoencoder):
     def encode(self, x: Tensor) -> Tensor:
         length_B = self.lengths(x)
         z_BD: Tensor = self.encoder(x, length_B)
-        # a length does not fit into half precision
+        # half precision cannot hold every length
         return z_BD if length_B is None else torch.cat([z_BD.to(x.dtype), length_B[:, None].to(x.dtype)], 1)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class SequenceAE(Autoencoder):
         return self.from_steps(steps_BLF.where(valid_BL[..., None], self.pad_value))
 
     def sequence_nll(self, x: Tensor) -> Tensor:
-        """-log p(x | g(f(x))) over the steps that are no padding, in nats, (B, *input_shape) -> (B,)."""
+        """-log p(x | g(f(x))) over the steps that are not padding, in nats, (B, *input_shape) -> (B,)."""
         length_B = self.lengths(x)
         params = self.decoder(self.encoder(x, length_B))
         if length_B is None:

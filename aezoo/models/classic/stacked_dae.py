@@ -1,17 +1,17 @@
 """Stacked denoising autoencoder (Vincent et al. 2010), https://jmlr.org/papers/v11/vincent10a.html
 
-Layers are trained one after the other, each to undo a corruption C of what those below, fixed by then, make of a clean
-sample (figure 3); after that all together, as one deep denoising autoencoder:
+Layers are trained one after the other: each undoes a corruption C of the features that the fixed layers below compute
+from a clean sample (figure 3). Then all layers are trained together, as one deep denoising autoencoder:
 
     L_i = E_C[ -log p(h_i | g_i(f_i(C(h_i)))) ]     phase i < N     h_0 = x     h_i = f_i-1(h_i-1)
     L_N = E_C[ -log p(x | g(f(C(x)))) ]             phase N         f = f_N-1 o .. o f_0     g = g_0 o .. o g_N-1
 
-in nats per sample, f_i(h) = s(W h + b) and g_i likewise with weights of its own. p(x) is the likelihood; a hidden layer
-of sigmoids has the cross-entropy, any other the squared error. In phase i the parameters of other layers have no
-gradient, so no optimiser moves them, by weight decay or moments either. `train/loss` is that of the phase. Evaluation
-and training without a trainer are in phase N, unless `phase` is set.
+L is in nats per sample. f_i(h) = s(W h + b), and g_i is likewise, with its own weights. p(x) is the likelihood; a
+hidden layer of sigmoids uses the cross-entropy, any other the squared error. In phase i, the parameters of other layers
+have no gradient, so no optimiser moves them, not even by weight decay or moments. `train/loss` is the loss of the
+phase. Evaluation and training without a trainer are in phase N, unless `phase` is set.
 
-Shapes: B batch, N layers, code included.
+Shapes: B batch, N layers, including the code.
 """
 
 import math
@@ -29,15 +29,15 @@ from aezoo.optimizers import known_steps
 
 
 class StackedDAE(Autoencoder):
-    """A deep denoising autoencoder that is trained layer by layer before it is trained as a whole, in one fit.
+    """A deep denoising autoencoder that is trained layer by layer and then as a whole, in one fit.
 
     Attributes:
-        phase: the layer that `loss` is about in training; N for all of them.
+        phase: the layer that `loss` trains; N for all layers.
 
     Args:
         input_shape: shape of one sample; any.
         corruption: gaussian:STD, masking:SHARE, salt_and_pepper:SHARE or none, of each layer's input.
-        phase_epochs: epochs for each layer; 0 shares out half of the fit's steps among the layers.
+        phase_epochs: epochs for each layer; 0 divides half of the fit's steps among the layers.
         latent_dim: size of the code, the last layer's.
         hidden_dims: widths of the layers before it; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, after every layer;
@@ -124,10 +124,10 @@ class StackedDAE(Autoencoder):
             layer = nn.ModuleList([self.encoder[self.phase], self.decoder[-1 - self.phase]])
             trained = {*layer.parameters(), *(self.likelihood.parameters() if self.phase == 0 else ())}
             for p in {*self.parameters()} - trained:
-                p.grad = None  # 0 is a gradient too: momentum and weight decay would move on
+                p.grad = None  # with a gradient of 0, momentum and weight decay would still move p
 
     def phase_now(self) -> int:
-        """The phase of the trainer's present step."""
+        """The phase of the trainer's current step."""
         n_layers = len(self.encoder)
         if self.phase_epochs:
             return min(self.trainer.current_epoch // self.phase_epochs, n_layers)
@@ -142,7 +142,7 @@ class StackedDAE(Autoencoder):
         return super().begin_step(batch, batch_idx)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        # its own, so that no CUDA graph of the whole step is taken, which would be that of the first phase for ever
+        # overridden so that the whole step is not captured as a CUDA graph, which would repeat the first phase for ever
         return super().training_step(batch, batch_idx)
 
     def leave_fit(self) -> None:

@@ -1,16 +1,16 @@
 """Topological autoencoder (Moor et al. 2020), https://arxiv.org/abs/1906.00722
 
-Holds the connectivity of a batch's codes to that of its samples. The edges at which components of the growing
-neighbourhoods merge, the persistence pairing pi of dimension 0, are those of the minimum spanning tree of distances A:
+Preserves the connectivity of a batch's samples in its codes. Growing neighbourhoods merge components at certain edges,
+the persistence pairing pi of dimension 0. These are the edges of the minimum spanning tree of the distances A:
 
     L = -log p(x | g(f(x))) + lambda / N (L_X->Z + L_Z->X)                                   (equations 1 and 2)
     L_X->Z = 1/2 ||A^X[pi^X] - A^Z[pi^X]||^2     L_Z->X = 1/2 ||A^Z[pi^Z] - A^X[pi^Z]||^2    (equations 3 and 4)
 
-in nats per sample; distances are Euclidean, between samples in units of the largest of the batch, between codes in
-units of a learned number that starts at 1, as in the authors' https://github.com/BorgwardtLab/topological-autoencoders
-(with the largest that images can have in place of the batch's; here a logarithm is learned, so that the unit stays
-positive). The batch is that of all ranks. The pairing is constant nearly everywhere, so gradients pass through the
-distances alone. lambda = 0 is the plain autoencoder.
+L is in nats per sample. Distances are Euclidean. Distances between samples are in units of the largest one of the
+batch, those between codes in units of a learned number that starts at 1, as in the authors'
+https://github.com/BorgwardtLab/topological-autoencoders (there the largest distance that images can have replaces the
+batch's; here the logarithm is learned, so that the unit stays positive). The batch is that of all ranks. The pairing is
+constant nearly everywhere, so gradients pass through the distances alone. lambda = 0 gives the plain autoencoder.
 
 Shapes: B batch on this rank, N samples on all ranks, E = N - 1 edges, X data dimensions, D code.
 """
@@ -28,19 +28,19 @@ from aezoo.errors import AezooError
 
 
 def distances(points_ND: Tensor, unit: Tensor | None = None) -> Tensor:
-    """A, Euclidean distances in a unit, of the largest if there is none, (N, D), () -> (N, N)."""
+    """A, Euclidean distances in a unit, by default the largest distance, (N, D), () -> (N, N)."""
     a_NN = divergences.distances(points_ND)
     return a_NN / (a_NN.amax().clamp(min=torch.finfo(a_NN.dtype).tiny) if unit is None else unit)
 
 
-# an operator of its own, which a compiler calls as it is
+# a custom operator, which a compiler calls as it is
 @torch.library.custom_op("aezoo::pairing", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def pairing(a_NN: Tensor) -> Tensor:
     """pi, the edges of the minimum spanning tree of distances, (N, N) -> (E, 2)."""
     a = a_NN.cpu().numpy()
-    # Prim's algorithm: all pairs have an edge, and to sort these would take longer
+    # Prim's algorithm: every pair has an edge, and sorting all edges would take longer
     edges = np.empty((len(a) - 1, 2), dtype=np.int64)
-    # how far each vertex is from the tree, and from which vertex there
+    # the distance of each vertex from the tree, and the tree's vertex nearest to it
     far_N, near_N, within_N = a[0].copy(), np.zeros(len(a), dtype=np.int64), np.zeros(len(a), dtype=a.dtype)
     new = 0
     for edge in edges:
@@ -58,7 +58,7 @@ def _(a_NN: Tensor) -> Tensor:
 
 
 class TopologicalAE(Autoencoder):
-    """Codes that hang together as the samples do; the larger the batch, the more of the data's shape is seen.
+    """Codes with the connectivity of the samples; a larger batch shows more of the data's shape.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -116,7 +116,7 @@ class TopologicalAE(Autoencoder):
 
     @staticmethod
     def signature_loss(x_NX: Tensor, z_ND: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """L_X->Z and L_Z->X of a batch, each over N, with the unit of codes."""
+        """L_X->Z and L_Z->X of a batch, each divided by N, with the unit of codes."""
         a_x_NN, a_z_NN = distances(x_NX), distances(z_ND, unit)
         gap_NN = 0.5 * (a_x_NN - a_z_NN).square()
         x_to_z_E, z_to_x_E = (gap_NN[tuple(pairing(a_NN.detach()).T)] for a_NN in (a_x_NN, a_z_NN))
@@ -131,5 +131,5 @@ class TopologicalAE(Autoencoder):
         return {"loss": nll + self.topology * (x_to_z + z_to_x), "nll": nll, "x_to_z": x_to_z, "z_to_x": z_to_x}
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        # its own, so that no CUDA graph of the whole step is taken: the tree grows on the host
+        # overridden so that the whole step is not captured as a CUDA graph: the tree grows on the host
         return super().training_step(batch, batch_idx)

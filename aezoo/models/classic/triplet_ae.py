@@ -3,15 +3,15 @@
     L = -log p(x | g(z)) + lambda T     z = f(x)
     T = mean over triplets of max(0, ||z_a - z_p|| - ||z_a - z_n|| + m)
 
-in nats per sample: an anchor a must be nearer to each positive p, another sample of its label, than to a negative n, a
-sample of another label, by the margin m. The distance is not squared (Hermans et al. 2017,
+L is in nats per sample. An anchor a must be nearer, by the margin m, to each positive p (another sample with its label)
+than to a negative n (a sample with another label). The distance is not squared (Hermans et al. 2017,
 https://arxiv.org/abs/1703.07737). Triplets are mined in the batch of all ranks:
 
     all         every triplet
-    active      every triplet that the margin still moves, the others do not count in the mean (Hermans et al. 2017)
-    semi_hard   for each a and p the nearest n that is farther than p, or the farthest n where none is (section 3.2)
+    active      every triplet whose loss is above 0; the others do not count in the mean (Hermans et al. 2017)
+    semi_hard   for each a and p, the nearest n that is farther than p, or the farthest n if there is none (section 3.2)
 
-Samples without a label (-1) are in no triplet; where there is none T is 0 and this is the plain autoencoder.
+Samples without a label (-1) are in no triplet. If there are no triplets, T is 0 and this is the plain autoencoder.
 
 Shapes: B batch on this rank, D code.
 """
@@ -26,7 +26,7 @@ from aezoo.triplets import WithTriplets
 
 
 class TripletAE(WithTriplets):
-    """Codes in which the samples of a label lie together; codes and scores never look at labels.
+    """Codes of samples with the same label lie together; encoding and scores never use labels.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.

@@ -4,9 +4,9 @@ Minimises the reconstruction's negative log-likelihood in nats per sample:
 
     L = -log p(x | g(f(x)))     f: stages of two convolutions and a pooling     g: stages of a doubling and the two
 
-A U-Net with its skip connections has no code: maps of f reach g beside it, and the finest of them holds all of x. Here
-skip connections stay within f and within g, see `aezoo.nets.unet`: every stage of f feeds the code, the code feeds
-every stage of g, and nothing passes beside it, so that decode needs the code alone.
+A U-Net with its usual skip connections has no code: feature maps of f reach g directly, and the finest of them holds
+all of x. Here skip connections stay within f and within g, see `aezoo.nets.unet`. Every stage of f feeds the code, and
+the code feeds every stage of g. Nothing bypasses the code, so decode needs the code alone.
 """
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from aezoo.errors import AezooError
 
 
 class UNetAE(Autoencoder):
-    """A U-Net cut at its code, with skip connections on either side.
+    """A U-Net split at its code, with skip connections on either side.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size.

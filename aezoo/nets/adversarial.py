@@ -1,12 +1,12 @@
 """Players of an adversarial game that step together, with one backward pass.
 
 Each player has its own loss, which passes no gradient to the parameters of the others: these are `frozen` or detached
-in it. Then one backward pass through the sum of all losses gives the gradients of every player, and an optimiser with a
-group of parameters for each is equivalent to several optimisers. A loss that trains but does not count in the value of
-the sum is a `gradient_alone`.
+in it. One backward pass through the sum of all losses then gives the gradients of every player. An optimiser with one
+parameter group per player is equivalent to several optimisers. `gradient_alone` makes a loss that trains but does not
+count in the value of the sum.
 
-If a loss is weighted against another by their gradients at one layer, `by_last_layer` and `with_gradient` compute these
-in passes that training needs anyway.
+If one loss is weighted against another by their gradients at one layer, `by_last_layer` and `with_gradient` compute
+these gradients in passes that training needs anyway.
 """
 
 import math
@@ -27,7 +27,7 @@ from aezoo.precision import at_least_float32
 
 
 def check_discriminator(dims: tuple[int, ...], lr: float, start: int = 0) -> None:
-    """Refuse the arguments discriminator_dims, discriminator_lr and discriminator_start that no model can have.
+    """Refuse invalid values of discriminator_dims, discriminator_lr and discriminator_start.
 
     Raises:
         AezooError: a width below 1, a learning rate that is not above 0 and at most 1000, or a start below 0.
@@ -45,7 +45,7 @@ def frozen(module: nn.Module, *inputs: Tensor) -> Any:
 
 
 def gradient_alone(loss: Tensor) -> Tensor:
-    """A term of value 0 with the gradient of a loss."""
+    """A term with value 0 and the gradient of a loss."""
     return loss - loss.detach()
 
 
@@ -53,9 +53,9 @@ def two_groups(model: nn.Module, betas: tuple[float, float], both: bool = False)
     """Parameter groups: all parameters but the discriminator's, and the discriminator's, with its own learning rate.
 
     Args:
-        model: has a module `discriminator`, its learning rate, `discriminator_lr`, and `optimizer`.
-        betas: of the discriminator's optimiser, if it has moments and the user sets no others.
-        both: whether the other group uses these betas, too.
+        model: has a module `discriminator`, that module's learning rate `discriminator_lr`, and `optimizer`.
+        betas: for the discriminator's optimiser, if it has moments and the user sets no others.
+        both: whether the other group also uses these betas.
     """
     others = [p for name, p in model.named_parameters() if not name.startswith("discriminator.")]
     judge = [*model.discriminator.parameters()]  # type: ignore[union-attr]
@@ -64,7 +64,7 @@ def two_groups(model: nn.Module, betas: tuple[float, float], both: bool = False)
 
 
 class Generator(nn.Module):
-    """Codes to data, (B, *code_shape) -> (B, *input_shape): a decoder and the mean of its likelihood as one module."""
+    """A decoder and the mean of its likelihood as one module: codes to data, (B, *code_shape) -> (B, *input_shape)."""
 
     def __init__(self, decoder: nn.Module, likelihood: Likelihood) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Generator(nn.Module):
 class PatchDiscriminator(nn.Sequential):
     """How real each patch of a sample looks (Isola et al. 2016, https://arxiv.org/abs/1611.07004, section 2.2.2).
 
-    (B, C, *grid) -> (B, 1, *smaller grid), by stages of stride 2 for any size; with group normalisation, since the
+    (B, C, *grid) -> (B, 1, *smaller grid), by stages of stride 2 for any size. Uses group normalisation, since the
     paper's batch normalisation would make samples depend on each other.
 
     Args:
@@ -85,7 +85,7 @@ class PatchDiscriminator(nn.Sequential):
         dims: channels of the stages.
 
     Raises:
-        AezooError: a shape without a grid.
+        AezooError: the shape has no grid.
     """
 
     def __init__(self, input_shape: tuple[int, ...], dims: tuple[int, ...]) -> None:
@@ -112,16 +112,16 @@ def hinge(t_real: Tensor, t_fake: Tensor) -> Tensor:
 
 
 def by_last_layer(net: nn.Module, *inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """A network's output, and a map from gradients of it to those of the weight W of the network's last layer.
+    """A network's output, and a map from gradients of the output to gradients of the last layer's weight W.
 
-    One forward pass for both: (B, ...) -> (B, ...) and the map (B, ...) -> (*W.shape), whose results are constants.
+    One forward pass serves both: (B, ...) -> (B, ...) and the map (B, ...) -> (*W.shape), whose results are constants.
     """
     name, weight = [(name, p) for name, p in net.named_parameters() if p.ndim > 1][-1]
     if not torch.compiler.is_compiling():
         out, pull, *_ = vjp(lambda w: functional_call(net, {name: w}, inputs), weight)
         return out, lambda gradient: pull(gradient)[0].detach()
-    # of constants, and once more: inductor (torch 2.13) fails on what is differentiated through a transform of
-    # torch.func from outside, "Cannot access storage of TensorWrapper"; passes that are the same it takes once
+    # on constants, with a second forward pass: inductor (torch 2.13) fails if something is differentiated from outside
+    # through a transform of torch.func, "Cannot access storage of TensorWrapper"; it merges passes that are the same
     rest, at = {name: p.detach() for name, p in net.named_parameters()}, tuple(x.detach() for x in inputs)
     _, pull, *_ = vjp(lambda w: functional_call(net, {**rest, name: w}, at), weight.detach())
     return net(*inputs), lambda gradient: pull(gradient)[0].detach()
@@ -129,14 +129,14 @@ def by_last_layer(net: nn.Module, *inputs: Tensor) -> tuple[Tensor, Callable[[Te
 
 def with_gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
     """loss(at), differentiable, and its gradient with respect to `at`, a constant: (B, ...) -> (), (B, ...)."""
-    compiling = torch.compiler.is_compiling()  # then as in `by_last_layer`
+    compiling = torch.compiler.is_compiling()  # then do as in `by_last_layer`
     value, pull, *_ = vjp(loss, at.detach() if compiling else at)
     gradient = pull(torch.ones_like(value))[0].detach()
     return loss(at) if compiling else value, gradient
 
 
 def at_input(net: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient at a network's input for one at its output, a constant: (B, ...) -> (B, ...)."""
+    """The gradient at a network's input for a given gradient at its output, a constant: (B, ...) -> (B, ...)."""
     _, pull, *_ = vjp(lambda at: frozen(net, at), x.detach())
     return pull(gradient)[0].detach()
 
@@ -144,9 +144,9 @@ def at_input(net: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
 def adaptive_weight(g_rec: Tensor, g_gan: Tensor, *, most: float = 1e4) -> Tensor:
     """||g_rec|| / (||g_gan|| + 1e-4), at most `most`, of the gradients at the decoder's last layer -> ().
 
-    With this weight the adversarial loss moves that layer as far as the reconstruction does, whatever its scale: Esser
-    et al. 2020, https://arxiv.org/abs/2012.09841, equation 7, with the constants of their code. The gradients must be
-    averaged over ranks: the mean of the weights of single ranks would differ.
+    With this weight, the adversarial loss moves that layer as far as the reconstruction does, whatever its scale (Esser
+    et al. 2020, https://arxiv.org/abs/2012.09841, equation 7, with the constants of their code). The gradients must be
+    averaged over ranks, because the mean of the weights of single ranks would differ.
     """
     ratio = at_least_float32(g_rec).norm() / (at_least_float32(g_gan).norm() + 1e-4)
     return ratio.clamp(0, most)

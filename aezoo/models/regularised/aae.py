@@ -3,10 +3,11 @@
     L = E[-log p(x | g(z))] - E[log D(z)]     z = f(x), or z ~ N(mu(x), diag sigma(x)^2)
     L_D = -E[log D(p)] - E[log(1 - D(z))]     p ~ p(z) = N(0, I)
 
-in nats per sample: the WAE-GAN of weight 1, with the paper's networks. There each batch is gone through twice: a
-reconstruction phase trains encoder and decoder, a regularisation phase first the discriminator and then the encoder;
-here the encoder's two gradients are added, and all step at once. Codes are f(x), or with `gaussian_posterior` drawn
-from the Gaussian of section 2; the third posterior there, that of a noisy network, is left out.
+L is in nats per sample. This is the WAE-GAN of weight 1, with the paper's networks. The paper goes through each batch
+twice: a reconstruction phase trains the encoder and decoder, and a regularisation phase trains first the discriminator
+and then the encoder. Here the encoder's two gradients are added, and all networks step at once. Codes are f(x) or, with
+`gaussian_posterior`, drawn from the Gaussian of section 2. The third posterior of that section, that of a noisy
+network, is left out.
 """
 
 from typing import Any
@@ -16,13 +17,13 @@ from aezoo.nets.adversarial import two_groups
 
 
 class AAE(WAEGAN):
-    """An autoencoder whose encoder is also the generator of a GAN, of codes that look like draws from the prior.
+    """An autoencoder whose encoder is also the generator of a GAN: its codes look like draws from the prior.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        adversarial_weight: weight of what the discriminator makes of the codes.
-        gaussian_posterior: codes are drawn from N(mu(x), diag sigma(x)^2) in training, in place of z = f(x).
+        adversarial_weight: weight of the adversarial loss on the codes.
+        gaussian_posterior: draw codes from N(mu(x), diag sigma(x)^2) in training, instead of z = f(x).
         discriminator_dims: widths of the discriminator's hidden layers, two of 1000 in the paper.
         discriminator_lr: learning rate of the discriminator, whose betas are 0.5 and 0.999 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.

@@ -4,13 +4,15 @@
     SVM = 1/2 ||w||^2 - rho + 1 / (nu B) sum_i max(0, rho - w'phi(z_i))
     phi(z) = R^-1/2 [cos(Omega'z), sin(Omega'z)]     Omega ~ N(0, 1 / sigma^2)
 
-in nats per sample: an autoencoder and a one-class SVM on its codes, trained at once; lam is the paper's 1 / alpha. With
-random Fourier features (Rahimi & Recht 2007) w'phi(z) is a sum of Gaussian kernels: phi(z)'phi(z') tends to
-exp(-||z - z'||^2 / (2 sigma^2)) with many frequencies. At the optimum of w and rho at most a share nu of the samples
-lies outside, and SVM is -1/2 ||w||^2, between -1/2, of codes that are all alike, and 0. The first batch starts both.
+L is in nats per sample. An autoencoder and a one-class SVM on its codes are trained together; lam is the paper's
+1 / alpha. With random Fourier features (Rahimi & Recht 2007), w'phi(z) is a sum of Gaussian kernels: with many
+frequencies, phi(z)'phi(z') tends to exp(-||z - z'||^2 / (2 sigma^2)). At the optimum of w and rho, at most a share nu
+of the samples lies outside, and SVM is -1/2 ||w||^2. It lies between -1/2, for codes that are all alike, and 0. The
+first batch initialises w and rho.
 
-The score is rho - w'phi(z), above 0 outside. The authors' code has twice the hinge, so that its nu is half of what it
-says. As there, codes pass through a sigmoid: else their scale would be the encoder's to choose, and sigma meaningless.
+The score is rho - w'phi(z), which is above 0 outside. The authors' code has twice the hinge, so its effective nu is
+half of the stated value. As in that code, codes pass through a sigmoid; otherwise the encoder would choose their scale,
+and sigma would be meaningless.
 
 Shapes: B batch, D code, R frequencies.
 """
@@ -27,19 +29,19 @@ from aezoo.limits import at_least
 
 
 class AE1SVM(Autoencoder):
-    """An autoencoder whose codes a one-class SVM, trained with it, holds apart from all else.
+    """An autoencoder trained with a one-class SVM, which separates its codes from everything else.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         svm_weight: lam, weight of the SVM.
         nu: share of the samples that may lie outside, above 0 and at most 1.
-        n_frequencies: R, random frequencies, of which each gives two features.
+        n_frequencies: R, number of random frequencies; each gives two features.
         bandwidth: sigma, standard deviation of the kernel in the space of codes.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        code_activation: applied to the code as well; with identity bandwidth should suit the scale that codes take.
+        code_activation: also applied to the code; with identity, bandwidth should suit the scale that codes take.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
             gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate.
@@ -98,19 +100,19 @@ class AE1SVM(Autoencoder):
         self.keep_started()
 
     def start_from(self, x: Tensor) -> None:
-        """Put w where nu = 1 has its optimum, at the mean of phi, and a share nu outside: (N, *input_shape)."""
+        """Start w at its optimum for nu = 1, the mean of phi, and rho with a share nu outside: (N, *input_shape)."""
         phi_NF = self.features(self.encode(x))
         self.w_F.copy_(phi_NF.mean(0))
         self.rho.copy_((phi_NF * at_least_float32(self.w_F)).sum(1).quantile(self.nu))
 
     def features(self, z_BD: Tensor) -> Tensor:
         """phi(z), of length 1, (B, D) -> (B, 2 R)."""
-        with torch.autocast(z_BD.device.type, enabled=False):  # a rounded angle may be another one
+        with torch.autocast(z_BD.device.type, enabled=False):  # rounding would change the angles
             angles_BR = at_least_float32(z_BD) @ at_least_float32(self.omega_DR)
         return torch.cat([angles_BR.cos(), angles_BR.sin()], 1) / math.sqrt(angles_BR.shape[1])
 
     def outside(self, z_BD: Tensor) -> Tensor:
-        """How far outside, rho - w'phi(z): (B, D) -> (B,)."""
+        """How far outside a code lies, rho - w'phi(z): (B, D) -> (B,)."""
         # not a matrix product, which autocast would round
         return at_least_float32(self.rho) - (self.features(z_BD) * at_least_float32(self.w_F)).sum(1)
 
@@ -122,5 +124,5 @@ class AE1SVM(Autoencoder):
         return {"loss": nll + self.svm_weight * svm, "nll": nll, "svm": svm}
 
     def score(self, x: Tensor) -> Tensor:
-        """How far outside of what is normal, rho - w'phi(z): (B, *input_shape) -> (B,)."""
+        """How far a sample lies outside the normal data, rho - w'phi(z): (B, *input_shape) -> (B,)."""
         return self.outside(self.encode(x))

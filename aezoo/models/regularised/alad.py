@@ -5,12 +5,12 @@
     L_xx = -log D_xx(x, G(E(x)))     L_zz = -log D_zz(z, E(G(z)))
     L_D = those of discriminators that take (x, E(x)), (x, x) and (z, z) for real and the other pairs for none
 
-in nats per sample: a BiGAN, by D_xz, of which D_xx and D_zz judge the cycles. alpha is 0 in the paper; reconstructions
-are less like their samples then. E and G are one player, the discriminators the other; no loss passes a gradient to the
-other's parameters. L is the value of `loss`, L_D the term `discriminator`: 6 log 2 where no pairs can be told apart.
+L, the value of `loss`, is in nats per sample; L_D is the term `discriminator`, 6 log 2 if no pairs can be told apart.
+D_xz makes this a BiGAN; D_xx and D_zz judge the cycles. alpha is 0 in the paper; reconstructions then resemble their
+samples less. E and G are one player, the discriminators the other; no loss passes a gradient to the other's parameters.
 
 The score is ||f(x, x) - f(x, G(E(x)))||_1, f the last hidden layer of D_xx. Features have mean 0 and variance 1 in each
-sample, in place of the paper's spectral and batch normalisation: without, D_xx would choose the scale of the score.
+sample, instead of the paper's spectral and batch normalisation; without any, D_xx would choose the scale of the score.
 
 Shapes: B batch, D code, F features.
 """
@@ -30,11 +30,11 @@ from aezoo.nets.linear import Linear
 
 
 class Judge(nn.Module):
-    """Features of mean 0 and variance 1 of each pair, and the log-odds that it is a real one: (B, F), (B, 1)."""
+    """Features of each pair, with mean 0 and variance 1, and the log-odds that the pair is real: (B, F), (B, 1)."""
 
     def __init__(self, body: nn.Module, n_features: int, lift: nn.Module) -> None:
         super().__init__()
-        self.body, self.lift = body, lift  # which brings the second to the shape of the first
+        self.body, self.lift = body, lift  # lift maps the second input to the shape of the first
         self.head = nn.Sequential(nn.LeakyReLU(0.2), Linear(n_features, 1))
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ class Judge(nn.Module):
 
 
 class ALAD(Autoencoder):
-    """A BiGAN that goes round; what its discriminator of cycles sees of a sample and of its reconstruction is compared.
+    """A BiGAN with cycles; the score compares features of a sample and its reconstruction in the cycle discriminator.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.

@@ -3,14 +3,15 @@
     L = E[-log p(x | g(z))] + lam log d^2(q(z), p(z))     z = f(x), p(z) = N(0, I)
     d^2 = E_v[ integral (sum_n N(t; v'z_n, c) / N - N(t; 0, 1 + c))^2 dt ]     |v| = 1, c = (4 / (3 N))^(2/5)
 
-in nats per sample: the codes and the prior, both blurred by a Gaussian of variance c (Silverman's rule) and projected
-on a line, have densities whose squared difference is averaged over all lines. It has a closed form:
+L is in nats per sample. The codes and the prior are blurred by a Gaussian of variance c (Silverman's rule) and
+projected onto a line. The squared difference of their densities is averaged over all lines. It has a closed form:
 
     2 sqrt(pi) d^2 = sum_nm phi(||z_n - z_m||^2 / 4 c) / N^2 c^1/2 + (1 + c)^-1/2
                      - 2 sum_n phi(||z_n||^2 / (2 + 4 c)) / N (c + 1/2)^1/2
     phi(s) = 1F1(1/2; D/2; -s) = E_v[exp(-s v_1^2)]     ~ (1 + 4 s / (2 D - 3))^-1/2 for D >= 20
 
-so nothing is drawn. The codes are those of the batch, over all ranks; c, and so the value, depends on how many.
+No random draws are therefore needed. The codes are those of the batch, over all ranks; c, and so the value, depends on
+their number.
 
 Shapes: B batch on this rank, N samples on all ranks, D code.
 """
@@ -25,12 +26,12 @@ from aezoo.divergences import squared_distances
 from aezoo.errors import AezooError
 from aezoo.models.regularised.wae_mmd import WAEMMD
 
-# where the integral turns into its asymptotic series: 16 nodes and 16 terms meet there to thirteen digits
+# where phi switches from the integral to its asymptotic series: 16 nodes and 16 terms agree there to thirteen digits
 _FAR, _TERMS = 30.0, 16
 
 
 def kummer(d: int) -> tuple[list[tuple[float, float]], list[float]]:
-    """What gives 1F1(1/2; d/2; -s) its values.
+    """The quadrature and the asymptotic series of 1F1(1/2; d/2; -s).
 
     Returns:
         nodes u = v_1^2 and weights of E[exp(-s u)], for small s.
@@ -48,7 +49,7 @@ def kummer(d: int) -> tuple[list[tuple[float, float]], list[float]]:
 
 
 class CWAE(WAEMMD):
-    """Deterministic codes that are held at a standard normal prior by their Cramer-Wold distance, in closed form.
+    """Deterministic codes, pulled towards a standard normal prior by their Cramer-Wold distance, in closed form.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -105,7 +106,7 @@ class CWAE(WAEMMD):
         self._quadrature, self._series = kummer(latent_dim)
 
     def phi(self, s: Tensor) -> Tensor:
-        """1F1(1/2; D/2; -s), elementwise, s at least 0; by its asymptotics for D of 20 and more."""
+        """1F1(1/2; D/2; -s), elementwise, for s of at least 0; for D of 20 and more, its asymptotic form."""
         d = self.code_shape[0]
         if d >= 20:
             return (1 + 4 * s / (2 * d - 3)).rsqrt()
@@ -118,7 +119,7 @@ class CWAE(WAEMMD):
         return torch.where(s < _FAR, integral, series * far.rsqrt())
 
     def distance(self, z_BD: Tensor) -> Tensor:
-        """d^2 between the codes of all ranks and the prior, the same on each: (B, D) -> ()."""
+        """d^2 between the codes of all ranks and the prior, equal on every rank: (B, D) -> ()."""
         z_ND = self.of_all_ranks(z_BD)
         c = (4 / (3 * len(z_ND))) ** 0.4
         within_B = self.phi(squared_distances(z_BD, z_ND) / (4 * c)).mean(1) / c**0.5
@@ -128,6 +129,6 @@ class CWAE(WAEMMD):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_BD = at_least_float32(self.encoder(x))
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
-        # rounding, or the asymptotics, may take what is nearly 0 below it
+        # rounding or the asymptotic form may make a value near 0 negative
         log_cw = torch.log(self.distance(z_BD).clamp(min=1e-8))
         return {"loss": nll + self.cw_weight * log_cw, "nll": nll, "log_cw": log_cw}

@@ -5,12 +5,13 @@
     E(z) = -log sum_k phi_k N(z | mu_k, Sigma_k)                                               (equation 6)
     phi_k, mu_k, Sigma_k: share, mean and covariance of the z_i of a batch, with weights gamma_i = softmax(MLN(z_i))
 
-in nats per sample; with the plain Gaussian likelihood -log p is the paper's squared error but for a constant. Batches
-are those of all ranks.
+L is in nats per sample. With the plain Gaussian likelihood, -log p is the paper's squared error up to a constant.
+Batches are those of all ranks.
 
-The score is the energy. In evaluation phi, mu and Sigma are those of about the last 20 training batches: let the
-learning rate end low (lr_schedule cosine), else the codes have moved on since. The diagonal of Sigma_k is raised by
-1e-6 and by its rounding. A root mean square below 1e-3 of a sample counts as 1e-3 in distance and cosine.
+The score is the energy. In evaluation, phi, mu and Sigma are those of about the last 20 training batches, so the
+learning rate should end low (lr_schedule cosine); otherwise the codes have moved since. The diagonal of Sigma_k is
+raised by 1e-6 and by its rounding. If a sample's root mean square is below 1e-3, it counts as 1e-3 in distance and
+cosine.
 
 Shapes: B batch, D bottleneck, Z = D + 2, K components.
 """
@@ -29,7 +30,7 @@ _JITTER, _LEAST_RMS, _MOMENTUM = 1e-6, 1e-3, 0.05
 
 
 class DAGMM(Autoencoder):
-    """An autoencoder whose codes and errors follow a mixture of Gaussians; what is unlikely under it is strange.
+    """An autoencoder whose codes and errors follow a mixture of Gaussians; samples unlikely under it are anomalous.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -38,7 +39,7 @@ class DAGMM(Autoencoder):
         energy_weight: lambda_1, weight of the energy.
         covariance_weight: lambda_2, weight of the inverse variances.
         estimation_dim: width of the hidden layer of MLN, which assigns samples to Gaussians.
-        dropout: share of that layer that is left out in training.
+        dropout: share of that layer's units that are dropped in training.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -95,13 +96,13 @@ class DAGMM(Autoencoder):
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
         hidden = (nn.Linear(z_dim, estimation_dim), nn.Tanh(), nn.Dropout(dropout))
         self.estimation = nn.Sequential(*hidden, nn.Linear(estimation_dim, n_components))
-        # next to no weight, so that the first training batch takes their place
+        # almost no weight, so that the first training batch replaces them
         self.register_buffer("phi_K", torch.full((n_components,), 1e-6 / n_components))
         self.register_buffer("mu_KZ", torch.zeros(n_components, z_dim))
         self.register_buffer("sigma_KZZ", torch.eye(z_dim).repeat(n_components, 1, 1))
 
     def features(self, z_c_BD: Tensor, x: Tensor, x_hat: Tensor) -> Tensor:
-        """z, the code beside how far off and how much alike sample and reconstruction are, (B, Z)."""
+        """z: the code, then the distance and the cosine between sample and reconstruction, (B, Z)."""
         x_BX, x_hat_BX = at_least_float32(x).flatten(1), at_least_float32(x_hat).flatten(1)
         least = _LEAST_RMS * math.sqrt(x_BX.shape[1])
         norm_B, norm_hat_B = (v_BX.norm(dim=1).clamp(min=least) for v_BX in (x_BX, x_hat_BX))
@@ -123,11 +124,11 @@ class DAGMM(Autoencoder):
         return -gaussians.mixture_log_density(z_BZ, phi_K, mu_KZ, sigma_KZZ, _JITTER)
 
     def remember(self, phi_K: Tensor, mu_KZ: Tensor, sigma_KZZ: Tensor) -> None:
-        """Pool a batch, of weight 1/20, with those before it."""
+        """Pool a batch, with weight 1/20, with those before it."""
         gaussians.pool_((self.phi_K, self.mu_KZ, self.sigma_KZZ), (phi_K, mu_KZ, sigma_KZZ), _MOMENTUM)
 
     def remembered(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What evaluation takes for shares, means and covariances."""
+        """The shares, means and covariances that evaluation uses."""
         return self.phi_K / self.phi_K.sum(), self.mu_KZ, self.sigma_KZZ
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

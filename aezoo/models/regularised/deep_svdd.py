@@ -4,16 +4,17 @@
     SVDD = 1/B sum_i d_i                                   one class (equation 4)     d_i = ||z_i - c||^2
     SVDD = R^2 + 1 / (nu B) sum_i max(0, d_i - R^2)        soft boundary (equation 3), nu > 0
 
-alpha = 0 is the paper's objective, whose weight decay is the optimiser's; a decoder trained with the encoder, in place
-of before it, keeps codes that tell samples apart.
+alpha = 0 gives the paper's objective, whose weight decay is the optimiser's. A decoder that is trained together with
+the encoder, not before it, keeps codes that tell samples apart.
 
-c is the mean of the codes that the first batch has before training (of all ranks; in the paper of all samples), entries
-near 0 moved to -0.1 or 0.1, and stays. f has no biases, nor what could stand in for them, such as places of tokens or
-activations that saturate at another value than 0: with these it could be the constant c (propositions 1 to 3). R is the
-1 - nu quantile of the distances of the batch before, of all ranks, as in the authors' code, and 0 before the first.
+c is the mean of the codes of the first batch before training (of all ranks; in the paper of all samples), with entries
+near 0 moved to -0.1 or 0.1. It stays fixed. f has no biases and nothing that could replace them, such as token
+positions or activations that saturate at a value other than 0: with these, f could be the constant c (propositions 1 to
+3). R is the 1 - nu quantile of the previous batch's distances over all ranks, as in the authors' code, and 0 before the
+first batch.
 
-The score is d - R^2, above 0 outside, with one class d. `aezoo detect --score deep_svdd` tunes a copy of any model's
-encoder that way after training.
+The score is d - R^2, which is above 0 outside; with one class it is d. After training, `aezoo detect --score deep_svdd`
+tunes a copy of any model's encoder in this way.
 
 Shapes: B batch, N samples of all ranks, D code.
 """
@@ -26,20 +27,21 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.limits import at_least
 
-# without places, gates or a last normalisation, and 0 at 0 without a value that they saturate at
+# without positions, gates or a last normalisation
 _NETS = ("mlp", "conv", "resnet", "convnext", "conv_keras", "unet", "gdn", "dc")
+# 0 at 0, without another value at which they saturate
 _ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "identity", "gated")
 _NEAR_0 = 0.1
 
 
 class DeepSVDD(Autoencoder):
-    """An autoencoder whose codes are drawn together around one point; what is coded far from there is strange.
+    """An autoencoder whose codes are pulled towards one point; samples whose codes are far from it are anomalous.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        nll_weight: alpha, weight of the reconstruction; without it the decoder stays as it is.
-        nu: share of the samples that may lie outside of a soft boundary, below 1; 0 has none, the one-class objective.
+        nll_weight: alpha, weight of the reconstruction; 0 leaves the decoder as it is.
+        nu: share of the samples that may lie outside of a soft boundary, below 1; 0 is the one-class objective.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn or dc.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, gelu, silu, identity or (mlp) gated, between layers.
@@ -101,7 +103,7 @@ class DeepSVDD(Autoencoder):
         self.keep_started()
 
     def start_from(self, x: Tensor) -> None:
-        """Put c where the mean of the samples' codes is, (N, *input_shape)."""
+        """Start c at the mean of the samples' codes, (N, *input_shape)."""
         mean_D = at_least_float32(self.encoder(x)).mean(0)
         away_D = torch.full_like(mean_D, _NEAR_0).copysign(mean_D)
         self.centre_D.copy_(torch.where(mean_D.abs() < _NEAR_0, away_D, mean_D))
@@ -112,7 +114,7 @@ class DeepSVDD(Autoencoder):
 
     @torch.no_grad()
     def remember(self, d_B: Tensor) -> None:
-        """Take the radius of a batch's squared distances, (B,), for the batch that follows."""
+        """Set the radius for the next batch from the squared distances of this one, (B,)."""
         self.radius.copy_(self.of_all_ranks(d_B).sqrt().quantile(1 - self.nu))
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

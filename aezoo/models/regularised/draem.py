@@ -1,17 +1,18 @@
 """DRAEM, a discriminatively trained reconstruction (Zavrtanik et al. 2021), https://arxiv.org/abs/2108.07610
 
-Learns to undo simulated anomalies, and to see where they were by comparing a sample with what became of it:
+Learns to undo simulated anomalies, and to locate them by comparing the damaged sample with its reconstruction:
 
     L = -log p(x | xhat) + w_ssim X (1 - SSIM(x, xhat)) + w_seg X mean_i -(1 - p_i)^2 log p_i
     xhat = g(f(x~))     x~ = (1 - M) x + M ((1 - b) x + b a)     b ~ U[0.1, 1]
-    p_i: what the segmentation, a U-Net of (x~, xhat), gives to what is true of pixel i, changed or not
+    p_i: probability that the segmentation, a U-Net of (x~, xhat), gives to the true state of pixel i, changed or not
 
-in nats per sample. With the Gaussian likelihood of variance 1/2 it is X times the authors' sum of means and a constant.
-M is where Perlin noise is above 1/2; half of the samples stay as they are. a, in the paper textures of other data, is a
-colour between the least and the largest value of the sample (the paper's homogeneous regions), or another sample of the
-batch, shifted. A pixel is changed where x~ is not x: black on black cannot be seen.
+L is in nats per sample. With the Gaussian likelihood of variance 1/2, it is X times the authors' sum of means, plus a
+constant. M is where Perlin noise is above 1/2; half of the samples stay as they are. In the paper, a is a texture of
+other data. Here it is a colour between the smallest and the largest value of the sample (the paper's homogeneous
+regions), or another sample of the batch, shifted. A pixel counts as changed if x~ is not x: black on black cannot be
+seen.
 
-`anomaly_map` is the probability that a pixel was changed, the score its largest mean under a window (section 3.3).
+`anomaly_map` is the probability that a pixel was changed; the score is its largest mean under a window (section 3.3).
 Shapes: B batch, C channels, H height, W width, X = C H W.
 """
 
@@ -32,7 +33,7 @@ from aezoo.nets.unet import UNet
 
 
 class DRAEM(Autoencoder):
-    """An autoencoder that repairs images, and a segmentation of what it had to repair.
+    """An autoencoder that repairs images, with a segmentation of the repaired parts.
 
     Args:
         input_shape: (C, H, W).
@@ -40,7 +41,7 @@ class DRAEM(Autoencoder):
         ssim_weight: w_ssim, weight of the structural similarity; 0 for data outside of [0, 1].
         segmentation_weight: w_seg, weight of the segmentation's focal loss.
         source: color or samples, what anomalies are made of.
-        window: pixels across the window of the score, odd; 21 for the paper's images of 256 x 256.
+        window: side of the score's window in pixels, odd; 21 for the paper's images of 256 x 256.
         segmentation_dims: channels of the segmentation's stages.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -108,7 +109,7 @@ class DRAEM(Autoencoder):
         return torch.where(mask, torch.lerp(x, a, 0.1 + 0.9 * opacity_B), x)
 
     def log_odds(self, x: Tensor, params: Tensor) -> Tensor:
-        """Of each pixel to be changed, by a sample and its reconstruction: (B, H, W)."""
+        """Log-odds that each pixel was changed, from a sample and its reconstruction: (B, H, W)."""
         both = torch.cat([x, self.likelihood.mean(params).to(x.dtype)], 1)
         return at_least_float32(self.segmentation(both)).squeeze(1)
 
@@ -133,9 +134,9 @@ class DRAEM(Autoencoder):
         return {"loss": loss, "nll": nll, "structure": structure, "segmentation": segmentation}
 
     def anomaly_map(self, x: Tensor) -> Tensor:
-        """Probability of each pixel to be an anomaly, (B, C, H, W) -> (B, H, W)."""
+        """The probability that each pixel is an anomaly, (B, C, H, W) -> (B, H, W)."""
         return self.log_odds(x, self.decoder(self.encode(x))).sigmoid()
 
     def score(self, x: Tensor) -> Tensor:
-        """Largest mean of `anomaly_map` under the window, (B, C, H, W) -> (B,)."""
+        """The largest mean of `anomaly_map` under the window, (B, C, H, W) -> (B,)."""
         return F.avg_pool2d(self.anomaly_map(x)[:, None], self.window, 1, self.window // 2).amax((1, 2, 3))

@@ -1,19 +1,19 @@
 """f-AnoGAN, fast unsupervised anomaly detection (Schlegl et al. 2019), https://doi.org/10.1016/j.media.2019.01.010
 
-A Wasserstein GAN learns what samples look like, an encoder to find a sample's code again (izi_f of the paper):
+A Wasserstein GAN learns what samples look like; an encoder learns to recover a sample's code (izi_f of the paper):
 
     L_E = -log p(x | xhat) + kappa X ||f(x) - f(xhat)||^2 / F     xhat = G(E(x)), f the input of D's last layer
     L_G = -E[D(G(z))] + alpha L_E     z ~ p(z) = N(0, I)
     L_D = E[D(G(z))] - E[D(x)] + lam E[(||dD(m)/dm|| - 1)^2]     m = a x + (1 - a) G(z), a ~ U[0, 1] for each sample
 
-L_E, the value of `loss` and, of a sample, the score, is in nats: squared errors are sums over the X values of a sample,
-those of F features means times X. With the Gaussian of variance 1/2 it is X times the paper's, a mean over both, and a
-constant. Each loss trains its own network alone; L_G and L_D, in units of D, are in `loss` by their gradients.
+L_E, in nats, is the value of `loss` and, for one sample, the score. Squared errors are sums over the X values of a
+sample; those of F features are means times X. With the Gaussian of variance 1/2, L_E is X times the paper's, a mean
+over both, plus a constant. Each loss trains its own network alone. `loss` has L_G and L_D, in units of D, only by
+their gradients.
 
-In the paper alpha is 0, and E learns after G and D, which takes five steps for each of G. Here all step at once, D at a
-higher rate: for alpha = 0 E moves neither of them, so that both are, weight for weight, those trained alone, and E
-follows a G that comes to rest as the learning rate falls. Reconstructions are less like their samples then. Shapes: B
-batch, D code, F features.
+In the paper alpha is 0, and E trains after G and D; D takes five steps per step of G. Here all step at once, D at a
+higher rate. For alpha = 0, E moves neither G nor D. Both are then, weight for weight, those trained alone, E follows a
+G that settles as the rate falls, and reconstructions resemble samples less. Shapes: B batch, D code, F features.
 """
 
 import math
@@ -31,7 +31,7 @@ from aezoo.nets.linear import Linear
 
 
 class Critic(nn.Module):
-    """Features of each sample, and how real it looks, of no bounds: (B, F), (B,)."""
+    """Features of each sample, and an unbounded score of how real it looks: (B, F), (B,)."""
 
     def __init__(self, body: nn.Module, n_features: int) -> None:
         super().__init__()
@@ -43,12 +43,12 @@ class Critic(nn.Module):
 
 
 class FAnoGAN(Autoencoder):
-    """A Wasserstein GAN and an encoder for it; what the two do not give back, and the critic misses, is strange.
+    """A Wasserstein GAN with an encoder; samples with large errors in data and critic features are anomalous.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        generator_weight: alpha, how much of the encoder's loss the generator descends on as well; 0 in the paper.
+        generator_weight: alpha, weight of the encoder's loss in the generator's; 0 in the paper.
         feature_weight: kappa, weight of the critic's features.
         penalty_weight: lam, weight of the critic's gradient penalty.
         discriminator_dims: widths or channels of the critic, the last is F. Empty: hidden_dims, or 64.
@@ -104,7 +104,7 @@ class FAnoGAN(Autoencoder):
         return two_groups(self, betas=(0.0, 0.9), both=True)  # those of the authors' code
 
     def generate(self, e_BD: Tensor) -> Tensor:
-        """decoder(e), whose weights get alpha times their gradient, (B, D) -> (B, *input_shape)."""
+        """decoder(e), with the gradient of its weights multiplied by alpha, (B, D) -> (B, *input_shape)."""
         alpha, named = self.generator_weight, self.decoder.named_parameters()
         return functional_call(self.decoder, {name: p.detach() + alpha * (p - p.detach()) for name, p in named}, e_BD)
 
@@ -113,12 +113,12 @@ class FAnoGAN(Autoencoder):
         return math.prod(self.input_shape) * at_least_float32(f_BF - f_hat_BF).square().mean(1)
 
     def penalty(self, x: Tensor, made: Tensor) -> Tensor:
-        """(||dD(m)/dm|| - 1)^2 somewhere between two samples, (B, *input_shape), (B, *input_shape) -> (B,)."""
+        """(||dD(m)/dm|| - 1)^2 at a random point between two samples, (B, *input_shape), (B, *input_shape) -> (B,)."""
         share_B = torch.rand(len(x), device=x.device, dtype=x.dtype)
         mixed = torch.lerp(made, x, share_B.view(-1, *[1] * (x.ndim - 1)))
         t_B, pullback, *_ = vjp(lambda m: self.discriminator(m)[1], mixed)
         slope = at_least_float32(pullback(torch.ones_like(t_B))[0]).flatten(1)
-        # where D is flat the norm has no gradient
+        # the norm has no gradient where D is flat
         return (slope.square().sum(1).clamp(min=1e-24).sqrt() - 1).square()
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class FAnoGAN(Autoencoder):
         f_BF, t_B = self.discriminator(torch.cat([x, made.detach()]))
         critic = t_B[len(x) :].mean() - t_B[: len(x)].mean()
         penalty = self.penalty(x, made.detach()).mean()
-        # to the others the critic is a constant
+        # the critic is a constant for the other networks
         f_hat_BF, t_hat_B = frozen(self.discriminator, torch.cat([self.likelihood.mean(params).to(x.dtype), made]))
         adversarial = -t_hat_B[len(x) :].mean()
         nll, features = self.nll(params, x).mean(), self.missed(f_BF[: len(x)].detach(), f_hat_BF[: len(x)]).mean()

@@ -4,17 +4,17 @@
     z = G_E(x)     xhat = G_D(z)     zhat = E(xhat)
     L_D = -log D(x) - log(1 - D(xhat))              f the last hidden layer of D
 
-in nats per sample. With the Laplace likelihood -log p is ||x - xhat||_1 and a constant. The authors' code has means
-over values where norms stand here, and weights 50, 1, 1: L_G is X / 50 times that, so w_adv = w_enc = 1/50 are theirs.
-The F numbers of f have mean 0 and variance 1, in place of batch normalisation: with neither, the discriminator chooses
-the scale of the second term.
+L_G is in nats per sample. With the Laplace likelihood, -log p is ||x - xhat||_1 plus a constant. The authors' code uses
+means over values instead of norms, and weights 50, 1, 1. L_G is X / 50 times theirs, so w_adv = w_enc = 1/50 are their
+weights. The F features of f have mean 0 and variance 1, instead of batch normalisation; with neither, the discriminator
+would choose the scale of the second term.
 
-The players are the generator, G_E, G_D and E, and the discriminator D; no loss passes a gradient to the other's
-parameters. L_G is the value of `loss`, L_D the term `discriminator`: 2 log 2 where the two kinds cannot be told apart.
+The players are the generator (G_E, G_D and E) and the discriminator D; no loss passes a gradient to the other's
+parameters. L_G is the value of `loss`, L_D the term `discriminator`: 2 log 2 if the two kinds cannot be told apart.
 
-The score is ||z - zhat||^2 / D, as in the authors' code (the paper writes the 1-norm), of a sample by itself: scaled to
-[0, 1] by the least and the largest of a test set, as there, it would depend on the other samples, and no threshold
-would hold for more of them. On industrial photographs frozen features are far ahead, see `aezoo detect --features`.
+The score is ||z - zhat||^2 / D, as in the authors' code (the paper writes the 1-norm), of each sample by itself. They
+also scale it to [0, 1] by the extremes of a test set; it would then depend on the other samples, and no threshold would
+hold for new ones. On industrial photographs frozen features are far ahead, see `aezoo detect --features`.
 
 Shapes: B batch, X data dimensions, D code, F features.
 """
@@ -33,7 +33,7 @@ from aezoo.nets.adversarial import check_discriminator, frozen, gradient_alone, 
 
 
 class Discriminator(nn.Module):
-    """Features of mean 0 and variance 1 for each sample, and the log-odds that it is real: (B, F), (B, 1)."""
+    """Features of each sample, with mean 0 and variance 1, and the log-odds that it is real: (B, F), (B, 1)."""
 
     def __init__(self, body: nn.Module, n_features: int) -> None:
         super().__init__()
@@ -46,13 +46,13 @@ class Discriminator(nn.Module):
 
 
 class GANomaly(Autoencoder):
-    """Encoder, decoder and a second encoder; what the second one does not find again in the output is strange.
+    """An autoencoder with a second encoder; samples whose code that encoder does not recover are anomalous.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         adv_weight: weight of the discriminator's features.
-        enc_weight: weight of the codes' distance.
+        enc_weight: weight of the distance between codes.
         discriminator_dims: widths of the discriminator's hidden layers (mlp) or channels of its stages, the last one
             the number of its features. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.999 unless optimizer sets them.
@@ -128,7 +128,7 @@ class GANomaly(Autoencoder):
         t_real, t_fake = t.chunk(2)
         discriminator = F.softplus(-t_real).mean() + F.softplus(t_fake).mean()
 
-        # for the generator's step, to which the discriminator is a constant
+        # for the generator's step, which treats the discriminator as a constant
         f_hat_BF, _ = frozen(self.discriminator, x_hat)
         f_BF = both[: len(x)].detach()
         nll = self.nll(params, x).mean()

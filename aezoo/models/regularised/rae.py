@@ -3,16 +3,16 @@
     L = E[-log p(x | g(z))] + beta 1/2 ||z||^2 + lam R     z = f(x)     (section 3)
     R = ||theta_g||^2 (l2), ||dg/dz||_F^2 (gp), or 0
 
-in nats per sample: a VAE's noise, which makes its decoder smooth, is replaced by a regulariser of the decoder. With sn
-there is no term: each weight W of the decoder is divided by its largest singular value (Miyato et al. 2018,
-https://arxiv.org/abs/1802.05957), of a convolution that of its kernel as a matrix. The singular vector is found anew
-after every step, from where it was; that of before the step, as in `torch.nn.utils`, left 1.16 in a run on MNIST.
+L is in nats per sample. A regulariser of the decoder replaces a VAE's noise, which makes its decoder smooth. With sn
+there is no term R: each weight W of the decoder is divided by its largest singular value (Miyato et al. 2018,
+https://arxiv.org/abs/1802.05957); for a convolution, by that of its kernel as a matrix. The singular vector is updated
+after every step, from its last value; that from before the step, as in `torch.nn.utils`, left 1.16 in a run on MNIST.
 
-gp is the Jacobian of the reconstruction, ||W||_F^2 for a linear decoder, estimated as E ||J' v||^2, v ~ N(0, I), by one
-draw for each sample (Hutchinson 1989, https://doi.org/10.1080/03610918908812806). The authors' code takes the gradient
-of the sum of g^2, which is 2 J' g.
+gp uses the Jacobian J of the reconstruction; for a linear decoder it is ||W||_F^2. It is estimated as E ||J' v||^2,
+v ~ N(0, I), by one draw for each sample (Hutchinson 1989, https://doi.org/10.1080/03610918908812806). The authors' code
+takes the gradient of the sum of g^2, which is 2 J' g.
 
-There is no prior: one is fitted to the codes after training, `aezoo generate --prior gmm` (section 4).
+There is no prior. `aezoo generate --prior gmm` fits one to the codes after training (section 4).
 
 Shapes: B batch, D code; O outputs and I inputs of a layer, K vectors.
 """
@@ -52,8 +52,8 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def search(self, weight: Tensor) -> None:
-        """Find v in the Krylov space that starts at the last one."""
-        # weights that have diverged are for others to report; the square of 1e15 can still be added up
+        """Find v in the Krylov space that starts at the last v."""
+        # diverged weights are reported elsewhere; squares of 1e15 can still be summed
         W_OI = at_least_float32(weight).flatten(1).nan_to_num().clamp(-1e15, 1e15)
         space = [at_least_float32(self.v_I)]
         for _ in range(_PRODUCTS):
@@ -63,7 +63,7 @@ class SpectralNorm(nn.Module):
 
 
 class RAE(Constrained, Autoencoder):
-    """Deterministic codes near 0 and a decoder that is smooth, so that codes can be drawn from a density fitted later.
+    """Deterministic codes near 0 and a smooth decoder, so that codes can be drawn from a density fitted later.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.

@@ -3,10 +3,10 @@
     L = E[-log p(x | g(z))] + lam SW(q(z), p(z))     z = f(x), p(z) = N(0, I)
     SW = E_v[ W(v'z, v'p) ]     |v| = 1, p ~ p(z)     W = 1/N sum_n ((v'z)_(n) - (v'p)_(n))^2
 
-in nats per sample. On a line the squared 2-Wasserstein distance of two sets pairs the n-th smallest of one with the
-n-th smallest of the other; SW is its mean over random directions v (algorithm 1). Between N(m, I) and N(0, I) it is
-||m||^2 / D. Codes are those of the batch, over all ranks, against as many draws from the prior, in the same directions
-on every rank; the distance of two finite sets of one distribution is above 0, and falls with N.
+L is in nats per sample. On a line, the squared 2-Wasserstein distance of two sets pairs the n-th smallest of one with
+the n-th smallest of the other. SW is its mean over random directions v (algorithm 1). Between N(m, I) and N(0, I) it is
+||m||^2 / D. The codes are those of the batch, over all ranks. They are compared with as many draws from the prior, in
+the same directions on every rank. The distance of two finite sets of one distribution is above 0 and falls with N.
 
 Shapes: B batch on this rank, N samples on all ranks, D code, V directions.
 """
@@ -23,7 +23,7 @@ from aezoo.models.regularised.wae_mmd import WAEMMD
 
 
 class SWAE(WAEMMD):
-    """Deterministic codes that are held at a standard normal prior by their Wasserstein distance along random lines.
+    """Deterministic codes, pulled towards a standard normal prior by their Wasserstein distance along random lines.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -83,7 +83,7 @@ class SWAE(WAEMMD):
         self.sw_weight, self.n_projections = sw_weight, n_projections
 
     def sliced_wasserstein(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
-        """SW between the codes and draws from the prior, over all ranks, the same on each: (B, D), (B, D) -> ()."""
+        """SW between the codes and draws from the prior, over all ranks, equal on each: (B, D), (B, D) -> ()."""
         v_VD = torch.randn(self.n_projections, z_BD.shape[1], device=z_BD.device, dtype=z_BD.dtype)
         v_VD = normalize(self.of_all_ranks(v_VD)[: self.n_projections])  # those of the first rank
         z_ND, prior_ND = self.of_all_ranks(z_BD), self.of_all_ranks(prior_BD)

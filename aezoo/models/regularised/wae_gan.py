@@ -3,12 +3,13 @@
     L = E[-log p(x | g(z))] - lam E[log D(z)]     z = f(x), or z ~ N(mu(x), diag sigma(x)^2)
     L_D = -E[log D(p)] - E[log(1 - D(z))]     p ~ p(z) = N(0, I), D = sigmoid(t)     (algorithm 1)
 
-in nats per sample: the discriminator D tells codes from draws from the prior, and the encoder makes codes that it takes
-for such draws. Where the two have one distribution the best D is 1/2 everywhere, L_D is 2 log 2 and -log D(z) is log 2.
+L is in nats per sample. The discriminator D tells codes from draws from the prior, and the encoder makes codes that D
+takes for such draws. If both have one distribution, the best D is 1/2 everywhere, L_D is 2 log 2
+and -log D(z) is log 2.
 
-Each of the two losses trains its own parameters alone, and both players step at once. L is the value of `loss`,
--E[log D(z)] the term `adversarial`, L_D the term `discriminator`. With likelihood gaussian -log p is the squared error
-of the paper and a constant.
+Each loss trains only its own parameters, and both players step at once. L is the value of `loss`, -E[log D(z)] the term
+`adversarial` and L_D the term `discriminator`. With likelihood gaussian, -log p is the paper's squared error plus a
+constant.
 
 Shapes: B batch, D code.
 """
@@ -33,8 +34,8 @@ class WAEGAN(Autoencoder):
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        adversarial_weight: lam, weight of what the discriminator makes of the codes.
-        gaussian_posterior: codes are drawn from N(mu(x), diag sigma(x)^2) in training, in place of z = f(x).
+        adversarial_weight: lam, weight of the adversarial loss on the codes.
+        gaussian_posterior: draw codes from N(mu(x), diag sigma(x)^2) in training, instead of z = f(x).
         discriminator_dims: widths of the discriminator's hidden layers, four of 512 in the paper.
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.999 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
@@ -103,7 +104,7 @@ class WAEGAN(Autoencoder):
         return mu_BD
 
     def draw(self, x: Tensor) -> Tensor:
-        """A code of each sample, drawn where there is a posterior, (B, *input_shape) -> (B, D)."""
+        """A code of each sample, drawn from the posterior if there is one, (B, *input_shape) -> (B, D)."""
         z_BD = at_least_float32(self.encoder(x))
         if not self.gaussian_posterior:
             return z_BD
@@ -113,7 +114,7 @@ class WAEGAN(Autoencoder):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_BD = self.draw(x)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
-        # the encoder's step sees the discriminator as a constant, the discriminator's step the codes
+        # the discriminator is constant in the encoder's step, the codes are constant in the discriminator's step
         t_z = at_least_float32(frozen(self.discriminator, z_BD.to(x.dtype)))
         adversarial = F.softplus(-t_z).mean()
         codes = torch.cat([torch.randn_like(z_BD), z_BD.detach()])

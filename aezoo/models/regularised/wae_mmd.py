@@ -4,13 +4,13 @@
     MMD = E[k(z, z')] + E[k(p, p')] - 2 E[k(z, p)]     z, z' ~ q(z), p, p' ~ p(z)
     k(a, b) = sum_s C / (C + ||a - b||^2) or sum_s exp(-||a - b||^2 / C)     C = 2 D s
 
-in nats per sample: codes are not noisy, and only all of them together are held at the prior. With likelihood gaussian
--log p is the squared error of the paper and a constant; 2 D is the expected squared distance of two draws from the
-prior, and the seven scales s are those of the authors' code, https://github.com/tolstikhin/wae.
+L is in nats per sample. Codes have no noise; only their distribution as a whole is pulled towards the prior. With
+likelihood gaussian, -log p is the paper's squared error plus a constant. 2 D is the expected squared distance of two
+draws from the prior, and the seven scales s are those of the authors' code, https://github.com/tolstikhin/wae.
 
 The MMD is taken between the codes of the batch, over all ranks, and as many draws from the prior, see
-`aezoo.divergences.mmd`: the U-statistic, as in algorithm 2, without the pairs of a sample with itself, so that it may
-be negative; or, with `unbiased` off, the V-statistic, which is not.
+`aezoo.divergences.mmd`. It is the U-statistic, as in algorithm 2, without the pairs of a sample with itself, so it may
+be negative. With `unbiased` off, it is the V-statistic, which is never negative.
 
 Shapes: B batch on this rank, N samples on all ranks, D code.
 """
@@ -28,15 +28,15 @@ KERNELS = ("inverse_multiquadratic", "rbf")
 
 
 class WAEMMD(Autoencoder):
-    """Deterministic codes that are held at a standard normal prior, all together, by their maximum mean discrepancy.
+    """Deterministic codes, pulled as a whole towards a standard normal prior by their maximum mean discrepancy.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         mmd_weight: lam, weight of the distance between all codes and the prior.
         kernel: inverse_multiquadratic or rbf.
-        kernel_scales: s, widths of the kernels that are added up, in squared units of the distance between two draws.
-        unbiased: take the U-statistic; off, the V-statistic.
+        kernel_scales: s, widths of the summed kernels, in units of the expected squared distance between two draws.
+        unbiased: use the U-statistic; off uses the V-statistic.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -103,7 +103,7 @@ class WAEMMD(Autoencoder):
         return torch.stack([c / (c + squared) for c in widths]).sum(0)
 
     def mmd(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
-        """MMD between the codes and draws from the prior, (B, D), (B, D) -> (); its mean over ranks is that of all."""
+        """MMD between codes and draws from the prior, (B, D), (B, D) -> (); its mean over ranks is the MMD of all."""
         return divergences.mmd(z_BD, prior_BD, self.k, of_all_ranks=self.of_all_ranks, unbiased=self.unbiased)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

@@ -11,16 +11,16 @@ from aezoo.hub_files import on_disk
 
 
 def teacher_path(teacher: str) -> str:
-    """The value of `teacher` to store: none, or a path, absolute for a file in the working directory.
+    """The value of `teacher` to store: none or a path, made absolute for a file in the working directory.
 
     Raises:
-        AezooError: neither of them.
+        AezooError: the value is neither of them.
     """
     teacher = str(teacher)
     if teacher != "none" and len(Path(teacher).parts) < 2:
         if not teacher or not Path(teacher).exists():
             raise AezooError(f"teacher takes none or the path of a model of the zoo, got {teacher!r}")
-        teacher = str(Path(teacher).absolute())  # still a path where there is no such file
+        teacher = str(Path(teacher).absolute())  # still a path if there is no such file
     return teacher
 
 
@@ -38,7 +38,7 @@ class Taught(Autoencoder):
     fitted_by: ClassVar[str]
 
     teacher: str
-    # in a tuple, which keeps it from the state_dict, the optimiser, train() and the exchange between ranks
+    # in a tuple, which keeps it out of the state_dict, the optimiser, train() and the exchange between ranks
     frozen: tuple[Autoencoder, ...] = ()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
@@ -52,7 +52,7 @@ class Taught(Autoencoder):
             self.taught_by()
 
     def taught_by(self) -> Autoencoder:
-        """The teacher, loaded from its file at the first call: not in the constructor, so a model loads without it.
+        """The teacher, loaded from its file at the first call, not in the constructor, so a model loads without it.
 
         Raises:
             AezooError: there is no such model, or it does not fit the data or the code.

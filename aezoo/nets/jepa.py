@@ -1,7 +1,7 @@
 """Prediction of representations (I-JEPA, Assran et al. 2023), https://arxiv.org/abs/2301.08243
 
-Masks of a context and of blocks that it leaves out, a network that follows another one, and a predictor between them.
-All shapes are independent of the masks: `vit.look` ignores what is not seen.
+Contains masks of a context and of target blocks outside it, a network that follows another one, and a predictor. All
+shapes are independent of the masks: `vit.look` ignores patches that are not seen.
 
 Shapes: B batch, N patches, D width of a token, K blocks, S patches along a side.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aezoo.nets import vit
 from aezoo.nets.linear import Linear
 
-# share of the grid, and aspect as a multiple of the grid's own
+# share of the grid, and aspect ratio as a multiple of the grid's
 _TARGET, _TARGET_ASPECT = (0.15, 0.2), (0.75, 1.5)
 _CONTEXT, _CONTEXT_ASPECT = (0.85, 1.0), (1.0, 1.0)
 
@@ -22,10 +22,10 @@ Range = tuple[float, float]
 
 
 def blocks(u_BK4: Tensor, grid: tuple[int, ...], share: Range, aspect: Range) -> Tensor:
-    """Rectangles of a grid as masks, from uniform noise for share, aspect, row and column: (B, K, 4) -> (B, K, N).
+    """Rectangular masks of a grid, from uniform noise for share, aspect, row and column: (B, K, 4) -> (B, K, N).
 
-    Share and aspect are independent, as in the paper; the authors' code draws both from one number, and no block of it
-    reaches the last row or column.
+    Share and aspect are independent, as in the paper. The authors' code draws both from one number, and none of its
+    blocks reaches the last row or column.
     """
     share_BK, aspect_BK = (low + (high - low) * u_BK4[..., i] for i, (low, high) in enumerate((share, aspect)))
     lines = []
@@ -40,8 +40,8 @@ def blocks(u_BK4: Tensor, grid: tuple[int, ...], share: Range, aspect: Range) ->
 def masks(u_BL4: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """The context, the target blocks, and which blocks count: (B, K + 1, 4) -> (B, N), (B, K, N), (B, K).
 
-    The context contains no patch of a block that counts. On a coarse grid the blocks may cover the whole context: then
-    the last ones do not count. The first one alone is smaller than the context on any grid of two patches or more.
+    The context contains no patch of a block that counts. On a coarse grid, the blocks may cover the whole context; then
+    the last ones do not count. The first block alone is smaller than the context on any grid of two patches or more.
     """
     asked_BKN = blocks(u_BL4[:, 1:], grid, _TARGET, _TARGET_ASPECT)
     context_B1N = blocks(u_BL4[:, :1], grid, _CONTEXT, _CONTEXT_ASPECT)
@@ -69,7 +69,7 @@ class Follower(nn.Module):
 
     @torch.no_grad()
     def follow(self, leader: nn.Module, rate: Tensor) -> None:
-        """Move the weights by this share of the difference, ()."""
+        """Move the weights towards the leader's by a share, `rate`, of the difference, ()."""
         named = dict(leader.named_parameters())
         own = [self.net.get_buffer(name) for name in named]
         ahead = torch._foreach_sub([*named.values()], own)
@@ -86,8 +86,8 @@ class Predictor(nn.Module):
 
     Args:
         grid: patches along each side.
-        dims: width of the encoder's tokens, and its own.
-        depth: blocks.
+        dims: width of the encoder's tokens and of the predictor's own.
+        depth: number of blocks.
         act: an activation's name.
     """
 
@@ -98,7 +98,7 @@ class Predictor(nn.Module):
         self.blocks, self.out = vit.blocks((dims[1],) * depth, act), Linear(dims[1], dims[0])
 
     def forward(self, tokens_BND: Tensor, seen_BN: Tensor, asked_BKN: Tensor) -> Tensor:
-        """Codes of each block's places from tokens that are seen: (B, N, D), (B, N), (B, K, N) -> (B, K, N, D)."""
+        """Codes at each block's positions from the seen tokens: (B, N, D), (B, N), (B, K, N) -> (B, K, N, D)."""
         given_BKND = torch.where(asked_BKN[..., None], self.mask_token, self.embed(tokens_BND)[:, None])
         here_AN = (seen_BN[:, None] | asked_BKN).flatten(0, 1)
         found_AND = self.out(vit.look(self.blocks, self.positions(given_BKND.flatten(0, 1)), here_AN))

@@ -1,19 +1,22 @@
 """I-JEPA, image-based joint-embedding predictive architecture (Assran et al. 2023), https://arxiv.org/abs/2301.08243
 
-From what an encoder f sees of an image, a context C of patches, a narrow predictor g tells the codes that the target
-encoder f' gives the patches of K blocks T_k, which C leaves out, of the whole image; f' follows f as a moving average:
+An encoder f sees a context C, some patches of an image. A narrow predictor g predicts the codes of K target blocks T_k,
+which C leaves out. These codes come from the target encoder f', which sees the whole image and follows f as a moving
+average:
 
     L = N/K sum_k 1/|T_k| sum_{i in T_k} sum_d l(g_i(f(x_C), T_k)_d - s_id) - log p(x | h(sg f'(x)))    s = norm(f'(x))
     f' <- m f' + (1 - m) f before each step, m from 0.996 to 1
 
-l is the smooth L1 of the authors' code, where the paper says L2, norm its normalisation of each code without weights.
-L is N D times their mean over patches and features, so that it is a sum over the code as nll is one over the data. The
-decoder h is ours, a probe of what a code tells: its gradient ends at the code, and nothing of pixels reaches f.
+l is the smooth L1 of the authors' code, where the paper says L2; norm is that code's normalisation of each patch's
+code, without weights. L is N D times their mean over patches and features, so that it is a sum over the code, as nll is
+a sum over the data. The decoder h is our addition, a probe of what a code contains: its gradient stops at the code, so
+no gradient from pixels reaches f.
 
-Blocks are drawn for each sample on the device, each with a size of its own: of the grid the share 0.15 to 0.2 for T_k,
-their aspect 0.75 to 1.5 times the grid's, and 0.85 to 1 of its aspect for C, rounded to patches. The code has one size
-for a batch and cuts masks to the smallest; here attention leaves out what is not seen, which keeps shapes whatever the
-masks. On a coarse grid T_k that would leave nothing of C are not asked for. Codes are those of f', as in the paper.
+Blocks are drawn on the device for each sample, each with its own size. T_k covers a share of 0.15 to 0.2 of the grid,
+with an aspect ratio of 0.75 to 1.5 times the grid's; C covers 0.85 to 1, with the grid's aspect ratio. Sizes are
+rounded to patches. The authors' code has one size per batch and cuts masks to the smallest; here attention ignores
+unseen patches, so shapes do not depend on the masks. On a coarse grid, blocks T_k that would leave nothing of C are not
+predicted. Codes are those of f', as in the paper.
 
 Shapes: B batch, N patches, D width of a token, K blocks.
 """
@@ -32,20 +35,20 @@ from aezoo.nets import jepa, vit
 from aezoo.nets.linear import Linear
 from aezoo.optimizers import known_steps
 
-# each is a pass of the predictor
+# each takes a pass of the predictor
 _MOST_TARGETS = 64
 
 
 class IJEPA(Autoencoder):
-    """A vision transformer that predicts codes of what it does not see, with a decoder beside it.
+    """A vision transformer that predicts the codes of patches it does not see, with a decoder as a probe.
 
     Args:
         input_shape: (C, H, W), any size of at least two patches.
-        n_targets: K, blocks to predict.
+        n_targets: K, number of blocks to predict.
         momentum: m of the target encoder at the start.
-        momentum_steps: optimiser steps over which m rises to 1; 0 for those of the run, where they are known.
+        momentum_steps: optimiser steps over which m rises to 1; 0 takes those of the run, if they are known.
         patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
-        width: D, size of a token; the code has one for each patch, the target encoder's.
+        width: D, size of a token; the code has one token of the target encoder for each patch.
         depth: blocks of the encoder.
         predictor_width: size of the predictor's tokens.
         predictor_depth: blocks of the predictor.
@@ -114,14 +117,14 @@ class IJEPA(Autoencoder):
         self.decoder = nn.Sequential(*layers, vit.Unpatchify(patchify))
 
     def momentum_now(self) -> Tensor:
-        """What a weight of f' keeps of itself at the present step, ()."""
+        """The momentum m at the current step, ()."""
         steps = self.momentum_steps or (math.inf if self._trainer is None else known_steps(self._trainer))
         return 1 - (1 - self.momentum) * (1 - self.share_of_steps(steps))
 
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         before = self.steps.clone()
         x, y = super().begin_step(batch, batch_idx)
-        # once where several batches make a step
+        # once per optimiser step, even if several batches make a step
         self.encoder.follow(self.context, (1 - self.momentum_now()) * (self.steps != before))
         return x, y
 

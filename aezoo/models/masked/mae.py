@@ -1,14 +1,14 @@
 """Masked autoencoder (He et al. 2021), https://arxiv.org/abs/2111.06377
 
-The encoder sees the visible patches V alone, a light decoder those and mask tokens; the loss is of the masked ones, M:
+The encoder sees only the visible patches V, a light decoder also mask tokens; the loss covers the masked patches, M:
 
     L = N/|M| sum_{i in M} -log p(x_i | g_i(f(x_V)))     |M| = floor(ratio N), drawn anew for each sample
 
-in nats per sample: N/|M| makes L the mean over masks of a sum over all patches, whatever the ratio. The Gaussian of
-variance 1/2 is the paper's squared error. With norm_pix x_i is a patch less its mean, over its unbiased deviation;
-a head estimates both for masked patches, by a squared error of its own (`scale`) whose gradient ends there. The code is
-of the whole sample, a token for each patch. Visible places are not trained: decode hides a part of the tokens at a
-time and takes each patch from where it was hidden, score hides patches likewise from the encoder.
+L is in nats per sample: N/|M| makes it the mean over masks of a sum over all patches, whatever the ratio. The Gaussian
+of variance 1/2 gives the paper's squared error. With norm_pix, x_i is a patch minus its mean, divided by its unbiased
+deviation. A head estimates both for masked patches, with its own squared error (`scale`), whose gradient stops there.
+The code covers the whole sample, with a token for each patch. Visible places are not trained, so decode hides a part of
+the tokens at a time and takes each patch from where it was hidden. score likewise hides patches from the encoder.
 
 Shapes: B batch, N patches, P values in a patch, D width of a token, V visible patches, K hidden parts.
 """
@@ -43,7 +43,7 @@ class LightDecoder(nn.Module):
         self.register_buffer("orders_KN", vit.fixed_orders(patchify.n, masked), persistent=False)
 
     def hidden(self, visible_BVD: Tensor, order_BN: Tensor) -> Tensor:
-        """Features of all places from the tokens of the first V of an order, (B, V, D), (B, N) -> (B, N, D')."""
+        """Features of all places from the tokens of the first V places of an order, (B, V, D), (B, N) -> (B, N, D')."""
         tokens_BVD = self.embed(visible_BVD)
         mask_BMD = self.mask_token.expand(tokens_BVD.shape[0], self.masked, -1).to(tokens_BVD)
         tokens_BND = vit.unshuffle(torch.cat([tokens_BVD, mask_BMD], dim=1), order_BN)
@@ -60,13 +60,13 @@ class LightDecoder(nn.Module):
 
 
 class MAE(Autoencoder):
-    """A vision transformer that fills in the larger part of a sample.
+    """A vision transformer that predicts the larger, masked part of a sample.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size of at least two patches.
         mask_ratio: share of the patches that are masked.
         patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
-        norm_pix: targets are each patch's values less their mean, divided by their standard deviation.
+        norm_pix: targets are each patch's values minus their mean, divided by their standard deviation.
         width: D, size of a token; the code has one for each patch.
         depth: blocks of the encoder.
         decoder_width: size of the decoder's tokens.
@@ -123,7 +123,7 @@ class MAE(Autoencoder):
         self.decoder = LightDecoder(patchify, self.masked, (width, decoder_width), decoder_depth, activation, norm_pix)
 
     def terms(self, x: Tensor, hidden_BND: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p of each value of the patches, and the squared error of each one's scale: (B, N, P), (B, N, 2)."""
+        """-log p of each value of the patches, and the squared errors of each patch's scale: (B, N, P), (B, N, 2)."""
         real_NP, x_BNP = self.decoder.patchify.real_NP, at_least_float32(self.decoder.patchify(x))
         scale_BN2 = torch.zeros_like(x_BNP[..., :1])
         if self.decoder.scale is not None:
@@ -142,7 +142,7 @@ class MAE(Autoencoder):
         return {"loss": nll + scale, "nll": nll} | ({"scale": scale} if self.norm_pix else {})
 
     def score(self, x: Tensor) -> Tensor:
-        """-log p of each patch in nats where it is hidden from the encoder too, summed, (B, *input_shape) -> (B,)."""
+        """-log p in nats, summed over patches, each while hidden from the encoder: (B, *input_shape) -> (B,)."""
         embed, blocks, _ = self.encoder.children()
         visible_BKVD, order_BKN = vit.hide(embed(x), self.decoder.orders_KN, self.masked)
         hidden_BKND = self.decoder.hidden(blocks(visible_BKVD), order_BKN)

@@ -1,17 +1,18 @@
 """MAETok, masked autoencoders as tokenizers (Chen et al. 2025), https://arxiv.org/abs/2502.03444
 
-A plain autoencoder whose code is a row of N tokens without a grid, as that of titok but not quantised: in training a
-mask token stands for each patch in M, and a second, shallow decoder tells what is seen there, by its gradients' HOG:
+A plain autoencoder whose code is a sequence of N tokens without a grid, like that of titok but not quantised. In
+training, a mask token replaces each patch in M, and a second, shallow decoder predicts the histogram of oriented
+gradients (HOG) of the masked patches:
 
     z = f(x with mask tokens at M, l)    L = -log p(x | g(z)) + w P/|M| sum_{i in M} |h_i(z) - HOG_i(x)|^2
 
-|M| = ceil(r P) with r uniform in 0.4 to 0.6 for each sample; codes, reconstructions and evaluation have no mask, where
-the second term is of all patches. P/|M| makes it a sum over patches, whatever r. The histogram of oriented gradients
-(Dalal & Triggs 2005) of a patch has 9 directions without sign, each pixel weighing as much as its gradient, that of the
-channel where it is largest, and length 1: scikit-image's, with one cell a block, whatever the size of a patch.
+|M| = ceil(r P), with r uniform in 0.4 to 0.6 for each sample. Codes, reconstructions and evaluation use no mask; the
+second term then covers all patches. P/|M| makes it a sum over patches, whatever r. The HOG of a patch (Dalal & Triggs
+2005) has 9 unsigned directions and length 1. Each pixel is weighted by the size of its gradient, taken from the channel
+where it is largest. This is scikit-image's version with one cell per block, for any patch size.
 
-The paper has decoders for features of DINOv2 and CLIP as well, a perceptual and an adversarial loss, rotary positions,
-and at last trains g alone, without a mask. None of these is here; how networks begin is that of `nets.tokens`.
+The paper also has decoders for features of DINOv2 and CLIP, a perceptual and an adversarial loss, rotary positions and
+a last stage that trains g alone, without a mask. None of these is here. Networks are initialised as in `nets.tokens`.
 
 Shapes: B batch, P patches, W width within the encoder, D channels of a token, N tokens, K directions.
 """
@@ -32,7 +33,7 @@ _DIRECTIONS = 9
 
 @torch.no_grad()
 def hog(x: Tensor, patchify: vit.Patchify) -> Tensor:
-    """Histograms of oriented gradients of the patches of images, (B, C, H, W) -> (B, K, rows, columns)."""
+    """Histograms of oriented gradients of image patches, (B, C, H, W) -> (B, K, rows, columns)."""
     down, right = torch.zeros_like(x), torch.zeros_like(x)
     down[..., 1:-1, :] = x[..., 2:, :] - x[..., :-2, :]
     right[..., 1:-1] = x[..., 2:] - x[..., :-2]
@@ -46,21 +47,21 @@ def hog(x: Tensor, patchify: vit.Patchify) -> Tensor:
 
 
 class MAETok(Autoencoder):
-    """A row of tokens from patches of which a part is masked.
+    """A sequence of tokens from partly masked patches.
 
     Args:
         input_shape: (C, H, W), of any size.
-        n_tokens: N, tokens a sample.
+        n_tokens: N, tokens per sample.
         latent_dim: D, channels of a token.
-        least_masked: least share of the patches that is masked in training.
-        most_masked: largest share of them, below 1.
-        aux_weight: w, of the decoder of HOG; 0 for none.
+        least_masked: smallest share of the patches that is masked in training.
+        most_masked: largest share of the patches that is masked in training, below 1.
+        aux_weight: w, weight of the HOG decoder's loss; 0 leaves the decoder out.
         patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
         width: W, size of a token within the encoder.
         depth: blocks of the encoder.
         decoder_width: size of a token within the decoders.
-        decoder_depth: blocks of the decoder of pixels.
-        aux_depth: blocks of the decoder of HOG.
+        decoder_depth: blocks of the pixel decoder.
+        aux_depth: blocks of the HOG decoder.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
             gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
@@ -121,7 +122,7 @@ class MAETok(Autoencoder):
         self.aux = tokens.TokenDecoder(cells, self.code_shape, widths, activation) if aux_weight else None
 
     def draw_mask(self, x: Tensor) -> Tensor:
-        """Which patches are masked, in training by chance: (B, *input_shape) -> (B, P)."""
+        """Which patches are masked, drawn at random in training, none otherwise: (B, *input_shape) -> (B, P)."""
         n, place_BP = self.patchify.n, vit.random_order(len(x), self.patchify.n, x.device)
         share_B1 = torch.empty(len(x), 1, device=x.device).uniform_(self.least_masked, self.most_masked)
         masked_BP: Tensor = place_BP < (share_B1 * n - 1e-4).ceil().clamp(0, n - 1)

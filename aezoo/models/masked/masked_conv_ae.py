@@ -1,15 +1,16 @@
 """Masked convolutional autoencoder, context encoder (Pathak et al. 2016), https://arxiv.org/abs/1604.07379
 
-Fills in what is cut out of a sample through a narrow code, by convolutions:
+Fills in patches that are cut out of a sample, with convolutions through a narrow code:
 
     L = N/|M| sum_{v in M} -log p(x_v | g(f(x~))_v)     x~ = t in the patches M, x elsewhere     |M| = floor(ratio N)
 
-in nats per sample: N/|M| makes L the mean over masks of a sum over all values v, whatever the ratio. t is a learned
-number for each channel, or 0. Patches are drawn by chance, as in SparK (Tian et al. 2023,
-https://arxiv.org/abs/2301.03580), ratio 0.6; but these convolutions are dense and see the cut-out patches as values t.
+L is in nats per sample: N/|M| makes it the mean over masks of a sum over all values v, whatever the ratio. t is a
+learned number for each channel, or 0. Patches are drawn at random, as in SparK (Tian et al. 2023,
+https://arxiv.org/abs/2301.03580, ratio 0.6). Unlike there, the convolutions are dense and see
+the cut-out patches as values t.
 
-Code, reconstruction and score are of the whole sample: the decoder does not know what was cut out, so that every place
-of its output is trained.
+Code, reconstruction and score are those of the whole sample: the decoder does not know what was cut out, so every
+position of its output is trained.
 
 Shapes: B batch, N patches, P values in a patch.
 """
@@ -30,7 +31,7 @@ class MaskedConvAE(Autoencoder):
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size of at least two patches.
         mask_ratio: share of the patches that are masked.
         patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
-        learned_token: masked values become a learned number for each channel, instead of 0.
+        learned_token: replace masked values by a learned number for each channel, instead of 0.
         net: conv, resnet, convnext, conv_keras, vit, mixer or mlp.
         latent_dim: size of the code, or its channels if `latent_map` is on.
         latent_map: the code is a feature map on the grid that the stages leave, instead of a vector.
@@ -87,7 +88,7 @@ class MaskedConvAE(Autoencoder):
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
 
     def mask(self, x: Tensor) -> Tensor:
-        """Which values of each sample are masked, by chance in whole patches: (B, *input_shape), boolean."""
+        """Which values of each sample are masked, in whole patches drawn at random: (B, *input_shape), boolean."""
         order_BN = vit.random_order(len(x), self.patchify.n, x.device)
         masked_BN = vit.is_masked(order_BN, self.masked)
         return self.patchify.inverse(masked_BN[..., None].expand(-1, -1, self.patchify.size))

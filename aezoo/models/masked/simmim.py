@@ -1,19 +1,20 @@
 """SimMIM, a simple framework for masked image modelling (Xie et al. 2021), https://arxiv.org/abs/2111.09886
 
-Mask tokens take the place of the masked patches M and go through the encoder; one linear layer reads patches off it:
+Mask tokens replace the masked patches M and pass through the encoder; one linear layer predicts the patches from them:
 
     L = N/|M| sum_{i in M} -log p(x_i | W f(x with mask tokens at M)_i + b)     |M| = floor(ratio N), for each sample
 
-in nats per sample: N/|M| makes L the mean over masks of a sum over all patches, whatever the ratio. The Laplace density
-of scale 1 is the paper's |x - x_hat|, but for a constant.
+L is in nats per sample: N/|M| makes it the mean over masks of a sum over all patches, whatever the ratio. The Laplace
+density of scale 1 gives the paper's |x - x_hat|, up to a constant.
 
-The code is of the whole sample, without mask tokens, a token for each patch. W is trained on masked patches alone and
-says little about what a visible token holds, so decode has a linear layer of its own. It learns to read visible patches
-from tokens of training (`readout`, squared error), and its gradient ends there: it moves nothing else. score hides the
-patches from the encoder, a part at a time.
+The code covers the whole sample, without mask tokens, with a token for each patch. W is trained only on masked patches
+and says little about what a visible token holds, so decode has a linear layer of its own. This layer learns to read
+visible patches from tokens of training (`readout`, squared error). Its gradient stops there and trains nothing else.
+score hides the patches from the encoder, one part at a time.
 
-The encoder is a transformer or an MLP-Mixer, whose layers over the places need all tokens, mask tokens too. One that
-mixes samples before they are masked, as in https://github.com/tomouellette/autoencodersplz, tells what is asked for.
+The encoder is a transformer or an MLP-Mixer, whose layers over positions need all tokens, including mask tokens. A
+model that mixes samples before they are masked, as in https://github.com/tomouellette/autoencodersplz, reveals the
+targets.
 
 Shapes: B batch, N patches, P values in a patch, D width of a token, K hidden parts.
 """
@@ -28,13 +29,13 @@ from aezoo.nets.linear import Linear
 
 
 class SimMIM(Autoencoder):
-    """A vision transformer or MLP-Mixer that fills in masked patches by itself, without a decoder.
+    """A vision transformer or MLP-Mixer that predicts masked patches by itself, without a decoder.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size of at least two patches.
         mask_ratio: share of the patches that are masked.
         patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
-        net: what the encoder's blocks are of: vit or mixer.
+        net: kind of the encoder's blocks: vit or mixer.
         width: D, size of a token; the code has one for each patch.
         depth: blocks of the encoder.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -95,7 +96,7 @@ class SimMIM(Autoencoder):
         self.register_buffer("orders_KN", vit.fixed_orders(self.patchify.n, self.masked), persistent=False)
 
     def tokens(self, x: Tensor, masked_BN: Tensor) -> Tensor:
-        """What the encoder makes of samples and mask tokens, (B, *input_shape), (B, N) -> (B, N, D)."""
+        """The encoder's output tokens for samples with mask tokens, (B, *input_shape), (B, N) -> (B, N, D)."""
         embed, blocks, _ = self.encoder.children()
         tokens_BND: Tensor = blocks(torch.where(masked_BN[..., None], self.mask_token, embed(x)))
         return tokens_BND
@@ -117,7 +118,7 @@ class SimMIM(Autoencoder):
         return {"loss": nll + readout, "nll": nll, "readout": readout}
 
     def score(self, x: Tensor) -> Tensor:
-        """-log p of each patch in nats where it is hidden, summed, (B, *input_shape) -> (B,)."""
+        """-log p in nats, summed over patches, each while it is hidden: (B, *input_shape) -> (B,)."""
         masked_KN = vit.is_masked(self.orders_KN, self.masked)
         x_BK = x.repeat_interleave(len(masked_KN), dim=0)
         nll_BKN = self.nll_of(self.head(self.tokens(x_BK, masked_KN.repeat(len(x), 1))), x_BK)

@@ -1,9 +1,9 @@
-"""Dictionaries: decoders of sparse codes with directions of unit norm, and their training.
+"""Dictionaries: decoders of sparse codes with unit-norm directions, and their training.
 
     x_hat = sum_i f_i d_i + b     ||d_i|| = 1
 
-`UnitNorm` keeps the norm over training: the gradient along each direction is removed before the optimiser's step, so
-that Adam's moments hold none of it, and the directions are normalised after it (Bricken et al. 2023, Gao et al. 2024,
+`UnitNorm` keeps the norm during training. It removes the gradient along each direction before the optimiser's step, so
+that Adam's moments hold none of it, and normalises the directions after the step (Bricken et al. 2023, Gao et al. 2024,
 section A.1).
 
 Shapes: B batch, X data dimensions, N latents, k active ones.
@@ -20,18 +20,18 @@ from aezoo.errors import AezooError
 from aezoo.nets.linear import linear
 
 DECODES = ("auto", "dense", "gather")
-# latents for each active one from which gathering rows beats the dense product, forward and backward, by device: what
-# `python -m benchmarks.gather` prints (benchmarks/results/gather-*.csv); dense on one that has not been measured
+# latents per active latent from which gathering rows beats the dense product, forward and backward, by device: the
+# output of `python -m benchmarks.gather` (benchmarks/results/gather-*.csv); dense on devices that are not measured
 CROSSOVER = {"cpu": 32}
 _MEDIAN_STEPS = 1000
 
 
 class Dictionary(nn.Module):
-    """f -> W f + b with directions d_i, the rows of W_NX, of unit norm.
+    """f -> W f + b with unit-norm directions d_i, the rows of W_NX.
 
     Args:
         latent_dim: N, number of directions.
-        input_shape: shape of one sample, that of the output.
+        input_shape: shape of one sample and of the output.
         decode: how `of_active` sums: dense multiplies the whole code by the whole dictionary, gather reads only the
             rows of active latents, auto takes the faster one for their number.
     """
@@ -66,7 +66,7 @@ class Dictionary(nn.Module):
         d_NX = self.directions()
         if not self.gathers(index_Bk.shape[1]):
             return linear(spread(values_Bk, index_Bk, len(d_NX)), d_NX.t())
-        # half precision has no backward everywhere, and k small numbers are to be added exactly
+        # half precision lacks a backward on some devices, and k small numbers must be added exactly
         dtype = torch.promote_types(d_NX.dtype, torch.float32)
         sum_BX = nn.functional.embedding_bag(
             index_Bk, d_NX.to(dtype), per_sample_weights=values_Bk.to(dtype), mode="sum"
@@ -74,7 +74,7 @@ class Dictionary(nn.Module):
         return sum_BX.to(d_NX.dtype)
 
     def gathers(self, k: int) -> bool:
-        """Whether k active latents are gathered."""
+        """Whether rows are gathered for k active latents."""
         if self.decode == "auto":
             return len(self.W_NX) >= CROSSOVER.get(self.W_NX.device.type, math.inf) * k
         return self.decode == "gather"
@@ -93,10 +93,10 @@ class Dictionary(nn.Module):
 
 
 class FreeDictionary(Dictionary):
-    """Directions that keep the norm they are trained to; they start with norm 1.
+    """Directions whose norm is trained; they start with norm 1.
 
-    In https://transformer-circuits.pub/2024/april-update they start at 0.1: with Adam at a rate of 3e-3 all latents
-    would die within five steps.
+    In https://transformer-circuits.pub/2024/april-update they start at 0.1; with Adam at a learning rate of 3e-3, all
+    latents would then die within five steps.
     """
 
     def remove_parallel_gradient(self) -> None:
@@ -107,7 +107,7 @@ class FreeDictionary(Dictionary):
 
 
 class UnitNorm(Constrained):
-    """Mixin, before `Autoencoder`, for models with a `Dictionary` as decoder: unit norm, and dead latents.
+    """Mixin, placed before `Autoencoder`, for models with a `Dictionary` as decoder: unit norm and dead latents.
 
     Attributes:
         decoder: the dictionary.
@@ -119,7 +119,7 @@ class UnitNorm(Constrained):
     since_fired_N: Tensor
 
     def prepare(self, latent_dim: int, dead_after: int, data_init: bool) -> None:
-        """Set what is counted and kept over training; for constructors.
+        """Set the counters and buffers of training; for constructors.
 
         Args:
             latent_dim: N, number of latents.
@@ -132,7 +132,7 @@ class UnitNorm(Constrained):
             self.keep_started()  # type: ignore[operator]
 
     def explained(self) -> tuple[int, ...]:
-        """Shape of the data of one code: a sample, unless a sample holds several."""
+        """Shape of the data that one code explains: a sample, unless a sample holds several codes."""
         return self.input_shape
 
     @property
@@ -152,7 +152,7 @@ class UnitNorm(Constrained):
             self.since_fired_N.add_(samples).mul_(1 - fired_N)
 
     def usage(self, f_BN: Tensor) -> dict[str, Tensor]:
-        """Count the batch; returns the mean number of active latents per sample and the share of dead ones."""
+        """Count the batch; return the mean number of active latents per sample and the share of dead ones."""
         self.count(f_BN)
         return {"l0": (f_BN != 0).sum(1).float().mean(), "dead_latents": self.dead_N.float().mean()}
 
@@ -175,7 +175,7 @@ def top(pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def spread(values_Bk: Tensor, index_Bk: Tensor, latent_dim: int) -> Tensor:
-    """The whole code of active latents, zero elsewhere, (B, k), (B, k) -> (B, N)."""
+    """The whole code for given active latents, zero elsewhere, (B, k), (B, k) -> (B, N)."""
     zeros_BN = values_Bk.new_zeros(values_Bk.shape[0], latent_dim)  # len would fix the batch in an export
     return zeros_BN.scatter(1, index_Bk, values_Bk)
 
@@ -191,8 +191,8 @@ def restart(
 ) -> None:
     """Restart n dead latents, each from one sample (Bricken et al. 2023, "neuron resampling").
 
-    Its direction becomes that of the sample, and so does its encoder row, with a fifth of the live rows' norm; the
-    encoder's bias and the optimiser's moments become 0.
+    The direction of a latent becomes that of its sample. So does its encoder row, with a fifth of the live rows' norm.
+    Its encoder bias and the optimiser's moments become 0.
 
     Args:
         encoder: the layer that reads samples.
@@ -223,10 +223,10 @@ def onto_simplex(v_NP: Tensor) -> Tensor:
 
 @torch.no_grad()
 def geometric_median(x_BX: Tensor) -> Tensor:
-    """The point whose summed distance to the rows is least, (B, X) -> (X,).
+    """The point with the least summed distance to the rows, (B, X) -> (X,).
 
-    By Weiszfeld's iteration with Vardi & Zhang's step at the rows themselves (2000), where the plain iteration divides
-    by 0 or stalls; in float64 on the CPU, so that all ranks get the same bits.
+    Uses Weiszfeld's iteration, with Vardi & Zhang's step (2000) at the rows themselves, where the plain iteration
+    divides by 0 or stalls. Runs in float64 on the CPU, so that all ranks get the same bits.
     """
     x_NX = x_BX.cpu().double()
     m_X = x_NX.mean(0)

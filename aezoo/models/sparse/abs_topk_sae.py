@@ -1,14 +1,14 @@
 """AbsTopK sparse autoencoder (Zhu et al. 2025), https://arxiv.org/abs/2510.00404
 
-The k pre-activations of largest absolute value form the code and keep their signs, so that one direction of the
-dictionary has both poles of what it stands for:
+The k pre-activations with the largest absolute values form the code and keep their signs, so that one direction of the
+dictionary covers both poles of what it represents:
 
     pi = W_enc (x - b_pre) + b_enc     f_i = pi_i where |pi_i| is among the k largest, else 0
     x_hat = W_dec f + b_pre     ||d_i|| = 1
     L = -log p(x | x_hat) + alpha s ||e - e_hat||^2     AuxK and its s as in TopK, e_hat by absolute value too
 
-in nats per sample. It is a step of the proximal gradient for at most k entries of any sign, hard thresholding, where
-TopK takes entries of at least 0. Where the k largest are positive, both are the same. A latent fires where it is not 0.
+L is in nats per sample. This is a step of the proximal gradient for at most k entries of any sign (hard thresholding);
+TopK takes entries of at least 0. If the k largest are positive, both are the same. A latent fires if it is not 0.
 
 Shapes: B batch, N latents, k active ones.
 """
@@ -19,12 +19,12 @@ from aezoo.models.sparse.topk_sae import TopKSAE
 
 
 class AbsTopKSAE(TopKSAE):
-    """At most k active latents a sample of either sign, from a wide dictionary of unit-norm directions.
+    """At most k active latents per sample, of either sign, from a wide dictionary of unit-norm directions.
 
     Args:
         input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of latents in the dictionary.
-        k: active latents a sample.
+        k: active latents per sample.
         k_aux: dead latents that model the residual; half of the data dimensions if 0.
         aux_weight: alpha, weight of the auxiliary loss.
         aux_scale: sse or variance, what the auxiliary loss is measured in.

@@ -1,13 +1,13 @@
 """BatchTopK sparse autoencoder (Bussmann et al. 2024), https://arxiv.org/abs/2412.06410
 
-The code of a batch of n samples, of all ranks, is made of its k n largest pre-activations, so that a sample takes as
+The code of a batch of n samples, over all ranks, keeps its k n largest pre-activations, so that each sample uses as
 many latents as it needs:
 
     pi = W_enc (x - b_pre) + b_enc     f = relu(batchtopk_kn(pi))     x_hat = W_dec f + b_pre     ||d_i|| = 1
     L = -log p(x | x_hat) + alpha s ||e - e_hat||^2     AuxK and its s as in TopK
     theta = running mean of the least positive f of each batch
 
-in nats per sample. Codes, scores and evaluation know no batch: f = relu(pi) where pi >= theta, else 0.
+L is in nats per sample. Codes, scores and evaluation do not depend on a batch: f = relu(pi) where pi >= theta, else 0.
 
 Shapes: B batch, X data dimensions, N latents.
 """
@@ -24,9 +24,9 @@ from aezoo.models.sparse.topk_sae import TopKSAE
 
 
 class RunningMean(nn.Module):
-    """Mean of what it is given, from 1 / (1 - decay) steps on an exponential one; stays float32 in a model of bf16.
+    """Running mean, exponential from 1 / (1 - decay) steps on; stays float32 in a model of bf16.
 
-    In bf16 a step smaller than 1/256 of the value would not move it.
+    In bf16, a step smaller than 1/256 of the value would not change it.
     """
 
     value: Tensor
@@ -40,7 +40,7 @@ class RunningMean(nn.Module):
 
     @torch.no_grad()
     def update(self, value: Tensor) -> None:
-        """Take in a value; infinity stands for none."""
+        """Add a value; infinity means that there is none."""
         seen = value.isfinite()
         self.steps.add_(seen)
         rate = (1 / self.steps.clamp(min=1)).clamp(min=1 - self.decay)
@@ -55,13 +55,13 @@ class RunningMean(nn.Module):
 
 
 class BatchTopKSAE(TopKSAE):
-    """At most k active latents a sample on average, many for one and few for another.
+    """At most k active latents per sample on average, many for some samples and few for others.
 
     Args:
         input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of latents in the dictionary.
-        k: active latents a sample, averaged over the batch; fewer where fewer pre-activations are positive.
-        theta_decay: what the threshold of evaluation keeps of itself at each step, once it has seen enough of them.
+        k: active latents per sample, averaged over the batch; fewer if fewer pre-activations are positive.
+        theta_decay: share of itself that the threshold of evaluation keeps at each step, once it has seen enough.
         k_aux: dead latents that model the residual; half of the data dimensions if 0.
         aux_weight: alpha, weight of the auxiliary loss.
         aux_scale: sse or variance, what the auxiliary loss is measured in.
@@ -120,18 +120,18 @@ class BatchTopKSAE(TopKSAE):
         return self.above_threshold(self.pre_activations(x))
 
     def above_threshold(self, pi_BN: Tensor) -> Tensor:
-        """The code that depends on no other sample, (B, N) -> (B, N)."""
+        """The code, independent of other samples, (B, N) -> (B, N)."""
         return torch.where(pi_BN >= self.theta.value, pi_BN, 0).relu()
 
     def top_of_batch(self, pi_BN: Tensor, k: int) -> Tensor:
-        """The k n largest of the n samples of all ranks after a ReLU; counts the least of them in, (B, N) -> (B, N)."""
+        """The k n largest of all ranks' n samples after a ReLU; updates theta with the least, (B, N) -> (B, N)."""
         with torch.no_grad():
             n = len(self.of_all_ranks(pi_BN[:, 0]))
             own_M, where_M = at_least_float32(pi_BN).flatten().topk(min(k * n, pi_BN.numel()))
             all_M = self.of_all_ranks(own_M)
             values, chosen = all_M.topk(k * n)
             self.theta.update(torch.where(values > 0, values, torch.inf).min())
-            # by place and not by value, of which there may be several in bf16
+            # by position, not by value: several may be equal in bf16
             chosen_M = torch.zeros_like(all_M, dtype=torch.bool).scatter(0, chosen, True)[self.own_rows(own_M)]
             kept = torch.zeros_like(pi_BN, dtype=torch.bool).flatten().scatter(0, where_M, chosen_M)
         return torch.where(kept.view_as(pi_BN), pi_BN, 0).relu()

@@ -1,13 +1,14 @@
 """Crosscoder (Lindsey et al. 2024), https://transformer-circuits.pub/2024/crosscoders
 
-One code explains several streams at once, activations at several places of a network, or at one place of several. A
-sample holds them as its rows, x = (x^1, ..., x^S); the encoder sums over them, and each has a dictionary of its own:
+One code explains several streams at once: activations at several places of a network, or at one place of several
+networks. The rows of a sample are its streams, x = (x^1, ..., x^S). The encoder sums over them, and each stream has its
+own dictionary:
 
     f = relu(sum_s W_enc^s x^s + b_enc)     x_hat^s = sum_i f_i d_i^s + b^s
     L = -log p(x | x_hat) + lam sum_i f_i sum_s ||d_i^s||
 
-in nats per sample, the likelihood summed over the streams. The sum of norms, not the norm over all streams together,
-lets a latent be of one stream alone. S = 1 is the form of April 2024 of sae_l1.
+L is in nats per sample, with the likelihood summed over the streams. The sum of norms, unlike the norm over all streams
+together, lets a latent belong to one stream alone. S = 1 is the form of April 2024 of sae_l1.
 
 Shapes: B batch, S streams, X data dimensions of all streams, N latents.
 """
@@ -22,12 +23,12 @@ class Crosscoder(SAEL1):
     """Few latents are active for each sample, each with a direction in every stream.
 
     Args:
-        input_shape: shape of one sample: (S, D) for S streams; any, its first dimension counts the streams where there
-            are more than one.
+        input_shape: shape of one sample: (S, D) for S streams. Any shape is valid; if it has several dimensions, the
+            first one counts the streams.
         latent_dim: N, number of latents.
         l1: lam, weight of the sum of activations, each times the norms of its directions.
-        l1_steps: optimiser steps over which lam rises from 0; 0 has all of it from the start.
-        resample_steps: optimiser steps between two times that dead latents start anew; 0 leaves them dead.
+        l1_steps: optimiser steps over which lam rises from 0; 0 uses all of it from the start.
+        resample_steps: optimiser steps between restarts of dead latents; 0 leaves them dead.
         dead_after: a latent is dead when it has not fired for this many samples.
         data_init: start the bias at the geometric median of the first batch of training.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
@@ -76,7 +77,7 @@ class Crosscoder(SAEL1):
         self.n_streams = self.input_shape[0] if len(self.input_shape) > 1 else 1
 
     def norms(self) -> Tensor:
-        """||d_i^s||: which streams a latent is of, (N, S)."""
+        """||d_i^s||, which shows the streams of each latent, (N, S)."""
         return at_least_float32(self.decoder.W_NX).unflatten(1, (self.n_streams, -1)).norm(dim=2)
 
     def costs(self) -> Tensor:

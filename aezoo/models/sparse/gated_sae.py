@@ -1,14 +1,14 @@
 """Gated sparse autoencoder (Rajamanoharan et al. 2024), https://arxiv.org/abs/2404.16014
 
-Which latents are active and how strongly are two questions with two answers, so that the penalty on the one does not
-shrink the other:
+Separate paths decide which latents are active and how strongly, so that the penalty on the first does not shrink the
+second:
 
     pi_gate = W_gate (x - b) + b_gate     W_mag = exp(r) W_gate     f = H(pi_gate) relu(W_mag (x - b) + b_mag)
     x_hat = sum_i f_i d_i + b     ||d_i|| = 1
     L = -log p(x | x_hat) + lam sum_i relu(pi_gate)_i + ||x - x_hat_frozen(relu(pi_gate))||^2     (equation 8)
 
-in nats per sample: the squared error is that of a Gaussian of variance 1/2. The step H passes no gradient; the last two
-terms train the gate, the last with a decoder that it does not move: neither W_dec nor b, which it does not reach
+L is in nats per sample. The squared error is that of a Gaussian of variance 1/2. The step H passes no gradient. The
+last two terms train the gate. The last one has a frozen decoder: it moves neither W_dec nor b, which it does not reach
 through the encoder either. r multiplies each row of W_gate.
 
 Shapes: B batch, X data dimensions, N latents.
@@ -29,8 +29,8 @@ class GatedSAE(SAEL1):
     Args:
         input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of latents in the dictionary.
-        l1: lam, weight of the sum of the gates' pre-activations above 0.
-        l1_steps: optimiser steps over which lam rises from 0; 0 has all of it from the start.
+        l1: lam, weight of the sum of the gates' positive pre-activations.
+        l1_steps: optimiser steps over which lam rises from 0; 0 uses all of it from the start.
         dead_after: a latent is dead when it has not fired for this many samples.
         data_init: start the bias at the geometric median of the first batch of training.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
@@ -77,7 +77,7 @@ class GatedSAE(SAEL1):
         self.b_mag_N = nn.Parameter(torch.zeros(latent_dim))
 
     def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the gates and of the magnitudes, (B, *input_shape) -> (B, N), (B, N)."""
+        """The pre-activations of the gates and of the magnitudes, (B, *input_shape) -> (B, N), (B, N)."""
         W_NX, b_X = self.encoder.weight, self.decoder.b_X
         shared_BN = linear(x.flatten(1), W_NX)
         gate_BN = shared_BN - W_NX @ b_X.detach() + self.encoder.bias

@@ -1,19 +1,19 @@
 """JumpReLU sparse autoencoder (Rajamanoharan et al. 2024), https://arxiv.org/abs/2407.14435
 
-A latent fires at its pre-activation if that exceeds a threshold of its own, and what is penalised is how many fire:
+A latent outputs its pre-activation if that exceeds its own threshold, and the penalty counts the latents that fire:
 
     pi = W_enc (x - b) + b_enc     f = pi H(pi - theta)     x_hat = sum_i f_i d_i + b     ||d_i|| = 1
     L = -log p(x | x_hat) + lam ||f||_0     ||f||_0 = sum_i H(pi_i - theta_i)     (equation 9)
 
-in nats per sample, H the unit step, theta >= 0. Steps have no slope in theta, so it is estimated (section 4) with a
-rectangle of width eps, K(u) = 1 for |u| < 1/2:
+L is in nats per sample, H is the unit step and theta >= 0. A step has no slope in theta, so the slope is estimated
+(section 4) with a rectangle of width eps, K(u) = 1 for |u| < 1/2:
 
     df / dtheta = -theta / eps K((pi - theta) / eps)     dH(pi - theta) / dtheta = -1 / eps K((pi - theta) / eps)
 
-whose mean over samples is the slope of the mean. Both read pi itself: a ReLU before them would put all that is below 0
-at 0, within the rectangle of a small theta. With target_l0 the penalty is lam (L0 / target_l0 - 1)^2, L0 the mean over
-the batch of all ranks. theta is trained itself, not its logarithm, whose slope vanishes with theta, and in float32.
-theta = 0 is the ReLU.
+The mean of these over samples is the slope of the mean. Both read pi itself: a ReLU before them would move all values
+below 0 to 0, within the rectangle of a small theta. With target_l0, the penalty is lam (L0 / target_l0 - 1)^2, with L0
+the mean over the batch of all ranks. theta itself is trained, in float32, and not its logarithm, whose slope vanishes
+with theta. theta = 0 is the ReLU.
 
 Shapes: B batch, X data dimensions, N latents.
 """
@@ -37,8 +37,8 @@ class JumpReLUSAE(SAEL1):
         input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of latents in the dictionary.
         l0_weight: lam, weight of the number of active latents, or of its distance from the target.
-        l0_steps: optimiser steps over which lam rises from 0; 0 has all of it from the start.
-        target_l0: active latents a sample that are aimed at; 0 penalises their number itself.
+        l0_steps: optimiser steps over which lam rises from 0; 0 uses all of it from the start.
+        target_l0: target number of active latents per sample; 0 penalises the number itself.
         threshold: theta at the start; the paper has 0.001.
         bandwidth: eps, width of the rectangle that gives thresholds their gradient; the paper has 0.001.
         dead_after: a latent is dead when it has not fired for this many samples.
@@ -102,23 +102,23 @@ class JumpReLUSAE(SAEL1):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         theta_N = self.theta_N.data
         super()._apply(fn, recurse)
-        if self.theta_N.dtype in (torch.bfloat16, torch.float16):  # where small steps would be lost
+        if self.theta_N.dtype in (torch.bfloat16, torch.float16):  # small steps would be lost
             self.theta_N.data = theta_N.to(self.theta_N.device)
         return self
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """The pi of x in at least float32, (B, *input_shape) -> (B, N)."""
+        """pi, in at least float32, (B, *input_shape) -> (B, N)."""
         return at_least_float32(self.encoder(self.read(x)))
 
     def step(self, pi_BN: Tensor) -> Tensor:
-        """H(pi - theta), with the rectangle's slope in theta, (B, N) -> (B, N)."""
+        """H(pi - theta), with its slope in theta estimated by the rectangle, (B, N) -> (B, N)."""
         above_BN = (pi_BN > self.theta_N).to(pi_BN.dtype)
         near_BN = ((pi_BN - self.theta_N).abs() < self.bandwidth / 2).to(pi_BN.dtype)
         slope_BN = -near_BN / self.bandwidth
         return above_BN + slope_BN * (self.theta_N - self.theta_N.detach())
 
     def jump(self, pi_BN: Tensor) -> Tensor:
-        """Compute pi H(pi - theta), with the slopes of the step at theta, (B, N) -> (B, N)."""
+        """Compute pi H(pi - theta), with its estimated slope in theta, (B, N) -> (B, N)."""
         step_BN = self.step(pi_BN)
         return pi_BN * step_BN.detach() + self.theta_N.detach() * (step_BN - step_BN.detach())
 

@@ -1,13 +1,13 @@
 """k-sparse autoencoder (Makhzani & Frey 2013), https://arxiv.org/abs/1312.5663
 
-Of a linear code the k largest units reconstruct the sample, with the transpose of the encoder's weights:
+The k largest units of a linear code reconstruct the sample, with the transpose of the encoder's weights:
 
     z = W x + b     G = supp_k(z)     x_hat = W' z_G + c     L = -log p(x | x_hat)     (algorithm 1)
 
-in nats per sample; z_G is z with all units but the k largest set to 0. There is no other non-linearity. k may fall
-during training, from start_k to k over k_steps optimiser steps, so that no unit dies while k is small (section 2.3);
-codes, reconstructions and scores take the alpha k largest (section 2.2), the loss in evaluation the k largest. k equal
-to the size of the code is the linear autoencoder with tied weights.
+L is in nats per sample. z_G is z with all but the k largest units set to 0. There is no other non-linearity. k may fall
+during training, from start_k to k over k_steps optimiser steps, so that no unit dies while k is small (section 2.3).
+Codes, reconstructions and scores use the alpha k largest units (section 2.2); the loss in evaluation uses the k
+largest. If k equals the size of the code, this is the linear autoencoder with tied weights.
 
 Shapes: B batch, X data dimensions, N units.
 """
@@ -25,16 +25,16 @@ from aezoo.nets.tied import Transposed
 
 
 class KSparse(Autoencoder):
-    """Exactly k units of a linear code are in use for each sample; decoder and encoder share their weights.
+    """A linear code with exactly k units in use for each sample; decoder and encoder share their weights.
 
     Args:
         input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of units.
         k: units in use for a sample.
-        start_k: units in use at the first step, k if 0; about 100 where k is below 15.
-        k_steps: optimiser steps over which start_k falls to k, in a line; 0 turns the schedule off.
-        alpha: codes, reconstructions and scores use the alpha k largest units, to the nearest whole number; the paper
-            has 1 to 3, for codes that are classified.
+        start_k: units in use at the first step, k if 0; about 100 if k is below 15.
+        k_steps: optimiser steps over which start_k falls linearly to k; 0 turns the schedule off.
+        alpha: codes, reconstructions and scores use the alpha k largest units, rounded to the nearest whole number; the
+            paper has 1 to 3, for codes that are classified.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
             gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate.
@@ -89,7 +89,7 @@ class KSparse(Autoencoder):
         self.keep_steps()
 
     def present_k(self) -> Tensor:
-        """How many units are in use at the present step of the schedule, ()."""
+        """The number of units in use at the current step of the schedule, ()."""
         share = self.share_of_steps(self.k_steps)
         return (self.start_k + (self.k - self.start_k) * share).round()
 

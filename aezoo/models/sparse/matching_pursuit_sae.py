@@ -1,13 +1,13 @@
 """Matching pursuit sparse autoencoder (Costa et al. 2025), https://arxiv.org/abs/2506.03093
 
-The dictionary is its own encoder: k times the direction nearest to what is left of the sample is taken out of it
-(Mallat & Zhang 1993), so that a latent sees only what those before it have not explained:
+The dictionary is its own encoder. In each of k steps, the direction nearest to the residual is taken out of it (Mallat
+& Zhang 1993), so that a latent only sees what earlier ones have not explained:
 
     r_0 = x - b     i_t = argmax_i d_i r_{t-1}     c_t = relu(d_{i_t} r_{t-1})     r_t = r_{t-1} - c_t d_{i_t}
     f = sum_t c_t e_{i_t}     x_hat = W f + b     ||d_i|| = 1     L = -log p(x | x_hat)
 
-in nats per sample. ||r_t|| never grows, and without the likelihood's mean x_hat = x - r_k. Gradients pass through all
-c_t, none through the choice i_t. With orthogonal directions it is TopK.
+L is in nats per sample. ||r_t|| never grows, and without the likelihood's mean, x_hat = x - r_k. Gradients pass through
+all c_t but not through the choice i_t. With orthogonal directions, this is TopK.
 
 Shapes: B batch, X data dimensions, N latents, k steps.
 """
@@ -23,12 +23,12 @@ from aezoo.nets.linear import linear
 
 
 class MatchingPursuitSAE(UnitNorm, Autoencoder):
-    """At most k active latents a sample, chosen one after the other.
+    """At most k active latents per sample, chosen one after the other.
 
     Args:
         input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of latents in the dictionary.
-        k: steps of the pursuit; a latent may be taken again.
+        k: steps of the pursuit; a latent may be chosen again.
         dead_after: a latent is dead when it has not fired for this many samples.
         data_init: start the bias at the geometric median of the first batch of training.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
@@ -82,14 +82,14 @@ class MatchingPursuitSAE(UnitNorm, Autoencoder):
     def choose(self, r_BX: Tensor) -> Tensor:
         """i_1 ... i_k, (B, X) -> (B, k)."""
         W_NX, r_BX, chosen = at_least_float32(self.decoder.W_NX), at_least_float32(r_BX), []
-        with torch.autocast(r_BX.device.type, enabled=False):  # it would take another of two that are nearly as near
+        with torch.autocast(r_BX.device.type, enabled=False):  # rounding could change a close choice
             for _ in range(self.k):
                 chosen.append(linear(r_BX, W_NX).argmax(1))
                 _, r_BX = self.take(r_BX, W_NX[chosen[-1]])
         return torch.stack(chosen, 1)
 
     def take(self, r_BX: Tensor, d_BX: Tensor) -> tuple[Tensor, Tensor]:
-        """The coefficient of a direction and what it leaves, (B, X), (B, X) -> (B, 1), (B, X)."""
+        """The coefficient of a direction and the residual after it, (B, X), (B, X) -> (B, 1), (B, X)."""
         r_BX, d_BX = at_least_float32(r_BX), at_least_float32(d_BX)
         c_B1 = (d_BX * r_BX).sum(1, keepdim=True).relu()
         return c_B1, r_BX - c_B1 * d_BX
@@ -97,8 +97,8 @@ class MatchingPursuitSAE(UnitNorm, Autoencoder):
     def encode(self, x: Tensor) -> Tensor:
         r_BX = self.encoder(x) - self.decoder.b_X
         index_Bk = self.choose(r_BX)
-        # gathered at once, and not at each step, for one gradient of the dictionary's size; sliced at each step, every
-        # slice would have a gradient of the size of all
+        # gathered at once, not at each step, for a single gradient of the dictionary's size; unbind, because slices at
+        # each step would each have a gradient of the size of all
         d_BkX, values = F.embedding(index_Bk, self.decoder.W_NX), []
         for d_BX in d_BkX.unbind(1):
             c_B1, r_BX = self.take(r_BX, d_BX)

@@ -1,12 +1,12 @@
 """Matryoshka sparse autoencoder (Bussmann et al. 2025), https://arxiv.org/abs/2503.17547
 
-Nested dictionaries: the first n_m latents alone shall rebuild the data too, for each prefix n_1 < ... < n_M = N, so
-that early latents hold what is general and later ones what is special:
+Nested dictionaries: the first n_m latents alone must also reconstruct the data, for each prefix n_1 < ... < n_M = N, so
+that early latents hold general features and later ones special features:
 
     f = relu(batchtopk_kn(W_enc (x - b_pre) + b_enc))     x_hat_m = sum_{i <= n_m} f_i d_i + b_pre     ||d_i|| = 1
     L = sum_m -log p(x | x_hat_m) + alpha s ||e - e_hat||^2     e of the whole dictionary; AuxK as in TopK
 
-in nats per sample. One top-k over the whole dictionary serves all prefixes. Without fractions it is BatchTopK.
+L is in nats per sample. One top-k over the whole dictionary serves all prefixes. Without fractions, this is BatchTopK.
 
 Shapes: B batch, X data dimensions, N latents.
 """
@@ -22,14 +22,14 @@ from aezoo.nets.linear import linear
 
 
 class MatryoshkaSAE(BatchTopKSAE):
-    """A BatchTopK dictionary of which every prefix is a dictionary.
+    """A BatchTopK dictionary in which every prefix is a dictionary.
 
     Args:
         input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of latents in the dictionary.
-        k: active latents a sample, averaged over the batch; fewer where fewer pre-activations are positive.
-        fractions: shares of the dictionary that the prefixes before the whole one take, rising, between 0 and 1.
-        theta_decay: what the threshold of evaluation keeps of itself at each step, once it has seen enough of them.
+        k: active latents per sample, averaged over the batch; fewer if fewer pre-activations are positive.
+        fractions: sizes of the prefixes before the whole dictionary, as rising shares of it between 0 and 1.
+        theta_decay: share of itself that the threshold of evaluation keeps at each step, once it has seen enough.
         k_aux: dead latents that model the residual; half of the data dimensions if 0.
         aux_weight: alpha, weight of the auxiliary loss.
         aux_scale: sse or variance, what the auxiliary loss is measured in.

@@ -1,15 +1,15 @@
 """OMP sparse autoencoder, orthogonal matching pursuit (Pati et al. 1993), https://doi.org/10.1109/ACSSC.1993.342465
 
-The dictionary is its own encoder, as in matching_pursuit_sae; but with each latent that is chosen all are fitted anew,
-by least squares, so that what is left is orthogonal to their directions and none is chosen twice:
+The dictionary is its own encoder, as in matching_pursuit_sae. Here all coefficients are refitted by least squares after
+each choice, so that the residual is orthogonal to the chosen directions and none is chosen twice:
 
     r_0 = x - b     i_t = argmax_i |d_i r_{t-1}|     r_t = x - b - sum_{s <= t} c_s d_{i_s}
     c_1 ... c_t = argmin ||r_t||^2     f = sum_t c_t e_{i_t}, of c after k steps
     x_hat = W f + b     ||d_i|| = 1     L = -log p(x | x_hat)
 
-in nats per sample. Codes have both signs. The chosen directions become an orthonormal basis one after the other,
-d_{i_t} = sum_{s <= t} R_st q_s, and c solves R c = q (x - b). Gradients pass through all c_t, none through the choice.
-Of the squared error they are those of the decoder alone: c is where its derivative by c is 0.
+L is in nats per sample. Codes have both signs. The chosen directions become an orthonormal basis one after the other,
+d_{i_t} = sum_{s <= t} R_st q_s, and c solves R c = q (x - b). Gradients pass through all c_t but not through the
+choice. For the squared error, they are those of the decoder alone: the error's derivative by c is 0 there.
 
 Shapes: B batch, X data dimensions, N latents, k steps.
 """
@@ -22,12 +22,12 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.matching_pursuit_sae import MatchingPursuitSAE
 from aezoo.nets.linear import linear
 
-# the sine of a direction's angle with those before, below which it is one of their mixtures but for rounding
+# sine of a direction's angle to the earlier ones; below this, the direction is a mixture of them but for rounding
 _APART = 1e-3
 
 
 class OMPSAE(MatchingPursuitSAE):
-    """At most k active latents of either sign, the best approximation by their directions.
+    """At most k active latents of either sign, with the best approximation by their directions.
 
     Args:
         input_shape: shape of one sample; any, it is flattened.
@@ -79,7 +79,7 @@ class OMPSAE(MatchingPursuitSAE):
 
     @torch.no_grad()
     def pursue(self, r_BX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """i_1 ... i_k, R, and q (x - b), of x - b: (B, X) -> (B, k), (B, k, k), (B, k)."""
+        """i_1 ... i_k, R and q (x - b), from x - b: (B, X) -> (B, k), (B, k, k), (B, k)."""
         W_NX = at_least_float32(self.decoder.W_NX)
         chosen: list[Tensor] = []
         basis: list[Tensor] = []
@@ -103,22 +103,22 @@ class OMPSAE(MatchingPursuitSAE):
         return F.normalize(q_BX, dim=1)
 
     def encode(self, x: Tensor) -> Tensor:
-        # it would round what is left to 8 bits, and choose others
+        # autocast would round the residual to 8 bits and change the choice
         with torch.autocast(x.device.type, enabled=False):
             r_BX = at_least_float32(self.encoder(x) - self.decoder.b_X)
             index_Bk, R_Bkk, y_Bk = self.pursue(r_BX)
             d_BkX, c_Bk = at_least_float32(self.decoder.W_NX)[index_Bk], self.solve(R_Bkk, y_Bk)
-            # a step of Newton's method, (R'R)^-1 d r_k, from where r_k is least: it adds 0, and has the gradients of c
+            # a step of Newton's method, (R'R)^-1 d r_k, from where r_k is least: it adds 0 and has the gradients of c
             left_BX = r_BX - (c_Bk[:, None] @ d_BkX)[:, 0]
             slope_Bk = (d_BkX @ left_BX[:, :, None])[:, :, 0]
             c_Bk = c_Bk + self.solve(R_Bkk, self.solve(R_Bkk.mT.flip(1, 2), slope_Bk.flip(1)).flip(1))
         zeros_BN = c_Bk.new_zeros(x.shape[0], *self.code_shape)
-        # where nothing is left one may be chosen again, for which c is 0
+        # if the residual is 0, a latent may be chosen again; its c is then 0
         return zeros_BN.scatter_add(1, index_Bk, c_Bk).to(x.dtype)
 
     @staticmethod
     def solve(R_Bkk: Tensor, y_Bk: Tensor) -> Tensor:
-        """Find c with R c = y, from the last row to the first, R upper triangular; 0 where a direction adds nothing."""
+        """Solve R c = y by back substitution, with R upper triangular; c is 0 where a direction adds nothing."""
         c: list[Tensor] = []
         for t in reversed(range(y_Bk.shape[1])):
             pivot_B = R_Bkk[:, t, t]

@@ -1,18 +1,18 @@
 """Relaxed archetypal sparse autoencoder (Fel et al. 2025), https://arxiv.org/abs/2502.12892
 
-Directions are mixtures of data points and little more, so that a dictionary stays among the data and two fits find
-much the same, as in archetypal analysis (Cutler & Breiman 1994):
+Directions are mixtures of data points, with a small deviation, so that a dictionary stays near the data and two fits
+find much the same directions, as in archetypal analysis (Cutler & Breiman 1994):
 
     D = W A + Lambda     W >= 0     sum_j W_ij = 1     ||Lambda_i|| <= delta
     f = relu(topk_k(W_enc x + b_enc))     x_hat = sum_i f_i d_i
     L = -log p(x | x_hat) + alpha s ||e - e_hat||^2     AuxK and its s as in TopK
 
-in nats per sample. delta = 0 is A-SAE, whose directions lie in the convex hull of the points. These, A, are samples of
-the first batch of all ranks, where the authors take means of clusters, and stay as they are; directions start at them,
-those beyond their number in the middle of two. As in the authors' code directions have what norm they have, and there
-is no bias; its factor of D is left out, which codes take up. After each step rows of W move to the nearest that are
->= 0 and sum to 1 (the authors divide relu(W) by its sum), those of Lambda into their balls. The encoder starts in
-directions of its own, where x_hat is as long as x: in those of the points latents that are alike fire together.
+L is in nats per sample. delta = 0 is A-SAE, whose directions lie in the convex hull of the points A. These are samples
+of the first batch of all ranks (the authors use means of clusters) and stay fixed. Directions start at the points;
+those beyond the number of points start midway between two. As in the authors' code, directions have any norm and there
+is no bias; its factor of D is left out, since the codes absorb it. After each step, rows of W move to the nearest ones
+that are >= 0 and sum to 1 (the authors divide relu(W) by its sum), and rows of Lambda into their balls. The encoder
+starts in its own directions, with x_hat as long as x; in those of the points, similar latents would fire together.
 
 Shapes: B batch, X data dimensions, N latents, P points.
 """
@@ -46,11 +46,11 @@ class Archetypes(Dictionary):
         del self.W_NX, self.b_X
         self.register_buffer("points_PX", torch.empty(n_points, self.lambda_NX.shape[1]))
         self.shares_NP = nn.Parameter(torch.empty(latent_dim, n_points))
-        self.start_from(normalize(torch.randn_like(self.points_PX)))  # of any kind until there are data
+        self.start_from(normalize(torch.randn_like(self.points_PX)))  # placeholders until there are data
 
     @torch.no_grad()
     def start_from(self, x_BX: Tensor) -> None:
-        """Take samples for points, directions at the first of them, and those that are left in the middle of two."""
+        """Take samples as points; start directions at the first ones, and the rest midway between two of them."""
         n = min(len(self.points_PX), len(x_BX))
         self.points_PX.copy_(x_BX[torch.arange(len(self.points_PX), device=x_BX.device) % n])
         i_N = torch.arange(len(self.shares_NP), device=x_BX.device)
@@ -69,21 +69,21 @@ class Archetypes(Dictionary):
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """Have W and Lambda within their bounds."""
+        """Move W and Lambda into their bounds."""
         self.shares_NP.copy_(onto_simplex(self.shares_NP))
         norm_N1 = at_least_float32(self.lambda_NX).norm(dim=1, keepdim=True)
         self.lambda_NX.mul_((self.delta / norm_N1.clamp(min=1e-12)).clamp(max=1))
 
 
 class RASAE(TopKSAE):
-    """At most k active latents a sample, whose directions are mixtures of data points.
+    """At most k active latents per sample, with directions that are mixtures of data points.
 
     Args:
         input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of latents in the dictionary.
-        k: active latents a sample; fewer where fewer pre-activations are positive.
-        n_points: P, points of the first batch that directions are mixtures of; fewer where it has fewer samples.
-        delta: largest norm of what a direction has beside its mixture.
+        k: active latents per sample; fewer if fewer pre-activations are positive.
+        n_points: P, points of the first batch that directions mix; fewer if the batch has fewer samples.
+        delta: largest norm of a direction's deviation from its mixture.
         k_aux: dead latents that model the residual; half of the data dimensions if 0.
         aux_weight: alpha, weight of the auxiliary loss.
         aux_scale: sse or variance, what the auxiliary loss is measured in.

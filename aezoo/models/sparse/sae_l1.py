@@ -3,16 +3,16 @@
     f = relu(W_enc (x - b) + b_enc)     x_hat = sum_i f_i d_i + b     ||d_i|| = 1
     L = -log p(x | x_hat) + lam sum_i f_i
 
-in nats per sample. The form of April 2024 (https://transformer-circuits.pub/2024/april-update) has directions of any
-norm, which counts in the penalty in place of a constraint, and does not subtract b from x:
+L is in nats per sample. In the form of April 2024 (https://transformer-circuits.pub/2024/april-update), directions have
+any norm. The norm counts in the penalty instead of a constraint, and b is not subtracted from x:
 
     f = relu(W_enc x + b_enc)     L = -log p(x | x_hat) + lam sum_i f_i ||d_i||
 
-so that c d_i with f_i / c is the same model. lam rises from 0 over the first l1_steps optimiser steps; evaluation has
-all of it. lam = 0 is the dense autoencoder with a ReLU code.
+Thus c d_i with f_i / c is the same model. lam rises from 0 over the first l1_steps optimiser steps; evaluation uses all
+of it. lam = 0 is the dense autoencoder with a ReLU code.
 
-Dead latents may start anew after every resample_steps-th step, each from a sample of the next batch of all ranks, drawn
-with probability in proportion to the square of its squared error; the authors draw from far more samples, at four steps
+Dead latents may restart after every resample_steps-th step, each from a sample of the next batch of all ranks, drawn
+with probability proportional to the square of its squared error. The authors draw from far more samples, at four steps
 of a long run. Shapes: B batch, X data dimensions, N latents.
 """
 
@@ -30,15 +30,15 @@ from aezoo.nets.linear import Linear
 
 
 class SAEL1(UnitNorm, Autoencoder):
-    """Few latents of a wide dictionary are active for each sample, held down by their sum.
+    """Few latents of a wide dictionary are active for each sample, because their sum is penalised.
 
     Args:
         input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of latents in the dictionary.
-        form: unit_norm, of 2023, or april, of April 2024.
+        form: unit_norm (2023) or april (April 2024).
         l1: lam, weight of the sum of activations.
-        l1_steps: optimiser steps over which lam rises from 0; 0 has all of it from the start.
-        resample_steps: optimiser steps between two times that dead latents start anew; 0 leaves them dead.
+        l1_steps: optimiser steps over which lam rises from 0; 0 uses all of it from the start.
+        resample_steps: optimiser steps between restarts of dead latents; 0 leaves them dead.
         dead_after: a latent is dead when it has not fired for this many samples.
         data_init: start the bias at the geometric median of the first batch of training.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
@@ -100,22 +100,22 @@ class SAEL1(UnitNorm, Autoencoder):
         super().start_from(self.predicted(x))
 
     def warmed(self, weight: float) -> Tensor | float:
-        """The weight of a penalty at the present step."""
+        """The weight of a penalty at the current step."""
         return weight * self.share_of_steps(self.l1_steps) if self.training and self.l1_steps else weight
 
     def read(self, x: Tensor) -> Tensor:
-        """What the encoder sees, (B, *input_shape) -> (B, X)."""
+        """The encoder's input, (B, *input_shape) -> (B, X)."""
         return x.flatten(1) - self.decoder.b_X if self.unit_norm else x.flatten(1)
 
     def predicted(self, x: Tensor) -> Tensor:
-        """What the decoder is compared with, (B, *input_shape) -> (B, *shape)."""
+        """The decoder's target, (B, *input_shape) -> (B, *shape)."""
         return x
 
     def encode(self, x: Tensor) -> Tensor:
         return self.encoder(self.read(x)).relu()
 
     def costs(self) -> Tensor | float:
-        """What a unit of each latent costs: 1, or the norm of its direction, (N,)."""
+        """The cost of one unit of each latent: 1, or the norm of its direction, (N,)."""
         return 1.0 if self.unit_norm else at_least_float32(self.decoder.W_NX).norm(dim=1)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -135,15 +135,15 @@ class SAEL1(UnitNorm, Autoencoder):
 
     @torch.no_grad()
     def resample(self, x: Tensor, optimizer: Any, seed: int) -> None:
-        """Start dead latents anew from samples that are reconstructed badly."""
+        """Restart dead latents from samples that are reconstructed badly."""
         dead_N, x = self.dead_N, self.of_all_ranks(x.to(self.encoder.weight.dtype))
         if not dead_N.any():
             return
         y = self.predicted(x)
         sse_B = at_least_float32(y - self.likelihood.mean(self.decoder(self.encode(x)))).flatten(1).square().sum(1)
-        sse_B = torch.where(sse_B.isfinite(), sse_B, 0)  # nothing starts from a sample that is not finite
+        sse_B = torch.where(sse_B.isfinite(), sse_B, 0)  # no latent restarts from a sample that is not finite
         share_B = (sse_B / sse_B.max()).nan_to_num(1).square().cpu()
-        generator = torch.Generator().manual_seed(seed)  # of its own, since all ranks must draw the same
+        generator = torch.Generator().manual_seed(seed)  # a separate one, since all ranks must draw the same rows
         rows = torch.multinomial(share_B, int(dead_N.sum()), True, generator=generator).to(x.device)
         restart(self.encoder, self.decoder, dead_N, self.read(x)[rows], y.flatten(1)[rows], optimizer)
         self.since_fired_N[dead_N] = 0

@@ -1,16 +1,16 @@
 """Sparse autoencoder with a target activation (Ng 2011, CS294A notes), https://web.stanford.edu/class/cs294a/sparseAutoencoder.pdf
 
-Each unit of a sigmoid code is to be active a share rho of the time:
+Each unit of a sigmoid code should be active for a share rho of the time:
 
     L = -log p(x | g(h)) + beta sum_j KL(rho || rhohat_j) + l2 sum ||W||^2
     KL(rho || r) = rho log(rho / r) + (1 - rho) log((1 - rho) / (1 - r))     rhohat_j = mean over the batch of h_j
 
-in nats per sample, W the weights of all layers without their biases. rhohat is a statistic of the whole batch, taken
-over all ranks. It holds each unit's mean alone: without l2 the units can stay close to rho whatever the code, and the
-decoder grow by as much, at no cost.
+L is in nats per sample, and W are the weights of all layers without their biases. rhohat is a statistic of the whole
+batch, over all ranks. The penalty controls only each unit's mean: without l2, the units can stay close to rho whatever
+the code, and the decoder can grow by the same factor, at no cost.
 
-With likelihood gaussian -log p is, but for a constant, the squared error, which Ng halves: L is twice his J_sparse, so
-that beta = 6 is his 3, and l2 = 1e-4 his weight decay lambda = 1e-4, of which he takes lambda/2 ||W||^2.
+With likelihood gaussian, -log p is the squared error up to a constant. Ng halves that error, so L is twice his
+J_sparse: beta = 6 is his 3, and l2 = 1e-4 is his weight decay lambda = 1e-4, which he applies as lambda/2 ||W||^2.
 
 Shapes: B batch, D code.
 """
@@ -31,9 +31,9 @@ class SparseAEKL(Autoencoder):
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         rho: target share of activation of each unit, between 0 and 1.
-        beta: weight of the divergence from it, twice that of the notes.
-        l2: weight of the sum of squared weights, the notes' lambda, whatever weight_decay the optimiser adds; 0 turns
-            it off.
+        beta: weight of the divergence from rho, twice that of the notes.
+        l2: weight of the sum of squared weights, the notes' lambda, independent of the optimiser's weight_decay; 0
+            turns it off.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         latent_dim: D, size of the code.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -95,14 +95,14 @@ class SparseAEKL(Autoencoder):
 
     def sparsity(self, rhohat_D: Tensor) -> Tensor:
         """sum_j KL(rho || rhohat_j) in nats, (D,) -> ()."""
-        # no tighter: within the clamp a silent unit would get no gradient and stay silent
+        # no tighter: a silent unit within the clamp would get no gradient and stay silent
         r_D = rhohat_D.clamp(torch.finfo(rhohat_D.dtype).tiny, 1 - torch.finfo(rhohat_D.dtype).eps)
         on_D = self.rho * (math.log(self.rho) - torch.log(r_D))
         off_D = (1 - self.rho) * (math.log1p(-self.rho) - torch.log1p(-r_D))
         return (on_D + off_D).sum()
 
     def squared_weights(self) -> Tensor:
-        """Squares of all weights, added up, biases and the gains of normalisations left out."""
+        """The sum of squares of all weights, without biases and the gains of normalisations."""
         matrices = [p for part in (self.encoder, self.decoder) for p in part.parameters() if p.ndim > 1]
         return torch.stack([at_least_float32(p).square().sum() for p in matrices]).sum()
 

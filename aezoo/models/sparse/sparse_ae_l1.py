@@ -2,12 +2,12 @@
 
     L = -log p(x | g(h)) + lam ||h||_1     h = relu(f(x))
 
-in nats per sample, the penalty summed over the code. lam = 0 is the dense autoencoder with a ReLU code.
+L is in nats per sample, with the penalty summed over the code. lam = 0 is the dense autoencoder with a ReLU code.
 
-This is the textbook's model (Goodfellow et al. 2016, "Deep Learning", section 14.2.1), and as it stands it has no
-optimum: with a free decoder h / c for the code and c V for the decoder's first weights give the same reconstruction
-for less, whatever c > 1, so that a longer training weakens the penalty. `sae_l1` holds the decoder's directions at unit
-norm, or has their norms in the penalty; here `weight_decay` holds the weights back.
+This is the textbook model (Goodfellow et al. 2016, "Deep Learning", section 14.2.1), and it has no optimum. With a free
+decoder, a code of h / c and first decoder weights of c V give the same reconstruction at a lower cost, for any c > 1,
+so longer training weakens the penalty. `sae_l1` keeps the decoder's directions at unit norm, or includes their norms in
+the penalty; here `weight_decay` limits the weights.
 """
 
 import math

@@ -1,20 +1,21 @@
 """Temporal sparse autoencoder, temporal feature analysis (Lubana et al. 2025), https://arxiv.org/abs/2511.01836
 
-What earlier positions of a sequence tell about the present one is taken out of it before it gets a sparse code, so that
-this says what is new. At each position, with r = x - b_pre and v = relu(W_enc r + b_enc):
+What earlier positions of a sequence predict about the present one is subtracted before sparse coding, so that the
+sparse code holds what is new. At each position, with r = x - b_pre and v = relu(W_enc r + b_enc):
 
     p = relu(attention of v to the v of earlier positions)     c = <W_dec p, r> / (||W_dec p|| + 1e-6)^2
     pi = W_enc (r - c W_dec p) + b_enc     f = relu(topk_k(pi))     x_hat = W_dec (f + c p) + b_pre     ||d_i|| = 1
     L = sum over positions of -log p(x | x_hat) + alpha s ||e - e_hat||^2     AuxK and its s as in TopK
 
-in nats per sample. The past chooses the direction W_dec p, the position how much of it there is: c may be negative. The
-first position attends to a code of zeros alone, as all others may: with the output's bias at 0, as it starts, nothing
-is predicted there, and a sequence of one position is topk_sae to the end. k = N leaves the ReLU alone.
+L is in nats per sample. The past chooses the direction W_dec p, the present position its amount c, which may be
+negative. The first position attends only to a code of zeros, to which all others may attend as well. While the output's
+bias is 0, as at the start, nothing is predicted there, and a sequence of one position is topk_sae throughout. k = N
+leaves only the ReLU.
 
-SAELens and the authors have W_enc = W_dec^T / (4 D), directions of any norm, no b_enc and no AuxK; theirs have a bias
-of the keys, which the softmax undoes, and one of the values, which the output's takes in.
+SAELens and the authors have W_enc = W_dec^T / (4 D), directions of any norm, no b_enc and no AuxK. They also have a
+bias of the keys, which the softmax cancels, and one of the values, which the output's bias absorbs.
 
-`aezoo.nets.over_time` says which numbers of a sample are a position; (T, D) has T of them.
+`aezoo.nets.over_time` defines which numbers of a sample form a position; (T, D) has T positions.
 
 Shapes: B batch, T positions, D dimensions of one, N latents, k active ones.
 """
@@ -32,16 +33,16 @@ EPS = 1e-6
 
 
 class TemporalSAE(TopKSAE):
-    """At most k latents are active for what is new at a position; attention predicts the rest from earlier ones.
+    """At most k latents are active for what is new at a position; attention predicts the rest from earlier positions.
 
-    The code has what is new before what is predicted, (2, T, N), of which the second is not sparse.
+    The code, (2, T, N), holds first what is new, then what is predicted; the second part is not sparse.
 
     Args:
         input_shape: shape of one sample: (T, D) for T positions; any, see `aezoo.nets.over_time`.
         latent_dim: N, number of latents in the dictionary.
-        k: active latents a position; fewer where fewer pre-activations are positive.
+        k: active latents per position; fewer if fewer pre-activations are positive.
         key_dim: width of the keys of all heads together.
-        heads: of the attention; key_dim and latent_dim are multiples of it.
+        heads: number of attention heads; key_dim and latent_dim are multiples of it.
         k_aux: dead latents that model the residual; half of a position's dimensions if 0.
         aux_weight: alpha, weight of the auxiliary loss.
         aux_scale: sse or variance, what the auxiliary loss is measured in.

@@ -1,15 +1,15 @@
 """TopK sparse autoencoder (Gao et al. 2024), https://arxiv.org/abs/2406.04093
 
-The k largest pre-activations form the code; latents that have not fired for long are trained on what is left over:
+The k largest pre-activations form the code; latents that have not fired for long are trained on the residual:
 
     pi = W_enc (x - b_pre) + b_enc     f = relu(topk_k(pi))     x_hat = W_dec f + b_pre     ||d_i|| = 1
     L = -log p(x | x_hat) + alpha s ||e - e_hat||^2     e = stop(x - x_hat)
     e_hat = W_dec relu(topk_k_aux(pi of the dead latents))
 
-with s = min(dead / k_aux, 1), so AuxK (section A.2) vanishes when no latent is dead, in nats per sample: a squared
+s = min(dead / k_aux, 1), so AuxK (section A.2) vanishes when no latent is dead. L is in nats per sample: a squared
 error is a Gaussian's of variance 1/2. The authors' code divides the first error by Var(x), the second by Var(e);
 aux_scale variance gives their ratio, AuxK times Var(x) / Var(e). Multi-TopK adds 1/8 -log p(x | x_hat) with 4k for k.
-The gradient along directions is removed before each step, their norm restored after it (section A.1). With data_init
+The gradient along directions is removed before each step and their norm restored after it (section A.1). With data_init
 b_pre starts at the geometric median of the first batch of all ranks, the encoder where x_hat is as far from it as x.
 
 Shapes: B batch, X data dimensions, N latents, k active ones.
@@ -27,12 +27,12 @@ from aezoo.nets.linear import Linear, in_graph
 
 
 class TopKSAE(UnitNorm, Autoencoder):
-    """At most k active latents a sample, from a wide dictionary of unit-norm directions.
+    """At most k active latents per sample, from a wide dictionary of unit-norm directions.
 
     Args:
         input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of latents in the dictionary.
-        k: active latents a sample; fewer where fewer pre-activations are positive.
+        k: active latents per sample; fewer if fewer pre-activations are positive.
         k_aux: dead latents that model the residual; half of the data dimensions if 0.
         aux_weight: alpha, weight of the auxiliary loss.
         aux_scale: sse or variance, what the auxiliary loss is measured in.
@@ -103,31 +103,31 @@ class TopKSAE(UnitNorm, Autoencoder):
         return pi
 
     def active(self, pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The values of at most k active latents and where they stand, (B, N) -> (B, k), (B, k)."""
+        """The values of at most k active latents and their indices, (B, N) -> (B, k), (B, k)."""
         return top(pi_BN, k)
 
     def encode(self, x: Tensor) -> Tensor:
         return spread(*self.active(self.pre_activations(x), self.k), *self.code_shape)
 
     def reconstruct(self, pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Code and output of the k largest, (B, N) -> (B, N), (B, *input_shape)."""
+        """Code and output for the k largest, (B, N) -> (B, N), (B, *input_shape)."""
         active = self.active(pi_BN, k)
         return spread(*active, *self.code_shape), self.decoder.of_active(*active)
 
     def aux(self, x: Tensor, x_hat: Tensor, pi_BN: Tensor) -> Tensor:
-        """AuxK in the scale chosen, (B, *input_shape), (B, *input_shape), (B, N) -> (B,)."""
+        """AuxK in the chosen scale, (B, *input_shape), (B, *input_shape), (B, N) -> (B,)."""
         if pi_BN.device.type == "cpu" and not (in_graph() or self.dead_N.any()):
-            return at_least_float32(pi_BN.new_zeros(len(pi_BN)))  # as it would be; elsewhere asking is to wait
+            return at_least_float32(pi_BN.new_zeros(len(pi_BN)))  # the same value; other devices would have to wait
         e_BX = (x - self.likelihood.mean(x_hat)).detach().flatten(1)
         e_hat_BX = self.decoder.sum_of(*self.active(pi_BN.masked_fill(~self.dead_N, 0), self.k_aux))
         aux_B = at_least_float32(e_BX - e_hat_BX).square().sum(1) * (self.dead_N.sum() / self.k_aux).clamp(max=1)
         if self.aux_scale == "sse":
             return aux_B
         ratio = self.variance(x.flatten(1)) / self.variance(e_BX)
-        return aux_B * ratio.clamp(max=1e6)  # finite where nothing is left over
+        return aux_B * ratio.clamp(max=1e6)  # finite if the residual is 0
 
     def variance(self, v_BX: Tensor) -> Tensor:
-        """Of all ranks, summed over dimensions; above 0, as that of one sample is not, (B, X) -> ()."""
+        """Variance over all ranks, summed over dimensions; kept above 0, also for one sample, (B, X) -> ()."""
         off_BX = at_least_float32(v_BX) - self.batch_mean(v_BX)
         return self.batch_mean(off_BX.square()).sum().clamp(min=torch.finfo(off_BX.dtype).tiny)
 

@@ -1,16 +1,17 @@
 """Transcoder (Dunefsky et al. 2024), https://arxiv.org/abs/2406.11944
 
-A sparse code of one place of a network that predicts another, such as the output of a layer from its input. A sample
-holds the activations at several places as its rows; x are the rows that are read, y those that are predicted:
+A sparse code of one place of a network predicts another, such as a layer's output from its input. The rows of a sample
+are the activations at several places; x are the rows that are read, y those that are predicted:
 
     f = relu(W_enc x + b_enc)     y_hat = sum_i f_i d_i + b     ||d_i|| = 1     L = -log p(y | y_hat) + lam sum_i f_i
 
-in nats per sample; or, with form april, lam sum_i f_i ||d_i|| without the constraint. Targets are the rows of y, all
-others are read. Without targets every row is read and predicted, which is sae_l1 with all that belongs to it.
+L is in nats per sample. With form april, the penalty is lam sum_i f_i ||d_i||, without the constraint. Targets are the
+rows of y; all others are read. Without targets, every row is read and predicted, which is sae_l1 with all that belongs
+to it.
 
-Of rows that are only read the code says nothing that could be decoded: a reconstruction has their mean there, over all
-samples of training so far and all ranks. The loss and the score are of the targets alone; the mse and psnr of an
-evaluation are of whole reconstructions.
+The code does not determine the rows that are only read. A reconstruction has their mean there, over all samples of
+training so far and all ranks. The loss and the score cover the targets alone; the mse and psnr of an evaluation cover
+whole reconstructions.
 
 Shapes: B batch, R rows that are read, T that are predicted, X data dimensions of a row, N latents.
 """
@@ -30,13 +31,13 @@ class Transcoder(SAEL1):
     """Few latents, read from some rows of a sample, predict the others.
 
     Args:
-        input_shape: shape of one sample: (S, D) for S places; any, its first dimension counts the rows where there are
-            more than one.
-        targets: rows that are predicted, the first is 0; all others are read. None given, all are read and predicted.
+        input_shape: shape of one sample: (S, D) for S places. Any shape is valid; if it has several dimensions, the
+            first one counts the rows.
+        targets: rows to predict, the first is 0; all others are read. If empty, all rows are read and predicted.
         latent_dim: N, number of latents in the dictionary.
-        form: unit_norm, of 2023, or april, of April 2024.
+        form: unit_norm (2023) or april (April 2024).
         l1: lam, weight of the sum of activations.
-        l1_steps: optimiser steps over which lam rises from 0; 0 has all of it from the start.
+        l1_steps: optimiser steps over which lam rises from 0; 0 uses all of it from the start.
         dead_after: a latent is dead when it has not fired for this many samples.
         data_init: start the bias at the geometric median of the first batch of training.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
@@ -126,12 +127,12 @@ class Transcoder(SAEL1):
 
     @torch.no_grad()
     def see(self, x_BRX: Tensor) -> None:
-        """Take a batch of all ranks into the mean of what is read."""
+        """Add a batch of all ranks to the mean of the rows that are read."""
         n = x_BRX.shape[0] * (dist.get_world_size() if self._across_ranks() else 1)
         self.seen.add_(n)
         self.mean_RX.add_((self.batch_mean(x_BRX) - self.mean_RX).to(self.mean_RX) * (n / self.seen))
 
 
 def rows(x: Tensor, which: tuple[int, ...]) -> Tensor:
-    """Some rows of each sample, without an index that would have to be sent to the device."""
+    """Some rows of each sample, without an index that would have to be copied to the device."""
     return torch.stack([x[:, row] for row in which], 1)

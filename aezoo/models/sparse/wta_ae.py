@@ -1,18 +1,19 @@
 """Winner-take-all autoencoder (Makhzani & Frey 2015), https://arxiv.org/abs/1409.2752
 
-Of each unit only the winners over the batch are kept, those samples that activate it most:
+Each unit keeps only its winners over the batch, the samples that activate it most:
 
     h = relu(f(x))     h_ij is kept if it is among the ceil(p B) largest of h_1j, ..., h_Bj     (section 2)
     L = -log p(x | V h_kept + c)
 
-in nats per sample. Each unit is so in use for a share p of the samples (lifetime sparsity), while a sample may have any
-number of units. The decoder is linear. With convolutions each feature map first keeps the largest value on its grid
-alone (spatial sparsity), and the winners over the batch are among these (section 3). The batch is that of all ranks.
+L is in nats per sample. Each unit is thus in use for a share p of the samples (lifetime sparsity), while a sample may
+have any number of units. The decoder is linear. With convolutions, each feature map first keeps only the largest value
+on its grid (spatial sparsity), and the winners over the batch are among these (section 3). The batch is that of all
+ranks.
 
-Codes have none of this, as in the paper, which reconstructs nothing after training. Reconstructions and scores take of
-a code, which they would add up to far too much, the largest value of each map where it reaches theta_j, a running mean
-of the least value that has won for unit j; the loss in evaluation has the winners of the batch that is given. p = 1
-without spatial sparsity is the autoencoder with a ReLU code.
+As in the paper, which reconstructs nothing after training, codes are not made sparse. The decoder would sum such codes
+to far too much. Reconstructions and scores therefore keep only the largest value of each map, where it reaches theta_j,
+a running mean of the least value that has won for unit j. The loss in evaluation has the winners of the given batch.
+p = 1 without spatial sparsity is the autoencoder with a ReLU code.
 
 Shapes: B batch on this rank, N samples on all ranks, D units or feature maps, G points of the grid.
 """
@@ -34,8 +35,8 @@ class WTAAE(Autoencoder):
 
     Args:
         input_shape: shape of one sample; any, and (C, L), (C, H, W) or (C, D, H, W) if spatial.
-        lifetime: p, share of the samples that each unit is kept for; the paper has 0.05 for images of digits.
-        spatial: convolutions of stride 1 whose feature maps keep one value each, in place of dense layers.
+        lifetime: p, share of the samples for which each unit is kept; the paper has 0.05 for images of digits.
+        spatial: use convolutions of stride 1 whose feature maps keep one value each, instead of dense layers.
         latent_dim: D, size of the code, or number of its feature maps, which are as large as the sample.
         hidden_dims: widths or channels of the encoder's layers before the code.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
@@ -97,24 +98,24 @@ class WTAAE(Autoencoder):
             layers += [conv(channels, width, 5, padding=2), nn.ReLU()]
             channels = width
         self.encoder = nn.Sequential(*layers, conv(channels, latent_dim, 5, padding=2))
-        self.decoder = conv(latent_dim, self.input_shape[0], 11, padding=5)  # large: it alone makes the strokes
+        self.decoder = conv(latent_dim, self.input_shape[0], 11, padding=5)  # large: it alone draws the strokes
 
     def encode(self, x: Tensor) -> Tensor:
         return self.encoder(x).relu()
 
     def winners(self, h_BD: Tensor) -> Tensor:
-        """Whether a unit is kept for a sample: exactly ceil(p N) of all ranks' N for each unit, (B, D) -> (B, D)."""
+        """Whether each unit is kept for each sample: exactly ceil(p N) of all ranks' N per unit, (B, D) -> (B, D)."""
         h_ND = self.of_all_ranks(h_BD.detach())
-        # a product such as 0.07 * 100 is rounded to a little more than it is
+        # a product such as 0.07 * 100 is rounded to slightly more than its exact value
         best_kD, index_kD = h_ND.topk(math.ceil(self.lifetime * len(h_ND) - 1e-9), dim=0)
         if self.training:
-            self.theta_D.lerp_(best_kD[-1].to(self.theta_D), 0.1)  # as BatchNorm's running statistics
+            self.theta_D.lerp_(best_kD[-1].to(self.theta_D), 0.1)  # like BatchNorm's running statistics
         kept_ND = torch.zeros_like(h_ND, dtype=torch.bool).scatter(0, index_kD, True)
         first = self.own_rank() * len(h_BD)
         return kept_ND[first : first + len(h_BD)]
 
     def keep(self, h: Tensor, which: Callable[[Tensor], Tensor]) -> Tensor:
-        """The code with all set to 0 but each map's largest value, and that where `which` of (B, D) does not hold."""
+        """Keep each map's largest value where `which`, of (B, D), holds, and set all else in the code to 0."""
         if not self.spatial:
             return h * which(h)
         h_BDG = h.flatten(2)

@@ -5,17 +5,17 @@
     delta_d = KL(q(z_d|x) || q(z_d|x')) / 2 + KL(q(z_d|x') || q(z_d|x)) / 2
     tau = (least + largest delta of the dimensions) / 2     (section 4)
 
-in nats per sample: a pair differs in few factors, so the dimensions that differ least are made to be common. The
-average has the mean of the means and of the variances (gvae, Hosoya 2019), or is the normalised root of the product of
-the two densities (mlvae, the Ada-ML-VAE).
+in nats per sample. A pair differs in few factors, so the dimensions that differ least are made common to both. The
+average of two posteriors has the mean of their means and of their variances (gvae, Hosoya 2019), or is the normalised
+square root of the product of the two densities (mlvae, the Ada-ML-VAE).
 
-A pair has the same dimensions in common for both. The paper's delta is the first KL alone, with x the first of the
-pair, which the authors' code takes for the second too; no sample of a batch comes first, so here delta is its mean over
-both orders. Where variances are equal it is the paper's.
+Both samples of a pair share the same dimensions. The paper's delta is the first KL only, with x the first of the pair,
+and the authors' code uses it for the second as well. No sample of a batch comes first, so here delta is the mean over
+both orders. For equal variances it is the paper's delta.
 
-Labels say what belongs together: x' is the next sample of the batch with the label of x, after the last the first; two
-of a label are the paper's pair. The batch is that of all ranks. A sample without a label (-1), or with one that no
-other has, is its own pair, which is the VAE; codes and scores never look at labels.
+Labels define the pairs: x' is the next sample of the batch with the label of x, and the first one follows the last; two
+samples of a label are the paper's pair. The batch is that of all ranks. A sample without a label (-1), or with a label
+that no other sample has, is paired with itself, which gives the VAE. Codes and scores never use labels.
 
 Shapes: B batch on this rank, N samples on all ranks, D code.
 """
@@ -32,12 +32,12 @@ AVERAGES = ("gvae", "mlvae")
 
 
 class AdaGVAE(VAE):
-    """A VAE whose codes of samples with the same label agree in all dimensions but those that differ most.
+    """A VAE in which samples with the same label agree in all dimensions of the code except those that differ most.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        average: of two posteriors: gvae or mlvae.
+        average: how two posteriors are averaged: gvae or mlvae.
         beta: weight of the KL term.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -91,7 +91,7 @@ class AdaGVAE(VAE):
         self.average = average
 
     def partners(self, y_B: Tensor) -> Tensor:
-        """Number of each sample's pair among the samples of all ranks, (B,) -> (B,)."""
+        """Index of each sample's partner among the samples of all ranks, (B,) -> (B,)."""
         y_N = self.of_all_ranks(y_B)
         n = len(y_N)
         row_B1 = self.own_rows(y_B)[:, None]
@@ -101,7 +101,7 @@ class AdaGVAE(VAE):
 
     @staticmethod
     def shared(mu_BD: Tensor, log_var_BD: Tensor, mu2_BD: Tensor, log_var2_BD: Tensor) -> Tensor:
-        """Which dimensions a pair has in common, whichever is first: four (B, D) -> (B, D) bool."""
+        """Which dimensions a pair shares, in either order: four (B, D) -> (B, D) bool."""
         square_BD = 0.25 * (mu_BD - mu2_BD) ** 2 * (torch.exp(-log_var_BD) + torch.exp(-log_var2_BD))
         delta_BD = square_BD + torch.sinh(0.5 * (log_var_BD - log_var2_BD)) ** 2
         tau_B1 = 0.5 * (delta_BD.amin(1, keepdim=True) + delta_BD.amax(1, keepdim=True))
@@ -111,7 +111,7 @@ class AdaGVAE(VAE):
         """Mean and log-variance of the average of two posteriors: four (B, D) -> (B, D), (B, D)."""
         if self.average == "gvae":
             return 0.5 * (mu_BD + mu2_BD), torch.logaddexp(log_var_BD, log_var2_BD) - math.log(2)
-        share_BD = torch.sigmoid(log_var2_BD - log_var_BD)  # of the first in the sum of both precisions
+        share_BD = torch.sigmoid(log_var2_BD - log_var_BD)  # share of the first in the sum of both precisions
         log_precision_BD = torch.logaddexp(-log_var_BD, -log_var2_BD) - math.log(2)
         return share_BD * mu_BD + (1 - share_BD) * mu2_BD, -log_precision_BD
 

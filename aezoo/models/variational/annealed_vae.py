@@ -3,11 +3,12 @@
     L = E_q[-log p(x|z)] + gamma |KL(q(z|x) || p(z)) - C|     (equation 8, with the sign of a loss)
     C = max_capacity min(1, t / capacity_steps)     t optimiser steps taken
 
-in nats per sample: the code is given C nats, which rise during training. KL is the mean over the batch of all ranks, so
-that samples may take more or less than C; or each sample's own. gamma = 1 and max_capacity = 0 is the VAE.
+in nats per sample. The code may carry C nats, and C rises during training. KL is the mean over the batch of all ranks,
+so that single samples may use more or less than C; with per_sample it is each sample's own. gamma = 1 and
+max_capacity = 0 give the VAE.
 
-C is part of the model: a resumed run goes on with it, evaluation uses that of the last training step, and the callback
-BetaAnnealing is not needed.
+C is part of the model: a resumed run continues with it, evaluation uses the value of the last training step, and the
+callback BetaAnnealing is not needed.
 
 Shapes: B batch, D code.
 """
@@ -22,14 +23,14 @@ from aezoo.models.variational.vae import VAE
 
 
 class AnnealedVAE(VAE):
-    """A VAE whose code is held at an amount of information that rises during training.
+    """A VAE whose code is kept at an amount of information that rises during training.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        gamma: weight of the distance between the KL term and C; the paper has 1000, for much longer runs.
-        max_capacity: C in nats at the end of its rise; the paper has 25 on dSprites.
-        capacity_steps: optimiser steps over which C rises from 0; the paper has 100,000.
+        gamma: weight of the distance between the KL term and C; the paper uses 1000, for much longer runs.
+        max_capacity: C in nats at the end of its rise; the paper uses 25 on dSprites.
+        capacity_steps: optimiser steps over which C rises from 0; the paper uses 100,000.
         per_sample: hold the KL term of each sample at C instead of the batch's mean.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.

@@ -5,8 +5,8 @@
     TC = E[log q(z) - sum_d log q(z_d)]          total correlation of the code's dimensions
     DW = E[sum_d (log q(z_d) - log p(z_d))]      KL of each dimension from the prior
 
-in nats per sample: with alpha = beta = gamma = 1 the three are E[log q(z|x) - log p(z)], the KL term of the VAE on the
-z that was drawn. q(z), the codes of all N data samples together, is estimated from a batch of n, over all ranks:
+in nats per sample. With alpha = beta = gamma = 1 the three sum to E[log q(z|x) - log p(z)], the VAE's KL term at the
+drawn z. q(z), the density of the codes of all N data samples, is estimated from a batch of n over all ranks:
 
     log q(z_i) = log sum_j W_ij q(z_i|x_j)
     mws        W_ij = 1 / (N n)                                                        (equation 5)
@@ -31,7 +31,7 @@ from aezoo.models.variational.vae import VAE
 
 
 class BetaTCVAE(VAE):
-    """A VAE with a weight of its own for the dependence between the dimensions of the code.
+    """A VAE with a separate weight for the dependence between the dimensions of the code.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -39,8 +39,8 @@ class BetaTCVAE(VAE):
         alpha: weight of the mutual information.
         beta: weight of the total correlation.
         gamma: weight of the dimensions' KL from the prior.
-        estimator: of q(z) from a batch: mss, mss_mean or mws.
-        dataset_size: N, number of training samples; 0 takes that of the training data, and without any the batch's.
+        estimator: how q(z) is estimated from a batch: mss, mss_mean or mws.
+        dataset_size: N, number of training samples; 0: that of the training data, or without any that of the batch.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -101,19 +101,19 @@ class BetaTCVAE(VAE):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        resumed = self.trainer.ckpt_path is not None and bool(self.n_data)  # goes on as it was
+        resumed = self.trainer.ckpt_path is not None and bool(self.n_data)  # keeps its count
         self._counted, self._samples = self.dataset_size > 0 or resumed, 0
 
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         x, y = super().begin_step(batch, batch_idx)
         if not self._counted and self._trainer is not None:
-            # at each step: of one that was not finite the fault guard puts buffers back
+            # at each step, as the fault guard restores the buffers after a step that was not finite
             self._samples = self._samples or self.training_samples(len(x))
             self.n_data.fill_(self._samples)
         return x, y
 
     def training_samples(self, batch_size: int) -> int:
-        """Samples in an epoch of all ranks, by the loader's sampler or else its number of batches; 0 if unknown."""
+        """Samples per epoch of all ranks, from the loader's sampler or its number of batches; 0 if unknown."""
         loader = self.trainer.train_dataloader
         sampler = getattr(loader, "sampler", None)
         if isinstance(getattr(loader, "batch_size", None), int) and isinstance(sampler, Sized):

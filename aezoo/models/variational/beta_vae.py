@@ -2,7 +2,7 @@
 
     L = E_q[-log p(x|z)] + beta KL(q(z|x) || p(z))     (equation 4, with the sign of a loss)
 
-in nats per sample. beta > 1 narrows the code for the sake of disentangled dimensions; beta = 1 is the VAE.
+in nats per sample. beta > 1 narrows the code in order to disentangle its dimensions; beta = 1 is the VAE.
 """
 
 from aezoo.models.variational.vae import VAE

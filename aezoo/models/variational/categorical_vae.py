@@ -1,16 +1,16 @@
 """Categorical variational autoencoder (Jang et al. 2016), https://arxiv.org/abs/1611.01144
 
-A code of N independent categorical variables of K classes each, trained through a relaxation; in nats per sample:
+The code has N independent categorical variables of K classes, trained through a relaxation; in nats per sample:
 
     L = E[-log p(x|z)] + beta KL(q(c|x) || p(c))     q(c|x) = prod_n Cat(p_n)     p(c) uniform
     z_n = softmax((log p_n + g_n) / tau)             g_n Gumbel noise: z_n -> one-hot of arg max (log p_n + g_n) ~ q
     KL = sum_n sum_k p_nk log(K p_nk)                from 0, of the uniform, to N log K
 
-tau is `temperature`, to which it may fall from `start_temperature` by a constant factor a step. Codes of evaluation are
-one-hot draws from q (Maddison et al. 2016): there, and with `straight_through` everywhere, log p(x) >= E[elbo] with
-elbo = -(nll + kl), whatever beta. `encode` gives the probabilities p, decoded better than one-hot codes.
+tau is `temperature`, or falls to it from `start_temperature` by a constant factor per step. In evaluation, codes are
+one-hot draws from q (Maddison et al. 2016). Then, and always with `straight_through`, log p(x) >= E[elbo] with
+elbo = -(nll + kl) for any beta. `encode` gives the probabilities p, which decode better than one-hot codes.
 
-Shapes: B batch, N variables, K classes, D = N K code, S importance samples, M = K^N codes there are.
+Shapes: B batch, N variables, K classes, D = N K code, S importance samples, M = K^N possible codes.
 """
 
 import math
@@ -34,7 +34,7 @@ class CategoricalVAE(VAE):
         n_classes: K, classes of each; the code has N K entries. The paper has 10, which need longer training.
         beta: weight of the KL term.
         temperature: tau, at least 0.01: near 0 codes are nearly one-hot and gradients noisy.
-        start_temperature: tau at the first step, where it falls.
+        start_temperature: tau at the first step, if it falls.
         temperature_steps: optimiser steps over which tau falls exponentially to temperature; 0 keeps it there.
         straight_through: decode one-hot codes in training as well, with the gradient of the relaxed ones.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
@@ -99,7 +99,7 @@ class CategoricalVAE(VAE):
         self.keep_steps()
 
     def tau(self) -> Tensor:
-        """The temperature at the present step, ()."""
+        """The temperature at the current step, ()."""
         share = self.share_of_steps(self.temperature_steps)
         return self.start_temperature ** (1 - share) * self.temperature**share
 
@@ -108,7 +108,7 @@ class CategoricalVAE(VAE):
         return at_least_float32(self.encoder(x)).unflatten(1, self.variables).log_softmax(2)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The classes' probabilities and their logarithms: (B, *input_shape) -> (B, D), (B, D)."""
+        """The class probabilities and their logarithms: (B, *input_shape) -> (B, D), (B, D)."""
         log_p_BD = self.log_probs(x).flatten(1)
         return log_p_BD.exp(), log_p_BD
 
@@ -117,7 +117,7 @@ class CategoricalVAE(VAE):
         return kl_from_uniform(p_BD, log_p_BD, self.variables[1])
 
     def draw(self, log_p_BNK: Tensor) -> Tensor:
-        """Draw z of the relaxed distribution, or one-hot c with its gradient: (B, N, K) -> (B, N, K)."""
+        """Draw z from the relaxed distribution, or one-hot c with its gradient: (B, N, K) -> (B, N, K)."""
         return relaxed(log_p_BNK, self.tau(), self.straight_through or not self.training)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -141,7 +141,7 @@ class CategoricalVAE(VAE):
 
     @torch.no_grad()
     def log_likelihood(self, x: Tensor, n: int) -> Tensor:
-        """Log p(x) in nats, exact where there are at most n codes, else importance-sampled: (B, *shape) -> (B,)."""
+        """Log p(x) in nats, exact if there are at most n codes, else importance-sampled: (B, *shape) -> (B,)."""
         n_variables, k = self.variables
         if k**n_variables > n:
             return super().log_likelihood(x, n)

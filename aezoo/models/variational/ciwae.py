@@ -1,13 +1,13 @@
 """Combination importance weighted autoencoder (Rainforth et al. 2018), https://arxiv.org/abs/1802.04537
 
-Maximises a mixture of the evidence lower bound and the importance weighted one, in nats per sample:
+Maximises a mixture of the evidence lower bound and the importance weighted bound, in nats per sample:
 
     log p(x) >= beta ELBO + (1 - beta) L_K
     ELBO = E[1/K sum_k log w_k]     L_K = E[log 1/K sum_k w_k]     w_k = p(x|z_k) p(z_k) / q(z_k|x)     z_k ~ q(z|x)
 
-beta = 0 is the IWAE; beta = 1 is a VAE with K samples, whose KL is sampled as well. With v_k = w_k / sum_j w_j the
-encoder's gradient is sum_k c_k d log w_k with c_k = beta/K + (1 - beta) v_k; stl takes the way through z alone, and
-dreg that with beta/K + (1 - beta) v_k^2, which has the mean of reparam (Tucker et al. 2018).
+beta = 0 is the IWAE; beta = 1 is a VAE with K samples and a sampled KL. With v_k = w_k / sum_j w_j, the encoder's
+gradient is sum_k c_k d log w_k with c_k = beta/K + (1 - beta) v_k. stl uses only the path through z. dreg uses this
+path with beta/K + (1 - beta) v_k^2 instead; its mean is that of reparam (Tucker et al. 2018).
 
 Shapes: B batch, D code, K importance samples.
 """
@@ -29,7 +29,7 @@ class CIWAE(IWAE):
         latent_dim: D, size of the code.
         n_samples: K, importance samples of each data sample; each is decoded.
         beta: share of the ELBO, from 0 to 1.
-        estimator: the encoder's gradient: reparam, stl or dreg; of the last two the noise is lower.
+        estimator: the encoder's gradient: reparam, stl or dreg; the last two are less noisy.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

@@ -1,13 +1,13 @@
 """Conditional variational autoencoder (Sohn et al. 2015), https://papers.nips.cc/paper/5775
 
-Encoder and decoder are told the label y of a sample; in nats per sample:
+Encoder and decoder are given the label y of a sample; in nats per sample:
 
     L(x, y) = E_q(z|x,y)[-log p(x|z, y)] + KL(q(z|x, y) || p(z)) >= -log p(x|y)
     L(x)    = -E[log sum_y p(y) w_y] >= -log p(x)     w_y = p(x|z_y, y) p(z_y) / q(z_y|x, y)     z_y ~ q(z|x, y)
 
-p(z) = N(0, I) and p(y) is uniform. A sample without a label (y None or -1) counts by L(x), with one draw of z for each
-label; the log of a sum needs the weights w_y: with a closed-form KL in them it is no bound. The code carries the label,
-[z, one-hot y]. `encode` without labels takes the most likely one, arg max_y of log p(x|mu_y, y) - KL_y.
+p(z) = N(0, I), and p(y) is uniform. A sample without a label (y None or -1) has the loss L(x), with one draw of z per
+label; the log of a sum needs the weights w_y: with a closed-form KL it would not be a bound. The code contains the
+label, [z, one-hot y]. `encode` without labels takes the most likely one, arg max_y of log p(x|mu_y, y) - KL_y.
 
 Shapes: B batch, D latent, K labels, E = D + K code, S importance samples.
 """
@@ -25,7 +25,7 @@ from aezoo.nets import labels
 
 
 class ConditionalVAE(labels.LabelledCode, VAE):
-    """Gaussian code beside a label, which may be asked for when sampling: `sample(n, y)`.
+    """A Gaussian code with a label, which can be chosen when sampling: `sample(n, y)`.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -75,7 +75,7 @@ class ConditionalVAE(labels.LabelledCode, VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        del self.beta, self.capacity  # the bound weighs no KL: BetaAnnealing would change them in vain
+        del self.beta, self.capacity  # the bound has no KL weight: BetaAnnealing would change them without effect
         self.latent_dim, self.num_classes = latent_dim, labels.class_count(num_classes)
         self.code_shape = (latent_dim + self.num_classes,)
         self.label_map = labels.BesideLabel(self.num_classes, self.input_shape)
@@ -95,7 +95,7 @@ class ConditionalVAE(labels.LabelledCode, VAE):
         return nll_B, self.kl(mu_BD, log_var_BD), 0.5 * (z_BD**2 - eps_BD**2 - log_var_BD).sum(1)
 
     def terms_of_every_label(self, x: Tensor, eps_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same terms, with one noise for all labels of a sample: -> (B, K), (B, K), (B, K)."""
+        """The same terms, with the same noise for all labels of a sample: -> (B, K), (B, K), (B, K)."""
         k = self.num_classes
         nll, kl, log_ratio = self.terms(*labels.with_every_label(x, k), eps_BD.repeat(k, 1))
         return nll.unflatten(0, (k, -1)).T, kl.unflatten(0, (k, -1)).T, log_ratio.unflatten(0, (k, -1)).T
@@ -125,7 +125,7 @@ class ConditionalVAE(labels.LabelledCode, VAE):
         return self.bounds(x).log_softmax(1)
 
     def posterior(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The code's mean and log-variance; the label, the most likely where none is given, has the least there is."""
+        """The code's mean and log-variance; the label, by default the most likely, has the least log-variance."""
         if y is None or not labels.all_labelled(y, self.num_classes):
             likely = self.classify(x).argmax(1)
             y = likely if y is None else torch.where(y < 0, likely, y)

@@ -2,12 +2,12 @@
 
     L = E_C[ E_q[-log p(x|z)] + beta KL(q(z|x~) || p(z)) ]     x~ ~ C(x~|x), z ~ q(z|x~)
 
-in nats per sample: the code is that of a corrupted sample, the likelihood that of the clean one. The posterior is in
-effect the mixture q~(z|x) = E_C[q(z|x~)], richer than a Gaussian, for which L at beta = 1 is an upper bound of the
-negative ELBO (section 3). Without corruption it is the VAE.
+in nats per sample. The code is computed from a corrupted sample, and the likelihood from the clean one. The posterior
+is in effect the mixture q~(z|x) = E_C[q(z|x~)], which is richer than a Gaussian. For it, L at beta = 1 is an upper
+bound of the negative ELBO (section 3). Without corruption this is the VAE.
 
-Noise is drawn anew for every training batch, and once for evaluation, from a fixed seed. A sample that is encoded or
-scored is taken as it is: q(z|x) of log_likelihood is the encoder's.
+Noise is drawn anew for every training batch, and once, from a fixed seed, for evaluation. Samples that are encoded or
+scored are not corrupted: the q(z|x) of log_likelihood is the encoder's.
 """
 
 import torch

@@ -3,8 +3,8 @@
     L = E_q[-log p(x|z)] + KL(q(z|x) || p(z)) + l_od sum_{i != j} C_ij^2 + l_d sum_i (C_ii - 1)^2     (equation 7)
     C = Cov[z] = Cov[mu(x)] + E[diag sigma(x)^2]     by the law of total covariance
 
-in nats per sample: the codes themselves, not the posteriors' means alone, are to have the prior's covariance. C is that
-of the whole batch, over all ranks. l_od = l_d = 0 is the VAE.
+in nats per sample. The codes themselves, not only the posterior means, should have the prior's covariance. C is the
+covariance of the whole batch over all ranks. l_od = l_d = 0 is the VAE.
 
 Shapes: B batch, D code.
 """
@@ -21,8 +21,8 @@ class DIPVAEII(DIPVAEI):
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        off_diagonal: l_od, weight of the squared covariances; usual are 1 to 50.
-        diagonal: l_d, weight of the squared distances of the variances from 1; l_od is usual.
+        off_diagonal: l_od, weight of the squared covariances; usually 1 to 50.
+        diagonal: l_d, weight of the squared distances of the variances from 1; usually l_od.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

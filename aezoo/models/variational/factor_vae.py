@@ -4,11 +4,11 @@
     TC ~ E_q(z)[log D(z) / (1 - D(z))] = E_q(z)[t(z)]        D(z) = sigmoid(t(z))               (equation 3)
     L_D = -1/2 E_q(z)[log D(z)] - 1/2 E_prod[log(1 - D(z'))]
 
-in nats per sample. The discriminator D tells codes z of a batch from z', the same codes with every dimension permuted
-over the batch by itself, which are draws from the product of the marginals (algorithm 1). At its optimum t is the log
-ratio of the two densities and L_D is log 2 if they are equal. gamma = 0 is the VAE.
+in nats per sample. The discriminator D distinguishes the codes z of a batch from z', the same codes with each dimension
+permuted separately over the batch. The z' are draws from the product of the marginals (algorithm 1). At D's optimum, t
+is the log ratio of the two densities, and L_D is log 2 if they are equal. gamma = 0 is the VAE.
 
-Each of the two losses trains its own parameters alone. Both players step at once and on one batch, as in
+Each of the two losses trains only its own parameters. Both players take their steps together on one batch, as in
 https://github.com/google-research/disentanglement_lib; algorithm 2 draws z' from a second batch. L is the value of
 `loss`; L_D is the term `discriminator`.
 
@@ -30,12 +30,12 @@ from aezoo.nets.linear import Linear
 
 
 class FactorVAE(VAE):
-    """A VAE whose codes, all together, are held at having independent dimensions.
+    """A VAE whose codes, as an aggregate, are pushed to have independent dimensions.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        gamma: weight of the total correlation; usual are 6 to 40.
+        gamma: weight of the total correlation; usually 6 to 40.
         discriminator_dims: widths of the discriminator's hidden layers, six of 1000 in the paper.
         discriminator_lr: learning rate of the discriminator, whose betas are 0.5 and 0.9 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
@@ -95,7 +95,7 @@ class FactorVAE(VAE):
         return two_groups(self, betas=(0.5, 0.9))  # appendix A
 
     def permute_dims(self, z_BD: Tensor) -> Tensor:
-        """Codes with each dimension permuted by itself over all ranks (algorithm 1), this rank's rows of them."""
+        """This rank's rows of the codes after permuting each dimension separately over all ranks (algorithm 1)."""
         z_ND, keys_ND = self.of_all_ranks(z_BD), self.of_all_ranks(torch.rand_like(z_BD))
         return z_ND.gather(0, keys_ND.argsort(0))[self.own_rows(z_BD)]
 
@@ -104,7 +104,7 @@ class FactorVAE(VAE):
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
         kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
-        # the VAE's step sees the discriminator as a constant, the discriminator's step the codes
+        # the VAE's step treats the discriminator as constant, the discriminator's step the codes
         tc = at_least_float32(frozen(self.discriminator, z_BD.to(x.dtype))).mean()
         codes = torch.cat([z_BD.detach(), self.permute_dims(z_BD.detach())])
         t_joint, t_product = at_least_float32(self.discriminator(codes.to(x.dtype))).chunk(2)

@@ -5,13 +5,14 @@
     log p(z) = log N(u | 0, I) + sum_t sum_i a_ti              u = f_T(... f_1(z)), learned with the rest
     f_t(z)_i = z_i exp(a_ti(z)) + m_ti(z)                      a and m depend on elements of z that f_t inverts before i
 
-in nats per sample. Those elements are every other one, itself left as it is, in a coupling layer (realnvp), or all that
-precede i in a masked autoregressive flow (maf: Papamakarios et al. 2017, https://arxiv.org/abs/1705.07057); layers take
-turns. Sampling inverts them, z = f^-1(u) with u ~ N(0, I), in two passes through the networks of a realnvp and in D of
-a maf. Both are written here: zuko's coupling layers wait for the GPU at every step and break the compiled graph.
-a = m = 0 is the VAE.
+in nats per sample. In a coupling layer (realnvp), those elements are every other one, and they stay unchanged. In a
+masked autoregressive flow (maf: Papamakarios et al. 2017, https://arxiv.org/abs/1705.07057), they are all that precede
+i. Layers alternate between two orders. Sampling inverts the layers, z = f^-1(u) with u ~ N(0, I), in two passes through
+the networks of a realnvp and in D passes of a maf. Both are implemented here: zuko's coupling layers wait for the GPU
+at every step and break the compiled graph. a = m = 0 is the VAE.
 
-The second form of L is computed, the VAE's where f is the identity. The score, which has no noise, takes it at z = mu.
+The second form of L is computed, which is the VAE's if f is the identity. The score, which has no noise, uses it at
+z = mu.
 
 Shapes: B batch, D code, H hidden units.
 """
@@ -36,9 +37,9 @@ class FlowPriorVAE(VAE):
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        prior: realnvp or maf; the first draws samples faster, the second is the more flexible.
-        n_flows: layers of the flow; 0 is the VAE, two of them move all elements of a realnvp.
-        flow_width: hidden units of each layer's network, in each of two hidden layers.
+        prior: realnvp or maf; the first draws samples faster, the second is more flexible.
+        n_flows: layers of the flow; 0 is the VAE, and a realnvp needs two to move all elements.
+        flow_width: hidden units of each layer's network, in each of its two hidden layers.
         beta: weight of the KL term.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -88,7 +89,7 @@ class FlowPriorVAE(VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # the sampled KL may be negative, at no distance from a capacity
+        # the sampled KL may be negative, so there is no distance from a capacity
         del self.capacity
         if prior not in PRIORS:
             raise AezooError(f"unknown prior {prior!r}: take one of {', '.join(PRIORS)}")
@@ -123,7 +124,7 @@ class FlowPriorVAE(VAE):
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """-log p(x | mu) and the KL as above, in nats: (B, *input_shape) -> (B,), no noise."""
+        """-log p(x | mu) plus the KL as above, in nats: (B, *input_shape) -> (B,), no noise."""
         mu_BD, log_var_BD = self.posterior(x)
         kl_B = self.kl(mu_BD, log_var_BD) + super().log_prior(mu_BD) - self.log_prior(mu_BD)
         return self.nll(self.decoder(mu_BD.to(x.dtype)), x) + kl_B

@@ -6,12 +6,12 @@ Codes are positive; in nats per sample:
     KL = sum_d (alpha - a) psi(alpha) - log Gamma(alpha) + log Gamma(a) + a log(rho / b) + alpha (b / rho - 1)
 
 alpha and a are shapes, rho and b rates: the mean of Gamma(alpha, rho) is alpha / rho, its variance alpha / rho^2. The
-rate b is but the unit of codes.
+rate b only sets the unit of the codes.
 
 Gradients pass through a draw by implicit reparameterisation, dz/dalpha = -(dF/dalpha) / q(z) with the distribution
-function F, which torch's Gamma has: without bias, and no rejection sampler's (Naesseth et al. 2017,
-https://arxiv.org/abs/1610.05683), whose accepted draws depend on alpha too. Divided by their sum, independent Gammas of
-one rate are a Dirichlet, the code of Joo et al. 2019 (https://arxiv.org/abs/1901.02739).
+function F, which torch's Gamma implements. They are unbiased, and not those of a rejection sampler (Naesseth et al.
+2017, https://arxiv.org/abs/1610.05683), whose accepted draws depend on alpha, too. Independent Gammas of one rate,
+divided by their sum, are a Dirichlet, the code of Joo et al. 2019 (https://arxiv.org/abs/1901.02739).
 
 Shapes: B batch, D code, K importance samples.
 """
@@ -27,7 +27,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
 
-# of a smaller shape float32 rounds one draw in 10,000 or more to 0
+# for a smaller shape, float32 rounds one draw in 10,000 or more to 0
 LEAST_SHAPE, LEAST_RATE, MOST = 0.1, 1e-3, 1e6
 
 
@@ -101,7 +101,7 @@ class GammaVAE(VAE):
         """KL(q(z|x) || p(z)) in nats, in closed form: (B, D), (B, D) -> (B,)."""
         a, alpha, rate = self.prior_shape, alpha_BD.double(), rho_BD.double() / self.prior_rate
         of_shapes_BD = (alpha - a) * torch.digamma(alpha) - torch.lgamma(alpha) + math.lgamma(a)
-        # in float64: differences of large numbers
+        # in float64, as these are differences of large numbers
         return (of_shapes_BD + a * rate.log() + alpha * (1 / rate - 1)).sum(1).to(alpha_BD.dtype)
 
     def encode(self, x: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
 """Top-down hierarchical VAE with free bits (Kingma et al. 2016), https://arxiv.org/abs/1606.04934
 
-L levels of Gaussian latent variables, z_1 at the bottom to z_L at the top, inferred from the top; in nats per sample:
+L levels of Gaussian latent variables, z_1 (bottom) to z_L (top), are inferred from the top down; in nats per sample:
 
     p(x, z) = p(x | z_1, ..., z_L) p(z_1 | z_2) ... p(z_{L-1} | z_L) p(z_L)     p(z_L) = N(0, I)
     q(z | x) = q(z_L | x) q(z_{L-1} | x, z_L) ... q(z_1 | x, z_2)
     KL_l = E_q[KL(q(z_l | x, z_{l+1}) || p(z_l | z_{l+1}))]     log p(x) >= ELBO = E_q[log p(x|z)] - sum_l KL_l
     L = E_q[-log p(x|z)] + beta |sum_l max(free_bits, KL_l) - C|
 
-KL_l is the mean over the batch: a level that carries less than its free bits is not pushed to carry nothing (their
-appendix on free bits). All conditionals are diagonal Gaussians by nets of one hidden layer; level l sees x by the
-encoder's output h_l. L = 1 is the VAE; C is 0 unless the callback BetaAnnealing raises it. Their flows are vae_iaf.
-The code is all levels from the bottom up; encode gives the top's mean, that of the next level given it, and so on.
+KL_l is the mean over the batch: a level that carries less than its free bits is not pushed to carry nothing (paper's
+appendix on free bits). All conditionals are diagonal Gaussians from nets of one hidden layer; level l sees x through
+the encoder's output h_l. L = 1 is the VAE; C is 0 unless the callback BetaAnnealing raises it. vae_iaf has their flows.
+The code has all levels from the bottom up; encode gives the top's mean, then the next level's given it, and so on.
 
 Shapes: B batch, D code, D_l level l, L levels.
 """
@@ -37,7 +37,7 @@ class HierarchicalVAE(VAE):
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dims: D_1, ..., D_L, sizes of the levels from the bottom up.
         level_dim: width of the hidden layer of the nets between levels.
-        free_bits: nats of each level's KL, on average over the batch, that cost no more than less would.
+        free_bits: nats of each level's KL, on average over the batch, below which the loss does not change.
         beta: weight of the KL term.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -96,11 +96,11 @@ class HierarchicalVAE(VAE):
         self.posteriors = nn.ModuleList(nets)
 
     def bottom_up(self, x: Tensor) -> list[Tensor]:
-        """h_1, ..., h_L, of which the last holds the top's mean and log-variance: (B, *input_shape) -> (B, 2 D_l)."""
+        """h_1, ..., h_L; the last holds the top's mean and log-variance: (B, *input_shape) -> (B, 2 D_l)."""
         return [*self.encoder(x).split([2 * d for d in self.latent_dims], 1)]
 
     def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> tuple[Pair, Pair]:
-        """Mean and log-variance of q(z_l | x, z_{l+1}) and p(z_l | z_{l+1}) below levels from the top down."""
+        """Mean and log-variance of q(z_l | x, z_{l+1}) and p(z_l | z_{l+1}), given the levels above, top first."""
         h, p = h_L[-1 - len(above)], self.priors.given(above)
         return self.posteriors[-len(above)](h, above[-1]) if above else gaussian(h), p
 
@@ -142,7 +142,7 @@ class HierarchicalVAE(VAE):
         return torch.cat([level.z for level in levels], -1), torch.stack([level.log_q() for level in levels]).sum(0)
 
     def latent_chain(self) -> "Chain":
-        """The levels from the top down, as bits-back coding takes them."""
+        """The levels from the top down, in the form that bits-back coding needs."""
         from aezoo.tasks.codec.lossless import Chain
 
         layer = Conditional(self.priors.given, lambda x, above: self.q_and_p(self.bottom_up(x), above)[0])

@@ -1,16 +1,16 @@
 """Hamiltonian VAE (Caterini et al. 2018), https://arxiv.org/abs/1805.11328
 
-A draw of the encoder is moved towards the true posterior by K leapfrog steps along the decoder's own gradient; each
-keeps volume, and each cools the momentum rho by a known factor, so that the bound on log p(x) is exact, in nats:
+K leapfrog steps along the decoder's gradient move a draw of the encoder towards the true posterior. Each step preserves
+volume and cools the momentum rho by a known factor, so that the bound on log p(x) is exact, in nats:
 
     L = E[-log p(x|z_K) + KL]     KL = log q(z_0|x) - log p(z_K) + (|rho_K|^2 - |gamma|^2) / 2
     z_0 ~ q(z|x) = N(mu(x), diag sigma(x)^2)     gamma ~ N(0, I)     rho_0 = gamma / sqrt(beta_0)
     rho' = rho - eps/2 dU(z)     z := z + eps rho'     rho := sqrt(beta_(k-1) / beta_k) (rho' - eps/2 dU(z))
     U(z) = -log p(x|z) - log p(z)     1 / sqrt(beta_k) = 1 / sqrt(beta_0) + (1 - 1 / sqrt(beta_0)) k^2 / K^2
 
-The factors multiply to sqrt(beta_0)^D, which cancels the density of rho_0. beta_0 < 1 is what tightens the bound:
-uncooled steps keep the distance from p(x, z) N(rho). eps is learned, one number a dimension. K = 0 is the VAE, with the
-KL of its draw in place of the closed form.
+The product of the factors is sqrt(beta_0)^D, which cancels the density of rho_0. beta_0 < 1 tightens the bound: steps
+without cooling keep the distance from p(x, z) N(rho). eps is learned, one number per dimension. K = 0 is the VAE, with
+a sampled KL instead of the closed form.
 
 Shapes: B batch, D code, K leapfrog steps or importance samples.
 """
@@ -32,14 +32,14 @@ _MOST_STEPS, _LONGEST_STEP = 1_000, 0.5
 
 
 class HVAE(VAE):
-    """Gaussian code with a standard normal prior, its posterior refined by Hamiltonian dynamics.
+    """Gaussian code with a standard normal prior, whose posterior is refined by Hamiltonian dynamics.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        n_leapfrog: K, leapfrog steps; each costs a pass through the decoder and back.
-        step_size: eps before training, above 0 and below 0.5, the most that is learned.
-        beta_0: inverse temperature of the momentum at the start, above 0 and at most 1, which is no tempering.
+        n_leapfrog: K, leapfrog steps; each costs a forward and a backward pass through the decoder.
+        step_size: initial eps, above 0 and below 0.5, the upper limit of the learned eps.
+        beta_0: initial inverse temperature of the momentum, above 0 and at most 1; 1 is no tempering.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -87,7 +87,7 @@ class HVAE(VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # the bound weighs no KL: BetaAnnealing must not find what it would change in vain
+        # the bound has no KL weight, so BetaAnnealing must not find these: changing them would have no effect
         del self.beta, self.capacity
         if not 0 <= n_leapfrog <= _MOST_STEPS:
             raise AezooError(f"n_leapfrog must be from 0 to {_MOST_STEPS}, got {n_leapfrog}")
@@ -105,7 +105,7 @@ class HVAE(VAE):
 
     def bound(self, x: Tensor, mu_BD: Tensor, log_var_BD: Tensor) -> dict[str, Tensor]:
         """The terms of the loss for a posterior: (B, *input_shape), (B, D), (B, D)."""
-        # in one draw: torch.compile may change the order of two
+        # in one draw, as torch.compile may change the order of two
         eps_BD, gamma_BD = torch.randn_like(mu_BD.repeat(1, 2)).chunk(2, dim=1)
         log_q_B = -0.5 * (eps_BD**2 + log_var_BD + LOG_2PI).sum(1)
         z_BD, momentum_B = self.flow(x, mu_BD + torch.exp(0.5 * log_var_BD) * eps_BD, gamma_BD)
@@ -132,11 +132,11 @@ class HVAE(VAE):
 
     def slope(self, x: Tensor, z_BD: Tensor) -> Tensor:
         """The gradient of U, itself differentiable: (B, *input_shape), (B, D) -> (B, D)."""
-        # of torch.func, which also works where gradients are off
+        # with torch.func, which also works where gradients are disabled
         return torch.func.grad(lambda z: (self.nll(self.decoder(z.to(x.dtype)), x) - self.log_prior(z)).sum())(z_BD)
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """Draw n codes z_K for each sample, and log q(z_0|x) with the momentum's change: -> (n, B, D), (n, B)."""
+        """Draw n codes z_K for each sample, and log q(z_0|x) plus the momentum's change: -> (n, B, D), (n, B)."""
         z_KBD, log_q_KB = super().sample_posterior(x, n)
         x_KB = x.expand(n, *x.shape).flatten(0, 1)
         z, momentum = self.flow(x_KB, z_KBD.flatten(0, 1), torch.randn_like(z_KBD).flatten(0, 1))

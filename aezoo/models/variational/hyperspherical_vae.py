@@ -8,10 +8,11 @@ Codes are unit vectors, and the prior is uniform on the sphere, so that no code 
     h = cos theta - 1              vmf               von Mises-Fisher, the paper's
     KL = kappa E_q[h] - log Z + log Z_0     Z = integral of exp(kappa h) sin(theta)^(D-2) over theta     Z_0: kappa = 0
 
-A draw is the quantile of theta at uniform noise, reflected to be about mu, so that its gradient in kappa is exact for
-both families: see `manifolds.sphere`, where E_q[h] and Z are as well.
+A draw is the quantile of theta at uniform noise, reflected to lie about mu. Its gradient in kappa is therefore exact
+for both families: see `manifolds.sphere`, which also computes E_q[h] and Z.
 
-power_spherical is 0 opposite mu, so that importance weights may have no variance: to report log p(x), take vmf.
+power_spherical has density 0 opposite mu, so the variance of importance weights may not exist: use vmf to report
+log p(x).
 
 Shapes: B batch, D code, K importance samples.
 """
@@ -89,15 +90,15 @@ class HypersphericalVAE(VAE):
         self.encoder = nets.encoder(net, self.input_shape, (latent_dim + 1,), hidden_dims, activation)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean direction of q(z|x) and its concentration, one number D times: (B, *input_shape) -> (B, D), (B, D)."""
+        """Mean direction of q(z|x), and its concentration repeated D times: (B, *input_shape) -> (B, D), (B, D)."""
         out_BE = at_least_float32(self.encoder(x))
-        # in units of D, so that draws lean on mu from the start in any dimension
+        # in units of D, so that draws tend towards mu from the start in any dimension
         kappa_B1 = self.code_shape[0] * F.softplus(out_BE[:, -1:])
         mu_BD = F.normalize(out_BE[:, :-1], dim=1)
         return mu_BD, kappa_B1.clamp(1e-6, 1e6).expand_as(mu_BD)
 
     def decode(self, z: Tensor) -> Tensor:
-        return super().decode(F.normalize(z, dim=1))  # a code off the sphere stands for its direction
+        return super().decode(F.normalize(z, dim=1))  # a code off the sphere represents its direction
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BD, kappa_BD = self.posterior(x)

@@ -4,13 +4,14 @@
     MMD = E[k(z, z')] + E[k(p, p')] - 2 E[k(z, p)]     z, z' ~ q(z), p, p' ~ p(z)
     k(a, b) = 1 / (1 + t) or exp(-t)     t = ||a - b||^2 / (2 D s^2)
 
-in nats per sample: q(z), the codes of all data together, is held at the prior, while a single code may tell more of its
-sample. alpha = 0, lam = 1 is the VAE; alpha = 1 is the MMD-VAE.
+in nats per sample. q(z), the aggregate of the codes of all data, is kept close to the prior, while a single code may
+carry more information about its sample. alpha = 0, lam = 1 is the VAE; alpha = 1 is the MMD-VAE.
 
 The MMD is the biased V-statistic (Gretton et al. 2012, https://jmlr.org/papers/v13/gretton12a.html, equation 5) of the
-codes drawn for the batch, over all ranks, and as many draws from the prior: never negative, defined for one sample, the
-same for a batch given twice. Under q(z) = p(z) it is about 2 (1 - E[k]) / B in place of 0, the same for every code that
-keeps to the prior, so values compare at one batch size only. Between two draws from the prior t is 1 / s^2 on average.
+codes drawn for the batch, over all ranks, and as many draws from the prior. It is never negative, is defined for one
+sample, and does not change if the batch is duplicated. If q(z) = p(z), it is about 2 (1 - E[k]) / B instead of 0, for
+every code that follows the prior, so values are comparable at one batch size only. For two draws from the prior, t is
+1 / s^2 on average.
 
 Shapes: B batch on this rank, N samples on all ranks, D code.
 """
@@ -28,12 +29,12 @@ KERNELS = ("inverse_multiquadratic", "rbf")
 
 
 class InfoVAE(VAE):
-    """A VAE whose codes are held at the prior all together instead of one by one.
+    """A VAE whose codes match the prior as an aggregate instead of one by one.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        alpha: preference for codes that tell of their samples, at most 1: 0 keeps the whole KL term, 1 drops it.
+        alpha: preference for informative codes, at most 1: 0 keeps the whole KL term, 1 drops it.
         mmd_weight: lam, weight of the distance between all codes and the prior, 1000 in the paper; the MMD counts
             alpha + lam - 1 times.
         kernel: inverse_multiquadratic or rbf.
@@ -100,7 +101,7 @@ class InfoVAE(VAE):
         return 1 / (1 + t) if self.kernel == "inverse_multiquadratic" else torch.exp(-t)
 
     def mmd(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
-        """MMD between the codes and draws from the prior, (B, D), (B, D) -> (); its mean over ranks is that of all."""
+        """MMD of codes and draws from the prior, (B, D), (B, D) -> (); its mean over ranks is that of all codes."""
         return divergences.mmd(z_BD, prior_BD, self.k, of_all_ranks=self.of_all_ranks)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Maximises a bound on log p(x) that tightens with the number K of importance samp
 
     log p(x) >= L_K = E[log 1/K sum_k w_k]     w_k = p(x|z_k) p(z_k) / q(z_k|x)     z_k ~ q(z|x) independently
 
-With v_k = w_k / sum_j w_j the decoder's gradient is sum_k v_k d log w_k, whatever the `estimator`. The encoder's is
+With v_k = w_k / sum_j w_j the decoder's gradient is sum_k v_k d log w_k for every `estimator`. The encoder's is
 
     reparam   sum_k v_k d log w_k                    of all of q; its signal drowns in noise as K grows
     stl       sum_k v_k (d log w_k / dz_k) dz_k      Roeder et al. 2017, https://arxiv.org/abs/1703.09194
@@ -25,7 +25,7 @@ from aezoo.gaussians import LOG_2PI
 from aezoo.models.variational.vae import VAE
 
 ESTIMATORS = ("reparam", "stl", "dreg")
-# of a data sample, each of which is decoded
+# most importance samples of a data sample, each of which is decoded
 MOST_SAMPLES = 10_000
 
 
@@ -36,7 +36,7 @@ class IWAE(VAE):
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         n_samples: K, importance samples of each data sample; each is decoded.
-        estimator: the encoder's gradient: reparam, stl or dreg; of the last two the noise is lower.
+        estimator: the encoder's gradient: reparam, stl or dreg; the last two are less noisy.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -80,7 +80,7 @@ class IWAE(VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # the bound weighs no KL: BetaAnnealing must not find what it would change in vain
+        # the bound has no KL weight, so BetaAnnealing must not find these: changing them would have no effect
         del self.beta, self.capacity
         if not 1 <= n_samples <= MOST_SAMPLES:
             raise AezooError(f"n_samples must be from 1 to {MOST_SAMPLES}, got {n_samples}")
@@ -99,7 +99,7 @@ class IWAE(VAE):
     def draw(self, x: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """Codes z ~ q(z|x), -log p(x|z) and log q(z|x) - log p(z): (B, *input_shape) -> (B, n, D), (B, n), (B, n).
 
-        Unless the estimator is reparam, log q has no gradient in q's parameters but by way of z.
+        Unless the estimator is reparam, log q has a gradient in q's parameters only through z.
         """
         mu_BD, log_var_BD = self.posterior(x)
         mu_B1D, log_var_B1D = mu_BD[:, None], log_var_BD[:, None]
@@ -108,7 +108,7 @@ class IWAE(VAE):
         z_BKD = mu_B1D + std_B1D * eps_BKD
         nll_BK = self.nll_given(x, z_BKD)
         if self.estimator != "reparam":
-            # (z - mu) / sigma with mu and sigma held, without the rounding of that difference at a small sigma
+            # (z - mu) / sigma with constant mu and sigma, without the rounding error of the difference at a small sigma
             eps_BKD = eps_BKD + (z_BKD - z_BKD.detach()) / std_B1D.detach()
             log_var_B1D = log_var_B1D.detach()
         log_q_BK = -0.5 * (eps_BKD**2 + log_var_B1D + LOG_2PI).sum(2)
@@ -122,6 +122,6 @@ class IWAE(VAE):
 
     @staticmethod
     def scale_gradient(z_BKD: Tensor, factor_BK: Tensor) -> None:
-        """Multiply what z passes on to the encoder; the decoder's gradient and all values stay."""
+        """Scale the gradient that z passes to the encoder; the decoder's gradient and all values do not change."""
         if z_BKD.requires_grad:
             z_BKD.register_hook(lambda gradient: gradient * factor_BK[..., None])

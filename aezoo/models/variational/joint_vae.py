@@ -4,8 +4,8 @@
     KL_z = KL(q(z|x) || N(0, I))        C_z = max_capacity min(1, t / capacity_steps)
     KL_c = KL(q(c|x) || uniform)        C_c = min(max_discrete_capacity, N log K) min(1, t / capacity_steps)
 
-in nats per sample, after t optimiser steps: a Gaussian z and N variables c of K classes, as in categorical_vae, one-hot
-in evaluation. gamma = 1 and capacities of 0 minimise the negative ELBO, n_variables = 0 is annealed_vae.
+in nats per sample, after t optimiser steps. z is Gaussian; c are N variables of K classes, as in categorical_vae,
+one-hot in evaluation. gamma = 1 and capacities of 0 minimise the negative ELBO; n_variables = 0 is annealed_vae.
 
 Shapes: B batch, D Gaussian part of the code, N variables, K classes, E = D + N K code, S importance samples.
 """
@@ -23,19 +23,19 @@ from aezoo.models.variational.vae import VAE
 
 
 class JointVAE(CategoricalVAE):
-    """A code of a Gaussian and a categorical part, each held at an amount of information that rises during training.
+    """A code with a Gaussian and a categorical part, each kept at an amount of information that rises during training.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the Gaussian part.
         n_variables: N, categorical variables; 0 leaves them out.
         n_classes: K, classes of each.
-        gamma: weight of the distance between each KL term and its capacity; the paper has 30 on digits.
+        gamma: weight of the distance between each KL term and its capacity; the paper uses 30 on digits.
         max_capacity: C_z in nats at the end of its rise.
         max_discrete_capacity: the same for C_c, which is at most N log K.
-        capacity_steps: optimiser steps over which both rise from 0; the paper has 25,000.
+        capacity_steps: optimiser steps over which both rise from 0; the paper uses 25,000.
         temperature: tau of the relaxed classes, at least 0.01: near 0 they are nearly one-hot and gradients noisy.
-        start_temperature: tau at the first step, where it falls.
+        start_temperature: tau at the first step, if it falls.
         temperature_steps: optimiser steps over which tau falls exponentially to temperature; 0 keeps it there.
         straight_through: decode one-hot classes in training as well, with the gradient of the relaxed ones.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
@@ -99,7 +99,7 @@ class JointVAE(CategoricalVAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        del self.beta, self.capacity  # BetaAnnealing would change them in vain
+        del self.beta, self.capacity  # BetaAnnealing would change them without effect
         self.gamma, self.max_capacity, self.capacity_steps = gamma, max_capacity, capacity_steps
         self.max_discrete_capacity = min(max_discrete_capacity, n_variables * math.log(n_classes))
         self.variables, n_probs = (n_variables, n_classes), n_variables * n_classes
@@ -113,12 +113,12 @@ class JointVAE(CategoricalVAE):
         return mu_BD, log_var_BD.clamp(-30, 20), logits_BNK.unflatten(1, self.variables).log_softmax(2)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The code's mean, mu and p, and log-variance and log p: (B, *input_shape) -> (B, E), (B, E)."""
+        """The code's mean (mu and p) and log-variance (and log p): (B, *input_shape) -> (B, E), (B, E)."""
         mu_BD, log_var_BD, log_p = (part.flatten(1) for part in self.parts(x))
         return torch.cat([mu_BD, log_p.exp()], 1), torch.cat([log_var_BD, log_p], 1)
 
     def kl(self, mean_BE: Tensor, log_BE: Tensor) -> Tensor:  # type: ignore[override]
-        """KL_z + KL_c in nats, from what `posterior` gives: (B, E), (B, E) -> (B,)."""
+        """KL_z + KL_c in nats, from the results of `posterior`: (B, E), (B, E) -> (B,)."""
         d = self.sizes[0]
         return VAE.kl(mean_BE[:, :d], log_BE[:, :d]) + super().kl(mean_BE[:, d:], log_BE[:, d:])
 

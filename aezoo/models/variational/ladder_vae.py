@@ -1,6 +1,6 @@
 """Ladder variational autoencoder (Sonderby et al. 2016), https://arxiv.org/abs/1602.02282
 
-L levels of Gaussian latent variables, z_1 at the bottom to z_L at the top, in nats per sample:
+There are L levels of Gaussian latent variables, z_1 at the bottom to z_L at the top; in nats per sample:
 
     p(x, z) = p(x | z_1) p(z_1 | z_2) ... p(z_{L-1} | z_L) p(z_L)     p(z_L) = N(0, I)     p(z_l | z_{l+1}) = N(m, s^2)
     d_1 = f_1(x), d_l = f_l(d_{l-1})     mu^_l, sigma^_l = linear in d_l, without noise
@@ -9,12 +9,13 @@ L levels of Gaussian latent variables, z_1 at the bottom to z_L at the top, in n
 
     L = E_q[-log p(x|z_1)] + beta |sum_l max(free_bits, KL_l) - C|
 
-So q is the product of two Gaussians: the estimate from below and the prior from above, each with its precision. L = 1
-is the VAE. The paper's deterministic warm-up of beta from 0 to 1 is the callback BetaAnnealing in linear mode. Of the
-paper's nets one thing is left out, batch normalisation: it would make a sample's loss depend on its batch, and one
-level no VAE. Log-variances are linear in d_l, where the paper takes the softplus of such for the variance.
+So q is the product of two Gaussians, the estimate from below and the prior from above, each weighted by its precision.
+L = 1 is the VAE. The paper's deterministic warm-up of beta from 0 to 1 is the callback BetaAnnealing in linear mode.
+The paper's batch normalisation is left out: it would make a sample's loss depend on its batch, and one level alone
+would not be the VAE. Log-variances are linear in d_l; the paper takes the softplus of a linear function as the
+variance.
 
-The code is all levels from the bottom up, D = D_1 + ... + D_L; decode reads the bottom level, on which alone x depends.
+The code has all levels from the bottom up, D = D_1 + ... + D_L; decode reads the bottom level, as x depends on it only.
 
 Shapes: B batch, D code, L levels.
 """
@@ -30,9 +31,9 @@ from aezoo.nets.linear import Linear
 
 
 def product(estimate: Pair, prior: Pair) -> Pair:
-    """Mean and log-variance of the Gaussian that is proportional to the product of two, given by theirs."""
+    """Mean and log-variance of the normalised product of two Gaussians, given by means and log-variances."""
     (mu, log_var), (m, log_s2) = estimate, prior
-    share = torch.sigmoid(log_s2 - log_var)  # of the estimate in the sum of both precisions
+    share = torch.sigmoid(log_s2 - log_var)  # share of the estimate in the sum of both precisions
     return torch.lerp(m, mu, share), log_var - F.softplus(log_var - log_s2)
 
 
@@ -49,13 +50,13 @@ class OfBottom(nn.Module):
 
 
 class LadderVAE(HierarchicalVAE):
-    """Levels of Gaussian codes, whose posteriors join what the data and what the level above say.
+    """Levels of Gaussian codes, whose posteriors combine the data with the level above.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dims: D_1, ..., D_L, sizes of the levels from the bottom up.
         level_dim: size of the features d_l, and of the hidden layer of the nets between levels.
-        free_bits: nats of each level's KL, on average over the batch, that cost no more than less would.
+        free_bits: nats of each level's KL, on average over the batch, below which the loss does not change.
         beta: weight of the KL term.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -105,7 +106,7 @@ class LadderVAE(HierarchicalVAE):
         )
         self.save_hyperparameters()
         del self.posteriors
-        # what each level's net gives: an estimate, and the features for the level above
+        # outputs of each level's net: an estimate, and the features for the level above
         sizes = [2 * d + level_dim for d in latent_dims[:-1]] + [2 * latent_dims[-1]]
         self.rungs = nn.ModuleList(
             nn.Sequential(

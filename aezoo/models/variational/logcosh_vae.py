@@ -2,9 +2,10 @@
 
     L = E_q[sum_x log cosh(a (x - xhat)) + X log(pi / a)] + beta KL(q(z|x) || p(z))     xhat = g(z)
 
-in nats per sample: squares of small errors and distances of large ones, so that outliers pull no harder than others.
-It is the negative log-density a / (pi cosh(a (x - xhat))), the likelihood `logcosh:S` with S = 1/a, and L is a bound on
--log p(x). The paper weighs log cosh by 1/a and leaves out the constant: its loss is L / a for beta = a, and a = 10.
+in nats per sample. Small errors count by their squares and large ones by their size, so that outliers pull no harder
+than other values. The first term is the negative log-density a / (pi cosh(a (x - xhat))), the likelihood `logcosh:S`
+with S = 1/a, and L is a bound on -log p(x). The paper weights log cosh by 1/a and leaves out the constant: its loss is
+L / a for beta = a, and a = 10.
 
 Shapes: X data dimensions.
 """

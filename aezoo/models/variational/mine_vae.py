@@ -3,15 +3,15 @@
     L = E_q[-log p(x|z)] + beta |KL(q(z|x) || p(z)) - C| - mi_weight I(x; z)
     I(x; z) >= E_q(x,z)[T(x, z)] - log E_q(x)q(z)[exp T(x, z)]     (Donsker & Varadhan, equations 10 and 11)
 
-in nats per sample. The statistics network T climbs the bound, which is tight where T is log q(z|x) / q(z) and a
-constant. KL = I + KL(q(z) || p(z)): an mi_weight of beta leaves the second alone, one above pays for codes that tell
-more of their samples (InfoMax VAE, Rezaabad & Vishwanath 2020, https://arxiv.org/abs/1912.13361). mi_weight = 0 is the
-beta-VAE beside an estimate of what its codes tell.
+in nats per sample. The statistics network T maximises the bound, which is tight if T is log q(z|x) / q(z) plus a
+constant. As KL = I + KL(q(z) || p(z)), an mi_weight of beta leaves only the second term, and a larger one rewards codes
+with more information about their samples (InfoMax VAE, Rezaabad & Vishwanath 2020, https://arxiv.org/abs/1912.13361).
+mi_weight = 0 is the beta-VAE with an estimate of its codes' information.
 
-Pairs from q(x) q(z) are samples and the codes of the ones after them in the batch of all ranks, the last with the
-first's: of a random batch these are independent, where a random order would leave some samples with their own codes.
-The gradient of the logarithm is that of exp(T) over the moving average of its mean, M, in place of the mean over the
-batch, whose error biases it (section 3.2). T has the names of a discriminator: it tells pairs that belong together.
+Pairs from q(x) q(z) are samples and the codes of the next ones in the batch of all ranks, the last with the first's. In
+a random batch these are independent; a random order would leave some samples with their own codes. The gradient of the
+logarithm is that of exp(T) divided by the moving average M of its mean, instead of by the mean over the batch, whose
+error biases it (section 3.2). T has the names of a discriminator: it recognises pairs that belong together.
 
 Shapes: B batch on this rank, N samples on all ranks, D code, X data dimensions.
 """
@@ -32,14 +32,14 @@ from aezoo.nets.linear import Linear
 
 
 class MineVAE(VAE):
-    """A VAE that is paid for the mutual information of samples and codes, as a network estimates it.
+    """A VAE that is rewarded for the mutual information of samples and codes, which a network estimates.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         beta: weight of the KL term.
-        mi_weight: weight of the mutual information; from beta on a code costs no more than its distance from the prior.
-        decay: of the moving average M, below 1; 0 takes the mean over the batch alone, the bound's own gradient.
+        mi_weight: weight of the mutual information; from beta on, a code costs at most its distance from the prior.
+        decay: decay of the moving average M, below 1; 0 uses only the batch mean, which is the bound's own gradient.
         discriminator_dims: widths of the hidden layers of the statistics network T.
         discriminator_lr: learning rate of T.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
@@ -116,7 +116,7 @@ class MineVAE(VAE):
         from_peak = self.batch_mean(torch.expm1(t_B - peak)).log1p()  # so that a small bound is not lost to rounding
         log_mean = log_average = peak + from_peak
         if self.training and self.decay:
-            # with this batch in it no exp(T) / M exceeds N / (1 - decay)
+            # as M includes this batch, no exp(T) / M exceeds N / (1 - decay)
             old, new = self.log_average + math.log(self.decay), log_mean + math.log1p(-self.decay)
             log_average = torch.logaddexp(old.to(new), new)
             self.log_average.copy_(log_average)
@@ -128,7 +128,7 @@ class MineVAE(VAE):
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
         kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
-        # T climbs the bound, the encoder mi_weight times that: on one pass, as this is z with so much of its gradient
+        # T maximises the bound, the encoder mi_weight times it, in one pass: this is z with its gradient so scaled
         weighted_BD = z_BD.detach() + self.mi_weight * gradient_alone(z_BD)
         mi = self.mutual_information(x.flatten(1), weighted_BD)
         elbo_loss = nll + self.beta * (kl - self.capacity).abs()

@@ -4,8 +4,8 @@ Maximises the mean of M importance weighted bounds of K samples each, in nats pe
 
     log p(x) >= E[1/M sum_m log 1/K sum_k w_mk]     w_mk = p(x|z_mk) p(z_mk) / q(z_mk|x)     z_mk ~ q(z|x) independently
 
-M averages noise out of the encoder's gradient, K tightens the bound. M = 1 is the IWAE; K = 1 is a VAE with M samples.
-The estimators are those of the IWAE, in each group of K samples.
+M averages noise out of the encoder's gradient, and K tightens the bound. M = 1 is the IWAE; K = 1 is a VAE with M
+samples. The estimators are those of the IWAE, applied in each group of K samples.
 
 Shapes: B batch, D code, M groups, K importance samples in a group.
 """
@@ -27,7 +27,7 @@ class MIWAE(IWAE):
         latent_dim: D, size of the code.
         n_groups: M, bounds that are averaged; M K codes are decoded for each data sample.
         n_samples: K, importance samples of each bound.
-        estimator: the encoder's gradient: reparam, stl or dreg; of the last two the noise is lower.
+        estimator: the encoder's gradient: reparam, stl or dreg; the last two are less noisy.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

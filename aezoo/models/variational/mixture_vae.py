@@ -3,12 +3,12 @@
     L = E_q[-log p(x|z)] + beta E_q[log q(z|x) - log p(z)]     q(z|x) = N(mu(x), diag sigma(x)^2)
     p(z) = sum_k w_k N(z | m_k, diag s_k^2)                    w, m, s learned with the rest
 
-in nats per sample. The KL to a mixture has no closed form: both densities are taken at the one z that is decoded. With
+in nats per sample. The KL to a mixture has no closed form: both densities are evaluated at the z that is decoded. With
 equal weights this is the prior MoG of Tomczak & Welling 2017, https://arxiv.org/abs/1705.07120. K = 1 with m = 0 and
-s = 1 is the VAE. The start has the mean and the covariance of N(0, I), up to chance.
+s = 1 is the VAE. The initial prior has the mean and the covariance of N(0, I), up to chance.
 
-The score is free of noise: in place of the KL it takes the bound KL(q || p) <= -log sum_k w_k exp(-KL(q || p_k)) of
-Hershey & Olsen 2007, https://doi.org/10.1109/ICASSP.2007.366913, an equality for K = 1.
+The score has no noise: instead of the KL it uses the bound KL(q || p) <= -log sum_k w_k exp(-KL(q || p_k)) of Hershey &
+Olsen 2007, https://doi.org/10.1109/ICASSP.2007.366913, which is an equality for K = 1.
 
 Shapes: B batch, D code, K components.
 """
@@ -75,7 +75,7 @@ class MixtureVAE(WithMixture, VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # the sampled KL may be negative, at no distance from a capacity
+        # the sampled KL may be negative, so there is no distance from a capacity
         del self.capacity
         self.keep_mixture(n_components, latent_dim)
 
@@ -93,7 +93,7 @@ class MixtureVAE(WithMixture, VAE):
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """-log p(x | mu) and the bound on the KL above, in nats: (B, *input_shape) -> (B,), no noise."""
+        """-log p(x | mu) plus the bound on the KL above, in nats: (B, *input_shape) -> (B,), no noise."""
         mu_BD, log_var_BD = self.posterior(x)
         log_q_B = -0.5 * (1 + log_var_BD + LOG_2PI).sum(1)  # its mean over q
         kl_B = log_q_B - torch.logsumexp(self.log_joint(mu_BD, log_var_BD.exp()), 1)

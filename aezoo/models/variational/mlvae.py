@@ -4,12 +4,13 @@
     q(c|G) = N(mu_G, diag sigma_G^2), proportional to prod_{x' in G} q(c|x')
     1 / sigma_G^2 = sum 1 / sigma(x')^2     mu_G = sigma_G^2 sum mu(x') / sigma(x')^2     (section 3.3)
 
-in nats per sample: G is the group of x, the content c = z_1..z_g is common to all of a group, the style s = z_g+1..z_D
-is each sample's own. The content's KL counts once for a group, and each sample draws its own c from q(c|G).
+in nats per sample. G is the group of x. The content c = z_1..z_g is common to all samples of a group; the style
+s = z_g+1..z_D is each sample's own. The content's KL counts once per group, and each sample draws its own c from
+q(c|G).
 
-Labels say what belongs together: a group is all samples of a label in the batch, over all ranks. A sample without a
-label (-1) is a group of its own, and without labels, or with g = 0, it is the VAE. Codes and scores never look at
-labels: they are those of a sample alone.
+Labels define the groups: a group is all samples of a label in the batch, over all ranks. A sample without a label (-1)
+is a group of its own. Without labels, or with g = 0, the model is the VAE. Codes and scores never use labels: they are
+those of a single sample.
 
 Shapes: B batch on this rank, N samples on all ranks, D code, G its first g dimensions.
 """
@@ -24,12 +25,12 @@ from aezoo.nets.labels import one_each
 
 
 class MLVAE(VAE):
-    """A VAE whose first dimensions are one for all samples of a label.
+    """A VAE whose first dimensions are shared by all samples of a label.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        group_dim: g, size of the content, the part of a code that its group has in common; half of it unless given.
+        group_dim: g, size of the content, the part of a code that its group shares; half of the code by default.
         beta: weight of the KL term.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -84,7 +85,7 @@ class MLVAE(VAE):
         self.group_dim = group_dim
 
     def members(self, y_B: Tensor) -> Tensor:
-        """Which samples of all ranks are of each sample's group, itself among them: (B,) -> (B, N) bool."""
+        """Which samples of all ranks are in each sample's group, including itself: (B,) -> (B, N) bool."""
         y_N = self.of_all_ranks(one_each(y_B))
         itself_BN = self.own_rows(y_B)[:, None] == torch.arange(len(y_N), device=y_B.device)
         return (y_B[:, None] == y_N) & (y_B[:, None] != -1) | itself_BN

@@ -4,10 +4,11 @@
     MS-SSIM = l_M^a_M prod_m cs_m^a_m      cs = mean of (2 cov(x, y) + c2) / (var x + var y + c2)
     l cs = mean of (2 mu_x mu_y + c1) / (mu_x^2 + mu_y^2 + c1) times that     at the coarsest scale M
 
-(Wang et al. 2003, https://doi.org/10.1109/ACSSC.2003.1292216): local means mu and covariances under a Gaussian window,
-of images in [0, 1] that are halved from scale to scale. Of the five scales those are taken whose images hold the
-window, their exponents a_m made to sum to 1; a window larger than the image shrinks to it. So 28 x 28 has two scales of
-11 x 11 or three of 7 x 7, and 192 x 192 all five. Windows lie inside the image, at scale M on its reflection too.
+(Wang et al. 2003, https://doi.org/10.1109/ACSSC.2003.1292216), with local means mu and covariances under a Gaussian
+window. Images are in [0, 1], and are halved from scale to scale. Of the five scales, those whose images hold the window
+are used, and their exponents a_m are normalised to sum to 1; a window larger than the image shrinks to it. So 28 x 28
+has two scales with 11 x 11 windows or three with 7 x 7, and 192 x 192 has all five. Windows lie inside the image, and
+at scale M on its reflection, too.
 
 exp(-weight (1 - MS-SSIM)) is a density up to an unknown constant: no ELBO or log-likelihood is reported.
 
@@ -26,7 +27,7 @@ from aezoo.models.variational.vae import VAE
 from aezoo.nets.similarity import similarity
 
 EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 4
-_LEAST = 0.01  # similarity from which on a root is taken as it is
+_LEAST = 0.01  # similarity from which on the root is taken unchanged
 
 
 class MSSSIMVAE(VAE):
@@ -36,8 +37,8 @@ class MSSSIMVAE(VAE):
         input_shape: (C, H, W), both sides at least 3.
         latent_dim: D, size of the code.
         weight: nats for a reconstruction that has nothing in common with the image.
-        scales: most scales, each half as large as the one before; fewer where the image leaves no room for the window.
-        window: most pixels across the Gaussian window, odd.
+        scales: most scales, each half as large as the one before; fewer if the window does not fit into the image.
+        window: largest width of the Gaussian window in pixels, odd.
         beta: weight of the KL term.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -113,7 +114,7 @@ class MSSSIMVAE(VAE):
         return product
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
-        """The weighted distance in place of -log p(x|z): (B, *shape), (B, *shape) -> (B,)."""
+        """The weighted distance, which replaces -log p(x|z): (B, *shape), (B, *shape) -> (B,)."""
         with torch.autocast(x.device.type, enabled=False):  # variances are small differences
             x_hat = self.likelihood.mean(at_least_float32(params))
             return self.weight * (1 - self.ms_ssim(x_hat, at_least_float32(x)))
@@ -127,6 +128,6 @@ class MSSSIMVAE(VAE):
 
 
 def _positive(similarity: Tensor) -> Tensor:
-    """Itself down to 0.01, below that a hyperbola: a root of a negative mean has no value, and one of 0 no slope."""
+    """The value down to 0.01, below it a hyperbola: a root of a negative mean is undefined, one of 0 has no slope."""
     far = _LEAST**2 / (2 * _LEAST - similarity.clamp(max=_LEAST))
     return torch.where(similarity > _LEAST, similarity, far)

@@ -2,7 +2,7 @@
 
     L = E_q[weight sum_l ||F_l(x) - F_l(xhat)||^2 / (2 n_l)] + beta KL(q(z|x) || p(z))     xhat = g(z)
 
-F_l are the n_l activations of layer l of a network that is not trained: what looks alike to it counts as alike.
+F_l are the n_l activations of layer l of a frozen network: samples that look alike to it count as alike.
 
     random          a convolutional network with random weights, the same everywhere (NumPy's RandomState(0), He et al.
                     2015 scale): no download, and known to see as trained ones do (He, Wang & Hopcroft 2016,
@@ -10,9 +10,8 @@ F_l are the n_l activations of layer l of a network that is not trained: what lo
     vgg16, vgg19    relu1_1, relu2_1 and relu3_1 of torchvision's weights, the paper's VGG-123, if torch.hub has them
     a path          of such a file of weights (.pth), or of a run, checkpoint or saved model of the zoo: its encoder
 
-The network is in evaluation mode always, gets no gradient and is not saved: a loaded model needs it to be at hand for
-losses and scores alone. exp(-distance) is a density up to a constant that nobody knows: no ELBO, bits or log-likelihood
-are reported.
+The network is always in evaluation mode, gets no gradient and is not saved: a loaded model needs it only for losses and
+scores. exp(-distance) is a density up to an unknown constant: no ELBO, bits or log-likelihood are reported.
 
 Shapes: B batch, D code.
 """
@@ -98,7 +97,7 @@ class PerceptualVAE(VAE):
         if not known and not (features and (len(Path(features).parts) > 1 or Path(features).exists())):
             raise AezooError(f"features takes random, {', '.join(VGG)} or a path, got {features!r}")
         self.features, self.weight = features, weight
-        # in a tuple, which keeps it from the state_dict, the optimiser, train() and the exchange between ranks
+        # a tuple keeps it out of the state_dict, the optimiser, train() and the exchange between ranks
         self.frozen: tuple[FeatureNet, ...] = (random_features(self.input_shape),) if features == "random" else ()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
@@ -111,7 +110,7 @@ class PerceptualVAE(VAE):
         self.feature_net()
 
     def feature_net(self) -> FeatureNet:
-        """The network, read from its file at the first call: not in the constructor, so that a model loads without.
+        """The network, read from its file at the first call; not in the constructor, so that a model loads without it.
 
         Raises:
             AezooError: there is no such file, or it does not fit the data.
@@ -123,7 +122,7 @@ class PerceptualVAE(VAE):
         return self.frozen[0]
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
-        """The weighted distance in place of -log p(x|z): (B, *shape), (B, *shape) -> (B,)."""
+        """The weighted distance, which replaces -log p(x|z): (B, *shape), (B, *shape) -> (B,)."""
         net = self.feature_net()
         with torch.autocast(x.device.type, enabled=False):
             x_hat = self.likelihood.mean(at_least_float32(params))

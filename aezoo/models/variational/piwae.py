@@ -6,13 +6,14 @@ The decoder maximises the IWAE's bound over all M K samples, the encoder the MIW
     encoder   log p(x) >= E[1/M sum_m log 1/K sum_k w_mk]   d = sum_mk c_mk d log w_mk     c_mk = 1/M w_mk / sum_k w_mk
     w_mk = p(x|z_mk) p(z_mk) / q(z_mk|x)    z_mk ~ q(z|x) independently
 
-One loss does both, without a second optimiser. With log p~ for log p(x, z) at codes cut off from the encoder and the
-weights taken as constants, it has the value of the decoder's bound and the gradient of
+One loss does both, without a second optimiser. Let log p~ be log p(x, z) at codes detached from the encoder, and let
+the weights be constants. The loss then has the value of the decoder's bound and the gradient of
 
     sum_mk c_mk log w_mk + (u_mk - c_mk) log p~_mk
 
-which is c for the encoder, and c + (u - c) = u for the decoder. The decoder runs twice for it. M = 1 is the IWAE.
-stl takes the encoder's way through z alone, and dreg that with c_mk = 1/M v_mk^2, v_mk being w_mk's share of its group.
+The weight is c for the encoder, and c + (u - c) = u for the decoder, which therefore runs twice. M = 1 is the IWAE. stl
+uses only the encoder's path through z; dreg uses this path with c_mk = 1/M v_mk^2, where v_mk is w_mk's share of its
+group.
 
 Shapes: B batch, D code, M groups, K importance samples in a group, N = M K.
 """
@@ -34,7 +35,7 @@ class PIWAE(IWAE):
         latent_dim: D, size of the code.
         n_groups: M, bounds that the encoder averages; M K codes are decoded for each data sample, twice.
         n_samples: K, importance samples of each of the encoder's bounds.
-        estimator: the encoder's gradient: reparam, stl or dreg; of the last two the noise is lower.
+        estimator: the encoder's gradient: reparam, stl or dreg; the last two are less noisy.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

@@ -1,15 +1,15 @@
 """Poincare VAE (Mathieu et al. 2019), https://arxiv.org/abs/1901.06033
 
-Codes lie in hyperbolic space, whose volume grows with the radius as a tree's leaves do with its depth: in the ball
-|z| < 1 / sqrt(c) of curvature -c. In nats per sample, with densities in Riemannian volume:
+Codes lie in hyperbolic space, the ball |z| < 1 / sqrt(c) of curvature -c. Its volume grows with the radius as the
+number of a tree's leaves with its depth. In nats per sample, with densities in Riemannian volume:
 
     L = E_q[-log p(x|z)] + beta E_q[log q(z|x) - log p(z)]     q(z|x) = N_W(mu(x), diag sigma(x)^2)     p(z) = N_W(0, I)
     z ~ N_W(mu, Sigma):   z = exp_mu(v / lambda_mu),   v ~ N(0, Sigma)     lambda_mu = 2 / (1 - c |mu|^2)
     log N_W(z) = log N(v; 0, Sigma) - (D - 1) log(sinh(s) / s)     s = sqrt(c) |v|,   v = lambda_mu log_mu(z)
     exp_mu(v / lambda_mu) = mu + tanh(s / 2) v / s in Moebius addition
 
-The encoder gives mu as 2 log_0(mu), the decoder reads 2 log_0(z) in place of the paper's gyroplanes: both are normal
-coordinates at the origin, in which c -> 0 is the VAE. Near the boundary float32 runs out of digits: all of this is
+The encoder gives mu as 2 log_0(mu), and the decoder reads 2 log_0(z) instead of the paper's gyroplanes: both are normal
+coordinates at the origin, in which c -> 0 is the VAE. float32 lacks precision near the boundary: all of this is
 float64, and codes end 4 roundings before it. The KL is that of the draw, as in the paper.
 
 Shapes: B batch, D code, K importance samples.
@@ -29,12 +29,12 @@ _MOST_CURVED = 1e6
 
 
 class PoincareVAE(VAE):
-    """Points of the Poincare ball as codes, wrapped normals as posterior and prior.
+    """Points of the Poincare ball as codes, with wrapped normals as posterior and prior.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        curvature: c, the space has the curvature -c and the ball the radius 1 / sqrt(c); near 0 this is the VAE.
+        curvature: c; the space has curvature -c and the ball has radius 1 / sqrt(c); near 0 this is the VAE.
         beta: weight of the KL term.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -84,7 +84,7 @@ class PoincareVAE(VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        del self.capacity  # the sampled KL may be negative, at no distance from a capacity
+        del self.capacity  # the sampled KL may be negative, so there is no distance from a capacity
         if not 1 / _MOST_CURVED <= curvature <= _MOST_CURVED:
             raise AezooError(f"curvature must be from 1e-6 to 1e6, got {curvature}: near 0 take vae")
         self.ball, self.code_radius = Ball(float(curvature)), 1 / math.sqrt(curvature)
@@ -116,8 +116,8 @@ class PoincareVAE(VAE):
     def kl(self, mean_BD: Tensor, log_var_BD: Tensor) -> Tensor:  # type: ignore[override]
         """KL(q(z|x) || p(z)) in nats without noise, for scores: (B, D), (B, D) -> (B,).
 
-        Where `loss` has a draw of v stand the 2 D points +-sqrt(D) sigma_d on the axes (cubature of degree 3,
-        Arasaratnam & Haykin 2009, https://doi.org/10.1109/TAC.2009.2019800): exact for q = p, and for all q as c -> 0.
+        The 2 D points +-sqrt(D) sigma_d on the axes replace the draw of v in `loss` (cubature of degree 3, Arasaratnam
+        & Haykin 2009, https://doi.org/10.1109/TAC.2009.2019800). It is exact for q = p, and for all q as c -> 0.
         """
         d = mean_BD.shape[1]
         points_PD = math.sqrt(d) * torch.cat([torch.eye(d), -torch.eye(d)]).to(mean_BD.device, torch.float64)

@@ -1,6 +1,6 @@
 """Riemannian Hamiltonian VAE (Chadebec et al. 2022), https://arxiv.org/abs/2105.00026
 
-The Hamiltonian VAE (hvae) in a space whose metric G is learned, and from which new samples are drawn:
+The Hamiltonian VAE (hvae) in a space with a learned metric G, from which new samples are drawn:
 
     G(z)^-1 = sum_i L_i L_i' exp(-|z - c_i|^2 / T^2) + lam I     lower triangular L_i = L(c_i) with a positive diagonal
     H(z, v) = -log p(x|z) - log p(z) + 1/2 log det G(z) + 1/2 v' G(z)^-1 v     v_0 ~ N(0, G(z_0)) / sqrt(beta_0)
@@ -8,8 +8,8 @@ The Hamiltonian VAE (hvae) in a space whose metric G is learned, and from which 
     KL = log q(z_0|x) - log p(z_K) + (v_K' G(z_K)^-1 v_K + log det G(z_K) - log det G(z_0) - |gamma|^2) / 2
 
 z and v take generalised leapfrog steps, two of whose equations are implicit; the bound is exact as far as fixed-point
-iteration has solved them. The centroids c_i are the codes of the training samples seen last, and L reads them where the
-paper's network reads the samples themselves. K = 0 is the VAE. In bounds, p(z) = N(0, I); `sample` follows the paper: a
+iteration solves them. The centroids c_i are the codes of the most recent training samples; L reads them, while the
+paper's network reads the samples themselves. K = 0 is the VAE. In bounds, p(z) = N(0, I). `sample` follows the paper:
 Hamiltonian Monte Carlo from the centroids towards sqrt(det G(z)^-1), which is high where the codes of data lie.
 
 Shapes: B batch, D code, M centroids, K leapfrog steps or importance samples.
@@ -27,22 +27,22 @@ from aezoo.manifolds.riemannian import CentroidMetric, Gram, half_log_det, root,
 from aezoo.models.variational.hvae import HVAE
 
 _MOST_ITERATIONS = 100
-# of the chain that `sample` follows: jumps, and steps and their length in each, in units of T
+# the chain of `sample`: number of jumps, number of steps in each, and their length in units of T
 _JUMPS, _STEPS, _LENGTH = 30, 10, 0.05
 
 
 class RHVAE(HVAE):
-    """Gaussian code whose posterior and samples follow a metric that is learned with it.
+    """Gaussian code whose posterior and samples follow a metric that is learned, too.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
-        n_leapfrog: K, leapfrog steps; each costs a pass through the decoder and back.
-        step_size: eps before training, above 0 and below 0.5, the most that is learned.
-        beta_0: inverse temperature of the momentum at the start, above 0 and at most 1, which is no tempering.
-        n_centroids: M, codes that the metric is built around.
-        temperature: T, how far each of them reaches.
-        metric_floor: lam, the inverse metric far from all of them.
+        n_leapfrog: K, leapfrog steps; each costs a forward and a backward pass through the decoder.
+        step_size: initial eps, above 0 and below 0.5, the upper limit of the learned eps.
+        beta_0: initial inverse temperature of the momentum, above 0 and at most 1; 1 is no tempering.
+        n_centroids: M, number of codes around which the metric is built.
+        temperature: T, the reach of each centroid.
+        metric_floor: lam, the inverse metric far from all centroids.
         n_fixed_point: iterations for each implicit equation of a step.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -109,7 +109,7 @@ class RHVAE(HVAE):
         self.metric = Gram(latent_dim)
         self.register_buffer("centroids_MD", torch.randn(n_centroids, latent_dim))
 
-    # what inductor makes of its thousands of small kernels takes minutes and rounds the gradient of eps by 1e-3
+    # inductor takes minutes for its thousands of small kernels, and rounds the gradient of eps by 1e-3
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BD, log_var_BD = self.posterior(x)
@@ -120,15 +120,15 @@ class RHVAE(HVAE):
         return terms
 
     def metric_now(self) -> CentroidMetric:
-        """G about the centroids as they are now."""
+        """G about the current centroids."""
         c_MD = self.centroids_MD.clone()
         return CentroidMetric(at_least_float32(c_MD), self.metric(c_MD), self.temperature, self.metric_floor)
 
     def flow(self, x: Tensor, z_BD: Tensor, gamma_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """The code z_K and what the momentum adds to KL, from z_0 and gamma: -> (B, D), (B,)."""
+        """The code z_K and the momentum's contribution to KL, from z_0 and gamma: -> (B, D), (B,)."""
         G_inv = self.metric_now().inverse
         start_BDD = G_inv(z_BD)
-        # G^-1 = A A' has the covariance G of A'^-1 gamma
+        # with G^-1 = A A', the covariance of A'^-1 gamma is G
         v_BD = torch.linalg.solve_triangular(root(start_BDD).mT, gamma_BD[..., None], upper=True)[..., 0]
         z_BD, v_BD = self.travel(x, z_BD, v_BD / self.cooling[0], G_inv)
         end_BDD = G_inv(z_BD)

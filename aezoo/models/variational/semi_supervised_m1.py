@@ -4,10 +4,10 @@ A VAE of all samples and a classifier of its codes (section 2.1), in nats per sa
 
     L = E[-ELBO(x) - s log q(y|mu(x))]     s = 1 for a sample with a label, 0 for others
 
-q(y|mu) is a network of its own, linear unless `classifier_dims` says otherwise. No gradient passes from the labels to
-the code, as in the paper, whose classifier is fitted to the codes of a VAE that was trained before: here both learn in
-one run, and the VAE is the one that `vae` would be. A sample is without a label where y is None or -1:
-`--data.num_labels 100` leaves the labels of so many training samples. M2 is semi_supervised_vae.
+q(y|mu) is a separate network, linear by default, see `classifier_dims`. No gradient passes from the labels to the code,
+as in the paper, where the classifier is fitted to the codes of a VAE trained before. Here both learn in one run, and
+the VAE is the same as `vae`. A sample has no label if y is None or -1: `--data.num_labels 100` keeps the labels of 100
+training samples. M2 is semi_supervised_vae.
 
 Shapes: B batch, D code, K labels.
 """
@@ -96,7 +96,7 @@ class SemiSupervisedM1(VAE):
         if y is None:
             y = torch.full_like(mu_BD[:, 0], -1)
         else:
-            all_labelled(y, self.num_classes)  # refuses others
+            all_labelled(y, self.num_classes)  # refuses invalid labels
         # summed over those with a label, divided by all: linear in the batch, so the same on one rank and on many
         classifier = F.nll_loss(log_q_BK, y.long(), ignore_index=-1, reduction="sum") / len(x)
         loss = nll + self.beta * (kl - self.capacity).abs() + classifier

@@ -6,12 +6,12 @@ Learns to classify from few labels and many samples without one; in nats per sam
     U(x)    = sum_y q(y|x) (L(x, y) + log q(y|x))                             >= -log p(x)        equation 7
     loss    = mean over samples of L(x, y) - alpha log q(y|x) with a label, of U(x) without       equation 9
 
-p(z) = N(0, I), p(y) is uniform, q(y|x) a network of its own; the sum runs over every label. A sample is without a label
-where y is None or -1: `--data.num_labels 100` leaves the labels of so many training samples. alpha counts for each
-labelled sample: the paper's 0.1 N for N samples, shared by N_l labelled ones, is alpha = 0.1 N / N_l here.
+p(z) = N(0, I), p(y) is uniform, and q(y|x) is a separate network; the sum runs over all labels. A sample has no label
+if y is None or -1: `--data.num_labels 100` keeps the labels of 100 training samples. alpha counts for each labelled
+sample: the paper's 0.1 N for N samples, shared by N_l labelled ones, is alpha = 0.1 N / N_l here.
 
-Code, decoding and sampling are conditional_vae's; the label of `encode` is the most likely one under q(y|x). The
-paper's M1 is semi_supervised_m1, its M1+M2 this model on the codes of that: `aezoo embed` writes them.
+Code, decoding and sampling are those of conditional_vae; the label of `encode` is the most likely one under q(y|x). The
+paper's M1 is semi_supervised_m1. Its M1+M2 is this model on the codes of M1, which `aezoo embed` writes.
 
 Shapes: B batch, D latent, K labels.
 """

@@ -3,11 +3,11 @@
     L = E_q[||x - xhat||^2 / (2 s^2) + X/2 log(2 pi s^2)] + KL(q(z|x) || p(z))     xhat = g(z)
     s^2 = argmin L = mean of (x - xhat)^2 over the batch and all values     (their analytic solution)
 
-in nats per sample: p(x|z) = N(xhat, s^2) with the one variance that fits best, so that likelihood and KL need no weight
-between them. dL/ds = 0 there, hence s needs no gradient; the batch is that of all ranks.
+in nats per sample. p(x|z) = N(xhat, s^2) has the single variance that fits best, so that likelihood and KL need no
+relative weight. dL/ds = 0 at this optimum, so s needs no gradient. The batch is that of all ranks.
 
-In evaluation, where a density must not be fitted to the data that it is to judge, s is the running mean of log s over
-training: validation's ELBO is a bound, and score and log_likelihood do not depend on the rest of the batch.
+In evaluation, a density must not be fitted to the data that it judges, so log s is its running mean over training. The
+ELBO of validation is thus a bound, and score and log_likelihood do not depend on the rest of the batch.
 
 Shapes: B batch, X data dimensions, D code.
 """
@@ -23,7 +23,7 @@ from aezoo.models.variational.vae import VAE
 
 
 class SigmaVAE(VAE):
-    """A VAE with Gaussian data whose noise is always the one that fits best.
+    """A VAE with a Gaussian likelihood whose noise scale is always the one that fits best.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -71,11 +71,11 @@ class SigmaVAE(VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # what scores, likelihoods and evaluation read; saved, unlike a likelihood's usual fixed scale
+        # scores, likelihoods and evaluation use it; it is saved, unlike a likelihood's usual fixed scale
         self.likelihood.register_buffer("log_scale", self.likelihood.log_scale)
 
     def optimal_variance(self, sse_B: Tensor) -> Tensor:
-        """s^2, the mean squared error of a value, within exp(-30) and exp(20): (B,) -> ()."""
+        """s^2, the mean squared error per value, clamped to exp(-30) and exp(20): (B,) -> ()."""
         x_dim = math.prod(self.input_shape)
         return (self.batch_mean(sse_B) / x_dim).clamp(math.exp(-30), math.exp(20)).detach()
 
@@ -87,7 +87,7 @@ class SigmaVAE(VAE):
         log_s = self.likelihood.log_scale
         if self.training:
             s2 = self.optimal_variance(sse_B)
-            log_s.lerp_((0.5 * s2.log()).to(log_s), 0.1)  # as BatchNorm's running statistics
+            log_s.lerp_((0.5 * s2.log()).to(log_s), 0.1)  # like BatchNorm's running statistics
         else:
             s2 = torch.exp(2 * at_least_float32(self.likelihood.bounded))
         nll = (sse_B / (2 * s2) + error_BX.shape[1] / 2 * torch.log(2 * math.pi * s2)).mean()

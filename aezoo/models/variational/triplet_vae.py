@@ -3,7 +3,7 @@
     L = E_q(z|x)[-log p(x|z)] + beta KL(q(z|x) || p(z)) + lambda T
     T = mean over triplets of max(0, ||mu_a - mu_p|| - ||mu_a - mu_n|| + m)
 
-in nats per sample: the mean of an anchor's posterior must be nearer to that of each positive, another sample of its
+in nats per sample. The posterior mean of an anchor must be nearer to that of each positive, another sample of its
 label, than to that of a negative, a sample of another label, by the margin m. Triplets are mined in the batch of all
 ranks as in triplet_ae:
 
@@ -11,8 +11,8 @@ ranks as in triplet_ae:
     active      every triplet that the margin still moves, the others do not count in the mean (Hermans et al. 2017)
     semi_hard   for each a and p the nearest n that is farther than p, or the farthest n where none is
 
-Samples without a label (-1) are in no triplet; where there is none, and with
-lambda = 0, this is the VAE. Codes, scores and samples never look at labels.
+Samples without a label (-1) are in no triplet. Without triplets, and with lambda = 0, this is the VAE. Codes, scores
+and samples never use labels.
 
 Shapes: B batch on this rank, D code.
 """
@@ -25,7 +25,7 @@ from aezoo.triplets import WithTriplets
 
 
 class TripletVAE(VAE, WithTriplets):
-    """A VAE in whose posterior means the samples of a label lie together.
+    """A VAE whose posterior means lie close together for samples of one label.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.

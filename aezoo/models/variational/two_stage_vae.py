@@ -4,15 +4,16 @@
     L' = E_q'[-log p(z|u)] + KL(q'(u|z) || N(0, I))            second stage: a VAE of the first one's codes z ~ q(z|x)
     p(z|u) = N(g(u), s^2)     p(u) = N(0, I)                   u as wide as z; s learned, as that of gaussian:learned
 
-in nats per sample. Data on a manifold leave the codes of a good first stage away from N(0, I); the second, for which
-they are spread over all dimensions, finds where they are (section 4). Sampling goes u -> z -> x with noise at z.
+in nats per sample. If data lie on a manifold, the codes of a good first stage do not follow N(0, I). To the second
+stage they are spread over all dimensions, and it learns where they are (section 4). Sampling goes u -> z -> x with
+noise at z.
 
-The paper trains the second stage after the first. Here both take the same steps: L' sees z without its gradient, so
-that the first stage is, weight for weight, the one trained alone, and a fit needs no plan of who learns when. Towards
+The paper trains the second stage after the first. Here both train in the same steps: L' sees z without its gradient, so
+that the first stage is, weight for weight, the one trained alone, and a fit needs no schedule of the stages. Towards
 its end, as the learning rate falls, the second stage sees codes that no longer move.
 
-elbo is that of the model that is sampled, E[log p(x|z) + log p(z|u) + log p(u) - log q(z|x) - log q'(u|z)], and
-log_likelihood draws u as well as z. The score is the first stage's alone.
+elbo is that of the sampled model, E[log p(x|z) + log p(z|u) + log p(u) - log q(z|x) - log q'(u|z)], and log_likelihood
+draws both u and z. The score is that of the first stage only.
 
 Shapes: B batch, D code, N codes.
 """
@@ -75,7 +76,7 @@ class TwoStageVAE(VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # both stages are held at their ELBO: BetaAnnealing must not find what it would change in vain
+        # both stages use their ELBO, so BetaAnnealing must not find these: changing them would have no effect
         del self.beta, self.capacity
         self.second = VAE(
             self.code_shape,
@@ -102,7 +103,7 @@ class TwoStageVAE(VAE):
         }
 
     def log_prior(self, z: Tensor) -> Tensor:
-        """Log of an estimate of p(z) without bias, p(z|u) p(u) / q'(u|z) at one u ~ q'(u|z): (..., D) -> (...)."""
+        """Log of an unbiased estimate of p(z), p(z|u) p(u) / q'(u|z) at one u ~ q'(u|z): (..., D) -> (...)."""
         z_ND = z.reshape(-1, z.shape[-1]).to(next(self.second.parameters()).dtype)
         return self.second.log_likelihood(z_ND, 1).reshape(z.shape[:-1])
 

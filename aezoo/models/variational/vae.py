@@ -93,7 +93,7 @@ class VAE(Autoencoder):
         return 0.5 * (mu_BD**2 + log_var_BD.exp() - 1 - log_var_BD).sum(1)  # appendix B
 
     def mean_kl(self, kl_B: Tensor) -> Tensor:
-        """Mean of a KL of at least 0, (B,) -> (); of all ranks where C > 0, as |KL - C| is linear for C = 0 alone."""
+        """Mean of a KL of at least 0, (B,) -> (); over all ranks if C > 0, as |KL - C| is linear only for C = 0."""
         near = self._across_ranks() and self.capacity  # in this order a step of one process is compiled once
         return self.batch_mean(kl_B) if near else at_least_float32(kl_B).mean()
 

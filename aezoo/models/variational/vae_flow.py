@@ -4,16 +4,16 @@
       = E[-log p(x|z_T)] + beta (KL(q_0 || p) + E[log p(z_0) - log p(z_T) - sum_t log|det dz_t/dz_(t-1)|])
     z_0 ~ q_0(z|x) = N(mu(x), diag sigma(x)^2)     z_t = f_t(z_(t-1); x)     p(z) = N(0, I)
 
-in nats per sample; the second form is computed, the VAE's where the flow is the identity. The parameters of all T steps
-are the encoder's output for x, as mu and sigma are, in both papers:
+in nats per sample. The second form is computed, which is the VAE's if the flow is the identity. In both papers, the
+parameters of all T steps are outputs of the encoder for x, as are mu and sigma:
 
     planar      f(z) = z + u' tanh(w z + b)             u' = u + (m(w u) - w u) w / ||w||^2
     radial      f(z) = z + b' (z - c) / (a + ||z - c||)     a > 0, b' = a m(b)
     sylvester   f(z) = z + Q R tanh(S Q^T z + b)        van den Berg et al. 2018, https://arxiv.org/abs/1803.05649
 
-with an increasing m > -1 that makes a step invertible (appendix A), Q a product of min(D, 8) Householder reflections, R
-and S upper triangular: see `aezoo.nets.flows`. Parameters that are all 0 are the identity, T = 0 is the VAE. The code
-of a sample is z_T of mu; the score, which has no noise, takes the second form there.
+with an increasing m > -1 that makes a step invertible (appendix A), Q a product of min(D, 8) Householder reflections,
+and R and S upper triangular: see `aezoo.nets.flows`. If all parameters are 0, a step is the identity; T = 0 is the VAE.
+The code of a sample is z_T for z_0 = mu; the score, which has no noise, uses the second form there.
 
 Shapes: B batch, D code, K importance samples, T steps, P parameters of a step.
 """
@@ -29,7 +29,7 @@ from aezoo.nets.flows import FLOWS, check_count
 
 
 class VAEFlow(VAE):
-    """A posterior made flexible by invertible steps, a standard normal prior.
+    """A posterior made flexible by invertible steps, and a standard normal prior.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -84,7 +84,7 @@ class VAEFlow(VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # the sampled KL may be negative, at no distance from a capacity
+        # the sampled KL may be negative, so there is no distance from a capacity
         del self.capacity
         if flow not in FLOWS:
             raise AezooError(f"unknown flow {flow!r}: take one of {', '.join(FLOWS)}")
@@ -134,7 +134,7 @@ class VAEFlow(VAE):
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """-log p(x | z_T) and the KL as above, with z_0 = mu, in nats: (B, *input_shape) -> (B,), no noise."""
+        """-log p(x | z_T) plus the KL as above, with z_0 = mu, in nats: (B, *input_shape) -> (B,), no noise."""
         mu_BD, log_var_BD, steps_BP = self.amortised(x)
         z_BD, log_det_B = self.flow(mu_BD, steps_BP)
         kl_B = self.kl(mu_BD, log_var_BD) + self.log_prior(mu_BD) - self.log_prior(z_BD) - log_det_B

@@ -7,18 +7,18 @@ The reconstruction is judged by Dis_l, the last hidden layer of a discriminator;
     L_GAN = -log Dis(x) - log(1 - Dis(x~)) - log(1 - Dis(x_p))
     x~ = Dec(z), z ~ q(z|x)     x_p = Dec(z_p), z_p ~ p(z)
 
-Each of three players descends on a loss of its own (algorithm 1, whose updates are meant for this sign of L_GAN):
+Each of the three players minimises its own loss (algorithm 1, whose updates are meant for this sign of L_GAN):
 
     encoder: L_prior + L_llike     decoder: gamma L_llike - L_GAN     discriminator: L_GAN
 
 No loss passes a gradient to another player's parameters, as in https://github.com/andersbll/autoencoding_beyond_pixels.
-There s = 1 and batch normalisation keeps the features at variance 1; here s^2 is their variance over all images that
-the discriminator sees, a constant to every player, and no layer sets samples against each other. L_GAN is 3 log 2 where
-the three kinds of images cannot be told apart.
+There s = 1, and batch normalisation keeps the features at variance 1. Here s^2 is their variance over all images that
+the discriminator sees, a constant for every player, and no layer compares samples with each other. L_GAN is 3 log 2 if
+the three kinds of images cannot be distinguished.
 
-The encoder's loss is the value of `loss`, L_llike without the density's constant the term `feature_nll`, L_GAN the term
-`discriminator`. `nll`, `elbo`, `score` and `log_likelihood` are the VAE's, of the data themselves: by them nothing is
-trained but the scale of a likelihood that learns one.
+The value of `loss` is the encoder's loss. The term `feature_nll` is L_llike without the density's constant, and
+`discriminator` is L_GAN. `nll`, `elbo`, `score` and `log_likelihood` are the VAE's, of the data themselves: they train
+nothing except the scale of a likelihood that learns one.
 
 Shapes: B batch, D code, F features.
 """
@@ -47,7 +47,7 @@ class VAEGAN(VAE):
         discriminator_dims: widths of the discriminator's hidden layers (mlp) or channels of its stages; with fewer
             features than a sample has values they do not hold a reconstruction. Empty: 1024 for mlp, else hidden_dims.
         discriminator_lr: learning rate of the discriminator, whose betas are 0.5 and 0.9 unless optimizer sets them.
-        net: mlp, conv or resnet, of encoder, decoder and discriminator.
+        net: mlp, conv or resnet, for encoder, decoder and discriminator.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
@@ -99,7 +99,7 @@ class VAEGAN(VAE):
         stages = dims[:-1] if net == "mlp" else dims
         features = nets.encoder(net, self.input_shape, shape, stages, activation)
         head = nn.Sequential(nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(math.prod(shape), 1))
-        # in a tuple, since its parameters are not to be registered twice
+        # in a tuple, so that its parameters are not registered twice
         self._generator = (Generator(self.decoder, self.likelihood),)
         self.discriminator = nn.ModuleDict({"features": features, "head": head})
 
@@ -113,7 +113,7 @@ class VAEGAN(VAE):
         """s^2, the variance of the features over real, reconstructed and drawn images of all ranks: (3 B, F) -> ()."""
         f_B3F = f_BF.unflatten(0, (3, -1)).transpose(0, 1)
         centred_B3F = f_B3F - self.batch_mean(f_B3F.mean(1))
-        # features that are all alike have none
+        # features that are all equal have no variance
         return self.batch_mean((centred_B3F**2).mean((1, 2))).clamp(min=1e-12)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class VAEGAN(VAE):
         z_p_BD = torch.randn_like(z_BD)
         kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
 
-        # to each player what it moves is live, all else a constant
+        # each player gets a gradient only for what it trains; all else is constant
         x_encoder = frozen(self._generator[0], z_BD.to(x.dtype))
         params = self.decoder(torch.cat([z_BD.detach(), z_p_BD]).to(x.dtype))
         x_decoder = self.likelihood.mean(params)

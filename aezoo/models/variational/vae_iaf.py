@@ -5,10 +5,10 @@
     z_t = s_t z_(t-1) + (1 - s_t) m_t     s_t = sigmoid(a_t + 1.5)     (m_t, a_t) = MADE_t(z_(t-1), h(x))
 
 in nats per sample, computed as in vae_flow. m_ti and a_ti depend on the elements of z_(t-1) before i and on h, the
-encoder's third output: the Jacobian of a step is triangular with the s_t on its diagonal, and dimensions
-come in reverse order from step to step. The 1.5 keeps a step near the identity at the start (section 4, algorithm 1).
-The nets are those of Germain et al. 2015, https://arxiv.org/abs/1502.03509: one hidden layer, its units of degree 0 to
-D - 1, those of degree 0 with h alone to see. T = 0 is the VAE.
+encoder's third output. The Jacobian of a step is therefore triangular with the s_t on its diagonal. The order of
+dimensions is reversed from step to step. The 1.5 keeps a step near the identity at the start (section 4, algorithm 1).
+The nets are those of Germain et al. 2015, https://arxiv.org/abs/1502.03509: one hidden layer with units of degree 0 to
+D - 1; units of degree 0 see only h. T = 0 is the VAE.
 
 Shapes: B batch, D code, K importance samples, H hidden units.
 """
@@ -24,13 +24,13 @@ from aezoo.nets.flows import MADE, check_count
 
 
 class VAEIAF(VAEFlow):
-    """A posterior made flexible by autoregressive steps, a standard normal prior.
+    """A posterior made flexible by autoregressive steps, and a standard normal prior.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         n_flows: T, number of steps; 0 is the VAE.
-        flow_width: H, hidden units of each step's network, and values that it is told of the sample.
+        flow_width: H, number of hidden units of each step's network, and of values of h.
         beta: weight of the KL term.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.

@@ -3,13 +3,13 @@
     L = E_q[-log p(x|z)] + beta E_q[log q(z|x) - log p(z)]     q(z|x) = N(mu(x), diag sigma(x)^2)
     p(z) = 1/K sum_k q(z|u_k)                                  u_k: pseudo-inputs, learned with the rest
 
-in nats per sample: the prior that maximises the ELBO is the mean of all posteriors; K learned inputs stand for the data
-(section 3). The KL has no closed form: both densities are taken at the one z that is decoded. Encoder and prior are
-the same network, so that the pseudo-inputs' gradient reaches it as well.
+in nats per sample. The prior that maximises the ELBO is the mean of all posteriors; K learned inputs represent the data
+(section 3). The KL has no closed form: both densities are evaluated at the z that is decoded. Encoder and prior are the
+same network, so that the pseudo-inputs' gradient reaches it as well.
 
-For likelihoods of data in [0, 1] a pseudo-input is the sigmoid of its parameter, in place of the paper's hardtanh,
-whose gradient is 0 outside of the interval; for others it is the parameter itself. With data_init they start at
-samples of the first batch of all ranks, as the authors' code can, in turn and each with noise of its own.
+For likelihoods of data in [0, 1], a pseudo-input is the sigmoid of its parameter, instead of the paper's hardtanh,
+whose gradient is 0 outside the interval. For others it is the parameter itself. With data_init, pseudo-inputs start at
+samples of the first batch of all ranks, taken in turn, each with its own noise; the authors' code can do this, too.
 
 Shapes: B batch, D code, K pseudo-inputs.
 """
@@ -77,7 +77,7 @@ class VampVAE(MixtureVAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # in place of Gaussians of its own
+        # the pseudo-inputs replace them
         del self.weight_K, self.mean_KD, self.log_var_KD
         self.pseudo_K = nn.Parameter(0.1 * torch.randn(n_components, *self.input_shape))
         if data_init:
@@ -85,7 +85,7 @@ class VampVAE(MixtureVAE):
 
     def start_from(self, x: Tensor) -> None:
         u_K = x[torch.arange(self.n_components, device=x.device) % len(x)]
-        # 0 and 1 would ask for infinite parameters
+        # 0 and 1 would need infinite parameters
         self.pseudo_K.add_(u_K.clamp(0.05, 0.95).logit() if self.likelihood.unit_interval else u_K)
 
     def pseudo_inputs(self) -> Tensor:

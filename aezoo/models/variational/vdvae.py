@@ -1,18 +1,18 @@
 """Very deep VAE (Child 2021), https://arxiv.org/abs/2011.10650
 
-A hierarchy of N blocks on a residual stream y, one group of latent variables each, drawn from the top block z_1 at the
-lowest resolution down to z_N at the image's, in nats per sample:
+N blocks act on a residual stream y. Each has one group of latent variables, drawn from z_1 of the top block at the
+lowest resolution down to z_N at the image's; in nats per sample:
 
     p(x, z) = p(x | y_N) prod_i p(z_i | z_<i)     q(z | x) = prod_i q(z_i | z_<i, x)     all Gaussian and diagonal
     q_i = q_net([y; a])     p_i, f = p_net(y)     y <- y + f + W z_i     y <- y + net(y)
     L = E_q[-log p(x|z)] + sum_i E_q[KL(q(z_i | z_<i, x) || p(z_i | z_<i))]
 
-where a is what the bottom-up path makes of x at the block's resolution. Networks and their start are those of the
-author's code, see `nets.top_down`, and so are no free bits and no warm-up of the KL. Not from there: the likelihood is
-one of the zoo's, not a mixture of ten discretised logistics; resolutions halve at every stage, rounded up, and stay at
-1x1; one width for all; steps of huge gradients are not skipped, where trainer.gradient_clip_val may help.
+where a is the output of the bottom-up path for x at the block's resolution. Networks and initial weights are those of
+the author's code (see `nets.top_down`), and like it this has no free bits and no KL warm-up. Differences: the
+likelihood is one of the zoo's, not a mixture of ten discretised logistics; resolutions halve at every stage, rounded
+up, and stay at 1x1; there is one width; steps of huge gradients are not skipped: trainer.gradient_clip_val may help.
 
-The code is all z from z_1 to z_N, flattened; encode gives the mean of each given the means before; decode reads all.
+The code has all z from z_1 to z_N, flattened; encode gives each mean given the means before it; decode reads all.
 
 Shapes: B batch, D code, K importance samples.
 """
@@ -70,7 +70,7 @@ class VDVAE(VAE):
         lr_schedule: str = "constant",
         warmup_steps: int = 0,
     ) -> None:
-        # past the VAE's, which would build a net for all of the code
+        # skip the VAE's constructor, which would build a net for all of the code
         super(VAE, self).__init__(
             input_shape,
             likelihood=likelihood,
@@ -126,7 +126,7 @@ class VDVAE(VAE):
 
     @torch.no_grad()
     def log_likelihood(self, x: Tensor, n: int) -> Tensor:
-        """As the VAE's, in one pass for z, p and q, and as many rows at a time as the streams have room for."""
+        """Like the VAE's, in one pass for z, p and q, with as many rows at a time as the streams have room for."""
         at_least(1, n=n)
         chunk = max(1, 2**23 // (self.width * math.prod(self.input_shape[1:]) * len(x)))  # 32 MiB a stream
         log_w = []
@@ -143,7 +143,7 @@ class VDVAE(VAE):
         return self.nll(params, x) + torch.stack([level.kl() for level in levels]).sum(0)
 
     def latent_chain(self) -> "Chain":
-        """The groups from the top down, as bits-back coding takes them."""
+        """The groups from the top down, in the form that bits-back coding needs."""
         from aezoo.tasks.codec.lossless import Chain
 
         layers = [self.decoder.conditional(self.encoder) for _ in self.decoder.sizes]

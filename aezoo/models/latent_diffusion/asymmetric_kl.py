@@ -1,13 +1,13 @@
 """Asymmetric autoencoder whose decoder sees what stays (Zhu et al. 2023), https://arxiv.org/abs/2306.04632
 
-For inpainting: an AutoencoderKL with a larger decoder, which gets the visible part v of an image besides its code:
+For inpainting: an AutoencoderKL with a larger decoder, which sees the visible part v of an image besides its code:
 
     L = R(x, g(z, v x, v)) + beta KL(q(z|x) || p(z)) + w_D lambda L_G     z ~ q(z|x)
     h_i = c_i where v is 1, stage_i(h_i-1) elsewhere     c_i = conv(act(c_i+1)) the map of v x on the grid of h_i
 
-R, L_G, L_D and lambda as in autoencoder_kl, which this is where nothing is visible: in codes, scores, samples, bounds
-and evaluation. In training a share full_mask of the images is hidden, and of others each patch with a probability drawn
-for the image; elbo is one of log p(x | v x). In https://github.com/buxiangzhiren/Asymmetric_VQGAN masks are strokes.
+R, L_G, L_D and lambda are as in autoencoder_kl, and so are codes, scores, samples, bounds and evaluation, where nothing
+is visible. In training, a share full_mask of images is hidden, and in others each patch with a probability drawn per
+image; elbo bounds log p(x | v x). In https://github.com/buxiangzhiren/Asymmetric_VQGAN masks are strokes.
 
 Shapes: B batch, C channels, N patches.
 """
@@ -27,7 +27,7 @@ from aezoo.nets.conv import CONVS, grids
 
 
 class SightedDecoder(nn.Module):
-    """(B, *code_shape) -> (B, C, *grid); also of samples, and of (B, 1, *grid), which of their places are visible."""
+    """(B, *code_shape) -> (B, C, *grid); also takes samples, and (B, 1, *grid), which of their places are visible."""
 
     def __init__(
         self, net: str, code_shape: tuple[int, ...], input_shape: tuple[int, ...], dims: tuple[int, ...], act: str
@@ -54,21 +54,21 @@ class SightedDecoder(nn.Module):
 
 
 class AsymmetricKL(AutoencoderKL):
-    """A Gaussian feature map, with a large decoder that keeps what is visible of an image.
+    """A Gaussian feature map with a large decoder that keeps the visible part of an image.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
         latent_dim: C, channels of the code.
         beta: weight of the KL term.
         decoder_dims: channels of the decoder's stages, from the code outwards. Empty: 3/2 of hidden_dims, mirrored.
-        full_mask: share of images of which the decoder sees nothing in training.
+        full_mask: share of training images of which the decoder sees nothing.
         features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
         perceptual_weight: w_P.
         discriminator_weight: w_D.
         discriminator_start: optimiser steps before the discriminator counts.
         discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
-        net: resnet, conv, convnext, conv_keras, unet or dc; of the decoder each stage.
+        net: resnet, conv, convnext, conv_keras, unet or dc; also for each stage of the decoder.
         hidden_dims: channels of the encoder's stages.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.
@@ -103,7 +103,7 @@ class AsymmetricKL(AutoencoderKL):
         lr_schedule: str = "constant",
         warmup_steps: int = 0,
     ) -> None:
-        if net in ("gdn", "vit", "mixer"):  # of one stage gdn is linear, and the others are of their own grid
+        if net in ("gdn", "vit", "mixer"):  # gdn is linear with one stage, and the others have their own grid
             raise AezooError(f"net {net!r} cannot decode stage by stage: take resnet, conv, convnext, unet or dc")
         if not 0 <= full_mask <= 1:
             raise AezooError(f"full_mask must be from 0 to 1, got {full_mask}")
@@ -124,21 +124,21 @@ class AsymmetricKL(AutoencoderKL):
         return (x, z, x, self.visible(x)) if self.training else (x, z)
 
     def visible(self, x: Tensor) -> Tensor:
-        """Which places the decoder sees in a step, by chance: (B, *input_shape) -> (B, 1, *grid), boolean."""
+        """Draw which places the decoder sees in a step: (B, *input_shape) -> (B, 1, *grid), boolean."""
         full_B1, share_B1, of_patch_BN = (torch.rand(len(x), n, device=x.device) for n in (1, 1, self.patchify.n))
         seen_BN = of_patch_BN >= share_B1.where(full_B1 >= self.full_mask, 1)
         return self.patchify.inverse(seen_BN[..., None].expand(-1, -1, self.patchify.size))
 
     def inpaint(self, x: Tensor, visible: Tensor, z: Tensor | None = None) -> Tensor:
-        """Samples with what is hidden of them decoded, and all else as it is: (B, *input_shape) -> (B, *input_shape).
+        """Decode the hidden part of samples and keep the rest: (B, *input_shape) -> (B, *input_shape).
 
         Args:
-            x: samples; what they hold where they are hidden is not looked at.
+            x: samples; their values at hidden places are ignored.
             visible: (B, 1, *grid), boolean.
-            z: codes of whole samples, as of a diffusion model; by default those of x with 0 where it is hidden.
+            z: codes of whole samples, e.g. from a diffusion model; by default those of x with 0 at hidden places.
 
         Raises:
-            AezooError: a mask or codes of another kind.
+            AezooError: the mask or the codes have another type or shape.
         """
         mask = (len(x), 1, *self.input_shape[1:])
         if not isinstance(visible, Tensor) or visible.dtype != torch.bool or visible.shape != mask:

@@ -8,11 +8,12 @@ The code is a feature map, on which a diffusion model can be trained; in nats pe
     L_G = -E[D(xhat)]     L_D = 1/2 E[(1 - D(x))^+] + 1/2 E[(1 + D(xhat))^+]     D judges patches
     lambda = ||dR / dW|| / (||dL_G / dW|| + 1e-4), at most 1e4     W the weight of the decoder's last layer
 
-L_G and L_D count from discriminator_start steps on, in the loss by their gradients alone: lambda changes from batch to
-batch, and L_D is the other player's. Without them and P, and with beta = 1, L is -ELBO. beta = 1e-6 belongs to sums of
-values, as in https://github.com/CompVis/latent-diffusion, where P counts X times, as it is added to each of X values,
-and the likelihood's scale divides it. So small a beta leaves q(z) far from p(z), by which `elbo` and `log_likelihood`
-go. `standardiser` has mean and standard deviation of each channel over some 100 batches; `sample` restores draws by it.
+From discriminator_start steps on, L_G and L_D enter the loss, through their gradients only: lambda changes from batch
+to batch, and L_D belongs to the other player. Without them and P, and with beta = 1, L is -ELBO. beta = 1e-6 is meant
+for sums of values, as in https://github.com/CompVis/latent-diffusion, where P counts X times, as it is added to each of
+X values, and the likelihood's scale divides it. Such a small beta leaves q(z) far from p(z), which `elbo` and
+`log_likelihood` use. `standardiser` has mean and standard deviation of each channel over some 100 batches; `sample`
+rescales draws by it.
 
 Shapes: B batch, C channels of a code, K importance samples, D all values of a code.
 """
@@ -30,7 +31,7 @@ from aezoo.nets.standardise import Standardiser
 
 
 class AutoencoderKL(Judged, VAE):
-    """A Gaussian feature map with little KL, made sharp by a perceptual and an adversarial loss.
+    """A Gaussian feature map with a small KL weight, and a perceptual and an adversarial loss for sharp outputs.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
@@ -76,7 +77,7 @@ class AutoencoderKL(Judged, VAE):
         warmup_steps: int = 0,
     ) -> None:
         how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
-        # past the VAE's, which would build nets for a vector
+        # skip the VAE's constructor, which would build nets for a vector
         super(VAE, self).__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
         self.save_hyperparameters()
         at_least(1, latent_dim=latent_dim)
@@ -114,11 +115,11 @@ class AutoencoderKL(Judged, VAE):
         return {"loss": loss, "kl": kl, "elbo": -(terms["nll"] + kl), **terms, **own}
 
     def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-        """What is compared in a step: samples, and what is decoded to be these, codes and whatever a decoder takes."""
+        """What a step compares: samples, and the decoder's inputs for them, codes and any further ones."""
         return x, z
 
     def besides(self, x: Tensor, z: Tensor, mu: Tensor, g_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a child adds to the loss, and its terms; g_R is R's gradient where the decoder ends."""
+        """What a subclass adds to the loss, and its terms; g_R is the gradient of R at the decoder's output."""
         return g_R.new_zeros(()), {}
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """Autoencoder with a consistency model as decoder (OpenAI 2023), https://github.com/openai/consistencydecoder
 
-f takes samples with any noise, and the code z = g(x), in one step to what they are without it; in nats per sample:
+f maps samples with any noise, given the code z = g(x), to samples without noise in one step; in nats per sample:
 
     L = E[d(f(x + s_n+1 e, s_n+1, z), stopgrad f(x + s_n e, s_n, z)) / (s_n+1 - s_n)] + w R     e ~ N(0, I)
     f(x, s, z) = c_skip(s) x + c_out(s) F(x / sqrt(s^2 + s_d^2), log(s) / 4, z)     hence f(x, s_0, z) = x
@@ -9,11 +9,12 @@ f takes samples with any noise, and the code z = g(x), in one step to what they 
     s_n = (s_0^1/7 + n/N (s_N^1/7 - s_0^1/7))^7     P(n) ~ Phi(s_n+1) - Phi(s_n), log s of mean -1.1, deviation 2
     xhat = f(0, s_N, z)     R = -log p(x|xhat) = ||x - xhat||^2 + const, a Gaussian of variance 1/2
 
-Consistency training (Song et al. 2023, https://arxiv.org/abs/2303.01469), improved (Song & Dhariwal 2023,
-https://arxiv.org/abs/2310.14189): N doubles from start_noise_levels to noise_levels over level_steps, theirs are the
-whole run. R is not theirs: it is what one step of N = 1 compares. With w = 0 images of short runs are worse. Images
-are made of the mean noise, which is none: the same for each code, and nearer to samples, with either w, than of noise
-that is drawn. z has no KL term, as L bounds no likelihood. F gets z as channels, enlarged.
+This is consistency training (Song et al. 2023, https://arxiv.org/abs/2303.01469), improved (Song & Dhariwal 2023,
+https://arxiv.org/abs/2310.14189): N doubles from start_noise_levels to noise_levels over level_steps, which in the
+paper is the whole run. R is not in the paper: it is what one step with N = 1 compares. With w = 0, images of short runs
+are worse. Images are decoded from the mean noise, which is zero. They are then the same for each code and, with either
+w, nearer to samples than those from drawn noise. z has no KL term, as L bounds no likelihood. F gets z as upsampled
+channels.
 
 Shapes: B batch, X data dimensions.
 """
@@ -42,7 +43,7 @@ class ConsistencyDecoder(nn.Module):
         self.sigma_min, self.sigma_max, self.sigma_data = sigmas
 
     def f(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
-        """What noisy samples are without noise of deviation s, (B or 1, 1, ..., 1): (B, *input_shape), same."""
+        """Remove noise of standard deviation s, (B or 1, 1, ..., 1), from samples: (B, *input_shape) -> the same."""
         s_0, s_d = self.sigma_min, self.sigma_data
         scale = (s.square() + s_d**2).sqrt()
         skip, out = s_d**2 / ((s - s_0).square() + s_d**2), s_d * (s - s_0) / scale
@@ -54,17 +55,17 @@ class ConsistencyDecoder(nn.Module):
 
 
 class ConsistencyDecoderAE(Autoencoder):
-    """A feature map as code, decoded in one step by a model that learns to undo any noise.
+    """A feature map as code, decoded in one step by a model that learns to remove any noise.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
         latent_dim: channels of the code.
         nll_weight: w.
         sigma_min: s_0, in the data's unit.
-        sigma_max: s_N, beside which the data must be small.
+        sigma_max: s_N, which must be large compared with the data.
         sigma_data: s_d, about the data's root mean square.
         start_noise_levels: N at the first step.
-        noise_levels: N at the end; 1280 in the paper: the more, the noisier are gradients, and the longer must runs be.
+        noise_levels: N at the end; 1280 in the paper. A larger N makes gradients noisier and needs longer runs.
         level_steps: optimiser steps over which N rises; 0 keeps it at noise_levels.
         net: of the encoder: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
         hidden_dims: channels of the encoder's stages; the decoder's U-Net has as many.
@@ -117,13 +118,13 @@ class ConsistencyDecoderAE(Autoencoder):
         self.keep_steps()
 
     def n_levels(self) -> Tensor:
-        """N at the present step, ()."""
+        """N at the current step, ()."""
         doublings = math.log2(self.noise_levels / self.start_noise_levels) + 1
         risen = (doublings * self.share_of_steps(self.level_steps)).floor()
         return (self.start_noise_levels * 2**risen).clamp(max=self.noise_levels)
 
     def pair(self, u: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
-        """Levels s_n and s_n+1 next to each other, n by the inverse of its distribution at u, all of one shape."""
+        """Adjacent levels s_n and s_n+1, with n by the inverse of its distribution function at u; all of one shape."""
         s_0, s_N = self.decoder.sigma_min, self.decoder.sigma_max
         low, high = (math.erf((math.log(s) - LOG_MEAN) / (LOG_STD * math.sqrt(2))) for s in (s_0, s_N))
         s = torch.exp(LOG_MEAN + LOG_STD * math.sqrt(2) * torch.erfinv(low + (high - low) * u))
@@ -132,12 +133,12 @@ class ConsistencyDecoderAE(Autoencoder):
         return (a + n / N * (b - a)) ** RHO, (a + (n + 1) / N * (b - a)) ** RHO
 
     def consistency(self, x: Tensor, z: Tensor) -> Tensor:
-        """How far apart neighbouring levels are denoised, by their distance: (B, *input_shape), codes -> (B,)."""
+        """Distance of samples denoised from adjacent levels, over the levels' own: (B, *input_shape), codes -> (B,)."""
         x = at_least_float32(x)
         u = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device, dtype=x.dtype)
         (low, high), noise = self.pair(u, self.n_levels()), gaussians.noise_like(x)
         found = self.decoder.f(x + high * noise, high, z)
-        with torch.no_grad():  # second, as autocast keeps the weights that it rounds, here without gradient
+        with torch.no_grad():  # second, as autocast caches the weights that it rounds, here without gradient
             target = self.decoder.f(x + low * noise, low, z)
         c, sse_B = 0.00054 * math.sqrt(x[0].numel()), (found - target).flatten(1).square().sum(1)
         return sse_B / ((sse_B + c**2).sqrt() + c) / (high - low).flatten()

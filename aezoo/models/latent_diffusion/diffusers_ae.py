@@ -1,15 +1,15 @@
 """Image autoencoders of the library diffusers (von Platen et al. 2022), https://github.com/huggingface/diffusers
 
-Encoder, decoder and codebook are theirs, so that what others have trained can be measured and trained on here; how
-they are trained is the zoo's, in nats per sample, by the kind of their code:
+Encoder, decoder and codebook come from diffusers, so that models trained by others can be measured and trained further
+here. The objective is the zoo's, in nats per sample; it depends on the kind of code:
 
     L = -log p(x | g(z)) + beta KL(N(mu(x), diag sigma(x)^2) || N(0, I))          Gaussian; z ~ N(mu, diag sigma^2)
     L = -log p(x | g(e_k)) + ||sg(z) - e_k||^2 + w_C ||z - sg(e_k)||^2            VQModel; e_k the code nearest to z
     L = -log p(x | g(z))                                                          AutoencoderDC and AutoencoderTiny
 
-summed over all values of a sample or a code. `encode` gives what theirs does: mu of a Gaussian, and of VQModel the z
-that `decode` takes to e_k, without a factor for diffusion models. With a small beta codes lie far from N(0, I), and so
-there is no prior to sample from: `aezoo generate` fits one.
+All terms are sums over the values of a sample or a code. `encode` gives the same as in diffusers: mu of a Gaussian
+code, and for VQModel the z that `decode` maps to e_k, without a scale factor for diffusion models. With a small beta
+codes lie far from N(0, I), so there is no prior to sample from: `aezoo generate` fits one.
 
 Shapes: B batch, D channels of a code, (H, W) its places.
 """
@@ -34,11 +34,11 @@ class DiffusersAE(Autoencoder):
         input_shape: (C, H, W), with sides that the model's stages divide.
         kind: its class in diffusers: AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, AutoencoderKLKVAE,
             AutoencoderKLHunyuanImage, VQModel, AutoencoderDC or AutoencoderTiny.
-        config: arguments of that class, such as block_out_channels; the rest is that of a small model.
-        pretrained: none, or a folder that its save_pretrained has written, which says kind and config.
-        beta: weight of the KL term, of a Gaussian code.
-        commitment: w_C, of VQModel.
-        likelihood: how outputs are compared with data, see vae; of a pretrained model gaussian, laplace or logcosh.
+        config: arguments of that class, such as block_out_channels; the others are those of a small model.
+        pretrained: none, or a folder written by its save_pretrained, which determines kind and config.
+        beta: weight of the KL term, for a Gaussian code.
+        commitment: w_C, for VQModel.
+        likelihood: how outputs are compared with data, see vae; for a pretrained model gaussian, laplace or logcosh.
         lr: learning rate.
         optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
         weight_decay: the optimiser's weight decay.
@@ -76,24 +76,24 @@ class DiffusersAE(Autoencoder):
         elif config is not None:
             raise AezooError(f"config is that of {pretrained}: leave it out")
         elif not isinstance(self.likelihood, Gaussian | Laplace | LogCosh):
-            # of the others an output is no value of a sample
+            # with the others an output is not a value of a sample
             raise AezooError(f"a pretrained model takes likelihood gaussian, laplace or logcosh, got {likelihood!r}")
         else:
             net = of_diffusers.read(Path(pretrained))
             kind = type(net).__name__
-            # a checkpoint loads where the folder is not
+            # so that a checkpoint loads without the folder
             self.hparams.update(kind=kind, config=of_diffusers.config_of(net), pretrained="none")
         self.beta, self.commitment, self.kind = beta, commitment, kind
         self.gaussian = "KL" in kind
         if kind == "AsymmetricAutoencoderKL":
-            net.decoder.condition_encoder.requires_grad_(False)  # it reads a masked image, to be filled in
+            net.decoder.condition_encoder.requires_grad_(False)  # it reads a masked image, for inpainting
         self.encoder, self.decoder = of_diffusers.halves(net)
         self.code_shape = of_diffusers.code_shape(self.encoder, self.decoder, self.input_shape, self.gaussian)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of a Gaussian code: (B, *input_shape) -> (B, D, H, W), (B, D, H, W)."""
         mu, log_var = at_least_float32(self.encoder(x)).chunk(2, dim=1)
-        return mu, log_var.clamp(-30, 20)  # as theirs is
+        return mu, log_var.clamp(-30, 20)  # as in diffusers
 
     def encode(self, x: Tensor) -> Tensor:
         return (self.moments(x)[0] if self.gaussian else self.encoder(x)).to(x.dtype)
@@ -115,9 +115,9 @@ class DiffusersAE(Autoencoder):
         return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
     def of_codes(self, z: Tensor) -> dict[str, Tensor]:
-        """How far codes are from the nearest of the codebook, by who is to move: (B, D, H, W) -> {name: ()}.
+        """Codebook loss and commitment loss of codes and their nearest codebook entries: (B, D, H, W) -> {name: ()}.
 
-        Theirs is a mean over all values, with the weight of the commitment on the other term.
+        In diffusers they are means over all values, and the commitment weight is on the other term.
         """
         quantise = self.decoder.net.quantize
         k = quantise(z)[2][2]  # (B H W)

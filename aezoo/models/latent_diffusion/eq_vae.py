@@ -1,15 +1,16 @@
 """EQ-VAE, equivariant codes (Kouzelis et al. 2025), https://arxiv.org/abs/2502.09509
 
-What turns or shrinks an image shall do the same to the map of its code, which is then easier to learn for a diffusion
-model. In a share p of the steps of training, in nats per sample:
+Rotating or shrinking an image should do the same to its map of codes, which is then easier to learn for a diffusion
+model. In a share p of the training steps, in nats per sample:
 
     L = R(tau x, D(tau z)) + beta KL(q(z|x) || p(z)) + w_D lambda L_G     z ~ q(z|x)
     tau: a turn by 90, 180 or 270 degrees, then both sides by a factor between 1/4 and 1, bilinearly
 
-and the discriminator judges tau x and D(tau z). R, L_G, L_D and lambda as in autoencoder_kl, which this is in all other
-steps, for p = 0 and in evaluation. One tau for a batch, as in https://github.com/zelaki/eqvae, where a quarter of the
-other steps moreover reconstructs shrunken images. A code of whole places has the nearest size that the factor gives,
-and the image the size that the decoder makes of it; the loss of such a step is a sum over the values of tau x.
+and the discriminator judges tau x and D(tau z). R, L_G, L_D and lambda are as in autoencoder_kl. In all other steps,
+for p = 0 and in evaluation, the model is autoencoder_kl. There is one tau for a batch, as in
+https://github.com/zelaki/eqvae, where a quarter of the other steps also reconstructs shrunken images. The code's size
+is the one nearest to the factor, in whole places, and the image has the size of the decoder's output; the loss of such
+a step is a sum over the values of tau x.
 
 Shapes: B batch, C channels.
 """
@@ -24,13 +25,13 @@ from aezoo.nets.conv import grids
 
 
 class EQVAE(AutoencoderKL):
-    """A Gaussian feature map that turns and shrinks as its image does.
+    """A Gaussian feature map that rotates and shrinks with its image.
 
     Args:
         input_shape: (C, H, W), of any size.
         latent_dim: C, channels of the code.
         beta: weight of the KL term.
-        equivariance: p, the share of steps that compare a turned and shrunken image with the decoding of such a code.
+        equivariance: p, share of steps that compare a rotated, shrunken image with the decoding of its code under tau.
         features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights.
         perceptual_weight: w_P.
         discriminator_weight: w_D.
@@ -103,7 +104,7 @@ class EQVAE(AutoencoderKL):
         self.equivariance = equivariance
         self.larger_grids = grids(self.input_shape, len(hidden_dims))[-2::-1]
 
-    # a graph is of one size alone
+    # a compiled graph has one size only
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         return super().loss(x, y)
@@ -111,18 +112,18 @@ class EQVAE(AutoencoderKL):
     def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         if not (self.training and self.equivariance):
             return x, z
-        # each is one draw for all samples
+        # one draw of each for all samples
         share, turn, factor = (float(torch.rand(())) for _ in range(3))
         return self.transformed(x, z, 1 + int(3 * turn), (1 + 3 * factor) / 4) if share < self.equivariance else (x, z)
 
     def transformed(self, x: Tensor, z: Tensor, quarters: int, factor: float) -> tuple[Tensor, Tensor]:
-        """The images and codes under tau, (B, C, H, W), (B, C, h, w) -> the same with other sides."""
+        """Apply tau to images and codes, (B, C, H, W), (B, C, h, w) -> the same with other sides."""
         x, z = (part.rot90(quarters, (2, 3)) for part in (x, z))
         small = [max(1, round(factor * side)) for side in z.shape[2:]]
         return F.interpolate(x, self.decoded(small), mode="bilinear"), F.interpolate(z, small, mode="bilinear")
 
     def decoded(self, grid: list[int]) -> list[int]:
-        """The grid that the decoder makes of a code's: each stage doubles a side, less one where the whole is odd."""
+        """The decoder's output grid for a code's grid: each stage doubles a side, minus one if the full side is odd."""
         for larger in self.larger_grids:
             grid = [2 * side - full % 2 for side, full in zip(grid, larger, strict=True)]
         return grid

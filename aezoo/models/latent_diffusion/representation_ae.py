@@ -1,18 +1,20 @@
 """RAE, representation autoencoder (Zheng et al. 2025), https://arxiv.org/abs/2510.11690
 
-An encoder f that was trained for something else stays as it is. A vision transformer g learns to decode what it sees
-through noise, and so to forgive what a diffusion model of the codes z gets wrong; in nats per sample:
+An encoder f that was trained for another purpose stays frozen. A vision transformer g learns to decode its codes z with
+noise added, and so to tolerate the errors of a diffusion model of these codes; in nats per sample:
 
     L = R + w_D lambda L_G     R = -log p(x | g(z + n)) + w_P X P(x, xhat)     z = (f(x) - m) / s
     n ~ N(0, sigma^2 I)     sigma ~ |N(0, tau^2)| for each sample of a step of training; else n = 0
 
-with P, L_G, the discriminator's L_D and lambda as in vqgan: sums over the X values of a sample, for each of which P
-counts; L_G and L_D by their gradients alone, from discriminator_start steps on. With the Laplace likelihood -log p is
-||x - xhat||_1 and a constant. m and s are mean and deviation of each channel over all codes of training so far. In the
-authors' code and in diffusers f ends in a layer norm without weights, m and s come after the noise, and sigma ~ U(0,
-tau). f is the encoder of a model of the zoo, the teacher, whose weights are not saved: to encode and to score takes its
-file, to decode does not. Without a teacher f is a vision transformer that keeps its random start. The zoo's `rae` is
-another model, the regularised autoencoder of 2020. Shapes: B batch, C channels.
+P, L_G, the discriminator's L_D and lambda are as in vqgan: terms are sums over the X values of a sample, and P counts
+once for each; L_G and L_D enter through their gradients only, from discriminator_start steps on. With the Laplace
+likelihood, -log p is ||x - xhat||_1 plus a constant. m and s are mean and standard deviation of each channel over all
+codes of training so far. In the authors' code and in diffusers, f ends in a layer norm without weights, m and s are
+applied after the noise, and sigma ~ U(0, tau).
+
+f is the encoder of a model of the zoo, the teacher, whose weights are not saved: encoding and scoring need its file,
+decoding does not. Without a teacher, f is a vision transformer with fixed random weights. The zoo's `rae` is another
+model, the regularised autoencoder of 2020. Shapes: B batch, C channels.
 """
 
 from typing import Any
@@ -32,13 +34,13 @@ from aezoo.taught import Taught, teacher_path
 
 
 class RepresentationAE(Judged, Taught):
-    """A decoder for the codes of an encoder that is not trained.
+    """A decoder for the codes of a frozen encoder.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
         teacher: none, or the path of a run, checkpoint or saved model of the zoo, whose codes are decoded.
-        code_shape: of the teacher's codes, a vector or a map; empty is that of mae, 64 channels for each patch.
-        tau: the noise's scale in training, 0.8 in the paper.
+        code_shape: shape of the teacher's codes, a vector or a map; empty: that of mae, 64 channels for each patch.
+        tau: scale of the noise in training, 0.8 in the paper.
         features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
         perceptual_weight: w_P.
         discriminator_weight: w_D.
@@ -109,7 +111,7 @@ class RepresentationAE(Judged, Taught):
         return [{**rest, "params": [p for p in rest["params"] if p.requires_grad]}, judge]
 
     def represent(self, x: Tensor) -> Tensor:
-        """What f gives, without a gradient for f: (B, *input_shape) -> (B, *code_shape)."""
+        """The output of f, without a gradient for f: (B, *input_shape) -> (B, *code_shape)."""
         f: Tensor = self.encoder(x if self.teacher == "none" else self.taught_by().encode(x))
         return f
 

@@ -1,16 +1,17 @@
 """TAESD, a tiny copy of a latent diffusion model's autoencoder (Boer Bohan 2023), https://github.com/madebyollin/taesd
 
-The encoder learns the codes of another model T, the teacher, and the decoder the images behind these:
+The encoder learns the codes of another model T, the teacher, and the decoder the images of these codes:
 
     L = -log p(x | g(z_T)) + 1/2 ||f(x) - z_T||^2     z_T = (T(x) - m) / s     xhat = g(f(x))
 
-in nats per sample; neither half passes a gradient to the other, or to the teacher. m and s are mean and deviation of
-each channel as autoencoder_kl keeps them, which makes codes those of a diffusion model; a teacher without them has 0
-and 1. Codes, reconstructions and scores need no teacher, whose weights are not saved. Without one L = -log p(x | xhat).
+in nats per sample. Neither half passes a gradient to the other or to the teacher. m and s are mean and standard
+deviation of each channel as kept by autoencoder_kl, so that the codes are those of a diffusion model; they are 0 and 1
+for a teacher without them. Codes, reconstructions and scores need no teacher, and its weights are not saved. Without a
+teacher, L = -log p(x | xhat).
 
-A stage has three blocks of three convolutions and a shortcut each, and g begins with 3 tanh(z / 3). For three channels,
-hidden_dims of (64, 64, 64) and latent_dim 4, f and g have the 1,222,532 and 1,222,531 weights of the original, whose
-decoder was trained against a discriminator as well. Shapes: B batch.
+A stage has three blocks, each with three convolutions and a shortcut, and g begins with 3 tanh(z / 3). For three
+channels, hidden_dims of (64, 64, 64) and latent_dim 4, f and g have 1,222,532 and 1,222,531 weights like the original,
+whose decoder was also trained against a discriminator. Shapes: B batch.
 """
 
 from itertools import pairwise
@@ -27,7 +28,7 @@ from aezoo.taught import Taught, teacher_path
 
 
 class Clamp(nn.Module):
-    """3 tanh(z / 3): about z where z is small, and never beyond 3."""
+    """3 tanh(z / 3): about z where z is small, and bounded by 3."""
 
     def forward(self, z: Tensor) -> Tensor:
         return 3 * torch.tanh(z / 3)
@@ -51,7 +52,7 @@ class TAESD(Taught):
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
-        latent_dim: channels of the code; with a teacher as many as it has.
+        latent_dim: channels of the code; with a teacher, those of its codes.
         teacher: none, or the path of a run, checkpoint or saved model of the zoo, whose codes lie on the same grid.
         hidden_dims: channels of the encoder's stages, the decoder mirrors them; (64, 64, 64) in the original.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.

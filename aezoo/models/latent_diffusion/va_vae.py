@@ -1,16 +1,16 @@
 """VA-VAE, codes aligned with the features of a trained network (Yao et al. 2025), https://arxiv.org/abs/2501.01423
 
-What a diffusion model learns more easily than the code of a good autoencoder is one that resembles what a network for
-images sees, place by place; in nats per sample:
+A diffusion model learns a code more easily if it resembles, place by place, what an image network sees, than if it is
+just the code of a good autoencoder; in nats per sample:
 
     L = R + beta KL(q(z|x) || p(z)) + w_D lambda L_G + w_A lambda_A A     R, L_G, L_D and lambda as in autoencoder_kl
     A = mean_i (1 - m_c - cos(v_i, f_i))^+ + mean_ij (|cos(v_i, v_j) - cos(f_i, f_j)| - m_d)^+     v = W z
     lambda_A = ||dR / dW_e|| / (||dA / dW_e|| + 1e-4), at most 1e8     W_e the weight of the encoder's last layer
 
-over places i and j of a sample's code, with f the features F(x) on the code's grid, means over what each place covers.
-F is not trained; it is DINOv2 in the paper, here one of the networks of perceptual losses. A counts in the loss by its
-gradient alone. w_A = 0 is autoencoder_kl. W, a linear map from codes to features, and the constants are those of
-https://github.com/hustvl/LightningDiT, whose last epochs alone have the margins.
+for places i and j of a sample's code. f are the features F(x) on the code's grid, averaged over the area of each place.
+F is frozen; it is DINOv2 in the paper, and here one of the networks of perceptual losses. A enters the loss through its
+gradient only. w_A = 0 is autoencoder_kl. W is a linear map from codes to features. W and the constants are those of
+https://github.com/hustvl/LightningDiT, which has the margins in its last epochs only.
 
 Shapes: B batch, C channels, F channels of features, P places.
 """
@@ -30,16 +30,16 @@ from aezoo.nets.features import FeatureDistance
 
 
 class VAVAE(AutoencoderKL):
-    """A Gaussian feature map that resembles the features of a network which is not trained.
+    """A Gaussian feature map that resembles the features of a frozen network.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
         latent_dim: C, channels of the code.
         beta: weight of the KL term.
-        foundation: the network whose features codes are to resemble: random, vgg16, vgg19 or a .pth file's.
+        foundation: network whose features the codes should resemble: random, vgg16, vgg19 or a .pth file's.
         alignment_weight: w_A.
-        cosine_margin: m_c, an angle's cosine may be so far from 1.
-        matrix_margin: m_d, cosines of two places may differ by so much.
+        cosine_margin: m_c, tolerated distance of a cosine from 1.
+        matrix_margin: m_d, tolerated difference between the cosines of two places.
         features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
         perceptual_weight: w_P.
         discriminator_weight: w_D.

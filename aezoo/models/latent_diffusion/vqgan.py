@@ -1,20 +1,20 @@
 """VQGAN, a codebook of perceptually rich parts (Esser et al. 2020), https://arxiv.org/abs/2012.09841
 
-Each place of the encoder's output becomes the nearest of K codes, whose rows a transformer can be trained on (equations
-4 to 7); in nats per sample:
+Each place of the encoder's output is replaced by the nearest of K codes. A transformer can be trained on rows of these
+codes (equations 4 to 7); in nats per sample:
 
     L = R + ||sg(z) - e_k||^2 + beta ||z - sg(e_k)||^2 + w_D lambda L_G     R = -log p(x | g(z_q)) + w_P X P(x, xhat)
     P = sum_l ||F_l(x) - F_l(xhat)||^2 / (2 n_l)     F_l the n_l activations of layer l, see perceptual_vae
     L_G = -E[D(xhat)]     L_D = 1/2 E[(1 - D(x))^+] + 1/2 E[(1 + D(xhat))^+]     D judges patches
     lambda = ||dR / dW|| / (||dL_G / dW|| + 1e-4), at most 1e4     W the weight of the decoder's last layer
 
-summed over places and values. With the Laplace likelihood -log p is ||x - xhat||_1 and a constant. P counts once for
-each of the X values of a sample, as in https://github.com/CompVis/taming-transformers, where however R is a mean over
-these and the codes' terms are means over theirs; there beta weights the commitment with legacy=False alone. Without L_G
-and P this is vq_vae.
+summed over places and values. With the Laplace likelihood, -log p is ||x - xhat||_1 plus a constant. P counts once for
+each of the X values of a sample, as in https://github.com/CompVis/taming-transformers. There, however, R is a mean over
+these values, the codes' terms are means over the codes' values, and beta weights the commitment only with legacy=False.
+Without L_G and P this is vq_vae.
 
-L_G and L_D count from discriminator_start steps on. As lambda changes from batch to batch, w_D lambda L_G is in the
-loss by its gradient alone, and L_D, of the other player, too.
+L_G and L_D count from discriminator_start steps on. As lambda changes from batch to batch, w_D lambda L_G enters the
+loss through its gradient only, and so does L_D, which belongs to the other player.
 
 Shapes: B batch, D channels of a code, K codes.
 """
@@ -31,7 +31,7 @@ from aezoo.quantisers.vq import VQ
 
 
 class VQGAN(Judged, DiscreteAutoencoder):
-    """A map of codes from one codebook, made sharp by a perceptual and an adversarial loss.
+    """A map of codes from one codebook, with a perceptual and an adversarial loss for sharp outputs.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
@@ -96,7 +96,7 @@ class VQGAN(Judged, DiscreteAutoencoder):
         at_least(0, beta=beta)
         at_least(1, codebook_size=codebook_size)
         self.beta = beta
-        nets.map_shape(net, self.input_shape, hidden_dims, 1)  # refuses what has no grid
+        nets.map_shape(net, self.input_shape, hidden_dims, 1)  # refuses nets without a grid
         self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places=1)
         learning: dict[str, Any] = {"update": update, "decay": decay, "dead_below": dead_below}
         self.quantiser = VQ(latent_dim, codebook_size, estimator=estimator, cosine=cosine, **learning)

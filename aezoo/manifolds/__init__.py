@@ -1,1 +1,1 @@
-"""Curved spaces of codes: their maps, the distributions on them, and motion through them; no model is known here."""
+"""Curved spaces of codes: their maps, distributions on them, and motion through them, independent of any model."""

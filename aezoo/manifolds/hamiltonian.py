@@ -1,13 +1,13 @@
-"""Hamiltonian dynamics: leapfrog integrators, and the Monte Carlo method that is built on them.
+"""Hamiltonian dynamics: leapfrog integrators, and the Monte Carlo method that uses them.
 
     dz/dt = dH/dv     dv/dt = -dH/dz
     H(z, v) = U(z) + |v|^2 / 2                                         `leapfrog`, in flat space
     H(z, v) = U(z) + (log det G(z) + v' G(z)^-1 v) / 2                 `generalised_leapfrog`, under a metric G
 
-Both integrators are reversible, keep volume, and keep H up to the second order of the step (Neal 2011,
-https://arxiv.org/abs/1206.1901; Girolami & Calderhead 2011, https://doi.org/10.1111/j.1467-9868.2010.00765.x). They may
-cool v on the way: with inverse temperatures beta_k it is multiplied by sqrt(beta_(k-1) / beta_k) after step k, and
-volume by sqrt(beta_0 / beta_K)^D in all.
+Both integrators are reversible, preserve volume, and preserve H up to second order in the step (Neal 2011,
+https://arxiv.org/abs/1206.1901; Girolami & Calderhead 2011, https://doi.org/10.1111/j.1467-9868.2010.00765.x). They can
+cool v between steps: with inverse temperatures beta_k, v is multiplied by sqrt(beta_(k-1) / beta_k) after step k, and
+the volume by sqrt(beta_0 / beta_K)^D in total.
 
 Shapes: B batch, D dimensions.
 """
@@ -36,7 +36,7 @@ def quadratic_cooling(beta_0: float, n: int) -> list[float]:
 def leapfrog(
     z_BD: Tensor, v_BD: Tensor, slope: Map, step: Tensor | float, cooling: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Steps of z and its momentum v in flat space: (B, D), (B, D) -> (B, D), (B, D).
+    """Leapfrog steps of z and its momentum v in flat space: (B, D), (B, D) -> (B, D), (B, D).
 
     Args:
         z_BD: positions.
@@ -64,10 +64,10 @@ def generalised_leapfrog(
     inverse_metric: Map,
     n_fixed_point: int,
 ) -> tuple[Tensor, Tensor]:
-    """Steps of z and its momentum v under a metric: (B, D), (B, D) -> (B, D), (B, D).
+    """Leapfrog steps of z and its momentum v under a metric: (B, D), (B, D) -> (B, D), (B, D).
 
-    Two of three equations of a step are implicit. They are solved by iteration; what is said of volume and of
-    reversibility holds as far as this has converged.
+    Two of the three equations of a step are implicit. They are solved by fixed-point iteration; volume and
+    reversibility are preserved as far as it has converged.
 
     Args:
         z_BD: positions.
@@ -107,19 +107,19 @@ def kinetic_slope(z_BD: Tensor, v_BD: Tensor, inverse_metric: Map) -> Tensor:
 def monte_carlo(
     z_BD: Tensor, log_density: Map, step: float, n_steps: int, slope: Map | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A jump of each chain by Hamiltonian Monte Carlo, and which chains took it: (B, D) -> (B, D), (B,).
+    """One Hamiltonian Monte Carlo step of each chain, and which chains accepted it: (B, D) -> (B, D), (B,).
 
     Args:
-        z_BD: where chains are.
-        log_density: what they sample, but for a constant, (B, D) -> (B,).
+        z_BD: positions of the chains.
+        log_density: the log-density to sample, up to a constant, (B, D) -> (B,).
         step: length of a leapfrog step.
         n_steps: leapfrog steps of a jump.
-        slope: the gradient of log_density, (B, D) -> (B, D); by default that of torch.func, which works wherever
-            gradients are off, and takes longer on small matrices than autograd.
+        slope: the gradient of log_density, (B, D) -> (B, D); by default that of torch.func, which also works where
+            gradients are disabled, but takes longer on small matrices than autograd.
     """
     slope = slope or torch.func.grad(lambda at: log_density(at).sum())
     start_BD = torch.randn_like(z_BD)
-    # half steps of v that follow each other are one
+    # consecutive half steps of v are merged
     there_BD, v_BD, slope_BD = z_BD, start_BD + step / 2 * slope(z_BD), torch.zeros_like(z_BD)
     for _ in range(n_steps):
         there_BD = there_BD + step * v_BD

@@ -3,9 +3,9 @@
     v -> exp_mu(v / lambda_mu) = mu + tanh(s / 2) v / s     s = sqrt(c) |v|     lambda_mu = 2 / (1 - c |mu|^2)
     log N_W(z; mu, Sigma) = log N(v; 0, Sigma) - (D - 1) log(sinh(s) / s)     v = lambda_mu log_mu(z)
 
-with + as Moebius addition (Mathieu et al. 2019, https://arxiv.org/abs/1901.06033, section 2). v are normal coordinates
-at mu, in which distances from it are plain ones; N_W is a density in Riemannian volume (Nagano et al. 2019,
-https://arxiv.org/abs/1902.02992). Near the boundary float32 runs out of digits: the maps are meant for float64.
+where + is Moebius addition (Mathieu et al. 2019, https://arxiv.org/abs/1901.06033, section 2). v are normal coordinates
+at mu, in which distances from mu are Euclidean. N_W is a density with respect to Riemannian volume (Nagano et al. 2019,
+https://arxiv.org/abs/1902.02992). Near the boundary float32 lacks precision: the maps are meant for float64.
 
 Shapes: D dimensions; ... are the batch dimensions.
 """
@@ -19,12 +19,12 @@ from aezoo.gaussians import LOG_2PI
 
 
 def length(v: Tensor) -> Tensor:
-    """|v| with a gradient at 0, (..., D) -> (..., 1)."""
+    """|v| with a finite gradient at 0, (..., D) -> (..., 1)."""
     return torch.sqrt((v**2).sum(-1, keepdim=True) + 1e-60)
 
 
 class Ball(nn.Module):
-    """The ball of curvature -c; as a module it takes codes to the normal coordinates at its centre. All are (..., D).
+    """The ball of curvature -c; as a module it maps codes to normal coordinates at its centre. All are (..., D).
 
     Args:
         c: the curvature is -c.
@@ -40,11 +40,11 @@ class Ball(nn.Module):
 
     @staticmethod
     def limit(dtype: torch.dtype) -> float:
-        """The largest sqrt(c) |z| of a code in that precision."""
+        """The largest sqrt(c) |z| of a code in this precision."""
         return 1 - 4 * torch.finfo(dtype).eps
 
     def inside(self, z: Tensor, limit: float) -> Tensor:
-        """Codes beyond the limit on it."""
+        """Move codes beyond the limit onto it."""
         return z * (limit / (self.root * length(z))).clamp(max=1)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Ball(nn.Module):
         return ((1 - x2) * sum_ + sum2 * x) / (sum2 + (1 - x2) * (1 - y2))
 
     def at(self, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The code at normal coordinates about the centre, in a precision, by default theirs, and inside for it."""
+        """The code at normal coordinates v about the centre, inside the ball in the precision dtype, by default v's."""
         dtype = dtype or v.dtype
         return self.inside(self.exp_0(v.double()), self.limit(dtype)).to(dtype)
 
@@ -79,7 +79,7 @@ class Ball(nn.Module):
         return self.log_0(self.add(-mu, z), self.limit(z.dtype))
 
     def log_density(self, v: Tensor, log_var: Tensor) -> Tensor:
-        """The density log N_W in Riemannian volume at the normal coordinates v, (..., D) -> (...)."""
+        """The log-density log N_W in Riemannian volume at normal coordinates v, (..., D) -> (...)."""
         s = self.root * length(v)[..., 0]
         log_sinh_s = s + torch.log(-torch.expm1(-2 * s)) - torch.log(2 * s)  # log(sinh(s) / s)
         log_normal = -0.5 * (v**2 * torch.exp(-log_var) + log_var + LOG_2PI).sum(-1)

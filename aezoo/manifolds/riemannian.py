@@ -1,9 +1,9 @@
-"""Riemannian metrics by their inverse: a sum of kernels about centroids, and what is read off such a matrix.
+"""Riemannian metrics given by their inverse, a sum of kernels about centroids, and quantities derived from it.
 
     G(z)^-1 = sum_i S_i exp(-|z - c_i|^2 / T^2) + lam I     S_i positive definite
 
-(Chadebec et al. 2022, https://arxiv.org/abs/2105.00026). Distances are short where centroids are; far from all of them
-space is flat.
+(Chadebec et al. 2022, https://arxiv.org/abs/2105.00026). Distances are short near centroids; far from all of them space
+is flat.
 
 Shapes: B batch, D dimensions, M centroids.
 """
@@ -25,8 +25,8 @@ class CentroidMetric(NamedTuple):
     Attributes:
         c_MD: centroids.
         S_MDD: S, positive definite.
-        temperature: T, how far each of them reaches.
-        floor: lam, the inverse metric far from all of them.
+        temperature: T, the reach of each centroid.
+        floor: lam, the inverse metric far from all centroids.
     """
 
     c_MD: Tensor
@@ -38,12 +38,12 @@ class CentroidMetric(NamedTuple):
         """G^-1, (B, D) -> (B, D, D)."""
         weight_BM = torch.exp(-(z_BD[:, None] - self.c_MD).square().sum(2) / self.temperature**2)
         floor = self.floor * torch.eye(z_BD.shape[1], device=z_BD.device, dtype=z_BD.dtype)
-        with torch.autocast(z_BD.device.type, enabled=False):  # it would round the metric to half precision
+        with torch.autocast(z_BD.device.type, enabled=False):  # autocast would round the metric to half precision
             return (weight_BM @ self.S_MDD.flatten(1)).unflatten(1, floor.shape) + floor
 
 
 class Gram(nn.Sequential):
-    """S = L L' of a lower triangular L with a positive diagonal, a net of one hidden layer: (M, D) -> (M, D, D).
+    """A net with one hidden layer for S = L L', L lower triangular with a positive diagonal: (M, D) -> (M, D, D).
 
     Args:
         size: D.
@@ -63,7 +63,7 @@ class Gram(nn.Sequential):
 
 
 def root(G_inv_BDD: Tensor) -> Tensor:
-    """Lower triangular A with A A' = G^-1, NaN where there is none for rounding: (B, D, D) -> (B, D, D)."""
+    """Lower triangular A with A A' = G^-1, NaN where rounding leaves none: (B, D, D) -> (B, D, D)."""
     A_BDD, info_B = torch.linalg.cholesky_ex(G_inv_BDD)
     return A_BDD.masked_fill(info_B[:, None, None] > 0, float("nan"))
 

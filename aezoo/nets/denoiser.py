@@ -1,9 +1,10 @@
-"""A U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597) of noisy samples, how noisy these are, and a map.
+"""A U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597) of noisy samples, their noise level, and a map.
 
-The map, of any grid, is enlarged to the samples' by its nearest values and stands beside them as channels. How noisy a
-sample is, one number, becomes scale and shift of every block's second normalisation, as in diffusion models (Dhariwal
-& Nichol 2021, https://arxiv.org/abs/2105.05233). Stages are those of resnet; maps of the way down are added on the way
-up. Unlike `unet` it has no code: it is no encoder and no decoder, but the net of a model that learns to denoise.
+The map may have any grid. It is upsampled to the samples' grid by nearest neighbours and concatenated as channels. The
+noise level, one number, sets scale and shift of every block's second normalisation, as in diffusion models (Dhariwal &
+Nichol 2021, https://arxiv.org/abs/2105.05233). The stages are those of resnet; the maps of the way down are added on
+the way up. Unlike `unet` it has no code: it is neither an encoder nor a decoder, but the net of a model that learns to
+denoise.
 """
 
 from itertools import pairwise
@@ -46,7 +47,7 @@ class Denoiser(nn.Module):
 
     Args:
         input_shape: shape of one sample.
-        channels: those of the map.
+        channels: channels of the map.
         dims: channels of the stages of stride 2, on the way down.
         act: an activation's name.
     """
@@ -57,7 +58,7 @@ class Denoiser(nn.Module):
         super().__init__()
         rank, data = rank_of(input_shape), input_shape[0]
         widths, conv = (*(dims[:1] or (data,)), *dims), CONVS[rank]
-        # a logarithm of noise spans a few units: the slowest wave tells its ends apart, the fastest tenths of a unit
+        # the log noise level spans a few units: the slowest wave distinguishes its ends, the fastest tenths of a unit
         self.register_buffer("frequencies", torch.logspace(-1, 1, _WIDTH // 2), persistent=False)
         self.embed = nn.Sequential(Linear(_WIDTH, _WIDTH), activation(act), Linear(_WIDTH, _WIDTH), activation(act))
         self.enlarge, self.first = nn.Upsample(input_shape[1:]), conv(data + channels, widths[0], 3, padding=1)

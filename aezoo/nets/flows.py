@@ -2,18 +2,18 @@
 
     u = f(z)     log q(u) = log q(z) - log|det df/dz|
 
-Steps whose parameters are given for each sample, as an encoder's output: `FLOWS`, by name
+`FLOWS` maps names to steps whose parameters are given for each sample, as an encoder's output:
 
     planar      f(z) = z + u' tanh(w z + b)                 u' = u + (m(w u) - w u) w / ||w||^2
     radial      f(z) = z + b' (z - c) / (a + ||z - c||)     a > 0, b' = a m(b)
     sylvester   f(z) = z + Q R tanh(S Q^T z + b)            R, S upper triangular, Q orthogonal
 
-of Rezende & Mohamed 2015, https://arxiv.org/abs/1505.05770, and van den Berg et al. 2018,
+from Rezende & Mohamed 2015, https://arxiv.org/abs/1505.05770, and van den Berg et al. 2018,
 https://arxiv.org/abs/1803.05649. m(t) = softplus(t + c) - 1 > -1, with c such that m(0) = 0, makes a step invertible
-(appendix A of the former). Parameters that are all 0 are the identity.
+(appendix A of the former). If all its parameters are 0, a step is the identity.
 
-Networks with masked weights, so that the Jacobian is triangular: `MADE`, for an inverse autoregressive flow, and
-`AffineLayer`, with an inverse: a coupling layer or a masked autoregressive one.
+Two networks have masked weights, so that the Jacobian is triangular: `MADE`, for an inverse autoregressive flow, and
+`AffineLayer`, which has an inverse and is a coupling layer or a masked autoregressive layer.
 
 Shapes: B batch, D code, H hidden units.
 """
@@ -31,32 +31,32 @@ from aezoo.precision import at_least_float32
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 MOST_FLOWS = 256
-# how far what must stay above -1 keeps from it: softplus and tanh reach their limits in float32
+# minimum distance from -1 of values that must stay above it: softplus and tanh reach their limits in float32
 _FLOOR = 1e-3
 
 
 def check_count(n_flows: int) -> None:
-    """Refuse a number of steps or layers that no model can have.
+    """Refuse a number of steps or layers that no model supports.
 
     Raises:
-        AezooError: below 0 or above 256.
+        AezooError: the number is below 0 or above 256.
     """
     if not 0 <= n_flows <= MOST_FLOWS:
         raise AezooError(f"n_flows must be from 0 to {MOST_FLOWS}, got {n_flows}")
 
 
 def above_minus_one(t: Tensor) -> Tensor:
-    """An increasing function m with m(0) = 0 and values from -1 + 1e-3 on."""
+    """An increasing function m with m(0) = 0 and values of at least -1 + 1e-3."""
     return F.softplus(t + math.log(math.expm1(1 - _FLOOR))) - (1 - _FLOOR)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products; elementwise, since autocast would round a matrix product: (..., D), (..., D) -> (..., 1)."""
+    """Inner products, elementwise because autocast would round a matrix product: (..., D), (..., D) -> (..., 1)."""
     return (a * b).sum(-1, keepdim=True)
 
 
 def planar(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """u, w, b given: (..., D), (..., 2 D + 1) -> the codes after the step, (..., D), and log|det|, (...)."""
+    """Step with parameters u, w, b: (..., D), (..., 2 D + 1) -> codes after the step, (..., D), and log|det|, (...)."""
     d = z.shape[-1]
     u, w, b = parameters.split([d, d, 1], -1)
     w_u = above_minus_one(dot(w, u))
@@ -66,7 +66,7 @@ def planar(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def radial(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """c, a, b given: (..., D), (..., D + 2) -> the codes after the step, (..., D), and log|det|, (...)."""
+    """Step with parameters c, a, b: (..., D), (..., D + 2) -> codes after the step, (..., D), and log|det|, (...)."""
     d = z.shape[-1]
     centre, a, b = parameters.split([d, 1, 1], -1)
     a = F.softplus(a) + _FLOOR
@@ -78,13 +78,13 @@ def radial(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sylvester(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """R and S, b, Q given: (..., D), (..., D^2 + 2 D + H D) -> the codes after the step, (..., D), and log|det|, (...).
+    """Step with R, S, b, Q: (..., D), (..., D^2 + 2 D + H D) -> codes after the step, (..., D), and log|det|, (...).
 
     Q is the product of H Householder reflections; the diagonals of R and S lie within (-1, 1).
     """
     d = z.shape[-1]
     both, s_diagonal, b, reflections = parameters.split([d * d, d, d, parameters.shape[-1] - d * d - 2 * d], -1)
-    # R above the diagonal and S, transposed, below it, as in the authors' code
+    # R is above the diagonal and the transpose of S below it, as in the authors' code
     both = both.unflatten(-1, (d, d))
     r_diagonal = (1 - _FLOOR) * both.diagonal(dim1=-2, dim2=-1).tanh()
     s_diagonal = (1 - _FLOOR) * s_diagonal.tanh()
@@ -106,7 +106,7 @@ def reflect(z: Tensor, axis: Tensor) -> Tensor:
     return z - 2 * axis * dot(axis, z) / dot(axis, axis).clamp_min(1e-12)
 
 
-# a step by its name, and how many parameters it has for a code of D
+# name of a step -> the step, and its number of parameters for a code of size D
 FLOWS: dict[str, tuple[Step, Callable[[int], int]]] = {
     "planar": (planar, lambda d: 2 * d + 1),
     "radial": (radial, lambda d: d + 2),
@@ -115,7 +115,7 @@ FLOWS: dict[str, tuple[Step, Callable[[int], int]]] = {
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer without the weights that a mask leaves out.
+    """A linear layer without the weights that a mask excludes.
 
     Args:
         mask: whether an output, by row, may depend on an input, by column.
@@ -134,12 +134,12 @@ class MaskedLinear(nn.Linear):
 class MADE(nn.Module):
     """Shift and gate of each element of a code, given the elements before it and a context, from one hidden layer.
 
-    Germain et al. 2015, https://arxiv.org/abs/1502.03509: hidden units are of degree 0 to D - 1, those of degree 0 with
-    the context alone to see.
+    Germain et al. 2015, https://arxiv.org/abs/1502.03509: hidden units have degrees from 0 to D - 1; units of degree 0
+    see only the context.
 
     Args:
         size: D.
-        hidden: H, hidden units, as many as the context has values.
+        hidden: H, number of hidden units and of values in the context.
     """
 
     def __init__(self, size: int, hidden: int) -> None:
@@ -157,16 +157,16 @@ class MADE(nn.Module):
 
 
 class AffineLayer(nn.Module):
-    """f(z)_i = z_i exp(a_i(z)) + m_i(z), with a_i and m_i of the elements of lower rank than z_i.
+    """f(z)_i = z_i exp(a_i(z)) + m_i(z), where a_i and m_i depend on the elements of lower rank than z_i.
 
-    Ranks 0 and 1 alone, those of rank 0 `fixed`, make a coupling layer of a RealNVP (Dinh et al. 2016,
-    https://arxiv.org/abs/1605.08803); a rank for each element makes a layer of a masked autoregressive flow
+    With ranks 0 and 1 only and rank 0 `fixed`, it is a coupling layer of RealNVP (Dinh et al. 2016,
+    https://arxiv.org/abs/1605.08803). With one rank per element, it is a layer of a masked autoregressive flow
     (Papamakarios et al. 2017, https://arxiv.org/abs/1705.07057). The inverse takes as many passes as there are ranks.
 
     Args:
-        rank_D: the element's place in the order in which f is inverted; equal ranks at once.
-        fixed: elements of rank 0 stay as they are; else they are moved by constants.
-        width: H, in each of two hidden layers.
+        rank_D: position of each element in the order in which f is inverted; equal ranks are inverted together.
+        fixed: leave elements of rank 0 unchanged; otherwise they are moved by constants.
+        width: H, size of each of the two hidden layers.
     """
 
     moves_D: Tensor
@@ -174,7 +174,7 @@ class AffineLayer(nn.Module):
     def __init__(self, rank_D: Tensor, fixed: bool, width: int) -> None:
         super().__init__()
         self.n_ranks = int(rank_D.max()) + 1
-        # a hidden unit of rank r knows elements below r, and tells elements from r on (Germain et al. 2015)
+        # a hidden unit of rank r reads elements below rank r and feeds elements from rank r on (Germain et al. 2015)
         rank_H = 1 + torch.arange(width) * max(1, self.n_ranks - 1) // width
         self.net = nn.Sequential(
             MaskedLinear(rank_H[:, None] > rank_D),
@@ -189,7 +189,7 @@ class AffineLayer(nn.Module):
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The m and a of the formula: (..., D) -> (..., D), (..., D)."""
         m, a = at_least_float32(self.net(z.to(next(self.net.parameters()).dtype))).chunk(2, -1)
-        # within a factor of 1000, as in zuko
+        # the scale stays within a factor of 1000, as in zuko
         return m * self.moves_D, a / (1 + a.abs() / math.log(1000)) * self.moves_D
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,7 @@ class AffineLayer(nn.Module):
         return z * a.exp() + m, a.sum(-1)
 
     def inverse(self, u: Tensor) -> Tensor:
-        """Rank by rank, each time as the elements found before say: (..., D) -> (..., D)."""
+        """Invert f rank by rank, each rank from the elements found before: (..., D) -> (..., D)."""
         z = torch.zeros_like(u)
         for _ in range(self.n_ranks):
             m, a = self.parts(z)
@@ -207,12 +207,12 @@ class AffineLayer(nn.Module):
 
 
 class AutoregressiveFlow(nn.ModuleList):
-    """f(z) of masked autoregressive layers, whose elements take turns in being the first; the identity without layers.
+    """f(z) of masked autoregressive layers with alternating order of the elements; without layers the identity.
 
     Args:
         size: D.
-        n_flows: layers.
-        width: H, in each of their two hidden layers.
+        n_flows: number of layers.
+        width: H, size of each of their two hidden layers.
     """
 
     def __init__(self, size: int, n_flows: int, width: int) -> None:
@@ -228,7 +228,7 @@ class AutoregressiveFlow(nn.ModuleList):
         return z, log_det
 
     def inverse(self, u: Tensor) -> Tensor:
-        """The z of which f is u: (..., D) -> (..., D)."""
+        """The z for which f(z) = u: (..., D) -> (..., D)."""
         layer: nn.Module
         for layer in reversed(self):
             u = layer.inverse(u)  # type: ignore[operator]

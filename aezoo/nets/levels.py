@@ -1,10 +1,10 @@
-"""Levels of Gaussian latent variables, what hierarchical VAEs are made of, whatever their networks are.
+"""Levels of Gaussian latent variables for hierarchical VAEs, with any networks.
 
     p(z) = prod_l p(z_l | levels above)     q(z | x) = prod_l q(z_l | x, levels above)     all Gaussian and diagonal
 
-`Level` is one of them with its densities and its KL, `ConditionalGaussian` a network that gives such a distribution,
-`GaussianChain` a prior in which each level depends on the one above alone, and `Conditional` a level as bits-back
-coding asks for it.
+`Level` holds one level with its densities and its KL. `ConditionalGaussian` is a network that outputs such a
+distribution. `GaussianChain` is a prior in which each level depends only on the one above. `Conditional` is a level in
+the form that bits-back coding needs.
 
 Shapes: B batch, D_l values of a level; ... are the batch dimensions.
 """
@@ -31,7 +31,7 @@ def gaussian(values: Tensor) -> Pair:
 
 
 class Level(NamedTuple):
-    """z = mu + sigma eps of a level, mean and log-variance of its q, and m and log s^2 of its p: (..., D_l)."""
+    """A level: z = mu + sigma eps, mean and log-variance of its q, and m and log s^2 of its p: (..., D_l)."""
 
     z: Tensor
     eps: Tensor
@@ -52,13 +52,13 @@ class Level(NamedTuple):
 
     @classmethod
     def of(cls, q: Pair, p: Pair, z: Tensor | None = None, draw: bool = True) -> "Level":
-        """A level of q and p, each a mean and a log-variance.
+        """Build a level from q and p, each given by a mean and a log-variance.
 
         Args:
-            q: of the posterior.
-            p: of the prior.
-            z: the latent variables, where they are known.
-            draw: else draw them from q, not take its mean.
+            q: the posterior.
+            p: the prior.
+            z: the latent variables, if they are known.
+            draw: if z is not given, draw it from q instead of taking the mean.
         """
         mu, log_var = q
         noisy = draw and z is None
@@ -71,7 +71,7 @@ class Level(NamedTuple):
         return kl(self.mu, self.log_var, self.m, self.log_s2)
 
     def log_q(self) -> Tensor:
-        """Density log N(z; mu, sigma^2) in nats, by the noise and so without the rounding of z - mu: (...)."""
+        """Density log N(z; mu, sigma^2) in nats, from the noise, which avoids the rounding error of z - mu: (...)."""
         return -0.5 * (self.eps**2 + self.log_var + LOG_2PI).sum(-1)
 
     def log_p(self) -> Tensor:
@@ -80,13 +80,13 @@ class Level(NamedTuple):
 
 
 class ConditionalGaussian(nn.Sequential):
-    """Mean and log-variance of a level by a net of one hidden layer: (..., n_in) -> (..., n_out), (..., n_out).
+    """A net with one hidden layer for mean and log-variance of a level: (..., n_in) -> (..., n_out), (..., n_out).
 
     Args:
-        n_in: values that it is given, in one tensor or more.
+        n_in: size of the input, in one or more tensors.
         width: size of the hidden layer.
         n_out: size of the level.
-        act: name of the activation between them.
+        act: name of the activation.
     """
 
     def __init__(self, n_in: int, width: int, n_out: int, act: str) -> None:
@@ -98,7 +98,7 @@ class ConditionalGaussian(nn.Sequential):
 
 
 class GaussianChain(nn.ModuleList):
-    """p(z) = p(z_1 | z_2) ... p(z_{L-1} | z_L) p(z_L) with p(z_L) = N(0, I); its modules are the first L - 1 of these.
+    """p(z) = p(z_1 | z_2) ... p(z_{L-1} | z_L) p(z_L) with p(z_L) = N(0, I); its modules are the first L - 1 factors.
 
     Args:
         dims: D_1, ..., D_L, sizes of the levels from the bottom up.
@@ -113,13 +113,13 @@ class GaussianChain(nn.ModuleList):
         self.register_buffer("zero", torch.zeros(dims[-1]), persistent=False)
 
     def given(self, above: Sequence[Tensor], n: int = 1) -> Pair:
-        """Mean and log-variance below levels from the top down, (..., D_l) each; where there are none, (n, D_L)."""
+        """Mean and log-variance of the level below those given, top first, (..., D_l) each; without any, (n, D_L)."""
         if not above:
             return self.zero.expand(n, -1), self.zero.expand(n, -1)
         return self[-len(above)](above[-1])
 
     def log_prob(self, z: Sequence[Tensor]) -> Tensor:
-        """Log-density in nats of levels from the bottom up, (..., D_l) -> (...)."""
+        """Log-density in nats of levels, ordered from the bottom up, (..., D_l) -> (...)."""
         log_p = -0.5 * (z[-1] ** 2 + LOG_2PI).sum(-1)
         for (below, above), link in zip(pairwise(z), self, strict=True):
             p = link(above)
@@ -133,7 +133,7 @@ class GaussianChain(nn.ModuleList):
         return torch.stack(kls).sum(0)
 
     def sample(self, n: int, like: Tensor) -> list[Tensor]:
-        """Draw n codes, levels from the bottom up: (n, D_l), on the device and in the precision of `like`."""
+        """Draw n codes, levels ordered from the bottom up: (n, D_l), on the device and in the precision of `like`."""
         z = [torch.randn(n, len(self.zero), device=like.device, dtype=like.dtype)]
         for link in reversed(self):
             p = link(z[0])
@@ -142,7 +142,7 @@ class GaussianChain(nn.ModuleList):
 
 
 class Conditional(NamedTuple):
-    """A level given those above, which run from the top down, by mean and standard deviation: (n, D_l) each.
+    """Mean and standard deviation of a level, given those above in order from the top down: (n, D_l) each.
 
     Attributes:
         p: (levels above, n) -> mean and log-variance of p for n samples.

@@ -1,10 +1,11 @@
-"""Residual networks with latent variables at every resolution of an image, those of very deep VAEs.
+"""Residual networks with latent variables at every resolution of an image, as in very deep VAEs.
 
-Child 2021, https://arxiv.org/abs/2011.10650; as in https://github.com/openai/vdvae are: bottleneck nets of 1x1, 3x3,
-3x3, 1x1 convolutions, each behind a GELU and with a quarter of the channels within, 1x1 alone on grids up to 2x2;
-average pooling on the way up and nearest unpooling on the way down; a learned start of the stream at each resolution
-(up to 64x64 for each place, above for each channel); the last layer of a block's p starts at 0, so p is N(0, I) and f
-is 0, and those of its net and its way of z at 1/sqrt(N) of the usual scale, N the blocks of a path.
+Child 2021, https://arxiv.org/abs/2011.10650; the details are those of https://github.com/openai/vdvae. Bottleneck nets
+have 1x1, 3x3, 3x3 and 1x1 convolutions, with a GELU before each and a quarter of the channels inside; on grids up to
+2x2, all are 1x1. The way up uses average pooling, the way down nearest-neighbour upsampling. The stream has a learned
+initial value at each resolution: per place up to 64x64, per channel above. The last layer of a block's p starts at 0,
+so that p is N(0, I) and f is 0. The last layer of its net and the projection of z start at 1/sqrt(N) of the usual
+scale, where N is the number of blocks of a path.
 
 Shapes: B batch, W channels of the stream, Z of the latent variables, D values of all of them.
 """
@@ -26,26 +27,26 @@ Grid = tuple[int, int]
 
 
 def grids(input_shape: Sequence[int], n: int) -> list[Grid]:
-    """Grids of n resolutions, that of the image (C, H, W) and then halves of the one before, rounded up."""
+    """Grids of n resolutions: that of the image (C, H, W), then half of the previous one each time, rounded up."""
     return [(-(-input_shape[1] // 2**i), -(-input_shape[2] // 2**i)) for i in range(n)]
 
 
 def conv(n_in: int, n_out: int, kernel: int) -> nn.Conv2d:
-    """A convolution that keeps the grid, without bias at first."""
+    """A convolution that keeps the grid; its bias starts at 0."""
     made = Conv2d(n_in, n_out, kernel, padding=kernel // 2)
     nn.init.zeros_(cast(Tensor, made.bias))
     return made
 
 
 class Bottleneck(nn.Sequential):
-    """1x1 to W/4 channels, 3x3, 3x3, 1x1, a GELU before each: (B, n_in, *grid) -> (B, n_out, *grid).
+    """Convolutions 1x1 to W/4 channels, 3x3, 3x3, 1x1, a GELU before each: (B, n_in, *grid) -> (B, n_out, *grid).
 
     Args:
-        n_in: channels that come in.
+        n_in: input channels.
         width: W.
-        n_out: channels that go out.
-        grid: on one up to 2x2 all convolutions are 1x1.
-        scale: what the last one's weights are multiplied by at first.
+        n_out: output channels.
+        grid: size of the grid; up to 2x2, all convolutions are 1x1.
+        scale: factor of the last convolution's initial weights.
     """
 
     def __init__(self, n_in: int, width: int, n_out: int, grid: Grid, scale: float = 1.0) -> None:
@@ -88,15 +89,15 @@ class BottomUp(nn.Module):
 
 
 class TopDownBlock(nn.Module):
-    """One group of latent variables and what it does to the stream y, with a from the bottom-up path.
+    """One group of latent variables and its update of the stream y; a comes from the bottom-up path.
 
         q = q_net([y; a])     p, f = p_net(y)     y <- y + f + W z     y <- y + net(y)
 
     Args:
         width: W.
         channels: Z.
-        grid: of the resolution.
-        scale: of the last weights of the ways of z and of net at first.
+        grid: size of the resolution.
+        scale: factor of the initial weights of the projection of z and of the last layer of net.
     """
 
     def __init__(self, width: int, channels: int, grid: Grid, scale: float) -> None:
@@ -119,22 +120,22 @@ class TopDownBlock(nn.Module):
 
 
 def gaussian(values: Tensor) -> Pair:
-    """Mean and log-variance of means and log standard deviations: (B, 2 Z, *grid) -> (B, Z, *grid) twice."""
+    """Mean and log-variance from means and log standard deviations: (B, 2 Z, *grid) -> (B, Z, *grid) twice."""
     mu, log_std = at_least_float32(values).chunk(2, 1)
     return mu, (2 * log_std).clamp(-30, 20)
 
 
 class TopDown(nn.Module):
-    """(B, D) -> the likelihood's parameters (B, *input_shape); codes are all groups, from the lowest resolution on.
+    """(B, D) -> the likelihood's parameters (B, *input_shape); a code has all groups, the lowest resolution first.
 
     Args:
         input_shape: (C, H, W) of the image.
         width: W.
         channels: Z.
-        blocks: of each resolution, from the image's down.
+        blocks: number of blocks of each resolution, from the image's down.
 
     Attributes:
-        sizes: values of each group.
+        sizes: number of values of each group.
     """
 
     def __init__(self, input_shape: tuple[int, ...], width: int, channels: int, blocks: Sequence[int]) -> None:
@@ -159,7 +160,7 @@ class TopDown(nn.Module):
         return self.run(z.shape[0], given=z.split(self.sizes, 1))
 
     def conditional(self, bottom_up: Callable[[Tensor], Sequence[Tensor]]) -> Conditional:
-        """The next group below those that are given, whichever these are, where `bottom_up` tells q of x."""
+        """The group below any given ones; `bottom_up` gives the activations of x for q."""
         return Conditional(
             lambda above, n: self.run(n, given=above)[1][len(above)].p,
             lambda x, above: self.run(len(x), bottom_up(x), above)[1][len(above)].q,
@@ -168,13 +169,13 @@ class TopDown(nn.Module):
     def run(
         self, n: int, a: Sequence[Tensor] | None = None, given: Sequence[Tensor] = (), draw: bool = False
     ) -> tuple[Tensor, list[Level]]:
-        """Parameters and groups of n samples, z from the first one on as given, then of q, or of p where there is no a.
+        """Parameters and groups of n samples; z is given for the first groups, then from q, or from p without a.
 
         Args:
-            n: samples.
-            a: what `BottomUp` gives.
+            n: number of samples.
+            a: the output of `BottomUp`.
             given: the first groups of the code, (n, D_i) each.
-            draw: the rest of it, else take means.
+            draw: draw the other groups instead of taking means.
         """
         levels: list[Level] = []
         y = torch.zeros(())

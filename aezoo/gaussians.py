@@ -12,29 +12,29 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def noise_like(mu: Tensor) -> Tensor:
-    """Draws from N(0, I), (B, ...) -> (B, ...), the same for a seed whatever the memory layout."""
+    """Draw from N(0, I), (B, ...) -> (B, ...). A seed gives the same noise for every memory layout."""
     return torch.randn_like(mu, memory_format=torch.contiguous_format)
 
 
 def draw(mu: Tensor, log_var: Tensor, *n: int) -> tuple[Tensor, Tensor]:
-    """Reparameterised draws z ~ N(mu, diag exp(log_var)), and their log-density in nats.
+    """Draw reparameterised samples z ~ N(mu, diag exp(log_var)), and return their log-density in nats.
 
     Args:
         mu: means, (..., D).
         log_var: logarithms of the variances, (..., D).
-        *n: draws for each, as the first dimensions of the results: (*n, ..., D), (*n, ...); one by default.
+        *n: number of draws, as the first dimensions of the results: (*n, ..., D), (*n, ...); one draw by default.
     """
     eps = torch.randn(*n, *mu.shape, device=mu.device, dtype=mu.dtype)
     return mu + torch.exp(0.5 * log_var) * eps, -0.5 * (eps**2 + log_var + LOG_2PI).sum(-1)
 
 
 def product(mu: Tensor, log_var: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of the normalised product of Gaussians, their means weighted by their precisions.
+    """Mean and log-variance of the normalised product of Gaussians; the means are weighted by the precisions.
 
     Args:
         mu: means, (..., M, D).
         log_var: logarithms of the variances, (..., M, D).
-        member: which of the M take part, at least one, (..., M) bool; all by default. The results are (..., D).
+        member: which of the M Gaussians take part, at least one, (..., M) bool; all by default. Results are (..., D).
     """
     log_precision = -log_var if member is None else torch.where(member[..., None], -log_var, -torch.inf)
     return (log_precision.softmax(-2) * mu).sum(-2), -log_precision.logsumexp(-2)
@@ -54,15 +54,15 @@ def mixture_moments(mu: Tensor, log_var: Tensor, weight: Tensor) -> tuple[Tensor
 
 
 def product_of_posteriors(mu: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variances of p(z) prod_i N(z; mu_i, C_i) / p(z) with p(z) = N(0, I), the prior counted once.
+    """Mean and log-variances of p(z) prod_i N(z; mu_i, C_i) / p(z) with p(z) = N(0, I); the prior counts once.
 
-    Variances of C_i above 1, which no posterior has, count as 1: C^-1 = I + sum_i (C_i^-1 - I).
+    The precision is C^-1 = I + sum_i (C_i^-1 - I). Variances of C_i above 1, which no posterior has, are clamped to 1.
 
     Args:
         mu: means, (..., M, D).
         root: R_i with C_i = R_i^T R_i, (..., M, D, D). The results are (..., D).
     """
-    exact = torch.float32 if mu.device.type == "mps" else torch.float64  # Apple's GPUs have none
+    exact = torch.float32 if mu.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     with torch.autocast(mu.device.type, enabled=False):
         _, scale, axes = torch.linalg.svd(root.to(exact))
         excess = axes.mT @ ((scale.clamp(1e-6, 1)[..., None] ** -2 - 1) * axes)
@@ -73,7 +73,7 @@ def product_of_posteriors(mu: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kl(mu: Tensor, log_var: Tensor, other_mu: Tensor, other_log_var: Tensor) -> Tensor:
-    """KL(N(mu, diag exp(log_var)) || N(other_mu, diag exp(other_log_var))) in nats: (..., D), four times -> (...)."""
+    """KL(N(mu, diag exp(log_var)) || N(other_mu, diag exp(other_log_var))) in nats: (..., D) each -> (...)."""
     d2 = (mu - other_mu) ** 2 * torch.exp(-other_log_var)
     log_ratio = log_var - other_log_var
     return 0.5 * (log_ratio.exp() + d2 - 1 - log_ratio).sum(-1)
@@ -89,15 +89,15 @@ def mixture_log_density(z_BD: Tensor, phi_K: Tensor, mu_KD: Tensor, sigma_KDD: T
         phi_K: weights.
         mu_KD: means.
         sigma_KDD: covariances.
-        jitter: further addition to the diagonals.
+        jitter: added to the diagonals as well.
     """
     rounding_K1 = 4 * torch.finfo(sigma_KDD.dtype).eps * sigma_KDD.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
-    exact = torch.float32 if z_BD.device.type == "mps" else torch.float64  # Apple's GPUs have none
+    exact = torch.float32 if z_BD.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     with torch.autocast(z_BD.device.type, enabled=False):
         z, phi, mu, sigma = (values.to(exact) for values in (z_BD, phi_K, mu_KD, sigma_KDD))
         raised = sigma + torch.diag_embed((jitter + rounding_K1).to(exact).expand_as(mu))
         L_KDD, failed_K = torch.linalg.cholesky_ex(raised)
-        # only where codes are no numbers any more; the density is none then, which the fault guard sees
+        # this fails only if codes are NaN; the density is then NaN, too, and the fault guard detects it
         L_KDD = L_KDD.masked_fill((failed_K > 0)[:, None, None], torch.nan)
         off_KDB = (z[:, None] - mu).permute(1, 2, 0)
         d2_KB = torch.linalg.solve_triangular(L_KDD, off_KDB, upper=False).square().sum(1)
@@ -107,11 +107,11 @@ def mixture_log_density(z_BD: Tensor, phi_K: Tensor, mu_KD: Tensor, sigma_KDD: T
 
 @torch.no_grad()
 def pool_(mixture: tuple[Tensor, ...], batch: tuple[Tensor, ...], weight: float) -> None:
-    """Update the moments of a mixture, in place, to those of its union with a batch.
+    """Update the moments of a mixture in place to those of its union with a batch.
 
     Args:
         mixture: weights, means and covariances of earlier data: (K,), (K, D), (K, D, D).
-        batch: the same of a batch.
+        batch: the same moments of a batch.
         weight: share of the batch in the union, from 0 to 1.
     """
     phi_K, mu_KD, sigma_KDD = mixture

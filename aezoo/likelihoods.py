@@ -1,8 +1,8 @@
 """Likelihoods p(x | z): how a decoder's output becomes a distribution over data.
 
-A decoder gives one number a data value, `params` of shape (B, *input_shape). A likelihood reads it as the parameter of
-a distribution, independent over data values, and answers three questions: `log_prob(params, x)` in nats per sample
-(B,), summed over the sample's values; `mean(params)`, the reconstruction; and `sample(params)`.
+A decoder outputs one number per data value: `params` of shape (B, *input_shape). A likelihood uses it as the parameter
+of a distribution that is independent over data values. It provides `log_prob(params, x)` in nats per sample (B,),
+summed over the sample's values; `mean(params)`, the reconstruction; and `sample(params)`.
 
 Models name a likelihood by a plain string, with an optional argument after a colon:
 
@@ -34,25 +34,25 @@ from aezoo.nets.linear import in_graph, needs_torch
 from aezoo.nets.memory_format import is_last
 from aezoo.precision import at_least_float32
 
-# quadrature over t of the standard exponential density: Gauss-Legendre in v, where t = -log v^2; the mean of
-# LogitLaplace is within 2e-5 up to b = 10
+# quadrature over t with the standard exponential density: Gauss-Legendre in v, where t = -log v^2; the error of the
+# mean of LogitLaplace is at most 2e-5 up to b = 10
 _EXPONENTIAL = [
     (-2 * math.log((1 + node) / 2), weight * (1 + node) / 2)
     for node, weight in zip(*(part.tolist() for part in np.polynomial.legendre.leggauss(16)), strict=True)
 ]
-# log(1 + e) / e on [0, 1], highest power first, to 6e-9
+# polynomial for log(1 + e) / e on [0, 1], highest power first, accurate to 6e-9
 _LOG1P = Chebyshev.interpolate(lambda e: np.log1p(e) / e, 9, domain=[0, 1]).convert(kind=Polynomial).coef[::-1].tolist()
-# of one product, whose logarithm is the sum of theirs: 2^120 is a float32
+# number of factors in one product, whose logarithm is the sum of their logarithms: float32 can represent 2^120
 _MOST_FACTORS, _FEW_FACTORS = 120, 8
-# values from which on several operations less outweigh a step of autograd in Python
+# from this number of values on, saving several operations outweighs a step of autograd in Python
 _MANY = 2**15
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Of each sample the sum of t^+ - t x + log(1 + exp(-|t|)), with fewer logarithms than torch's own takes.
+    """The sum of t^+ - t x + log(1 + exp(-|t|)) per sample, with fewer logarithms than torch's own function.
 
-    They are of products of numbers from 1 to 2. What is lost of a product is less than torch loses of a value, which is
-    a difference of large numbers. On a CPU torch's exp2 is faster than its exp.
+    It takes logarithms of products of numbers from 1 to 2. A product loses less precision than a single value in torch,
+    which is a difference of large numbers. On a CPU, torch's exp2 is faster than its exp.
     """
 
     @staticmethod
@@ -67,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
         (t, x), (of_t, of_x, _) = ctx.saved_tensors, ctx.needs_input_grad
         g = gradients[0].reshape(-1, *[1] * (t.dim() - 1))
         by_x = -t * g if of_x else None
-        # of many at once one stands for all, and nothing can be written into a single one
+        # batched gradients stand for many, which cannot be written in place into a single tensor
         if torch.is_grad_enabled() or needs_torch(g):
             return (t.sigmoid() - x) * g if of_t else None, by_x, None
         return t.sigmoid().sub_(x).mul_(g) if of_t else None, by_x, None
@@ -83,7 +83,7 @@ def _cross_entropies(params: Tensor, x: Tensor) -> Tensor:
     if params.stride() == x.stride():
         params, x = _in_order(params), _in_order(x)
     values = params.numel()
-    # which of symbols is none
+    # a symbolic size is not an int
     ours = isinstance(values, int) and params.is_cpu and params.dtype == x.dtype == torch.float32
     if ours and params.shape == x.shape and values >= _MANY and not in_graph() and not needs_torch(params, x):
         factors = _factors(params[0].numel())
@@ -94,27 +94,27 @@ def _cross_entropies(params: Tensor, x: Tensor) -> Tensor:
 
 
 def _cross_entropy(params: Tensor, x: Tensor) -> Tensor:
-    """Of each value, -x log p - (1 - x) log(1 - p) with p = sigmoid(params)."""
+    """For each value, -x log p - (1 - x) log(1 - p) with p = sigmoid(params)."""
     if not (torch.compiler.is_compiling() and params.is_cpu and params.dtype == torch.float32):
         return F.binary_cross_entropy_with_logits(params, x, reduction="none")
-    # t^+ - t x + log(1 + exp(-|t|)), in one pass by inductor: of torch's own more than half is its library's log1p
+    # t^+ - t x + log(1 + exp(-|t|)), in one pass by inductor; the library's log1p is over half of torch's own time
     t = params.detach()
     e = torch.exp(-t.abs())
     quotient = _LOG1P[0] * e + _LOG1P[1]
     for coefficient in _LOG1P[2:]:
         quotient = quotient * e + coefficient
     value = t.clamp_min(0) - t * x + quotient * e
-    # the derivative p - x, rather than that of each operation
+    # the gradient is p - x directly, instead of that of each operation
     return value + (torch.where(t < 0, e, 1) / (1 + e) - x) * (params - t)
 
 
 def _logit(mean: Tensor) -> Tensor:
-    """Off 0 and 1, where it is infinite."""
+    """The logit, with means kept away from 0 and 1, where it is infinite."""
     return mean.clamp(0.01, 0.99).logit()
 
 
 def _in_order(images: Tensor) -> Tensor:
-    """As they lie in memory, for operations that else copy: (B, H, W, C) if channels come last, else as they are."""
+    """Images in memory order, for operations that copy otherwise: (B, H, W, C) if channels are last, else as is."""
     return images.permute(0, 2, 3, 1) if is_last(images) else images
 
 
@@ -138,7 +138,7 @@ class Likelihood(nn.Module):
         raise NotImplementedError
 
     def forward(self, params: Tensor, x: Tensor) -> Tensor:
-        """`log_prob`, which is what `torch.func.functional_call` computes."""
+        """`log_prob`, so that `torch.func.functional_call` can compute it."""
         return self.log_prob(params, x)
 
     def mean(self, params: Tensor) -> Tensor:
@@ -146,19 +146,19 @@ class Likelihood(nn.Module):
         raise NotImplementedError
 
     def params_of(self, mean: Tensor) -> Tensor:
-        """Parameters where outputs can start for data of this mean: (*shape) -> (*shape).
+        """Initial parameters for data with this mean: (*shape) -> (*shape).
 
-        Their own mean is near it; of a density on an interval, or of one that is clipped, it lies further inside.
+        Their own mean is near it. For a density on an interval, or a clipped density, it lies further inside.
         """
         return mean
 
     def sample(self, params: Tensor) -> Tensor:
-        """One draw for each value: (B, *shape) -> (B, *shape)."""
+        """Draw once for each value: (B, *shape) -> (B, *shape)."""
         raise NotImplementedError
 
 
 class Bernoulli(Likelihood):
-    """p(x = 1) = sigmoid(params); for x between 0 and 1 the usual cross-entropy, which is then no density."""
+    """p(x = 1) = sigmoid(params); for x between 0 and 1 the usual cross-entropy, which is then not a density."""
 
     unit_interval = True
     discrete = True
@@ -181,7 +181,7 @@ class ContinuousBernoulli(Likelihood):
 
     Loaiza-Ganem & Cunningham 2019, https://arxiv.org/abs/1907.06845. In the logit t = params the normaliser is
     C = t / tanh(t / 2) and the mean 1 / (1 - exp(-t)) - 1 / t; both are smooth at t = 0 (p = 1/2), where a
-    Taylor series takes over.
+    Taylor series replaces them.
     """
 
     unit_interval = True
@@ -199,10 +199,10 @@ class ContinuousBernoulli(Likelihood):
         return torch.where(near, math.log(2.0) + s / 12 - 7 * s**2 / 1440, far)
 
     def mean(self, params: Tensor) -> Tensor:
-        # the two terms nearly cancel, too much so for half precision
+        # the two terms nearly cancel, which half precision cannot resolve
         wide = at_least_float32(params)
         near = wide.abs() < self._NEAR
-        # by symmetry for t < 0, where exp(-t) overflows and leaves NaN in the gradient
+        # use the symmetry for t < 0, where exp(-t) overflows and makes the gradient NaN
         a = torch.where(near, 1.0, wide.abs())
         above = -1 / torch.expm1(-a) - 1 / a
         s = torch.where(near, wide, 0.0)
@@ -228,7 +228,7 @@ class _Scaled(Likelihood):
     """A location given by the decoder and one scale for all values, fixed or learned.
 
     Args:
-        scale: the scale, or where learning it starts.
+        scale: the scale, or its initial value if it is learned.
         learned: train log scale with the other parameters.
     """
 
@@ -244,9 +244,9 @@ class _Scaled(Likelihood):
 
     @property
     def bounded(self) -> Tensor:
-        """Log scale, within [-15, 10]: exp(-2 log scale) overflows float32 from -44 down.
+        """Log scale, clamped to [-15, 10]: exp(-2 log scale) overflows float32 from -44 downwards.
 
-        The log-variance is then in [-30, 20], where diffusers keeps it
+        The log-variance is then in [-30, 20], the same interval as in diffusers
         (https://github.com/huggingface/diffusers, DiagonalGaussianDistribution in models/autoencoders/vae.py).
         """
         return self.log_scale.clamp(-15, 10)
@@ -271,7 +271,7 @@ class Gaussian(_Scaled):
 
 
 def _laplace_noise(like: Tensor) -> Tensor:
-    """Draws of scale 1, by the inverse of their distribution function."""
+    """Laplace noise of scale 1, by the inverse of the distribution function."""
     u = torch.rand_like(like) - 0.5
     return -u.sign() * torch.log1p(-2 * u.abs().clamp(max=0.4999999))
 
@@ -292,9 +292,9 @@ class Laplace(_Scaled):
 
 
 class LogCosh(_Scaled):
-    """Density 1 / (pi s cosh((x - params) / s)), the hyperbolic secant: log cosh(e / s) is -log p but for a constant.
+    """Density 1 / (pi s cosh((x - params) / s)), the hyperbolic secant: log cosh(e / s) is -log p up to a constant.
 
-    Near 0 it is e^2 / (2 s^2), as of a Gaussian, and far out |e| / s - log 2, as of a Laplace density; its slope is
+    Near 0 it is e^2 / (2 s^2), like a Gaussian; far from 0 it is |e| / s - log 2, like a Laplace density. Its slope is
     tanh(e / s). Chen et al. 2019, https://openreview.net/forum?id=rkglvsC9Ym, with a = 1 / s.
     """
 
@@ -312,7 +312,7 @@ class LogCosh(_Scaled):
 
 
 class DiscretisedLogistic(_Scaled):
-    """Probability of the level k/255: a logistic density integrated over its bin, the end bins open.
+    """Probability of the level k/255: a logistic density integrated over its bin; the end bins are open.
 
     Salimans et al. 2017, https://arxiv.org/abs/1701.05517, section 2.1, on data in [0, 1] with one component.
     """
@@ -350,8 +350,8 @@ class BetaBinomial(_Scaled):
     """Probability of the level k/255: k ~ Binomial(255, p) with p ~ Beta(c m, c (1 - m)) and m = sigmoid(params).
 
     p(k) = C(255, k) B(k + c m, 255 - k + c (1 - m)) / B(c m, c (1 - m)). A small concentration c puts mass on the end
-    levels, where most pixels of digits are; a large one is a binomial. Townsend et al. 2019, section 3.2,
-    https://arxiv.org/abs/1901.04866, for all values with one c.
+    levels, where most pixels of digits are; a large c gives a binomial. Townsend et al. 2019, section 3.2,
+    https://arxiv.org/abs/1901.04866, with one c for all values.
     """
 
     unit_interval = True
@@ -362,11 +362,11 @@ class BetaBinomial(_Scaled):
 
     @property
     def bounded(self) -> Tensor:
-        """Log c, within [-7, 7]: beyond, differences of log-gamma lose their digits in float32."""
+        """Log c, clamped to [-7, 7]: outside, differences of log-gamma lose their precision in float32."""
         return self.log_scale.clamp(-7, 7)
 
     def shapes(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Shapes of the beta distribution, c m and c (1 - m); neither underflows to 0, where log-gamma has its pole."""
+        """Parameters c m and c (1 - m) of the beta distribution; neither underflows to 0, the pole of log-gamma."""
         c, t = torch.exp(self.bounded), params.clamp(-50, 50)
         return c * t.sigmoid(), c * (-t).sigmoid()
 
@@ -390,8 +390,8 @@ class BetaBinomial(_Scaled):
 class LogitLaplace(_Scaled):
     """The logit of y = 0.8 x + 0.1 is Laplace: density 0.8 exp(-|logit y - params| / b) / (2 b y (1 - y)) of x.
 
-    Ramesh et al. 2021, appendix A.3, https://arxiv.org/abs/2102.12092, who leave the constant 0.8 out. So x in [0, 1]
-    keeps away from the poles of the logit, which are at -1/8 and 9/8; all of the density is between them.
+    Ramesh et al. 2021, appendix A.3, https://arxiv.org/abs/2102.12092, leave out the constant 0.8. With this map, x in
+    [0, 1] stays away from the poles of the logit, which are at -1/8 and 9/8; all of the density lies between them.
     """
 
     unit_interval = True
@@ -401,7 +401,7 @@ class LogitLaplace(_Scaled):
         super().__init__(scale, learned)
 
     def split(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and log b of each value: (B, *shape) -> what (B, *shape) broadcasts with, both."""
+        """Location and log b of each value: (B, *shape) -> two tensors that broadcast with (B, *shape)."""
         return params, self.bounded
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:

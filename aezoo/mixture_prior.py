@@ -1,6 +1,6 @@
-"""A prior that is a learned mixture of Gaussians, of codes or of a part of their numbers.
+"""A learned mixture of Gaussians as the prior of codes, or of some of their dimensions.
 
-Shapes: D numbers, K components, N codes.
+Shapes: D dimensions, K components, N codes.
 """
 
 import math
@@ -12,16 +12,16 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.gaussians import LOG_2PI
 
-# of the differences between codes and components that are held at a time: 64 MiB
+# most differences between codes and components in memory at a time: 64 MiB
 _MOST_VALUES = 2**24
 
 
 class WithMixture(Autoencoder):
-    """A model whose prior is, or has in it, sum_k w_k N(m_k, diag s_k^2); its constructor calls `keep_mixture`.
+    """A model whose prior is or contains sum_k w_k N(m_k, diag s_k^2); its constructor calls `keep_mixture`.
 
     Attributes:
         n_components: K.
-        weight_K: logarithms of the w_k, but for a constant.
+        weight_K: logarithms of the w_k, up to a constant.
         mean_KD: the m_k.
         log_var_KD: logarithms of the s_k^2.
     """
@@ -32,7 +32,7 @@ class WithMixture(Autoencoder):
     log_var_KD: nn.Parameter
 
     def keep_mixture(self, n_components: int, size: int) -> None:
-        """Start from the mean and the covariance of N(0, I), up to chance."""
+        """Initialise the mixture; its mean and covariance are those of N(0, I), up to chance."""
         if n_components < 1:
             raise AezooError(f"n_components must be at least 1, got {n_components}")
         self.n_components = n_components
@@ -64,5 +64,5 @@ class WithMixture(Autoencoder):
     def draw_mixture(self, n: int) -> Tensor:
         """Draw n times from the mixture, (n, D)."""
         log_w_K, mean_KD, log_var_KD = self.mixture()
-        k_N = torch.multinomial(log_w_K.exp(), max(1, n), replacement=True)[:n]  # torch draws no less than one
+        k_N = torch.multinomial(log_w_K.exp(), max(1, n), replacement=True)[:n]  # torch cannot draw zero samples
         return mean_KD[k_N] + torch.exp(0.5 * log_var_KD[k_N]) * torch.randn_like(mean_KD[k_N])

@@ -1,1 +1,1 @@
-"""Autoencoders trained for the size of the file that their code makes, and for what comes back from it."""
+"""Autoencoders trained for a small file size of their code and for the quality of the reconstruction."""

@@ -1,14 +1,14 @@
 """Learned compression with a checkerboard context (He et al. 2021), https://arxiv.org/abs/2103.15306
 
-The places of one colour of a checkerboard, the anchors, are coded first, and say with the side information what the
-others are (section 3.2), two passes in place of one for each place:
+The places of one colour of a checkerboard, the anchors, are coded first. With the side information, they predict the
+other places (section 3.2). This takes two passes instead of one pass per place:
 
     mu_t, s_t = p(g_h(z^)_t, 0) of anchors,    p(g_h(z^)_t, (W * y^)_t) of the others, W seeing anchors alone
     y^_t = mu_t + round(y_t - mu_t)    P(y^_t | ...) = N(mu_t, s_t^2) * U(-1/2, 1/2)
 
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2    R = -log P(z^) - sum_t log P(y^_t | ...)
 
-in nats per sample, C channels of x; in training noise takes the place of rounding, as in `factorized_prior`.
+in nats per sample, C channels of x; in training noise replaces rounding, as in `factorized_prior`.
 
 Shapes: B batch, M channels of the code, N of the side information, T places.
 """
@@ -23,15 +23,15 @@ from aezoo.nets.context import Context, taps
 
 
 class Checkerboard(MeanScaleHyperprior):
-    """Rounded codes, half of the places under Gaussians that side information gives, half with the first in sight.
+    """Rounded codes: half of the places are predicted from side information, the other half also from the first half.
 
     Args:
         input_shape: shape of one sample, (C, L), (C, H, W) or (C, D, H, W).
         latent_dim: M, channels of the code.
         lam: weight of the distortion.
         hyper_dim: N, channels of the side information.
-        hyper_hidden_dims: channels of the stages between y and z; mirrored back.
-        reach: places that W sees to each side.
+        hyper_hidden_dims: channels of the stages between y and z; mirrored on the way back.
+        reach: number of places that W sees to each side.
         net: gdn, conv, resnet, convnext, unet, dc, vit or mixer.
         hidden_dims: channels of the encoder's stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers;

@@ -1,16 +1,16 @@
 """Learned compression with mixtures and attention (Cheng et al. 2020), https://arxiv.org/abs/2001.01568
 
-The law of each number is a mixture of Gaussians (section 3.2), of which side information and places before it tell the
-weights, means and scales, as in `joint_ar_hyperprior`, which this is for K = 1 but for its transforms:
+The distribution of each number is a mixture of Gaussians (section 3.2). Side information and earlier places give its
+weights, means and scales, as in `joint_ar_hyperprior`. With K = 1 only the transforms differ from that model:
 
     w_t, mu_t, s_t = p(g_h(z^)_t, (W * y^)_t)    m_t = sum_k w_tk mu_tk    y^_t = m_t + round(y_t - m_t)
     P(y^_t | y^_<t, z^) = sum_k w_tk N(mu_tk, s_tk^2) * U(-1/2, 1/2)    sum_k w_tk = 1
 
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2    R = -log P(z^) - sum_t log P(y^_t | y^_<t, z^)
 
-in nats per sample, C channels of x; in training noise takes the place of rounding, as in `factorized_prior`. The paper
-counts whole numbers from 0 and not from m. f and g are residual blocks, up by sub-pixel convolutions, with attention
-(section 3.3), see `aezoo.nets.subpixel`.
+in nats per sample, C channels of x; in training noise replaces rounding, as in `factorized_prior`. The paper counts
+integers from 0 and not from m. f and g are residual blocks with attention (section 3.3), and g upsamples by sub-pixel
+convolutions, see `aezoo.nets.subpixel`.
 
 Shapes: B batch, K Gaussians of a mixture, M channels of the code, N of the side information, T places.
 """
@@ -27,17 +27,17 @@ from aezoo.nets.subpixel import Decoder, Encoder
 
 
 class Cheng2020(JointARHyperprior):
-    """Rounded codes, each place under mixtures of Gaussians that side information and the places before it give.
+    """Rounded codes; side information and earlier places give a mixture of Gaussians for each number.
 
     Args:
         input_shape: shape of one sample, (C, L), (C, H, W) or (C, D, H, W).
         latent_dim: M, channels of the code.
-        mixtures: K, Gaussians in the law of a number.
-        attention: attention in the middle of the stages and at the code.
+        mixtures: K, Gaussians in the distribution of a number.
+        attention: whether to use attention in the middle of the stages and at the code.
         lam: weight of the distortion.
         hyper_dim: N, channels of the side information.
-        hyper_hidden_dims: channels of the stages between y and z; mirrored back.
-        reach: places that W sees to each side.
+        hyper_hidden_dims: channels of the stages between y and z; mirrored on the way back.
+        reach: number of places that W sees to each side.
         hidden_dims: channels of the encoder's stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
@@ -89,7 +89,7 @@ class Cheng2020(JointARHyperprior):
         self.save_hyperparameters()
         at_least(1, mixtures=mixtures)
         self.mixtures, code = mixtures, self.code_shape
-        # in place of those of net gdn, of the same grids
+        # these replace the encoder and decoder of net gdn, with the same grids
         self.encoder = Encoder(self.input_shape, code, hidden_dims, activation, attention)
         self.decoder = Decoder(code, self.input_shape, hidden_dims[::-1], activation, attention)
         if mixtures > 1:

@@ -1,15 +1,15 @@
 """ELIC, learned compression in uneven groups of channels (He et al. 2022), https://arxiv.org/abs/2203.10886
 
-Channels are coded group by group, the first ones in small groups, since they hold most; within a group the places of
-one colour of a checkerboard come first (section 3.3, SCCTX):
+Channels are coded group by group. The first groups are small, since they hold most of the information. Within a group,
+the places of one colour of a checkerboard come first (section 3.3, SCCTX):
 
     mu_kt, s_kt = p_k(g_h(z^)_t, h_k(y^_<k)_t, (W_k * y^_k)_t)    without the last term of anchors
     y^_kt = mu_kt + round(y_kt - mu_kt)    P(y^_kt | ...) = N(mu_kt, s_kt^2) * U(-1/2, 1/2)
 
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2    R = -log P(z^) - sum_kt log P(y^_kt | ...)
 
-in nats per sample, C channels of x; in training noise takes the place of rounding, as in `factorized_prior`. The
-paper's transforms are residual blocks without divisive normalisation: net resnet.
+in nats per sample, C channels of x; in training noise replaces rounding, as in `factorized_prior`. The paper's
+transforms are residual blocks without divisive normalisation: net resnet.
 
 Shapes: B batch, M channels of the code in groups k, N of the side information, T places.
 """
@@ -25,15 +25,15 @@ from aezoo.nets.conv import CONVS
 
 
 class Elic(Checkerboard):
-    """Rounded codes, group by group of channels, in two passes over the places of each.
+    """Rounded codes, coded group by group of channels, with two passes over the places of each group.
 
     Args:
         input_shape: shape of one sample, (C, L), (C, H, W) or (C, D, H, W).
-        groups: channels of each group of the code, M together.
+        groups: channels of each group of the code, M in total.
         lam: weight of the distortion.
         hyper_dim: N, channels of the side information.
-        hyper_hidden_dims: channels of the stages between y and z; mirrored back.
-        reach: places that W sees to each side.
+        hyper_hidden_dims: channels of the stages between y and z; mirrored on the way back.
+        reach: number of places that W sees to each side.
         net: resnet, gdn, conv, convnext, unet, dc, vit or mixer.
         hidden_dims: channels of the encoder's stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers;

@@ -1,16 +1,16 @@
 """Learned compression with a factorised prior (Ballé et al. 2017), https://arxiv.org/abs/1611.01704
 
-The code is rounded, and its whole numbers are written in as many bits as a learned distribution of each channel says:
+The code is rounded. A learned distribution for each channel determines how many bits its integers take:
 
     y = f(x)    y^ = m + round(y - m)    R = -sum log P(y^)    D = ||x - g(y^)||^2
 
     L = R + lam 255^2 log 2 / C  D     in nats per sample, C channels of x
 
-which is the paper's R + lam 255^2 MSE, in bits per pixel, times pixels and log 2. In training y~ = y + u stands for y^,
-u ~ U(-1/2, 1/2): then R is -log of the density of y~, and L is the negative ELBO of a VAE whose posterior is uniform.
+This is the paper's R + lam 255^2 MSE, in bits per pixel, times pixels and log 2. In training y~ = y + u replaces y^,
+u ~ U(-1/2, 1/2). Then R is -log of the density of y~, and L is the negative ELBO of a VAE with a uniform posterior.
 The prior is that of Ballé et al. 2018, https://arxiv.org/abs/1802.01436, appendix 6.1.
 
-`aezoo compress` writes these whole numbers. The term `nll` is D, but for a constant, of the likelihood gaussian.
+`aezoo compress` writes these integers. With likelihood gaussian, the term `nll` is D up to a constant.
 
 Shapes: B batch, M channels of the code.
 """
@@ -21,7 +21,7 @@ from aezoo.entropy import Coder, EntropyCoded, Factorised, Noise, Rounding, Tabl
 
 
 class FactorizedPrior(EntropyCoded):
-    """Rounded codes whose channels have learned distributions.
+    """Rounded codes with a learned distribution for each channel.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.

@@ -1,19 +1,19 @@
 """Learned compression of several rates in one model (Cui et al. 2021), https://arxiv.org/abs/2003.02012
 
-A quality s has a vector of gains, by which the code is multiplied before it is rounded, so that steps are finer or
-coarser, and one of inverse gains, by which it is multiplied afterwards (section 2.1):
+Each quality s has a vector of gains and one of inverse gains. The gains multiply the code before rounding, which makes
+the steps finer or coarser; the inverse gains multiply it afterwards (section 2.1):
 
     y = f(x)    y^ = g'_s (mu_s + round(g_s y - mu_s))    mu_s, s_s = g_h(z^_s)    z_s = h(g_s y)
 
     L = E_s [R_s + lam_s 255^2 log 2 / C  ||x - g(y^)||^2]    R_s = -log P(z^_s) - log P(y^_s / g'_s | z^_s)
 
-in nats per sample, C channels of x, s drawn for each sample; in training noise takes the place of rounding, as in
-`factorized_prior`. Between two qualities, l of the way, g = g_s^(1 - l) g_(s+1)^l, and so g' and lam (section 2.2). At
-first g_s is the square root of lam_s over that of their geometric mean, of which g'_s is the inverse: the squared error
-of fine steps is as their square, and -d||e||^2 / dR = 1 / lam. With g = g' = 1 the model is `mean_scale_hyperprior`,
-whose laws it has: the paper's asymmetric Gaussians are left out.
+in nats per sample, C channels of x, s drawn for each sample; in training noise replaces rounding, as in
+`factorized_prior`. A fraction l of the way between two qualities, g = g_s^(1 - l) g_(s+1)^l, and likewise g' and lam
+(section 2.2). Initially, g_s is sqrt(lam_s / geometric mean of the lams), and g'_s is its inverse: the squared error of
+fine steps is proportional to their square, and -d||e||^2 / dR = 1 / lam. With g = g' = 1 the model is
+`mean_scale_hyperprior`, with the same distributions: the paper's asymmetric Gaussians are left out.
 
-`quality` is what the model is evaluated at, from 0 to the number of lams - 1, at first the highest.
+`quality` is the quality at which the model is evaluated, from 0 to the number of lams - 1; it starts at the highest.
 
 Shapes: B batch, S qualities, M channels of the code, N of the side information.
 """
@@ -31,14 +31,14 @@ from aezoo.models.compression.mean_scale_hyperprior import MeanScaleHyperprior
 
 
 class GainedHyperprior(MeanScaleHyperprior):
-    """Rounded codes, Gaussian with means and scales that side information gives, whose steps a quality sets.
+    """Rounded codes, Gaussian with means and scales from side information; a quality sets the step size.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: M, channels of the code.
-        lams: weights of the distortion, one of each quality, rising.
+        lams: weights of the distortion in increasing order, one for each quality.
         hyper_dim: N, channels of the side information.
-        hyper_hidden_dims: channels of the stages between y and z (net mlp: widths of layers); mirrored back.
+        hyper_hidden_dims: channels of the stages between y and z (net mlp: widths of layers); mirrored on the way back.
         net: gdn, conv, resnet, convnext, conv_keras, unet, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers;
@@ -109,7 +109,7 @@ class GainedHyperprior(MeanScaleHyperprior):
         self.weight = math.prod(weight**share for weight, share in zip(self._weights, self._shares, strict=True))
 
     def gained(self, coder: Coder, y: Tensor | None, n: int, shares: Sequence[float | Tensor]) -> Tensor:
-        """`walk` at a quality: the share of each, of all samples or of each, (n, 1)."""
+        """`walk` at a mixture of qualities: the share of each, one number for all samples or one for each, (n, 1)."""
 
         def mixed(log_SM: Tensor) -> Tensor:
             parts = [share * log_M for share, log_M in zip(shares, at_least_float32(log_SM), strict=True)]

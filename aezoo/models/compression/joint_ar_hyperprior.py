@@ -1,13 +1,13 @@
 """Learned compression with autoregressive context (Minnen et al. 2018), https://arxiv.org/abs/1809.02736
 
-The law of each place follows from the side information and from the places before it, row by row (section 2.1):
+Side information and the places before it, row by row, give the distribution of each place (section 2.1):
 
     mu_t, s_t = p(g_h(z^)_t, (W * y^)_t)    W a convolution that sees places before t alone (van den Oord et al. 2016)
     y^_t = mu_t + round(y_t - mu_t)    P(y^_t | y^_<t, z^) = N(mu_t, s_t^2) * U(-1/2, 1/2)
 
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2    R = -log P(z^) - sum_t log P(y^_t | y^_<t, z^)
 
-In training all places are known but for their noise, and W is one convolution; otherwise a step a place.
+In training, all places are known up to their noise, and W is one convolution; otherwise there is one step per place.
 
 Shapes: B batch, M channels of the code, N of the side information, T places.
 """
@@ -29,15 +29,15 @@ Index = tuple[Any, ...]
 
 
 class JointARHyperprior(MeanScaleHyperprior):
-    """Rounded codes, each place under a Gaussian that side information and the places before it give.
+    """Rounded codes; side information and earlier places give a Gaussian for each place.
 
     Args:
         input_shape: shape of one sample, (C, L), (C, H, W) or (C, D, H, W).
         latent_dim: M, channels of the code.
         lam: weight of the distortion.
         hyper_dim: N, channels of the side information.
-        hyper_hidden_dims: channels of the stages between y and z; mirrored back.
-        reach: places that W sees to each side.
+        hyper_hidden_dims: channels of the stages between y and z; mirrored on the way back.
+        reach: number of places that W sees to each side.
         net: gdn, conv, resnet, convnext, unet, dc, vit or mixer.
         hidden_dims: channels of the encoder's stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers;
@@ -108,6 +108,6 @@ class JointARHyperprior(MeanScaleHyperprior):
             law = self.law(*self.context(said[at], self.context.seen_from(known[about].clone())))
             y_hat = coder(None if y is None else y[at], law)
             middle: Index = (..., *(i + reach for i in place))
-            known[middle] = y_hat.detach()  # no step follows an evaluation
+            known[middle] = y_hat.detach()  # no optimiser step follows an evaluation
         inner: Index = (..., *(slice(reach, reach + side) for side in self.grid))
         return known[inner]

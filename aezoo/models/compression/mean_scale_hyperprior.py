@@ -1,6 +1,6 @@
 """Learned compression with a mean and scale hyperprior (Minnen et al. 2018), https://arxiv.org/abs/1809.02736
 
-Side information z tells where the code is expected as well, and the code is rounded from there (table 1):
+Side information z also gives the expected value of the code, and the code is rounded relative to it (table 1):
 
     y = f(x)    z = h(y)    z^ = m + round(z - m)    mu, s = g_h(z^)    y^ = mu + round(y - mu)
 
@@ -8,7 +8,7 @@ Side information z tells where the code is expected as well, and the code is rou
 
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2
 
-in nats per sample, C channels of x; in training noise takes the place of rounding, as in `factorized_prior`.
+in nats per sample, C channels of x; in training noise replaces rounding, as in `factorized_prior`.
 
 Shapes: B batch, M channels of the code, N of the side information.
 """
@@ -20,14 +20,14 @@ from aezoo.models.compression.scale_hyperprior import ScaleHyperprior
 
 
 class MeanScaleHyperprior(ScaleHyperprior):
-    """Rounded codes, Gaussian with means and scales that side information gives.
+    """Rounded codes, Gaussian with means and scales from side information.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: M, channels of the code.
         lam: weight of the distortion.
         hyper_dim: N, channels of the side information.
-        hyper_hidden_dims: channels of the stages between y and z (net mlp: widths of layers); mirrored back.
+        hyper_hidden_dims: channels of the stages between y and z (net mlp: widths of layers); mirrored on the way back.
         net: gdn, conv, resnet, convnext, conv_keras, unet, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers;

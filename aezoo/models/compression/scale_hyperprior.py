@@ -1,6 +1,6 @@
 """Learned compression with a scale hyperprior (Ballé et al. 2018), https://arxiv.org/abs/1802.01436
 
-Side information z tells where the code is large, and is written first (section 3):
+Side information z tells where the code is large. It is written first (section 3):
 
     y = f(x)    z = h(|y|)    z^ = m + round(z - m)    s = scales(z^)    y^ = round(y)
 
@@ -8,7 +8,7 @@ Side information z tells where the code is large, and is written first (section 
 
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2
 
-in nats per sample, C channels of x; in training noise takes the place of rounding, as in `factorized_prior`.
+in nats per sample, C channels of x; in training noise replaces rounding, as in `factorized_prior`.
 
 Shapes: B batch, M channels of the code, N of the side information.
 """
@@ -26,14 +26,14 @@ from aezoo.models.compression.factorized_prior import FactorizedPrior
 
 
 class ScaleHyperprior(FactorizedPrior):
-    """Rounded codes, Gaussian with scales that side information gives.
+    """Rounded codes, Gaussian with scales from side information.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: M, channels of the code.
         lam: weight of the distortion.
         hyper_dim: N, channels of the side information.
-        hyper_hidden_dims: channels of the stages between y and z (net mlp: widths of layers); mirrored back.
+        hyper_hidden_dims: channels of the stages between y and z (net mlp: widths of layers); mirrored on the way back.
         net: gdn, conv, resnet, convnext, conv_keras, unet, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers;
@@ -47,7 +47,7 @@ class ScaleHyperprior(FactorizedPrior):
         warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
 
-    per_channel: ClassVar[int] = 1  # numbers that the side information gives for each of the code
+    per_channel: ClassVar[int] = 1  # parameters that the side information gives for each channel of the code
 
     def __init__(
         self,
@@ -90,21 +90,21 @@ class ScaleHyperprior(FactorizedPrior):
         said = (self.per_channel * latent_dim, *self.code_shape[1:])
         self.hyper_encoder = nets.encoder(hyper_net, self.code_shape, self.z_shape, hyper_hidden_dims, activation)
         self.hyper_decoder = nets.decoder(hyper_net, self.z_shape, said, hyper_hidden_dims[::-1], activation)
-        self.density = Factorised(hyper_dim)  # of z, and none of y
+        self.density = Factorised(hyper_dim)  # of z; y has none of its own
 
     def side(self, y: Tensor) -> Tensor:
-        """The side information before it is rounded, (B, *code_shape) -> (B, *z_shape)."""
+        """The side information before rounding, (B, *code_shape) -> (B, *z_shape)."""
         z: Tensor = self.hyper_encoder(y.abs())
         return z
 
     def said(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
-        """Pass the side information through a coder; what it says of the code, (n, per_channel M, *places)."""
+        """Pass the side information through a coder and decode it to parameters of y, (n, per_channel M, *places)."""
         z_hat = coder(None if y is None else self.side(y), self.density.law((n, *self.z_shape)))
         found: Tensor = self.hyper_decoder(z_hat.to(self.density.median_C))
         return at_least_float32(found)
 
     def law(self, mean: Tensor, raw_scale: Tensor) -> Law:
-        """That of a part of the code, (n, C, ...) each."""
+        """The distribution of a part of the code, (n, C, ...) each."""
         return Gaussians(at_least_float32(mean), scale_of(raw_scale), len(self.density.median_C))
 
     def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""Autoencoders whose code is indices into codebooks, and priors over such indices."""
+"""Autoencoders whose code consists of codebook indices, and priors over such indices."""

@@ -1,12 +1,12 @@
 """BSQ autoencoder, binary spherical quantisation (Zhao et al. 2024), https://arxiv.org/abs/2406.07548
 
-As `lfq_vae` on the unit sphere, where the distance to a code is bounded:
+This is `lfq_vae` on the unit sphere, where the distance to a code is bounded:
 
     z = f(x)    u = z / ||z||    z_q = sign(u) / sqrt(D)    gradient of u = gradient of z_q
 
     L = -log p(x | g(z_q)) + w (E H(p(c|u)) - gamma H(E p(c|u))) + beta ||u - sg(z_q)||^2
 
-Since u cannot run away from its code, beta may be 0, and is by default. For w see `lfq_vae`.
+u cannot drift away from its code, so beta may be 0, which is the default. For w see `lfq_vae`.
 """
 
 from torch import Tensor
@@ -17,16 +17,16 @@ from aezoo.quantisers.bsq import BSQ
 
 
 class BSQVAE(DiscreteAutoencoder):
-    """A map of corners of a cube on the unit sphere.
+    """A map of binary codes: the corners of a hypercube on the unit sphere.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, channels of a code and bits of its index.
-        entropy_weight: weight of both entropies.
-        gamma: weight of the diversity of codes within it.
-        beta: weight of the commitment.
-        temperature: of the probabilities of codes.
-        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        entropy_weight: w, weight of both entropy terms.
+        gamma: weight of the diversity term relative to the entropy term.
+        beta: weight of the commitment loss.
+        temperature: temperature of the code probabilities.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

@@ -5,13 +5,13 @@ A Gumbel VQ-VAE (see `gumbel_vq_vae`) with the likelihood of appendix A.3 and th
     L = E[-log p(x|z)] + beta KL(q(c|x) || p(c))     summed over pixels and places: the paper divides by the pixels
     log p(x|z) = sum_i log 0.8 - |logit(y_i) - mu_i| / b_i - log(2 b_i y_i (1 - y_i))     y = 0.8 x + 0.1
 
-mu and log b are the decoder's output, two maps for each channel of x. beta rises from 0 over `kl_steps` and tau falls
-over `temperature_steps`, both along half a period of a cosine, to 6.6 and 1/16. With a beta above 1, and with relaxed
-codes, L is no bound; `elbo` is one as in `gumbel_vq_vae`.
+mu and log b are the decoder's output, two maps for each channel of x. beta rises from 0 to 6.6 over `kl_steps`, and tau
+falls to 1/16 over `temperature_steps`, both along half a period of a cosine. With beta above 1 or with relaxed codes, L
+is not a bound; `elbo` is one, as in `gumbel_vq_vae`.
 
-log b is floored at -5, softly: constant pixels have no greatest likelihood, and 1/255 is about exp(-4.4) in the logit
-of mid-grey. The reconstruction is the mean of x, where the paper decodes to the median, sigmoid(mu). It is a likelihood
-for photographs: of digits, mostly one black, it learns that black first and codes collapse; take bernoulli for these.
+log b has a soft floor of -5: constant pixels have no maximum likelihood, and 1/255 is about exp(-4.4) in the logit of
+mid-grey. The reconstruction is the mean of x; the paper decodes to the median, sigmoid(mu). This likelihood suits
+photographs. On digits, which are mostly black, it learns black first and the codes collapse; use bernoulli for these.
 
 Shapes: B batch, C channels of a code, K codes, P places.
 """
@@ -40,19 +40,19 @@ class LogitLaplaceOfTwo(LogitLaplace):
 
 
 class DVAE(GumbelVQVAE):
-    """A map of codes drawn by their logits, with the schedules and the logit-Laplace likelihood of DALL-E.
+    """A map of codes sampled from logits, with the schedules and the logit-Laplace likelihood of DALL-E.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: C, channels of a code.
-        codebook_size: K.
+        codebook_size: K, number of codes.
         beta: weight of the KL term after kl_steps.
-        kl_steps: optimiser steps over which the weight rises from 0; 0 for beta from the start. The paper has 5,000.
-        temperature: tau at the end, at least 0.01: near 0 codes are nearly one-hot and gradients noisy.
+        kl_steps: optimiser steps over which the weight rises from 0; 0 for beta from the start. The paper uses 5,000.
+        temperature: final tau, at least 0.01: near 0, codes are nearly one-hot and gradients are noisy.
         start_temperature: tau at the first step.
         temperature_steps: optimiser steps over which tau falls to temperature; 0 keeps it there. The paper has 150,000.
-        hard: decode codes in training as well, with the gradient of the relaxed ones.
-        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        hard: decode one-hot codes in training too, with the gradient of the relaxed codes.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -129,5 +129,5 @@ class DVAE(GumbelVQVAE):
 
 
 def _half_cosine(share: Tensor) -> Tensor:
-    """From 0 to 1 as its argument, flat at both ends."""
+    """Rises from 0 to 1 with its argument, flat at both ends."""
     return (1 - torch.cos(math.pi * share)) / 2

@@ -1,14 +1,15 @@
 """FSP autoencoder, finite scalar perturbation (Zhai et al. 2026), https://arxiv.org/abs/2602.17133
 
-As `fsq_vae`, with values in the middle of equal intervals, and with moves in place of half of the rounding in training
-(`aezoo.quantisers.fsp`):
+This is `fsq_vae` with values at the middle of equal intervals. In training, random perturbations replace half of the
+rounding (`aezoo.quantisers.fsp`):
 
     p = g(f(x))    z_q = sqrt(12) (p_q - 1/2)    p_q the middle of p's interval, or in training p + u
 
     L = -log p(x | g(z_q)) + lam_1 ||mu||^2 + lam_2 ||sigma^2 - sigma_g^2||^2
 
-the last two, of the mean and the variance of each channel of f(x) over all places of a batch, summed over places: with
-the variance of the distribution that has g for its distribution function p is about uniform, and all codes are in use.
+The last two terms use the mean and the variance of each channel of f(x) over all places of a batch, and are summed over
+places. sigma_g^2 is the variance of the distribution whose distribution function is g. With this variance, p is roughly
+uniform and all codes are in use.
 """
 
 from torch import Tensor
@@ -19,17 +20,17 @@ from aezoo.quantisers.fsp import FSP
 
 
 class FSPVAE(DiscreteAutoencoder):
-    """A map of channels of few values, moved by as much in training.
+    """A map of channels with few values each; in training, noise of similar size replaces part of the rounding.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        levels: values of each channel of a code; K is their product.
-        squash: g, what takes a channel to [0, 1]: tanh, sigmoid or normal, the distribution function.
-        eta: the width of a move over that of an interval.
-        quantised: probability that a number is quantised in training, and not moved.
+        levels: number of values of each channel of a code; K is their product.
+        squash: g, the map of a channel to [0, 1]: tanh, sigmoid or normal, the distribution function.
+        eta: width of a perturbation relative to that of an interval.
+        quantised: probability that a number is quantised in training instead of perturbed.
         mean_weight: lam_1.
         variance_weight: lam_2.
-        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

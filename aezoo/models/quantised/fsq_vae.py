@@ -6,8 +6,8 @@ Each channel of the encoder's output is bounded and rounded to one of its L valu
 
     L = -log p(x | g(z_q))
 
-There is no codebook that could collapse, so no other term: the product of the levels is the number of codes. With
-depth above 1 each further level rounds what is left over to the L values of a cell L times as fine.
+No codebook can collapse, so there is no other term. The number of codes is the product of the levels. With depth above
+1, each further level rounds the remaining error to the L values of a cell that is L times as fine.
 """
 
 from torch import Tensor
@@ -17,14 +17,14 @@ from aezoo.quantisers.residual_fsq import ResidualFSQ
 
 
 class FSQVAE(DiscreteAutoencoder):
-    """A map of channels that are rounded to few values.
+    """A map of channels, each rounded to one of a few values.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        levels: values of each channel of a code, 5 or more each by the advice of the paper; K is their product.
-        depth: how often a place is quantised: an index each, of the same levels.
-        dropout: share of samples in training that keep only their first indices.
-        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        levels: number of values of each channel of a code, which the paper advises to be 5 or more; K is their product.
+        depth: how often a place is quantised: each time gives one index, with the same levels.
+        dropout: share of training samples that keep only their first indices.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

@@ -1,14 +1,14 @@
 """FVQ autoencoder, vector quantisation with all codes in use (Chang et al. 2025), https://arxiv.org/abs/2509.10140
 
-As `sim_vq_vae`, with a transformer over groups of codes, VQBridge, in place of the matrix and codes C that are trained:
+This is `sim_vq_vae` with trained codes C and, instead of the matrix, a transformer over groups of codes, VQBridge:
 
     z = f(x)    z_q = e_k, k = argmin_j ||z - e_j||, e = bridge(C)    gradient of z = gradient of z_q
 
     L = -log p(x | g(z_q)) + ||sg(z) - e_k||^2 + beta ||z - sg(e_k)||^2
 
-summed over places. Codes that are not chosen move with those that are, each in its own way. The authors let the
-learning rate fall to a hundredth as well, without which their rFID was twice as large: see `lr_schedule`. The bridge
-serves training alone: what `quantiser.book()` gives is all that indices stand for.
+summed over places. Codes that are not chosen move with the chosen ones, each in its own way. The authors also decay the
+learning rate to a hundredth; without this, their rFID was twice as large: see `lr_schedule`. The bridge serves only
+training: `quantiser.book()` gives all the codes that indices stand for.
 """
 
 from aezoo.models.quantised.sim_vq_vae import SimVQVAE
@@ -16,18 +16,18 @@ from aezoo.quantisers.fvq import FVQ
 
 
 class FVQVAE(SimVQVAE):
-    """A map of codes from one codebook that a transformer moves as a whole.
+    """A map of codes from one codebook, which a transformer moves as a whole.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, channels of a code.
-        codebook_size: K.
-        beta: weight of the commitment.
-        group_size: P, codes that are one token of the bridge.
-        width: of a token.
-        depth: blocks of the bridge.
-        estimator: how the gradient passes the quantiser: ste or rotation.
-        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        codebook_size: K, number of codes.
+        beta: weight of the commitment loss.
+        group_size: P, codes in one token of the bridge.
+        width: width of a token.
+        depth: number of blocks of the bridge.
+        estimator: how the gradient passes through the quantiser: ste or rotation.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

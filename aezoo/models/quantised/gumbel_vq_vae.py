@@ -1,16 +1,16 @@
 """Gumbel VQ-VAE, a grid of codes drawn by their logits (Jang et al. 2016), https://arxiv.org/abs/1611.01144
 
-The encoder gives logits of K codes at each place, and codes are drawn, not compared with (as in taming-transformers,
-https://github.com/CompVis/taming-transformers, and in DALL-E). In nats per sample:
+The encoder outputs logits of K codes at each place. Codes are sampled from these logits, not compared by distance (as
+in taming-transformers, https://github.com/CompVis/taming-transformers, and in DALL-E). In nats per sample:
 
     L = E[-log p(x|z)] + beta KL(q(c|x) || p(c))     q(c|x) = prod_n Cat(p_n)     p(c) uniform
     z_n = sum_k y_nk e_k                             y_n = softmax((log p_n + g_n) / tau)     g_n Gumbel noise
     KL = sum_n sum_k p_nk log(K p_nk)                from 0 to P log K, summed over places
 
-tau falls from `start_temperature` to `temperature` by a constant factor a step. In training y is relaxed, or one-hot
-with the gradient of the relaxed one (`hard`); in evaluation the loss draws c itself, so that there, and with `hard`
-everywhere, log p(x) >= E[elbo] with elbo = -(nll + kl), whatever beta. `encode` takes the likeliest codes and draws
-nothing; `score` is nll + kl of these, the negative of no bound.
+tau falls from `start_temperature` to `temperature` by a constant factor per step. In training, y is relaxed, or with
+`hard` one-hot with the gradient of the relaxed y. In evaluation, the loss samples c itself. There, and everywhere with
+`hard`, log p(x) >= E[elbo] with elbo = -(nll + kl), for any beta. `encode` takes the most likely codes and samples
+nothing; `score` is nll + kl of these codes, which is not the negative of a bound.
 
 Shapes: B batch, C channels of a code, K codes, P places, D = P K.
 """
@@ -34,13 +34,13 @@ class GumbelVQVAE(DiscreteAutoencoder):
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: C, channels of a code.
-        codebook_size: K.
-        beta: weight of the KL term; 1 for the bound, with which short training leaves most of the code unused.
-        temperature: tau at the end, at least 0.01: near 0 codes are nearly one-hot and gradients noisy.
+        codebook_size: K, number of codes.
+        beta: weight of the KL term; 1 gives the bound, but then short training leaves most of the code unused.
+        temperature: final tau, at least 0.01: near 0, codes are nearly one-hot and gradients are noisy.
         start_temperature: tau at the first step.
         temperature_steps: optimiser steps over which tau falls to temperature; 0 keeps it there.
-        hard: decode codes in training as well, with the gradient of the relaxed ones.
-        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        hard: decode one-hot codes in training too, with the gradient of the relaxed codes.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -99,12 +99,12 @@ class GumbelVQVAE(DiscreteAutoencoder):
         self.quantiser = GumbelVQ(codebook_size, latent_dim, float(self.tau()), hard=hard)
 
     def tau(self) -> Tensor:
-        """The temperature at the present step, ()."""
+        """The temperature at the current step, ()."""
         share = self.share_of_steps(self.temperature_steps)
         return self.start_temperature ** (1 - share) * self.temperature**share
 
     def kl_weight(self) -> Tensor | float:
-        """The weight of the KL term at the present step."""
+        """The weight of the KL term at the current step."""
         return self.beta
 
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
@@ -113,7 +113,7 @@ class GumbelVQVAE(DiscreteAutoencoder):
         return x, y
 
     def draw(self, x: Tensor) -> Quantised:
-        """Codes drawn from q(c|x), in training relaxed: as `quantise`."""
+        """Codes sampled from q(c|x), relaxed in training; returns the same as `quantise`."""
         logits = self.encoder(x)
         found = self.quantiser.quantise(logits)
         if self.training:
@@ -129,7 +129,7 @@ class GumbelVQVAE(DiscreteAutoencoder):
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """-ELBO with the likeliest codes, -log p(x | code) + KL in nats: (B, *input_shape) -> (B,), no noise."""
+        """-log p(x | code) + KL with the most likely codes in nats: (B, *input_shape) -> (B,), no noise."""
         logits = self.encoder(x)
         logits_BPK = _by_place(logits)
         codes = self.codes(logits_BPK.argmax(2).view(-1, *self.index_shape)).to(logits.dtype)
@@ -142,5 +142,5 @@ class GumbelVQVAE(DiscreteAutoencoder):
 
 
 def _by_place(logits: Tensor) -> Tensor:
-    """In at least float32, (B, K, *places) -> (B, P, K)."""
+    """Logits in at least float32, (B, K, *places) -> (B, P, K)."""
     return at_least_float32(logits).flatten(2).movedim(1, 2)

@@ -1,15 +1,15 @@
 """Decoder-only Transformer, GPT-2 (Radford et al. 2019), https://openai.com/index/better-language-models/
 
-A prior over the indices k of a quantised model, in any layout, by causal attention over their sequence:
+A prior over the indices k of a quantised model with any layout, by causal attention over their sequence:
 
     L = -sum_t log p(k_t | k_1 .. k_{t-1})        t place by place in raster order, in a place its Q indices in turn
 
     h_t = e(k_{t-1}) + position_t,  k_0 a learned start      h <- h + attention(norm(h))     h <- h + mlp(norm(h))
     p(k_t = j) = softmax_j(e_j . norm(h_t))
 
-e_j is the vector of code j as input and as output alike, of a table for each of the Q indices of a place.
+e_j is the vector of code j, both as input and as output, from a separate table for each of the Q indices of a place.
 
-Shapes: B batch, T indices of a sample, Q of a place, P places, K codes of the largest book, W width.
+Shapes: B batch, T indices of a sample, Q of a place, P places, K codes of the largest codebook, W width.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ class IndexTransformer(IndexPrior):
     Args:
         input_shape: shape of one sample; any that the tokenizer takes.
         tokenizer: path of a trained quantised model (checkpoint, run or saved folder; of a prior, its tokenizer), which
-            is copied into this one; or a quantised model that learns beside its prior, by name or as {"model": name,
-            argument: value, ...}. It then has its own lr, and all else of the optimiser from its prior.
-        width: W, channels of a token; heads of 16 channels where they divide it.
+            is copied into this one; or a quantised model to train together with its prior, by name or as {"model":
+            name, argument: value, ...}. It then has its own lr; other settings of the optimiser are the prior's.
+        width: W, channels of a token; heads have 16 channels where the width is a multiple of 16.
         depth: number of blocks.
-        dropout: share of a token's channels that are left out in training, after the embedding.
+        dropout: share of a token's channels that are dropped in training, after the embedding.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, within a block.
         lr: learning rate.
         optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
@@ -68,7 +68,7 @@ class IndexTransformer(IndexPrior):
         )
         self.save_hyperparameters()
         self.check_net(width, depth, dropout)
-        # GPT-2's standard deviation of vectors
+        # the standard deviation that GPT-2 uses for vectors
         self.book_QKW = nn.Parameter(0.02 * torch.randn(self.index_shape[0], self.n_codes, width))
         self.start_W = nn.Parameter(0.02 * torch.randn(width))
         self.position_TW = nn.Parameter(0.02 * torch.randn(self.n_tokens, width))
@@ -82,7 +82,7 @@ class IndexTransformer(IndexPrior):
         return logits_BPQK.flatten(1, 2)
 
     def embedded(self, before: Tensor) -> Tensor:
-        """What stands for a token, by those before it: the first t tokens (B, t) -> (B, t + 1, W)."""
+        """The input vectors that predict each token from those before it: first t tokens (B, t) -> (B, t + 1, W)."""
         q, k, _ = self.book_QKW.shape
         offset_T = k * torch.arange(q, device=before.device).repeat(self.n_tokens // q)[: before.shape[1]]
         embedded_BTW = F.embedding(before + offset_T, self.book_QKW.flatten(0, 1))

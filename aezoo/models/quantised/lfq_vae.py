@@ -1,16 +1,16 @@
 """LFQ autoencoder, lookup-free quantisation of MAGVIT-v2 (Yu et al. 2023), https://arxiv.org/abs/2310.05737
 
-Each channel of the encoder's output becomes its sign; a place has one of 2^D codes:
+Each channel of the encoder's output becomes its sign, so a place has one of 2^D codes:
 
     z = f(x)    z_q = sign(z)    gradient of z = gradient of z_q
 
     L = -log p(x | g(z_q)) + w (E H(p(c|z)) - gamma H(E p(c|z))) + beta ||z - sg(z_q)||^2
 
-summed over places; p(c|z) = softmax_c(2 z.c / temperature), and the second E is over the places of the whole batch. The
-first entropy keeps z away from where its sign turns, the second sets all codes to use.
+summed over places. p(c|z) = softmax_c(2 z.c / temperature), and the second E is over the places of the whole batch. The
+first entropy keeps z away from 0, where its sign changes; the second brings all codes into use.
 
-The paper weighs means, 0.1 of an entropy a place beside the error a value. Of d values and P places that is
-w = 0.1 d / P here: 1.6 for images of 28 x 28 in 7 x 7 places. The default leaves more to the reconstruction.
+The paper weights means: 0.1 of the entropy per place against the error per value. For d values and P places, this is
+w = 0.1 d / P here: 1.6 for images of 28 x 28 with 7 x 7 places. The default gives more weight to the reconstruction.
 """
 
 from torch import Tensor
@@ -26,11 +26,11 @@ class LFQVAE(DiscreteAutoencoder):
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, channels of a code and bits of its index.
-        entropy_weight: weight of both entropies.
-        gamma: weight of the diversity of codes within it.
-        beta: weight of the commitment.
-        temperature: of the probabilities of codes.
-        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        entropy_weight: w, weight of both entropy terms.
+        gamma: weight of the diversity term relative to the entropy term.
+        beta: weight of the commitment loss.
+        temperature: temperature of the code probabilities.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

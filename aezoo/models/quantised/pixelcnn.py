@@ -8,10 +8,10 @@ A prior over the indices k of a quantised model, by masked convolutions over the
     h <- h + W gate(mask(conv(h)) + W' v_above)   horizontal stack: of the row up to a place, and v of the row above
     gate(a, b) = tanh(a) sigmoid(b)
 
-The two stacks together see every place before their own, without the blind spot of one stack of masked convolutions. Of
-a place's own Q indices, index q sees those before q: the first layer has mask A, later ones mask B, as for R, G and B.
+The two stacks together see every earlier place, without the blind spot of a single stack of masked convolutions. Of the
+Q indices of its own place, index q sees those before q: the first layer has mask A, later ones mask B, as for R, G, B.
 
-Shapes: B batch, Q indices of a place, K codes of the largest book, (H, W) grid of places, T = Q H W, F channels.
+Shapes: B batch, Q indices of a place, K codes of the largest codebook, (H, W) grid of places, T = Q H W, F channels.
 """
 
 from typing import Any
@@ -25,13 +25,13 @@ from aezoo.index_prior import IndexPrior
 
 
 class MaskedConv(nn.Conv2d):
-    """A convolution over a place and those to its left, whose channels are cut into groups.
+    """A convolution over a place and those to its left, with channels in groups.
 
     Args:
         n_in, n_out: channels.
         reach: how many places to the left it sees.
-        groups: of channels; of its own place an output sees the groups before its own.
-        own: and its own (mask B), or not (mask A).
+        groups: number of channel groups; at its own place, an output sees the groups before its own.
+        own: whether it also sees its own group (mask B) or not (mask A).
     """
 
     mask: Tensor
@@ -51,12 +51,12 @@ class GatedLayer(nn.Module):
     """One layer of the two stacks, (B, F, H, W), (B, F, H, W) -> the same.
 
     Args:
-        width: F, which is cut into groups.
+        width: F, divided into groups.
         groups: Q.
         reach: places that it sees to each side, and above.
-        vertical: there are rows above.
-        dropout: of what it adds to h.
-        first: it has mask A, and no h to add to.
+        vertical: whether there are rows above.
+        dropout: dropout rate of what it adds to h.
+        first: whether it is the first layer, which has mask A and no h to add to.
     """
 
     def __init__(self, width: int, groups: int, reach: int, vertical: bool, dropout: float, first: bool) -> None:
@@ -87,12 +87,12 @@ class PixelCNN(IndexPrior):
     Args:
         input_shape: shape of one sample; any that the tokenizer takes to a map or a sequence of indices.
         tokenizer: path of a trained quantised model (checkpoint, run or saved folder; of a prior, its tokenizer), which
-            is copied into this one; or a quantised model that learns beside its prior, by name or as {"model": name,
-            argument: value, ...}. It then has its own lr, and all else of the optimiser from its prior.
-        width: F, channels of both stacks, shared among the Q indices of a place.
+            is copied into this one; or a quantised model to train together with its prior, by name or as {"model":
+            name, argument: value, ...}. It then has its own lr; other settings of the optimiser are the prior's.
+        width: F, channels of both stacks, divided among the Q indices of a place.
         depth: number of layers.
-        kernel_size: of the convolutions, odd; a layer reaches half of it to each side.
-        dropout: share of what a layer adds that is left out in training.
+        kernel_size: size of the convolutions, odd; a layer reaches half of it to each side.
+        dropout: share of a layer's output that is dropped in training.
         lr: learning rate.
         optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
         weight_decay: the optimiser's weight decay.

@@ -1,17 +1,17 @@
 """QLAE, quantised-latent autoencoder (Hsu et al. 2023), https://arxiv.org/abs/2305.18378
 
-Each number of the code becomes the nearest of a few values that are its own, and learned:
+Each number of the code becomes the nearest of a few learned values, which are its own:
 
     z = f(x)    z_q,d = v_dk, k = argmin_j |z_d - v_dj|    gradient of z = gradient of z_q
 
     L = -log p(x | g(z_q)) + ||sg(z) - z_q||^2 + beta ||z - sg(z_q)||^2
 
-A decoder that is kept simple by a strong decay of its weights gives each value one meaning, whatever the other numbers
-are, so that numbers come to stand for the factors of the data. Matrices and kernels decay, by AdamW, and nothing else.
+Strong weight decay keeps the decoder simple, so that each value gets one meaning, whatever the other numbers are. Thus
+numbers come to represent the factors of the data. AdamW decays matrices and kernels only.
 
-The paper weighs both terms by 0.01, of a mean over the code beside a mean over the sample. Of d values and D numbers
-that is a beta of 0.01 d / D here: 10 for its images of 64 x 64 in colour and 12 numbers. With much less z leaves the
-values behind, which move by a step of Adam at a time whatever the weight of their own term, and few are in use.
+The paper weights both terms by 0.01, with means over the code and over the sample. For d values and D numbers, this is
+a beta of 0.01 d / D here: 10 for its 64 x 64 colour images and 12 numbers. With a much smaller beta, z moves away from
+the values, which move by one Adam step at a time whatever the weight of their own term, and few values are in use.
 
 Shapes: B batch, D numbers of a code, K values of each.
 """
@@ -27,13 +27,13 @@ from aezoo.quantisers.latent_quantisation import LatentQuantisation
 
 
 class QLAE(DiscreteAutoencoder):
-    """A vector of numbers with few values each, and weights that decay.
+    """A vector of numbers with few values each, and weight decay.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, numbers of a code; the paper takes twice as many as the data have factors.
-        n_values: K, values of each.
-        beta: weight of the commitment.
+        latent_dim: D, numbers of a code; the paper takes twice the number of factors of the data.
+        n_values: K, values of each number.
+        beta: weight of the commitment loss.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

@@ -1,15 +1,15 @@
 """RQ-VAE, residual-quantised autoencoder (Lee et al. 2022), https://arxiv.org/abs/2203.01941
 
-Each place of the encoder's output becomes a sum of codes, each the nearest to what those before have left over:
+Each place of the encoder's output becomes a sum of codes, where each code is the nearest to the current residual:
 
     z = f(x)    r_0 = z    r_l = r_(l-1) - e_l, e_l = the nearest code of book l    z_q = sum_l e_l
 
     L = -log p(x | g(z_q)) + sum_l ||sg(r_(l-1)) - e_l||^2 + beta sum_l ||z - sg(sum_(i<=l) e_i)||^2
 
-summed over places. K codes a level give K^levels sums: more levels, not larger books, bring more bits. Each level has a
-book of its own, as in SoundStream (Zeghidour et al. 2021, arXiv:2107.03312); the paper lets them share one. The second
-term is that of update gradient; with ema, as in the paper, codes are moving averages. With SoundStream's quantiser
-dropout a sample keeps its first n levels, n uniform, so that one model decodes at every rate.
+summed over places. K codes per level give K^levels sums: more levels, not larger codebooks, give more bits. Each level
+has its own codebook, as in SoundStream (Zeghidour et al. 2021, arXiv:2107.03312); in the paper, levels share one. The
+second term applies to update gradient; with ema, as in the paper, codes are moving averages. With SoundStream's
+quantiser dropout, a sample keeps its first n levels, n uniform, so that one model decodes at every rate.
 """
 
 from torch import Tensor
@@ -20,21 +20,21 @@ from aezoo.quantisers.residual_vq import ResidualVQ
 
 
 class RQVAE(DiscreteAutoencoder):
-    """A map of sums of codes, one of each of several codebooks.
+    """A map of sums of codes, one code from each of several codebooks.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, channels of a code.
-        levels: codes a place, each from a book of its own.
-        codebook_size: K, codes of a book.
-        dropout: share of samples in training that keep only their first levels.
-        beta: weight of the commitment.
+        levels: codes per place, each from its own codebook.
+        codebook_size: K, codes of each codebook.
+        dropout: share of training samples that keep only their first levels.
+        beta: weight of the commitment loss.
         update: how codes learn: ema, moving averages, or gradient.
-        decay: of the moving averages.
-        dead_below: mean rows a batch below which a code moves to a row, at most rows / 2K where rows <= K; 0 for never.
-        estimator: how the gradient passes the quantiser: ste, rotation, gumbel or diveq.
-        data_init: start the codes by k-means on the first batch of training, each level's on what is left over.
-        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        decay: decay rate of the moving averages.
+        dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
+        estimator: how the gradient passes through the quantiser: ste, rotation, gumbel or diveq.
+        data_init: initialise the codes by k-means on the first training batch, each level on the residuals.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

@@ -1,12 +1,12 @@
 """SimVQ autoencoder, vector quantisation with one linear layer (Zhu et al. 2024), https://arxiv.org/abs/2411.02038
 
-As `vq_vae`, with codes C_0 W: C_0 is drawn once and frozen, W is a D x D matrix that all codes share:
+This is `vq_vae` with codes C_0 W: C_0 is drawn once and frozen, and W is a D x D matrix that all codes share:
 
     z = f(x)    z_q = e_k, k = argmin_j ||z - e_j||, e = C_0 W    gradient of z = gradient of z_q
 
     L = -log p(x | g(z_q)) + ||sg(z) - e_k||^2 + beta ||z - sg(e_k)||^2
 
-summed over places. A code that is chosen moves all others with it, so that none is left behind: no revival is needed.
+summed over places. A chosen code moves all others with it, so no code is left behind and none needs to be revived.
 """
 
 from torch import Tensor
@@ -22,10 +22,10 @@ class SimVQVAE(DiscreteAutoencoder):
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, channels of a code.
-        codebook_size: K.
-        beta: weight of the commitment.
-        estimator: how the gradient passes the quantiser: ste or rotation.
-        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        codebook_size: K, number of codes.
+        beta: weight of the commitment loss.
+        estimator: how the gradient passes through the quantiser: ste or rotation.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

@@ -1,20 +1,20 @@
 """SoftVQ-VAE, soft vector quantisation (Chen et al. 2024), https://arxiv.org/abs/2412.10958
 
-A row of tokens as TiTok's (`aezoo.nets.tokens`, where the start is ours), each of which is a mixture of all K codes C
-instead of the nearest:
+A row of tokens as in TiTok (`aezoo.nets.tokens`; the initialisation is our own). Each token is a mixture of all K codes
+C instead of the nearest code:
 
     z = f(x)    p_k = softmax_k(-||z - e_k||^2 / temperature)    z_q = sum_k p_k e_k = p C
 
     L = -log p(x | g(z_q)) + entropy_weight (E[H(p)] - gamma H(E[p]))
 
-All of it is differentiable: z and the codes get the gradient of z_q itself, with no straight-through estimator, and no
-term pulls one to the other. The entropies are the paper's KL, in nats, for each token, summed over the N of a sample:
-`entropy` is least where a token is one code, `diversity` is greatest, N log K, where all codes are used alike over the
-tokens of all ranks; exp(diversity / N) is how many there are in use. As the temperature falls to 0, z_q becomes VQ's
-nearest code, as it rises the mean of the codes.
+Everything is differentiable: z and the codes get the gradient of z_q itself, without a straight-through estimator, and
+no term pulls z and codes together. The entropies are the paper's KL, in nats, per token, summed over the N tokens of a
+sample. `entropy` is smallest when each token is one code. `diversity` is largest, N log K, when all codes are used
+equally over the tokens of all ranks; exp(diversity / N) is the number of codes in use. As the temperature falls to 0,
+z_q becomes the nearest code, as in VQ; as it rises, z_q becomes the mean of the codes.
 
-The code is continuous, a mixture: it is written in no indices. With cosine z and the codes are taken to the unit
-sphere, where ||z - e||^2 = 2 - 2 z.e: cosines over a temperature t, as the paper's code has them, are squared distances
+The code is a continuous mixture, so it cannot be written as indices. With cosine, z and the codes are projected to the
+unit sphere, where ||z - e||^2 = 2 - 2 z.e: cosines over a temperature t, as in the paper's code, are squared distances
 over 2 t.
 
 Shapes: B batch, D channels of a token, N tokens, K codes.
@@ -36,19 +36,19 @@ class SoftVQ(Autoencoder):
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
-        n_tokens: N, tokens a sample.
+        n_tokens: N, tokens per sample.
         latent_dim: D, channels of a code.
-        codebook_size: K.
-        temperature: of the mixtures, in squared distances; towards 0 a mixture is its nearest code.
-        entropy_weight: weight of both entropies.
-        gamma: weight of `diversity` beside that of `entropy`.
+        codebook_size: K, number of codes.
+        temperature: temperature of the mixtures, in squared distances; near 0 a mixture is its nearest code.
+        entropy_weight: weight of both entropy terms.
+        gamma: weight of `diversity` relative to that of `entropy`.
         cosine: compare directions, on the unit sphere.
-        data_init: on the first batch of training bring tokens to mean 0 and variance 1, and start the codes by k-means.
+        data_init: on the first training batch, scale tokens to mean 0 and variance 1, and start the codes by k-means.
         patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
-        width: size of a token within the encoder.
-        depth: blocks of the encoder.
-        decoder_width: size of a token within the decoder.
-        decoder_depth: blocks of the decoder.
+        width: width of a token in the encoder.
+        depth: number of blocks of the encoder.
+        decoder_width: width of a token in the decoder.
+        decoder_depth: number of blocks of the decoder.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
             gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
@@ -111,7 +111,7 @@ class SoftVQ(Autoencoder):
             self.keep_started()
 
     def place(self, rows: Tensor) -> Tensor:
-        """Where rows are compared with codes, in at least float32: as they are, or on the unit sphere."""
+        """Where rows are compared with codes, in at least float32: unchanged, or projected to the unit sphere."""
         rows = at_least_float32(rows)
         return F.normalize(rows, dim=-1) if self.cosine else rows
 

@@ -1,20 +1,20 @@
 """SQ-VAE, a stochastically quantised VAE (Takida et al. 2022), https://arxiv.org/abs/2205.07547
 
-Codes are drawn by their distance, with a variance that is learned; the paper's Gaussian SQ-VAE:
+Codes are sampled by their distance, with a learned variance; this is the paper's Gaussian SQ-VAE:
 
     L = E[-log p(x|z_q)] + E_q ||z - z_q||^2 / (2 s^2) + P log K - H(q)      z = f(x)
     q(c|x) = prod_n softmax_k(-||z_n - e_k||^2 / (2 s^2))                    c uniform, z_q,n = e_c_n
     p(x|z_q) = N(g(z_q), v),   v = argmin L = mean of (x - g(z_q))^2         the likelihood of `sigma_vae`
 
-It is a negative ELBO, where codes have noise, N(z_q, s^2), that q gives to z as well, N(z, s^2), but does not draw: all
-weights are 1, and no gradient is stopped. All but the first term are means over the book and fall as s grows; the first
-falls with s where other codes reconstruct worse, the more so the smaller v is. So q is unsure at first and anneals
-itself to the nearest code as reconstructions become good.
+L is a negative ELBO in which codes have noise N(z_q, s^2). q gives the same noise to z, N(z, s^2), but does not sample
+it. All weights are 1, and no gradient is stopped. All terms but the first are means over the codebook and fall as s
+grows. The first falls with s where other codes reconstruct worse, and faster for smaller v. So q is uncertain at first
+and anneals itself to the nearest code as reconstructions improve.
 
-In training codes are relaxed, as those of `gumbel_vq_vae` and with its schedule of the temperature, or one-hot
-(`hard`); in evaluation the loss draws codes themselves, and v is its running mean. There, and with `hard` everywhere,
-log p(x) >= E[elbo], elbo = -(nll + kl), since p(x) is that of codes without noise. `encode` and all that reconstructs
-take the nearest codes and draw nothing; `score` is L there.
+In training, codes are relaxed as in `gumbel_vq_vae`, with its temperature schedule, or one-hot (`hard`). In evaluation,
+the loss samples codes, and v is its running mean. There, and everywhere with `hard`, log p(x) >= E[elbo] with
+elbo = -(nll + kl), since p(x) is that of codes without noise. `encode` and all reconstructions take the nearest codes
+and sample nothing; `score` is L at these codes.
 
 Shapes: B batch, X data dimensions, D channels of a code, K codes, P places.
 """
@@ -35,20 +35,20 @@ from aezoo.quantisers.stochastic_vq import StochasticVQ
 
 
 class SQVAE(DiscreteAutoencoder):
-    """A map of codes drawn by their distance, which becomes sure of itself.
+    """A map of codes sampled by distance, with a learned variance that falls as reconstructions improve.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, channels of a code.
-        codebook_size: K.
+        codebook_size: K, number of codes.
         variance: what shares s^2: one for all, or a factor of it that the encoder gives each sample or place.
-        start_variance: s^2 at the start, beside codes of variance 1: with too little one code takes all, with too much
-            none counts. 8 suits 64 channels (the authors' code has 11), 0.5 the variance sample or place.
-        temperature: of the relaxed codes at the end, at least 0.01: near 0 gradients are noisy.
-        start_temperature: at the first step.
+        start_variance: initial s^2, relative to codes of variance 1: if too small, one code takes all; if too large,
+            no code matters. 8 suits 64 channels (the authors' code has 11), 0.5 the variance sample or place.
+        temperature: final temperature of the relaxed codes, at least 0.01: near 0, gradients are noisy.
+        start_temperature: temperature at the first step.
         temperature_steps: optimiser steps over which it falls to temperature; 0 keeps it there.
-        hard: decode codes in training as well, with the gradient of the relaxed ones.
-        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        hard: decode one-hot codes in training too, with the gradient of the relaxed codes.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -99,11 +99,11 @@ class SQVAE(DiscreteAutoencoder):
         drawn: dict[str, Any] = {"variance": variance, "start_variance": start_variance, "hard": hard}
         self.quantiser = StochasticVQ(latent_dim, codebook_size, temperature=float(self.tau()), **drawn)
         self.set_nets(net, (self.quantiser.dim, latent_dim), hidden_dims, activation, places)
-        # what scores and evaluation read; saved, unlike a likelihood's usual fixed scale
+        # read by scores and evaluation; saved, unlike the usual fixed scale of a likelihood
         self.likelihood.register_buffer("log_scale", self.likelihood.log_scale)
 
     def tau(self) -> Tensor:
-        """The temperature at the present step, ()."""
+        """The temperature at the current step, ()."""
         share = self.share_of_steps(self.temperature_steps)
         return self.start_temperature ** (1 - share) * self.temperature**share
 
@@ -113,7 +113,7 @@ class SQVAE(DiscreteAutoencoder):
         return x, y
 
     def draw(self, x: Tensor) -> Quantised:
-        """Codes drawn from q(c|x), in training relaxed: as `quantise`."""
+        """Codes sampled from q(c|x), relaxed in training; returns the same as `quantise`."""
         z = self.encoder(x)
         found = self.quantiser.quantise(z)
         if self.training:
@@ -127,9 +127,9 @@ class SQVAE(DiscreteAutoencoder):
         sse_B = (at_least_float32(x) - at_least_float32(self.decoder(z_q))).flatten(1).square().sum(1)
         log_s, x_dim = self.likelihood.log_scale, x[0].numel()
         if self.training:
-            # dL/dv = 0 at this v, hence it needs no gradient
+            # dL/dv = 0 at this v, so it needs no gradient
             v = (self.batch_mean(sse_B) / x_dim).clamp(math.exp(-30), math.exp(20)).detach()
-            log_s.lerp_((0.5 * v.log()).to(log_s), 0.1)  # as BatchNorm's running statistics
+            log_s.lerp_((0.5 * v.log()).to(log_s), 0.1)  # like BatchNorm's running statistics
         else:
             v = torch.exp(2 * at_least_float32(self.likelihood.bounded))
         nll = (sse_B / (2 * v) + x_dim / 2 * torch.log(2 * math.pi * v)).mean()

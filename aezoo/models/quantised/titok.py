@@ -1,18 +1,19 @@
 """TiTok, a transformer-based 1-dimensional tokenizer (Yu et al. 2024), https://arxiv.org/abs/2406.07550
 
-The code has no grid: a vision transformer reads patches P beside N learned latent tokens l, of which alone the outputs
-are kept, and each becomes the nearest of K codes; another one reads these beside mask tokens m, and gives the patches:
+The code has no grid. A vision transformer reads patches P together with N learned latent tokens l. Only the outputs of
+the latent tokens are kept, and each becomes the nearest of K codes. A second transformer reads these together with mask
+tokens m and outputs the patches:
 
     z = f(P, l)    u = z / ||z||    z_q = e_k / ||e_k||, k = argmin_j ||u - e_j / ||e_j|| ||    x_hat = g(m, z_q)
 
     L = -log p(x | x_hat) + ||sg(u) - z_q||^2 + beta ||u - sg(z_q)||^2
 
-summed over tokens. beta weights the commitment alone. With update ema, codes are moving averages and there is no second
-term. N is free, so that it is the same for every size of a sample.
+summed over tokens. beta weights only the commitment loss. With update ema, codes are moving averages and there is no
+second term. N is a free choice, the same for every size of a sample.
 
-The paper first has the decoder predict the codes of a pretrained MaskGIT-VQGAN, and then trains decoders alone with a
-perceptual and an adversarial loss. Here all is trained at once on the likelihood of the data: one stage, as its code
-has it too, which asks for no other model. How the networks begin is ours as well, see `aezoo.nets.tokens`.
+The paper first trains the decoder to predict the codes of a pretrained MaskGIT-VQGAN, and then trains only decoders
+with a perceptual and an adversarial loss. Here everything is trained in one stage on the likelihood of the data, which
+needs no other model; the paper's code has this too. The initialisation is our own as well, see `aezoo.nets.tokens`.
 
 Shapes: B batch, D channels of a token, N tokens, K codes.
 """
@@ -30,21 +31,21 @@ class TiTok(DiscreteAutoencoder):
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
-        n_tokens: N, codes a sample.
+        n_tokens: N, codes per sample.
         latent_dim: D, channels of a code.
-        codebook_size: K.
-        beta: weight of the commitment.
+        codebook_size: K, number of codes.
+        beta: weight of the commitment loss.
         update: how codes learn: ema, moving averages, or gradient.
-        decay: of the moving averages.
-        dead_below: mean rows a batch below which a code moves to a row, at most rows / 2K where rows <= K; 0 for never.
-        estimator: how the gradient passes the quantiser: ste, rotation, gumbel or diveq.
+        decay: decay rate of the moving averages.
+        dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
+        estimator: how the gradient passes through the quantiser: ste, rotation, gumbel or diveq.
         cosine: compare directions, on the unit sphere.
-        data_init: on the first batch of training bring tokens to mean 0 and variance 1, and start the codes by k-means.
+        data_init: on the first training batch, scale tokens to mean 0 and variance 1, and start the codes by k-means.
         patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
-        width: size of a token within the encoder.
-        depth: blocks of the encoder.
-        decoder_width: size of a token within the decoder.
-        decoder_depth: blocks of the decoder.
+        width: width of a token in the encoder.
+        depth: number of blocks of the encoder.
+        decoder_width: width of a token in the decoder.
+        decoder_depth: number of blocks of the decoder.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
             gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.

@@ -1,15 +1,15 @@
 """VP-VAE, vector perturbation autoencoder (Zhai et al. 2026), https://arxiv.org/abs/2602.17133
 
-Trained without a codebook: each place of the encoder's output is moved about as far as quantising it would, and so that
-codes stay where codes are (`aezoo.quantisers.vector_perturbation`, a step of Metropolis and Hastings):
+The model trains without a codebook. Each place of the encoder's output moves about as far as quantisation would move
+it, and the distribution of codes is preserved (`aezoo.quantisers.vector_perturbation`, a Metropolis-Hastings step):
 
     z = f(x)    z_q = z + u, or z where u is rejected    gradient of z = gradient of z_q
 
     L = -log p(x | g(z_q)) + lam_1 ||mu||^2 + lam_2 ||sigma^2 - 1||^2
 
-the last two, of the mean and the variance of each channel over all places of a batch, summed over places. Evaluation
-quantises to the nearest of K codes, which follow z by moving averages and which nothing else follows. The authors weigh
-means over channels by 0.1 and 0.07, beside a mean over the data's dimensions.
+The last two terms use the mean and the variance of each channel over all places of a batch, and are summed over places.
+Evaluation quantises to the nearest of K codes. These follow z as moving averages, and no loss depends on them. The
+authors weight means over channels by 0.1 and 0.07, relative to a mean over the data's dimensions.
 """
 
 from torch import Tensor
@@ -20,22 +20,22 @@ from aezoo.quantisers.vector_perturbation import VectorPerturbation
 
 
 class VPVAE(DiscreteAutoencoder):
-    """A map of codes from one codebook that the decoder is made ready for and does not see.
+    """A map of codes from one codebook, for which perturbations in training prepare the decoder.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, channels of a code.
-        codebook_size: K.
-        eta: the largest move over the distance to the nearest S / K rows.
-        neighbours: k, by which the density of codes is estimated.
-        queue_size: S, rows of batches before that both are estimated from.
-        share: of the rows of a batch that enter the queue.
+        codebook_size: K, number of codes.
+        eta: largest perturbation, relative to the distance to the S / K-th nearest row.
+        neighbours: k, the neighbour whose distance estimates the density of codes.
+        queue_size: S, rows of earlier batches from which both are estimated.
+        share: share of the rows of a batch that enter the queue.
         mean_weight: lam_1.
         variance_weight: lam_2.
-        decay: of the codes' moving averages.
-        dead_below: mean rows a batch below which a code moves to a row, at most rows / 2K where rows <= K; 0 for never.
-        data_init: start the codes by k-means on the first batch of training, and fill the queue with its rows.
-        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        decay: decay rate of the codes' moving averages.
+        dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
+        data_init: initialise the codes by k-means on the first training batch, and fill the queue with its rows.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.

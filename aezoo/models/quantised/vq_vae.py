@@ -6,11 +6,11 @@ Each place of the encoder's output becomes the nearest of K codes (equation 3):
 
     L = -log p(x | g(z_q)) + ||sg(z) - e_k||^2 + beta ||z - sg(e_k)||^2
 
-summed over places. beta weights the commitment alone, which keeps the encoder near its codes. With update ema there is
-no second term: codes are moving averages of the rows that chose them (appendix A.1).
+summed over places. beta weights only the commitment loss, which keeps the encoder near its codes. With update ema there
+is no second term: codes are moving averages of the rows that chose them (appendix A.1).
 
-With n_groups of G above 1 it is product quantisation (Jégou et al. 2011, https://doi.org/10.1109/TPAMI.2010.57): the
-channels of a place are cut into G groups, each with a book and an index of its own, so that G K vectors give K^G codes.
+With n_groups G above 1, this is product quantisation (Jégou et al. 2011, https://doi.org/10.1109/TPAMI.2010.57): the
+channels of a place are split into G groups, each with its own codebook and index, so that G K vectors give K^G codes.
 
 Shapes: B batch, D channels of a code, K codes, G groups.
 """
@@ -28,21 +28,21 @@ from aezoo.quantisers.vq import VQ
 
 
 class VQVAE(DiscreteAutoencoder):
-    """A map of codes from one codebook, or of a codebook for each group of channels.
+    """A map of codes from one codebook, or from one codebook for each group of channels.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, channels of a code.
-        codebook_size: K, of each book.
-        n_groups: G, which divides D: books, each for as many of the channels.
-        beta: weight of the commitment.
+        codebook_size: K, codes of each codebook.
+        n_groups: G, a divisor of D: number of codebooks, each for an equal share of the channels.
+        beta: weight of the commitment loss.
         update: how codes learn: ema, moving averages, or gradient.
-        decay: of the moving averages.
-        dead_below: mean rows a batch below which a code moves to a row, at most rows / 2K where rows <= K; 0 for never.
-        estimator: how the gradient passes the quantiser: ste, rotation, gumbel or diveq.
+        decay: decay rate of the moving averages.
+        dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
+        estimator: how the gradient passes through the quantiser: ste, rotation, gumbel or diveq.
         cosine: compare directions, on the unit sphere.
-        data_init: start the codes by k-means on the first batch of training.
-        places: codes a sample, of net mlp, lstm and transformer; the others have a code at each place of their grid.
+        data_init: initialise the codes by k-means on the first training batch.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -94,7 +94,7 @@ class VQVAE(DiscreteAutoencoder):
         at_least(1, codebook_size=codebook_size, n_groups=n_groups)
         self.beta = beta
         self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
-        # a book by itself has the names that checkpoints of before know
+        # a single codebook keeps the parameter names of earlier checkpoints
         one = n_groups == 1
         make: Callable[..., Quantiser] = partial(VQ, latent_dim) if one else partial(GroupedVQ, latent_dim, n_groups)
         self.quantiser = make(

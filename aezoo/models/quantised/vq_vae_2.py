@@ -1,17 +1,17 @@
 """VQ-VAE-2, two levels of codes (Razavi et al. 2019), https://arxiv.org/abs/1906.00446
 
-A top grid holds what is global, a finer bottom grid the rest. In nats per sample:
+A top grid holds global structure, and a finer bottom grid the rest. In nats per sample:
 
     h = f(x)                              features on the bottom grid
     t = VQ_top(f_top(h))                  on a grid that f_top's strides leave
     b = VQ_bottom(W [h, g_top(t)])        on the bottom grid, given the top
     L = -log p(x | g([up(t), b])) + beta (||z_t - sg(t)||^2 + ||z_b - sg(b)||^2)
 
-summed over places; z_t and z_b are what the quantisers are given, g_top mirrors f_top, up takes the nearest of t to
-each place below. Codes are moving averages; update gradient adds ||sg(z) - e||^2 of both. t depends on no code of b, so
-that a prior is p(t) p(b | t). A sample's code is both in a row, top first, each grid row by row: (C, T).
+summed over places. z_t and z_b are the inputs of the quantisers, g_top mirrors f_top, and up gives each bottom place
+the nearest code of t. Codes are moving averages; update gradient adds ||sg(z) - e||^2 of both. t depends on no code of
+b, so a prior is p(t) p(b | t). A sample's code is both grids in one row, top first, each row by row: (C, T).
 
-Shapes: B batch, C channels of a code, F channels of h, K codes of each book, T codes of a sample.
+Shapes: B batch, C channels of a code, F channels of h, K codes of each codebook, T codes of a sample.
 """
 
 import math
@@ -29,19 +29,19 @@ from aezoo.quantisers.vq import VQ
 
 
 class VQVAE2(DiscreteAutoencoder):
-    """Two grids of codes from a codebook each, the finer one given the coarser one.
+    """Two grids of codes with one codebook each; the finer grid is conditioned on the coarser one.
 
     Args:
         input_shape: shape of one sample: (C, L), (C, H, W) or (C, D, H, W).
         latent_dim: C, channels of a code.
-        codebook_size: K.
-        beta: weight of the commitment.
+        codebook_size: K, number of codes.
+        beta: weight of the commitment loss.
         update: how codes learn: ema, moving averages, or gradient.
-        decay: of the moving averages.
-        dead_below: mean rows a batch below which a code moves to a row, at most rows / 2K where rows <= K; 0 for never.
-        estimator: how the gradient passes the quantisers: ste, rotation, gumbel or diveq.
+        decay: decay rate of the moving averages.
+        dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
+        estimator: how the gradient passes through the quantisers: ste, rotation, gumbel or diveq.
         cosine: compare directions, on the unit sphere.
-        data_init: start the codes by k-means on the first batch of training, the bottom ones given the top.
+        data_init: initialise the codes by k-means on the first training batch, the bottom ones given the top.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
         hidden_dims: channels of the encoder's stages down to the bottom grid; the decoder mirrors them.
         top_dims: channels of the stages from there to the top grid.
@@ -110,7 +110,7 @@ class VQVAE2(DiscreteAutoencoder):
             self.keep_started()
 
     def before_bottom(self, h: Tensor, top: Quantised) -> Tensor:
-        """What the bottom quantiser is given: (B, F, *grid), codes (B, C, *top grid) -> (B, C, *grid)."""
+        """The input of the bottom quantiser: (B, F, *grid), codes (B, C, *top grid) -> (B, C, *grid)."""
         return cast(Tensor, self.to_bottom(torch.cat([h, self.top_decoder(top.z_q)], 1)))
 
     def quantise(self, x: Tensor) -> Quantised:
@@ -140,7 +140,7 @@ class VQVAE2(DiscreteAutoencoder):
     def start_from(self, x: Tensor) -> None:
         h = self.encoder(x)
         self.top.start(z := self.top_encoder(h))
-        top = self.top.eval().quantise(z)  # in training it would learn from these rows once more
+        top = self.top.eval().quantise(z)  # in training mode it would learn from these rows a second time
         self.top.train(self.training)
         self.bottom.start(self.before_bottom(h, top))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def gumbel(like: Tensor) -> Tensor:
-    """Standard Gumbel noise, -log of an exponential, of the same shape."""
+    """Standard Gumbel noise, -log of an exponential variable, in the shape of `like`."""
     noise = torch.empty_like(like, memory_format=torch.contiguous_format).exponential_()
     return -noise.clamp(min=torch.finfo(like.dtype).tiny).log()
 
@@ -40,7 +40,7 @@ def relaxed(log_p: Tensor, tau: Tensor | float, straight_through: bool = False) 
     Args:
         log_p: logarithms of the classes' probabilities.
         tau: the temperature, above 0.
-        straight_through: give one-hot codes instead, which pass the gradient of the relaxed ones.
+        straight_through: return one-hot codes instead, with the gradient of the relaxed ones.
     """
     z = ((log_p + gumbel(log_p)) / tau).softmax(-1)
     return one_hot(z) + (z - z.detach()) if straight_through else z
@@ -49,10 +49,10 @@ def relaxed(log_p: Tensor, tau: Tensor | float, straight_through: bool = False) 
 def kl_from_uniform(p_BD: Tensor, log_p_BD: Tensor, k: int) -> Tensor:
     """KL(q || uniform) in nats, summed over all variables of k classes each: (B, D), (B, D) -> (B,)."""
     r_BD = log_p_BD + math.log(k)
-    # expm1(r) / K = p - 1/K sums to 0: with it the rounding of log p does not count near the uniform
+    # expm1(r) / K = p - 1/K sums to 0; subtracting it removes the rounding errors of log p near the uniform
     return (p_BD * r_BD - r_BD.expm1() / k).sum(1)
 
 
 def every_code(n: int, k: int, device: torch.device) -> Tensor:
-    """All codes of n variables of k classes that there are, one-hot: (k^n, n, k)."""
+    """All one-hot codes of n variables with k classes: (k^n, n, k)."""
     return F.one_hot(torch.cartesian_prod(*[torch.arange(k, device=device)] * n).view(-1, n), k)

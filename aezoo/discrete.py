@@ -1,6 +1,6 @@
 """Autoencoders with discrete codes: a quantiser between encoder and decoder.
 
-Shapes: B batch, D channels that are quantised, C channels of a code, Q indices a place.
+Shapes: B batch, D channels that are quantised, C channels of a code, Q indices per place.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from aezoo.quantisers.base import Quantised, Quantiser, in_evaluation
 
 
 class DiscreteAutoencoder(Autoencoder):
-    """An autoencoder with a `quantiser`; a subclass sets it, calls `set_nets` and writes its loss.
+    """An autoencoder with a `quantiser`; a subclass sets it, calls `set_nets` and defines its loss.
 
     The code of a sample is (C, *places), and is equivalent to indices (Q, *places).
 
@@ -33,7 +33,7 @@ class DiscreteAutoencoder(Autoencoder):
         Args:
             net: a network's name.
             dims: D and C.
-            hidden_dims: of the encoder; the decoder mirrors them.
+            hidden_dims: hidden_dims of the encoder; the decoder mirrors them.
             activation: an activation's name.
             places: number of places, for a network without a grid (mlp, lstm, transformer).
 
@@ -43,7 +43,7 @@ class DiscreteAutoencoder(Autoencoder):
         if min(dims) < 1 or places < 1:
             raise AezooError(f"latent_dim and places must be at least 1, got {min(dims)} and {places}")
         mirrored = hidden_dims[::-1]
-        if net in nets.WITHOUT_GRID:  # the vector is cut into places
+        if net in nets.WITHOUT_GRID:  # the vector is split into places
             (d, c), self.code_shape = dims, (dims[1], places)
             encoder = nets.encoder(net, self.input_shape, (d * places,), hidden_dims, activation)
             decoder = nets.decoder(net, (c * places,), self.input_shape, mirrored, activation)
@@ -63,7 +63,7 @@ class DiscreteAutoencoder(Autoencoder):
 
     @property
     def index_sizes(self) -> tuple[int, ...]:
-        """K of each of the Q indices of a place: an index is from 0 to K - 1."""
+        """K of each of the Q indices of a place; an index is from 0 to K - 1."""
         return self.quantiser.book_sizes
 
     def quantise(self, x: Tensor) -> Quantised:

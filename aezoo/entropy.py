@@ -6,10 +6,10 @@ Values v are rounded relative to a mean m; in training noise replaces rounding, 
     evaluation  v^ = m + round(v - m)      training  v~ = v + u, u ~ U(-1/2, 1/2)
     P(v) = F(v + 1/2) - F(v - 1/2)         rate = -sum log P, in nats
 
-F is the distribution function of a law: `Factorised`, learned for each channel, `Gaussians` of given means and scales,
-or `Mixtures` of these. A model's `walk` defines once what is coded under which law and in which order, for any coder:
-`Noise`, `Rounding`, or `Taking`, which gets the integers from a file or a random generator. So writer and reader of a
-file compute the same laws by the same operations.
+F is the distribution function of a probability model (a law): `Factorised`, learned for each channel, `Gaussians` with
+given means and scales, or `Mixtures` of these. A model's `walk` defines once which values are coded under which law and
+in which order, for any coder: `Noise`, `Rounding`, or `Taking`, which gets the integers from a file or a random
+generator. So the writer and the reader of a file compute the same laws by the same operations.
 
 Shapes: B batch, C channels; ... are the places of a map, none for a vector.
 """
@@ -31,21 +31,21 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.limits import at_least
 from aezoo.precision import at_least_float32
 
-# Gaussians are coded under the nearest of scales 13 % apart; from 0.11 to 256 in the code of Ballé et al. 2018
+# Gaussians are coded under the nearest of scales that are 13 % apart; Ballé et al. 2018 use 0.11 to 256 in their code
 LEAST, MOST, LEVELS = 0.11, 256.0, 64
-# a table leaves out what is rarer: an escape, and the number itself
+# tables leave out rarer values, which are coded as an escape followed by the number itself
 _TAIL = 2.0**-26
 _WIDEST = 2**12
 _TINY = 1e-9
 
 
 class Law(Protocol):
-    """A distribution of values, independent of each other.
+    """A probability distribution of values, which are independent of each other.
 
     Attributes:
         mean: offset of the integers, (B, C, ...).
-        table: index of each value's table among the model's `tables`, (B, C, ...), long; for `Mixtures`, whose values
-            have their own tables, the width of the table.
+        table: index of each value's table among the model's `tables`, (B, C, ...), long; for `Mixtures`, where each
+            value has its own table, the width of the table.
     """
 
     mean: Tensor
@@ -59,9 +59,9 @@ class Law(Protocol):
 
 
 class Table(NamedTuple):
-    """Probabilities of the integers from `low` on, (K,); the rest up to 1 is that of all others.
+    """Probabilities of the integers from `low` on, (K,); all other integers share the rest up to 1.
 
-    A table for each of N values is (N, K).
+    With a table for each of N values, it is (N, K).
     """
 
     low: int
@@ -69,14 +69,14 @@ class Table(NamedTuple):
 
 
 def _log_one_minus(d: Tensor) -> Tensor:
-    """The logarithm of 1 - exp(-d), of d above 0."""
+    """The logarithm of 1 - exp(-d), for d above 0."""
     return torch.log(-torch.expm1(-d.clamp_min(_TINY)))
 
 
 def _log_ndtr(x: Tensor) -> Tensor:
-    """Log of the standard normal distribution function, with a gradient far from 0, too.
+    """Log of the standard normal distribution function, with a gradient even far from 0.
 
-    torch computes the gradient as exp(-x^2 / 2 - log ndtr(x)), a difference that cancels in float32 from -1000 on.
+    torch computes the gradient as exp(-x^2 / 2 - log ndtr(x)), a difference that cancels in float32 below -1000.
     """
     t = x.clamp_max(-1) * -math.sqrt(0.5)
     tail = (torch.special.erfcx(t) / 2).log() - t * t
@@ -93,7 +93,7 @@ class Gaussians:
 
     def log_mass(self, v: Tensor) -> Tensor:
         off = (v - self.mean).abs()
-        # the smaller tail, so that nothing cancels where both are tiny
+        # use the smaller tail, so that nothing cancels where both are tiny
         upper, lower = (_log_ndtr((half - off) / self.scale) for half in (0.5, -0.5))
         return upper + _log_one_minus(upper - lower)
 
@@ -109,7 +109,7 @@ class Mixtures:
     Args:
         means: (K, B, C, ...).
         scales: (K, B, C, ...).
-        logits: of the weights, (K, B, C, ...).
+        logits: logits of the weights, (K, B, C, ...).
     """
 
     def __init__(self, means: Tensor, scales: Tensor, logits: Tensor) -> None:
@@ -122,7 +122,7 @@ class Mixtures:
 
     @property
     def table(self) -> Tensor:
-        """The least power of two that covers six scales of all components, (B, C, ...): the table's width."""
+        """The smallest power of two that covers six scales of all components, (B, C, ...): the table's width."""
         reach = (self.parts.mean - self.mean).abs() + 6 * self.parts.scale
         reach = torch.where(self.log_weight > math.log(_TAIL), reach, 1)
         return reach.amax(0).log2().ceil().long().clamp(1, int(math.log2(_WIDEST)))
@@ -165,14 +165,14 @@ def gaussian_tables() -> list[Table]:
 
 
 class Factorised(nn.Module):
-    """A distribution for each channel, whatever its shape (Ballé et al. 2018, https://arxiv.org/abs/1802.01436, 6.1).
+    """A distribution of any shape for each channel (Ballé et al. 2018, https://arxiv.org/abs/1802.01436, 6.1).
 
-    F(v) = sigmoid(f(v - m) - f(0)), f a network of one input and one output with positive weights, so that it is
-    monotonic. With f(0) subtracted m is the median, learned with the rest without a separate loss.
+    F(v) = sigmoid(f(v - m) - f(0)), where f is a network with one input, one output and positive weights, so it is
+    monotonic. Since f(0) is subtracted, m is the median; it is learned with the rest, without a separate loss.
 
     Args:
         channels: C.
-        widths: of the hidden layers of f.
+        widths: widths of the hidden layers of f.
     """
 
     def __init__(self, channels: int, widths: tuple[int, ...] = (3, 3, 3)) -> None:
@@ -181,7 +181,7 @@ class Factorised(nn.Module):
         self.median_C = nn.Parameter(torch.zeros(channels))
         self.weights, self.biases, self.bends = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for n_in, n_out in pairwise(sizes):
-            # F starts about as wide as a step of rounding: codes are narrow at first, and a wide law learns slowly
+            # F starts about as wide as a rounding step: codes are narrow at first, and a wide F learns slowly
             raw = math.log(math.expm1(1 / n_out))
             self.weights.append(nn.Parameter(torch.full((channels, n_out, n_in), raw)))
         for n_out in widths:
@@ -223,7 +223,7 @@ class Factorised(nn.Module):
 
 @dataclass
 class FactorisedLaw:
-    """The law of values under a `Factorised`, with the model's first tables: mean (B, C, ...)."""
+    """The law of values under a `Factorised`, whose tables are the model's first: mean (B, C, ...)."""
 
     density: Factorised
     mean: Tensor
@@ -245,7 +245,7 @@ class Coder:
     """Transforms the values of a `walk`.
 
     Attributes:
-        rate_B: -log P of all values so far, in nats; computed on access, which decoding never needs.
+        rate_B: -log P of all values so far, in nats; computed on access, so decoding never computes it.
     """
 
     def __init__(self) -> None:
@@ -272,15 +272,15 @@ class Coder:
 
 
 class Noise(Coder):
-    """v~ = v + u, in training, for any law."""
+    """v~ = v + u, for training, under any law."""
 
     def change(self, v: Tensor, law: Law | None = None) -> Tensor:
-        # the same however v lies in memory
+        # the same noise for any memory layout of v
         return v + torch.rand(v.shape, dtype=v.dtype, device=v.device) - 0.5
 
 
 class Rounding(Coder):
-    """v^ = m + round(v - m), in evaluation.
+    """v^ = m + round(v - m), for evaluation.
 
     Attributes:
         symbols: the integers of each call, (B, C x places).
@@ -300,7 +300,7 @@ class Taking(Coder):
     """Integers from a given function.
 
     Args:
-        take: gives them, (B, C, ...), for their law.
+        take: returns the integers, (B, C, ...), for a given law.
     """
 
     def __init__(self, take: Callable[[Law], Tensor]) -> None:
@@ -312,7 +312,7 @@ class Taking(Coder):
 
 
 def one_by_one(symbols: Tensor) -> Callable[[Law], Tensor]:
-    """A function for `Taking` that gives integers (B, T) in their order, as many as the law has values."""
+    """A function for `Taking` that returns integers (B, T) in order, as many as the law has values."""
     start = 0
 
     def take(law: Law) -> Tensor:
@@ -324,7 +324,7 @@ def one_by_one(symbols: Tensor) -> Callable[[Law], Tensor]:
 
 
 class EntropyCoded(Autoencoder):
-    """An autoencoder whose code is rounded under a learned law; a subclass sets its nets and writes `walk` and `loss`.
+    """An autoencoder whose code is rounded under a learned law; a subclass sets its nets and defines `walk` and `loss`.
 
     The code of a sample is y^, (C, ...), and is equivalent to integers (T,), including those of side information.
 
@@ -388,7 +388,7 @@ class EntropyCoded(Autoencoder):
     def encode_symbols(self, x: Tensor) -> Tensor:
         """The integers of samples, in the order of `walk`: (B, *input_shape) -> (B, T), long.
 
-        NaN becomes -2^40, since processors convert it to different integers, ARM's to 0.
+        NaN becomes -2^40, since processors convert it to different integers (ARM: to 0).
         """
         coder = Rounding()
         self.walk(coder, self.encoder(x), x.shape[0])

@@ -1,4 +1,4 @@
-"""Models of scaled samples made into models of raw ones: the scale goes into the weights."""
+"""Turns models of scaled samples into models of raw samples by folding the scale into the weights."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,18 +21,18 @@ _ONE = torch.ones((), dtype=torch.float64)
 def fold(model: Folded, scaling: Mapping[str, Tensor] | Tensor | float) -> Folded:
     """A copy of a trained model that works on raw activations: reconstructions of a are c times those of a / c.
 
-    The weights that read samples are divided by c and those that write them multiplied, and codes stay as they are. A
-    model that uses one weight for both, such as k_sparse, takes c into its biases, and codes grow by it. Which weights
-    do what is found by trial on samples drawn at random, with the model's weights shaken, so that none is zero.
+    Weights that read samples are divided by c, weights that write them are multiplied by c, and codes stay the same. In
+    a model that uses one weight for both, such as k_sparse, the biases are multiplied by c, and codes grow by c. Trials
+    on randomly drawn samples find out which weights do what; the model's weights are perturbed so that none is zero.
 
-    Its loss is not that of the model: the likelihood has a scale of its own. Weights may have lost their unit norm.
+    Its loss differs from the model's: the likelihood has its own scale. Weights may no longer have unit norm.
 
     Args:
         model: trained on normalised activations.
         scaling: c, or `scaling` of `aezoo.checkpoint.load_run`, or of the DataModule's source `state()`.
 
     Raises:
-        AezooError: the model's weights cannot take c in, or the data had an offset as well.
+        AezooError: c cannot be folded into the model's weights, or the data also had an offset.
     """
     factor = scaling
     if isinstance(factor, Mapping):
@@ -64,14 +64,14 @@ def fold(model: Folded, scaling: Mapping[str, Tensor] | Tensor | float) -> Folde
 
 @dataclass
 class _Trial:
-    """Tries factors of a model's weights.
+    """Tries factors for a model's weights.
 
     Attributes:
-        weights: of the model, which are changed in place.
-        decode: codes to reconstructions.
-        encode: the codes of the samples, multiplied.
-        code: what they were before.
-        x_hat: the reconstructions that are wanted.
+        weights: the model's weights, which are changed in place.
+        decode: maps codes to reconstructions.
+        encode: computes the codes of the samples times c.
+        code: the codes of the samples themselves.
+        x_hat: the target reconstructions.
     """
 
     weights: list[Tensor]
@@ -81,7 +81,7 @@ class _Trial:
     x_hat: Tensor
 
     def found(self, choices: list[list[Tensor]], of_code: Tensor) -> tuple[Tensor, ...] | None:
-        """One of the choices for each weight, with which codes are multiplied by `of_code`; None if there is none."""
+        """A choice for each weight such that codes are multiplied by `of_code`; None if there is none."""
         kept = [p.clone() for p in self.weights]
         code = self.code * of_code
 
@@ -104,7 +104,7 @@ class _Trial:
                     yield factors
 
         n = range(len(kept))
-        # those that write samples first: all combinations of all weights would be too many
+        # weights that write samples come first: combinations of all weights would be too many
         write = [matters(i, lambda: self.decode(code)) for i in n]
         read = [matters(i, self.encode) for i in n]
         try:
@@ -119,7 +119,7 @@ class _Trial:
 
 
 def _of_samples(weight: Tensor, c: Tensor) -> list[Tensor]:
-    """What a weight can be multiplied by if some of its axes are those of samples, or of one of their streams."""
+    """Possible factors of a weight, if some of its axes are those of samples or of one of their streams."""
     streams = [c.flatten(), c, *(c if c.ndim > 1 else ())]
     found: list[Tensor] = []
     for part in streams:
@@ -127,7 +127,7 @@ def _of_samples(weight: Tensor, c: Tensor) -> list[Tensor]:
             if weight.shape[start : start + part.ndim] == part.shape:
                 shaped = part.reshape(*part.shape, *[1] * (weight.ndim - start - part.ndim))
                 found += [shaped, 1 / shaped]
-    # several axes may have one length, and several streams one scale
+    # several axes may have the same length, and several streams the same scale
     unique = [by for i, by in enumerate(found) if not any(_alike(by, other, weight) for other in found[:i])]
     return [*unique, _ONE] if weight.ndim < 2 or not unique else unique
 

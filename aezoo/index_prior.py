@@ -7,10 +7,10 @@ The quantised model, the `tokenizer`, is trained first and then frozen (van den 
 https://arxiv.org/abs/1711.00937). An untrained one is trained together with its prior, and their losses are added. An
 index passes no gradient, so its weights are the same as when it is trained alone.
 
-The score is -log p(x, k) = -log p(x | g(k)) - log p(k), the length of a message with the indices and then x; at least
--log p(x), which sums over all indices.
+The score is -log p(x, k) = -log p(x | g(k)) - log p(k), the length of a message with the indices and then x. It is at
+least -log p(x), which sums over all indices.
 
-Shapes: B batch, T indices of a sample, Q indices of a place, P places, K codes of the largest book.
+Shapes: B batch, T indices of a sample, Q indices of a place, P places, K codes of the largest codebook.
 """
 
 import json
@@ -38,13 +38,13 @@ _TAKE = "give the run of a trained quantised model (runs/vq_vae-mnist5k/0), or t
 
 
 class IndexPrior(DiscreteAutoencoder):
-    """An autoregressive prior over a tokenizer's indices; a subclass writes `token_logits`.
+    """An autoregressive prior over a tokenizer's indices; a subclass defines `token_logits`.
 
     Codes, indices and reconstructions are the tokenizer's. Terms of the loss: nll, of the indices; accuracy, the share
-    of indices that were the likeliest; those of a trained tokenizer, tokenizer_loss, tokenizer_nll, ...
+    of indices that were the most likely; those of a trained tokenizer, tokenizer_loss, tokenizer_nll, ...
 
     Attributes:
-        tokenizer: gives indices, and decodes them.
+        tokenizer: computes indices, and decodes them.
         frozen: whether the tokenizer is not trained.
 
     Args:
@@ -59,7 +59,7 @@ class IndexPrior(DiscreteAutoencoder):
         warmup_steps: optimiser steps over which the learning rate rises linearly.
 
     Raises:
-        AezooError: no such tokenizer, one without indices or for another shape of data, or books that are too large.
+        AezooError: no such tokenizer, one without indices or for another shape of data, or codebooks are too large.
     """
 
     has_prior = True
@@ -93,7 +93,7 @@ class IndexPrior(DiscreteAutoencoder):
             self.tokenizer = _built(tokenizer, self.input_shape)
         else:
             self.tokenizer, self._filled = _loaded(str(tokenizer), self.input_shape), True
-            # lists, as a saved folder's JSON would make of tuples
+            # lists instead of tuples, as after a round trip through a saved folder's JSON
             self._described = {"model": registry.name_of(type(self.tokenizer)), "trained": True}
             self._described |= json.loads(json.dumps({**self.tokenizer.hparams, "input_shape": None}))
             del self._described["input_shape"]
@@ -186,7 +186,7 @@ class IndexPrior(DiscreteAutoencoder):
         if self.frozen:
             if not self._filled:
                 raise AezooError(f"the tokenizer {name} is said to be trained and has no weights: {_TAKE}")
-            # Lightning's advice; the tokenizer is meant to be
+            # Lightning warns about this; the tokenizer is meant to be in eval mode
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start")
         elif not self._filled and self.trainer.is_global_zero:
             print(
@@ -198,19 +198,19 @@ class IndexPrior(DiscreteAutoencoder):
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         if not self.frozen:
             self.tokenizer.takes_bytes = self.takes_bytes
-            self.tokenizer.begin_step(batch, batch_idx)  # what its data start, what it counts
+            self.tokenizer.begin_step(batch, batch_idx)  # initialises from its data, and counts steps
         return super().begin_step(batch, batch_idx)
 
     # ---- the prior ---------------------------------------------------------------------------------------------------
 
     def token_logits(self, tokens: Tensor) -> Tensor:
-        """The logits before codes outside an index's book are excluded."""
+        """The logits before codes outside an index's codebook are excluded."""
         raise NotImplementedError(f"{type(self).__name__} must write token_logits")
 
     def logits(self, tokens: Tensor) -> Tensor:
         """The logits of every token, from the tokens before it: (B, T) -> (B, T, K).
 
-        In at least float32. Codes outside an index's book have -inf.
+        In at least float32. Codes outside an index's codebook have -inf.
         """
         logits_BPQK = self.token_logits(tokens).unflatten(1, (-1, len(self.index_sizes)))
         return self.within_books(logits_BPQK, self.beyond_QK).flatten(1, 2)
@@ -221,7 +221,7 @@ class IndexPrior(DiscreteAutoencoder):
         return at_least_float32(logits).masked_fill(beyond, -math.inf)
 
     def next_logits(self, tokens: Tensor, t: int) -> Tensor:
-        """The logits of token t, to the bit independent of tokens from t on: (B, T) -> (B, K)."""
+        """The logits of token t, bitwise independent of tokens from t on: (B, T) -> (B, K)."""
         past = torch.arange(self.n_tokens, device=tokens.device) < t
         return self.logits(torch.where(past, tokens, 0))[:, t]
 
@@ -246,7 +246,7 @@ class IndexPrior(DiscreteAutoencoder):
         return -self._nll(self.tokens(indices))[0]
 
     def _nll(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p, (B, T) -> (B,), and the logits; -1, a dropped index, costs nothing."""
+        """-log p, (B, T) -> (B,), and the logits; -1, a dropped index, adds nothing."""
         logits_BTK = self.logits(tokens.clamp(min=0))
         nll_BT = F.cross_entropy(logits_BTK.transpose(1, 2), tokens, ignore_index=-1, reduction="none")
         return nll_BT.sum(1), logits_BTK
@@ -270,7 +270,7 @@ class IndexPrior(DiscreteAutoencoder):
         return indices
 
     def score(self, x: Tensor) -> Tensor:
-        told = self.tokenizer.nll(self.decoder(self.encode(x)), x)  # a score of its own may count its prior of indices
+        told = self.tokenizer.nll(self.decoder(self.encode(x)), x)  # its own score may include a prior of the indices
         return told - self.log_prob(self.encode_indices(x))
 
     @torch.no_grad()
@@ -284,7 +284,7 @@ class IndexPrior(DiscreteAutoencoder):
 
         Args:
             n: number of samples.
-            temperature: divides the logits: below 1 for likelier samples, towards 0 for the likeliest code each time.
+            temperature: divides the logits: below 1 for more likely samples, near 0 for the most likely code each time.
             top_k: draw each index from this many of its likeliest codes only; 0 for all.
 
         Raises:
@@ -295,7 +295,7 @@ class IndexPrior(DiscreteAutoencoder):
         next_logits = self.stepper()
         for t in range(self.n_tokens):
             logits, codes = next_logits(tokens, t).topk(min(top_k or self.n_codes, self.n_codes))
-            # from the largest, so that the quotient is finite at any temperature
+            # relative to the largest, so that the quotient is finite at any temperature
             p = ((logits - logits[:, :1]) / max(temperature, 1e-30)).softmax(1)
             tokens[:, t] = codes.gather(1, p.multinomial(1))[:, 0]
         return self.indices_of(tokens)
@@ -325,7 +325,7 @@ def _built(given: str | dict[str, Any], input_shape: tuple[int, ...]) -> Discret
 
 
 def _loaded(path: str, input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
-    """A trained tokenizer; of a prior, the one that it has."""
+    """A trained tokenizer; from the path of a prior, that prior's tokenizer."""
     try:
         found = aezoo.load_model(on_disk(path)).float()
     except AezooError as error:

@@ -1,8 +1,8 @@
-"""Quantisers: each takes a vector to one of finitely many codes and says which; one a file, one interface.
+"""Quantisers: each maps a vector to one of finitely many codes and gives its index. One file each, one interface.
 
     quantise(z) -> z_q, indices, terms        codes(indices) -> z_q        start(z)        bits
 
-See `aezoo.quantisers.base`. In `aezoo.quantisers.estimators` stands how a gradient passes them.
+See `aezoo.quantisers.base`. `aezoo.quantisers.estimators` defines how gradients pass through them.
 """
 
 from aezoo.quantisers.base import Quantised, Quantiser

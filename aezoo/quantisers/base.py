@@ -1,12 +1,12 @@
-"""What every quantiser is: it takes each vector of z to one of finitely many codes.
+"""The base class of all quantisers, which map each vector of z to one of finitely many codes.
 
 z is (B, D, *places): a vector (B, D), a sequence (B, D, L), a map (B, D, H, W), a volume (B, D, H, W, W'). Each place
-is quantised by itself, so that subclasses work on rows, (N, D), those of a sample next to each other.
+is quantised independently, so subclasses work on rows, (N, D). The rows of a sample are adjacent.
 
-Everything is computed in at least float32 with autocast off, and what a codebook has counted stays in it when a model
-is cast to half precision: bf16 takes another code of two that are nearly as near, and a sum in it stops growing.
+All computations use at least float32 with autocast off, and the statistics of a codebook stay in it when a model is
+cast to half precision: bf16 may choose another of two almost equally near codes, and a running sum stops growing.
 
-Shapes: B batch, N = B x places rows, D channels of z, C channels of a code, K codes of a book, Q indices a place.
+Shapes: B batch, N = B x places rows, D channels of z, C channels of a code, K codes of a codebook, Q indices per place.
 """
 
 import math
@@ -23,7 +23,7 @@ from aezoo.errors import AezooError
 
 @contextmanager
 def in_evaluation(module: nn.Module) -> Iterator[None]:
-    """The quantisers of a module draw nothing, and learn nothing from what they are given."""
+    """Put the quantisers of a module into evaluation mode: they sample nothing and learn nothing from their inputs."""
     parts = [part for part in module.modules() if isinstance(part, Quantiser) and part.training]
     for part in parts:
         part.eval()
@@ -35,12 +35,12 @@ def in_evaluation(module: nn.Module) -> Iterator[None]:
 
 
 class Quantised(NamedTuple):
-    """What a quantiser makes of z.
+    """The result of quantising z.
 
     Attributes:
-        z_q: the codes, (B, C, *places), in the precision of z; a gradient passes to z as the quantiser says.
-        indices: which codes, (B, Q, *places), long; -1 where a level is dropped.
-        terms: what a loss may add, () each, without weights: summed over dimensions and places, a mean over the batch.
+        z_q: the codes, (B, C, *places), in the precision of z; the quantiser defines the gradient that z gets.
+        indices: the indices of the codes, (B, Q, *places), long; -1 where a level is dropped.
+        terms: unweighted loss terms, () each: summed over dimensions and places, averaged over the batch.
     """
 
     z_q: Tensor
@@ -48,17 +48,17 @@ class Quantised(NamedTuple):
     terms: dict[str, Tensor]
 
 
-# z_q, (N, C); indices, (N, Q); terms, of each row (N,) or of all rows together, a place, ()
+# z_q, (N, C); indices, (N, Q); terms, either per row, (N,), or per place as a mean over all rows, ()
 Rows = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 class Quantiser(nn.Module):
-    """Vectors to codes of finite books. A subclass writes `_of_rows` and `_of_codes`.
+    """Maps vectors to codes of finite codebooks. A subclass defines `_of_rows` and `_of_codes`.
 
     Attributes:
         dim: D, channels of z.
         code_dim: C, channels of z_q.
-        book_sizes: K of each of the Q indices that a place has.
+        book_sizes: K of each of the Q indices of a place.
 
     Args:
         dim: D.
@@ -78,23 +78,23 @@ class Quantiser(nn.Module):
             )
         self.dim, self.code_dim, self.book_sizes = dim, code_dim, book_sizes
         self._kept: set[str] = set()
-        # what the module's precision is, where it has no parameters
+        # tells the module's precision where it has no parameters
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
     @property
     def bits(self) -> float:
-        """Of one place: the sum of log2 K over its indices."""
+        """Bits of one place: the sum of log2 K over its indices."""
         return sum(math.log2(size) for size in self.book_sizes)
 
     def forward(self, z: Tensor) -> Quantised:
-        """`quantise`."""
+        """Same as `quantise`."""
         return self.quantise(z)
 
     def quantise(self, z: Tensor) -> Quantised:
-        """The codes of z, their indices and terms for the loss, (B, D, *places) -> (B, C, *places), (B, Q, *places).
+        """The codes of z, their indices and loss terms, (B, D, *places) -> (B, C, *places), (B, Q, *places).
 
         Raises:
-            AezooError: z has another number of channels.
+            AezooError: z has a different number of channels.
         """
         self._check("z", z, self.dim, "channels")
         places = math.prod(z.shape[2:])
@@ -105,10 +105,10 @@ class Quantiser(nn.Module):
         return Quantised(_at_places(q_NC, z).to(z.dtype), _at_places(index_NQ, z), terms)
 
     def codes(self, indices: Tensor) -> Tensor:
-        """What the indices stand for, (B, Q, *places) -> (B, C, *places): in evaluation mode exactly z_q.
+        """The codes of the indices, (B, Q, *places) -> (B, C, *places): exactly z_q in evaluation mode.
 
         Raises:
-            AezooError: another number of indices a place.
+            AezooError: a different number of indices per place.
         """
         self._check("indices", indices, len(self.book_sizes), "indices a place")
         with torch.autocast(indices.device.type, enabled=False):
@@ -117,58 +117,58 @@ class Quantiser(nn.Module):
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
-        """Start the codebook from data, where it can be: z of all ranks, (B, D, *places), the same on each."""
+        """Initialise the codebook from data where possible: z of all ranks, (B, D, *places), the same on each rank."""
         self._check("z", z, self.dim, "channels")
         with torch.autocast(z.device.type, enabled=False):
             self._start_rows(_as_rows(z).to(self.exact_dtype))
 
     def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
-        """`quantise` of rows, of which each sample has `places`."""
+        """`quantise` for rows; each sample has `places` of them."""
         raise NotImplementedError(f"{type(self).__name__} must write _of_rows")
 
     def _of_codes(self, index_NQ: Tensor) -> Tensor:
-        """`codes` of rows, (N, Q) -> (N, C)."""
+        """`codes` for rows, (N, Q) -> (N, C)."""
         raise NotImplementedError(f"{type(self).__name__} must write _of_codes")
 
     def _start_rows(self, z_ND: Tensor) -> None:
-        """`start` from rows."""
+        """`start` for rows."""
 
     # ---- for subclasses ---------------------------------------------------------------------------------------------
 
     @property
     def exact_dtype(self) -> torch.dtype:
-        """What is computed in: the module's precision, and at least float32."""
+        """The precision of computations: the module's precision, but at least float32."""
         return torch.promote_types(self._like.dtype, torch.float32)
 
     def keep(self, name: str, values: Tensor, persistent: bool = True) -> None:
-        """For the constructor: a buffer that stays in at least float32 whatever the module is cast to."""
+        """For constructors: register a buffer that stays in at least float32 whatever the module is cast to."""
         self.register_buffer(name, values.to(torch.promote_types(values.dtype, torch.float32)), persistent)
         self._kept.add(name)
 
     def across_ranks(self) -> bool:
-        """Whether there are other processes that train with this one."""
+        """Whether other processes train together with this one."""
         return self.training and dist.is_available() and dist.is_initialized()
 
     def over_ranks(self, total: Tensor) -> Tensor:
-        """In training the sum over ranks, without gradient; else as it is."""
+        """In training, the sum over ranks, without gradient; otherwise unchanged."""
         if self.across_ranks():
             total = total.clone()
             dist.all_reduce(total)
         return total
 
     def mean_over_ranks(self, mean: Tensor) -> Tensor:
-        """In training the mean over ranks, with gradient; else as it is.
+        """In training, the mean over ranks, with gradient; otherwise unchanged.
 
-        For what every rank makes the same term of: the gradients of that are alike, so that none is exchanged.
+        For terms that every rank computes from it identically: their gradients are equal, so none is exchanged.
         """
         if self.across_ranks():
             mean = self.over_ranks(mean.detach()) / dist.get_world_size() + (mean - mean.detach())
         return mean
 
     def moments(self, z_ND: Tensor, variance: float) -> dict[str, Tensor]:
-        """Terms that pull each channel to mean 0 and to a variance, over the rows of all ranks."""
+        """Terms that pull each channel to mean 0 and to the given variance, over the rows of all ranks."""
         mean_D = self.mean_over_ranks(z_ND.mean(0))
-        # on one process no gradient passes the mean either; of a rank's own rows some would
+        # detached: on one process, the gradient through the mean is 0 anyway; on a rank's own rows it would not be
         variance_D = self.mean_over_ranks((z_ND - mean_D.detach()).square().mean(0))
         return {"code_mean": mean_D.square().sum(), "code_variance": (variance_D - variance).square().sum()}
 
@@ -185,7 +185,7 @@ class Quantiser(nn.Module):
         for name, values in before.items():
             after = self._buffers[name]
             if values is not None and after is not None and after.dtype in (torch.bfloat16, torch.float16):
-                self._buffers[name] = values.to(after.device)  # the bits that the cast took away
+                self._buffers[name] = values.to(after.device)  # restores the bits that the cast has dropped
         return self
 
 
@@ -195,10 +195,10 @@ def _as_rows(values: Tensor) -> Tensor:
 
 
 def _at_places(rows: Tensor, like: Tensor) -> Tensor:
-    """(N, X) -> (B, X, *places), of the places of (B, ?, *places)."""
+    """(N, X) -> (B, X, *places), with the places of `like`, (B, ?, *places)."""
     return rows.unflatten(0, (like.shape[0], *like.shape[2:])).movedim(-1, 1).contiguous()
 
 
 def _a_sample(term: Tensor, places: int) -> Tensor:
-    """A term summed over the places of a sample, in the mean over samples, of rows (N,) or of a place () -> ()."""
+    """A term summed over the places of a sample and averaged over samples: per row (N,) or per place () -> ()."""
     return term * places if term.ndim == 0 else term.unflatten(0, (-1, places)).sum(1).mean()

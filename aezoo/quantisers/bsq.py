@@ -2,8 +2,8 @@
 
     u = z / ||z||    z_q = sign(u) / sqrt(D)    index = sum_i [u_i > 0] 2^i
 
-LFQ on the unit sphere, where z_q lies too, so that the error is bounded. Terms as in `lfq`, of u, with the codes
-+-1 / sqrt(D): a channel is 1 with probability sigmoid(4 u / (sqrt(D) temperature)).
+LFQ on the unit sphere. z_q lies on it too, so the error is bounded. The terms are those of `lfq`, computed for u with
+the codes +-1 / sqrt(D): a channel is 1 with probability sigmoid(4 u / (sqrt(D) temperature)).
 
 Shapes: N rows, D channels.
 """
@@ -21,10 +21,10 @@ class BSQ(LFQ):
 
     Args:
         dim: D, channels of z and bits of an index.
-        temperature: of the probabilities of codes.
+        temperature: temperature of the code probabilities.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     def __init__(self, dim: int, *, temperature: float = 0.01) -> None:

@@ -1,4 +1,4 @@
-"""What quantisers share: the nearest code, mixed radix numbers, entropies, levels that are kept, and k-means.
+"""Functions that quantisers share: nearest code, mixed-radix numbers, entropies, quantiser dropout and k-means.
 
 Shapes: N rows, D channels, K codes, Q digits or levels.
 """
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from aezoo.precision import at_least_float32
 
-# rows that k-means sees, and multiplications that it may take
+# maximal numbers of rows and of multiplications for k-means
 _ROWS, _WORK = 2**14, 1e10
-# the bits of a float32 that TF32 keeps
+# mask of the bits of a float32 that TF32 keeps
 _TF32 = -(2**13)
 
 
 @torch.no_grad()
 def nearest(z_ND: Tensor, code_KD: Tensor) -> Tensor:
-    """Index of the code with the least ||z - e||, the first of several, (N, D), (K, D) -> (N,)."""
-    # about the middle of the codes the expanded square cancels least
+    """Index of the code with the smallest ||z - e||, the first one if tied, (N, D), (K, D) -> (N,)."""
+    # centred at the mean of the codes, the expanded square loses the fewest digits
     centre_D = code_KD.mean(0)
     z_ND, code_KD = z_ND - centre_D, code_KD - centre_D
     norm_K = code_KD.square().sum(1)
@@ -32,14 +32,14 @@ def nearest(z_ND: Tensor, code_KD: Tensor) -> Tensor:
 
 
 def may_be_tf32(z_ND: Tensor) -> bool:
-    """Whether products of float32 may be those of TF32 here."""
+    """Whether float32 products may be computed in TF32 here."""
     return z_ND.device.type == "cuda" and z_ND.dtype == torch.float32
 
 
 def for_tf32(z_ND: Tensor, code_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and codes whose products have the precision of float32 where a GPU multiplies in TF32, (N, 3D), (K, 3D).
+    """Rows and codes whose products have float32 precision where a GPU multiplies in TF32, (N, 3D), (K, 3D).
 
-    A number is the sum of its leading bits, which TF32 holds, and of the rest; the product of two rests is left out.
+    Each number is split into its leading bits, which TF32 holds, and the rest; the product of two rests is left out.
     """
     (z_high, z_low), (high, low) = ((part, x - part) for x in (z_ND, code_KD) for part in (_leading(x),))
     return torch.cat([z_high, z_high, z_low], 1), torch.cat([high, low, high], 1)
@@ -55,7 +55,7 @@ def relative_distance(z_ND: Tensor, code_KD: Tensor) -> Tensor:
 
 
 def to_index(digit_NQ: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Digits to one number, the first digit the least significant, (N, Q) -> (N,)."""
+    """Convert digits to one number, least significant digit first, (N, Q) -> (N,)."""
     base, index_N = 1, torch.zeros_like(digit_NQ[:, 0])
     for digit_N, size in zip(digit_NQ.unbind(1), sizes, strict=True):
         index_N, base = index_N + base * digit_N, base * size
@@ -72,7 +72,7 @@ def to_digits(index_N: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """-sum p log p over the last dimension in nats, with a gradient at p = 0 that is finite, (..., K) -> (...)."""
+    """-sum p log p over the last dimension in nats, with a finite gradient at p = 0, (..., K) -> (...)."""
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
@@ -83,7 +83,7 @@ def entropy_of_bit(logit: Tensor) -> Tensor:
 
 
 def kept_levels(z_ND: Tensor, places: int, levels: int, dropout: float) -> Tensor:
-    """Which levels of each row count: of a share `dropout` of samples the first n ~ U{1..levels}, else all, (N, Q)."""
+    """Mask of the levels that rows keep, (N, Q): the first n ~ U{1..levels} in a share `dropout` of samples, or all."""
     samples = z_ND.shape[0] // places
     drop_B, depth_B = (torch.rand(samples, device=z_ND.device) for _ in range(2))
     n_B = torch.where(drop_B < dropout, (depth_B * levels).floor() + 1, levels)
@@ -92,10 +92,10 @@ def kept_levels(z_ND: Tensor, places: int, levels: int, dropout: float) -> Tenso
 
 
 def k_means(z_ND: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Means and sizes of `size` clusters of the rows, by scikit-learn, always the same, (N, D) -> (K, D), (K,).
+    """Means and sizes of `size` clusters of the rows, by scikit-learn, deterministic, (N, D) -> (K, D), (K,).
 
-    Rows beyond a bound are left out, and sizes scaled. Where there are fewer different rows than clusters, each is one,
-    and the rest are drawn from a normal distribution of the rows' mean and spread, with size 1.
+    Above a maximal number of rows, the rest is left out and sizes are scaled. With fewer distinct rows than clusters,
+    each row is a cluster. The others have size 1 and means from a normal distribution with the rows' mean and spread.
     """
     import numpy as np
     from sklearn.cluster import KMeans
@@ -125,6 +125,6 @@ def k_means(z_ND: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def group_sizes(total: int, most: int) -> list[int]:
-    """`total` cut into as few groups as possible of at most `most`, as even as possible."""
+    """Split `total` into as few groups as possible of at most `most` each, as evenly as possible."""
     groups = math.ceil(total / most)
     return [total // groups + (i < total % groups) for i in range(groups)]

@@ -1,4 +1,4 @@
-"""How a gradient passes a quantiser, whose own is 0 almost everywhere: z and its code q to z_q, rows of any shape.
+"""Gradient estimators for quantisers, whose own gradient is 0 almost everywhere: z and its code q to z_q, as rows.
 
     ste        z_q = z + sg(q - z)                    dL/dz = dL/dz_q (Bengio et al. 2013, arXiv:1308.3432)
     rotation   z_q = sg(||q|| / ||z|| R) z = q        R rotates z onto the direction of q: a gradient keeps its angle to
@@ -6,7 +6,7 @@
     diveq      z_q = z + ||q - z|| sg(v / ||v||)      v = q - z + noise: the gradient reaches the code as well, with no
                                                       term of its own (2025, https://arxiv.org/abs/2509.26469)
 
-sg stops the gradient. The first two give q to the bit. The fourth estimator, gumbel, chooses the code too: see `vq`.
+sg stops the gradient. The first two return q exactly. The fourth estimator, gumbel, also chooses the code: see `vq`.
 """
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def ste(z: Tensor, q: Tensor) -> Tensor:
-    """q, with the gradient of z: the straight-through estimator, (..., D), (..., D) -> (..., D)."""
-    return q.detach() + (z - z.detach())  # z + (q - z) is q but for rounding
+    """The straight-through estimator: q with the gradient of z, (..., D), (..., D) -> (..., D)."""
+    return q.detach() + (z - z.detach())  # z + (q - z) would equal q only up to rounding
 
 
 def rotation(z: Tensor, q: Tensor) -> Tensor:
-    """q, as z turned and rescaled by a matrix that passes no gradient, (..., D), (..., D) -> (..., D)."""
+    """q, computed as z rotated and rescaled by a matrix without gradient, (..., D), (..., D) -> (..., D)."""
     with torch.no_grad():
         from_D, to_D = F.normalize(z, dim=-1), F.normalize(q, dim=-1)
         between_D = F.normalize(from_D + to_D, dim=-1)
@@ -34,13 +34,13 @@ def rotation(z: Tensor, q: Tensor) -> Tensor:
 
 
 def diveq(z: Tensor, q: Tensor, sigma: float, noise: Tensor | None = None) -> Tensor:
-    """Move z by its distance from q in about the direction of q, (..., D), (..., D) -> (..., D).
+    """Move z by its distance from q, in roughly the direction of q, (..., D), (..., D) -> (..., D).
 
     Args:
-        z: what is quantised.
-        q: its codes, with their gradient.
+        z: the vectors to quantise.
+        q: their codes, with gradient.
         sigma: standard deviation of the noise in the direction.
-        noise: standard normal; drawn if None.
+        noise: standard normal noise; drawn if None.
     """
     noise = torch.randn_like(z) if noise is None else noise
     towards = F.normalize((q - z).detach() + sigma * noise, dim=-1, eps=torch.finfo(z.dtype).tiny)

@@ -2,17 +2,17 @@
 
     p = g(z) in [0, 1]    z_q = sqrt(12) ((l + 1/2) / L - 1/2)    l = floor(L p) of the L intervals of a channel
 
-The middle of an interval is the best value for a uniform p; z_q has variance 1 then. In training a number is quantised
-with some probability, the gradient passed straight through, and else moved by about as much, if it stays in [0, 1]:
+The middle of an interval is the best value for a uniform p; z_q then has variance 1. In training, a number is quantised
+with some probability, with a straight-through gradient. Otherwise similar noise moves it, if it stays in [0, 1]:
 
     p <- p + u    u ~ U(-eta / 2L, eta / 2L)
 
-p is uniform where z has the distribution function g, to which the terms pull its moments over the rows of all ranks:
+p is uniform if z has the distribution function g. The terms pull the moments of z to those of g, over all ranks' rows:
 
     code_mean = ||mu||^2    code_variance = ||sigma^2 - sigma_g^2||^2
 
-with sigma_g^2 of 1 for normal, pi^2 / 12 for tanh and pi^2 / 3 for sigmoid. Whether a number is quantised, and whether
-its move is taken, is drawn for each by itself, as in the authors' code; equation 17 takes or leaves a whole vector.
+with sigma_g^2 of 1 for normal, pi^2 / 12 for tanh and pi^2 / 3 for sigmoid. Whether a number is quantised and whether
+its move is accepted are decided separately for each number, as in the authors' code; equation 17 decides per vector.
 
 Shapes: N rows, D channels.
 """
@@ -29,7 +29,7 @@ from aezoo.quantisers.common import to_digits, to_index
 from aezoo.quantisers.estimators import ste
 from aezoo.quantisers.fsq import MOST_BITS
 
-# g and sigma_g^2
+# g and sigma_g^2 by name
 SQUASHES = {
     "tanh": (lambda z: (torch.tanh(z) + 1) / 2, math.pi**2 / 12),
     "sigmoid": (torch.sigmoid, math.pi**2 / 3),
@@ -38,16 +38,16 @@ SQUASHES = {
 
 
 class FSP(Quantiser):
-    """Each channel at the middle of one of a few intervals, and moved within their width in training.
+    """Each channel becomes the middle of one of a few intervals; in training it also moves within their width.
 
     Args:
         levels: L of each channel.
         squash: g: tanh, sigmoid or normal.
-        eta: the width of a move over that of an interval.
+        eta: width of a move relative to that of an interval.
         quantised: probability that a number is quantised in training.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     L_D: Tensor
@@ -67,11 +67,11 @@ class FSP(Quantiser):
         self.keep("L_D", torch.tensor(levels, dtype=torch.get_default_dtype()), persistent=False)
 
     def middle(self, digit_ND: Tensor) -> Tensor:
-        """Of intervals, in [0, 1], (N, D) -> (N, D)."""
+        """The middles of intervals, in [0, 1], (N, D) -> (N, D)."""
         return (digit_ND + 0.5) / self.L_D
 
     def value(self, p_ND: Tensor) -> Tensor:
-        """Of mean 0 and variance 1 where p is uniform, (N, D) -> (N, D)."""
+        """Scaled values, with mean 0 and variance 1 if p is uniform, (N, D) -> (N, D)."""
         return math.sqrt(12) * (p_ND - 0.5)
 
     def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
@@ -80,7 +80,7 @@ class FSP(Quantiser):
         digit_ND = (p_ND.detach() * self.L_D).floor().minimum(self.L_D - 1)
         quantised_ND = ste(p_ND, self.middle(digit_ND))
         if self.training:
-            of_samples = p_ND.detach().unflatten(0, (-1, places))  # to which random numbers belong
+            of_samples = p_ND.detach().unflatten(0, (-1, places))  # random numbers are drawn per sample
             u_ND, coin_ND = (torch.rand_like(of_samples).flatten(0, 1) for _ in range(2))
             moved_ND = p_ND + self.eta * (2 * u_ND - 1) / (2 * self.L_D)
             moved_ND = torch.where((moved_ND > 0) & (moved_ND < 1), moved_ND, p_ND)

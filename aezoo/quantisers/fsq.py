@@ -2,9 +2,9 @@
 
     f(z) = tanh(z + s) (L - 1)(1 - eps) / 2 - o    z_q = round(f(z)) / floor(L / 2)
 
-a channel, of L values each; o = 1/2 and s = tan(2 o / ((L - 1)(1 - eps))) where L is even, else 0 (appendix A.1). With
-L = 2 that shift would lie beyond what tanh reaches: it is 0, which cuts at z = 0, and the values are -1 and 1. The
-gradient is that of f, rounding passed straight through. There is nothing to learn, and no term.
+for each channel with its L values; o = 1/2 and s = tan(2 o / ((L - 1)(1 - eps))) if L is even, else 0 (appendix A.1).
+For L = 2 this shift would lie beyond the range of tanh, so it is 0: the values -1 and 1 are separated at z = 0. The
+gradient is that of f, with straight-through rounding. Nothing is learned, and there is no loss term.
 
 Shapes: N rows, D channels.
 """
@@ -20,18 +20,18 @@ from aezoo.quantisers.common import to_digits, to_index
 from aezoo.quantisers.estimators import ste
 
 EPS = 1e-3
-# what an index of 64 bits holds
+# the bits that a 64-bit index can hold
 MOST_BITS = 62
 
 
 class FSQ(Quantiser):
-    """Each channel rounded to one of a few values in [-1, 1]; one index for all of them.
+    """Each channel rounded to one of a few values in [-1, 1]; one index for all channels.
 
     Args:
         levels: L of each channel; the paper advises 5 or more.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     half_D: Tensor
@@ -53,7 +53,7 @@ class FSQ(Quantiser):
             "offset_D": offset_D,
             "shift_D": torch.where(L_D > 2, (offset_D / half_D).tan(), 0),
             "lowest_D": L_D // 2,
-            # digits 0..L-1 to values: (digit - zero) / width
+            # converts digits 0..L-1 to values: (digit - zero) / width
             "zero_D": torch.where(L_D > 2, L_D // 2, 0.5),
             "width_D": torch.where(L_D > 2, L_D // 2, 0.5),
         }
@@ -61,11 +61,11 @@ class FSQ(Quantiser):
             self.keep(name, values.to(torch.get_default_dtype()), persistent=False)
 
     def bound(self, z_ND: Tensor) -> Tensor:
-        """f(z) counted from the lowest value: within half a step of the digits 0..L-1, (N, D) -> (N, D)."""
+        """f(z) relative to the lowest value: within half a step of the digits 0..L-1, (N, D) -> (N, D)."""
         return torch.tanh(z_ND + self.shift_D) * self.half_D - self.offset_D + self.lowest_D
 
     def value(self, digit_ND: Tensor) -> Tensor:
-        """Digits, whole or not, to values in [-1, 1], (N, D) -> (N, D)."""
+        """Convert digits, integer or not, to values in [-1, 1], (N, D) -> (N, D)."""
         return (digit_ND - self.zero_D) / self.width_D
 
     def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:

@@ -3,13 +3,13 @@
     h_g = W_comp [P rows of C] + b_comp, of each group g    h <- blocks(h)    P rows of C^ = W_rec norm(h_g) + b_rec
     z_q = the row of C^ nearest to z    codebook = ||sg(z) - z_q||^2    commitment = ||z - sg(z_q)||^2
 
-C is trained, through a transformer whose tokens are groups of codes: what one code is pulled to moves all of them. The
-blocks are those of `aezoo.nets.vit`, without positions; the last group is filled up with zeros.
+C is trained through a transformer whose tokens are groups of codes: a gradient for one code moves all of them. The
+blocks are those of `aezoo.nets.vit`, without positions; the last group is padded with zeros.
 
-The authors' MLPs are twice as wide as their tokens, and their W_rec and b_rec start at 0, with all codes alike; here
-codes start apart. Theirs is the advice of two blocks, and of groups that grow with K: 16 for K = 16384.
+The authors' MLPs are twice as wide as their tokens. Their W_rec and b_rec start at 0, so all codes start equal; here
+codes start different. They recommend two blocks, and groups that grow with K: 16 for K = 16384.
 
-Shapes: N rows, D channels, K codes, P codes a group.
+Shapes: N rows, D channels, K codes, P codes per group.
 """
 
 import torch
@@ -23,12 +23,12 @@ from aezoo.quantisers.sim_vq import SharedBook
 
 
 class Bridge(nn.Module):
-    """C to C^, (..., K, D) -> (..., K, D).
+    """Maps C to C^, (..., K, D) -> (..., K, D).
 
     Args:
         dim: D.
         group_size: P.
-        width: of a group's token.
+        width: width of a group's token.
         depth: number of blocks.
     """
 
@@ -50,18 +50,18 @@ class Bridge(nn.Module):
 
 
 class FVQ(SharedBook):
-    """VQ whose codes pass a bridge together. Terms: commitment and codebook.
+    """VQ with codes that pass through a bridge together. Terms: commitment and codebook.
 
     Args:
         dim: D, channels of z.
         size: K, number of codes.
-        group_size: P, codes that are one token of the bridge.
-        width: of a token.
-        depth: blocks of the bridge.
+        group_size: P, codes in one token of the bridge.
+        width: width of a token.
+        depth: number of blocks of the bridge.
         estimator: how the gradient passes: ste or rotation.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     def __init__(

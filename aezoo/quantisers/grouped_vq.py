@@ -2,9 +2,9 @@
 
     z = (z^1, ..., z^G)    z_q = (VQ_1(z^1), ..., VQ_G(z^G))
 
-G books of K codes give K^G vectors, at the price of a search in each book.
+G codebooks of K codes give K^G vectors, at the cost of one search per codebook.
 
-Shapes: N rows, D channels, K codes a group, Q = G groups.
+Shapes: N rows, D channels, K codes per group, Q = G groups.
 """
 
 from typing import Any, cast
@@ -18,16 +18,16 @@ from aezoo.quantisers.vq import VQ
 
 
 class GroupedVQ(Quantiser):
-    """VQ of each group of channels by itself. Terms: those of `VQ`, summed over groups.
+    """Separate VQ of each group of channels. Terms: those of `VQ`, summed over groups.
 
     Args:
         dim: D, channels of z.
-        groups: G, which divides D.
+        groups: G, a divisor of D.
         size: K, codes of each group.
-        **options: of each `VQ`.
+        **options: options of each `VQ`.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     def __init__(self, dim: int, groups: int, size: int = 512, **options: Any) -> None:

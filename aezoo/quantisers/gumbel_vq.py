@@ -2,9 +2,9 @@
 
     p = softmax(z)    y = softmax((log p + g) / temperature)    z_q = sum_k y_k e_k    kl = log K - H(p)
 
-z holds the logits of K codes and g standard Gumbel noise (Jang et al. 2016, https://arxiv.org/abs/1611.01144); kl is
-KL(p || uniform) in nats. In evaluation mode, and forward with `hard`, z_q is the code of the largest. A callback may
-lower the buffer `temperature` over training.
+z holds the logits of K codes, and g is standard Gumbel noise (Jang et al. 2016, https://arxiv.org/abs/1611.01144). kl
+is KL(p || uniform) in nats. In evaluation mode z_q is the code with the largest logit; with `hard`, the forward value
+in training is the code with the largest y. A callback may lower the buffer `temperature` during training.
 
 Shapes: N rows, K codes, C channels of a code.
 """
@@ -19,16 +19,16 @@ from aezoo.quantisers.base import Quantiser, Rows
 
 
 class GumbelVQ(Quantiser):
-    """A code drawn by its logit, relaxed. Terms: kl.
+    """A code sampled from logits, relaxed. Terms: kl.
 
     Args:
         size: K, number of codes and channels of z.
         code_dim: C, channels of z_q.
-        temperature: of the relaxation.
-        hard: give codes in training as well, with the gradient of the relaxed ones.
+        temperature: temperature of the relaxation.
+        hard: return one-hot codes in training too, with the gradient of the relaxed codes.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     temperature: Tensor
@@ -45,7 +45,7 @@ class GumbelVQ(Quantiser):
         log_p_NK = z_ND.log_softmax(1)
         terms = {"kl": kl_from_uniform(log_p_NK.exp(), log_p_NK, self.dim)}
         if self.training:
-            # of the shape (B, P, K), since random numbers belong to samples
+            # random numbers are drawn per sample, so the shape is (B, P, K)
             y_NK = relaxed(log_p_NK.unflatten(0, (-1, places)), self.temperature, self.hard).flatten(0, 1)
             return y_NK @ self.code_KC.to(self.exact_dtype), y_NK.argmax(1, keepdim=True), terms
         index_N1 = z_ND.argmax(1, keepdim=True)

@@ -2,8 +2,8 @@
 
     z_q,d = v_dk    k = argmin_j |z_d - v_dj|
 
-Each channel d has K values of its own, few and learned, from -1/2 to 1/2 at first, evenly spaced. They learn by the
-term codebook alone: the gradient of z_q is that of z.
+Each channel d has its own K learned values, initially evenly spaced from -1/2 to 1/2. Only the codebook term trains
+them: the gradient of z_q goes to z.
 
 Shapes: N rows, D channels, K values of each.
 """
@@ -16,14 +16,14 @@ from aezoo.quantisers.estimators import ste
 
 
 class LatentQuantisation(Quantiser):
-    """The nearest of a channel's own values; an index a channel. Terms: commitment and codebook.
+    """The nearest of a channel's own values; one index per channel. Terms: commitment and codebook.
 
     Args:
         dim: D, channels of z.
-        size: K, values of each.
+        size: K, number of values of each channel.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     def __init__(self, dim: int, size: int = 10) -> None:

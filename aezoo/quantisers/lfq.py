@@ -2,14 +2,14 @@
 
     z_q = sign(z)    index = sum_i [z_i > 0] 2^i
 
-a book of K = 2^D codes that need no search. Each channel is 1 with probability p = sigmoid(4 z / temperature), which is
-softmax_c(2 z.c / temperature) over all codes c, and
+with a codebook of K = 2^D codes that needs no search. Each channel is 1 with probability
+p = sigmoid(4 z / temperature), which is softmax_c(2 z.c / temperature) over all codes c, and
 
     entropy = E[H(p(c|z))]    diversity = H(E[p(c|z)])    commitment = ||z - sg(z_q)||^2
 
-The loss takes entropy - gamma diversity: each z close to one code, all codes used. Over the samples of all ranks.
-H(p(c|z)) is the sum over channels. H(E p) is exact for up to 10 channels; more are cut into groups of at most 10, whose
-entropies add up to a bound from above.
+The loss uses entropy - gamma diversity, over the samples of all ranks: each z is close to one code, and all codes are
+used. H(p(c|z)) is the sum over channels. H(E p) is exact for up to 10 channels; more channels are split into groups of
+at most 10, and the sum of the groups' entropies is an upper bound.
 
 Shapes: N rows, D channels, G channels of a group.
 """
@@ -23,7 +23,7 @@ from aezoo.quantisers.common import entropy, entropy_of_bit, group_sizes, to_dig
 from aezoo.quantisers.estimators import ste
 from aezoo.quantisers.fsq import MOST_BITS
 
-# channels whose codes are all enumerated
+# up to this many channels, all codes are enumerated
 EXACT = 10
 
 
@@ -32,10 +32,10 @@ class LFQ(Quantiser):
 
     Args:
         dim: D, channels of z and bits of an index.
-        temperature: of the probabilities of codes.
+        temperature: temperature of the code probabilities.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     def __init__(self, dim: int, *, temperature: float = 0.01) -> None:
@@ -71,11 +71,11 @@ class LFQ(Quantiser):
 
     def diversity(self, u_ND: Tensor) -> Tensor:
         """H(E[p(c|z)]) in nats, summed over groups of channels, (N, D) -> ()."""
-        # Apple's GPUs have no float64; elsewhere a product of float32 may be one of TF32
+        # Apple's GPUs have no float64; elsewhere float32 products may be computed in TF32
         exact = torch.float32 if u_ND.device.type == "mps" else torch.float64
         total = u_ND.new_zeros(())
         for p_NG in torch.sigmoid(4 * self.scale * u_ND / self.temperature).to(exact).split(self.sizes, 1):
-            # p(c|z) is a product over channels, so that its mean over rows is one of two halves
+            # p(c|z) is a product over channels, so its mean over rows is a product of two halves
             half = p_NG.shape[1] // 2
             mean_KK = _of_every_code(p_NG[:, :half]).T @ _of_every_code(p_NG[:, half:]) / p_NG.shape[0]
             total = total + entropy(self.mean_over_ranks(mean_KK.flatten())).to(total)
@@ -83,7 +83,7 @@ class LFQ(Quantiser):
 
 
 def _of_every_code(p_NG: Tensor) -> Tensor:
-    """Probabilities of all codes of some channels, from those that each channel is 1, (N, G) -> (N, 2^G)."""
+    """Probabilities of all codes of some channels, from each channel's probability of 1, (N, G) -> (N, 2^G)."""
     p_NK = torch.ones_like(p_NG[:, :0].sum(1, keepdim=True))
     for p_N in p_NG.unbind(1):
         p_NK = torch.cat([p_NK * (1 - p_N[:, None]), p_NK * p_N[:, None]], 1)

@@ -2,8 +2,8 @@
 
     k = argmin_j || e_j / ||e_j|| - A z / ||A z|| ||    z_q = e_k / ||e_k||
 
-A (Xavier) and e (standard normal) are drawn once and never trained: targets for a model that predicts what is masked,
-as they are for data of mean 0 and standard deviation 1. No gradient passes, and there is no term.
+A (Xavier) and e (standard normal) are drawn once and never trained. The indices are targets for a model that predicts
+masked parts, if the data have mean 0 and standard deviation 1. No gradient passes through, and there is no loss term.
 
 Shapes: N rows, D channels of z, C channels of a code, K codes.
 """
@@ -17,7 +17,7 @@ from aezoo.quantisers.common import for_tf32, may_be_tf32, nearest
 
 
 class RandomProjection(Quantiser):
-    """The nearest of K random directions to a random projection.
+    """The nearest of K random directions to a random projection of z.
 
     Args:
         dim: D, channels of z.

@@ -1,13 +1,13 @@
-"""Residual FSQ: `fsq`, and what rounding leaves over rounded again, level by level.
+"""Residual FSQ: `fsq`, with the rounding error quantised again, level by level.
 
-Level 1 is FSQ (Mentzer et al. 2023, https://arxiv.org/abs/2309.15505). What it leaves lies within half a step, a cell
-of known size; every further level cuts the cell of each channel into as many equal ones as the channel has values and
+Level 1 is FSQ (Mentzer et al. 2023, https://arxiv.org/abs/2309.15505). Its error lies within half a step, a cell of
+known size. Each further level splits the cell of a channel into as many equal cells as the channel has values, and
 takes the middle of one. So the error of a channel is at most
 
     1 / (2 L^(l-1))    steps of FSQ after l levels
 
-and no scale has to be guessed for residuals. Values are bounded once, before the first level, and rounding is passed
-straight through once. With quantiser dropout as in `residual_vq`.
+and no scale of residuals has to be guessed. Values are bounded once, before the first level, and one straight-through
+estimator passes the gradient. Quantiser dropout is as in `residual_vq`.
 
 Shapes: N rows, D channels, Q = depth levels.
 """
@@ -23,15 +23,15 @@ from aezoo.quantisers.fsq import FSQ
 
 
 class ResidualFSQ(FSQ):
-    """FSQ of what the levels before have left over; an index a level.
+    """FSQ of the error that earlier levels leave; one index per level.
 
     Args:
         levels: L of each channel, the same at every level.
-        depth: how many levels.
-        dropout: share of samples in training that keep only their first levels.
+        depth: number of levels.
+        dropout: share of training samples that keep only their first levels.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     L_D: Tensor
@@ -64,10 +64,10 @@ class ResidualFSQ(FSQ):
         return total_ND
 
     def _cell(self, left_ND: Tensor, level: int) -> Tensor:
-        """Which cell of a level, 0..L-1."""
+        """The index of the cell at a level, 0..L-1."""
         cell_ND = ((left_ND * self.L_D ** (level - 1) + 0.5) * self.L_D).floor()
         return cell_ND.clamp(torch.zeros_like(self.L_D), self.L_D - 1)
 
     def _middle(self, cell_ND: Tensor, level: int) -> Tensor:
-        """Where the middle of a cell lies, from the middle of the one it is part of."""
+        """The position of a cell's middle, relative to the middle of its parent cell."""
         return ((cell_ND + 0.5) / self.L_D - 0.5) / self.L_D ** (level - 1)

@@ -2,14 +2,14 @@
 
     r_1 = z    q_l = the code of level l that is nearest to r_l    r_{l+1} = r_l - q_l    z_q = sum_l q_l
 
-With quantiser dropout a sample of training keeps its first n levels, n uniform on 1..L, with probability `dropout`, so
-that a prefix of the levels is a code too; an index of a dropped level is -1, which stands for 0, and its book learns
-nothing from that sample.
+With quantiser dropout, a training sample keeps its first n levels, n uniform on 1..L, with probability `dropout`, so
+that a prefix of the levels is a code too. A dropped level has index -1 and adds 0, and its codebook learns nothing from
+that sample.
 
-The terms are the sums of those of the levels, each on its own residual, which takes its gradient from z alone; one
-gradient passes from z_q to z, not one a level.
+The terms are summed over levels, each computed on its own residual. The gradient of a residual goes only to z. One
+straight-through gradient passes from z_q to z, not one per level.
 
-Shapes: N rows, D channels, K codes a level, Q = L levels.
+Shapes: N rows, D channels, K codes per level, Q = L levels.
 """
 
 from typing import Any, cast
@@ -24,17 +24,17 @@ from aezoo.quantisers.vq import VQ
 
 
 class ResidualVQ(Quantiser):
-    """VQ of what the levels before have left over. Terms: those of `VQ`, summed over levels.
+    """VQ of the residual that earlier levels leave. Terms: those of `VQ`, summed over levels.
 
     Args:
         dim: D, channels of z.
-        levels: L, how many books.
-        size: K, codes of each.
-        dropout: share of samples in training that keep only their first levels.
-        **options: of each `VQ`; cosine is none, since a residual's norm counts.
+        levels: L, number of codebooks.
+        size: K, codes of each codebook.
+        dropout: share of training samples that keep only their first levels.
+        **options: options of each `VQ`, except cosine, since the norm of a residual matters.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     def __init__(self, dim: int, levels: int, size: int = 512, *, dropout: float = 0.0, **options: Any) -> None:
@@ -54,7 +54,7 @@ class ResidualVQ(Quantiser):
         left_ND, total_ND, indices = z_ND, torch.zeros_like(z_ND), []
         sums: dict[str, Tensor] = {}
         for i, level in enumerate(self._levels()):
-            # every rank takes every level, since all of them exchange sums there
+            # every rank runs every level, since all ranks exchange sums there
             kept_N = None if kept_NQ is None else kept_NQ[:, i]
             q_ND, index_N, terms = level.choose(left_ND, places, kept_N)
             left_ND = left_ND - q_ND.detach()

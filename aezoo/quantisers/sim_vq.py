@@ -3,7 +3,7 @@
     C = C_0 W    z_q = the row of C nearest to z
     codebook = ||sg(z) - z_q||^2    commitment = ||z - sg(z_q)||^2
 
-C_0 is frozen, W a D x D matrix that all codes share: a code that is used moves the others with it, so that the book
+C_0 is frozen, and W is a D x D matrix that all codes share: a code in use moves the others with it, so the codebook
 does not collapse.
 
 Shapes: N rows, D channels, K codes.
@@ -20,7 +20,7 @@ from aezoo.quantisers.estimators import rotation, ste
 
 
 class SharedBook(Quantiser):
-    """VQ whose codes are made of parameters that they share: a subclass writes `book`. Terms: commitment and codebook.
+    """VQ with codes computed from shared parameters; a subclass defines `book`. Terms: commitment and codebook.
 
     Args:
         dim: D, channels of z.
@@ -28,7 +28,7 @@ class SharedBook(Quantiser):
         estimator: how the gradient passes: ste or rotation.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     def __init__(self, dim: int, size: int, estimator: str) -> None:
@@ -56,7 +56,7 @@ class SharedBook(Quantiser):
 
 
 class SimVQ(SharedBook):
-    """VQ whose codes are one linear map of frozen vectors. Terms: commitment and codebook.
+    """VQ with codes that are one linear map of frozen vectors. Terms: commitment and codebook.
 
     Args:
         dim: D, channels of z.
@@ -64,7 +64,7 @@ class SimVQ(SharedBook):
         estimator: how the gradient passes: ste or rotation.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     frozen_KD: Tensor

@@ -3,15 +3,16 @@
     q(k|z) = softmax_k(-||z - e_k||^2 / (2 s^2))    y = softmax((log q + g) / temperature)    z_q = sum_k y_k e_k
     dequantisation = E_q ||z - e_k||^2 / (2 s^2)    kl = log K - H(q)
 
-in nats, with Gumbel noise g. Codes and log s^2 are parameters. Both terms are means over the whole book, and together
+in nats, with Gumbel noise g. Codes and log s^2 are parameters. Both terms are means over the whole codebook. Their sum
 
     dequantisation + kl = -log(1/K sum_k exp(-||z - e_k||^2 / (2 s^2)))
 
 falls to 0 as s grows and q becomes uniform; as s falls to 0, q becomes the nearest code (VQ). With `variance` sample or
-place z has one more channel, which is added to log s^2 in its mean over the sample's places, or at its place: types
-gaussian_2 and gaussian_3 of the authors' code, https://github.com/sony/sqvae, where variances are added, not their
-logarithms, and the dequantisation is that of the relaxed code. In evaluation mode z_q is the nearest code, which is the
-likeliest; forward with `hard` it is a code drawn from q. A callback may lower the buffer `temperature` over training.
+place, z has one more channel, which is added to log s^2: as the mean over the sample's places, or at its place. These
+are types gaussian_2 and gaussian_3 of the authors' code, https://github.com/sony/sqvae, which adds variances instead of
+their logarithms and uses the relaxed code for the dequantisation. In evaluation mode z_q is the nearest code, which is
+the most likely; with `hard`, the forward value in training is a code drawn from q. A callback may lower the buffer
+`temperature` during training.
 
 Shapes: B batch, P places, N = B P rows, D channels of a code, K codes.
 """
@@ -31,18 +32,18 @@ VARIANCES = ("one", "sample", "place")
 
 
 class StochasticVQ(Quantiser):
-    """A code drawn by its distance, relaxed. Terms: dequantisation and kl.
+    """A code sampled by its distance, relaxed. Terms: dequantisation and kl.
 
     Args:
-        code_dim: D, channels of a code; z has one more but for variance one.
+        code_dim: D, channels of a code; z has one more unless variance is one.
         size: K, number of codes.
         variance: what shares s^2: one for all, or a factor of it for each sample or place.
-        start_variance: s^2 at the start, beside codes of variance 1.
-        temperature: of the relaxation.
-        hard: give codes in training as well, with the gradient of the relaxed ones.
+        start_variance: initial s^2, relative to codes of variance 1.
+        temperature: temperature of the relaxation.
+        hard: return one-hot codes in training too, with the gradient of the relaxed codes.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     temperature: Tensor
@@ -71,7 +72,7 @@ class StochasticVQ(Quantiser):
         self.log_variance = nn.Parameter(torch.tensor(math.log(start_variance)))
 
     def logits(self, z: Tensor) -> Tensor:
-        """Log q(k|z) but for a constant of the place, -||z - e_k||^2 / (2 s^2): (B, dim, *places) -> (B, P, K)."""
+        """Log q(k|z) up to a constant per place, -||z - e_k||^2 / (2 s^2): (B, dim, *places) -> (B, P, K)."""
         with torch.autocast(z.device.type, enabled=False):
             z_ND = z.movedim(1, -1).flatten(0, -2).to(self.exact_dtype)
             places = math.prod(z.shape[2:])
@@ -80,14 +81,14 @@ class StochasticVQ(Quantiser):
     def _logits(self, z_ND: Tensor, places: int) -> Tensor:
         z_ND, log_variance_N1 = self._parts(z_ND, places)
         code_KD = self.code_KD.to(self.exact_dtype)
-        # about the middle of the codes the expanded square cancels least
+        # centred at the mean of the codes, the expanded square loses the fewest digits
         centre_D = code_KD.detach().mean(0)
         z_ND, code_KD = z_ND - centre_D, code_KD - centre_D
         square_NK = z_ND.square().sum(1, keepdim=True) + relative_distance(z_ND, code_KD)
         return -0.5 * square_NK.clamp(min=0) * torch.exp(-log_variance_N1)
 
     def _parts(self, z_ND: Tensor, places: int) -> tuple[Tensor, Tensor]:
-        """What is compared with codes, and log s^2 within [-15, 10], below which rounding of squares would show."""
+        """The part of z that codes are compared with, and log s^2 in [-15, 10], below which rounding errors matter."""
         log_variance_N1 = self.log_variance.to(self.exact_dtype).view(1, 1)
         if self.variance != "one":
             z_ND, own_N1 = z_ND.split([self.code_dim, 1], 1)
@@ -105,7 +106,7 @@ class StochasticVQ(Quantiser):
             "kl": kl_from_uniform(q_NK, log_q_NK, self.book_sizes[0]),
         }
         if self.training:
-            # of the shape (B, P, K), since random numbers belong to samples
+            # random numbers are drawn per sample, so the shape is (B, P, K)
             y_NK = relaxed(log_q_NK.unflatten(0, (-1, places)), self.temperature, self.hard).flatten(0, 1)
             return y_NK @ self.code_KD.to(self.exact_dtype), y_NK.argmax(1, keepdim=True), terms
         index_N1 = nearest(z_ND[:, : self.code_dim], self.code_KD.to(self.exact_dtype))[:, None]

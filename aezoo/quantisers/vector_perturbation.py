@@ -1,18 +1,19 @@
 """VP, vector perturbation (Zhai et al. 2026), https://arxiv.org/abs/2602.17133
 
-What a decoder sees of quantisation is an error about as large as a cell. In training z is moved by such an error in
-place of being quantised: with D_m(z) its distance to its m-th neighbour in a queue of S rows of batches before,
+Quantisation shows the decoder an error about as large as a cell. In training z moves by such an error instead of being
+quantised. With D_m(z) the distance of z to its m-th neighbour in a queue of S rows of earlier batches,
 
     z' = z + u    u uniform in the ball of radius eta D_M(z)    M = ceil(S / K)
     z_q = z' with probability min(1, (D_k(z) D_M(z) / (D_k(z') D_M(z')))^D), 0 where ||u|| > eta D_M(z'), else z
 
-a step of Metropolis and Hastings that leaves the density 1 / D_k^D of z as it is. No gradient passes a choice; dL/dz is
-dL/dz_q. The terms pull z to mean 0 and variance 1 in each channel, over the rows of all ranks:
+This is a Metropolis-Hastings step that preserves the density 1 / D_k^D of z. No gradient passes through the choice;
+dL/dz is dL/dz_q. The terms pull each channel of z to mean 0 and variance 1, over the rows of all ranks:
 
     code_mean = ||mu||^2    code_variance = ||sigma^2 - 1||^2
 
-Evaluation takes the nearest of K codes, which no loss sees: they are the moving averages of `vq`. The authors cluster
-the queue by k-means when training ends, or is looked at; their queue has 16 D K rows and a share of 0.01 of each batch.
+Evaluation takes the nearest of K codes, which no loss sees: they are the moving averages of `vq`. The authors instead
+cluster the queue by k-means when training ends or is inspected; their queue has 16 D K rows and takes a share of 0.01
+of each batch.
 
 Shapes: N rows, D channels, K codes, S rows in the queue.
 """
@@ -29,25 +30,25 @@ from aezoo.quantisers.base import Rows
 from aezoo.quantisers.estimators import ste
 from aezoo.quantisers.vq import VQ
 
-# rows whose distances to the queue are held at once, and how many of the queue are searched as one
+# rows whose distances to the queue are held at once, and rows of the queue that are searched as one group
 _ROWS, _GROUP = 512, 8
 
 
 class VectorPerturbation(VQ):
-    """Rows moved by what quantising them would, in training. Terms: code_mean and code_variance.
+    """Moves rows in training about as far as quantisation would. Terms: code_mean and code_variance.
 
     Args:
         dim: D, channels of z.
         size: K, number of codes.
-        eta: the largest move over the distance to the M-th neighbour.
-        neighbours: k, by which density is estimated.
+        eta: largest move relative to the distance to the M-th neighbour.
+        neighbours: k, the neighbour whose distance estimates the density.
         queue_size: S.
-        share: of the rows of a batch that enter the queue.
-        decay: d, of the codes' moving averages.
-        dead_below: N_k, in rows a batch of all ranks, below which a code moves to a row, see `vq`; 0 for never.
+        share: share of the rows of a batch that enter the queue.
+        decay: d, decay rate of the codes' moving averages.
+        dead_below: N_k, in rows per batch of all ranks, below which a code moves to a row, see `vq`; 0 for never.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     queue_SD: Tensor
@@ -78,7 +79,7 @@ class VectorPerturbation(VQ):
         terms = self.moments(z_ND, 1.0)
         if not self.training:
             return ste(z_ND, q_ND), index_N[:, None], terms
-        of_samples = z_ND.detach().unflatten(0, (-1, places))  # to which random numbers belong
+        of_samples = z_ND.detach().unflatten(0, (-1, places))  # random numbers are drawn per sample
         direction_ND = torch.randn_like(of_samples).flatten(0, 1)
         radius_N, coin_N = (torch.rand_like(of_samples[..., 0]).flatten() for _ in range(2))
         moved_ND = z_ND + self.move(z_ND, direction_ND, radius_N, coin_N)
@@ -87,7 +88,7 @@ class VectorPerturbation(VQ):
 
     @torch.no_grad()
     def move(self, z_ND: Tensor, direction_ND: Tensor, radius_N: Tensor, coin_N: Tensor) -> Tensor:
-        """Proposed moves where they are accepted, 0 elsewhere, (N, D).
+        """The accepted moves, 0 where a proposal is rejected, (N, D).
 
         Args:
             z_ND: the rows.
@@ -104,11 +105,11 @@ class VectorPerturbation(VQ):
         return torch.where(accepted_N[:, None], u_ND, 0)
 
     def distances(self, z_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """D_k and D_M of rows, above 0, (N,), (N,)."""
+        """D_k and D_M of rows, both positive, (N,), (N,)."""
         most, size = max(self.k, self.m), len(self.queue_SD)
-        # the m nearest lie in the m groups that come the nearest: two short searches are faster than a long one
+        # the m nearest rows lie in the m nearest groups: two short searches are faster than a long one
         groups = max(most, math.ceil(size / _GROUP))
-        # of a difference of squares float32 leaves few digits; Apple's GPUs have no more
+        # a difference of squares has few correct digits in float32; Apple's GPUs have no higher precision
         exact = z_ND.dtype if z_ND.device.type == "mps" else torch.float64
         queue_SD = F.pad(self.queue_SD.to(z_ND.dtype), (0, 0, 0, -size % groups))
         square_S = F.pad(self.queue_SD.to(exact).square().sum(1), (0, -size % groups), value=torch.inf)
@@ -120,7 +121,7 @@ class VectorPerturbation(VQ):
             of_groups_nC = (group_nM[:, None] + first_I1).flatten(1)
             nearest_nM = all_nS.gather(1, of_groups_nC).topk(most, largest=False).indices
             found_n2 = of_groups_nC.gather(1, nearest_nM[:, [self.k - 1, self.m - 1]])
-            # of a row that is in the queue itself D_M(z') may be ||u||, for which squares are not exact enough
+            # if a row is in the queue itself, D_M(z') may be ||u||, for which expanded squares are not exact enough
             parts.append(torch.cdist(rows[:, None], queue_SD[found_n2], compute_mode="donot_use_mm_for_euclid_dist"))
         near_N, far_N = torch.cat(parts)[:, 0].clamp(min=torch.finfo(z_ND.dtype).tiny).unbind(1)
         return near_N, far_N
@@ -130,7 +131,7 @@ class VectorPerturbation(VQ):
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.across_ranks() else (0, 1)
         n, all_n = z_ND.shape[0], z_ND.shape[0] * ranks
         i_C = torch.arange(min(len(self.queue_SD), math.ceil(self.share * all_n)), device=z_ND.device)
-        # rows of all ranks, evenly spread and others at each update; each rank gives those that it has
+        # rows of all ranks, evenly spread and different at each update; each rank contributes the ones that it has
         row_C = (i_C * all_n // max(1, len(i_C)) + self.updates) % all_n - rank * n
         own_C1 = ((row_C >= 0) & (row_C < n))[:, None]
         fresh_CD = self.over_ranks(torch.where(own_C1, z_ND[row_C.clamp(0, n - 1)], 0))
@@ -138,7 +139,7 @@ class VectorPerturbation(VQ):
         self.next.add_(len(i_C)).remainder_(len(self.queue_SD))
 
     def _start_rows(self, z_ND: Tensor) -> None:
-        """By k-means, and the queue with rows, several times where they are few."""
+        """Start the codes by k-means, and fill the queue with rows, repeated where there are too few."""
         super()._start_rows(z_ND)
         i_S = torch.arange(len(self.queue_SD), device=z_ND.device)
         self.queue_SD.copy_(z_ND[i_S * len(z_ND) // len(i_S)])

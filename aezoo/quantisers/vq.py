@@ -3,18 +3,18 @@
     z_q = e_k    k = argmin_j ||z - e_j||
     codebook = ||sg(z) - e_k||^2    commitment = ||z - sg(e_k)||^2, which is what beta weights
 
-The codes are parameters that the term `codebook` trains, or exponential moving averages of what they are the nearest to
-(appendix A.1), and then there is no such term:
+The codes are parameters that the term `codebook` trains, or exponential moving averages of the rows assigned to them
+(appendix A.1). In the second case there is no such term:
 
     N_k <- d N_k + (1 - d) n_k    m_k <- d m_k + (1 - d) sum of the n_k rows    e_k = m_k / N_k where n_k > 0
 
-over the rows of all ranks, from N_k = 1 and m_k = e_k. A code that no row chose keeps its place, so that no smoothing
-of the division is needed.
+over the rows of all ranks, starting at N_k = 1 and m_k = e_k. A code that no row chose stays where it is, so the
+division needs no smoothing.
 
-A code whose N_k falls below `dead_below` moves to where a row of the batch lies, rows spread evenly over the batches of
-all ranks; N_k becomes the mean N / K, or dead_below if that is more, and m_k = N_k e_k. Of N <= K rows the mean is no
-more than 1, and dead_below counts as half of it at most: a code that has moved and is never chosen moves again after
-log 2 / log(1 / d) steps or more, 69 of the default.
+A code whose N_k falls below `dead_below` moves to a row of the batch; these rows are evenly spread over the batches of
+all ranks. N_k becomes the mean N / K, or dead_below if that is larger, and m_k = N_k e_k. With N <= K rows the mean is
+at most 1, and dead_below counts as at most half of it: a code that has moved and is never chosen moves again after
+log 2 / log(1 / d) steps or more, which is 69 by default.
 
 Estimators: `estimators.ste`, `rotation`, `diveq` (which needs no term `codebook` and has none), and gumbel: in training
 k is drawn from softmax_j(-||z - e_j||^2 / temperature), and the gradient is that of the relaxed draw.
@@ -38,21 +38,22 @@ ESTIMATORS = ("ste", "rotation", "gumbel", "diveq")
 
 
 class VQ(Quantiser):
-    """The nearest of K vectors. Terms: commitment and, of codes trained by gradient, codebook.
+    """The nearest of K vectors. Terms: commitment and, for codes trained by gradient, codebook.
 
     Args:
         dim: D, channels of z.
         size: K, number of codes.
         update: how codes learn: ema, or gradient, by the term codebook.
-        decay: d, of the moving averages.
-        dead_below: N_k, in rows a batch of all ranks, below which a code moves to a row, see above; 0 for never.
+        decay: d, decay rate of the moving averages.
+        dead_below: N_k, in rows per batch of all ranks, below which a code moves to a row, see above; 0 for never.
         estimator: how the gradient passes: ste, rotation, gumbel or diveq.
-        cosine: take z and the codes to the unit sphere first.
-        temperature: of gumbel, a squared distance: well below those between codes, or choices are blind and codes meet.
+        cosine: project z and the codes to the unit sphere first.
+        temperature: temperature of gumbel, a squared distance: well below those between codes, or choices are blind and
+            codes merge.
         sigma: standard deviation of diveq's noise.
 
     Raises:
-        AezooError: a value that cannot work.
+        AezooError: an invalid value.
     """
 
     code_KD: Tensor
@@ -96,14 +97,14 @@ class VQ(Quantiser):
             self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     def book(self) -> Tensor:
-        """The codes as they are compared, (K, D)."""
+        """The codes as used in comparisons, (K, D)."""
         code_KD = self.code_KD.to(self.exact_dtype)
         if self.training and self.counts:
-            code_KD = code_KD.clone()  # learning writes to them before the backward pass has read them
+            code_KD = code_KD.clone()  # learning overwrites them before the backward pass has read them
         return self.place(code_KD)
 
     def place(self, rows: Tensor) -> Tensor:
-        """Where rows are compared with codes: as they are, or on the unit sphere."""
+        """Where rows are compared with codes: unchanged, or projected to the unit sphere."""
         return F.normalize(rows, dim=-1) if self.cosine else rows
 
     def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
@@ -117,20 +118,20 @@ class VQ(Quantiser):
     def choose(
         self, z_ND: Tensor, places: int = 1, kept_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Codes of rows that are in their `place`, indices and terms; in training the codes learn from the rows.
+        """The codes, indices and terms of rows that `place` has mapped; in training the codes learn from the rows.
 
         Args:
             z_ND: (N, D).
-            places: rows a sample.
-            kept_N: which rows the codes learn from; all if None.
+            places: rows per sample.
+            kept_N: mask of the rows that the codes learn from; all if None.
 
         Returns:
-            Codes with the gradient that codes get, (N, D), indices, (N,), and terms, (N,) each.
+            Codes with the gradient that reaches the codebook, (N, D), indices, (N,), and terms, (N,) each.
         """
         code_KD = self.book()
         if self.training and self.estimator == "gumbel":
             log_p_NK = -relative_distance(z_ND, code_KD) / self.temperature
-            # of the shape (B, P, K), since random numbers belong to samples
+            # random numbers are drawn per sample, so the shape is (B, P, K)
             noisy_NK = log_p_NK + gumbel(log_p_NK.unflatten(0, (-1, places))).flatten(0, 1)
             index_N = noisy_NK.argmax(1)
             chosen_ND, soft_ND = F.embedding(index_N, code_KD), noisy_NK.softmax(1) @ code_KD
@@ -138,7 +139,7 @@ class VQ(Quantiser):
         else:
             index_N = nearest(z_ND, code_KD)
             q_ND = chosen_ND = F.embedding(index_N, code_KD)
-        terms = {"commitment": (z_ND - chosen_ND.detach()).square().sum(1)}  # beta's: it trains the encoder alone
+        terms = {"commitment": (z_ND - chosen_ND.detach()).square().sum(1)}  # beta's term: trains only the encoder
         if not self.averages and self.estimator != "diveq":
             terms["codebook"] = (z_ND.detach() - chosen_ND).square().sum(1)
         if self.training and self.counts:
@@ -146,7 +147,7 @@ class VQ(Quantiser):
         return q_ND, index_N, terms
 
     def estimate(self, z_ND: Tensor, q_ND: Tensor, places: int = 1) -> Tensor:
-        """The codes with the gradient that z gets, (N, D), (N, D) -> (N, D)."""
+        """The codes with the gradient that reaches z, (N, D), (N, D) -> (N, D)."""
         if self.estimator == "rotation":
             return rotation(z_ND, q_ND)
         if self.training and self.estimator == "gumbel":
@@ -160,7 +161,7 @@ class VQ(Quantiser):
     def _learn(self, z_ND: Tensor, index_N: Tensor, kept_N: Tensor | None) -> None:
         kept_N1 = torch.ones_like(z_ND[:, :1]) if kept_N is None else kept_N.to(z_ND.dtype)[:, None]
         zeros = z_ND.new_zeros(self.book_sizes[0], self.dim + 1)
-        # sums and numbers of rows at once: one exchange between the ranks
+        # sums and row counts in one tensor: one exchange between the ranks
         totals = self.over_ranks(zeros.index_add(0, index_N, torch.cat([z_ND * kept_N1, kept_N1], 1)))
         of_batch_KD, hits_K = totals[:, :-1], totals[:, -1]
         self.count_K.lerp_(hits_K, 1 - self.decay)
@@ -176,11 +177,11 @@ class VQ(Quantiser):
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.across_ranks() else (0, 1)
         n, all_n = z_ND.shape[0], z_ND.shape[0] * ranks
         mean = all_n / self.book_sizes[0]
-        # with few rows a code in use like all others would be dead, and one that has moved would die in the next step
+        # with few rows, evenly used codes would count as dead, and a code that has moved would die in the next step
         least = self.dead_below if mean > 1 else min(self.dead_below, mean / 2)
         dead_K = self.count_K < least
         order_K = dead_K.cumsum(0) - 1
-        # rows of all ranks, evenly spread and others at each update; each rank gives those that it has
+        # rows of all ranks, evenly spread and different at each update; each rank contributes the ones that it has
         row_K = (order_K * all_n // dead_K.sum().clamp(min=1) + self.updates) % all_n - rank * n
         own_K = dead_K & (row_K >= 0) & (row_K < n)
         fresh_KD = self.over_ranks(torch.where(own_K[:, None], z_ND[row_K.clamp(0, n - 1)], 0))
@@ -191,7 +192,7 @@ class VQ(Quantiser):
             self.sum_KD.copy_(torch.where(dead_K[:, None], fresh_KD * count, self.sum_KD))
 
     def _start_rows(self, z_ND: Tensor) -> None:
-        """By k-means, found on the first rank for all."""
+        """Start the codes by k-means, computed on the first rank for all."""
         z_ND, many = self.place(z_ND), dist.is_available() and dist.is_initialized()
         found_KD1 = z_ND.new_zeros(self.book_sizes[0], self.dim + 1)
         if not many or dist.get_rank() == 0:

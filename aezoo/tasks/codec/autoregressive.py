@@ -2,10 +2,10 @@
 
     p(indices) = prod_t p(token_t | tokens before t)    in as many bits as -log2 p(indices)
 
-Writer and reader call the same network token by token on the same blocks of samples, T steps a block, with 0 for
-tokens that are not known yet, so that both compute the same floats; these become 2^24ths in float64. A machine that
-computes others is found out as soon as can be: a byte after each block is one of its tokens' digest, and 8 bytes before
-the words of a frame are of that of all its indices.
+Writer and reader call the same network token by token on the same blocks of samples, in T steps per block, with 0 for
+unknown tokens, so both compute the same floats. These become 2^24ths in float64. A machine that computes other floats
+is detected early: one byte after each block is from the digest of its tokens, and 8 bytes before the words of a frame
+are from the digest of all its indices.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ class Autoregressive:
     """Codes indices under a model's own prior.
 
     Args:
-        model: has one.
+        model: a model with a prior.
         block: samples that it sees at a time.
-        advance: is told of samples that are coded, a T-th of a block after each token.
+        advance: is called with the number of coded samples, a T-th of a block after each token.
 
     Raises:
-        AezooError: a book is too large.
+        AezooError: a codebook is too large.
     """
 
     mode: ClassVar[str] = "prior"
@@ -45,7 +45,7 @@ class Autoregressive:
     def __init__(self, model: DiscreteAutoencoder, block: int, advance: Advance = lambda n: None) -> None:
         self._model, self._block, self._advance = model, block, advance
         self._prior = cast(Prior, model)
-        # largest symbols, put into the order of tokens as the indices themselves are
+        # the largest symbols, in the order of tokens, as for the indices themselves
         most = self._prior.tokens(on_device(model, sizes_of(model)[None] - 1))
         self._sizes = [int(symbol) + 1 for symbol in most[0]]
         if max(self._sizes) > _MOST_CODES:
@@ -55,7 +55,7 @@ class Autoregressive:
             )
 
     def encode(self, indices: Indices) -> bytes:
-        """(n, D) indices as bytes."""
+        """Encode (n, D) indices as bytes."""
         coder, family = tables.stream().queue.RangeEncoder(), tables.stream().model.Categorical(perfect=False)
         for start in range(0, len(indices), self._block):
             known = self._prior.tokens(on_device(self._model, indices[start : start + self._block])).cpu().numpy()
@@ -70,17 +70,17 @@ class Autoregressive:
         return digest(indices) + tables.to_bytes(coder.get_compressed())
 
     def decode(self, content: bytes, n: int) -> Indices | None:
-        """Bytes as (n, D) indices; None if they are not what was encoded."""
+        """Decode bytes to (n, D) indices; None if they are not what was encoded."""
         indices = np.concatenate([*self._blocks(content, n)])
         return indices if len(indices) == n and digest(indices) == content[:DIGEST] else None
 
     def returns(self, content: bytes, indices: Indices) -> bool:
-        """Whether bytes decode to (n, D) indices, in their first block: arithmetic that is not the same twice shows."""
+        """Whether the first block of bytes decodes to (n, D) indices, which fails if arithmetic is not repeatable."""
         first = next(Autoregressive(self._model, self._block)._blocks(content, len(indices)))
         return np.array_equal(first, indices[: self._block])
 
     def _blocks(self, content: bytes, n: int) -> Iterator[Indices]:
-        """The indices of each block, and none, (0, D), in the place of one that is not as it was encoded, the last."""
+        """The indices of each block; a block that differs from the encoded one is empty, (0, D), and the last one."""
         coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content[DIGEST:]))
         family = tables.stream().model.Categorical(perfect=False)
 
@@ -92,7 +92,7 @@ class Autoregressive:
             try:
                 tokens = self._walk(min(self._block, n - start), code)
                 same = np.array_equal(coder.decode(tables.stream().model.Uniform(256), 1), _check(tokens.cpu().numpy()))
-            except AssertionError:  # of constriction: no symbol has what stands there
+            except AssertionError:  # raised by constriction: no symbol matches the bits
                 same = False
             if not same:
                 yield np.empty((0, len(self._sizes)), dtype=np.int64)
@@ -107,7 +107,7 @@ class Autoregressive:
         ) / math.log(2)
 
     def _walk(self, n: int, code: Callable[[int, tables.Rows, slice], npt.NDArray[np.int32]]) -> Tensor:
-        """The tokens of a block, one after the other: `code` gives those of some rows, and is given their tables."""
+        """Process a block token by token: `code` gets the tables of some rows and returns their tokens."""
         tokens = torch.zeros(n, len(self._sizes), dtype=torch.long, device=self._model.device)
         next_logits = self._prior.stepper()
         for t, k in enumerate(self._sizes):
@@ -120,7 +120,7 @@ class Autoregressive:
         return tokens
 
     def _table(self, logits: Tensor, k: int) -> tables.Rows:
-        """The tables of one token, from its logits (n, at least k); what is not in its book is left out."""
+        """The tables of one token, from its logits (n, at least k); codes outside its codebook are left out."""
 
         def rows(part: slice) -> npt.NDArray[np.float32]:
             held = logits[part, :k].cpu().double().numpy()
@@ -136,10 +136,10 @@ class Autoregressive:
 
 
 def digest(indices: Indices) -> bytes:
-    """What indices are known by, 8 bytes."""
+    """The digest of indices, 8 bytes."""
     return hashlib.sha256(machine.raw(indices)).digest()[:DIGEST]
 
 
 def _check(tokens: Indices) -> npt.NDArray[np.int32]:
-    """What a block's tokens are checked by, (1,)."""
+    """The value that checks a block's tokens, (1,)."""
     return np.array([digest(tokens)[0]], dtype=np.int32)

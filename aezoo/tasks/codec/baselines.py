@@ -1,10 +1,11 @@
-"""What a user would take otherwise, on the same samples: image formats, general compressors, PCA with the same coder.
+"""What a user could use instead, on the same samples: image formats, general compressors, PCA with the same coder.
 
-Image formats get all samples in pictures of at most 8192 pixels a side, since a file for every small image would be
-mostly headers: side by side or, where no pixel may change and that takes less, one below the other. General compressors
-get the bytes of all samples or, where that takes less, binary data 8 values a byte. All are set to their strongest.
+Image formats get all samples in pictures of at most 8192 pixels a side, since a file for each small image would be
+mostly headers. Samples are arranged in a grid or, for lossless formats and where that is smaller, in one column.
+General compressors get the bytes of all samples or, for binary data and where that is smaller, 8 values per byte. All
+use their strongest settings.
 
-Decoders are not counted, neither the model's weights nor PCA's components; all else is, headers and tables too.
+Decoders are not counted: neither the model's weights nor PCA's components. Everything else is, headers and tables too.
 """
 
 import bz2
@@ -39,10 +40,10 @@ _QUALITIES = (5, 25, 50, 75, 95)
 
 
 class Distortion:
-    """PSNR, and SSIM of images with both sides above 5, over all samples that are added.
+    """PSNR, and SSIM for images with both sides above 5, over all added samples.
 
     Args:
-        shape: of one sample.
+        shape: shape of one sample.
         peak: the range of the data.
     """
 
@@ -53,14 +54,14 @@ class Distortion:
         self._ssim = StructuralSimilarity(data_range=peak) if StructuralSimilarity.is_for(shape) else None
 
     def add(self, x: Tensor, x_hat: Tensor) -> None:
-        """Add samples and what has become of them."""
+        """Add samples and their reconstructions."""
         self._sse += float((x.double() - x_hat.double()).square().sum())
         self._count += x.numel()
         if self._ssim is not None:
             self._ssim.update(x_hat, x)
 
     def figures(self) -> dict[str, float]:
-        """Both; SSIM is NaN where there is none, PSNR infinite without any error."""
+        """Both figures; SSIM is NaN where it is not defined, PSNR is infinite without any error."""
         mse = self._sse / max(1, self._count)
         psnr = 10 * math.log10(self._peak**2 / mse) if mse else math.inf
         return {"psnr": psnr, "ssim": math.nan if self._ssim is None else float(torch.as_tensor(self._ssim.compute()))}
@@ -69,14 +70,14 @@ class Distortion:
 def row(
     method: str, size: float, x: npt.NDArray[Any] | tuple[int, int], quality: float = math.nan, **figures: float
 ) -> Row:
-    """A line of the table: `size` bytes for samples x, or for n samples of so many dimensions."""
+    """A line of the table: `size` bytes for samples x, or for n samples of the given dimension."""
     n, dims = x if isinstance(x, tuple) else (len(x), math.prod(x.shape[1:]))
     shown = {"method": method, "quality": quality, "samples": n, "bytes": math.ceil(size)}
     return shown | {"bits_per_dim": 8 * size / (n * dims), "psnr": math.nan, "ssim": math.nan} | figures
 
 
 def general(x: npt.NDArray[Any], binary: bool = False) -> list[Row]:
-    """gzip, bz2, xz and, where it is installed, zstd, of the bytes of samples x, or of zeros and ones."""
+    """gzip, bz2, xz and, if installed, zstd, of the bytes of samples x, or of zeros and ones."""
     contents = [x.tobytes(), np.packbits(x).tobytes()] if binary else [x.tobytes()]
     methods: dict[str, Callable[[bytes], bytes]] = {
         "gzip": lambda data: gzip.compress(data, 9),
@@ -96,7 +97,7 @@ def general(x: npt.NDArray[Any], binary: bool = False) -> list[Row]:
 
 
 def lossless(x: Pixels, binary: bool) -> list[Row]:
-    """All that lose nothing, on bytes (N, *shape), or on zeros and ones."""
+    """All lossless methods, on bytes (N, *shape), or on zeros and ones."""
     rows = general(x, binary)
     if _is_picture(x.shape[1:]):
         layouts = [_pages(x * 255 if binary else x, grid) for grid in (_sheet(x.shape), _strip(x.shape))]
@@ -131,23 +132,23 @@ def pca(
     fit: Tensor, x: Tensor, size: int, qualities: tuple[float, ...], peak: float, overhead: int, seed: int,
     coder: str = "the same coder",
 ) -> list[Row]:  # fmt: skip
-    """PCA with a code of the same size, its codes quantised and coded as a model's are that has no indices.
+    """PCA with a code of the same size, quantised and coded like the code of a model without indices.
 
     Args:
         fit: samples that the components are fitted to.
         x: samples to compress.
-        size: of a code.
+        size: size of a code.
         qualities: as for the model.
         peak: the range of the data.
         overhead: bytes of the model's file that are neither tables nor codes.
-        seed: of the randomised solver.
-        coder: what to call it.
+        seed: seed of the randomised solver.
+        coder: the name of the coder in the table.
     """
     from sklearn.decomposition import PCA
 
     flat = fit.flatten(1).numpy()
     if not flat.std(axis=0).any():
-        return []  # one sample, or the same one always, has no principal components
+        return []  # a single sample, or samples that are all equal, have no principal components
     size = min(size, *flat.shape)
     transform = PCA(size, random_state=seed).fit(flat)
     codes = transform.transform(x.flatten(1).numpy()).astype(np.float32)
@@ -166,7 +167,7 @@ def pca(
 
 
 def curve(rows: list[Row]) -> "Figure":
-    """Distortion against rate, a line for each method."""
+    """Distortion against rate, one line per method."""
     from matplotlib.figure import Figure
 
     shown = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
@@ -178,7 +179,7 @@ def curve(rows: list[Row]) -> "Figure":
             if points:
                 axes.plot([p["bits_per_dim"] for p in points], [p[name] for p in points], marker="o", label=method)
         low, high = axes.get_xlim()
-        # within a decade the labels of a logarithmic axis lie on each other
+        # within a decade the labels of a logarithmic axis overlap
         scale = "log" if low <= 0 or high > 10 * low else "linear"
         axes.set(xscale=scale, xlabel="bits per dimension", ylabel=shown[name])
         axes.grid(alpha=0.3)
@@ -191,7 +192,7 @@ def _is_picture(shape: tuple[int, ...]) -> bool:
 
 
 def _known(formats: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Those that Pillow has here."""
+    """The formats that Pillow supports here."""
     from PIL import Image, features
 
     Image.init()
@@ -200,19 +201,19 @@ def _known(formats: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _sheet(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of samples (N, C, H, W) in a picture that is about square."""
+    """Rows and columns of samples (N, C, H, W) in a roughly square picture."""
     n, _, h, w = shape
     columns = min(math.ceil(math.sqrt(n * h / w)), _MOST_PIXELS // w, n)
     return min(math.ceil(n / columns), _MOST_PIXELS // h), columns
 
 
 def _strip(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of samples that lie one below the other."""
+    """Rows and columns of samples in one column."""
     return min(shape[0], _MOST_PIXELS // shape[2]), 1
 
 
 def _pages(x: Pixels, grid: tuple[int, int]) -> "list[Image.Image]":
-    """Samples in rows and columns, in as many pictures as are needed."""
+    """Arrange samples in rows and columns, on as many pictures as needed."""
     from PIL import Image
 
     rows, columns = grid
@@ -228,7 +229,7 @@ def _pages(x: Pixels, grid: tuple[int, int]) -> "list[Image.Image]":
 
 
 def _cut(pages: list[Pixels], shape: tuple[int, ...], grid: tuple[int, int]) -> Pixels:
-    """The samples in pictures that `_pages` has made, (N, C, H, W)."""
+    """Cut the samples, (N, C, H, W), from pictures made by `_pages`."""
     rows, columns = grid
     c, h, w = shape[1:]
     parts = [

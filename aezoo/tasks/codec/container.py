@@ -8,9 +8,9 @@
                 tables.
     32          SHA-256 of everything before
 
-A file is read by first comparing the checksum, a piece at a time, then the header within bounds, then the sizes of the
-frames, which must add up; only then memory is taken, for one frame at a time, and for all not more than the caller
-allows. The checksum finds accidents; whoever forges a file can compute it, so that what a header says is not believed.
+A reader first compares the checksum, a piece at a time, then reads the header within bounds, then the sizes of the
+frames, which must add up. Only then does it allocate memory, for one frame at a time and in total at most what the
+caller allows. The checksum detects accidents; a forger can compute it, so the reader does not trust the header.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ MAGIC = b"\x89AEZ\r\n\x1a\n"
 VERSION = 1
 _HEAD = struct.Struct("<HI")
 _FRAME = struct.Struct("<QI32s")
-FRAME = _FRAME.size  # bytes of a frame beside its payload
+FRAME = _FRAME.size  # bytes of a frame besides its payload
 _DIGEST = 32
 _CHUNK = 2**20
 MAX_HEADER = 2**16
 MAX_BLOCK = 2**20
 MAX_THREADS = 1024
-# values of samples in a frame, each of which can be decoded without the others; one sample may have more
+# values of samples in a frame, which can be decoded without other frames; a single sample may have more
 MAX_PIECE = 2**24
 QUALITIES = (-8.0, 20.0)
 _HEX = frozenset("0123456789abcdef")
@@ -43,11 +43,11 @@ _HEX = frozenset("0123456789abcdef")
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """What a file says about itself.
 
     Attributes:
         mode: lossless; lossy; indices, of a model's own code, under tables; prior, under the model's prior; or learned,
-            whole numbers under laws of the model. Readers that do not know a mode refuse it by name.
+            integers under laws of the model. Readers that do not know a mode refuse it by name.
         model: registry name of the model.
         fingerprint: SHA-256 of the model, see `machine.fingerprint`.
         n: number of samples.
@@ -56,12 +56,13 @@ class Header:
         block: samples that the network saw at a time.
         threads: threads that it ran on.
         device: cpu, cuda, ...
-        dtype: of the model's weights.
+        dtype: dtype of the model's weights.
         torch: version of torch.
-        levels: values that a data value can have, 2 or 256; 0 where the file is not lossless.
+        levels: number of values that a data value can have, 2 or 256; 0 if the file is not lossless.
         precision: lossless: a latent variable has 2^precision bins.
-        seed: lossless: fixes the initial bits.
-        quality: lossy: what the steps were fitted for; learned: of a model of several rates, that of the file.
+        seed: lossless: determines the initial bits.
+        quality: lossy: the quality that the steps were fitted for; learned: the quality of the file, for a model with
+            several rates.
     """
 
     mode: str
@@ -82,7 +83,7 @@ class Header:
 
     @property
     def dims(self) -> int:
-        """Values of one sample."""
+        """Number of values in one sample."""
         return math.prod(self.shape)
 
     @property
@@ -92,14 +93,14 @@ class Header:
 
     @property
     def writer(self) -> str:
-        """Where it was written, in words."""
+        """Where the file was written, in words."""
         return f"torch {self.torch}, {self.device}, {self.threads} threads"
 
     def check(self) -> None:
         """Refuse values that `compress` does not write.
 
         Raises:
-            ValueError: names the field.
+            ValueError: names the invalid field.
         """
         for field in fields(self):
             value = getattr(self, field.name)
@@ -127,12 +128,12 @@ class Header:
 
 
 def most_in_piece(shape: tuple[int, ...]) -> int:
-    """Samples of a shape that a frame may hold."""
+    """The number of samples of a shape that a frame may hold."""
     return max(1, MAX_PIECE // math.prod(shape))
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is of a field's type; True and False are no numbers."""
+    """Whether a value from JSON has a field's type; True and False do not count as numbers."""
     if isinstance(value, bool):
         return False
     if get_origin(kind) is tuple:
@@ -143,11 +144,11 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 class Writer:
-    """Writes a file a frame at a time; `close` ends it with its checksum.
+    """Writes a file frame by frame; `close` ends it with its checksum.
 
     Args:
-        file: open for writing.
-        header: what the file says of itself.
+        file: a file open for writing.
+        header: what the file says about itself.
     """
 
     def __init__(self, file: IO[bytes], header: Header) -> None:
@@ -172,7 +173,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a frame's payload lies, how many samples it holds, and the digest of what it decodes to."""
+    """Position of a frame's payload, number of samples in it, and digest of the samples it decodes to."""
 
     start: int
     size: int
@@ -181,18 +182,18 @@ class Frame:
 
 
 class Reader:
-    """A file that has been found whole.
+    """A file that has passed all checks.
 
     Args:
         path: the file.
-        max_bytes: what the decoded samples may take in memory or on the disk.
+        max_bytes: the most that the decoded samples may take in memory or on disk.
 
     Attributes:
-        header: what it says of itself.
-        frames: its parts.
+        header: what the file says about itself.
+        frames: its frames.
 
     Raises:
-        AezooError: not an .aez file, cut off, altered, of another version, or lying about its sizes.
+        AezooError: not an .aez file, truncated, altered, of another version, or with wrong sizes.
     """
 
     def __init__(self, path: str | Path, max_bytes: int) -> None:
@@ -237,7 +238,7 @@ class Reader:
 
 
 def _whole(file: IO[bytes], path: Path) -> int:
-    """The place where the checksum begins, if it fits."""
+    """The position of the checksum, if it is correct."""
     if file.read(len(MAGIC)) != MAGIC:
         raise AezooError(f"{path} is no .aez file: give one that compress wrote")
     left = file.seek(0, os.SEEK_END) - _DIGEST
@@ -253,7 +254,7 @@ def _whole(file: IO[bytes], path: Path) -> int:
 
 
 def _header(file: IO[bytes], end: int, path: Path) -> tuple[Header, int]:
-    """The header, and where it ends."""
+    """The header, and the position where it ends."""
     file.seek(len(MAGIC))
     head = file.read(_HEAD.size)
     start = len(MAGIC) + _HEAD.size

@@ -1,17 +1,17 @@
-"""Indices of a model's own code, entropy-coded under tables that stand in the file.
+"""Indices of a model's own code, entropy-coded under tables that are stored in the file.
 
-A model whose code is written in indices has a rate of its own: nothing is quantised once more, and the file decodes to
-decode_indices(encode_indices(x)). autoregressive.py codes them under a prior where the model has one.
+A model whose code consists of indices has its own rate: nothing is quantised again, and the file decodes to
+decode_indices(encode_indices(x)). autoregressive.py codes indices under a prior if the model has one.
 
-There is a table for each book, over all places of the book in all samples. With c_k of N indices equal to k, the least
-that such a table can reach is N H, H = -sum_k (c_k / N) log2 (c_k / N). The file holds a level for every k,
+There is one table for each codebook, over all places of the codebook in all samples. With c_k of N indices equal to k,
+such a table needs at least N H bits, H = -sum_k (c_k / N) log2 (c_k / N). The file holds a level for every k,
 
     l_k = 1 + round(r (24 + log2 (c_k / N)))    r in {1, 2, 4, 8}    l_k = 0 where k never occurs
 
-packed by DEFLATE, and integer powers 2^(l_k / r) give the table of 2^24ths. A coarse r makes a small table and, as a
-share that is wrong by a factor 1 + e costs e^2 / 2 nats, little else: 0.03 bits an index for r = 1, 0.0005 for r = 8.
-What is smallest in total is taken, be it no table at all and log2 K bits an index. Of a book of more than 2^16 codes
-the index is written as digits of at most 16 bits, the lowest first, each under a table of its own.
+packed by DEFLATE. Integer powers 2^(l_k / r) give the table of 2^24ths. A coarse r makes a small table and costs little
+otherwise, since a share that is wrong by a factor 1 + e costs e^2 / 2 nats: 0.03 bits per index for r = 1, 0.0005 for
+r = 8. The smallest total is used, which can also be no table and log2 K bits per index. With more than 2^16 codes in a
+codebook, indices are written as digits of at most 16 bits, lowest first, each with its own table.
 """
 
 import math
@@ -42,7 +42,7 @@ class Prior(Protocol):
     """A distribution of a model's indices, token by token; see `aezoo.index_prior`."""
 
     def tokens(self, indices: Tensor) -> Tensor:
-        """(B, *index_shape) -> (B, T), the indices in the order in which they are drawn."""
+        """(B, *index_shape) -> (B, T), the indices in the order in which they are sampled."""
         ...
 
     def indices_of(self, tokens: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Prior(Protocol):
         ...
 
     def stepper(self) -> Callable[[Tensor, int], Tensor]:
-        """A function of (B, T) and t that rises: (B, K) of token t, given those before it."""
+        """A function of (B, T) and increasing t: the logits of token t, (B, K), given the tokens before it."""
         ...
 
     def log_prob(self, indices: Tensor) -> Tensor:
@@ -59,27 +59,27 @@ class Prior(Protocol):
 
 
 def mode_of(model: Autoencoder) -> str:
-    """How a model's code is written where something may be lost: learned, prior, indices or lossy."""
+    """The lossy mode that codes a model: learned, prior, indices or lossy."""
     if isinstance(model, EntropyCoded):
         return "learned"
     if not isinstance(model, DiscreteAutoencoder):
         return "lossy"
-    # by what it can do, so that priors of plug-ins count and theirs need no import
+    # checks for the method, so that priors of plug-ins count and no import is needed
     return "prior" if callable(getattr(model, "stepper", None)) else "indices"
 
 
 class Book(NamedTuple):
-    """Columns of a sample's indices, (D,), that come from one book of so many codes."""
+    """Columns of a sample's indices, (D,), that come from one codebook, and its number of codes."""
 
     columns: Indices
     size: int
 
 
 def books_of(model: DiscreteAutoencoder) -> list[Book]:
-    """The books of a model, and which of the indices of a sample are theirs.
+    """The codebooks of a model, and which of a sample's indices belong to them.
 
     Raises:
-        AezooError: the books' indices are not those of the sample.
+        AezooError: the indices of the codebooks are not those of the sample.
     """
     d = math.prod(model.index_shape)
     numbered = torch.arange(d, device=model.device).reshape(1, *model.index_shape)
@@ -94,7 +94,7 @@ def books_of(model: DiscreteAutoencoder) -> list[Book]:
 
 
 def sizes_of(model: DiscreteAutoencoder) -> Indices:
-    """K of each of the indices of a sample, (D,)."""
+    """K of each index of a sample, (D,)."""
     sizes = np.empty(math.prod(model.index_shape), dtype=np.int64)
     for columns, size in books_of(model):
         sizes[columns] = size
@@ -105,7 +105,7 @@ def encode(model: DiscreteAutoencoder, x: Tensor, sizes: Indices) -> Indices:
     """Indices of samples, (n, *input_shape) -> (n, D).
 
     Raises:
-        AezooError: they are not of their books.
+        AezooError: an index is not in its codebook.
     """
     found: Indices = model.encode_indices(x.to(like(model))).flatten(1).cpu().numpy()
     if not ((found >= 0) & (found < sizes)).all():
@@ -114,7 +114,7 @@ def encode(model: DiscreteAutoencoder, x: Tensor, sizes: Indices) -> Indices:
 
 
 def decode(model: DiscreteAutoencoder, indices: Indices, block: int) -> Any:
-    """Outputs (n, *input_shape) of indices (n, D), float32; the model sees `block` at a time."""
+    """Outputs (n, *input_shape), float32, from indices (n, D); the model sees `block` samples at a time."""
     parts = [
         model.decode_indices(on_device(model, indices[start : start + block])).float().cpu().numpy()
         for start in range(0, len(indices), block)
@@ -123,7 +123,7 @@ def decode(model: DiscreteAutoencoder, indices: Indices, block: int) -> Any:
 
 
 def on_device(model: DiscreteAutoencoder, indices: Indices) -> Tensor:
-    """(n, D) as the model takes them, (n, *index_shape)."""
+    """Convert (n, D) to the form that the model takes, (n, *index_shape)."""
     return torch.from_numpy(indices).to(model.device).unflatten(1, model.index_shape)
 
 
@@ -135,9 +135,9 @@ class Table:
     """Probabilities of one digit.
 
     Attributes:
-        size: values that it can have.
-        fine: log2 r, of its levels.
-        levels: (size,), see above; None where all values are equally likely.
+        size: number of values that the digit can have.
+        fine: log2 r, for its levels.
+        levels: (size,), see above; None if all values are equally likely.
     """
 
     size: int
@@ -146,7 +146,7 @@ class Table:
 
     @classmethod
     def fit(cls, counts: Indices) -> "Table":
-        """The one that takes least, itself included, for how often each value occurs, (size,)."""
+        """The table with the smallest total size, itself included, for the counts of each value, (size,)."""
         found = [cls(len(counts))]
         if len(counts) > 1 and counts.any():
             share = np.log2(np.maximum(counts, 1) / counts.sum())
@@ -156,17 +156,17 @@ class Table:
         return min(found, key=lambda table: table.bits(counts) + 8 * len(_packed([table])))
 
     def bits(self, counts: Indices) -> float:
-        """The code length of values that occur so often, sum of -log2 p."""
+        """The code length of values with these counts, sum of -log2 p."""
         if self.levels is None:
             return float(counts.sum() * math.log2(self.size))
         seen = counts > 0
         return float(np.sum(counts[seen] * (tables.PRECISION - np.log2(self.frequencies()[seen]))))
 
     def frequencies(self) -> tables.Integers:
-        """2^24ths, from levels.
+        """Frequencies in 2^24ths, from levels.
 
         Raises:
-            ValueError: these are not levels of a table.
+            ValueError: the levels are not those of a table.
         """
         assert self.levels is not None
         powers = np.array(_powers(self.fine), dtype=np.int64)
@@ -178,14 +178,14 @@ class Table:
         return tables.from_counts(weights, tables.TOTAL)
 
     def model(self) -> Any:
-        """As constriction takes it."""
+        """The table as a model of constriction."""
         if self.levels is None:
             return tables.stream().model.Uniform(self.size)
         return tables.stream().model.Categorical(tables.weights(self.frequencies()), perfect=False)
 
 
 def _powers(fine: int) -> list[int]:
-    """What levels stand for: 0, then 2^(8 + (l - 1) / r), rounded down by integer arithmetic."""
+    """The values of levels: 0, then 2^(8 + (l - 1) / r), rounded down by integer arithmetic."""
     found = [0]
     for level in range(1 + (tables.PRECISION << fine)):
         power = 1 << (level + (_ABOVE << fine))
@@ -196,7 +196,7 @@ def _powers(fine: int) -> list[int]:
 
 
 def _packed(given: list[Table]) -> bytes:
-    """Tables as they stand in a file: a byte for each, 0 or 1 + fine, then all levels, if there are any, packed."""
+    """Tables as stored in a file: a byte for each, 0 or 1 + fine, then all levels, if there are any, packed."""
     kinds = bytes(0 if table.levels is None else 1 + table.fine for table in given)
     levels = b"".join(table.levels.tobytes() for table in given if table.levels is not None)
     pack = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
@@ -204,7 +204,7 @@ def _packed(given: list[Table]) -> bytes:
 
 
 def bases(size: int) -> list[int]:
-    """Values of each digit of an index below `size`, the lowest digit first."""
+    """Number of values of each digit of an index below `size`, lowest digit first."""
     bits = (size - 1).bit_length()
     count = max(1, -(-bits // _DIGIT))
     if count == 1:
@@ -215,12 +215,12 @@ def bases(size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Tabled:
-    """Codes indices under a table for each book, or for each digit of a large one.
+    """Codes indices under a table for each codebook, or for each digit of a large codebook.
 
     Attributes:
-        books: as `books_of` gives them.
-        held: tables of all digits of all books.
-        bits: what the indices take that it was fitted to, without the tables.
+        books: as returned by `books_of`.
+        held: tables of all digits of all codebooks.
+        bits: size of the indices that it was fitted to, without the tables.
         least: N H of their digits.
     """
 
@@ -232,7 +232,7 @@ class Tabled:
 
     @classmethod
     def fit(cls, books: list[Book], parts: Iterator[Indices]) -> "Tabled":
-        """Tables for indices, which come in parts (n, D)."""
+        """Fit tables to indices, which come in parts (n, D)."""
         counts = [np.zeros(base, dtype=np.int64) for book in books for base in bases(book.size)]
         for part in parts:
             for count, digit in zip(counts, _digits(books, part), strict=True):
@@ -242,7 +242,7 @@ class Tabled:
         return cls(books, held, bits, sum(_entropy_bits(count) for count in counts))
 
     def encode(self, indices: Indices) -> bytes:
-        """(n, D) indices as bytes."""
+        """Encode (n, D) indices as bytes."""
         coder = tables.stream().queue.RangeEncoder()
         for table, digit in zip(self.held, _digits(self.books, indices), strict=True):
             if table.size > 1:
@@ -254,10 +254,10 @@ class Tabled:
         return np.array_equal(self.decode(content, len(indices)), indices)
 
     def decode(self, content: bytes, n: int) -> Indices:
-        """Bytes as (n, D) indices.
+        """Decode bytes to (n, D) indices.
 
         Raises:
-            ValueError: the digits give no index of a book.
+            ValueError: the digits do not form an index of a codebook.
         """
         coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content))
         found = np.empty((n, sum(len(book.columns) for book in self.books)), dtype=np.int64)
@@ -275,15 +275,15 @@ class Tabled:
         return found
 
     def to_bytes(self) -> bytes:
-        """The tables, as they stand in a file."""
+        """The tables as stored in a file."""
         return _packed(self.held)
 
     @classmethod
     def from_bytes(cls, content: bytes, books: list[Book]) -> "Tabled":
-        """What `to_bytes` gave.
+        """The inverse of `to_bytes`.
 
         Raises:
-            ValueError: it did not give this.
+            ValueError: the content is not from `to_bytes`.
         """
         sizes = [base for book in books for base in bases(book.size)]
         kinds = content[: len(sizes)]
@@ -309,7 +309,7 @@ class Tabled:
 
 
 def _digits(books: list[Book], indices: Indices) -> Iterator[Indices]:
-    """The digits of all books of indices (n, D), each (n x columns,)."""
+    """The digits of all codebooks for indices (n, D), each (n x columns,)."""
     for columns, size in books:
         rest = np.ascontiguousarray(indices[:, columns]).reshape(-1)
         for base in bases(size):

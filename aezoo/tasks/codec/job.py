@@ -1,4 +1,4 @@
-"""What compress does: a pass over the samples, files, and the table."""
+"""The work of `compress`: a pass over the samples, the files, and the table."""
 
 import functools
 import hashlib
@@ -26,29 +26,29 @@ from aezoo.tasks.output import Row, Store, table_text
 from aezoo.tasks.samples import Samples, like
 from aezoo.tasks.samples import progress as bar
 
-# samples, and values of samples, that steps, tables and baselines are made from: more would change them little
+# limits of samples, and of their values, for fitting steps, tables and baselines: more would change these little
 _FITTED, _VALUES = 20_000, 2**26
-# what PCA is quantised to beside a model that has a rate of its own
+# qualities of PCA next to a model that has its own rate
 _QUALITIES = (0.0, 1.0, 2.0, 3.0, 4.0)
 
 
 @dataclass
 class Compression:
-    """What `compress` has made.
+    """The result of `compress`.
 
     Attributes:
         mode: lossless, lossy, indices (of a model's own code, under tables), prior (under the model's prior) or learned
-            (whole numbers under the model's laws).
-        rows: methods with their bytes, bits per dimension and, where they lose something, PSNR and SSIM.
-        net_bits: lossless: what the samples took; -ELBO is its expectation. Otherwise what their indices or whole
-            numbers took, without tables.
-        initial_bits: lossless: what had to be on the stack before; it comes back at decoding.
+            (integers under the model's laws).
+        rows: methods with their bytes, bits per dimension and, for lossy ones, PSNR and SSIM.
+        net_bits: lossless: size of the samples; its expectation is -ELBO. Otherwise size of the indices or integers,
+            without tables.
+        initial_bits: lossless: bits needed on the stack beforehand; decoding recovers them.
         bound_bits: lossless: -ELBO of the samples, estimated with one draw of z each. Indices: -log2 of their
-            probability under the prior or, with tables, of their shares in their books, their number times the entropy.
-            Learned: -log2 of the whole numbers' probability.
-        table_bits: indices: what the tables took.
-        contents: the files themselves, where no folder was given.
-        files: what has been written.
+            probability under the prior or, with tables, of their shares in their codebooks: their number times the
+            entropy. Learned: -log2 of the integers' probability.
+        table_bits: indices: size of the tables.
+        contents: the files themselves, if no folder was given.
+        files: the files that were written.
     """
 
     mode: str
@@ -61,7 +61,7 @@ class Compression:
     files: list[Path] = field(default_factory=list)
 
     def summary(self) -> str:
-        """The table, and what the rate is bounded by where something is."""
+        """The table, and the bound on the rate if there is one."""
         used = [name for name in self.rows[0] if not all(_is_nan(line[name]) for line in self.rows)]
         text = table_text([{name: line[name] for name in used} for line in self.rows])
         if self.mode == "lossy":
@@ -84,7 +84,7 @@ class Compression:
 
 
 class _Coder(Protocol):
-    """Whole numbers (n, D) as bytes, and whether these decode to them."""
+    """Encodes integers (n, D) as bytes, and checks whether bytes decode to them."""
 
     def encode(self, symbols: Any, /) -> bytes: ...
 
@@ -92,13 +92,13 @@ class _Coder(Protocol):
 
 
 class _Coding(NamedTuple):
-    """How what a model gives is written.
+    """How the output of a model is written.
 
     Attributes:
         tables: the first frame, if there is one.
-        symbols: what a model gives, (n, D), as whole numbers.
-        coder: of these.
-        outputs: what these stand for, (n, *input_shape).
+        symbols: converts the output of a model, (n, D), to integers.
+        coder: the coder of these integers.
+        outputs: converts integers to outputs, (n, *input_shape).
     """
 
     tables: bytes | None
@@ -122,7 +122,7 @@ class Job:
     overhead: int = 0
 
     def code_lossless(self, precision: int, compare: bool) -> Compression:
-        """One file."""
+        """Write one file."""
         chain = lossless.chain_of(self.model)
         key = lossless.seed_of(self.header["fingerprint"], self.seed)
         coder = lossless.BitsBack(chain, like(self.model), self.batch_size, precision, key)
@@ -150,7 +150,7 @@ class Job:
                       baselines.row("aezoo, the file with initial bits", size, shape)]  # fmt: skip
         if compare:
             held = to_levels(self._some(self.samples), chain.levels)
-            assert held is not None  # all samples have been coded so
+            assert held is not None  # all samples have been coded as levels
             found.rows += baselines.lossless(held, chain.levels == 2)
         self.store.table("comparison", found.rows)
         found.contents, found.files = self.contents, self.store.files
@@ -159,7 +159,7 @@ class Job:
     def code_lossy(
         self, qualities: tuple[float, ...], steps: str, compare: bool, fit_on: Samples | None
     ) -> Compression:
-        """A file for each quality."""
+        """Write one file for each quality."""
         codes, peak, unit = self._codes()
         fit = self.samples if fit_on is None else fit_on.check(self.model)
         most = self._most(max(codes.shape[1], math.prod(self.model.input_shape)))
@@ -181,7 +181,7 @@ class Job:
         return Compression("lossy", rows, contents=self.contents, files=self.store.files)
 
     def code_indices(self, qualities: tuple[float, ...], compare: bool, fit_on: Samples | None) -> Compression:
-        """One file of the model's own indices; several qualities are those that PCA is quantised to."""
+        """Write one file of the model's own indices; several qualities apply to the quantisation of PCA."""
         model = cast(DiscreteAutoencoder, self.model)
         sizes = indices.sizes_of(model)
         held, peak, unit = self._read(self.samples, len(sizes), np.int64, lambda x: indices.encode(model, x, sizes))
@@ -210,9 +210,9 @@ class Job:
         return self._beside(found, len(sizes), qualities, peak, unit, compare, fit_on)
 
     def code_learned(self, qualities: tuple[float, ...], compare: bool, fit_on: Samples | None) -> Compression:
-        """A file of whole numbers under the model's laws, or one of each quality where the model has several.
+        """Write a file of integers under the model's laws, or one for each quality if the model has several.
 
-        Of a model of one rate several qualities are those that PCA is quantised to.
+        For a model with one rate, several qualities apply to the quantisation of PCA.
         """
         model, found = cast(EntropyCoded, self.model), Compression("learned", [])
         own = qualities if model.top_quality else (model.quality,)
@@ -238,7 +238,7 @@ class Job:
         self, found: Compression, width: int, qualities: tuple[float, ...], peak: float, unit: bool, compare: bool,
         fit_on: Samples | None,
     ) -> Compression:  # fmt: skip
-        """What has been found, of a model with a rate of its own, beside what else there is, and written."""
+        """Add the baselines to the result of a model that has its own rate, and write the tables."""
         dims = math.prod(self.model.input_shape)
         if compare:
             fit = self.samples if fit_on is None else fit_on.check(self.model)
@@ -252,7 +252,7 @@ class Job:
     def _others(
         self, size: int, fit: Samples, qualities: tuple[float, ...], peak: float, unit: bool, coder: str
     ) -> list[Row]:
-        """What else there is, with `size` numbers a sample where it has a code."""
+        """The baselines, with `size` numbers per sample for those with a code."""
         held = self._some(self.samples)
         size = min(size, held[0].numel())
         rows = baselines.pca(self._some(fit), held, size, qualities, peak, self.overhead, self.seed, coder)
@@ -268,13 +268,13 @@ class Job:
     def _stream(
         self, header: Header, coding: _Coding, given: Any, distortion: baselines.Distortion, file: IO[bytes]
     ) -> None:
-        """Write what the model has given, (N, D), and measure what comes back."""
+        """Write the output of the model, (N, D), and measure the decoded samples."""
         writer, coded = Writer(file, header), 0
         if coding.tables is not None:
             writer.frame(0, hashlib.sha256().digest(), coding.tables)
             coded = len(coding.tables)
         piece = self._piece()
-        # under a prior the work to be seen is done before the outputs, token by token
+        # under a prior, the slow work is before the outputs, token by token, and has its own progress bar
         batches = self.samples.batches(self.batch_size, "" if header.mode == "prior" else self.title)
         for start in range(0, len(given), piece):
             symbols = coding.symbols(np.asarray(given[start : start + piece]))
@@ -289,12 +289,12 @@ class Job:
                 distortion.add(next(batches), torch.from_numpy(x_hat))
             writer.frame(len(symbols), digest.digest(), payload)
             coded += len(payload)
-        next(batches, None)  # lets the progress bar end
+        next(batches, None)  # completes the progress bar
         writer.close()
         self.overhead = writer.size - coded
 
     def _codes(self, samples: Samples | None = None) -> tuple[Any, float, bool]:
-        """`_read` of codes (N, D), float32."""
+        """`_read` for codes (N, D), float32."""
 
         def encode(batch: Tensor) -> Any:
             z = self.model.encode(batch.to(like(self.model))).float().flatten(1)
@@ -308,9 +308,9 @@ class Job:
     def _read(
         self, samples: Samples, width: int, dtype: Any, encode: Callable[[Tensor], Any]
     ) -> tuple[Any, float, bool]:
-        """(N, width) of samples in a file without a name, the range of the data, and whether that lies in [0, 1]."""
+        """Codes (N, width) of samples in an unnamed file, the range of the data, and whether the data lie in [0, 1]."""
         n, start = len(samples), 0
-        with tempfile.TemporaryFile(dir=self.store.folder) as file:  # the map outlives it
+        with tempfile.TemporaryFile(dir=self.store.folder) as file:  # the memory map outlives it
             codes = np.memmap(file, dtype, "w+", shape=(n, width))
         low, high = math.inf, -math.inf
         for batch in samples.batches(self.batch_size, self.title and "encode"):
@@ -329,11 +329,11 @@ class Job:
         return self._decode(quantiser.codes(symbols))
 
     def _piece(self) -> int:
-        """Samples in a frame, whole batches."""
+        """Number of samples in a frame, a multiple of the batch size."""
         return most_in_piece(self.model.input_shape) // self.batch_size * self.batch_size
 
     def _pieces(self, levels: int) -> Iterator[Levels]:
-        """Samples as whole numbers, a piece at a time."""
+        """Samples as integers, a piece at a time."""
         held: list[Levels] = []
         for batch in self.samples.batches(self.batch_size, self.title):
             part = to_levels(batch, levels)
@@ -347,17 +347,17 @@ class Job:
             yield np.concatenate(held)
 
     def _some(self, samples: Samples) -> Tensor:
-        """Samples in memory, as the other formats need them: a part of many or large ones."""
+        """Samples in memory, as the other formats need them: only a part if they are many or large."""
         held = samples.take(self._most(math.prod(self.model.input_shape)), self.seed)
         return torch.cat(list(held.batches(self.batch_size)))
 
     @staticmethod
     def _most(dims: int) -> int:
-        """Samples that are held in memory, where one has so many values."""
+        """Number of samples of this size to hold in memory."""
         return max(1, min(_FITTED, _VALUES // dims))
 
     def _write(self, name: str, fill: Callable[[IO[bytes]], object]) -> int:
-        """Write a file, whole or not at all; its size."""
+        """Write a file completely or not at all, and return its size."""
         if self.store.folder is None:
             memory = io.BytesIO()
             fill(memory)

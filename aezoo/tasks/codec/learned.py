@@ -1,14 +1,15 @@
-"""Whole numbers of a model's code, entropy-coded under the laws that the model has learned; see `aezoo.entropy`.
+"""Integers of a model's code, entropy-coded under laws that the model has learned; see `aezoo.entropy`.
 
     v^ = m + k    P(k) = F(m + k + 1/2) - F(m + k - 1/2)    in as many bits as -log2 P
 
-Writer and reader let the same `walk` of the model pass over blocks of samples of the same size, so that both compute
-the same laws. A law chooses one of the model's tables: a learned one for each channel, or that of the nearest of 64
-scales of a Gaussian, 2^24ths computed in float64. Numbers under one table are coded together, tables in rising order.
-What a table leaves out is an escape, its last entry, and 32 bits after the numbers of that table. Under a mixture each
-number has its own table, and those of tables of one size are coded together, 2^20 entries of tables at a time.
+Writer and reader pass the same `walk` of the model over blocks of samples of the same size, so both compute the same
+laws. A law selects one of the model's tables: a learned one for each channel, or that of the nearest of 64 scales of a
+Gaussian, as 2^24ths computed in float64. Integers under one table are coded together, in increasing order of tables. An
+integer outside its table is coded as an escape, the last entry, and 32 bits after the integers of that table. Under a
+mixture, each integer has its own table. Integers with tables of one size are coded together, 2^20 table entries at a
+time.
 
-A machine that computes other laws reads other numbers: the first 8 bytes of a frame are of their digest.
+A machine that computes other laws decodes other integers: the first 8 bytes of a frame are from their digest.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,19 +29,19 @@ from aezoo.tasks.codec.autoregressive import DIGEST, digest
 from aezoo.tasks.samples import like
 
 Symbols = npt.NDArray[np.int64]
-_HALF = 16  # bits of each half of a number that is escaped
+_HALF = 16  # bits of each half of an escaped integer
 _MOST = 2**31
-_ENTRIES = 2**20  # of tables at a time, 8 MiB in float64; what is escaped among them follows, so it is the format's
+_ENTRIES = 2**20  # table entries at a time, 8 MiB in float64; part of the format, since their escapes follow them
 
 
 class _Under(NamedTuple):
-    """What numbers are coded under.
+    """The table or tables that integers are coded under.
 
     Attributes:
-        low: the number of the first entry.
-        size: entries, but for the escape.
-        model: of constriction.
-        rows: the table of each number, as constriction takes it; None where one is that of all.
+        low: the integer of the first entry.
+        size: number of entries without the escape.
+        model: model of constriction.
+        rows: the table of each integer, as constriction takes it; None if all share one.
     """
 
     low: int
@@ -49,16 +50,16 @@ class _Under(NamedTuple):
     rows: npt.NDArray[np.float32] | None = None
 
 
-# whole numbers under one table or some of their own: what is to be coded, or as many zeros to be decoded
+# integers under one table or under their own tables: those to encode, or as many zeros to decode
 Code = Callable[[_Under, Symbols], Symbols]
 
 
 @contextmanager
 def at_quality(model: EntropyCoded, quality: float) -> Iterator[None]:
-    """The model at another quality, and as it was afterwards.
+    """Set the model to another quality within the context, and restore the old one afterwards.
 
     Raises:
-        AezooError: it has no such quality.
+        AezooError: the model has no such quality.
     """
     if not 0 <= quality <= model.top_quality:
         raise AezooError(f"quality is {quality:g}, and this model has those from 0 to {model.top_quality:g}: give one")
@@ -71,7 +72,7 @@ def at_quality(model: EntropyCoded, quality: float) -> Iterator[None]:
 
 
 def width(model: EntropyCoded) -> int:
-    """T, whole numbers that stand for a sample."""
+    """T, number of integers that represent a sample."""
     passed: list[int] = []
 
     def take(law: Law) -> Tensor:
@@ -83,19 +84,19 @@ def width(model: EntropyCoded) -> int:
 
 
 def encode(model: EntropyCoded, x: Tensor) -> Symbols:
-    """Whole numbers of samples, (n, *input_shape) -> (n, T).
+    """Integers of samples, (n, *input_shape) -> (n, T).
 
     Raises:
-        AezooError: they are none, or too large.
+        AezooError: codes are not finite, or too large.
     """
     found: Symbols = model.encode_symbols(x.to(like(model))).cpu().numpy()
-    if not ((found > -_MOST) & (found < _MOST)).all():  # -2^40 is NaN
+    if not ((found > -_MOST) & (found < _MOST)).all():  # -2^40 stands for NaN
         raise AezooError(f"{type(model).__name__} gives codes that are NaN, infinite or above 2^31: train it again")
     return found
 
 
 def decode(model: EntropyCoded, symbols: Symbols, block: int) -> Any:
-    """Outputs (n, *input_shape) of whole numbers (n, T), float32; the model sees `block` at a time."""
+    """Outputs (n, *input_shape), float32, from integers (n, T); the model sees `block` samples at a time."""
     parts = []
     for start in range(0, len(symbols), block):
         z = model.codes(torch.from_numpy(symbols[start : start + block]).to(model.device))
@@ -104,10 +105,10 @@ def decode(model: EntropyCoded, symbols: Symbols, block: int) -> Any:
 
 
 class Learned:
-    """Codes the whole numbers of a model.
+    """Codes the integers of a model.
 
     Args:
-        model: has laws.
+        model: a model with laws.
         block: samples that it sees at a time.
     """
 
@@ -118,7 +119,7 @@ class Learned:
         self._tables = [_shared(table) for table in model.tables()]
 
     def encode(self, symbols: Symbols) -> bytes:
-        """(n, T) whole numbers as bytes."""
+        """Encode (n, T) integers as bytes."""
         coder, halves = tables.stream().queue.RangeEncoder(), tables.stream().model.Uniform(1 << _HALF)
 
         def code(under: _Under, given: Symbols) -> Symbols:
@@ -136,15 +137,15 @@ class Learned:
         return digest(symbols) + tables.to_bytes(coder.get_compressed())
 
     def decode(self, content: bytes, n: int) -> Symbols | None:
-        """Bytes as (n, T) whole numbers; None if they are not what was encoded."""
+        """Decode bytes to (n, T) integers; None if they are not what was encoded."""
         try:
             symbols = np.concatenate([*self._blocks(content, n)])
-        except AssertionError:  # of constriction: no number has what stands there
+        except AssertionError:  # raised by constriction: no integer matches the bits
             return None
         return symbols if digest(symbols) == content[:DIGEST] else None
 
     def returns(self, content: bytes, symbols: Symbols) -> bool:
-        """Whether bytes decode to (n, T) whole numbers, in their first block."""
+        """Whether the first block of bytes decodes to (n, T) integers."""
         try:
             first = next(self._blocks(content, len(symbols)))
         except AssertionError:
@@ -152,7 +153,7 @@ class Learned:
         return np.array_equal(first, symbols[: self._block])
 
     def bound(self, symbols: Symbols) -> float:
-        """-log2 P of (n, T), by the laws themselves."""
+        """-log2 P of (n, T) integers, by the laws themselves."""
         bits = 0.0
         for start in range(0, len(symbols), self._block):
             part = torch.from_numpy(symbols[start : start + self._block]).to(self._model.device)
@@ -180,7 +181,7 @@ class Learned:
             yield self._walk(min(self._block, n - start), code, unknown)
 
     def _walk(self, n: int, code: Code, known: Callable[[Law], Tensor]) -> Symbols:
-        """The whole numbers of a block, (n, T): `code` is given those of one table after the other."""
+        """The integers of a block, (n, T): `code` gets those of one table after another."""
         passed: list[Symbols] = []
 
         def take(law: Law) -> Tensor:
@@ -199,7 +200,7 @@ class Learned:
         return np.concatenate(passed, 1)
 
     def _under(self, law: Law, number: int, here: Symbols) -> Iterator[tuple[Symbols, _Under]]:
-        """What numbers of one table's number, which lie here in all, are coded under; some of them after the others."""
+        """The tables for the integers at `here`, which share a table number; mixtures give them in several parts."""
         if not isinstance(law, Mixtures):
             yield here, self._tables[number]
             return

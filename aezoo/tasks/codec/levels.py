@@ -1,4 +1,4 @@
-"""Data values as whole numbers, and how likely each is."""
+"""Data values as integers, and the probability of each."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ Levels = npt.NDArray[np.uint8]
 
 
 def to_levels(x: Tensor, levels: int) -> Levels | None:
-    """Samples as whole numbers k with x = k / (levels - 1) to the last bit; None if they are not."""
+    """Samples as integers k with exactly x = k / (levels - 1); None if there are none."""
     k = (x * (levels - 1)).round()
     if not bool(((k >= 0) & (k < levels) & (k / (levels - 1) == x)).all()):
         return None
@@ -23,7 +23,7 @@ def to_levels(x: Tensor, levels: int) -> Levels | None:
 
 
 def reason(levels: int) -> str:
-    """Why samples that are no whole numbers cannot be coded."""
+    """Why samples that do not correspond to integers cannot be coded."""
     if levels == 2:
         return "lossless with likelihood bernoulli needs values 0 and 1: give --binarise true, or take mode lossy"
     return "lossless needs bytes, or values k/255 in float32: give images of 8 bits, or take mode lossy"
@@ -36,7 +36,7 @@ def level_cdf(likelihood: Likelihood, params: Floats) -> Floats:
     if isinstance(likelihood, Bernoulli):
         return cast(Floats, expit(-params)[:, None])
     if isinstance(likelihood, BetaBinomial):
-        here = copy.deepcopy(likelihood).cpu()  # a module moves in place, and this one is the user's
+        here = copy.deepcopy(likelihood).cpu()  # moving a module is in place, and this one belongs to the user
         return _beta_binomial_cdf(*(shape.double().numpy() for shape in here.shapes(from_numpy(params))))
     scale = math.exp(float(cast(DiscretisedLogistic, likelihood).bounded))
     return cast(Floats, expit(((np.arange(255) + 0.5) / 255 - params[:, None]) / scale))

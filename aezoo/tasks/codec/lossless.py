@@ -1,20 +1,20 @@
-"""Bits-back coding with ANS: samples in about as many bits as their negative ELBO says.
+"""Bits-back coding with ANS: the size of samples is about their negative ELBO in bits.
 
-BB-ANS (Townsend et al. 2019, https://arxiv.org/abs/1901.04866). To encode x, bits are taken from the stack by decoding
-z under q(z|x); then x is encoded under p(x|z) and z under p(z). The net growth is
+BB-ANS (Townsend et al. 2019, https://arxiv.org/abs/1901.04866). To encode x, z is decoded under q(z|x), which takes
+bits from the stack. Then x is encoded under p(x|z), and z under p(z). The net growth is
 
     log q(z|x) - log p(x|z) - log p(z)    with the mean    -ELBO = E_q[-log p(x|z)] + KL(q(z|x) || p(z))
 
-To decode, z and x are taken from the stack, and the bits given back by encoding z under q(z|x). Every latent variable
-has 2^b bins of equal mass under its prior N(m, s^2), with the middles m + s Phi^-1((k + 1/2) / 2^b); q gives a bin the
+To decode, z and x are taken from the stack, and encoding z under q(z|x) gives the bits back. Every latent variable has
+2^b bins of equal mass under its prior N(m, s^2), with midpoints m + s Phi^-1((k + 1/2) / 2^b). q gives each bin the
 mass of N(mu, sigma^2) there. The latent variables may form layers, as in HiLLoC (Townsend et al. 2020,
 https://arxiv.org/abs/1912.09953): all are taken from the top down, and put back in reverse.
 
-The network sees blocks of samples: one by one at first, then an eighth of those before, up to `block`. So initial bits
-are needed for one sample only: each takes b bits or so for a latent variable before it leaves -ELBO bits, which may be
-a fraction of that. What is on top of the stack are the z before, which are far from random bits where codes do not
-follow the prior, and z drawn by such "dirty bits" costs more than the ELBO says. So the index of a bin is stored
-exclusive-or bits that the seed fixes, at no cost.
+The network sees blocks of samples: single samples at first, then an eighth of the number of earlier samples, up to
+`block`. So initial bits are needed for one sample only: each sample takes about b bits per latent variable before it
+adds -ELBO bits, which may be a fraction of that. The top of the stack holds earlier z, which are far from random bits
+if codes do not follow the prior. Drawing z from such "dirty bits" costs more than the ELBO says. Therefore the index of
+a bin is stored after an exclusive or with bits from the seed, which costs nothing.
 """
 
 import hashlib
@@ -41,22 +41,22 @@ class Layer(Protocol):
     """Gaussian latent variables, given those of the layers above; all tensors are (n, *its shape)."""
 
     def prior(self, above: list[Tensor], n: int) -> tuple[Tensor, Tensor]:
-        """m, s of p(z | above) for n samples."""
+        """The mean m and deviation s of p(z | above) for n samples."""
         ...
 
     def posterior(self, x: Tensor, above: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """mu, sigma of q(z | x, above)."""
+        """The mean mu and deviation sigma of q(z | x, above)."""
         ...
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A generative model as bits-back coding sees it.
+    """A generative model as bits-back coding uses it.
 
     Attributes:
-        layers: from the top, whose prior depends on nothing, down.
-        params: the likelihood's parameters for all z.
-        likelihood: discrete.
+        layers: layers from the top, whose prior depends on nothing, to the bottom.
+        params: computes the likelihood's parameters from all z.
+        likelihood: a discrete likelihood.
         input_shape: shape of one sample.
     """
 
@@ -67,12 +67,12 @@ class Chain:
 
     @property
     def levels(self) -> int:
-        """Values that a data value can have."""
+        """Number of values that a data value can have."""
         return 2 if isinstance(self.likelihood, Bernoulli) else 256
 
 
 class _One:
-    """The one layer of a model with `posterior(x) -> mu, log variance` and p(z) = N(0, I)."""
+    """The single layer of a model with `posterior(x) -> mu, log variance` and p(z) = N(0, I)."""
 
     def __init__(self, model: Autoencoder) -> None:
         self._model: Any = model
@@ -90,7 +90,7 @@ def chain_of(model: Autoencoder) -> Chain:
     """How to code with a model: its own `latent_chain()`, or its Gaussian posterior and N(0, I).
 
     Raises:
-        AezooError: the model gives samples no probability, and what to do.
+        AezooError: the model gives samples no probability; the message says what to do.
     """
     cure = "take vae with likelihood bernoulli, discretised_logistic or beta_binomial, or mode lossy"
     if not model.likelihood.discrete:
@@ -105,7 +105,7 @@ def chain_of(model: Autoencoder) -> Chain:
 
 
 def blocks(n: int, most: int) -> Iterator[slice]:
-    """0:1, 1:2, ..., 16:18, 18:20, ...: an eighth of the samples that came before, at least 1 and at most `most`."""
+    """0:1, 1:2, ..., 16:18, 18:20, ...: an eighth of the number of earlier samples, at least 1 and at most `most`."""
     start = 0
     while start < n:
         stop = min(n, start + max(1, min(start // 8, most)))
@@ -119,8 +119,8 @@ class Coded:
 
     Attributes:
         words: the stack.
-        net_bits: what the samples have added to it.
-        initial_bits: what was there before and had to be used.
+        net_bits: bits that the samples have added to it.
+        initial_bits: bits that had to be there before.
     """
 
     words: Words
@@ -134,9 +134,9 @@ class BitsBack:
     Args:
         chain: the model.
         like: an empty tensor on the model's device and of its dtype.
-        block: samples that the network sees at a time, at most.
+        block: maximal number of samples that the network sees at a time.
         precision: a latent variable has 2^precision bins.
-        seed: fixes the initial bits.
+        seed: determines the initial bits.
     """
 
     def __init__(self, chain: Chain, like: Tensor, block: int, precision: int, seed: bytes) -> None:
@@ -148,7 +148,7 @@ class BitsBack:
         self._middles = torch.from_numpy(ndtri((k + 0.5) / (1 << precision)))
 
     def encode(self, levels: Levels) -> Coded:
-        """Samples (n, *shape) of whole numbers as words."""
+        """Encode samples (n, *shape) of integers as words."""
         stack, b = Stack(seed=self._seed), self._b
         before = stack.bits - 32 * stack.given
         for rows in blocks(len(levels), self._block):
@@ -167,7 +167,7 @@ class BitsBack:
         return Coded(stack.words(), stack.bits - 32 * stack.given - before, 32 * used)
 
     def decode(self, words: Words, n: int) -> Levels | None:
-        """The n samples in words; None if words end before them, or the initial bits do not come back."""
+        """Decode n samples from words; None if the words end too early or the initial bits are not recovered."""
         stack, b = Stack(words), self._b
         levels = np.empty((n, *self._chain.input_shape), dtype=np.uint8)
         for rows in reversed(list(blocks(n, self._block))):
@@ -192,7 +192,7 @@ class BitsBack:
         return levels if whole else None
 
     def bound(self, levels: Levels) -> float:
-        """-ELBO of samples in bits, with one draw of z each from torch's generator and closed divergences."""
+        """-ELBO of samples in bits, with one draw of z each from torch's generator and closed-form divergences."""
         total = 0.0
         for start in range(0, len(levels), self._block):
             x = self._as_data(levels[start : start + self._block])
@@ -207,7 +207,7 @@ class BitsBack:
         return total / math.log(2)
 
     def _mask(self, rows: slice, layer: int, n: int) -> npt.NDArray[np.int32]:
-        """Whole numbers below 2^b that the seed fixes, for a layer of a block."""
+        """Integers below 2^b, determined by the seed, for a layer of a block."""
         key = self._seed + f" {rows.start} {layer}".encode()
         return (tables.initial_words(key, n) & ((1 << self._b) - 1)).astype(np.int32)
 
@@ -216,17 +216,17 @@ class BitsBack:
         return x.to(device=self._like.device, dtype=self._like.dtype)
 
     def _values(self, index: npt.NDArray[np.int32], m: Tensor, s: Tensor) -> Tensor:
-        """The middles of bins."""
+        """The midpoints of bins."""
         middles = self._middles[torch.from_numpy(index.astype(np.int64))].reshape(m.shape)
         return (m.cpu().double() + s.cpu().double() * middles).to(self._like)
 
     def _tables(self, layer: Layer, x: Tensor, z: list[Tensor]) -> tuple[tuple[Tensor, Tensor], tables.Rows]:
-        """Of the prior m and s, and the tables of the posterior over its bins."""
+        """The mean m and deviation s of the prior, and the tables of the posterior over its bins."""
         from scipy.special import ndtr
 
         mu, sigma = layer.posterior(x, z)
         m, s = layer.prior(z, len(x))
-        # a bin's border m + s t lies at (m + s t - mu) / sigma for q
+        # the border m + s t of a bin is at (m + s t - mu) / sigma in units of q
         ratio, shift = _flat(s / sigma), _flat((m - mu) / sigma)
 
         def rows(part: slice) -> npt.NDArray[np.float32]:
@@ -241,7 +241,7 @@ class BitsBack:
 
 
 def seed_of(fingerprint: str, seed: int) -> bytes:
-    """Where initial bits come from."""
+    """The source of the initial bits."""
     return hashlib.sha256(f"{fingerprint} {seed}".encode()).digest()
 
 

@@ -1,20 +1,19 @@
 """Codes of any model, quantised and entropy-coded under histograms.
 
-Dimension d of a code becomes the whole number q = round((z_d - offset_d) / step_d), and comes back as
-offset_d + q step_d.
+Dimension d of a code becomes the integer q = round((z_d - offset_d) / step_d), and is restored as offset_d + q step_d.
 
-Steps: rounding adds an error of step^2 / 12 to a dimension (Bennett 1948), and the decoder hands it on to the output
-multiplied by s_d^2, the squared sensitivity E ||d g / d z_d||^2. At a high rate, most is gained where every dimension
-adds the same error (reverse water-filling, Cover & Thomas, Elements of Information Theory, 10.3.3), so
+Steps: rounding adds an error of step^2 / 12 to a dimension (Bennett 1948). The decoder multiplies it by s_d^2, the
+squared sensitivity E ||d g / d z_d||^2, in the output. At a high rate, it is optimal that every dimension adds the same
+error (reverse water-filling, Cover & Thomas, Elements of Information Theory, 10.3.3), so
 
     step_d = 2^-quality R / s_d,        R = max_d s_d deviation_d
 
-At quality 0 the step of the dimension that counts most is its deviation; one that the decoder ignores gets a large step
-and hence no bits. One more unit of quality is one more bit for each dimension that counts.
+At quality 0, the step of the most important dimension is its standard deviation. A dimension that the decoder ignores
+gets a large step and hence no bits. One more unit of quality adds one bit to each dimension that matters.
 
-Histograms: the values of q in the codes that it is fitted to, in bins between their quantiles, where a value that is
-frequent has a bin of its own. A bin has a whole number of 4096ths; within a bin all values are equally likely. So a
-table stays small however fine the steps are. Tables are stored in the file as whole numbers.
+Histograms: the values of q in the codes used for fitting, in bins between their quantiles; a frequent value has its own
+bin. The probability of a bin is an integer number of 4096ths; within a bin all values are equally likely. So a table
+stays small however fine the steps are. Tables are stored in the file as integers.
 """
 
 import math
@@ -35,7 +34,7 @@ Decode = Callable[[Floats], npt.NDArray[Any]]
 STEPS = ("fitted", "deviation")
 _SHARES = 12  # a bin's share is a multiple of 2^-12
 _MOST_BINS = 64
-_MOST_VALUES = 2**20  # in one bin, so that none has a probability below 2^-32
+_MOST_VALUES = 2**20  # in one bin, so that no value has a probability below 2^-32
 _PROBES = 2**14
 # offset, step, number of bins and lowest value of a dimension; width and share of a bin
 _DIMENSION = np.dtype([("offset", "<f4"), ("step", "<f4"), ("bins", "<u2"), ("low", "<i4")])
@@ -44,7 +43,7 @@ _BIN = np.dtype([("width", "<u4"), ("share", "<u2")])
 
 @dataclass(frozen=True)
 class Quantiser:
-    """Offset and step of each dimension, (D,); a step of 0 leaves the dimension at its offset."""
+    """Offset and step of each dimension, (D,); a step of 0 fixes the dimension at its offset."""
 
     offset: Floats
     step: Floats
@@ -55,11 +54,11 @@ class Quantiser:
 
         Args:
             codes: (N, D).
-            decode: from codes to outputs.
+            decode: maps codes to outputs.
             quality: bits, see above.
             steps: fitted, by the decoder's sensitivity as above; or deviation, step_d = 2^-quality deviation_d.
         """
-        # one of the values, so that a dimension that never changes, or is mostly 0, comes back exactly
+        # one of the values, so that a dimension that is constant, or mostly 0, is restored exactly
         offset = np.quantile(codes, 0.5, axis=0, method="lower").astype(np.float32)
         deviation = codes.std(axis=0, dtype=np.float64)
         if steps == "deviation":
@@ -68,14 +67,14 @@ class Quantiser:
         scale = float(np.max(slope * deviation))
         with np.errstate(divide="ignore", invalid="ignore"):
             step = np.where(slope * deviation > 0, 2.0**-quality * scale / slope, 0)
-        # float32 has no more; a dimension with such a step is never coded
+        # the limit of float32; a dimension with such a step is never coded
         return cls(offset, np.where(step < 1e30, step, 0).astype(np.float32))
 
     def symbols(self, codes: Floats) -> Symbols:
-        """(n, D) numbers -> (n, D) whole numbers.
+        """(n, D) numbers -> (n, D) integers.
 
         Raises:
-            AezooError: the steps are too small for such numbers.
+            AezooError: the steps are too small for these numbers.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             q = np.rint((codes.astype(np.float64) - self.offset) / self.step.astype(np.float64))
@@ -85,8 +84,8 @@ class Quantiser:
         return q.astype(np.int64)
 
     def codes(self, symbols: Symbols) -> Floats:
-        """(n, D) whole numbers -> (n, D) numbers; one product and one sum in float64, the same on every machine."""
-        with np.errstate(over="ignore"):  # of a file that somebody has made up
+        """(n, D) integers -> (n, D) numbers; one product and one sum in float64, the same on every machine."""
+        with np.errstate(over="ignore"):  # for forged files
             return (self.offset.astype(np.float64) + symbols * self.step.astype(np.float64)).astype(np.float32)
 
 
@@ -106,11 +105,11 @@ def sensitivity(codes: Floats, decode: Decode, deviation: npt.NDArray[np.float64
 
 @dataclass(frozen=True)
 class Histogram:
-    """Probabilities of whole numbers in one dimension.
+    """Probabilities of integers in one dimension.
 
     Attributes:
-        low: the lowest number.
-        width: numbers in each bin.
+        low: the lowest integer.
+        width: number of integers in each bin.
         share: 4096ths of each bin.
     """
 
@@ -120,13 +119,13 @@ class Histogram:
 
     @classmethod
     def fit(cls, values: Symbols, low: int, high: int, bins: int) -> "Histogram":
-        """Fit to whole numbers.
+        """Fit to integers.
 
         Args:
             values: (N,).
-            low: a number that must be possible, as must be all between it, `high` and the values.
+            low: an integer that must be possible, like all between it, `high` and the values.
             high: another one.
-            bins: how many bins, where no number is frequent.
+            bins: number of bins, if no integer is frequent.
         """
         ordered = np.sort(values)
         low, high = min(low, int(ordered[0])), max(high, int(ordered[-1]))
@@ -143,12 +142,12 @@ class Histogram:
         return cls(low, width, tables.from_counts(counts, 1 << _SHARES))
 
     def bits(self, values: Symbols) -> float:
-        """The code length of whole numbers, sum of -log2 p."""
+        """The code length of integers, sum of -log2 p."""
         index = self._bin_of(values)
         return float(np.sum(_SHARES - np.log2(self.share[index]) + np.log2(self.width[index])))
 
     def encode(self, coder: Any, values: Symbols) -> None:
-        """Put values (n,) into a range coder: their bins, then their places in bins of more than one number."""
+        """Put values (n,) into a range coder: their bins, then their positions in bins of more than one integer."""
         index = self._bin_of(values)
         if len(self.width) > 1:
             coder.encode(index.astype(np.int32), self._model())
@@ -158,7 +157,7 @@ class Histogram:
             coder.encode(place[wide].astype(np.int32), tables.stream().model.Uniform(), self._widths(index[wide]))
 
     def decode(self, coder: Any, n: int) -> Symbols:
-        """The n values that `encode` has put in."""
+        """Decode the n values that `encode` has encoded."""
         index = coder.decode(self._model(), n).astype(np.int64) if len(self.width) > 1 else np.zeros(n, np.int64)
         values = self.low + self._before[index]
         wide = self.width[index] > 1
@@ -199,9 +198,9 @@ class Codec:
         Args:
             codes: (N, D).
             quantiser: fitted.
-            low: (D,) the least values that will have to be coded.
+            low: (D,) the smallest values that must be possible.
             high: (D,) the largest.
-            n: how many codes will be coded; a table of more bins than that pays for would be wasted.
+            n: number of codes to be coded; a table with more bins would cost more than it saves.
         """
         bins = max(2, min(_MOST_BINS, math.ceil(2 * n ** (1 / 3))))  # Rice's rule
         symbols = quantiser.symbols(codes)
@@ -212,18 +211,18 @@ class Codec:
         )
 
     def encode(self, symbols: Symbols) -> bytes:
-        """(n, D) whole numbers as bytes."""
+        """Encode (n, D) integers as bytes."""
         coder = tables.stream().queue.RangeEncoder()
         for d, histogram in enumerate(self.histograms):
             histogram.encode(coder, symbols[:, d])
         return tables.to_bytes(coder.get_compressed())
 
     def returns(self, content: bytes, symbols: Symbols) -> bool:
-        """Whether bytes decode to (n, D) whole numbers."""
+        """Whether bytes decode to (n, D) integers."""
         return np.array_equal(self.decode(content, len(symbols)), symbols)
 
     def decode(self, content: bytes, n: int) -> Symbols:
-        """Bytes as (n, D) whole numbers."""
+        """Decode bytes to (n, D) integers."""
         coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content))
         found = np.empty((n, len(self.histograms)), dtype=np.int64)
         for d, histogram in enumerate(self.histograms):
@@ -231,7 +230,7 @@ class Codec:
         return found
 
     def to_bytes(self) -> bytes:
-        """Steps and tables, as they stand in a file."""
+        """Steps and tables, as stored in a file."""
         dimensions = np.empty(len(self.histograms), _DIMENSION)
         dimensions["offset"], dimensions["step"] = self.quantiser.offset, self.quantiser.step
         dimensions["bins"] = [len(histogram.width) for histogram in self.histograms]
@@ -239,16 +238,16 @@ class Codec:
         bins = np.empty(int(dimensions["bins"].sum(dtype=np.int64)), _BIN)
         bins["width"] = np.concatenate([histogram.width for histogram in self.histograms])
         bins["share"] = np.concatenate([histogram.share for histogram in self.histograms])
-        # field by field, which packs better
+        # field by field, which compresses better
         parts = [part[name].tobytes() for part in (dimensions, bins) for name in part.dtype.names or ()]
         return zlib.compress(b"".join(parts), 9)
 
     @classmethod
     def from_bytes(cls, content: bytes, d: int) -> "Codec":
-        """What `to_bytes` gave for d dimensions.
+        """The inverse of `to_bytes`, for d dimensions.
 
         Raises:
-            ValueError: it did not give this.
+            ValueError: the content is not from `to_bytes`.
         """
         most = d * (_DIMENSION.itemsize + 2 * _MOST_BINS * _BIN.itemsize)
         unpacked = zlib.decompressobj().decompress(content, most + 1)
@@ -271,7 +270,7 @@ class Codec:
 
 
 def _columns(content: bytes, start: int, n: int, kind: np.dtype[Any]) -> tuple[npt.NDArray[Any], int]:
-    """Records that were written field by field, and where they end."""
+    """Records that were written field by field, and the position where they end."""
     if start + n * kind.itemsize > len(content):
         raise ValueError("tables are cut off")
     found = np.empty(n, kind)

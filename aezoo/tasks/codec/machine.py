@@ -1,4 +1,4 @@
-"""What the numbers of a network depend on: its weights, the number of threads, the kernels."""
+"""What the results of a network depend on: its weights, the number of threads, the kernels."""
 
 import hashlib
 import json
@@ -29,29 +29,29 @@ def fingerprint(model: Autoencoder) -> str:
 
 
 def name(model: Autoencoder) -> str:
-    """The registry name of a model, or that of its class."""
+    """The registry name of a model, or its class name."""
     return name_of(type(model)) or type(model).__qualname__
 
 
 def model_folder(fingerprint: str) -> str:
-    """Where `compress` puts a model beside its files."""
+    """The folder next to its files in which `compress` stores a model."""
     return f"model-{fingerprint[:8]}"
 
 
 def describe(model: Autoencoder) -> dict[str, str]:
-    """Device, dtype and library that a model computes with."""
+    """The device, dtype and library that a model computes with."""
     given = like(model)
     return {"device": given.device.type, "dtype": str(given.dtype).removeprefix("torch."), "torch": torch.__version__}
 
 
 @contextmanager
 def steady(threads: int) -> Iterator[int]:
-    """The same kernels for the same shapes, and a number of threads, which is given; all is as before afterwards.
+    """Use the same kernels for the same shapes, and a fixed number of threads, which is yielded; then restore all.
 
-    Sums are split among threads, so their last bits depend on the number.
+    Sums are split among threads, so their last bits depend on the number of threads.
 
     Args:
-        threads: of torch on the CPU; 0 leaves it as it is.
+        threads: number of torch's threads on the CPU; 0 leaves it as it is.
 
     Raises:
         AezooError: not a number of threads.
@@ -77,7 +77,7 @@ def raw(values: npt.NDArray[Any]) -> bytes:
 
 
 def decode(model: Autoencoder, codes: npt.NDArray[np.float32], block: int) -> Any:
-    """Outputs (n, *input_shape) of codes (n, D), float32; the model sees `block` at a time."""
+    """Outputs (n, *input_shape), float32, from codes (n, D); the model sees `block` samples at a time."""
     parts = []
     for start in range(0, len(codes), block):
         z = torch.from_numpy(codes[start : start + block]).unflatten(1, model.code_shape)

@@ -1,9 +1,9 @@
-"""Integer tables of probabilities, and constriction's two entropy coders as they are used here.
+"""Integer tables of probabilities, and how constriction's two entropy coders are used here.
 
-A table of K symbols is K integer frequencies f_i >= 1 whose sum is 2^24. constriction takes floats w_i, and gives
-symbol i the interval that starts at i + floor(scale * (w_0 + ... + w_{i-1})) with scale = (2^24 - K) / sum_i w_i.
-Tables are handed over as w_i = f_i - 1: these are integers below 2^24, exact in float32, their sum is 2^24 - K, the
-scale is exactly 1, and the interval is exactly f_i wide. No rounding is left that could differ between machines.
+A table of K symbols consists of K integer frequencies f_i >= 1 whose sum is 2^24. constriction takes floats w_i, and
+gives symbol i the interval that starts at i + floor(scale * (w_0 + ... + w_{i-1})) with scale = (2^24 - K) / sum_i w_i.
+Tables are passed as w_i = f_i - 1. These are integers below 2^24, so they are exact in float32. Their sum is 2^24 - K,
+the scale is exactly 1, and the interval is exactly f_i wide. No rounding remains that could differ between machines.
 """
 
 import functools
@@ -18,22 +18,22 @@ from aezoo.errors import AezooError
 
 PRECISION = 24
 TOTAL = 1 << PRECISION
-# entries of a table that are in memory at a time: 8 MiB in float64
+# table entries in memory at a time: 8 MiB in float64
 ENTRIES = 2**20
 
 Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.signedinteger[Any]]
 Words = npt.NDArray[np.uint32]
-# the tables of some of the rows of an array of symbols: (m, K)
+# computes the tables of some of the rows of an array of symbols: (m, K)
 Rows = Callable[[slice], npt.NDArray[np.float32]]
 
 
 @functools.cache
 def stream() -> Any:
-    """The stream codes of constriction, once it has shown that it codes as the format says.
+    """The stream codes of constriction, after a check that it codes as the format requires.
 
     Raises:
-        AezooError: it is not installed, or codes otherwise.
+        AezooError: it is not installed, or codes differently.
     """
     try:
         import constriction
@@ -56,7 +56,7 @@ def weights(frequencies: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 def from_cdf(cdf: Floats) -> npt.NDArray[np.float32]:
     """Tables, as constriction takes them, from distribution functions.
 
-    Symbol i starts at i + floor(F_i (2^24 - K)), so that no symbol gets nothing.
+    Symbol i starts at i + floor(F_i (2^24 - K)), so every symbol gets a non-empty interval.
 
     Args:
         cdf: (M, K - 1), F_1 ... F_{K-1}, the probability of all symbols before the first, second, ... inner border.
@@ -68,13 +68,13 @@ def from_cdf(cdf: Floats) -> npt.NDArray[np.float32]:
     starts = np.empty((m, k + 1), dtype=np.float64)
     starts[:, 0], starts[:, -1] = 0, TOTAL - k
     np.floor(cdf * (TOTAL - k), out=starts[:, 1:-1])
-    # a computed distribution function may fall by a last bit
+    # a computed distribution function may decrease by a last bit
     np.maximum.accumulate(starts, axis=1, out=starts)
     return np.diff(starts, axis=1).astype(np.float32)
 
 
 def from_counts(counts: Integers, total: int) -> Integers:
-    """Frequencies of at least 1 with the sum `total`, in proportion to counts; integer arithmetic only."""
+    """Frequencies of at least 1 with the sum `total`, proportional to counts; integer arithmetic only."""
     k, n = len(counts), max(1, int(counts.sum()))
     before = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     starts = np.arange(k + 1) + before * (total - k) // n
@@ -84,25 +84,25 @@ def from_counts(counts: Integers, total: int) -> Integers:
 
 
 class Stack:
-    """An ANS coder (Duda 2013, https://arxiv.org/abs/1311.2540) that bits can be taken from: the last in, first out.
+    """An ANS coder (Duda 2013, https://arxiv.org/abs/1311.2540) from which bits can be taken: last in, first out.
 
     Args:
-        words: what is on it.
-        seed: where the bits come from that `reserve` puts under it; None is for a stack that is only decoded.
+        words: the initial content.
+        seed: source of the bits that `reserve` puts under the stack; None for a stack that is only decoded.
     """
 
     def __init__(self, words: Words | None = None, seed: bytes | None = None) -> None:
         self._ans = stream().stack.AnsCoder
         self._seed = seed
         if words is None:
-            # sealed: a last word of 1 keeps words of 0 below it
+            # sealed: a last word of 1 keeps zero words below it
             self._coder = self._ans(initial_words(seed or b"", 2), seal=True)
         else:
             self._coder = self._ans(words)
         self.given = self.untouched = 2 if words is None else 0
 
     def reserve(self, symbols: int) -> None:
-        """Put initial bits under the stack, so that it cannot run empty while so many symbols are taken from it."""
+        """Put initial bits under the stack, so that it cannot run empty while this many symbols are taken from it."""
         lacking = symbols * PRECISION // 32 + 4 - self._coder.num_words()
         if lacking > 0:
             below = initial_words(self._seed or b"", self.given + lacking)[:lacking]
@@ -125,36 +125,36 @@ class Stack:
         return np.concatenate(parts)
 
     def push_uniform(self, symbols: npt.NDArray[np.int32], bits: int) -> None:
-        """Encode symbols of 2^bits equally likely ones."""
+        """Encode symbols that are uniform over 2^bits values."""
         self._coder.encode_reverse(symbols, stream().model.Uniform(1 << bits))
 
     def pop_uniform(self, m: int, bits: int) -> npt.NDArray[np.int32]:
-        """Decode m symbols of 2^bits equally likely ones."""
+        """Decode m symbols that are uniform over 2^bits values."""
         found: npt.NDArray[np.int32] = self._coder.decode(stream().model.Uniform(1 << bits), m)
         self._note()
         return found
 
     def _note(self) -> None:
-        # the two words on top are the coder's state
+        # the top two words are the coder's state
         self.untouched = max(0, min(self.untouched, self._coder.num_words() - 2))
 
     @property
     def spent(self) -> bool:
-        """Less is left than `encode` ever leaves: what is taken from here on is none of its symbols."""
+        """Whether less is left than `encode` ever leaves: what is taken from now on is not one of its symbols."""
         return bool(self._coder.num_words() < 2)
 
     @property
     def bits(self) -> int:
-        """What is on the stack, initial bits included."""
+        """Number of bits on the stack, including initial bits."""
         return int(self._coder.num_valid_bits())
 
     def words(self) -> Words:
-        """What is on the stack, without the initial bits that nobody has taken."""
+        """The content of the stack, without the initial bits that were not used."""
         found: Words = self._coder.get_compressed()[self.untouched :]
         return found
 
     def unseal(self) -> Words | None:
-        """The initial words, when nothing else is left; None if that is not so."""
+        """The initial words if nothing else is left; otherwise None."""
         try:
             found: Words = self._coder.get_compressed(unseal=True)
         except Exception:  # an assertion of constriction
@@ -163,7 +163,7 @@ class Stack:
 
 
 def initial_words(seed: bytes, n: int) -> Words:
-    """Random words that a seed fixes; the last of n are the same for every n."""
+    """Random words determined by a seed; the last of n are the same for every n."""
     words = np.frombuffer(hashlib.shake_256(seed).digest(4 * n), dtype="<u4").astype(np.uint32)
     return words[::-1].copy()
 
@@ -174,10 +174,10 @@ def to_bytes(words: Words) -> bytes:
 
 
 def from_bytes(content: bytes) -> Words:
-    """Words from bytes; a part of a word at the end is dropped."""
+    """Words from bytes; an incomplete word at the end is dropped."""
     return np.frombuffer(content, dtype="<u4", count=len(content) // 4).astype(np.uint32)
 
 
-# by hand: the state s = 2 * 2^32 + 1 is below f * 2^40 = 2^40, so no word is put out; s <- (s // 1) 2^24 + 2^24 - 1 =
-# 2^57 + 2^25 - 1; that is above 2^40, so its low word goes out and s <- 2^25; at last s <- 2^25 * 2^24 + 5
+# by hand: the state s = 2 * 2^32 + 1 is below f * 2^40 = 2^40, so no word is output; s <- (s // 1) 2^24 + 2^24 - 1 =
+# 2^57 + 2^25 - 1; that is above 2^40, so its low word is output and s <- 2^25; finally s <- 2^25 * 2^24 + 5
 _KNOWN = [2**25 - 1, 5, 2**17]

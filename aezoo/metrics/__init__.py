@@ -1,4 +1,4 @@
-"""Metrics that torchmetrics lacks, and the set that every evaluation reports."""
+"""Metrics that torchmetrics does not have, and the set of metrics that every evaluation reports."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ __all__ = [
     "sparse_metrics",
 ]
 
-# imported when they are asked for: no training needs them
+# imported on first use: training does not need them
 _LATER = {
     **dict.fromkeys(("CodebookPerplexity", "CodebookUsage", "codebook_metrics"), "codebook"),
     **dict.fromkeys(("CrossCoherence", "JointCoherence"), "coherence"),

@@ -1,12 +1,12 @@
-"""How much of a codebook is used, over everything seen: all batches, all ranks.
+"""How much of a codebook is in use, over all batches and all ranks.
 
     CodebookUsage        share of codes that something chose
     CodebookPerplexity   exp(H(p)), p the shares of choices: from 1, always the same code, to K, all equally often
 
-Both count choices, so that they are the same however the samples are cut; a mean of the batches' perplexities is not,
-and is bounded by the batch.
+Both count choices, so the result does not depend on how samples are split into batches. A mean of the batches'
+perplexities does, and it is bounded by the batch size.
 
-Shapes: B batch, Q books, K codes of a book.
+Shapes: B batch, Q codebooks, K codes of a codebook.
 """
 
 from abc import abstractmethod
@@ -23,10 +23,10 @@ _MOST = 2**24
 
 
 class _Counts(Metric):
-    """How often each code of each book was chosen, all books in one row.
+    """Counts how often each code of each codebook was chosen, with all codebooks in one row.
 
     Args:
-        book_sizes: K of each of the Q indices that a place has.
+        book_sizes: K of each of the Q indices of a place.
     """
 
     name: str
@@ -46,7 +46,7 @@ class _Counts(Metric):
         self.add_state("counts", torch.zeros(sum(book_sizes), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, indices: Tensor) -> None:
-        """Add indices, (B, Q, *places) long; -1 is left out."""
+        """Add indices, (B, Q, *places) long; -1 is ignored."""
         if indices.ndim < 2 or indices.shape[1] != len(self.book_sizes):
             raise AezooError(
                 f"{type(self).__name__} takes indices (B, {len(self.book_sizes)}, ...), got {tuple(indices.shape)}"
@@ -56,7 +56,7 @@ class _Counts(Metric):
             counts_K.index_add_(0, chosen.clamp(min=0), (chosen >= 0).to(counts_K))
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean over books, and each book where there are several, () each."""
+        """The mean over codebooks, and the value of each codebook if there are several, () each."""
         if not self.counts.any():
             raise AezooError(f"{type(self).__name__} has seen no indices: call update first")
         values_Q = torch.stack([self.of_book(counts_K) for counts_K in self.counts.split(self.book_sizes)])
@@ -67,11 +67,11 @@ class _Counts(Metric):
 
     @abstractmethod
     def of_book(self, counts_K: Tensor) -> Tensor:
-        """The figure of one book, (K,) -> ()."""
+        """The value for one codebook, (K,) -> ()."""
 
 
 class CodebookUsage(_Counts):
-    """Share of codes that something chose, `usage`, and of each of several books `usage_0`, ..."""
+    """Share of codes that were chosen, `usage`; with several codebooks also `usage_0`, ..., one for each."""
 
     name = "usage"
 
@@ -80,9 +80,9 @@ class CodebookUsage(_Counts):
 
 
 class CodebookPerplexity(_Counts):
-    """The exponential of the entropy of choices, `perplexity`, and of each of several books `perplexity_0`, ...
+    """The exponential of the entropy of choices, `perplexity`; with several codebooks also `perplexity_0`, ...
 
-    A book of which nothing was chosen counts 1.
+    A codebook from which nothing was chosen counts as 1.
     """
 
     name = "perplexity"
@@ -94,11 +94,11 @@ class CodebookPerplexity(_Counts):
 
 
 def codebook_metrics(book_sizes: tuple[int, ...], postfix: str = "") -> MetricCollection:
-    """Usage and perplexity of the same indices, under names that end in `postfix`; books too large to count have none.
+    """Usage and perplexity of the same indices, with names that end in `postfix`; none if codebooks are too large.
 
     Args:
-        book_sizes: K of each of the Q indices that a place has.
-        postfix: told apart from those of other codebooks.
+        book_sizes: K of each of the Q indices of a place.
+        postfix: distinguishes the names from those of other codebooks.
     """
     metrics: list[Metric | MetricCollection] = []
     if sum(book_sizes) <= _MOST:

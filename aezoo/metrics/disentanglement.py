@@ -1,6 +1,6 @@
 """How well the dimensions of a code separate known factors: MIG, SAP, DCI and modularity.
 
-Each metric collects codes and the numbers of the factors' values (`Shapes.factors`) and computes from all of them:
+Each metric collects codes and factor values as integers (`Shapes.factors`) and computes its score from all of them:
 
     MIG          Chen et al. 2018, https://arxiv.org/abs/1802.04942
                  mean over factors of (I(z_1; v) - I(z_2; v)) / H(v), z_1 and z_2 the two dimensions that know most of v
@@ -11,10 +11,10 @@ Each metric collects codes and the numbers of the factors' values (`Shapes.facto
     Modularity   Ridgeway and Mozer 2018, https://arxiv.org/abs/1802.05312
                  mean over dimensions of 1 - sum_k!=1 I(z; v_k)^2 / ((F - 1) I(z; v_1)^2), v_1 the one it knows most of
 
-Codes are binned into 20 equal parts of their range for I, as in disentanglement_lib; where a metric differs from it, it
-is said. Everywhere a dimension that never changes is left out, so that it changes nothing, and codes without any other
-score 0. Ordered factors are ordered by their numbers: an orientation's last value is next to its first in the picture,
-and not here.
+For I, codes are binned into 20 equal parts of their range, as in disentanglement_lib; where a metric differs from it,
+its docstring says so. A dimension that never changes is always left out and has no effect; codes without any other
+dimension score 0. Ordered factors are ordered by their integers: the last value of an orientation is next to the first
+in the image, but not here.
 
 Shapes: N samples, D dimensions of a code, F factors.
 """
@@ -28,9 +28,9 @@ from aezoo.metrics.disentanglement_base import FactorMetric, Floats, Ints, at_le
 
 
 class MIG(FactorMetric):
-    """Mutual information gap, from 0 to 1, of the codes themselves; the paper draws them from q(z|x).
+    """Mutual information gap, from 0 to 1, of the codes themselves; the paper samples them from q(z|x).
 
-    1 needs a factor in a dimension of its own, and bins that keep its values apart: at most `bins` of them.
+    A score of 1 needs each factor in its own dimension, and bins that separate its values: at most `bins` values.
 
     Args:
         bins: equal parts of a dimension's range.
@@ -49,9 +49,9 @@ class MIG(FactorMetric):
 
 
 class Modularity(FactorMetric):
-    """Share of its information that a dimension has about one factor alone, from 0 to 1; mean over dimensions.
+    """Share of a dimension's information that is about a single factor, from 0 to 1; mean over dimensions.
 
-    Codes that know nothing do not score 0: what a finite sample seems to know of each factor is compared.
+    Uninformative codes do not score 0: a finite sample shows spurious information about each factor.
 
     Args:
         bins: equal parts of a dimension's range.
@@ -76,14 +76,14 @@ class Modularity(FactorMetric):
 class SAP(FactorMetric):
     """Separated attribute predictability, from 0 to 1.
 
-    A dimension predicts an ordered factor as well as r^2, their squared correlation. A categorical one is predicted by
-    scikit-learn's LinearSVC (C = 0.01, classes balanced) from the standardised dimension: the share right of the third
-    of samples that it was not fitted on. disentanglement_lib takes that for all factors. The second best dimension is
-    right by chance at least, so that a categorical factor's gap does not reach 1.
+    The score of a dimension for an ordered factor is r^2, their squared correlation. A categorical factor is predicted
+    by scikit-learn's LinearSVC (C = 0.01, balanced classes) from the standardised dimension; the score is the accuracy
+    on a held-out third of the samples. disentanglement_lib uses this for all factors. The second best dimension reaches
+    at least chance accuracy, so the gap of a categorical factor does not reach 1.
 
     Args:
         categorical: columns of factors without an order.
-        seed: fixes which third is held out.
+        seed: determines which third is held out.
     """
 
     def __init__(self, categorical: tuple[int, ...] = (), seed: int = 0, **kwargs: Any) -> None:
@@ -103,7 +103,7 @@ class SAP(FactorMetric):
         from sklearn.svm import LinearSVC
 
         train, test = held_out(len(column), self.seed)
-        if (column[train] == column[train[0]]).all():  # all others are held out: each dimension predicts this one
+        if (column[train] == column[train[0]]).all():  # only one value to learn: every dimension predicts it
             return np.full(codes.shape[1], (column[test] == column[train[0]]).mean())
         found = []
         for z in codes.T[:, :, None]:
@@ -116,18 +116,18 @@ class DCI(FactorMetric):
     """Disentanglement, completeness and informativeness, each from 0 to 1.
 
     disentanglement: 1 - the entropy, in units of log F, of a dimension's importances for the factors, averaged with the
-    dimension's share of all importance. completeness: the same of a factor's importances over dimensions, in units of
-    log D. informativeness: how well all dimensions together predict the third of samples that was not fitted on: the
-    mean of r^2, at least 0, of ordered factors and of the share right of categorical ones.
+    dimension's share of all importance as weight. completeness: the same for a factor's importances over dimensions, in
+    units of log D. informativeness: how well all dimensions together predict a held-out third of the samples: the mean
+    of r^2, at least 0, for ordered factors and of the accuracy for categorical ones.
 
-    Predictors are random forests, as in the paper: regression, or classification where a factor is categorical. Each
-    split chooses among all dimensions and each leaf has 5 samples; the importance is the decrease of impurity.
-    disentanglement_lib takes boosted trees and classification for all factors, at many times the cost.
+    Predictors are random forests, as in the paper: regression, or classification if a factor is categorical. Each
+    split chooses among all dimensions, and each leaf has 5 samples; the importance is the decrease of impurity.
+    disentanglement_lib uses boosted trees and classification for all factors, at many times the cost.
 
     Args:
         categorical: columns of factors without an order.
-        trees: in each forest.
-        seed: fixes the forests and which third is held out.
+        trees: number of trees in each forest.
+        seed: determines the forests and which third is held out.
     """
 
     least_factors = 2
@@ -177,7 +177,7 @@ def top_two(values: Floats) -> tuple[Floats, Floats]:
 
 
 def held_out(n: int, seed: int) -> tuple[Ints, Ints]:
-    """Two thirds of `range(n)` to fit on and one to judge by."""
+    """Split `range(n)` into two thirds for fitting and one third for evaluation."""
     order = np.random.default_rng(seed).permutation(n)
     return order[n // 3 :], order[: n // 3]
 
@@ -187,7 +187,7 @@ def _r2(codes: Floats, column: Ints) -> Floats:
 
 
 def _concentration(importances: Floats) -> float:
-    """1 - H(row) / log(columns), averaged over rows with their share of the sum; one column takes all."""
+    """1 - H(row) / log(columns), averaged over rows weighted by their share of the sum; 1 for a single column."""
     total = importances.sum(1)
     if importances.shape[1] == 1 or not total.sum():
         return float(total.sum() > 0)

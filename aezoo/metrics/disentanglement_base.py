@@ -1,4 +1,4 @@
-"""What metrics of codes and known factors share: they collect both, check them, and leave out what never changes.
+"""The base of metrics of codes and known factors: collects both, checks them, and drops constant dimensions.
 
 Shapes: B batch, N samples, D dimensions of a code, F factors.
 """
@@ -21,9 +21,9 @@ Ints = npt.NDArray[np.int64]
 
 
 class FactorMetric(Metric):
-    """Collects codes (B, ...) and factors (B, F); on several ranks it computes from those of all.
+    """Collects codes (B, ...) and factors (B, F); on several ranks it computes the score from all of them.
 
-    Samples are kept where the metric is (`Metric.to`), by default on the CPU, and the score is computed on the CPU.
+    Samples are stored on the metric's device (`Metric.to`), by default the CPU. The score is computed on the CPU.
     """
 
     is_differentiable = False
@@ -31,9 +31,9 @@ class FactorMetric(Metric):
     full_state_update = False
     codes: list[Tensor]
     factors: list[Tensor]
-    # factors that the score needs to mean something
+    # the number of factors below which the score has no meaning
     least_factors = 1
-    # columns of factors without an order, for metrics that treat them apart
+    # columns of factors without an order, for metrics that treat these differently
     categorical: tuple[int, ...] = ()
 
     def __init__(self, **kwargs: Any) -> None:
@@ -42,7 +42,7 @@ class FactorMetric(Metric):
         self.add_state("factors", [], dist_reduce_fx="cat")
 
     def update(self, codes: Tensor, factors: Tensor) -> None:
-        """Add a batch: the codes, and the number of each factor's value, whole numbers."""
+        """Add a batch: the codes, and the factor values as integers."""
         codes, factors = checked(codes, "codes").flatten(1), torch.as_tensor(factors).detach()
         if factors.ndim != 2 or len(factors) != len(codes):
             raise AezooError(f"factors must have shape ({len(codes)}, F) beside {len(codes)} codes, "
@@ -56,7 +56,7 @@ class FactorMetric(Metric):
         self.factors.append(factors.long().to(self.device))
 
     def compute(self) -> Any:
-        """The score as a 0-dimensional float tensor, or a dictionary of some."""
+        """The score as a 0-dimensional float tensor, or a dictionary of such tensors."""
         if not len(self.codes):
             raise AezooError(f"{type(self).__name__} has seen no codes: call update first")
         codes = dim_zero_cat(self.codes).double().cpu().numpy()
@@ -76,12 +76,12 @@ class FactorMetric(Metric):
         return tensors(self.score(changing(codes), factors))
 
     def least_samples(self, sizes: Sequence[int]) -> int:
-        """How few samples of factors with so many values are too few: here 10 for each value of the largest factor."""
+        """The number of samples needed for factors with so many values: here 10 per value of the largest factor."""
         return 10 * max(2, *sizes)
 
     @abstractmethod
     def score(self, codes: Floats, factors: Ints) -> Any:
-        """The score of codes (N, D), each dimension of which changes (D may be 0), and factors (N, F)."""
+        """The score of codes (N, D), without constant dimensions (D may be 0), and factors (N, F)."""
 
 
 def changing(codes: Floats) -> Floats:
@@ -90,12 +90,12 @@ def changing(codes: Floats) -> Floats:
 
 
 def standardised(codes: Floats) -> Floats:
-    """Dimensions that change, moved and scaled to mean 0 and variance 1."""
+    """The dimensions that change, scaled to mean 0 and variance 1."""
     return (codes - codes.mean(0)) / codes.std(0)
 
 
 def checked(codes: Tensor, name: str) -> Tensor:
-    """A batch of finite numbers, in float32."""
+    """A batch as finite float32 numbers."""
     codes = torch.as_tensor(codes).detach().float()
     if codes.ndim < 2:
         raise AezooError(f"{name} must have shape (B, D), got {tuple(codes.shape)}")
@@ -105,14 +105,14 @@ def checked(codes: Tensor, name: str) -> Tensor:
 
 
 def at_least(metric: Metric, name: str, value: int, least: int) -> int:
-    """The value, if it is a whole number of at least `least`."""
+    """Return the value if it is an integer of at least `least`."""
     if not isinstance(value, int) or value < least:
         raise AezooError(f"{type(metric).__name__}: {name} must be a whole number of at least {least}, got {value}")
     return value
 
 
 def tensors(score: Any) -> Any:
-    """Numbers as 0-dimensional float tensors, which is what torchmetrics' other metrics give."""
+    """Convert numbers to 0-dimensional float tensors, as torchmetrics' other metrics return."""
     if isinstance(score, dict):
         return {name: torch.tensor(value, dtype=torch.float32) for name, value in score.items()}
     return torch.as_tensor(score, dtype=torch.float32)

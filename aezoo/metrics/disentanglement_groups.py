@@ -1,4 +1,4 @@
-"""How a code behaves where one factor is held (FactorVAE score, IRS), and how far models agree (UDR).
+"""How a code behaves while one factor is fixed (FactorVAE score, IRS), and how far models agree (UDR).
 
     FactorVAEScore   Kim and Mnih 2018, https://arxiv.org/abs/1802.05983
                      how often the dimension that varies least tells which factor was held
@@ -7,8 +7,8 @@
     UDR              Duan et al. 2020, https://arxiv.org/abs/1905.12614
                      median over other models of how far each dimension has one counterpart there
 
-The papers generate samples with a factor held. Here they are those of the collected ones that share its value: the same
-where factors are drawn independently, as those of `shapes` are. A dimension that never changes is left out.
+The papers generate samples with a factor fixed. Here, these are the collected samples that share its value. The result
+is the same if factors are sampled independently, as those of `shapes` are. A constant dimension is left out.
 
 Shapes: N samples, D dimensions of a code, F factors, M models.
 """
@@ -36,16 +36,16 @@ from aezoo.metrics.disentanglement_base import (
 
 
 class FactorVAEScore(FactorMetric):
-    """Accuracy of a majority vote, from about 1 / F, for codes that know nothing, to 1.
+    """Accuracy of a majority vote, from about 1 / F, for uninformative codes, to 1.
 
-    A vote: a factor and one of the samples by chance; among those with the same value the dimension that varies least,
-    in units of its own variance. Each dimension stands for the factor that it was voted for most often, and is judged
-    by votes of its own.
+    A vote draws a factor and a sample at random. Among the samples with the same value of the factor, it finds the
+    dimension that varies least, relative to its own variance. Each dimension is assigned to the factor that it was most
+    often voted for, and separate votes evaluate it.
 
     Args:
-        votes: to choose by; half as many judge.
-        batch_size: samples of a vote at most.
-        seed: fixes the votes.
+        votes: number of votes for the assignment; half as many evaluate it.
+        batch_size: maximal number of samples per vote.
+        seed: determines the votes.
     """
 
     least_factors = 2
@@ -59,14 +59,14 @@ class FactorVAEScore(FactorMetric):
         if not codes.shape[1]:
             return 0.0
         codes = codes / codes.std(0)
-        # a value that one sample has shows no variance
+        # a value of a single sample shows no variance
         groups = [[rows for rows in _by_value(column) if len(rows) > 1] for column in factors.T]
         rng = np.random.default_rng(self.seed)
         chosen, judged = (self._vote(codes, groups, n, rng) for n in (self.votes, max(1, self.votes // 2)))
         return float(judged[chosen.argmax(0), np.arange(codes.shape[1])].sum() / judged.sum())
 
     def _vote(self, codes: Floats, groups: list[list[Ints]], n: int, rng: np.random.Generator) -> Ints:
-        """How often each dimension varied least while a factor was held: (F, D)."""
+        """How often each dimension varied least while a factor was fixed: (F, D)."""
         votes = np.zeros((len(groups), codes.shape[1]), dtype=np.int64)
         for k in rng.integers(len(groups), size=n):
             sizes = np.array([len(rows) for rows in groups[k]])
@@ -79,13 +79,13 @@ class FactorVAEScore(FactorMetric):
 class IRS(FactorMetric):
     """Interventional robustness, from 0 to 1: how little a dimension moves while the factor that moves it most is held.
 
-    A deviation is that from the mean, of samples with the same value of the factor and averaged over values, or of all
-    samples. Dimensions are averaged with their deviation as weight, as in the authors' code; so the score does not
-    change with the scale of all, but with that of one. The farthest deviation is a quantile, of all samples as well,
-    where the authors' code takes the maximum: independent codes then score 0.
+    A deviation is the distance from the mean, either of all samples or of those with the same value of the factor,
+    averaged over values. Dimensions are averaged with their deviation as weight, as in the authors' code, so the score
+    does not change if all dimensions are rescaled together, but does if only one is. The largest deviation is a
+    quantile for all samples too; the authors' code uses the maximum there, which gives independent codes a score of 0.
 
     Args:
-        quantile: which deviation is the farthest; the paper has 1, the authors' code 0.99.
+        quantile: quantile that counts as the largest deviation; the paper uses 1, the authors' code 0.99.
     """
 
     def __init__(self, quantile: float = 0.99, **kwargs: Any) -> None:
@@ -96,7 +96,7 @@ class IRS(FactorMetric):
 
     def score(self, codes: Floats, factors: Ints) -> float:
         whole = self._deviation(codes)
-        # a dimension that differs for a few samples alone deviates by 0
+        # a dimension that differs only for a few samples has deviation 0
         codes, whole = codes[:, whole > 0], whole[whole > 0]
         if not len(whole):
             return 0.0
@@ -112,18 +112,18 @@ class UDR(Metric):
     """Unsupervised disentanglement ranking: a score for each of several models, from 0 to 1; no factors are needed.
 
     R (dimensions of one model x those of another) is the absolute rank correlation (spearman), or the absolute
-    coefficients of a Lasso regression with alpha 0.1 of standardised codes (lasso; two equal codes then score 0.9, for
-    it shrinks). With a over rows and b over columns a pair scores
+    coefficients of a Lasso regression of standardised codes with alpha 0.1 (lasso; two equal codes then score 0.9,
+    since Lasso shrinks coefficients). With a over rows and b over columns, a pair scores
 
         1 / (D_1 + D_2) (sum_b max_a R_ab^2 / sum_a R_ab + sum_a max_b R_ab^2 / sum_b R_ab)
 
-    and a model the median of its pairs. disentanglement_lib averages rows and columns apart, which is the same where
-    D_1 = D_2.
+    and a model scores the median of its pairs. disentanglement_lib averages rows and columns separately, which is the
+    same for D_1 = D_2.
 
     Args:
-        models: M, how many models there are.
+        models: M, number of models.
         correlation: spearman or lasso.
-        kl_threshold: dimensions whose KL to the prior, mean over samples in nats, is not above it are left out.
+        kl_threshold: dimensions are left out unless their KL to the prior, averaged over samples, in nats, exceeds it.
     """
 
     is_differentiable = False
@@ -144,7 +144,7 @@ class UDR(Metric):
             self.add_state(f"kl_{m}", [], dist_reduce_fx="cat")
 
     def update(self, codes: Sequence[Tensor], kl: Sequence[Tensor] | None = None) -> None:
-        """Add the codes (B, D) of the same samples by each model, and the KL terms (B, D) of their posteriors."""
+        """Add each model's codes (B, D) of the same samples, and the KL terms (B, D) of their posteriors."""
         if len(codes) != self.models or (kl is not None and len(kl) != self.models):
             raise AezooError(f"UDR compares {self.models} models: give codes, and KL terms if any, of each")
         parts = [checked(part, "codes").flatten(1).to(self.device) for part in codes]

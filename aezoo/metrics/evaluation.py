@@ -1,4 +1,4 @@
-"""What validation and test report: exact means of the loss terms, and reconstruction quality by torchmetrics."""
+"""The figures of validation and test: exact means of the loss terms, and reconstruction quality by torchmetrics."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ _KNOWN = "share of values that are not missing"
 
 
 class Means:
-    """Means of named scalars over samples: batches of any size, all ranks, kept on the device without a sync a step."""
+    """Means of named scalars over samples: any batch size, all ranks, kept on the device without a sync per step."""
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
@@ -23,17 +23,17 @@ class Means:
         self._count = 0
 
     def add(self, terms: dict[str, Tensor], count: int, values: Tensor | None = None) -> None:
-        """Add means over `count` samples, of the same names each time.
+        """Add means over `count` samples; the names must be the same each time.
 
         Args:
             terms: scalars by name.
-            count: the samples that each is the mean of.
-            values: the same scalars as one vector, if it is there already.
+            count: number of samples that each scalar is the mean of.
+            values: the same scalars as one vector, if available.
         """
         if not terms:
             return
         if values is None:
-            # one operation for all terms, not three for each
+            # one operation for all terms instead of three for each
             values = torch.stack([*terms.values()]).detach()
         if self._sums is None:
             self._names = tuple(terms)
@@ -55,39 +55,39 @@ class Means:
         return dict(zip(self._names, means.unbind(), strict=True))
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all that has been added."""
         self._sums, self._count = None, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been added on this rank, as tensors and plain values."""
+        """Everything added on this rank, as tensors and plain values."""
         return {"names": list(self._names), "sums": self._sums, "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from the result of `state_dict`."""
         sums = state["sums"]
         self._names, self._count = tuple(state["names"]), int(state["count"])
         self._sums = None if sums is None else sums.to(device, copy=True)
 
 
 class Evaluation:
-    """Loss terms, mse and psnr of any data, ssim of images; bits per dimension where the terms have an `elbo`.
+    """Loss terms, mse and psnr for any data, ssim for images; bits per dimension if the terms include an `elbo`.
 
-    Of models with a sparse code also `aezoo.metrics.sparse_metrics`; of those whose code is indices `usage` and
+    For models with a sparse code it adds `aezoo.metrics.sparse_metrics`; for models whose code is indices, `usage` and
     `perplexity` of their codebooks, over all samples.
 
-    A deterministic model's nll is no bound on log p(x), since its code costs nothing, so it gets no bits per dimension.
-    Those of the others are -elbo / (D log 2), by the model's own bound, which is a tighter one of importance weighted
-    models. They are a code's length, as papers report it, where the likelihood is discrete and the data are what it is
-    of: Bernoulli's of binarised data, not of grey ones. Of a density they may be below 0.
+    The nll of a deterministic model is no bound on log p(x), since its code costs nothing, so there are no bits per
+    dimension. Other models have -elbo / (D log 2), with the model's own bound, which is tighter for importance-weighted
+    models. This is a code length, as papers report it, if the likelihood is discrete and matches the data: for
+    Bernoulli, binarised data, not grey values. For a density, it may be below 0.
 
-    PSNR and SSIM take the data range as 1, the range of data scaled to [0, 1]; outputs are not clipped.
+    PSNR and SSIM use a data range of 1, the range of data scaled to [0, 1]; outputs are not clipped.
 
     Args:
         input_shape: shape of one sample; ssim is reported for (C, H, W) with both sides above 5.
-        device: where the data are.
-        code_shape: shape of one code, for models whose code is sparse.
-        gaps: samples may have values that are missing, NaN: mse, psnr and bits per dimension are those of the others,
-            ssim that of samples which lack nothing.
+        device: device of the data.
+        code_shape: shape of one code, for models with a sparse code.
+        gaps: whether samples may have missing values, NaN: mse, psnr and bits per dimension are those of the others,
+            ssim that of samples without missing values.
     """
 
     def __init__(
@@ -125,10 +125,10 @@ class Evaluation:
         """Add one batch.
 
         Args:
-            terms: of the loss, means over the batch.
-            x: its samples.
+            terms: terms of the loss, means over the batch.
+            x: the batch's samples.
             x_hat: their reconstructions.
-            code: their codes, where these are sparse.
+            code: their codes, if these are sparse.
             books: their indices, (B, Q, *places), and the sizes of Q codebooks, under a name or "".
         """
         for name, (indices, sizes) in (books or {}).items():
@@ -153,7 +153,7 @@ class Evaluation:
                 metric.update(*(values[whole_B] for values in pair))
 
     def compute(self) -> dict[str, Tensor]:
-        """All figures over all samples of all ranks."""
+        """All figures, over all samples of all ranks."""
         figures = self._means.compute()
         dims = self._dims * figures.pop(_KNOWN, 1)
         if "elbo" in figures:

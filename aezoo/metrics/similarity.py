@@ -1,4 +1,4 @@
-"""The structural similarity of images by torchmetrics, in the order in which a CPU computes it fast."""
+"""The structural similarity of images by torchmetrics, in a memory layout that is fast on a CPU."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
-# half the width of torchmetrics' Gaussian window of sigma 1.5, by which it pads: a smaller image cannot be padded
+# half the width of torchmetrics' Gaussian window of sigma 1.5, which is its padding: smaller images cannot be padded
 _MARGIN = 5
 
 
 class StructuralSimilarity(StructuralSimilarityIndexMeasure):
     """SSIM (Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861), the mean over images and their channels.
 
-    torchmetrics' window goes through each channel alone, so all images of a batch are channels of one here: it takes a
-    fraction of the time on a CPU, where it was longer than a training step of convolutions.
+    torchmetrics' window works on each channel separately, so here all images of a batch become channels of one image.
+    On a CPU this takes a fraction of the time, which was longer than a training step of convolutions before.
 
     Args:
-        data_range: the largest value of the data less the smallest.
+        data_range: the largest value of the data minus the smallest.
     """
 
     similarity: Tensor

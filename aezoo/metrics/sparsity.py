@@ -1,4 +1,4 @@
-"""How sparse a code is, what its reconstructions miss, and whether a dictionary has known atoms.
+"""How sparse a code is, what its reconstructions miss, and whether a dictionary contains known atoms.
 
     L0                   mean number of entries of a code that are not 0
     DeadShare            share of latents that are 0 for every sample
@@ -10,9 +10,9 @@
     Recovery             mcc: mean over atoms of |cos| to the latent that each is matched with, one to one and so that
                          the sum is largest; uniqueness: how many atoms are the nearest of some latent, over latents
 
-All but the last are ratios of sums over samples, which are added up in float64, over batches and over ranks: the same
-however the samples are cut. A mean of the batches' FVU is not: each batch's variance is about a mean of its own, and a
-ratio's mean is not the means' ratio.
+All but the last are ratios of sums over samples. The sums are accumulated in float64 over batches and ranks, so the
+result does not depend on how samples are split. A mean of the batches' FVU would: each batch's variance is about its
+own mean, and the mean of ratios is not the ratio of means.
 
 Shapes: B batch, X data dimensions, N latents or atoms.
 """
@@ -30,7 +30,7 @@ from aezoo.metrics.disentanglement_base import at_least
 
 
 class _Sums(Metric):
-    """Adds up numbers, in float64 where `set_dtype` has not chosen another, for a device without it."""
+    """Accumulates sums, in float64 unless `set_dtype` has chosen another type, for a device without float64."""
 
     is_differentiable = False
     full_state_update = False
@@ -41,7 +41,7 @@ class _Sums(Metric):
         self._sum("count")
 
     def _sum(self, name: str, *sizes: int) -> None:
-        # MetricCollection takes two metrics for one whose sums have the same names and, once, the same values
+        # MetricCollection merges two metrics whose sums have the same names and happen to have the same values
         self.add_state(f"{type(self).__name__}_{name}", torch.zeros(sizes, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _of(self, name: str) -> Tensor:
@@ -92,7 +92,7 @@ class DeadShare(_Sums):
     """Share of latents that are 0 for every sample.
 
     Args:
-        latents: N, numbers in a code.
+        latents: N, size of a code.
         threshold: an entry counts when its absolute value is above it.
     """
 
@@ -118,7 +118,7 @@ class FVU(_Sums):
     """Fraction of variance unexplained: 0 is perfect, 1 is no better than the mean of all samples.
 
     Args:
-        features: X, numbers in a sample.
+        features: X, size of a sample.
     """
 
     higher_is_better = False
@@ -136,17 +136,17 @@ class FVU(_Sums):
         self._add(total=x_BX.sum(0), squares=x_BX.square().sum(), errors=errors, count=len(x_BX))
 
     def compute(self) -> Tensor:
-        """Over all samples, (); without a meaning if they do not vary, as rounding is all that is divided by."""
+        """Over all samples, (); meaningless if they do not vary, since the divisor is then only rounding error."""
         self._seen()
         return self._of("errors") / (self._of("squares") - self._of("total").square().sum() / self._of("count"))
 
 
 class _Ratio(_Sums):
-    """A sum over another: `parts` gives both of a batch."""
+    """A ratio of two sums; a subclass defines `parts`, which returns both for a batch."""
 
     @abstractmethod
     def parts(self, x_BX: Tensor, x_hat_BX: Tensor) -> tuple[Tensor, Tensor | float]:
-        """What the batch adds above and below the line."""
+        """The batch's contributions to the numerator and the denominator."""
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
         """Add samples and their reconstructions, (B, ...) both."""
@@ -192,11 +192,11 @@ class ReconstructionBias(_Ratio):
 class Recovery(_Sums):
     """How well dictionaries have the atoms of a known one: mcc and uniqueness, means over the dictionaries added.
 
-    An atom that finds no latent, since there are fewer, counts 0 in mcc, as a latent of norm 0 does. Of latents alike
-    several have the same nearest atom, and that lowers uniqueness.
+    An atom without a latent, because there are fewer latents, counts as 0 in mcc, and so does a latent of norm 0. Equal
+    latents share their nearest atom, which lowers uniqueness.
 
     Args:
-        atoms: (N, ...) the known ones, of any norm but 0.
+        atoms: (N, ...) the known atoms, of any norm but 0.
     """
 
     higher_is_better = True
@@ -226,7 +226,7 @@ class Recovery(_Sums):
 
 
 def sparse_metrics(input_shape: tuple[int, ...], code_shape: tuple[int, ...]) -> MetricCollection:
-    """What is reported of models with a sparse code: call `update(code=..., x=..., x_hat=...)`.
+    """The metrics reported for models with a sparse code: call `update(code=..., x=..., x_hat=...)`.
 
     Args:
         input_shape: shape of one sample.
@@ -244,7 +244,7 @@ def sparse_metrics(input_shape: tuple[int, ...], code_shape: tuple[int, ...]) ->
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Rows of norm 1; those of zeros stay."""
+    """Rows scaled to norm 1; zero rows stay zero."""
     norm = rows.norm(dim=1, keepdim=True)
     return rows / norm.where(norm > 0, 1)
 

@@ -1,9 +1,9 @@
 """Networks: encoders (data -> code) and decoders (code -> data), one file per network, chosen by name.
 
-The file `aezoo/nets/<name>.py` of a network has a class `Encoder(input_shape, code_shape, hidden_dims, activation)` and
-a class `Decoder(code_shape, input_shape, hidden_dims, activation)`, modules that map batches of the first shape to
-batches of the second, and a function `map_shape(input_shape, hidden_dims, channels)`: the shape of a code that is a
-feature map.
+The file `aezoo/nets/<name>.py` of a network defines a class `Encoder(input_shape, code_shape, hidden_dims, activation)`
+and a class `Decoder(code_shape, input_shape, hidden_dims, activation)`, modules that map batches of the first shape to
+batches of the second. It also defines a function `map_shape(input_shape, hidden_dims, channels)`, which returns the
+shape of a code that is a feature map.
 
 The other files are parts that models build on: `dictionary`, `flows`, `levels`, `messages`, `top_down`, `labels`,
 `adversarial`, `features`, `tied`, `classifier`, `context`, `denoiser` and `standardise`.

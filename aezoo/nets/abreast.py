@@ -1,12 +1,12 @@
 """Convolutions of images on a CPU with the samples of a batch abreast: (H, W, B, C) in memory.
 
-oneDNN multiplies one row of the grid at a time, a matrix of only 2 to 8 points on small grids. With samples side by
-side the batch is another axis of the grid, along which the kernel has a single tap: the matrices have as many rows as
-there are samples, and padding is never multiplied. Values and gradients of inputs are computed in this way, and the
-gradient of 16-bit weights; that of 32-bit weights is faster with channels last. Forward and backward a layer is up to
-2.4 times as fast as torch's, in bfloat16 6.7 times, where torch also adds a bias number by number
-(`python -m benchmarks.convolutions`). The shape of a tensor stays (B, C, H, W): only its strides change, which
-activations keep.
+oneDNN multiplies one row of the grid at a time. On small grids, this is a matrix of only 2 to 8 points. With samples
+side by side, the batch is another axis of the grid, along which the kernel has a single tap. Then the matrices have as
+many rows as there are samples, and padding is never multiplied. Values and input gradients are computed in this way,
+and so is the gradient of 16-bit weights; that of 32-bit weights is faster with channels last. Forward and backward of a
+layer are up to 2.4 times as fast as torch's, and 6.7 times in bfloat16, where torch also adds a bias number by number
+(`python -m benchmarks.convolutions`). The shape of a tensor stays (B, C, H, W): only its strides change, and
+activations keep them.
 """
 
 import functools
@@ -26,14 +26,14 @@ _ONCE = (1, 1, 1)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """(B, C, H, W), (O, C, rows, columns), (O,) -> (B, O, h, w), which lies abreast; without derivatives."""
+    """(B, C, H, W), (O, C, rows, columns), (O,) -> (B, O, h, w) in abreast layout; without derivatives."""
     padding, stride = (*geometry.padding, 0), (*geometry.stride, 1)
     return _images(torch.mkldnn_convolution(_volume(x), _one_wide(weight), bias, padding, stride, _ONCE, 1))
 
 
 def transpose(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """(B, O, h, w), (O, C, rows, columns), (C,) -> (B, C, H, W), which lies abreast; without derivatives."""
-    # oneDNN adds a bias number by number to a larger grid that is no whole number of strides
+    """(B, O, h, w), (O, C, rows, columns), (C,) -> (B, C, H, W) in abreast layout; without derivatives."""
+    # oneDNN adds a bias number by number if the larger grid is not a whole number of strides
     if bias is not None and leaves_rest(geometry.large, geometry.stride):
         return transpose(y, weight, None, geometry).add_(bias[:, None, None])
     padding, extra, stride = (*geometry.padding, 0), (*geometry.output_padding(), 0), (*geometry.stride, 1)
@@ -51,7 +51,7 @@ def weigh(x: Tensor, y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _volume(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (1, C, H, W, B) with channels last, which torch sees by the stride of the first axis."""
+    """(B, C, H, W) -> (1, C, H, W, B) with channels last, which torch detects from the stride of the first axis."""
     b, c, h, w = x.shape
     return lay(x, abreast=True).as_strided((1, c, h, w, b), (x.numel(), 1, w * b * c, b * c, c))
 
@@ -90,19 +90,19 @@ linear.count(getattr(_onednn, "_convolution_transpose_pointwise", None), functoo
 
 
 class Abreast(Convolution):
-    """A convolution, or a transposed one, with values and gradients abreast; the input's gradient has its layout."""
+    """A convolution, transposed or not, with values and gradients abreast; the input's gradient has its layout."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, weighs: bool, transposed: bool
     ) -> Tensor:
-        """The values."""
+        """The values of the convolution."""
         Convolution.keep(ctx, x, weight, geometry, weighs, transposed)
         return (transpose if transposed else convolve)(x, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """With respect to the input, to the weights and to the bias."""
+        """The gradients with respect to the input, the weights and the bias."""
         if torch.is_grad_enabled() or linear.needs_torch(*gradients):
             return Convolution.backward(ctx, *gradients)
         (x, weight), (of_x, of_weight, of_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
@@ -115,7 +115,7 @@ class Abreast(Convolution):
 
     @staticmethod
     def by_weight(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
-        """With respect to the weights, channels last."""
+        """The gradient with respect to the weights, channels last."""
         large, small = (g, x) if ctx.transposed else (x, g)
         if ctx.weighs:
             return channels_first(products.weigh(channels_last(large), channels_last(small), ctx.geometry))

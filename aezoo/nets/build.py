@@ -8,7 +8,7 @@ from torch import nn
 from aezoo.errors import AezooError
 
 NETS = ("mlp", "conv", "resnet", "conv_keras", "vit", "mixer", "convnext", "unet", "gdn", "dc", "lstm", "transformer")
-# networks whose output is one vector
+# networks whose output is a single vector
 WITHOUT_GRID = ("mlp", "lstm", "transformer")
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,

@@ -1,4 +1,4 @@
-"""The zoo's own classifier: a small network that learns a set's labels in seconds, for its activations."""
+"""The zoo's own classifier: a small network that learns a data set's labels in seconds, for its activations."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ _BATCH, _LR, _SIZE = 128, 1e-3, 64
 
 
 class Classifier(nn.Module):
-    """An encoder to 64 activations, and a layer of logits.
+    """An encoder to 64 activations, followed by a layer of logits.
 
     Args:
         input_shape: shape of one sample.
@@ -42,12 +42,12 @@ class Classifier(nn.Module):
         return found
 
     def standardise(self, x: Tensor) -> None:
-        """Set shift and scale of inputs from the statistics of these samples."""
+        """Set the shift and scale of inputs from the statistics of these samples."""
         self.low.copy_(x.mean())
         self.scale.copy_(x.std() + 1e-6)
 
     def learn(self, x: Tensor, y: Tensor, advance: Callable[[int], None] = lambda n: None) -> None:
-        """Train for `STEPS` steps on samples (N, *input_shape), labels (N,), drawn by torch's stream; then freeze."""
+        """Train for `STEPS` steps on samples (N, *input_shape) and labels (N,), drawn by torch's RNG; then freeze."""
         device = self.low.device
         optimizer = torch.optim.Adam(self.requires_grad_(True).train().parameters(), _LR)
         for _ in range(STEPS):

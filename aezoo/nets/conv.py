@@ -66,7 +66,7 @@ def head(code_shape: tuple[int, ...], grid_shape: tuple[int, ...], rank: int) ->
 
 
 def _among(layers: list[nn.Module]) -> None:
-    """Tell convolutions that others and activations follow."""
+    """Tell each convolution that other convolutions and activations follow it."""
     for layer in layers:
         if isinstance(layer, Conv2d | ConvTranspose2d):
             layer.among_layers = True
@@ -108,7 +108,7 @@ class Decoder(nn.Sequential):
 
 
 class OnOneGrid(nn.Module):
-    """The codes of both levels side by side, to each place of the bottom grid the nearest of the top.
+    """Puts the codes of both levels side by side: each place of the bottom grid gets the nearest code of the top.
 
     (B, C, T) -> (B, 2 C, *bottom grid).
     """

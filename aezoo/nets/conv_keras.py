@@ -1,14 +1,14 @@
 """The convolutional network of Keras' VAE (Chollet 2020), https://keras.io/examples/generative/vae/
 
-Encoder: stride-2 convolutions, a dense layer of 16, the code. Decoder: a dense layer onto the smallest map, for each
-stage from the smallest outwards a transposed convolution of stride 2 with that stage's channels, and a convolution of
-stride 1 onto the data's channels. The activation follows every layer but the last of either. Where the code is a map,
-as in https://keras.io/examples/generative/vq_vae/, a 1x1 convolution stands for the encoder's dense layers, and nothing
-for the decoder's.
+The encoder has stride-2 convolutions, a dense layer of 16 units, and the code. The decoder has a dense layer onto the
+smallest map, then one transposed convolution of stride 2 per stage from the smallest outwards, with that stage's
+channels, and finally a convolution of stride 1 onto the data's channels. The activation follows every layer except the
+last of the encoder and of the decoder. If the code is a map, as in https://keras.io/examples/generative/vq_vae/, a 1x1
+convolution replaces the encoder's dense layers, and the decoder has no dense layer.
 
-For 1x28x28, channels (32, 64) and two codes of mean and variance it has Keras' 69,076 and 65,089 parameters, for a map
-of 16 channels the 19,856 and 28,033 of Keras' VQ-VAE. Keras pads strided convolutions at the far side alone, these pad
-both sides, as `conv` does, so that every size returns exactly.
+For 1x28x28, channels (32, 64) and two codes (mean and variance), it has Keras' 69,076 and 65,089 parameters; for a map
+of 16 channels, the 19,856 and 28,033 of Keras' VQ-VAE. Keras pads strided convolutions only at the far side; these pad
+both sides, as `conv` does, so that every size is restored exactly.
 """
 
 from torch import nn

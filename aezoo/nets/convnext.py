@@ -1,7 +1,7 @@
-"""ConvNeXt stages (Liu et al. 2022, https://arxiv.org/abs/2201.03545): a stride-2 convolution and a block each.
+"""ConvNeXt stages (Liu et al. 2022, https://arxiv.org/abs/2201.03545): each is a stride-2 convolution and a block.
 
-A block is a depthwise convolution of 7, a normalisation over the channels of each place, and two layers of each place,
-four times as wide between them, added to what came in. In 1, 2 or 3 dimensions, for any size, odd ones too.
+A block has a depthwise convolution of size 7, a normalisation over the channels of each place, and two pointwise layers
+with four times as many channels in between; its output is added to its input. In 1, 2 or 3 dimensions, for any size.
 """
 
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class ConvNeXtBlock(nn.Module):
         self.pointwise = nn.Sequential(Linear(channels, 4 * channels), activation(act), Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # layers of each place are linear layers of its channels
+        # pointwise layers are linear layers over the channels
         h = self.pointwise(self.norm(self.depthwise(x).movedim(1, -1)))
         return x + h.movedim(-1, 1)
 

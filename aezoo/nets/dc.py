@@ -1,17 +1,17 @@
 """Stages of the deep compression autoencoder, DC-AE (Chen et al. 2024), https://arxiv.org/abs/2410.10733
 
-Down goes a convolution and then space to channels, each cell of two points a side; up a convolution and channels to
-space. Beside each runs a shortcut without parameters, in R = 1, 2 or 3 dimensions:
+A stage down is a convolution followed by space to channels, in cells of two points per side; a stage up is a
+convolution followed by channels to space. Each has a parallel shortcut without parameters, in R = 1, 2 or 3 dimensions:
 
     down: average(unshuffle(x))     up: shuffle(duplicate(x))
 
-Channels that are too many are averaged in groups of neighbours, too few are duplicated, and where one number is no
-multiple of the other, both. So a stage learns what a rearrangement of values lacks: where hidden_dims are 2^R C, 4^R C,
-... for data of C channels, the shortcuts alone give back every value. A code that is a map has a shortcut past its 1x1
-convolution, too. The outermost stage has one as well, other than in the authors' networks.
+Too many channels are averaged in groups of neighbours; too few are duplicated; if neither number is a multiple of the
+other, both happen. So a stage learns only what a rearrangement of values lacks: with hidden_dims 2^R C, 4^R C, ... for
+data of C channels, the shortcuts alone restore every value. A code that is a map also has a shortcut past its 1x1
+convolution. Unlike in the authors' networks, the outermost stage has one as well.
 
-A residual block stands behind each stage down and before each stage up; in the paper those on small grids have linear
-attention instead. On the way down the last point of an odd side is repeated, on the way up it is cut off.
+A residual block follows each stage down and precedes each stage up; in the paper, those on small grids have linear
+attention instead. On the way down, the last point of an odd side is repeated; on the way up, it is cut off.
 
 Shapes: B batch, C channels.
 """
@@ -33,7 +33,7 @@ __all__ = ["Decoder", "Encoder", "map_shape"]
 
 
 def unshuffle(x: Tensor) -> Tensor:
-    """Space to channels: (B, C, *even grid) -> (B, 2^R C, *half of it), the values of a cell one after another."""
+    """Space to channels: (B, C, *even grid) -> (B, 2^R C, *half of it), with the values of a cell consecutive."""
     rank = x.dim() - 2
     if rank == 2:
         return F.pixel_unshuffle(x, 2)
@@ -53,10 +53,10 @@ def shuffle(x: Tensor) -> Tensor:
 
 
 def spread(x: Tensor, channels: int) -> Tensor:
-    """Channels averaged in groups, or each of them duplicated: (B, C, *grid) -> (B, channels, *grid)."""
+    """Average groups of channels, or duplicate each channel: (B, C, *grid) -> (B, channels, *grid)."""
     n, last = x.shape[1], is_last(x) and not in_graph()
     both, axis = math.lcm(n, channels), x.dim() - 1 if last else 1
-    x = x.movedim(1, -1) if last else x  # as they lie in memory, in which the result is to lie, too
+    x = x.movedim(1, -1) if last else x  # in memory order, which the result keeps
     x = x.repeat_interleave(both // n, axis) if both > n else x
     x = x.unflatten(axis, (channels, -1)).mean(axis + 1) if both > channels else x
     return x.movedim(-1, 1) if last else x
@@ -72,7 +72,7 @@ class _Down(nn.Module):
         for axis, side in enumerate(x.shape[2:], start=2):
             if side % 2:
                 x = torch.cat([x, in_order(x).narrow(axis, side - 1, 1)], axis)
-        # of a last cell that has more values than channels are left, the first
+        # if a last cell has more values than there are channels, the first values remain
         return unshuffle(self.conv(x)).narrow(1, 0, self.after) + spread(unshuffle(x), self.after)
 
 

@@ -23,11 +23,11 @@ RANDOM_WIDTHS = {"conv": (16, 32, 64), "mlp": (512, 512)}
 class FeatureDistance:
     """The distance of two batches in the features of a network that is not part of the model.
 
-    The model holds it as a plain object: it is not saved, trained or exchanged between ranks. It moves to the device of
-    the data.
+    The model holds it as a plain object, so it is not saved, trained or synchronised between ranks. It moves to the
+    device of the data.
 
     Args:
-        features: random, vgg16, vgg19 or the path of a file of VGG weights (.pth); for none all distances are 0.
+        features: random, vgg16, vgg19 or the path of a file of VGG weights (.pth); with none, all distances are 0.
         input_shape: shape of one sample.
         argument: the network's name in the model's arguments.
 
@@ -49,7 +49,7 @@ class FeatureDistance:
         return RANDOM_WIDTHS["conv"][-1] if self.features == "random" else 256
 
     def read(self) -> "FeatureNet | None":
-        """The network, loaded from its file at the first call: not in the constructor, so a model loads without it.
+        """The network, loaded from its file on the first call, so that a model can be loaded without the file.
 
         Raises:
             AezooError: there is no such file, or it does not fit the data.
@@ -59,9 +59,9 @@ class FeatureDistance:
         return self.net
 
     def beside(self, x: Tensor) -> Self:
-        """Itself, with the network on the device and in the precision of the data, at least float32.
+        """Return self, with the network on the device and in the precision of the data, at least float32.
 
-        Call it before a transform of torch.func, inside which a module cannot be moved.
+        Call this before a transform of torch.func, inside which a module cannot be moved.
         """
         net, x = self.read(), at_least_float32(x)
         if net is not None and (net.mean.device != x.device or net.mean.dtype != x.dtype):
@@ -116,9 +116,9 @@ class FeatureNet(nn.Module):
 
 def random_features(input_shape: tuple[int, ...]) -> FeatureNet:
     """Strided convolutions for data with a grid, else an MLP, with He-normal weights from a fixed seed."""
-    rng = np.random.RandomState(0)  # whose stream NumPy promises to keep (NEP 19)
+    rng = np.random.RandomState(0)  # NumPy guarantees its stream (NEP 19)
     kind = "conv" if len(input_shape) > 1 else "mlp"
-    with torch.random.fork_rng(devices=[]):  # the initial weights that are replaced must draw nothing
+    with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced, must not use up random numbers
         net = FeatureNet([*encoder(kind, input_shape, (1,), RANDOM_WIDTHS[kind]).children()])
     for p in net.parameters():
         fan_in = p[0].numel()

@@ -1,11 +1,11 @@
-"""The grids of a convolution, the larger and the smaller one, in any number of dimensions."""
+"""The larger and the smaller grid of a convolution, in any number of dimensions."""
 
 from collections.abc import Iterable
 from typing import Any
 
 
 def smaller(layer: Any, large: Iterable[int]) -> tuple[int, ...]:
-    """The grid that a convolution makes of a larger one."""
+    """The grid that a convolution makes from a larger one."""
     sides = zip(large, layer.padding, spans(layer), layer.stride, strict=True)
     return tuple((n + 2 * p - k) // s + 1 for n, p, k, s in sides)
 
@@ -16,7 +16,7 @@ def spans(layer: Any) -> tuple[int, ...]:
 
 
 def larger(layer: Any, small: Iterable[int]) -> tuple[int, ...]:
-    """The grid that a transposed layer makes of a smaller one."""
+    """The grid that a transposed layer makes from a smaller one."""
     sides = zip(
         small, layer.stride, layer.padding, layer.dilation, layer.kernel_size, layer.output_padding, strict=True
     )
@@ -24,5 +24,5 @@ def larger(layer: Any, small: Iterable[int]) -> tuple[int, ...]:
 
 
 def leaves_rest(large: Iterable[int], stride: Iterable[int]) -> bool:
-    """Whether a grid is no whole number of strides."""
+    """Whether a grid is not a whole number of strides."""
     return any(n % s for n, s in zip(large, stride, strict=True))

@@ -1,10 +1,10 @@
-"""How inductor calls the products of `aezoo.nets.linear`: oneDNN itself, past Python, on matrices as it wants them.
+"""Compiles the products of `aezoo.nets.linear` to direct calls of oneDNN, without Python, on suitable matrices.
 
-Of an operator that it does not know inductor has a matrix written once more for each order in which it is read, and
-oneDNN then writes a transposed one number by number. Here it is written once, and a transposed one by the vector
-instructions of inductor's own loops: together an eighth of the compiled step of 784-128-64-32-64-128-784.
+For an unknown operator, inductor writes another copy of a matrix for each order in which it is read, and oneDNN then
+writes a transposed matrix number by number. Here it is written once, and inductor's own vectorised loops write a
+transposed one. Together this is an eighth of the compiled step of 784-128-64-32-64-128-784.
 
-Nothing of inductor has a public name. Where a version lacks something, the operator is called as any other.
+No part of inductor used here is public. If a version lacks something, the operator is called like any other.
 """
 
 from functools import cache
@@ -17,7 +17,7 @@ from aezoo.nets import linear
 
 @cache
 def teach() -> bool:
-    """Tell inductor, in this process; returns whether it can be told."""
+    """Register the lowering with inductor in this process; returns whether this is possible."""
     try:
         from torch._inductor import lowering
 
@@ -33,7 +33,7 @@ def teach() -> bool:
             matrix = a if len(rows) == 1 else lowering.view(a, [-1, k])
             out = straight(_matrix(matrix, True), _matrix(b, False), _vector(bias), "none", [], "")
             return out if len(rows) == 1 else lowering.view(out, [*rows, b.get_size()[0]])
-        except (AttributeError, NotImplementedError, TypeError):  # and sizes that are no numbers
+        except (AttributeError, NotImplementedError, TypeError):  # also raised for symbolic sizes
             return as_any_other(a, b, bias)
 
     register(lower)
@@ -41,7 +41,7 @@ def teach() -> bool:
 
 
 def _matrix(x: Any, row_by_row: bool) -> Any:
-    """A matrix in memory without gaps, row by row or, if it may be, column by column."""
+    """A contiguous matrix in memory, row by row or, if allowed, column by column."""
     from torch._inductor import ir
 
     x = ir.ExternKernel.realize_input(x)

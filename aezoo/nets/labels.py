@@ -1,4 +1,4 @@
-"""Labels of samples: a label is an integer from 0 to K - 1, and -1 is none.
+"""Labels of samples: a label is an integer from 0 to K - 1, and -1 means no label.
 
 Shapes: B batch, D latent, K labels, E = D + K code.
 """
@@ -27,7 +27,7 @@ def class_count(num_classes: int | None) -> int:
 
 
 def one_each(y: Tensor) -> Tensor:
-    """Labels that are only compared with each other, (B,), as they are.
+    """Check labels that are only compared with each other, (B,), and return them unchanged.
 
     Raises:
         AezooError: another shape.
@@ -45,7 +45,7 @@ def all_labelled(y: Tensor, num_classes: int) -> bool:
         AezooError: values that are not labels of this number of classes.
     """
     if y.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False  # a graph cannot wait for values, and the way without labels is right for all
+        return False  # a graph cannot wait for values, and the code for missing labels is correct in all cases
     if y.ndim != 1 or y.is_floating_point():
         raise AezooError(f"labels must be one whole number a sample, got {y.dtype} of shape {tuple(y.shape)}")
     low, high = int(y.min()), int(y.max())
@@ -79,7 +79,7 @@ def one_hot(y: Tensor, num_classes: int, like: Tensor) -> Tensor:
 def with_every_label(x: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """All samples with the first label, then all with the second, ...: (B, *shape) -> (K B, *shape), (K B, K)."""
     y_KK = torch.eye(num_classes, device=x.device, dtype=x.dtype)
-    # torch.export would take len(x) for fixed
+    # torch.export would treat len(x) as a constant
     y_KBK = y_KK[:, None].expand(-1, x.shape[0], -1)
     return x.expand(num_classes, *x.shape).flatten(0, 1), y_KBK.flatten(0, 1)
 

@@ -1,8 +1,8 @@
 """torch's linear layer, with the same parameters and faster products on some processors.
 
-For float32 matrices on a CPU torch calls MKL, which computes 256 bits at a time on AMD's processors. Since Zen 5 these
-have 512-bit units, which oneDNN, torch's library for convolutions and 16 bits, uses: twice as fast, with sums in
-another order. On other processors, for other types and in traced or exported graphs all is torch's own.
+For float32 matrices on a CPU, torch calls MKL, which computes 256 bits at a time on AMD's processors. Since Zen 5 these
+have 512-bit units. oneDNN, torch's library for convolutions and 16-bit types, uses them: it is twice as fast, with sums
+in another order. On other processors, for other types and in traced or exported graphs, everything is torch's own.
 """
 
 from collections.abc import Callable
@@ -14,40 +14,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-# multiplications from which on the way through Python is short, and those from which on oneDNN is the faster
+# number of multiplications above which the overhead of Python is small, and above which oneDNN is faster
 _LARGE, _ENOUGH = 2**21, 2**18
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., K), (N, K), (N,) -> (..., N), without derivatives."""
     rows = a if a.dim() == 2 else a.flatten(0, -2)
-    # of a matrix with gaps oneDNN multiplies number by number, thousands of times slower; other strides it misreads
+    # oneDNN multiplies a matrix with gaps number by number, thousands of times slower, and misreads other strides
     n, k = b.shape
     b = b if b.stride() in ((k, 1), (1, n)) else b.clone(memory_format=torch.contiguous_format)
     bias = bias if bias is None else bias.contiguous()
     out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, b, bias, "none", [], "")
-    # an operator's result is nobody's view
+    # the result of an operator must not be a view
     return out if a.dim() == 2 else torch.ops.aten._unsafe_view(out, [*a.shape[:-1], n])
 
 
 def _halved() -> bool:
     """Whether MKL uses only half of this processor's width; older versions of torch do not know the processor."""
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    # all of AMD's that compute 512 bits at a time have vp2intersect, and none before them
+    # all AMD processors that compute 512 bits at a time have vp2intersect, and none before them
     wide = str(has.get("cpu_name")).startswith("AMD") and bool(has.get("avx512_vp2intersect"))
     if not (wide and torch.backends.mkl.is_available()):
         return False
     one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     try:
         return product(one, one).item() == 1
-    except (AttributeError, RuntimeError, TypeError):  # private to torch, and not in all of its builds
+    except (AttributeError, RuntimeError, TypeError):  # private to torch, and missing in some builds
         return False
 
 
 HALVED = _halved()
-# whether inductor calls oneDNN itself, see `aezoo.nets.inductor`
+# whether inductor calls oneDNN directly, see `aezoo.nets.inductor`
 straight_from_inductor = False
-# whether it has units for products of tiles of 16 bits
+# whether the processor has units for products of 16-bit tiles
 TILES = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))
 
 
@@ -57,7 +57,7 @@ def in_graph() -> bool:
 
 
 def goes_elsewhere() -> bool:
-    """Whether a graph is being exported, which should have torch's own operators."""
+    """Whether a graph is being exported, which should contain torch's own operators."""
     return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[attr-defined]
 
 
@@ -96,17 +96,17 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """With respect to both factors and to the bias."""
+        """The gradients with respect to both factors and to the bias."""
         multiply = Product.apply if torch.is_grad_enabled() else product
         return _backward(F.linear if needs_torch(*gradients) else multiply, ctx, *gradients)
 
 
-# the same as an operator of its own: oneDNN's inductor takes for constant weights alone, and `Product` is the faster
+# the same as a custom operator: inductor uses oneDNN's only for constant weights, and `Product` is faster
 _ops = torch.library.Library("aezoo", "FRAGMENT")
 if not hasattr(torch.ops.aezoo, "product"):
     _ops.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
     _ops.impl("product", product, "CPU")
-    # for shapes without values; register_fake would look through all of Python's modules
+    # for shapes without values; register_fake would search all of Python's modules
     _ops.impl("product", lambda a, b, bias: a.new_empty(*a.shape[:-1], len(b)), "Meta")
     torch.library.register_autograd(
         "aezoo::product",
@@ -152,14 +152,14 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     given = [x, weight] if bias is None else [x, weight, bias]
     if not all(_is_plain(tensor) for tensor in given) or torch.is_autocast_enabled("cpu"):
         return False
-    # torch names the shapes that do not fit
+    # torch's error names shapes that do not fit
     matrices = x.dim() > 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
     fits = matrices and (bias is None or bias.shape == weight.shape[:1])
     return fits and _is_large(x.numel() * len(weight)) and not needs_torch()
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether it is a dense float32 tensor, and no subclass with its own product."""
+    """Whether it is a dense float32 tensor and not a subclass with its own product."""
     mine = type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype == torch.float32
     return mine and x.layout == torch.strided and not x.is_nested
 

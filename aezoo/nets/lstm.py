@@ -1,12 +1,12 @@
-"""Long short-term memories (Hochreiter & Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735), one a layer.
+"""Long short-term memories (Hochreiter & Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735), one per layer.
 
 A sample is read as steps along its first axis after the channels: (C, L) is L steps of C values, (C, H, W) its H rows,
 (C, D, H, W) its D slices, and (D,) is D steps of one value. The encoder's code comes from the state after the last
 step. The decoder is given the code at each step (Srivastava et al. 2015, https://arxiv.org/abs/1502.04681, without
 conditioning on its own output).
 
-No weight depends on the number of steps, and no step of the decoder on a later one. Steps from a sample's length on
-do not reach the code where `forward` is given lengths.
+No weight depends on the number of steps, and no decoder step depends on a later one. If `forward` is given lengths,
+steps beyond a sample's length do not affect the code.
 """
 
 import math
@@ -41,7 +41,7 @@ class FromSteps(nn.Module):
 
 
 def steps_of(input_shape: tuple[int, ...]) -> tuple[int, int]:
-    """The number of steps of a sample, and of values per step."""
+    """The number of steps of a sample, and the number of values per step."""
     steps = input_shape[0] if len(input_shape) == 1 else input_shape[1]
     return steps, math.prod(input_shape) // steps
 
@@ -74,12 +74,13 @@ def sinusoids(n_steps: int, width: int) -> Tensor:
 
 
 class LSTM(nn.Module):
-    """One layer, (B, L, F) -> (B, L, H): torch.nn.LSTM's numbers, and its input added to them where F = H.
+    """One layer, (B, L, F) -> (B, L, H): the output of torch.nn.LSTM, plus its input if F = H.
 
-    The sum is that of Wu et al. 2016, section 3.1, https://arxiv.org/abs/1609.08144; without it a few hundred steps
-    hardly train the decoder. torch.nn.LSTM keeps plain references to its weights besides, which copies and exports trip
-    over. The weights start as in Keras: uniform by Glorot & Bengio 2010 from below, orthogonal from step to step, and
-    the forget gate's bias at 1 (Jozefowicz et al. 2015, https://proceedings.mlr.press/v37/jozefowicz15.html).
+    The sum is that of Wu et al. 2016, section 3.1, https://arxiv.org/abs/1609.08144; without it, a few hundred steps
+    hardly train the decoder. torch.nn.LSTM also keeps plain references to its weights, which cause errors in copies and
+    exports. The weights are initialised as in Keras: input weights uniform by Glorot & Bengio 2010, recurrent weights
+    orthogonal, and the forget gate's bias 1 (Jozefowicz et al. 2015,
+    https://proceedings.mlr.press/v37/jozefowicz15.html).
     """
 
     def __init__(self, before: int, width: int) -> None:

@@ -1,9 +1,9 @@
-"""Images with channels last in memory, also next to vectors.
+"""Images with channels last in memory, also in combination with vectors.
 
-A fit keeps images with channels last. Values and gradients of vectors are laid out as (C, H, W), and torch's operations
+A fit keeps images with channels last. Values and gradients of vectors have layout (C, H, W), and torch's operations
 take ten times as long if the layouts of their inputs differ: a third of a step of the convolutional VAE with one stage.
-Copying is faster. A compiled graph plans its own memory. Some layers have the samples abreast, see
-`aezoo.nets.abreast`: channels are last then, too.
+Copying is faster. A compiled graph plans its own memory. Some layers use the abreast layout, see
+`aezoo.nets.abreast`; channels are last in it, too.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ class _Laid(torch.autograd.Function):
 
 
 def is_last(x: Tensor) -> bool:
-    """Whether x is images of several channels with channels last in memory."""
+    """Whether x is images with several channels and with channels last in memory."""
     return x.dim() == 4 and x.stride(1) == 1 < x.shape[1]
 
 
@@ -39,7 +39,7 @@ def is_abreast(x: Tensor) -> bool:
 
 
 def lay(x: Tensor, abreast: bool) -> Tensor:
-    """Images with memory layout (H, W, B, C), or (B, H, W, C); without a copy if they have it."""
+    """Convert images to memory layout (H, W, B, C), or (B, H, W, C); no copy if they already have it."""
     if abreast:
         return x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
     return x.contiguous(memory_format=torch.channels_last)
@@ -59,7 +59,7 @@ def in_order(x: Tensor) -> Tensor:
 
 
 def laid(x: Tensor, abreast: bool) -> Tensor:
-    """Images in the other layout, as by `lay`; their gradient keeps the current layout."""
+    """Convert images to the other layout, as `lay` does; their gradient keeps the current layout."""
     if is_abreast(x) is abreast:
         return x
     out: Tensor = _Laid.apply(x, abreast)

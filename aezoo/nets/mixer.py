@@ -3,9 +3,9 @@
     U = X + W_2 act(W_1 norm(X))                 over the places, the same for each channel     (equation 1)
     Y = U + act(norm(U) W_3) W_4                 over the channels, the same for each place
 
-Each of `hidden_dims` is such a block of that width D; where two differ, a linear layer lies between them. As in the
-paper's table 1, layers over the channels are 4 D wide between, those over the places D/2. These tell places apart by
-their own weights, hence there are no positions, and the number of patches is fixed. Patches are those of `vit`.
+Each of `hidden_dims` is such a block of that width D; a linear layer connects blocks of different widths. As in table 1
+of the paper, the layers over channels have 4 D hidden units and those over places D/2. The latter distinguish places by
+their own weights, so there are no positions, and the number of patches is fixed. Patches are those of `vit`.
 
 Shapes: B batch, N patches, P values in a patch, D width of a token.
 """
@@ -26,7 +26,7 @@ __all__ = ["Block", "Decoder", "Encoder", "blocks", "map_shape"]
 
 def _branch(n: int, between: int, act: str) -> nn.Sequential:
     first, last = Linear(n, between), Linear(between, n)
-    for part, gain in ((first, 1.0), (last, 0.1)):  # as branches of `vit` begin
+    for part, gain in ((first, 1.0), (last, 0.1)):  # initialised like the branches of `vit`
         nn.init.xavier_uniform_(part.weight, gain)
         nn.init.zeros_(part.bias)
     return nn.Sequential(first, activation(act), last)
@@ -60,7 +60,7 @@ def blocks(n: int, widths: tuple[int, ...], act: str) -> nn.Sequential:
 
 
 def _heads(code_shape: tuple[int, ...], patchify: vit.Patchify, width: int) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Layers between tokens and the code, linear as those of a map's are, and the ones back."""
+    """Layers from tokens to the code, linear like those of a map, and the layers back."""
     channels, *grid = code_shape
     if not grid:
         tokens = (patchify.n, width)

@@ -48,5 +48,5 @@ class Decoder(nn.Sequential):
 
 
 def map_shape(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    """An mlp has no grid."""
+    """Raise an error: an mlp has no grid."""
     raise AezooError("an mlp has no feature map: take net='conv' or net='resnet', or leave latent_map off")

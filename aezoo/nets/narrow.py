@@ -1,9 +1,9 @@
-"""Convolutions to grids of few points, which oneDNN gets wrong in 16 bits on processors with AVX-512 (torch 2.13).
+"""Convolutions to grids of few points, which oneDNN computes wrongly in 16 bits with AVX-512 (torch 2.13).
 
-The gradient of a column of the kernel through which no point sees the image is what memory was before, numbers of any
-size and NaN; where the smaller grid is one point wide so are values, now and then. In three dimensions other axes are
-like columns, whatever the strides, and memory is overwritten. An encoder has such layers where it goes on when its grid
-is 1x1 already. They are computed in float32.
+The gradient of a kernel column through which no point sees the image is uninitialised memory: numbers of any size and
+NaN. If the smaller grid is one point wide, the values are sometimes wrong in the same way. In three dimensions, other
+axes behave like columns, with any stride, and memory is overwritten. An encoder has such layers if it continues when
+its grid is already 1x1. These layers are computed in float32.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from aezoo.nets.linear import goes_elsewhere
 
 
 def is_narrow(layer: Any, x: Tensor) -> bool:
-    """Whether a layer is one of those, for this input."""
+    """Whether a layer is affected for this input."""
     if goes_elsewhere():
         return False
     rank = len(layer.stride)
@@ -26,7 +26,7 @@ def is_narrow(layer: Any, x: Tensor) -> bool:
         return False
     grid = tuple(x.shape[2:])
     small, large = (grid, larger(layer, grid)) if layer.transposed else (smaller(layer, grid), grid)
-    # images and sequences are wrong along their last axis alone, and by strides
+    # images and sequences are affected only along their last axis, and only with strides
     first = 0 if rank == 3 else rank - 1
     if not has_narrow(*(sides[first:] for sides in (spans(layer), layer.padding, small, large))):
         return False
@@ -35,18 +35,18 @@ def is_narrow(layer: Any, x: Tensor) -> bool:
 
 
 def has_narrow(*sides: tuple[int, ...]) -> bool:
-    """Whether a layer is so along one of its axes, given the sides of its kernel, padding, smaller and larger grid."""
+    """Whether a layer is affected along an axis, given the sides of its kernel, padding, smaller and larger grid."""
     return any(_is_narrow(*axis) for axis in zip(*sides, strict=True))
 
 
 def _is_narrow(kernel: int, padding: int, small: int, large: int) -> bool:
     """Whether the smaller grid is one point wide, or a tap of the kernel is beyond the border for all points."""
-    # with less padding no tap is beyond, but of a kernel that is larger than the grid
+    # with less padding, every tap sees a point, unless the kernel is larger than the grid
     return small == 1 or large < kernel or 2 * padding > kernel
 
 
 def narrow(convolve: Callable[..., Tensor], layer: Any, x: Tensor) -> Tensor:
-    """What such a layer computes, by torch's function of its kind."""
+    """The output of such a layer in float32, by torch's function of its kind."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     settings = [layer.stride, layer.padding, layer.dilation, layer.groups]
     if layer.transposed:

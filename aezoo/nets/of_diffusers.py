@@ -1,6 +1,6 @@
 """Image autoencoders of Hugging Face's `diffusers`, each as an encoder and a decoder.
 
-They read and give values from -1 to 1, here from 0 to 1. diffusers is imported when one is built.
+Their values range from -1 to 1; here from 0 to 1. diffusers is imported when a model is built.
 """
 
 import copy
@@ -26,7 +26,7 @@ _MAX_CONFIG = 2**20
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 _TWO_BLOCKS: dict[str, Any] = {key: [block] * 2 for key, block in _BLOCKS.items()} | {"norm_num_groups": 8}
 _TWO_STAGES = {**_TWO_BLOCKS, "block_out_channels": [32, 64]}
-# a small one of each kind, for what its user does not set: their own defaults have one stage or 10^8 weights
+# a small model of each kind, for settings that the user leaves out: the classes' defaults have 1 stage or 10^8 weights
 KINDS: dict[str, dict[str, Any]] = {
     "AutoencoderKL": {**_TWO_STAGES, "mid_block_add_attention": False},
     "AsymmetricAutoencoderKL": {
@@ -71,7 +71,7 @@ REFUSED = {
 
 
 class Half(nn.Module):
-    """A model of diffusers with some of its modules alone.
+    """A diffusers model with only some of its modules.
 
     Args:
         net: the whole model, which keeps all.
@@ -85,7 +85,7 @@ class Half(nn.Module):
 
 
 class Encoding(Half):
-    """Samples to codes, or to means and log-variances of Gaussian ones, one after the other in the channels."""
+    """Samples to codes, or to means and log-variances of Gaussian codes, concatenated along the channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         found = self.net.encode(2 * x - 1, return_dict=False)[0]
@@ -102,22 +102,23 @@ class Decoding(Half):
 
 
 class _OfDoubled(nn.Conv2d):
-    """A convolution of a map of twice the sides."""
+    """A convolution of a map with doubled sides."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 def _for_any_batch(net: nn.Module) -> None:
-    """Let layers that double the sides compute the same without a look at the batch's size.
+    """Let layers that double the sides compute the same without depending on the batch size.
 
-    Theirs copies 64 samples and more, for what old versions of torch cannot do, and so is exported for fewer alone.
+    Theirs copies inputs of 64 or more samples, a workaround for old versions of torch, so an export would hold only for
+    fewer samples.
     """
     for layer in net.modules():
         known: Any = layer if type(layer).__name__ == "Upsample2D" else None
         if known and known.use_conv and known.interpolate and known.name == "conv" and type(known.conv) is nn.Conv2d:
             known.conv.__class__ = _OfDoubled
-            known.use_conv_transpose = True  # after the norm the convolution is all there is
+            known.use_conv_transpose = True  # then the layer is only the convolution, after the norm
 
 
 def halves(net: Any) -> tuple[Encoding, Decoding]:
@@ -131,7 +132,7 @@ def kind_of(name: str) -> Any:
     """The class of a kind.
 
     Raises:
-        AezooError: no such kind, one that is no autoencoder of images, or diffusers is not installed.
+        AezooError: no such kind, a kind that is not an autoencoder of images, or diffusers is not installed.
     """
     if name in REFUSED:
         raise AezooError(f"{name} of diffusers {REFUSED[name]}: take one of {', '.join(KINDS)}")
@@ -153,11 +154,11 @@ def build(name: str, config: dict[str, Any], channels: int) -> Any:
 
     Args:
         name: its kind.
-        config: arguments of its class; the rest is as `KINDS` has it, and then as the class does.
-        channels: of a sample.
+        config: arguments of its class; other arguments are taken from `KINDS`, then from the class's defaults.
+        channels: channels of a sample.
 
     Raises:
-        AezooError: as `kind_of` does, or the class does not take the arguments.
+        AezooError: as `kind_of`, or the class does not take the arguments.
     """
     cls = kind_of(name)
     given = values.plain(config, f"config of {name}: its arguments")
@@ -173,19 +174,19 @@ def build(name: str, config: dict[str, Any], channels: int) -> Any:
     settings |= {**KINDS[name], **given}
     try:
         for key in [key for key in _BLOCKS if key in known and key not in given]:
-            # as many blocks as there are widths
+            # one block for each width
             widths = settings.get("block_out_channels") or settings[key.replace("types", "out_channels")]
             settings[key] = [_BLOCKS[key]] * len(widths)
         return cls(**settings)
-    except Exception as error:  # a class fails in any way on values that it does not expect
+    except Exception as error:  # a class can fail in any way on unexpected values
         raise AezooError(f"{name} does not take config {_brief(given)}: {_brief(error)}") from error
 
 
 def read(folder: Path) -> Any:
-    """A model that its `save_pretrained` has written, from safetensors alone, which bound its size.
+    """A model that `save_pretrained` has written, only from safetensors, which limit its size.
 
     Raises:
-        AezooError: as `kind_of` does; or the folder has no such files, whole and of one model.
+        AezooError: as `kind_of`; or the folder has no complete set of such files of one model.
     """
     name = kind_in(folder)
     cls = kind_of(name)
@@ -201,7 +202,7 @@ def read(folder: Path) -> Any:
         with safe_open(folder / WEIGHTS, "pt") as file:
             shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
         with weights.no_larger_than(shapes):
-            # it knows the names that weights had in versions before
+            # from_pretrained knows the names of weights in earlier versions
             net, found = cls.from_pretrained(
                 str(folder),
                 use_safetensors=True,
@@ -221,7 +222,7 @@ def read(folder: Path) -> Any:
 
 
 def kind_in(folder: Path) -> str:
-    """The kind that the `config.json` of a folder names.
+    """The kind that a folder's `config.json` names.
 
     Raises:
         AezooError: there is no such file, or it names none.
@@ -248,29 +249,29 @@ def kind_in(folder: Path) -> str:
 
 
 def config_of(net: Any) -> dict[str, Any]:
-    """All arguments of a model's class, as plain values by which `build` makes it again."""
+    """All arguments of a model's class, as plain values from which `build` can recreate it."""
     config: dict[str, Any] = json.loads(json.dumps({key: net.config[key] for key in _arguments(type(net))}))
     return config
 
 
 def code_shape(encoder: Encoding, decoder: Decoding, input_shape: tuple[int, ...], gaussian: bool) -> tuple[int, ...]:
-    """Shape of a code, by a computation of shapes alone.
+    """Shape of a code, computed from shapes only.
 
     Args:
-        encoder: of a model.
-        decoder: of the same.
+        encoder: the encoder of a model.
+        decoder: the decoder of the same model.
         input_shape: (C, H, W).
-        gaussian: half of the encoder's channels are log-variances.
+        gaussian: whether half of the encoder's channels are log-variances.
 
     Raises:
-        AezooError: the model does not take such samples, or gives others back.
+        AezooError: the model does not take such samples, or returns another shape.
     """
     name = type(encoder.net).__name__
     try:
         h = _shapes_alone(encoder, torch.empty(1, *input_shape, device="meta"))
         z = h.chunk(2, dim=1)[0] if gaussian else h
         x_hat = _shapes_alone(decoder, z)
-    except Exception as error:  # torch's and diffusers' own
+    except Exception as error:  # raised by torch or diffusers
         channels = encoder.net.config.get("in_channels", input_shape[0])
         if channels != input_shape[0]:
             raise AezooError(

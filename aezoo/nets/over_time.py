@@ -1,7 +1,7 @@
-"""Sequences of positions that share a dictionary: what a position is, and what earlier ones tell about it.
+"""Sequences of positions that share a dictionary: how samples map to positions, and what earlier positions predict.
 
-(T, D) holds T positions as its rows, as tokens' activations; of (C, T, ...) they run along the axis after the channels,
-as the rows of an image; a vector is one position.
+(T, D) holds T positions as its rows, e.g. the activations of tokens. For (C, T, ...), positions run along the axis
+after the channels, e.g. the rows of an image. A vector is one position.
 
 Shapes: B batch, T positions, D dimensions of one, N latents.
 """
@@ -31,7 +31,7 @@ def positions(x: Tensor) -> Tensor:
 
 
 class OverTime(Dictionary):
-    """x_hat of codes of several kinds, which are added up, (B, ?, T, N) -> (B, *input_shape)."""
+    """x_hat of codes of several kinds, which are summed, (B, ?, T, N) -> (B, *input_shape)."""
 
     def __init__(self, latent_dim: int, input_shape: tuple[int, ...]) -> None:
         super().__init__(latent_dim, counts(input_shape)[1:], "dense")
@@ -45,15 +45,15 @@ class OverTime(Dictionary):
 
 
 class Context(nn.Module):
-    """What attention makes of the codes of earlier positions, and of zeros before the first, (B, T, N) -> (B, T, N).
+    """Attention over the codes of earlier positions, and zeros before the first, (B, T, N) -> (B, T, N).
 
     Args:
         latent_dim: N.
-        key_dim: width of the keys of all heads together.
-        heads: how many.
+        key_dim: total width of the keys of all heads.
+        heads: number of heads.
 
     Raises:
-        AezooError: widths that heads cannot share.
+        AezooError: a width that the number of heads does not divide.
     """
 
     def __init__(self, latent_dim: int, key_dim: int, heads: int) -> None:
@@ -64,7 +64,7 @@ class Context(nn.Module):
                 f"{latent_dim}, {key_dim} and {heads}"
             )
         self.heads = heads
-        # the softmax undoes a bias of the keys, and one of the values is one of the output
+        # the softmax cancels a bias of the keys, and a bias of the values is equivalent to one of the output
         self.query, self.key = Linear(latent_dim, key_dim), Linear(latent_dim, key_dim, bias=False)
         self.value, self.out = Linear(latent_dim, latent_dim, bias=False), Linear(latent_dim, latent_dim)
         widths = {self.query: key_dim // heads, self.key: key_dim // heads, self.value: latent_dim // heads}

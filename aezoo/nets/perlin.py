@@ -11,10 +11,10 @@ _MOST_HALVINGS = 5
 
 
 def perlin(n: int, grid: tuple[int, ...], device: torch.device) -> Tensor:
-    """Gradient noise from -1 to 1, on a lattice of its own for each sample: (n, H, W).
+    """Gradient noise from -1 to 1, on a separate lattice for each sample: (n, H, W).
 
-    There are 1, 2, 4 .. 32 cells along each side, none smaller than 4 pixels, and the lattice is turned by up to 90
-    degrees, as in DRAEM (Zavrtanik et al. 2021, https://arxiv.org/abs/2108.07610).
+    Each side has 1, 2, 4 .. 32 cells, none smaller than 4 pixels, and the lattice is rotated by up to 90 degrees, as in
+    DRAEM (Zavrtanik et al. 2021, https://arxiv.org/abs/2108.07610).
 
     Args:
         n: number of samples.
@@ -22,7 +22,7 @@ def perlin(n: int, grid: tuple[int, ...], device: torch.device) -> Tensor:
         device: where the noise is drawn.
     """
     halvings = min(_MOST_HALVINGS, int(math.log2(max(1, min(grid) // _FINEST))))
-    side = 2**halvings + 1  # of the lattice, which repeats itself beyond
+    side = 2**halvings + 1  # of the lattice, which is periodic beyond
     angle_BG = 2 * math.pi * torch.rand(n, side * side, device=device)
     cells_B2 = 2 ** (torch.rand(n, 2, device=device) * (halvings + 1)).floor()
     turn_B11 = math.pi * (torch.rand(n, 1, 1, device=device) - 0.5)

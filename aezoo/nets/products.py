@@ -1,14 +1,14 @@
-"""Convolutions of images on a CPU by other means than a convolution, for layers on which oneDNN is slow.
+"""Convolutions of images on a CPU by matrix products, for layers on which oneDNN's convolutions are slow.
 
 `see` is the convolution from a larger grid x (B, H, W, C) to a smaller one y (B, h, w, O), `spread` its transpose from
-y to x, `weigh` the gradient of <y, see(x)> with respect to the weights (O, rows, columns, C): channels come last, as
-products of matrices want them. Each is linear in both of its arguments, and each a derivative of the other two.
+y to x, and `weigh` the gradient of <y, see(x)> with respect to the weights (O, rows, columns, C). Channels come last,
+as matrix products need them. Each is linear in both of its arguments, and each is a derivative of the other two.
 
-Three ways, of which `way_of` knows the processor's fastest. `factors`: the image itself is multiplied, a row of the
-kernel at a time, and nothing is copied. `patches`: all that points see is copied for one product, with the zeros beyond
-the border, which are 11 of 36 where a kernel of 3x3 sees 4x4 points with stride 2. `parts`: all but the zeros is copied
-for a few products. Numbers of 16 bits want sums of more bits than they have, so a point's value and a weight's gradient
-is of one product.
+There are three methods; `way_of` selects the fastest on the processor. `factors` multiplies the image itself, one
+kernel row at a time, without copies. `patches` copies everything that points see for a single product, with the zeros
+beyond the border, which are 11 of 36 where a 3x3 kernel sees 4x4 points with stride 2. `parts` copies everything but
+the zeros, for a few products. 16-bit numbers need sums with more bits than they have, so a point's value and a weight's
+gradient each come from one product.
 """
 
 import functools
@@ -28,10 +28,10 @@ from aezoo.nets.grids import leaves_rest
 from aezoo.nets.memory_format import nobodys_view
 
 Pair = tuple[int, ...]
-# taps, points, and what these see through those
+# taps, points, and what these points see through these taps
 Block = tuple[slice, slice, slice]
 Alike = Literal["taps", "points"]
-# parts pay for no more points than this, and of more than one for so many multiplications of a point and a tap
+# `parts` is faster for at most so many points and, with more than one, at least so many products per point and tap
 _FEW_POINTS = 16
 _LARGE = 2**21
 
@@ -47,12 +47,12 @@ class Geometry:
     large: Pair
 
     def beyond(self) -> Pair:
-        """How far the last point of the smaller grid sees beyond the larger one, less than nothing if it does not."""
+        """How far the last point of the smaller grid sees beyond the larger one; negative if it does not."""
         parts = zip(self.kernel, self.stride, self.padding, self.small, self.large, strict=True)
         return tuple((n - 1) * s + k - p - m for k, s, p, n, m in parts)
 
     def output_padding(self) -> Pair:
-        """As a transposed convolution has it."""
+        """The output padding of the transposed convolution."""
         return tuple(p - n for p, n in zip(self.padding, self.beyond(), strict=True))
 
     def borders(self) -> tuple[int, ...]:
@@ -109,9 +109,9 @@ def weigh(x: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
 
 
 def way_of(x: Tensor, weight: Tensor, geometry: Geometry) -> Literal["factors", "parts", "patches"]:
-    """What is multiplied, of either grid with the weights."""
+    """The fastest method for a product of either grid with the weights."""
     by_onednn = x.itemsize == 2 or (linear.HALVED and x.dtype == torch.float32)
-    # of nothing oneDNN makes no product
+    # oneDNN cannot multiply empty matrices
     if not by_onednn or x.numel() == 0:
         return "factors"
     points, (out, *_, channels) = math.prod(geometry.small), weight.shape
@@ -120,7 +120,7 @@ def way_of(x: Tensor, weight: Tensor, geometry: Geometry) -> Literal["factors", 
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    # autocast would lower float32 here, which convolutions have been told of before
+    # autocast would lower float32 here, although the convolution has already handled it
     return linear.product(a, b) if a.dtype == torch.float32 else a @ b.t()
 
 
@@ -130,20 +130,20 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """A matrix without gaps, which take longer to transpose than all of it to copy."""
+    """A contiguous matrix; transposing a matrix with gaps takes longer than copying all of it."""
     return x.flatten(1).contiguous()
 
 
 def factors(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Views of all three such that y is the sum of the products x weight^T.
 
-    For a row of the kernel and a column of y: (points, columns C) of x, (O, columns C) of the weights, (points, O) of
-    y. Points are those of the whole batch where their distance in memory is the same throughout, else a row's.
+    For a kernel row and a column of y: (points, columns C) of x, (O, columns C) of the weights, (points, O) of y. The
+    points are those of the whole batch if their distance in memory is constant, otherwise those of one row.
     """
     (rows, columns), (down, right), (top, left) = geometry.kernel, geometry.stride, geometry.padding
     (h, w), (height, width) = geometry.small, geometry.large
     for i, j in itertools.product(range(rows), range(w)):
-        # what of the kernel's columns lies on the image, and for which rows of y its row does
+        # the kernel columns that lie on the image, and the rows of y for which the kernel row does
         first, last = max(0, left - j * right), min(columns, width + left - j * right)
         begin, end = max(0, -((i - top) // down)), min(h, (height - 1 + top - i) // down + 1)
         n = end - begin
@@ -162,11 +162,11 @@ def factors(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> Iterato
 def parts(
     x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry, alike: Alike
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Views of all three such that y is the sum of the products: nothing of them is beyond the border.
+    """Views of all three such that y is the sum of the products, with nothing beyond the border.
 
-    (B, h, w, rows, columns, C) of x, (O, rows, columns, C) of the weights, (B, h, w, O) of y. Each point is in one
-    part, with others that see through the same taps of the kernel; or each tap is, with others that the same points see
-    through, and then nothing of x is in it twice.
+    (B, h, w, rows, columns, C) of x, (O, rows, columns, C) of the weights, (B, h, w, O) of y. Either each point is in
+    one part, with others that see through the same taps of the kernel; or each tap is, with others through which the
+    same points see, and then a part contains no element of x twice.
     """
     (of_rows, of_columns), (down, right) = _blocks(geometry, alike), geometry.stride
     for (rows, i, high), (columns, j, wide) in itertools.product(of_rows, of_columns):
@@ -176,19 +176,19 @@ def parts(
 
 @functools.cache
 def _blocks(geometry: Geometry, alike: Alike) -> tuple[list[Block], ...]:
-    """Of rows, then of columns."""
+    """The blocks of rows, then those of columns."""
     sides = zip(geometry.kernel, geometry.stride, geometry.padding, geometry.small, geometry.large, strict=True)
     return tuple([*_along(*side, alike)] for side in sides)
 
 
 def all_taps_see(geometry: Geometry) -> bool:
-    """Whether a point of the larger grid is seen through each tap of the kernel."""
+    """Whether each tap of the kernel sees a point of the larger grid."""
     sides = zip(_blocks(geometry, "taps"), geometry.kernel, strict=True)
     return all(sum(taps.stop - taps.start for taps, *_ in blocks) == kernel for blocks, kernel in sides)
 
 
 def _along(kernel: int, stride: int, padding: int, small: int, large: int, alike: Alike) -> Iterator[Block]:
-    """Taps, points, and what these see through those."""
+    """Taps, points, and what these points see through these taps, along one axis."""
 
     def taps(point: int) -> slice:
         return slice(max(0, padding - point * stride), min(kernel, padding - point * stride + large))
@@ -207,14 +207,14 @@ def _along(kernel: int, stride: int, padding: int, small: int, large: int, alike
 
 
 def patches(x: Tensor, geometry: Geometry) -> Tensor:
-    """What each point of the smaller grid sees, zeros beyond the border: (B, H, W, C) -> (B, h, w, *kernel, C)."""
+    """What each point of the smaller grid sees, with zeros beyond the border: (B, H, W, C) -> (B, h, w, *kernel, C)."""
     (rows, columns), (down, right) = geometry.kernel, geometry.stride
     seen = F.pad(x, geometry.borders()).unfold(1, rows, down).unfold(2, columns, right)
     return seen.permute(0, 1, 2, 4, 5, 3).contiguous()
 
 
 def overlaid(seen: Tensor, geometry: Geometry) -> Tensor:
-    """The transpose of `patches`, which adds up where they overlap: (B, h, w, *kernel, C) -> (B, H, W, C)."""
+    """The transpose of `patches`, which sums overlapping values: (B, h, w, *kernel, C) -> (B, H, W, C)."""
     (h, w), (rows, columns), (down, right) = geometry.small, geometry.kernel, geometry.stride
     x = seen.new_zeros(len(seen), (h - 1) * down + rows, (w - 1) * right + columns, seen.shape[-1])
     for i, j in itertools.product(range(rows), range(columns)):
@@ -223,17 +223,17 @@ def overlaid(seen: Tensor, geometry: Geometry) -> Tensor:
 
 
 class _Bilinear(torch.autograd.Function):
-    """Keeps what its derivatives take.
+    """Saves what its derivatives need.
 
     Attributes:
-        by_torch: the same values by torch's own convolutions.
+        by_torch: computes the same values by torch's own convolutions.
     """
 
     by_torch: ClassVar[Callable[..., Tensor]]
 
     @staticmethod
     def keep(ctx: Any, a: Tensor, b: Tensor, geometry: Geometry) -> None:
-        """What the derivatives take; torch asks for Python's signature wherever this is a step of its own."""
+        """Save what the derivatives need; torch requires Python's signature wherever this is a separate step."""
         of_a, of_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(a if of_b else None, b if of_a else None)
         ctx.geometry = geometry
@@ -241,12 +241,12 @@ class _Bilinear(torch.autograd.Function):
 
     @staticmethod
     def lie(gradient: Tensor, ctx: Any) -> Tensor:
-        """In memory as what it is the gradient of: of two orders torch's activations take ten times as long."""
+        """Give a gradient the layout of its input: torch's activations take ten times as long with mixed layouts."""
         return channels_last(channels_first(gradient).contiguous()) if ctx.channels_first else gradient
 
     @classmethod
     def of(cls, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
-        """The values, with derivatives of any order; by torch where only its operators have their rules."""
+        """The values, with derivatives of any order; by torch where only torch's own operators have the rules."""
         if linear.needs_torch(a, b):
             return cls.by_torch(a, b, geometry)
         out: Tensor = cls.apply(a, b, geometry)
@@ -269,7 +269,7 @@ class See(_Bilinear):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """With respect to x and to the weights."""
+        """The gradients with respect to x and to the weights."""
         (x, weight), (of_x, of_weight, _) = ctx.saved_tensors, ctx.needs_input_grad
         return (
             See.lie(Spread.of(gradients[0], weight, ctx.geometry), ctx) if of_x else None,
@@ -295,7 +295,7 @@ class Spread(_Bilinear):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """With respect to y and to the weights."""
+        """The gradients with respect to y and to the weights."""
         (y, weight), (of_y, of_weight, _) = ctx.saved_tensors, ctx.needs_input_grad
         return (
             Spread.lie(See.of(gradients[0], weight, ctx.geometry), ctx) if of_y else None,
@@ -322,7 +322,7 @@ class Weigh(_Bilinear):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """With respect to x and to y."""
+        """The gradients with respect to x and to y."""
         (x, y), (of_x, of_y, _) = ctx.saved_tensors, ctx.needs_input_grad
         return (
             Spread.of(y, gradients[0], ctx.geometry) if of_x else None,
@@ -332,7 +332,7 @@ class Weigh(_Bilinear):
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, C, H, W), as torch has them."""
+    """(B, H, W, C) -> (B, C, H, W), torch's order."""
     return x.permute(0, 3, 1, 2)
 
 
@@ -342,32 +342,32 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def _own(x: Tensor) -> Tensor:
-    """`channels_first` of what nothing else holds, without gaps."""
+    """`channels_first` of a tensor that nothing else uses, contiguous."""
     return nobodys_view(channels_first(x.contiguous()))
 
 
 class Convolution(torch.autograd.Function):
-    """With a bias, as torch has it: its grids are (B, C, H, W) and (B, O, h, w), its weights (O, C, rows, columns)."""
+    """With a bias, and in torch's layout: grids (B, C, H, W) and (B, O, h, w), weights (O, C, rows, columns)."""
 
     @staticmethod
     def keep(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry, weighs: bool, transposed: bool) -> None:
-        """What the derivatives take."""
+        """Save what the derivatives need."""
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.weighs, ctx.transposed = geometry, weighs, transposed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """With respect to the input, to the weights, by `weigh` if that is asked for, and to the bias."""
+        """The gradients with respect to the input, the weights (by `weigh` if requested) and the bias."""
         g, (x, weight), (of_x, of_weight, of_bias, *_) = gradients[0], ctx.saved_tensors, ctx.needs_input_grad
         by_bias = g.sum((0, 2, 3)) if of_bias else None
-        # what is needed next is computed last, and still in the cache
+        # the gradient that is needed next is computed last, so it is still in the cache
         by_weight = Convolution.by_weight(ctx, g, x, weight) if of_weight else None
         by_x = Convolution.by_torch(ctx, g, x, weight, (True, False, False))[0] if of_x else None
         return by_x, by_weight, by_bias, None, None, None
 
     @staticmethod
     def by_weight(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
-        """With respect to the weights, channels last."""
+        """The gradient with respect to the weights, channels last."""
         if not ctx.weighs:
             return Convolution.by_torch(ctx, g, x, weight, (False, True, False))[1]
         large, small = (g, x) if ctx.transposed else (x, g)
@@ -377,7 +377,7 @@ class Convolution(torch.autograd.Function):
     def by_torch(
         ctx: Any, g: Tensor, x: Tensor, weight: Tensor, asked: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
-        """Those derivatives that are asked for."""
+        """The requested derivatives."""
         extra = ctx.geometry.output_padding() if ctx.transposed else (0, 0)
         settings = ctx.geometry.stride, ctx.geometry.padding, (1, 1), ctx.transposed, extra, 1
         found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(g, x, weight, None, *settings, asked)
@@ -385,13 +385,13 @@ class Convolution(torch.autograd.Function):
 
 
 class Apart(Convolution):
-    """A convolution, or a transposed one, whose derivatives are taken apart."""
+    """A convolution, transposed or not, whose derivatives are computed separately."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, weighs: bool, transposed: bool
     ) -> Tensor:
-        """The values; oneDNN adds a bias number by number to a larger grid that is no whole number of strides."""
+        """The values; oneDNN adds a bias number by number if the larger grid is not a whole number of strides."""
         Convolution.keep(ctx, x, weight, geometry, weighs, transposed)
         if not transposed:
             return F.conv2d(x, weight, bias, geometry.stride, geometry.padding)
@@ -402,7 +402,7 @@ class Apart(Convolution):
 
 
 class Overlay(Convolution):
-    """A transposed convolution as products of each point with the weights, laid over one another."""
+    """A transposed convolution: products of each point with the weights, summed where they overlap."""
 
     @staticmethod
     def forward(
@@ -415,7 +415,7 @@ class Overlay(Convolution):
 
 
 class SubPixel(Convolution):
-    """A transposed convolution as one from the smaller grid, with a channel for each point between its points.
+    """A transposed convolution as a convolution on the smaller grid, with a channel for each point between its points.
 
     Shi et al. 2016, https://arxiv.org/abs/1609.07009.
     """
@@ -427,7 +427,7 @@ class SubPixel(Convolution):
         """The values."""
         Convolution.keep(ctx, y, weight, geometry, weighs, transposed)
         (top, left), (down, right) = geometry.padding, geometry.stride
-        # zeros, with which the kernel is a whole number of strides, and what padding takes off as well
+        # zeros that make the kernel a whole number of strides, and what padding removes as well
         above, before = -top % down, -left % right
         rows, columns = (
             -(-(k + m) // s) for k, m, s in zip(geometry.kernel, (above, before), geometry.stride, strict=True)

@@ -1,6 +1,6 @@
-"""Residual stages: a stride-2 convolution and a pre-activation residual block each (He et al. 2016, 1603.05027).
+"""Residual stages: each is a stride-2 convolution and a pre-activation residual block (He et al. 2016, 1603.05027).
 
-Group normalisation instead of batch normalisation: samples stay independent of their batch, in training too.
+They use group normalisation instead of batch normalisation, so samples do not depend on their batch, even in training.
 """
 
 import math
@@ -25,7 +25,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, rank: int, channels: int, act: str) -> None:
         super().__init__()
-        groups = math.gcd(channels, max(1, channels // 4))  # at least 2 values a group, on a 1x1 grid too
+        groups = math.gcd(channels, max(1, channels // 4))  # at least 2 values per group, even on a 1x1 grid
         self.body = nn.Sequential(
             nn.GroupNorm(groups, channels),
             activation(act),

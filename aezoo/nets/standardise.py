@@ -1,4 +1,4 @@
-"""Running mean and standard deviation of each channel of a code, for what is trained on codes."""
+"""Running mean and standard deviation of each channel of a code, for models trained on codes."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -8,19 +8,19 @@ from torch import Tensor, nn
 
 
 class Standardiser(nn.Module):
-    """Codes to codes whose channels have mean 0 and standard deviation 1, and back, (B, C, *grid) -> (B, C, *grid).
+    """Scales codes so that channels have mean 0 and standard deviation 1, and back, (B, C, *grid) -> (B, C, *grid).
 
-    Both moments are over a batch's samples and grid; over the steps, plain means at first and then moving averages,
-    which stay in float32 in a model of bf16, where a step smaller than 1/256 of the value would not move them.
+    Both moments are over a batch's samples and grid. Over the steps, they are plain means at first and then moving
+    averages. These stay in float32 in a bf16 model, where a step below 1/256 of the value would have no effect.
 
     Attributes:
         mean_C: mean of each channel, 0 before training.
         std_C: standard deviation of each channel, 1 before training.
-        count: how many batches they are of, ().
+        count: number of batches so far, ().
 
     Args:
         channels: C.
-        decay: of the moving averages.
+        decay: decay rate of the moving averages.
     """
 
     mean_C: Tensor
@@ -36,28 +36,28 @@ class Standardiser(nn.Module):
 
     @torch.no_grad()
     def observe(self, z: Tensor, batch_mean: Callable[[Tensor], Tensor]) -> None:
-        """Take in the codes of a step of training.
+        """Update the statistics with the codes of a training step.
 
         Args:
             z: (B, C, *grid), in at least float32.
-            batch_mean: the mean over all samples of a batch, on whatever ranks, (B, C) -> (C,).
+            batch_mean: computes the mean over all samples of a batch, on all ranks, (B, C) -> (C,).
         """
         z = z.flatten(2)
         mean_C = batch_mean(z.mean(2))
         var_C = batch_mean((z - mean_C[:, None]).square().mean(2))
         rate = (1 / self.count.add_(1).to(z)).clamp(min=1 - self.decay)
         off_C = mean_C - self.mean_C
-        # the variance of a mixture of what was seen before and of this batch
+        # the variance of a mixture of the earlier samples and this batch
         var_C = (1 - rate) * self.std_C**2 + rate * (var_C + (1 - rate) * off_C**2)
         self.mean_C.add_((rate * off_C).to(self.mean_C))
-        self.std_C.copy_(var_C.clamp(min=1e-12).sqrt())  # codes that are all alike have none
+        self.std_C.copy_(var_C.clamp(min=1e-12).sqrt())  # equal codes have no variance
 
     def forward(self, z: Tensor) -> Tensor:
         """Standardised codes."""
         return ((z - _over_grid(self.mean_C, z)) / _over_grid(self.std_C, z)).to(z)
 
     def restore(self, z: Tensor) -> Tensor:
-        """The codes that standardised ones stand for."""
+        """The inverse of `forward`."""
         return (z * _over_grid(self.std_C, z) + _over_grid(self.mean_C, z)).to(z)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:

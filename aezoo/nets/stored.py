@@ -1,4 +1,4 @@
-"""Weights of torchvision's networks that torch.hub has stored on this machine; nothing is downloaded."""
+"""Weights of torchvision's networks that torch.hub has already stored on this machine; nothing is downloaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from aezoo.errors import AezooError
 
 
 def stored_file(name: str) -> Path:
-    """Where the default weights of a network of torchvision lie once they have been fetched."""
+    """The path of the default weights of a torchvision network, once they have been fetched."""
     from torchvision import models
 
     url = cast(Any, models.get_model_weights(name)).DEFAULT.url
@@ -20,15 +20,15 @@ def stored_file(name: str) -> Path:
 
 @contextmanager
 def stored_weights(name: str, instead: str, file: Path | None = None) -> Iterator[dict[str, Any]]:
-    """Weights by parameter, to be loaded within the context, so that a file that does not fit is named.
+    """Weights by parameter, to be loaded inside the context, so that an error names a file that does not fit.
 
     Args:
-        name: of a network of torchvision, or of a kind of networks where a file is given.
+        name: name of a torchvision network, or of a kind of networks if a file is given.
         instead: what to do without the weights, for the message.
-        file: the user's own; None for torchvision's.
+        file: the user's own file; None for torchvision's.
 
     Raises:
-        AezooError: there is no such file, or it does not hold these weights.
+        AezooError: there is no such file, or it does not contain these weights.
     """
     fetch = f"fetch them once, python -c \"import torchvision; torchvision.models.{name}(weights='DEFAULT')\""
     absent, broken = ("give another path",) * 2 if file else (fetch, f"remove it and {fetch}")

@@ -1,13 +1,13 @@
 """Residual stages with attention, and up by sub-pixel convolutions (Cheng et al. 2020), https://arxiv.org/abs/2001.01568
 
-A sub-pixel convolution gives 2^R times the channels, which become the places of a grid of twice the sides (Shi et al.
-2016, https://arxiv.org/abs/1609.05158), cut to the one of before where a side is odd. A stage is two residual blocks,
-one of which halves or doubles the grid with divisive normalisation in place of its second activation (figure 4). The
-attention of a place is a share of what a second branch says, without a view of all places (figure 5):
+A sub-pixel convolution outputs 2^R times the channels, which become the places of a grid with doubled sides (Shi et al.
+2016, https://arxiv.org/abs/1609.05158); if a side was odd, the grid is cut to it. A stage is two residual blocks. One
+of them halves or doubles the grid and has divisive normalisation as its second activation (figure 4). The attention of
+a place is a gate on the output of a second branch; it does not look at all places (figure 5):
 
     x + trunk(x) sigmoid(mask(x))
 
-It stands in the middle of the stages and at the code, if that is a map, as here it always is.
+Attention is used in the middle of the stages and at the code, which is always a map here.
 
 Shapes: B batch, C channels, R grid dimensions.
 """
@@ -23,12 +23,12 @@ __all__ = ["Attention", "Decoder", "Encoder", "Subpixel"]
 
 
 class Subpixel(nn.Module):
-    """A convolution to a grid of twice the sides: (B, C, *grid) -> (B, out, *larger).
+    """A convolution to a grid with doubled sides: (B, C, *grid) -> (B, out, *larger).
 
     Args:
         channels: C.
-        out: channels afterwards.
-        larger: the grid afterwards, each side 2 n or 2 n - 1.
+        out: number of output channels.
+        larger: the output grid, each side 2 n or 2 n - 1.
     """
 
     def __init__(self, channels: int, out: int, larger: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""A decoder that has no weights of its own: the transpose of the encoder's, whichever of the two is trained or loaded.
+"""A decoder without its own weights: the transpose of the encoder, whichever of the two is trained or loaded.
 
 Shapes: B batch, X data dimensions, N units.
 """

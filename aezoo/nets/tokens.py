@@ -3,17 +3,18 @@
     encoder   [latent tokens, patches] -> blocks -> the latent tokens alone -> linear: (B, C, *grid) -> (B, D, N)
     decoder   [tokens, mask tokens] -> blocks -> the mask tokens alone -> patches: (B, D, N) -> (B, C, *grid)
 
-Latent tokens are learned and the same for every sample; what they hold of it they have read from its patches by
-attention. A mask token stands for each patch and differs from the others by its position alone. So N is a free choice,
-whatever the size of a sample. Blocks and patches are those of `vit`, positions are learned.
+Latent tokens are learned and equal for every sample; they read information from the patches of a sample by attention.
+One mask token stands for each patch; mask tokens differ only in their positions. So N is a free choice for any sample
+size. Blocks and patches are those of `vit`; positions are learned.
 
-The start is ours. With queries and keys at random all tokens read about the same mean of the patches, all patches the
-same mean of the tokens, and hundreds of steps end at the mean sample. So positions begin as random directions, and the
-first attention of either network such that each token meets its share of them, a run of the patches in their order:
+The initialisation is our own. With random queries and keys, all tokens read about the same mean of the patches, all
+patches read the same mean of the tokens, and hundreds of steps end at the mean sample. So positions start as random
+directions. The first attention of either network starts such that each token attends to its share of the patches, a run
+in their order:
 
     W_q l_n = W_k a_n (encoder)    W_k t_n = W_q a_n (decoder)    a_n = sum of the run's positions / sqrt(their number)
 
-of latent tokens l and the positions t of the decoder's tokens, with W_q and W_k in multiples of orthogonal matrices.
+for latent tokens l and the positions t of the decoder's tokens, where W_q and W_k are multiples of orthogonal matrices.
 
 Shapes: B batch, C channels of a sample, P patches, D channels of a token, N tokens, W width of a block.
 """
@@ -26,17 +27,17 @@ from torch import Tensor, nn
 from aezoo.nets import vit
 from aezoo.nets.linear import Linear
 
-# deviation over samples below which there is but rounding, or one sample
+# standard deviation over samples below which there is only rounding error, or a single sample
 _LEAST = 1e-4
-# of queries and keys, so that a token's own patches outweigh all others
+# scale of queries and keys, such that a token's own patches outweigh all others
 _SHARP = 1.5
 
 
 def _blocks(widths: tuple[int, ...], act: str) -> tuple[nn.Sequential, Tensor, Tensor]:
-    """`vit.blocks` whose attention begins at full size: what passes between patches and tokens passes there alone.
+    """`vit.blocks` whose attention starts at full size, since all information between patches and tokens passes there.
 
     Returns:
-        The blocks, and of the first one W_q and W_k, both orthogonal, before they are scaled, (W, W).
+        The blocks, and W_q and W_k of the first one, both orthogonal, before scaling, (W, W).
     """
     blocks = vit.blocks(widths, act)
     for part in blocks.modules():
@@ -50,7 +51,7 @@ def _blocks(widths: tuple[int, ...], act: str) -> tuple[nn.Sequential, Tensor, T
 
 
 def shares(n: int, positions_PW: Tensor) -> Tensor:
-    """a_n, the positions of each of N runs of patches, (P, W) -> (N, W); where N > P, tokens share a patch."""
+    """a_n from the positions of each of N runs of patches, (P, W) -> (N, W); if N > P, tokens share a patch."""
     patches = len(positions_PW)
     step = torch.arange(max(n, patches))
     share_NP = torch.zeros(n, patches).index_put((step * n // len(step), step * patches // len(step)), torch.ones(()))
@@ -61,9 +62,9 @@ class TokenEncoder(nn.Module):
     """Samples to tokens, (B, C, *grid) -> (B, D, N).
 
     Args:
-        patchify: what cuts the samples.
+        patchify: cuts samples into patches.
         code_shape: D and N.
-        widths: of the blocks.
+        widths: widths of the blocks.
         act: an activation's name.
     """
 
@@ -71,14 +72,14 @@ class TokenEncoder(nn.Module):
         super().__init__()
         dim, self.n = code_shape
         embed, position_PW = vit.embedding(patchify.size, widths[0]), torch.randn(patchify.n, widths[0])
-        nn.init.normal_(embed.weight, std=2 / math.sqrt(patchify.size))  # not far above the positions beside it
+        nn.init.normal_(embed.weight, std=2 / math.sqrt(patchify.size))  # not much larger than the positions
         self.embed, self.position_PW = nn.Sequential(patchify, embed), nn.Parameter(position_PW)
         self.blocks, q_WW, k_WW = _blocks(widths, act)
         self.latent_NW = nn.Parameter(shares(self.n, position_PW) @ k_WW.T @ q_WW)
         self.out, self.bias_DN = Linear(widths[-1], dim, bias=False), nn.Parameter(torch.zeros(code_shape))
 
     def read(self, patches_BPW: Tensor) -> Tensor:
-        """Tokens from embedded patches, all of them or some, (B, P, W) -> (B, D, N)."""
+        """Tokens from embedded patches, all or some of them, (B, P, W) -> (B, D, N)."""
         latent_BNW = self.latent_NW.expand(patches_BPW.shape[0], -1, -1).to(patches_BPW)
         read_BNW = self.blocks(torch.cat([latent_BNW, patches_BPW], dim=1))[:, : self.n]
         code_BDN: Tensor = self.out(read_BNW).transpose(1, 2) + self.bias_DN
@@ -86,7 +87,7 @@ class TokenEncoder(nn.Module):
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
-        """Bring tokens to mean 0 over samples and channels to variance 1, (B, *input_shape), so that samples differ."""
+        """Scale tokens to mean 0 over samples and channels to variance 1, (B, *input_shape), so that samples differ."""
         code_BDN = self(x)
         mean_DN = code_BDN.mean(0)
         deviation_D1 = (code_BDN - mean_DN).square().mean((0, 2)).sqrt()[:, None]
@@ -102,9 +103,9 @@ class TokenDecoder(nn.Module):
     """Tokens to samples, (B, D, N) -> (B, C, *grid).
 
     Args:
-        patchify: what cuts the samples.
+        patchify: cuts samples into patches.
         code_shape: D and N.
-        widths: of the blocks.
+        widths: widths of the blocks.
         act: an activation's name.
     """
 

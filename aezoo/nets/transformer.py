@@ -1,9 +1,9 @@
 """Pre-norm Transformer blocks (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Xiong et al. 2020, 2002.04745).
 
 Steps are those of `aezoo.nets.lstm`. Positions are the sinusoids of section 3.5, so any number of steps works. The
-encoder's code comes from the mean over the steps; given lengths, steps from there on are seen by none and not averaged.
-The decoder starts each step from the code and its position, and a step sees no later one: so the first steps are the
-same however many follow.
+encoder's code comes from the mean over the steps; steps beyond given lengths are masked and excluded from the mean. The
+decoder starts each step from the code and its position. A step does not see later ones, so the first steps are the same
+however many follow.
 """
 
 import math
@@ -24,14 +24,14 @@ _HEAD = 16
 class Block(nn.Module):
     """h + attention(norm(h)), then h + mlp(norm(h)); heads of 16 channels where the width allows.
 
-    A sequence may come to a causal block in parts, each with the same list `kept`, empty at first: keys and values of
-    earlier parts stand in it.
+    A causal block can process a sequence in parts. Each part is given the same list `kept`, initially empty, which
+    holds the keys and values of earlier parts.
     """
 
     def __init__(self, width: int, act: str, causal: bool) -> None:
         super().__init__()
         self.heads, self.causal = math.gcd(width, max(1, width // _HEAD)), causal
-        # no bias: the softmax undoes that of the keys, so its gradient is rounding alone, which Adam makes large
+        # no bias: the softmax cancels that of the keys, so its gradient is only rounding error, which Adam amplifies
         self.norm, self.qkv = nn.LayerNorm(width), Linear(width, 3 * width, bias=False)
         self.out = Linear(width, width)
         self.mlp = nn.Sequential(
@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class _Blocks(nn.ModuleList):
-    """Blocks of the widths `hidden_dims`, with a linear map wherever the width changes."""
+    """Blocks of the widths `hidden_dims`, with a linear map between different widths."""
 
     def __init__(self, hidden_dims: tuple[int, ...], act: str, causal: bool) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _Blocks(nn.ModuleList):
 
 
 class Encoder(nn.Module):
-    """(B, *input_shape) -> (B, D) by a block of each width of `hidden_dims`."""
+    """(B, *input_shape) -> (B, D), with one block for each width of `hidden_dims`."""
 
     positions_LW: Tensor
 

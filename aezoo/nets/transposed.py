@@ -1,8 +1,8 @@
-"""Transposed convolutions whose bias is added apart where oneDNN is slow to add it.
+"""Transposed convolutions whose bias is added separately where oneDNN is slow to add it.
 
-To a grid that is no whole number of strides, such as 7x7 from 4x4, it adds a bias number by number: forward and
-backward, a layer of images takes up to 1.8 times as long in float32, 6.6 times in bfloat16
-(`python -m benchmarks.convolutions`). Layers of images have more than that of their own, in `aezoo.nets.conv2d`.
+If the larger grid is not a whole number of strides, such as 7x7 from 4x4, oneDNN adds a bias number by number. Forward
+and backward, a layer of images then takes up to 1.8 times as long in float32 and 6.6 times in bfloat16
+(`python -m benchmarks.convolutions`). `aezoo.nets.conv2d` handles this and more for layers of images.
 """
 
 import math
@@ -16,18 +16,18 @@ from aezoo.nets.grids import larger, leaves_rest
 from aezoo.nets.linear import goes_elsewhere
 from aezoo.nets.narrow import is_narrow, narrow
 
-# numbers of a sample, over all channels, from which on two operations are quicker than one
+# values per sample, over all channels, above which two operations are faster than one
 _MANY = 256
 
 
 def odd_pays(layer: Any, large: tuple[int, ...]) -> bool:
-    """Whether a bias is better added apart, for a transposed layer whose larger grid is this."""
+    """Whether a bias is better added separately, for a transposed layer with this larger grid."""
     many = layer.out_channels * math.prod(large) >= _MANY
     return layer.bias is not None and many and leaves_rest(large, layer.stride)
 
 
 def with_bias_apart(convolve: Callable[..., Tensor], layer: Any, x: Tensor) -> Tensor:
-    """What the layer computes."""
+    """The output of the layer."""
     settings = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
     out = convolve(x, layer.weight, None, *settings)
     bias: Tensor = layer.bias.to(out.dtype)
@@ -35,10 +35,10 @@ def with_bias_apart(convolve: Callable[..., Tensor], layer: Any, x: Tensor) -> T
 
 
 def _pays(layer: Any, x: Tensor) -> bool:
-    """A graph for elsewhere should say convolution, and GPUs have their own."""
+    """Whether a separate bias pays off: not in exported graphs, which should keep the convolution, nor on GPUs."""
     if goes_elsewhere() or x.device.type != "cpu" or x.dim() != len(layer.stride) + 2:
         return False
-    # a bias that is computed is read once, as its rule may change with each time
+    # a bias that is computed is read only once, as its rule may change with each read
     if "parametrizations" in layer._modules:
         return False
     return odd_pays(layer, larger(layer, x.shape[2:]))

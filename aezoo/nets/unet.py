@@ -1,13 +1,14 @@
-"""A U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597) that is cut at the code.
+"""A U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597) that is cut in two at the code.
 
-Stages of two convolutions and a pooling down, of a doubling of the grid and two convolutions up, any size, odd ones
-too. A U-Net's skip connections copy maps of the encoder to the decoder, past the code, which is then no code of the
-sample. Here they stay within their half: the map of every stage of the encoder goes, pooled, to the code's layer as
-well, and the code's map, enlarged, to every stage of the decoder. So all that the decoder gets is the code.
+A stage down has two convolutions and a pooling; a stage up doubles the grid and has two convolutions. Any size works,
+odd ones too. The skip connections of a U-Net copy maps from the encoder to the decoder, past the code, which is then
+not a code of the sample. Here they stay within their half. In the encoder, the map of every stage is also pooled and
+passed to the code's layer. In the decoder, the code's map is enlarged and passed to every stage. So the decoder gets
+only the code.
 
-`UNet` is a whole one, for what a model does with its outputs: no code of it is a code of the sample.
+`UNet` is a complete U-Net, for models that process their outputs: it has no code of the sample.
 
-Group normalisation as in resnet: samples stay independent of their batch.
+Group normalisation is as in resnet: samples do not depend on their batch.
 """
 
 import math
@@ -36,7 +37,7 @@ class _TwoConvolutions(nn.Sequential):
 
 
 class _Doubled(nn.Module):
-    """Each value 2^R times, cut to the grid: the way back of a pooling that rounds up."""
+    """Repeats each value 2^R times and cuts the result to the grid: the reverse of a pooling that rounds up."""
 
     def __init__(self, grid: tuple[int, ...]) -> None:
         super().__init__()
@@ -53,7 +54,8 @@ class _Doubled(nn.Module):
 class Encoder(nn.Module):
     """(B, C, *grid) -> (B, *code_shape); `hidden_dims` are the channels of the stages, each of which halves the grid.
 
-    A stage's map goes two ways: pooled into the next stage, and pooled on and on, beside those before it, to the code.
+    A stage's map has two paths: pooled into the next stage, and pooled repeatedly, together with earlier maps, to the
+    code.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Decoder(nn.Module):
         channels = hidden_dims[0] if hidden_dims else input_shape[0]
         self.head = head(code_shape, (channels, *sizes[0]), rank)[1]
         self.act = activation(act)
-        # the first stage has no map but the code's
+        # the first stage has only the code's map
         before = [channels, *(width + channels for width in hidden_dims)]
         self.ups = nn.ModuleList(_Doubled(size) for size in sizes[1:])
         self.stages = nn.ModuleList(

@@ -1,8 +1,8 @@
 """Vision transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) on patches in 1, 2 or 3 dimensions.
 
-Each of `hidden_dims` is a block of that width; where two differ, a linear layer lies between them. Positions are fixed
-sines and cosines of a patch's place in the grid, so that any grid will do; there is no class token. A side that is no
-multiple of the patch is filled up with zeros at its far end, and what comes back is cut to size, so every size returns
+Each of `hidden_dims` is a block of that width; a linear layer connects blocks of different widths. Positions are fixed
+sines and cosines of a patch's place in the grid, so any grid works; there is no class token. A side that is not a
+multiple of the patch is padded with zeros at its far end, and the output is cut to size, so every size is restored
 exactly.
 
 Shapes: B batch, C channels, N patches, P values in a patch, D width of a token, H heads, E width of a head.
@@ -28,7 +28,7 @@ _HEAD = 32
 def patch_sides(input_shape: tuple[int, ...], patch_size: int = 0) -> tuple[int, ...]:
     """Sides of a patch, none longer than the sample's; for size 0 the smallest power of two that gives few patches.
 
-    Few are at most 64, as on 28x28 of 4 or on 64x64 of 8, but the side is at most 16, as of ViT-B/16.
+    Few means at most 64, as for 28x28 with side 4 or 64x64 with side 8; but the side is at most 16, as in ViT-B/16.
 
     Raises:
         AezooError: the input has no grid, or the size is negative.
@@ -54,7 +54,7 @@ class Patchify(nn.Module):
         grid: patches along each side.
         n: N, number of patches.
         size: P, values in a patch.
-        real_NP: which of these are a sample's, 1, and which fill its far end up, 0.
+        real_NP: 1 for values of a sample, 0 for padding at its far end.
 
     Args:
         input_shape: shape of one sample.
@@ -81,9 +81,9 @@ class Patchify(nn.Module):
         return x.permute(0, *places, 1, *within).flatten(1, rank).flatten(2)
 
     def standardise(self, patches_BNP: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches less their mean, divided by their deviation, and these two: (B, N, P) -> (B, N, P), (B, N, 2).
+        """Patches minus their mean, divided by their deviation, and these two: (B, N, P) -> (B, N, P), (B, N, 2).
 
-        The variance is the unbiased one of the sample's own values, and 1e-6 more; of a single value it is that alone.
+        The variance is the unbiased one of the sample's own values, plus 1e-6; for a single value it is only 1e-6.
         """
         n_N1 = self.real_NP.sum(1, keepdim=True)
         mean_BN1 = (patches_BNP * self.real_NP).sum(2, keepdim=True) / n_N1
@@ -92,7 +92,7 @@ class Patchify(nn.Module):
         return (patches_BNP - mean_BN1) / deviation_BN1, torch.cat([mean_BN1, deviation_BN1], dim=2)
 
     def inverse(self, patches_BNP: Tensor) -> Tensor:
-        """The samples that patches come from, (B, N, P) -> (B, C, *grid of values)."""
+        """The samples from which patches were cut, (B, N, P) -> (B, C, *grid of values)."""
         rank = len(self.grid)
         x = patches_BNP.unflatten(2, (self.input_shape[0], *self.sides)).unflatten(1, self.grid)
         x = x.permute(0, rank + 1, *(i for axis in range(rank) for i in (1 + axis, rank + 2 + axis)))
@@ -105,7 +105,7 @@ class Unpatchify(nn.Module):
     """`Patchify.inverse` as a layer.
 
     Args:
-        patchify: what cuts the samples.
+        patchify: the module that cuts the samples.
     """
 
     def __init__(self, patchify: Patchify) -> None:
@@ -117,10 +117,10 @@ class Unpatchify(nn.Module):
 
 
 def sinusoids(grid: Sequence[int], width: int) -> Tensor:
-    """Positions of a grid as sines and cosines, (N, D), a part of the width for each side of the grid.
+    """Positions of a grid as sines and cosines, (N, D), with a part of the width for each side of the grid.
 
     The frequencies are 10000^(-i/n), i < n (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), with the n that
-    fills D; what is too much of the last is left out.
+    fills D; the excess of the last part is left out.
     """
     n = -(-width // (2 * len(grid)))
     frequency_n = 10_000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
@@ -150,8 +150,8 @@ class Positions(nn.Module):
 def embedding(size: int, width: int) -> nn.Linear:
     """The linear map of patches to tokens, (B, N, P) -> (B, N, D).
 
-    It begins so large that what data of [0, 1] hold outweighs the positions, which are of size 1: with the usual start
-    a short training only learns the mean of each place.
+    It is initialised so large that data in [0, 1] outweigh the positions, which have size 1. With the usual
+    initialisation, a short training only learns the mean of each place.
 
     Args:
         size: P, values in a patch.
@@ -173,7 +173,7 @@ class Attention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = next(h for h in range(max(1, width // _HEAD), 0, -1) if width % h == 0)
-        # a bias of keys shifts all scores of a query alike, and one of values is that of `out`: only queries have one
+        # only queries have a bias: one of keys shifts all scores of a query equally, and one of values is that of `out`
         self.qkv, self.bias_q = Linear(width, 3 * width, bias=False), nn.Parameter(torch.zeros(width))
         self.out = Linear(width, width)
 
@@ -187,7 +187,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then two linear layers of each token, both added to their normalised input (pre-norm).
+    """Attention, then two linear layers for each token, both added to their normalised input (pre-norm).
 
     Args:
         width: D.
@@ -201,7 +201,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(Linear(width, 4 * width), activation(act), Linear(4 * width, width))
         for part in self.modules():
             if isinstance(part, nn.Linear):
-                # both branches begin small: at full size a short training stays at the mean sample for long
+                # both branches start small: at full size, a short training stays at the mean sample for long
                 branch_ends = part in (self.attention.out, self.mlp[2])
                 nn.init.xavier_uniform_(part.weight, 0.1 if branch_ends else 1.0)
                 if part.bias is not None:
@@ -223,9 +223,9 @@ def blocks(widths: Sequence[int], act: str, block: Callable[[int, str], nn.Modul
 
 
 def look(layers: nn.Module, tokens_BND: Tensor, seen_BN: Tensor) -> Tensor:
-    """`blocks` in which attention is to the tokens that are seen alone: what they become is as if there were no others.
+    """Apply `blocks` with attention only to the tokens that are seen, so that the others have no influence on them.
 
-    As many tokens come out as go in, so that masks of any size leave shapes as they are.
+    The number of tokens stays the same, so masks of any size do not change shapes.
     """
     for layer in layers.children():
         tokens_BND = layer(tokens_BND, seen_BN) if isinstance(layer, Block) else layer(tokens_BND)
@@ -265,7 +265,7 @@ def count_masked(n: int, ratio: float) -> int:
     """
     if not 0 < ratio < 1:
         raise AezooError(f"mask_ratio must lie between 0 and 1, got {ratio}")
-    masked = math.floor(ratio * n + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    masked = math.floor(ratio * n + 1e-9)  # 0.29 * 100 is 28.999999999999996 in floating point
     if masked == 0:
         raise AezooError(f"mask_ratio {ratio} masks none of {n} patches: take a smaller patch_size or a larger ratio")
     return masked
@@ -277,7 +277,7 @@ def random_order(samples: int, n: int, device: torch.device) -> Tensor:
 
 
 def fixed_orders(n: int, masked: int) -> Tensor:
-    """K orders of n patches, always the same: each patch is among the last `masked` of one and among the others too."""
+    """K fixed orders of n patches: each patch is among the last `masked` in one order and not among them in another."""
     order_N = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     step = min(masked, n - masked)
     return torch.stack([order_N.roll(-start) for start in range(0, n, step)])
@@ -299,9 +299,9 @@ def unshuffle(tokens_BND: Tensor, order_BN: Tensor) -> Tensor:
 
 
 def hide(tokens_BND: Tensor, orders_KN: Tensor, masked: int) -> tuple[Tensor, Tensor]:
-    """What each of K orders leaves to be seen, and the orders, for each sample: (B K, V, D), (B K, N)."""
+    """The tokens that each of K orders leaves visible, and the orders, for each sample: (B K, V, D), (B K, N)."""
     k, n = orders_KN.shape
-    order_BKN = orders_KN.expand(tokens_BND.shape[0], -1, -1).flatten(0, 1)  # len() would fix the batch of an export
+    order_BKN = orders_KN.expand(tokens_BND.shape[0], -1, -1).flatten(0, 1)  # len() would fix an export's batch size
     tokens_BKND = tokens_BND[:, None].expand(-1, k, -1, -1).flatten(0, 1)
     return shuffle(tokens_BKND, order_BKN[:, : n - masked]), order_BKN
 
@@ -314,7 +314,7 @@ def average_hidden(values_BKNP: Tensor, orders_KN: Tensor, masked: int) -> Tenso
 
 
 def map_shape(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    """(channels, *grid of patches), whatever the blocks."""
+    """(channels, *grid of patches), for any blocks."""
     return (channels, *Patchify(input_shape).grid)
 
 

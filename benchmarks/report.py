@@ -180,17 +180,17 @@ def target_table(files: Mapping[str, list[Row]]) -> str:
     columns = (
         *(words("what", "what"), words("target", "bound"), spread("measured", "median"), words("variant", "note")),
         *(words("reached", "reached"), spread("compiled otherwise", "otherwise"), words("measured in", "file")),
-        words("on", "processor"),
+        words("processor", "processor"),
     )
     return (
-        "## Targets\n\nMedian (lowest to highest) of the rounds of one run; a ratio is taken within a round. "
-        "A party whose losses do not agree is not compared. What compiling costs is counted for no party: the zoo's "
-        "dense step is compiled, as `--compile auto` has it in runs of some 40,000 steps and more, and convolutional "
-        "ones are not, as it has them on a CPU; 'compiled otherwise' is the other way round. Several processors have "
-        "been measured on (in brackets, where a file is from before they were written down: that of the other files of "
-        "the same machine): rates compare within a file of peers, and among rows of one command. Variant: what the "
-        "figure is of where there are several. A negative share of the fault guard is noise.\n\n"
-        + markdown(columns, rows)
+        "## Targets\n\nMedian (lowest to highest) over the rounds of one run; a ratio is taken within a round. A party "
+        "whose losses do not agree is not compared. Compile time is not counted for any party. The zoo's dense step "
+        "is compiled, as `--compile auto` does in runs of about 40,000 steps or more. Its convolutional steps are not "
+        "compiled, as `--compile auto` does on a CPU. 'Compiled otherwise' shows the opposite choice. The "
+        "measurements come from several processors. Older files do not name theirs; the table then shows, in "
+        "brackets, the processors of the other files from the same machine. Compare rates only within one file of "
+        "peers, or among rows of one command. Variant: which of several variants the figure describes. A negative "
+        "share of the fault guard is noise.\n\n" + markdown(columns, rows)
     )
 
 
@@ -220,9 +220,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     text, rows = tables(folder, home)
     pictures = draw(folder, rows)
     head = (
-        "# Results\n\nWritten by `python -m benchmarks.report` from the CSVs in this repository; do not edit. Above a "
-        "table stand the commands that its CSV names. Those of `benchmarks.speed` say how many of the rows they ask "
-        "for are here, if not all are; others may ask for more as well, such as models that have come since."
+        "# Results\n\n`python -m benchmarks.report` writes this file from the CSVs in this repository; do not edit it. "
+        "The commands that wrote a CSV stand above its table. A command of `benchmarks.speed` whose rows are not all "
+        "here says how many are. Other commands may also ask for more rows than are here, for example for models that "
+        "were added later."
     )
     shown = [f"![{alt}]({os.path.relpath(path, home)})" for path, alt in pictures.items()]
     whole = "\n\n".join([head, *shown, target_table(rows), text]) + "\n"
@@ -271,7 +272,7 @@ def draw(folder: Path, rows: Mapping[str, list[Row]]) -> dict[Path, str]:
         *((f"peers-{on}", f"{beside}, on {on}", plots.peers(part)) for on, part in peers.items()),
         ("pareto", "reconstruction error against training speed", plots.pareto(quality)),
         ("code_size", "reconstruction error against code size, with PCA", plots.code_size(quality)),
-        ("bits", "reconstruction error against bits a sample", plots_bits.bits(bits)),
+        ("bits", "reconstruction error against bits per sample", plots_bits.bits(bits)),
         ("scaling", "training speed against the number of devices", plots.scaling(scaling)),
     ):
         if figure is None:

@@ -74,18 +74,18 @@ def _off(row: Row) -> str:
 TRAIN = (
     *(words("model", "name"), words("settings", "settings"), words("shape", "shape"), words("compile", "compile")),
     *(words("batch", "batch_used"), words("devices", "devices"), words("threads", "threads")),
-    *(Column("interface", _off), spread("samples/s", "samples_per_s"), figures("ms a step", "step_ms")),
+    *(Column("interface", _off), spread("samples/s", "samples_per_s"), figures("ms/step", "step_ms")),
     figures("of matmul peak, %", "share_of_peak", 100, 3),
     figures("GEMMs at peak / step, %", "gemm_floor_share", 100, 3),
     figures("products alone / step, %", "products_alone_share", 100, 3),
     figures("fault guard / step, %", "guard_share", 100, 2),
     figures("interface / step, %", "interface_share", 100, 2),
-    *(figures("peak, GFLOP/s", "peak_gflops"), figures("MFLOP a sample", "flops_step", 1e-6)),
+    *(figures("peak, GFLOP/s", "peak_gflops"), figures("MFLOP/sample", "flops_step", 1e-6)),
     *(figures("parameters", "parameters"), figures("peak memory, MB", "peak_memory_mb")),
-    *(figures("compile, s", "compile_s", digits=3), words("compiler's cache held", "compiler_cache")),
+    *(figures("compile, s", "compile_s", digits=3), words("compiler's cache", "compiler_cache")),
     figures("cold start, s", "cold_start_s", digits=3),
-    *(figures("launches a step", "kernel_launches"), figures("copies a step", "host_device_copies")),
-    *(figures("scaling efficiency", "scaling_efficiency", digits=3), words("no efficiency, as", "unscaled")),
+    *(figures("launches/step", "kernel_launches"), figures("copies/step", "host_device_copies")),
+    *(figures("scaling efficiency", "scaling_efficiency", digits=3), words("why no efficiency", "unscaled")),
     words("error", "error"),
 )
 INFER = (
@@ -95,11 +95,11 @@ INFER = (
     spread("sample, samples/s", "sample_samples_per_s"),
     spread("Trainer's predict, samples/s", "predict_samples_per_s"),
     *(spread("encode / network", "encode_ratio"), spread("reconstruct / network", "reconstruct_ratio")),
-    *(spread("predict / bare loop", "predict_ratio"), figures("ms a batch", "step_ms")),
+    *(spread("predict / bare loop", "predict_ratio"), figures("ms/batch", "step_ms")),
     *(figures("of matmul peak, %", "share_of_peak", 100, 3), figures("peak, GFLOP/s", "peak_gflops")),
-    *(figures("MFLOP a sample", "flops_forward", 1e-6), figures("parameters", "parameters")),
+    *(figures("MFLOP/sample", "flops_forward", 1e-6), figures("parameters", "parameters")),
     *(figures("peak memory, MB", "peak_memory_mb"), figures("compile, s", "compile_s", digits=3)),
-    *(words("compiler's cache held", "compiler_cache"), figures("cold start, s", "cold_start_s", digits=3)),
+    *(words("compiler's cache", "compiler_cache"), figures("cold start, s", "cold_start_s", digits=3)),
     words("error", "error"),
 )
 STARTUP = (
@@ -128,13 +128,13 @@ QUALITY = (
     *(spread("nll, nats", "nll"), figures("bits/dim", "bits_per_dim"), spread("active units", "active_units")),
     *(spread("linear probe", "probe"), spread("kNN", "knn"), figures("PCA's probe", "pca_probe", digits=3)),
     *(figures("pixels' probe", "pixels_probe", digits=3), figures("pixels' kNN", "pixels_knn", digits=3)),
-    *(spread("samples/s", "samples_per_s"), figures("seconds", "seconds", digits=3), words("on", "processor")),
+    *(spread("samples/s", "samples_per_s"), figures("seconds", "seconds", digits=3), words("processor", "processor")),
     words("errors", "errors"),
 )
 BOUNDS = (
     *(words("model", "model"), words("party", "party"), words("seed", "seed"), words("epochs", "epochs")),
     *(words("options", "options"), figures("ELBO, nats", "elbo", digits=5)),
-    *(figures("log p(x), nats", "log_likelihood", digits=5), figures("the zoo tighter by, nats", "tighter_by")),
+    *(figures("log p(x), nats", "log_likelihood", digits=5), figures("zoo tighter by, nats", "tighter_by")),
     *(words("importance samples", "importance_samples"), words("error", "error")),
 )
 DISENTANGLE = (
@@ -157,7 +157,7 @@ DICTIONARIES = (
 )
 BITS = (
     *(words("model", "model"), words("options", "options"), words("data", "dataset"), words("budget", "budget")),
-    *(words("samples", "rows"), words("seeds", "seeds"), figures("bits a sample", "bits"), spread("mse", "mse")),
+    *(words("samples", "rows"), words("seeds", "seeds"), figures("bits/sample", "bits"), spread("mse", "mse")),
     *(spread("psnr, dB", "psnr"), spread("ssim", "ssim"), spread("usage", "usage")),
     *(spread("perplexity", "perplexity"), spread("bits used", "used_bits")),
     *(figures("parameters", "parameters"), figures("seconds", "seconds", digits=3), words("errors", "errors")),
@@ -165,11 +165,11 @@ BITS = (
 QUANTISERS = (
     *(words("kind", "kind"), words("codes", "codes"), words("channels", "dim"), words("places", "places")),
     *(words("device", "device"), words("threads", "threads")),
-    *(figures("forward, places/s", "forward_per_s"), figures("theirs, places/s", "peer_forward_per_s")),
+    *(figures("forward, places/s", "forward_per_s"), figures("peer's, places/s", "peer_forward_per_s")),
     spread("forward ratio", "forward_ratio", "forward_ratio_min", "forward_ratio_max"),
-    *(figures("with backward, places/s", "step_per_s"), figures("theirs, places/s", "peer_step_per_s")),
+    *(figures("with backward, places/s", "step_per_s"), figures("peer's, places/s", "peer_step_per_s")),
     spread("ratio with backward", "step_ratio", "step_ratio_min", "step_ratio_max"),
-    *(figures("memory, MB", "memory_mb"), figures("theirs, MB", "peer_memory_mb")),
+    *(figures("memory, MB", "memory_mb"), figures("peer's, MB", "peer_memory_mb")),
     *(figures("same codes, %", "same_codes", 100), words("rounds", "repeats"), words("peer's error", "peer_error")),
     words("error", "error"),
 )

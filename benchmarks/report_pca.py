@@ -7,65 +7,65 @@ from .report_columns import Row
 
 NOT_EXPLAINED = "not explained: a defect until it is"
 # of models that are behind PCA where the reason is their own and not the budget's
-_RATE = "the ELBO switches off numbers that cost more nats of KL than they save in error"
-_L1 = "an L1 penalty shrinks what is active"
-_CORRUPTED = "its error is that of corrupted samples"
-_PRIVATE = "the shared numbers must come from one part alone, and the private ones be drawn where another's are"
+_RATE = "the ELBO switches off latent numbers whose KL costs more nats than they save in error"
+_L1 = "the L1 penalty shrinks active latents"
+_CORRUPTED = "its error is measured from corrupted inputs"
+_PRIVATE = "shared numbers must come from one part alone, and private ones are drawn at random for the other parts"
 REASONS = {
-    "ae1svm": "codes lie between 0 and 1, and a one-class SVM draws them together",
-    "aae": "the encoder serves the discriminator as well",
-    "alad": "encoder and decoder serve three discriminators as well",
-    "annealed_vae": "the KL is held at a capacity, which bounds what a code can say",
-    "beta_tcvae": "a weight above 1 buys independence of the numbers with reconstruction",
-    "beta_vae": "a weight above 1 buys a smaller KL with reconstruction",
+    "ae1svm": "codes lie between 0 and 1, and a one-class SVM pulls them together",
+    "aae": "the encoder also serves the discriminator",
+    "alad": "encoder and decoder also serve three discriminators",
+    "annealed_vae": "the KL is held at a capacity, which limits the information in a code",
+    "beta_tcvae": "a weight above 1 trades reconstruction for independent numbers",
+    "beta_vae": "a weight above 1 trades reconstruction for a smaller KL",
     "categorical_vae": "its numbers are one-hot: 20 variables of 4 classes are 40 bits",
     "cmvae": _PRIVATE,
-    "contractive_ae": "one sigmoid layer, and a penalty on what the code tells apart",
+    "contractive_ae": "one sigmoid layer, and a penalty on the code's sensitivity to the input",
     "crosscoder": _L1,
-    "crmvae": f"{_RATE}, its posterior is pulled to what each part can tell alone, and that is decoded as well",
-    "dagmm": "the code must fit a small mixture as well",
-    "deep_svdd": "codes are drawn to one point by an encoder without biases",
+    "crmvae": f"{_RATE}, its posterior is pulled towards those of single parts, which are decoded as well",
+    "dagmm": "the code must also fit a small mixture",
+    "deep_svdd": "an encoder without biases pulls all codes to one point",
     "dense_ae": "its layers of 128 and 64 ReLUs hold less than a linear code of as many numbers",
     "denoising_ae": _CORRUPTED,
     "dip_vae_ii": "a penalty on the covariance of codes trades against reconstruction",
     "denoising_vae": _CORRUPTED,
     "dmvae": f"{_RATE}, and decoders serve shared codes of one part alone as well",
-    "f_anogan": "the generator serves the critic as well, and heeds a tenth of what the encoder does",
-    "factor_vae": "a weight on the total correlation buys independence with reconstruction",
+    "f_anogan": "the generator also serves the critic, and its weight on the error is a tenth of the encoder's",
+    "factor_vae": "a weight on the total correlation trades reconstruction for independence",
     "gamma_vae": _RATE,
-    "gated_sae": "the L1 penalty keeps gates shut that would save little error",
+    "gated_sae": "the L1 penalty keeps gates closed if opening them saves little error",
     "hierarchical_vae": _RATE,
-    "hyperspherical_vae": "a direction has a number less than its coordinates, and a noise of its own",
+    "hyperspherical_vae": "a direction has one degree of freedom less than coordinates, and its own kind of noise",
     "jmvae": f"{_RATE}, and its posterior is pulled to what each part can tell alone",
     "jnf": _RATE,
-    "jumprelu_sae": "its penalty counts active numbers, and goes on to trade them for error",
-    "joint_vae": "both KL terms are held at capacities, which bound what a code can say",
+    "jumprelu_sae": "its penalty counts active numbers and keeps trading error for fewer of them",
+    "joint_vae": "both KL terms are held at capacities, which limit the information in a code",
     "ladder_vae": _RATE,
-    "linear_ae": "PCA is its optimum: what is left is the optimiser's distance",
-    "maetok": "its 512 numbers pass a transformer as a row of tokens, for which so little training does not do",
-    "masked_conv_ae": "it learns to fill in what is masked; whole samples are new to it",
+    "linear_ae": "PCA is its optimum; the optimiser has not fully reached it",
+    "maetok": "a transformer handles its 512 numbers as a sequence of tokens and needs more training than this",
+    "masked_conv_ae": "it learns to fill in masked parts and never sees whole samples in training",
     "mhvae": f"{_RATE}, and decoders serve codes of some parts alone as well",
     "mine_vae": _RATE,
-    "mmvae": "each number must come from one part alone, and the whole sample be decoded from it",
+    "mmvae": "each code comes from one part alone, and the whole sample is decoded from it",
     "mmvae_plus": _PRIVATE,
-    "mopoe_vae": "most of its codes are of some parts alone, from which the whole sample is decoded",
+    "mopoe_vae": "most of its codes come from some of the parts, and the whole sample is decoded from them",
     "mvae": f"{_RATE}, and decoders serve codes of some parts alone as well",
     "mvtcae": f"{_RATE}, and its posterior is pulled to what each part can tell alone",
-    "nexus": f"{_RATE}, and no number of a part's code may tell of another part",
-    "ra_sae": "its directions stay within a distance of 1 from mixtures of 128 samples",
+    "nexus": f"{_RATE}, and no number of a part's code may describe another part",
+    "ra_sae": "its directions stay within a distance of 1 of mixtures of 128 samples",
     "sae_l1": _L1,
     "semantic_hash_ae": "its numbers are bits",
     "sequence_ae": "a recurrent network learns slowly: its error still falls at the end of the longest run",
-    "sparse_ae_kl": "sigmoid units are never 0, so that all of them count as in use",
+    "sparse_ae_kl": "sigmoid units are never 0, so all of them count as active",
     "sparse_ae_l1": _L1,
     "stacked_dae": f"{_CORRUPTED}, and layers are trained one by one first",
-    "temporal_sae": "PCA gets as many numbers as its two codes hold together, of which few are free",
+    "temporal_sae": "PCA gets as many numbers as its two codes have together, but few of these are free",
     "transcoder": _L1,
     "telbo": _RATE,
-    "triplet_vae": "the triplet loss moves means apart by label, beside the ELBO's price of each number",
+    "triplet_vae": "the triplet loss separates means by label, in addition to the ELBO's cost of each number",
     "vae": _RATE,
-    "wta_ae": "its decoder reads what reaches a unit's threshold, about 13 of 256; the rest counts as in use",
-    "wae_gan": "the encoder serves the discriminator as well, with ten times the weight of the error",
+    "wta_ae": "its decoder reads only units that reach their threshold, about 13 of 256; the others count too",
+    "wae_gan": "the encoder also serves the discriminator, which has ten times the weight of the error",
 }
 
 
@@ -107,9 +107,10 @@ def section(judged: Sequence[Row], rows: Sequence[Row]) -> str:
     return "\n\n".join(
         [
             "## Beside PCA",
-            "PCA with as many numbers as a code has, or as a sparse code has in use, leaves the error that a linear "
-            "code can reach. A model that is ahead with more steps, or on another set, has no defect of its own: its "
-            "budget is short here, or, of variational models, samples of few values are worth few nats of KL.",
+            "PCA with as many numbers as a code has (for a sparse code: as many as are active) gives the lowest error "
+            "that a linear code can reach. A model that is ahead with more steps or on another data set has no defect "
+            "of its own. Either its budget is too short here or, for variational models, samples with few values do "
+            "not justify many nats of KL.",
             "\n".join(lines),
             *(["\n".join(table)] if behind else []),
         ]

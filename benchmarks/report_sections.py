@@ -34,133 +34,145 @@ SECTIONS = (
     Section(
         "peers-quality-",
         "Bounds beside pythae",
-        "The same networks, weights, batches and budget; both parties' trained weights are judged by one estimate. "
-        "Tighter by: the zoo's log p(x) less pythae's of the same seed.",
+        "Both parties train the same networks from the same weights, with the same batches and budget. One estimator "
+        "judges both parties' trained weights. Tighter by: the zoo's log p(x) minus pythae's for the same seed.",
         of.BOUNDS,
     ),
     Section(
         "disentangle-",
         "Disentanglement",
-        "Codes of `shapes` against its factors, median over seeds (lowest to highest); higher is better but for mse. "
-        "MIG to IRS are explained in `aezoo.metrics`; UDR compares a model's seeds with each other, without the "
-        "factors.",
+        "Codes of `shapes` compared with its factors; median over seeds (lowest to highest). Higher is better, except "
+        "for mse. `aezoo.metrics` explains MIG to IRS. UDR compares a model's seeds with each other and does not use "
+        "the factors.",
         of.DISENTANGLE,
     ),
     Section(
         "dictionaries-",
         "Known dictionaries",
-        "Sparse sums of known atoms (`synthetic_dictionary`), test split, median over seeds (lowest to highest). MCC: "
-        "mean absolute cosine of atoms and the latents matched with them; uniqueness: atoms that are the nearest of a "
-        "latent, over latents; L0: entries of a code that are not 0; FVU: fraction of variance unexplained, best at 0; "
-        "dead share: latents that are never active; cosine, shrinkage and reconstruction bias are best at 1 "
-        "(`aezoo.metrics`). Atoms, dimensions, active, correlation and noise are of the sums.",
+        "Samples are sparse sums of known atoms (`synthetic_dictionary`). Test split, median over seeds (lowest to "
+        "highest). MCC: mean absolute cosine similarity between atoms and the latents matched with them. Uniqueness: "
+        "the number of atoms that are the nearest atom of some latent, divided by the number of latents. L0: the "
+        "number of entries of a code that are not 0. FVU: fraction of variance unexplained; 0 is best. Dead share: "
+        "the share of latents that are never active. For cosine, shrinkage and reconstruction bias, 1 is best "
+        "(`aezoo.metrics`). Atoms, dimensions, active, correlation and noise describe the sums.",
         of.DICTIONARIES,
     ),
     Section(
         "probe-",
         "What codes hold",
-        "Shares of test samples whose class simple classifiers read off codes that were learned without labels, median "
-        "over seeds (lowest to highest); pooled: over the places of a map or the tokens.",
+        "Codes are learned without labels; simple classifiers then predict the class from them. The figures are the "
+        "shares of test samples classified correctly; median over seeds (lowest to highest). Pooled: averaged over "
+        "the places of a map or over the tokens.",
         of.PROBE,
     ),
     Section(
         "bits-",
         "Errors at equal bits",
-        "Quantised models with the same networks, grid and bits a sample; test split, median over seeds (lowest to "
-        "highest). Usage: the share of a book's codes that are chosen at all; perplexity: how many codes chosen "
-        "equally often would be as hard to guess; bits used: by an ideal code for the shares of choices.",
+        "Quantised models with the same networks, grid and bits per sample. Test split, median over seeds (lowest to "
+        "highest). Usage: the share of a codebook's entries that are chosen at all. Perplexity: the number of equally "
+        "likely entries that would be as hard to guess. Bits used: the bits that an ideal entropy code needs, given "
+        "how often each entry is chosen.",
         of.BITS,
     ),
     Section(
         "quantisers-",
         "Quantisers beside vector-quantize-pytorch",
-        "The same codes and maps in training mode, in turns; a ratio above 1 says that ours are faster, median over "
-        "rounds (lowest to highest). Places: points of the maps, each of which gets a code; memory: what a step takes "
-        "at its peak beyond what lay there before; same codes: the share of places at which both sides choose the "
-        "same.",
+        "Both sides quantise the same maps into the same codes, in training mode and in turns. A ratio above 1 means "
+        "that the zoo is faster; median over rounds (lowest to highest). Places: the points of the maps; each gets a "
+        "code. Memory: the peak memory of a step beyond what was allocated before it. Same codes: the share of places "
+        "at which both sides choose the same code.",
         of.QUANTISERS,
     ),
     Section(
         "gather-",
         "Decoding of sparse codes",
-        "The whole dictionary multiplied, or the active rows gathered; forward and backward, one thread. A sample of "
-        "`x_dim` numbers has `k` of `latents` active, `ratio` is latents / k, `speedup` dense_ms / gather_ms.",
+        "Two ways to decode a sparse code: multiply by the whole dictionary, or gather only its active rows. Times "
+        "are for forward and backward on one thread. A sample of `x_dim` numbers has `k` of `latents` active; `ratio` "
+        "is latents / k and `speedup` is dense_ms / gather_ms.",
         (),
     ),
     Section(
         "convolutions-",
         "Convolutions",
-        "Layers of kernel 3, forward and backward, in each way a CPU can: by torch (`torch_ms`), by products of "
-        "matrices (`products_ms`), by torch with the derivatives taken apart (`apart_ms`; in older files "
-        "`bias_apart_ms`, of the bias alone), of transposed ones as a convolution of the smaller grid "
-        "(`sub_pixels_ms`) and as products laid over one another (`overlay_ms`). `side` is that of the smaller grid, "
-        "`channels` are those of the larger; `chosen` is what a layer takes by itself. `speedup` is what the chosen "
-        "way makes of torch's own time, `lost` its time by that of the fastest. Left out, but not of the CSVs: layers "
-        "that torch computes in its own way, where no other way is a tenth faster.",
+        "Layers of kernel 3, forward and backward, computed in each way that a CPU offers: by torch (`torch_ms`), by "
+        "matrix products (`products_ms`), and by torch with the derivatives computed separately (`apart_ms`; older "
+        "files have `bias_apart_ms`, for the bias only). Transposed layers can also run as a convolution on the "
+        "smaller grid (`sub_pixels_ms`) or as overlapping products (`overlay_ms`). `side` is the side of the smaller "
+        "grid, `channels` is the channel count of the larger grid, and `chosen` is the way that a layer picks by "
+        "itself. `speedup` is torch's time divided by the time of the chosen way; `lost` is the time of the chosen "
+        "way divided by the time of the fastest way. The CSVs hold all layers. The tables omit those that torch "
+        "computes in its own way and where no other way is a tenth faster.",
         (),
         _is_no_plain_layer,
     ),
     Section(
         "published-",
         "Published settings",
-        "Recipes of published figures on other data and for a share of their steps: no reproduction. Losses are in "
-        "nats; `binarise` is how grey pictures become zeros and ones.",
+        "Recipes of published figures, run on other data and for a share of the published steps. They do not "
+        "reproduce the published figures. Losses are in nats; `binarise` says how grey images are turned into zeros "
+        "and ones.",
         (),
     ),
     Section(
         "peers-",
         "Beside others",
-        "The same network, data and losses; a party's ratio is to a compiled PyTorch loop by hand, in the same rounds. "
-        "Samples/s: in training, without the first epoch; wall: with what happens between epochs, such as validation "
-        "and pictures; first step: from the start of the process, with compilers' caches as they were; distance of "
-        "loss curves: the largest from the loop's, as a share of it. It agrees if that is as much as is allowed at "
-        "most: 1 %, 2 % where another precision is compared, 3 % of `conv28`, where the noise of codes is each "
-        "party's own, and of Keras, which shuffles for itself.",
+        "All parties train the same network on the same data with the same losses. A party's ratio is its speed "
+        "divided by that of a compiled, hand-written PyTorch loop in the same rounds. Samples/s: during training, "
+        "without the first epoch. Wall: includes what happens between epochs, such as validation and pictures. First "
+        "step: measured from the start of the process, with the compilers' caches as they were. Distance of loss "
+        "curves: the largest distance from the loop's curve, relative to it. A party agrees if this distance is at "
+        "most the allowed one: 1 %; 2 % for another precision; 3 % for `conv28`, where each party draws its own noise "
+        "for the codes, and for Keras, which shuffles the data itself.",
         of.PEERS,
     ),
     Section(
         "speed-train-",
         "Training",
-        "A Trainer's fit with bar, logger and checkpoints; median of the epochs after the first (lowest to highest). "
-        "Peak: the fastest product of square matrices in the same process and precision. Of matmul peak: the share of "
-        "a step in which the device could do all of its FLOPs at that peak; GEMMs at peak: the same of its matrix "
-        "products alone; products alone: the share that its products and convolutions take when they run by "
-        "themselves. Interface: bar, logger, checkpoints and guard, which are off in rows that say so; its share, and "
-        "that of the guard, which looks for faults, is what they add to a step (a negative one is noise). Compile: "
-        "what the first step takes beyond the others, with what the compiler's cache held (unknown where the cell is "
-        "empty); cold start: from the start of the process to the end of the first step. Scaling efficiency: the rate "
-        "by that of as many devices alone.",
+        "A Trainer's fit with progress bar, logger and checkpoints; median over the epochs after the first (lowest to "
+        "highest). Peak: the fastest product of square matrices in the same process and precision. Of matmul peak: "
+        "the share of a step that all of its FLOPs would take at that peak. GEMMs at peak: the same for its matrix "
+        "products only. Products alone: the share of a step that its products and convolutions take when they run by "
+        "themselves. Interface: progress bar, logger, checkpoints and fault guard; rows marked 'off' run without "
+        "them. The fault guard checks for faults. The shares of the interface and of the guard say what part of a "
+        "step they add; a negative share is noise. Compile: how much longer the first step takes than the others; the "
+        "next column says what the compiler's cache held (unknown if the cell is empty). Cold start: from the start "
+        "of the process to the end of the first step. Scaling efficiency: the rate divided by the combined rate of as "
+        "many devices that each work alone.",
         of.TRAIN,
     ),
     Section(
         "speed-infer-",
         "Inference",
-        "Under inference_mode; beside the bare networks, and the Trainer's predict beside a loop that does the same. "
-        "Encode / network and reconstruct / network: the model's methods by its bare modules; ms a batch, the share of "
-        "the peak and FLOPs are those of a reconstruction.",
+        "Inference under inference_mode, compared with the bare networks; the Trainer's predict is compared with a "
+        "loop that does the same. Encode / network and reconstruct / network: the speed of the model's methods "
+        "divided by the speed of its bare modules. Ms/batch, the share of the peak and the FLOPs describe a "
+        "reconstruction.",
         of.INFER,
     ),
     Section(
         "speed-startup-",
         "Start-up",
-        "Whole processes, timed from outside in turns; the ratio is to the imports of the same turn.",
+        "Whole processes, timed from outside and run in turns. The ratio is to the time of the imports in the same "
+        "turn.",
         of.STARTUP,
     ),
     Section(
         "quality-recipes-",
         "Recipes",
-        "Test split, one seed; losses in nats, `val/l0` the numbers of a sparse code in use.",
+        "Test split, one seed. Losses are in nats; `val/l0` is the number of active entries in a sparse code.",
         (),
     ),
     Section(
         "quality-",
         "Quality",
-        "Test split, median over seeds (lowest to highest). PCA of the same code size is the floor of a linear code. "
-        "L0: the numbers of a sparse code in use, PCA's mse at L0: with as many; active units: numbers of a code that "
-        "vary with the sample; linear probe and kNN: the share of test samples whose class logistic regression and the "
-        "5 nearest neighbours read off the code, of at most so many training codes (probe rows), beside PCA's code and "
-        "raw pixels. Epochs marked 'cut': `--most-seconds` ended a run before its budget of epochs did. On: the "
-        "processor, where a row names it; rates, and what a budget of seconds reaches, compare on one.",
+        "Test split, median over seeds (lowest to highest). PCA of the same code size gives the lowest error that a "
+        "linear code can reach. L0: the number of active entries in a sparse code. PCA's mse at L0: PCA with as many "
+        "numbers. Active units: entries of a code that vary with the sample. Linear probe and kNN: the share of test "
+        "samples whose class is predicted correctly from the code, by logistic regression and by the 5 nearest "
+        "neighbours. Both learn from at most as many training codes as 'probe rows' says. PCA's code and raw pixels "
+        "are measured in the same way. Epochs marked 'cut': `--most-seconds` ended a run before it reached its budget "
+        "of epochs. Processor: given where a row names it. Rates, and results of budgets in seconds, compare only on "
+        "the same processor.",
         of.QUALITY,
     ),
     Section("", "Others", "", ()),

@@ -93,47 +93,55 @@ def at_targets(rows: Sequence[Row]) -> Row:
 _ERRORS = (Figure("mse", "mse", "low"), Figure("ssim", "ssim", "high"))
 CONTESTS = (
     Contest(
-        "reconstruct", "", "Test samples against their reconstructions; PCA has a code of the same size.",
+        "reconstruct", "", "Error between test samples and their reconstructions. PCA has a code of the same size.",
         (Figure("psnr, dB", "psnr", "high", "dB"), *_ERRORS), 1, the_only,
     ),
     Contest(
-        "generate", "", "FID, KID, precision and recall against training samples, in the features of a small "
-        "classifier of the same data (named in the CSV; there are no Inception weights here). Closer: how likely a "
-        "sample is to be closer to the training samples than a real one that is held out; 0.5 is as close, 1 is a "
-        "copy, and blurred samples are closer too. What keeps near training samples scores well in fid: read both.",
+        "generate", "",
+        "FID, KID, precision and recall are measured against training samples, in the features of a small classifier "
+        "of the same data (named in the CSV; there are no Inception weights here). Closer: the probability that a "
+        "sample is closer to the training samples than a held-out real sample is. 0.5 means equally close and 1 means "
+        "a copy; blurred samples are closer too. Methods that stay near the training samples get a good FID, so read "
+        "both figures.",
         (
             Figure("fid", "fid", "low", ""), Figure("kid", "kid", "low"), Figure("precision", "precision", "high"),
             Figure("recall", "recall", "high"), Figure("closer", "closer"), Figure("distance", "distance"),
         ), 1, the_only,
     ),
     Contest(
-        "denoise", "", "Gaussian noise of deviation 0.3 on test samples; filters in the setting that suits the clean "
-        "originals best, which favours them. conv_denoising_ae was trained for this noise, the other models were not.",
+        "denoise", "",
+        "Test samples carry Gaussian noise with a standard deviation of 0.3. Filters use the setting that suits the "
+        "clean originals best, which favours them. conv_denoising_ae was trained for this noise; the other models "
+        "were not.",
         (Figure("psnr, dB", "psnr", "high", "dB"), *_ERRORS), 1, the_only,
     ),
     Contest(
-        "detect", "", "One-vs-rest: each class in turn is all that training knows, and the others are anomalies; means "
-        "over classes.",
+        "detect", "",
+        "One-vs-rest: each class in turn is the only one seen in training, and the other classes are anomalies. "
+        "Figures are means over classes.",
         (Figure("auroc", "auroc", "high", ""), Figure("aupr", "aupr", "high")), 1, over_classes,
     ),
     Contest(
-        "embed", "", "The share of test samples whose class is read off by logistic regression (probe) and by the 5 "
-        "nearest neighbours (knn).",
+        "embed", "",
+        "The share of test samples whose class is predicted correctly from the code, by logistic regression (probe) "
+        "and by the 5 nearest neighbours (knn).",
         (Figure("probe", "probe", "high", ""), Figure("knn", "knn", "high", ""), Figure("numbers", "size")),
         2, the_only,
     ),
     Contest(
-        "compress", "lossy", "The fewest bits per dimension that reach a PSNR, straight between measured qualities. "
-        "Bytes count tables and headers, not the model. ≤: the coarsest measured quality reaches more, and fewer bits "
-        "might do.",
+        "compress", "lossy",
+        "The fewest bits per dimension that reach a PSNR, interpolated linearly between measured quality settings. "
+        "Bytes include tables and headers, but not the model. ≤: the coarsest measured setting already exceeds this "
+        "PSNR, so fewer bits might be enough.",
         (
             *(Figure(f"bits/dim at {target} dB", f"bits_{target}", "low", "bits/dim") for target in TARGETS),
             Figure("best psnr, dB", "best_psnr", "high"),
         ), len(TARGETS), at_targets,
     ),
     Contest(
-        "compress", "lossless", "Whole files, all samples in one; the model's bytes are not counted. For a model with "
-        "a Bernoulli likelihood values are made 0 or 1 first, for all methods.",
+        "compress", "lossless",
+        "Whole files, with all samples in one file; the bytes of the model are not counted. For a model with a "
+        "Bernoulli likelihood, values are first set to 0 or 1, for all methods.",
         (Figure("bits/dim", "bits_per_dim", "low", "bits/dim"), Figure("bytes", "bytes", "low")), 1, the_only,
     ),
 )  # fmt: skip
@@ -271,8 +279,9 @@ def section(files: Mapping[str, tuple[list[str], list[Row]]], folder: Path, home
     """
     parts = [
         "## The verbs",
-        "What a trained model is used for, beside what a user would take otherwise (`baseline`); a `reference` is "
-        "neither. Test split, median over seeds (lowest to highest), the best in bold, sorted by the first figure.",
+        "Uses of a trained model, compared with what a user would take otherwise (`baseline`). A `reference` is "
+        "neither a model nor a baseline. Test split, median over seeds (lowest to highest); the best is in bold, and "
+        "rows are sorted by the first figure.",
     ]
     for stem, (commands, rows) in files.items():
         verb = stem.split("-")[1]

@@ -1,21 +1,22 @@
-"""Reconstruction error at equal bits: every quantised model with the same networks and grid, one CSV row a run.
+"""Reconstruction error at equal bits: every quantised model with the same networks and grid, one CSV row per run.
 
-    python -m benchmarks.bits                                             all models, 6 and 8 bits a place, on mnist5k
+    python -m benchmarks.bits                                             all models, 6 and 8 bits per place, mnist5k
     python -m benchmarks.bits --data fashion_mnist --root /usr/share/datasets --rows 5000 --epochs 8 --jobs 2
     python -m benchmarks.bits --models vq_vae fsq_vae --bits 4 10 --seeds 5
 
-bits is what the indices of a sample take, log2 K each, and is the same for all as nearly as a model's books can be
-chosen: with --bits 6 and 7x7 places 294. vq_vae has K = 2^bits codes, lfq_vae and bsq_vae that many channels of a bit,
-fsq_vae the levels of the paper's table 5, rq_vae two levels and vq_vae with n_groups two groups of half the bits,
-qlae a vector of twice as many numbers as there are places, of half the bits each, vq_vae_2 two grids with books of
-fewer codes, titok as many tokens as there are places. used_bits are those left by an ideal code for the shares of the
-test split's choices, each place and book by itself. usage and perplexity are means over books.
+bits is the number of bits of a sample's indices, log2 K each: 294 with --bits 6 and 7x7 places. It is as nearly equal
+across models as their codebook sizes allow. vq_vae has K = 2^bits codes, lfq_vae and bsq_vae have `bits` channels of
+one bit, and fsq_vae has the levels of the paper's table 5. rq_vae has two levels, and vq_vae with n_groups has two
+groups, of half the bits each. qlae has a vector of twice as many numbers as there are places, of half the bits each.
+vq_vae_2 has two grids with smaller codebooks, and titok has as many tokens as there are places. used_bits are the bits
+that an ideal entropy code needs, given how often the test split chooses each code, for each place and codebook
+separately. usage and perplexity are means over codebooks.
 
-Errors are those of the test split, of the model as its last step left it. All but titok, a transformer, have the net
-conv. All else is each model's default, but that temperatures and weights which change over training do so over the
-first half of it. A seed fixes weights, noise and order; the splits are the same for all.
+Errors are measured on the test split with the model after its last step. All models have the net conv, except titok,
+which is a transformer. All other settings are each model's defaults, except that temperatures and weights with a
+schedule change over the first half of training. A seed fixes weights, noise and order; the splits are the same for all.
 
-Rows that are there already are kept; --again measures them anew. Every run has a process of its own.
+Existing rows are kept; --again measures them again. Every run has its own process.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from . import common, parallel
 from .quality_table import dataset_name
 
 NET = {"net": "conv", "hidden_dims": (32, 64)}
-# a transformer of the default width 64 takes as long as all others together
+# with the default width of 64 this transformer takes as long as all other models together
 TITOK = {"width": 32, "decoder_width": 32}
 # as in table 5 of https://arxiv.org/abs/2309.15505
 FSQ_LEVELS = {4: (5, 3), 6: (8, 8), 8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 5)}
@@ -44,11 +45,11 @@ COLUMNS = (
 
 
 def settings(bits: int, places: int) -> list[tuple[str, dict[str, Any]]]:
-    """Models with what gives a sample places x bits; vq_vae in all the ways its codes and gradients can be had.
+    """Models with settings that give a sample places x bits; vq_vae with all its codebook updates and estimators.
 
     Args:
-        bits: of a place; even.
-        places: of the grid.
+        bits: bits per place; even.
+        places: places of the grid.
     """
     size = {"codebook_size": 2**bits}
     return [
@@ -77,7 +78,7 @@ def settings(bits: int, places: int) -> list[tuple[str, dict[str, Any]]]:
 
 
 def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple[int, ...]) -> list[dict[str, Any]]:
-    """What to run: a spec for each row, with the row's first columns; all of one seed first."""
+    """The runs: a spec for each row, with the row's first columns; sorted by seed."""
     names = [registry.find(name).name for name in arguments.models or dict(settings(6, 1))]
     other = next((name for name in names if name not in dict(settings(6, 1))), None)
     if other is not None:
@@ -104,7 +105,7 @@ def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple
 
 
 def bits_of(model: Any) -> float:
-    """What the indices of a sample take."""
+    """The number of bits of a sample's indices."""
     import torch
 
     books = model.books(torch.zeros(1, *model.index_shape, dtype=torch.long))
@@ -112,7 +113,7 @@ def bits_of(model: Any) -> float:
 
 
 def as_text(options: dict[str, Any]) -> str:
-    """Hyperparameters in a cell."""
+    """Hyperparameters as the text of a cell."""
     return " ".join(
         f"{key}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}" for key, value in options.items()
     )
@@ -135,7 +136,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is asked for and not there yet."""
+    """Measure the requested rows that do not exist yet."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
     data, options = common.fetched(arguments.data, arguments.root, arguments.batch_size)

@@ -15,9 +15,9 @@ from aezoo import registry
 from . import processes
 from .quality_row import open_data, silent_trainer
 
-# of the test figures of `Evaluation`, those that become columns as they are
+# test figures of `Evaluation` that become columns unchanged
 FIGURES = ("loss", "mse", "psnr", "ssim")
-# of what changes over training, how many steps it takes
+# hyperparameters that hold the length of a schedule in steps
 SCHEDULES = ("temperature_steps", "kl_steps")
 
 
@@ -54,10 +54,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_books(model: Any, figures: dict[str, float]) -> dict[str, float]:
-    """Usage and perplexity, means over the codebooks, and used_bits, from the figures of each.
+    """Usage and perplexity as means over the codebooks, and used_bits, from the figures of each codebook.
 
     Args:
-        model: its `books` say which codebooks there are.
+        model: its `books` lists the codebooks.
         figures: usage and perplexity of each codebook, as `aezoo.metrics.codebook_metrics` names them.
     """
     books = model.books(torch.zeros(1, *model.index_shape, dtype=torch.long))

@@ -1,6 +1,6 @@
-"""What the benchmarks share: file names that say where a number comes from, and CSVs that go on.
+"""Code that the benchmarks share: file names that say where a number comes from, and CSVs that can be continued.
 
-Nothing here imports torch before it must: a script that only reads its arguments answers at once.
+Nothing here imports torch before it is needed, so a script that only reads its arguments answers at once.
 """
 
 import argparse
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
     from aezoo import DataModule
 
 PACKAGE = Path(__file__).parent
-# `benchmarks` in a checkout, `aezoo.benchmarks` in a wheel: what `python -m` needs, and the folder where it is found
+# `benchmarks` in a checkout, `aezoo.benchmarks` in a wheel: the name for `python -m`, and the folder that contains it
 NAME = __name__.rpartition(".")[0]
 ROOT = PACKAGE.parents[NAME.count(".")]
 AGAIN = ("all", "failed")
 
 
 def results_folder() -> Path:
-    """`benchmarks/results` of a checkout; a folder where the user is for an installed package."""
+    """`benchmarks/results` in a checkout; for an installed package, a folder in the current directory."""
     return PACKAGE / "results" if (PACKAGE.parent / "pyproject.toml").is_file() else Path("benchmark-results")
 
 
 def environment(
     asked: argparse.Namespace | None = None, precision: str = "fp32", accelerator: str | None = None
 ) -> str:
-    """What a number depends on, for a file name: precision, torch's version, cores or GPU, and the machine if named.
+    """The settings that a number depends on, for a file name: precision, torch's version, cores or GPU, and machine.
 
     Args:
-        asked: what `parser` has read: the machine's name and, with such a flag, the accelerator.
+        asked: arguments that `parser` has read: the machine's name, if given, and the accelerator if there is a flag.
         precision: fp32 or bf16.
-        accelerator: one that the user cannot choose.
+        accelerator: a fixed accelerator that the user cannot choose.
 
     Raises:
-        AezooError: an accelerator that is not there: its failures were rows in the processor's file.
+        AezooError: the accelerator is not available; its failures would become rows in the processor's file.
     """
     import torch
 
@@ -63,7 +63,7 @@ def environment(
 
 
 def processor() -> str:
-    """The name of this machine's processor; a cloud's may be a class of processors, so its numbers are added."""
+    """The name of this machine's processor with its family and model; a cloud may name only a class of processors."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
@@ -74,7 +74,7 @@ def processor() -> str:
 
 
 def bare_parser(script: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring, in the words by which the script was called."""
+    """A parser whose help is the script's docstring, with commands written as the script was called."""
     caller = Path(sys.argv[0])
     called = "aezoo benchmark " if "aezoo" in (caller.stem, caller.parent.name) else f"python -m {NAME}."
     summary, _, usage = (doc or "").partition("\n")
@@ -83,13 +83,13 @@ def bare_parser(script: str, doc: str | None) -> argparse.ArgumentParser:
         description=summary,
         epilog=usage.replace("python -m benchmarks.", called),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # an abbreviated flag would not be known to `command_line`
+        # `command_line` does not recognise abbreviated flags
         allow_abbrev=False,
     )
 
 
 def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
-    """A `bare_parser` with the flags that all scripts that measure have."""
+    """A `bare_parser` with the flags that all measuring scripts share."""
     made = bare_parser(script, doc)
     add_results(made)
     made.add_argument(
@@ -103,7 +103,7 @@ def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def add_again(made: argparse.ArgumentParser) -> None:
-    """The flag of scripts that keep the rows that are there."""
+    """Add the flag of scripts that keep existing rows."""
     made.add_argument(
         "--again",
         nargs="?",
@@ -114,14 +114,14 @@ def add_again(made: argparse.ArgumentParser) -> None:
 
 
 def add_results(made: argparse.ArgumentParser) -> None:
-    """The flag of scripts that write or read CSVs."""
+    """Add the flag of scripts that write or read CSVs."""
     folder = results_folder()
     text = f"folder of the CSVs; by default {folder}"
     made.add_argument("--results", type=Path, default=folder, metavar="DIR", help=text)
 
 
 def add_runs(made: argparse.ArgumentParser, unit: str, timeout: int) -> None:
-    """The flags of scripts that train models with several seeds, `unit` by `unit`, each in a process of its own."""
+    """Add the flags of scripts that train models with several seeds, each `unit` in its own process."""
     add, count = made.add_argument, at_least(1)
     add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
     add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
@@ -161,9 +161,9 @@ def seconds(text: str) -> float:
 
 
 def fetched(name: str, root: str, batch_size: int, size: int | None = None) -> tuple["DataModule", dict[str, Any]]:
-    """A data set whose files are there before several processes download the same ones, and the arguments that open it.
+    """Download a data set once, before several processes would; return it and the arguments that open it.
 
-    Paths are absolute, since rows are measured in folders of their own.
+    Paths are absolute because each row is measured in its own folder.
     """
     from aezoo import DataModule
     from aezoo.data.sources import from_path
@@ -180,7 +180,7 @@ def _absolute(path: str) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; what the user must mend is one line, as in the command line."""
+    """Run a script's `main`; errors that the user can fix are printed as one line, as in the command line."""
     try:
         main()
     except AezooError as error:
@@ -191,7 +191,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def command_line(script: str, argv: Sequence[str]) -> str:
-    """The command for a CSV's head: what the rows mean, without where they go and whether they were there before."""
+    """The command for a CSV's head: what the rows measure, without the output folder and --again."""
     kept: list[str] = []
     before = ""
     for word in argv:
@@ -211,12 +211,12 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value."""
+        """The spread of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 def in_turns(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median of what each way returns, such as its seconds; a first turn, which makes kernels, does not count."""
+    """Median of the values that each way returns, such as seconds; the first turn, a warm-up, does not count."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(1 + repeats):
         for name, way in ways.items():
@@ -227,7 +227,7 @@ def in_turns(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str,
 
 
 def as_text(value: object) -> str:
-    """A cell: numbers with five significant digits, nothing for None."""
+    """The text of a cell: numbers with five significant digits, empty for None."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -237,7 +237,7 @@ def as_text(value: object) -> str:
 
 
 def as_number(text: str) -> float | None:
-    """What a cell says as a number, or None."""
+    """The text of a cell as a number, or None."""
     try:
         return float(text)
     except ValueError:
@@ -256,7 +256,7 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         AezooError: the file cannot be read as one.
     """
     try:
-        # with the mark that some spreadsheets write first, or without
+        # some spreadsheets write a byte order mark first
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -269,10 +269,10 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Make one line of what keeps a file of results from being written.
+    """Turn a failure to write a results file into a one-line error.
 
     Raises:
-        AezooError: cause and cure.
+        AezooError: the file cannot be written; names the cause and a remedy.
     """
     try:
         yield
@@ -282,7 +282,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_turn(folder: Path) -> Iterator[None]:
-    """Wait until no other process writes a table of this folder, where the system can."""
+    """Wait until no other process writes a table in this folder, where the system supports locks."""
     if sys.platform == "win32":
         yield
         return
@@ -290,7 +290,7 @@ def in_turn(folder: Path) -> Iterator[None]:
 
     held = os.open(folder, os.O_RDONLY)
     try:
-        # network file systems may have no locks of folders
+        # network file systems may not lock folders
         with contextlib.suppress(OSError):
             fcntl.flock(held, fcntl.LOCK_EX)
         yield
@@ -300,10 +300,10 @@ def in_turn(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold a file that grows while a run measures, and let no other run near it.
+    """Lock a file that grows while a run measures, so that no other run writes it.
 
     Raises:
-        AezooError: another run holds it.
+        AezooError: another run holds the lock.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -324,14 +324,14 @@ def alone(path: Path) -> Iterator[None]:
 
 
 class Table:
-    """A CSV that is whole after every row: rows of a run that was broken off are there, and are not measured again.
+    """A CSV that is complete after every row: an interrupted run keeps its rows and does not measure them again.
 
-    Rows that other processes, or a hand, have put into the file in the meantime stay.
+    Rows that other processes or the user have added to the file in the meantime stay.
 
     Args:
         path: the file; it need not exist.
-        key: columns that say which row is which.
-        command: what measures these rows, for the head of the file.
+        key: columns that identify a row.
+        command: the command that measures these rows, for the head of the file.
         again: `all` measures every row again, `failed` those with an error, None none.
     """
 
@@ -343,7 +343,7 @@ class Table:
         self._writable = False
 
     def read(self) -> None:
-        """Take what the file holds now."""
+        """Read the current content of the file."""
         if self.path.is_file():
             self.commands, self.rows = read_csv(self.path)
         if self.command not in self.commands:
@@ -351,7 +351,7 @@ class Table:
 
     @contextlib.contextmanager
     def changed(self) -> Iterator[None]:
-        """Change the rows that the file holds now, and write them, with no other process in between."""
+        """Read the file, let the caller change its rows, and write them while no other process can write."""
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with in_turn(self.path.parent):
@@ -365,10 +365,10 @@ class Table:
         return next((r for r in self.rows if [r.get(name, "") for name in self.key] == wanted), None)
 
     def needs(self, row: Mapping[str, object]) -> bool:
-        """Whether the row is still to be measured.
+        """Whether the row still has to be measured.
 
         Raises:
-            AezooError: it is, and what is measured could not be written.
+            AezooError: it has to be measured, but the result could not be written.
         """
         there = self.find(row)
         needed = there is None or self.again == "all" or (self.again == "failed" and bool(there.get("error")))
@@ -377,10 +377,10 @@ class Table:
         return needed
 
     def check_writable(self) -> None:
-        """Before anything is measured: what could not be written were lost.
+        """Check before measuring that the file can be written; otherwise results would be lost.
 
         Raises:
-            AezooError: cause and cure.
+            AezooError: the file cannot be written; names the cause and a remedy.
         """
         if self._writable:
             return
@@ -390,7 +390,7 @@ class Table:
                 self._writable = True
 
     def put(self, row: Mapping[str, object]) -> None:
-        """Add a row, with the processor's name, or replace the one with its key, and write the file."""
+        """Add a row with the processor's name, or replace the row with the same key, and write the file."""
         fresh = {name: as_text(value) for name, value in row.items()} | {"processor": as_text(processor())}
         with self.changed():
             there = self.find(row)
@@ -401,14 +401,14 @@ class Table:
                 there.update(fresh)
 
     def renew(self, rows: Iterable[Mapping[str, object]]) -> None:
-        """Put these rows, measured by this table's command, in the place of all, and write the file."""
+        """Replace all rows by these, which this table's command measured, and write the file."""
         with self.changed():
             self.commands, self.rows = [self.command], []
             machine = {"processor": as_text(processor())}
             self.rows += [{name: as_text(value) for name, value in row.items()} | machine for row in rows]
 
     def write(self) -> None:
-        """Write all rows; the file is the old one or the new one, never a part."""
+        """Write all rows atomically: the file is the old one or the new one, never a part."""
         columns = [*dict.fromkeys(name for row in self.rows for name in row if name != "error"), "error"]
         part = self.path.with_suffix(".part")
         with writing(self.path):
@@ -423,5 +423,5 @@ class Table:
                     os.fsync(file.fileno())
                 part.replace(self.path)
             finally:
-                # what a full disk has cut off takes the room that the next attempt needs
+                # a file cut off by a full disk takes the space that the next attempt needs
                 part.unlink(missing_ok=True)

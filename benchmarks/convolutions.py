@@ -1,16 +1,16 @@
-"""Which way a CPU computes a convolution fastest, and whether the layers of the zoo take it.
+"""Find the fastest way for a CPU to compute a convolution, and check whether the layers of the zoo use it.
 
     python -m benchmarks.convolutions --threads 1                       the whole grid
-    python -m benchmarks.convolutions --precision bf16 --sides 4        some of it by autocast
+    python -m benchmarks.convolutions --precision bf16 --sides 4        a part of it, with autocast
 
-A row is one layer of kernel 3, forward and backward, by torch and by the ways of `aezoo/nets/conv2d.py`, in turns:
-`products_ms`, `apart_ms`, `abreast_ms` (of images that lie so, as they do between layers) and, of transposed ones,
-`sub_pixels_ms` (to four channels or fewer) and `overlay_ms` (to one) are medians of the repeats as `torch_ms` is.
-Pages of memory are kept, as in runs of the command line. `side` is that of the smaller grid, and a `transposed_odd`
-layer's larger grid is no whole number of strides; `channels` are those of the larger grid, of which the smaller one has
-twice as many at stride 2, and never fewer than 32. `chosen` is what the layer takes by itself among others, `speedup`
-what that makes of torch_ms, `lost` its time by that of the fastest way. Printed at the end is where it is more than a
-tenth more.
+A row is one layer of kernel 3, forward and backward. Torch and the ways of `aezoo/nets/conv2d.py` take turns, and each
+time is a median over the repeats: `torch_ms`, `products_ms`, `apart_ms`, `abreast_ms` (on images stored side by side,
+as between layers) and, for transposed layers, `sub_pixels_ms` (up to four output channels) and `overlay_ms` (one).
+Memory pages are kept, as in runs of the command line. `side` is the side of the smaller grid; the larger grid of a
+`transposed_odd` layer is not a whole number of strides. `channels` is the channel count of the larger grid; the smaller
+grid has twice as many at stride 2, and never fewer than 32. `chosen` is the way that the layer picks by itself among
+other layers. `speedup` is torch_ms divided by the time of the chosen way, and `lost` is the time of the chosen way
+divided by that of the fastest. The script ends by printing the rows in which `lost` exceeds one by more than a tenth.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ KEY = ("layer", "precision", "batch", "channels", "side", "stride", "threads")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the grid that is asked for."""
+    """Measure the requested grid."""
     made = parser("convolutions", __doc__)
     add = made.add_argument
     add("--batch", nargs="+", type=at_least(1), default=[64], metavar="N", help="samples of a batch")

@@ -1,18 +1,19 @@
-"""Train every sparse model on sums of known atoms and see whether it finds them: one CSV row a run, and medians.
+"""Train every sparse model on sums of known atoms and test whether it finds them: one CSV row per run, and medians.
 
     python -m benchmarks.dictionaries                                      all sparse models, three seeds
     python -m benchmarks.dictionaries --models topk_sae sae_l1 --atoms 256 --dim 64 --correlation 0.5 --jobs 2
 
-The data are `synthetic_dictionary`. All codes have as many numbers as there are atoms; models that take the number of
-active latents get the mean number of active atoms, and OPTIONS has what others need to come near it. A seed fixes the
-atoms and the samples as well as weights, noise and order. Figures are of the test split: mcc, the mean absolute cosine
-of atoms and the latents that they are matched with one to one; uniqueness, how many atoms are the nearest of a latent,
-over latents; l0 and dead_share, entries that are not 0; fvu, cosine, shrinkage and reconstruction_bias as in
-`aezoo.metrics`, best at 0, 1, 1 and 1. A latent's direction is how much it changes what the decoder gives. Crosscoders
-and transcoders get two streams of one code, as many numbers each; a transcoder reads the first and is judged by the
-second. temporal_sae is left out: of samples of one position it is topk_sae.
+The data set is `synthetic_dictionary`. All codes have as many numbers as there are atoms. Models that take the number
+of active latents get the mean number of active atoms; OPTIONS has settings that bring the other models near it. A seed
+fixes the atoms and the samples as well as weights, noise and order. Figures are measured on the test split. mcc is the
+mean absolute cosine similarity of atoms and the latents matched with them one to one. uniqueness is the number of atoms
+that are the nearest atom of some latent, divided by the number of latents. l0 and dead_share count entries that are not
+0. fvu, cosine, shrinkage and reconstruction_bias are those of `aezoo.metrics`, best at 0, 1, 1 and 1. A latent's
+direction is the change that it makes in the decoder's output. Crosscoders and transcoders get two streams of one code,
+with equally many numbers; a transcoder reads the first and is judged by the second. temporal_sae is left out: on
+samples of one position it equals topk_sae.
 
-Rows that are there already, of the same model, seed, data, budget and options, are kept; --again measures them anew.
+Existing rows of the same model, seed, data, budget and options are kept; --again measures them again.
 """
 
 import argparse
@@ -26,8 +27,8 @@ from aezoo.errors import AezooError
 
 from . import common, parallel
 
-# what a model needs beside the size of its code and the number of active latents: penalties that bring l0 near the
-# default --active, in runs of thousands of steps
+# settings of models besides code size and number of active latents: penalties that bring l0 near the default --active
+# in runs of thousands of steps
 OPTIONS: dict[str, dict[str, Any]] = {
     "sparse_ae_l1": {"l1": 1.0},
     "sae_l1": {"l1": 0.5},
@@ -36,9 +37,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "crosscoder": {"l1": 0.2},
     "transcoder": {"targets": (1,), "l1": 0.4},
 }
-# streams of a model's data; 1 for all others
+# number of data streams of a model; 1 for all others
 STREAMS = {"crosscoder": 2, "transcoder": 2}
-# the data have none
+# models of sequences; the data have none
 OF_SEQUENCES = ("temporal_sae",)
 DATA = ("atoms", "dim", "active", "correlation", "noise", "samples")
 KEY = ("model", "seed", "steps", "batch_size", "lr", *DATA, "options")
@@ -48,7 +49,7 @@ SHOWN = ("mcc", "l0", "fvu", "dead_share")
 
 
 def plan(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What to run: a spec for each row, with the row's first columns."""
+    """The runs: a spec for each row, with the row's first columns."""
     known = [name for name in registry.list_models(family="sparse") if name not in OF_SEQUENCES]
     names = [registry.find(name).name for name in arguments.models or known]
     other = next((name for name in names if name not in known), None)
@@ -79,7 +80,7 @@ def plan(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def options_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A model's own settings for data of so many active atoms."""
+    """A model's settings for data with the requested number of active atoms."""
     own, given = registry.hyperparameters(name), OPTIONS.get(name, {})
     common_ones = {"likelihood": "gaussian", "k": max(1, round(arguments.active))}
     share = {"rho": arguments.active / arguments.atoms, "lifetime": arguments.active / arguments.atoms}
@@ -119,7 +120,7 @@ def medians(rows: Iterable[Mapping[str, str]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is asked for and not there yet, and show the medians of it all."""
+    """Measure the requested rows that do not exist yet, and print the medians of all rows."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
     path = f"dictionaries-{common.environment(arguments)}.csv"

@@ -36,7 +36,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def scores(model: aezoo.Autoencoder, x: Tensor, atoms: Tensor) -> dict[str, float]:
-    """Figures of samples (N, *input_shape) and of the decoder beside the atoms (N, *input_shape)."""
+    """Figures of samples (N, *input_shape), and of the decoder compared with the atoms (N, *input_shape)."""
     model.eval()
     judged: Any = getattr(model, "predicted", lambda rows: rows)
     codes = torch.cat([model.encode(part.to(model.device)).flatten(1) for part in x.split(_CHUNK)])
@@ -55,7 +55,7 @@ def scores(model: aezoo.Autoencoder, x: Tensor, atoms: Tensor) -> dict[str, floa
 
 
 def directions(model: aezoo.Autoencoder, codes: Tensor) -> Tensor:
-    """What each latent adds to what the decoder gives, at the largest value that it has in codes: (L, *input_shape)."""
+    """What each latent adds to the decoder's output at its largest value in the codes: (L, *input_shape)."""
     largest = codes.abs().amax(0)
     largest = largest.where(largest > 0, 1)
     single = torch.diag(largest).unflatten(1, model.code_shape)

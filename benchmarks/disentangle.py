@@ -1,15 +1,16 @@
-"""Train models on `shapes` and measure how well their codes separate its factors: one CSV row a run.
+"""Train models on `shapes` and measure how well their codes separate its factors: one CSV row per run.
 
     python -m benchmarks.disentangle                                       eight variational models, three seeds
     python -m benchmarks.disentangle --models vae beta_vae --steps 50000 --seeds 5 --net conv --jobs 2
 
-Every model keeps its own defaults but for the size of the code. Figures are of samples of the test split, pictures that
-no model was trained on in another orientation, the same for all runs; codes are means of q(z|x), with the shape as a
-categorical factor. The metrics are those of `aezoo.metrics`; higher is better for all. udr compares a model's seeds,
-without the factors. elbo is in nats, mse that of the mean code's reconstruction. A seed fixes weights, noise and order.
+Every model keeps its own defaults, except for the size of the code. Figures are measured on samples of the test split,
+which are the same for all runs: pictures that no model was trained on in another orientation. Codes are the means of
+q(z|x), and the shape is a categorical factor. The metrics are those of `aezoo.metrics`; higher is better for all. udr
+compares a model's seeds and does not use the factors. elbo is in nats; mse is that of the mean code's reconstruction.
+A seed fixes weights, noise and order.
 
-Rows that are there already, of the same model, seed and budget, are kept; --again measures them anew. A model's seeds
-run in one process, which udr needs: one that fails costs them all.
+Existing rows of the same model, seed and budget are kept; --again measures them again. All seeds of a model run in one
+process, because udr needs them together; if one fails, all are lost.
 """
 
 import argparse
@@ -35,7 +36,7 @@ COLUMNS = (
 
 
 def plan(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What to run: a spec for each model, with the first columns of its seeds' rows."""
+    """The runs: a spec for each model, with the first columns of its seeds' rows."""
     known = registry.list_models()
     names = [registry.find(name).name for name in arguments.models or [name for name in MODELS if name in known]]
     net = {"net": arguments.net} if arguments.net else {}
@@ -70,7 +71,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is asked for and not there yet."""
+    """Measure the requested rows that do not exist yet."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
     path = f"disentangle-shapes-{arguments.size}-{common.environment(arguments)}.csv"

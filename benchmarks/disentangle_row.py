@@ -24,7 +24,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         spec: model, hyperparameters, data (the DataModule's arguments), steps, rows, accelerator, and seeds, the first
             columns of each row.
     """
-    # drawn as they are used: a run sees each picture a few times at most
+    # drawn on the fly: a run sees each picture only a few times
     data = aezoo.DataModule(**spec["data"], memory="off", num_workers=0)
     x, factors = samples(data, spec["rows"])
     rows: list[dict[str, Any]] = []
@@ -50,7 +50,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def samples(data: aezoo.DataModule, n: int) -> tuple[Tensor, Tensor]:
-    """Pictures of the test split, drawn by chance with the same seed for every run, and their factors."""
+    """Random pictures of the test split, drawn with the same seed for every run, and their factors."""
     source = data.source
     assert isinstance(source, Shapes)
     test = source.rows("test")

@@ -7,11 +7,11 @@ import sys
 import venv
 from pathlib import Path
 
-# what pip installs for a party; those not named here run in this environment
+# packages that pip installs for a party; parties not named here run in this environment
 PACKAGES: dict[str, tuple[str, ...]] = {
     "keras_torch": ("keras>=3,<4",),
     "keras_jax": ("keras>=3,<4", "jax"),
-    # its CPU wheels; `tensorflow` is the same with code for GPUs
+    # CPU wheels; `tensorflow` is the same with GPU code
     "keras_tensorflow": ("keras>=3,<4", "tensorflow-cpu"),
     "pythae": ("pythae",),
 }
@@ -20,12 +20,12 @@ CUDA_PACKAGES: dict[str, tuple[str, ...]] = {
     "keras_jax": ("keras>=3,<4", "jax[cuda12]"),
     "keras_tensorflow": ("keras>=3,<4", "tensorflow[and-cuda]"),
 }
-# these see this environment's packages after their own, so that all of PyTorch's parties run one build of it
+# these parties also see this environment's packages, after their own, so all PyTorch parties run the same build
 SHARED = ("keras_torch", "pythae")
 
 
 class EnvironmentFailure(RuntimeError):
-    """pip could not make an environment; one line."""
+    """pip could not make an environment; the message is one line."""
 
 
 def cache() -> Path:
@@ -38,7 +38,7 @@ def cache() -> Path:
 
 
 def python_for(party: str, folder: Path, accelerator: str = "cpu") -> str:
-    """The interpreter that runs a party on cpu or cuda; makes its environment in `folder` if it is not there.
+    """The interpreter that runs a party on cpu or cuda; makes its environment in `folder` if it does not exist.
 
     Raises:
         EnvironmentFailure: pip's last line.

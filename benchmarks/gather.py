@@ -1,11 +1,11 @@
-"""From how many latents for each active one gathering a dictionary's rows beats multiplying by all of it.
+"""Find the ratio of latents to active latents from which gathering a dictionary's rows beats a full product.
 
     python -m benchmarks.gather                           the whole grid on the fastest device
     python -m benchmarks.gather --accelerator cpu --threads 1
 
-A row is one decoding of a code's active latents, forward and backward, both ways in turns: `dense_ms` and `gather_ms`
-are medians of the repeats, `ratio` is latents / k. Printed at the end is the least ratio from which on gathering is
-faster in every row, what `CROSSOVER` of `aezoo/nets/dictionary.py` holds for the device's type.
+A row is one decoding of a code's active latents, forward and backward; both ways take turns. `dense_ms` and
+`gather_ms` are medians over the repeats, and `ratio` is latents / k. The script ends by printing the smallest ratio
+from which gathering is faster in every row; `CROSSOVER` of `aezoo/nets/dictionary.py` holds it for the device's type.
 """
 
 import itertools
@@ -23,7 +23,7 @@ _RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the grid that is asked for."""
+    """Measure the requested grid."""
     made = parser("gather", __doc__)
     add = made.add_argument
     add("--batch", nargs="+", type=at_least(1), default=[128, 1024], metavar="N", help="samples of a batch")
@@ -74,7 +74,7 @@ def measure(row: dict[str, int], arguments: Namespace) -> dict[str, Any]:
 
 
 def _timed(step: Callable[[], None]) -> float:
-    """Milliseconds of one call, of so many that a clock can see them."""
+    """Milliseconds per call, averaged over enough calls for the clock to resolve."""
     calls, took = 1, 0.0
     while took < 0.02:
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Labels beside points and at the ends of curves, clear of what is drawn: a legend would send the reader to and fro."""
+"""Labels beside points and at the ends of curves that avoid the drawing; they are easier to read than a legend."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# points of text
+# font size in points
 SIZE = 11
-# where a label may stand about its point, nearest first: steps right and up, in points
+# allowed offsets of a label from its point, nearest first: right and up, in points
 _PLACES = ((7, 0), (-7, 0), (0, 9), (0, -9), (6, 8), (6, -8), (-6, 8), (-6, -8), (0, 20), (0, -20), (16, 14), (-16, 14))
 
 
 def beside(ax: "Axes", points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write the text, if any, beside each point (x, y, text, colour), clear of points and other labels if it can be."""
+    """Write the text, if any, beside each point (x, y, text, colour), avoiding points and other labels if possible."""
     from matplotlib.transforms import Bbox
 
     figure: Any = ax.figure
-    figure.draw_without_rendering()  # the layout decides where points are
+    figure.draw_without_rendering()  # the layout determines the positions of the points
     scale = figure.dpi / 72
     frame = ax.get_window_extent()
     centres = [ax.transData.transform((x, y)) for x, y, *_ in points]
@@ -53,7 +53,7 @@ def beside(ax: "Axes", points: Sequence[tuple[float, float, str, str]]) -> None:
 
 
 def at_ends(ax: "Axes", ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write the labels of curves (x, y, text, colour) in a column right of the panel, each tied to its curve's end."""
+    """Write the labels of curves (x, y, text, colour) in a column right of the panel, tied to the curve's end."""
     figure: Any = ax.figure
     figure.draw_without_rendering()
     axes_of = ax.transAxes.inverted().transform
@@ -76,8 +76,8 @@ def at_ends(ax: "Axes", ends: Sequence[tuple[float, float, str, str]]) -> None:
 
 
 def _apart(heights: Sequence[float], step: float) -> list[float]:
-    """Rising heights at least a step apart, each as near to where it was as the others let it (least squares)."""
-    blocks: list[list[float]] = []  # of labels that touch; each is moved as one
+    """Ascending heights at least a step apart, as close to the original ones as possible (least squares)."""
+    blocks: list[list[float]] = []  # groups of touching labels; each group moves as one
     for i, height in enumerate(heights):
         blocks.append([height - i * step])
         while len(blocks) > 1 and _mean(blocks[-2]) > _mean(blocks[-1]):

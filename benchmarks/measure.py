@@ -25,12 +25,12 @@ if hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise"):
     _HEAVY = (*_HEAVY, torch.ops.mkldnn._convolution_transpose_pointwise)  # `aezoo.nets.abreast`
 # CUDA's runtime and driver calls that start a kernel; a captured graph is one launch, however many kernels it holds
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
-# what a copy between host and device is called in a trace; copies within the device are no matter
+# names of copies between host and device in a trace; copies within the device do not count
 _COPIES = ("Memcpy HtoD", "Memcpy DtoH")
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; the CPU has."""
+    """Wait until the device has finished its work; the CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -38,7 +38,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `work` takes, until the device is done."""
+    """Seconds that `work` takes until the device has finished."""
     synchronize(device)
     began = time.perf_counter()
     work()
@@ -47,7 +47,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def matmul_peak(device: torch.device, precision: str, seconds: float = 0.6) -> float:
-    """The fastest that this device multiplies square matrices in this process and precision, in FLOP/s."""
+    """The highest speed at which this device multiplies square matrices in this process and precision, in FLOP/s."""
     sizes = (4096, 8192) if device.type == "cuda" else (512, 1024, 2048)
     best = 0.0
     for n in sizes:
@@ -62,13 +62,13 @@ def matmul_peak(device: torch.device, precision: str, seconds: float = 0.6) -> f
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin to measure the peak of a GPU's memory; a process's own peak cannot be reset."""
+    """Reset the measured peak of a GPU's memory; the peak of a process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
-    """Peak memory in MB: of the GPU's tensors, or all of this process with its libraries on the CPU."""
+    """Peak memory in MB: of the tensors on a GPU, or of this whole process with its libraries on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     if sys.platform == "win32":
@@ -83,12 +83,12 @@ def peak_memory_mb(device: torch.device) -> float | None:
 
 
 class Work(NamedTuple):
-    """FLOPs a sample.
+    """FLOPs per sample.
 
     Attributes:
-        forward: of a reconstruction.
-        step: of a training step's loss, forward and backward; optimisers do none that are counted.
-        gemms: those of `step` in matrix products.
+        forward: FLOPs of a reconstruction.
+        step: FLOPs of a training step's loss, forward and backward; the optimiser's are not counted.
+        gemms: the FLOPs of `step` in matrix products.
     """
 
     forward: int
@@ -97,7 +97,7 @@ class Work(NamedTuple):
 
 
 def work(model: Any, x: Tensor) -> Work:
-    """Count the FLOPs of a model on a batch, by torch's counter: matrix products, convolutions and attention."""
+    """Count the FLOPs of a model on a batch with torch's counter: matrix products, convolutions and attention."""
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         model.eval()(x)
     with FlopCounterMode(display=False) as step:
@@ -108,7 +108,7 @@ def work(model: Any, x: Tensor) -> Work:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the matrix products and convolutions that are called, with their arguments."""
+    """Records the matrix products and convolutions that are called, with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,9 +121,9 @@ class _Recorder(TorchDispatchMode):
 
 
 def alone(model: Any, x: Tensor, precision: str, repeats: int = 3) -> float:
-    """Seconds that the matrix products and convolutions of a training step take with nothing between them.
+    """Seconds that the matrix products and convolutions of a training step take when they run back to back.
 
-    Each in its own shape, unlike at the peak, and in the model's layout in memory.
+    Each runs in its own shape, unlike in the peak measurement, and in the model's memory layout.
     """
     with autocast(x.device, precision), _Recorder() as recorder:
         model.train().loss(x)["loss"].backward()
@@ -139,7 +139,7 @@ def alone(model: Any, x: Tensor, precision: str, repeats: int = 3) -> float:
 
 @contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """What Lightning's bf16-mixed does around a step; nothing for fp32."""
+    """The autocast that Lightning's bf16-mixed puts around a step; nothing for fp32."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         yield
 
@@ -148,7 +148,7 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
 
 
 class FirstSteps(pl.Callback):
-    """When each of the first steps of a fit was done."""
+    """Records when each of the first steps of a fit ended."""
 
     def __init__(self) -> None:
         self.done: list[float] = []
@@ -165,14 +165,14 @@ class FirstSteps(pl.Callback):
 
     @property
     def seconds(self) -> list[float]:
-        """Of each step, the loader and hooks included."""
+        """Seconds of each step, including the loader and hooks."""
         return [end - start for start, end in zip([self.began, *self.done], self.done, strict=False)]
 
 
 class Epochs(pl.Callback):
-    """Seconds of each epoch, from its first batch to its last; without validation and checkpoints.
+    """Seconds of each epoch from its first batch to its last, without validation and checkpoints.
 
-    It hooks into epochs alone, so that a step costs what it costs a user.
+    It hooks only into epochs, so a step costs the same as for a user.
     """
 
     def __init__(self) -> None:
@@ -192,14 +192,14 @@ class Epochs(pl.Callback):
 
 
 class GuardCost(pl.Callback):
-    """What the fault guard costs: a fit asks it in every second block of batches, and steps are compared.
+    """The cost of the fault guard: it runs in every second block of batches, and the steps with and without compare.
 
-    The time within the guard would not tell: what it reads lies in the cache for the optimiser, and what it evicts is
-    missed later.
+    The time spent inside the guard would be misleading: the data that it reads are then cached for the optimiser, and
+    the data that it evicts cost time later.
 
     Args:
-        guard: from now on it does nothing in the first block, in the third, ...
-        block: batches in a block; the first one of each, at the border, does not count, nor does that of an epoch.
+        guard: the guard; from now on it does nothing in the first block, the third, and so on.
+        block: batches per block; the first batch of each block and of each epoch does not count.
     """
 
     reads_no_weights = True
@@ -208,7 +208,7 @@ class GuardCost(pl.Callback):
         self._block, self._batch = block, 0
         self._ended: float | None = None
         self._blocks: list[list[float]] = []
-        # steps on trust that began with a look at those before and a copy
+        # unchecked steps that began with a check of the steps before and a copy
         self._looks: list[list[float]] = []
         self._looked = False
         hooks = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
@@ -249,9 +249,9 @@ class GuardCost(pl.Callback):
         self._ended, self._batch, self._looked = now, self._batch + 1, False
 
     def shares(self, parts: int = 5) -> list[float]:
-        """The guard's share of a step in each of so many parts of the fit, by medians; fewer of a short fit."""
+        """The guard's share of a step in each of `parts` parts of the fit, from medians; a short fit has fewer."""
         blocks = zip(self._blocks[::2], self._blocks[1::2], self._looks[1::2], strict=False)
-        # the last one may have ended at its first batch
+        # the last block may have ended at its first batch
         pairs = [(off, on, looks) for off, on, looks in blocks if off and on]
         size = max(1, len(pairs) // parts)
         found = []
@@ -268,8 +268,8 @@ class Launches(pl.Callback):
     """Counts kernel launches and copies between host and device over some steps of a fit.
 
     Args:
-        skip: steps before, which compile and capture.
-        steps: steps counted.
+        skip: steps to skip first, which compile and capture.
+        steps: steps to count.
     """
 
     def __init__(self, skip: int = 20, steps: int = 10) -> None:
@@ -292,7 +292,7 @@ class Launches(pl.Callback):
 
 
 def count_events(names: Iterable[str], steps: int) -> tuple[float, float]:
-    """Kernel launches and host-device copies a step among the names of a trace's events."""
+    """Kernel launches and host-device copies per step, from the names of a trace's events."""
     names = list(names)
     kernels = sum(name.startswith(_LAUNCHES) for name in names)
     return kernels / steps, sum(name.startswith(_COPIES) for name in names) / steps

@@ -1,4 +1,4 @@
-"""Rows side by side: as many processes at a time as there are jobs, each with its share of the machine."""
+"""Rows measured in parallel: one process per job, each with its share of the machine."""
 
 import argparse
 import os
@@ -13,14 +13,14 @@ from . import common, processes
 def run_rows(
     module: str, specs: Sequence[dict[str, Any]], timeout: float, jobs: int, accelerator: str
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(spec, row) of each spec as it ends; the libraries are imported once for all.
+    """Yield (spec, row) as each row ends; the libraries are imported once for all rows.
 
     Args:
-        module: measures a row, see `processes.run_row`.
+        module: module that measures a row, see `processes.run_row`.
         specs: what to measure.
-        timeout: seconds after which a row is given up.
-        jobs: rows at a time.
-        accelerator: of Lightning; where it can mean GPUs, the jobs take them in turn.
+        timeout: seconds after which a row is abandoned.
+        jobs: number of rows measured at the same time.
+        accelerator: Lightning's accelerator; if it can mean GPUs, they are assigned to the jobs in turn.
     """
     slots: SimpleQueue[dict[str, str]] = SimpleQueue()
     for slot in range(jobs):
@@ -52,7 +52,7 @@ def fill(
     columns: Sequence[str],
     shown: Sequence[str],
 ) -> None:
-    """Measure the rows that a table needs, `row` of each spec with all `columns`, and print the values of `shown`."""
+    """Measure the missing rows of a table, `row` of each spec with all `columns`, and print the values of `shown`."""
     needed = [spec for spec in specs if table.needs(spec["row"])]
     found = run_rows(module, needed, arguments.timeout, arguments.jobs, arguments.accelerator)
     for i, (spec, measured) in enumerate(found, start=1):
@@ -64,7 +64,7 @@ def fill(
 
 
 def variables(slot: int, jobs: int, accelerator: str) -> dict[str, str]:
-    """Environment of the slot-th of so many jobs; a number of threads that the user has set stays."""
+    """Environment variables for one of several jobs; a number of threads that the user has set is kept."""
     found = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))}
     if accelerator not in ("cpu", "mps"):
         import torch

@@ -1,4 +1,4 @@
-"""Runs of `benchmarks.peers`: a process each, and the file that keeps those that are done."""
+"""Runs of `benchmarks.peers`: each has its own process, and a file keeps the finished ones."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from .peer_scripts.job import Job
 
 _SCRIPTS = Path(__file__).with_name("peer_scripts")
 _LONGEST_ERROR = 200
-# without a terminal the zoo's bar is a line an epoch
+# without a terminal the zoo's progress bar is one line per epoch
 AT_TERMINAL = ("aezoo", "aezoo_compiled")
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
@@ -31,24 +31,24 @@ class RunFailure(RuntimeError):
 
 
 def variables(threads: int, accelerator: str = "cpu") -> dict[str, str]:
-    """Environment variables that give every library so many threads, and hide accelerators or show one GPU."""
+    """Environment variables that set every library's thread count, and hide all accelerators or all but one GPU."""
     names = ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM", "NUMEXPR")
     found = {f"{name}_NUM_THREADS": str(threads) for name in names} | {"TF_CPP_MIN_LOG_LEVEL": "2"}
-    # XLA's pools: their size, and none at all for one thread
+    # XLA's thread pools: their size, or no pool for one thread
     found |= {"NPROC": str(threads)}
     if threads == 1:
         found["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     if accelerator == "cpu":
         return found | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
-    # of several GPUs the first, as Lightning would take all; JAX fails where it finds none
+    # the first of several GPUs, because Lightning would take all; JAX fails if it finds none
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return found | {"CUDA_VISIBLE_DEVICES": first, "JAX_PLATFORMS": "cuda,cpu"}
 
 
 @contextlib.contextmanager
 def _output(log: Path, terminal: bool) -> Iterator[int]:
-    """Where a process writes: the log, or a terminal of 120 columns of which the log is the record."""
-    # Windows has no such terminals
+    """The output of a process: the log, or a terminal of 120 columns that is recorded in the log."""
+    # Windows has no pseudo terminals
     if not terminal or sys.platform == "win32":
         with log.open("wb") as out:
             yield out.fileno()
@@ -60,7 +60,7 @@ def _output(log: Path, terminal: bool) -> Iterator[int]:
     termios.tcsetwinsize(theirs, (24, 120))
 
     def record() -> None:
-        # on Linux its end is an error, elsewhere no bytes
+        # the terminal's end is an error on Linux, and an empty read elsewhere
         with log.open("wb") as out, contextlib.suppress(OSError):
             while written := os.read(ours, 1 << 16):
                 out.write(written)
@@ -71,7 +71,7 @@ def _output(log: Path, terminal: bool) -> Iterator[int]:
         yield theirs
     finally:
         os.close(theirs)
-        # a child that has left the process's group may hold the terminal open
+        # a child that has left the process group may keep the terminal open
         reader.join(10)
         os.close(ours)
 
@@ -79,16 +79,16 @@ def _output(log: Path, terminal: bool) -> Iterator[int]:
 def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str, Any]:
     """Run a job in its own process and a temporary folder.
 
-    The scripts are copied there: what lies beside them here must not be seen by an environment of its own.
+    The scripts are copied there, so that a separate environment does not see the files next to them here.
 
     Args:
         python: the interpreter.
         job: what to train.
         timeout: seconds after which the process and its children are killed.
-        pin: let the process run on as many cores as it has threads.
+        pin: bind the process to as many cores as it has threads.
 
     Raises:
-        RunFailure: it ended without a result; the last line that it wrote.
+        RunFailure: the process ended without a result; the message is its last line of output.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -107,7 +107,7 @@ def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str,
                 command,
                 cwd=folder,
                 env=os.environ | added,
-                # open as long as this process lives: see `end_with_parent`
+                # stays open as long as this process lives: see `end_with_parent`
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -125,7 +125,7 @@ def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str,
         result = folder / "result.json"
         if code or not result.is_file():
             lines = _ESCAPES.sub("", log.read_text(errors="replace")).strip().splitlines()
-            # messages of several lines are told by their first
+            # a message of several lines is represented by its first
             last = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)][-1:] or lines[-1:]
             why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {''.join(last)}"
             raise RunFailure(why[:_LONGEST_ERROR])
@@ -134,11 +134,11 @@ def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str,
 
 
 class Part:
-    """Runs that are done, a JSON line each, below a line with the settings that they share.
+    """A file of finished runs, one JSON line each, below a line with the settings that they share.
 
     Args:
         path: the file.
-        settings: of these runs; a file with others is begun anew.
+        settings: settings of these runs; a file with other settings is replaced.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -148,7 +148,7 @@ class Part:
         head = json.dumps({"settings": settings})
         if lines[:1] == [head]:
             for line in lines[1:]:
-                # a line that a crash has cut off is a run that was not kept
+                # a line cut off by a crash is a lost run
                 with contextlib.suppress(json.JSONDecodeError):
                     run = json.loads(line)
                     self.runs[run["party"], run["round"]] = run
@@ -160,15 +160,15 @@ class Part:
             path.write_text(head + "\n", encoding="utf-8")
 
     def has(self, party: str, turn: int) -> bool:
-        """That run is there and has not failed."""
+        """Whether that run exists and has not failed."""
         return "result" in self.runs.get((party, turn), {})
 
     def add(self, party: str, turn: int, **outcome: Any) -> None:
-        """Keep a run, with its `result` or its `error`."""
+        """Store a run with its `result` or its `error`."""
         run = {"party": party, "round": turn, **outcome}
         self.runs[party, turn] = run
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            # begun with a line break: the line before may have been cut off
+            # starts with a line break, because the line before may have been cut off
             file.write("\n" + json.dumps(run))
 
     def results(self, party: str, turns: Sequence[int]) -> dict[int, dict[str, Any]]:
@@ -176,6 +176,6 @@ class Part:
         return {turn: self.runs[party, turn]["result"] for turn in turns if self.has(party, turn)}
 
     def error(self, party: str, turns: Sequence[int]) -> str:
-        """Why the last of a party's runs that failed has failed."""
+        """The error of a party's last failed run."""
         errors = [self.runs[party, turn].get("error", "") for turn in turns if (party, turn) in self.runs]
         return next((error for error in reversed(errors) if error), "")

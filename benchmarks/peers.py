@@ -1,55 +1,56 @@
-"""Train one network by several parties, in turns, each run in a process of its own: one CSV row a party.
+"""Train one network with several parties, in turns, each run in its own process: one CSV row per party.
 
     python -m benchmarks.peers dense                      784-128-64-32-64-128-784 on 60,000 digits
     python -m benchmarks.peers conv28 --precision bf16    a convolutional VAE on 1x28x28
     python -m benchmarks.peers conv64 --parties loop aezoo lightning --rows 512 --epochs 3
     python -m benchmarks.peers dense --accelerator cuda   all parties on the first GPU, and the loop as a CUDA graph
-    python -m benchmarks.peers quality --help             whose bound is tighter, the zoo's or pythae's
+    python -m benchmarks.peers quality --help             compares the bounds that the zoo and pythae reach
 
-Parties: `loop`, a compiled PyTorch loop by hand (logits, fused Adam, uint8 data, channels_last), is the yardstick;
-`loop_graph`, on a GPU only, is the same loop not compiled, each whole step of which is one CUDA graph; `loop_eager` is
-the loop of textbooks; `aezoo` the command `aezoo fit` with all defaults on, `aezoo_compiled` the same with `--compile
-default`, as its `auto` chooses for long runs but those of convolutions on a CPU, and on a GPU with `--compile
-reduce-overhead`, which no default chooses; `lightning` the module of tutorials, with a TensorDataset, the default
-loader and the default Trainer; `pytorch_vae` the way of that project's experiment class; `pythae` its trainer;
+Parties: `loop` is the reference, a hand-written, compiled PyTorch loop (logits, fused Adam, uint8 data, channels_last).
+`loop_graph`, on a GPU only, is the same loop without compilation; each whole step is one CUDA graph. `loop_eager` is
+the textbook loop. `aezoo` is the command `aezoo fit` with all defaults. `aezoo_compiled` is the same with `--compile
+default`, which `auto` chooses for long runs except those of convolutions on a CPU; on a GPU it uses `--compile
+reduce-overhead`, which no default chooses. `lightning` is the module of tutorials, with a TensorDataset, the default
+loader and the default Trainer. `pytorch_vae` follows that project's experiment class, and `pythae` is its trainer.
 `keras_torch`, `keras_jax` and `keras_tensorflow` are `model.fit`.
 
-All read the same file and start from the same weights. PyTorch's parties read the same batches in the same order. Keras
-does not: `model.fit` is left at its default, which puts all rows in a new random order each epoch by its own generator,
-seeded by --seed too, so that its batches are others than theirs; its `tolerance` is 3 % in all workloads. As its
-strided convolutions pad on the other side, its pictures and weights are mirrored. The noise of a variational code is
-each party's own.
+All parties read the same file and start from the same weights. The PyTorch parties read the same batches in the same
+order. Keras does not: by default `model.fit` shuffles all rows in each epoch with its own generator, which --seed also
+seeds, so its batches differ; its `tolerance` is 3 % in all workloads. Its strided convolutions pad on the other side,
+so its pictures and weights are mirrored. Each party draws its own noise for variational codes.
 
-With --precision bf16 `loop`, `loop_graph` and the zoo use it; the others stay at fp32, which is their default, and
-`lightning_bf16`, `keras_jax_bf16` and `keras_tensorflow_bf16` are those that have a switch for it with the switch on.
-Curves of another precision than the loop's are rounded otherwise: `tolerance` is 2 % at least, as in the dense workload
-`loop_eager`, the loop's own arithmetic in fp32, is 1.1 % from it.
+With --precision bf16, `loop`, `loop_graph` and the zoo use bf16, and the others stay at fp32, their default.
+`lightning_bf16`, `keras_jax_bf16` and `keras_tensorflow_bf16` are the parties that have a switch for bf16, with the
+switch on. A curve of another precision than the loop's is rounded differently, so its `tolerance` is at least 2 %: in
+the dense workload `loop_eager`, the loop's own arithmetic in fp32, differs by 1.1 %.
 
-Each process is bound to as many cores as it has threads (JAX takes a second one otherwise, whatever --threads says):
---no-pin lets them run where they like. Figures are worth something on a quiet machine only.
+Each process is bound to as many cores as it has threads, because JAX would otherwise use a second one whatever
+--threads says; --no-pin removes this binding. The figures are only meaningful on a quiet machine.
 
-    samples_per_s       rows by the seconds from an epoch's beginning to the end of its last step: loading, training,
-                        bar and what is logged between steps, but for no party validation, pictures or checkpoints
-    wall_samples_per_s  rows by the seconds from one epoch to the next: of the zoo also validation on up to 500 rows,
-                        which it alone does, pictures, event files and checkpoints; of Lightning's parties checkpoints
-    ratio               samples_per_s by that of the loop in the same round, median over rounds
+    samples_per_s       rows divided by the seconds from the start of an epoch to the end of its last step. This
+                        includes loading, training, the bar and logging between steps, but not validation, pictures or
+                        checkpoints of any party
+    wall_samples_per_s  rows divided by the seconds from one epoch to the next. For the zoo this adds validation on up
+                        to 500 rows (no other party validates), pictures, event files and checkpoints; for Lightning's
+                        parties it adds checkpoints
+    ratio               samples_per_s divided by that of the loop in the same round, median over rounds
     round_rates         samples_per_s of each round
     first_step_s        from the start of the process to its first update, with compilers' caches as they are
-    max_loss_gap        largest distance of the curve of training losses from the loop's, as a share of it: above
-                        `tolerance` `agrees` says no, and the exit code is 1
-    peak_rss_mb         of the whole process on the host, what it imports and what comes after the last epoch included
-    cores_used          CPU seconds a second of the whole process
+    max_loss_gap        largest distance of the curve of training losses from the loop's, as a share of it; above
+                        `tolerance`, `agrees` says no and the exit code is 1
+    peak_rss_mb         of the whole process on the host, including imports and everything after the last epoch
+    cores_used          CPU seconds per second of the whole process
 
 Both rates are medians over epochs without the first, then over rounds; _min and _max are the lowest and highest round.
-What comes before the first epoch and after the last is in neither. The zoo runs at a pseudo terminal, where its bar is
-drawn as for a user; what others print goes to a file, where Keras and pythae draw their bars all the same and Lightning
-draws its own at the end alone.
+Neither includes the time before the first epoch or after the last. The zoo runs at a pseudo terminal, where its bar is
+drawn as for a user. The output of the others goes to a file; Keras and pythae still draw their bars there, and
+Lightning draws its bar only at the end.
 
-Runs that are done stay in a .part file beside the CSV: the same command, without --again, goes on where it was stopped
-and tries again what failed. Environments that parties need are made with pip in --envs, once.
+Finished runs stay in a .part file beside the CSV: the same command without --again continues where it was stopped and
+repeats failed runs. Environments that parties need are made once, with pip, in --envs.
 
-With --accelerator cuda clocks are read when the GPU has done what it was given, and the CSV bears the GPU's name. CUDA
-has not been run yet: what leads up to it is tested on the CPU.
+With --accelerator cuda, clocks are read after the GPU has finished its work, and the CSV has the GPU's name. CUDA has
+not been run yet; the code that leads up to it is tested on the CPU.
 """
 
 import argparse
@@ -71,16 +72,16 @@ from .peer_scripts.__main__ import PARTIES
 from .peer_scripts.job import Job
 from .workloads import WORKLOADS, Workload, write
 
-# at --precision bf16; the parties named ..._bf16 are always at it
+# parties that use bf16 with --precision bf16; those named ..._bf16 always use it
 BF16 = ("loop", "loop_graph", "aezoo", "aezoo_compiled")
 YARDSTICK = "loop"
 ON_CUDA = ("loop_graph",)
-# another shuffle, another rounding
+# for another shuffle, and for another rounding
 KERAS_TOLERANCE, ROUNDING_TOLERANCE = 0.03, 0.02
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """What the command line asks for."""
+    """Parse the command line."""
     made = parser("peers", __doc__)
     works = "; ".join(f"{name}: {workload.about}" for name, workload in WORKLOADS.items())
     made.add_argument("workload", choices=list(WORKLOADS), help=works)
@@ -120,16 +121,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def default_parties(precision: str, accelerator: str = "cpu") -> list[str]:
-    """Who takes part unless --parties says so."""
+    """The parties that take part unless --parties names others."""
     absent = () if accelerator == "cuda" else ON_CUDA
     return [party for party in PARTIES if party not in absent and (precision == "bf16" or not party.endswith("_bf16"))]
 
 
 def check(asked: argparse.Namespace) -> None:
-    """Refuse what cannot be measured.
+    """Reject requests that cannot be measured.
 
     Raises:
-        AezooError: cause and cure.
+        AezooError: names the cause and a remedy.
     """
     if YARDSTICK not in asked.parties:
         raise AezooError(f"nothing to compare with: add {YARDSTICK!r} to --parties")
@@ -159,7 +160,7 @@ def options_of(party: str, flags: str, accelerator: str = "cpu") -> tuple[str, .
 
 
 def measure(asked: argparse.Namespace, part: Part) -> None:
-    """Do the runs that are missing: round after round, every second one in the opposite order."""
+    """Do the missing runs, round by round; every second round runs in the opposite order."""
     workload = WORKLOADS[asked.workload]
     pythons: dict[str, str | EnvironmentFailure] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -193,7 +194,7 @@ def _python(party: str, envs: Path, accelerator: str) -> str | EnvironmentFailur
 
 
 def job_of(party: str, asked: argparse.Namespace, workload: Workload, folder: Path) -> Job:
-    """A party's run."""
+    """The job of a party's run."""
     return Job(
         party=party,
         data=str(folder / "data.npz"),
@@ -215,12 +216,12 @@ def job_of(party: str, asked: argparse.Namespace, workload: Workload, folder: Pa
 
 
 def rate(result: dict[str, Any], key: str = "rates") -> float:
-    """Samples a second of a run: the median over its epochs without the first, unless it has no other."""
+    """Samples per second of a run: the median over its epochs without the first, unless there is only one."""
     return statistics.median(result[key][1:] or result[key])
 
 
 def row(party: str, asked: argparse.Namespace, part: Part) -> dict[str, Any]:
-    """A party's line of the table."""
+    """A party's row of the table."""
     turns = range(asked.repeats)
     results, yardstick = part.results(party, turns), part.results(YARDSTICK, turns)
     workload = WORKLOADS[asked.workload]
@@ -267,7 +268,7 @@ COLUMNS = (
 
 
 def loss_gap(curve: list[float], reference: list[float]) -> float:
-    """The largest distance of two curves, as a share of the second; infinite for curves that cannot be compared."""
+    """The largest distance between two curves relative to the second; infinite for curves that cannot be compared."""
     if len(curve) != len(reference) or not all(map(math.isfinite, (*curve, *reference))):
         return math.inf
     return max(abs(loss - other) / abs(other) for loss, other in zip(curve, reference, strict=True))
@@ -316,7 +317,7 @@ def _measured(asked: argparse.Namespace, table: Table, part_path: Path) -> int:
 
 
 def _portable(argv: Sequence[str]) -> list[str]:
-    """The arguments without the folder of environments, which is this machine's own."""
+    """The arguments without the folder of environments, which is specific to this machine."""
     kept, words = [], iter(argv)
     for word in words:
         if word == "--envs":

@@ -1,19 +1,19 @@
-"""The same variational models trained by the zoo and by pythae, side by side: whose bound is tighter.
+"""Train the same variational models with the zoo and with pythae, and compare the bounds that they reach.
 
     python -m benchmarks.peers quality
     python -m benchmarks.peers quality --models vae iwae --epochs 20 --seeds 1
 
-Both train the network 784-200-200-code on the digits of mnist5k, binarised once, from the same weights, with the same
-batches in the same order, Adam and as many epochs. Each step of both begins with the same seed, so that vae, beta_vae
-and vamp_vae are given the same noise too, whose chance is else worth a nat; the others draw theirs in another order
-than pythae. What is measured is not what a party
-says of itself: the trained weights of both are put into one model of the zoo, which estimates on the same test digits
+Both train the network 784-200-200-code on the digits of mnist5k, binarised once, with the same initial weights, the
+same batches in the same order, Adam and the same number of epochs. Each step of both starts from the same seed, so vae,
+beta_vae and vamp_vae also get the same noise, which would otherwise cause differences of about a nat. The other models
+draw their noise in another order than pythae. The parties do not report the figures themselves: the trained weights of
+both are loaded into one model of the zoo, which estimates on the same test digits
 
     elbo             E_q[log p(x|z) + log p(z) - log q(z|x)], --elbo-samples draws for each digit
     log_likelihood   the importance weighted bound on log p(x), --importance-samples draws
 
-in nats a digit; larger is better. `tighter_by` is the zoo's log_likelihood minus pythae's from the same seed, and
-`gap` in the summary that prints at the end its mean over seeds and the standard error of that.
+in nats per digit; larger is better. `tighter_by` is the zoo's log_likelihood minus pythae's for the same seed. `gap`,
+in the summary printed at the end, is the mean of `tighter_by` over seeds and the standard error of that mean.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from .environments import EnvironmentFailure, cache, python_for
 from .peer_runs import RunFailure, train
 from .peer_scripts.job import Job
 
-# what each trains with; arguments of the zoo, of which pythae's script knows pythae's names
+# arguments of each model in the zoo; pythae's script translates them to pythae's names
 MODELS: dict[str, tuple[str, ...]] = {
     "vae": (),
     "beta_vae": ("beta=0.5",),
@@ -60,7 +60,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """The arguments of a model as the zoo takes them."""
+    """The arguments of a model in the form that the zoo takes."""
     pairs = (option.split("=") for option in MODELS[name])
     return {key: float(value) if "." in value else int(value) for key, value in pairs}
 
@@ -74,10 +74,10 @@ def prepare(folder: Path, asked: argparse.Namespace, seed: int) -> tuple[Any, Pa
     from aezoo.randomness import mix
 
     data = aezoo.DataModule("mnist5k", binarise="static")
-    # bytes, as a party may want them
+    # bytes, because a party may need them
     digits = {stage: (data.tensors(stage)[0].flatten(1) * 255).byte() for stage in ("train", "test")}
     steps = range(-(-len(digits["train"]) // asked.batch))
-    # of the zoo's loop, see `Autoencoder`
+    # seeds of the zoo's loop, see `Autoencoder`
     noise = [[mix(seed, 0, epoch, step) for step in steps] for epoch in range(asked.epochs)]
     np.savez(folder / "data.npz", x_train=digits["train"].numpy(), noise_seeds=np.array(noise))
     torch.manual_seed(seed)
@@ -87,13 +87,13 @@ def prepare(folder: Path, asked: argparse.Namespace, seed: int) -> tuple[Any, Pa
 
 
 def evaluate(name: str, latent_dim: int, trained: Path, x: Any, asked: argparse.Namespace) -> dict[str, float]:
-    """Bounds on log p(x) of trained weights, by one model of the zoo whoever trained them."""
+    """Bounds on log p(x) of trained weights, estimated by the same model of the zoo for both parties."""
     import numpy as np
     import torch
 
     import aezoo
 
-    # whatever bound a model was trained on, it is a vae; a VampPrior is a part of it
+    # a model is a vae whatever bound it was trained on; a VampPrior is part of the model
     kind, extra = ("vamp_vae", options_of(name)) if name == "vamp_vae" else ("vae", {})
     model: Any = aezoo.create_model(kind, (784,), hidden_dims=(200, 200), latent_dim=latent_dim, **extra).eval()
     with np.load(trained) as file, torch.no_grad():
@@ -109,7 +109,7 @@ def evaluate(name: str, latent_dim: int, trained: Path, x: Any, asked: argparse.
 
 
 def measure(row: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
-    """Train one model by one party and evaluate it."""
+    """Train one model with one party and evaluate it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         x, data, weights = prepare(folder, asked, row["seed"])
@@ -137,7 +137,7 @@ def measure(row: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[dict[str, str]]) -> str:
-    """One line a model: the means of both and by how much the zoo is tighter."""
+    """One line per model: the means of both parties, and how much tighter the zoo's bound is."""
     lines = []
     for name in MODELS:
         found = {party: _by_seed(rows, name, party) for party in PARTIES}
@@ -161,7 +161,7 @@ def _by_seed(rows: Sequence[dict[str, str]], model: str, party: str) -> dict[str
 
 
 def _compare(table: common.Table, row: dict[str, Any]) -> None:
-    """Write into pythae's row by how much the zoo's is tighter, once both are there."""
+    """Once both rows exist, write into pythae's row how much tighter the zoo's bound is."""
     with table.changed():
         ours, theirs = (table.find({**row, "party": party}) for party in PARTIES)
         if ours and theirs and ours.get("log_likelihood") and theirs.get("log_likelihood"):
@@ -169,7 +169,7 @@ def _compare(table: common.Table, row: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure what is asked for and not there yet; 0 if every run ended well."""
+    """Measure the requested rows that do not exist yet; 0 if every run succeeded."""
     asked = arguments_of(argv)
     path = asked.results / f"peers-quality-{common.environment(asked, accelerator='cpu')}.csv"
     kept = [word for i, word in enumerate(argv) if not word.startswith("--envs") and argv[i - 1 : i] != ["--envs"]]

@@ -1,7 +1,7 @@
-"""The pictures of the report, through matplotlib's object interface: no window, no global state.
+"""The pictures of the report, drawn with matplotlib's object interface: no window, no global state.
 
-Colours are Okabe and Ito's, which readers with any colour vision tell apart (https://jfly.uni-koeln.de/color/); what a
-colour says, a marker or a label says as well.
+The colours are those of Okabe and Ito, which readers with any colour vision can distinguish
+(https://jfly.uni-koeln.de/color/). A marker or a label always repeats the information of a colour.
 """
 
 import math
@@ -19,7 +19,7 @@ Row = dict[str, str]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# models in a panel, above which not all can be named
+# largest number of models in a panel that can all be named
 _MANY = 20
 _GREY, _LIGHT = "0.35", "0.85"
 _HATCH = "////"
@@ -32,7 +32,7 @@ _PEERS = {
 
 
 def number(row: Row, name: str) -> float:
-    """A cell as a number, NaN where there is none."""
+    """A cell as a number, or NaN."""
     found = common.number(row, name)
     return math.nan if found is None else found
 
@@ -57,7 +57,7 @@ def _panels(n: int, width: float, height: float, **shared: Any) -> tuple["Figure
 
 
 def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
-    """Numbers as one reads them at 1, 2 and 5 of each decade; more where values span less than one, fewer from 300."""
+    """Plain tick labels at 1, 2 and 5 of each decade; more where values span less than one, fewer from 300."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     narrow, wide = max(values) / min(values) < 4, max(values) / min(values) > 300
@@ -76,16 +76,16 @@ def _by(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:
 
 
 def _legend(figure: "Figure", handles: Sequence[Any]) -> None:
-    """Below the panels, where there are no points."""
+    """Put the legend below the panels, where there are no points."""
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=SIZE)
 
 
 def pareto(rows: Sequence[Row]) -> "Figure | None":
-    """Error against training throughput (of the fastest seed), a panel a data set, at the code size of most models.
+    """Error against training throughput (of the fastest seed), one panel per data set, at the most common code size.
 
-    Where there are many, the names are those of the models on the front and of the best and the fastest of a family.
-    Codes that could hold the whole sample are left out. Rates of another processor than most are hollow, and not on the
-    front.
+    If there are many models, only those on the front and the best and the fastest of each family are named. Codes that
+    could hold the whole sample are left out. Rates from another processor than the most common one have hollow markers
+    and are not on the front.
     """
     from matplotlib.lines import Line2D
 
@@ -165,7 +165,7 @@ def _notable(rows: Sequence[Row], front: Sequence[tuple[float, float]]) -> list[
 
 
 def _speed(row: Row) -> float:
-    """Samples a second of the fastest seed: what else a machine does slows a run and never speeds it up."""
+    """Samples per second of the fastest seed: other load on a machine slows a run and never speeds it up."""
     return number(row, "samples_per_s_high" if row.get("samples_per_s_high") else "samples_per_s")
 
 
@@ -174,7 +174,7 @@ def _distance(row: Row, usual: str) -> float:
 
 
 def code_size(rows: Sequence[Row]) -> "Figure | None":
-    """Error against code size, a panel a data set: a line a model that has more than two, and PCA's."""
+    """Error against code size, one panel per data set: a line for each model with more than two sizes, and for PCA."""
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     sets: dict[str, list[Row]] = {}
@@ -213,11 +213,11 @@ def code_size(rows: Sequence[Row]) -> "Figure | None":
 
 
 def scaling(rows: Sequence[Row]) -> "Figure | None":
-    """Throughput against devices, as a multiple of one device's, and the ideal; rows must be of one machine's state."""
+    """Throughput relative to one device against devices, and the ideal; rows must be from one machine in one state."""
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     good = _positive(rows, "samples_per_s", "devices")
-    # what makes two rows points of different curves
+    # columns that put two rows on different curves
     keys = ("name", "shape", "precision", "batch", "compile", "threads", "memory", "interface", "machine")
     found: dict[tuple[str, ...], dict[int, float]] = {}
     for row in good:
@@ -226,7 +226,7 @@ def scaling(rows: Sequence[Row]) -> "Figure | None":
     found = {key: dict(sorted(curve.items())) for key, curve in found.items() if 1 in curve and len(curve) > 1}
     if not found:
         return None
-    # the name, and of the others those in which the curves differ
+    # the name, and the other columns in which the curves differ
     told = [i for i, values in enumerate(zip(*found, strict=True)) if i == 0 or len({*values}) > 1]
     told_of = {key: [key[0], *(f"{keys[i]} {key[i]}" for i in told[1:] if key[i])] for key in found}
     curves = {", ".join(told_of[key]): curve for key, curve in found.items()}
@@ -255,16 +255,16 @@ def scaling(rows: Sequence[Row]) -> "Figure | None":
 
 
 def peers(files: Mapping[str, Sequence[Row]]) -> "Figure | None":
-    """Bars of each party's ratio to the compiled loop, a panel a workload; hatched where losses do not agree.
+    """Bars of each party's ratio to the compiled loop, one panel per workload; hatched where losses do not agree.
 
     Args:
-        files: rows by the workload and what follows it in a file's name, the precision first; all of one machine.
+        files: rows by workload and the rest of the file name, which starts with the precision; all from one machine.
     """
     from matplotlib.patches import Patch
 
     panels = {title: _positive(rows, "ratio") for title, rows in files.items()}
     panels = {title: sorted(rows, key=lambda row: number(row, "ratio")) for title, rows in panels.items() if rows}
-    # the fastest network first, whatever their names are
+    # the fastest network first, regardless of its name
     panels = dict(sorted(panels.items(), key=lambda panel: -max(number(row, "samples_per_s") for row in panel[1])))
     if not panels:
         return None
@@ -318,7 +318,7 @@ def _agrees(row: Row) -> bool:
 
 
 def _party(row: Row, precision: str) -> str:
-    """A party's name, with its precision where that is not the panel's."""
+    """A party's name, with its precision if that differs from the panel's."""
     name = _PEERS.get(row["party"], row["party"].replace("_", " "))
     own = row.get("precision") or precision
     return name if own == precision else f"{name}, {own}"

@@ -1,4 +1,4 @@
-"""The picture of errors at equal bits, as those of `plots`."""
+"""The picture of errors at equal bits, in the style of `plots`."""
 
 import statistics
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from .plots import _COLOURS, _MARKERS, Row, _by, _panels, _plain_ticks, _positiv
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# options that are no way to quantise
+# options that only set sizes
 _SIZES = ("codebook_size", "levels", "latent_dim", "n_values", "n_tokens", "width", "decoder_width")
 
 
 def way(row: Row) -> str:
-    """The model and what sets it apart from its other rows: vq_vae, vq_vae rotation."""
+    """The model and the options that distinguish its rows: vq_vae, vq_vae rotation."""
     told = [row["model"]]
     for word in row.get("options", "").split():
         key, _, value = word.partition("=")
@@ -26,7 +26,7 @@ def way(row: Row) -> str:
 
 
 def bits(rows: Sequence[Row]) -> "Figure | None":
-    """Error against bits a sample, a panel a data set, a line a way to quantise."""
+    """Error against bits per sample, one panel per data set and one line per quantisation method."""
     sets = _by(_positive(rows, "mse", "bits"), "dataset")
     if not sets:
         return None

@@ -3,15 +3,15 @@
     python -m benchmarks.probe                                       masked and other models, three seeds, on mnist5k
     python -m benchmarks.probe --data fashion_mnist --root /usr/share/datasets --rows 10000 --steps 4000
 
-probe and knn: the share of test samples whose class is told by logistic regression on standardised codes and by the 5
-nearest neighbours, which know the training samples' codes and classes. They see all numbers of a code. Where it is a
-feature map or tokens, pooled_probe and pooled_knn see the mean over the places, a number a channel, as is usual for
-vision transformers. `raw pixels` and `pca` are rows of their own, with no seed to vary. Every model keeps its defaults
-but for --code-size: latent_dim, or the width of tokens. mse is that of the test samples' reconstruction. A seed fixes
-weights, masks, noise and order; the samples are the same for all.
+probe and knn are the shares of test samples whose class is predicted correctly, by logistic regression on standardised
+codes and by the 5 nearest neighbours. Both learn from the codes and classes of the training samples and see all numbers
+of a code. If the code is a feature map or tokens, pooled_probe and pooled_knn see the mean over the places, one number
+per channel, as is usual for vision transformers. `raw pixels` and `pca` have their own rows, without a seed. Every
+model keeps its defaults, except for --code-size, which sets latent_dim or the width of tokens. mse is the error of the
+test samples' reconstruction. A seed fixes weights, masks, noise and order; the samples are the same for all.
 
-Rows that are there already, of the same model, seed and budget, are kept; --again measures them anew. At the end the
-medians over the seeds that the file has are printed.
+Existing rows of the same model, seed and budget are kept; --again measures them again. The script ends by printing the
+medians over the seeds in the file.
 """
 
 import argparse
@@ -36,7 +36,7 @@ COLUMNS = (
 
 
 def plan(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What to run: a spec for each row, with the row's first columns; all of one seed first."""
+    """The runs: a spec for each row, with the row's first columns; sorted by seed."""
     data = {"name": arguments.data, "root": str(Path(arguments.root).expanduser().resolve())}
     budget = {"batch_size": arguments.batch_size, "code_size": arguments.code_size, "rows": arguments.rows or "all"}
     fixed = {"dataset": arguments.data, "steps": arguments.steps, **budget}
@@ -54,7 +54,7 @@ def plan(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def sized(model: str, size: int) -> dict[str, int]:
-    """The hyperparameter that gives a model's code, or each of its tokens, so many numbers; none if it has no such."""
+    """The hyperparameter that sets the size of a model's code, or of each of its tokens; empty if there is none."""
     known = () if model in BASELINES else registry.hyperparameters(model)
     return next(({name: size} for name in ("latent_dim", "width") if name in known), {})
 
@@ -75,7 +75,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def medians(rows: Sequence[dict[str, str]], like: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each model with the medians over its seeds, of the rows with this budget and without an error."""
+    """One row per model with the medians over its seeds, from the rows with this budget and without an error."""
     same = [name for name in KEY if name not in ("model", "seed")]
     wanted = [row for row in rows if not row.get("error") and all(row[k] == common.as_text(like[k]) for k in same)]
     found = []
@@ -88,7 +88,7 @@ def medians(rows: Sequence[dict[str, str]], like: dict[str, Any]) -> list[dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is asked for and not there yet."""
+    """Measure the requested rows that do not exist yet."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
     specs = plan(arguments)
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = DataModule(**specs[0]["data"])
     if not data.num_classes:
         raise AezooError(f"{arguments.data} has no classes to tell apart: take a labelled set such as mnist5k")
-    # once, before several processes download the same files
+    # once, so that several processes do not download the same files
     data.prepare_data()
     path = f"probe-{arguments.data}-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("probe", argv), arguments.again)

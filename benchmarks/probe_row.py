@@ -1,4 +1,4 @@
-"""One row of the probe benchmark: train a model, or none, and read classes off its codes. Run by `benchmarks.probe`."""
+"""One row of the probe benchmark: train a model, or none, and predict classes from codes. Run by `benchmarks.probe`."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ from .quality_row import some
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train by the spec's steps, or take pixels or PCA, and classify the test samples.
+    """Train for the spec's steps, or take pixels or PCA, and classify the test samples.
 
     Args:
         spec: data (the DataModule's arguments), rows, steps, batch_size, code_size, accelerator, hyperparameters, and
@@ -49,7 +49,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def samples(spec: dict[str, Any]) -> tuple[Tensor, Array, Tensor, Array]:
-    """Training samples and their classes, as many as `rows`, and all test samples and theirs."""
+    """`rows` training samples with their classes, and all test samples with theirs."""
     data = aezoo.DataModule(**spec["data"])
     rows = None if spec["rows"] == "all" else spec["rows"]
     (x, y), (x_test, y_test) = some(data, "train", rows), data.tensors("test")

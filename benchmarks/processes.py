@@ -1,4 +1,4 @@
-"""Rows in processes of their own: a crash, a time-out or the end of memory costs one row, which says why."""
+"""Rows in separate processes: a crash, a time-out or a lack of memory costs one row, which records the reason."""
 
 import contextlib
 import functools
@@ -19,12 +19,12 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from .common import NAME, ROOT
 
 if TYPE_CHECKING:
-    # there is none on Windows
+    # does not exist on Windows
     from multiprocessing.context import ForkServerContext
 
-# the last is what torch makes of C++'s own
+# the last is how torch reports C++'s own error
 _MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
-# what ranks say of one that has ended without a word
+# messages of ranks about another rank that ended without a message
 _LOST = ("closed by peer", "reset by peer")
 _LONGEST_ERROR = 200
 _running: set[int] = set()
@@ -39,16 +39,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """The part of a row that says what went wrong."""
+    """The part of a row that describes an error."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return {"error": text[:_LONGEST_ERROR], "out_of_memory": is_out_of_memory(error)}
 
 
 def answer(measure: Callable[[dict[str, Any]], dict[str, Any]], argv: Sequence[str] | None = None) -> None:
-    """What a row's process runs: `python -m MODULE SPEC FILE` measures and writes a row to the file, as JSON.
+    """The main function of a row's process: `python -m MODULE SPEC FILE` measures a row and writes it as JSON to FILE.
 
-    Of several ranks the first writes the row, and each that fails writes its failure beside it. With a third word all
-    end when the process that asked for the row has closed their standard input, as it does at its own end.
+    The first of several ranks writes the row, and each rank that fails writes its failure beside it. With a third
+    argument all ranks end when the requesting process closes their standard input, which also happens when it ends.
     """
     spec, file, *follows = sys.argv[1:] if argv is None else argv
     if follows:
@@ -65,7 +65,7 @@ def answer(measure: Callable[[dict[str, Any]], dict[str, Any]], argv: Sequence[s
         Path(f"{file}.{rank}").write_text(json.dumps(row))
     if failed:
         sys.stderr.flush()
-        # a rank that waits for others in its exit handlers would never end
+        # exit handlers may wait for other ranks forever
         os._exit(1)
 
 
@@ -76,15 +76,15 @@ def run_row(
     variables: Mapping[str, str] | None = None,
     warm: bool = False,
 ) -> dict[str, Any]:
-    """Measure a row by `python -m <this package>.<module>`; whatever happens there, the answer is a row.
+    """Measure a row with `python -m <this package>.<module>`; the result is a row, whatever happens there.
 
     Args:
         module: a module of this package that calls `answer` with its function `measure`.
-        spec: what to measure, of plain values.
+        spec: what to measure, as plain values.
         timeout: seconds after which the process and its children are killed.
-        variables: environment variables for it.
-        warm: fork the process from one that has the module's libraries, where the system can: imports, which take
-            seconds, are then paid once. For rows that do not time them.
+        variables: environment variables for the process.
+        warm: fork the process from one that has already imported the module's libraries, where the system supports it.
+            Imports take seconds and then happen only once. For rows that do not time them.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "row", Path(folder) / "log"
@@ -96,16 +96,16 @@ def run_row(
             process.join(timeout)
             code = process.exitcode
         finally:
-            # ranks that outlive the first one, and all of them after a time-out or Ctrl-C
+            # ends ranks that outlive the first one, and all ranks after a time-out or Ctrl-C
             _end(group)
-            process.kill()  # before it has a group of its own
+            process.kill()  # it may not have its own group yet
             process.join()
             _running.discard(group)
         return _judge([*_read(Path(folder))], code, timeout, log)
 
 
 class _Spawned:
-    """A process from nothing, with the face of multiprocessing's."""
+    """A newly started process with the interface of multiprocessing's."""
 
     def __init__(self, module: str, argv: list[str], log: Path, variables: dict[str, str]) -> None:
         with log.open("wb") as file:
@@ -134,11 +134,11 @@ class _Spawned:
 
 
 def _fork(module: str, argv: list[str], log: Path, variables: dict[str, str]) -> BaseProcess:
-    log.touch()  # a process that ends before it has opened it has said nothing
+    log.touch()  # the log must exist if the process ends before it opens it
     process = _server(module).Process(target=_measure, args=(module, argv, log, {**os.environ, **variables}))
     with _starting:
         process.start()
-        # each start asks all processes that it knows for their exit codes, which can be read only once
+        # each start polls all known processes for their exit codes, which can be read only once
         multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
     return process
 
@@ -146,14 +146,14 @@ def _fork(module: str, argv: list[str], log: Path, variables: dict[str, str]) ->
 @functools.cache
 def _server(module: str) -> "ForkServerContext":
     context = multiprocessing.get_context("forkserver")
-    # Python 3.11's server looks for what it is to import in the environment's path alone
+    # Python 3.11's server searches only the environment's path for its imports
     os.environ["PYTHONPATH"] = _path()
     context.set_forkserver_preload([f"{NAME}.{module}"])
     return context
 
 
 def _measure(module: str, argv: list[str], log: Path, variables: dict[str, str]) -> None:
-    """Become what `_Spawned` starts."""
+    """Turn a forked process into one like those that `_Spawned` starts."""
     os.setsid()
     threading.Thread(target=_follow, args=(cast(Any, multiprocessing.parent_process()).join,), daemon=True).start()
     with log.open("wb") as file:
@@ -162,7 +162,7 @@ def _measure(module: str, argv: list[str], log: Path, variables: dict[str, str])
     os.chdir(log.parent)
     os.environ.update(variables)
     if "OMP_NUM_THREADS" in variables:
-        # read by OpenMP when the libraries were imported
+        # OpenMP has read the variable when the libraries were imported
         import torch
         from threadpoolctl import threadpool_limits
 
@@ -172,7 +172,7 @@ def _measure(module: str, argv: list[str], log: Path, variables: dict[str, str])
 
 
 def _follow(wait: Callable[[], object]) -> None:
-    """End with the process that asked for the row, for whose end `wait` waits: else it went on beside the next run."""
+    """Wait for the end of the requesting process, then end too; otherwise this one would run beside the next run."""
     wait()
     if hasattr(os, "killpg"):
         os.killpg(0, signal.SIGKILL)
@@ -180,7 +180,7 @@ def _follow(wait: Callable[[], object]) -> None:
 
 
 def _input_closed() -> None:
-    # a reader of sys.stdin would hold its lock, without which Python cannot end
+    # reading sys.stdin would hold its lock, which Python needs to exit
     while os.read(0, 1):
         pass
 
@@ -190,7 +190,7 @@ def _path() -> str:
 
 
 def end_all() -> None:
-    """End the rows that other threads are waiting for: Ctrl-C reaches neither those nor their processes."""
+    """End the rows that other threads wait for: Ctrl-C reaches neither these threads nor their processes."""
     for group in list(_running):
         _end(group)
 
@@ -202,7 +202,7 @@ def _end(group: int) -> None:
 
 def _read(folder: Path) -> Iterator[dict[str, Any]]:
     for part in sorted(folder.glob("row.*")):
-        # a full disk or the end of its process may have cut it off
+        # a full disk or the end of the process may have cut the file off
         with contextlib.suppress(ValueError):
             yield json.loads(part.read_text())
 
@@ -210,9 +210,9 @@ def _read(folder: Path) -> Iterator[dict[str, Any]]:
 def _judge(rows: list[dict[str, Any]], code: int | None, timeout: float, log: Path) -> dict[str, Any]:
     failed = [row for row in rows if row.get("error")]
     if failed:
-        # the other ranks fail as well then, for want of the one
+        # other ranks fail too when one runs out of memory
         told = next((row for row in failed if row.get("out_of_memory")), failed[0])
-        # and where none says why, the kernel has ended it for its memory, as below
+        # if no rank gives a reason, the kernel has killed one for its memory, as below
         lost = all(any(words in row["error"].lower() for words in _LOST) for row in failed)
         return told | {"out_of_memory": True} if lost else told
     if rows and code is not None:
@@ -221,8 +221,8 @@ def _judge(rows: list[dict[str, Any]], code: int | None, timeout: float, log: Pa
         return {"error": f"no result after {timeout:g} s"}
     if code < 0:
         name = signal.Signals(-code).name
-        # the kernel ends what takes the machine's last memory like this
-        # and C++ aborts where nobody catches its own
+        # the kernel kills a process that takes the last memory with SIGKILL,
+        # and C++ aborts if nothing catches its own error
         aborted = name == "SIGABRT" and "std::bad_alloc" in log.read_text(errors="replace")
         return {"error": f"killed by {name}", "out_of_memory": name == "SIGKILL" or aborted}
     last = log.read_text(errors="replace").strip().splitlines()[-1:]
@@ -232,10 +232,10 @@ def _judge(rows: list[dict[str, Any]], code: int | None, timeout: float, log: Pa
 def with_smaller_batches(
     run: Callable[[dict[str, Any]], dict[str, Any]], spec: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int]:
-    """Run a row with its batch, and with half of it again and again while memory does not suffice.
+    """Run a row, and halve its batch as long as memory does not suffice.
 
     Returns:
-        the row, and the batch that it was measured with.
+        the row, and the batch size that it was measured with.
     """
     batch = int(spec["batch"])
     while True:

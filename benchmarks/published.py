@@ -1,15 +1,16 @@
-"""Run the recipes of published figures for a stated number of steps on data that is at hand: one CSV row a run.
+"""Run the recipes of published figures for a given number of steps on available data: one CSV row per run.
 
     python -m benchmarks.published --root /usr/share/datasets
     python -m benchmarks.published mnist_vae mnist_iwae_5 --data mnist5k --steps 20000
     python -m benchmarks.published --heads         only rewrite the recipes' heads from the CSV
 
-The README's table of them is written by `python -m benchmarks.recipes --tables`.
+`python -m benchmarks.recipes --tables` writes the README's table of these recipes.
 
-A recipe whose head has a line `# target:` holds the exact setting of a figure on all of MNIST, to be run to its end
-where MNIST can be had: `aezoo fit -c mnist_vae --data.root FOLDER`. Here its model is trained on other data with all
-else as it is but the number of steps, over which the learning rate falls as it does over the whole, and the number of
-importance samples. What came out is no reproduction; it says that the recipe runs, and how far it came.
+A recipe whose head has a line `# target:` holds the exact setting of a published figure on all of MNIST. If MNIST is
+available, `aezoo fit -c mnist_vae --data.root FOLDER` runs it to its end. Here its model is trained on other data. All
+else stays the same, except for the number of importance samples and the number of steps; the learning rate falls over
+these steps as it would over the whole run. The results do not reproduce the published figures. They show that the
+recipe runs, and how far it came.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def published() -> dict[str, Path]:
 
 
 def binarisation(path: Path) -> str:
-    """How the data of a recipe become zeros and ones."""
+    """How a recipe turns its data into zeros and ones."""
     import yaml
 
     data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
@@ -47,14 +48,14 @@ def binarisation(path: Path) -> str:
 
 
 def run(row: dict[str, Any], root: str | None) -> dict[str, Any]:
-    """Train as a row's first columns say, by the command line, and read the figures."""
+    """Train with the settings of a row's first columns, through the command line, and read the figures."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "aezoo", "fit", "-c", row["recipe"]]
         command += [f"--data.name={row['data']}", f"--data.binarise={row['binarise']}"]
         command += [f"--data.root={root}"] if root else []
         command += [f"--trainer.max_steps={row['steps']}", "--trainer.max_epochs=1000000"]
         command += [f"--importance_samples={row['importance_samples']}"]
-        # neither pictures nor curves are read
+        # pictures and curves are not needed
         command += ["--trainer.enable_progress_bar=false", "--reconstructions.every_n_epochs=0"]
         command += ["--samples.every_n_epochs=0", "--traversal.every_n_epochs=0", "--latents.every_n_epochs=0"]
         began = time.monotonic()
@@ -71,7 +72,7 @@ def run(row: dict[str, Any], root: str | None) -> dict[str, Any]:
 
 
 def head(rows: Sequence[dict[str, str]], environment: str) -> str:
-    """The line of a recipe that states what it reached here."""
+    """The line of a recipe that states its result here."""
     parts = []
     for row in rows:
         name = "test/log_likelihood" if row["binarise"] != "none" else "test/loss"
@@ -83,16 +84,16 @@ def head(rows: Sequence[dict[str, str]], environment: str) -> str:
 
 
 def budget(row: dict[str, str]) -> tuple[int, int]:
-    """What a row's figures cost: steps, and samples of its likelihood."""
+    """The budget of a row's figures: steps, and samples for its likelihood."""
     return int(row["steps"]), int(row["importance_samples"])
 
 
 def write_heads(table: common.Table) -> None:
-    """State the figures of the CSV in the recipes that they are of."""
+    """Write the figures of the CSV into their recipes."""
     environment = table.path.stem.removeprefix("published-")
     for name, path in published().items():
         rows = [row for row in table.rows if row["recipe"] == name and not row.get("error")]
-        # figures of one budget, the longest
+        # figures of one budget only, the longest
         rows = [row for row in rows if budget(row) == max(map(budget, rows))]
         if rows:
             text = path.read_text(encoding="utf-8")
@@ -116,7 +117,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is asked for and not there yet."""
+    """Run the requested recipes that have no row yet."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
     path = arguments.results / f"published-{common.environment(arguments)}.csv"
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in [] if arguments.heads else arguments.recipes or published():
         for data in arguments.data:
             row = {"recipe": name, "data": data, "binarise": binarisation(published()[name])}
-            # figures of grey pictures are losses, no likelihoods
+            # figures of grey pictures are losses, not likelihoods
             draws = 1 if row["binarise"] == "none" else arguments.importance_samples
             row |= {"steps": arguments.steps, "importance_samples": draws}
             if table.needs(row):

@@ -1,21 +1,22 @@
-"""Train models on a data set for a budget and measure what they reach: one CSV row a run.
+"""Train models on a data set for a budget and measure their quality: one CSV row per run.
 
-    python -m benchmarks.quality                                    every model but those of indices, on mnist5k
+    python -m benchmarks.quality                                    every model whose code is not indices, on mnist5k
     python -m benchmarks.quality --models dense_ae vae --code-sizes 8 16 32 64 --epochs 50
     python -m benchmarks.quality --data fashion_mnist --root /usr/share/datasets --seconds 300 --jobs 2
     python -m benchmarks.quality --data shapes --size 32 --rows 5000
 
-Errors are those of the test split, of the model as its last step left it, a denoiser's from corrupted samples; nll is
-in nats by the model's own likelihood. probe and knn: the share of test samples whose class is read off the code by
-logistic regression and by the 5 nearest neighbours; pixels_ and pca_: the same of raw pixels and of PCA's code of that
-size, whose error is the floor that a linear code leaves (none where a code has as many numbers as a sample);
-pca_mse_at_l0: of PCA with as many numbers as a sparse code has entries in use. No probe where a code has over 4,096. A
-seed fixes the weights, the noise and the order of training; the splits are the same for all. A sparse code keeps its
-model's own size whatever --code-sizes asks for. Compare speeds of --jobs 1 on a quiet machine only.
+Errors are measured on the test split with the model after its last step; a denoiser gets corrupted samples. nll is in
+nats under the model's own likelihood. probe and knn are the shares of test samples whose class is predicted correctly
+from the code, by logistic regression and by the 5 nearest neighbours. pixels_ and pca_ are the same for raw pixels and
+for PCA's code of that size. PCA's error is the lowest that a linear code can reach (none where a code has as many
+numbers as a sample). pca_mse_at_l0 is for PCA with as many numbers as a sparse code has active entries. Codes of more
+than 4,096 numbers get no probe. A seed fixes the weights, the noise and the order of training; the splits are the same
+for all. A sparse code keeps its model's own size whatever --code-sizes says. Compare speeds only for --jobs 1 on a
+quiet machine.
 
-Rows that are there already, of the same model, code size, seed and settings, are kept; --again measures them anew.
---importance-samples is a setting of models with a log_likelihood, --most-seconds of runs that would last longer. Every
-run has a process of its own, so that a crash costs one row, which then says why; baselines that failed are tried again.
+Existing rows of the same model, code size, seed and settings are kept; --again measures them again. The setting
+--importance-samples only matters for models with a log_likelihood, and --most-seconds only for runs that would last
+longer. Every run has its own process, so a crash costs one row, which records the reason. Failed baselines are retried.
 """
 
 import argparse
@@ -41,7 +42,7 @@ COLUMNS = (
 
 
 def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple[int, ...]) -> list[dict[str, Any]]:
-    """What to run: a spec for each row, with the row's first columns. What a model refuses is left out with a line."""
+    """The runs: a spec for each row, with the row's first columns. What a model rejects is skipped with a message."""
     spec = {
         "data": data,
         "epochs": None if arguments.seconds else arguments.epochs,
@@ -60,7 +61,7 @@ def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple
     for entry in map(registry.find, arguments.models or registry.list_models()):
         cls = registry.model_class(entry.name)
         if cls.discrete_code and not arguments.models:
-            continue  # a number of its code is a few bits: see benchmarks/bits.py
+            continue  # each number of its code is only a few bits: see benchmarks/bits.py
         for size in [None] if cls.sparse_code else arguments.code_sizes or [None]:
             hyperparameters = code_of(entry.name, size)
             try:
@@ -71,20 +72,20 @@ def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple
             for seed in range(arguments.seeds):
                 row = {"model": entry.name, "family": entry.family, "seed": seed, "code_size": code_size, **fixed}
                 run = {"model": entry.name, "hyperparameters": hyperparameters, "seed": seed, "row": row}
-                # a code that cannot be set has one size, whatever is asked for
+                # a code without a size setting has one size, whatever is requested
                 specs.setdefault((seed, entry.name, code_size), spec | run)
     if not specs:
         raise AezooError(f"no model is left to train on {data['name']}: `aezoo list` shows all")
-    # all of one seed first: a run that is broken off has something of every model
+    # sorted by seed: an interrupted run has results for every model
     return sorted(specs.values(), key=lambda spec: int(spec["seed"]))
 
 
 def code_of(name: str, size: int | None) -> dict[str, Any]:
-    """Hyperparameters that give a model's code `size` numbers; none where its code has no such setting."""
+    """Hyperparameters that give a model's code `size` numbers; empty if its code has no such setting."""
     known = registry.hyperparameters(name)
     if size is None or "latent_dim" not in known:
         return {}
-    # of a map latent_dim would be the channels
+    # for a map, latent_dim would be the number of channels
     return {"latent_dim": size} | ({"latent_map": False} if "latent_map" in known else {})
 
 
@@ -122,7 +123,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is asked for and not there yet."""
+    """Measure the requested rows that do not exist yet."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
     data, options = common.fetched(arguments.data, arguments.root, arguments.batch_size, arguments.size)
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return run_rows("quality_row", specs, arguments.timeout, arguments.jobs, arguments.accelerator)
 
     baselines: dict[int, dict[str, Any]] = {**table.baselines(arguments.probe_rows)}
-    # of rows that are there as well: theirs may have failed. PCA of as many numbers as a sample has is none
+    # also for existing rows, whose baselines may have failed. PCA with as many numbers as a sample is no baseline
     sizes = {size for spec in specs if (size := spec["row"]["code_size"]) < math.prod(data.input_shape)}
     missing = sorted((sizes | ({0} if data.num_classes else set())) - baselines.keys())
     shared = {"data": options, "probe_rows": arguments.probe_rows, "sizes": missing}

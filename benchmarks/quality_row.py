@@ -1,6 +1,6 @@
 """One row of the quality benchmark: train one model, measure it and its code. Run by `benchmarks.quality`.
 
-`baselines` measures what every row of a code size is held against: raw pixels and PCA.
+`baselines` measures the baselines of every row of a code size: raw pixels and PCA.
 """
 
 import math
@@ -22,39 +22,39 @@ from aezoo.tasks.embed_codes import choose_rows, read_off
 
 from . import codes, processes
 
-# of the test figures of `Evaluation`, those that become columns
+# test figures of `Evaluation` that become columns
 FIGURES = ("loss", "nll", "mse", "psnr", "ssim", "bits_per_dim", "log_likelihood")
 _CHUNK = 500
-# as many numbers as a 64 x 64 image has; a logistic regression on more takes minutes
+# the size of a 64 x 64 image; a logistic regression on more numbers takes minutes
 _MOST_PROBED = 4096
 
 
 class _Rates(pl.Callback):
-    """What `Throughput` logs, of every epoch."""
+    """The rates that `Throughput` logs, for every epoch."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
 
     def take(self, trainer: pl.Trainer) -> None:
-        """Keep the rate of the epoch that has ended, if it had more than the batch that warms up."""
+        """Keep the rate of the epoch that has ended, if it had more than the warm-up batch."""
         if (rate := trainer.callback_metrics.get("train/samples_per_s")) is not None:
             self.values.append(float(rate))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # an epoch's values are in callback_metrics when all of its hooks have run
+        # an epoch's values are in callback_metrics only after all of its hooks have run
         self.take(trainer)
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """A run, or the baselines where the spec names no model."""
+    """A run, or the baselines if the spec names no model."""
     return run(spec) if "model" in spec else baselines(spec)
 
 
 def open_data(options: dict[str, Any], seed: int) -> aezoo.DataModule:
-    """The data: splits that do not depend on the seed, so that rows compare, and an order of training that does.
+    """Open the data. The splits do not depend on the seed, so rows are comparable; the order of training does.
 
     Args:
-        options: the DataModule's arguments; with `rows` at most so many samples for training and for the test, the
+        options: the DataModule's arguments. `rows` limits the samples for training and for the test; they are the
             same in every run.
         seed: fixes the order.
     """
@@ -71,7 +71,7 @@ def open_data(options: dict[str, Any], seed: int) -> aezoo.DataModule:
 def silent_trainer(spec: dict[str, Any], **settings: Any) -> pl.Trainer:
     """A trainer on one device of the spec's accelerator, without output and validation.
 
-    Nothing is chosen by the validation split: what is measured is the last step's model.
+    Nothing is selected on the validation split: the model of the last step is measured.
     """
     off: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
@@ -80,13 +80,13 @@ def silent_trainer(spec: dict[str, Any], **settings: Any) -> pl.Trainer:
 
 
 def some(data: aezoo.DataModule, stage: Stage, most: int | None) -> tuple[Tensor, Tensor | None]:
-    """At most so many samples of a split with their labels, the same in every run."""
+    """At most `most` samples of a split with their labels, the same in every run."""
     chosen = choose_rows(len(cast(Sized, data.dataset(stage))), most)
     return data.tensors(stage, chosen.tolist())
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train by the spec's budget and measure on the test split.
+    """Train for the spec's budget and measure on the test split.
 
     Args:
         spec: model, hyperparameters, data (the DataModule's arguments), seed, epochs or seconds, precision,
@@ -145,7 +145,7 @@ def _of_code(model: aezoo.Autoencoder, data: aezoo.DataModule, probe_rows: int) 
 
 
 def baselines(spec: dict[str, Any]) -> dict[str, Any]:
-    """What does not depend on a model, `{"baselines": {code size: columns}}`; code size 0 stands for raw pixels.
+    """Figures without a model, `{"baselines": {code size: columns}}`; code size 0 stands for raw pixels.
 
     Args:
         spec: data, probe_rows and sizes.
@@ -158,7 +158,7 @@ def baselines(spec: dict[str, Any]) -> dict[str, Any]:
     def columns(size: int) -> dict[str, float]:
         found, code_train, code_test = {}, train, test
         if size:
-            # with as many components as there are dimensions or samples PCA stores the data, and is no floor
+            # with as many components as dimensions or samples, PCA stores the data and is not a meaningful baseline
             if size >= min(train.shape):
                 return {}
             error, code_train, code_test = codes.pca(train, test, size)
@@ -172,7 +172,7 @@ def baselines(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def peak_mb(device: torch.device) -> float:
-    """Peak memory so far in MB: of the tensors on a CUDA device, else of all of this process, libraries included."""
+    """Peak memory so far in MB: of the tensors on a CUDA device, otherwise of this process including libraries."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""The CSV of `benchmarks.quality`: which row is of which run, and the baselines that its rows have in common."""
+"""The CSV of `benchmarks.quality`: how rows are matched with runs, and the baselines that its rows share."""
 
 import hashlib
 import re
@@ -13,14 +13,14 @@ BASELINE = ("pixels_probe", "pixels_knn", "pca_probe", "pca_knn", "pca_mse", "pc
 
 
 class QualityTable(Table):
-    """A table in which a setting that had no part in a run's figures makes no other row of it.
+    """A table in which a setting that did not affect a run's figures does not make a separate row.
 
-    `importance_samples` is empty where there is no log_likelihood, and in rows of before it was written down.
-    `most_seconds` is what a run was given: one that reached its epochs within less is the same as without.
+    `importance_samples` is empty without a log_likelihood, and in rows from before it was recorded. `most_seconds` is
+    the time limit of a run; a run that reached its epochs earlier equals one without a limit.
     """
 
     def find(self, row: Mapping[str, object]) -> dict[str, str] | None:
-        """The row of the same run, if there is one: rather of the very `most_seconds` than of what had no part."""
+        """The row of the same run, if there is one; preferably with the same `most_seconds`."""
         wanted = {name: as_text(row.get(name)) for name in (*self.key, "importance_samples", "most_seconds")}
         same = [there for there in self.rows if self._same(there, wanted)]
         exact = [there for there in same if there.get("most_seconds", "") == wanted["most_seconds"]]
@@ -37,12 +37,12 @@ class QualityTable(Table):
         return there.get("most_seconds", "") == most or (is_whole(there) and in_time)
 
     def put_run(self, row: Mapping[str, Any]) -> None:
-        """Put a run's row; how many draws there were is a setting where something was drawn, or may have been."""
+        """Put a run's row; the number of draws is a setting only if samples were drawn, or may have been."""
         drawn = row.get("error") or row.get("log_likelihood") is not None
         self.put({**row, "importance_samples": row["importance_samples"] if drawn else None})
 
     def baselines(self, probe_rows: int) -> dict[int, dict[str, str]]:
-        """Baselines that are there by code size, 0 for raw pixels: they depend on the data alone."""
+        """Existing baselines by code size, 0 for raw pixels; they depend only on the data."""
         known: dict[int, dict[str, str]] = {}
         for row in self._probed(probe_rows):
             for size, prefix in ((0, "pixels_"), (int(row["code_size"]), "pca_")):
@@ -51,7 +51,7 @@ class QualityTable(Table):
         return known
 
     def fill(self, baselines: Mapping[int, Mapping[str, Any]], probe_rows: int) -> None:
-        """Give baselines to rows that were measured without them, as when those had failed."""
+        """Add baselines to rows that lack them, for example because they had failed."""
 
         def missing() -> list[tuple[dict[str, str], str, Any]]:
             return [
@@ -67,7 +67,7 @@ class QualityTable(Table):
                     row[name] = as_text(value)
 
     def _probed(self, probe_rows: int) -> Iterable[dict[str, str]]:
-        # a size that is no number has been written by hand
+        # a size that is not a number was written by hand
         rows = (row for row in self.rows if row.get("code_size", "").isdigit())
         return (row for row in rows if row.get("probe_rows") == str(probe_rows))
 
@@ -80,7 +80,7 @@ def is_whole(row: Mapping[str, str]) -> bool:
 
 
 def dataset_name(data: Mapping[str, Any]) -> str:
-    """The data set as a word for a file name; of one's own files the name, and what tells two of that name apart."""
+    """The data set as a word for a file name; for the user's own files, their name and a fingerprint."""
     name = data["root"] if data["name"] in ("array", "folder") else data["name"]
     own = "" if name == data["name"] and len(Path(name).parts) == 1 else _fingerprint(Path(name))
     word = re.sub(r"[^\w.-]+", "-", Path(name).stem)
@@ -89,7 +89,7 @@ def dataset_name(data: Mapping[str, Any]) -> str:
 
 
 def _fingerprint(path: Path) -> str:
-    """Of a file its content, of a folder the names and sizes of its files: eight digits of a digest."""
+    """Eight digits of a digest of a file's content, or of the names and sizes of a folder's files."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:8]

@@ -1,22 +1,22 @@
-"""Speed of quantisers in training, compared with vector-quantize-pytorch: one CSV row a kind and number of codes.
+"""Speed of quantisers in training, compared with vector-quantize-pytorch: one CSV row per kind and number of codes.
 
     python -m benchmarks.quantisers                                         all kinds, 512 to 65,536 codes
     python -m benchmarks.quantisers --kinds vq_ema rvq --codes 1024 --threads 2 --repeats 9
-    pip install vector-quantize-pytorch                                     without it its columns are empty
+    pip install vector-quantize-pytorch                                     without it, its columns are empty
 
-Each row has a process of its own, in which both parties take turns on the same maps of 32x32 places, of the same codes,
-in training mode: `forward` gives codes and terms of z, whose gradient is on; `step` goes back from both as well. Speeds
-are places a second, medians over the rounds; a ratio is ours by theirs within a round, its median, least and most.
-memory_mb is what a step takes at its peak beyond what lay there before. same_codes is the share of places at which both
-give the same code, before training.
+Each row has its own process, in which both parties take turns on the same maps of 32x32 places with the same codes, in
+training mode. `forward` computes codes and loss terms of z, which requires a gradient; `step` adds the backward pass
+from both. Speeds are places per second, as medians over the rounds. A ratio is our speed divided by theirs within a
+round; its median, lowest and highest are given. memory_mb is the peak memory of a step beyond what was allocated
+before it. same_codes is the share of places at which both give the same code, before training.
 
-Neither side starts by k-means, moves dead codes, projects or has more than the plain straight-through gradient. What
-differs: theirs keeps N x K one-hot rows in training for vq and rvq; rvq has two levels and theirs passes a gradient at
-each; fsq follows the paper's code in where it rounds, theirs does not, so that codes differ for even levels; lfq's
-entropy of all codes is exact in theirs and, from 11 bits on, a bound from groups of bits in ours; sim_vq's and rvq's
-terms are means in theirs and sums in ours.
+Neither side uses k-means initialisation, replaces dead codes, projects, or uses more than the plain straight-through
+estimator. The differences: for vq and rvq, theirs keeps N x K one-hot rows in training. rvq has two levels, and theirs
+passes a gradient at each. Our fsq rounds at the same points as the paper's code and theirs does not, so codes differ
+for even levels. lfq's entropy over all codes is exact in theirs; ours is a bound from groups of bits from 11 bits on.
+The loss terms of sim_vq and rvq are means in theirs and sums in ours.
 
-Rows that are there already are kept; --again measures them anew.
+Existing rows are kept; --again measures them again.
 """
 
 import math
@@ -31,7 +31,7 @@ from . import common
 from .processes import run_row
 
 KINDS = ("vq_ema", "vq_cosine", "vq_gradient", "rvq", "sim_vq", "fsq", "lfq")
-# codes that are all combinations of a few values, whose numbers are powers of 2 here
+# kinds whose codes are all combinations of a few values; the number of codes is a power of 2 here
 _OF_BITS = ("fsq", "lfq")
 CODES = (512, 4096, 16384, 65536)
 SIDE = 32
@@ -47,14 +47,14 @@ COLUMNS = (
 
 
 def plan(arguments: Namespace, device: str) -> list[dict[str, Any]]:
-    """What to run: a spec for each row."""
+    """The runs: a spec for each row."""
     specs = []
     for kind in arguments.kinds:
         for codes in arguments.codes:
             bits = round(math.log2(codes))
             if kind in _OF_BITS and (2**bits != codes or bits < 2):
                 raise AezooError(f"{kind} has a power of 2 of codes, at least 4, not {codes}: leave it out of --kinds")
-            # a channel of an FSQ has 8 values, and 4 where that does not come out
+            # a channel of an FSQ has 8 values, or 4 where the number of codes requires it
             dim = {"fsq": math.ceil(bits / 3), "lfq": bits}.get(kind, arguments.dim)
             batch = arguments.batch or (16 if device == "cuda" else 1)
             row = {"kind": kind, "codes": codes, "dim": dim, "batch": batch, "device": device}
@@ -82,7 +82,7 @@ def arguments_of(argv: Sequence[str]) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is asked for and not there yet."""
+    """Measure the requested rows that do not exist yet."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
     import torch

@@ -31,25 +31,25 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "vq_cosine": {"cosine": True},
     "vq_gradient": {"update": "gradient"},
 }
-# glibc's mallopt: blocks above the threshold come from the system and go back to it
+# glibc's mallopt: blocks above the threshold are taken from the system and returned to it
 _MMAP_THRESHOLD = -3
 
 
 class Pair(NamedTuple):
-    """A kind's quantiser and the other's of the same codes, None where that package is not installed."""
+    """Our quantiser of a kind and the peer's with the same codes, None if that package is not installed."""
 
     ours: Quantiser
     theirs: nn.Module | None
 
 
 def pair(kind: str, codes: int, dim: int) -> Pair:
-    """Both quantisers, with the same normal codes."""
+    """Both quantisers, with the same normally distributed codes."""
     there = importlib.util.find_spec(PEER) is not None
     if kind == "fsq":
         levels = levels_of(codes, dim)
         return Pair(FSQ(levels), _peer("FSQ", levels) if there else None)
     if kind == "lfq":
-        # with a weight of 0, its default, it would leave the commitment out
+        # its default weight of 0 would leave out the commitment loss
         return Pair(LFQ(dim), _peer("LFQ", dim=dim, commitment_loss_weight=0.25) if there else None)
     if kind == "sim_vq":
         return _sim_vq(SimVQ(dim, codes), there)
@@ -71,7 +71,7 @@ def pair(kind: str, codes: int, dim: int) -> Pair:
 
 
 def levels_of(codes: int, dim: int) -> tuple[int, ...]:
-    """Values of each channel of an FSQ: 8, and 4 where that does not come out."""
+    """Number of values of each channel of an FSQ: 8, or 4 in as many channels as the number of codes requires."""
     fours = 3 * dim - round(math.log2(codes))
     return (8,) * (dim - fours) + (4,) * fours
 
@@ -87,7 +87,7 @@ def _vq(name: str, dim: int, codes: int, **own: Any) -> Any:
 
 
 class _OfSequences(nn.Module):
-    """Maps for the package's ResidualVQ, which in 1.32 fails on maps whose width is not the number of channels."""
+    """Wraps the package's ResidualVQ, which in 1.32 fails on maps whose width is not the number of channels."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def _sim_vq(ours: SimVQ, there: bool) -> Pair:
 
 
 def codes_and_loss(quantiser: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
-    """z_q of either party and the sum of what it would have a loss add."""
+    """z_q of either party, and the sum of its loss terms."""
     z_q, _, *rest = quantiser(z)
     terms = [*rest[0].values()] if rest and isinstance(rest[0], dict) else rest
     return z_q, sum((term.sum() for term in terms), z.new_zeros(()))
@@ -167,10 +167,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             except RuntimeError as error:
                 if not which[0]:
                     raise
-                # what memory does not hold for the peer can still be told of ours
+                # if memory does not suffice for the peer, ours can still be measured
                 failed[which[0]] = processes.failure(error)["error"]
                 continue
-            if turn:  # the first fills caches
+            if turn:  # the first turn fills caches
                 took[which].append(seconds)
     for (party, name), values in took.items():
         if values and party not in failed:
@@ -185,25 +185,25 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def forward(quantiser: nn.Module, z: Tensor, grad: Tensor) -> None:
-    """Codes and terms, with the graph that a backward pass needs."""
+    """Codes and loss terms, with the graph that a backward pass needs."""
     codes_and_loss(quantiser, z.detach().requires_grad_())
 
 
 def step(quantiser: nn.Module, z: Tensor, grad: Tensor) -> None:
-    """Codes and terms, and back from both."""
+    """Codes and loss terms, and the backward pass from both."""
     quantiser.zero_grad()
     z_q, loss = codes_and_loss(quantiser, z.detach().requires_grad_())
     torch.autograd.backward([z_q, loss], [grad, None]) if loss.requires_grad else z_q.backward(grad)
 
 
 def same(ours: nn.Module, theirs: nn.Module, z: Tensor) -> float:
-    """The share of places to which both give the same code in evaluation mode."""
+    """The share of places at which both give the same code in evaluation mode."""
     q, other = (codes_and_loss(quantiser.eval(), z)[0] for quantiser in (ours, theirs))
     return float(torch.isclose(q, other, rtol=1e-4, atol=1e-5).all(1).float().mean())
 
 
 def of_one(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one call, of so many that a clock can see them."""
+    """Seconds per call, averaged over enough calls for the clock to resolve."""
     calls, took = 1, clocks.timed(work, device)
     while took < 0.02:
         calls *= 4
@@ -217,9 +217,9 @@ def _many(work: Callable[[], None], calls: int) -> None:
 
 
 def peak_mb(work: Callable[[], None], device: torch.device) -> float | None:
-    """Memory that a call takes at its peak beyond what is there, in MB; None where it cannot be told.
+    """Peak memory of a call beyond what is already allocated, in MB; None if it cannot be measured.
 
-    On the CPU it is right in a process of its own only: blocks that an allocator freed and kept are there already.
+    On the CPU the figure is correct only in a separate process: blocks that an allocator freed but kept do not count.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -238,14 +238,14 @@ def peak_mb(work: Callable[[], None], device: torch.device) -> float | None:
 
 
 def _give_back() -> None:
-    """Free memory goes back to the system, now and from now on."""
+    """Return free memory to the system, now and from now on."""
     libc = ctypes.CDLL(None)
     libc.mallopt(_MMAP_THRESHOLD, 2**16)
     libc.malloc_trim(0)
 
 
 def _resident(name: str) -> int:
-    """A line of this process's status, in kB."""
+    """A value from this process's status file, in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 

@@ -1,13 +1,13 @@
-"""Train recipes, write what they reached to a CSV, into the recipes' heads, and into the README's tables.
+"""Train recipes and write their results to a CSV, into the recipes' heads, and into the README's tables.
 
-    python -m benchmarks.recipes                      all recipes that the CSV does not have yet
+    python -m benchmarks.recipes                      all recipes that are not in the CSV yet
     python -m benchmarks.recipes vae dense_article --again
-                                                      these, whether it has them or not
+                                                      these, whether they are in the CSV or not
     python -m benchmarks.recipes --root /usr/share/datasets fashion_vae
     python -m benchmarks.recipes --tables             only rewrite the heads and tables from the CSV
 
-Each recipe runs in a process of its own, in a temporary folder, by the command that its head states. The pictures
-named in `PICTURES` are copied to `benchmarks/results/pictures`.
+Each recipe runs in its own process and in a temporary folder, with the command in its head. The pictures named in
+`PICTURES` are copied to `benchmarks/results/pictures`.
 """
 
 import json
@@ -71,13 +71,13 @@ def scalars(run: Path) -> dict[str, list[float]]:
 
 
 def target(path: Path) -> str:
-    """The published figure that a recipe is the setting of, its line `# target:`; nothing where it has none."""
+    """The published figure that a recipe aims at, from its line `# target:`; empty if it has none."""
     found = re.search(r"^# target: (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else ""
 
 
 def own_recipes() -> dict[str, Path]:
-    """Recipes whose data are at hand, by name; those of published figures are for `benchmarks.published`."""
+    """Recipes whose data are available, by name; `benchmarks.published` runs those of published figures."""
     return {name: path for name, path in recipes().items() if not target(path)}
 
 
@@ -87,14 +87,14 @@ def read(path: Path) -> dict[str, dict[str, str]]:
 
 
 def head(row: dict[str, str], path: Path) -> str:
-    """The line of a recipe that states what it reached, by a row of the CSV at `path`."""
+    """The line of a recipe that states its result, from a row of the CSV at `path`."""
     figures = ", ".join(f"{figure} {row[figure]}" for figure in FIGURES if row.get(figure))
     where = path.stem.removeprefix("quality-recipes-")
     return f"# reached: {figures} ({row['epochs']} epochs, {row['seconds']} s, {where}, seed 0)"
 
 
 def models_table() -> str:
-    """The zoo as a Markdown table, from the models' own files and from what `pytest --proofs` counted."""
+    """The zoo as a Markdown table, from the models' files and from the counts of `pytest --proofs`."""
     proofs = json.loads(PROOFS.read_text(encoding="utf-8")) if PROOFS.is_file() else {}
     lines = ["| model | family | paper | objective | contract | laws |", "|---" * 6 + "|"]
     for name in registry.list_models():
@@ -110,10 +110,10 @@ def models_table() -> str:
 
 
 def objective(name: str) -> str:
-    """The formula in a model's docstring that says what it minimises, or the bound that it maximises.
+    """The formula in a model's docstring for the loss that it minimises, or the bound that it maximises.
 
     Raises:
-        AezooError: there is none.
+        AezooError: there is no such formula.
     """
     parts = [part for line in registry.card(name).text.splitlines() for part in re.split(r"\s{3,}", line.strip())]
     formulas = [part for part in parts if re.match(r"(L|L\([^)]*\)|L_\w+|log p\(x\)) +(=|>=) ", part)]
@@ -123,7 +123,7 @@ def objective(name: str) -> str:
 
 
 def recipes_table(rows: dict[str, dict[str, str]]) -> str:
-    """What the recipes reached, as a Markdown table."""
+    """The results of the recipes as a Markdown table."""
     lines = ["| recipe | test loss (nats) | mse | psnr (dB) | ssim | epochs | seconds |", "|---" * 7 + "|"]
     for name in sorted(rows):
         row = rows[name]
@@ -133,7 +133,7 @@ def recipes_table(rows: dict[str, dict[str, str]]) -> str:
 
 
 def published_table() -> str:
-    """Published figures and what their recipes reached here, as a Markdown table."""
+    """Published figures and the results of their recipes here, as a Markdown table."""
     lines = ["| recipe | published | reached here |", "|---|---|---|"]
     for name, path in recipes().items():
         if target(path):
@@ -152,12 +152,12 @@ def readme(rows: dict[str, dict[str, str]]) -> str:
 
 
 def newest() -> Path:
-    """The CSV that the heads and tables are made from: the last of them by name, so that of the newest torch."""
+    """The CSV that the heads and tables are made from: the last one by name, which is that of the newest torch."""
     return max(RESULTS.glob("quality-recipes-*.csv"), default=RESULTS / f"quality-recipes-{environment()}.csv")
 
 
 def main() -> None:
-    """Train what is asked for and not there yet, and rewrite what states its figures."""
+    """Train the requested recipes that have no row yet, and rewrite the heads and tables with their figures."""
     parser = bare_parser("recipes", __doc__)
     parser.add_argument(
         "recipes", nargs="*", choices=[*own_recipes(), []], help="recipes to train; all if none is given"

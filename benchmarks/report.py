@@ -1,9 +1,9 @@
-"""Turn the CSVs of the benchmarks into RESULTS.md and pictures; nothing in either is typed by hand.
+"""Turn the CSVs of the benchmarks into RESULTS.md and pictures; neither contains hand-written figures.
 
     python -m benchmarks.report                    benchmarks/results -> benchmarks/RESULTS.md
     python -m benchmarks.report --results DIR      another folder; RESULTS.md is written into it
 
-Each table stands under the command that heads its CSV. What is missing is left out, with a line that says so.
+Each table stands below the commands from the head of its CSV. Missing parts are left out with a message.
 """
 
 import os
@@ -19,29 +19,29 @@ from .report_columns import BITS, DICTIONARIES, DISENTANGLE, QUALITY, Row, markd
 from .report_sections import SECTIONS, Section
 from .speed import KEY, there
 
-# columns of a row over seeds that are settings, not figures
+# columns that are settings, not figures, when rows are merged over seeds
 _GROUP = (
     *("dataset", "model", "code_size", "budget", "batch_size", "probe_rows", "importance_samples", "most_seconds"),
     *("steps", "lr", "atoms", "dim", "active", "correlation", "noise", "samples", "options", "rows"),
     "bits_a_place",
 )
-# columns without which there is no telling what a row is of, by the beginning of a CSV's name
+# columns that are needed to identify a row, by the prefix of a CSV's name
 _NEEDED = {
     "peers-": ("party",),
     "quality-": ("dataset", "model", "code_size"),
     "tasks-": ("dataset", "model", "seed", "budget", "code_size", "method", "kind"),
 }
-# peaks that are further apart are of a machine in two states
+# peaks that differ by a larger factor are from a machine in two states
 _SAME_STATE = 1.25
 
 
 def _setting(row: Row) -> tuple[str, ...]:
-    """What the seeds of a row share; steps are a setting only where they are the budget."""
+    """The settings that the seeds of a row share; steps are a setting only if they are the budget."""
     return tuple("" if name == "steps" and row.get("budget") else row.get(name, "") for name in _GROUP)
 
 
 def over_seeds(rows: Sequence[Row]) -> list[Row]:
-    """One row for each model, code size and setting: median, lowest and highest of each figure, and how many seeds."""
+    """One row for each model, code size and setting: median, lowest and highest of each figure, number of seeds."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(_setting(row), []).append(row)
@@ -62,13 +62,13 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
 
 
 def scaled(rows: Sequence[Row]) -> list[Row]:
-    """Rows of a CSV, those of several devices with their rate by that of as many alone, or why there is none."""
+    """Rows of a CSV; those of several devices get their scaling efficiency, or the reason why they have none."""
 
     def setting(row: Row) -> tuple[str, ...]:
         return tuple(row.get(name, "") for name in KEY if name != "devices")
 
     alone = {setting(row): row for row in rows if row.get("devices") == "1"}
-    # what earlier CSVs say of it is of rows that may have been replaced since
+    # values in earlier CSVs may refer to rows that have been replaced since
     none = {"scaling_efficiency": "", "unscaled": ""}
     return [row | none | _efficiency(row, alone.get(setting(row), {})) for row in rows]
 
@@ -84,14 +84,14 @@ def _efficiency(row: Row, one: Row) -> Row:
     peaks = [number(of, "peak_gflops") or 0 for of in (row, one)]
     if not all(peaks):
         return {"unscaled": "a peak was not measured"}
-    # rows are replaced one by one, and a cloud's machine is not the same on another day
+    # rows are replaced one by one, and a cloud machine may differ from day to day
     if max(peaks) > _SAME_STATE * min(peaks):
         return {"unscaled": f"one device was measured at a peak of {plain(peaks[1])} GFLOP/s"}
     return {"scaling_efficiency": repr(rate / (devices * base))}
 
 
 def comparable(rows: Sequence[Row]) -> list[Row]:
-    """Of each data set the rows of its most frequent budget and batch; of each model and code size the first."""
+    """For each data set, the rows with its most frequent budget and batch, one for each model and code size."""
 
     def setting(row: Row) -> tuple[str, ...]:
         return row.get("budget", ""), row.get("batch_size", "")
@@ -145,7 +145,7 @@ def _read(path: Path) -> tuple[list[str], list[Row]]:
 
 
 def counted(stem: str, commands: Sequence[str], rows: Sequence[Row]) -> list[str]:
-    """Commands of a CSV; of the benchmark of speed with how many of their rows are there, if not all are."""
+    """Commands of a CSV; those of the speed benchmark with the number of existing rows, if some are missing."""
     found = re.match(r"speed-(train|infer)-([a-z0-9]+)-", stem)
     if not found:
         return [*commands]
@@ -155,13 +155,13 @@ def counted(stem: str, commands: Sequence[str], rows: Sequence[Row]) -> list[str
 def _share(command: str, kind: str, precision: str, rows: Sequence[Row]) -> str:
     try:
         here, asked = there(command, kind, precision, rows)
-    except (AezooError, SystemExit, ValueError):  # a flag or a model of before, or a quote that is not closed
+    except (AezooError, SystemExit, ValueError):  # an old flag or model, or an unclosed quote
         return "  # how many of its rows are here is not known"
     return "" if here == asked else f"  # {here} of {asked} rows"
 
 
 def target_table(files: Mapping[str, list[Row]]) -> str:
-    """What was to be reached, and what was; and with the zoo's step compiled or not, the other way round."""
+    """Targets and the measured figures, also with the opposite choice of compiling the zoo's step."""
     rows = []
     for target, stem, found in targets.judge(files):
         row = {"what": target.what, "bound": f"{'<=' if target.at_most else '>='} {target.bound:g}", "file": stem}
@@ -195,7 +195,7 @@ def target_table(files: Mapping[str, list[Row]]) -> str:
 
 
 def processors(stems: Iterable[str], files: Mapping[str, list[Row]], on: str | None = None) -> list[str]:
-    """Processors that these CSVs name, or those of them that are of a machine."""
+    """Processors named in these CSVs, or only in those from a given machine."""
     kept = [stem for stem in stems if stem in files and on in (None, machine(stem))]
     return [*dict.fromkeys(row["processor"] for stem in kept for row in files[stem] if row.get("processor"))]
 
@@ -204,7 +204,7 @@ def _table(section: Section, commands: Sequence[str], rows: Sequence[Row]) -> st
     columns = section.columns or tuple(words(name, name) for name in rows[0])
     code = "\n".join(["```bash", *commands, "```", "", ""]) if commands else ""
     if section.columns in (QUALITY, DISENTANGLE, DICTIONARIES, BITS):
-        # a model's errors compare at the same bits
+        # errors are comparable only at equal bits
         rows = sorted(over_seeds(rows), key=lambda row: number(row, "bits_a_place") or 0)
     return code + markdown(columns, [row for row in rows if section.shows(row)])
 
@@ -243,13 +243,13 @@ def quality_rows(rows: Mapping[str, list[Row]]) -> list[Row]:
 
 
 def machine(stem: str) -> str:
-    """The name that a CSV of processors carries after their number, if any; see `common.parser`."""
+    """The machine name after the number of processors in a CSV's name, if any; see `common.parser`."""
     found = re.search(r"-cpu\d+-([a-z0-9]+)$", stem)
     return found[1] if found else ""
 
 
 def draw(folder: Path, rows: Mapping[str, list[Row]]) -> dict[Path, str]:
-    """Draw the pictures that there are rows for; files and what they show."""
+    """Draw the pictures for which there are rows; return files and their descriptions."""
     from . import plots, plots_bits
 
     bits = [row for stem, part in rows.items() if stem.startswith("bits-") for row in over_seeds(part)]

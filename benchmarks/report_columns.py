@@ -1,4 +1,4 @@
-"""Cells, columns and tables of the report: which figures of a CSV are shown, under which words."""
+"""Cells, columns and tables of the report: the figures of a CSV that are shown, and their headings."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,8 +12,8 @@ class Column(NamedTuple):
     """A column of a table.
 
     Attributes:
-        head: what stands above it, with the unit.
-        cell: the text of a row's cell; empty where the row has none.
+        head: heading, with the unit.
+        cell: the text of a row's cell; empty if the row has no value.
     """
 
     head: str
@@ -24,7 +24,7 @@ class Column(NamedTuple):
 
 
 def plain(value: float, digits: int = 4) -> str:
-    """A number for a reader: so many significant digits, thousands apart, no exponent where it is not needed."""
+    """A number for a reader: `digits` significant digits, thousands separators, no unnecessary exponent."""
     if value == 0 or 1e-4 <= abs(value) < 10 ** (digits - 1):
         return f"{value:.{digits}g}" if value != int(value) else f"{value:.0f}"
     return f"{value:,.0f}" if 1 <= abs(value) < 1e9 else f"{value:.{digits - 1}g}"
@@ -61,7 +61,7 @@ def spread(head: str, name: str, low: str = "", high: str = "") -> Column:
 
 
 def trained(row: Row) -> str:
-    """The epochs of a row over seeds; marked where time ended a run before its budget of epochs did."""
+    """The epochs of a row over seeds; marked if the time limit ended a run before its budget of epochs."""
     told, least = spread("", "epochs").cell(row), number(row, "epochs_low")
     asked = row.get("budget", "").partition("epochs=")[2]
     return f"{told}, cut" if asked and least is not None and least < float(asked) else told
@@ -182,7 +182,7 @@ PROBE = (
 
 
 def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    """A table without the columns that hold nothing."""
+    """A Markdown table without empty columns."""
     table = [(column.head, [column.cell(row) for row in rows]) for column in columns]
     kept = [(head, cells) for head, cells in table if any(cells)]
     lines = [[head for head, _ in kept], ["---"] * len(kept), *zip(*(cells for _, cells in kept), strict=True)]

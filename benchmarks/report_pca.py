@@ -1,4 +1,4 @@
-"""Every model beside PCA of as many numbers: how many are ahead, which are not, and why."""
+"""Every model compared with PCA of as many numbers: how many are ahead, which are not, and why."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from .common import number
 from .report_columns import Row
 
 NOT_EXPLAINED = "not explained: a defect until it is"
-# of models that are behind PCA where the reason is their own and not the budget's
+# reasons why models are behind PCA, where the cause is the model and not the budget
 _RATE = "the ELBO switches off latent numbers whose KL costs more nats than they save in error"
 _L1 = "the L1 penalty shrinks active latents"
 _CORRUPTED = "its error is measured from corrupted inputs"
@@ -70,12 +70,12 @@ REASONS = {
 
 
 def floor(row: Row) -> float | None:
-    """The error of PCA with as many numbers as a code has, a sparse one in use, or None."""
+    """The error of PCA with as many numbers as a code has, or as a sparse code has active; or None."""
     return number(row, "pca_mse_at_l0" if row.get("l0") else "pca_mse")
 
 
 def ratio(row: Row) -> float | None:
-    """The row's error as a multiple of PCA's, or None."""
+    """The row's error divided by PCA's, or None."""
     pca, mse = floor(row), number(row, "mse")
     return mse / pca if pca and mse is not None else None
 
@@ -84,8 +84,8 @@ def section(judged: Sequence[Row], rows: Sequence[Row]) -> str:
     """Text and table.
 
     Args:
-        judged: medians over seeds, of a data set all of one budget.
-        rows: medians over seeds of any budgets, which may say why a model is behind.
+        judged: medians over seeds; all rows of a data set have the same budget.
+        rows: medians over seeds of any budget, which may explain why a model is behind.
     """
     ratios = [(row, found) for row in judged if (found := ratio(row)) is not None]
     if not ratios:
@@ -118,7 +118,7 @@ def section(judged: Sequence[Row], rows: Sequence[Row]) -> str:
 
 
 def why(row: Row, rows: Sequence[Row]) -> str:
-    """Why a row is behind: a budget that is short, or that ends a run, another set that suits better, or a reason."""
+    """Why a row is behind: a short or cut-off budget, a data set that suits the model less, or another reason."""
     alike = [other for other in rows if all(other.get(key) == row.get(key) for key in ("model", "code_size"))]
     for here in (True, False):
         for other in alike:

@@ -1,4 +1,4 @@
-"""The sections of the report: which CSVs stand under which heading, and what their figures are."""
+"""The sections of the report: the CSVs under each heading, and the explanation of their figures."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from .report_columns import Column, Row
 
 
 class Section(NamedTuple):
-    """CSVs of a kind.
+    """The CSVs of one kind.
 
     Attributes:
-        prefix: of their names.
+        prefix: prefix of their names.
         title: heading.
-        text: what the figures are.
-        columns: of the tables; all of the CSV's if there are none.
-        shows: whether a row is worth a line.
+        text: explanation of the figures.
+        columns: columns of the tables; if empty, all columns of the CSV.
+        shows: whether a row is shown.
     """
 
     prefix: str

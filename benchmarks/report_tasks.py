@@ -1,7 +1,7 @@
-"""The part of RESULTS.md on the verbs: a table each, and above it a sentence that says who is ahead.
+"""The part of RESULTS.md on the verbs: a table for each, and above it a sentence that says which method is ahead.
 
-A contest is what methods are compared in: a verb, or a part of one where its figures mean different things. Its rows
-are merged over seeds; of `reference` rows, such as real samples or a bound, none is ahead of anything.
+Methods are compared within a contest: a verb, or a part of a verb whose figures have a different meaning. Rows are
+merged over seeds; `reference` rows, such as real samples or a bound, are never counted as ahead.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from .common import Spread, number
 from .report_columns import Column, Row, markdown, plain, words
 
-# rows that share these are compared
+# rows with equal values in these columns are compared
 SETTING = ("dataset", "task", "code_size", "budget", "fit_rows", "test_rows", "classes")
 # peak signal-to-noise ratios, in dB, at which lossy methods are compared
 TARGETS = (14, 17, 20, 25)
@@ -24,10 +24,10 @@ class Figure(NamedTuple):
     """A column of figures.
 
     Attributes:
-        head: what stands above it.
+        head: heading.
         name: the column of the CSV.
-        better: high, low, or nothing where neither is better.
-        unit: for the sentence.
+        better: high, low, or empty if neither is better.
+        unit: unit for the sentence.
     """
 
     head: str
@@ -37,15 +37,15 @@ class Figure(NamedTuple):
 
 
 class Contest(NamedTuple):
-    """What methods are compared in.
+    """A comparison of methods.
 
     Attributes:
-        verb: whose CSV it is.
-        task: the start of the rows' column of that name, where a verb has several.
-        text: what the figures are.
+        verb: the verb of the CSV.
+        task: prefix of the rows' column `task`, if a verb has several.
+        text: explanation of the figures.
         figures: columns.
-        leads: how many of the first ones are told in sentences; methods are sorted by the first.
-        each_seed: from the rows of a method and a seed to its figures.
+        leads: number of first figures that get a sentence; methods are sorted by the first.
+        each_seed: computes the figures of a method and a seed from their rows.
     """
 
     verb: str
@@ -57,12 +57,12 @@ class Contest(NamedTuple):
 
 
 def the_only(rows: Sequence[Row]) -> Row:
-    """Of a method and a seed several models may bring the same row, as baselines do."""
+    """The first row; several models may have measured the same row of a method and a seed, as with baselines."""
     return rows[0]
 
 
 def over_classes(rows: Sequence[Row]) -> Row:
-    """Means over the classes that take their turn as the normal one; each counts once."""
+    """Means over the classes, each of which is the normal one in turn and counts once."""
     classes = {row["class"]: row for row in rows}
     return rows[0] | {
         name: repr(statistics.fmean(values))
@@ -72,9 +72,10 @@ def over_classes(rows: Sequence[Row]) -> Row:
 
 
 def at_targets(rows: Sequence[Row]) -> Row:
-    """The fewest bits that reach each of `TARGETS`, straight between settings of quality that were measured.
+    """The fewest bits that reach each of `TARGETS`, interpolated linearly between the measured quality settings.
 
-    Where the coarsest setting reaches more already, fewer bits might do: its bits are marked as the most that it takes.
+    If the coarsest setting already exceeds a target, fewer bits might be enough, so its bits are marked as an upper
+    bound.
     """
     points = sorted({(bits, psnr) for row in rows if (bits := number(row, "bits_per_dim")) is not None
                      and (psnr := number(row, "psnr")) is not None})  # fmt: skip
@@ -148,7 +149,7 @@ CONTESTS = (
 
 
 def merged(contest: Contest, rows: Sequence[Row]) -> list[list[Row]]:
-    """Groups of rows that compare, a row a method: median, lowest and highest over seeds, best first."""
+    """Groups of comparable rows, one row per method: median, lowest and highest over seeds, best first."""
     groups: dict[tuple[str, ...], dict[tuple[str, str], dict[str, list[Row]]]] = {}
     for row in rows:
         if row.get("task", "").startswith(contest.task):
@@ -168,12 +169,12 @@ def merged(contest: Contest, rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _over_seeds(contest: Contest, seeds: Sequence[Sequence[Row]]) -> Row:
-    # a mean over classes without the one that failed would not compare
+    # a mean over classes without a failed one would not be comparable
     good = [contest.each_seed(rows) for rows in seeds if not any(row.get("error") for row in rows)]
     found = {name: value for name, value in seeds[0][0].items() if name in (*SETTING, "method", "kind")}
     for figure in contest.figures:
         values = [value for row in good if (value := number(row, figure.name)) is not None]
-        # a figure that not every seed reaches has no median
+        # a figure that is missing for a seed has no median
         if values and len(values) == len(good):
             of = Spread.of(values)
             found |= {figure.name: repr(of.median)}
@@ -184,14 +185,14 @@ def _over_seeds(contest: Contest, seeds: Sequence[Sequence[Row]]) -> Row:
 
 
 def best(rows: Sequence[Row], kind: str, figure: Figure) -> Row | None:
-    """The best of a kind by a figure; None where none has it."""
+    """The best row of a kind by a figure; None if no row has the figure."""
     known = [row for row in rows if row["kind"] == kind and number(row, figure.name) is not None]
     sign = -1 if figure.better == "high" else 1
     return min(known, key=lambda row: sign * float(row[figure.name]), default=None)
 
 
 def verdict(figure: Figure, rows: Sequence[Row]) -> str:
-    """Who is ahead by a figure, and by how much."""
+    """Which method is ahead by a figure, and by how much."""
     ours, baseline = (best(rows, kind, figure) for kind in ("ours", "baseline"))
     if ours is None or baseline is None:
         there, lacking = (baseline, "model") if ours is None else (ours, "baseline")
@@ -219,7 +220,7 @@ def _overlap(a: Row, b: Row, name: str) -> bool:
 
 
 def sentences(contest: Contest, rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each figure that leads."""
+    """One line for each of the leading figures."""
     first = rows[0]
     about = ", ".join(filter(None, [first["dataset"], first.get("task", "").removeprefix("lossless, ")]))
     for figure in contest.figures[: contest.leads]:
@@ -230,7 +231,7 @@ def sentences(contest: Contest, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def table(contest: Contest, groups: Sequence[Sequence[Row]]) -> str:
-    """All groups below each other; the best of each figure in bold."""
+    """One table of all groups; the best value of each figure is bold."""
     leaders = {
         (i, figure.name): row
         for i, rows in enumerate(groups)
@@ -270,12 +271,12 @@ def _leader(rows: Sequence[Row], figure: Figure) -> Row | None:
 
 
 def section(files: Mapping[str, tuple[list[str], list[Row]]], folder: Path, home: Path) -> str:
-    """The whole part.
+    """The whole part of RESULTS.md.
 
     Args:
         files: commands and rows of the CSVs by stem, `tasks-VERB-...`.
-        folder: of the CSVs, and of the pictures below it.
-        home: of the text.
+        folder: folder of the CSVs, with the pictures below it.
+        home: folder of the text.
     """
     parts = [
         "## The verbs",

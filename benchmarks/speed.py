@@ -1,4 +1,4 @@
-"""How fast the zoo trains and infers: one CSV row a setting, each measured in a process of its own.
+"""Measure how fast the zoo trains and infers: one CSV row per setting, each measured in its own process.
 
     python -m benchmarks.speed                                     the three workloads, training and inference
     python -m benchmarks.speed train --models all --shapes 1x28x28 3x32x32 --precision fp32 bf16
@@ -6,16 +6,17 @@
     python -m benchmarks.speed train --models conv_vae_28 --accelerator cpu --devices 1,2 --compile off
     python -m benchmarks.speed --startup                           seconds from the command to the first step
 
-Training goes through a Trainer with the command line's bar, logger, checkpoints and guards, on random samples; a row's
-`samples_per_s` is the median of its epochs after the first, `_low` and `_high` are the slowest and fastest of them.
-`share_of_peak` is the share of the fastest matrix product of the same process and precision; `gemm_floor_share` counts
-the step's matrix products only, `products_alone_share` is the time of its products and convolutions, run alone, over
-the step's. In inference `network_` rows are the bare modules, `bare_predict` is encode, decode and score in a plain
-loop, and `predict` the Trainer's way to the same; `step_ms` is a reconstruction of a batch. `compile_s` is with an
-empty cache of the compiler. Several devices train by DDP, each with the whole batch; on the CPU a device is an equal
-share of the cores, for one device too, so that the report's scaling efficiency compares like with like.
+Training uses a Trainer with the command line's bar, logger, checkpoints and guards, on random samples. A row's
+`samples_per_s` is the median over its epochs after the first; `_low` and `_high` are the slowest and the fastest of
+these. `share_of_peak` is the share of the speed of the fastest matrix product in the same process and precision.
+`gemm_floor_share` counts only the step's matrix products. `products_alone_share` is the time that the step's products
+and convolutions take when they run alone, divided by the step's time. In inference, `network_` rows are the bare
+modules, `bare_predict` is encode, decode and score in a plain loop, and `predict` is the same through the Trainer;
+`step_ms` is the reconstruction of a batch. `compile_s` is measured with an empty compiler cache. Several devices train
+with DDP, each with the whole batch. On the CPU a device is an equal share of the cores, also for one device, so the
+report's scaling efficiency compares like with like.
 
-Rows that are there already are kept. A row that does not fit into memory is tried with half the batch, again and again.
+Existing rows are kept. A row that does not fit into memory is tried with half the batch, repeatedly if necessary.
 """
 
 import itertools
@@ -45,7 +46,7 @@ _BATCH = 128
 
 
 class Workload(NamedTuple):
-    """A model with its settings, and where they are fixed its shape and batch."""
+    """A model with its settings, and its shape and batch if they are fixed."""
 
     model: str
     settings: dict[str, Any]
@@ -53,7 +54,7 @@ class Workload(NamedTuple):
     batch: int = _BATCH
 
 
-# the article's network, and the convolutional networks of two sizes that other libraries train as well
+# the article's network, and convolutional networks of two sizes that other libraries train too
 WORKLOADS = {
     "dense_article": Workload(
         "dense_ae", {"latent_dim": 32, "hidden_dims": [128, 64], "code_activation": "relu"}, (1, 28, 28), 256
@@ -91,7 +92,7 @@ def arguments_of(words: Sequence[str]) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is asked for."""
+    """Measure the requested rows."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = arguments_of(words)
     _check(arguments)
@@ -123,10 +124,10 @@ def _check(arguments: Namespace) -> None:
 
 
 def plan(arguments: Namespace) -> list[dict[str, Any]]:
-    """All rows that are asked for.
+    """All requested rows.
 
     Raises:
-        AezooError: a value that cannot be.
+        AezooError: a value is invalid.
     """
     devices = sorted(_numbers("--devices", arguments.devices.split(",")))
     batches = _numbers("--batch", arguments.batch)
@@ -207,7 +208,7 @@ def _settings(text: str, settings: str) -> dict[str, Any]:
 
 
 def measure(spec: dict[str, Any], table: Table, timeout: float) -> None:
-    """Measure one row, unless it is there, and put it into its table."""
+    """Measure one row, unless it exists, and put it into its table."""
     row = _first_columns(spec)
     if not table.needs(row):
         print(f"{_title(spec)}: there already")
@@ -215,7 +216,7 @@ def measure(spec: dict[str, Any], table: Table, timeout: float) -> None:
     variables = {"OMP_NUM_THREADS": str(spec["threads"])} if spec["threads"] else {}
 
     def run(tried: dict[str, Any]) -> dict[str, Any]:
-        # else compiling costs whatever an earlier run has left to do
+        # with an old cache, compile time would depend on earlier runs
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
             there = variables | {"TORCHINDUCTOR_CACHE_DIR": empty}
             return run_row("speed_row", {**tried, "started": time.time()}, timeout, there)
@@ -233,16 +234,16 @@ def _first_columns(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def there(command: str, kind: str, precision: str, rows: Sequence[Mapping[str, str]]) -> tuple[int, int]:
-    """How many of the rows that a CSV's command asks for are in the CSV, and how many it asks for today.
+    """How many of the rows that a CSV's command requests are in the CSV, and how many it requests today.
 
     Args:
-        command: of the CSV's head.
-        kind: of the CSV.
-        precision: of the CSV.
-        rows: of the CSV.
+        command: a command from the CSV's head.
+        kind: kind of the CSV.
+        precision: precision of the CSV.
+        rows: rows of the CSV.
     """
     arguments = arguments_of(shlex.split(command)[3:])
-    # on another machine a share of the cores is another number
+    # on another machine a share of the cores is another number of threads
     key = [name for name in KEY if name != "threads" or arguments.threads]
     asked = [_first_columns(spec) for spec in plan(arguments) if (spec["kind"], spec["precision"]) == (kind, precision)]
     found = {tuple(row.get(name, "") for name in key) for row in rows}

@@ -24,21 +24,21 @@ from .common import Spread
 from .processes import answer
 
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
-# random samples are held in at most this much memory; an epoch goes through them once
+# limits of the random samples in memory; an epoch uses each sample once
 _MOST_BYTES, _MOST_SAMPLES = 64_000_000, 60_000
 _WARM_STEPS = 5
-# in inference; auto is a decision on the length of a training run
+# modes without compilation in inference; auto decides by the length of a training run
 _UNCOMPILED = ("off", "auto")
-# of the command line's callbacks those that a run without validation data has no use for
+# callbacks of the command line that have no use in a run without validation data
 _PICTURES = {"reconstructions", "samples", "traversal", "latents", "projector", "codebook", "filters", "histograms"}
 _UNUSED = _PICTURES | {"dashboard", "predictions", "summary", "early_stopping", "code_statistics"}
 
 
 def measure_row(spec: dict[str, Any]) -> dict[str, Any]:
-    """Measure what `spec` asks for.
+    """Measure the row that `spec` describes.
 
     Args:
-        spec: the columns that are a row's key, and kind, accelerator, precision, steps, seconds, repeats, started.
+        spec: the key columns of a row, and kind, accelerator, precision, steps, seconds, repeats, started.
     """
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)", category=FutureWarning)
@@ -49,7 +49,7 @@ def measure_row(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_samples(shape: Sequence[int], batch: int) -> Tensor:
-    """Random bytes for images and volumes, random numbers in [0, 1) for the others: whole batches of them."""
+    """Whole batches of random bytes for images and volumes, or of random numbers in [0, 1) for other shapes."""
     size = math.prod(shape) * (1 if len(shape) > 2 else 4)
     n = max(2, min(_MOST_SAMPLES, _MOST_BYTES // size) // batch) * batch
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +81,7 @@ def build(spec: dict[str, Any]) -> Any:
 
 
 def trainer(spec: dict[str, Any], folder: str, extra: list[pl.Callback], **settings: Any) -> pl.Trainer:
-    """A Trainer as the command line makes it, with its bar, logger, checkpoints and guards unless interface is off."""
+    """A Trainer like the command line's, with its bar, logger, checkpoints and guards unless interface is off."""
     interface: list[pl.Callback] = []
     logger: Any = False
     if spec["interface"] == "on":
@@ -109,7 +109,7 @@ def trainer(spec: dict[str, Any], folder: str, extra: list[pl.Callback], **setti
 
 
 def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Fit the model: a short fit for the cold start, then a warm-up epoch and one epoch a repeat."""
+    """Fit the model: a short fit for the cold start, then a warm-up epoch and one epoch per repeat."""
     together = spec["batch"] * spec["devices"]
     x = random_samples(spec["shape"], together)
     data, model = data_module(spec, x), build(spec)
@@ -136,7 +136,7 @@ def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         "steps": steps,
     }
     if spec["interface"] == "on" and device.type == "cpu" and spec["devices"] == 1:
-        # a small difference takes many steps to see
+        # a small difference needs many steps to show
         shares = _guard_shares(spec, str(Path(folder, "guard")), model, data, 3 * steps * spec["repeats"])
         row |= _as_columns("guard_share", Spread.of(shares)) if shares else {}
         row |= _as_columns("interface_share", Spread.of(_interface_shares(spec, folder, model, data, steps)))
@@ -146,13 +146,13 @@ def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
             spec, str(Path(folder, "count")), [launches], max_epochs=-1, max_steps=launches.skip + launches.steps
         ).fit(model, data)
         row |= {"kernel_launches": launches.kernels, "host_device_copies": launches.copies}
-    # what follows is the first rank's alone, and terms over all ranks would wait for the others
+    # only the first rank continues, and loss terms over all ranks would wait for the others
     ranks.disconnect()
     return row | _work(spec, x, device, rate.median) if fit.is_global_zero else row
 
 
 def _guard_shares(spec: dict[str, Any], folder: str, model: Any, data: aezoo.DataModule, steps: int) -> list[float]:
-    """Shares of a step that the fault guard costs, in parts of a fit of its own."""
+    """Shares of a step that the fault guard costs, in parts of a separate fit."""
     fit = trainer(spec, folder, [], max_epochs=-1, max_steps=steps)
     guard = next(callback for callback in fit.callbacks if isinstance(callback, FaultGuard))  # type: ignore[attr-defined]
     cost = measure.GuardCost(guard)
@@ -162,7 +162,7 @@ def _guard_shares(spec: dict[str, Any], folder: str, model: Any, data: aezoo.Dat
 
 
 def _interface_shares(spec: dict[str, Any], folder: str, model: Any, data: aezoo.DataModule, steps: int) -> list[float]:
-    """Shares of a step that bar, logger, checkpoints and guard cost, one for each two fits with and without them."""
+    """Shares of a step that bar, logger, checkpoints and guard cost, one per pair of fits with and without them."""
     shares = []
     for turn in range(spec["repeats"]):
         found = {}
@@ -189,7 +189,7 @@ def _agreed(value: int) -> int:
 
 
 def _work(spec: dict[str, Any], x: Tensor, device: torch.device, rate: float) -> dict[str, Any]:
-    """What the step has to compute, and what share of its time the device would need for that at its peak."""
+    """The FLOPs of a step, and the share of its time that the device would need for them at its peak."""
     model = build(spec).to(device)
     sample = _as_float(x[: max(2, min(8, len(x)))]).to(device)
     flops = measure.work(model, sample)
@@ -216,7 +216,7 @@ def _as_float(x: Tensor) -> Tensor:
 
 
 def infer(spec: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Encode, reconstruct, sample: bare under inference_mode, beside the Trainer's predict path, in turns."""
+    """Encode, reconstruct and sample directly under inference_mode, and through the Trainer's predict, in turns."""
     batch, repeats = spec["batch"], spec["repeats"]
     predictor_epochs = measure.Epochs()
     predictor = trainer({**spec, "interface": "off"}, folder, [predictor_epochs])
@@ -267,7 +267,7 @@ def infer(spec: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def _paths(model: Any, mode: str, batch: int) -> dict[str, Callable[[Tensor], object]]:
-    """What is timed, each a function of a batch: the model's methods, its networks alone, and a prediction's parts."""
+    """The timed functions of a batch: the model's methods, its networks alone, and the parts of a prediction."""
 
     def bare_predict(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = model.encode(x)
@@ -299,7 +299,7 @@ def _paths(model: Any, mode: str, batch: int) -> dict[str, Callable[[Tensor], ob
 
 
 def _takes(network: Any, x: Tensor) -> bool:
-    """Whether an encoder takes samples as they are; some networks are of vectors, and their model flattens."""
+    """Whether an encoder takes samples unchanged; some networks take vectors, and their model flattens samples."""
     try:
         with torch.no_grad():
             network(x)

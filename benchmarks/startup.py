@@ -1,7 +1,7 @@
-"""Seconds from `aezoo fit -c dense_article` to its first step, beside those that its heaviest imports cost.
+"""Seconds from `aezoo fit -c dense_article` to its first step, compared with those of its heaviest imports.
 
-Run by `python -m benchmarks.speed --startup`. Both are whole processes, timed from outside, in turns, each ended where
-it has got to: after the imports, or after the first training batch.
+Run by `python -m benchmarks.speed --startup`. Both are whole processes, timed from outside and in turns. One ends after
+the imports, the other after the first training batch.
 """
 
 import os
@@ -17,7 +17,7 @@ from aezoo.errors import AezooError
 from .common import ROOT, Spread, Table, environment
 
 _IMPORTS = "import torch, lightning, torchmetrics, os; os._exit(0)"
-# a callback among the command line's own, so that everything else is what a user runs
+# a callback added to the command line's own, so everything else is what a user runs
 _FIRST_STEP = """
 import os, sys
 from aezoo import cli
@@ -48,19 +48,19 @@ def measure_startup(arguments: Namespace, command: str) -> None:
     name = environment(arguments)
     path = arguments.results / f"speed-startup-{name}.csv"
     table = Table(path, ("what",), command, arguments.again)
-    # compile off, as the first step of a compiled run waits for the compiler by nature
+    # compile off, because the first step of a compiled run waits for the compiler
     fit = ["fit", "-c", "dense_article", "--compile", "off"]
     names = {"imports": "import torch, lightning, torchmetrics", "first step": f"aezoo {' '.join(fit)}"}
     if not any(table.needs({"what": name}) for name in names.values()):
         print(f"{path}: there already")
         return
-    # of which the name of the file speaks
+    # the file name contains the accelerator
     where = [] if arguments.accelerator == "auto" else [f"--trainer.accelerator={arguments.accelerator}"]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(1 + arguments.repeats):
         for name, words in (("imports", ["-c", _IMPORTS]), ("first step", ["-c", _FIRST_STEP, *fit, *where])):
             took = _seconds(words, arguments.timeout)
-            if turn:  # the first of each fills the caches of files and byte code
+            if turn:  # the first run of each fills the caches of files and byte code
                 seconds[name].append(took)
     ratios = [a / b for a, b in zip(seconds["first step"], seconds["imports"], strict=True)]
     for name, title in names.items():

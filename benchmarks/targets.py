@@ -1,6 +1,6 @@
-"""What the benchmarks have to reach, and what the CSVs say about it: one row a target.
+"""The targets of the benchmarks, and the figures in the CSVs for them: one row per target.
 
-A ratio between two parties is that of their rates in the same round, so that the machine's slow spells hit both.
+A ratio between two parties is that of their rates in the same round, so slow phases of the machine affect both.
 """
 
 import re
@@ -15,7 +15,7 @@ Files = Mapping[str, Sequence[Row]]
 
 
 class Found(NamedTuple):
-    """A measured figure: median, lowest and highest; the best variant's name if several would do."""
+    """A measured figure: median, lowest and highest, and the name of the best variant if there are several."""
 
     median: float
     low: float
@@ -27,13 +27,13 @@ class Target(NamedTuple):
     """One requirement.
 
     Attributes:
-        what: for the reader.
-        file: prefix of the CSV's name that holds it, up to torch's version.
+        what: description for the reader.
+        file: prefix of the name of the CSV that holds the figure, up to torch's version.
         bound: the figure to reach.
-        measure: the figure from that CSV's rows; None where they do not have it.
+        measure: computes the figure from that CSV's rows; None if they do not have it.
         at_most: whether less is better.
-        otherwise: the same figure of the zoo compiled where it is not, or not compiled where it is, to show beside it.
-        gpu: read from files of a GPU and shown where there is one; False: from others; None: from all.
+        otherwise: the same figure with the opposite choice of compiling the zoo's step, for comparison.
+        gpu: True: read from files of a GPU and shown if there is one; False: from other files; None: from all.
     """
 
     what: str
@@ -58,15 +58,15 @@ class Target(NamedTuple):
 
 
 def round_rates(row: Row) -> list[float | None]:
-    """Samples a second of each round; None for one that failed."""
+    """Samples per second of each round; None for a failed round."""
     return [as_number(text) for text in row.get("round_rates", "").split()]
 
 
 def between(ours: str, other: str, note: str = "") -> Callable[[Sequence[Row]], Found | None]:
-    """Rate of one party by that of another, round by round."""
+    """Rate of one party divided by that of another, round by round."""
 
     def measure(rows: Sequence[Row]) -> Found | None:
-        # what does not train the same thing is not compared
+        # parties whose losses do not agree are not compared
         by_party = {row["party"]: round_rates(row) for row in rows if row.get("agrees") == "yes"}
         pairs = zip(by_party.get(ours, []), by_party.get(other, []), strict=False)
         ratios = [a / b for a, b in pairs if a and b]
@@ -78,7 +78,7 @@ def between(ours: str, other: str, note: str = "") -> Callable[[Sequence[Row]], 
 def _peers(
     workload: str, precision: str, bounds: Mapping[str, float], compiled: bool = False, gpu: bool = False
 ) -> list[Target]:
-    """Targets of a long run, in which `--compile auto` has compiled the step or not; on a GPU with reduce-overhead."""
+    """Targets of a long run, compiled or not as `--compile auto` decides; on a GPU with reduce-overhead."""
     ours, otherwise = ("aezoo_compiled", "aezoo") if compiled or gpu else ("aezoo", "aezoo_compiled")
     note = "reduce-overhead" if gpu else "compiled" if compiled else ""
     return [
@@ -98,7 +98,7 @@ def _peers(
 
 
 def gemm_share(name: str) -> Callable[[Sequence[Row]], Found | None]:
-    """Share of a training step that its matrix products take at the measured peak; of the row with the largest."""
+    """Share of a training step that its matrix products take at the measured peak; from the row with the largest."""
 
     def measure(rows: Sequence[Row]) -> Found | None:
         found = []
@@ -147,7 +147,7 @@ TARGETS: tuple[Target, ...] = (
         {"loop": 0.95, "lightning": 2.0, "keras_torch": 2.0, "pytorch_vae": 2.0, "pythae": 1.4, "keras_jax": 1.0},
         compiled=True,
     ),
-    # Keras at fp32 here as well; its own bf16 is beside it in the table of that run
+    # Keras runs at fp32 here too; its own bf16 is in the table of the same run
     *_peers("dense", "bf16", {"keras_jax": 1.3}, compiled=True),
     *_peers("conv28", "fp32", {"loop": 0.95, "pythae": 1.3, "lightning": 1.3, "keras_tensorflow": 1.1}),
     *_peers(
@@ -196,7 +196,7 @@ TARGETS: tuple[Target, ...] = (
 
 
 def judge(files: Files) -> list[tuple[Target, str, Found | None]]:
-    """Each target beside what each CSV of its kind says; (target, "", None) where there is none, but for GPUs' own.
+    """Each target with the figure of each matching CSV; (target, "", None) without a CSV, except for GPU targets.
 
     Args:
         files: rows of each CSV by its stem.
@@ -217,6 +217,6 @@ def why_not(target: Target, rows: Sequence[Row]) -> str:
 
 
 def missed(files: Files) -> list[str]:
-    """Targets that a CSV says are not reached, and which CSV."""
+    """Targets that are not reached according to a CSV, with the CSV's name."""
     judged = judge(files)
     return [f"{target.what} ({stem})" for target, stem, found in judged if found and not target.reached(found)]

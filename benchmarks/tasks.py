@@ -4,21 +4,22 @@
     python -m benchmarks.tasks --root /usr/share/datasets --seeds 3 --jobs 2
     python -m benchmarks.tasks --verbs detect embed --data digits --models vae --steps 200
 
-A model is trained once for each data set and seed, by as many steps everywhere, and then put to all verbs that it is
-for; a process of its own does both, and a verb that fails costs its rows, which say why. detect is one-vs-rest: for
-each class a model is trained on that class alone, and a row of its CSV is a class. All codes have the same number of
-values on a data set: 32, or a quarter of a sample's where that is less. A seed fixes training and what a verb draws;
-splits and the network whose features judge generated samples are the same for all. Baselines are those of the verb's
-own table, computed once for each data set and seed, and those of compress once, since no seed changes them. reconstruct
-adds PCA and the mean sample; generate real samples that are held out (what perfect samples score), training samples as
-they are (which the copy check must find out), and two generators on pixels without a network.
+A model is trained once for each data set and seed, for the same number of steps everywhere, and then runs all verbs
+that it is used for. One process does both; a verb that fails loses its rows, which record the reason. detect is
+one-vs-rest: for each class a model is trained on that class alone, and a row of its CSV is a class. On a data set all
+codes have the same number of values: 32, or a quarter of a sample's where that is less. A seed fixes training and the
+random draws of a verb. The splits, and the network whose features judge generated samples, are the same for all.
+Baselines are those of the verb's own table, computed once for each data set and seed; those of compress are computed
+once, because no seed changes them. reconstruct adds PCA and the mean sample. generate adds held-out real samples (the
+score of perfect samples), unchanged training samples (which the copy check must detect), and two generators on pixels
+without a network.
 
-Cut to bound the time, and settings of the script: steps of training; test samples (--test-rows), and training samples
-that priors, probes, detectors and tables are fitted to (--fit-rows). detect is for dense models, and leaves out elbo
-and iwae. The bytes of compressed files do not count the model, which the reader must have.
+Settings of the script limit the time: the training steps, the test samples (--test-rows), and the training samples for
+fitting priors, probes, detectors and tables (--fit-rows). detect uses dense models only, and leaves out elbo and iwae.
+The bytes of compressed files do not include the model, which the reader must have.
 
-Verbs of a data set, model, seed and settings that are there already are kept; --again measures them anew. Baselines
-that are not there, as the model that was to bring them failed, are measured with another one, whose own rows stay.
+Existing verbs of a data set, model, seed and settings are kept; --again measures them again. If baselines are missing
+because the model that should have measured them failed, another model measures them, and its own rows stay.
 """
 
 import argparse
@@ -37,13 +38,13 @@ from .quality_table import dataset_name
 from .tasks_table import KEY, Row, VerbTable, is_baseline
 
 VERBS = ("reconstruct", "generate", "denoise", "detect", "embed", "compress")
-# models under names of their own, where the registry's defaults are not what a verb needs
+# models under other names, where a verb does not work with the registry's defaults
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "conv_vae": ("vae", {"net": "conv", "hidden_dims": [32, 64]}),
     "conv_denoising_ae": ("denoising_ae", {"net": "conv", "hidden_dims": [32, 64]}),
-    # bits-back coding of grey values needs a distribution of bytes
+    # bits-back coding of grey values needs a distribution over bytes
     "bytes_vae": ("vae", {"likelihood": "beta_binomial"}),
-    # what is trained for one rate has one point of a curve; the method is what stands before the colon
+    # a model trained for one rate gives one point of a curve; the part of the name before the colon is the method
     **{
         f"{name}:{lam}": (name, {"lam": lam, "hidden_dims": [32, 48]})
         for name in ("factorized_prior", "mean_scale_hyperprior")
@@ -58,7 +59,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "embed": ("linear_ae", "dense_ae", "vae", "conv_ae", "conv_vae", "conv_denoising_ae"),
     "compress": ("vae", "conv_ae", "conv_vae", "bytes_vae", *(name for name in NAMED if ":" in name)),
 }
-# what a picture shows: a model and a data set, with seed 0
+# model and data set of each picture, with seed 0
 PICTURES = {
     "reconstruct": ("conv_ae", "fashion_mnist"),
     "generate": ("conv_ae", "fashion_mnist"),
@@ -72,17 +73,17 @@ QUALITIES = (-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
 
 
 def plan(arguments: argparse.Namespace, data: Row, input_shape: tuple[int, ...], tables: Any) -> list[Row]:
-    """Specs of a data set, without the verbs that are there. What a model refuses is left out with a line."""
+    """Specs of a data set, without the existing verbs. What a model rejects is skipped with a message."""
     size = arguments.code_size or min(32, max(1, math.prod(input_shape) // 4))
     dataset = dataset_name(data)
-    # a verb of each model, in the order of the verbs
+    # the models' verbs, in the order of the verbs
     wanted: dict[str, list[str]] = {}
     for verb in arguments.verbs:
         for name in arguments.models or MODELS[verb]:
             wanted.setdefault(name, []).append(verb)
     specs = []
     for seed in range(arguments.seeds):
-        runs: list[tuple[Row, list[tuple[str, str]]]] = []  # specs, and the baselines that their models can bring
+        runs: list[tuple[Row, list[tuple[str, str]]]] = []  # specs, and the baselines that their models can measure
         for name, verbs in wanted.items():
             registered, hyperparameters = NAMED.get(name, (name, {}))
             hyperparameters = hyperparameters | code_of(registered, size)
@@ -110,7 +111,7 @@ def plan(arguments: argparse.Namespace, data: Row, input_shape: tuple[int, ...],
 
 
 def parts(verb: str, model: Any, lossy: bool, seed: int) -> list[str]:
-    """Tasks of a verb whose baselines a model can bring; those of compress depend on no seed."""
+    """Tasks of a verb whose baselines a model can measure; those of compress do not depend on the seed."""
     from .tasks_verbs import compress_tasks
 
     if verb != "compress":
@@ -119,8 +120,8 @@ def parts(verb: str, model: Any, lossy: bool, seed: int) -> list[str]:
 
 
 def _share_baselines(runs: list[tuple[Row, list[tuple[str, str]]]], tables: Any, arguments: argparse.Namespace) -> None:
-    """Let one model of a seed bring what is missing: one that is measured anyway, or else one that has been."""
-    given: set[tuple[str, str, int]] = set()  # a setting has codes of one size
+    """Let one model per seed measure missing baselines: one that runs anyway, or one that has already run."""
+    given: set[tuple[str, str, int]] = set()  # all codes of a setting have one size
     for anyway in (True, False):
         for spec, can in runs:
             for verb, task in can:
@@ -136,13 +137,13 @@ def _share_baselines(runs: list[tuple[Row, list[tuple[str, str]]]], tables: Any,
 
 
 def head_of(head: Row, verb: str, arguments: argparse.Namespace) -> Row:
-    """What makes rows of a verb the same measurement."""
+    """The columns that identify a measurement of a verb."""
     own = {"classes": arguments.classes} if verb == "detect" else {}
     return head | {"budget": budget(arguments, verb)} | own
 
 
 def budget(arguments: argparse.Namespace, verb: str) -> str:
-    """How long a verb's models are trained, as in a CSV's column."""
+    """The training budget of a verb's models, as the text of a CSV's column."""
     return f"steps={arguments.detect_steps if verb == 'detect' else arguments.steps}"
 
 
@@ -165,7 +166,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is asked for and not there yet."""
+    """Measure the requested rows that do not exist yet."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
     command, where = common.command_line("tasks", argv), common.environment(arguments)
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         specs += plan(arguments, data, module.input_shape, tables)
     if not specs and arguments.models:
         print("nothing is left to measure", file=sys.stderr)
-    # all of one seed first: a run that is broken off has something of everything
+    # sorted by seed: an interrupted run has results for everything
     specs.sort(key=lambda spec: int(spec["seed"]))
 
     def run() -> Iterator[tuple[Row, Row]]:

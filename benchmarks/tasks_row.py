@@ -1,6 +1,6 @@
-"""One trained model at every verb: train it once, call the verbs, give rows. Run by `benchmarks.tasks`.
+"""The rows of one model for every verb: train it once and call the verbs. Run by `benchmarks.tasks`.
 
-A row has `method`, its `kind` (ours; baseline: what a user would take otherwise; reference: what neither is, such as
+A row has a `method`, its `kind` (ours; baseline: what a user would take otherwise; reference: neither of them, such as
 real samples or a bound) and the verb's figures.
 """
 
@@ -21,17 +21,18 @@ from . import processes
 from .quality_row import open_data, silent_trainer
 from .tasks_verbs import BASELINE, OURS, VERBS, Row, Work
 
-# features of nap, whose covariance takes seconds for each class beyond
+# largest number of features for nap; beyond it the covariance takes seconds for each class
 _MOST_NAP = 2_000
 
 
 def measure(spec: Row) -> Row:
-    """Rows of each verb, `{"verbs": {verb: rows}}`; a verb that fails has one row, which says why.
+    """Rows of each verb, `{"verbs": {verb: rows}}`; a verb that fails has one row, which records the reason.
 
     Args:
         spec: model (its name in the tables), registered (its name in the registry), hyperparameters, data (arguments of
             the DataModule), seed, steps, detect_steps, verbs, fit_rows, test_rows, accelerator; baselines, the
-            parts of verbs that are to give some; pictures, the verbs that are; folder, where those go.
+            parts of verbs that should give baselines; pictures, the verbs that should draw pictures; folder, where
+            the pictures go.
     """
     data = open_data(spec["data"], spec["seed"])
     test, train = Samples.of(data, "test").take(spec["test_rows"]), Samples.of(data, "train").take(spec["fit_rows"])
@@ -57,7 +58,7 @@ def measure(spec: Row) -> Row:
 
 
 def train_model(spec: Row, data: aezoo.DataModule, steps: int) -> aezoo.Autoencoder:
-    """A model as its last step leaves it."""
+    """Train a model and return it as it is after the last step."""
     pl.seed_everything(spec["seed"], workers=True, verbose=False)
     model = aezoo.create_model(spec["registered"], data.input_shape, **spec["hyperparameters"])
     trainer = silent_trainer(spec, max_steps=steps)
@@ -66,7 +67,7 @@ def train_model(spec: Row, data: aezoo.DataModule, steps: int) -> aezoo.Autoenco
 
 
 def _detect(spec: Row, data: aezoo.DataModule, test: Samples, out: str | None) -> list[Row]:
-    """One-vs-rest: for each class a model that knows this class alone."""
+    """One-vs-rest: one model for each class, trained on this class alone."""
     if not data.num_classes:
         raise AezooError(f"{data.name} has no classes for one-vs-rest")
     names = data.source.class_names or tuple(map(str, range(data.num_classes)))
@@ -102,9 +103,9 @@ _DETECTORS = {
 
 
 def _scores(model: aezoo.Autoencoder) -> list[str]:
-    """The scores of every model, less nap where features are so many that it would take minutes.
+    """The scores of a model, without nap if there are so many features that it would take minutes.
 
-    elbo and iwae are left out: of 64 draws for each sample they would take most of the time.
+    elbo and iwae are left out: with 64 draws per sample they would take most of the time.
     """
     from aezoo.tasks.detect_scores import pathway
 
@@ -115,7 +116,7 @@ def _scores(model: aezoo.Autoencoder) -> list[str]:
 
 # ---- help -----------------------------------------------------------------------------------------------------------
 
-# of the pictures that a verb writes the one that shows what it does
+# for each verb, the one of its pictures that shows what it does
 PICTURES = {
     "reconstruct": "reconstructions",
     "generate": "samples",

@@ -1,7 +1,7 @@
-"""The CSVs of `benchmarks.tasks`: rows of a model and a verb, which come and go together, and rows of baselines.
+"""The CSVs of `benchmarks.tasks`: rows of a model and a verb, which are replaced together, and rows of baselines.
 
-Baselines belong to a setting, all of KEY but the model, and to a part of the verb, its `task`. They bear the name of
-the model with which they were measured, but outlive its rows until another model brings them.
+Baselines belong to a setting, which is KEY without the model, and to a part of the verb, its `task`. They have the name
+of the model with which they were measured, but they outlive its rows until another model measures them.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from .common import Table, as_text
 
 Row = dict[str, Any]
 KEY = ("dataset", "model", "seed", "budget", "code_size", "fit_rows", "test_rows", "classes")
-# columns of every CSV; the verb's own come after these
+# columns of every CSV; the verb's own columns follow
 FIRST = ("dataset", "model", "code_size", "seed", "budget", "fit_rows", "test_rows", "method", "kind")
 
 
@@ -19,12 +19,12 @@ class VerbTable(Table):
     """The CSV of a verb: several rows for a key."""
 
     def rows_of(self, head: Row, key: Sequence[str] = KEY) -> list[dict[str, str]]:
-        """All rows that have what the head has in the columns of a key."""
+        """All rows that agree with the head in the columns of a key."""
         wanted = [as_text(head.get(name)) for name in key]
         return [row for row in self.rows if [row.get(name, "") for name in key] == wanted]
 
     def needs(self, head: Any) -> bool:
-        """Whether these rows are still to be measured."""
+        """Whether these rows still have to be measured."""
         there = self.rows_of(head)
         failed = any(row.get("error") for row in there)
         needed = not there or self.again == "all" or (self.again == "failed" and failed)
@@ -37,22 +37,22 @@ class VerbTable(Table):
         return [row for row in self.rows_of(head) if not is_baseline(row)]
 
     def baselines(self, head: Row, task: str) -> list[dict[str, str]]:
-        """Baselines of a setting, whichever model brought them."""
+        """Baselines of a setting, whichever model measured them."""
         there = self.rows_of(head, [name for name in KEY if name != "model"])
         return [row for row in there if is_baseline(row) and row.get("task", "") == task]
 
     def needs_baselines(self, head: Row, task: str) -> bool:
-        """Whether a model that is measured is to bring them."""
+        """Whether a model that is measured should also measure the baselines."""
         there = self.baselines(head, task)
         failed = any(row.get("error") for row in there)
         return not there or self.again == "all" or (self.again == "failed" and failed)
 
     def can_bring(self, head: Row, task: str) -> bool:
-        """Whether a model has been through this part of the verb, so that it may go once more for the baselines."""
+        """Whether a model has finished this part of the verb, so that it can run again for the baselines."""
         return any(row.get("task", "") == task and not row.get("error") for row in self.own(head))
 
     def replace(self, head: Row, rows: Sequence[Row]) -> None:
-        """Put rows in place of the model's, baselines in place of those of their setting, and write the file."""
+        """Replace the model's rows, and the baselines of their setting, and write the file."""
         fresh = []
         for row in rows:
             cells = {name: (head | row).get(name) for name in FIRST} | row
@@ -66,7 +66,7 @@ class VerbTable(Table):
 
 
 def is_baseline(row: Row) -> bool:
-    """Whether a row is of no model: a baseline, or a reference such as real samples and unlike a model's bound."""
+    """Whether a row belongs to no model: a baseline, or a reference such as real samples (but not a model's bound)."""
     return row["kind"] == "baseline" or (
         row["kind"] == "reference" and not row["method"].startswith(f"{row['model']}, ")
     )

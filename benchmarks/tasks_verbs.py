@@ -1,4 +1,4 @@
-"""What each verb gives for a trained model, as rows of `benchmarks.tasks`."""
+"""The results of each verb for a trained model, as rows of `benchmarks.tasks`."""
 
 import math
 from collections.abc import Callable
@@ -27,14 +27,14 @@ OURS, BASELINE, REFERENCE = "ours", "baseline", "reference"
 
 @dataclass
 class Work:
-    """What a verb's rows are made of.
+    """The inputs for a verb's rows.
 
     Attributes:
         spec: see `tasks_row.measure`.
-        model: trained.
-        train: training samples, as many as `fit_rows` at most.
-        test: test samples, as many as `test_rows` at most.
-        baselines: parts of the verb, as in the column `task`, whose baselines are asked for; "" is all of a verb.
+        model: the trained model.
+        train: at most `fit_rows` training samples.
+        test: at most `test_rows` test samples.
+        baselines: parts of the verb, as in the column `task`, whose baselines are requested; "" is the whole verb.
         out: folder for the verb's pictures, or None.
     """
 
@@ -47,17 +47,17 @@ class Work:
 
     @property
     def name(self) -> str:
-        """What the tables call the model."""
+        """The model's name in the tables."""
         return str(self.spec["model"])
 
     @property
     def seed(self) -> int:
-        """Of training and of what the verbs draw."""
+        """The seed of training and of the verbs' random draws."""
         return int(self.spec["seed"])
 
     @property
     def size(self) -> int:
-        """Numbers in a code."""
+        """The number of values in a code."""
         return math.prod(self.model.code_shape)
 
 
@@ -101,7 +101,7 @@ def _generate(work: Work) -> list[Row]:
 
 
 class _Judge:
-    """The figures of `generate --quality`, with the feature network trained once, from seed 0, for all samples."""
+    """The figures of `generate --quality`; the feature network is trained once, from seed 0, for all samples."""
 
     def __init__(self, work: Work) -> None:
         self.train = work.train
@@ -144,7 +144,7 @@ def _embed(work: Work) -> list[Row]:
 
 
 def compress_tasks(model: aezoo.Autoencoder, lossy: bool) -> list[str]:
-    """What compress does with a model: lossy if asked for, and lossless where the model can."""
+    """The modes of compress for a model: lossy if requested, and lossless if the model supports it."""
     tasks = ["lossy"] if lossy else []
     if model.has_prior and hasattr(model, "posterior") and model.likelihood.discrete:
         tasks.append(f"lossless, {'binarised' if isinstance(model.likelihood, Bernoulli) else 'bytes'}")
@@ -152,7 +152,7 @@ def compress_tasks(model: aezoo.Autoencoder, lossy: bool) -> list[str]:
 
 
 def _compress(work: Work) -> list[Row]:
-    """Lossy, and lossless where the model can."""
+    """Lossy compression, and lossless if the model supports it."""
     rows = []
     for task in compress_tasks(work.model, not work.spec["lossless_only"]):
         asked = task in work.baselines
@@ -163,7 +163,7 @@ def _compress(work: Work) -> list[Row]:
             )  # fmt: skip
             for row in lossy.rows:
                 ours = row["method"].startswith("aezoo")
-                # what loses nothing has no place on a curve of losses
+                # a lossless method has no place on a rate-distortion curve
                 if ours or (asked and "(lossless)" not in row["method"]):
                     method = work.name.partition(":")[0] if ours else row["method"]
                     rows.append({"task": task} | row | {"method": method, "kind": OURS if ours else BASELINE})

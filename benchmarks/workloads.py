@@ -17,14 +17,14 @@ class Workload:
 
     Attributes:
         about: one line for `--help`.
-        shape: one sample as the data file holds it.
+        shape: shape of one sample in the data file.
         hidden_dims: widths of the dense encoder, or channels of the convolutional one.
         latent_dim: size of the code.
-        variational: a VAE on convolutions; else the dense autoencoder with a rectified code.
+        variational: a convolutional VAE; otherwise the dense autoencoder with a rectified code.
         rows: training rows of a full run.
-        batch: rows a step.
-        epochs: of a full run, warm-up included.
-        tolerance: how far, as a share, a curve may be from that of the compiled loop.
+        batch: rows per step.
+        epochs: epochs of a full run, including the warm-up.
+        tolerance: largest allowed relative distance of a curve from that of the compiled loop.
         lr: Adam's learning rate.
     """
 
@@ -51,7 +51,7 @@ WORKLOADS = {
         batch=256,
         epochs=4,
         tolerance=0.01,
-        # at 1e-3 rounding alone parts the curves of one and the same loop, compiled or not, by 3 %
+        # at 1e-3, rounding alone separates the curves of the same loop, compiled and not compiled, by 3 %
         lr=2e-4,
     ),
     "conv28": Workload(
@@ -63,7 +63,7 @@ WORKLOADS = {
         rows=5_120,
         batch=128,
         epochs=3,
-        # the noise of the code is each party's own
+        # each party draws its own noise for the code
         tolerance=0.03,
     ),
     "conv64": Workload(
@@ -76,14 +76,14 @@ WORKLOADS = {
         batch=64,
         epochs=3,
         tolerance=0.01,
-        # at 1e-3 the way out of the first plateau hangs on single draws, and curves of equal parties part by 7 %
+        # at 1e-3, leaving the first plateau depends on single draws, and curves of equal parties differ by 7 %
         lr=2e-4,
     ),
 }
 
 
 def images(n: int, shape: tuple[int, ...], seed: int) -> Bytes:
-    """Pictures (n, *shape) from the 5,000 digits of mnist5k: first as they are, then shifted by up to 2 pixels."""
+    """Pictures (n, *shape) from the 5,000 digits of mnist5k: first unchanged, then shifted by up to 2 pixels."""
     import torch
     import torch.nn.functional as F
 
@@ -100,7 +100,7 @@ def images(n: int, shape: tuple[int, ...], seed: int) -> Bytes:
     if shape[-1] in (28, 784):
         return moved.reshape(n, *shape)
     large = F.interpolate(torch.from_numpy(moved)[:, None], shape[1:], mode="bilinear").numpy()
-    # a colour for each picture, so that the three channels are not one
+    # a colour for each picture, so that the three channels differ
     colours = random.uniform(0.3, 1, size=(n, shape[0], 1, 1)).astype(np.float32)
     return (large * colours).astype(np.uint8)
 
@@ -119,13 +119,13 @@ def model(workload: Workload, seed: int) -> Any:
 
 
 def write(workload: Workload, rows: int, seed: int, folder: Path) -> int:
-    """Write data.npz and weights.npz for all parties; the number of parameters.
+    """Write data.npz and weights.npz for all parties; return the number of parameters.
 
     Args:
-        workload: of `WORKLOADS`.
+        workload: one of `WORKLOADS`.
         rows: training rows.
-        seed: of shifts and weights.
-        folder: where.
+        seed: seed of shifts and weights.
+        folder: folder to write into.
     """
     x = images(rows + min(VAL_ROWS, rows), workload.shape, seed)
     np.savez(folder / "data.npz", x_train=x[:rows], x_val=x[rows:])

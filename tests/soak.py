@@ -80,6 +80,8 @@ RANGES = {
     "dropout": lambda rng: rng.uniform(0, 0.9),
     "adv_weight": lambda rng: rng.uniform(0, 1),
     "enc_weight": lambda rng: rng.uniform(0, 1),
+    "ssim_weight": lambda rng: rng.uniform(0, 1),
+    "segmentation_weight": lambda rng: rng.uniform(0, 2),
     "svm_weight": lambda rng: rng.uniform(0, 10),
     "nll_weight": lambda rng: rng.uniform(0, 2),
     "generator_weight": lambda rng: rng.uniform(0, 1),

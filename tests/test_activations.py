@@ -349,7 +349,7 @@ def test_sequences_have_their_features_first(tmp_path):
     policy.enforce(["own_more"])
     data = activations("0", "own_more.net", of=str(tmp_path / "x.npy"), scale="none")
     assert data.input_shape == (5,) and data.source.positions == 8
-    with pytest.raises(AezooError, match="gives zeros, NaN or infinity"):
+    with pytest.raises(AezooError, match="gives only zeros, NaN or infinity"):
         activations("1", "own_more.dead", of=str(tmp_path / "x.npy"), normalise=True).setup()
 
 

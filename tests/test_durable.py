@@ -130,7 +130,7 @@ def test_automatic_resume_takes_the_newest_run_starts_one_or_says_no(tmp_path, c
     newest = tmp_path / "vae" / "10"
     assert resume.automatic(tmp_path / "vae") == (newest / "checkpoints" / "last.ckpt", newest)
     (newest / "checkpoints" / "last.ckpt").write_bytes(b"")
-    with pytest.raises(AezooError, match="no other checkpoint there is whole"):
+    with pytest.raises(AezooError, match="no other checkpoint there is complete"):
         resume.automatic(tmp_path / "vae")
     capsys.readouterr()
 

@@ -30,6 +30,7 @@ REASONS = {
     "dip_vae_ii": "a penalty on the covariance of codes trades against reconstruction",
     "denoising_vae": _CORRUPTED,
     "dmvae": f"{_RATE}, and decoders serve shared codes of one part alone as well",
+    "draem": "it repairs damaged samples as well, and structure and segmentation weigh as much as the error",
     "f_anogan": "the generator also serves the critic, and its weight on the error is a tenth of the encoder's",
     "factor_vae": "a weight on the total correlation trades reconstruction for independence",
     "gamma_vae": _RATE,

@@ -82,6 +82,8 @@ RANGES = {
     "enc_weight": lambda rng: rng.uniform(0, 1),
     "ssim_weight": lambda rng: rng.uniform(0, 1),
     "segmentation_weight": lambda rng: rng.uniform(0, 2),
+    "segmentation_dims": lambda rng: [rng.randint(4, 12) for _ in range(rng.randint(1, 3))],
+    "source": lambda rng: rng.choice(("color", "samples")),
     "svm_weight": lambda rng: rng.uniform(0, 10),
     "nll_weight": lambda rng: rng.uniform(0, 2),
     "generator_weight": lambda rng: rng.uniform(0, 1),

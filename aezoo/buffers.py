@@ -1,4 +1,4 @@
-"""Buffers of a model, which a batch changes: statistics, codebooks, thresholds, counters."""
+"""Buffers of a model that a batch changes: statistics, codebooks, thresholds, counters."""
 
 from typing import cast
 
@@ -10,11 +10,11 @@ class Buffers:
     """The buffers of a model, and a copy made by `remember`.
 
     Args:
-        module: a forward pass may change its buffers in place or replace them.
+        module: the model; a forward pass may change its buffers in place or replace them.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # where each buffer has its name: looking all of them up again in every batch costs more than the copy
+        # the dict and name of each buffer: looking up all of them in every batch would cost more than the copy
         places: dict[tuple[torch.dtype, torch.device], list[tuple[dict[str, Tensor | None], str]]] = {}
         seen: set[int] = set()
         for part in module.modules():
@@ -30,7 +30,7 @@ class Buffers:
         return bool(self._places)
 
     def remember(self) -> None:
-        """Copy their values."""
+        """Copy the values of the buffers."""
         self._held = self._now()
         self._kept = [_flat(group) for group in self._held]
 
@@ -42,7 +42,7 @@ class Buffers:
                 owner[name] = buffer
 
     def restore_where(self, found: Tensor) -> None:
-        """The same if `found` is above 0, without synchronising with the device."""
+        """Restore the copied values if `found` is above 0, without synchronising with the device."""
         for group, kept in zip(self._now(), self._kept, strict=False):
             self._write(group, torch.where(found > 0, kept, _flat(group)))
 

@@ -1,8 +1,8 @@
-"""A whole training step as one CUDA graph: on a GPU a small model's step is dominated by kernel launches.
+"""A whole training step as one CUDA graph, because kernel launches dominate the step of a small model on a GPU.
 
 Forward, backward, the fault check and the update of a fused optimiser are recorded once and then replayed with one
-launch. A fit with `compile_mode` reduce-overhead whose data are on the GPU uses it (see `aezoo.loop`). The recording
-itself is CUDA's and has not been run on a GPU yet; everything around it is tested on the CPU.
+launch. A fit with `compile_mode` reduce-overhead uses it if its data are on the GPU (see `aezoo.loop`). CUDA does the
+recording, which has not been run on a GPU yet; everything around it is tested on the CPU.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ class Recorder(Protocol):
     """Runs and records a step; `CudaRecorder`, or a replacement in tests."""
 
     def warm_up(self, step: Callable[[], Any]) -> Any:
-        """Run the step eagerly, apart from other work."""
+        """Run the step eagerly, separate from other work."""
 
     def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Record the step without running it: a function that replays it, and the tensors that each replay fills."""
+        """Record the step without running it; return a function that replays it, and the tensors that it fills."""
 
 
 class CudaRecorder:
@@ -45,16 +45,16 @@ class CudaRecorder:
 
 
 class CapturedStep:
-    """A step that runs eagerly a few times, is then recorded, and replayed from then on.
+    """A step that first runs eagerly a few times, is then recorded, and is replayed from then on.
 
-    All of these are training steps. A batch of another size, the last of an epoch, runs eagerly; it must not leave its
-    own gradient tensors behind, so those that the recorded step writes to are put back.
+    All of these are training steps. A batch of another size, such as the last of an epoch, runs eagerly. It must not
+    leave its own gradient tensors behind, so those that the recorded step writes to are put back.
 
     Args:
         step: takes a batch and its labels, updates the parameters, and returns tensors.
         parameters: the trained parameters.
-        recorder: runs and records it.
-        least: size of a full batch: a resumed run may begin with the smaller last batch of an epoch.
+        recorder: runs and records the step.
+        least: size of a full batch; a resumed run may begin with the smaller last batch of an epoch.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class CapturedStep:
             self._drop_gradients()
             return self._recorder.warm_up(lambda: self._step(x, y))
         if self._replay is None:
-            # without gradients: the recording writes its own, each replay over the last
+            # without gradients: the recording creates its own, and each replay overwrites them
             self._drop_gradients()
             self._replay, self._result = self._recorder.record(lambda: self._step(self._x, self._y))  # type: ignore[arg-type]
             self._gradients = [parameter.grad for parameter in self._parameters]

@@ -1,9 +1,9 @@
-"""Saving and loading models with nothing that can run code: safetensors or torch's weights-only files.
+"""Saving and loading models in formats that cannot run code: safetensors or torch's weights-only files.
 
 A saved model is a folder with `model.safetensors` (weights) and `config.json` (registry name, hyperparameters). A
-checkpoint is Lightning's, with the registry name stamped in. Loading looks that name up in the registry, admits plain
-hyperparameters that the constructor has, and compares the model's size with the file's before memory is taken; no class
-path in a file is ever followed.
+checkpoint is Lightning's, with the registry name added. Loading looks up that name in the registry, accepts only plain
+hyperparameters that the constructor has, and compares the size of the model with that of the file before it allocates
+memory. It never follows a class path in a file.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_GROWTH = 2**24
 MAX_BYTES = "AEZOO_MAX_BYTES"
 _MAX_CONFIG = 2**20
-# of weights, beside float32
+# dtypes of weights besides float32
 _DTYPES = {torch.float64, torch.float16, torch.bfloat16}
-# what LightningCLI adds to hyperparameters; it would import both
+# keys that LightningCLI adds to hyperparameters; it would import both values
 _CLASS, _MAKER = "_class_path", "_instantiator"
 _KNOWN_MAKER = "lightning.pytorch.cli.instantiate_module"
 
@@ -46,17 +46,16 @@ def save_model(
 
     Args:
         model: a registered model.
-        folder: made if it does not exist; the two files in it are replaced, each whole or not at all.
-        scaling: of the activations that the model was trained on, as `load_run` has it; what is saved then works on raw
-            ones, see `aezoo.folding.fold`.
+        folder: created if it does not exist; each of its two files is replaced atomically.
+        scaling: scaling of the activations that the model was trained on, as returned by `load_run`; the saved model
+            then works on raw activations, see `aezoo.folding.fold`.
 
     Returns:
         The folder.
 
     Raises:
-        AezooError: the model's class is not in the registry, so no other process could find it again; it has
-            hyperparameters that are no plain values; its weights cannot take the scaling in; or the files cannot be
-            written.
+        AezooError: the model's class is not in the registry, so no other process could find it again; a hyperparameter
+            is not a plain value; the scaling cannot be folded into its weights; or the files cannot be written.
     """
     name = name_of(type(model))
     if name is None:
@@ -71,7 +70,7 @@ def save_model(
     folder = Path(folder)
     hyperparameters = values.plain(dict(model.hparams), f"{name} cannot be saved: its hyperparameters")
     config = {"model": name, "aezoo_version": aezoo.__version__, "hyperparameters": hyperparameters}
-    # copies, since safetensors refuses tensors that share memory, as tied weights do
+    # copies, because safetensors rejects tensors that share memory, such as tied weights
     state = {
         key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()
     }
@@ -83,20 +82,20 @@ def save_model(
 
 
 def load_model(path: str | Path, map_location: str | torch.device = "cpu", max_bytes: int | None = None) -> Autoencoder:
-    """Load a model from a checkpoint file, a run folder, a saved model folder or the hub; it comes back in eval mode.
+    """Load a model in eval mode from a checkpoint file, a run folder, a saved model folder or the hub.
 
-    Weights in float64, float16 or bfloat16 stay so; `.float()` makes float32 of them.
+    Weights in float64, float16 or bfloat16 keep their type; `.float()` converts them to float32.
 
     Args:
-        path: a `.ckpt` file; a run folder, of which the best checkpoint is taken; a folder made by `save_model`; or
-            `hf://user/name`, `hf://user/name@revision`, what `push_to_hub` has put on the Hugging Face hub.
+        path: a `.ckpt` file; a run folder, whose best checkpoint is loaded; a folder made by `save_model`; or
+            `hf://user/name` or `hf://user/name@revision`, uploaded to the Hugging Face hub by `push_to_hub`.
         map_location: device that the model is put on.
-        max_bytes: what a compressed checkpoint may unpack to; by default `AEZOO_MAX_BYTES` of the environment, else the
-            size of the file and 16 MiB more, since torch writes checkpoints without compression.
+        max_bytes: largest size of an unpacked checkpoint; by default the environment's `AEZOO_MAX_BYTES`, otherwise the
+            size of the file plus 16 MiB, because torch writes checkpoints without compression.
 
     Raises:
-        AezooError: nothing there, a damaged or foreign file, or a model that is not in the registry; for one of the hub
-            as `aezoo.hub_files.fetch` does, too.
+        AezooError: the path does not exist, the file is damaged or not a model, or the model is not in the registry;
+            for a model on the hub, also as in `aezoo.hub_files.fetch`.
     """
     return load_run(path, map_location, max_bytes)[0]
 
@@ -104,13 +103,13 @@ def load_model(path: str | Path, map_location: str | torch.device = "cpu", max_b
 def load_run(
     path: str | Path, map_location: str | torch.device = "cpu", max_bytes: int | None = None
 ) -> tuple[Autoencoder, dict[str, Any]]:
-    """A model as `load_model` gives it, and what its checkpoint says of the data that it was trained on.
+    """Load a model as `load_model` does, and what its checkpoint records about its training data.
 
     Returns:
-        The model, and a dict with `settings` of the DataModule, `scaling` of the samples where it depends on them (both
-        are empty for a saved model folder and for data that were not aezoo's), `white` and `columns` as
-        `aezoo.data.source.Source` has them, and `folder`, the run's or the saved model's; for one of the hub,
-        whose files lie in a cache, `runs/user_name`.
+        The model, and a dict. `settings` are those of the DataModule, and `scaling` is that of the samples if it
+        depends on them; both are empty for a saved model folder and for other data than aezoo's. `white` and `columns`
+        are as in `aezoo.data.source.Source`. `folder` is the run's or the saved model's; for a model from the hub,
+        whose files are in a cache, it is `runs/user_name`.
     """
     data: dict[str, Any] = {}
     address = str(path) if hub_files.is_address(path) else None
@@ -139,7 +138,7 @@ def load_run(
     model = build(name, hyperparameters, source, state)
     kinds = {state[key].dtype for key, _ in model.named_parameters() if key in state} - {torch.float32}
     if len(kinds) == 1 and kinds <= _DTYPES:
-        model = model.to(*kinds)  # but for what it keeps in float32 itself
+        model = model.to(*kinds)  # except for values that the model keeps in float32
     if any(own.dtype != state[key].dtype for key, own in model.named_parameters() if key in state):
         model = model.float()
     try:
@@ -151,7 +150,7 @@ def load_run(
     unknown: dict[str, Any] = {"settings": {}, "scaling": {}, "white": None, "columns": ()}
     try:
         return model.to(map_location).eval(), unknown | {"folder": folder} | data
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch's, of devices that are not there
+    except (RuntimeError, AssertionError, TypeError) as error:  # raised by torch for missing devices
         raise AezooError(f"map_location {map_location}: {_brief(error)}; give cpu and move the model later") from error
 
 
@@ -169,10 +168,10 @@ def _data_of(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
 
 
 def verify(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:
-    """Registry name and hyperparameters of a checkpoint that describes a model of the size of its weights.
+    """Registry name and hyperparameters of a checkpoint, after checking that its weights have the model's size.
 
     Raises:
-        AezooError: as `load_model` does, before the memory of the model is taken.
+        AezooError: as in `load_model`, before memory for the model is allocated.
     """
     name, hyperparameters = described(checkpoint, source)
     build(name, hyperparameters, source, weights.tensors(checkpoint["state_dict"], source, name), dry=True)
@@ -182,17 +181,17 @@ def verify(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any
 def build(
     name: str, hyperparameters: dict[str, Any], source: Path, state: dict[str, Tensor], dry: bool = False
 ) -> Autoencoder:
-    """A fresh model as a file describes it.
+    """Build a fresh model from the description in a file.
 
     Args:
-        name: in the registry.
-        hyperparameters: as the file has them.
+        name: name in the registry.
+        hyperparameters: hyperparameters from the file.
         source: the file.
-        state: the weights that the file has for the model, which bound its size.
-        dry: only to see whether it can be built, without memory for its parameters where that is possible.
+        state: the weights in the file, which limit the model's size.
+        dry: only check whether it can be built, without memory for its parameters if possible.
 
     Raises:
-        AezooError: a hyperparameter that its constructor does not have, or a value that it does not take.
+        AezooError: the constructor does not have a hyperparameter, or rejects a value.
     """
     cls = model_class(name)
     given = values.plain(hyperparameters, f"{source} does not describe a {name} of this version: its hyperparameters")
@@ -203,7 +202,7 @@ def build(
     try:
         check_hyperparameters(cls, plain.keys() - {"input_shape"}, name)
         with weights.no_larger_than(state):
-            # a plug-in may compute with numbers, of which the meta device has none
+            # a plug-in may compute with values, which tensors on the meta device do not have
             with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
                 model = cls(**plain)
                 if dry:
@@ -217,7 +216,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The checked `config.json` of a saved model folder.
 
     Raises:
-        AezooError: not JSON, or not of the form that `save_model` writes.
+        AezooError: it is not JSON, or not in the form that `save_model` writes.
     """
     try:
         with (folder / CONFIG).open("rb") as file:
@@ -243,7 +242,7 @@ def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None
         max_bytes: as for `load_model`.
 
     Raises:
-        AezooError: not a checkpoint, damaged, or holding more than tensors and plain values.
+        AezooError: it is not a checkpoint, is damaged, or contains more than tensors and plain values.
     """
     try:
         _refuse_growth(path, max_bytes)
@@ -252,7 +251,7 @@ def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None
         raise
     except pickle.UnpicklingError as error:
         raise AezooError(f"{path} is refused: it is damaged, or holds objects that could run code") from error
-    except Exception as error:  # one changed byte can end in any exception of the unpickler
+    except Exception as error:  # one changed byte can cause any exception of the unpickler
         raise AezooError(f"cannot read {path} as a checkpoint: {_brief(error)}") from error
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)):
         weights_alone = isinstance(checkpoint, dict) and checkpoint and all(map(torch.is_tensor, checkpoint.values()))
@@ -281,10 +280,10 @@ def _refuse_growth(path: Path, max_bytes: int | None) -> None:
 
 
 def note_version(stamp: Any, source: Path) -> None:
-    """Say that another version of this package has written a file, which can be why it does not fit.
+    """Report that another version of this package has written a file, which may be why it does not fit.
 
     Args:
-        stamp: what the file says of its origin, a dict with `version`.
+        stamp: the file's description of its origin, a dict with `version`.
         source: the file.
     """
     version = stamp.get("version") if isinstance(stamp, dict) else None
@@ -294,10 +293,10 @@ def note_version(stamp: Any, source: Path) -> None:
 
 
 def described(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:
-    """Registry name and hyperparameters that a checkpoint was stamped with.
+    """Registry name and hyperparameters that were saved in a checkpoint.
 
     Raises:
-        AezooError: it carries no name, since its class was not registered when it was saved, or is damaged.
+        AezooError: it has no name, because its class was not registered when it was saved, or it is damaged.
     """
     stamp = checkpoint.get("aezoo")
     name = stamp.get("model") if isinstance(stamp, dict) else None
@@ -314,12 +313,12 @@ def described(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, 
 
 
 def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
-    """The checkpoint that a path stands for.
+    """The checkpoint that a path refers to.
 
     Args:
         path: a checkpoint file, a run folder (`runs/vae/0`), the folder of its checkpoints, or a folder of runs
-            (`runs/vae`), of which the newest is taken.
-        prefer: `best` (lowest val/loss) or `last`; the other one is taken if there is none.
+            (`runs/vae`), of which the newest is used.
+        prefer: `best` (lowest val/loss) or `last`; the other one is used if it does not exist.
 
     Raises:
         AezooError: there is no checkpoint there.
@@ -338,12 +337,12 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     if not path.exists():
         raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
     for home in run_folder.homes(path):
-        # a link may lead nowhere
+        # a link may be broken
         files = [file for file in home.glob("*.ckpt") if file.is_file()]
         files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
         chosen = [file for file in files if file.stem.startswith(prefer)] or files
         if len(chosen) > 1 and prefer == "best":
-            # several are kept, and the latest state knows which of them is best
+            # if several are kept, the latest state records which of them is best
             latest = next((file for file in files if file.stem == "last"), files[0])
             callbacks = read_checkpoint(latest).get("callbacks")
             states = callbacks.values() if isinstance(callbacks, dict) else ()

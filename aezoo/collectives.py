@@ -1,4 +1,4 @@
-"""Sums and batches over the processes of a run, with gradient.
+"""Sums and batches over the processes of a run, with gradients.
 
 torch.distributed.nn.functional is deprecated since torch 2.13, and its replacement is private.
 """
@@ -35,10 +35,10 @@ class _Gather(torch.autograd.Function):
 
 
 def sum_of_ranks(values: Tensor) -> Tensor:
-    """The sum over all processes, the same in each: (...) -> (...)."""
+    """The sum over all processes, equal in each process: (...) -> (...)."""
     return _Sum.apply(values)
 
 
 def rows_of_ranks(values: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks: (B, ...) -> (N, ...), B the same in each."""
+    """The rows of all processes, in the order of their ranks: (B, ...) -> (N, ...); B is equal in all processes."""
     return _Gather.apply(values)

@@ -1,4 +1,4 @@
-"""Models with constrained weights, such as on a sphere or above 0."""
+"""Models with constrained weights, for example on a sphere or above 0."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 class Constrained(pl.LightningModule):
     """Mixin, before `Autoencoder`, for models that change their weights after each optimiser step.
 
-    The light loop leaves steps with foreign code to Lightning, but calls `after_optimizer_step` itself.
+    The light loop leaves steps with foreign code to Lightning, but it calls `after_optimizer_step` itself.
     """
 
     def after_optimizer_step(self) -> None:

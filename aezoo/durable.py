@@ -1,9 +1,9 @@
-"""Files that are whole or not there, and checkpoints that know whether they are whole.
+"""Files that are written atomically, and checkpoints that contain their own digest.
 
-A file is written under another name in its own folder, brought to the disk, and then renamed: a reader, also after a
-kill or a power cut, finds the old file or the new one. A checkpoint ends, in the comment that its zip format allows,
-with its step and the SHA-256 of all that precedes it: `head -c -64 FILE | sha256sum` prints what `tail -c 64 FILE`
-shows. Any loader of torch's files reads it. Since the digest is a part of the file, no kill can part the two.
+A file is written under another name in its own folder, flushed to disk, and then renamed. A reader finds the old file
+or the new one, even after a kill or a power cut. A checkpoint ends with its step and the SHA-256 of everything before
+it, stored in the comment of the zip format: `head -c -64 FILE | sha256sum` prints what `tail -c 64 FILE` shows. Any
+loader of torch's files can read it. The digest is part of the file, so a kill cannot separate the two.
 """
 
 import hashlib
@@ -31,10 +31,10 @@ _GO_ON = "make room or make the folder writable, then go on with aezoo fit --res
 
 
 class DurableIO(TorchCheckpointIO):
-    """Lightning's plug-in for reading and writing checkpoints, with the promises of this module for local files.
+    """Lightning's plug-in for reading and writing checkpoints, with this module's guarantees for local files.
 
-    A `last.ckpt` that is replaced stays as `previous.ckpt`, and `last.ckpt.json` holds the new one's step, size and
-    SHA-256.
+    When `last.ckpt` is replaced, the old file stays as `previous.ckpt`. `last.ckpt.json` holds the new file's step,
+    size and SHA-256.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -53,7 +53,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint.
 
     Raises:
-        AezooError: it could not be written; what was there is still there.
+        AezooError: it could not be written; an old file is unchanged.
     """
     last = path.name == LAST
     sealed = _Sealed({"step": int(checkpoint.get("global_step", -1)), "epoch": int(checkpoint.get("epoch", -1))})
@@ -70,23 +70,23 @@ def write(
     cure: str = _GO_ON,
     name: Path | None = None,
 ) -> None:
-    """Write a file, whole or not at all.
+    """Write a file atomically: completely or not at all.
 
     Args:
         path: the file.
         fill: writes the content into the open file.
-        keep: where the file that is there now is to stay.
-        cure: what the user is to do if it cannot be written.
-        name: what the message calls the file, by default its path.
+        keep: path under which the current file is kept.
+        cure: what the user should do if the file cannot be written.
+        name: the file's name in the error message, by default its path.
 
     Raises:
-        AezooError: it could not be written; what was there is still there.
+        AezooError: it could not be written; an old file is unchanged.
     """
     temporary = path.parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # the umask takes effect here, which it does not on mkstemp's files
+            # os.open respects the umask, unlike mkstemp
             with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
                 fill(file)
                 file.flush()
@@ -105,14 +105,14 @@ def write(
 
 
 def prepare(folder: Path) -> None:
-    """Make a folder of checkpoints ready for a run: writable, without what a killed save has left.
+    """Prepare a folder of checkpoints for a run: check that it is writable, and remove leftovers of killed saves.
 
-    A damaged `last.ckpt` is renamed, or the next save would keep it in the place of a good `previous.ckpt`.
+    A damaged `last.ckpt` is renamed; otherwise the next save would overwrite a good `previous.ckpt` with it.
 
     Raises:
         AezooError: nothing can be written there.
     """
-    # a name of its own: another process may try the folder at this moment
+    # a unique name, because another process may test the folder at the same time
     write(folder / f"{_PREFIX}{os.getpid()}{_SUFFIX}", lambda file: None)
     for stray in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
         stray.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ def prepare(folder: Path) -> None:
 
 
 def fault(path: Path) -> str | None:
-    """Why a checkpoint file is not whole, or None; whether it may be loaded is another question.
+    """Why a checkpoint file is damaged or incomplete, or None; this does not say whether it is safe to load.
 
     Files that this module has not written have no digest, but a CRC for each of their parts.
     """
@@ -145,7 +145,7 @@ def fault(path: Path) -> str | None:
         if start != b"PK":
             return "it is empty" if size == 0 else None
         with zipfile.ZipFile(path) as archive:
-            # torch compresses nothing, and to unpack what is compressed could take any time
+            # torch compresses nothing, and unpacking compressed data could take any amount of time
             stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
             return "its checksum does not fit its content" if stored and archive.testzip() else None
     except OSError as error:
@@ -155,7 +155,7 @@ def fault(path: Path) -> str | None:
 
 
 def check(path: Path) -> None:
-    """Refuse a checkpoint file that is not whole.
+    """Reject a checkpoint file that is damaged or incomplete.
 
     Raises:
         AezooError: names the file and what is wrong.
@@ -166,19 +166,19 @@ def check(path: Path) -> None:
 
 
 def record_of(path: Path) -> Path:
-    """The small file beside a checkpoint that says what was saved there."""
+    """The small file beside a checkpoint that describes what was saved there."""
     return path.with_name(f"{path.name}.json")
 
 
 def newest(folder: Path, first: Path | None = None) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in a folder.
+    """The newest intact checkpoint in a folder.
 
     Args:
         folder: the `checkpoints` folder of a run.
-        first: the file to prefer, by default `last.ckpt`; then come `previous.ckpt` and the others, the newest first.
+        first: the preferred file, by default `last.ckpt`; then come `previous.ckpt` and the others, newest first.
 
     Returns:
-        The file, or None, and a line for each one that is damaged or missing and had to be passed over.
+        The file, or None, and a line for each file that was skipped because it is damaged or missing.
     """
     given, first, previous = first is not None, first or folder / LAST, folder / PREVIOUS
     entries = list(os.scandir(folder)) if folder.is_dir() else []
@@ -210,14 +210,14 @@ def _age(path: Path) -> tuple[int, float]:
 def _set_aside(path: Path, keep: Path) -> None:
     second = path.parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
     try:
-        # a second name, so that the file does not lose its own for a moment
+        # a second name, so that the file always has its own name too
         second.hardlink_to(path)
         second.replace(keep)
     except OSError:
-        # a file system without hard links: it has one name throughout
+        # without hard links the file has only one name at any time
         path.replace(keep)
     finally:
-        # a rename does nothing where both names are of one file already, as after a kill right here
+        # a rename does nothing if both names already refer to one file, as after a kill at this point
         second.unlink(missing_ok=True)
 
 
@@ -231,7 +231,7 @@ def _sync(folder: Path) -> None:
 
 
 class _Sealed:
-    """Hands what torch writes on to a file and its digest, and puts note and digest into the zip's comment.
+    """Passes what torch writes to a file and its digest, and puts note and digest into the zip's comment.
 
     Args:
         note: plain values.
@@ -246,7 +246,7 @@ class _Sealed:
         try:
             torch.save(checkpoint, cast(IO[bytes], self))
         except BaseException:
-            if self._error is not None:  # torch wraps it in a report on its own source
+            if self._error is not None:  # torch wraps it in a report about its own source
                 raise self._error from None
             raise
         # a zip file ends with the length of its comment
@@ -271,7 +271,7 @@ class _Sealed:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing: the file is flushed when it is complete."""
+        """Do nothing: the file is flushed when it is complete."""
 
     def _put(self, data: bytes | memoryview) -> None:
         try:

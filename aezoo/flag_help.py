@@ -1,4 +1,4 @@
-"""What `aezoo fit --help` says of flags read before Lightning's, and of those that mean something else here."""
+"""The `aezoo fit --help` texts of flags that are read before Lightning's, or have another meaning here."""
 
 import argparse
 
@@ -24,17 +24,17 @@ _WORDS = {
 
 
 class _ReadBefore(argparse.Action):
-    """Shown by the help only: `aezoo.request` has taken the flag before this parser sees the rest."""
+    """Only shown in the help: `aezoo.request` reads the flag before this parser sees the rest."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
         parser.error(f"{self.option_strings[0]} needs a value")
 
 
 def explain(parser: LightningArgumentParser, command: str) -> None:
-    """Make a command's `--help` tell what its flags do here.
+    """Make a command's `--help` describe what its flags do here.
 
     Args:
-        parser: the command's parser, complete.
+        parser: the complete parser of the command.
         command: `fit`, `validate`, `test` or `predict`.
     """
     if command == "fit":

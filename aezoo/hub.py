@@ -28,28 +28,28 @@ def push_to_hub(
     scaling: Mapping[str, Tensor] | Tensor | float | None = None,
     replace_card: bool = False,
 ) -> str:
-    """Put what `save_model` writes, and a model card, into a repository of the Hugging Face hub.
+    """Upload the files that `save_model` writes, and a model card, to a repository on the Hugging Face hub.
 
-    `aezoo.load_model("hf://user/name")` loads it again. There is no pickle in it.
+    `aezoo.load_model("hf://user/name")` loads the model again. The files contain no pickle.
 
     Args:
         model: a registered model.
-        name: `user/name`; the repository is made if it does not exist.
-        private: only its owner sees a repository that is made here; by default as the owner's settings have it.
-        revision: the branch, made if it does not exist; by default the main one.
+        name: `user/name`; the repository is created if it does not exist.
+        private: whether only the owner sees a new repository; by default the owner's settings decide.
+        revision: the branch, created if it does not exist; by default the main branch.
         commit_message: by default the model's name.
-        token: of the hub; by default what huggingface_hub finds (`hf auth login`, `HF_TOKEN`).
-        license: of the weights, such as `mit`, for the card; by default the card says nothing of it.
+        token: token of the hub; by default the one that huggingface_hub finds (`hf auth login`, `HF_TOKEN`).
+        license: license of the weights, such as `mit`, for the card; by default the card does not mention one.
         metrics: names and values for the card; by default it has none.
         scaling: as for `save_model`.
-        replace_card: write the card even if the repository has one; by default that one stays.
+        replace_card: write the card even if the repository already has one; by default an existing card stays.
 
     Returns:
         The address of the commit's page.
 
     Raises:
-        AezooError: as `save_model` does; the name is not `user/name`, nobody is logged in or may write there, no
-            network, or huggingface_hub is not installed.
+        AezooError: as in `save_model`; or the name is not `user/name`, the user is not logged in or may not write
+            there, there is no network, or huggingface_hub is not installed.
     """
     hub_files.check_name(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -61,13 +61,13 @@ def push_to_hub(
 
 
 def card_of(folder: Path, name: str, revision: str | None, license: str | None, metrics: Mapping[str, float]) -> str:
-    """The model card of a saved model, in Markdown with a head in YAML as the hub reads it.
+    """The model card of a saved model, in Markdown with the YAML head that the hub reads.
 
     Args:
-        folder: what `save_model` has written.
+        folder: folder written by `save_model`.
         name: `user/name`.
-        revision: the branch that it goes to.
-        license: of the weights.
+        revision: the branch for the upload.
+        license: license of the weights.
         metrics: names and values.
     """
     config = json.loads((folder / hub_files.FILES[0]).read_text())
@@ -109,7 +109,7 @@ def card_of(folder: Path, name: str, revision: str | None, license: str | None, 
 
 
 def _call(name: str, hyperparameters: Mapping[str, Any]) -> str:
-    """The constructor's call, without what is as its defaults have it."""
+    """The constructor call, without arguments that have their default values."""
     known = inspect.signature(registry.model_class(name)).parameters
     given = []
     for key, value in hyperparameters.items():

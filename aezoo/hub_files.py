@@ -1,9 +1,8 @@
-"""Saved models on the Hugging Face hub: addresses such as `hf://user/name@revision`, and files there and back.
+"""Saved models on the Hugging Face hub: addresses such as `hf://user/name@revision`, upload and download.
 
-Only the two files that `aezoo.save_model` writes are ever fetched. They pass the checks of any saved model on disk: who
-may write to a repository is a stranger here. Which hub, which cache, which token and whether it is reached at all is
-what huggingface_hub makes of its own settings (`HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` or `hf auth login`,
-`HF_HUB_OFFLINE`).
+Only the two files that `aezoo.save_model` writes are ever downloaded. They pass the same checks as a saved model on
+disk, because the authors of a repository are not trusted. The hub, the cache, the token and offline mode follow
+huggingface_hub's own settings (`HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` or `hf auth login`, `HF_HUB_OFFLINE`).
 """
 
 import contextlib
@@ -24,16 +23,16 @@ _NAME = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 
 
 def is_address(path: str | Path) -> bool:
-    """Whether a path is an address on the hub; no file is named so."""
+    """Whether a path is an address on the hub; no file has such a name."""
     return str(path).startswith(SCHEME)
 
 
 def on_disk(path: str) -> str:
-    """The path itself, where a setting of a model names another model.
+    """The path itself, for a model's setting that names another model.
 
     Raises:
-        AezooError: it is an address. A stranger's checkpoint can hold that setting, and only what the user types may
-            reach the network.
+        AezooError: it is an address. An untrusted checkpoint can contain that setting, and only input that the user
+            types may access the network.
     """
     if is_address(path):
         raise AezooError(
@@ -44,10 +43,10 @@ def on_disk(path: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """The name of a repository, if it is one.
+    """The name of a repository, after a check of its form.
 
     Raises:
-        AezooError: it is not of the form `user/name`.
+        AezooError: it does not have the form `user/name`.
     """
     if not _NAME.fullmatch(name) or len(name) > 96 or "--" in name or ".." in name or name.endswith(".git"):
         raise AezooError(
@@ -60,7 +59,7 @@ def split(address: str) -> tuple[str, str | None]:
     """Repository and revision of an address, `hf://user/name` or `hf://user/name@revision`.
 
     Raises:
-        AezooError: it is not of that form.
+        AezooError: it does not have that form.
     """
     name, at, revision = address.removeprefix(SCHEME).partition("@")
     if at and not revision:
@@ -69,14 +68,14 @@ def split(address: str) -> tuple[str, str | None]:
 
 
 def fetch(address: str) -> Path:
-    """The folder of a saved model from the hub, in huggingface_hub's cache; what is there is not fetched again.
+    """Download a saved model and return its folder in huggingface_hub's cache; cached files are not downloaded again.
 
     Args:
         address: `hf://user/name`, or `hf://user/name@revision` with a branch, a tag or a commit.
 
     Raises:
-        AezooError: no such repository or revision, no aezoo model in it, no network and nothing in the cache, or
-            huggingface_hub is not installed.
+        AezooError: the repository or revision does not exist, has no aezoo model, or is not in the cache and there is
+            no network; or huggingface_hub is not installed.
     """
     name, revision = split(address)
     own: dict[str, Any] = {"library_name": "aezoo", "library_version": aezoo.__version__}
@@ -86,7 +85,7 @@ def fetch(address: str) -> Path:
 
         folder = snapshot_download(name, revision=revision, allow_patterns=[*FILES], **own)
         for file in FILES:
-            # without a network, versions before 2 give what a download that was cut off has left
+            # without a network, versions before 2 return the remains of an interrupted download
             if not (Path(folder) / file).is_file():
                 try:
                     hf_hub_download(name, file, revision=Path(folder).name, **own)
@@ -104,22 +103,23 @@ def fetch(address: str) -> Path:
 def upload(
     folder: Path, name: str, revision: str | None, private: bool | None, message: str, token: str | None, card: bool
 ) -> str:
-    """Put the files of a saved model and its card into a repository, which is made if it does not exist.
+    """Upload the files of a saved model and its card to a repository, which is created if it does not exist.
 
     Args:
-        folder: what `save_model` has written, with a `README.md`.
+        folder: folder written by `save_model`, with a `README.md`.
         name: `user/name`.
-        revision: a branch, made if it does not exist; None is the default one.
-        private: only its owner sees a repository that is made here; None leaves it to the owner's settings.
-        message: of the commit.
-        token: of the hub; None takes what huggingface_hub finds.
-        card: the card is written even if there is one.
+        revision: a branch, created if it does not exist; None is the default branch.
+        private: whether only the owner sees a new repository; None leaves it to the owner's settings.
+        message: commit message.
+        token: token of the hub; None uses the one that huggingface_hub finds.
+        card: write the card even if there is one.
 
     Returns:
         The address of the commit's page.
 
     Raises:
-        AezooError: nobody is logged in or may write there, no network, or huggingface_hub is not installed.
+        AezooError: the user is not logged in or may not write there, there is no network, or huggingface_hub is not
+            installed.
     """
     check_name(name)
     with _told(name, None, writes=True):
@@ -132,11 +132,11 @@ def upload(
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
         files = [*FILES, CARD]
-        # its owner may have written into it
+        # the owner may have edited the card
         if not card and api.file_exists(name, CARD, revision=revision):
             files.remove(CARD)
             print(f"aezoo: {CARD} of {name} stays as it is; replace_card=True writes it anew", file=sys.stderr)
-        # one commit, which upload_folder does not promise: weights never stand beside the settings of others
+        # one commit, which upload_folder does not guarantee, so weights and settings always belong together
         additions = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in files]
         commit = api.create_commit(name, additions, commit_message=message, revision=revision)
     return str(commit.commit_url)
@@ -144,14 +144,14 @@ def upload(
 
 @contextlib.contextmanager
 def _told(name: str, revision: str | None, writes: bool = False) -> Iterator[None]:
-    """What goes wrong at the hub in one line, with what to do."""
+    """Turn errors of the hub into one line that says what to do."""
     try:
         yield
     except AezooError:
         raise
     except ModuleNotFoundError as error:
         raise AezooError("models on the hub need huggingface_hub: pip install 'aezoo[hub]'") from error
-    except Exception as error:  # of requests or of httpx, as the version of huggingface_hub will have it
+    except Exception as error:  # from requests or httpx, depending on the version of huggingface_hub
         raise AezooError(_line(error, name, revision, writes)) from error
 
 

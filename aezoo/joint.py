@@ -1,8 +1,8 @@
 """A loss and its gradients as one compiled graph, without torch's autograd engine.
 
-A compiled loss is two graphs, one forward and one that the engine runs backward. As one they are a tenth faster, for
-784-128-64-32-64-128-784, and the same to the bit. For that TorchDynamo has to trace `torch.autograd.grad`, which needs
-a setting that may disappear: without it a step remains two graphs.
+A compiled loss is two graphs, one for the forward pass and one for the backward pass, which the engine runs. As one
+graph they are a tenth faster for 784-128-64-32-64-128-784, with the same results bit for bit. This requires TorchDynamo
+to trace `torch.autograd.grad`, with a setting that may disappear; without it a step remains two graphs.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,20 @@ _SETTING = "trace_autograd_ops"
 
 
 def can_trace() -> bool:
-    """Whether this torch has what is needed; imports its compiler."""
+    """Whether this torch version supports it; imports its compiler."""
     import torch._dynamo.config as settings
 
     return hasattr(settings, _SETTING)
 
 
 class Joint(Compiled):
-    """Terms of a loss, whose gradients are set on the module's parameters; compiled as in `Compiled`.
+    """Terms of a loss whose gradients are set on the module's parameters; compiled as in `Compiled`.
 
-    A failure to compile is silent: the loss alone may still compile, and warns if not.
+    A failure to compile is silent: the loss alone may still compile, and warns if it does not.
 
     Args:
-        module: all of its trained parameters get their gradients, and others none.
-        terms: the loss of a batch among others, by name and as one vector.
+        module: all of its trained parameters get their gradients, and other parameters none.
+        terms: the terms of a batch, including the loss, by name and as one vector.
         mode: as for `Compiled`, with before_retry and least.
     """
 
@@ -53,12 +53,12 @@ class Joint(Compiled):
 
     @property
     def works(self) -> bool:
-        """Whether compiling has not failed so far."""
+        """Whether compilation has not failed so far."""
         return self._compiled is not None
 
     @property
     def suits(self) -> bool:
-        """Whether parameters are trained and have no hooks, which only the engine calls."""
+        """Whether there are trained parameters, and none has hooks, which only the engine calls."""
         hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
         return not hooked and any(p.requires_grad for p in self._parameters)
 
@@ -77,16 +77,16 @@ class Joint(Compiled):
         found = [(p, gradient) for p, gradient in zip(trained, gradients, strict=True) if gradient is not None]
         apart = len({gradient.data_ptr() for _, gradient in found}) == len(found)
         for parameter, gradient in found:
-            # as the engine leaves them: in the weights' own order of memory, and of each alone
+            # as the engine leaves them: with the weights' memory layout, and without shared memory
             fits = apart and gradient.stride() == parameter.stride()
             parameter.grad = gradient if fits else torch.empty_like(parameter).copy_(gradient)
         return terms, values
 
     def _with_gradients(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor, list[Any], Any]:
         terms, values = self._terms(x, y)
-        # what is asked within the graph its guards keep an eye on
+        # reading requires_grad inside the graph makes the graph's guards check it
         trained = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
-        # the engine is called outside of it
+        # the engine is called outside of autocast
         with torch.autocast(x.device.type, enabled=False):
             gradients = torch.autograd.grad(terms["loss"], trained, allow_unused=True)
         return {name: term.detach() for name, term in terms.items()}, values, trained, gradients

@@ -19,8 +19,8 @@ class Judged(Autoencoder):
     """A model with the losses R, L_G and L_D of vqgan; its constructor calls `keep_judges`.
 
     Attributes:
-        distance: P, of features.
-        discriminator: D, which judges patches.
+        distance: P, the feature distance.
+        discriminator: D, the patch discriminator.
     """
 
     perceptual_weight: float
@@ -37,7 +37,7 @@ class Judged(Autoencoder):
         discriminator_dims: tuple[int, ...],
         discriminator_lr: float,
     ) -> None:
-        """Check the arguments of these names and build D, with stages of `discriminator_dims` channels."""
+        """Check the arguments and build D, whose stages have `discriminator_dims` channels."""
         at_least(0, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
         adversarial.check_discriminator(discriminator_dims, discriminator_lr, discriminator_start)
         self.perceptual_weight, self.discriminator_weight = perceptual_weight, discriminator_weight
@@ -47,14 +47,14 @@ class Judged(Autoencoder):
         self.keep_steps()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return adversarial.two_groups(self, betas=(0.5, 0.9), both=True)  # those of the code of VQGAN's authors
+        return adversarial.two_groups(self, betas=(0.5, 0.9), both=True)  # as in the code of VQGAN's authors
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.distance.read()
 
     def judged(self, x: Tensor, z: Tensor, *seen: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """R + w_D lambda L_G + L_D, the last two by their gradients only, for one draw of the code.
+        """R + w_D lambda L_G + L_D for one draw of the code; the last two contribute only their gradients.
 
         Args:
             x: samples, (B, *input_shape).
@@ -66,13 +66,13 @@ class Judged(Autoencoder):
         """
         params, to_last_layer = adversarial.by_last_layer(self.decoder, z, *seen)
 
-        # for the step of encoder and decoder, to which the discriminator is a constant
+        # for the step of encoder and decoder, in which the discriminator is constant
         image, distance = self.likelihood.mean, self.distance.beside(x)
         nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
         perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
         gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
         g_R = g_nll + self.perceptual_weight * g_P
-        # of all ranks: the mean of their own weights would be another
+        # from the gradients of all ranks: the mean of their separate weights would differ
         weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan)))
 
         # for the discriminator's step

@@ -1,4 +1,4 @@
-"""fit, validate, test and predict: LightningCLI with short model names, recipes, and checkpoints that say enough."""
+"""fit, validate, test and predict: LightningCLI with short model names, recipes and self-contained checkpoints."""
 
 import contextlib
 import errno
@@ -38,12 +38,12 @@ from aezoo.parsing import FROM_DATA, Parser, check_flags, plain
 from aezoo.request import RESUMED, RUN_DIR, check_against, expand, note_other_splits, say_differences
 from aezoo.security import archives, values
 
-# what a disk or a folder refuses, anywhere in a run: a logger and a picture write too
+# errors of a disk or folder, anywhere in a run; loggers and pictures also write
 _DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
 }
-# each is a group of flags and a section of the YAML, e.g. --reconstructions.every_n_epochs 1
+# each callback is a group of flags and a section of the YAML, e.g. --reconstructions.every_n_epochs 1
 DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
     "progress": callbacks.ProgressBar,
     "throughput": callbacks.Throughput,
@@ -70,11 +70,11 @@ _Draws = restricted_number_type("Draws", int, [(">=", 1), ("<=", 10**6)], join="
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the folder of a fit, with registry names for models; `aezoo fit -c` reads it again."""
+    """Writes `config.yaml` into the folder of a fit, with registry names for models; `aezoo fit -c` can read it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        log_dir = trainer.log_dir  # broadcasts, so every rank must ask
-        # a run that goes on keeps its own until the checkpoint is found to fit what is set now
+        log_dir = trainer.log_dir  # this broadcasts, so every rank must read it
+        # a resumed run keeps its own file until the checkpoint is known to fit the current settings
         if stage == "fit" and log_dir is not None and not (Path(log_dir) / self.config_filename).exists():
             self._write(trainer, pl_module, log_dir)
 
@@ -118,9 +118,9 @@ class AezooCLI(LightningCLI):
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            # the constructor's own values go into checkpoints: no class paths, complete with defaults
+            # checkpoints hold the constructor's values: without class paths, including defaults
             load_from_checkpoint_support=False,
-            # the loaders shard by rank themselves, and one line says what a table of layers would
+            # the loaders shard by rank themselves, and one line replaces the table of layers
             trainer_defaults={
                 "max_epochs": 20,
                 "log_every_n_steps": 1,
@@ -136,12 +136,12 @@ class AezooCLI(LightningCLI):
             # the summary callback prints the figures
             parser.set_defaults({"verbose": False})
         elif command == "predict":
-            # they go to a file; Lightning would hold all of them once more
+            # predictions are written to a file; Lightning would also keep all of them in memory
             parser.set_defaults({"return_predictions": False})
         flag_help.explain(parser, command)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that is asked for: each parser takes a tenth of a second to build."""
+        """Only the requested subcommand, because each parser takes a tenth of a second to build."""
         command = self.request.argv[0]
         return {command: LightningCLI.subcommands()[command]}
 
@@ -198,22 +198,22 @@ class AezooCLI(LightningCLI):
         sections: dict[str, type] = {"trainer": Trainer, "data": DataModule, **DEFAULT_CALLBACKS}
         for section, cls in sections.items():
             value = self.config[command].get(section)
-            # one without settings is None
+            # a section without settings is None
             if not isinstance(value, Namespace) and (value is not None or inspect.signature(cls).parameters):
                 raise AezooError(f"{section} is {value!r}: write its settings below it, one to a line, or leave it out")
         trainer_settings.check(self.config[command]["trainer"])
         if not 1 <= self.config[command]["rank_timeout"] <= 1e6:
             raise AezooError(f"rank_timeout takes seconds from 1 to 1e6, got {self.config[command]['rank_timeout']}")
-        # no setting and no environment makes Lightning load what could run code
+        # no setting and no environment variable can make Lightning load files that run code
         self.config[command]["weights_only"] = True
         if self.config[command].get("model") is None:
             raise AezooError("which model? Give --model NAME, -c RECIPE, or --ckpt_path RUN (see `aezoo list`)")
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning merges a checkpoint's values over the flags here; `expand` has put them below instead."""
+        """Do nothing: Lightning would put a checkpoint's values above the flags here; `expand` has put them below."""
 
     def before_instantiate_classes(self) -> None:
-        """Make it fast, and stop here if `--resume` finds a run that has ended by itself."""
+        """Keep memory pages for speed, and stop here if `--resume` finds a run that has ended by itself."""
         acceleration.keep_pages()
         source = self.request.source
         if self.request.resumes and source is not None:
@@ -229,10 +229,10 @@ class AezooCLI(LightningCLI):
             super().instantiate_classes()
         except AezooError:
             raise
-        except Exception as error:  # what a class of Lightning or of a plug-in says to values that it does not take
+        except Exception as error:  # classes of Lightning or a plug-in may raise anything for invalid values
             if registry.too_large(error.__cause__ or error):
                 raise AezooError(registry.does_not_fit(self.request.model or "the model")) from error
-            # jsonargparse wraps what a constructor raises in a report on all types that it tried
+            # jsonargparse wraps a constructor's error in a report about all types that it tried
             raise AezooError(plain(f"{error}" or repr(error), self._parser(self.subcommand))) from error
         kind = type(self.model).__name__
         values.plain(dict(self.model.hparams), f"{kind} could not be loaded from its checkpoint: its hyperparameters")
@@ -253,7 +253,7 @@ class AezooCLI(LightningCLI):
             extra = [callback for callback in extra if not isinstance(callback, callbacks.Checkpoints)]
         if config.get("enable_progress_bar") is False:
             extra = [callback for callback in extra if not isinstance(callback, callbacks.ProgressBar)]
-        # what the other ranks write goes where rank zero's trainer.log_dir, which is broadcast, says
+        # the other ranks write to rank zero's trainer.log_dir, which is broadcast
         first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
         writes = first and self.subcommand in ("fit", "predict") and not config.get("fast_dev_run")
         run_dir = self.run_dir(Path(config.get("default_root_dir") or "runs"), writes)
@@ -262,7 +262,7 @@ class AezooCLI(LightningCLI):
             if isinstance(callback, callbacks.Checkpoints):
                 callback.run = run_dir
         if self.subcommand != "fit" and config.get("logger") is None:
-            # at step 0 their events would end the run's own curves
+            # their events at step 0 would cut off the run's own curves
             config["logger"] = False
         if config.get("logger") in (None, True):
             name, version = run_dir.parent.name, run_dir.name
@@ -283,24 +283,24 @@ class AezooCLI(LightningCLI):
         return trainer
 
     def _curves(self, run_dir: Path) -> dict[str, Any]:
-        """A run that goes on in its folder takes back the points that it had logged after its checkpoint."""
+        """Logger settings with which a resumed run removes the points that it had logged after its checkpoint."""
         if self.subcommand != "fit" or not any(run_dir.glob("[!.]*")):
             return {}
         dashboard.wait_for_a_later_name(run_dir)
         return {"purge_step": self.request.step}
 
     def run_dir(self, root: Path, writes: bool) -> Path:
-        """Folder of this run: the checkpoint's own, or the next free number in `<root>/<recipe or model-data>`.
+        """The folder of this run: the checkpoint's own, or the next free number in `<root>/<recipe or model-data>`.
 
         Args:
             root: the folder of all runs.
-            writes: this process is to make the folder, and to write into it.
+            writes: whether this process creates the folder and writes into it.
         """
         inside = None if self.request.source is None else self.request.run
         if inside is not None:
             folder = stays = inside
         else:
-            # processes that a multi-device strategy starts must not count up again
+            # processes that a multi-device strategy starts must use the same number
             if RUN_DIR not in os.environ:
                 home = root / self.run_name()
                 stays = run_folder.standing(home)
@@ -308,7 +308,7 @@ class AezooCLI(LightningCLI):
             else:
                 stays = Path(os.environ[RUN_DIR])
             folder = Path(os.environ[RUN_DIR])
-        # predictions may be made of a run that still trains
+        # predicting from a run that is still training is allowed
         if writes and (self.subcommand == "fit" or inside is None):
             self.ends.enter_context(run_folder.held(folder, stays))
         return folder
@@ -324,9 +324,9 @@ class AezooCLI(LightningCLI):
             ranks.connect(self.trainer)
             super()._run_subcommand(subcommand)
         except SystemExit:
-            # Lightning ends with 1 after an interrupt that it has handled
+            # Lightning exits with 1 after an interrupt that it has handled
             held = self._get(self.config_init, "interrupt")
-            with contextlib.suppress(OSError):  # of a terminal that is gone
+            with contextlib.suppress(OSError):  # the terminal may be closed
                 print(self._how_to_resume(), file=sys.stderr)
             sys.exit(128 + (held.signum or signal.SIGINT))
         except BaseException as error:
@@ -357,33 +357,33 @@ class AezooCLI(LightningCLI):
         )
 
     def before_fit(self) -> None:
-        """Settle the arithmetic, and say in two lines what is trained on what."""
+        """Set compilation and matmul precision, and print two lines about the model and the data."""
         self.model.compile_mode = self._get(self.config_init, "compile")
         if self.trainer.strategy.root_device.type == "cuda":
             torch.set_float32_matmul_precision(self._get(self.config_init, "matmul_precision"))
         if not self.trainer.is_global_zero:
-            return  # the others wait for the data that rank zero may be fetching
+            return  # the other ranks wait for the data that rank zero may be downloading
         parameters = sum(p.numel() for p in self.model.parameters())
         kind = type(self.model)
         name = registry.name_of(kind) or kind.__name__
         print(f"{name}: {parameters:,} parameters, code shape {self.model.code_shape}")
-        # it is read here, before Lightning tells it of the trainer
+        # the data is read here, before Lightning attaches the trainer to it
         self.datamodule.source.processes = local_processes(self.trainer)
         print(self.datamodule.describe())
         if self._test_follows():
             self._check_test_share()
-        # one table at the very end holds the figures of training and test
+        # one table at the end shows the figures of training and test
         self._get(self.config_init, "summary").test_follows = self._test_follows()
 
     def after_fit(self) -> None:
         """Test the best weights, so that a run ends with figures on data it has not seen."""
         if self._test_follows():
-            # a run of less than an epoch has no best ones
+            # a run of less than an epoch has no best weights
             best = getattr(callbacks.saver_of(self.trainer), "best_model_path", "") or None
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
 
     def _check_test_share(self) -> None:
-        # Lightning would say so after the training
+        # Lightning would report this only after the training
         samples: Any = self.datamodule.dataset("test")
         share = self.trainer.limit_test_batches
         batches = math.ceil(len(samples) / self.trainer.world_size / self.datamodule.batch_size)
@@ -403,13 +403,13 @@ def main(argv: list[str]) -> None:
     """Run `fit`, `validate`, `test` or `predict`.
 
     Raises:
-        AezooError: what the user must mend.
+        AezooError: an error that the user can fix.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 0 after help.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
     # data in memory need no workers
     warnings.filterwarnings("ignore", message=".*does not have many workers")
-    # Lightning 2.6 asks torch for a class that newer ones rename; nothing a user could do
+    # Lightning 2.6 uses a class that newer torch versions rename; the user cannot do anything about it
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)", category=FutureWarning)
     ranks.end_with_launcher()
     if "LOCAL_RANK" not in os.environ:
@@ -418,7 +418,7 @@ def main(argv: list[str]) -> None:
     report_thread = threading.excepthook
 
     def report(args: threading.ExceptHookArgs) -> None:
-        # TensorBoard's writer: the run hears of it at the next entry, and says it below
+        # TensorBoard's writer thread: the run gets the error at the next entry, and reports it below
         if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in _DISK):
             report_thread(args)
 
@@ -437,7 +437,7 @@ def main(argv: list[str]) -> None:
             "to another"
         ) from error
     except (OSError, ValueError) as error:
-        # Lightning's logger says of any error in TensorBoard's that the value cannot be logged
+        # Lightning's logger reports any error in TensorBoard's as a value that cannot be logged
         cause = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(cause, OSError) or cause.errno not in _DISK:
             raise
@@ -452,20 +452,20 @@ def main(argv: list[str]) -> None:
 
 
 def _refusal(error: BaseException) -> str | None:
-    """One line for what Lightning says of settings that do not fit data or packages, and torch of a lost worker."""
+    """One line for Lightning's errors about settings that do not fit data or packages, or torch's of a lost worker."""
     text = " ".join(str(error).split())
     if (line := lost_worker(error)) is not None:
         return f"{line}; go on with --resume auto"
     if isinstance(error, ModuleNotFoundError):
         return f"a package is missing, install it or leave out what asks for it: {text}"
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    # a ValueError with a cause is its logger's, see `main`
+    # a ValueError with a cause comes from Lightning's logger, see `main`
     own = type(error) is ValueError and error.__cause__ is None
     own = own and frame.f_globals.get("__name__", "").startswith("lightning.")
     return f"Lightning refuses the run: {text}" if own or isinstance(error, MisconfigurationException) else None
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    """Lightning's advertisements and its list of accelerators that are absent are not."""
+    """Whether a log record is useful; Lightning's advertisements and its list of absent accelerators are not."""
     text = record.getMessage()
     return not any(word in text for word in ("litlogger", "litmodels", "Tip:", "TPU available", "HPU available"))

@@ -6,14 +6,14 @@ from aezoo.errors import AezooError
 
 
 def at_least(least: float, **values: float) -> None:
-    """Refuse numbers that are below a limit, or infinite.
+    """Reject numbers that are below a limit, or infinite.
 
     Args:
         least: the limit.
         **values: the numbers, each by the name of its argument.
 
     Raises:
-        AezooError: names the first that is refused, and the limit.
+        AezooError: names the first rejected argument and the limit.
     """
     for name, value in values.items():
         if not least <= value < math.inf:

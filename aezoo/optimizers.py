@@ -1,7 +1,7 @@
 """Optimisers and learning rate schedules by plain names.
 
-adam:beta1=0.5,eps=1e-4    an optimiser with other settings than torch's: eps, beta1 and beta2, if it has them
-multistep:0.5@0.2,0.6      a schedule: times 0.5 after a fifth of the steps, and again after three fifths
+adam:beta1=0.5,eps=1e-4    an optimiser with settings that differ from torch's: eps, beta1 and beta2, if it has them
+multistep:0.5@0.2,0.6      a schedule: multiply by 0.5 after a fifth of the steps, and again after three fifths
 """
 
 import inspect
@@ -31,12 +31,12 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 _FUSED = ("adam", "adamw", "sgd")
-# share of the learning rate left at progress p between 0 (warm-up done) and 1 (last step)
+# remaining share of the learning rate at progress p between 0 (warm-up done) and 1 (last step)
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda p: 1.0,
     "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
     "linear": lambda p: 1 - p,
-    # down to a thousandth, by the same factor each step
+    # decays to a thousandth, by the same factor in each step
     "exponential": lambda p: 1e-3**p,
     # a tenth after half of the steps, a hundredth after three quarters
     "step": lambda p: 1.0 if p < 0.5 else 0.1 if p < 0.75 else 0.01,
@@ -44,10 +44,10 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def check(optimizer: str, lr: float, weight_decay: float, lr_schedule: str, warmup_steps: int) -> None:
-    """Refuse values that no optimiser can use.
+    """Reject values that no optimiser can use.
 
     Raises:
-        AezooError: names the argument and what it takes.
+        AezooError: names the argument and the values that it takes.
     """
     _read_optimizer(optimizer)
     _falloff(lr_schedule)
@@ -89,7 +89,7 @@ def _usual(name: str) -> dict[str, Any]:
 
 
 def betas(text: str, usual: tuple[float, float]) -> tuple[float, float]:
-    """The betas in an optimiser's text, with the usual ones for those that it does not give."""
+    """The betas in an optimiser's text, with the usual ones where it does not give them."""
     settings = _read_optimizer(text)[1]
     return settings.get("beta1", usual[0]), settings.get("beta2", usual[1])
 
@@ -122,7 +122,7 @@ def build(
         name: a key of `OPTIMIZERS`, with or without settings.
         parameters: the parameters to train.
         lr: learning rate.
-        weight_decay: its weight decay.
+        weight_decay: weight decay.
         fused: update all parameters in one kernel if torch has one for their device.
     """
     text = name
@@ -145,11 +145,11 @@ def build(
 
 
 def _has_adagrad(devices: set[str]) -> bool:
-    """Whether this torch has the kernel for the device: it came to the CPU first and to CUDA later."""
+    """Whether this torch has the kernel for the device; it was added for the CPU first and for CUDA later."""
     try:
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         return all(has_kernel("aten::_fused_adagrad_", device.upper()) for device in devices)
-    # private to torch, and an error for an operator that it does not have
+    # private to torch, which raises an error for an operator that it does not have
     except (AttributeError, RuntimeError):
         return False
 
@@ -157,11 +157,11 @@ def _has_adagrad(devices: set[str]) -> bool:
 def schedule(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, trainer: "Trainer") -> LambdaLR:
     """A schedule over optimiser steps: linear warm-up, then `name` until the trainer's last step.
 
-    The number of steps is read at the second step, when the loop knows it, since reading
+    The number of steps is read at the second step, when the loop knows it: reading
     `Trainer.estimated_stepping_batches` here would build the loaders before their state is restored (Lightning #20550).
 
     Raises:
-        AezooError: the schedule needs a last step and the trainer has none.
+        AezooError: the schedule needs a last step, but the trainer has none.
     """
     if name != "constant" and trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise AezooError(f"lr_schedule={name!r} needs an end: set --trainer.max_epochs or --trainer.max_steps")
@@ -199,7 +199,7 @@ def renew(
     for group, lr, weight_decay, factor in zip(optimizer.param_groups, lrs, weight_decays, factors, strict=True):
         group.update(lr=lr * factor, weight_decay=weight_decay)
         if scheduler is not None:
-            group["initial_lr"] = lr  # a key of torch's schedules; a run without one has none to be equal to
+            group["initial_lr"] = lr  # a key of torch's schedules; a run without a schedule lacks it
 
 
 def with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -220,7 +220,7 @@ def total_steps(trainer: "Trainer") -> int:
     """Optimiser steps of the whole fit; valid once the training loop has its loader.
 
     Raises:
-        AezooError: the loader has no length and the trainer no last step.
+        AezooError: the loader has no length and the trainer has no last step.
     """
     if trainer.max_epochs is None or trainer.max_epochs == -1:
         return trainer.max_steps

@@ -1,4 +1,4 @@
-"""Flags and settings read by jsonargparse, with registry names and errors of one line."""
+"""Flags and settings parsed by jsonargparse, with registry names and one-line errors."""
 
 import difflib
 import re
@@ -11,12 +11,12 @@ from aezoo.errors import AezooError
 from aezoo.request import spell_out
 from aezoo.security import policy
 
-# arguments of models that the data give
+# arguments of models that are taken from the data
 FROM_DATA = ("input_shape", "num_classes")
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser, with registry names in YAML and errors of one line."""
+    """LightningCLI's parser, with registry names in YAML and one-line errors."""
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
         return super().parse_string(spell_out(content), *args, **kwargs)
@@ -26,14 +26,14 @@ class Parser(LightningArgumentParser):
 
 
 def check_flags(argv: list[str], model: str | None, parser: LightningArgumentParser) -> None:
-    """Refuse an unknown flag with the nearest known one, before jsonargparse does it in five lines."""
+    """Reject an unknown flag and suggest the nearest known one, before jsonargparse does it in five lines."""
     known = _flags(parser)
     for token, after in zip(argv[1:], [*argv[2:], "--"], strict=False):
         flag = token.partition("=")[0].rstrip("+")
         if not flag.startswith("--") or flag in known or flag == "--model.help":
             continue
         if flag.startswith("--model.") and "=" not in token and after.startswith("--"):
-            raise AezooError(f"{flag} needs a value")  # of which jsonargparse would say that --model needs one
+            raise AezooError(f"{flag} needs a value")  # jsonargparse would say that --model needs one
         if flag.replace(".init_args", "") in [f"--model.{name}" for name in FROM_DATA]:
             raise AezooError(f"{flag} follows from the data: leave it out, or change the data with --data...")
         candidates = known
@@ -63,7 +63,7 @@ def _near(word: str, known: list[str]) -> str:
 
 
 def plain(message: str, parser: LightningArgumentParser) -> str:
-    """A message of jsonargparse in one line: which key, what it takes, what it got."""
+    """A message of jsonargparse on one line: the key, what it takes, what it got."""
     denied = re.search(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry", message)
     if denied:
         return policy.refusal(denied[1], denied[2])
@@ -102,7 +102,7 @@ def plain(message: str, parser: LightningArgumentParser) -> str:
 
 
 def _reasons(message: str) -> list[str]:
-    """The items of a message's list, each in one line: those that say most about the value first."""
+    """The items of a message's list, each on one line, with the most specific first."""
     items: list[str] = []
     depth: int | None = None
     for line in message.splitlines():
@@ -116,5 +116,5 @@ def _reasons(message: str) -> list[str]:
             depth = None
     named = [re.sub(r"^Problem with given class_path '(?:[\w.]+\.)?(\w+)':", r"\1:", item) for item in items]
     told = [" ".join(item.split()) for item in named if "NoneType" not in item]
-    # of each kind that a value might have been of
+    # jsonargparse lists a reason for each type that the value might have
     return sorted(told, key=lambda item: bool(re.match("Expected an? |Not a valid |Does not validate", item)))

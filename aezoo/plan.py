@@ -1,4 +1,4 @@
-"""The participants in a training step: looked up when training starts, for `aezoo.loop`."""
+"""The participants in a training step, looked up when training starts, for `aezoo.loop`."""
 
 import inspect
 from collections.abc import Callable
@@ -39,7 +39,7 @@ _WITHIN_STEP = (*_BEFORE_GRADIENTS, "on_before_optimizer_step")
 _RECORDED = ("on_before_backward", "on_before_optimizer_step")
 # Lightning's callbacks whose hooks around a step read weights only through state_dict; this package's have a flag
 _READ_NO_WEIGHTS = (LearningRateMonitor, ModelCheckpoint, ProgressBar, Timer)
-# with one of these Lightning takes the step
+# if a module implements one of these, Lightning takes the step
 _OWN_STEP = ("optimizer_step", "configure_gradient_clipping", "lr_scheduler_step")
 # attributes of a module that may be replaced while it trains
 _OF_MODULE = (*_AROUND_STEP, *_WITHIN_STEP, *_OWN_STEP, "training_step", "backward", "clip_gradients")
@@ -51,10 +51,10 @@ class Plan:
     """The hooks and participants of a step, looked up once.
 
     Args:
-        trainer: its callbacks, loader and optimiser are set up.
+        trainer: a trainer whose callbacks, loader and optimiser are set up.
 
     Attributes:
-        step: the optimiser's step, a new one each epoch.
+        step: the optimiser's step, looked up again in each epoch.
     """
 
     step: FusedStep
@@ -116,7 +116,7 @@ class Plan:
             and all(getattr(who, "capturable", False) for who in self.recorded)
             and all(group.get("capturable") for group in self.optimizer.param_groups)
         )
-        # a guard that is the last to act on a step may be called directly instead of by its hooks
+        # a guard that is the last to act on a step may be called directly instead of through its hooks
         guards = [c for c in trainer.callbacks if getattr(c, "only_looks", False)]  # type: ignore[attr-defined]
         others = [own for hook, own in self.hooks["on_before_optimizer_step"] if _owner(hook) not in guards]
         has_last_word = len(guards) == 1 and all(others)
@@ -137,7 +137,7 @@ class Plan:
         self.begin_epoch(trainer)
 
     def begin_epoch(self, trainer: pl.Trainer) -> None:
-        """Look up what may change from epoch to epoch."""
+        """Look up everything that may change from epoch to epoch."""
         self.step = FusedStep(self.optimizer, alone=self.is_private)
         # Lightning decides on validation after part of an epoch, by time, or by the count of all batches
         self.validates_at_end = (
@@ -162,9 +162,9 @@ class Plan:
         return self.optimizer is trainer.optimizers[0] and len(callbacks) == self._callbacks
 
     def can_go_back(self, trainer: pl.Trainer) -> bool:
-        """Whether a bad step may be detected later, since nobody else takes part in it or sees its results.
+        """Whether a bad step may be detected later, because no other code takes part in it or sees its results.
 
-        Call it in each epoch, after `begin_epoch`, since foreign code may change the answer between epochs.
+        Call it in each epoch after `begin_epoch`, because foreign code may change the answer between epochs.
         """
         return (
             self.guard is not None
@@ -180,7 +180,7 @@ class Plan:
         )
 
     def _has_no_watchers(self, trainer: pl.Trainer) -> bool:
-        """Whether nobody watches a model of this package compute on the CPU."""
+        """Whether this is a model of this package on the CPU whose computation no code observes."""
         return (
             trainer.strategy.root_device.type == "cpu"
             and not torch.is_anomaly_enabled()
@@ -190,7 +190,7 @@ class Plan:
         )
 
     def at_once(self, loud: bool) -> bool:
-        """Whether a step may compute loss and gradients together, since no hook runs in between.
+        """Whether a step may compute loss and gradients together, because no hook runs in between.
 
         Args:
             loud: whether the guard's hooks are called.
@@ -209,7 +209,7 @@ class Plan:
 
 
 def is_plain(trainer: pl.Trainer) -> bool:
-    """Whether one process uses one device, in a precision that leaves weights alone, without a profiler."""
+    """Whether one process uses one device, in a precision that does not change weights, without a profiler."""
     return (
         type(trainer.strategy) is SingleDeviceStrategy
         and trainer.strategy.model is trainer.lightning_module
@@ -234,9 +234,9 @@ def asked(name: str, trainer: pl.Trainer) -> list[tuple[Hook, bool]]:
 
 
 def in_place(trainer: pl.Trainer, loader: Any) -> Hook | None:
-    """The only transform of a batch that is already on the device, as bytes or float32: the data's own hook.
+    """The only transform of a batch that is already on the device as bytes or float32: the data's own hook.
 
-    None if a batch has to be moved, or a transfer hook is implemented.
+    None if a batch has to be moved, or if a transfer hook is implemented.
     """
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
     lies_there = (
@@ -309,13 +309,13 @@ def _is_written(name: str, callback: pl.Callback) -> bool:
 
 
 def _reads_no_weights(hook: Hook, own: bool) -> bool:
-    """Whether a hook of a batch's start or end is known to leave weights and noise alone.
+    """Whether a hook at a batch's start or end is known not to use weights or noise.
 
     It may get the terms of a step that is undone later.
     """
     who = _owner(hook)
     known = isinstance(who, _READ_NO_WEIGHTS) and type(who).__module__.startswith(("lightning.", "aezoo."))
-    # of the class itself: a subclass may have other hooks
+    # only for the class itself: a subclass may have other hooks
     return not own and (known or bool(vars(type(who)).get("reads_no_weights")))
 
 

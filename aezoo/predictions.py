@@ -1,9 +1,9 @@
-"""A light prediction loop: Lightning's own without unused features, as `aezoo.loop` for training.
+"""A light prediction loop: Lightning's own without unused features, like `aezoo.loop` for training.
 
-Half of the 0.1 ms that Lightning 2.6 spends per batch of a prediction goes to empty hooks, repeated inspection of
-signatures and transfers that move nothing. If one process predicts on one device the loop looks up the implemented
-hooks once, at the first batch; any other run uses Lightning's loop. So does a run with a Lightning version in which
-something needed here has been renamed.
+Lightning 2.6 spends 0.1 ms per batch of a prediction, half of it on empty hooks, repeated inspection of signatures and
+transfers that move nothing. If one process predicts on one device, this loop looks up the implemented hooks once, at
+the first batch. Any other run uses Lightning's loop, and so does a run with a Lightning version that has renamed
+something needed here.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from aezoo.plan import Hook, asked, in_place, is_plain, transfer
 
 try:
     from lightning.pytorch.loops.prediction_loop import _PredictionLoop
-except ImportError:  # pragma: no cover (a Lightning to come)
+except ImportError:  # pragma: no cover (a future Lightning)
     _PredictionLoop = object  # type: ignore[assignment,misc]
 
 _PRIVATE = ("_combined_loader", "_data_fetcher", "_predict_step", "_predictions", "_return_predictions")
@@ -37,7 +37,7 @@ class LightPredictions(_PredictionLoop):
     """The prediction loop with its hooks looked up at the first batch.
 
     Attributes:
-        hooks: for each name the methods, and whether it is the module's; empty for Lightning's loop, None before.
+        hooks: for each name the methods, and whether each is the module's; empty for Lightning's loop, None before.
         prepare: the only transform of a batch that is already on the device.
     """
 
@@ -59,7 +59,7 @@ class LightPredictions(_PredictionLoop):
         self.prepare = in_place(trainer, self._combined_loader.flattened[0]) if suits else None
 
     def teardown(self) -> None:
-        self.hooks, self.prepare = {}, None  # of this prediction alone
+        self.hooks, self.prepare = {}, None  # only valid for this prediction
         super().teardown()
 
     def _predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int, dataloader_iter: Any) -> None:

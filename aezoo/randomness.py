@@ -11,9 +11,9 @@ _MASK = 2**63 - 1
 
 
 def mix(*numbers: int) -> int:
-    """One seed below 2^63 from integers; a change of any of them, or of their order, gives another.
+    """One seed below 2^63 from integers; changing any of them, or their order, gives another seed.
 
-    The steps of splitmix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195), one for each number.
+    Uses one step of splitmix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195) for each number.
     """
     x = 0x9E3779B97F4A7C15
     for number in numbers:
@@ -24,7 +24,7 @@ def mix(*numbers: int) -> int:
 
 def seed_all(seed: int, device: torch.device, *, others: bool = True) -> None:
     """Seed torch's streams on the CPU and on `device`, and those of NumPy and Python if `others`."""
-    # torch.manual_seed asks every back end there is, which costs more than a small step's loss
+    # torch.manual_seed seeds every backend, which costs more than a small step's loss
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
@@ -37,8 +37,8 @@ def seed_all(seed: int, device: torch.device, *, others: bool = True) -> None:
 
 @contextmanager
 def forked_rng(device: torch.device) -> Iterator[None]:
-    """Restore torch's random states afterwards, whatever is drawn or seeded inside."""
-    # torch's fork_rng covers the CPU and CUDA; manual_seed seeds Apple's GPUs as well
+    """Restore torch's random states at the end, whatever is drawn or seeded inside."""
+    # torch's fork_rng covers the CPU and CUDA; manual_seed also seeds Apple's GPUs
     apple = torch.mps.get_rng_state() if device.type == "mps" else None
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

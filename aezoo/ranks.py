@@ -1,8 +1,8 @@
-"""Processes of one run end together: if one dies, raises or freezes, none is left behind.
+"""All processes of a run end together: if one dies, raises or freezes, none is left behind.
 
-Lightning's launcher ends the other ranks when one has ended. It does not handle ranks that do not respond (stopped,
-swapped out, in a deadlock), for which it waits, and ranks whose launcher was killed. A rank that does not respond
-causes a timeout of a collective in the others, which then end it.
+Lightning's launcher ends the other ranks when one has ended. It does not handle ranks whose launcher was killed, and it
+waits for ranks that do not respond (stopped, swapped out, in a deadlock). A rank that does not respond causes a timeout
+of a collective in the other ranks, which then end it.
 """
 
 import atexit
@@ -21,9 +21,9 @@ from lightning.pytorch.strategies import DDPStrategy
 
 # set in the environment of a run that `aezoo tune` has started
 TRIAL = "AEZOO_TRIAL"
-# how long a rank may take for its own last words once another has failed
+# seconds that a rank has for its own error message after another rank has failed
 GRACE = 5.0
-# a thread needs microseconds once it has a core
+# seconds for threads to release tensors; a thread needs microseconds once it has a core
 _LET_GO = 0.2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # torch.distributed.constants.default_pg_timeout, which a torch without torch.distributed cannot import
@@ -32,9 +32,9 @@ _LATE = ("timed out", "timeout", "time out")
 
 
 def end_with_launcher() -> None:
-    """A rank, or a run of a study, is killed when the process that launched it ends, however it does; on Linux.
+    """On Linux, have this rank or run of a study killed when the process that launched it ends for any reason.
 
-    Nothing else reaches a stopped process whose launcher was killed.
+    Nothing else can end a stopped process whose launcher was killed.
     """
     launched = "TORCHELASTIC_RUN_ID" in os.environ or TRIAL in os.environ or os.environ.get("LOCAL_RANK", "0") != "0"
     if launched and sys.platform == "linux":
@@ -43,21 +43,21 @@ def end_with_launcher() -> None:
 
 
 def limit_wait(trainer: Trainer, seconds: float) -> None:
-    """Set how long a collective waits for a rank, unless the strategy was built with a time of its own."""
+    """Set how long a collective waits for a rank, unless the strategy was built with its own timeout."""
     if getattr(trainer.strategy, "_timeout", None) == _TORCH_S_OWN:
         trainer.strategy._timeout = timedelta(seconds=seconds)  # type: ignore[attr-defined]
 
 
 def hold_it_whole(trainer: Trainer) -> bool:
-    """Whether each process has the whole model: a single one, or replicas; other strategies shard it."""
+    """Whether each process has the whole model, as a single process or a replica; other strategies shard it."""
     return trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
 
 
 def connect(trainer: Trainer) -> None:
-    """After a restart by torchrun, meet under a name of its own; else Lightning lets the processes meet.
+    """After a restart by torchrun, connect the processes under a new name; otherwise Lightning connects them.
 
-    torch 2.13 takes the store of a new attempt for a new one (`rendezvous._create_c10d_store`), but torchrun keeps it:
-    a process that reads the address of another before it is renewed finds one that is dead.
+    torch 2.13 assumes a new store for each attempt (`rendezvous._create_c10d_store`), but torchrun reuses the store. A
+    process that reads another's address before it is renewed would get that of a dead process.
     """
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     strategy = trainer.strategy
@@ -78,7 +78,7 @@ def connect(trainer: Trainer) -> None:
         **device,  # type: ignore[arg-type]
     )
     if device:
-        # as Lightning does: NCCL warns of a group that is left
+        # as Lightning does: NCCL warns about a group that is not destroyed
         atexit.register(disconnect)
 
 
@@ -89,13 +89,13 @@ def disconnect() -> None:
 
 
 def let_go_at_exit(trainer: Trainer) -> None:
-    """Before the interpreter of one of several processes ends, let threads let go of the last collective's tensors.
+    """Before the interpreter of one of several processes exits, let threads release the last collective's tensors.
 
-    For whatever lets processes exchange something, which may be the last that they do.
+    Call it wherever processes exchange something, because that may be their last exchange.
 
-    They answer a waiting caller first. One that gives a tensor back to an interpreter that is ending aborts the
-    process, which torchrun then reports as failed (torch 2.13, pytorch issue 190489). To destroy the group ends them
-    not: torch keeps it.
+    The threads answer a waiting caller before they release tensors. A thread that returns a tensor to an exiting
+    interpreter aborts the process, which torchrun then reports as failed (torch 2.13, pytorch issue 190489). Destroying
+    the group does not end the threads, because torch keeps it.
     """
     if trainer.world_size > 1:
         atexit.unregister(_let_go)
@@ -108,13 +108,13 @@ def _let_go() -> None:
 
 
 def end_others(trainer: Trainer, error: BaseException) -> None:
-    """After an error: end the ranks that this one launched, or the launcher if it is the one that does not answer."""
+    """After an error, end the ranks that this one launched, or the launcher if it does not respond."""
     launched = getattr(trainer.strategy.launcher, "procs", [])
     if launched:
         _end(launched)
     elif _is_late(error) and os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
-        # torchrun ends its workers by itself; a launcher that is well has the same time-out and ends within the grace,
-        # and this process with it
+        # torchrun ends its workers by itself; a working launcher has the same timeout and ends within the grace
+        # period, together with this process
         launcher = os.getppid()
         time.sleep(GRACE)
         if os.getppid() == launcher != 1:
@@ -127,7 +127,7 @@ def _end(launched: list[Any]) -> None:
         time.sleep(0.05)
     for process in launched:
         if process.poll() is None:
-            # no other signal ends a stopped process
+            # only SIGKILL ends a stopped process
             process.kill()
             process.wait()
 

@@ -1,12 +1,12 @@
-"""Names, families and classes of all models: the files under `aezoo/models/` and the plug-ins installed beside them.
+"""Names, families and classes of all models: the files under `aezoo/models/` and installed plug-ins.
 
-A built-in model is a file `aezoo/models/<family>/<name>.py` with one subclass of `Autoencoder`; nothing else registers
-it. A third-party package registers its models by entry points:
+A built-in model is a file `aezoo/models/<family>/<name>.py` with one subclass of `Autoencoder`; no other registration
+is needed. A third-party package registers its models with entry points:
 
     [project.entry-points."aezoo.models"]
     my_ae = "my_package.my_module:MyAE"
 
-Nothing here imports torch until a class is asked for.
+Nothing here imports torch until a class is requested.
 """
 
 import ast
@@ -41,7 +41,7 @@ ALIASES = {
     "variational": "vae",
 }
 _HOME = Path(__file__).parent / "models"
-# modules that may hand a class on before it is where it is defined
+# largest number of modules that may re-export a class before its definition
 _MOST_HOPS = 8
 
 
@@ -50,9 +50,9 @@ class Entry:
     """One registered model.
 
     Attributes:
-        name: what `create_model` and `--model` take.
+        name: the name that `create_model` and `--model` take.
         family: the folder of a built-in model; `plugin` for one from another package.
-        owner: the distribution that brings it, e.g. `aezoo`.
+        owner: the distribution that provides it, e.g. `aezoo`.
         module: the dotted module that defines it.
         attribute: the class in that module; empty for built-ins, where it is the one `Autoencoder` defined there.
     """
@@ -70,7 +70,7 @@ def owner_of(point: EntryPoint) -> str:
 
 
 def unique_points(group: str) -> dict[str, EntryPoint]:
-    """Entry points of a group by name; the same package seen twice on the path counts once.
+    """Entry points of a group by name; a package that is found twice on the path counts once.
 
     Raises:
         AezooError: two packages claim one name.
@@ -121,11 +121,11 @@ def list_models(pattern: str | Iterable[str] = "*", family: str | None = None) -
     """Names of models in natural order (`ae_2` before `ae_10`).
 
     Args:
-        pattern: a shell pattern such as `*vae*`, or several of which one must match.
+        pattern: a shell pattern such as `*vae*`, or several, one of which must match.
         family: only this family: `classic`, `sparse`, `variational`, ... or `plugin`.
 
     Raises:
-        AezooError: there is no such family.
+        AezooError: the family does not exist.
     """
     families = sorted({entry.family for entry in entries().values()} | {"plugin"})
     if family is not None and family not in families:
@@ -143,7 +143,7 @@ def find(name: str) -> Entry:
     """The entry of a model by name or by one of the five words dense, convolutional, denoising, sparse, variational.
 
     Raises:
-        AezooError: no such model; the message suggests the nearest names.
+        AezooError: the model does not exist; the message suggests the nearest names.
     """
     resolved = ALIASES.get(name, name)
     if resolved in entries():
@@ -159,7 +159,7 @@ def model_class(name: str) -> type["Autoencoder"]:
     """The class of a model.
 
     Raises:
-        AezooError: no such model, or a plug-in that cannot be imported.
+        AezooError: the model does not exist, or a plug-in cannot be imported.
     """
     from aezoo.autoencoder import Autoencoder
 
@@ -192,12 +192,12 @@ def create_model(name: str, input_shape: tuple[int, ...] = (1, 28, 28), **hyperp
         **hyperparameters: the class's keyword arguments; `aezoo info NAME` lists them.
 
     Raises:
-        AezooError: an unknown model or hyperparameter, or a value that the model refuses.
+        AezooError: an unknown model or hyperparameter, or a value that the model rejects.
     """
     cls = model_class(name)
     check_hyperparameters(cls, hyperparameters, find(name).name)
     try:
-        # an int is refused by the constructor, which says what to give
+        # the constructor rejects an int and says what to give
         shape = tuple(input_shape) if isinstance(input_shape, Iterable) else input_shape
         return cls(input_shape=shape, **hyperparameters)
     except (RuntimeError, MemoryError) as error:
@@ -207,25 +207,25 @@ def create_model(name: str, input_shape: tuple[int, ...] = (1, 28, 28), **hyperp
 
 
 def too_large(error: BaseException) -> bool:
-    """Whether memory was not enough for a model that was to be made."""
+    """Whether there was not enough memory to create a model."""
     said = isinstance(error, RuntimeError) and ("alloc" in str(error) or "overflow" in str(error))
     return said or isinstance(error, MemoryError)
 
 
 def does_not_fit(name: str) -> str:
-    """What to do about that, in one line."""
+    """A one-line message that says what to do about a model that does not fit into memory."""
     return f"{name} of this size does not fit in memory: lower latent_dim or hidden_dims"
 
 
 def check_hyperparameters(cls: type, hyperparameters: Iterable[str], name: str) -> None:
-    """Refuse keyword arguments that a class does not have.
+    """Reject keyword arguments that a class does not have.
 
     Raises:
-        AezooError: names the argument and the nearest one that exists.
+        AezooError: names the argument and the nearest existing one.
     """
     parameters = inspect.signature(cls).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return  # of a plug-in, whose parent says what it has
+        return  # a plug-in whose parent defines the arguments
     known = [p.name for p in parameters if p.name != "input_shape"]
     for key in hyperparameters:
         if key not in known:
@@ -251,7 +251,7 @@ def name_of(cls: type) -> str | None:
 
 
 def import_plugins() -> list[str]:
-    """Import every plug-in model, warn about each that fails, and return the names of those that work."""
+    """Import every plug-in model, warn about each that fails, and return the names of the working ones."""
     working = []
     for entry in entries().values():
         if entry.owner != "aezoo":
@@ -283,7 +283,7 @@ def source_of(entry: Entry) -> Path | None:
 
 
 def _parsed(entry: Entry) -> tuple[ast.Module, Entry | None]:
-    """The source of a model's module; and where the class comes from, if that only hands it on."""
+    """The source of a model's module, and where the class comes from if the module only re-exports it."""
     path = source_of(entry)
     if path is None:
         raise AezooError(f"no source file for {entry.module} of package {entry.owner}: is the plug-in installed whole?")
@@ -301,7 +301,7 @@ def _parsed(entry: Entry) -> tuple[ast.Module, Entry | None]:
 
 
 def _defined(entry: Entry) -> tuple[Entry, ast.Module, ast.ClassDef | None]:
-    """Where a class is defined, the module there, and the class if it is found."""
+    """The entry for the place where a class is defined, the module there, and the class if it is found."""
     tree, origin = _parsed(entry)
     for _ in range(_MOST_HOPS):
         if origin is None or source_of(origin) is None:
@@ -318,13 +318,13 @@ def _constructor(cls: ast.ClassDef) -> ast.FunctionDef | None:
 
 @dataclass(frozen=True)
 class Card:
-    """What a model's source says of it, read without importing it.
+    """A model's description, read from its source without importing it.
 
     Attributes:
         summary: first line of the module's docstring: name, authors, year, address of the paper.
         text: the rest of that docstring: the objective.
         about: first paragraph of the class's docstring.
-        parameters: (name, type, default, meaning) of each argument of its constructor, which may be its parent's.
+        parameters: (name, type, default, meaning) of each argument of its constructor, which may be inherited.
     """
 
     summary: str
@@ -337,7 +337,7 @@ def card(name: str) -> Card:
     """Read a model's card from its source file.
 
     Raises:
-        AezooError: no such model, or its source cannot be found or read.
+        AezooError: the model does not exist, or its source cannot be found or read.
     """
     entry, tree, cls = _defined(find(name))
     summary, _, text = (ast.get_docstring(tree) or "").partition("\n")

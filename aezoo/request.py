@@ -1,6 +1,7 @@
-"""What a command line asks for: names, recipes and checkpoints spelt out into settings.
+"""The request of a command line: names, recipes and checkpoints expanded into settings.
 
-Settings come from, in rising order: defaults, the checkpoint, the files given by -c in their order, flags.
+Settings come from these sources, and later ones override earlier ones: defaults, the checkpoint, the files given by -c
+in their order, flags.
 """
 
 import inspect
@@ -22,30 +23,30 @@ from aezoo.errors import AezooError
 from aezoo.security import archives, policy, values, yaml_text
 
 RUN_DIR = "AEZOO_RUN_DIR"
-# what --resume auto has found, for the processes that a multi-device strategy starts
+# the checkpoint found by --resume auto, for the processes that a multi-device strategy starts
 RESUMED = "AEZOO_RESUMED"
 
 
-# what one word stands for in the place of a section's settings
+# the setting that a single word sets when it is given in place of a section
 _ONE_WORD = {"model": "class_path", "data": "name"}
-# settings of the data that name what is in one set, and which of its samples are trained on
+# data settings that refer to the content of one data set, and select its training samples
 _OF_ONE_SET = ("train_classes", "num_labels")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the arguments ask for.
+    """The expanded request of a command line.
 
     Attributes:
-        argv: the command and its flags, as LightningCLI understands them.
+        argv: the command and its flags, in the form that LightningCLI understands.
         run_name: the name of the first recipe or file given by -c, or of the checkpoint's runs.
         source: the checkpoint given by --ckpt_path or --resume.
         run: the folder of the run that it belongs to.
         stored: the hyperparameters in that checkpoint.
-        model: the model that is meant.
-        stored_data: the settings of the data in that checkpoint.
+        model: the requested model.
+        stored_data: the data settings in that checkpoint.
         step: the optimiser steps in that checkpoint.
-        resumes: it is --resume that asks.
+        resumes: whether --resume is given.
     """
 
     argv: list[str]
@@ -60,10 +61,10 @@ class Request:
 
 
 def expand(argv: list[str]) -> Request:
-    """Names to what LightningCLI understands: models to classes, recipes to files, runs to checkpoints and settings."""
+    """Expand names for LightningCLI: models to classes, recipes to files, runs to checkpoints and settings."""
     command = argv[0]
     rest, allowed = policy.take_flags(name_data(argv[1:]))
-    _built_in()  # a class that is imported can be named in YAML
+    _built_in()  # only imported classes can be named in YAML
     registry.import_plugins()
     flags: list[str] = []
     run_name: str | None = None
@@ -101,7 +102,7 @@ def expand(argv: list[str]) -> Request:
         else:
             given = value if flag == "--model" else given
             if policy.is_class_path(value) and value not in registry.entries():
-                # the user has typed it, which a file cannot
+                # allowed because the user has typed it; a file cannot
                 allowed += [value, policy.typed_class(value, Autoencoder)]
             flags += [flag, _class_path(value)]
     policy.enforce(allowed)
@@ -134,7 +135,7 @@ def expand(argv: list[str]) -> Request:
 
 
 def name_data(argv: list[str]) -> list[str]:
-    """`--data digits` to `--data.name digits`; a YAML file of settings, or settings in YAML, stay."""
+    """Change `--data digits` to `--data.name digits`; a YAML file of settings, or settings in YAML, stay unchanged."""
     spelt = []
     for word, (flag, value) in zip(argv, _pairs(argv), strict=True):
         text = value.strip().lower()
@@ -144,12 +145,12 @@ def name_data(argv: list[str]) -> list[str]:
 
 
 def setting(flags: list[str], section: str, key: str) -> str | None:
-    """A setting as the parser will see it: of the flags and files that say it the last; None if none does.
+    """A setting as the parser will see it: the last value among the flags and files; None if there is none.
 
     Args:
-        flags: all flags, recipes spelt out.
-        section: `model`, `data` or `trainer`; its settings may be a YAML file or written out, too.
-        key: the name of the setting in it.
+        flags: all flags, with recipes expanded.
+        section: `model`, `data` or `trainer`; its settings may also be a YAML file or inline YAML.
+        key: the name of the setting in the section.
     """
     found: Any = None
     for flag, value in _pairs(flags):
@@ -160,7 +161,7 @@ def setting(flags: list[str], section: str, key: str) -> str | None:
         elif flag == "--config":
             part = _mapping(value).get(section)
             if isinstance(part, str):
-                # a file is named from where the one lies that names it
+                # the path of a file is relative to the file that names it
                 beside = Path(value).parent / part
                 part = _in_section(section, str(beside) if beside.is_file() else part)
             found = (part if isinstance(part, dict) else {}).get(key, found)
@@ -168,8 +169,8 @@ def setting(flags: list[str], section: str, key: str) -> str | None:
 
 
 def for_the_set(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
-    """Stored settings of the data for the set that flags name: of another, all samples and labels are of use."""
-    # where arrays and folders lie is what they are
+    """Stored data settings for the data set named by the flags; another set uses all of its samples and labels."""
+    # arrays and folders are identified by their location
     whole = ("name",) if stored.get("name") not in ("array", "folder") else ("name", "root")
     other = any(setting(flags, "data", key) not in (None, str(stored.get(key))) for key in whole)
     return {key: value for key, value in stored.items() if not (other and key in _OF_ONE_SET)}
@@ -180,7 +181,7 @@ def _in_section(section: str, text: str) -> dict[str, Any]:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    """The settings in a YAML file, or written out; none in anything else, of which the parser says what is wrong."""
+    """The settings in a YAML file or inline YAML; empty for anything else, which the parser reports as an error."""
     written_out = text.lstrip().startswith("{")
     if not written_out and not Path(text).is_file():
         return {}
@@ -192,7 +193,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _resumed(asked: str, run_name: str | None, flags: list[str]) -> tuple[Path | None, Path | None]:
-    """The checkpoint that `--resume` means, None starts a run; and the folder of its run, if there is one."""
+    """The checkpoint for `--resume`, None to start a run; and the folder of its run, if there is one."""
     if asked != "auto":
         source = resume.find(asked)
         return source, run_folder.run_of(source, Path(asked))
@@ -215,7 +216,7 @@ def _resumed(asked: str, run_name: str | None, flags: list[str]) -> tuple[Path |
 
 
 def _name_in_folders(model: str) -> str:
-    """What `AezooCLI.run_dir` will call a model, all of which are imported by now."""
+    """The name that `AezooCLI.run_dir` will use for a model; all models are imported by now."""
     module, _, name = _class_path(model).rpartition(".")
     if not module:
         return _built_in().get(name, name)
@@ -224,14 +225,14 @@ def _name_in_folders(model: str) -> str:
 
 
 def _pairs(flags: list[str]) -> list[tuple[str, str]]:
-    """Each word as a flag with its value, whether an equals sign or a space lies between them."""
+    """Each word as a flag with its value, separated by an equals sign or a space."""
     following = [*flags, ""][1:]
     parts = [(text.partition("="), after) for text, after in zip(flags, following, strict=True)]
     return [(name, value if equals else after) for (name, equals, value), after in parts]
 
 
 def _take_out_repeated(settings: dict[str, Any], flags: list[str]) -> None:
-    """A run that goes on by its own command would have what `--trainer.callbacks+=EMA` adds twice."""
+    """Remove settings that flags add again: resuming with the same `--trainer.callbacks+=EMA` would add EMA twice."""
     trainer = settings.get("trainer")
     for name, value in _pairs(flags):
         section, _, key = name.removeprefix("--").removesuffix("+").partition(".")
@@ -240,7 +241,7 @@ def _take_out_repeated(settings: dict[str, Any], flags: list[str]) -> None:
         try:
             content = yaml_text.load(value)
         except yaml.YAMLError:
-            continue  # the parser says what is wrong with it
+            continue  # the parser reports the error
         added = {_class_name(item) for item in (content if isinstance(content, list) else [content])}
         held = trainer.get(key)
         if isinstance(held, list):
@@ -275,7 +276,7 @@ def _config_file(value: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _class_path(name: str) -> str:
-    """`vae` to `aezoo.models.variational.vae.VAE`; class names, class paths, files and inline YAML stay."""
+    """Change `vae` to `aezoo.models.variational.vae.VAE`; class names, class paths, files and inline YAML stay."""
     if name in _built_in() or name.lstrip().startswith("{") or ("." in name and name not in registry.entries()):
         return name
     cls = registry.model_class(name)
@@ -283,13 +284,13 @@ def _class_path(name: str) -> str:
 
 
 def _built_in() -> dict[str, str]:
-    """Class names of the models of this package, which are imported by this, and their names in the registry."""
+    """Import all models of this package; return their class names with their names in the registry."""
     entries = registry.entries().values()
     return {registry.model_class(entry.name).__name__: entry.name for entry in entries if entry.owner == "aezoo"}
 
 
 def spell_out(text: str) -> str:
-    """A YAML text with registry names of models replaced by class paths, where a model is named."""
+    """A YAML text in which the registry names of models are replaced by class paths."""
     try:
         config = yaml_text.load(text)
     except yaml.YAMLError as error:
@@ -305,7 +306,7 @@ def spell_out(text: str) -> str:
         for part, key in ((section, "compile"), (section.get("data"), "memory")):
             if isinstance(part, dict) and isinstance(part.get(key), bool):
                 part[key] = "on" if part[key] else "off"
-        # no path and no address, which only who types them may give in short
+        # not a path or an address: only the command line may use the short form for these
         if isinstance(section.get("data"), str) and re.fullmatch(r"[\w-]+", section["data"]):
             section["data"] = {"name": section["data"]}
         model = section.get("model")
@@ -320,13 +321,13 @@ def spell_out(text: str) -> str:
 
 
 def _settings(command: str, content: dict[str, Any], source: Path, run: Path | None, optional: bool) -> dict[str, Any]:
-    """What a checkpoint says of its run: all of the run's `config.yaml` for a fit, else its own model and data."""
+    """Settings of a checkpoint's run: for a fit the run's whole `config.yaml`, otherwise its own model and data."""
     config_file = (run or source.parent) / "config.yaml"
     if command == "fit" and run is not None and config_file.is_file():
         whole = _config_file(str(config_file))[1]
         model, stored = whole.get("model"), content.get("hyper_parameters")
         if isinstance(model, dict) and isinstance(model.get("init_args"), dict) and isinstance(stored, dict):
-            # a path may be gone; the checkpoint holds what was read from it
+            # a path may no longer exist; the checkpoint holds the values that were read from it
             held = _plain_values(values.plain(stored, f"{source}: its hyperparameters"))
             model["init_args"] |= {key: value for key, value in held.items() if key in model["init_args"]}
         return whole
@@ -355,7 +356,7 @@ def _plain_values(hyperparameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_against(stored: dict[str, Any], source: Path, model: Autoencoder, resume: bool) -> None:
-    """Say which hyperparameters differ from the checkpoint's; refuse another shape of data."""
+    """Report hyperparameters that differ from the checkpoint's; reject another shape of data."""
     now = dict(model.hparams)
     shape = stored.get("input_shape")
     shape = tuple(shape) if isinstance(shape, list | tuple) else model.input_shape
@@ -373,7 +374,7 @@ def check_against(stored: dict[str, Any], source: Path, model: Autoencoder, resu
 
 
 def note_other_splits(trained: dict[str, Any], now: dict[str, Any]) -> None:
-    """Say that what a model is judged by may be what it was trained on, where the same set is split otherwise."""
+    """Warn that a model may be evaluated on its training samples if the same data set is split differently."""
     same_set = all(trained.get(key) == now.get(key) for key in ("name", "root"))
     changed = [key for key in ("seed", "val_fraction", "test_fraction") if trained.get(key, now[key]) != now[key]]
     if same_set and changed:
@@ -383,7 +384,7 @@ def note_other_splits(trained: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def say_differences(section: str, stored: dict[str, Any], now: dict[str, Any]) -> None:
-    """What flags and files have changed, but for what changes no number."""
+    """Report settings that flags and files have changed, except for those that do not affect results."""
     silent = {"num_workers", "memory", "root", "download", "max_pixels", "max_bytes"}
     for key in sorted((stored.keys() & now.keys()) - silent):
         was = tuple(stored[key]) if isinstance(now[key], tuple) and isinstance(stored[key], list) else stored[key]

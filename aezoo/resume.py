@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether there is anything left to do."""
+"""Find the checkpoint from which a run continues, and whether there is anything left to do."""
 
 import json
 import shlex
@@ -12,15 +12,15 @@ from aezoo.errors import AezooError
 
 
 def find(text: str) -> Path:
-    """The newest whole checkpoint of a run, or a file; what had to be passed over is printed.
+    """The newest intact checkpoint of a run, or a file; skipped checkpoints are printed.
 
     Args:
-        text: a run folder (`runs/vae/0`), its folder of checkpoints, a folder of runs, of which the newest is taken, or
-            a checkpoint file. If a file within a run is damaged or missing, the run goes on from an older one of its
-            own, with the same result; any other file must be whole.
+        text: a run folder (`runs/vae/0`), its folder of checkpoints, a folder of runs, of which the newest is used, or
+            a checkpoint file. If a file within a run is damaged or missing, the run continues from an older checkpoint
+            of the run, with the same result. Any other file must be intact.
 
     Raises:
-        AezooError: there is none.
+        AezooError: there is no such checkpoint.
     """
     if hub_files.is_address(text):
         raise AezooError(f"{text} is a saved model, which has no training state to continue from: give a run folder")
@@ -47,17 +47,17 @@ def find(text: str) -> Path:
 
 
 def automatic(home: Path) -> tuple[Path | None, Path | None]:
-    """What `--resume auto` goes on from.
+    """The checkpoint from which `--resume auto` continues.
 
     Args:
         home: the folder of all runs of a recipe, `runs/vae`.
 
     Returns:
-        The newest whole checkpoint of the newest run, or None if that run, or any, has yet to save one; and the folder
-        of that run, or None.
+        The newest intact checkpoint of the newest run, or None if there is no run or it has not saved one yet; and the
+        folder of that run, or None.
 
     Raises:
-        AezooError: the newest run has saved something, and nothing of it is whole.
+        AezooError: the newest run has saved checkpoints, but none of them is intact.
     """
     runs = [path for path in home.glob("*") if path.name.isdigit() and path.is_dir()]
     if not runs:
@@ -74,14 +74,14 @@ def automatic(home: Path) -> tuple[Path | None, Path | None]:
 def nothing_left(
     source: Path, run: Path | None, max_epochs: Any, max_steps: Any, early_stopping: Mapping[str, Any]
 ) -> str | None:
-    """A line that says so if the run of a checkpoint has ended by itself, within the same limits.
+    """A message if the run of a checkpoint has already ended by itself, within the same limits.
 
     Args:
         source: the checkpoint.
         run: the folder of its run, if there is one.
-        max_epochs: the trainer's last epoch as it is set now.
-        max_steps: its last step.
-        early_stopping: the settings of that callback; none if the run has none.
+        max_epochs: the trainer's current limit of epochs.
+        max_steps: its current limit of steps.
+        early_stopping: the settings of that callback; empty if the run has none.
     """
     try:
         end = json.loads((source.parent / durable.FINISHED).read_text())

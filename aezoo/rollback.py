@@ -1,11 +1,12 @@
-"""Optimistic steps: many steps are checked for finiteness together, and if one was not finite they are undone.
+"""Optimistic steps: many steps are checked for finiteness together, and they are undone if one was not finite.
 
 Checking each gradient costs two to four per cent of the step of a dense network, mostly for reading memory. Second
-moments show the same later: v <- b2 v + (1 - b2) g^2 of Adam keeps values that are not finite for good, and large ones
-for long, and so do those of other optimisers except SGD. So each step checks only its loss, and the moments are checked
-after `PERIOD` steps and before anybody reads the weights. If they are bad, weights, moments and buffers are restored,
-and all of these steps are repeated with a check of each gradient. The noise of a step is a function of seed, epoch and
-batch: the repeated steps are the same, bit for bit. The copy for this takes three times the memory of the weights.
+moments show the same information later: Adam's v <- b2 v + (1 - b2) g^2 keeps non-finite values forever and large
+values for a long time, and so do the moments of other optimisers except SGD. So each step checks only its loss. The
+moments are checked after `PERIOD` steps and before any code reads the weights. If they are bad, weights, moments and
+buffers are restored, and all of these steps are repeated with a check of each gradient. The noise of a step is a
+function of seed, epoch and batch, so the repeated steps are the same, bit for bit. The copy for this takes three times
+the memory of the weights.
 """
 
 import copy
@@ -24,11 +25,11 @@ from aezoo.fused import FusedStep, Group
 if TYPE_CHECKING:
     from aezoo.loop import LightLoop
 
-# steps between two checks; and seconds, since slow steps would be slow to repeat
+# steps between two checks; and seconds, because slow steps would be slow to repeat
 PERIOD, SECONDS = 256, 10.0
-# least decay factor of a squared gradient in a step; with a smaller one moments soon forget
+# smallest decay factor of a squared gradient per step; with a smaller one the moments forget too soon
 _LEAST_MEMORY = 0.9
-# squares of gradients that add up to a tenth of what float32 holds
+# a sum of squared gradients that is a tenth of the float32 range
 _LARGE = 3e37
 
 
@@ -37,7 +38,7 @@ class _Copy:
 
     Args:
         loop: the loop of the steps.
-        groups: groups of its optimiser, all of whose changes are known.
+        groups: groups of its optimiser, whose changes are all known.
     """
 
     def __init__(self, loop: "LightLoop", groups: list[Group]) -> None:
@@ -48,7 +49,7 @@ class _Copy:
 
     @staticmethod
     def fits(loop: "LightLoop", groups: list[Group]) -> bool:
-        """Whether memory has room for the copy."""
+        """Whether there is enough memory for the copy."""
         size = sum(tensor.nbytes for group in groups for tensor in group.changed)
         return fits(size, torch.device("cpu"), local_processes(loop.trainer))
 
@@ -80,15 +81,15 @@ class _Copy:
             config.scheduler.load_state_dict(state)
 
     def is_finite(self, steps: int) -> bool:
-        """Whether no gradient of this many steps since the copy can have been bad; may be False for good ones."""
+        """Whether all gradients since the copy, over `steps` steps, were finite; False if that is uncertain."""
         return all(group.most_squared(steps) < _LARGE for group in self.groups)
 
 
 class Rollback:
     """Undoes the steps of a light loop that were not finite.
 
-    A step is trusted, checked by itself, or repeated. The first of an epoch is checked, since it shows what a step
-    changes, and so are those that follow an undone step.
+    A step is trusted, checked by itself, or repeated. The first step of an epoch is checked, because it shows what a
+    step changes. Steps after an undone step are also checked.
 
     Args:
         loop: the loop of the steps; its plan allows repeating them.
@@ -104,11 +105,11 @@ class Rollback:
         self._unwatch: Callable[[], None] = _nothing
 
     def begin_epoch(self, step: FusedStep | None) -> None:
-        """Trust the steps of an epoch, or with None check each."""
+        """Start an epoch whose steps are trusted, or with None, checked individually."""
         self._step, self._taken = step, None
 
     def prepare_step(self) -> None:
-        """Begin to trust or, after `PERIOD` steps, check the trusted ones; call it between two steps."""
+        """Start to trust steps or, after `PERIOD` steps, check the trusted ones; call it between two steps."""
         if self._taken is not None and len(self._taken) < PERIOD and time.monotonic() < self._ends_at:
             return
         self.settle()
@@ -122,7 +123,7 @@ class Rollback:
         return self._taken is not None
 
     def note(self, loss: Any, batch_idx: int) -> bool:
-        """Note the current, trusted step with this loss; returns False if it cannot be trusted."""
+        """Record the current, trusted step with this loss; return False if it cannot be trusted."""
         plan = self._loop.plan
         if self._taken is None or plan is None or loss is None or not plan.guard.passes_loss(loss):
             return False
@@ -135,7 +136,7 @@ class Rollback:
         """End the trust: check the moments, and repeat the steps if they are bad.
 
         Args:
-            in_step: another step has begun and cannot be trusted: its changes of buffers are undone.
+            in_step: another step has begun and cannot be trusted; its changes of buffers are undone.
 
         Returns:
             Whether weights, moments and buffers have changed.
@@ -153,7 +154,7 @@ class Rollback:
     def _has_room(self, groups: list[Group]) -> bool:
         if self._copy is None or self._copy.groups is not groups:
             had_room, self._copy = self._copy is not None, None
-            # checked once, as weights do not grow: it reads several files
+            # checked once, because weights do not grow and the check reads several files
             if not had_room and not _Copy.fits(self._loop, groups):
                 self._step = None
                 return False
@@ -164,7 +165,7 @@ class Rollback:
         assert self._copy is not None
         self._copy.remember()
         self._taken, self._ends_at = [], time.monotonic() + SECONDS
-        # whatever saves the weights calls state_dict. A hook must not remove itself, so it calls `_settle`
+        # all code that saves weights calls state_dict. A hook must not remove itself, so it calls `_settle`
         watch = self._loop.trainer.lightning_module.register_state_dict_pre_hook(lambda *_: self._settle())
         self._unwatch = watch.remove
 
@@ -191,7 +192,7 @@ class Rollback:
             batches = itertools.islice(loader.again(taken[0][0]), len(taken))
             for (batch_idx, is_last), batch in zip(taken, batches, strict=True):
                 loop.take_again(batch, batch_idx, is_last)
-        # the current step has been counted, too
+        # the current step has also been counted
         loop.set_counters(counters)
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: a number of its own, and one process that writes into it."""
+"""The folder of a run: it has its own number, and only one process writes into it."""
 
 import contextlib
 import os
@@ -15,19 +15,19 @@ _LOCK, _NOTE = ".lock", "checkpoints.txt"
 
 
 def claim(home: Path) -> Path:
-    """Make the folder of the next free number; of processes that ask at once, each gets another one.
+    """Create the folder with the next free number; processes that call this at the same time get different ones.
 
     Args:
         home: the folder of all runs of a recipe, `runs/vae`.
 
     Raises:
-        AezooError: it cannot be made.
+        AezooError: the folder cannot be created.
     """
     while True:
         try:
             home.mkdir(parents=True, exist_ok=True)
             folder = next_free(home)
-            # another process was faster, or has taken away a home in which it wrote nothing
+            # another process was faster, or has removed a home in which it wrote nothing
             with contextlib.suppress(FileExistsError, FileNotFoundError):
                 folder.mkdir()
                 return folder
@@ -39,17 +39,17 @@ def claim(home: Path) -> Path:
 
 
 def next_free(home: Path) -> Path:
-    """The folder of the next free number, which is not made."""
+    """The folder with the next free number, which is not created."""
     return home / str(max((int(path.name) for path in home.glob("*") if path.name.isdigit()), default=-1) + 1)
 
 
 def standing(path: Path) -> Path:
-    """The path itself if it exists, else the nearest folder above it that does."""
+    """The path itself if it exists, otherwise the nearest existing folder above it."""
     return next((at for at in (path, *path.parents) if at.exists()), path)
 
 
 def checkpoints_of(run: Path) -> Path:
-    """Where the checkpoints of a run are: in its folder, unless `note_checkpoints` has noted another place."""
+    """The folder of a run's checkpoints: inside the run's folder, unless `note_checkpoints` has recorded another."""
     try:
         noted = os.fsdecode((run / _NOTE).read_bytes()).strip()
     except OSError:
@@ -58,9 +58,9 @@ def checkpoints_of(run: Path) -> Path:
 
 
 def note_checkpoints(run: Path, folder: Path) -> None:
-    """Note in a run's folder where its checkpoints are, if that is elsewhere.
+    """Record in a run's folder where its checkpoints are, if they are elsewhere.
 
-    What has not been noted has not been written: a folder that several runs share may hold another's.
+    Without a record the run has not written any there: a folder shared by several runs may hold those of another run.
     """
     folder = folder.resolve()
     if folder == (run / CHECKPOINTS).resolve():
@@ -70,17 +70,17 @@ def note_checkpoints(run: Path, folder: Path) -> None:
 
 
 def homes(path: Path) -> list[Path]:
-    """The folders that may hold the checkpoints a path stands for, the first one first: it, a run's, those of runs."""
+    """The folders that may hold the checkpoints of a path, in order: the path itself, a run's folder, those of runs."""
     below = [home for home in map(checkpoints_of, path.glob("*")) if home.is_dir()]
     return [path, checkpoints_of(path), *sorted(below, key=lambda home: home.stat().st_mtime, reverse=True)]
 
 
 def run_of(source: Path, given: Path) -> Path | None:
-    """The folder of the run that a checkpoint belongs to, or None if it lies by itself.
+    """The folder of the run that a checkpoint belongs to, or None if it belongs to no run.
 
     Args:
         source: the checkpoint file.
-        given: the path that stands for it: a run, a folder of runs, or any other.
+        given: the path that the user gave for it: a run, a folder of runs, or any other.
     """
     noted = [run for run in (given, *given.glob("*")) if (run / _NOTE).is_file()]
     noted = [run for run in noted if checkpoints_of(run) == source.parent]
@@ -91,17 +91,17 @@ def run_of(source: Path, given: Path) -> Path | None:
 
 
 def folder_of(file: Path) -> Path:
-    """The folder of a file, with its name also where it is the working directory, or one above that."""
+    """The folder of a file; it has a name even if it is the working directory or a folder above it."""
     return file.parent if file.parent.name not in ("", "..") else file.parent.resolve()
 
 
 @contextlib.contextmanager
 def held(folder: Path, stays: Path) -> Iterator[None]:
-    """Keep other processes from training in a folder; if nothing was written there, it is taken away at the end.
+    """Lock a folder against training by other processes; remove it at the end if nothing was written there.
 
     Args:
         folder: the folder of the run.
-        stays: what was there before; folders below it go if they are empty.
+        stays: the folder that existed before; empty folders below it are removed.
 
     Raises:
         AezooError: another process trains there.
@@ -115,7 +115,7 @@ def held(folder: Path, stays: Path) -> Iterator[None]:
                 "--ckpt_path and --resume"
             ) from error
         except OSError:
-            pass  # no locks on this file system; what cannot be written is said when it is to be
+            pass  # no locks on this file system; a failure to write is reported later
         try:
             yield
         finally:

@@ -1,10 +1,10 @@
-"""scikit-learn's face: autoencoders as a transformer, an outlier detector and a denoiser.
+"""scikit-learn interface: autoencoders as a transformer, an outlier detector and a denoiser.
 
     from aezoo.sklearn import AutoencoderTransformer
     make_pipeline(AutoencoderTransformer("vae", latent_dim=8, random_state=0), LogisticRegression())
 
-X is (n_samples, n_features); `sample_shape=(1, 28, 28)` lets a convolutional model see its rows as images. In a pickle
-of a fitted estimator the model is safetensors and plain values, from which only a model of the registry is built.
+X is (n_samples, n_features); `sample_shape=(1, 28, 28)` lets a convolutional model see its rows as images. A pickled
+estimator holds its fitted model as safetensors and plain values, from which only a model of the registry can be built.
 """
 
 import logging
@@ -47,16 +47,16 @@ from aezoo.tasks.output import device_of
 Array = npt.NDArray[Any]
 _SCALES = ("none", "standard", "unit")
 _DTYPES = (np.float64, np.float32)
-# what scikit-learn notes before anything is fitted
+# attributes that scikit-learn sets before fitting
 _OF_FEATURES = ("n_features_in_", "feature_names_in_")
-# results of a sample must not depend on its neighbours, so that all batches have one size
+# the results of a sample must not depend on its neighbours, so all batches have one size
 _BLOCK = 256
-# torch's random streams and Lightning's loggers belong to the process: threads take turns
+# torch's random streams and Lightning's loggers belong to the process, so threads take turns
 _ONE_AT_A_TIME = threading.RLock()
 
 
 class _Estimator(base.BaseEstimator):
-    """What the three share: training, scaling, blocks of samples, pickling; `AutoencoderTransformer` has the words."""
+    """Base of the three: training, scaling, blocks of samples, pickling; `AutoencoderTransformer` has the arguments."""
 
     autoencoder_: Autoencoder
     offset_of_scale_: Array
@@ -89,13 +89,13 @@ class _Estimator(base.BaseEstimator):
     def fit(self, X: Any, y: Any = None) -> Self:
         """Train a fresh model on X, (n_samples, n_features), dense and finite.
 
-        Labels y, (n_samples,), -1 for none, are for models with the hyperparameter `num_classes` and for those that are
-        told by them what belongs together, as triplet_ae; others ignore them.
+        Labels y, (n_samples,), -1 for none, are for models with the hyperparameter `num_classes` and for models that
+        learn from them which samples belong together, such as triplet_ae; other models ignore them.
         """
         return self._learn(X, y, fresh=True)
 
     def partial_fit(self, X: Any, y: Any = None) -> Self:
-        """One more pass, over these samples, by a fresh optimiser; the first fixes scale, labels and first weights."""
+        """Train one pass on these samples with a fresh optimiser; the first fixes scale, labels and initial weights."""
         return self._learn(X, y, fresh=not hasattr(self, "autoencoder_"), epochs=1)
 
     def _learn(self, X: Any, y: Any, fresh: bool, epochs: int | None = None) -> Self:
@@ -103,7 +103,7 @@ class _Estimator(base.BaseEstimator):
         try:
             self._train(validate_data(self, X, dtype=_DTYPES, reset=fresh), y, fresh, epochs)
         except BaseException:
-            # what was fitted before goes on with the features that it had
+            # a fitted estimator continues with the features that it had
             for name in _OF_FEATURES:
                 self.__dict__.pop(name, None)
             self.__dict__.update(before)
@@ -156,7 +156,7 @@ class _Estimator(base.BaseEstimator):
                 # the trainer holds the training data; a fitted estimator does not
                 model.trainer = None
                 model.cpu().eval()
-        # at the end, so that a fit that fails leaves what was fitted before
+        # at the end, so that a failed fit keeps the previous results
         self.autoencoder_, self.offset_of_scale_, self.scale_ = model, offset, scale
         if fresh:
             self.__dict__.pop("classes_", None)
@@ -166,7 +166,7 @@ class _Estimator(base.BaseEstimator):
         self._n_features_out = math.prod(model.code_shape)
 
     def _settings(self) -> dict[str, Any]:
-        """The parameters, checked against the constructor's annotations; a search's NumPy numbers become Python's."""
+        """The parameters, checked against the constructor's annotations; NumPy numbers of a search become Python's."""
         settings = _plain(self.get_params(deep=False))
         arguments.check(type(self), (), settings)
         for name in ("max_epochs", "batch_size"):
@@ -209,12 +209,12 @@ class _Estimator(base.BaseEstimator):
         return self._rows(self._apply(self.autoencoder_, self._samples(X)), X.dtype)
 
     def score_samples(self, X: Any) -> Array:
-        """Log-likelihood of each sample in nats, larger is more normal, (n_samples,).
+        """Log-likelihood of each sample in nats, (n_samples,); larger is more normal.
 
-        It is log p(x | code), for a variational model the ELBO. A density is that of X in its own units, whatever the
-        scale; a discrete likelihood, as bernoulli, gives a probability, which has no units. Of a model that judges by
-        something else, as deep_svdd by a distance and dagmm by an energy, it is minus that, up to a constant: it tells
-        samples of one model apart and says nothing beside other models.
+        It is log p(x | code), or the ELBO for a variational model. A density is that of X in its own units, whatever
+        the scale. A discrete likelihood such as bernoulli gives a probability, which has no units. For a model with
+        another score, such as deep_svdd with a distance and dagmm with an energy, it is minus that score, up to a
+        constant: it compares samples under one model, but not models with each other.
         """
         return self._log_likelihood(self._checked(X))
 
@@ -230,7 +230,7 @@ class _Estimator(base.BaseEstimator):
         state = dict(super().__getstate__())
         model = state.pop("autoencoder_", None)
         if model is not None:
-            # copies, since safetensors refuses tensors that share memory
+            # copies, because safetensors rejects tensors that share memory
             weights = {k: v.clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
             state["_saved"] = (name_of(type(model)), dict(model.hparams), safetensors.torch.save(weights))
         return state
@@ -250,7 +250,7 @@ class _Estimator(base.BaseEstimator):
 
 
 class _Transformer(base.TransformerMixin):
-    """A transformer that gives what it gets: float32 for float32, float64 for all else."""
+    """A transformer that keeps the type: float32 for float32 input, float64 for everything else."""
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -263,24 +263,24 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
 
     Args:
         model: a name of the registry.
-        latent_dim: size of the code, where the model has such a hyperparameter.
+        latent_dim: size of the code, if the model has such a hyperparameter.
         model_params: other hyperparameters of the model, e.g. {"hidden_dims": (256, 64)}.
         likelihood: how outputs are compared with data; bernoulli needs scale "unit" or data in [0, 1].
-        scale: standard (mean 0, deviation 1), unit (0 to 1) or none; per feature, by the statistics of the first fit.
+        scale: standard (mean 0, deviation 1), unit (0 to 1) or none; per feature, from the statistics of the first fit.
         sample_shape: shape of a sample as the model sees it; None for vectors.
         max_epochs: passes over the training data.
-        batch_size: samples a step.
+        batch_size: samples per step.
         lr: learning rate.
-        device: where it is trained: auto, cpu, cuda, cuda:1 ...; a trained model is on the CPU.
+        device: device for training: auto, cpu, cuda, cuda:1 ...; a trained model is on the CPU.
         random_state: fixes initial weights, order and noise.
         verbose: show a progress bar.
 
     Attributes:
         autoencoder_: the trained model.
-        offset_of_scale_: (n_features,) what is subtracted.
-        scale_: (n_features,) what is divided by.
+        offset_of_scale_: (n_features,) the offset that is subtracted from X.
+        scale_: (n_features,) the scale that X is divided by.
         n_epochs_: epochs trained so far.
-        classes_: (n_classes,) the labels that a model which reads them was trained with.
+        classes_: (n_classes,) the labels of the training data, for a model that uses labels.
     """
 
     def transform(self, X: Any) -> Array:
@@ -289,7 +289,7 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
         return self._apply(self.autoencoder_.encode, self._samples(X)).astype(X.dtype)
 
     def inverse_transform(self, X: Any) -> Array:
-        """Samples that codes stand for: (n_samples, code size) -> (n_samples, n_features), in the units of X."""
+        """Decode codes into samples: (n_samples, code size) -> (n_samples, n_features), in the units of X."""
         check_is_fitted(self)
         codes = check_array(X, dtype=_DTYPES)
         if codes.shape[1] != self._n_features_out:
@@ -303,16 +303,16 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
 
 
 class AutoencoderDetector(base.OutlierMixin, _Estimator):
-    """Outliers are what a model reconstructs badly: `predict` gives 1 for normal samples and -1 for outliers.
+    """Outliers are samples that a model reconstructs badly: `predict` gives 1 for normal samples and -1 for outliers.
 
-    The threshold comes from the samples of the last `fit` or `partial_fit`. Other arguments and attributes are
-    `AutoencoderTransformer`'s.
+    The threshold comes from the samples of the last `fit` or `partial_fit`. Other arguments and attributes are those of
+    `AutoencoderTransformer`.
 
     Args:
-        contamination: share of the training samples that are taken for outliers, which sets the threshold.
+        contamination: share of the training samples that are treated as outliers, which sets the threshold.
 
     Attributes:
-        offset_: `score_samples` below it are outliers.
+        offset_: the threshold; samples with `score_samples` below it are outliers.
     """
 
     def __init__(
@@ -342,7 +342,7 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         self.offset_ = float(np.percentile(self._log_likelihood(X), 100 * self.contamination))
 
     def decision_function(self, X: Any) -> Array:
-        """`score_samples` above the threshold: negative for outliers, (n_samples,)."""
+        """`score_samples` minus the threshold, (n_samples,); negative for outliers."""
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> npt.NDArray[np.int64]:
@@ -351,12 +351,12 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
 
 
 class AutoencoderDenoiser(base.OneToOneFeatureMixin, _Transformer, _Estimator):
-    """Noisy samples in, clean samples out; trained on clean samples by a denoising model.
+    """Turns noisy samples into clean ones with a denoising model that is trained on clean samples.
 
-    Other arguments and attributes are `AutoencoderTransformer`'s.
+    Other arguments and attributes are those of `AutoencoderTransformer`.
 
     Args:
-        corruption: what training adds and `transform` takes away, in units of the scaled data: gaussian:0.3,
+        corruption: noise that training adds and `transform` removes, in units of the scaled data: gaussian:0.3,
             masking:0.3, salt_and_pepper:0.1; None leaves it to the model.
     """
 
@@ -391,7 +391,7 @@ class AutoencoderDenoiser(base.OneToOneFeatureMixin, _Transformer, _Estimator):
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers and arrays as Python's, in dicts and sequences too."""
+    """NumPy's numbers and arrays as Python's, also within dicts and sequences."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, dict):
@@ -405,14 +405,14 @@ def _build(settings: dict[str, Any], n_features: int) -> Autoencoder:
         raise AezooError(f"sample_shape {shape} has {math.prod(shape)} values, X has {n_features} features")
     known = hyperparameters(settings["model"])
     common: dict[str, Any] = {name: settings[name] for name in ("latent_dim", "likelihood", "lr") if name in known}
-    if "tokenizer" in known:  # of a prior over indices; it is what compares outputs with data
+    if "tokenizer" in known:  # a prior over indices, whose tokenizer compares outputs with data
         grid = {} if len(shape) > 1 else {"net": "mlp"}
         common["tokenizer"] = {"model": "vq_vae", "likelihood": settings["likelihood"], **grid}
     try:
-        # whatever torch's default type is, samples are float32
+        # samples are float32, whatever torch's default type is
         return create_model(settings["model"], shape, **{**common, **settings["model_params"]}).float()
     except AezooError as error:
-        # one that the estimator has no argument for
+        # a hyperparameter that is not an argument of the estimator
         other = next((name for name in known if name not in common and str(error).startswith(f"{name} ")), None)
         if other is None:
             raise
@@ -420,7 +420,7 @@ def _build(settings: dict[str, Any], n_features: int) -> Autoencoder:
 
 
 def _labels(y: Any, known: Array | None) -> tuple[Array, Tensor]:
-    """The classes among labels, or those that are known, and each label's place in them; -1 for none."""
+    """The classes among the labels, or the known ones, and each label's index among them; -1 for none."""
     y = column_or_1d(y)
     check_classification_targets(y)
     given = y != -1 if np.issubdtype(y.dtype, np.number) else np.full(len(y), True)
@@ -437,10 +437,10 @@ def _labels(y: Any, known: Array | None) -> tuple[Array, Tensor]:
 
 
 def _statistics(X: Array, scale: str) -> tuple[Array, Array]:
-    """What is subtracted from each feature and what it is divided by; a constant feature becomes 0."""
+    """The offset and the scale of each feature; a constant feature becomes 0."""
     if scale == "none":
         return np.zeros(X.shape[1]), np.ones(X.shape[1])
-    with np.errstate(over="ignore", invalid="ignore"):  # _scaled refuses it
+    with np.errstate(over="ignore", invalid="ignore"):  # _scaled rejects the result
         found = (StandardScaler() if scale == "standard" else MinMaxScaler()).fit(X.astype(np.float64))
     return (found.mean_, found.scale_) if scale == "standard" else (found.data_min_, 1 / found.scale_)
 
@@ -455,7 +455,7 @@ def _scaled(X: Array, offset: Array, scale: Array) -> Tensor:
 
 @contextmanager
 def _without_trace(device: torch.device) -> Iterator[None]:
-    """Nothing is printed, and the random streams of torch, NumPy and Python go on as if nothing had been drawn."""
+    """Print nothing, and restore the random streams of torch, NumPy and Python at the end."""
     with _ONE_AT_A_TIME, warnings.catch_warnings(), forked_rng(device):
         warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|no `val_dataloader`|GPU).*")
         loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]

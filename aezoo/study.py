@@ -1,8 +1,8 @@
-"""A search over the settings of fit: optuna proposes, and each trial is an ordinary run in a process of its own.
+"""A search over the settings of fit: optuna proposes settings, and each trial is an ordinary run in its own process.
 
-A trial that crashes or runs out of memory is lost alone. One that was stopped, or whose study was killed, is proposed
-again with its settings, and goes on from its checkpoint; since the sampler is seeded anew for each trial, from the seed
-and the number of those that have ended, the study then ends as if nothing had happened.
+If a trial crashes or runs out of memory, only this trial is lost. A trial that was stopped, or whose study was killed,
+is proposed again with the same settings and continues from its checkpoint. The sampler is seeded again for each trial,
+from the seed and the number of finished trials, so the study ends as if it had not been interrupted.
 """
 
 import argparse
@@ -36,46 +36,46 @@ from aezoo.randomness import mix
 from aezoo.security import yaml_text
 from aezoo.tune import Search
 
-# what a trial runs
+# the command that a trial runs
 FIT = (sys.executable, "-m", "aezoo", "fit")
 _CALLBACK = "aezoo.callbacks.EpochMetrics"
 _POLL = 0.2
-# a run that is asked to stop finishes its batch, or its validation, and saves
+# seconds for a stopped run to finish its batch or validation and to save
 _PATIENCE = 120.0
-# the median of fewer says little, and the first epochs say little of the last
+# the median of fewer trials is unreliable, and the first epochs say little about the last
 _FULL_TRIALS, _FIRST_EPOCHS = 5, 3
 _MOST_FAILED = 3
-# how a line of optuna's journal begins
+# beginning of a line in optuna's journal
 _ENTRY = b'{"op_code":'
 _CURE = "make room, or choose a folder that can be written with --study"
 
 
 class Stopped(BaseException):
-    """Ctrl-C, SIGTERM or SIGHUP; no Exception, which optuna and what it calls may take for a failure of theirs."""
+    """Ctrl-C, SIGTERM or SIGHUP; not an Exception, which optuna and its callees might treat as their own failure."""
 
 
 class _DryRun(AezooCLI):
-    """Reads and checks all that a fit would, builds its model and its data, and trains nothing."""
+    """Reads and checks everything that a fit would, builds its model and its data, and trains nothing."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return None
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str], argv: list[str]) -> None:
-    """Make a study, or go on with it, until it has its trials.
+    """Create a study, or continue it, until it has all its trials.
 
     Args:
         options: the flags of the search, see `aezoo.tune`.
-        searches: the settings that are searched.
+        searches: the settings to search.
         flags: all other flags of fit.
         argv: the whole command.
 
     Raises:
-        AezooError: what the user must mend; a mistake in flags or searches before the first trial.
-        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP; the study can be gone on with.
+        AezooError: an error that the user can fix; mistakes in flags or searches are reported before the first trial.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP; the study can be continued.
     """
     environment = {**os.environ, ranks.TRIAL: "1"}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
         except Stopped:
             left = f"; {study.done()} of {options.trials} trials are done" if study else ""
             command = shlex.join(["aezoo", "tune", *argv])
-            with contextlib.suppress(OSError):  # of a terminal that is gone
+            with contextlib.suppress(OSError):  # the terminal may be closed
                 print(f"aezoo: interrupted{left}\ncontinue with: {command}", file=sys.stderr)
             sys.exit(128 + held[0])
         except BrokenPipeError:
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
 
 
 def _checked(searches: Sequence[Search], flags: list[str]) -> Path:
-    """The folder of all runs of this command; each end of each search is tried out, one after the other."""
+    """The folder of all runs of this command; checks each end of each search, one after the other."""
     first = {search.name: search.ends()[0] for search in searches}
     home = _dry(flags, first)
     for search in searches:
@@ -118,7 +118,7 @@ def _checked(searches: Sequence[Search], flags: list[str]) -> Path:
 
 
 def _dry(flags: list[str], values: dict[str, str]) -> Path:
-    logging.disable(logging.INFO)  # the seed, for each of them
+    logging.disable(logging.INFO)  # each check would print the seed
     try:
         with contextlib.ExitStack() as ends:
             cli = _DryRun(["fit", *flags, *_as_flags(values)], ends)
@@ -146,12 +146,12 @@ def _hold(folder: Path, ends: contextlib.ExitStack) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM and SIGHUP raise Stopped in here; the list holds which."""
+    """Ctrl-C, SIGTERM and SIGHUP raise Stopped inside this context; the list records which of them."""
     held = [signal.SIGINT.value]
 
     def stop(signum: int, frame: Any) -> None:
         if signum == held[0] == terminal.HANGUP:
-            return  # the kernel and the shell say so each for itself
+            return  # the kernel and the shell may each send the signal
         held[0] = signum
         raise Stopped
 
@@ -167,16 +167,16 @@ class Study:
     """One study and its folder.
 
     Args:
-        folder: of the study.
-        root: of all runs, for those that are trained by its best settings.
+        folder: folder of the study.
+        root: folder of all runs, for runs that are trained with the best settings.
         options: the flags of the search.
-        searches: the settings that are searched.
+        searches: the settings to search.
         flags: all other flags of fit.
         argv: the whole command.
-        environment: of the processes that it starts.
+        environment: environment of the started processes.
 
     Raises:
-        AezooError: its record cannot be read, or is that of another study.
+        AezooError: its record cannot be read, or belongs to another study.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class Study:
         self.asked["flags of fit"] = shlex.join(flags)
         record = Path(options.storage or folder / "study.log")
         if not options.storage:
-            # nobody else writes there, so it is that of a killed process
+            # nobody else writes there, so the lock is from a killed process
             record.with_name(f"{record.name}.lock").unlink(missing_ok=True)
         try:
             self.optuna = self._opened(record, shlex.join(["aezoo", "tune", *argv]))
@@ -212,7 +212,7 @@ class Study:
         if record.suffix in (".db", ".sqlite", ".sqlite3"):
             storage = optuna.storages.RDBStorage(f"sqlite:///{record}")
         else:
-            # absolute, or optuna takes no lock for one that a killed process has left, and waits for ever
+            # with a relative path optuna does not recognise the lock of a killed process and waits forever
             backend = JournalFileBackend(str(record.absolute()))
             _cut_torn(record)
             storage = optuna.storages.JournalStorage(backend)
@@ -221,7 +221,7 @@ class Study:
         direction = StudyDirection.MINIMIZE if self.options.direction == "min" else StudyDirection.MAXIMIZE
         known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
         if not self.options.storage and len(known) == 1:
-            (name,) = known  # of the folder before it was renamed
+            (name,) = known  # the name from before the folder was renamed
         if name in known:
             study = optuna.load_study(study_name=name, storage=storage)
             if self.options.storage and (other := study.user_attrs.get("folder", folder)) != folder:
@@ -243,11 +243,11 @@ class Study:
         return study
 
     def done(self) -> int:
-        """Trials that have ended by themselves or were pruned; one that was stopped is run again."""
+        """Trials that have ended by themselves or were pruned; a stopped trial is run again."""
         return sum(_ended(trial) for trial in self.optuna.get_trials(deepcopy=False))
 
     def go_on(self) -> None:
-        """Run trials until there are enough of them."""
+        """Run trials until there are enough."""
         options, started = self.options, time.monotonic()
         pruner = optuna.pruners.MedianPruner(_FULL_TRIALS, _FIRST_EPOCHS)
         self.optuna.pruner = pruner if options.prune == "on" else optuna.pruners.NopPruner()
@@ -271,13 +271,13 @@ class Study:
         print(f"train it again: aezoo fit -c {shlex.quote(str(self.folder / 'best.yaml'))}")
 
     def best(self) -> FrozenTrial | None:
-        """The best of the trials that came to an end."""
+        """The best of the completed trials."""
         whole = self.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         sign = 1 if self.options.direction == "min" else -1
         return min(whole, key=lambda trial: sign * trial.user_attrs["value"], default=None)
 
     def _root_of(self, trial: Trial | FrozenTrial) -> Path:
-        """Where the run of a trial is; the folder of the study may have another path than it had."""
+        """The folder of a trial's run; the folder of the study may have been moved."""
         return self.folder / Path(trial.user_attrs["run"]).name
 
     def _trial(self, trial: Trial) -> None:
@@ -309,7 +309,7 @@ class Study:
     def _fit(
         self, trial: Trial, root: Path, values: dict[str, str], log: Path
     ) -> tuple[TrialState, str | None, dict[int, float]]:
-        """How a run ends, why it failed, and the metric by its epochs."""
+        """How a run ended, why it failed, and the metric for each epoch."""
         again = ["--resume=auto"] if log.exists() else []
         command = [*FIT, *self.flags, *_as_flags(values), *again]
         command += [f"--trainer.default_root_dir={root}", f"--trainer.callbacks+={_CALLBACK}"]
@@ -325,7 +325,7 @@ class Study:
                     epochs[epoch] = value
                     if not known and math.isfinite(value):
                         trial.report(value, epoch)
-                        # also of a run that has ended: what is pruned must not depend on when we look
+                        # also after the run has ended: pruning must not depend on the time of the check
                         if trial.should_prune():
                             return TrialState.PRUNED, None, epochs
         if process.returncode:
@@ -342,7 +342,7 @@ class Study:
                 yield line["epoch"], line[monitor]
             elif any(name.startswith(monitor.partition("/")[0]) for name in names) and monitor not in line:
                 near = difflib.get_close_matches(monitor, names, n=1, cutoff=0.8)
-                # what callbacks log is not there before the first epoch has ended
+                # values from callbacks do not exist before the first epoch has ended
                 if line["epoch"] >= 0 or near:
                     hint = f", did you mean {near[0]}?" if near else f": there are {', '.join(sorted(names))}"
                     raise AezooError(f"--monitor {monitor} is not logged by these runs{hint}")
@@ -352,7 +352,7 @@ class Study:
         return (min if self.options.direction == "min" else max)(finite) if finite else None
 
     def _write(self) -> None:
-        """`trials.csv` and `best.yaml`."""
+        """Write `trials.csv` and `best.yaml`."""
         names = [search.name for search in self.searches]
         head = ["trial", "state", self.options.monitor, "epochs", "seconds", "run", *names, "error"]
         text = io.StringIO()
@@ -383,9 +383,9 @@ class Study:
 
 @contextlib.contextmanager
 def _process(command: list[str], log: Any, environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-    """A run; if it still goes on at the end, it is stopped, and saves where it is.
+    """Start a run; if it is still running when the context ends, it is stopped and saves its state.
 
-    Ctrl-C must not reach it past us, hence a session of its own.
+    It has its own session, so that Ctrl-C does not reach it directly.
     """
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -406,9 +406,9 @@ def _process(command: list[str], log: Any, environment: dict[str, str]) -> Itera
 
 
 def _cut_torn(record: Path) -> None:
-    """Take away the beginning of a line that a killed process, or a full disk, has left at the end of a journal.
+    """Remove an incomplete line that a killed process or a full disk has left at the end of a journal.
 
-    The next one would be written behind it, and nobody could read either.
+    Otherwise the next line would be appended to it, and neither could be read.
     """
     lock = JournalFileSymlinkLock(str(record.absolute()))
     lock.acquire()
@@ -422,7 +422,7 @@ def _cut_torn(record: Path) -> None:
 
 
 def _lines(root: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics; one may begin behind what is left of another, after a loss of power."""
+    """The complete lines of a run's metrics; after a power loss, a line may start after the remains of another."""
     lines = []
     for path in root.glob("*/*/metrics.jsonl"):
         whole, _, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")

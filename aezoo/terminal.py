@@ -1,4 +1,4 @@
-"""Terminals and pipes: what they cannot show, and that they go away while something runs."""
+"""Terminals and pipes: characters that they cannot show, and handling when they are closed during a run."""
 
 import contextlib
 import errno
@@ -6,38 +6,38 @@ import os
 import signal
 import sys
 
-# what the kernel and a shell tell of a terminal that is closed, each for itself; Windows has none
+# sent by the kernel and by the shell, independently, when a terminal is closed; does not exist on Windows
 HANGUP = getattr(signal, "SIGHUP", None)
 
 
 def show_what_can_be_shown() -> None:
-    """Let a question mark stand for what our output's encoding lacks, as for letters in names, instead of failing."""
+    """Print a question mark for characters that the output's encoding lacks, such as letters in names."""
     if getattr(sys.stdout, "errors", None) == "strict":
-        with contextlib.suppress(AttributeError, OSError):  # of an output that somebody has put there
+        with contextlib.suppress(AttributeError, OSError):  # the output may have been replaced
             sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def signals() -> tuple[signal.Signals, ...]:
-    """What asks a program to end: SIGTERM, and SIGHUP of a terminal that is closed unless `nohup` has it ignored."""
+    """The signals that ask a program to end: SIGTERM, and SIGHUP of a closed terminal unless `nohup` ignores it."""
     if HANGUP is None or signal.getsignal(HANGUP) is signal.SIG_IGN:
         return (signal.SIGTERM,)
     return signal.SIGTERM, HANGUP
 
 
 def is_gone(error: BaseException) -> bool:
-    """Whether an error says that nobody reads any more: of a pipe, or of a terminal."""
+    """Whether an error means that a pipe or terminal no longer has a reader."""
     return isinstance(error, BrokenPipeError) or (
         isinstance(error, OSError) and error.errno == errno.EIO and error.filename is None
     )
 
 
 def let_go() -> None:
-    """Point those of our two outputs that nobody reads to nothing, lest the interpreter's last flush fails."""
+    """Redirect outputs without a reader to the null device, so that the interpreter's last flush does not fail."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError as error:
             if not is_gone(error):
                 continue
-            with contextlib.suppress(OSError):  # one without a file of its own
+            with contextlib.suppress(OSError):  # an output without a file descriptor
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,4 +1,4 @@
-"""Ranges of the `--trainer` settings, which Lightning takes without a look at most of them."""
+"""Ranges of the `--trainer` settings, most of which Lightning does not check."""
 
 import inspect
 import math
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 _MANY = 10**9
-# processes on a core of the CPU: a few serve to try out what is to run elsewhere
+# largest number of processes per CPU core: a few are useful to try out runs for other machines
 _ON_A_CORE = 4
-# key: least, most, words; a number of batches may be a share as well, and what is None is not set
+# key: least, most, description; a number of batches may also be a share, and None means not set
 _WHOLE: dict[str, tuple[int, int, str]] = {
     "accumulate_grad_batches": (1, _MANY, "batches whose gradients are summed"),
     "check_val_every_n_epoch": (1, _MANY, "epochs between two validations"),
@@ -44,10 +44,10 @@ _TEXTS = ("default_root_dir", "model_registry", "profiler", "accelerator", "stra
 
 
 def read_whole_numbers_first(trainer_class: type) -> None:
-    """Have a parser try int before float where a setting takes either: 1 is one batch, 1.0 all of them.
+    """Make a parser try int before float for settings that take either: 1 is one batch, 1.0 is all batches.
 
-    Which comes first depends on what was imported before Lightning: typing caches unions and takes Union[float, int]
-    for Union[int, float]. Unions by `|` are not cached.
+    Otherwise the order depends on what was imported before Lightning: typing caches unions and treats
+    Union[float, int] as Union[int, float]. Unions with `|` are not cached.
     """
     annotations = inspect.unwrap(vars(trainer_class)["__init__"]).__annotations__
     for name, kind in annotations.items():
@@ -57,10 +57,10 @@ def read_whole_numbers_first(trainer_class: type) -> None:
 
 
 def check(trainer: Mapping[str, Any]) -> None:
-    """Refuse values with which a run would train nothing, hang, or end in a traceback.
+    """Reject values with which a run would train nothing, hang, or end in a traceback.
 
     Args:
-        trainer: the settings as parsed.
+        trainer: the parsed settings.
 
     Raises:
         AezooError: names the key, what it takes and what it got.
@@ -107,14 +107,14 @@ def _has_gpu(accelerator: str) -> bool:
 
 
 def check_processes(trainer: "Trainer") -> None:
-    """Refuse to start so many processes on the CPU that they hold each other up.
+    """Reject so many processes on the CPU that they would block each other.
 
     Raises:
-        AezooError: says how many it takes.
+        AezooError: states the largest number.
     """
     most = _ON_A_CORE * cores()
     on_cpu = trainer.strategy.root_device.type == "cpu"
-    # those of torchrun or a cluster are there already, bound to cores of their own
+    # processes of torchrun or a cluster already exist and are bound to their own cores
     if trainer.strategy.launcher is not None and on_cpu and trainer.num_devices > most:
         raise AezooError(
             f"trainer.devices is {trainer.num_devices}, each a process on the CPU, which has {cores()} core(s) here: "

@@ -1,6 +1,6 @@
-"""`aezoo tune`: which settings of fit are searched, and how; the search itself is in `aezoo.study`.
+"""`aezoo tune`: the settings of fit to search, and how; the search itself is in `aezoo.study`.
 
-Nothing here needs torch, so that a mistake in a search is told at once.
+Nothing here needs torch, so a mistake in a search is reported at once.
 """
 
 import argparse
@@ -35,16 +35,16 @@ trials.csv and best.yaml, for `aezoo fit -c`. The same command continues a study
 
 @dataclass(frozen=True)
 class Search:
-    """One setting that is searched.
+    """One setting to search.
 
     Attributes:
         name: a flag of fit without its dashes.
-        text: as the user wrote the search.
+        text: the search as the user wrote it.
         kind: log, float, int or choice.
-        low: the least value of a number.
-        high: the largest.
-        step: between whole numbers; 0 is evenly over their logarithm.
-        choices: the values that are no range.
+        low: the smallest value of a number.
+        high: the largest value of a number.
+        step: step between whole numbers; 0 means uniform in their logarithm.
+        choices: the values if they are not a range.
     """
 
     name: str
@@ -56,13 +56,13 @@ class Search:
     choices: tuple[str, ...] = ()
 
     def ends(self) -> tuple[str, ...]:
-        """The values that are tried out before the first trial: the ends of a range, or all choices."""
+        """The values that are checked before the first trial: the ends of a range, or all choices."""
         if self.kind == "choice":
             return self.choices
         return tuple(str(int(end)) if self.kind == "int" else repr(end) for end in (self.low, self.high))
 
     def drawn(self, trial: Any) -> str:
-        """The value of a trial of optuna, as its flag takes it."""
+        """The value for a trial of optuna, in the form that its flag takes."""
         if self.kind == "choice":
             return str(trial.suggest_categorical(self.name, self.choices))
         if self.kind == "int":
@@ -72,10 +72,10 @@ class Search:
 
 
 def search(name: str, text: str) -> Search:
-    """Read what stands after `--search.NAME`.
+    """Parse the value of `--search.NAME`.
 
     Raises:
-        AezooError: neither a range nor several values.
+        AezooError: it is neither a range nor several values.
     """
     flag = f"{_SEARCH}{name}"
     kind, *parts = text.split(":")
@@ -110,10 +110,10 @@ def search(name: str, text: str) -> Search:
 
 
 def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[str]]:
-    """The flags of the search itself, what is searched, and the flags of fit.
+    """The flags of the search itself, the settings to search, and the flags of fit.
 
     Raises:
-        AezooError: what the user must mend.
+        AezooError: an error that the user can fix.
     """
     parser = _Parser(prog="aezoo tune", allow_abbrev=False, description=_HELP, usage="aezoo tune --search... [FLAGS]",
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -156,7 +156,7 @@ def main(argv: Sequence[str]) -> None:
     """Run `aezoo tune`.
 
     Raises:
-        AezooError: what the user must mend.
+        AezooError: an error that the user can fix.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 0 after help.
     """
     options, searches, flags = read(argv)
@@ -193,7 +193,7 @@ def _searches(argv: Sequence[str]) -> tuple[list[Search], list[str]]:
 
 
 def _at_commas(text: str) -> list[str]:
-    """Cut at commas that no bracket holds: `[64,32],[128]` is two values."""
+    """Split at commas outside brackets: `[64,32],[128]` is two values."""
     parts, depth = [""], 0
     for sign in text:
         depth += (sign in "[({") - (sign in "])}")

@@ -1,4 +1,4 @@
-"""Zip and tar files from strangers: declared sizes before they are unpacked, and no way out of their folder."""
+"""Untrusted zip and tar files: sizes are checked before unpacking, and nothing is written outside their folder."""
 
 import contextlib
 import re
@@ -17,7 +17,7 @@ def unpacked_size(path: Path) -> int | None:
     """Bytes that the members of a zip file declare, which its readers never exceed; None for another kind of file.
 
     Raises:
-        AezooError: it begins like a zip file and cannot be read as one.
+        AezooError: it begins like a zip file but cannot be read as one.
     """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -31,9 +31,9 @@ def unpacked_size(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def inside_their_folder() -> Iterator[None]:
-    """In here tarfile unpacks nothing outside its folder, no devices and no links that leave it.
+    """Inside this context tarfile unpacks nothing outside its folder, no devices and no links that leave it.
 
-    torchvision unpacks without a filter, and before Python 3.14 tarfile then follows `../` and absolute paths.
+    torchvision unpacks without a filter; before Python 3.14, tarfile then follows `../` and absolute paths.
     """
     with _lock:
         before = vars(tarfile.TarFile)["extraction_filter"]
@@ -45,5 +45,5 @@ def inside_their_folder() -> Iterator[None]:
 
 
 def component(name: str) -> str:
-    """A name as one part of a path: letters, digits, `_`, `-`, `+`, `=` and inner dots; never empty, `.` or `..`."""
+    """A name as one component of a path: letters, digits, `_`, `-`, `+`, `=`, inner dots; never empty, `.` or `..`."""
     return re.sub(r"[^\w.+=-]", "_", name).strip(".")[:100] or "run"

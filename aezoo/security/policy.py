@@ -1,7 +1,7 @@
-"""Which classes a configuration may name: those of aezoo, of listed parts of lightning and torch, and of plug-ins.
+"""The classes that a configuration may name: those of aezoo, of listed parts of lightning and torch, and of plug-ins.
 
-A `class_path` in YAML is an import and a call, so it is code execution. jsonargparse asks this policy before it imports
-anything that a value names. Only the command line and the environment widen it; no file can.
+A `class_path` in YAML is an import and a call, so it executes code. jsonargparse consults this policy before it imports
+anything that a value names. Only the command line and the environment can extend the policy; a file cannot.
 """
 
 import os
@@ -16,7 +16,7 @@ from aezoo.errors import AezooError
 from aezoo.security import yaml_text
 
 FLAG, VARIABLE = "--allow", "AEZOO_ALLOW"
-# the parts of lightning that hold what a Trainer takes: not its cli, and not its utilities, which load pickles
+# parts of lightning with objects that a Trainer takes; not its cli, and not its utilities, which load pickles
 PACKAGES = (
     "aezoo",
     "torch.nn",
@@ -29,17 +29,17 @@ PACKAGES = (
     "lightning.pytorch.strategies",
     "lightning.fabric.plugins",
 )
-# what starts runs or processes is called by users, never named in a file
+# modules that start runs or processes; users call them, but a file must not name them
 _CLOSED = ("aezoo.cli", "aezoo.lightning_cli", "aezoo.security", "aezoo.testing")
 _GROUPS = ("aezoo.models", "aezoo.data")
 _opened: set[str] = set()
 
 
 def take_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Arguments without `--allow PKG`, and what these flags and `AEZOO_ALLOW` (comma-separated) name.
+    """Arguments without `--allow PKG`, and the names from these flags and `AEZOO_ALLOW` (comma-separated).
 
     Raises:
-        AezooError: a flag without a package, or with something else.
+        AezooError: a flag without a package, or with another kind of value.
     """
     kept: list[str] = []
     allowed = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
@@ -60,19 +60,19 @@ def take_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def typed_class(path: str, base: type) -> str:
-    """The defining path of a class that the user has typed after `--model`, which is imported by this.
+    """Import a class that the user has typed after `--model`, and return the path of its definition.
 
     Args:
-        path: such as `my_package.MyModel`.
-        base: what it must be a subclass of.
+        path: dotted path such as `my_package.MyModel`.
+        base: required base class.
 
     Raises:
-        AezooError: it cannot be imported or is no such class.
+        AezooError: it cannot be imported, or is not a subclass of `base`.
     """
     module, _, name = path.rpartition(".")
     try:
         found = getattr(import_module(module), name)
-    except Exception as error:  # whatever the module raises while it is imported
+    except Exception as error:  # the module may raise anything while it is imported
         reason = " ".join(str(error).split())
         raise AezooError(
             f"--model {path} cannot be imported ({type(error).__name__}: {reason}): give a name of `aezoo list` or the "
@@ -89,12 +89,12 @@ def is_class_path(text: str) -> bool:
 
 
 def enforce(allowed: Iterable[str] = ()) -> None:
-    """Put the policy before all parsers of this process; what an earlier call allowed is taken back.
+    """Apply the policy to all parsers of this process; permissions from an earlier call are withdrawn.
 
     Args:
-        allowed: packages or classes that the user trusts besides.
+        allowed: additional packages or classes that the user trusts.
     """
-    # first: this import turns reading of remote configurations on
+    # first, because this import enables reading of remote configurations
     import lightning.pytorch.cli  # noqa: F401
     from jsonargparse import get_loader, set_loader, set_parsing_settings
 
@@ -103,7 +103,7 @@ def enforce(allowed: Iterable[str] = ()) -> None:
     plugins = {point.module.partition(".")[0] for group in _GROUPS for point in entry_points(group=group)}
     opened = {*PACKAGES, *plugins, *allowed}
     _opened.update(opened)
-    # the most specific entry decides, so an old entry that lies under a new one must follow it
+    # the most specific entry decides, so an old entry below a new one must be allowed like the new one
     valid = {entry for entry in _opened if any(f"{entry}.".startswith(f"{root}.") for root in opened)}
     set_parsing_settings(
         import_path_denylist=["*", *sorted(_opened - valid), *_CLOSED],
@@ -115,7 +115,7 @@ def enforce(allowed: Iterable[str] = ()) -> None:
 
 
 def refusal(path: str, entry: str) -> str:
-    """The one line for a class path that the policy refuses, and the entry of the policy that does."""
+    """The one-line message for a class path that the policy rejects; `entry` is the responsible entry of the policy."""
     rule = (
         "a configuration can name only classes of aezoo, torch.nn, torch.optim, installed plug-ins, and lightning's "
         "callbacks, loggers, plugins, profilers and strategies"

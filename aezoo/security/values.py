@@ -1,4 +1,4 @@
-"""Plain values only: what a constructor may be given from a file."""
+"""Plain values, the only ones that a constructor may get from a file."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ MAX_VALUES, MAX_DEPTH, MAX_TEXT = 10_000, 8, 10_000
 
 
 def plain(values: object, what: str) -> dict[str, Any]:
-    """A copy of a dict of names to plain values: numbers, texts, None, and lists, tuples and dicts of these.
+    """A copy of a dict of names to plain values: numbers, strings, None, and lists, tuples and dicts of these.
 
-    The copy is made in full, so that a value which repeats itself is counted as often as it would be printed.
+    The copy is complete, so a value that is referenced several times counts each time.
 
     Args:
-        values: as a file gives them.
-        what: begins the message, as in `last.ckpt: its hyperparameters`.
+        values: values from a file.
+        what: beginning of the error message, as in `last.ckpt: its hyperparameters`.
 
     Raises:
-        AezooError: something else is in there, too much of it, or a dict that names a class to build.
+        AezooError: it contains something else, too many values, or a dict that names a class to build.
     """
     if not isinstance(values, dict):
         raise AezooError(f"{what} are a {type(values).__name__} and no table of names and values: the file is damaged")

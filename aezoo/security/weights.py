@@ -1,4 +1,4 @@
-"""Weights from a file: tensors that bring what they claim, and a model that is no larger than they are."""
+"""Weights from a file: each tensor must hold the data that it claims, and the model must not be larger than these."""
 
 import contextlib
 import threading
@@ -14,15 +14,15 @@ from aezoo.errors import AezooError
 
 
 def tensors(weights: Mapping[Any, Any], source: Path, name: str) -> dict[str, Tensor]:
-    """The weights, each a tensor under a name and with all the memory that its shape needs.
+    """The weights, after checking that each is a named tensor with all the memory that its shape needs.
 
     Args:
         weights: a state dict.
         source: the file that it comes from.
-        name: of the model that it is for.
+        name: name of the model that it is for.
 
     Raises:
-        AezooError: something in it is not so.
+        AezooError: a check fails.
     """
     for key, value in weights.items():
         reason = None
@@ -41,7 +41,7 @@ def tensors(weights: Mapping[Any, Any], source: Path, name: str) -> dict[str, Te
 
 @contextlib.contextmanager
 def no_larger_than(weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Stop the building of a model in here once its parameters are far more than the weights that are to fill it."""
+    """Stop building a model inside this context once it has far more parameters than the weights for it."""
     most = 2 * sum(weight.numel() for weight in weights.values()) + 10**7
     thread, left = threading.get_ident(), [most, 10 * len(weights) + 10_000]
 

@@ -1,6 +1,6 @@
-"""YAML within bounds: size, depth and aliases are counted before anything is built.
+"""YAML within limits: size, depth and aliases are checked before anything is built.
 
-A file of one kilobyte whose aliases name each other ten at a time stands for gigabytes, and hangs whoever walks it.
+A file of one kilobyte whose aliases refer to each other ten at a time represents gigabytes, and hangs its reader.
 """
 
 from collections.abc import Callable
@@ -13,47 +13,47 @@ from aezoo.errors import AezooError
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 32
-# a handful serve to repeat a setting; 16 can multiply a text by 3^5 at most
+# a few aliases are enough to repeat settings; 16 can multiply a text by at most 3^5
 MAX_ALIASES = 16
 GUARD = "checks_bounds"
-# libyaml where PyYAML was built with it: ten times as fast
+# libyaml if PyYAML was built with it: ten times as fast
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class RefusedYAML(yaml.YAMLError):
-    """YAML out of bounds; a YAMLError, so that every reader of YAML handles it."""
+    """YAML beyond the limits; a YAMLError, so every reader of YAML handles it."""
 
 
 def check(text: str) -> None:
-    """Refuse a text that is too large, too deep or too full of aliases, without building what it says.
+    """Reject a text that is too large, too deep or has too many aliases, without building its content.
 
     Raises:
-        RefusedYAML: it is.
-        yaml.YAMLError: it is no YAML.
+        RefusedYAML: the text exceeds a limit.
+        yaml.YAMLError: the text is not YAML.
     """
     budget = [MAX_ALIASES]
     _check(text, budget, 0)
 
 
 def load(text: str) -> Any:
-    """What a YAML text says, within bounds.
+    """The content of a YAML text, within limits.
 
     Raises:
-        yaml.YAMLError: out of bounds, no YAML, or a value that cannot be built.
+        yaml.YAMLError: beyond the limits, not YAML, or a value that cannot be built.
     """
     check(text)
     try:
         return yaml.safe_load(text)
     except (ValueError, OverflowError, RecursionError, TypeError, AttributeError, KeyError, IndexError) as error:
-        # dates such as 2020-13-45, and numbers of thousands of digits
+        # dates such as 2020-13-45, and numbers with thousands of digits
         raise RefusedYAML(f"a value that cannot be read: {error}") from error
 
 
 def read(path: Path) -> Any:
-    """What a YAML file says, within bounds.
+    """The content of a YAML file, within limits.
 
     Raises:
-        AezooError: unreadable, no YAML, or out of bounds.
+        AezooError: unreadable, not YAML, or beyond the limits.
     """
     try:
         with path.open("rb") as file:
@@ -104,13 +104,13 @@ def _check(text: str, budget: list[int], level: int) -> None:
             if budget[0] < 0:
                 raise RefusedYAML(f"it has more than {MAX_ALIASES} aliases (*name): write the values out")
         elif isinstance(event, yaml.ScalarEvent) and level < 4 and "&" in event.value and "*" in event.value:
-            # jsonargparse reads texts that stand for lists once more as YAML
+            # jsonargparse reads strings in place of lists as YAML again
             try:
                 _check(event.value, budget, level + 1)
             except RefusedYAML:
                 raise
             except yaml.YAMLError:
-                continue  # a text that is only a text
+                continue  # an ordinary string
 
 
 def _too_large() -> str:

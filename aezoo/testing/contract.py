@@ -96,7 +96,7 @@ def _lists(value: Any) -> Any:
 
 @as_check
 def check_shapes(subject: Subject) -> None:
-    """Codes, reconstructions, scores and samples have their shapes for every input shape; others are refused early."""
+    """Codes, reconstructions, scores and samples have their shapes for every input shape; others are rejected early."""
     for shape in SHAPES:
         # asking for subject.shape fails where none is taken
         if shape == subject.shape or subject.takes(shape):
@@ -126,7 +126,7 @@ def _require_shapes(subject: Subject, shape: tuple[int, ...]) -> None:
 
 @as_check
 def check_indices(subject: Subject) -> None:
-    """Where codes are indices, or whole numbers under laws, they fit their books and are all a reconstruction needs."""
+    """Codes of indices or of entropy-coded whole numbers are in range, and they suffice for a reconstruction."""
     model, x = subject.build().eval(), subject.data()
     if isinstance(model, EntropyCoded):
         _require_symbols(model, x)
@@ -166,7 +166,7 @@ def _whole(shape: Any) -> bool:
 
 @as_check
 def check_loss(subject: Subject) -> None:
-    """Named, finite, differentiable scalars, in training and evaluation."""
+    """The loss terms are named, finite, differentiable scalars, in training and evaluation."""
     for mode in (True, False):
         model = subject.build().train(mode)
         terms = model.loss(subject.data())
@@ -191,7 +191,7 @@ def check_batch_of_one(subject: Subject) -> None:
 
 @as_check
 def check_gradients(subject: Subject) -> None:
-    """Every parameter gets a gradient over a few steps, with labels if not without."""
+    """Every parameter gets a gradient within a few steps, without labels or else with labels."""
     model = subject.build().train()
     without = {name for name, p in model.named_parameters() if p.requires_grad}
     for seed in range(4):
@@ -208,7 +208,7 @@ def check_gradients(subject: Subject) -> None:
 
 @as_check
 def check_inputs_unchanged(subject: Subject) -> None:
-    """No method writes into the tensors that it is given."""
+    """No method writes into its input tensors."""
     x = subject.data()
     for mode in (True, False):
         model = subject.build().train(mode)
@@ -224,9 +224,9 @@ def check_inputs_unchanged(subject: Subject) -> None:
 
 @as_check
 def check_batch_mean(subject: Subject) -> None:
-    """The loss is a mean over the batch: of a batch given twice, with the same noise, it is the same.
+    """The loss is a mean over the batch: a batch repeated twice, with the same noise, has the same loss.
 
-    Models that compare the samples of a batch with each other say so: `compares_samples`.
+    Models that compare the samples of a batch with each other declare this with `compares_samples`.
     """
     if subject.cls.compares_samples:
         raise SkipTest("the loss compares the samples of a batch with each other")

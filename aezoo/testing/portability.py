@@ -29,7 +29,7 @@ from aezoo.testing.subject import (
 
 @as_check
 def check_bf16(subject: Subject) -> None:
-    """Under bf16 autocast the loss stays within 2 %, terms finite and in float32; in bf16 itself everything runs."""
+    """Under bf16 autocast the loss stays within 2 %, with finite terms in float32; in pure bf16 everything runs."""
     model, x = subject.build().train(), subject.data()
     other = copy.deepcopy(model)
     with SharedNoise(range(BATCH), BATCH):
@@ -52,7 +52,7 @@ def check_bf16(subject: Subject) -> None:
 
 @as_check
 def check_compile(subject: Subject) -> None:
-    """The loss and its gradients are the same through torch.compile, up to the code generation (`aot_eager`)."""
+    """The loss and its gradients are the same through torch.compile without code generation (`aot_eager`)."""
     _require_same_compiled(subject, "aot_eager", {})
 
 
@@ -60,7 +60,7 @@ def check_compile(subject: Subject) -> None:
 def check_inductor(subject: Subject) -> None:
     """The loss and its gradients are the same through torch.compile with its default backend; needs a C++ compiler.
 
-    As one graph, if a fit may take them so, and they can be compiled so.
+    Both are one graph if a fit may use one, and if they can be compiled as one.
     """
     # eager's random numbers, so that the two can be compared
     _require_same_compiled(subject, "inductor", {"fallback_random": True})
@@ -121,7 +121,7 @@ def _joint(model: Autoencoder, x: Tensor, options: dict[str, Any]) -> dict[str, 
 
 @as_check
 def check_export(subject: Subject) -> None:
-    """torch.export of forward gives the same output, for any batch size; of indices too, where codes are those."""
+    """torch.export of forward gives the same output for any batch size; so does that of indices, if codes are these."""
     model, x, other = subject.build().eval(), subject.data(), subject.data(3, seed=1)
     batch = torch.export.Dim("batch", min=1)
     for part, (first, *others) in _parts(model, [x, other, x[:1]]):
@@ -132,7 +132,7 @@ def check_export(subject: Subject) -> None:
 
 @as_check
 def check_onnx(subject: Subject) -> None:
-    """The ONNX files of what `check_export` takes give the same through onnxruntime; needs aezoo[onnx]."""
+    """ONNX files of the exports of `check_export` give the same output in onnxruntime; needs aezoo[onnx]."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise SkipTest(f"{', '.join(missing)} not installed: pip install 'aezoo[onnx]'")

@@ -117,9 +117,9 @@ class SharedNoise(TorchFunctionMode):
 def check_ddp(*models: Model, **hyperparameters: Any) -> None:
     """Two processes train like one on the concatenated batches: weights, buffers, loss terms and logged figures.
 
-    Both sides draw the same noise for the same sample. One launch of two processes trains all models, since most of
-    its time goes into starting them. Models that differ are trained once more in float64, where what is merely the
-    rounding of a deep network, enlarged by Adam, vanishes and a mistake stays.
+    Both sides draw the same noise for the same sample. One launch of two processes trains all models, because most of
+    its time goes into starting them. Models that differ are trained again in float64. There, differences that are only
+    rounding of a deep network, enlarged by Adam, vanish, and real errors remain.
 
     Args:
         *models: registry names, classes or subjects; a class must be importable by another process.

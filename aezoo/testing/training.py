@@ -64,7 +64,7 @@ def _loader(batches: list[Any]) -> DataLoader[Any]:
 
 @as_check
 def check_deterministic_evaluation(subject: Subject) -> None:
-    """In evaluation the same input gives the same output, and validation the same figures, whatever the seed."""
+    """In evaluation the same input gives the same output, and validation gives the same figures, for any seed."""
     model, x = subject.build().eval(), subject.data()
     state = snapshot(model)
     figures = []
@@ -137,7 +137,7 @@ def _overfit(subject: Subject, **rate: Any) -> None:
 
 @as_check
 def check_seed(subject: Subject) -> None:
-    """One seed gives the same weights and the same fit, bit for bit, and no code reseeds torch."""
+    """The same seed gives the same weights and the same fit, bit for bit, and no code reseeds torch."""
     runs, draws = [], []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
@@ -178,7 +178,7 @@ def check_state_dict(subject: Subject) -> None:
 
 @as_check
 def check_checkpoint(subject: Subject) -> None:
-    """A trained model comes back the same from its checkpoint, its run folder and its saved folder."""
+    """A trained model is the same when loaded from its checkpoint, its run folder or its saved folder."""
     model, x = subject.build(), subject.data()
     name = name_of(subject.cls)
     with tempfile.TemporaryDirectory() as folder:
@@ -211,7 +211,7 @@ def check_checkpoint(subject: Subject) -> None:
 
 @as_check
 def check_resume(subject: Subject) -> None:
-    """A fit that goes on from a checkpoint, at the end of an epoch or within one, ends with the bits of the whole fit.
+    """A fit resumed from a checkpoint, at the end of an epoch or within one, equals the whole fit, bit for bit.
 
     A callback writes the checkpoints at the end of a batch, as most do.
     """

@@ -77,10 +77,10 @@ SECTIONS = (
     Section(
         "quantisers-",
         "Quantisers beside vector-quantize-pytorch",
-        "Both sides quantise the same maps into the same codes, in training mode and in turns. A ratio above 1 means "
-        "that the zoo is faster; median over rounds (lowest to highest). Places: the points of the maps; each gets a "
-        "code. Memory: the peak memory of a step beyond what was allocated before it. Same codes: the share of places "
-        "at which both sides choose the same code.",
+        "Both sides quantise the same maps with the same sets of codes, in training mode and in turns. A ratio above 1 "
+        "means that the zoo is faster; median over rounds (lowest to highest). Places: the points of the maps; each "
+        "gets a code. Memory: the peak memory of a step beyond what was allocated before it. Same codes: the share of "
+        "places at which both sides choose the same code.",
         of.QUANTISERS,
     ),
     Section(

@@ -294,8 +294,8 @@ class Laplace(_Scaled):
 class LogCosh(_Scaled):
     """Density 1 / (pi s cosh((x - params) / s)), the hyperbolic secant: log cosh(e / s) is -log p up to a constant.
 
-    Near 0 it is e^2 / (2 s^2), like a Gaussian; far from 0 it is |e| / s - log 2, like a Laplace density. Its slope is
-    tanh(e / s). Chen et al. 2019, https://openreview.net/forum?id=rkglvsC9Ym, with a = 1 / s.
+    Near 0 it is e^2 / (2 s^2), like a Gaussian; far from 0 it is |e| / s - log 2, like a Laplace density. Its slope in
+    e is tanh(e / s) / s. Chen et al. 2019, https://openreview.net/forum?id=rkglvsC9Ym, with a = 1 / s.
     """
 
     def __init__(self, scale: float = 1.0, learned: bool = False) -> None:

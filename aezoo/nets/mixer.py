@@ -33,7 +33,7 @@ def _branch(n: int, between: int, act: str) -> nn.Sequential:
 
 
 class Block(nn.Module):
-    """Two linear layers over the places, then two over the channels, both added to their normalised input.
+    """Two linear layers over the places, then two over the channels. Each pair is added to its input, read normalised.
 
     Args:
         n: N, number of places.

@@ -187,7 +187,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then two linear layers for each token, both added to their normalised input (pre-norm).
+    """Attention, then two linear layers for each token. Each is added to its input and reads it normalised (pre-norm).
 
     Args:
         width: D.

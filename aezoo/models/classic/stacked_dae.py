@@ -9,7 +9,7 @@ from a clean sample (figure 3). Then all layers are trained together, as one dee
 L is in nats per sample. f_i(h) = s(W h + b), and g_i is likewise, with its own weights. p(x) is the likelihood; a
 hidden layer of sigmoids uses the cross-entropy, any other the squared error. In phase i, the parameters of other layers
 have no gradient, so no optimiser moves them, not even by weight decay or moments. `train/loss` is the loss of the
-phase. Evaluation and training without a trainer are in phase N, unless `phase` is set.
+phase. Evaluation is in phase N, and so is training without a trainer, unless `phase` is set.
 
 Shapes: B batch, N layers, including the code.
 """

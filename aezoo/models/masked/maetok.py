@@ -6,10 +6,10 @@ gradients (HOG) of the masked patches:
 
     z = f(x with mask tokens at M, l)    L = -log p(x | g(z)) + w P/|M| sum_{i in M} |h_i(z) - HOG_i(x)|^2
 
-|M| = ceil(r P), with r uniform in 0.4 to 0.6 for each sample. Codes, reconstructions and evaluation use no mask; the
-second term then covers all patches. P/|M| makes it a sum over patches, whatever r. The HOG of a patch (Dalal & Triggs
-2005) has 9 unsigned directions and length 1. Each pixel is weighted by the size of its gradient, taken from the channel
-where it is largest. This is scikit-image's version with one cell per block, for any patch size.
+|M| = ceil(r P), with r uniform, by default in 0.4 to 0.6, for each sample. Codes, reconstructions and evaluation use no
+mask; the second term then covers all patches. P/|M| makes it a sum over patches, whatever r. The HOG of a patch (Dalal
+& Triggs 2005) has 9 unsigned directions and length 1. Each pixel is weighted by the size of its gradient, taken from
+the channel where it is largest. This is scikit-image's version with one cell per block, for any patch size.
 
 The paper also has decoders for features of DINOv2 and CLIP, a perceptual and an adversarial loss, rotary positions and
 a last stage that trains g alone, without a mask. None of these is here. Networks are initialised as in `nets.tokens`.

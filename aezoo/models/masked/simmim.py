@@ -9,7 +9,7 @@ density of scale 1 gives the paper's |x - x_hat|, up to a constant.
 
 The code covers the whole sample, without mask tokens, with a token for each patch. W is trained only on masked patches
 and says little about what a visible token holds, so decode has a linear layer of its own. This layer learns to read
-visible patches from tokens of training (`readout`, squared error). Its gradient stops there and trains nothing else.
+visible patches from tokens of training (`readout`, -log p). Its gradient stops there and trains nothing else.
 score hides the patches from the encoder, one part at a time.
 
 The encoder is a transformer or an MLP-Mixer, whose layers over positions need all tokens, including mask tokens. A

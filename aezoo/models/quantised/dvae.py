@@ -5,9 +5,9 @@ A Gumbel VQ-VAE (see `gumbel_vq_vae`) with the likelihood of appendix A.3 and th
     L = E[-log p(x|z)] + beta KL(q(c|x) || p(c))     summed over pixels and places: the paper divides by the pixels
     log p(x|z) = sum_i log 0.8 - |logit(y_i) - mu_i| / b_i - log(2 b_i y_i (1 - y_i))     y = 0.8 x + 0.1
 
-mu and log b are the decoder's output, two maps for each channel of x. beta rises from 0 to 6.6 over `kl_steps`, and tau
-falls to 1/16 over `temperature_steps`, both along half a period of a cosine. With beta above 1 or with relaxed codes, L
-is not a bound; `elbo` is one, as in `gumbel_vq_vae`.
+mu and log b are the decoder's output, two maps for each channel of x. beta rises from 0 (by default to 6.6) over
+`kl_steps`, and tau falls (by default to 1/16) over `temperature_steps`, both along half a period of a cosine. With beta
+above 1 or with relaxed codes, L is not a bound; `elbo` is one, as in `gumbel_vq_vae`.
 
 log b has a soft floor of -5: constant pixels have no maximum likelihood, and 1/255 is about exp(-4.4) in the logit of
 mid-grey. The reconstruction is the mean of x; the paper decodes to the median, sigmoid(mu). This likelihood suits

@@ -142,7 +142,7 @@ class StackedDAE(Autoencoder):
         return super().begin_step(batch, batch_idx)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        # overridden so that the whole step is not captured as a CUDA graph, which would repeat the first phase for ever
+        # overridden so that the whole step is not captured as a CUDA graph, which would repeat the first phase forever
         return super().training_step(batch, batch_idx)
 
     def leave_fit(self) -> None:

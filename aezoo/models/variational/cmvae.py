@@ -1,6 +1,6 @@
 """CMVAE, whose parts share a code in clusters (Palumbo et al. 2024), https://openreview.net/forum?id=k5THrhXDV3
 
-A sample has parts x = (x_1, ..., x_M), its modalities. The model is `mmvae_plus`, u now of one of K clusters:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. The model is `mmvae_plus`, with u in one of K clusters:
 
     p(x, c, u, w) = p(c) p(u|c) prod_i p(w_i) p(x_i|u, w_i)     p(u|c) = N(m_c, diag s_c^2)     p(c), m, s: learned
     q(u|x) = 1/M sum_i q_i(u|x_i)     q(c|u) = p(c|u)
@@ -8,18 +8,18 @@ A sample has parts x = (x_1, ..., x_M), its modalities. The model is `mmvae_plus
     L = 1/M sum_i E_q_i[-log p(x_i|u, w_i) - sum_(j != i) E_r_j[log p(x_j|u, w)]
                         + beta (log q(u|x) - log p(u) + KL(q_i(w_i|x_i) || p(w_i)))]     p(u) = sum_c p(c) p(u|c)
 
-in nats per sample, a bound where that of `mmvae_plus` is one. The paper's mean over q(c|u) of log p(c, u) - log q(c|u)
-is log p(u) itself. Estimated as there, plus log N(u; 0, I) - log p(u) at each draw; K = 1 with m = 0 and s = 1 is
-`mmvae_plus`. The paper's diffusion is left out; in MultiVae (https://github.com/AgatheSenellart/MultiVae) all s are 1.
+in nats per sample, a bound if L of `mmvae_plus` is one. The paper's mean over q(c|u) of log p(c, u) - log q(c|u) equals
+log p(u). The estimate is that of `mmvae_plus`, plus log N(u; 0, I) - log p(u) at each draw; K = 1 with m = 0 and s = 1
+is `mmvae_plus`. The paper's diffusion is left out. MultiVae (https://github.com/AgatheSenellart/MultiVae) has s = 1.
 
-How likely each cluster is, is the mean over parts of q_i(c|x_i), proportional to exp E_q_i[log p(c) p(u|c)] as in VaDE
-(https://arxiv.org/abs/1611.05148); the paper draws a u of each part and takes the majority of their clusters. `prune`
-chooses afterwards how many there are: the cluster with the least of sum_x q(c|x) goes, one after the other, and of 2 to
-K those stay with the least penalised normalised entropy, of parts and samples in the mean,
+The probability of a cluster is the mean over parts of q_i(c|x_i), proportional to exp E_q_i[log p(c) p(u|c)] as in VaDE
+(https://arxiv.org/abs/1611.05148); the paper draws a u from each part and takes the majority of their clusters. After
+training, `prune` chooses the number of clusters: it removes the cluster with the least sum_x q(c|x), one by one, and of
+the sets of 2 to K keeps the one with the least penalised normalised entropy, averaged over parts and samples,
 
     beta H(q_i(c|x_i)) / log K - 1/D log sum_c exp E_q_i[log p(c) p(u|c)]
 
-Shapes: B batch, D shared code, M parts, S of them that are looked at, K clusters.
+Shapes: B batch, D shared code, M parts, S of them that are used, K clusters.
 """
 
 import math
@@ -37,15 +37,15 @@ _NEVER = -1e4  # its exponential is 0, and weights stay finite
 
 
 class CMVAE(WithMixture, MMVAEPlus):
-    """A VAE of several modalities with private codes, and a code that all share whose prior is a mixture of clusters.
+    """A VAE of several modalities with private codes, and a shared code whose prior is a mixture of clusters.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
             entries of vectors, rows of images with one channel; halves by default.
         latent_dim: D, size of the code that all parts share.
-        private_dim: P, size of the code that each part has beside it.
-        n_components: K, clusters, Gaussians of the shared code's prior.
+        private_dim: P, size of each part's private code.
+        n_components: K, number of clusters, the Gaussians of the shared code's prior.
         beta: weight of the KL term.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -110,18 +110,18 @@ class CMVAE(WithMixture, MMVAEPlus):
         return torch.cat([self.draw_mixture(n).to(z.dtype), z[:, self.latent_dim :]], 1)
 
     def log_clusters(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
-        """E_q_i[log p(c) p(u|c)] in nats of some parts, all by default: (B, *input_shape) -> (B, S, K)."""
+        """E_q_i[log p(c) p(u|c)] in nats for some parts, all by default: (B, *input_shape) -> (B, S, K)."""
         mu_BSD, log_var_BSD = self.components(x, parts)
         return self.log_joint(mu_BSD.flatten(0, 1), log_var_BSD.exp().flatten(0, 1)).unflatten(0, mu_BSD.shape[:2])
 
     @torch.no_grad()
     def clusters(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
-        """How likely each cluster is by some of the parts, all by default: (B, *input_shape) -> (B, K)."""
+        """The probability of each cluster given some of the parts, all by default: (B, *input_shape) -> (B, K)."""
         return (self.weights(x, parts)[..., None] * self.log_clusters(x, parts).softmax(2)).mean(1)
 
     @torch.no_grad()
     def prune(self, x: Tensor) -> dict[int, float]:
-        """Keep as many clusters as suit these samples; p(c) of the others is 0 from then on.
+        """Keep the number of clusters that suits these samples best; p(c) of the others becomes 0.
 
         Args:
             x: samples to choose by, (B, *input_shape).
@@ -130,7 +130,7 @@ class CMVAE(WithMixture, MMVAEPlus):
             The penalised normalised entropy of each number of clusters.
 
         Raises:
-            AezooError: there is one cluster alone.
+            AezooError: there is only one cluster.
         """
         log_w_K, log_BMK, share_BM = self.weight_K.log_softmax(0), self.log_clusters(x), self.weights(x)
         kept = (log_w_K > _NEVER / 2).nonzero().flatten().tolist()

@@ -1,6 +1,6 @@
 """DMVAE, the private-shared disentangled multimodal VAE (Lee & Pavlovic 2021), https://arxiv.org/abs/2012.13024
 
-A sample has parts x = (x_1, ..., x_M), its modalities. All are decoded from u, and each from a w_i of its own as well:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. Each is decoded from a shared code u and a private w_i:
 
     p(x, u, w) = p(u) prod_i p(w_i) p(x_i|u, w_i)     p(u) = N(0, I)     p(w_i) = N(0, I)
     q(u|x_S) proportional to p(u) prod_(i in S) q_i(u|x_i)     S: some of the parts
@@ -10,19 +10,21 @@ A sample has parts x = (x_1, ..., x_M), its modalities. All are decoded from u, 
     ELBO_S(x) = E_(q(u|x_S) q(w|x))[sum_j log p(x_j|u, w_j)]
                 - beta (KL(q(u|x_S) || p(u)) + sum_j KL(q_j(w_j|x_j) || p(w_j)))
 
-in nats per sample. With beta = 1 each ELBO is one of log p(x), of all parts: the first has u of them all, the others
-have it of one part alone, from which all are decoded then, each with its own w_j, so that u must hold what is shared.
-The terms nll, kl and elbo are those of the first, `cross_nelbo` is what the others add; with M = 1 there are none, and
-it is a VAE whose posterior of u has the prior in it.
+in nats per sample. With beta = 1, each ELBO is a bound on log p(x) of all parts. The first infers u from all parts, the
+others from a single part. All parts are decoded from this u, each with its own w_j, so u must hold what they share. The
+terms nll, kl and elbo are those of the first ELBO; `cross_nelbo` is what the others add to L. With M = 1 there are no
+others, and this is a VAE whose posterior of u includes the prior.
 
-The u of one part has the prior in it as that of several does, so that where the q_i are the likelihoods p(x_i|u) all
-posteriors of u are exact. The authors' code (https://github.com/seqam-lab/DMVAE) and MultiVae
-(https://github.com/AgatheSenellart/MultiVae) have q_i alone there, which is exact for no q_i that is so in a product;
-the first also counts the KL of u with each part that is decoded, and leaves out the likelihoods of ELBO_all.
+The posterior of u given one part includes the prior, like that given several. So if the q_i are the likelihoods
+p(x_i|u), all posteriors of u are exact. For one part, the authors' code (https://github.com/seqam-lab/DMVAE) and
+MultiVae (https://github.com/AgatheSenellart/MultiVae) take q_i alone; no q_i that is exact in a product is exact alone.
+The authors' code also counts the KL of u once for each part that is decoded, and leaves out the likelihoods of
+ELBO_all.
 
-Codes are (u, w_1, ..., w_M); of a part that is not looked at, w_i is the mean of p.
+The code is (u, w_1, ..., w_M); for a part that is not used, w_i is the mean of p.
 
-Shapes: B batch, D shared code, P private code, E = D + P, C = D + M P, M parts, S of u: of all parts, of each alone.
+Shapes: B batch, D shared code, P private code, E = D + P, C = D + M P, M parts, S posteriors of u: of all parts, of
+each alone.
 """
 
 from collections.abc import Sequence
@@ -37,14 +39,14 @@ from aezoo.multimodal import PrivateDecoders, WithParts
 
 
 class DMVAE(WithParts, VAE):
-    """A VAE of several modalities with a code for each beside that which all share, a product of what each says.
+    """A VAE of several modalities with private codes, and a shared code whose posterior is a product of experts.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
             entries of vectors, rows of images with one channel; halves by default.
         latent_dim: D, size of the code that all parts share.
-        private_dim: P, size of the code that each part has beside it.
+        private_dim: P, size of each part's private code.
         beta: weight of the KL terms.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -93,7 +95,7 @@ class DMVAE(WithParts, VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # there are several KLs, of which none alone is to be near a capacity
+        # a capacity is a target for a single KL, but this loss has several
         del self.capacity
         self.latent_dim = latent_dim
         self.keep_parts(parts, net, hidden_dims, activation)
@@ -107,13 +109,13 @@ class DMVAE(WithParts, VAE):
         found = []
         for u_BD, values_BSE in zip(MVAE.product(*(v[..., :d] for v in own)), own, strict=True):
             w_SBP = values_BSE[..., d:].unbind(1)
-            unseen_BP = torch.zeros_like(w_SBP[0])  # of N(0, I), mean and log-variance
+            unseen_BP = torch.zeros_like(w_SBP[0])  # mean and log-variance of N(0, I)
             w_MBP = [w_SBP[parts.index(i)] if i in parts else unseen_BP for i in range(m)]
             found.append(torch.cat([u_BD, *w_MBP], 1))
         return found[0], found[1]
 
     def posteriors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and log-variances of q(u|x_S) q(w|x), S all parts and each alone: -> (B, S, C), (B, S, C)."""
+        """Means and log-variances of q(u|x_S) q(w|x) for S all parts and each alone: -> (B, S, C), (B, S, C)."""
         m, d = len(self.sizes), self.latent_dim
         mu_BME, log_var_BME = self.experts(x)
         every_1M = torch.ones(1, m, dtype=torch.bool, device=x.device)

@@ -1,24 +1,26 @@
 """JMVAE, the joint multimodal VAE (Suzuki et al. 2016), https://arxiv.org/abs/1611.01891
 
-A sample has parts x = (x_1, ..., x_M), its modalities; one encoder sees them all, and each part has one of its own,
-which learns what the first would say:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. A joint encoder sees all of them. Each part also has its
+own encoder, which learns to imitate the joint one:
 
     q(z|x) = N(mu(x), diag sigma(x)^2)     q_i(z|x_i) = N(mu_i, diag sigma_i^2)     p(z) = N(0, I)
 
     L = E_q(z|x)[-sum_i log p(x_i|z)] + beta KL(q(z|x) || p(z)) + alpha sum_i KL(q(z|x) || q_i(z|x_i))
 
-in nats per sample; this is the paper's JMVAE-kl, with a weight beta of its first KL. The parts' encoders learn from the
-last term alone, the decoders from the first, q(z|x) from all three. With alpha = 0 it is a VAE of whole samples.
+in nats per sample. This is the paper's JMVAE-kl, with a weight beta on its first KL. The parts' encoders learn only
+from the last term, the decoders only from the first, and q(z|x) from all three. With alpha = 0, it is a VAE of whole
+samples.
 
-The code of one part is that of its encoder, of all parts that of q(z|x). Of several the paper says nothing. Each q_i
-stands for p(z|x_i), in which the prior is, and of all that are looked at it is to count once:
+The code of one part comes from its encoder, and the code of all parts from q(z|x). The paper does not define the code
+of several parts. Each q_i approximates p(z|x_i), which includes the prior, and in a product of several the prior must
+count once:
 
     q(z|x_S) proportional to p(z) prod_(i in S) q_i(z|x_i) / p(z)     S: some of the parts
     1 / sigma_S^2 = 1 + sum_i (1 / sigma_i^2 - 1)     mu_S = sigma_S^2 sum_i mu_i / sigma_i^2
 
-which is p(z|x_S) where the q_i are the p(z|x_i), as the parts are independent given z. There no sigma_i is above 1; one
-that is counts as 1. MultiVae (https://github.com/AgatheSenellart/MultiVae) multiplies the q_i themselves, which has the
-prior in it once for each part and is too sure of codes near 0.
+This equals p(z|x_S) if the q_i are the p(z|x_i), since the parts are independent given z. In that case no sigma_i is
+above 1; a larger one counts as 1. MultiVae (https://github.com/AgatheSenellart/MultiVae) multiplies the q_i themselves.
+That product includes the prior once for each part, so it is overconfident about codes near 0.
 
 Shapes: B batch, D code, M parts.
 """
@@ -92,7 +94,7 @@ class JMVAE(WithParts, VAE):
         self.save_hyperparameters()
         at_least(0, alpha=alpha)
         self.alpha = alpha
-        # there are several KLs, of which none alone is to be near a capacity
+        # a capacity is a target for a single KL, but this loss has several
         del self.capacity
         self.keep_parts(parts, net, hidden_dims, activation)
         self.joint_encoder = nets.encoder(net, self.input_shape, (2 * latent_dim,), hidden_dims, activation)

@@ -1,29 +1,30 @@
 """JNF, the joint VAE with normalising flows for its parts (Senellart et al. 2023), https://arxiv.org/abs/2305.11832
 
-A sample has parts x = (x_1, ..., x_M), its modalities; one encoder sees them all, and each part has one of its own with
-a flow behind it, that learns what the first says:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. A joint encoder sees all of them. Each part also has its
+own encoder, followed by a flow, which learns to imitate the joint one:
 
     q(z|x) = N(mu(x), diag sigma(x)^2)     p(z) = N(0, I)
     log q_i(z|x_i) = log N(f_i(z); mu_i, diag sigma_i^2) + log|det df_i/dz|     f_i: a masked autoregressive flow
 
     L = E_q(z|x)[-sum_i log p(x_i|z)] + beta KL(q(z|x) || p(z)) + sum_i E_sg(q)[log q(z|x) - log q_i(z|x_i)]
 
-in nats per sample. In `jmvae` q_i is Gaussian and draws the joint VAE to what it can follow. Here the last term trains
-the q_i alone: sg stops gradients. The paper takes two stages, first the joint VAE, then, that one frozen,
--E_q[log q_i(z|x_i)], which has the same gradient for q_i. In one run the joint VAE learns what it would alone and the
-q_i follow it: a point where both rest is one where both stages rest. Without layers q_i is that of `jmvae`.
+in nats per sample. In `jmvae`, q_i is Gaussian and pulls the joint VAE towards posteriors that q_i can match. Here the
+last term trains only the q_i: sg stops gradients. The paper has two stages: the joint VAE first, then, with it frozen,
+-E_q[log q_i(z|x_i)], which has the same gradient for q_i. In a single run, the joint VAE learns what it would learn
+alone, and the q_i follow it: a stationary point of the run is one of both stages. Without flow layers, q_i is that of
+`jmvae`.
 
-The code of all parts is that of q(z|x), of one f_i^-1(mu_i). Of several it is that of p(z) prod_i q_i(z|x_i) / p(z)
-with the prior once, each q_i taken for a Gaussian N(m_i, C_i) there:
+The code of all parts is the mean of q(z|x), and the code of one part is f_i^-1(mu_i). The code of several is the mean
+of p(z) prod_i q_i(z|x_i) / p(z), with the prior once, where each q_i is approximated by a Gaussian N(m_i, C_i):
 
     m_i = f_i^-1(mu_i)     C_i = sum_d a_d a_d^T     2 a_d = f_i^-1(mu_i + sigma_id e_d) - f_i^-1(mu_i - sigma_id e_d)
     C_S^-1 = I + sum_i (C_i^-1 - I)     m_S = C_S sum_i C_i^-1 m_i     variances of C_i above 1 count as 1
 
-which is p(z|x_S) where the q_i are the p(z|x_i) and the f_i affine. The paper draws from the density itself by
-Hamiltonian Monte Carlo; MultiVae (https://github.com/AgatheSenellart/MultiVae) divides it by p(z) once, however many
-parts there are, which is right for two.
+This equals p(z|x_S) if the q_i are the p(z|x_i) and the f_i are affine. The paper draws from the density itself by
+Hamiltonian Monte Carlo. MultiVae (https://github.com/AgatheSenellart/MultiVae) divides it by p(z) once, whatever the
+number of parts, which is right for two.
 
-Shapes: B batch, D code, M parts, S of them that are looked at.
+Shapes: B batch, D code, M parts, S of them that are used.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """MHVAE, the multi-modal hierarchical VAE (Dorent et al. 2023), https://arxiv.org/abs/2309.08747
 
-A sample has parts x = (x_1, ..., x_M), its modalities, and L levels of codes, z_1 at the bottom to z_L at the top; the
-posterior of a level given some of the parts S is the product of what each of them says there, and of the prior:
+A sample consists of parts x = (x_1, ..., x_M), its modalities, and has L levels of codes, z_1 at the bottom to z_L at
+the top. Given some of the parts, S, the posterior of a level is the product of their experts and the prior:
 
     p(x, z) = p(x_1 | z_1) ... p(x_M | z_1) p(z_1 | z_2) ... p(z_{L-1} | z_L) p(z_L)     p(z_L) = N(0, I)
     q(z_l | x_S, z_{l+1}) = N(mu, sigma^2), proportional to p(z_l | z_{l+1}) prod_(i in S) q_i(z_l | x_i, z_{l+1})
@@ -9,20 +9,20 @@ posterior of a level given some of the parts S is the product of what each of th
 
     L = 1 / (2^M - 1) sum_S (E_q[-log p(x | z_1)] + beta sum_l E_q[KL(q(z_l | x_S, z_{l+1}) || p(z_l | z_{l+1}))])
 
-in nats per sample, over all S but the empty one. From each all parts are decoded, those not in it too, so that with
-beta = 1 each term is a bound on -log p(x). This mean is that of MultiVae (https://github.com/AgatheSenellart/MultiVae);
-the authors' code (https://github.com/ReubenDo/MHVAE), for two parts, has the sum of the three terms. nll, kl, kl_l and
-elbo are those of all parts, `subset_nelbo` is what the other S add.
+in nats per sample, over all non-empty S. Each S decodes all parts, also those not in it, so with beta = 1 each term is
+a bound on -log p(x). MultiVae (https://github.com/AgatheSenellart/MultiVae) takes this mean; the authors' code
+(https://github.com/ReubenDo/MHVAE), for two parts, takes the sum of the three terms. nll, kl, kl_l and elbo are those
+of all parts; `subset_nelbo` is what the other S add to L.
 
-The authors' code weighs means by 1 / sigma_i and has the sum of those for 1 / sigma, which is no product of Gaussians;
-here it is one. As there, all parts share the nets of q_i below the top, which see z_{l+1} and what the part's own
-encoder makes for the level. Not from there: codes are vectors, not maps, and nothing is adversarial. Its warm-up of the
-KL, without which levels easily come to carry nothing, is the callback BetaAnnealing in linear mode.
+The authors' code weights means by 1 / sigma_i and takes the sum of these weights as 1 / sigma, which is no product of
+Gaussians; here it is one. As there, all parts share the networks of q_i below the top, which get z_{l+1} and the output
+of the part's own encoder for the level. Unlike there, codes are vectors, not maps, and there is no adversarial loss.
+Its warm-up of the KL, without which levels easily stay unused, is the callback BetaAnnealing in linear mode.
 
-Given z_1 the parts are independent, so that at the bottom the product may be the posterior itself. Above they are not:
-there that of several parts is an approximation, too sure in a linear model. L = 1 is an MVAE whose subsets decode all.
+Given z_1, the parts are independent: at the bottom the product can be the true posterior. Above it they are not: the
+product of several is an approximation, overconfident in a linear model. L = 1 is an MVAE whose subsets decode all.
 
-The code is all levels from the bottom up, D = D_1 + ... + D_L; decode reads the bottom level, on which alone x depends.
+The code is all levels from the bottom up, D = D_1 + ... + D_L; decode reads z_1, the only level that x depends on.
 
 Shapes: B batch, D code, L levels, M parts, S subsets of them.
 """
@@ -43,7 +43,7 @@ from aezoo.nets.levels import Pair, gaussian
 
 
 class MHVAE(WithParts, HierarchicalVAE):
-    """A VAE of several modalities with levels of codes, each the prior of the one below and an expert on it.
+    """A VAE of several modalities with a hierarchy of codes; each level gives the prior of the level below it.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -98,7 +98,7 @@ class MHVAE(WithParts, HierarchicalVAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # there are several KLs, of which none alone is to be near a capacity
+        # a capacity is a target for a single KL, but this loss has several
         del self.capacity
         self.keep_parts(parts, net, hidden_dims, activation, n_decoded=latent_dims[0])
         if len(self.sizes) > MOST_PARTS:
@@ -107,7 +107,7 @@ class MHVAE(WithParts, HierarchicalVAE):
             self.decoder = Decoders([OfBottom(latent_dims[0], net) for net in self.decoder], self.decoder.dim)
 
     def subsets(self) -> list[tuple[int, ...]]:
-        """All subsets of the parts but the empty one, that of all parts first."""
+        """All non-empty subsets of the parts, the set of all parts first."""
         m = len(self.sizes)
         return [chosen for size in range(m, 0, -1) for chosen in combinations(range(m), size)]
 

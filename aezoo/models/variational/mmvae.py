@@ -1,18 +1,20 @@
 """MMVAE, the mixture-of-experts multimodal VAE (Shi et al. 2019), https://arxiv.org/abs/1911.03393
 
-A sample has parts x = (x_1, ..., x_M), its modalities; the posterior is the mean of what their encoders say:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. The posterior is the mixture of their encoders'
+Gaussians:
 
     q(z|x) = 1/M sum_i q_i(z|x_i)     q_i = N(mu_i, diag sigma_i^2)     p(z) = N(0, I)
 
     L = 1/M sum_i E_q_i[-log p(x|z) + beta (log q(z|x) - log p(z))]     (section 3)
       = 1/M sum_i (E_q_i[-log p(x|z)] + beta (KL(q_i || p) - E_q_i[log q_i(z|x_i) - log q(z|x)]))
 
-in nats per sample. This is the ELBO, not the tighter IWAE bound that the paper trains on. It is estimated by stratified
-sampling, without bias: each expert draws one z, all parts are decoded from it, x_i from z ~ q_j too, and q(z|x) is the
-whole mixture at that z. What the second form subtracts is at most log M: without it the mean of the experts' KLs would
-stand for the mixture's, which is never larger. M = 1 is the VAE. A sample that lacks parts has the L of the others.
+in nats per sample. This is the ELBO, not the tighter IWAE bound that the paper trains on. Stratified sampling estimates
+it without bias: each expert draws one z, from which all parts are decoded (x_i from z ~ q_j, too), and q(z|x) is the
+density of the whole mixture at that z. The term subtracted in the second form is at most log M. Without it, the mean of
+the experts' KLs would replace the KL of the mixture, which is never larger. M = 1 is the VAE. If a sample lacks parts,
+L is computed from its other parts.
 
-Codes are the mixture's mean, the mean of the mu_i; scores are the second form for beta = 1 with z at the mu_i.
+The code is the mixture's mean, the mean of the mu_i. The score is the second form for beta = 1 with z at the mu_i.
 
 Shapes: B batch, D code, M parts, S components of the mixture, K importance samples.
 """
@@ -30,7 +32,7 @@ from aezoo.multimodal import MayLackParts
 
 
 class MMVAE(MayLackParts, VAE):
-    """A VAE of several modalities whose posterior is the mean of those of each.
+    """A VAE of several modalities whose posterior is the mixture of the posteriors of the single modalities.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -84,7 +86,7 @@ class MMVAE(MayLackParts, VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # the sampled KL may be negative, at no distance from a capacity
+        # the sampled KL may be negative, so its distance from a capacity has no meaning
         del self.capacity
         self.keep_parts(parts, net, hidden_dims, activation)
 
@@ -93,11 +95,11 @@ class MMVAE(MayLackParts, VAE):
         return self.experts(x, parts)
 
     def there(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
-        """Which components are of parts that are there: (B, *input_shape) -> (B, S) bool."""
+        """Which components belong to parts that the sample has: (B, *input_shape) -> (B, S) bool."""
         return self.seen(x, parts)
 
     def weights(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
-        """S times the share of each component in the mixture, 1 of whole samples: (B, *input_shape) -> (B, S)."""
+        """S times each component's weight in the mixture, 1 for complete samples: (B, *input_shape) -> (B, S)."""
         there_BS = self.there(x, parts).to(torch.promote_types(x.dtype, torch.float32))
         return there_BS * there_BS.shape[1] / there_BS.sum(1, keepdim=True)
 
@@ -117,7 +119,7 @@ class MMVAE(MayLackParts, VAE):
         return (log_q_BKS + weight_BS.log()[:, None]).logsumexp(2) - math.log(log_q_BKS.shape[2])
 
     def bound(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor]:
-        """Weighted -log p(x|z) and share of the KL of z_s ~ q_s, or z_s = mu_s: (B, *input_shape) -> (B, S), (B, S)."""
+        """Weighted -log p(x|z_s) and KL terms for z_s ~ q_s, or for z_s = mu_s: (B, *input_shape) -> (B, S), (B, S)."""
         (mu_BSD, log_var_BSD), weight_BS = self.components(x), self.weights(x)
         z_BSD = mu_BSD + torch.exp(0.5 * log_var_BSD) * torch.randn_like(mu_BSD) if noise else mu_BSD
         nll_BS = torch.stack([self.nll_of_part(i, z_BSD, x_i) for i, x_i in enumerate(self.split(x))]).sum(0)

@@ -1,6 +1,6 @@
 """MMVAE+, with a private code for each part as well (Palumbo et al. 2023), https://openreview.net/forum?id=sdQGxouELX
 
-A sample has parts x = (x_1, ..., x_M), its modalities. All are decoded from u, and each from a w_i of its own as well:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. Each is decoded from a shared code u and a private w_i:
 
     p(x, u, w) = p(u) prod_i p(w_i) p(x_i|u, w_i)     p(u) = N(0, I)     p(w_i) = N(0, I)
     q(u|x) = 1/M sum_i q_i(u|x_i)     q_i(u, w_i|x_i) = N(mu_i, diag sigma_i^2)     r_i(w) = N(0, diag s_i^2)
@@ -8,16 +8,16 @@ A sample has parts x = (x_1, ..., x_M), its modalities. All are decoded from u, 
     L = 1/M sum_i E_q_i[-log p(x_i|u, w_i) - sum_(j != i) E_r_j[log p(x_j|u, w)]
                         + beta (log q(u|x) - log p(u) + KL(q_i(w_i|x_i) || p(w_i)))]
 
-in nats per sample, estimated as `mmvae` does. From the u of another part x_j is decoded with a w of r_j, so that what
-is shared cannot hide in private codes; s_j is learned. Where r_j is p, -L for beta = 1 is a bound on log p(x), whose
-posterior of w_j is q_j with a u from x_j, and the prior with a u from another part. A sample that lacks parts has the L
-of its other parts. The form is that of MultiVae (https://github.com/AgatheSenellart/MultiVae) for one draw of each;
-there too r_j has the mean of p, but distributions are of Laplace by default, here they are Gaussian.
+in nats per sample, estimated as in `mmvae`. With a u from another part, x_j is decoded with a w from r_j, so that
+shared information cannot hide in private codes; s_j is learned. If r_j is p, -L for beta = 1 is a bound on log p(x), in
+which the posterior of w_j is q_j for a u from x_j, and the prior for a u from another part. If a sample lacks parts, L
+is computed from its other parts. L is that of MultiVae (https://github.com/AgatheSenellart/MultiVae) with one draw of
+each. There, too, r_j has the mean of p, but distributions are Laplace by default; here they are Gaussian.
 
-Codes are (u, w_1, ..., w_M): the mean of the mu_i, and each part's own; of a part that is missing or not looked at, the
-mean of p.
+The code is (u, w_1, ..., w_M): the mean of the mu_i of u, and each part's own w_i. If a part is missing or not used,
+its w_i is the mean of p.
 
-Shapes: B batch, D shared code, P private code, E = D + P, M parts, S of them that are looked at, K importance samples.
+Shapes: B batch, D shared code, P private code, E = D + P, M parts, S of them that are used, K importance samples.
 """
 
 from collections.abc import Sequence
@@ -33,14 +33,14 @@ from aezoo.multimodal import PrivateDecoders
 
 
 class MMVAEPlus(MMVAE):
-    """A VAE of several modalities with a code that all share, and one for each that the others do not see.
+    """A VAE of several modalities with one shared code, and a private code for each modality.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
             entries of vectors, rows of images with one channel; halves by default.
         latent_dim: D, size of the code that all parts share.
-        private_dim: P, size of the code that each part has beside it; with 0 it is the MMVAE.
+        private_dim: P, size of each part's private code; 0 gives the MMVAE.
         beta: weight of the terms with q, log q(u|x) - log p(u) and the KL of w_i.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
@@ -107,18 +107,18 @@ class MMVAEPlus(MMVAE):
         u = gaussians.mixture_moments(mu_BSD, log_var_BSD, self.weights(x, parts))
         for u_BD, values_BSE in zip(u, own, strict=True):
             w = dict(zip(parts, values_BSE[..., self.latent_dim :].unbind(1), strict=True))
-            unseen_BP = torch.zeros_like(values_BSE[:, 0, self.latent_dim :])  # of N(0, I), mean and log-variance
+            unseen_BP = torch.zeros_like(values_BSE[:, 0, self.latent_dim :])  # mean and log-variance of N(0, I)
             found.append(torch.cat([u_BD, *(w.get(i, unseen_BP) for i in range(len(self.sizes)))], 1))
         return found[0], found[1]
 
     def draws(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """The shared codes that are decoded, their -log p(x|u, w) and share of the KL: -> (B, M, D), (B, M), (B, M)."""
+        """The shared codes that are decoded, their -log p(x|u, w) and KL terms: -> (B, M, D), (B, M), (B, M)."""
         mu_BME, log_var_BME = self.experts(x)
         draw = torch.randn_like if noise else torch.zeros_like
         z_BME = mu_BME + torch.exp(0.5 * log_var_BME) * draw(mu_BME)
         u_BMD, w_BMP = z_BME[..., : self.latent_dim], z_BME[..., self.latent_dim :]
         std_MP = torch.exp(0.5 * at_least_float32(self.r_log_var_MP))
-        # at once, since a graph may have several draws in another order
+        # drawn at once, since a graph may reorder separate draws
         r_BMMP = std_MP * draw(w_BMP[:, :, None].expand(-1, -1, len(self.sizes), -1))
         nll_MBM = []
         for i, x_i in enumerate(self.split(x)):

@@ -1,17 +1,17 @@
 """MoPoE-VAE, the mixture of products of experts (Sutter et al. 2021), https://arxiv.org/abs/2105.02470
 
-A sample has parts x = (x_1, ..., x_M), its modalities; the posterior is a mixture over all 2^M - 1 subsets S of them:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. The posterior is a mixture over all 2^M - 1 subsets S:
 
     q(z|x) = 1 / (2^M - 1) sum_S q_S(z)     q_S = N(mu_S, diag sigma_S^2), proportional to prod_(i in S) q_i(z|x_i)
     1 / sigma_S^2 = sum_i 1 / sigma_i^2     mu_S = sigma_S^2 sum_i mu_i / sigma_i^2
 
     L = 1 / (2^M - 1) sum_S E_q_S[-log p(x|z) + beta (log q(z|x) - log p(z))]     p(z) = N(0, I)
 
-in nats per sample, estimated as `mmvae` does: each q_S draws one z, from which all parts are decoded, and q is the
-whole mixture there. The authors' code (https://github.com/thomassutter/MoPoE) takes the mean of the KL(q_S || p), which
-is never less than the mixture's. The prior is in no product, as the paper has it; in that code it is in the product of
-all parts. With subsets of one part alone it would be MMVAE, with that of all alone a product of experts; M = 1 is the
-VAE. A sample that lacks parts has the L of its other parts.
+in nats per sample, estimated as in `mmvae`: each q_S draws one z, from which all parts are decoded, and q(z|x) is the
+density of the whole mixture there. The authors' code (https://github.com/thomassutter/MoPoE) takes the mean of the
+KL(q_S || p) instead, which is never less than the KL of the mixture. As in the paper, no product includes the prior; in
+that code, the product of all parts does. With only the single-part subsets, this would be MMVAE; with only the set of
+all parts, a product of experts. M = 1 is the VAE. If a sample lacks parts, L is computed from its other parts.
 
 Shapes: B batch, D code, M parts, S subsets of them.
 """
@@ -25,12 +25,12 @@ from aezoo import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.mmvae import MMVAE
 
-# of 63 subsets, whose codes are all decoded
+# 6 parts have 63 subsets, and the code of each is decoded
 MOST_PARTS = 6
 
 
 class MoPoEVAE(MMVAE):
-    """A VAE of several modalities whose posterior is the mean of the products of all subsets of them.
+    """A VAE of several modalities whose posterior is the mixture of the products of experts of all their subsets.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -87,9 +87,9 @@ class MoPoEVAE(MMVAE):
             raise AezooError(f"parts must be at most {MOST_PARTS}, got {len(self.sizes)}: take mvae or mmvae for more")
 
     def subsets(self, m: int, device: torch.device) -> Tensor:
-        """All subsets of m parts but the empty one, (S, m) bool."""
+        """All non-empty subsets of m parts, (S, m) bool."""
         numbers_S1 = torch.arange(1, 2**m, device=device)[:, None]
-        return numbers_S1 // 2 ** torch.arange(m, device=device) % 2 == 1  # ONNX shifts no signed numbers
+        return numbers_S1 // 2 ** torch.arange(m, device=device) % 2 == 1  # ONNX cannot shift signed numbers
 
     def components(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         mu_BMD, log_var_BMD = self.experts(x, parts)

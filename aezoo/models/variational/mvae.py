@@ -1,6 +1,6 @@
 """MVAE, the multimodal VAE (Wu & Goodman 2018), https://arxiv.org/abs/1802.05335
 
-A sample has parts x = (x_1, ..., x_M), its modalities; each encoder is an expert on z, and so is the prior:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. Each encoder is an expert on z, and so is the prior:
 
     q(z|x_S) = N(mu_S, diag sigma_S^2), proportional to p(z) prod_(i in S) q_i(z|x_i)     S: some of the parts
     1 / sigma_S^2 = 1 + sum_i 1 / sigma_i^2     mu_S = sigma_S^2 sum_i mu_i / sigma_i^2     (section 2.1)
@@ -8,12 +8,12 @@ A sample has parts x = (x_1, ..., x_M), its modalities; each encoder is an exper
     L = -ELBO(x) - sum_i ELBO(x_i) - sum_j ELBO(x_Sj)     (section 2.2)
     ELBO(x_S) = E_q(z|x_S)[sum_(i in S) log p(x_i|z)] - beta KL(q(z|x_S) || p(z))
 
-in nats per sample: the first ELBO is of all parts, the next are of each alone, the k last of random subsets of 2 to
-M - 1 parts, which each sample draws for itself: first how many, evenly, as the authors' code does
-(https://github.com/mhw32/multimodal-vae-public, celeba19), then which. The terms nll, kl and elbo are those of all
-parts, `subset_nelbo` is what the others add. M = 1 is a VAE whose posterior is q_1 times the prior. A sample that lacks
-parts has the L of those that it has, so that of a single part ELBO(x_i) alone is left, as in the paper's weakly
-supervised runs.
+in nats per sample. The first ELBO is of all parts, the next are of single parts, and the last k are of random subsets
+of 2 to M - 1 parts. Each sample draws its own subsets: first the size, uniformly, as in the authors' code
+(https://github.com/mhw32/multimodal-vae-public, celeba19), then the members. The terms nll, kl and elbo are those of
+all parts; `subset_nelbo` is what the other ELBOs add to L. With M = 1, this is a VAE whose posterior is q_1 times the
+prior. If a sample lacks parts, L is computed from the parts that it has. With a single part, only ELBO(x_i) remains, as
+in the paper's weakly supervised runs.
 
 Shapes: B batch, D code, M parts, S subsets: all, each alone, k random ones.
 """
@@ -29,12 +29,12 @@ from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 from aezoo.multimodal import MayLackParts
 
-# each is decoded
+# the code of each is decoded
 MOST_SUBSETS = 1000
 
 
 class MVAE(MayLackParts, VAE):
-    """A VAE of several modalities whose posterior is the product of what each says, and of the prior.
+    """A VAE of several modalities whose posterior is the product of the prior and one expert for each modality.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -88,7 +88,7 @@ class MVAE(MayLackParts, VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # there are several KLs, of which none alone is to be near a capacity
+        # a capacity is a target for a single KL, but this loss has several
         del self.capacity
         if not 0 <= n_subsets <= MOST_SUBSETS:
             raise AezooError(f"n_subsets must be from 0 to {MOST_SUBSETS}, got {n_subsets}")
@@ -97,8 +97,8 @@ class MVAE(MayLackParts, VAE):
 
     @staticmethod
     def product(mu: Tensor, log_var: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of p(z) prod_i q_i(z) of the i in `member`: (..., M, D), (..., M) -> (..., D)."""
-        # the prior N(0, I) is one more expert, of zeros
+        """Mean and log-variance of p(z) prod_i q_i(z) over the i in `member`: (..., M, D), (..., M) -> (..., D)."""
+        # the prior N(0, I) is one more expert, with mean and log-variance 0
         mu, log_var = (F.pad(values, (0, 0, 0, 1)) for values in (mu, log_var))
         return gaussians.product(mu, log_var, None if member is None else F.pad(member, (0, 1), value=True))
 
@@ -106,9 +106,10 @@ class MVAE(MayLackParts, VAE):
         return self.product(*self.experts(x, parts), self.seen(x, parts))
 
     def subsets(self, seen_BM: Tensor) -> Tensor:
-        """Which parts are in each subset, (B, S, M), of those that are there: all, each alone, and random ones.
+        """The parts in each subset, (B, S, M): all parts that the sample has, each of them alone, and random ones.
 
-        Of fewer than 2 parts that alone, of fewer than 3 the random ones are empty, which costs nothing.
+        If a sample has fewer than 2 parts, its single-part subsets are empty; with fewer than 3, so are its random
+        ones. Empty subsets add nothing to the loss.
         """
         n, m, device = *seen_BM.shape, seen_BM.device
         seen_B1M, n_seen_B11 = seen_BM[:, None], seen_BM.sum(1)[:, None, None]
@@ -127,7 +128,7 @@ class MVAE(MayLackParts, VAE):
         z_BSD = mu_BSD + torch.exp(0.5 * log_var_BSD) * torch.randn_like(mu_BSD)
         nll = rest_nll = mu_BSD.new_zeros(())
         for i, x_i in enumerate(self.split(x)):
-            # a part is decoded where it is or may be in a subset: with all, alone, in a random one
+            # part i is decoded only for the subsets that can contain it: all parts, part i alone, and random ones
             z_BsD, member_BsM = (
                 torch.cat([v[:, :1], v[:, 1 + i : 2 + i], v[:, 1 + m :]], 1) for v in (z_BSD, member_BSM)
             )

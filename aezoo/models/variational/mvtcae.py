@@ -1,7 +1,7 @@
 """MVTCAE (Hwang et al. 2021), https://papers.nips.cc/paper/2021/hash/65a99bb7a3115fdede20da98b08a370f-Abstract.html
 
-The multi-view total correlation autoencoder. A sample has parts x = (x_1, ..., x_M), its modalities or views; the
-posterior is the product of what their encoders, the experts, say:
+The multi-view total correlation autoencoder. A sample consists of parts x = (x_1, ..., x_M), its modalities or views.
+The posterior is the product of their encoders' Gaussians, the experts:
 
     q(z|x) = N(mu, diag sigma^2), proportional to prod_i q_i(z|x_i)     q_i = N(mu_i, diag sigma_i^2)     p(z) = N(0, I)
     1 / sigma^2 = sum_i 1 / sigma_i^2     mu = sigma^2 sum_i mu_i / sigma_i^2
@@ -12,12 +12,13 @@ in nats per sample. The total correlation of the parts that z explains is
 
     sum_i I(x_i; z) - I(x; z) = (M - 1) / M sum_i I(x_i; z) - 1 / M sum_i I(x; z | x_i)
 
-of which the last is at most E KL(q || q_i): what z knows of x beyond x_i. L is alpha times the bound on this and
-1 - alpha times that of a VAE, here one whose posterior has no prior in it. With alpha = 1 no term has the prior either;
-M = 1 is 1 - alpha times the VAE. A sample that lacks parts has the L of those that it has: M is their number.
+where I(x; z | x_i), what z knows of x beyond x_i, is at most E KL(q || q_i). L is alpha times the resulting bound plus
+1 - alpha times the loss of a VAE whose posterior does not include the prior. With alpha = 1, the prior is in no term; M
+= 1 is 1 - alpha times the VAE. If a sample lacks parts, L is computed from those that it has, and M is their number.
 
-This is the authors' code (https://github.com/gr8joo/MVTCAE: alpha is tc_ratio there, 5 / 6, beta 2.5 on PolyMNIST), but
-for the 1e-8 that it adds to variances in the product. The code of some parts is the product of their experts.
+This follows the authors' code (https://github.com/gr8joo/MVTCAE, where alpha is tc_ratio, 5 / 6, and beta is 2.5 on
+PolyMNIST), except for the 1e-8 that it adds to variances in the product. The posterior given only some parts is the
+product of their experts.
 
 Shapes: B batch, D code, M parts.
 """
@@ -34,7 +35,7 @@ from aezoo.multimodal import MayLackParts
 
 
 class MVTCAE(MayLackParts, VAE):
-    """A VAE of several modalities whose posterior, the product of what each says, is to be near each of them.
+    """A VAE of several modalities whose posterior, the product of their experts, is kept near each expert.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -88,7 +89,7 @@ class MVTCAE(MayLackParts, VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # there are several KLs, of which none alone is to be near a capacity
+        # a capacity is a target for a single KL, but this loss has several
         del self.capacity
         self.keep_parts(parts, net, hidden_dims, activation)
         if not 0 <= alpha <= 1:
@@ -101,11 +102,11 @@ class MVTCAE(MayLackParts, VAE):
         return gaussians.product(*self.experts(x, parts), self.seen(x, parts))
 
     def shares(self, n_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Alpha and alpha / M of samples that have so many parts: (B,) -> (B,), (B,)."""
+        """Alpha and alpha / M for samples with these numbers of parts: (B,) -> (B,), (B,)."""
         return torch.full_like(n_B, self.alpha), self.alpha / n_B
 
     def terms(self, x: Tensor, mu_BMD: Tensor, log_var_BMD: Tensor) -> dict[str, Tensor]:
-        """The loss and its terms, from what the experts say: (B, *input_shape), (B, M, D), (B, M, D) -> scalars."""
+        """The loss and its terms, from the experts' moments: (B, *input_shape), (B, M, D), (B, M, D) -> scalars."""
         seen_BM = self.seen(x)
         mu_BD, log_var_BD = gaussians.product(mu_BMD, log_var_BMD, seen_BM)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)

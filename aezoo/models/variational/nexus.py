@@ -1,7 +1,7 @@
 """Nexus, the hierarchical multimodal VAE (Vasco et al. 2022), https://doi.org/10.1016/j.neunet.2021.11.019
 
-A sample has parts x = (x_1, ..., x_M), its modalities. Each has a VAE with a code z_i of its own, and over the codes
-stands another with a code u that they share, to which each sends a message; the messages are averaged:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. Each part has a VAE with its own code z_i. Another VAE,
+above these, has a shared code u, to which each z_i sends a message; the messages are averaged:
 
     p(x, z, u) = p(u) prod_i p(z_i|u) p(x_i|z_i)     p(u) = N(0, I)     p(z_i|u) = N(m_i(u), diag s_i^2)
     q(z, u|x) = q(u|z) prod_i q_i(z_i|x_i)     q_i = N(mu_i, diag sigma_i^2)
@@ -10,18 +10,18 @@ stands another with a code u that they share, to which each sends a message; the
     L = sum_i (E_q_i[-log p(x_i|z_i)] + beta KL(q_i(z_i|x_i) || N(0, I)))
         + E_sg(q_i)[E_q(u|z_S)[-sum_i log p(z_i|u)] + top_beta KL(q(u|z_S) || p(u))]
 
-in nats per sample. sg stops gradients: each part's VAE learns as if alone, the higher level from codes as they are. S
-is all parts but for forced perceptual dropout: of a share of the samples in training only some send their messages,
-first how many, evenly from 1 to M - 1, then which; u is to tell the codes of all. elbo bounds log p(x), with p(z_i|u)
-for the prior of z_i. Codes are (u, z_1, ..., z_M), the means; of parts that are not looked at, m_i(u). A sample that
-lacks parts has the L of its other parts.
+in nats per sample. sg stops gradients: each part's VAE learns as if alone, and the higher level does not change the
+z_i. S is all parts, except under forced perceptual dropout: for a share of the training samples only some parts send
+messages (first their number is drawn, uniformly from 1 to M - 1, then which), but u must predict the codes of all. elbo
+bounds log p(x), with p(z_i|u) as the prior of z_i. The code is (u, z_1, ..., z_M), the means, with m_i(u) for parts
+that are not used. If a sample lacks parts, L is computed from its other parts.
 
-The paper also weighs each p(x_i|z_i) and p(z_i|u). The authors' code (https://github.com/miguelsvasco/nexus_pytorch)
-has s_i^2 = 1/2, or for one part what is best for the batch; here s_i is learned. It has batch normalisation too, and KL
+The paper also weights each p(x_i|z_i) and p(z_i|u). The authors' code (https://github.com/miguelsvasco/nexus_pytorch)
+has s_i^2 = 1/2, or for one part the optimum for the batch; here s_i is learned. It also has batch normalisation, and KL
 weights that rise over epochs. MultiVae (https://github.com/AgatheSenellart/MultiVae), which says that its results are
-not the paper's, has s_i = 1, dropout in evaluation too and by default none.
+not the paper's, has s_i = 1, and dropout in evaluation too but none by default.
 
-Shapes: B batch, D shared code, P code of a part, M parts, S of them that are looked at, K importance samples.
+Shapes: B batch, D shared code, P code of a part, M parts, S of them that are used, K importance samples.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ from aezoo.nets.messages import MessageLevel
 
 
 class Nexus(MayLackParts, VAE):
-    """A VAE for each of several modalities, and one of their codes that makes those of the parts that are missing.
+    """A VAE for each of several modalities, and a VAE of their codes that infers the codes of missing parts.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -47,7 +47,7 @@ class Nexus(MayLackParts, VAE):
         latent_dim: D, size of the code that all parts share.
         part_dim: P, size of each part's own code.
         level_dim: size of a message, and width of the hidden layer of the nets between the levels.
-        dropout: share of samples in training whose shared code comes from some of their parts alone.
+        dropout: share of training samples whose shared code is inferred from only some of their parts.
         beta: weight of the KL terms of the parts.
         top_beta: weight of the KL term of the shared code.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
@@ -102,7 +102,7 @@ class Nexus(MayLackParts, VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        # there are several KLs, of which none alone is to be near a capacity
+        # a capacity is a target for a single KL, but this loss has several
         del self.capacity
         self.keep_parts(parts, net, hidden_dims, activation)
         self.decoder = OwnDecoders([*self.decoder], self.decoder.dim, latent_dim)
@@ -115,10 +115,10 @@ class Nexus(MayLackParts, VAE):
         return self.top.completed(*self.experts(x, parts), which, self.seen(x, parts))
 
     def bound(self, x: Tensor, noise: bool = True) -> dict[str, Tensor]:
-        """The terms of the loss, each (B,); without noise codes are their means, of all parts."""
+        """The terms of the loss, each (B,); without noise, codes are means and all parts send messages."""
         (mu_BMP, log_var_BMP), seen_BM = self.experts(x), self.seen(x)
         d, zero_BF = self.latent_dim, F.pad(torch.zeros_like(mu_BMP).flatten(1), (0, self.latent_dim))
-        # at once, since a graph may have several draws in another order
+        # drawn at once, since a graph may reorder separate draws
         eps_BF = torch.randn_like(zero_BF) if noise else zero_BF
         z_BMP = mu_BMP + torch.exp(0.5 * log_var_BMP) * eps_BF[:, :-d].unflatten(1, mu_BMP.shape[1:])
         top_nll_B, top_kl_B = self.top.bound(z_BMP.detach(), eps_BF[:, -d:], noise and self.training, seen_BM)

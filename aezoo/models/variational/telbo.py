@@ -1,7 +1,7 @@
 """TELBO, the triple ELBO (Vedantam et al. 2018), https://arxiv.org/abs/1705.10762
 
-A sample has parts x = (x_1, ..., x_M), its modalities; one encoder sees them all, and each part has one of its own, an
-expert beside the prior:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. A joint encoder sees all of them. Each part also has its
+own encoder, an expert that is multiplied with the prior:
 
     q(z|x) = N(mu(x), diag sigma(x)^2)     q_i(z|x_i) = N(mu_i, diag sigma_i^2)     p(z) = N(0, I)
     q(z|x_S) proportional to p(z) prod_(i in S) q_i(z|x_i)     S: some of the parts, not all
@@ -9,18 +9,19 @@ expert beside the prior:
     L = E_q(z|x)[-sum_i log p(x_i|z)] + beta KL(q(z|x) || p(z))
         + sum_i (gamma E_q(z|x_i)[-log p(x_i|z)] + beta KL(q(z|x_i) || p(z)))
 
-in nats per sample: the ELBO of all parts and that of each, which with beta = gamma = 1 are three for two parts. The
-terms nll, kl and elbo are those of all parts, `parts_nelbo` is what the others add.
+in nats per sample. With beta = gamma = 1, these are the ELBO of all parts and the ELBO of each part: three ELBOs for
+two parts. The terms nll, kl and elbo are those of all parts; `parts_nelbo` is what the other ELBOs add to L.
 
-Decoders, and the scale of a likelihood, learn from the first ELBO alone; in the others they are held, so that these fit
-the parts' encoders to the p(z|x_i) of the model, and not the model to them. All are trained at once, as in the authors'
-code (https://github.com/google/joint_vae, whose scripts set stop_elbox_gradient and stop_elboy_gradient); it takes the
-mean of the ELBOs, and has a weight for each likelihood. MultiVae (https://github.com/AgatheSenellart/MultiVae) trains
-the parts' encoders in a second stage, the rest frozen; the rest learns the same here, as it gets no gradient from them.
-Its KL of a part has the joint log-variance in place of the part's own, which draws sigma_i to 0.
+The decoders, and the scale of a likelihood, learn only from the first ELBO. In the others they are held fixed, so that
+these fit the parts' encoders to the model's p(z|x_i), and not the model to the encoders. All ELBOs are trained at once,
+as in the authors' code (https://github.com/google/joint_vae, whose scripts set stop_elbox_gradient and
+stop_elboy_gradient); that code takes the mean of the ELBOs, and has a weight for each likelihood. MultiVae
+(https://github.com/AgatheSenellart/MultiVae) trains the parts' encoders in a second stage, with the rest frozen; here
+the rest learns the same, since it gets no gradient from them. MultiVae's KL of a part has the joint log-variance in
+place of the part's own, which pulls sigma_i to 0.
 
-The paper's products are of the attributes that are given, here they are of parts. Where the q_i are the likelihoods
-p(x_i|z) all of them are exact, as in `mvae`.
+The paper's products are over the attributes that are given; here they are over parts. If the q_i are the likelihoods
+p(x_i|z), all of these products are exact, as in `mvae`.
 
 Shapes: B batch, D code, M parts, S posteriors: of all parts, of each alone.
 """
@@ -42,7 +43,7 @@ from aezoo.nets.memory_format import like
 
 
 class TELBO(WithParts, VAE):
-    """A VAE of whole samples, and encoders of their parts that learn by ELBOs of their own.
+    """A VAE of whole samples, and encoders of their parts that are trained on separate ELBOs.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -98,7 +99,7 @@ class TELBO(WithParts, VAE):
         self.save_hyperparameters()
         at_least(0, gamma=gamma)
         self.gamma = gamma
-        # there are several KLs, of which none alone is to be near a capacity
+        # a capacity is a target for a single KL, but this loss has several
         del self.capacity
         self.keep_parts(parts, net, hidden_dims, activation)
         self.joint_encoder = nets.encoder(net, self.input_shape, (2 * latent_dim,), hidden_dims, activation)
@@ -109,7 +110,7 @@ class TELBO(WithParts, VAE):
         return MVAE.product(*self.experts(x, parts))
 
     def held_nll(self, i: int, z_BD: Tensor, x: Tensor) -> Tensor:
-        """-log p(x_i|z), with the gradient of z alone: (B, D), (B, *part) -> (B,)."""
+        """-log p(x_i|z), with a gradient for z only: (B, D), (B, *part) -> (B,)."""
         params = frozen(self.decoder[i], z_BD.to(x.dtype))
         log_p_B: Tensor = frozen(self.likelihood, at_least_float32(params), like(at_least_float32(x), params))
         return -log_p_B

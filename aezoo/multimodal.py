@@ -1,8 +1,8 @@
 """Samples made of parts, the modalities: an encoder and a decoder for each, one Gaussian code for all of them.
 
-Where a model makes its posterior of those of the parts, a sample may lack some parts: all values of a missing part are
-NaN. The model then computes what a model of the other parts would compute, and the networks of a missing part do not
-learn from the sample.
+If a model combines its posterior from those of the parts, a sample may lack some parts: all values of a missing part
+are NaN. The model then computes what a model of the other parts would compute, and the networks of a missing part do
+not learn from the sample.
 
 Shapes: B batch, D code, M parts, S subsets of them.
 """
@@ -19,14 +19,14 @@ from aezoo.nets.levels import gaussian
 
 
 def cut(parts: tuple[int, ...], input_shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """The dimension that is cut, the first that is longer than 1, and how much of it each part has.
+    """The dimension along which samples are cut, the first longer than 1, and the size of each part along it.
 
     Args:
-        parts: how much each has; () for two halves, the first the larger, or for one part where nothing can be cut.
+        parts: their sizes; () for two halves, of which the first may be larger, or for one part if nothing can be cut.
         input_shape: shape of one sample.
 
     Raises:
-        AezooError: they do not add up to the dimension.
+        AezooError: a size is below 1, or the sizes do not add up to the dimension.
     """
     dim = next((d for d, n in enumerate(input_shape) if n > 1), 0)
     n = input_shape[dim]
@@ -39,11 +39,11 @@ def cut(parts: tuple[int, ...], input_shape: tuple[int, ...]) -> tuple[int, tupl
 
 
 class Decoders(nn.ModuleList):
-    """The decoders of the parts, together one of a whole sample.
+    """The decoders of the parts, which together decode a whole sample.
 
     Args:
         decoders: one for each part.
-        dim: the dimension of a sample along which the parts follow each other.
+        dim: the dimension of a sample along which the parts are concatenated.
     """
 
     def __init__(self, decoders: Sequence[nn.Module], dim: int) -> None:
@@ -56,12 +56,12 @@ class Decoders(nn.ModuleList):
 
 
 class OwnDecoders(Decoders):
-    """The decoders of parts that have codes of their own: (B, D + M P) -> (B, *input_shape).
+    """Decoders of parts with separate codes: (B, D + M P) -> (B, *input_shape).
 
     Args:
         decoders: one for each part, of P values.
-        dim: the dimension of a sample along which the parts follow each other.
-        shared: D, values before them that none of them reads.
+        dim: the dimension of a sample along which the parts are concatenated.
+        shared: D, number of values in front that no decoder reads.
     """
 
     def __init__(self, decoders: Sequence[nn.Module], dim: int, shared: int) -> None:
@@ -74,7 +74,7 @@ class OwnDecoders(Decoders):
 
 
 class PrivateDecoders(OwnDecoders):
-    """The same, each of which reads the shared values before its own, D + P together."""
+    """The same, but each decoder reads the shared values and its part's own, D + P together."""
 
     def forward(self, z: Tensor) -> Tensor:
         u, own = z[:, : self.shared], z[:, self.shared :].chunk(len(self), 1)
@@ -83,12 +83,12 @@ class PrivateDecoders(OwnDecoders):
 
 
 class WithParts(Autoencoder):
-    """A model with a Gaussian code of samples that have parts; its constructor calls `keep_parts`.
+    """A model with a Gaussian code for samples that have parts; its constructor calls `keep_parts`.
 
     Attributes:
-        sizes: how much of the dimension that is cut each part has.
+        sizes: size of each part along the dimension that is cut.
         encoder: the encoders of the parts, (B, *part) -> (B, 2 D).
-        decoder: their decoders, together one of a whole sample.
+        decoder: their decoders, which together decode a whole sample.
     """
 
     sizes: tuple[int, ...]
@@ -103,14 +103,14 @@ class WithParts(Autoencoder):
         activation: str,
         n_decoded: int | None = None,
     ) -> None:
-        """Build the networks, of a kind and size that are the same for all parts.
+        """Build the networks, of the same kind and sizes for all parts.
 
         Args:
             parts: as in `cut`.
             net: kind of the networks.
             hidden_dims: widths or channels of the encoders' layers; the decoders mirror them.
             activation: between layers.
-            n_decoded: size of what the decoders are given, D by default.
+            n_decoded: number of values that the decoders read, D by default.
         """
         dim, self.sizes = cut(parts, self.input_shape)
         shapes = [(*self.input_shape[:dim], size, *self.input_shape[dim + 1 :]) for size in self.sizes]
@@ -124,14 +124,14 @@ class WithParts(Autoencoder):
         return x.split(self.sizes, self.decoder.dim + 1)
 
     def encoded(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
-        """What each part's encoder gives: (B, *input_shape) -> (B, M, 2 D), M the parts that are looked at.
+        """Outputs of the parts' encoders: (B, *input_shape) -> (B, M, 2 D), M the parts that are used.
 
         Args:
             x: whole samples.
-            parts: which to look at, in this order; all by default. No other is read.
+            parts: which to use, in this order; all by default. The others are not read.
 
         Raises:
-            AezooError: no part, one that there is not, or one twice.
+            AezooError: no part, a part that does not exist, or a part twice.
         """
         m = len(self.sizes)
         parts = range(m) if parts is None else parts
@@ -145,10 +145,10 @@ class WithParts(Autoencoder):
 
         Args:
             x: whole samples.
-            parts: which to look at, as in `encoded`.
+            parts: which to use, as in `encoded`.
 
         Raises:
-            AezooError: no part, one that there is not, or one twice.
+            AezooError: no part, a part that does not exist, or a part twice.
         """
         return gaussian(self.encoded(x, parts))
 
@@ -165,10 +165,10 @@ class WithParts(Autoencoder):
 
         Args:
             x: whole samples.
-            parts: which are looked at, numbered from 0; the code is the mean of q(z | these parts).
+            parts: which to use, numbered from 0; the code is the mean of q(z | these parts).
 
         Raises:
-            AezooError: no part, one that there is not, or one twice.
+            AezooError: no part, a part that does not exist, or a part twice.
         """
         return self.decode(self.infer(x, parts)[0].to(x.dtype))
 
@@ -180,17 +180,17 @@ class WithParts(Autoencoder):
 
 
 def lacking(x: Tensor) -> Tensor:
-    """Which samples lack a part, whose values are then all NaN: (B, *part) -> (B,) bool."""
+    """Which samples lack a part, which then has only NaN: (B, *part) -> (B,) bool."""
     return x.isnan().flatten(1).all(1)
 
 
 class MayLackParts(WithParts):
-    """A model of samples that may lack parts: networks of these read zeros, and their experts are N(0, I)."""
+    """A model of samples that may lack parts: for a missing part, the networks read zeros and the expert is N(0, I)."""
 
     takes_missing = True
 
     def seen(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
-        """Which of some parts, by default all, are there: (B, *input_shape) -> (B, M) bool."""
+        """Which parts (of `parts`, by default all) each sample has: (B, *input_shape) -> (B, M) bool."""
         x_M = self.split(x)
         return ~torch.stack([lacking(x_M[i]) for i in (range(len(x_M)) if parts is None else parts)], 1)
 
@@ -207,7 +207,7 @@ class MayLackParts(WithParts):
         return mu_BMD.masked_fill(lacks_BM1, 0), log_var_BMD.masked_fill(lacks_BM1, 0)
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
-        """-log p(x | params) in nats of the parts that are there, of whole samples or of one part: (B,)."""
+        """-log p(x | params) in nats over the parts that a sample has, for whole samples or one part: (B,)."""
         whole = x.shape[self.decoder.dim + 1] == sum(self.sizes)
         nll_B = params.new_zeros(())
         for params_i, x_i in zip(self.split(params), self.split(x), strict=True) if whole else [(params, x)]:

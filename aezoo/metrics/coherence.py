@@ -44,7 +44,7 @@ class _Shares(Metric):
         self.total += len(right)
 
     def compute(self) -> Tensor:
-        """The shares, (n,), or () of one; NaN before any sample."""
+        """The shares, (n,), or () for a single one; NaN before any sample."""
         return self.right / self.total
 
 
@@ -56,7 +56,7 @@ class CrossCoherence(_Shares):
     """
 
     def update(self, logits: Sequence[Tensor], y: Tensor) -> None:
-        """Add a batch: the logits (B, K) of each part, and the classes (B,), -1 where one is not known."""
+        """Add a batch: the logits (B, K) of each part, and the classes (B,), -1 if unknown."""
         classes_BM = _classes(logits)
         if classes_BM.shape != (len(y), len(self.right)) or y.ndim != 1:
             b, m = classes_BM.shape

@@ -1,16 +1,23 @@
 """torch's convolutions of images, with the same parameters and results, computed faster on a CPU.
 
-On small grids with many channels a layer takes up to 5.6 times as long by oneDNN as by matrix products, 6.0 times in
-bfloat16 on a processor with AMX and 4.6 times without. A transposed convolution to few channels takes up to 2.1 times
-as long as a sub-pixel convolution, or as overlaid products. On larger grids it takes up to 1.5 times as long with the
-gradient of its bias, which is a separate sum here; and to a grid that is no whole number of strides, as 7x7 from 4x4,
-up to 1.8 times as long with a bias, 6.6 times in bfloat16. Without AMX the gradient of bfloat16 weights is a matrix
-product: otherwise a strided layer takes up to 1.2 times as long, a transposed one 2.2 times with its bias; and if an
-input fills the caches, its gradient is computed after that of the weights, as it is needed next. Consecutive layers
-have the samples of a batch abreast (`aezoo.nets.abreast`), on a Zen 5. `python -m benchmarks.convolutions` measures
-them all; the rules are from one thread of three processors, with AMX and without. On other devices, in exported graphs
-and under torch.func all is torch's own, in compiled graphs all but the bias of uneven grids; but errors of oneDNN are
-corrected in compiled graphs, too (`aezoo.nets.narrow`).
+In the following cases, another way is faster than oneDNN as torch calls it. The factors say how many times as long that
+takes.
+
+- Small grids with many channels: matrix products; up to 5.6 times, in bfloat16 6.0 times with AMX and 4.6 times
+  without.
+- Transposed, to few channels: a sub-pixel convolution or overlaid products; up to 2.1 times.
+- Transposed, to a larger grid: the gradient of the bias is a separate sum; up to 1.5 times.
+- Transposed, to a grid that is no whole number of strides, as 7x7 from 4x4: a separate bias; up to 1.8 times, in
+  bfloat16 6.6 times.
+- bfloat16 weights without AMX: their gradient is a matrix product; up to 1.2 times for a strided layer, up to 2.2 times
+  for a transposed one with its bias.
+- An input that fills the caches: its gradient is computed after that of the weights, since it is needed next.
+- Consecutive layers on a Zen 5: they have the samples of a batch abreast (`aezoo.nets.abreast`).
+
+`python -m benchmarks.convolutions` measures all of these. The rules come from measurements with one thread on three
+processors, with and without AMX. Other devices, exported graphs and torch.func use torch's own layers, and so do
+compiled graphs, except for the bias of uneven grids. But errors of oneDNN are corrected in compiled graphs, too
+(`aezoo.nets.narrow`).
 """
 
 import math
@@ -27,36 +34,36 @@ from aezoo.nets.narrow import has_narrow, is_narrow, narrow
 from aezoo.nets.products import Apart, Geometry, Overlay, Pair, See, Spread, SubPixel
 from aezoo.nets.transposed import odd_pays, with_bias_apart
 
-# a layer's smaller grid has no more points than this, and channels in times channels out are so many a point
+# matrix products: most points of a layer's smaller grid, and fewest (channels in x channels out) per point
 _POINTS = 64
 _CHANNELS = 2048
-# where oneDNN is the better at convolutions: in 16 bits without units for products of tiles, in 32 where MKL is slow
+# the same where oneDNN's convolutions are better: in 16 bits without units for tile products, in 32 where MKL is slow
 _FEW_POINTS = 16
 _CHANNELS_UNSTRIDED = 65536
-# and a transposed layer's larger grid has at least this many for the other ways, or to leave out a bias of 16 bits
+# the other ways: fewest points of a transposed layer's larger grid, and in 16 bits for a separate bias
 _LARGE = 100
 _LARGE_IN_16_BITS = 36
-# channels of all the points between: what a processor computes at once
+# channels out x product of strides: what a processor computes at once
 _BETWEEN = 16
-# channels whose sum is too quick to matter
+# up to so many channels, the sum for the bias is too fast to matter
 _FEW = 16
 _FEW_IN_16_BITS = 4
-# samples from which on the batch is a side of the grid, or fewer with so many channels; and of these and of
-# multiplications at least as many
+# samples abreast: fewest samples, fewer from so many (channels in x channels out) on; then fewest channels, and fewest
+# multiplications
 _ABREAST, _FEW_ABREAST, _CHANNELS_ABREAST = 64, 16, 32768
 _LEAST_ABREAST, _LARGE_ABREAST = 8, 2**21
-# numbers of a batch that leave nothing else in a cache: then what is needed next is better computed last
+# a batch of so many values fills the caches: then the result that is needed next is better computed last
 _CACHE = 2**21
 
 
 def _is_torchs(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
-    """Whether to use torch's own: in exported graphs, for inductor, which makes slow loops of the rest, and on GPUs."""
+    """Whether to use torch's own layer: in exported graphs, on GPUs, for inductor (which makes others slow loops)."""
     return linear.in_graph() or linear.needs_torch() or not _is_plain(layer, x)
 
 
 def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
     """Whether torch accepts the input, and its own layer is not needed."""
-    # weights that are computed are read once, as their rule may change with each time
+    # parametrised weights are read only once, since their rule may change with every read
     if x.device.type != "cpu" or x.dim() != 4 or "parametrizations" in layer._modules:
         return False
     images = x.shape[1] == layer.in_channels and min(x.shape[2:]) > 0
@@ -67,7 +74,7 @@ def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
 
 
 def abreast_pays(layer: "Conv2d | ConvTranspose2d", geometry: Geometry, x: Tensor) -> bool:
-    """Whether samples abreast are faster, for a layer between others that take them so."""
+    """Whether samples abreast are faster, for a layer between others that accept this layout."""
     if not (layer.among_layers and linear.HALVED and torch._C._get_mkldnn_enabled() and abreast.is_known()):
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else layer.weight.dtype
@@ -103,7 +110,7 @@ def sub_pixels_pay(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
     """Whether a sub-pixel convolution of the smaller grid is faster, for a layer with few channels."""
     between = math.prod(layer.stride)
     few = 1 < between <= _BETWEEN // layer.out_channels
-    # beyond that no point of the smaller grid is seen
+    # points beyond see no point of the smaller grid
     inside = all(extra <= p for extra, p in zip(layer.output_padding, geometry.padding, strict=True))
     return few and inside and math.prod(geometry.large) >= _LARGE
 
@@ -138,7 +145,7 @@ def _is_lowered(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
 
 
 def _lowered(x: Tensor) -> Tensor:
-    """As autocast has it for convolutions."""
+    """The tensor in the dtype that autocast gives convolutions."""
     lowers = torch.is_autocast_enabled("cpu") and x.dtype == torch.float32
     return x.to(torch.get_autocast_dtype("cpu")) if lowers else x
 
@@ -148,7 +155,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _channels_first(out: Tensor, bias: Tensor | None) -> Tensor:
-    """And its bias, before it is a view, which autograd would copy."""
+    """Permute, with the bias added before: autograd would copy a view."""
     return (out if bias is None else out.add_(bias)).permute(0, 3, 1, 2)
 
 
@@ -167,7 +174,7 @@ def _by(
 
 def _abreast(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, geometry: Geometry) -> Tensor:
     x, weighs = _lowered(x), products_pay(layer, geometry.small)
-    # then the gradient of the weights is of x abreast as well
+    # the gradient of the weights then also needs x abreast
     x = laid(x, abreast=True) if x.itemsize == 2 and not weighs else x
     return _by(abreast.Abreast, layer, x, geometry, weighs)
 
@@ -176,7 +183,8 @@ class Conv2d(nn.Conv2d):
     """`torch.nn.Conv2d`.
 
     Attributes:
-        among_layers: its output goes to activations and to convolutions of this module alone, however it lies.
+        among_layers: its output goes only to activations and to convolutions of this module, which accept any memory
+            layout.
     """
 
     among_layers = False
@@ -197,20 +205,20 @@ class Conv2d(nn.Conv2d):
         return super().forward(input)
 
     def geometry(self, input: Tensor) -> Geometry:
-        """What the grids of this layer have to do with each other."""
+        """How the grids of this layer are related."""
         large, padding = tuple(input.shape[2:]), cast(Pair, self.padding)
         return Geometry(self.kernel_size, self.stride, padding, smaller(self, large), large)
 
     def by_products(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """Of what each point sees with the weights."""
+        """Products of the values that each point sees with the weights."""
         return _channels_first(See.apply(_channels_last(input), _channels_last(self.weight), geometry), self.bias)
 
     def abreast(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """By oneDNN, the batch a side of the grid."""
+        """By oneDNN, with the batch as a side of the grid."""
         return _abreast(self, input, geometry)
 
     def apart(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """As torch has it, but for its derivatives."""
+        """The result of torch's own layer, with separate derivatives."""
         return _by(Apart, self, input, geometry)
 
 
@@ -218,7 +226,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d`.
 
     Attributes:
-        among_layers: its output goes to activations and to convolutions of this module alone, however it lies.
+        among_layers: its output goes only to activations and to convolutions of this module, which accept any memory
+            layout.
     """
 
     among_layers = False
@@ -250,32 +259,32 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         return super().forward(input)
 
     def in_graph(self, input: Tensor) -> Tensor:
-        """As torch has it, but for a bias that is quicker to add apart."""
+        """The result of torch's own layer, with a separate bias if that is faster."""
         if odd_pays(self, self.geometry(input).large):
             return with_bias_apart(F.conv_transpose2d, self, input)
         return super().forward(input)
 
     def geometry(self, input: Tensor) -> Geometry:
-        """What the grids of this layer have to do with each other."""
+        """How the grids of this layer are related."""
         small, padding = tuple(input.shape[2:]), cast(Pair, self.padding)
         return Geometry(self.kernel_size, self.stride, padding, small, larger(self, small))
 
     def by_products(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """Of each point with the weights, laid over one another."""
+        """Products of each point with the weights, overlaid."""
         return _channels_first(Spread.apply(_channels_last(input), _channels_last(self.weight), geometry), self.bias)
 
     def by_overlay(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """Of each point with the weights, laid over one another, whose derivatives are torch's own."""
+        """Products of each point with the weights, overlaid, with torch's own derivatives."""
         return _by(Overlay, self, input, geometry)
 
     def by_sub_pixels(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """As a convolution of the smaller grid."""
+        """As a convolution on the smaller grid."""
         return _by(SubPixel, self, input, geometry)
 
     def abreast(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """By oneDNN, the batch a side of the grid."""
+        """By oneDNN, with the batch as a side of the grid."""
         return _abreast(self, input, geometry)
 
     def apart(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """As torch has it, but for its derivatives and for a bias that is quicker to add apart."""
+        """The result of torch's own layer, with separate derivatives and, if that is faster, a separate bias."""
         return _by(Apart, self, input, geometry)

@@ -1,9 +1,9 @@
-"""A Gaussian code over several others, which send it messages: what stands between the levels of Nexus.
+"""A Gaussian code above several others, which send it messages: the connection between the levels of Nexus.
 
     q(u|z_S) = N(mu(c), diag sigma(c)^2)     c = 1/|S| sum_(i in S) c_i(z_i)     S: some of the codes
     p(z_i|u) = N(m_i(u), diag s_i^2)         p(u) = N(0, I)
 
-c_i are linear, mu, sigma and m_i have a hidden layer.
+The c_i are linear; mu, sigma and m_i have a hidden layer.
 
 Shapes: B batch, D code above, P each code below, M codes below, S of them that are known; ... are the batch dimensions.
 """
@@ -26,11 +26,11 @@ class MessageLevel(nn.Module):
 
     Args:
         n: M, codes below.
-        size: P, of each of them.
-        above: D.
+        size: P, size of each of them.
+        above: D, size of the code above.
         width: size of a message, and of the hidden layers.
         act: name of their activation.
-        dropout: share of samples in training of which some codes alone send messages.
+        dropout: share of training samples of which only some codes send messages.
     """
 
     def __init__(self, n: int, size: int, above: int, width: int, act: str, dropout: float) -> None:
@@ -46,12 +46,13 @@ class MessageLevel(nn.Module):
         self.s_log_var_MP = nn.Parameter(torch.zeros(n, size))
 
     def senders(self, seen_BM: Tensor) -> Tensor:
-        """Which codes of training samples send messages, (B, M) bool: all that are there, or of some samples some.
+        """Which codes of training samples send messages, (B, M) bool: all known ones or, for some samples, a subset.
 
-        Of a share `dropout` of them: first how many, evenly from 1 to all but one, then which.
+        For a share `dropout` of the samples, the number of senders is drawn first, uniformly from 1 to all but one,
+        then which.
         """
         (n, m), device = seen_BM.shape, seen_BM.device
-        # at once, since a graph may have several draws in another order
+        # drawn at once, since a graph may reorder separate draws
         of_some_B1, size_B1, order_BM = torch.rand(n, 2 + m, device=device).split([1, 1, m], 1)
         rank_BM = order_BM.masked_fill(~seen_BM, 1).argsort(1).argsort(1)
         some_BM = rank_BM < 1 + (size_B1 * (seen_BM.sum(1, keepdim=True) - 1)).long()
@@ -77,7 +78,7 @@ class MessageLevel(nn.Module):
         return m, at_least_float32(self.s_log_var_MP).expand_as(m)
 
     def log_down(self, z: Tensor, u: Tensor, seen: Tensor | None = None) -> Tensor:
-        """The density sum_i log p(z_i|u) in nats, of all or those seen, (..., M): (..., M, P), (..., D) -> (...)."""
+        """Log-density sum_i log p(z_i|u) in nats, of all or those seen, (..., M): (..., M, P), (..., D) -> (...)."""
         m, log_s2 = self.down(u)
         density = -0.5 * ((z - m) ** 2 * torch.exp(-log_s2) + log_s2 + LOG_2PI)
         if seen is not None:
@@ -85,9 +86,9 @@ class MessageLevel(nn.Module):
         return density.sum((-2, -1))
 
     def completed(self, mu_BSP: Tensor, log_var_BSP: Tensor, which: Sequence[int], seen_BS: Tensor) -> Pair:
-        """Mean and log-variance of u and all z_i, as it is known of some: (B, S, P), (B, S, P) -> (B, D + M P), twice.
+        """Mean and log-variance of u and all z_i, given those of some z_i: (B, S, P), (B, S, P) -> (B, D + M P), twice.
 
-        A code that is not known is that of p(z_i|u) for the mean of u.
+        An unknown z_i gets those of p(z_i|u) at the mean of u.
         """
         u = self.up(mu_BSP, which, seen_BS)
         both = []
@@ -98,9 +99,9 @@ class MessageLevel(nn.Module):
         return both[0], both[1]
 
     def drawn(self, z: Tensor, log_q: Tensor, seen_BM: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws of u and all z_i in one row with their density, from those of z_i: (K, B, M, P), (K, B, M).
+        """Draws of u and all z_i in one row, and their log-density, from those of z_i: (K, B, M, P), (K, B, M).
 
-        Of codes that are not seen, draws from N(0, I) become draws from p(z_i|u): (K, B, D + M P), (K, B).
+        For codes that are not seen, draws from N(0, I) become draws from p(z_i|u): (K, B, D + M P), (K, B).
         """
         u, log_q_u = draw(*self.up(z, range(len(self.messages)), seen_BM))
         lacks = ~seen_BM[..., None]
@@ -110,7 +111,7 @@ class MessageLevel(nn.Module):
         return torch.cat([u, z.flatten(2)], 2), log_q_u + log_q.sum(2)
 
     def bound(self, z_BMP: Tensor, eps_BD: Tensor, drop: bool, seen_BM: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p(z|u) of a u ~ q(u|z_S), made of N(0, I) noise, and KL(q(u|z_S) || p(u)) in nats: (B,), (B,)."""
+        """-log p(z|u) for u ~ q(u|z_S), drawn with N(0, I) noise, and KL(q(u|z_S) || p(u)) in nats: (B,), (B,)."""
         sent_BM = self.senders(seen_BM) if drop and self.dropout else seen_BM
         mu_BD, log_var_BD = self.up(z_BMP, range(len(self.messages)), sent_BM)
         u_BD = mu_BD + torch.exp(0.5 * log_var_BD) * eps_BD

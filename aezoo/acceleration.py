@@ -83,7 +83,7 @@ def full_batch(loader: Any) -> int:
         return 0
     try:
         return min(size, len(loader.sampler))
-    except (AttributeError, TypeError, NotImplementedError):  # a stream, or a loader of somebody's own
+    except (AttributeError, TypeError, NotImplementedError):  # a stream, or a user's own loader
         return size
 
 

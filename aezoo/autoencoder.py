@@ -259,7 +259,7 @@ class Autoencoder(Checked, pl.LightningModule):
         self._seed_step(batch_idx)
         trainer = self._fitted_by()
         if "steps" in self._buffers and trainer is not None:
-            # in place, since a compiled step or a CUDA graph reads it anew each time
+            # in place, since a compiled step or a CUDA graph reads it each time
             self._buffers["steps"].fill_(self.steps_before + trainer.global_step)  # type: ignore[union-attr]
         if "started" in self._buffers:
             first = trainer is None or trainer.global_step == 0
@@ -268,7 +268,7 @@ class Autoencoder(Checked, pl.LightningModule):
         return x, y
 
     def _fitted_by(self) -> pl.Trainer | None:
-        """The Trainer in whose fit this is; Lightning keeps that of a fit which is over."""
+        """The Trainer that is fitting this model, if any; Lightning keeps the reference after a fit."""
         trainer = self._trainer
         return trainer if trainer is not None and trainer.training else None
 
@@ -365,7 +365,7 @@ class Autoencoder(Checked, pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def _hook_into(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have steps do by themselves what a Trainer calls this module for: a loop of somebody's own takes them."""
+        """Hook into the optimiser what a Trainer would call this module for, for steps of a user's own loop."""
 
         def after(*_: Any) -> None:
             if "steps" in self._buffers:
@@ -400,7 +400,7 @@ class Autoencoder(Checked, pl.LightningModule):
             self.train()  # Lightning would leave it as load_model gives it
         # before DistributedDataParallel, which lays out gradients like the weights
         fits = stage == "fit" and ranks.hold_it_whole(self.trainer)
-        # torch.nn.utils.parameters_to_vector, by which it prunes, takes no other layout than torch's usual one
+        # ModelPruning uses torch.nn.utils.parameters_to_vector, which accepts only torch's usual layout
         callbacks: list[Any] = self.trainer.callbacks if fits else []  # type: ignore[attr-defined]
         prunes = any(isinstance(callback, pl.callbacks.ModelPruning) for callback in callbacks)
         self._channels_last = fits and not prunes and acceleration.to_channels_last(self)

@@ -196,7 +196,7 @@ class Study:
         self.asked["flags of fit"] = shlex.join(flags)
         record = Path(options.storage or folder / "study.log")
         if not options.storage:
-            # nobody else writes there, so the lock is from a killed process
+            # no other process writes there, so the lock is from a killed process
             record.with_name(f"{record.name}.lock").unlink(missing_ok=True)
         try:
             self.optuna = self._opened(record, shlex.join(["aezoo", "tune", *argv]))

@@ -98,7 +98,7 @@ class BetaAnnealing(Checked, pl.Callback):
             return
         step = trainer.global_step
         value = self.value(step, self._final)
-        # a compiled step, or one that is recorded in a CUDA graph, reads it anew each time
+        # a compiled step, or one that is recorded in a CUDA graph, reads it each time
         compiled = getattr(pl_module, "_compiled", None) is not None
         self._set(pl_module, self._in_tensor(value, pl_module.device) if compiled else value)
         if step <= self.n_steps and step % self._log_every == 0:
@@ -121,7 +121,7 @@ class BetaAnnealing(Checked, pl.Callback):
 
     def _in_tensor(self, value: float, device: torch.device) -> Tensor:
         if self._tensor is None or self._tensor.device != device:
-            # Apple's GPUs have no float64; without dimensions it raises no other dtype
+            # Apple's GPUs have no float64; a 0-dimensional tensor does not promote other dtypes
             dtype = torch.float32 if device.type == "mps" else torch.float64
             self._tensor = torch.zeros((), dtype=dtype, device=device)
         return self._tensor.fill_(value)

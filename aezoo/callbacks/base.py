@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _SEED = 0
 _CHUNK = 128
-# 128 MiB of float32: what a callback keeps of large samples is cut to this
+# 128 MiB of float32: the most that a callback keeps of large samples
 _KEPT_VALUES = 2**25
 # samples or panels in one picture
 MOST_DRAWN = 10_000
@@ -176,7 +176,7 @@ class Picture(Checked, pl.Callback):
         self._reset()
         if stage == "fit" and self.every_n_epochs and not is_dry_run(trainer):
             self._trainer, self._folder = trainer, run_folder(trainer) / "pictures"
-            # rank zero alone may call the model only where it holds all of the weights
+            # rank zero may only call the model alone if it holds all of the weights
             whole = trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
             self._active = trainer.is_global_zero and whole
 

@@ -113,8 +113,8 @@ class Checkpoints(Checked, ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        # not the periods: a run may go on with others and still know its best. Nor what is watched for want of
-        # validation, which who tests such a run does not know
+        # without the periods: a run may continue with others and still know its best. Without the metric that replaces
+        # a missing validation, too: a test of such a run does not know it
         return f"Checkpoints{{'monitor': {self._asked!r}}}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -125,7 +125,7 @@ class Checkpoints(Checked, ModelCheckpoint):
             self.best_k_models, self.best_model_path, self.kth_best_model_path = {}, "", ""
             self.best_model_score, self.current_score, self.kth_value = None, None, torch.tensor(torch.inf)
         with warnings.catch_warnings():
-            # a resumed run goes on in its own folder
+            # a resumed run continues in its own folder
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -140,7 +140,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         if watched != self.monitor and self._fits:
             return  # scores of another metric do not compare
         self.monitor = watched
-        # a checkpoint that comes from elsewhere begins a list of its own here; a run whose folder was moved goes on
+        # a checkpoint from another run starts a new list here; a run whose folder was moved continues its list
         home = Path(str(self.dirpath))
         here = {str(path): str(home / Path(str(path)).name) for path in state_dict.get("best_k_models", {})}
         if state_dict.get("dirpath") == self.dirpath or (here and all(Path(path).is_file() for path in here.values())):
@@ -164,7 +164,7 @@ class Checkpoints(Checked, ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_max_steps(trainer)
         self._saved_at = time.monotonic()
-        # a run that goes on has this step on disk
+        # a continued run has this step on disk
         self._last_global_step_saved = trainer.global_step
         tensors = pl_module.state_dict().items()
         self._not_finite = {name for name, value in tensors if value.is_floating_point() and not value.isfinite().all()}
@@ -249,18 +249,18 @@ class Checkpoints(Checked, ModelCheckpoint):
             return False
         if step == self._last_global_step_saved:
             return False
-        # a run that ends within an epoch can be made longer
+        # a run that ends within an epoch can be extended
         ends = _at(trainer.max_steps, trainer) or (trainer.should_stop and trainer.fit_loop._can_stop_early)
         if ends or (self._every_n_steps and step % self._every_n_steps == 0):
             return True
-        # ranks have clocks of their own and must save together
+        # clocks differ between ranks, which must save together
         if not self._seconds or (trainer.world_size > 1 and batch_idx % AGREE_EVERY):
             return False
         late = time.monotonic() - self._saved_at >= self._seconds
         return bool(late if trainer.world_size == 1 else trainer.strategy.broadcast(late))
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        # a run that goes on from this file does not log again what came before it
+        # a run continued from this file does not log earlier values again
         for logger in trainer.loggers:
             logger.save()
         super()._save_checkpoint(trainer, filepath)
@@ -287,8 +287,9 @@ def _at(max_steps: int, trainer: pl.Trainer) -> bool:
     return max_steps != -1 and trainer.global_step >= max_steps
 
 
-# Lightning logs the figures of a batch and of an epoch after the hooks in which they are saved, and who is killed in
-# between has them in neither the file nor the curves. They are logged ahead, and left empty for Lightning's own turn.
+# Lightning logs the metrics of a batch and of an epoch after the hooks in which they are saved. A run that is killed in
+# between would have them in neither the file nor the curves. So they are logged earlier, and Lightning then finds none
+# to log.
 
 
 def _log_batch(trainer: pl.Trainer) -> None:
@@ -352,7 +353,7 @@ class EarlyStop(Checked, EarlyStopping):
 
     @property
     def state_key(self) -> str:
-        # what it is asked for, as that of Checkpoints
+        # by the metric that was requested, like the key of Checkpoints
         return self._generate_state_key(monitor=self.settings["monitor"], mode=self.mode)
 
     def state_dict(self) -> dict[str, Any]:
@@ -361,7 +362,7 @@ class EarlyStop(Checked, EarlyStopping):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("monitor", self.monitor) != self.monitor:
             return  # scores of another metric do not compare
-        # what is set now counts, and a run that goes on has not been stopped
+        # the current settings count, and a continued run has not been stopped
         now = {"patience": self.patience, "stopping_reason": EarlyStoppingReason.NOT_STOPPED.value}
         super().load_state_dict(state_dict | now)
 
@@ -375,7 +376,7 @@ class EarlyStop(Checked, EarlyStopping):
         _look_for(self.monitor, self, trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # an epoch that --trainer.max_steps cuts off is not validated: a metric that is not there yet is no mistake
+        # an epoch that --trainer.max_steps cuts off is not validated, so a missing metric is no mistake
         whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if whole or self.monitor in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""What codes of a codebook are used, where they stand in samples, and where they lie.
+"""Which codes of a codebook are used, where they occur in samples, and where they lie in code space.
 
 Shapes: B batch, Q indices a place, K codes of a book, C channels of a code.
 """
@@ -100,7 +100,7 @@ class Codebook(Picture):
         epoch = trainer.current_epoch + 1
         if self.due(epoch, epoch == trainer.max_epochs):
             with self._caught():
-                # every rank has to know its books, also one that will see no batch
+                # every rank must know its books, even one that gets no batch
                 blank = torch.zeros(1, *cast("Autoencoder", pl_module).input_shape, device=pl_module.device)
                 for name, (_, sizes) in [*self._read(pl_module, blank).items()][:_BOOKS]:
                     self._count(name, sizes, pl_module.device)

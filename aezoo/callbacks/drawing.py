@@ -360,7 +360,7 @@ def count_figure(counts: Sequence[Tensor], labels: Sequence[str], unit: str, tit
     from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.figure import Figure
 
-    # from a colour that is told from black
+    # from a colour that can be told from black
     colours = ListedColormap(colormaps["inferno"](np.linspace(0.25, 1, 256)))
     cells = [count_cells(counts_K) for counts_K in counts]
     scale = ScalarMappable(LogNorm(1, max(2, *(int(part.max()) for part in cells))), colours)

@@ -35,7 +35,7 @@ class EMA(Checked, WeightAveraging):
         self.every_n_steps = check_count(self, "every_n_steps", every_n_steps)
         self.start_step = check_count(self, "start_step", start_step, 0)
         self._swapped = False
-        # set by FaultGuard on a GPU: 1 where the step has been skipped, which nobody on this side knows yet
+        # set by FaultGuard on a GPU: 1 if the step was skipped, which the host does not know yet
         self.skipped: Tensor | None = None
         super().__init__(multi_avg_fn=self._update)
 
@@ -45,12 +45,12 @@ class EMA(Checked, WeightAveraging):
         return step_idx >= self.start_step and (step_idx - self.start_step) % self.every_n_steps == 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # what an earlier fit left would put its weights in the place of those that a validate or test has loaded
+        # else the average of an earlier fit would replace the weights that a validate or test has loaded
         self._average_model, self._latest_update_step, self._swapped, self.skipped = None, 0, False, None
         if self.decay:
             super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
-            # looked at on every update: on an accelerator each look would wait for all work in flight
+            # read at every update: on an accelerator each read would wait for all work in flight
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
     def on_train_batch_end(
@@ -73,7 +73,7 @@ class EMA(Checked, WeightAveraging):
             self._swapped = True
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # not yet: what other callbacks draw in this hook shall show the averaged weights, wherever they are listed
+        # not yet: callbacks that draw in this hook use the averaged weights, whatever their order
         pass
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

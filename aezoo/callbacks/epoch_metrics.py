@@ -27,7 +27,7 @@ class EpochMetrics(pl.Callback):
             self._write(trainer, -1)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # the model logs what training reached after this hook of callbacks, so the line waits for the next one
+        # the model logs the metrics of training after this hook, so the line is written in the next one
         self._ended = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -102,7 +102,7 @@ class Interrupt(pl.Callback):
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
-        with contextlib.suppress(OSError):  # who would read it may be gone by the same signal, as `tee` is
+        with contextlib.suppress(OSError):  # the same signal may have ended the reader, such as `tee`
             os.write(2, _HELD)  # print is not safe in a signal handler
 
     def _agree(self, trainer: pl.Trainer) -> None:

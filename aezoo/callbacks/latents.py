@@ -119,7 +119,7 @@ def _enter(path: Path, info: Any) -> None:
     if path.is_file():
         try:
             text_format.Parse(path.read_text("utf-8"), others)
-        except text_format.ParseError:  # of a run that was killed as it wrote
+        except text_format.ParseError:  # left by a run that was killed while writing
             others.Clear()
     kept = [other for other in others.embeddings if other.tensor_path != info.tensor_path]
     config = ProjectorConfig(embeddings=sorted([*kept, info], key=lambda entry: entry.tensor_path))
@@ -133,10 +133,10 @@ def principal_plane(codes: Tensor) -> tuple[Tensor, tuple[str, str]]:
     if codes.shape[1] == 1:
         return torch.cat([codes, torch.rand_like(codes)], 1), ("z0", "spread at random")
     centred = codes - codes.mean(0)
-    # more directions than are shown: with two alone the second is off by what the draw of the start decides
+    # more directions than are shown: with only two, the error of the second depends on the random start
     _, s, v = torch.pca_lowrank(centred, q=min(8, *centred.shape), center=False, niter=4)
     s, v = s[:2], v[:, :2]
-    # a principal axis has no sign of its own: fix it, so that pictures of two epochs compare
+    # the sign of a principal axis is arbitrary: fix it, so that pictures of two epochs can be compared
     v = v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
     shares = (s**2 / centred.square().sum().clamp_min(1e-12) * 100).tolist()
     return centred @ v, (f"PC 1 ({shares[0]:.0f} %)", f"PC 2 ({shares[1]:.0f} %)")

@@ -101,11 +101,11 @@ class ProgressBar(Checked, RichProgressBar):
         self._print_epoch(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        with contextlib.suppress(OSError):  # the terminal may be what has gone; others have yet to save
+        with contextlib.suppress(OSError):  # the terminal may be gone; other callbacks still have to save
             super().on_exception(trainer, pl_module, exception)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_progress()  # before others print: what is printed over a live bar repeats it
+        self._stop_progress()  # before others print, since printing over a live bar repeats it
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_test_end(trainer, pl_module)

@@ -55,7 +55,7 @@ class Summary(pl.Callback):
         self._trained = rows
         if not self.test_follows:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            # other data than aezoo's do not say what splits they have
+            # only aezoo's data say which splits they have
             testable = saver_of(trainer) and (not isinstance(data, DataModule) or "test" in data.splits())
             test = [_command("aezoo test --ckpt_path", self._folder)] if testable else []
             show("Trained", {**rows, **self._places(trainer)}, test + _tensorboard(trainer))
@@ -76,7 +76,7 @@ class Summary(pl.Callback):
         self._best.load_state_dict(state_dict)
 
     def _places(self, trainer: pl.Trainer) -> dict[str, str]:
-        # who tests a checkpoint that lies by itself makes none
+        # testing a checkpoint outside a run folder creates none
         rows = {"run folder": _short(self._folder)} if self._folder.is_dir() else {}
         pictures = self._folder / "pictures"
         if pictures.is_dir():
@@ -92,7 +92,7 @@ def show(title: str, rows: dict[str, str], commands: list[str]) -> None:
     """Print rows as a table and, below it, commands to copy; without frames unless there is a wide terminal."""
     console = get_console()
     wide = max(map(len, rows), default=0)
-    # a frame in a narrow window would leave values no room
+    # in a narrow window, a frame would leave no room for values
     if (console.is_terminal or console.is_jupyter) and console.width >= wide + _LEAST:
         table = Table(title=title, box=box.ROUNDED, show_header=False, title_justify="left", title_style="bold")
         table.add_column(style="cyan", no_wrap=True)

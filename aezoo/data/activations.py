@@ -464,7 +464,7 @@ class Rows(Dataset[Batch]):
         return (x,) if self.labels is None else (x, self.labels[at])
 
     def _mapped(self, mode: Any) -> npt.NDArray[np.float32]:
-        # opened anew each time: what is kept open would be pickled with all its values
+        # opened each time: an open map would be pickled with all its values
         return np.memmap(self._path, np.float32, mode, shape=self.shape)
 
 

@@ -93,7 +93,7 @@ class Array(InMemory):
 
     def _build(self) -> dict[Stage, Pair]:
         splits = super()._build()
-        self._x.clear()  # what a file held would stay beside what was made of it
+        self._x.clear()  # else the arrays of the file would stay in memory beside the splits
         return splits
 
     def _what(self, stage: Stage) -> str:
@@ -111,13 +111,13 @@ def sample_shape(values: Any, layout: str, what: str) -> tuple[int, ...]:
     if 0 in shape:
         raise AezooError(f"{what} is empty (shape {shape}): give at least one sample")
     is_bytes = str(values.dtype).removeprefix("torch.") == "uint8"
-    # a stand-in without memory of its own goes through the same rule as the data
+    # a placeholder without data goes through the same rule as the samples
     stand_in = torch.empty(1, dtype=torch.uint8 if is_bytes else torch.float32).expand(1, *shape[1:])
     return tuple(arrange(stand_in, layout).shape[1:])
 
 
 def check_length(x: Tensor, y: Tensor | None, what: str) -> None:
-    """Refuse labels whose number differs from that of the samples."""
+    """Refuse labels if there are more or fewer of them than samples."""
     if y is not None and len(y) != len(x):
         raise AezooError(f"{what} has {len(x)} samples but {len(y)} labels: one label a sample")
 

@@ -91,7 +91,7 @@ def as_given(y: Tensor, class_names: tuple[str, ...] | None) -> list[Any]:
     if class_names is None:
         return y.tolist()
     names = names_of(y, class_names).tolist()
-    # 001 is a name, and another one than 1
+    # 001 is a name, different from 1
     return [int(name) for name in names] if all(map(_is_whole, set(names))) else names
 
 
@@ -129,7 +129,7 @@ def train_on(
                              "--data.train_classes or give one label a sample")  # fmt: skip
         names = names_of(y, class_names)
         missing = [str(one) for one in wanted if str(one) not in names]
-        # a small split for validation may be without one of several classes
+        # a small validation split may lack one of several classes
         if missing and (stage == "train" or len(missing) == len(wanted)):
             raise AezooError(f"no {stage} sample of {where} is of class {missing[0]!r} (--data.train_classes): there "
                              f"are {listed(names)}")  # fmt: skip
@@ -162,7 +162,7 @@ def keep_labels(
         raise AezooError(f"--data.num_labels {n} cannot be shared evenly by the {len(classes)} classes of {where}: "
                          f"give a multiple of {len(classes)}")  # fmt: skip
     kept = torch.full((len(y),), UNLABELLED, dtype=torch.long)
-    generator = torch.Generator().manual_seed(mix(seed, len(y)))  # without n: more labels hold the fewer ones
+    generator = torch.Generator().manual_seed(mix(seed, len(y)))  # not by n: larger choices contain smaller ones
     for k in classes:
         rows = (y == k).nonzero()[:, 0]
         if len(rows) < each:

@@ -2,13 +2,13 @@
 
     x = sum_i f_i d_i + noise     ||d_i|| = 1     f_i = 0, or uniform from 1/2 to 3/2 where atom i is active
 
-    atoms         N, each drawn evenly from the sphere; more than there are dimensions make the dictionary overcomplete
-    active        the mean number of active atoms: each is active with the chance p = active / N
-    correlation   rho between the supports of the atoms of a group of four (1 and 0 for active or not): each is, with
-                  the chance sqrt(rho), active when its group is called, and else by a coin of its own. So p stays as it
-                  is, the correlation is exactly rho within groups and 0 between them
+    atoms         N, each drawn uniformly from the sphere; more atoms than dimensions make the dictionary overcomplete
+    active        the mean number of active atoms: each is active with probability p = active / N
+    correlation   rho between the supports of the atoms of a group of four (1 and 0 for active or not): with probability
+                  sqrt(rho) an atom is active if its group is drawn, and else if its own draw says so. So p does not
+                  change, and the correlation is exactly rho within groups and 0 between them
     noise         standard deviation of a Gaussian in every dimension
-    streams       S of them show the same f in S spaces, each with atoms of its own, for crosscoders and transcoders
+    streams       S streams show the same f in S spaces, each with its own atoms, for crosscoders and transcoders
 
 Every number is a function of the seed and the sample's index, by splitmix64: only the atoms are stored, a sample does
 not depend on which others are read, and the splits are ranges of indices, train first.
@@ -124,7 +124,7 @@ class SyntheticDictionary(Source):
         """(n,) -> (n, *input_shape)."""
         f_nN = self._codes(index)
         x_nX = np.zeros((len(index), self._atoms.shape[1]))
-        # one atom of each sample after the other: a product of matrices rounds as its size has it
+        # one atom of each sample at a time: the rounding of a matrix product depends on its size
         row, atom = f_nN.nonzero()
         turn = np.arange(len(row)) - np.searchsorted(row, row)
         for k in range(turn.max(initial=-1) + 1):

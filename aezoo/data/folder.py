@@ -51,7 +51,7 @@ class Pictures(Source):
         self.options, self.where, self.files = options, where, files
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and options.max_pixels > limit:
-            # Pillow refuses by its own limit before ours can be asked
+            # else Pillow's own limit would apply before ours
             Image.MAX_IMAGE_PIXELS = options.max_pixels
         self.class_names, self.num_classes = names or None, len(names) or None
         self.value_range = (0.0, 1.0) if options.scale == "auto" else None
@@ -218,5 +218,5 @@ class ImageFiles(Files):
 
     @property
     def paths(self) -> list[str] | None:
-        """The files; None where they are not files of their own."""
+        """The files; None if the pictures are not separate files."""
         return [str(file) for file, _ in self.files] if isinstance(self.files[0][0], Path) else None

@@ -92,7 +92,7 @@ class HfPictures(Pictures):
         if y and names is None:
             raise AezooError(f"{options.root}: the labels are not classes: give --data.label_column none, or another")
         self._column = column
-        # what Pillow opens is for our own rules to say
+        # our own rules decide which files Pillow opens
         encoded = Image(decode=False)
         self._sets = {stage: rows.select_columns([column]).cast_column(column, encoded) for stage, rows in sets.items()}
         files: dict[Stage, list[tuple[Any, int]]] = {}
@@ -150,15 +150,15 @@ class HfArrays(InMemory):
 def _values(rows: Any, column: str, start: int, stop: int, place: Row) -> npt.NDArray[Any]:
     """The arrays of some rows, (n, ...); an error names the first that differs from the row before."""
     chosen, dtype = rows.select_columns([column]), np.dtype(_dtype(rows.features[column]))
-    # by default it makes float32 of them
+    # by default it converts them to float32
     wide = {"dtype": np.float64} if dtype == np.float64 else {}
     try:
         part: Any = chosen.with_format("numpy", **wide)[start:stop][column]
-    except ValueError:  # of unequal lengths, before datasets 4
+    except ValueError:  # rows of unequal lengths, before datasets 4
         part = chosen.with_format(None)[start:stop][column]
     if not isinstance(part, np.ndarray) or part.dtype == object:
         part = _stacked(part, column, start, place)
-    # whole numbers that are not there become NaN
+    # missing integers become NaN
     if part.dtype.kind == "f" != dtype.kind and (gaps := np.isnan(part).reshape(len(part), -1).any(1)).any():
         raise AezooError(f"{place._replace(number=start + int(gaps.argmax()))} lacks numbers in column {column}: fill "
                          "or remove it")  # fmt: skip
@@ -309,7 +309,7 @@ def _load(options: Options) -> Mapping[str, Any]:
         else:
             raise AezooError(f"no such folder: {path}: give a folder or a name of the hub, such as ylecun/mnist, with "
                              "--data.root")  # fmt: skip
-    # each file format has exceptions of its own, and so has the hub
+    # each file format and the hub raise their own exceptions
     except Exception as error:
         if isinstance(error, AezooError):
             raise

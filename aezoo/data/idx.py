@@ -153,7 +153,7 @@ def read_idx(path: Path, title: str = "", max_bytes: int = 2**33) -> Tensor:
             kind = np.dtype(_TYPES[head[2]])
             wanted = math.prod(shape) * kind.itemsize
             check_bytes(path, wanted, max_bytes)
-            # one byte more than the header promises shows that there is more, and a bomb stays small
+            # one byte more than the header declares reveals excess data, without unpacking a bomb
             data = file.read(wanted + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise AezooError(f"{path} is no whole gzip file ({error}): {again}") from None

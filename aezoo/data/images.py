@@ -22,11 +22,11 @@ FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
 DEEP = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
 GREY = frozenset({"1", "L", "LA"}) | DEEP
 _SEE_THROUGH = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
-# that hold several pictures of a kind; those behind the first of a JPEG are a camera's own
+# formats that hold several pictures of one kind; those after the first of a JPEG are for the camera's own use
 _PAGED = frozenset({"GIF", "TIFF", "PNG", "WEBP"})
 _WITH_ALPHA = {"P": "PA", "L": "LA", "RGB": "RGBA"}
 _ORIENTATION, _ROTATED = 0x0112, frozenset({5, 6, 7, 8})
-# what a PNG may say of its orientation besides in a chunk eXIf
+# other places than the chunk eXIf in which a PNG may store its orientation
 _NOTES = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 
 
@@ -50,7 +50,7 @@ def few(paths: list[Any]) -> str:
 
 
 def lost(headers: Mapping[Any, Header]) -> list[str]:
-    """What is ignored in some files, in words for a warning."""
+    """What is ignored in some files, as text for a warning."""
     see_through = [path for path, header in headers.items() if header.mode in _SEE_THROUGH]
     paged = [path for path, header in headers.items() if header.pages > 1]
     return [
@@ -137,12 +137,12 @@ def header(path: Path | Encoded, max_pixels: int) -> Header:
         with _open(path) as image:
             check_pixels(path, image.size, max_pixels)
             width, height = image.size
-            # of a PNG without a note before its pixels Pillow decodes these, as there may be one behind them
+            # if a PNG has no note before its pixels, Pillow decodes them, since there may be one after them
             skips = isinstance(image, PngImageFile) and image.fp is not None and not _notes_follow(image.fp)
             exif = Image.Image.getexif(image) if skips else image.getexif()
             if exif.get(_ORIENTATION) in _ROTATED:
                 width, height = height, width
-            # one colour of a palette, a picture of colours or a grey one can be see-through, too
+            # a palette, colour or grey picture can also have one transparent colour
             mode = _WITH_ALPHA.get(image.mode, image.mode) if "transparency" in image.info else image.mode
             pages = getattr(image, "n_frames", 1) if image.format in _PAGED else 1
     except AezooError:

@@ -1,6 +1,6 @@
 """Batches in an order that depends on (seed, epoch) alone: not on workers or earlier draws.
 
-For samples that are not held in memory; `aezoo.data.resident` gives the same batches of those that are.
+For samples that are not held in memory; `aezoo.data.resident` gives the same batches for those that are.
 """
 
 import os
@@ -111,7 +111,7 @@ class LazyLoader(DataLoader[Any]):
             try:
                 yield from found if self.transform is None else self.transform(found, cast(EpochSampler, self.sampler))
             except AezooError as error:
-                # that of a worker comes with the traceback of its process in front
+                # the message of a worker's error begins with the traceback of its process
                 _, traced, reason = str(error).rpartition(f"{AezooError.__module__}.AezooError: ")
                 if not traced:
                     raise

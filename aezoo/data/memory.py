@@ -31,7 +31,7 @@ class InMemory(Source):
 
     Args:
         options: the DataModule's arguments.
-        shape: shape of one sample as `load` gives it.
+        shape: shape of one sample as `load` returns it.
         num_classes: number of classes, None without labels.
     """
 
@@ -41,13 +41,13 @@ class InMemory(Source):
         self.num_classes = num_classes
         self.value_range = (0.0, 1.0) if options.scale in ("auto", "unit") else None
         self.scaling: Scale | None = None
-        # `load` gives values that are still in their file
+        # whether `load` returns values that are still in their file
         self.mapped = False
         self._splits: dict[Stage, Pair] | None = None
 
     @abstractmethod
     def load(self) -> dict[Stage, Pair]:
-        """The set's own splits; "train" at least, from which missing ones are taken."""
+        """The set's own splits, at least "train", from which missing ones are taken."""
 
     def split(self, stage: Stage) -> ArrayDataset | None:
         if self._splits is None:
@@ -74,7 +74,7 @@ class InMemory(Source):
         self.scaling = scale = Scale(splits["train"].x, options.scale)
         self.white = scale.white
         for stage in list(splits):
-            # one after the other, which frees what it was made of
+            # one at a time, so that its unscaled samples are freed
             splits[stage] = Pair(scale(splits[stage].x), splits[stage].y)
         return splits
 
@@ -85,7 +85,7 @@ class Scale:
     auto      uint8 is divided by 255 (on the device); floats within [0, 1] stay; anything else as `unit`
     unit      (x - min) / (max - min), which fills [0, 1]
     standard  (x - mean) / standard deviation
-    none      the values as they are
+    none      unchanged values
 
     Minimum, maximum, mean and deviation are taken over the values that are not missing, per feature for vectors (N, D),
     else over all. A constant feature becomes 0. Values of val and test outside the training range are not clipped.
@@ -108,7 +108,7 @@ class Scale:
         self.factor: Tensor | None = None
         if rule == "none" or self.keep_bytes:
             return
-        # float64 keeps what is exact in it: 1e9 + 1 and 1e9 + 2 are one number in float32
+        # float64 stays float64: 1e9 + 1 and 1e9 + 2 are one number in float32
         x = train if train.dtype == torch.float64 else train.float()
         x = x if x.ndim == 2 else x.reshape(-1, 1)
         low = (x.nan_to_num(math.inf) if gaps else x).amin(0)
@@ -125,7 +125,7 @@ class Scale:
         self.factor = torch.where(high > low, factor, 1)
 
     def state(self) -> dict[str, Tensor]:
-        """What scales other samples in the same way; empty if nothing depends on the training split."""
+        """The tensors that scale other samples in the same way; empty if nothing depends on the training split."""
         return {} if self.offset is None or self.factor is None else {"offset": self.offset, "factor": self.factor}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def numeric(
         what: their name in messages.
         columns: the column names of a table.
         copy: never share the memory of floats, which the caller may change later.
-        missing: raise, or keep for NaN that stands for a missing value; no row may lack all.
+        missing: raise refuses NaN; keep accepts it as a missing value, but no row may lack all values.
 
     Raises:
         AezooError: they are not real, finite numbers.
@@ -183,7 +183,7 @@ def numeric(
         tensor = checked.detach().cpu()
     else:
         if checked.dtype != np.uint8:
-            # in the machine's byte order; torch has no half of NumPy's dtypes
+            # in the machine's byte order; torch lacks many of NumPy's dtypes
             wide = _wide(checked.dtype.itemsize, checked.dtype.kind == "f", np.float64, np.float32)
             checked = checked.astype(wide, copy=copy)
         checked = np.ascontiguousarray(checked)
@@ -191,14 +191,14 @@ def numeric(
     if tensor.dtype != torch.uint8:
         tensor = tensor.to(_wide(tensor.element_size(), tensor.is_floating_point(), torch.float64, torch.float32))
         size, kept = math.prod(tensor.shape[1:]), missing == "keep"
-        # in parts, as what is looked at takes memory of its own
+        # in parts, since the checks below allocate memory
         parts = [part.reshape(len(part), size) for part in tensor.split(max(1, _PART // max(1, size)))]
         if kept and (empty := torch.cat([part.isnan().all(1) for part in parts])).any():
             raise AezooError(f"{what} has no value at all in row {int(empty.nonzero()[0])}: remove such rows")
         bad = torch.cat([(part.isinf() if kept else ~part.isfinite()).any(1) for part in parts])
         if bad.any():
             wrong = (tensor.isinf() if kept else ~tensor.isfinite()).reshape(len(tensor), size)
-            # a table is mended by columns
+            # the user of a table corrects columns
             place = f", in {few([columns[i] for i in wrong.any(0).nonzero().flatten().tolist()])}" if columns else ""
             cure = "fill or remove them"
             if not kept and tensor.isnan().any():

@@ -19,7 +19,7 @@ from torch import Tensor
 from aezoo.errors import AezooError
 from aezoo.security.archives import unpacked_size
 
-# a cell and its comma, two bytes at least, become a double and a float, beside the text as a whole and by lines
+# a cell and its comma, at least two bytes, become a double and a float, beside the whole text and its lines
 _CSV_GROWTH = 8
 _EXACT = 2**53
 Arrays = Mapping[str, Any]
@@ -71,7 +71,7 @@ def read_arrays(path: Path, max_bytes: int = 2**33, label_column: str = "auto") 
         raise
     except PermissionError as error:
         raise AezooError(f"cannot read {path} ({error.strerror}): check its permissions") from None
-    # every format has exceptions of its own for a cut or foreign file
+    # every format raises other exceptions for a truncated or foreign file
     except Exception as error:
         reason = " ".join(str(error).split())[:150]
         raise AezooError(
@@ -98,7 +98,7 @@ def check_columns(what: str, columns: Sequence[str], trained: Sequence[str]) -> 
 
 
 def _label_among(names: Sequence[str], label_column: str) -> int | None:
-    """The position of the labels: the column of that name; for auto and none that is `label`, in any case."""
+    """The position of the labels: the column of that name, or for auto and none the one called `label`, in any case."""
     if label_column not in ("auto", "none"):
         return list(names).index(label_column) if label_column in names else None
     lower = [name.lower() for name in names]
@@ -215,7 +215,7 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
     separator = max(",;\t", key=lines[0].count)
     rows = csv.reader(lines, delimiter=separator)
     first = [cell.strip() for cell in next(rows)]
-    # an empty cell is a value that is missing
+    # an empty cell is a missing value
     counts = len(first) > 1 and first == [str(i) for i in range(len(first))]
     header = counts or not all(_is_number(cell) for cell in first if cell)
     label = _label_among(first, label_column) if header else None
@@ -294,7 +294,7 @@ def of_frame(frame: Any) -> npt.NDArray[Any]:
     """The values of a DataFrame, (N, D); float with NaN for booleans mixed with numbers and for missing numbers."""
     values: npt.NDArray[Any] = frame.to_numpy()
     if values.dtype.kind == "O":
-        with contextlib.suppress(TypeError, ValueError):  # there are texts
+        with contextlib.suppress(TypeError, ValueError):  # some values are texts
             values = frame.to_numpy(np.float64, na_value=math.nan)
     return values
 
@@ -303,14 +303,14 @@ def labels_of_texts(texts: list[str]) -> Any:
     """Numbers if all texts are numbers and exact, else the texts, (N,); masked where empty."""
     missing = np.array([not text for text in texts])
     numbers = [float(text or 0) for text in texts] if all(_is_number(text) for text in texts if text) else []
-    # from there on neighbours are one float
+    # beyond, neighbouring integers are the same float
     names = not numbers or any(_EXACT <= abs(number) < math.inf for number in numbers)
     labels = np.array(texts if names else numbers)
     return np.ma.array(labels, mask=missing) if missing.any() else labels
 
 
 def _numbers_rows(cells: list[str]) -> bool:
-    """Whether each is another whole number."""
+    """Whether the cells are distinct whole numbers."""
     return bool(cells) and all(cell.strip().isdigit() for cell in cells) and len(set(cells)) == len(cells)
 
 

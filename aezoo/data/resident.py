@@ -81,7 +81,7 @@ class ResidentLoader:
         # a generator, so that the epoch is read at the first next(): Lightning tells it after iter()
         rows = self.sampler.rows().to(self.x.device)
         for chosen in rows.split(self.batch_size):
-            # no rows are one part, too
+            # split gives one part even without rows
             if len(chosen) < (self.batch_size if self.drop_last else 1):
                 return
             x = self.x.index_select(0, chosen)
@@ -232,6 +232,6 @@ def decode(dataset: Dataset[Any], name: str) -> ArrayDataset:
             y[i] = sample[1]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        # list: an error of a thread is raised here
+        # list, so that an error of a thread is raised here
         list(pool.map(fill, range(n)))
     return ArrayDataset(x, y, paths_of(dataset))

@@ -5,9 +5,9 @@
     orientation 40   of a full turn, clockwise from 0, without the end 2 pi, where dSprites repeats 0
     x, y        32   each: 1/64 of the side from one to the next, about the middle of the image
 
-All 737,280 combinations are there; sample i has the mixed-radix digits of i, the last factor first to change, and the
-shape as its label. With `--data.channels 3` two factors stand in front, the hues of sprite and background: 6 each, red
-to magenta, the background at half the brightness; i and i + 737,280 are then one picture in two colours.
+All 737,280 combinations exist. The mixed-radix digits of i are the factors of sample i, with the last factor changing
+fastest; its label is its shape. `--data.channels 3` adds two factors in front, the hues of sprite and background: 6
+each, red to magenta, the background at half the brightness; i and i + 737,280 are then one picture in two colours.
 
 Pixels hold about the share of their area that is covered, in 1/255: the distance to the outline, for the ellipse to
 first order, over the width of a pixel. So half a pixel's move shows at any size, and the centre of mass moves linearly;

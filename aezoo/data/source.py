@@ -109,7 +109,7 @@ class ArrayDataset(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A whole batch in one gather; torch's loader prefers this method to one call per sample."""
         rows = torch.as_tensor(indices)
-        # which copies whole rows, where x[rows] goes through their values
+        # index_select copies whole rows, x[rows] single values
         x = self.x.index_select(0, rows)
         return (x,) if self.y is None else (x, self.y.index_select(0, rows))
 

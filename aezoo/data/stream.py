@@ -58,10 +58,10 @@ _KINDS = (
     "str",
     "text",
 )
-# what items are made of; litdata imports what a defaultdict of an index names as its factory
+# containers of items; no defaultdict, as litdata imports the factory that an index names for it
 _CONTAINERS = {"builtins.dict", "builtins.list", "builtins.tuple", "collections.OrderedDict", "collections.deque"}
 _SAFE = "images, arrays, text and Python's own numbers (float(x) or int(x) of NumPy's)"
-# litdata takes what stands after the colon for the name of a decoder too
+# litdata also reads the text after the colon as the name of a decoder
 _PLAIN = re.compile(rf"({'|'.join(_KINDS)})(:(\d+|jpe?g|png|webp|bmp|gif))?")
 
 
@@ -107,7 +107,7 @@ class Chunks(Dataset[Any]):
         """An item as it was written, with encoded images as bytes."""
         try:
             return self._reader()[row]
-        # a damaged item ends in whatever its decoder makes of it
+        # the error of a damaged item depends on its decoder
         except Exception as error:
             reason = str(error) if isinstance(error, AezooError) else f"{type(error).__name__}: {error}"
             raise AezooError(
@@ -133,7 +133,7 @@ def _reader(root: str) -> Any:
     serializers: dict[str, Any] = {name: _Refused() for name in _SERIALIZERS if name not in _KINDS}
     serializers |= {name: _AsStored() for name in _ENCODED}
     settings: dict[str, Any] = {"serializers": serializers, "max_pre_download": GROUP}
-    # by default 32 items are decoded for one that is asked for
+    # by default litdata decodes 32 items for each one requested
     if "batch_decode" in inspect.signature(StreamingDataset).parameters:
         settings["batch_decode"] = 0
     return StreamingDataset(root, **settings)
@@ -174,7 +174,7 @@ def _index(root: Path) -> tuple[list[str], list[int]]:
         if not file.is_file() or file.stat().st_size < size:
             state = f"has {file.stat().st_size} of {size} bytes" if file.is_file() else "is missing"
             raise AezooError(f"{file} {state}: copy it again, or write the folder again")
-        # the place of each item takes four of them
+        # the position of each item takes four bytes
         if length < 0 or (length > size and not about.get("compression")):
             raise AezooError(f"{path} tells of {length} items in the {size} bytes of {name}: write the folder again")
     ends = list(itertools.accumulate(lengths))

@@ -19,7 +19,7 @@ SPLITS: dict[str, Stage] = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 _ENDINGS = tuple(EXTENSIONS)
-# seconds of a scan after which it says what it does
+# seconds after which a scan says what it does
 _SILENT = 2.0
 
 

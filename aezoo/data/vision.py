@@ -32,7 +32,7 @@ class Row(NamedTuple):
     """One set: torchvision's class, a sample's shape, the classes, what lies under root, its arguments by split.
 
     `array` marks the sets that torchvision holds in memory as one array. `test_offset` is added to the test labels
-    where they count classes of their own.
+    if they number classes separately.
     """
 
     title: str
@@ -215,7 +215,7 @@ def _prepare(row: Row, options: Options) -> None:
         with inside_their_folder():
             for arguments in row.splits.values():
                 _open(row.title, options.root, arguments)
-    # files that are there must do without a network and in a read-only folder, so downloading comes second
+    # existing files must work without a network and in a read-only folder, so downloading comes second
     except (OSError, RuntimeError, ValueError, EOFError, *_ARCHIVES):
         download(row.title, options, list(row.splits.values()), row.files)
 
@@ -241,9 +241,9 @@ def _explained(title: str, files: str, options: Options) -> Iterator[None]:
     """Turn torchvision's errors for missing, broken or unreachable files into one line with the cure."""
     timeout = socket.getdefaulttimeout()
     try:
-        # torchvision sets none, and a dropped packet would wait for minutes
+        # torchvision sets no timeout, and a dropped packet would block for minutes
         socket.setdefaulttimeout(30)
-        # it also prints every mirror that it tries in vain
+        # it also prints every mirror that fails
         with contextlib.redirect_stdout(io.StringIO()), inside_their_folder():
             yield
     except ImportError as error:

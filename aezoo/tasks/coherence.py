@@ -17,16 +17,16 @@ from aezoo.tasks.samples import Samples
 Array = npt.NDArray[Any]
 
 _FOLDS = 5
-# samples that classifiers learn from, and that are drawn from the prior
+# most samples that classifiers learn from, and number of samples drawn from the prior
 _MOST, _DRAWN = 2000, 1000
 
 
 def coherence(model: WithParts, samples: Samples, x_hat: Array, seed: int, batch_size: int) -> list[Row]:
-    """One row for each part, and one for samples of the prior; none where there are too few labels.
+    """One row for each part, and one for samples from the prior; no rows if there are too few labels.
 
     A classifier is a logistic regression on the raw values of a part. It learns from the real parts of four fifths of
-    the samples and judges the others. Its accuracy on real parts, the most that a perfect model would get, and the
-    share of the most common class stand beside that on the parts that the model makes.
+    the samples and judges the others. A row has its accuracy on the parts that the model makes, its accuracy on real
+    parts, which is the most that a perfect model would get, and the share of the most common class.
 
     Args:
         model: in evaluation mode.
@@ -39,7 +39,7 @@ def coherence(model: WithParts, samples: Samples, x_hat: Array, seed: int, batch
     known = np.flatnonzero(y != UNLABELLED)
     rows = known[choose_rows(len(known), _MOST, seed)]
     x = samples.rows(torch.from_numpy(rows))
-    whole = ~x.isnan().flatten(1).any(1)  # classifiers take no gaps
+    whole = ~x.isnan().flatten(1).any(1)  # classifiers do not accept NaN
     x, rows = x[whole], rows[whole.numpy()]
     y, made = y[rows], torch.from_numpy(np.asarray(x_hat[rows]))
     k = int(y.max(initial=0)) + 1

@@ -35,14 +35,14 @@ from aezoo.tasks.output import device_of
 from aezoo.tasks.samples import Samples
 
 _MAX_PIXELS = inspect.signature(DataModule).parameters["max_pixels"].default
-# what the command line fills in by itself
+# arguments that the command line fills in
 _GIVEN = {"model", "x", "file", "fit_on", "calibrate_on", "out", "batch_size", "seed", "progress"}
 # flags that name a file or a folder of samples
 _FILES = {"around"}
 # verbs whose results are samples
 _OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
 _MOST_LINES = 20
-# of values that training had from 0 to 1; bytes that were stored as floats are beyond
+# largest value accepted if the training data lie in [0, 1]; bytes stored as floats exceed it
 _MOST = 11.0
 _AS_IS = {"offset": torch.zeros(()), "factor": torch.ones(())}
 
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
 def _cleaning_up() -> Iterator[None]:
     """Handle SIGTERM and SIGHUP like Ctrl-C, which removes half-written files."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # which alone may ask for signals
+        yield  # only the main thread may install signal handlers
         return
 
     def leave(signum: int, _: Any) -> None:
@@ -173,7 +173,7 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
     parser.add_function_arguments(function, skip={name for name in accepted if name in _GIVEN})
     if "file" not in accepted:
         parser.add_class_arguments(DataModule, "data", instantiate=False)
-        # --batch_size is the verb's own; that of a fit may stand in a file of settings
+        # hidden, since the verb has its own --batch_size; a file of settings may still contain that of a fit
         parser._option_string_actions.pop("--data.batch_size").help = argparse.SUPPRESS
     return parser
 
@@ -207,7 +207,7 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
     except AezooError as error:
         if needed:
             raise
-        # a model that works elsewhere than where it was trained
+        # e.g. on another machine than the one it was trained on
         left = "nothing is read" if config.input is None else f"{config.input} alone is used"
         print(f"aezoo: {left}, the training data are not available: {error}", file=sys.stderr)
         return found
@@ -236,7 +236,7 @@ def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None,
     """
     given = {key: value for key, value in (data or {}).items() if value is not None}
     samples, rule = _scaled(path, trained, given, f"--{flag} {path}"), given.get("binarise", "none")
-    # like one more split
+    # drawn as for one more split
     return samples if rule == "none" else samples.binarised(rule, mix(given.get("seed", 0), len(STAGES)))
 
 
@@ -249,7 +249,7 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
         kept = {key: given[key] for key in ("size", "channels", "on_error", "max_pixels", "memory") if key in given}
         module = DataModule(name=path, val_fraction=0, test_fraction=0, **kept)
         module.prepare_data()
-        # not of the module, which refuses what nothing can be learnt from
+        # from the source, since the module refuses data that cannot be trained on
         dataset, *others = (split for stage in STAGES if (split := module.source.split(stage)) is not None)
         if others:
             print(f"aezoo: {what} has a training split, and only this is used: give the folder of another split, or "
@@ -282,7 +282,7 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
     y = numbered.get("test")
     check_length(x, y, f"{path}: {name}")
     scaling = _scaling(trained, 255 if x.dtype == torch.uint8 else None)
-    # of tables a value far away may be what is looked for
+    # not for tables, in which an outlying value may be the anomaly to find
     if trained["settings"] and scaling == (255, {}) and x.is_floating_point() and x.ndim > 2 and x.abs().max() > _MOST:
         raise AezooError(f"{path}: values from {x.min():.4g} to {x.max():.4g}, the training data had 0 to 1: divide "
                          "them by what white is, or give bytes (uint8)")  # fmt: skip

@@ -73,7 +73,7 @@ def decompress(
         kind: what to write, npy or png.
         strict: refuse a file that is not lossless if its outputs are not the same to the last bit. Without it, outputs
             may differ by the rounding of another machine or device, if what they are decoded from is the same.
-        threads: threads of torch on the CPU; 0 takes as many as wrote the file.
+        threads: threads of torch on the CPU; 0 takes the number with which the file was written.
         max_bytes: refuse a file that would decode to more than this, counted as float32.
         out: folder for the results; None keeps them in memory.
         progress: show a bar on a terminal.

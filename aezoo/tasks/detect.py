@@ -162,7 +162,7 @@ def detect(
         columns = list(dict.fromkeys(name for row in rows for name in row if row[name] is not None))
         rows = [{name: row.get(name) for name in columns} for row in rows]
         first = judged[0]
-        assert first is not None  # only baselines may have nothing to say
+        assert first is not None  # only baselines may have no scores
         further = {
             detector.name: found
             for detector, found in zip(detectors[1:], judged[1:], strict=True)

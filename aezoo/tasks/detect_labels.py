@@ -16,7 +16,7 @@ from aezoo.tasks.output import Row
 from aezoo.tasks.samples import Samples
 
 Flags = npt.NDArray[np.bool_]
-# 1 for an anomaly, 0 for a normal sample, UNLABELLED for one of which that is not known
+# 1 for an anomaly, 0 for a normal sample, UNLABELLED if unknown
 Kinds = npt.NDArray[np.int64]
 
 
@@ -144,6 +144,6 @@ def _classes(samples: Samples) -> tuple[npt.NDArray[Any], Flags] | None:
     y = samples.labels
     if y is None:
         return None
-    # among labels with fractions -1 is one of them
+    # among labels with fractions, -1 is a label
     labelled = np.full(len(y), True) if y.is_floating_point() else (y != UNLABELLED).numpy()
     return (names_of(y, samples.class_names), labelled) if labelled.any() else None

@@ -239,7 +239,7 @@ def hidden(model: Autoencoder, x: Tensor) -> list[Tensor]:
 
     def keep(module: nn.Module, _: Any, output: Any) -> None:
         if len(output) != len(x):
-            return  # a model that finds the label of a sample first encodes it with all of them
+            return  # a model that infers the label of a sample first encodes the sample with every label
         if next(module.parameters(), None) is not None:
             layers.append(output)
         elif layers:
@@ -251,7 +251,7 @@ def hidden(model: Autoencoder, x: Tensor) -> list[Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    # the last layer's output is the code, or of a posterior what the code is taken from
+    # the last layer's output is the code, or the posterior's parameters, from which the code is taken
     return [x, *layers[:-1], code]
 
 

@@ -6,13 +6,14 @@ A copy of the encoder f, which the autoencoder has pre-trained, learns to map no
     soft boundary   min  R^2 + 1/(nu N) sum_i max(0, ||f(x_i) - c||^2 - R^2) + lambda/2 sum_l ||W_l||^2     (equation 3)
     score           ||f(x) - c||^2          c = mean of the initial codes, entries near 0 moved to -0.1 or 0.1
 
-R^2 is the 1 - nu quantile of the distances, found anew in every epoch. What would let f be the constant c, score 0 for
-everything, is ruled out as in section 3.3: biases are set to 0 in the copy and stay there, before c is found (with
-them, weights of 0 would do: proposition 2); c is not what weights of 0 give, 0 (proposition 1); and activations that
-saturate at a value other than 0 stand in for a bias and are refused (proposition 3), as are those that are not 0 at 0.
+R^2 is the 1 - nu quantile of the distances, found anew in every epoch. As in section 3.3, solutions in which f is the
+constant c, with score 0 for everything, are ruled out. Biases are set to 0 in the copy and stay there, before c is
+found (with them, weights of 0 would do: proposition 2). c is not 0, the output for weights of 0 (proposition 1).
+Activations that saturate at a value other than 0 would replace a bias and are refused (proposition 3), as are those
+that are not 0 at 0.
 
-All normal samples are mapped to one point, and so is what lies between them: one normal class works better than
-several. Training distances are too small for calibration: give held-out samples for p-values.
+All normal samples are mapped to one point, and so are points between them: one normal class works better than several.
+Training distances are too small for calibration: give held-out samples for p-values.
 
 Shapes: B batch, N training samples, D code.
 """

@@ -138,7 +138,7 @@ def embed(
         shown = None if labels is None else labels[rows]
         store.table("plane", _plane_rows(rows, plane, notes), kind)
         accuracies: list[Row] = []
-        # of samples that classifiers have learnt from they say nothing
+        # classifiers say nothing about samples that they have learned from
         new = train is not None and train.dataset is not samples.dataset
         if train is not None and new and has_classes(samples) and has_classes(train):
             accuracies = _accuracies(model, train, samples, flat, batch_size, seed, progress)
@@ -190,7 +190,7 @@ def _accuracies(
     size = train_codes.shape[1]
     sets = {"codes": (train_codes, test_codes), "raw values": (raw_train, raw_test)}
     if np.isnan(raw_train).any() or np.isnan(raw_test).any():
-        del sets["raw values"]  # classifiers take no gaps
+        del sets["raw values"]  # classifiers do not accept NaN
     elif size <= min(raw_train.shape):
         sets["pca"] = pca(raw_train, raw_test, size)
     with progress_bar("classifiers" if progress else "", len(sets)) as advance:

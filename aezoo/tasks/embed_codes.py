@@ -80,7 +80,7 @@ def same_classes(samples: Samples, known: Samples) -> Array:
     if names is None or known_names is None or names == known_names:
         return y
     numbers = [known_names.index(name) if name in known_names else len(known_names) for name in names]
-    return np.array([*numbers, UNLABELLED])[y]  # which counts from the end
+    return np.array([*numbers, UNLABELLED])[y]  # an index of -1 counts from the end
 
 
 # ---- the plane ------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def nearest_codes(library: Array, codes: Array, k: int) -> tuple[Array, Array]:
     for start in range(0, len(codes), _QUERIES):
         z = codes[start : start + _QUERIES].astype(np.float64)
         found = search.kneighbors(z, return_distance=False)
-        # for wide codes it computes |a|^2 - 2ab + |b|^2, by which a code is not quite at distance 0 of itself
+        # for wide codes it computes |a|^2 - 2ab + |b|^2, which gives a code a small distance to itself
         exact = np.stack([np.linalg.norm(library[found[:, j]] - z, axis=1) for j in range(k)], axis=1)
         order = np.argsort(exact, axis=1, kind="stable")
         neighbours[start : start + len(z)] = np.take_along_axis(found, order, 1)

@@ -147,8 +147,8 @@ class _Given(nn.Module):
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, eqs. (1) and (2), https://arxiv.org/abs/1904.06991).
 
-    The share of `fake` that lies within reach of `real`, and the share of `real` within reach of `fake`: within reach
-    of a set is what is no farther from some member than that member's third nearest neighbour in the set.
+    The share of `fake` that lies within reach of `real`, and the share of `real` within reach of `fake`. A point is
+    within reach of a set if it is no farther from some member than that member's third nearest neighbour in the set.
     """
     return _share_within(fake, real), _share_within(real, fake)
 

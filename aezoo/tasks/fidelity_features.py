@@ -133,7 +133,7 @@ def _pca(x: Tensor) -> Features:
     from sklearn.decomposition import PCA
 
     flat = x.flatten(1).numpy()
-    with np.errstate(invalid="ignore"):  # of equal samples no share of the variance is explained
+    with np.errstate(invalid="ignore"):  # equal samples have no variance to explain
         fitted = PCA(min(_COMPONENTS, *flat.shape), random_state=0).fit(flat)
     mean, axes = torch.from_numpy(fitted.mean_), torch.from_numpy(fitted.components_)
     name = f"{len(axes)} principal components of raw values (no labels, no Inception weights at hand)"

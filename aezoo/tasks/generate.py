@@ -30,9 +30,9 @@ Array = npt.NDArray[Any]
 
 # codes that a prior is fitted to, and numbers in them: minutes on one core, half a gigabyte
 _MOST_CODES, _MOST_VALUES = 50_000, 2**24
-# codes drawn at a time; another number draws others
+# codes drawn at a time; the draws depend on this number
 _DRAWN = 4096
-# samples of its own prior that a model walks among where no others are given
+# samples of its own prior that a model walks among if no others are given
 _OWN = 1000
 # images and curves in the picture of samples
 _MOST_SHOWN, _MOST_PANELS = 256, 16
@@ -146,7 +146,7 @@ def generate(
     given = None if x is None else Samples.of(x).check(model)
     varied = None if around is None else Samples.of(around).check(model)
     train = None if fit_on is None else Samples.of(fit_on, "train").check(model)
-    # samples that the model has learnt from are no yardstick
+    # samples that the model has learned from are no reference
     held = None if given is None or (train is not None and given.dataset is train.dataset) else given
     if quality and (train is None or len(train) < 2):
         raise AezooError(f"quality needs two training samples at least to compare with: {GIVE_TRAINING}")

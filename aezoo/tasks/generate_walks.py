@@ -66,7 +66,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     https://arxiv.org/abs/1609.04468).
     """
     w = torch.acos(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).clamp(-1, 1))
-    if float(torch.sin(w)) < 1e-6:  # one direction, or opposite ones, between which no circle is singled out
+    if float(torch.sin(w)) < 1e-6:  # the same or opposite directions, which define no unique circle
         return torch.lerp(a, b, t)
     return ((torch.sin((1 - t) * w) * a + torch.sin(t * w) * b) / torch.sin(w)).to(a.dtype)
 

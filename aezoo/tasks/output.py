@@ -46,7 +46,7 @@ class Store:
         self._written: dict[Path, Path] = {}
         self._mapped: list[Any] = []
         if self.folder is not None:
-            # a name of its own: another process may try the folder at this moment
+            # a unique name, since another process may test the folder at the same time
             probe = self.folder / f".tmp-{os.getpid()}.part"
             durable.write(probe, lambda file: None, cure=CURE)
             probe.unlink()

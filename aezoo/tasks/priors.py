@@ -177,7 +177,7 @@ class Principal:
         elif len(variances) and name == "riemannian":
             from aezoo.tasks.priors_riemannian import Riemannian
 
-            self.density = cast(Any, Riemannian(t, seed))  # its density is known up to a constant
+            self.density = cast(Any, Riemannian(t, seed))  # its density is only known up to a constant
 
     def sample(self, n: int, seed: Seed) -> Array:
         rng = np.random.default_rng(seed)
@@ -217,10 +217,10 @@ class Mixture:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
 
-        # discrete codes may be fewer than they seem
+        # discrete codes may repeat
         n_components = min(n_components, len(np.unique(t.round(6), axis=0)))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # what still grows likelier after 500 rounds is good
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a fit that still improves after 500 rounds will do
             # the variance added keeps a Gaussian from collapsing to a single code; those of t are 1
             self.mixture = GaussianMixture(n_components, reg_covar=1e-4, max_iter=500, random_state=seed).fit(t)
 
@@ -243,7 +243,7 @@ class Flow:
         with forked_rng(torch.device("cpu")), torch.enable_grad():
             torch.manual_seed(seed)
             data = torch.from_numpy(t).float()[torch.randperm(len(t))]
-            # of two dimensions an order drawn at random for each step may be one order for all
+            # in two dimensions, the random orders of all steps might be the same
             flow = zuko.flows.MAF(data.shape[1], transforms=5, hidden_features=(64, 64), randperm=data.shape[1] > 2)
             _train(flow, lambda rows: -flow().log_prob(rows).mean(), data)
             self.flow = flow

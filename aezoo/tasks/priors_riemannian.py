@@ -60,10 +60,10 @@ class Riemannian:
         spreads = []
         for i in range(k):
             own = t[found.labels_ == i]
-            # as many codes of the whole as there are dimensions keep a small cluster's covariance of full rank
+            # as many codes of the whole set as dimensions keep the covariance of a small cluster at full rank
             near = (own - found.cluster_centers_[i]).T @ (own - found.cluster_centers_[i])
             spreads.append((near + t.shape[1] * overall / k) / (len(own) + t.shape[1]))
-        # of codes that are all the same too there is a determinant
+        # so that equal codes have a determinant, too
         self.spreads = torch.from_numpy(np.stack(spreads)).double() + 1e-9 * torch.eye(t.shape[1]).double()
         size = torch.linalg.slogdet(self.spreads)[1].median() / t.shape[1]
         self.lam = _LAM * float(size.exp())
@@ -104,7 +104,7 @@ class Riemannian:
         for i in range(_BURN_IN):
             z, accepted = self._move(z, step)
             self.accepted = accepted
-            # only in the first half: what is kept comes from one chain that does not adapt
+            # only in the first half, since the draws that are kept must come from a chain that does not adapt
             if i < _BURN_IN // 2 and accepted < _ACCEPTED:
                 step /= 2
         return z, step

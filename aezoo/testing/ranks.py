@@ -57,7 +57,7 @@ class SharedNoise(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if kwargs.get("generator") is not None:  # what is drawn from there is seen to elsewhere
+        if kwargs.get("generator") is not None:  # draws from a generator are handled elsewhere
             return func(*args, **kwargs)
         # of torch._standard_gamma, but not of Tensor.__eq__, which every object has
         draw = getattr(self, f"_{getattr(func, '__name__', '').lstrip('_')}", None)

@@ -31,7 +31,7 @@ PARTIES = {
 }
 
 
-# who trains a variational model for `benchmarks.peers quality`
+# the parties that train a variational model for `benchmarks.peers quality`
 QUALITY = {"aezoo_quality": ("aezoo_quality", "fit"), "pythae_quality": ("pythae_quality", "fit")}
 
 
@@ -43,7 +43,7 @@ def function(party: str) -> Callable[[Job], dict[str, Any]]:
 
 
 def end_with_parent() -> None:
-    """End, with all children, when the process that asked for the run closes standard input, as it does at its end."""
+    """End, with all children, when the process that asked for the run closes standard input or ends."""
     while os.read(0, 1):
         pass
     if hasattr(os, "killpg"):

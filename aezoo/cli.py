@@ -1,6 +1,7 @@
 """The command line: light commands here, without torch; training commands in `aezoo.lightning_cli`."""
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import gc
@@ -117,6 +118,7 @@ def importing(whole: bool) -> Iterator[None]:
     finally:
         if whole:
             gc.freeze()
+            atexit.register(gc.unfreeze)  # libraries look then for what was not freed: triton 3.9 lists all of it
         if enabled:
             gc.enable()
 

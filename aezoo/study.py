@@ -28,6 +28,7 @@ import yaml
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.pool import NullPool
 
 from aezoo import durable, ranks, run_folder, terminal
 from aezoo.errors import AezooError
@@ -210,7 +211,7 @@ class Study:
         storage: Any
         record.parent.mkdir(parents=True, exist_ok=True)
         if record.suffix in (".db", ".sqlite", ".sqlite3"):
-            storage = optuna.storages.RDBStorage(f"sqlite:///{record}")
+            storage = optuna.storages.RDBStorage(f"sqlite:///{record}", engine_kwargs={"poolclass": NullPool})
         else:
             # with a relative path optuna does not recognise the lock of a killed process and waits forever
             backend = JournalFileBackend(str(record.absolute()))

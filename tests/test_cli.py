@@ -86,11 +86,12 @@ def test_imports_of_what_stays_are_not_searched_for_garbage(monkeypatch, whole):
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     monkeypatch.setattr(sys, "argv", ["aezoo", "fit"])
     monkeypatch.setattr(gc, "freeze", lambda: seen.append("kept"))  # which would keep the garbage of the tests
+    monkeypatch.setattr(cli.atexit, "register", seen.append)
     monkeypatch.setitem(sys.modules, "aezoo.lightning_cli", None)  # and after the test as it was
     monkeypatch.setattr(aezoo, "lightning_cli", None, raising=False)
     del sys.modules["aezoo.lightning_cli"], aezoo.lightning_cli
     cli.main(None if whole else ["fit"])
-    assert seen == [False, *["kept"] * whole, True]
+    assert seen == [False, *["kept", gc.unfreeze] * whole, True]
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_checkpoint_with_the_data_in_it_loads_safely(tmp_path):
 def test_every_argument_is_plain_and_described():
     parameters = inspect.signature(DataModule).parameters
     for name, parameter in parameters.items():
-        assert f"\n        {name}: " in DataModule.__doc__, name
+        assert f"\n    {name}: " in inspect.getdoc(DataModule), name
         assert parameter.default is None or isinstance(parameter.default, int | float | str | bool)
 
 

@@ -110,13 +110,14 @@ class CWAE(WAEMMD):
         d = self.code_shape[0]
         if d >= 20:
             return (1 + 4 * s / (2 * d - 3)).rsqrt()
-        near, far = s.clamp(max=_FAR), s.clamp(min=_FAR)
+        is_far = s >= _FAR  # a bound of clamp has no gradient from torch 2.15 on
+        near, far = s.masked_fill(is_far, 0.0), s.masked_fill(~is_far, _FAR)
         integral, series = torch.zeros_like(s), torch.zeros_like(s)
         for u, w in self._quadrature:
             integral = integral + w * torch.exp(-u * near)
         for c in reversed(self._series):
             series = series / far + c
-        return torch.where(s < _FAR, integral, series * far.rsqrt())
+        return torch.where(is_far, series * far.rsqrt(), integral)
 
     def distance(self, z_BD: Tensor) -> Tensor:
         """d^2 between the codes of all ranks and the prior, equal on every rank: (B, D) -> ()."""

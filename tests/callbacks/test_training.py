@@ -563,7 +563,8 @@ def test_predictions_are_written_in_order(fit, tmp_path, capsys, own):
     trainer.predict(model, DataLoader(data, 20), return_predictions=False)
     path = tmp_path / ("here" if own else "run/0") / "predictions.npz"
     assert capsys.readouterr().out.startswith(f"Predictions: {path} (code (48, 4), reconstruction (48, 1, 6, 6)")
-    found = np.load(path)
+    with np.load(path) as file:
+        found = dict(file)
     with torch.no_grad():
         z = model.eval().encode(data.tensors[0])
     assert set(found) == {"code", "reconstruction", "score", "label"}

@@ -105,7 +105,7 @@ class DRAEM(Autoencoder):
             rows, columns = (
                 (place + (len(place) * torch.rand((), device=x.device)).long()) % len(place) for place in places
             )
-            a = x.roll(1, 0)[:, :, rows][..., columns]
+            a = self.of_all_ranks(x).roll(1, 0)[self.own_rows(x)][:, :, rows][..., columns]
         return torch.where(mask, torch.lerp(x, a, 0.1 + 0.9 * opacity_B), x)
 
     def log_odds(self, x: Tensor, params: Tensor) -> Tensor:

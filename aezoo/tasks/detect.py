@@ -181,7 +181,8 @@ def detect(
                 given = samples.rows(strangest)
                 titles = [f"p {value:.2g}" for value in first.p_values[strangest.numpy()]]
                 output = model(given.to(like)).float().cpu()
-                store.picture("anomalies", _picture(given, output, _errors(model, given, like), titles))
+                kind = "anomaly" if hasattr(model, "anomaly_map") else "error"
+                store.picture("anomalies", _picture(given, output, _errors(model, given, like), titles, kind))
     itself = train.samples is samples
     lines = _about_threshold(first, None if itself else train, held_out, contamination, quantile)
     lines += about_labels(rows, others, train, protocol, anomalous, samples.labels is not None)
@@ -275,15 +276,13 @@ def _errors(model: Autoencoder, x: Tensor, like: Tensor) -> Tensor:
     return (model(given).float().cpu() - x).abs().masked_fill(x.isnan(), 0)  # a missing value has no error
 
 
-def _picture(given: Tensor, output: Tensor, error: Tensor, titles: list[str]) -> "Figure":
+def _picture(given: Tensor, output: Tensor, error: Tensor, titles: list[str], kind: str) -> "Figure":
     """The strangest samples, their reconstructions, and how strange each value is."""
     from aezoo.callbacks import drawing
 
     if not drawing.is_image(given.shape[1:]):
-        panels = [
-            {"original": x, "output": x_hat, "error": e} for x, x_hat, e in zip(given, output, error, strict=True)
-        ]
+        panels = [{"original": x, "output": x_hat, kind: e} for x, x_hat, e in zip(given, output, error, strict=True)]
         return drawing.panel_figure(panels, titles)
     limits = drawing.value_range(given)
     rows = [drawing.tiles(given, limits), drawing.tiles(output, limits), drawing.error_tiles(error, float(error.max()))]
-    return drawing.mosaic_figure(rows, ["strangest", "output", f"error, 0 to {float(error.max()):.2g}"], titles)
+    return drawing.mosaic_figure(rows, ["strangest", "output", f"{kind}, 0 to {float(error.max()):.2g}"], titles)

@@ -13,6 +13,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.ops import sigmoid_focal_loss
 
 import aezoo
+from aezoo.callbacks import drawing
 from aezoo.nets.perlin import perlin
 from aezoo.nets.unet import UNet
 from aezoo.tasks.detect import detect
@@ -203,11 +204,14 @@ def test_maps_pass_to_the_way_back() -> None:
     assert not torch.equal(*net(x))  # what the finest map alone can tell
 
 
-def test_detect_writes_the_models_own_map(tmp_path: Any) -> None:
-    model, x = draem().eval(), images(20)
+def test_detect_writes_the_models_own_map(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, labels = draem(input_shape=(1, 12, 13)).eval(), images(20)[:, :1], []
+    figure = drawing.mosaic_figure
+    monkeypatch.setattr(drawing, "mosaic_figure", lambda *args: labels.append(args[1]) or figure(*args))
     detect(model, x, baselines=False, maps=True, out=str(tmp_path), n_shown=2)
     maps = torch.from_numpy(np.load(tmp_path / "maps.npy"))
     torch.testing.assert_close(maps, model.anomaly_map(x)[:, None].expand_as(x))
+    assert labels[0][2].startswith("anomaly, 0 to ")
 
 
 def test_refuses_what_is_no_image() -> None:

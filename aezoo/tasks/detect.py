@@ -174,15 +174,14 @@ def detect(
             if maps:
                 errors, start = store.array("maps", (len(samples), *model.input_shape)), 0
                 for batch in samples.batches(batch_size, "maps" if progress else ""):
-                    fill(errors, start, _errors(model, batch, like))
+                    fill(errors, start, _compared(model, batch, like)[1])
                     start += len(batch)
             if n_shown and store.folder is not None:
                 strangest = torch.from_numpy(np.argsort(-first.scores, kind="stable")[:n_shown].copy())
                 given = samples.rows(strangest)
                 titles = [f"p {value:.2g}" for value in first.p_values[strangest.numpy()]]
-                output = model(given.to(like)).float().cpu()
                 kind = "anomaly" if hasattr(model, "anomaly_map") else "error"
-                store.picture("anomalies", _picture(given, output, _errors(model, given, like), titles, kind))
+                store.picture("anomalies", _picture(given, *_compared(model, given, like), titles, kind))
     itself = train.samples is samples
     lines = _about_threshold(first, None if itself else train, held_out, contamination, quantile)
     lines += about_labels(rows, others, train, protocol, anomalous, samples.labels is not None)
@@ -266,14 +265,13 @@ def _about_threshold(
     return lines
 
 
-def _errors(model: Autoencoder, x: Tensor, like: Tensor) -> Tensor:
-    """How strange each value of each sample is: by the model's own map if it has one, else its absolute error."""
+def _compared(model: Autoencoder, x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Reconstructions, and how strange each value is: by the model's own map if it has one, else its absolute error."""
     given = x.to(like)
-    own = getattr(model, "anomaly_map", None)
+    output, own = model(given).float().cpu(), getattr(model, "anomaly_map", None)
     if own is not None:
-        found: Tensor = own(given)[:, None].expand_as(given).float().cpu()
-        return found
-    return (model(given).float().cpu() - x).abs().masked_fill(x.isnan(), 0)  # a missing value has no error
+        return output, own(given)[:, None].expand_as(given).float().cpu()
+    return output, (output - x).abs().masked_fill(x.isnan(), 0)  # a missing value has no error
 
 
 def _picture(given: Tensor, output: Tensor, error: Tensor, titles: list[str], kind: str) -> "Figure":

@@ -17,7 +17,7 @@ import aezoo
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
 from aezoo.tasks import detect_scores
-from aezoo.tasks.detect import Detector, _errors, detect, p_values
+from aezoo.tasks.detect import Detector, _compared, detect, p_values
 from aezoo.tasks.detect_labels import measure
 from aezoo.tasks.detect_scores import Mahalanobis
 from aezoo.tasks.detectors import Baseline
@@ -330,7 +330,7 @@ def test_as_many_features_as_samples_leave_the_threshold_of_nap_calibrated():
 def test_missing_values_have_no_error_in_the_picture():
     model, x = aezoo.create_model("mvae", (6,), latent_dim=2, hidden_dims=(4,)), torch.rand(3, 6)
     x[0, :3] = torch.nan
-    error = _errors(model, x, x).detach()
+    error = _compared(model, x, x)[1].detach()
     assert (error == 0).nonzero().tolist() == [[0, 0], [0, 1], [0, 2]]
 
 

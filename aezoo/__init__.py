@@ -1,5 +1,6 @@
 """aezoo: the autoencoder zoo one can trust."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -7,10 +8,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from aezoo.autoencoder import Autoencoder
-    from aezoo.checkpoint import load_model, save_model
     from aezoo.data import DataModule
     from aezoo.errors import AezooError
-    from aezoo.hub import push_to_hub
+    from aezoo.io.checkpoint import load_model, save_model
+    from aezoo.io.hub import push_to_hub
     from aezoo.registry import create_model, list_models, model_class
     from aezoo.tasks.compress import compress
     from aezoo.tasks.decompress import decompress
@@ -32,11 +33,11 @@ _HOMES = {
     "embed": "aezoo.tasks.embed",
     "generate": "aezoo.tasks.generate",
     "list_models": "aezoo.registry",
-    "load_model": "aezoo.checkpoint",
+    "load_model": "aezoo.io.checkpoint",
     "model_class": "aezoo.registry",
-    "push_to_hub": "aezoo.hub",
+    "push_to_hub": "aezoo.io.hub",
     "reconstruct": "aezoo.tasks.reconstruct",
-    "save_model": "aezoo.checkpoint",
+    "save_model": "aezoo.io.checkpoint",
 }
 __all__ = [
     "AezooError",
@@ -58,17 +59,34 @@ __all__ = [
 ]
 
 
+class _OldPaths:
+    """Finds modules by the paths that they had in earlier releases; the last finder, so only for those."""
+
+    @staticmethod
+    def find_spec(fullname: str, path: Any = None, target: Any = None) -> Any:
+        """See `importlib.abc.MetaPathFinder`."""
+        if not fullname.startswith("aezoo."):
+            return None
+        from aezoo import deprecated
+
+        return deprecated.spec(fullname)
+
+
+sys.meta_path.append(_OldPaths)
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name or a module at its first use (PEP 562), so that `import aezoo` needs no torch."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     if not name.startswith("_"):
-        from importlib.util import find_spec  # which `import aezoo` can do without
-
-        if find_spec(f"aezoo.{name}") is not None:
+        try:
             return import_module(f"aezoo.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"aezoo.{name}":
+                raise
     raise AttributeError(f"module 'aezoo' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING", "import_module", "_HOMES"})
+    return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING", "import_module", "sys", "_HOMES", "_OldPaths"})

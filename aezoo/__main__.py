@@ -1,6 +1,6 @@
 """`python -m aezoo` is the same as `aezoo`."""
 
-from aezoo.cli import main
+from aezoo.cli.main import main
 
 if __name__ == "__main__":
     main()

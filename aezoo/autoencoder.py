@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import aezoo
-from aezoo import acceleration, collectives, inputs, joint, likelihoods, loop, optimizers, predictions, ranks
-from aezoo.arguments import Checked
-from aezoo.constraint import Constrained
 from aezoo.corruptions import Corruption
+from aezoo.distributions import likelihoods
+from aezoo.distributions.likelihoods import Likelihood
 from aezoo.errors import AezooError
-from aezoo.likelihoods import Likelihood
 from aezoo.metrics import Evaluation, Means
-from aezoo.nets.memory_format import like
-from aezoo.precision import at_least_float32 as at_least_float32  # models find it here, beside the contract
-from aezoo.randomness import forked_rng, mix, seed_all
+from aezoo.speed import fast_loop, joint_backward, predict_loop
+from aezoo.speed.memory_format import like
+from aezoo.training import collectives, compilation, distributed, input_checks, optimizers
+from aezoo.training.arguments import Checked
+from aezoo.training.precision import at_least_float32 as at_least_float32  # models find it here, beside the contract
+from aezoo.training.projected_weights import Constrained
+from aezoo.training.seeding import forked_rng, mix, seed_all
 
 _EVALUATION_SEED = 20
 
@@ -52,7 +54,7 @@ class Autoencoder(Checked, pl.LightningModule):
             N(0, I).
         code_radius: radius of the ball around 0 in which codes lie; infinite for most models.
         sparse_code: whether most entries of a code should be zero.
-        discrete_code: whether a code can be written as indices, see `aezoo.discrete`.
+        discrete_code: whether a code can be written as indices, see `aezoo.bases.quantised`.
         compares_samples: whether the loss compares the samples of a batch, and so depends on the batch size.
         reads_labels: whether labels tell which samples of a batch belong together, whatever the number of labels.
         not_averaged: names of buffers that hold single codes or samples, which must not be averaged over steps.
@@ -62,15 +64,16 @@ class Autoencoder(Checked, pl.LightningModule):
             of torch.compile: default, reduce-overhead, max-autotune. Weights keep their names.
         importance_samples: draws of the code per sample for `log_likelihood` in validation and test after training;
             more draws tighten the bound.
-        steps_before: optimiser steps of earlier fits, from which a fit continues; 0 starts anew, see `keep_steps`.
-        takes_missing: whether samples may lack parts, whose values are then all NaN, see `aezoo.multimodal`.
+        steps_before: optimiser steps of earlier fits, from which a fit continues; 0 starts anew, see
+            `enable_step_counter`.
+        takes_missing: whether samples may lack parts, whose values are then all NaN, see `aezoo.bases.multimodal`.
         takes_bytes: whether `training_step` scales bytes to [0, 1] itself, as part of the compiled function.
 
     Args:
         input_shape: shape of one sample: (D,), (C, L), (C, H, W) or (C, D, H, W).
-        likelihood: how outputs are compared with data, see `aezoo.likelihoods`.
+        likelihood: how outputs are compared with data, see `aezoo.distributions.likelihoods`.
         lr: learning rate.
-        optimizer: adam, adamw, sgd, ... see `aezoo.optimizers`.
+        optimizer: adam, adamw, sgd, ... see `aezoo.training.optimizers`.
         weight_decay: the optimiser's weight decay.
         lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
         warmup_steps: optimiser steps over which the learning rate rises linearly.
@@ -114,7 +117,7 @@ class Autoencoder(Checked, pl.LightningModule):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
-        acceleration.expect_large_tensors()
+        compilation.expect_large_tensors()
         if not 1 <= len(input_shape) <= 4 or any(int(n) != n or n < 1 for n in input_shape):
             raise AezooError(f"input_shape must be (D,), (C, L), (C, H, W) or (C, D, H, W), got {tuple(input_shape)}")
         optimizers.check(optimizer, lr, weight_decay, lr_schedule, warmup_steps)
@@ -129,7 +132,7 @@ class Autoencoder(Checked, pl.LightningModule):
         self._checked: set[bool] = set()
         self._fit_seed: int | None = None
         self._means_before: dict[str, Any] | None = None
-        self._compiled: acceleration.Compiled | None = None
+        self._compiled: compilation.Compiled | None = None
         self._compiled_before: bool | None = None
         self._channels_last = False
         self._noise_is_torch_s = False
@@ -177,7 +180,7 @@ class Autoencoder(Checked, pl.LightningModule):
 
     def unusable(self, x: Tensor) -> Tensor:
         """Which samples have no loss, since some values are not finite: (B, *input_shape) -> (B,) bool."""
-        return inputs.not_finite(x)
+        return input_checks.not_finite(x)
 
     def _set_hparams(self, hp: Any) -> None:
         """Keep only arguments of this class: those collected from parents' constructors would not load."""
@@ -189,7 +192,7 @@ class Autoencoder(Checked, pl.LightningModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        inputs.guard(cls)
+        input_checks.guard(cls)
 
     # ---- for the formulas of subclasses -----------------------------------------------------------------------------
 
@@ -204,42 +207,42 @@ class Autoencoder(Checked, pl.LightningModule):
         """
         mean = at_least_float32(values).mean(0)
         if self._across_ranks():
-            mean = collectives.sum_of_ranks(mean) / dist.get_world_size()
+            mean = collectives.all_reduce_sum(mean) / dist.get_world_size()
         return mean
 
-    def of_all_ranks(self, values: Tensor) -> Tensor:
+    def all_gather_batch(self, values: Tensor) -> Tensor:
         """In training the values of all ranks, in their order, with gradient: (B, ...) -> (N, ...); else unchanged.
 
         The mean over ranks of the loss is minimised, so a term that each rank computes between its own samples and all
         N counts every pair once.
         """
-        return collectives.rows_of_ranks(values) if self._across_ranks() else values
+        return collectives.all_gather_rows(values) if self._across_ranks() else values
 
-    def keep_steps(self) -> None:
+    def enable_step_counter(self) -> None:
         """Add the buffer `steps`, the optimiser steps taken; for constructors of models that change over training."""
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    def share_of_steps(self, n: float) -> Tensor:
-        """The share of n optimiser steps that has been taken, from 0 to 1, (); 1 for n = 0. See `keep_steps`."""
+    def step_fraction(self, n: float) -> Tensor:
+        """The share of n optimiser steps that has been taken, from 0 to 1, (); 1 for n = 0."""
         steps = self._buffers["steps"]
         assert steps is not None
         return (steps / n).clamp(max=1) if n else 1 + 0 * steps
 
-    def keep_started(self) -> None:
-        """Add the buffer `started`; for constructors of models that `start_from` initialises with data."""
+    def enable_data_init(self) -> None:
+        """Add the buffer `started`; for constructors of models that `init_from_data` initialises with data."""
         self.register_buffer("started", torch.tensor(False))
 
-    def start_from(self, x: Tensor) -> None:
-        """Initialise parameters from the first training batch of all ranks, (N, *input_shape); see `keep_started`."""
+    def init_from_data(self, x: Tensor) -> None:
+        """Initialise parameters from the first training batch of all ranks, (N, *input_shape)."""
         raise NotImplementedError(f"{type(self).__name__} must write what its first data start")
 
-    def own_rank(self) -> int:
-        """The position of this rank's batch in the result of `of_all_ranks`."""
+    def gather_rank(self) -> int:
+        """The position of this rank's batch in the result of `all_gather_batch`."""
         return dist.get_rank() if self._across_ranks() else 0
 
-    def own_rows(self, values: Tensor) -> Tensor:
-        """The row indices of this rank's samples in the result of `of_all_ranks`: (B, ...) -> (B,)."""
-        first = self.own_rank() * len(values)
+    def local_rows(self, values: Tensor) -> Tensor:
+        """The row indices of this rank's samples in the result of `all_gather_batch`: (B, ...) -> (B,)."""
+        first = self.gather_rank() * len(values)
         return torch.arange(first, first + len(values), device=values.device)
 
     def _across_ranks(self) -> bool:
@@ -280,7 +283,7 @@ class Autoencoder(Checked, pl.LightningModule):
                 parameter.copy_(before)
             if self._fitted_by() is not None and not self._before_start:
                 self._before_start = [parameter.detach().clone() for parameter in self.parameters()]
-            self.start_from(self.of_all_ranks(from_bytes(x)))
+            self.init_from_data(self.all_gather_batch(from_bytes(x)))
             self.started.fill_(True)
         elif not first:
             self._before_start = []
@@ -338,7 +341,7 @@ class Autoencoder(Checked, pl.LightningModule):
         return found if y is None else {**found, "label": y}
 
     def on_predict_start(self) -> None:
-        predictions.lighten(self.trainer)
+        predict_loop.install_predict_loop(self.trainer)
 
     def configure_optimizers(self) -> Any:
         # a gradient scaler that clips must see the gradients before the optimiser unscales them; Lightning refuses to
@@ -392,18 +395,18 @@ class Autoencoder(Checked, pl.LightningModule):
         return [{"params": [*self.parameters()]}]
 
     def setup(self, stage: str) -> None:
-        ranks.let_go_at_exit(self.trainer)
+        distributed.release_collectives_at_exit(self.trainer)
         # data may be others now, and an evaluation may have been interrupted
         self._checked.clear()
         self._evaluations.clear()
         if stage == "fit" and not self.training:
             self.train()  # Lightning would leave it as load_model gives it
         # before DistributedDataParallel, which lays out gradients like the weights
-        fits = stage == "fit" and ranks.hold_it_whole(self.trainer)
+        fits = stage == "fit" and distributed.has_full_model(self.trainer)
         # ModelPruning uses torch.nn.utils.parameters_to_vector, which accepts only torch's usual layout
         callbacks: list[Any] = self.trainer.callbacks if fits else []  # type: ignore[attr-defined]
         prunes = any(isinstance(callback, pl.callbacks.ModelPruning) for callback in callbacks)
-        self._channels_last = fits and not prunes and acceleration.to_channels_last(self)
+        self._channels_last = fits and not prunes and compilation.to_channels_last(self)
 
     def on_fit_start(self) -> None:
         self._train_means.reset()
@@ -431,7 +434,7 @@ class Autoencoder(Checked, pl.LightningModule):
         self._compiled, self.takes_bytes, self._before_start = None, False, []
         if self._channels_last:
             # the same bits as a model that is loaded from a file
-            acceleration.to_channels_first(self)
+            compilation.to_channels_first(self)
             self._channels_last = False
 
     def on_train_start(self) -> None:
@@ -453,40 +456,40 @@ class Autoencoder(Checked, pl.LightningModule):
 
     def _prepare_step(self) -> None:
         """Use the light loop and compile the loss, if they suit this run."""
-        light = loop.lighten(self.trainer)
-        mode = acceleration.check_mode(self.compile_mode)
+        light = fast_loop.install_fast_loop(self.trainer)
+        mode = compilation.check_mode(self.compile_mode)
         if mode == "auto":
             chosen = self._compiled_before if self._compiled_before is not None else self._worth_compiling()
         else:
             chosen = mode != "off"
         chosen &= not self.steps_differ
         self._compiled_before = chosen
-        acceleration.announce(mode, chosen, self.steps_differ)
+        compilation.announce(mode, chosen, self.steps_differ)
         self._compiled = None
         own_loop = type(self).training_step is Autoencoder.training_step
         if chosen:
-            if light and own_loop and mode == "reduce-overhead" and loop.capture(self.trainer):
+            if light and own_loop and mode == "reduce-overhead" and fast_loop.capture(self.trainer):
                 mode = "default"  # a graph of the whole step includes those of its parts
             batches = self.trainer.fit_loop.epoch_loop.batch_progress
             how: dict[str, Any] = {
                 "mode": "default" if mode == "auto" else mode,
                 "before_retry": lambda: self._seed_step(batches.current.ready - 1),
-                "least": acceleration.full_batch(self.trainer.train_dataloader),
+                "least": compilation.full_batch(self.trainer.train_dataloader),
             }
-            self._compiled = acceleration.Compiled(self._terms, **how)
-            if light and own_loop and self.device.type == "cpu" and joint.can_trace():
-                loop.join(self.trainer, joint.Joint(self, self._terms, **how))
+            self._compiled = compilation.Compiled(self._terms, **how)
+            if light and own_loop and self.device.type == "cpu" and joint_backward.can_trace():
+                fast_loop.join(self.trainer, joint_backward.Joint(self, self._terms, **how))
         if light and _is_own(type(self)):
-            loop.trust(self.trainer)
-        self._heed_others()
-        loop.tell(self.trainer, self._heed_others)
+            fast_loop.trust(self.trainer)
+        self._refresh_participants()
+        fast_loop.tell(self.trainer, self._refresh_participants)
 
-    def _heed_others(self) -> None:
+    def _refresh_participants(self) -> None:
         """Check who else takes part in a step: what others see and draw must not change."""
-        self._noise_is_torch_s = loop.noise_is_torchs(self.trainer) and _is_own(type(self))
+        self._noise_is_torch_s = fast_loop.uses_only_torch_rng(self.trainer) and _is_own(type(self))
         # bytes from other data are refused if the step is not compiled, so also if it is
         leaves = getattr(self.trainer.datamodule, "leaves_bytes", False)  # type: ignore[attr-defined]
-        self.takes_bytes = leaves and self._compiled is not None and loop.batch_is_private(self.trainer)
+        self.takes_bytes = leaves and self._compiled is not None and fast_loop.batch_is_private(self.trainer)
 
     def _worth_compiling(self) -> bool:
         batch_size = getattr(self.trainer.train_dataloader, "batch_size", None)
@@ -494,8 +497,8 @@ class Autoencoder(Checked, pl.LightningModule):
         if not isinstance(batch_size, int):
             return False
         parameters = sum(p.numel() for p in self.parameters())
-        uses = acceleration.positions(self, self.input_shape)
-        return acceleration.worth_compiling(parameters, batch_size, uses, steps, self.device)
+        uses = compilation.positions(self, self.input_shape)
+        return compilation.worth_compiling(parameters, batch_size, uses, steps, self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         from aezoo.registry import name_of
@@ -549,9 +552,9 @@ class Autoencoder(Checked, pl.LightningModule):
             yield
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        x, y = inputs.unpack(batch)
+        x, y = input_checks.unpack(batch)
         if self.training not in self._checked:
-            inputs.tell_unread(batch)
+            input_checks.warn_unused_parts(batch)
             self.check_batch(from_bytes(x) if self.takes_bytes else x)
             self._checked.add(self.training)
         return x, y
@@ -565,7 +568,7 @@ class Autoencoder(Checked, pl.LightningModule):
         Raises:
             AezooError: wrong shape or dtype, values that are not finite, or outside the likelihood's [0, 1].
         """
-        inputs.check_batch(self, x)
+        input_checks.check_batch(self, x)
 
 
 class _AfterError(pl.Callback):
@@ -576,7 +579,7 @@ class _AfterError(pl.Callback):
             pl_module.leave_fit()
 
 
-inputs.guard(Autoencoder)  # subclasses are guarded when they are defined
+input_checks.guard(Autoencoder)  # subclasses are guarded when they are defined
 
 
 def _is_own(cls: type) -> bool:

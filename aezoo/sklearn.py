@@ -35,14 +35,14 @@ from sklearn.utils.validation import (
 )
 from torch import Tensor
 
-from aezoo import arguments
 from aezoo.autoencoder import Autoencoder
-from aezoo.checkpoint import build
 from aezoo.data.resident import ResidentLoader
 from aezoo.errors import AezooError
-from aezoo.randomness import forked_rng, seed_all
+from aezoo.io.checkpoint import build
 from aezoo.registry import create_model, hyperparameters, model_class, name_of
 from aezoo.tasks.output import device_of
+from aezoo.training import arguments
+from aezoo.training.seeding import forked_rng, seed_all
 
 Array = npt.NDArray[Any]
 _SCALES = ("none", "standard", "unit")

@@ -13,7 +13,7 @@ import aezoo
 from aezoo import registry
 
 from . import processes
-from .quality_row import open_data, silent_trainer
+from .quality_row import open_data, quiet_trainer
 
 # test figures of `Evaluation` that become columns unchanged
 FIGURES = ("loss", "mse", "psnr", "ssim")
@@ -37,7 +37,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     model = aezoo.create_model(name, data.input_shape, **plain)
     seconds = spec["most_seconds"]
     timers = [Timer(timedelta(seconds=seconds), interval="step", verbose=False)] if seconds else []
-    trainer = silent_trainer(spec, max_epochs=spec["epochs"], callbacks=timers)
+    trainer = quiet_trainer(spec, max_epochs=spec["epochs"], callbacks=timers)
     began = time.perf_counter()
     trainer.fit(model, data)
     row = {

@@ -3,7 +3,7 @@
     python -m benchmarks.convolutions --threads 1                       the whole grid
     python -m benchmarks.convolutions --precision bf16 --sides 4        a part of it, with autocast
 
-A row is one layer of kernel 3, forward and backward. Torch and the ways of `aezoo/nets/conv2d.py` take turns, and each
+A row is one layer of kernel 3, forward and backward. Torch and the ways of `aezoo/speed/conv2d.py` take turns, and each
 time is a median over the repeats: `torch_ms`, `products_ms`, `apart_ms`, `abreast_ms` (on images stored side by side,
 as between layers) and, for transposed layers, `sub_pixels_ms` (up to four output channels) and `overlay_ms` (one).
 Memory pages are kept, as in runs of the command line. `side` is the side of the smaller grid; the larger grid of a
@@ -66,9 +66,9 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
     """Milliseconds of each way."""
     import torch
 
-    from aezoo.acceleration import flushed_denormals, keep_pages
-    from aezoo.nets import conv2d
-    from aezoo.nets.memory_format import lay
+    from aezoo.speed import conv2d
+    from aezoo.speed.memory_format import lay
+    from aezoo.training.compilation import flushed_denormals, keep_pages
 
     from .measure import timed
 

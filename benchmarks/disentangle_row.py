@@ -12,7 +12,7 @@ from aezoo.data.shapes import Shapes
 from aezoo.metrics import DCI, IRS, MIG, SAP, UDR, FactorVAEScore, Modularity
 
 from . import codes, processes
-from .quality_row import silent_trainer
+from .quality_row import quiet_trainer
 
 _CHUNK = 500
 
@@ -60,7 +60,7 @@ def samples(data: aezoo.DataModule, n: int) -> tuple[Tensor, Tensor]:
 
 def train(model: aezoo.Autoencoder, data: aezoo.DataModule, spec: dict[str, Any]) -> dict[str, Any]:
     """Train for the spec's steps."""
-    trainer = silent_trainer(spec, max_steps=spec["steps"])
+    trainer = quiet_trainer(spec, max_steps=spec["steps"])
     start = time.perf_counter()
     trainer.fit(model, data)
     row = {"seconds": time.perf_counter() - start, "parameters": sum(p.numel() for p in model.parameters())}

@@ -5,7 +5,8 @@
 
 A row is one decoding of a code's active latents, forward and backward; both ways take turns. `dense_ms` and
 `gather_ms` are medians over the repeats, and `ratio` is latents / k. The script ends by printing the smallest ratio
-from which gathering is faster in every row; `CROSSOVER` of `aezoo/nets/dictionary.py` holds it for the device's type.
+from which gathering is faster in every row; `CROSSOVER` of `aezoo/nets/blocks/dictionary.py` holds it for the device's
+type.
 """
 
 import itertools
@@ -51,7 +52,7 @@ def measure(row: dict[str, int], arguments: Namespace) -> dict[str, Any]:
     """Milliseconds of both ways."""
     import torch
 
-    from aezoo.nets.dictionary import Dictionary
+    from aezoo.nets.blocks.dictionary import Dictionary
 
     on_gpu = arguments.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from aezoo.nets.linear import linear
+from aezoo.speed.linear import linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GEMMS: tuple[Any, ...] = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-    _GEMMS = (*_GEMMS, torch.ops.mkldnn._linear_pointwise)  # `aezoo.nets.linear`
+    _GEMMS = (*_GEMMS, torch.ops.mkldnn._linear_pointwise)  # `aezoo.speed.linear`
 _HEAVY = (*_GEMMS, torch.ops.aten.convolution, torch.ops.aten.convolution_backward, torch.ops.aten.mkldnn_convolution)
 if hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise"):
-    _HEAVY = (*_HEAVY, torch.ops.mkldnn._convolution_transpose_pointwise)  # `aezoo.nets.abreast`
+    _HEAVY = (*_HEAVY, torch.ops.mkldnn._convolution_transpose_pointwise)  # `aezoo.speed.batch_inner_conv`
 # CUDA's runtime and driver calls that start a kernel; a captured graph is one launch, however many kernels it holds
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 # names of copies between host and device in a trace; copies within the device do not count

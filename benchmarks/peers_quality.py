@@ -71,7 +71,7 @@ def prepare(folder: Path, asked: argparse.Namespace, seed: int) -> tuple[Any, Pa
     import torch
 
     import aezoo
-    from aezoo.randomness import mix
+    from aezoo.training.seeding import mix
 
     data = aezoo.DataModule("mnist5k", binarise="static")
     # bytes, because a party may need them

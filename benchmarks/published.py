@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aezoo.cli import recipes
+from aezoo.cli.recipes import recipes
 from aezoo.errors import AezooError
 
 from . import common

@@ -68,7 +68,7 @@ def open_data(options: dict[str, Any], seed: int) -> aezoo.DataModule:
     return data
 
 
-def silent_trainer(spec: dict[str, Any], **settings: Any) -> pl.Trainer:
+def quiet_trainer(spec: dict[str, Any], **settings: Any) -> pl.Trainer:
     """A trainer on one device of the spec's accelerator, without output and validation.
 
     Nothing is selected on the validation split: the model of the last step is measured.
@@ -99,7 +99,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     seconds, epochs = spec["seconds"], spec["epochs"]
     timer, rates = Timer(timedelta(seconds=seconds) if seconds else None, interval="step", verbose=False), _Rates()
     callbacks = [Throughput(), rates, timer]
-    trainer = silent_trainer(spec, max_epochs=epochs or -1, precision=spec["precision"], callbacks=callbacks)
+    trainer = quiet_trainer(spec, max_epochs=epochs or -1, precision=spec["precision"], callbacks=callbacks)
     trainer.fit(model, data)
     rates.take(trainer)
     row = {

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from aezoo import registry
-from aezoo.cli import recipes
+from aezoo.cli.recipes import recipes
 from aezoo.errors import AezooError
 
 from .common import Table, add_again, bare_parser, command_line, environment, read_csv, run_script

@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 import aezoo
-from aezoo import acceleration, ranks
 from aezoo.callbacks import FaultGuard, in_use
 from aezoo.data.array import LAYOUTS
+from aezoo.training import compilation, distributed
 
 from . import measure
 from .common import Spread
@@ -43,7 +43,7 @@ def measure_row(spec: dict[str, Any]) -> dict[str, Any]:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)", category=FutureWarning)
     torch.manual_seed(0)
-    acceleration.keep_pages()  # as the command line does
+    compilation.keep_pages()  # as the command line does
     with tempfile.TemporaryDirectory() as folder:
         return (train if spec["kind"] == "train" else infer)(spec, folder)
 
@@ -85,7 +85,7 @@ def trainer(spec: dict[str, Any], folder: str, extra: list[pl.Callback], **setti
     interface: list[pl.Callback] = []
     logger: Any = False
     if spec["interface"] == "on":
-        from aezoo.lightning_cli import DEFAULT_CALLBACKS
+        from aezoo.cli.lightning_cli import DEFAULT_CALLBACKS
 
         made = (cls() for name, cls in DEFAULT_CALLBACKS.items() if name not in _UNUSED)
         interface = [callback for callback in made if in_use(callback)]
@@ -147,7 +147,7 @@ def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         ).fit(model, data)
         row |= {"kernel_launches": launches.kernels, "host_device_copies": launches.copies}
     # only the first rank continues, and loss terms over all ranks would wait for the others
-    ranks.disconnect()
+    distributed.disconnect()
     return row | _work(spec, x, device, rate.median) if fit.is_global_zero else row
 
 
@@ -198,7 +198,7 @@ def _work(spec: dict[str, Any], x: Tensor, device: torch.device, rate: float) ->
     each = rate / spec["devices"]
     if spec["kind"] != "train":
         return row
-    acceleration.to_channels_last(model)  # as a fit does
+    compilation.to_channels_last(model)  # as a fit does
     alone = measure.alone(model, _as_float(x[: spec["batch"]]).to(device), spec["precision"])
     return row | {
         "share_of_peak": flops.step * each / peak,

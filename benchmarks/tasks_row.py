@@ -18,7 +18,7 @@ from aezoo.tasks.detect import detect
 from aezoo.tasks.samples import Samples
 
 from . import processes
-from .quality_row import open_data, silent_trainer
+from .quality_row import open_data, quiet_trainer
 from .tasks_verbs import BASELINE, OURS, VERBS, Row, Work
 
 # largest number of features for nap; beyond it the covariance takes seconds for each class
@@ -61,7 +61,7 @@ def train_model(spec: Row, data: aezoo.DataModule, steps: int) -> aezoo.Autoenco
     """Train a model and return it as it is after the last step."""
     pl.seed_everything(spec["seed"], workers=True, verbose=False)
     model = aezoo.create_model(spec["registered"], data.input_shape, **spec["hyperparameters"])
-    trainer = silent_trainer(spec, max_steps=steps)
+    trainer = quiet_trainer(spec, max_steps=steps)
     trainer.fit(model, data)
     return model.to(trainer.strategy.root_device).eval()
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 import aezoo
+from aezoo.distributions.likelihoods import Bernoulli
 from aezoo.errors import AezooError
-from aezoo.likelihoods import Bernoulli
 from aezoo.metrics import Evaluation
 from aezoo.tasks import fidelity, fidelity_features, priors
 from aezoo.tasks.compress import compress

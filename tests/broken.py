@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.entropy import Coder, EntropyCoded, Factorised, Table
+from aezoo.bases.entropy_coded import Coder, EntropyCoded, Factorised, Table
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.quantisers.fsq import FSQ
 

@@ -72,7 +72,8 @@ def watch():
 
 
 def main():
-    from aezoo import cli, lightning_cli
+    from aezoo.cli import lightning_cli
+    from aezoo.cli.main import main
 
     if os.environ.get("LOCAL_RANK", "0") != "0":
         watch()
@@ -80,7 +81,7 @@ def main():
     lightning_cli.AezooCLI._instantiate_trainer = lambda self, config, callbacks: made(
         self, config, [*callbacks, Failing()]
     )
-    cli.main()
+    main()
 
 
 if __name__ == "__main__":

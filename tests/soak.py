@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 
 from aezoo import registry
+from aezoo.bases.triplet import MINING
 from aezoo.models.classic.isometric_ae import DISTORTIONS
 from aezoo.models.classic.semantic_hash_ae import BINARISATIONS
 from aezoo.models.regularised.rae import REGULARISERS
@@ -19,15 +20,14 @@ from aezoo.models.variational.ada_gvae import AVERAGES
 from aezoo.models.variational.flow_prior_vae import PRIORS
 from aezoo.models.variational.info_vae import KERNELS
 from aezoo.models.variational.iwae import ESTIMATORS
+from aezoo.nets.blocks.dictionary import DECODES
+from aezoo.nets.blocks.diffusers import KINDS
+from aezoo.nets.blocks.flows import FLOWS
 from aezoo.nets.build import ACTIVATIONS
-from aezoo.nets.dictionary import DECODES
-from aezoo.nets.flows import FLOWS
-from aezoo.nets.of_diffusers import KINDS
-from aezoo.optimizers import OPTIMIZERS, SCHEDULES
 from aezoo.quantisers.fsp import SQUASHES
 from aezoo.quantisers.stochastic_vq import VARIANCES
 from aezoo.quantisers.vq import UPDATES
-from aezoo.triplets import MINING
+from aezoo.training.optimizers import OPTIMIZERS, SCHEDULES
 
 LIKELIHOODS = (
     "bernoulli", "continuous_bernoulli", "gaussian", "gaussian:0.1", "gaussian:learned", "laplace", "laplace:learned",

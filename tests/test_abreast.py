@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import aezoo
-from aezoo.acceleration import to_channels_last
-from aezoo.nets import abreast, conv, conv2d, linear, products
-from aezoo.nets.memory_format import Flatten, is_abreast, is_last, laid, lay, like
+from aezoo.nets import conv
+from aezoo.speed import batch_inner_conv, conv2d, conv_products, linear
+from aezoo.speed.memory_format import Flatten, is_abreast, is_last, laid, lay, like
+from aezoo.training.compilation import to_channels_last
 
 KERNELS, STRIDES, PADDINGS = [(3, 3), (2, 3), (4, 4), (1, 3)], [(1, 1), (2, 2), (2, 1)], [(0, 0), (1, 1), (0, 1)]
 ORDERS = {
@@ -32,9 +33,9 @@ def _seed() -> None:
 @pytest.fixture
 def on(monkeypatch):
     """As on a processor where it pays, for layers of any size."""
-    if not abreast.is_known():
+    if not batch_inner_conv.is_known():
         pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(linear, "HALVED", True)
+    monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
     monkeypatch.setattr(linear, "TILES", False)
     for name, least in (("_ABREAST", 2), ("_LEAST_ABREAST", 1), ("_LARGE_ABREAST", 0)):
         monkeypatch.setattr(conv2d, name, least)
@@ -99,7 +100,7 @@ def test_16_bits_compute_the_same(on, monkeypatch, kernel, half, weighs):
     monkeypatch.setattr(conv2d, "abreast_pays", lambda *_: True)
     dtype = torch.bfloat16 if half else torch.float32
     taken, weighed = spied(monkeypatch), []
-    for module in (abreast, products):
+    for module in (batch_inner_conv, conv_products):
         real = module.weigh
         monkeypatch.setattr(module, "weigh", lambda *a, m=module, real=real: (weighed.append(m), real(*a))[1])
     for ours, stride, h, w in product(DOWN_AND_UP, (1, 2), (4, 5, 6), (4, 7)):
@@ -125,7 +126,7 @@ def test_16_bits_compute_the_same(on, monkeypatch, kernel, half, weighs):
         ):
             assert a.dtype == dtype
             assert_near(a, b, atol=0.01)
-    assert len(taken) == 24 and weighed == [products if weighs else abreast] * 24
+    assert len(taken) == 24 and weighed == [conv_products if weighs else batch_inner_conv] * 24
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -160,9 +161,9 @@ def test_all_sums_but_that_of_weights_are_onednns_with_the_batch_as_a_side(on, m
     down, up = (ours(4, 6, 3, 2, 1) for ours in DOWN_AND_UP)
     made = []
     for name in ("convolve", "transpose"):
-        real = getattr(abreast, name)
-        monkeypatch.setattr(abreast, name, lambda *a, n=name, real=real: (made.append(n), real(*a))[1])
-    monkeypatch.setattr(abreast, "weigh", lambda *a: pytest.fail("32 bits are weighed with channels last"))
+        real = getattr(batch_inner_conv, name)
+        monkeypatch.setattr(batch_inner_conv, name, lambda *a, n=name, real=real: (made.append(n), real(*a))[1])
+    monkeypatch.setattr(batch_inner_conv, "weigh", lambda *a: pytest.fail("32 bits are weighed with channels last"))
     for layer, wanted in ((down, ["convolve", "transpose"]), (up, ["transpose", "transpose", "convolve"])):
         x = torch.randn(4, 4, 5, 5, requires_grad=True)
         layer.abreast(x, layer.geometry(x)).sum().backward()
@@ -251,11 +252,11 @@ def test_an_output_may_be_changed_in_place(on, monkeypatch):
 def test_what_needs_no_gradient_gets_none(on, monkeypatch):
     made = []
     for name in ("convolve", "transpose"):
-        real = getattr(abreast, name)
-        monkeypatch.setattr(abreast, name, lambda *a, n=name, real=real: (made.append(n), real(*a))[1])
-    real_by_weight = abreast.Abreast.by_weight
+        real = getattr(batch_inner_conv, name)
+        monkeypatch.setattr(batch_inner_conv, name, lambda *a, n=name, real=real: (made.append(n), real(*a))[1])
+    real_by_weight = batch_inner_conv.Abreast.by_weight
     monkeypatch.setattr(
-        abreast.Abreast, "by_weight", staticmethod(lambda *a: (made.append("weigh"), real_by_weight(*a))[1])
+        batch_inner_conv.Abreast, "by_weight", staticmethod(lambda *a: (made.append("weigh"), real_by_weight(*a))[1])
     )
     down, x = conv2d.Conv2d(2, 4, 3), torch.randn(4, 2, 5, 5)
     down.abreast(x, down.geometry(x)).sum().backward()
@@ -281,9 +282,9 @@ def test_autocast_around_the_backward_pass_alone_lowers_nothing(on, monkeypatch)
 
 def test_where_it_pays(monkeypatch):
     """What `benchmarks.convolutions` found."""
-    monkeypatch.setattr(linear, "HALVED", True)
+    monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
     monkeypatch.setattr(linear, "TILES", False)
-    monkeypatch.setattr(abreast, "is_known", lambda: True)
+    monkeypatch.setattr(batch_inner_conv, "is_known", lambda: True)
 
     def pays(n_in=64, n_out=128, side=8, kernel=3, stride=2, padding=1, batch=64, among=True, dtype=torch.float32):
         layer = conv2d.Conv2d(n_in, n_out, kernel, stride, padding, dtype=dtype)
@@ -308,7 +309,7 @@ def test_where_it_pays(monkeypatch):
         monkeypatch.setattr(linear, "TILES", True)
         assert not pays()
     assert pays()
-    for module, name, no in ((linear, "HALVED", False), (abreast, "is_known", lambda: False)):
+    for module, name, no in ((linear, "MKL_HALF_WIDTH", False), (batch_inner_conv, "is_known", lambda: False)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, no)
             assert not pays()
@@ -317,14 +318,14 @@ def test_where_it_pays(monkeypatch):
 
 
 def test_builds_of_torch_without_onednn_do_without(monkeypatch):
-    find = abreast.is_known.__wrapped__
+    find = batch_inner_conv.is_known.__wrapped__
     assert find() == hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
     torch.set_default_dtype(torch.float64)  # which oneDNN does not know
     try:
-        assert find() == abreast.is_known()
+        assert find() == batch_inner_conv.is_known()
     finally:
         torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(abreast, "_onednn", object())
+    monkeypatch.setattr(batch_inner_conv, "_onednn", object())
     assert not find()
 
 
@@ -437,7 +438,7 @@ def test_of_16_bits_images_are_laid_abreast_once(on, monkeypatch):
 def test_a_model_learns_the_same(on, precision, monkeypatch):
     grads = {}
     for known in (True, False):
-        monkeypatch.setattr(abreast, "is_known", lambda known=known: known)
+        monkeypatch.setattr(batch_inner_conv, "is_known", lambda known=known: known)
         torch.manual_seed(0)
         model = aezoo.create_model("vae", (1, 28, 28), net="conv", hidden_dims=(16, 32, 64), latent_dim=4)
         to_channels_last(model)

@@ -11,16 +11,23 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 
 import aezoo
-from aezoo import acceleration, optimizers
-from aezoo.acceleration import Compiled, check_mode, flushed_denormals, positions, to_channels_last, worth_compiling
 from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import BetaAnnealing
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
-from aezoo.nets.memory_format import ChannelsLast
+from aezoo.speed.memory_format import ChannelsLast
+from aezoo.training import compilation, optimizers
+from aezoo.training.compilation import (
+    Compiled,
+    check_mode,
+    flushed_denormals,
+    positions,
+    to_channels_last,
+    worth_compiling,
+)
 
 CPU = torch.device("cpu")
 
@@ -50,7 +57,7 @@ def data(n=46, **plain):
 
 def fit(module, *callbacks, source=None, ckpt_path=None, **plain):
     losses = Losses()
-    trainer = silent_trainer(**{"max_epochs": 2} | plain, callbacks=[losses, *callbacks])
+    trainer = quiet_trainer(**{"max_epochs": 2} | plain, callbacks=[losses, *callbacks])
     trainer.fit(module, source or data(), ckpt_path=ckpt_path)
     return losses.seen, trainer
 
@@ -86,8 +93,8 @@ def test_a_short_run_is_not_compiled_and_a_long_one_is():
 
 def test_the_break_even_point_is_the_time_that_a_compilation_takes():
     flops = 6 * 10**6 * 256
-    saved = flops * acceleration._SAVED_SHARE / (acceleration._FLOPS_PER_THREAD * torch.get_num_threads())
-    even = acceleration._COMPILE_SECONDS / saved
+    saved = flops * compilation._SAVED_SHARE / (compilation._FLOPS_PER_THREAD * torch.get_num_threads())
+    even = compilation._COMPILE_SECONDS / saved
     assert not judged(steps=even * 0.99)
     assert judged(steps=even * 1.01)
 
@@ -130,7 +137,7 @@ def test_a_step_that_differs_from_the_last_is_not_compiled(caplog, graphs):
 
 
 def test_an_unknown_mode_is_refused():
-    assert [check_mode(mode) for mode in acceleration.MODES] == list(acceleration.MODES)
+    assert [check_mode(mode) for mode in compilation.MODES] == list(compilation.MODES)
     with pytest.raises(AezooError, match="compile is 'fast': choose from auto, off, default") as caught:
         fit(model("fast"))
     assert "\n" not in str(caught.value)
@@ -178,7 +185,7 @@ def test_bytes_are_scaled_in_a_compiled_step_with_the_same_result(graphs):
         seen = []
         torch.manual_seed(0)
         module = model(mode, "dense_ae", (1, 28, 28))
-        trainer = silent_trainer(max_epochs=1, limit_train_batches=5, limit_val_batches=0, callbacks=[Look()])
+        trainer = quiet_trainer(max_epochs=1, limit_train_batches=5, limit_val_batches=0, callbacks=[Look()])
         trainer.fit(module, DataModule("mnist5k", **source))
         assert seen == [mode == "default"] * 5
         assert module.takes_bytes is False  # again after the fit
@@ -190,7 +197,7 @@ def test_bytes_are_scaled_in_a_compiled_step_with_the_same_result(graphs):
 @pytest.mark.parametrize("mode", ["off", "default"])
 def test_bytes_of_a_strangers_loader_are_refused_whether_a_step_is_compiled(graphs, mode):
     loader = torch.utils.data.DataLoader(torch.randint(256, (8, 6), dtype=torch.uint8), batch_size=4)
-    trainer = silent_trainer(max_epochs=1, num_sanity_val_steps=0)
+    trainer = quiet_trainer(max_epochs=1, num_sanity_val_steps=0)
     with pytest.raises(AezooError, match="the model expects float data"):
         trainer.fit(model(mode, "dense_ae"), loader, loader)
 
@@ -225,7 +232,7 @@ def test_a_strangers_callback_that_comes_later_sees_floats_too(graphs, in_an_epo
 
     # as one of this package's own
     Adds.__module__ = "aezoo.callbacks"
-    trainer = silent_trainer(max_epochs=2, callbacks=[Adds()], limit_train_batches=2, limit_val_batches=0)
+    trainer = quiet_trainer(max_epochs=2, callbacks=[Adds()], limit_train_batches=2, limit_val_batches=0)
     x = torch.randint(256, (24, 6), dtype=torch.uint8)
     trainer.fit(model("default", "dense_ae"), DataModule.from_arrays(x, batch_size=4, val_fraction=0, test_fraction=0))
     assert seen == [(torch.float32, False, False)] * (3 if in_an_epoch else 2)
@@ -254,7 +261,7 @@ def sizes(monkeypatch):
     def compile_it(function, *, mode, dynamic):
         return lambda x, *rest: found.append(len(x)) or function(x, *rest)
 
-    monkeypatch.setattr(acceleration.torch, "compile", compile_it)
+    monkeypatch.setattr(compilation.torch, "compile", compile_it)
     return found
 
 
@@ -284,7 +291,7 @@ def test_the_size_of_a_full_batch_is_the_loaders_where_it_says_one(sizes):
     rows, loader = torch.utils.data.TensorDataset(torch.rand(10, 2)), torch.utils.data.DataLoader
     drawn = torch.utils.data.BatchSampler(range(10), 4, drop_last=False)
     loaders = loader(rows, 4), loader(rows, 64), loader(Stream(), 4), loader(rows, batch_sampler=drawn), [rows], None
-    assert [acceleration.full_batch(one) for one in loaders] == [4, 10, 4, 0, 0, 0]
+    assert [compilation.full_batch(one) for one in loaders] == [4, 10, 4, 0, 0, 0]
     # what is larger than a loader says is no last batch
     compiled = Compiled(lambda x: x.sum(), "default", lambda: None, least=4)
     assert [compiled(torch.ones(n)) for n in (3, 8, 3, 8)] == [3, 8, 3, 8]
@@ -308,10 +315,10 @@ def test_weights_keep_their_names_and_a_checkpoint_loads_into_an_uncompiled_mode
 
 def test_a_run_that_goes_on_keeps_its_decision(graphs, tmp_path, monkeypatch):
     for first, later in ((True, False), (False, True)):
-        monkeypatch.setattr(acceleration, "worth_compiling", lambda *sizes, answer=first: answer)
+        monkeypatch.setattr(compilation, "worth_compiling", lambda *sizes, answer=first: answer)
         _, trainer = fit(model("auto"), max_epochs=1)
         trainer.save_checkpoint(tmp_path / "a.ckpt")
-        monkeypatch.setattr(acceleration, "worth_compiling", lambda *sizes, answer=later: answer)
+        monkeypatch.setattr(compilation, "worth_compiling", lambda *sizes, answer=later: answer)
         for ckpt_path, wanted in ((tmp_path / "a.ckpt", first), (None, later)):
             graphs.clear()
             _, again = fit(model("auto"), ckpt_path=ckpt_path)
@@ -327,7 +334,7 @@ def test_without_a_compiler_there_is_one_warning_and_the_same_run(monkeypatch, f
     def broken(module, inputs):
         raise fault("no C++ compiler here\nand a long report")
 
-    monkeypatch.setattr(acceleration.torch, "compile", lambda f, mode, dynamic: real(f, backend=broken))
+    monkeypatch.setattr(compilation.torch, "compile", lambda f, mode, dynamic: real(f, backend=broken))
     with pytest.warns(UserWarning, match="not compiled and runs slower") as caught:
         fallen, _ = fit(model("default"))
     texts = [str(one.message) for one in caught if "not compiled" in str(one.message)]
@@ -337,7 +344,7 @@ def test_without_a_compiler_there_is_one_warning_and_the_same_run(monkeypatch, f
 
 def test_what_a_failed_compilation_has_drawn_is_put_back_before_the_step_is_repeated(monkeypatch):
     calls = []
-    monkeypatch.setattr(acceleration.torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr(compilation.torch, "compile", lambda function, **how: function)
     compiled = Compiled(lambda x: calls.append("plain") or x, "default", lambda: calls.append("put back"))
 
     def fails(x):
@@ -370,7 +377,7 @@ def test_a_step_that_cannot_be_compiled_anew_runs_on_uncompiled(monkeypatch):
     plain, _ = fit(model("off"), Freeze(), max_epochs=3)
     frozen.clear()
     real = torch.compile
-    monkeypatch.setattr(acceleration.torch, "compile", lambda f, mode, dynamic: real(f, backend=breaks))
+    monkeypatch.setattr(compilation.torch, "compile", lambda f, mode, dynamic: real(f, backend=breaks))
     with pytest.warns(UserWarning, match=r"not compiled and runs slower \(.*no more of these"):
         fallen, _ = fit(model("default"), Freeze(), max_epochs=3)
     assert made
@@ -462,7 +469,7 @@ def test_what_is_of_a_fit_is_undone_once_however_it_ends(sizes, monkeypatch, err
     monkeypatch.setattr(Autoencoder, "leave_fit", lambda self: calls.append(1) or undo(self))
     module = model("default", "conv_ae", (1, 28, 28), hidden_dims=(4, 8))
     strides, fails = [p.stride() for p in module.parameters()], Fails(error)
-    trainer = silent_trainer(max_epochs=1, callbacks=[fails])
+    trainer = quiet_trainer(max_epochs=1, callbacks=[fails])
     with pytest.raises((SystemExit, RuntimeError)):
         trainer.fit(module, DataModule("mnist5k"))
     assert fails.seen == [True] * 3
@@ -642,7 +649,7 @@ print(fault() - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not acceleration._heap(), reason="glibc's malloc on Linux")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not compilation._heap(), reason="glibc's malloc on Linux")
 def test_malloc_keeps_its_pages_and_asks_for_huge_ones():
     """In a process of its own, as what is set stays set."""
     run = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
@@ -650,7 +657,7 @@ def test_malloc_keeps_its_pages_and_asks_for_huge_ones():
     sizes, huge = [int(line[0]) for line in heaps], [int(line[1]) for line in heaps]
     assert heaps[0][3] == heaps[1][3] == "True"
     # room for 640 MiB, which is asked for once and takes no memory
-    assert sizes[1] - sizes[0] == pytest.approx(acceleration._ROOM, rel=0.01)
+    assert sizes[1] - sizes[0] == pytest.approx(compilation._ROOM, rel=0.01)
     assert sizes[1] == sizes[2] == sizes[3]
     assert int(faults[0]) < 100
     offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -13,18 +13,19 @@ import torch
 from torch import nn
 
 import aezoo
-from aezoo import cli, registry
+from aezoo import registry
 from aezoo.autoencoder import Autoencoder
-from aezoo.checkpoint import load_model, load_run, save_model
+from aezoo.cli.main import main
+from aezoo.cli.task_commands import read
 from aezoo.data import DataModule
 from aezoo.data.activations import tapped
 from aezoo.errors import AezooError
-from aezoo.folding import fold
+from aezoo.io.checkpoint import load_model, load_run, save_model
+from aezoo.io.scale_folding import fold
 from aezoo.models.classic.linear_ae import LinearAE
 from aezoo.models.sparse.topk_sae import TopKSAE
-from aezoo.nets.classifier import Classifier
+from aezoo.nets.blocks.classifier import Classifier
 from aezoo.security import policy
-from aezoo.tasks.command import read
 
 NETS = '''
 import os
@@ -219,7 +220,7 @@ def test_what_does_not_fit_is_mapped_or_refused(monkeypatch):
 
 
 def test_the_same_numbers_come_again_and_no_random_stream_moves(monkeypatch):
-    monkeypatch.setattr("aezoo.nets.classifier.STEPS", 10)
+    monkeypatch.setattr("aezoo.nets.blocks.classifier.STEPS", 10)
     before = torch.get_rng_state()
     one, other = (activations("features", network="classifier", seed=2).tensors("val")[0] for _ in range(2))
     assert torch.equal(one, other) and torch.equal(torch.get_rng_state(), before)
@@ -479,7 +480,7 @@ def test_a_run_keeps_the_scale_and_its_model_works_on_raw_activations(tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
-    cli.main(["fit", "--model=topk_sae", "--model.latent_dim=24", "--model.k=3", "--data.name=activations",
+    main(["fit", "--model=topk_sae", "--model.latent_dim=24", "--model.k=3", "--data.name=activations",
               "--data.network=own_nets.ready", "--data.layer=flat", "--data.of=digits", "--allow", "own_nets",
               "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.limit_train_batches=3",
               "--projector.n=0", *off])  # fmt: skip
@@ -499,4 +500,4 @@ def test_a_run_keeps_the_scale_and_its_model_works_on_raw_activations(tmp_path, 
     with torch.no_grad():
         assert torch.allclose(folded(raw), factor * model(x), atol=1e-4 * float(factor))
     with pytest.raises(SystemExit):
-        cli.main(["test", "--ckpt_path", str(run)])  # no file opens what the command line has not
+        main(["test", "--ckpt_path", str(run)])  # no file opens what the command line has not

@@ -19,10 +19,12 @@ from golden import own_models
 from lightning.pytorch import Trainer
 
 import aezoo
-from aezoo import callbacks, cli, lightning_cli, registry, trainer_settings
+from aezoo import callbacks, registry
+from aezoo.cli import lightning_cli, trainer_settings
+from aezoo.cli.main import main
+from aezoo.cli.parsing import Parser
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
-from aezoo.parsing import Parser
 
 HUGE = 10**12
 VALUES = (-1, 0, 1.5, math.nan, math.inf, -math.inf, HUGE, 10**30, "", "abc", "1", [], [0], ["a"], None, True, {"a": 1})
@@ -214,7 +216,7 @@ def outcome(flag):
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            cli.main([*FIT, flag])
+            main([*FIT, flag])
         except Trained:
             return "trained"
         except SystemExit as end:

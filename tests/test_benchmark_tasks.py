@@ -250,7 +250,8 @@ def test_each_part_of_compress_has_its_own_baselines(tmp_path):
     ):
         rows = [{"task": task, "method": head["model"], "kind": "ours"} for task in kinds]
         tables["compress"].replace(
-            head, rows + [{"task": "lossy", "method": "JPEG", "kind": "baseline"}] * kinds.get("lossy", 0)
+            head,
+            rows + [{"task": "lossy", "method": "JPEG", "kind": "baseline"}] * kinds.get("lossy", 0),
         )
     # a bound is a reference, but of a model
     bound = {"task": "lossless, binarised", "method": "conv_vae, -ELBO", "kind": "reference"}

@@ -372,7 +372,7 @@ def test_out_of_memory_is_told_from_other_errors(error, is_memory):
 
 @pytest.mark.parametrize("abreast", [False, True])
 def test_all_products_of_a_step_run_alone(abreast, monkeypatch):
-    from aezoo.nets import conv2d
+    from aezoo.speed import conv2d
 
     monkeypatch.setattr(conv2d, "abreast_pays", lambda layer, *_: abreast and layer.among_layers)
     model, x = aezoo.create_model("vae", (1, 16, 16), net="conv", hidden_dims=(8, 16)), torch.rand(4, 1, 16, 16)

@@ -9,9 +9,10 @@ import torch
 import yaml
 
 import aezoo
-from aezoo import cli, registry
+from aezoo import registry
+from aezoo.bases.token_prior import IndexPrior
+from aezoo.cli import recipes
 from aezoo.errors import AezooError
-from aezoo.index_prior import IndexPrior
 from benchmarks import bits, bits_row, parallel, plots_bits, report
 from benchmarks.common import Table
 
@@ -145,12 +146,12 @@ def test_rows_are_measured_once_and_say_what_the_model_does(tmp_path, monkeypatc
     assert rows_of(tmp_path) == rows and "seed 0:" not in capsys.readouterr().out
 
 
-class Books:
-    """Two grids, of one book and of two."""
+class Codebooks:
+    """Two grids, of one codebook and of two."""
 
     index_shape = (3,)
 
-    def books(self, indices):
+    def codebooks(self, indices):
         return {
             "top": (torch.zeros(1, 1, 2, 2), (8,)),
             "bottom": (torch.zeros(1, 2, 5), (4, 16)),
@@ -160,10 +161,10 @@ class Books:
 def test_bits_that_are_used_are_those_of_every_place_and_book():
     figures = {"usage_top": 0.5, "usage_0_bottom": 0.25, "usage_1_bottom": 1.0}
     figures |= {"perplexity_top": 4.0, "perplexity_0_bottom": 2.0, "perplexity_1_bottom": 8.0}
-    found = bits_row.of_books(Books(), figures)
+    found = bits_row.of_books(Codebooks(), figures)
     assert found["used_bits"] == pytest.approx(4 * 2 + 5 * 1 + 5 * 3)
     assert found["usage"] == pytest.approx(1.75 / 3) and found["perplexity"] == pytest.approx(14 / 3)
-    assert bits_row.of_books(Books(), {"usage_top": 0.5}) == {}  # books too large to count
+    assert bits_row.of_books(Codebooks(), {"usage_top": 0.5}) == {}  # codebooks too large to count
 
 
 def test_the_report_has_medians_at_the_same_bits_and_a_picture(tmp_path, capsys):
@@ -199,7 +200,7 @@ def test_a_way_is_named_by_what_sets_it_apart():
 
 def test_keras_recipe_has_keras_parameters_and_784_times_its_loss():
     """https://keras.io/examples/generative/vq_vae/, whose summary of 48,913 parameters is that of 64 codes."""
-    settings = yaml.safe_load(cli.recipes()["mnist_keras_vq_vae"].read_text())["model"]["init_args"]
+    settings = yaml.safe_load(recipes.recipes()["mnist_keras_vq_vae"].read_text())["model"]["init_args"]
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     counts = [
         sum(

@@ -4,16 +4,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 from torch import nn
 
 import aezoo
-from aezoo import capture, loop
-from aezoo.capture import WARM_UP, CapturedStep
-from aezoo.constraint import Constrained
 from aezoo.data import DataModule
 from aezoo.data.resident import ResidentLoader
-from aezoo.plan import Plan
+from aezoo.speed import fast_loop, graph_capture
+from aezoo.speed.graph_capture import WARM_UP, CapturedStep
+from aezoo.speed.step_plan import Plan
+from aezoo.training.projected_weights import Constrained
 
 
 class Recorder:
@@ -134,9 +134,9 @@ def test_a_first_batch_that_is_not_full_does_not_set_the_size_where_that_is_know
 
 
 def test_cuda_s_recorder_follows_the_protocol():
-    recorder = capture.CudaRecorder()
+    recorder = graph_capture.CudaRecorder()
     assert callable(recorder.warm_up) and callable(recorder.record)
-    assert isinstance(CapturedStep(lambda x, y: None, [])._recorder, capture.CudaRecorder)
+    assert isinstance(CapturedStep(lambda x, y: None, [])._recorder, graph_capture.CudaRecorder)
 
 
 # ---- in a training run ----------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def fit(capturing, watch, **plain):
 
                 light.plan.captured = CapturedStep(step, parameters, CpuRecorder())
 
-    trainer = silent_trainer(**{"max_epochs": 2} | plain, callbacks=[Capture(), watch])
+    trainer = quiet_trainer(**{"max_epochs": 2} | plain, callbacks=[Capture(), watch])
     trainer.fit(model, data)
     return trainer
 
@@ -279,7 +279,7 @@ def plan(**changes):
     cls = changes.get("cls", aezoo.model_class("dense_ae"))
     x = torch.rand(46, 6)
     callbacks = [*changes.get("callbacks", []), Look()]
-    trainer = silent_trainer(max_epochs=1, callbacks=callbacks, **changes.get("trainer", {}))
+    trainer = quiet_trainer(max_epochs=1, callbacks=callbacks, **changes.get("trainer", {}))
     model = cls((6,), latent_dim=2, **{"hidden_dims": (8,)} | changes.get("model", {}))
     trainer.fit(model, DataModule.from_arrays(x, batch_size=4, val_fraction=0, test_fraction=0))
     return seen[0]
@@ -350,7 +350,7 @@ def test_a_cpu_run_is_not_captured():
 
     class Look(Watch):
         def on_train_epoch_start(self, trainer, pl_module):
-            asked.append(loop.capture(trainer))
+            asked.append(fast_loop.capture(trainer))
             assert isinstance(trainer.train_dataloader, ResidentLoader)
 
     fit(False, Look(), max_epochs=1)

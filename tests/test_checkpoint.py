@@ -22,9 +22,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import aezoo
-from aezoo import durable
-from aezoo.checkpoint import find_checkpoint
 from aezoo.errors import AezooError
+from aezoo.io import atomic_files
+from aezoo.io.checkpoint import find_checkpoint
 from aezoo.models.variational.vae import VAE
 
 SHAPE = (1, 8, 8)
@@ -446,7 +446,7 @@ def test_class_paths_in_a_checkpoint_are_never_followed(model, file, refused, tm
 def test_a_checkpoint_whose_bytes_have_changed(refused, file, tmp_path, sealed):
     path = tmp_path / "best.ckpt"
     if sealed:
-        durable.save(torch.load(file, weights_only=True), path)
+        atomic_files.save(torch.load(file, weights_only=True), path)
     else:
         shutil.copyfile(file, path)
     aezoo.load_model(path)

@@ -1,5 +1,6 @@
 """The command line as a user meets it: light commands, short names, recipes, checkpoints alone, errors of one line."""
 
+import atexit
 import gc
 import os
 import re
@@ -17,11 +18,13 @@ import torch
 import yaml
 
 import aezoo
-from aezoo import cli
-from aezoo.checkpoint import find_checkpoint
+import aezoo.cli
+from aezoo.cli import recipes
+from aezoo.cli.config_resolution import name_data
+from aezoo.cli.main import main
+from aezoo.cli.parsing import plain
 from aezoo.data import DataModule
-from aezoo.parsing import plain
-from aezoo.request import name_data
+from aezoo.io.checkpoint import find_checkpoint
 
 OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
 QUICK = ["--data.name=digits", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--projector.n=0", *OFF]
@@ -33,13 +36,13 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def fit(*flags):
-    cli.main(["fit", *QUICK, *flags])
+    main(["fit", *QUICK, *flags])
 
 
 def refused(capsys, *argv):
     """The one line on stderr with which a command ends with exit code 2."""
     with pytest.raises(SystemExit) as end:
-        cli.main(list(argv))
+        main(list(argv))
     assert end.value.code == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("aezoo: ")
@@ -65,7 +68,8 @@ def test_a_model_whose_checkpoints_could_not_be_loaded_is_not_trained(capsys, mo
     "argv", [["list"], ["recipes"], ["--help"], ["--version"], ["info", "vae"], ["cp", "vae", "v.yaml"]]
 )
 def test_light_commands_need_no_torch(argv):
-    code = f"import sys; from aezoo.cli import main; main({argv!r}); assert 'torch' not in sys.modules; print('light')"
+    code = f"import sys; from aezoo.cli.main import main; main({argv!r}); assert 'torch' not in sys.modules"
+    code += "; print('light')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.rstrip().endswith("light"), done.stderr
 
@@ -81,16 +85,16 @@ def test_imports_of_what_stays_are_not_searched_for_garbage(monkeypatch, whole):
 
     class Finder:
         def find_spec(self, name, *_):
-            return spec_from_loader(name, Trained()) if name == "aezoo.lightning_cli" else None
+            return spec_from_loader(name, Trained()) if name == "aezoo.cli.lightning_cli" else None
 
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     monkeypatch.setattr(sys, "argv", ["aezoo", "fit"])
     monkeypatch.setattr(gc, "freeze", lambda: seen.append("kept"))  # which would keep the garbage of the tests
-    monkeypatch.setattr(cli.atexit, "register", seen.append)
-    monkeypatch.setitem(sys.modules, "aezoo.lightning_cli", None)  # and after the test as it was
-    monkeypatch.setattr(aezoo, "lightning_cli", None, raising=False)
-    del sys.modules["aezoo.lightning_cli"], aezoo.lightning_cli
-    cli.main(None if whole else ["fit"])
+    monkeypatch.setattr(atexit, "register", seen.append)
+    monkeypatch.setitem(sys.modules, "aezoo.cli.lightning_cli", None)  # and after the test as it was
+    monkeypatch.setattr(aezoo.cli, "lightning_cli", None, raising=False)
+    del sys.modules["aezoo.cli.lightning_cli"], aezoo.cli.lightning_cli
+    main(None if whole else ["fit"])
     assert seen == [False, *["kept", gc.unfreeze] * whole, True]
 
 
@@ -102,7 +106,7 @@ def test_help_of_a_command_is_what_its_flag_shows(command, shows, capsys):
     said = []
     for argv in (["help", command], [command, "--help"]):
         with pytest.raises(SystemExit) as end:
-            cli.main(argv)
+            main(argv)
         assert not end.value.code
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and shows in said[0]
@@ -111,7 +115,7 @@ def test_help_of_a_command_is_what_its_flag_shows(command, shows, capsys):
 def test_help_says_what_flags_do_here(capsys):
     for command, checkpoint in (("fit", "to continue from its newest complete"), ("test", "whose best")):
         with pytest.raises(SystemExit):
-            cli.main([command, "--help"])
+            main([command, "--help"])
         text = " ".join(capsys.readouterr().out.split())
         assert text.startswith(f"usage: aezoo [options] {command}")  # under `python -m aezoo` too
         assert "A name of `aezoo recipes`, or a YAML file." in text and "--allow PKG Let a configuration" in text
@@ -119,7 +123,7 @@ def test_help_says_what_flags_do_here(capsys):
         assert "--weights_only" not in text and "A model of `aezoo list`" in text and "aezoo.models" not in text
         assert ("--resume RUN|auto Continue a run" in text) == (command == "fit")
     with pytest.raises(SystemExit):
-        cli.main(["fit", "--model.help", "conditional_vae"])
+        main(["fit", "--model.help", "conditional_vae"])
     text = capsys.readouterr().out
     assert "--model.latent_dim" in text and "input_shape" not in text and "num_classes" not in text
 
@@ -161,9 +165,9 @@ def test_data_are_named_as_models_are(capsys):
     assert name_data(given) == named
     assert name_data(["--data", "--model"]) == ["--data", "--model"]
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.logger=false"]
-    cli.main(["fit", "--model=linear_ae", "--data", "digits", *short])
+    main(["fit", "--model=linear_ae", "--data", "digits", *short])
     Path("mine.yaml").write_text("model: linear_ae\ndata: digits\n")
-    cli.main(["fit", "-c", "mine.yaml", "--resume=auto", *short])
+    main(["fit", "-c", "mine.yaml", "--resume=auto", *short])
     for run in ("linear_ae-digits", "mine"):
         config = yaml.safe_load(Path("runs", run, "0", "config.yaml").read_text())
         assert config["data"]["name"] == "digits" and config["data"]["batch_size"] == 128
@@ -191,11 +195,11 @@ def test_the_reason_why_a_class_cannot_be_made_is_what_is_said(capsys):
 
 
 def test_list_shows_name_family_and_paper_and_filters(capsys):
-    cli.main(["list"])
+    main(["list"])
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows] == aezoo.list_models()
     assert all("http" in row for row in rows)
-    cli.main(["list", "topk*", "sparse*", "--family", "sparse"])
+    main(["list", "topk*", "sparse*", "--family", "sparse"])
     assert [row.split()[0] for row in capsys.readouterr().out.splitlines()] == [
         "sparse_ae_kl",
         "sparse_ae_l1",
@@ -204,15 +208,15 @@ def test_list_shows_name_family_and_paper_and_filters(capsys):
 
 
 def test_info_gives_hyperparameters_with_defaults_and_counts_parameters_on_request(capsys):
-    cli.main(["info", "linear_ae", "--shape", "30"])
+    main(["info", "linear_ae", "--shape", "30"])
     out = capsys.readouterr().out
     assert "latent_dim: int = 16" in out and "size of the code" in out and "||x - x_hat||^2" in out
     assert f"{30 * 16 + 16 + 16 * 30 + 30:,} parameters" in out and "code shape (16,)" in out
 
 
 def test_cp_copies_a_recipe_and_keeps_an_existing_file(capsys):
-    cli.main(["cp", "vae", "mine/my.yaml"])
-    assert Path("mine/my.yaml").read_text() == cli.find_recipe("vae").read_text()
+    main(["cp", "vae", "mine/my.yaml"])
+    assert Path("mine/my.yaml").read_text() == recipes.find_recipe("vae").read_text()
     assert "--force" in refused(capsys, "cp", "vae", "mine/my.yaml")
 
 
@@ -240,7 +244,7 @@ def test_an_output_without_all_letters_shows_the_others():
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_a_saved_model_is_neither_promised_nor_taken_where_a_checkpoint_is_needed(capsys, command):
     with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
+        main([command, "--help"])
     assert "saved model" not in " ".join(capsys.readouterr().out.split())
     saved = aezoo.save_model(aezoo.create_model("dense_ae", input_shape=(1, 8, 8)), "saved")
     assert "saved is a saved model, which has no checkpoint" in refused(capsys, command, "--ckpt_path", str(saved))
@@ -333,7 +337,7 @@ def test_a_vector_model_on_data_it_cannot_take_is_refused_before_training(capsys
 
 def test_a_table_of_any_range_trains_by_default():
     np.save("table.npy", np.random.default_rng(0).normal(size=(300, 30)))
-    cli.main(["fit", "--model", "vae", "--data.name", "table.npy", "--trainer.max_epochs", "1", *OFF])
+    main(["fit", "--model", "vae", "--data.name", "table.npy", "--trainer.max_epochs", "1", *OFF])
     assert aezoo.load_model("runs/vae-table/0").input_shape == (30,)
 
 
@@ -369,7 +373,7 @@ def test_a_class_that_is_not_registered_goes_by_its_path(capsys, monkeypatch, tm
     assert [path.name for path in Path(run).parent.iterdir()] == ["0"]
     line = refused(capsys, "test", "--ckpt_path", run)
     assert "give test and predict -c RUN/config.yaml --model your_module.YourClass" in line
-    cli.main(["test", "--ckpt_path", run, "-c", f"{run}/config.yaml", *mine])
+    main(["test", "--ckpt_path", run, "-c", f"{run}/config.yaml", *mine])
 
 
 def test_commands_to_type_next_can_be_pasted_whatever_the_folder(capsys):
@@ -378,9 +382,9 @@ def test_commands_to_type_next_can_be_pasted_whatever_the_folder(capsys):
     assert "Next: aezoo predict --ckpt_path 'my runs/linear_ae-digits/0'\n" in out
     assert "Next: tensorboard --logdir 'my runs'\n" in out
     with pytest.raises(SystemExit):
-        cli.main(["fit", "--resume", "my runs/linear_ae-digits/0"])
+        main(["fit", "--resume", "my runs/linear_ae-digits/0"])
     assert capsys.readouterr().err.endswith("aezoo test --ckpt_path 'my runs/linear_ae-digits/0'\n")
-    cli.main(["cp", "vae", "my vae.yaml"])
+    main(["cp", "vae", "my vae.yaml"])
     assert "aezoo fit -c 'my vae.yaml'" in capsys.readouterr().out
 
 
@@ -398,7 +402,7 @@ def test_a_run_without_a_batch_to_test_ends_with_its_table(capsys):
 def test_every_run_gets_a_folder_of_its_own_and_a_saved_config_trains_again():
     fit("--model=dense_ae")
     fit("--model", "dense")
-    cli.main(["fit", "-c", "runs/dense_ae-digits/1/config.yaml"])
+    main(["fit", "-c", "runs/dense_ae-digits/1/config.yaml"])
     assert sorted(p.name for p in Path("runs/dense_ae-digits").iterdir()) == ["0", "1"]
     first, again = (aezoo.load_model(run) for run in ("runs/dense_ae-digits/1", "runs/config/0"))
     for one, other in zip(first.parameters(), again.parameters(), strict=True):
@@ -450,7 +454,7 @@ def test_importance_samples_tighten_the_log_likelihood(capsys):
     found = []
     for n in ("1", "300"):
         capsys.readouterr()
-        cli.main(["test", "--ckpt_path", "runs/vae-digits/0", "--importance_samples", n])
+        main(["test", "--ckpt_path", "runs/vae-digits/0", "--importance_samples", n])
         found.append(float(re.search(r"test/log_likelihood +(-?[\d.]+)", capsys.readouterr().out)[1]))
     assert found[0] < found[1]
     refused(capsys, "test", "--ckpt_path", "runs/vae-digits/0", "--importance_samples", "0")
@@ -459,14 +463,14 @@ def test_importance_samples_tighten_the_log_likelihood(capsys):
 def test_a_checkpoint_alone_is_enough_for_validate_test_predict_and_resume(capsys):
     fit("--model", "vae", "--model.latent_dim", "3", "--data.batch_size", "100")
     for path in ("runs/vae-digits/0", "runs/vae-digits", "runs/vae-digits/0/checkpoints/last.ckpt"):
-        cli.main(["test", "--ckpt_path", path])
-    cli.main(["validate", "--ckpt_path", "runs/vae-digits/0"])
+        main(["test", "--ckpt_path", path])
+    main(["validate", "--ckpt_path", "runs/vae-digits/0"])
     assert "val/log_likelihood" in capsys.readouterr().out
-    cli.main(["predict", "--ckpt_path", "runs/vae-digits/0"])
+    main(["predict", "--ckpt_path", "runs/vae-digits/0"])
     with np.load("runs/vae-digits/0/predictions.npz") as found:
         n = DataModule("digits").tensors("test")[0].shape[0]
         assert found["code"].shape == (n, 3) and found["reconstruction"].shape == (n, 1, 8, 8)
-    cli.main(["fit", "--ckpt_path", "runs/vae-digits/0", "--trainer.max_epochs", "2"])
+    main(["fit", "--ckpt_path", "runs/vae-digits/0", "--trainer.max_epochs", "2"])
     checkpoint = torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 6 and checkpoint["epoch"] == 1
     assert checkpoint["hyper_parameters"]["latent_dim"] == 3
@@ -489,14 +493,14 @@ def test_weights_alone_are_no_training_to_go_on_with(capsys):
     (lean,) = map(str, Path("lean").iterdir())
     line = refused(capsys, "fit", "--ckpt_path", lean, "--trainer.max_epochs=2")
     assert f"{lean} holds only weights" in line and "aezoo.load_model" in line
-    cli.main(["test", "--ckpt_path", lean])
+    main(["test", "--ckpt_path", lean])
     out = capsys.readouterr().out
     assert "test/loss" in out and "run folder" not in out
 
 
 def test_flags_beat_the_checkpoint_and_a_difference_is_said(capsys):
     fit("--model", "dense_ae")
-    cli.main(["fit", "--ckpt_path", "runs/dense_ae-digits/0", "--trainer.max_epochs", "2", "--model.lr", "0.5"])
+    main(["fit", "--ckpt_path", "runs/dense_ae-digits/0", "--trainer.max_epochs", "2", "--model.lr", "0.5"])
     assert "model.lr is 0.5, the checkpoint has 0.001" in capsys.readouterr().err
     assert yaml.safe_load(Path("runs/dense_ae-digits/0/config.yaml").read_text())["model"]["init_args"]["lr"] == 0.5
     saved = torch.load("runs/dense_ae-digits/0/checkpoints/last.ckpt", weights_only=True)
@@ -512,7 +516,7 @@ def test_flags_beat_the_checkpoint_and_a_difference_is_said(capsys):
 def test_the_stamp_survives_a_checkpoint_whose_file_moved(tmp_path):
     fit("--model", "sparse")
     (tmp_path / "elsewhere.ckpt").write_bytes(Path("runs/sparse_ae_l1-digits/0/checkpoints/last.ckpt").read_bytes())
-    cli.main(["test", "--ckpt_path", "elsewhere.ckpt"])
+    main(["test", "--ckpt_path", "elsewhere.ckpt"])
 
 
 def test_of_several_checkpoints_the_best_is_taken_whatever_their_times():
@@ -531,7 +535,7 @@ def test_a_second_model_checkpoint_leaves_best_as_it_is(capsys):
     (best,) = home.glob("best-*.ckpt")
     assert "best-003" not in best.name and list(home.glob("epoch=3-*.ckpt"))
     assert re.search(rf"best checkpoint +{best}\n", out)
-    cli.main(["test", f"--ckpt_path={best}", "--trainer.callbacks+=ModelCheckpoint"])
+    main(["test", f"--ckpt_path={best}", "--trainer.callbacks+=ModelCheckpoint"])
     assert re.search(r"test/loss .*", out)[0].split() == re.search(r"test/loss .*", capsys.readouterr().out)[0].split()
 
 
@@ -542,7 +546,7 @@ def test_training_without_validation_keeps_the_best_by_the_training_loss(capsys,
     capsys.readouterr()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*callbacks used to create the checkpoint")
-        cli.main(["test", "--ckpt_path", "runs/vae-digits/0"])
+        main(["test", "--ckpt_path", "runs/vae-digits/0"])
     assert re.search(rf"best checkpoint +{best}\n", capsys.readouterr().out)
 
 
@@ -550,7 +554,7 @@ def test_a_run_that_goes_on_with_validation_forgets_what_training_scored():
     # whose loss is far below that of any validation with beta 0
     fit("--model", "vae", "--model.beta", "0", "--trainer.limit_val_batches", "0", "--trainer.max_epochs", "3")
     more = ["--trainer.limit_val_batches", "1.0", "--trainer.max_epochs", "4", "--model.beta", "1"]
-    cli.main(["fit", "--ckpt_path", "runs/vae-digits/0", *more])
+    main(["fit", "--ckpt_path", "runs/vae-digits/0", *more])
     state = torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)["callbacks"]
     (saver,) = (found for key, found in state.items() if key.startswith("Checkpoints"))
     (stopper,) = (found for key, found in state.items() if key.startswith("EarlyStop"))
@@ -583,7 +587,7 @@ def test_model_and_data_share_no_hyperparameter_that_would_clash_in_the_logger()
 def test_spawned_processes_can_pickle_what_the_command_line_adds():
     import pickle
 
-    from aezoo import lightning_cli
+    from aezoo.cli import lightning_cli
 
     for cls in (lightning_cli.AezooCLI, lightning_cli.SaveConfig, lightning_cli.Parser):
         assert pickle.loads(pickle.dumps(cls)) is cls
@@ -600,7 +604,7 @@ def test_two_processes_train_one_run():
 def test_more_processes_than_a_cpu_can_serve_are_not_started(capsys, monkeypatch):
     from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-    from aezoo import trainer_settings
+    from aezoo.cli import trainer_settings
 
     monkeypatch.setattr(_MultiProcessingLauncher, "launch", None)
     monkeypatch.setattr(trainer_settings, "cores", lambda: 2)
@@ -642,21 +646,21 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume():
     step = int(re.search(r"interrupted at epoch \d+, step (\d+); last saved", "".join(lines))[1])
     checkpoint = torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == step
-    cli.main(["fit", "--ckpt_path", "runs/vae-digits/0", "--trainer.max_epochs", str(checkpoint["epoch"] + 2)])
+    main(["fit", "--ckpt_path", "runs/vae-digits/0", "--trainer.max_epochs", str(checkpoint["epoch"] + 2)])
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", cli.recipes())
+@pytest.mark.parametrize("name", recipes.recipes())
 def test_every_recipe_trains_a_step_and_states_its_command_and_its_number(name, fashion_files):
-    head = [line for line in cli.recipes()[name].read_text().splitlines() if line.startswith("#")]
+    head = [line for line in recipes.recipes()[name].read_text().splitlines() if line.startswith("#")]
     assert head[1].startswith(f"# aezoo fit -c {name}") and re.search(r"# reached: test/\S+ -?\d", head[-1])
     flags = [f"--data.root={fashion_files}"] if "fashion" in name else []
     if head[2].startswith("# target: "):  # MNIST itself takes a network
         flags = ["--data.name=mnist5k", "--importance_samples=2"]
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_test_batches=1"]
-    cli.main(["fit", "-c", name, *flags, *short, *OFF])
+    main(["fit", "-c", name, *flags, *short, *OFF])
     assert Path(f"runs/{name}/0/checkpoints/last.ckpt").is_file()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-from aezoo.collectives import rows_of_ranks, sum_of_ranks
+from aezoo.training.collectives import all_gather_rows, all_reduce_sum
 
 WORLD, WEIGHTS = 3, torch.linspace(-1, 1, 3 * 6 * 4, dtype=torch.float64).view(3, 6, 4)
 
@@ -26,14 +26,14 @@ def derivatives(loss, x):
 
 def of_one_process(collective):
     x = values().requires_grad_()
-    if collective is rows_of_ranks:
+    if collective is all_gather_rows:
         return derivatives(sum(loss_of(rank, x) for rank in range(WORLD)), x)
     return derivatives(sum(loss_of(rank, sum(x.chunk(WORLD))) for rank in range(WORLD)), x)
 
 
 def _rank(rank, store, folder):
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    for collective in (rows_of_ranks, sum_of_ranks):
+    for collective in (all_gather_rows, all_reduce_sum):
         # a transposed piece has gaps in memory
         x = values().chunk(WORLD)[rank].T.contiguous().T.requires_grad_()
         seen = collective(x)
@@ -49,10 +49,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("collective", [rows_of_ranks, sum_of_ranks])
+@pytest.mark.parametrize("collective", [all_gather_rows, all_reduce_sum])
 def test_values_and_derivatives_are_those_of_one_process(folder, collective):
     found = [torch.load(folder / f"{collective.__name__}-{rank}", weights_only=True) for rank in range(WORLD)]
-    whole = values() if collective is rows_of_ranks else sum(values().chunk(WORLD))
+    whole = values() if collective is all_gather_rows else sum(values().chunk(WORLD))
     for seen, *_ in found:
         torch.testing.assert_close(seen, whole)
     for i, wanted in enumerate(of_one_process(collective), 1):

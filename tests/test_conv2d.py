@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from aezoo.nets import conv2d, linear, products, transposed
+from aezoo.speed import conv2d, conv_products, linear, transposed_conv
 
 KERNELS, STRIDES, PADDINGS = (
     [(3, 3), (2, 3), (4, 4), (1, 3)],
@@ -26,7 +26,7 @@ KERNELS, STRIDES, PADDINGS = (
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch) -> None:
     torch.manual_seed(7)
-    monkeypatch.setattr(linear, "HALVED", False)
+    monkeypatch.setattr(linear, "MKL_HALF_WIDTH", False)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def halved(monkeypatch):
     """As on a processor of which MKL uses half."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(linear, "HALVED", True)
+    monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_a_grid_that_is_no_whole_number_of_strides_gets_its_bias_apart(taken, mo
     """Else oneDNN adds it number by number, in bfloat16 at five times the price of all else."""
     layers = [conv2d.ConvTranspose2d(3, n, 3, 2, 1) for n in (5, 6)]
     assert [conv2d.odd_pays(up, up.geometry(torch.zeros(2, 3, 4, 4)).large) for up in layers] == [False, True]
-    monkeypatch.setattr(transposed, "_MANY", 0)
+    monkeypatch.setattr(transposed_conv, "_MANY", 0)
     biases, real = [], F.conv_transpose2d
     monkeypatch.setattr(F, "conv_transpose2d", lambda y, w, b, *a: (biases.append(b), real(y, w, b, *a))[1])
     for stride, extra in (((2, 2), (0, 0)), ((2, 2), (1, 0)), ((2, 2), (0, 1)), ((3, 1), (1, 0))):
@@ -205,7 +205,7 @@ def test_no_zeros_beyond_the_border_are_multiplied(stride, padding):
         x, weight = torch.randn(2, h, w, 3), torch.randn(5, *kernel, 3)
         geometry = layer.geometry(x.permute(0, 3, 1, 2))
         y = torch.zeros(2, *geometry.small, 5)
-        work = sum(a.shape[0] * a.shape[1] for a, _, _ in products.factors(x, weight, y, geometry))
+        work = sum(a.shape[0] * a.shape[1] for a, _, _ in conv_products.factors(x, weight, y, geometry))
         points = F.conv2d(torch.ones(1, 1, h, w), torch.ones(1, 1, *kernel), stride=stride, padding=padding).sum()
         assert work == 2 * 3 * points
 
@@ -213,14 +213,14 @@ def test_no_zeros_beyond_the_border_are_multiplied(stride, padding):
 @pytest.fixture(params=["parts", "patches"])
 def way(request, monkeypatch):
     """One of the two that copy, for layers of any size."""
-    monkeypatch.setattr(products, "_LARGE", 0 if request.param == "parts" else 10**9)
-    monkeypatch.setattr(products, "_FEW_POINTS", 10**6 if request.param == "parts" else 0)
+    monkeypatch.setattr(conv_products, "_LARGE", 0 if request.param == "parts" else 10**9)
+    monkeypatch.setattr(conv_products, "_FEW_POINTS", 10**6 if request.param == "parts" else 0)
     monkeypatch.setattr(linear, "TILES", False)
     return request.param
 
 
 def all_three(x, weight, y):
-    return (products.see, x, weight), (products.spread, y, weight), (products.weigh, x, y)
+    return (conv_products.see, x, weight), (conv_products.spread, y, weight), (conv_products.weigh, x, y)
 
 
 def sizes(kernels=((3, 3), (2, 3), (4, 3))):
@@ -239,8 +239,8 @@ def test_16_bits_compute_the_same(way, stride, padding, dtype):
             found = work(a.to(dtype), b.to(dtype), geometry)
             assert found.dtype == dtype
             torch.testing.assert_close(found.double(), work(a, b, geometry), rtol=0, atol=0)
-        assert products.way_of(x.to(dtype), weight, geometry) == way
-        assert products.way_of(x, weight, geometry) == "factors"
+        assert conv_products.way_of(x.to(dtype), weight, geometry) == way
+        assert conv_products.way_of(x, weight, geometry) == "factors"
 
 
 @pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
@@ -251,8 +251,12 @@ def test_by_onednn_compute_the_same(halved, way, stride, padding):
         x, weight, y = (torch.randn(shape) for shape in shapes)
         for work, a, b in all_three(x, weight, y):
             torch.testing.assert_close(work(a, b, geometry), work(a.double(), b.double(), geometry).float())
-        assert products.way_of(x, weight, geometry) == way
-        assert products.way_of(x.double(), weight, geometry) == products.way_of(x[:0], weight, geometry) == "factors"
+        assert conv_products.way_of(x, weight, geometry) == way
+        assert (
+            conv_products.way_of(x.double(), weight, geometry)
+            == conv_products.way_of(x[:0], weight, geometry)
+            == "factors"
+        )
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -263,9 +267,9 @@ def test_parts_are_of_large_layers_with_few_points(halved, monkeypatch, n):
     for batch, side, dtype in product((31, 32), (1, 2, 4, 5), (torch.float32, torch.bfloat16)):
         geometry = conv2d.Conv2d(256, 256, 3, n, 1).geometry(torch.empty(0, 256, side * n, side * n))
         x, weight = torch.empty(batch, side * n, side * n, 256, dtype=dtype), torch.empty(256, 3, 3, 256, dtype=dtype)
-        ways[batch, side, dtype] = products.way_of(x, weight, geometry)
+        ways[batch, side, dtype] = conv_products.way_of(x, weight, geometry)
         monkeypatch.setattr(linear, "TILES", True)
-        assert dtype == torch.float32 or products.way_of(x, weight, geometry) == "patches"
+        assert dtype == torch.float32 or conv_products.way_of(x, weight, geometry) == "patches"
         monkeypatch.setattr(linear, "TILES", False)
     assert {(b, s) for (b, s, _), way in ways.items() if way == "parts"} == {(31, 1), (32, 1), (32, 2), (32, 4)}
     assert len({*ways.values()}) == 2
@@ -278,7 +282,7 @@ def test_parts_hold_all_within_the_border_once(stride, padding, alike):
     for (h, w), kernel in sizes():
         geometry = conv2d.Conv2d(3, 5, kernel, stride, padding).geometry(torch.zeros(1, 3, h, w))
         x, weight, y = torch.zeros(2, h, w, 3), torch.zeros(5, *kernel, 3), torch.zeros(2, *geometry.small, 5)
-        found = [*products.parts(x, weight, y, geometry, alike)]
+        found = [*conv_products.parts(x, weight, y, geometry, alike)]
         # [h, w, rows, columns]: what a point sees through a tap
         taps = torch.eye(kernel[0] * kernel[1]).view(-1, 1, *kernel)
         seen = F.conv2d(torch.ones(1, 1, h, w), taps, stride=stride, padding=padding)[0]
@@ -318,7 +322,7 @@ def test_what_points_see_is_rounded_once_in_16_bits(way):
     x, weight, y = (
         torch.randn(shape, dtype=torch.bfloat16) for shape in ((8, 8, 8, 64), (32, 3, 3, 64), (8, 4, 4, 32))
     )
-    for work, a, b in ((products.see, x, weight), (products.weigh, x, y)):
+    for work, a, b in ((conv_products.see, x, weight), (conv_products.weigh, x, y)):
         wanted = work(a.double(), b.double(), geometry)
         error = (work(a, b, geometry) - wanted).square().mean() / wanted.square().mean()
         assert error.sqrt() < 2**-9
@@ -349,7 +353,7 @@ def test_points_of_a_batch_are_multiplied_at_once_where_memory_allows():
     """As few products as there can be, each as large: those of half the kernel's rows meet the border."""
     down = conv2d.Conv2d(3, 5, 3, 2, 1)
     x, weight, y = torch.randn(6, 4, 4, 3), torch.randn(5, 3, 3, 3), torch.randn(6, 2, 2, 5)
-    rows = [len(out) for _, _, out in products.factors(x, weight, y, down.geometry(x.permute(0, 3, 1, 2)))]
+    rows = [len(out) for _, _, out in conv_products.factors(x, weight, y, down.geometry(x.permute(0, 3, 1, 2)))]
     assert rows == [6, 6, 12, 12, 12, 12]
 
 
@@ -454,8 +458,8 @@ class Asked(TorchDispatchMode):
 def test_apart_all_derivatives_are_torchs(monkeypatch, ours, bias, weighs):
     monkeypatch.setattr(conv2d, "apart_pays", lambda *_: True)
     monkeypatch.setattr(conv2d, "weighing_pays", lambda *_: weighs)
-    weighed, real = [], products.weigh
-    monkeypatch.setattr(products, "weigh", lambda *a: (weighed.append(a), real(*a))[1])
+    weighed, real = [], conv_products.weigh
+    monkeypatch.setattr(conv_products, "weigh", lambda *a: (weighed.append(a), real(*a))[1])
     for kernel, stride, padding in product(KERNELS, STRIDES, PADDINGS):
         x = torch.randn(2, 3, 6, 7, dtype=torch.float64, requires_grad=True)
         mine, theirs = twins(ours, 3, 5, kernel, stride, padding, bias=bias)
@@ -511,8 +515,8 @@ def test_many_gradients_at_once_of_other_ways(way):
 def test_what_needs_no_gradient_gets_none(always, monkeypatch):
     made = []
     for name in ("see", "spread", "weigh"):
-        work = getattr(products, name)
-        monkeypatch.setattr(products, name, lambda *a, n=name, work=work: (made.append(n), work(*a))[1])
+        work = getattr(conv_products, name)
+        monkeypatch.setattr(conv_products, name, lambda *a, n=name, work=work: (made.append(n), work(*a))[1])
     down, up = conv2d.Conv2d(2, 4, 3), conv2d.ConvTranspose2d(2, 4, 3)
     down(torch.randn(2, 2, 4, 4)).sum().backward()
     up(torch.randn(2, 2, 4, 4)).sum().backward()
@@ -527,8 +531,8 @@ def test_what_needs_no_gradient_gets_none(always, monkeypatch):
 @pytest.mark.parametrize("ways", ["always", "between"])
 def test_by_autocast_as_torch_in_bfloat16(request, taken, monkeypatch, ways):
     request.getfixturevalue(ways)
-    copied, real = [], products.patches
-    monkeypatch.setattr(products, "patches", lambda x, geometry: (copied.append(x.dtype), real(x, geometry))[1])
+    copied, real = [], conv_products.patches
+    monkeypatch.setattr(conv_products, "patches", lambda x, geometry: (copied.append(x.dtype), real(x, geometry))[1])
     x, weight = torch.randn(5, 8, 4, 4), torch.randn(5, 8, 4, 4)
     mine, theirs = (
         autoencoder_of_8(conv2d.Conv2d, conv2d.ConvTranspose2d),

@@ -11,7 +11,8 @@ import torch
 from scipy import stats
 
 import aezoo
-from aezoo import cli, registry
+from aezoo import registry
+from aezoo.cli.main import main
 from aezoo.data import DataModule
 from aezoo.data.dictionary import GROUP, uniform
 from aezoo.data.memory import Scale
@@ -288,6 +289,6 @@ def test_the_command_line_trains_on_it(tmp_path, monkeypatch):
     few = [f"--trainer.limit_{stage}_batches=1" for stage in ("train", "val", "test")]
     few += [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
     shape = [f"--data.{key}={value}" for key, value in SMALL.items()]
-    cli.main(["fit", "--model=topk_sae", "--model.latent_dim=24", "--model.k=3", "--data.name=synthetic_dictionary",
+    main(["fit", "--model=topk_sae", "--model.latent_dim=24", "--model.k=3", "--data.name=synthetic_dictionary",
               *shape, *few, "--projector.n=0", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"])  # fmt: skip
     assert list(tmp_path.rglob("*.ckpt"))

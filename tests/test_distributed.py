@@ -19,12 +19,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
 
-from aezoo import callbacks, create_model, ranks
+from aezoo import callbacks, create_model
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
+from aezoo.training import distributed
 
 SCRIPT = Path(__file__).with_name("failing.py")
 OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
@@ -144,13 +145,13 @@ def test_noise_and_samples_differ_between_ranks_and_only_rank_zero_writes(whole)
 
 @pytest.mark.parametrize("stopped", [True, False])
 def test_after_an_error_the_launched_processes_are_ended_stopped_or_not(monkeypatch, stopped):
-    monkeypatch.setattr(ranks, "GRACE", 0.1)
+    monkeypatch.setattr(distributed, "GRACE", 0.1)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     if stopped:
         process.send_signal(signal.SIGSTOP)
     trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=[process])))
     try:
-        ranks.end_others(trainer, RuntimeError("any"))
+        distributed.terminate_other_ranks(trainer, RuntimeError("any"))
         assert process.returncode == -signal.SIGKILL
     finally:
         process.kill()
@@ -160,14 +161,14 @@ def test_after_an_error_the_launched_processes_are_ended_stopped_or_not(monkeypa
 def test_a_rank_that_ends_by_itself_within_the_grace_is_not_killed():
     process = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(3)"])
     trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=[process])))
-    ranks.end_others(trainer, RuntimeError("any"))
+    distributed.terminate_other_ranks(trainer, RuntimeError("any"))
     assert process.returncode == 3
 
 
 def test_the_wait_for_a_rank_is_set_unless_the_strategy_has_its_own():
     for own, wanted in ((None, 20), (50, 50)):
         strategy = DDPStrategy() if own is None else DDPStrategy(timeout=timedelta(seconds=own))
-        ranks.limit_wait(SimpleNamespace(strategy=strategy), 20)
+        distributed.limit_wait(SimpleNamespace(strategy=strategy), 20)
         assert strategy._timeout == timedelta(seconds=wanted)
 
 
@@ -197,9 +198,9 @@ def test_threads_have_time_before_the_interpreter_of_one_of_several_processes_en
 @pytest.mark.parametrize("name", ["Checkpoints", "CodeStatistics", "Codebook", "FaultGuard", "Interrupt"])
 def test_callbacks_that_let_processes_exchange_something_give_them_time_with_any_model(name, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(ranks.atexit, "register", asked.append)
+    monkeypatch.setattr(distributed.atexit, "register", asked.append)
     trainer = Trainer(default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
-    for world, wanted in ((1, []), (2, [ranks._let_go])):
+    for world, wanted in ((1, []), (2, [distributed._let_go])):
         monkeypatch.setattr(Trainer, "world_size", world)
         getattr(callbacks, name)().setup(trainer, LightningModule(), "fit")
         assert asked == wanted
@@ -249,7 +250,7 @@ def test_images_lie_with_channels_last_in_several_processes_too_which_train_as_o
     for devices in (1, 2):
         torch.manual_seed(0)
         model = create_model("conv_ae", (channels, 8, 8), hidden_dims=(6, 8), latent_dim=4)
-        trainer = silent_trainer(
+        trainer = quiet_trainer(
             devices=devices, strategy="ddp_fork" if devices == 2 else "auto", max_epochs=2,
             use_distributed_sampler=False, callbacks=[Layout(tmp_path)],
         )  # fmt: skip

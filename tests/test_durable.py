@@ -7,8 +7,8 @@ import zipfile
 import pytest
 import torch
 
-from aezoo import durable, resume
 from aezoo.errors import AezooError
+from aezoo.io import atomic_files, resume
 
 
 def checkpoint(step):
@@ -16,7 +16,7 @@ def checkpoint(step):
 
 
 def save(folder, name, step):
-    durable.save(checkpoint(step), folder / name)
+    atomic_files.save(checkpoint(step), folder / name)
     return folder / name
 
 
@@ -30,7 +30,7 @@ def names(folder):
 
 def test_a_file_that_was_written_is_whole_and_torch_reads_it(tmp_path):
     path = save(tmp_path, "a.ckpt", 7)
-    assert durable.fault(path) is None and step_of(path) == 7 and names(tmp_path) == ["a.ckpt"]
+    assert atomic_files.fault(path) is None and step_of(path) == 7 and names(tmp_path) == ["a.ckpt"]
 
 
 def damaged(content):
@@ -46,7 +46,7 @@ def test_wherever_a_bit_changes_or_the_file_ends_it_is_found_or_does_no_harm(tmp
     for other in damaged(content):
         path.write_bytes(other)
         # as `newest` asks; what is no zip file at all is refused by the reader
-        if durable.fault(path) is None and zipfile.is_zipfile(path):
+        if atomic_files.fault(path) is None and zipfile.is_zipfile(path):
             # the note at the end alone: each part of the zip still fits its own checksum
             harmless += 1
             found = torch.load(path, weights_only=True)
@@ -59,19 +59,19 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, share):
     path = save(tmp_path, "a.ckpt", 7)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(AezooError, match=r"a\.ckpt cannot be used"):
-        durable.check(path)
+        atomic_files.check(path)
 
 
 def test_a_write_that_fails_keeps_what_was_there_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "a.txt"
-    durable.write(path, lambda file: file.write(b"old"))
+    atomic_files.write(path, lambda file: file.write(b"old"))
 
     def full(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(AezooError, match="No space left") as refusal:
-        durable.write(path, full)
+        atomic_files.write(path, full)
     assert len(str(refusal.value).splitlines()) == 1
     assert path.read_bytes() == b"old" and names(tmp_path) == ["a.txt"]
 
@@ -91,14 +91,14 @@ def test_the_newest_whole_file_is_found_and_what_is_passed_over_is_named(tmp_pat
         save(tmp_path, "last.ckpt", step)
     save(tmp_path, "best-000-1.ckpt", 1)
     last = tmp_path / "last.ckpt"
-    assert durable.newest(tmp_path) == (last, [])
+    assert atomic_files.newest(tmp_path) == (last, [])
     content = last.read_bytes()
     last.unlink()
     if damage == "cut":
         last.write_bytes(content[: len(content) // 2])
     elif damage == "link":
         last.symlink_to("nothing")
-    found, lines = durable.newest(tmp_path)
+    found, lines = atomic_files.newest(tmp_path)
     assert found == tmp_path / "previous.ckpt" and len(lines) == 1 and "last.ckpt" in lines[0]
 
 
@@ -107,7 +107,7 @@ def test_what_a_killed_save_has_left_is_taken_away_and_a_damaged_file_keeps_no_g
         save(tmp_path, "last.ckpt", step)
     (tmp_path / ".tmp-0123.part").write_bytes(b"half")
     (tmp_path / "last.ckpt").write_bytes(b"PK damaged")
-    durable.prepare(tmp_path)
+    atomic_files.prepare(tmp_path)
     assert names(tmp_path) == ["last.ckpt.damaged", "last.ckpt.json", "previous.ckpt"]
     save(tmp_path, "last.ckpt", 3)
     assert step_of(tmp_path / "previous.ckpt") == 1
@@ -117,7 +117,7 @@ def test_what_a_killed_save_has_left_is_taken_away_and_a_damaged_file_keeps_no_g
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(AezooError, match="cannot write"):
-        durable.prepare(tmp_path)
+        atomic_files.prepare(tmp_path)
 
 
 # ---- which run ------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_a_finished_run_is_left_alone_unless_it_is_made_longer(tmp_path):
     early = {"monitor": "val/loss", "patience": 2, "min_delta": 0.0}
     assert resume.nothing_left(path, None, 3, -1, early) is None
     end = {"epoch": 3, "step": 30, "max_epochs": 3, "max_steps": -1}
-    (path.parent / durable.FINISHED).write_text(json.dumps(end))
+    (path.parent / atomic_files.FINISHED).write_text(json.dumps(end))
     assert "nothing is left to do" in resume.nothing_left(path, None, 3, -1, early)
     assert resume.nothing_left(path, None, 4, -1, early) is None
 
@@ -149,7 +149,7 @@ def test_a_run_that_was_stopped_early_asks_for_patience(tmp_path):
     path = save(tmp_path / "checkpoints", "last.ckpt", 30)
     early = {"monitor": "val/loss", "patience": 2, "min_delta": 0.5}
     end = {"epoch": 3, "step": 30, "max_epochs": 9, "max_steps": -1, "early_stopping": early}
-    (path.parent / durable.FINISHED).write_text(json.dumps(end))
+    (path.parent / atomic_files.FINISHED).write_text(json.dumps(end))
 
     def cures(max_epochs=9, max_steps=-1, **settings):
         line = resume.nothing_left(path, None, max_epochs, max_steps, early | settings) or ""

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import aezoo
-from aezoo import cli, inputs
+from aezoo.cli.main import main
 from aezoo.data import DataModule
+from aezoo.distributions.likelihoods import LIKELIHOODS, likelihood
 from aezoo.errors import AezooError
-from aezoo.likelihoods import LIKELIHOODS, likelihood
+from aezoo.training import input_checks
 
 OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
 QUICK = ["--data.name=digits", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--projector.n=0", *OFF]
@@ -29,7 +30,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 def refused(capsys, *argv):
     with pytest.raises(SystemExit) as end:
-        cli.main(list(argv))
+        main(list(argv))
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
@@ -57,7 +58,7 @@ def test_the_wrong_shape_at_inference(name):
 def test_a_message_about_shapes_costs_training_nothing(monkeypatch):
     model = aezoo.create_model("dense_ae", input_shape=(4,)).train()
     looks = []
-    monkeypatch.setattr(inputs, "_check", lambda *arguments: looks.append(arguments))
+    monkeypatch.setattr(input_checks, "_check", lambda *arguments: looks.append(arguments))
     model.encode(torch.rand(2, 4))
     assert not looks  # the loop has looked at the first batch
     with pytest.raises(RuntimeError, match="mat1"):
@@ -86,7 +87,7 @@ def test_labels_of_a_table_are_any_whole_numbers_but_no_nan(capsys):
 
 
 def test_a_checkpoint_of_another_shape(capsys):
-    cli.main(FIT)
+    main(FIT)
     line = refused(capsys, "test", "--ckpt_path=runs/vae-digits/0", "--data.name=mnist5k")
     assert "trained on samples of shape 1x8x8, these data give 1x28x28" in line
 
@@ -95,7 +96,7 @@ def test_a_checkpoint_of_another_shape(capsys):
 
 
 def test_another_version_is_noted_and_its_files_load(capsys):
-    cli.main(FIT)
+    main(FIT)
     path = Path("runs/vae-digits/0/checkpoints/last.ckpt")
     aezoo.load_model(path)
     assert "was written by" not in capsys.readouterr().err
@@ -105,7 +106,7 @@ def test_another_version_is_noted_and_its_files_load(capsys):
     model = aezoo.load_model("old.ckpt")
     note = f"aezoo: old.ckpt was written by aezoo 99.0, this is {aezoo.__version__}"
     assert capsys.readouterr().err.splitlines() == [note]
-    cli.main(["test", "--ckpt_path=old.ckpt"])
+    main(["test", "--ckpt_path=old.ckpt"])
     assert note in capsys.readouterr().err
     aezoo.save_model(model, "saved")
     config = json.loads(Path("saved/config.json").read_text())
@@ -149,7 +150,7 @@ def test_a_run_folder_that_cannot_be(capsys, root):
 
 
 def test_a_folder_of_predictions_that_is_a_file(capsys):
-    cli.main(FIT)
+    main(FIT)
     Path("a_file").touch()
     line = refused(capsys, "predict", "--ckpt_path", "runs/vae-digits/0", "--predictions.folder", "a_file")
     assert "cannot write a_file/predictions.npz: File exists" in line and "--predictions.folder" in line
@@ -189,7 +190,7 @@ def test_any_other_error_of_the_system_is_not_hidden(monkeypatch):
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", interrupted)
     with pytest.raises(ValueError, match="not supported") as error:
-        cli.main(FIT)
+        main(FIT)
     assert str(error.value.__cause__).endswith("a mistake in the program")
 
 

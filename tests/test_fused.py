@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from aezoo.fused import FusedStep
+from aezoo.speed.fused_optimizer import FusedStep
 
 
 class Net(nn.Module):

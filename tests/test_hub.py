@@ -13,10 +13,12 @@ import yaml
 from hub_server import OWNER, STRANGER, Hub
 
 import aezoo
-from aezoo import cli, hub_files, registry
-from aezoo.checkpoint import load_run
+from aezoo import registry
+from aezoo.cli.main import main
 from aezoo.data import DataModule
-from aezoo.hub import card_of
+from aezoo.io import hub_files
+from aezoo.io.checkpoint import load_run
+from aezoo.io.hub import card_of
 
 constants = pytest.importorskip("huggingface_hub.constants")
 file_download = pytest.importorskip("huggingface_hub.file_download")
@@ -146,14 +148,14 @@ def test_verbs_take_an_address_and_write_into_a_folder_of_runs(hub, model, capsy
     aezoo.push_to_hub(model, "user/digits")
     np.save("new.npy", np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32))
     assert load_run(ADDRESS)[1]["folder"] == Path("runs/user_digits")
-    cli.main(["reconstruct", "--ckpt_path", ADDRESS, "--input", "new.npy", "--device", "cpu"])
+    main(["reconstruct", "--ckpt_path", ADDRESS, "--input", "new.npy", "--device", "cpu"])
     assert (Path("runs/user_digits/reconstruct")).is_dir() and "runs/user_digits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["test", "fit"])
 def test_commands_that_need_a_checkpoint_say_so(hub, command, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main([command, "--ckpt_path", ADDRESS])
+        main([command, "--ckpt_path", ADDRESS])
     assert end.value.code == 2 and "is a saved model, which has no" in capsys.readouterr().err
     assert not hub.asked
 
@@ -165,7 +167,7 @@ def test_fit_asks_the_hub_for_nothing(hub, model, argv, capsys):
     aezoo.push_to_hub(model, "user/digits")
     hub.asked.clear()
     with pytest.raises(SystemExit) as end:
-        cli.main(["fit", *argv])
+        main(["fit", *argv])
     *_, line = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and line.startswith("aezoo: ") and not hub.asked
 

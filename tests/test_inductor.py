@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from aezoo import acceleration
-from aezoo.nets import inductor, linear
+from aezoo.speed import inductor_lowering, linear
+from aezoo.training import compilation
 
 pytestmark = [
     pytest.mark.skipif(
@@ -29,10 +29,10 @@ def _told(monkeypatch):
     from torch._functorch import config as of_autograd
     from torch._inductor import config
 
-    monkeypatch.setattr(linear, "HALVED", True)
+    monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
     monkeypatch.setattr(linear, "_LARGE", 0)
     monkeypatch.setattr(linear, "_ENOUGH", 0)
-    assert inductor.teach()
+    assert inductor_lowering.teach()
     with config.patch(fx_graph_cache=False), of_autograd.patch(enable_autograd_cache=False):
         yield
 
@@ -101,18 +101,18 @@ def test_sizes_that_are_not_known_call_the_operator_itself():
 def test_an_inductor_that_lacks_something_is_left_alone(monkeypatch):
     from torch._inductor import lowering
 
-    inductor.teach.cache_clear()
+    inductor_lowering.teach.cache_clear()
     with monkeypatch.context() as m:
         m.delattr(lowering, "register_lowering")
-        assert not inductor.teach()
-    inductor.teach.cache_clear()
-    assert inductor.teach()
+        assert not inductor_lowering.teach()
+    inductor_lowering.teach.cache_clear()
+    assert inductor_lowering.teach()
 
 
 def test_what_is_compiled_has_told_inductor(monkeypatch):
     monkeypatch.setattr(linear, "straight_from_inductor", False)
-    acceleration.Compiled(lambda x: x, "default", lambda: None)
+    compilation.Compiled(lambda x: x, "default", lambda: None)
     assert linear.straight_from_inductor
-    monkeypatch.setattr(linear, "HALVED", False)
-    acceleration.Compiled(lambda x: x, "default", lambda: None)
+    monkeypatch.setattr(linear, "MKL_HALF_WIDTH", False)
+    compilation.Compiled(lambda x: x, "default", lambda: None)
     assert not linear.straight_from_inductor

@@ -5,12 +5,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import aezoo
-from aezoo import inputs
 from aezoo.errors import AezooError
+from aezoo.training import input_checks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
@@ -128,7 +128,7 @@ class Rows(Dataset):
 
 
 def trained(own, data):
-    silent_trainer(max_epochs=1).fit(own, DataLoader(data, batch_size=4), DataLoader(data, batch_size=4))
+    quiet_trainer(max_epochs=1).fit(own, DataLoader(data, batch_size=4), DataLoader(data, batch_size=4))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_method_is_guarded_once_and_keeps_its_name_and_words():
         method = getattr(kind, name)
         assert method.__name__ == name and method.__module__.startswith("aezoo.")
         before = method
-        inputs.guard(kind)
+        input_checks.guard(kind)
         assert getattr(kind, name) is before
 
 

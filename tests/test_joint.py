@@ -5,15 +5,15 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 from torch import nn
 
 import aezoo
-from aezoo import acceleration
-from aezoo.acceleration import Compiled, compiled_alike
 from aezoo.callbacks import FaultGuard
 from aezoo.data import DataModule
-from aezoo.joint import Joint, can_trace
+from aezoo.speed.joint_backward import Joint, can_trace
+from aezoo.training import compilation
+from aezoo.training.compilation import Compiled, compiled_alike
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -166,7 +166,7 @@ def test_the_setting_of_others_is_left(graphs):
 
 def test_a_torch_that_cannot_trace_is_known(graphs, taken, monkeypatch):
     assert can_trace()
-    monkeypatch.setattr("aezoo.joint._SETTING", "no_such_setting")
+    monkeypatch.setattr("aezoo.speed.joint_backward._SETTING", "no_such_setting")
     assert not can_trace()
     fit(model())
     assert taken == [] and len(graphs) == 1
@@ -186,7 +186,7 @@ def model(name="dense_ae", mode="default", cls=None, **settings):
 def fit(module, *callbacks, epochs=2, **options):
     x = torch.rand(46, 6, generator=torch.Generator().manual_seed(1))
     data = DataModule.from_arrays(x, batch_size=8, val_fraction=0, test_fraction=0, seed=3)
-    trainer = silent_trainer(max_epochs=epochs, callbacks=list(callbacks), **options)
+    trainer = quiet_trainer(max_epochs=epochs, callbacks=list(callbacks), **options)
     trainer.fit(module, data)
     return trainer
 
@@ -229,7 +229,7 @@ def test_a_fit_ends_as_by_the_engine(graphs, taken, monkeypatch, case, guarded):
         ends.append(fit(model(**settings), *([FaultGuard()] if guarded else []), **options))
         assert taken == (STEPS if joined else [])
         taken.clear()
-        monkeypatch.setattr("aezoo.loop.join", lambda trainer, joint: None)
+        monkeypatch.setattr("aezoo.speed.fast_loop.join", lambda trainer, joint: None)
     require_same_end(*ends)
 
 
@@ -333,7 +333,7 @@ def test_when_it_is_taken(graphs, taken, monkeypatch, build, callbacks, options,
     made = [callback() for callback in callbacks]
     found = fit(build(), *made, **options)
     assert taken == steps
-    monkeypatch.setattr("aezoo.loop.join", lambda trainer, joint: None)
+    monkeypatch.setattr("aezoo.speed.fast_loop.join", lambda trainer, joint: None)
     others = [callback() for callback in callbacks]
     require_same_end(found, fit(build(), *others, **options))
     for one, other in zip(made, others, strict=True):
@@ -362,7 +362,7 @@ def test_a_weight_that_takes_anothers_place_in_an_epoch_is_trained(graphs, taken
 
     ends = [fit(model(), Exchanges())]
     assert taken == STEPS
-    monkeypatch.setattr("aezoo.loop.join", lambda trainer, joint: None)
+    monkeypatch.setattr("aezoo.speed.fast_loop.join", lambda trainer, joint: None)
     ends.append(fit(model(), Exchanges()))
     weights = [trainer.lightning_module.state_dict().values() for trainer in ends]
     assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
@@ -384,7 +384,7 @@ def test_hooks_on_layers_that_come_and_go_in_an_epoch_are_called(graphs, taken, 
                 self._hook.remove()
 
     if not joined:
-        monkeypatch.setattr("aezoo.loop.join", lambda trainer, joint: None)
+        monkeypatch.setattr("aezoo.speed.fast_loop.join", lambda trainer, joint: None)
     ends = [fit(model(mode=mode), Hooks()) for mode in ("default", "off")]
     assert taken == (STEPS if joined else [])
     for one, other in zip(*(end_of(trainer)[0] for trainer in ends), strict=True):
@@ -434,11 +434,11 @@ def test_where_one_graph_cannot_be_compiled_two_are(monkeypatch, recwarn):
         torch._dynamo.reset()
         return real(function, backend=backend, dynamic=dynamic)
 
-    monkeypatch.setattr(acceleration.torch, "compile", compile_it)
+    monkeypatch.setattr(compilation.torch, "compile", compile_it)
     found = fit(model("vae"))
     assert compiled == ["joint", "loss"]
     assert not [one for one in recwarn if "not compiled" in str(one.message)]
-    monkeypatch.setattr("aezoo.loop.join", lambda trainer, joint: None)
+    monkeypatch.setattr("aezoo.speed.fast_loop.join", lambda trainer, joint: None)
     # the first step, which has run as it is, is rounded otherwise
     for one, other in zip(end_of(found)[0], end_of(fit(model("vae")))[0], strict=True):
         torch.testing.assert_close(one, other)

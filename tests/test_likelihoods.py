@@ -14,8 +14,8 @@ from scipy.integrate import quad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from aezoo.distributions.likelihoods import LIKELIHOODS, Likelihood, LogitLaplace, likelihood
 from aezoo.errors import AezooError
-from aezoo.likelihoods import LIKELIHOODS, Likelihood, LogitLaplace, likelihood
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 255
 SHIFT = 0.37  # added to a learned log scale: identities must hold away from the start as well

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from aezoo.nets import linear
+from aezoo.speed import linear
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -30,7 +30,7 @@ def taken(monkeypatch):
     """As on a processor of which MKL uses half, for layers of any size; the shapes that oneDNN was given."""
     torch.manual_seed(7)
     shapes, product = [], linear.product
-    monkeypatch.setattr(linear, "HALVED", True)
+    monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
     monkeypatch.setattr(linear, "_LARGE", 0)
     monkeypatch.setattr(linear, "straight_from_inductor", False)
     monkeypatch.setattr(linear, "product", lambda a, *rest: (shapes.append(tuple(a.shape)), product(a, *rest))[1])
@@ -306,7 +306,7 @@ def test_small_products_and_other_processors_are_torchs(taken, monkeypatch):
     assert taken == []
     mine(torch.randn(5, 4))
     assert taken.pop() == (5, 4)
-    monkeypatch.setattr(linear, "HALVED", False)
+    monkeypatch.setattr(linear, "MKL_HALF_WIDTH", False)
     mine(torch.randn(5, 4))
     assert taken == []
 

@@ -17,16 +17,16 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
 import aezoo
-from aezoo import loop
-from aezoo.acceleration import flushed_denormals
 from aezoo.callbacks import BetaAnnealing, FaultGuard, Interrupt
 from aezoo.data import DataModule
 from aezoo.data.resident import ResidentLoader
+from aezoo.speed import fast_loop
+from aezoo.training.compilation import flushed_denormals
 
 DenseAE = aezoo.model_class("dense_ae")
 NO_HOOKS = ("state_key", "state_dict", "load_state_dict")
@@ -101,7 +101,7 @@ class Lighten(pl.Callback):
     """Asks for the light loop on behalf of a module that does not know it."""
 
     def on_train_start(self, trainer, pl_module):
-        loop.lighten(trainer)
+        fast_loop.install_fast_loop(trainer)
 
 
 class Foreign(pl.LightningModule):
@@ -307,7 +307,7 @@ def fit(folder, model=None, data=data, callbacks=list, ckpt_path=None, trace=Non
     # first and last: between them, others' callbacks are called in their place
     watch = [] if trace is None else [recorder(trace)]
     settings = {"max_epochs": 2, "log_every_n_steps": 2, "logger": Notes(), "default_root_dir": folder} | plain
-    trainer = silent_trainer(**settings, callbacks=[*watch, *callbacks()])
+    trainer = quiet_trainer(**settings, callbacks=[*watch, *callbacks()])
     with flushed_denormals():  # Lightning's loop does not by itself
         trainer.fit(model, data(), ckpt_path=ckpt_path)
     return trainer
@@ -351,8 +351,8 @@ def same(a, b, path=""):
 def both(tmp_path, monkeypatch):
     """Runs by both loops; each returns its trainer and its trace."""
     steps = []
-    step = loop.LightLoop._optimise
-    monkeypatch.setattr(loop.LightLoop, "_optimise", lambda *args: steps.append(args[2]) or step(*args))
+    step = fast_loop.FastLoop._optimise
+    monkeypatch.setattr(fast_loop.FastLoop, "_optimise", lambda *args: steps.append(args[2]) or step(*args))
 
     def run(folder=tmp_path, watched=True, **plain):
         runs = []
@@ -361,7 +361,7 @@ def both(tmp_path, monkeypatch):
             steps.clear()
             with monkeypatch.context() as patch:
                 if not light:
-                    patch.setattr(loop, "lighten", lambda trainer: False)
+                    patch.setattr(fast_loop, "install_fast_loop", lambda trainer: False)
                 case = {key: value(light) if key == "ckpt_path" else value for key, value in plain.items()}
                 trainer = fit(folder / str(light), trace=trace, **case)
             assert bool(steps) == light
@@ -482,8 +482,8 @@ class OtherStrategy(SingleDeviceStrategy):
 )
 def test_when_it_is_taken(tmp_path, monkeypatch, model, plain, taken):
     asked = []
-    lighten = loop.lighten
-    monkeypatch.setattr(loop, "lighten", lambda trainer: asked.append(lighten(trainer)))
+    install_fast_loop = fast_loop.install_fast_loop
+    monkeypatch.setattr(fast_loop, "install_fast_loop", lambda trainer: asked.append(install_fast_loop(trainer)))
     callbacks = lambda: [Lighten()]  # noqa: E731
     batches = (
         (lambda: loader())
@@ -518,7 +518,7 @@ def test_a_trainer_that_goes_on_with_another_module_trains_that(tmp_path):
 def test_a_plan_of_another_module_is_dropped(tmp_path):
     class Stale(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            loop.lighten(trainer)
+            fast_loop.install_fast_loop(trainer)
             plan = trainer.fit_loop.epoch_loop.plan
             plan.module = plan._parties[0] = Foreign()
 
@@ -542,30 +542,30 @@ def test_all_that_is_used_of_lightning_is_there(tmp_path):
 
     class Look(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            found.append(loop.missing(trainer))
+            found.append(fast_loop.missing(trainer))
 
     fit(tmp_path, callbacks=lambda: [Look()], max_epochs=1)
-    assert found == [None], f"this Lightning has renamed {found[0]}: change aezoo/loop.py"
+    assert found == [None], f"this Lightning has renamed {found[0]}: change aezoo/speed/fast_loop.py"
 
 
 @pytest.mark.parametrize("path", ["_logger_connector.no_such", "fit_loop.epoch_loop.batch_progress.no_such"])
 def test_a_lightning_that_lacks_something_trains_by_its_own_loop(tmp_path, monkeypatch, path):
-    monkeypatch.setattr(loop, "_NEEDED", (*loop._NEEDED, path))
+    monkeypatch.setattr(fast_loop, "_NEEDED", (*fast_loop._NEEDED, path))
     with pytest.warns(UserWarning, match=f"has no trainer.{path}: training takes Lightning's own loop") as caught:
         trainer = fit(tmp_path)
     assert len([one for one in caught if "own loop" in str(one.message)]) == 1
-    assert type(trainer.fit_loop.epoch_loop) is not loop.LightLoop
+    assert type(trainer.fit_loop.epoch_loop) is not fast_loop.FastLoop
     assert trainer.global_step == 22
 
 
 def test_batches_are_private_unless_a_strangers_callback_sees_them(tmp_path):
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
-            seen.append(loop.batch_is_private(trainer))
+            seen.append(fast_loop.batch_is_private(trainer))
 
     class LookElsewhere(pl.Callback):
         def on_before_zero_grad(self, trainer, *args):
-            seen.append(loop.batch_is_private(trainer))
+            seen.append(fast_loop.batch_is_private(trainer))
 
     seen = []
     fit(tmp_path, callbacks=lambda: [Look(), Interrupt()], max_epochs=1)
@@ -902,7 +902,7 @@ def test_same_where_code_of_others_meddles(both, case):
 
 def test_the_loop_is_lightnings_own_again_after_a_fit(tmp_path):
     trainer = fit(tmp_path)
-    assert type(trainer.fit_loop.epoch_loop) is loop._TrainingEpochLoop
+    assert type(trainer.fit_loop.epoch_loop) is fast_loop._TrainingEpochLoop
 
 
 def test_an_epoch_that_is_over_does_not_count_into_the_next(tmp_path):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aezoo
-from aezoo.acceleration import to_channels_first, to_channels_last
-from aezoo.nets import conv2d
-from aezoo.nets.memory_format import ChannelsLast, Flatten, in_order, is_abreast, like
+from aezoo.speed import conv2d
+from aezoo.speed.memory_format import ChannelsLast, Flatten, in_order, is_abreast, like
+from aezoo.training.compilation import to_channels_first, to_channels_last
 
 LAST = torch.channels_last
 # smaller ones take no time in any order

@@ -9,7 +9,7 @@ import broken
 import pytest
 import torch
 from golden import FILE, VARIANTS, first_losses, own_models
-from kinds import OF_EACH_KIND
+from representative_models import OF_EACH_KIND
 
 import aezoo
 from aezoo import testing
@@ -159,10 +159,10 @@ MISTAKES = [
     ("gradients", broken.DeadLayer, "unused.bias, unused.weight"),
     ("inputs_unchanged", broken.InPlaceNoise, "loss changes its input"),
     ("inputs_unchanged", broken.InPlaceDecode, "decode changes its input"),
-    ("indices", broken.OneTooMany, "of a book of 8"),
+    ("indices", broken.OneTooMany, "of a codebook of 8"),
     ("indices", broken.KeepsMoreThanIndices, "decode_indices\\(encode_indices\\(x\\)\\) is off"),
     ("indices", broken.LawOfWhatIsNotYetCoded, "codes\\(encode_symbols\\(x\\)\\) is not encode"),
-    ("indices", broken.DiscreteByName, "aezoo.discrete.DiscreteAutoencoder"),
+    ("indices", broken.DiscreteByName, "aezoo.bases.quantised.DiscreteAutoencoder"),
     ("batch_mean", broken.SumOverBatch, "loss of a batch given twice is off"),
     ("batch_independence", broken.BatchStatisticsInEvaluation, "encode of single samples"),
     ("deterministic_evaluation", broken.NoiseInEvaluation, "encode differs"),

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import aezoo
-from aezoo.nets import narrow, transposed
-from aezoo.nets.conv2d import Conv2d, ConvTranspose2d
-from aezoo.nets.grids import larger, smaller
+from aezoo.speed import narrow_conv, transposed_conv
+from aezoo.speed.conv2d import Conv2d, ConvTranspose2d
+from aezoo.speed.conv_grids import larger, smaller
 
-CONVS = {1: narrow.Conv1d, 2: Conv2d, 3: narrow.Conv3d}
-TRANSPOSED = {1: transposed.ConvTranspose1d, 2: ConvTranspose2d, 3: transposed.ConvTranspose3d}
+CONVS = {1: narrow_conv.Conv1d, 2: Conv2d, 3: narrow_conv.Conv3d}
+TRANSPOSED = {1: transposed_conv.ConvTranspose1d, 2: ConvTranspose2d, 3: transposed_conv.ConvTranspose3d}
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +24,8 @@ def _seed() -> None:
 @pytest.fixture
 def taken(monkeypatch):
     """Whether the layers that are asked are some of those."""
-    found, real = [], narrow.is_narrow
-    for module in (narrow, transposed, __import__("aezoo.nets.conv2d", fromlist=["x"])):
+    found, real = [], narrow_conv.is_narrow
+    for module in (narrow_conv, transposed_conv, __import__("aezoo.speed.conv2d", fromlist=["x"])):
         monkeypatch.setattr(module, "is_narrow", lambda *args: (found.append(real(*args)), found[-1])[1])
     return found
 
@@ -112,13 +112,13 @@ def test_an_encoder_may_go_on_where_its_grid_is_one_point(net):
         (ConvTranspose2d(8, 8, 5, 2, 2), (4, 2), True),
         (ConvTranspose2d(8, 8, 4, 3, 2), (4, 2), True),
         (ConvTranspose2d(8, 8, 4, 3, 2, 1), (4, 2), False),
-        (narrow.Conv1d(8, 8, 3, 2, 1), (2,), True),
-        (narrow.Conv1d(8, 8, 3, 2, 1), (3,), False),
-        (transposed.ConvTranspose1d(8, 8, 3, 2, 1), (1,), True),
-        (narrow.Conv3d(8, 8, 3, 2, 1), (3, 3, 3), False),
-        (narrow.Conv3d(8, 8, 3, 1, 1), (3, 1, 3), True),
-        (narrow.Conv3d(8, 8, 3, 2, 1), (2, 3, 3), True),
-        (transposed.ConvTranspose3d(8, 8, 3, 2, 1), (1, 2, 2), True),
+        (narrow_conv.Conv1d(8, 8, 3, 2, 1), (2,), True),
+        (narrow_conv.Conv1d(8, 8, 3, 2, 1), (3,), False),
+        (transposed_conv.ConvTranspose1d(8, 8, 3, 2, 1), (1,), True),
+        (narrow_conv.Conv3d(8, 8, 3, 2, 1), (3, 3, 3), False),
+        (narrow_conv.Conv3d(8, 8, 3, 1, 1), (3, 1, 3), True),
+        (narrow_conv.Conv3d(8, 8, 3, 2, 1), (2, 3, 3), True),
+        (transposed_conv.ConvTranspose3d(8, 8, 3, 2, 1), (1, 2, 2), True),
     ],
     ids=str,
 )
@@ -131,8 +131,8 @@ def test_those_layers_are_found(taken, layer, shape, wanted):
     assert taken == [False, wanted]
     assert lowered.dtype == torch.bfloat16
     torch.testing.assert_close(lowered.float(), exact, rtol=0.05, atol=0.05)
-    assert narrow.is_narrow(layer.bfloat16(), x.bfloat16()) is wanted
-    assert not narrow.is_narrow(layer, x[0].bfloat16())
+    assert narrow_conv.is_narrow(layer.bfloat16(), x.bfloat16()) is wanted
+    assert not narrow_conv.is_narrow(layer, x[0].bfloat16())
 
 
 def test_no_layer_with_a_tap_beyond_the_border_is_missed():
@@ -142,7 +142,7 @@ def test_no_layer_with_a_tap_beyond_the_border_is_missed():
             continue
         met = F.conv1d(torch.ones(1, 1, n), torch.eye(kernel)[:, None], stride=stride, padding=padding)[0]
         dead = not met.any(1).all()
-        assert narrow._is_narrow(kernel, padding, small, n) or not dead
+        assert narrow_conv._is_narrow(kernel, padding, small, n) or not dead
         assert smaller(nn.Conv1d(1, 1, kernel, stride, padding), (n,)) == (small,)
         for extra in range(stride):
             if n == (small - 1) * stride - 2 * padding + kernel + extra:
@@ -151,7 +151,7 @@ def test_no_layer_with_a_tap_beyond_the_border_is_missed():
 
 def test_graphs_for_elsewhere_say_convolution():
     layer, x = Conv2d(4, 8, 3, 2, 1).bfloat16(), torch.randn(2, 4, 1, 1).bfloat16()
-    assert narrow.is_narrow(layer, x)
+    assert narrow_conv.is_narrow(layer, x)
     ops = [str(node.target) for node in torch.export.export(layer, (x,)).graph.nodes if node.op == "call_function"]
     assert ops == ["aten.conv2d.default"]
     found = torch.compile(layer, backend="aot_eager")(x)

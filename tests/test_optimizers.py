@@ -7,13 +7,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 from torch.optim import lr_scheduler as S
 from torch.utils.data import DataLoader, IterableDataset
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.optimizers import OPTIMIZERS, SCHEDULES, align, build
+from aezoo.training.optimizers import OPTIMIZERS, SCHEDULES, align, build
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -38,7 +38,7 @@ def rates(
     """Train linear_ae on 10 batches an epoch; the rate of every step."""
     model = aezoo.create_model("linear_ae", input_shape=(3,), latent_dim=1, lr=LR, **hyperparameters)
     callback = Rates()
-    trainer = silent_trainer(**{"callbacks": [callback, *callbacks], **(settings or {"max_epochs": 2})})
+    trainer = quiet_trainer(**{"callbacks": [callback, *callbacks], **(settings or {"max_epochs": 2})})
     trainer.fit(model, DataLoader(torch.rand(40, 3), batch_size=4) if loader is None else loader)
     assert trainer.global_step == len(callback.seen)
     return callback.seen
@@ -202,7 +202,7 @@ def test_a_fit_takes_torch_s_steps_with_these_settings(text: str, monkeypatch: p
         torch.manual_seed(0)
         model = aezoo.create_model("linear_ae", input_shape=(3,), latent_dim=1, lr=LR, optimizer=text)
         if ours:
-            silent_trainer(max_epochs=2).fit(model, DataLoader(x, batch_size=4))
+            quiet_trainer(max_epochs=2).fit(model, DataLoader(x, batch_size=4))
         else:
             betas = (given.get("beta1", 0.9), given.get("beta2", 0.999))
             settings: dict[str, Any] = {"betas": betas, "eps": given.get("eps", 1e-8), "weight_decay": 0.0}
@@ -258,7 +258,7 @@ def test_a_model_s_own_parameter_groups_are_left_alone() -> None:
             groups = [{"params": self.encoder.parameters(), "lr": 1e-2}, {"params": self.decoder.parameters()}]
             return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.1)
 
-    trainer = silent_trainer(max_epochs=1)
+    trainer = quiet_trainer(max_epochs=1)
     trainer.fit(TwoRates(input_shape=(3,), latent_dim=1), DataLoader(torch.rand(8, 3), batch_size=4))
     found = [(group["lr"], group["weight_decay"]) for group in trainer.optimizers[0].param_groups]
     assert found == [(1e-2, 0.1), (1e-4, 0.1)]

@@ -8,8 +8,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 import aezoo
-from aezoo import predictions
 from aezoo.data import DataModule
+from aezoo.speed import predict_loop
 
 DenseAE = aezoo.model_class("dense_ae")
 HOOKS = [name for name in vars(pl.Callback) if "predict" in name]
@@ -147,7 +147,7 @@ def test_same_calls_and_predictions(monkeypatch, case):
     wanted_light, settings = CASES[case]
     found, light = predict(**settings)
     assert light is wanted_light
-    monkeypatch.setattr(predictions, "lighten", lambda trainer: False)
+    monkeypatch.setattr(predict_loop, "install_predict_loop", lambda trainer: False)
     wanted, light = predict(**settings)
     assert not light
     assert found["trace"] == wanted["trace"]
@@ -209,7 +209,7 @@ def test_a_trainer_goes_on_with_a_module_that_does_not_ask():
     kinds: list[bool] = []
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.predict(DenseAE((1, 8, 8)), digits())
-    assert isinstance(trainer.predict_loop, predictions.LightPredictions)
+    assert isinstance(trainer.predict_loop, predict_loop.LightPredictions)
     assert len(trainer.predict(Foreign(), loader())) == 4
     assert kinds == [False] * 4
 
@@ -217,7 +217,7 @@ def test_a_trainer_goes_on_with_a_module_that_does_not_ask():
 def test_a_lightning_that_lacks_something_predicts_by_its_own_loop(monkeypatch):
     found, light = predict()
     assert light
-    monkeypatch.setattr(predictions, "_PRIVATE", (*predictions._PRIVATE, "_no_such"))
+    monkeypatch.setattr(predict_loop, "_PRIVATE", (*predict_loop._PRIVATE, "_no_such"))
     wanted, light = predict()
     assert not light
     torch.testing.assert_close(found["found"], wanted["found"], rtol=0, atol=0)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from aezoo import cli
+from aezoo.cli.recipes import find_recipe
 from aezoo.errors import AezooError
 from benchmarks import common, published, recipes
 
@@ -45,7 +45,7 @@ def test_what_fails_is_the_last_line_that_it_wrote(tmp_path, monkeypatch):
 def test_heads_state_the_rows_of_the_csv_and_nothing_else(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     for name in ("mnist_vae", "mnist_keras_vae", "vae"):
-        shutil.copy(cli.recipes()[name], tmp_path / "recipes")
+        shutil.copy(find_recipe(name), tmp_path / "recipes")
     monkeypatch.setattr(published, "recipes", lambda: {p.stem: p for p in (tmp_path / "recipes").glob("*.yaml")})
     table = common.Table(tmp_path / "published-fp32-here.csv", published.KEY, "command")
     for data, value in (("mnist5k", -101.5), ("fashion_mnist", -150.0)):

@@ -201,8 +201,8 @@ def test_both_parties_do_the_same(kind):
     far = {"rtol": 0.05, "atol": 0.02} if kind == "fsq" else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(gradients[0] * levels, gradients[1], **far)
     if kind in ("vq_ema", "vq_cosine", "rvq"):
-        books = [ours] if kind != "rvq" else [*ours.levels]
+        codebooks = [ours] if kind != "rvq" else [*ours.levels]
         layers = [theirs] if kind != "rvq" else [*theirs.inner.layers]
-        for book, layer in zip(books, layers, strict=True):
+        for codebook, layer in zip(codebooks, layers, strict=True):
             # theirs smooths the division, by 1e-5 a code
-            torch.testing.assert_close(book.book(), layer._codebook.embed[0], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(codebook.codebook(), layer._codebook.embed[0], rtol=1e-3, atol=1e-4)

@@ -6,11 +6,11 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 
 import aezoo
 from aezoo.data import DataModule
-from aezoo.randomness import forked_rng, mix, seed_all
+from aezoo.training.seeding import forked_rng, mix, seed_all
 
 CPU = torch.device("cpu")
 
@@ -115,7 +115,7 @@ def drawn(*callbacks, seed=0, **plain):
     torch.manual_seed(seed)
     model = Noise((4,), latent_dim=2, hidden_dims=(4,))
     data = DataModule.from_arrays(torch.rand(24, 4), batch_size=4, val_fraction=0.2, test_fraction=0)
-    silent_trainer(**{"max_epochs": 3} | plain, callbacks=list(callbacks)).fit(model, data)
+    quiet_trainer(**{"max_epochs": 3} | plain, callbacks=list(callbacks)).fit(model, data)
     return model.drawn
 
 

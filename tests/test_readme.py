@@ -8,7 +8,7 @@ import pytest
 
 import aezoo
 from aezoo import registry
-from aezoo.entropy import EntropyCoded
+from aezoo.bases.entropy_coded import EntropyCoded
 from benchmarks import recipes as benchmark
 from benchmarks import report
 from benchmarks.common import read_csv

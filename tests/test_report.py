@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import aezoo
-from aezoo import cli
+from aezoo.cli.main import BENCHMARKS, main
 from aezoo.errors import AezooError
 from benchmarks import plots, report, report_columns, report_pca, speed, targets
 from benchmarks.common import Table, command_line, environment, in_turn, processor, read_csv
@@ -406,7 +406,8 @@ def test_a_report_without_rows_has_no_pictures(tmp_path, capsys):
 
 
 def test_the_command_lists_the_benchmarks_without_torch():
-    code = "import sys; from aezoo.cli import main; main(['benchmark']); assert not {'torch', 'numpy'} & {*sys.modules}"
+    code = "import sys; from aezoo.cli.main import main; main(['benchmark'])"
+    code += "; assert not {'torch', 'numpy'} & {*sys.modules}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()[2:]]
@@ -421,7 +422,7 @@ def test_scripts_end_in_one_line(monkeypatch, capsys, error, code):
         raise error
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", ends)
-    for name in [*cli.BENCHMARKS, "recipes"]:
+    for name in [*BENCHMARKS, "recipes"]:
         with pytest.raises(SystemExit) as left:
             runpy.run_module(f"benchmarks.{name}", run_name="__main__")
         assert left.value.code == code, name
@@ -430,17 +431,17 @@ def test_scripts_end_in_one_line(monkeypatch, capsys, error, code):
 
 def test_an_unknown_benchmark_suggests_the_nearest(capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main(["benchmark", "qualty"])
+        main(["benchmark", "qualty"])
     assert end.value.code == 2
     assert "did you mean 'quality'?" in capsys.readouterr().err
 
 
 def test_the_command_runs_the_benchmark(results, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [*sys.path])
-    cli.main(["benchmark", "report", "--results", str(results)])
+    main(["benchmark", "report", "--results", str(results)])
     assert (results / "RESULTS.md").is_file()
     with pytest.raises(SystemExit) as end:
-        cli.main(["benchmark", "report", "--results", str(results / "absent")])
+        main(["benchmark", "report", "--results", str(results / "absent")])
     assert end.value.code == 2 and "measure first" in capsys.readouterr().err
 
 
@@ -458,7 +459,7 @@ def test_an_installed_wheel_has_the_benchmarks(results, tmp_path):
         "import sys, importlib, aezoo; assert aezoo.__file__.startswith(sys.argv[1])\n"
         "for name in ('speed', 'peers', 'quality', 'processes'): importlib.import_module('aezoo.benchmarks.' + name)\n"
         "assert 'benchmarks' not in sys.modules\n"
-        "from aezoo.cli import main; main(['benchmark', 'report', '--results', sys.argv[2]])"
+        "from aezoo.cli.main import main; main(['benchmark', 'report', '--results', sys.argv[2]])"
     )
     site = str(tmp_path / "site")
     done = subprocess.run(

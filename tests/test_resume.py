@@ -16,13 +16,16 @@ import promises
 import pytest
 import torch
 
-from aezoo import cli, durable, lightning_cli, registry, resume
+from aezoo import registry
 from aezoo.callbacks import ProgressBar, dashboard
 from aezoo.callbacks.checkpoints import Checkpoints
+from aezoo.cli import lightning_cli
+from aezoo.cli.main import main
 from aezoo.errors import AezooError
+from aezoo.io import atomic_files, resume
 from aezoo.models.variational.vae import VAE
 
-HELPER = Path(__file__).with_name("killing.py")
+HELPER = Path(__file__).with_name("kill_harness.py")
 OFF = [
     f"--{name}.every_n_epochs=0"
     for name in ("reconstructions", "samples", "traversal", "latents", "filters", "codebook")
@@ -148,7 +151,7 @@ def finished(tmp_path_factory):
     """A run of two epochs, of three steps each."""
     home = tmp_path_factory.mktemp("finished")
     with contextlib.chdir(home):
-        cli.main([*SHORT, "--trainer.max_epochs=2"])
+        main([*SHORT, "--trainer.max_epochs=2"])
     return home
 
 
@@ -161,13 +164,13 @@ def run(finished, tmp_path, monkeypatch):
 
 
 def go_on(*flags, epochs=3):
-    cli.main([*SHORT, f"--trainer.max_epochs={epochs}", "--resume", "auto", *flags])
+    main([*SHORT, f"--trainer.max_epochs={epochs}", "--resume", "auto", *flags])
     return torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
 
 
 def refused(capsys, *argv):
     with pytest.raises(SystemExit) as end:
-        cli.main(list(argv))
+        main(list(argv))
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
@@ -208,7 +211,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(run, thir
     same(end["state_dict"], third, "from another checkpoint to the same end")
     assert not (RUN.parent / "1").exists()
     assert (run / "previous.ckpt").read_bytes() != before
-    assert durable.fault(run / "previous.ckpt") is None
+    assert atomic_files.fault(run / "previous.ckpt") is None
 
 
 def test_curves_of_a_start_within_the_same_second_come_last(run):
@@ -281,12 +284,12 @@ def test_a_run_that_never_improves_again_keeps_its_scores(run, monkeypatch):
 
 
 def test_auto_path_and_off(run, capsys):
-    cli.main([*SHORT, "--trainer.max_epochs=3", "--resume", str(run / "last.ckpt")])
+    main([*SHORT, "--trainer.max_epochs=3", "--resume", str(run / "last.ckpt")])
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 9
-    cli.main([*SHORT, "--trainer.max_epochs=1", "--resume", "off"])
+    main([*SHORT, "--trainer.max_epochs=1", "--resume", "off"])
     assert torch.load("runs/vae-digits/1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
     # the newest run is meant
-    cli.main([*SHORT, "--trainer.max_epochs=2", "--resume", "auto"])
+    main([*SHORT, "--trainer.max_epochs=2", "--resume", "auto"])
     assert torch.load("runs/vae-digits/1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
     assert "give --resume or --ckpt_path, not both" in refused(
         capsys, *SHORT, "--resume", "auto", "--ckpt_path", str(RUN)
@@ -294,7 +297,7 @@ def test_auto_path_and_off(run, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         # nothing to train on, so that it ends there
-        cli.main([*SHORT, "--data.name=folder", "--data.root=none", *AUTO, "--trainer.default_root_dir=other"])
+        main([*SHORT, "--data.name=folder", "--data.root=none", *AUTO, "--trainer.default_root_dir=other"])
     assert "no run in other" in capsys.readouterr().err
 
 
@@ -345,7 +348,7 @@ def test_auto_looks_where_the_same_command_trains(tmp_path, monkeypatch, flags, 
     for file, text in SETTINGS.items():
         Path(file).write_text(text)
     with pytest.raises(SystemExit):
-        cli.main(["fit", *flags, *AUTO])
+        main(["fit", *flags, *AUTO])
     assert looked == trains == [Path(root, name)]
 
 
@@ -356,14 +359,14 @@ def test_auto_goes_on_with_a_run_whose_settings_are_in_files(tmp_path, monkeypat
         Path(file).write_text(text)
     words = ["fit", "--model=m.yaml", "--data", "{name: digits, batch_size: 500}", "--trainer=t.yaml", *QUIET]
     for epochs in (1, 2):
-        cli.main([*words, f"--trainer.max_epochs={epochs}", *AUTO])
+        main([*words, f"--trainer.max_epochs={epochs}", *AUTO])
     assert torch.load("other/vae-digits/0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
 
 
 def test_flags_beat_files_beat_the_checkpoint_and_differences_are_printed(run, capsys):
     Path("my.yaml").write_text("model: {class_path: vae, init_args: {lr: 0.5, beta: 3.0}}\n")
     # the name of a file would be the name of another run
-    cli.main(["fit", "-c", "my.yaml", "--model.lr=0.25", "--trainer.max_epochs=3", "--resume", str(RUN)])
+    main(["fit", "-c", "my.yaml", "--model.lr=0.25", "--trainer.max_epochs=3", "--resume", str(RUN)])
     error = capsys.readouterr().err
     assert "model.lr is 0.25, the checkpoint has 0.001" in error
     assert "model.beta is 3.0, the checkpoint has 1.0" in error
@@ -490,15 +493,15 @@ def test_a_run_whose_checkpoints_lie_elsewhere_goes_on(tmp_path, monkeypatch, ca
         return torch.load(last, weights_only=True)["global_step"]
 
     for epochs in (1, 2):
-        cli.main([*command, f"--trainer.max_epochs={epochs}"])
+        main([*command, f"--trainer.max_epochs={epochs}"])
         assert steps() == 3 * epochs
-    cli.main(["fit", "--ckpt_path", str(RUN), "--trainer.max_epochs=3"])
+    main(["fit", "--ckpt_path", str(RUN), "--trainer.max_epochs=3"])
     assert steps() == 9
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        cli.main([*command, "--trainer.max_epochs=3"])
+        main([*command, "--trainer.max_epochs=3"])
     assert f"aezoo test --ckpt_path {RUN}" in capsys.readouterr().err
-    cli.main(["test", "--ckpt_path", str(RUN)])
+    main(["test", "--ckpt_path", str(RUN)])
     true = VAE.training_step
 
     def step(self, batch, batch_idx):
@@ -508,16 +511,16 @@ def test_a_run_whose_checkpoints_lie_elsewhere_goes_on(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(VAE, "training_step", step)
     with pytest.raises(SystemExit):
-        cli.main([*command, "--trainer.max_epochs=4"])
+        main([*command, "--trainer.max_epochs=4"])
     assert capsys.readouterr().err.splitlines()[-1] == f"continue with: aezoo fit --ckpt_path {RUN}"
     assert steps() == 11
-    cli.main(["embed", "--ckpt_path", str(RUN)])
+    main(["embed", "--ckpt_path", str(RUN)])
     assert (RUN / "embed" / "codes.npy").is_file()
 
 
 def test_what_an_earlier_run_has_left_is_not_what_a_later_one_goes_on_from(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    cli.main([*SHORT, "--checkpoints.dirpath=ck", "--trainer.max_epochs=1"])
+    main([*SHORT, "--checkpoints.dirpath=ck", "--trainer.max_epochs=1"])
     assert resume.automatic(RUN.parent) == ((tmp_path / "ck/last.ckpt").resolve(), RUN)
     # killed before it has saved anything
     (RUN.parent / "1").mkdir()
@@ -577,15 +580,15 @@ def test_what_cannot_be_written_is_one_line_and_keeps_what_was(run, monkeypatch,
 def saves_of(monkeypatch, *flags):
     """The steps at which `last.ckpt` is written."""
     steps = []
-    true = durable.save
+    true = atomic_files.save
 
     def save(checkpoint, path):
-        if path.name == durable.LAST:
+        if path.name == atomic_files.LAST:
             steps.append(checkpoint["global_step"])
         true(checkpoint, path)
 
-    monkeypatch.setattr(durable, "save", save)
-    cli.main([*SHORT[:4], "--data.batch_size=200", *QUIET, "--trainer.max_epochs=2", *flags])
+    monkeypatch.setattr(atomic_files, "save", save)
+    main([*SHORT[:4], "--data.batch_size=200", *QUIET, "--trainer.max_epochs=2", *flags])
     return steps
 
 
@@ -613,7 +616,7 @@ def test_the_run_folder_has_a_whole_checkpoint_at_every_moment(tmp_path, monkeyp
     def wrapped(true):
         def call(*args, **kwargs):
             result = true(*args, **kwargs)
-            found, _ = durable.newest(RUN / "checkpoints")
+            found, _ = atomic_files.newest(RUN / "checkpoints")
             # from the first one on; best files, which would hide a gap, are not kept here
             if found is not None or looks:
                 looks.append(found)
@@ -623,6 +626,6 @@ def test_the_run_folder_has_a_whole_checkpoint_at_every_moment(tmp_path, monkeyp
 
     for name in ("rename", "replace", "link", "unlink", "remove"):
         monkeypatch.setattr(os, name, wrapped(getattr(os, name)))
-    cli.main([*SHORT, "--trainer.max_epochs=2", "--checkpoints.every_n_steps=1", "--checkpoints.save_top_k=0"])
+    main([*SHORT, "--trainer.max_epochs=2", "--checkpoints.every_n_steps=1", "--checkpoints.save_top_k=0"])
     assert len(looks) > 15
     assert None not in looks

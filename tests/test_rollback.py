@@ -6,18 +6,18 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from kinds import OF_EACH_KIND
 from lightning.pytorch.callbacks import ModelCheckpoint
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
+from representative_models import OF_EACH_KIND
 from torch import nn
 
 import aezoo
-from aezoo import joint, loop, rollback
 from aezoo.callbacks import EMA, BetaAnnealing, Checkpoints, FaultGuard, Throughput
 from aezoo.data import DataModule
 from aezoo.data.resident import ResidentLoader
 from aezoo.errors import AezooError
-from aezoo.optimizers import OPTIMIZERS
+from aezoo.speed import deferred_checks, fast_loop, joint_backward
+from aezoo.training.optimizers import OPTIMIZERS
 
 DenseAE, VAE = aezoo.model_class("dense_ae"), aezoo.model_class("vae")
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -34,19 +34,19 @@ def of_the_zoo(cls):
 
 @pytest.fixture(autouse=True)
 def _short_periods(monkeypatch):
-    monkeypatch.setattr(rollback, "PERIOD", PERIOD)
+    monkeypatch.setattr(deferred_checks, "PERIOD", PERIOD)
 
 
 @pytest.fixture
 def went_back(monkeypatch):
     """How many steps were taken back, for each time."""
-    found, original = [], rollback.Rollback._take_again
+    found, original = [], deferred_checks.Rollback._take_again
 
     def noted(self, was, taken):
         found.append(len(taken))
         original(self, was, taken)
 
-    monkeypatch.setattr(rollback.Rollback, "_take_again", noted)
+    monkeypatch.setattr(deferred_checks.Rollback, "_take_again", noted)
     return found
 
 
@@ -75,14 +75,14 @@ def fit(trust, faults, *callbacks, model=None, data=None, everywhere=False, **op
     ends = [weight.view_as(weight).grad_fn.next_functions[0][0] for weight in weights if weight.requires_grad]
     hooks = [end.register_prehook(lambda gradients: (change(gradients[0]),)) for end in ends]
     guard = FaultGuard()
-    trainer = silent_trainer(callbacks=[guard, *callbacks], **{"max_epochs": 2} | options)
-    before = loop.trust
+    trainer = quiet_trainer(callbacks=[guard, *callbacks], **{"max_epochs": 2} | options)
+    before = fast_loop.trust
     if not trust:
-        loop.trust = lambda trainer: False
+        fast_loop.trust = lambda trainer: False
     try:
         trainer.fit(model, data or data_of())
     finally:
-        loop.trust = before
+        fast_loop.trust = before
         for hook in hooks:
             hook.remove()
     return trainer, guard
@@ -179,9 +179,9 @@ def test_images_come_again(n, of_model, of_data, went_back):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_a_compiled_step_is_taken_again(went_back, monkeypatch):
-    if not joint.can_trace():
+    if not joint_backward.can_trace():
         pytest.skip("this torch compiles no gradients")
-    faults, original, calls = {5: "nan", 38: "overflow"}, joint.Joint.step, []
+    faults, original, calls = {5: "nan", 38: "overflow"}, joint_backward.Joint.step, []
 
     def step(self, x, y):
         result, weight = original(self, x, y), next(self._module.encoder.parameters())
@@ -190,7 +190,7 @@ def test_a_compiled_step_is_taken_again(went_back, monkeypatch):
             weight.grad = torch.full_like(weight, VALUES[faults[calls[-1]]])
         return result
 
-    monkeypatch.setattr(joint.Joint, "step", step)
+    monkeypatch.setattr(joint_backward.Joint, "step", step)
     ends = []
     for trust in (False, True):
         model = model_of("dense_ae")
@@ -319,9 +319,9 @@ def of_models():
 
 @pytest.mark.parametrize("name", [*of_models()])
 def test_any_model_ends_as_with_steps_looked_at_one_by_one(name, went_back, monkeypatch):
-    monkeypatch.setattr(rollback, "PERIOD", 4)
-    asked, trust = [], loop.trust
-    monkeypatch.setattr(loop, "trust", lambda trainer: asked.append(trust(trainer)))
+    monkeypatch.setattr(deferred_checks, "PERIOD", 4)
+    asked, trust = [], fast_loop.trust
+    monkeypatch.setattr(fast_loop, "trust", lambda trainer: asked.append(trust(trainer)))
     x = torch.randint(0, 256, (10 * 8, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     y = torch.arange(len(x)) % 4
     ends = []
@@ -435,17 +435,17 @@ def test_weights_after_an_interruption_are_good(went_back):
 
 def test_an_interruption_while_steps_are_taken_again_leaves_good_weights(monkeypatch, tmp_path):
     """Those of the last step that was taken again, with the counters of that step, for who saves them."""
-    take_again, calls = loop.LightLoop.take_again, []
+    replay_step, calls = fast_loop.FastLoop.replay_step, []
 
     def interrupted(self, *args):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        take_again(self, *args)
+        replay_step(self, *args)
 
     model = model_of()
     writer = ModelCheckpoint(tmp_path, save_on_exception=True)
-    monkeypatch.setattr(loop.LightLoop, "take_again", interrupted)
+    monkeypatch.setattr(fast_loop.FastLoop, "replay_step", interrupted)
     with pytest.raises(SystemExit):
         fit(True, {12: "nan"}, writer, model=model, enable_checkpointing=True)
     assert not model._state_dict_pre_hooks
@@ -523,8 +523,8 @@ class OwnThroughput(Throughput):
 )
 def test_steps_that_others_see_are_not_trusted(callbacks, options, trusted, monkeypatch, tmp_path):
     plans = []
-    trust = loop.trust
-    monkeypatch.setattr(loop, "trust", lambda trainer: plans.append(trust(trainer)))
+    trust = fast_loop.trust
+    monkeypatch.setattr(fast_loop, "trust", lambda trainer: plans.append(trust(trainer)))
     made = [callback() for callback in callbacks]
     fit(True, {}, *made, data=data_of(val_fraction=0.2), default_root_dir=tmp_path, max_epochs=1, **options)
     assert plans == [trusted]
@@ -637,8 +637,8 @@ class Plugin(VAE):
 
 def test_models_of_others_and_other_optimisers_are_not_trusted(monkeypatch, went_back):
     asked = []
-    trust = loop.trust
-    monkeypatch.setattr(loop, "trust", lambda trainer: asked.append(trust(trainer)))
+    trust = fast_loop.trust
+    monkeypatch.setattr(fast_loop, "trust", lambda trainer: asked.append(trust(trainer)))
     fit(True, {5: "nan"}, model=Plugin((6,), latent_dim=2, hidden_dims=(5,)))
     assert asked == []
     # asked for, but its momentum tells too little
@@ -677,7 +677,7 @@ def test_moments_that_decay_for_a_whole_epoch_still_tell(went_back, monkeypatch)
     def adam(self):
         return torch.optim.Adam(self.parameters(), betas=(0.9, 0.9), fused=True)
 
-    monkeypatch.setattr(rollback, "PERIOD", 256)
+    monkeypatch.setattr(deferred_checks, "PERIOD", 256)
     monkeypatch.setattr(VAE, "configure_optimizers", adam)
     faults = {1: "sum"}
     expected, found = (outcome(*fit(trust, faults)) for trust in (False, True))
@@ -686,7 +686,7 @@ def test_moments_that_decay_for_a_whole_epoch_still_tell(went_back, monkeypatch)
 
 
 def test_slow_steps_are_looked_at_sooner(went_back, monkeypatch):
-    monkeypatch.setattr(rollback, "SECONDS", 0.0)
+    monkeypatch.setattr(deferred_checks, "SECONDS", 0.0)
     faults = {10: "overflow", 31: "overflow"}
     expected, found = (outcome(*fit(trust, faults)) for trust in (False, True))
     assert_same(found, expected)
@@ -695,7 +695,7 @@ def test_slow_steps_are_looked_at_sooner(went_back, monkeypatch):
 
 def test_without_memory_for_a_copy_steps_are_looked_at_one_by_one(went_back, monkeypatch):
     sizes = []
-    monkeypatch.setattr(rollback, "fits", lambda size, device, processes: sizes.append(size))
+    monkeypatch.setattr(deferred_checks, "fits", lambda size, device, processes: sizes.append(size))
     trainer, guard = fit(True, {5: "nan"})
     assert guard.skipped == 1
     assert went_back == []

@@ -10,9 +10,10 @@ from threading import Barrier
 import pytest
 import torch
 
-from aezoo import cli, durable, resume, run_folder
-from aezoo.checkpoint import find_checkpoint
+from aezoo.cli.main import main
 from aezoo.errors import AezooError
+from aezoo.io import atomic_files, resume, run_folder
+from aezoo.io.checkpoint import find_checkpoint
 
 OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
 FIT = ["fit", "--model=vae", "--data.name=digits", "--trainer.limit_train_batches=2", "--projector.n=0", *OFF]
@@ -74,11 +75,11 @@ def test_two_fits_at_once_keep_their_results():
     assert sorted(path.name for path in HOME.iterdir()) == ["0", "1"]
     seeds = {(HOME / name / "config.yaml").read_text().partition("seed_everything: ")[2][0] for name in "01"}
     assert seeds == {"1", "2"}
-    assert all((HOME / name / "checkpoints" / durable.FINISHED).is_file() for name in "01")
+    assert all((HOME / name / "checkpoints" / atomic_files.FINISHED).is_file() for name in "01")
 
 
 def test_a_trial_run_makes_no_folder():
-    cli.main([*FIT, "--trainer.fast_dev_run=1"])
+    main([*FIT, "--trainer.fast_dev_run=1"])
     assert not Path("runs").exists()
 
 
@@ -87,7 +88,7 @@ def test_a_run_that_ends_before_it_writes_leaves_what_was_there(there):
     there.mkdir(parents=True, exist_ok=True)
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit, match="2"):
-        cli.main([*FIT, "--trainer.strategy=none_such"])
+        main([*FIT, "--trainer.strategy=none_such"])
     assert sorted(Path().rglob("*")) == before
 
 
@@ -102,18 +103,18 @@ def test_a_folder_of_a_run_killed_at_its_start_is_started_anew(holder):
     holder.kill()
     holder.wait()
     assert resume.automatic(HOME) == (None, HOME / "0")
-    cli.main([*FIT, "--trainer.max_epochs=1", "--resume=auto"])
+    main([*FIT, "--trainer.max_epochs=1", "--resume=auto"])
     assert [path.name for path in HOME.iterdir()] == ["0"]
 
 
 def test_a_second_writer_of_a_run_is_refused(holder, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main([*FIT, "--trainer.max_epochs=1", "--resume=auto"])
+        main([*FIT, "--trainer.max_epochs=1", "--resume=auto"])
     assert end.value.code == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("aezoo: runs/vae-digits/0 is being written by another process: wait for it, or train")
     assert [path.name for path in (HOME / "0").iterdir()] == [".lock"]
-    cli.main([*FIT, "--trainer.max_epochs=1"])
+    main([*FIT, "--trainer.max_epochs=1"])
     assert (HOME / "1" / "checkpoints" / "last.ckpt").is_file()
 
 
@@ -134,7 +135,7 @@ def test_a_damaged_file_is_passed_over_from_within_its_folder(monkeypatch, capsy
     folder = HOME / "0" / "checkpoints"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
-    durable.save({"state_dict": {}}, Path("best-000-1.ckpt"))
+    atomic_files.save({"state_dict": {}}, Path("best-000-1.ckpt"))
     Path("last.ckpt").write_bytes(b"PK")
     assert resume.find("last.ckpt").name == "best-000-1.ckpt"
     assert "last.ckpt cannot be used" in capsys.readouterr().err

@@ -24,10 +24,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import aezoo
-from aezoo import loop
 from aezoo.errors import AezooError
 from aezoo.models.classic.dense_ae import DenseAE
 from aezoo.sklearn import AutoencoderDenoiser, AutoencoderDetector, AutoencoderTransformer
+from aezoo.speed import fast_loop
 
 ALL = (AutoencoderTransformer, AutoencoderDetector, AutoencoderDenoiser)
 FEW = {"max_epochs": 2, "latent_dim": 2, "random_state": 0}
@@ -320,7 +320,7 @@ def test_torch_s_default_type_is_nothing_to_it():
 @pytest.mark.parametrize("light", [True, False])
 def test_a_seed_fixes_everything_and_disturbs_nobody(light, monkeypatch):
     if not light:  # Lightning's own loop seeds NumPy's and Python's streams too, for models of others
-        monkeypatch.setattr(loop, "lighten", lambda trainer: False)
+        monkeypatch.setattr(fast_loop, "install_fast_loop", lambda trainer: False)
     X = gaussian(60)
 
     def draw():

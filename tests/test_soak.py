@@ -6,8 +6,8 @@ import promises
 import pytest
 import torch
 from golden import own_models
-from kinds import OF_EACH_KIND
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
+from representative_models import OF_EACH_KIND
 from soak import RANGES, TRIM, Watch, arguments, draw
 
 import aezoo
@@ -21,7 +21,7 @@ BOUND = 1024
 
 def soak(model, data, watch):
     limits = {"max_epochs": EPOCHS, "limit_train_batches": STEPS, "limit_val_batches": 1}
-    trainer = silent_trainer(devices=1, **limits, callbacks=[FaultGuard(patience=1), watch])
+    trainer = quiet_trainer(devices=1, **limits, callbacks=[FaultGuard(patience=1), watch])
     gc.collect()
     gc.freeze()  # what all the imports have made is not to be searched after every epoch
     try:

@@ -6,7 +6,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 from sklearn.metrics import r2_score
 from sklearn.metrics.pairwise import cosine_similarity, paired_cosine_distances
 from torch import distributed, multiprocessing
@@ -175,7 +175,7 @@ def test_validation_and_test_of_a_sparse_model_report_them_and_of_another_do_not
     for name, reported in (("topk_sae", True), ("linear_ae", False)):
         data = DataModule("synthetic_dictionary", dictionary_samples=500, batch_size=64)
         model = create_model(name, (32,), latent_dim=20, likelihood="gaussian", **({"k": 4} if reported else {}))
-        trainer = silent_trainer(max_epochs=1, limit_train_batches=3)
+        trainer = quiet_trainer(max_epochs=1, limit_train_batches=3)
         trainer.fit(model, data)
         assert ("val/fvu" in trainer.callback_metrics) is reported
         found = trainer.test(model, data, verbose=False)[0]

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from aezoo.errors import AezooError
-from aezoo.nets.stored import stored_file, stored_weights
+from aezoo.nets.blocks.pretrained import stored_file, stored_weights
 
 
 @pytest.fixture(autouse=True)

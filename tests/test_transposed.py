@@ -8,17 +8,20 @@ from test_conv2d import assert_same
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from aezoo.nets import transposed
+from aezoo.speed import transposed_conv
 
-LAYERS = {1: (transposed.ConvTranspose1d, nn.ConvTranspose1d), 3: (transposed.ConvTranspose3d, nn.ConvTranspose3d)}
+LAYERS = {
+    1: (transposed_conv.ConvTranspose1d, nn.ConvTranspose1d),
+    3: (transposed_conv.ConvTranspose3d, nn.ConvTranspose3d),
+}
 
 
 @pytest.fixture
 def apart(monkeypatch):
     """Whether the last layer has taken its bias apart."""
     taken: list[bool] = []
-    real = transposed.with_bias_apart
-    monkeypatch.setattr(transposed, "with_bias_apart", lambda *args: (taken.append(True), real(*args))[1])
+    real = transposed_conv.with_bias_apart
+    monkeypatch.setattr(transposed_conv, "with_bias_apart", lambda *args: (taken.append(True), real(*args))[1])
     return lambda: bool([taken.pop() for _ in taken[:]])
 
 
@@ -32,7 +35,7 @@ def twins(rank, *args, **kwargs):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rank", LAYERS)
 def test_same_values_and_gradients_as_torch(monkeypatch, apart, rank, bias):
-    monkeypatch.setattr(transposed, "_MANY", 0)
+    monkeypatch.setattr(transposed_conv, "_MANY", 0)
     cases = 0
     for kernel, stride, padding, dilation, groups in product((2, 3), (1, 2, 3), (0, 1), (1, 2), (1, 2)):
         for extra in range(max(stride, dilation)):

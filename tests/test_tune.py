@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 import aezoo
-from aezoo import cli, tune
+from aezoo.cli import tune
+from aezoo.cli.main import main
 from aezoo.errors import AezooError
 
 optuna = pytest.importorskip("optuna")
@@ -31,19 +32,19 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def fake(monkeypatch):
     """No trial trains: `fake(what)` says what becomes of each one, by the number of its folder."""
-    from aezoo import study
+    from aezoo.cli import tune_study
 
     def become(**what):
         monkeypatch.setenv("FAKE_FIT", json.dumps(what))
 
     script = Path(__file__).with_name("tune_fit.py")
-    monkeypatch.setattr(study, "FIT", (sys.executable, str(script)))
+    monkeypatch.setattr(tune_study, "FIT", (sys.executable, str(script)))
     return lambda **what: become(**{name.lstrip("_"): value for name, value in what.items()})
 
 
 def ends(*argv, code=2):
     with pytest.raises(SystemExit) as end:
-        cli.main(list(argv))
+        main(list(argv))
     assert end.value.code == code
 
 
@@ -97,8 +98,8 @@ def test_what_is_drawn_evenly_and_what_over_its_logarithm(text, evenly):
 
 def test_whole_numbers_are_drawn_in_steps_and_over_a_logarithm():
     for text, seen in (("int:2:8:3", {2, 5, 8}), ("int:1:4:log", {1, 2, 3, 4})):
-        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-        trials = [study.ask() for _ in range(60)]
+        tune_study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        trials = [tune_study.ask() for _ in range(60)]
         assert {int(tune.search("k", text).drawn(trial)) for trial in trials} == seen
     assert trials[0].distributions["k"].log
 
@@ -160,7 +161,8 @@ def test_flags_of_fit_are_kept_in_their_order_and_near_names_of_theirs_are_no_mi
 
 def test_help_and_mistakes_need_neither_torch_nor_optuna():
     for argv, code in ((["tune", "--help"], 0), (["tune", "--search.model.lr=log:1"], 2)):
-        text = f"import sys; from aezoo.cli import main\ntry: main({argv!r})\nexcept SystemExit as end: code = end.code"
+        text = f"import sys; from aezoo.cli.main import main\ntry: main({argv!r})\n"
+        text += "except SystemExit as end: code = end.code"
         text += "\nassert not {'torch', 'optuna'} & {*sys.modules}; print('code', code)"
         done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == f"code {code}", done.stderr
@@ -195,7 +197,7 @@ def test_what_fit_would_refuse_is_refused_before_the_first_trial(capsys, fake, f
 
 def test_a_study_finds_the_best_and_writes_what_fit_takes(fake, capsys):
     fake()
-    cli.main([*BASE, LR, "--trials=12", "--trainer.max_epochs=5", "--trainer.devices=1"])
+    main([*BASE, LR, "--trials=12", "--trainer.max_epochs=5", "--trainer.devices=1"])
     table = rows()
     assert len(table) == 12 and {row["state"] for row in table} <= {"complete", "pruned"}
     whole = [row for row in table if row["state"] == "complete"]
@@ -210,7 +212,7 @@ def test_a_study_finds_the_best_and_writes_what_fit_takes(fake, capsys):
     assert {"--trainer.max_epochs=5", "--trainer.devices=1"} <= {*config["trainer"]["words"]}
     out = capsys.readouterr().out
     assert f"best: trial {best['trial']}, val/loss" in out and f"aezoo fit -c {STUDY / 'best.yaml'}" in out
-    cli.main([*BASE, LR, "--trials=12", "--trainer.max_epochs=5", "--trainer.devices=1"])
+    main([*BASE, LR, "--trials=12", "--trainer.max_epochs=5", "--trainer.devices=1"])
     assert len(rows()) == 12  # nothing is left to do
 
 
@@ -218,7 +220,7 @@ def test_the_seed_decides_what_is_drawn(fake):
     fake()
     drawn = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        cli.main([*BASE, LR, "--trials=2", f"--seed={seed}", f"--study={name}"])
+        main([*BASE, LR, "--trials=2", f"--seed={seed}", f"--study={name}"])
         drawn[name] = [row["model.lr"] for row in rows(Path(name))]
     assert drawn["a"] == drawn["b"] != drawn["c"] and len(set(drawn["a"])) == 2
 
@@ -226,18 +228,18 @@ def test_the_seed_decides_what_is_drawn(fake):
 def test_of_what_should_be_large_the_largest_is_best(fake):
     fake()
     Path("mine.yaml").write_text("trainer:\n  default_root_dir: out\n")
-    cli.main([*BASE, "-c", "mine.yaml", LR, "--trials=3", "--direction=max", "--prune=off"])
-    study = Path("out/mine-tune")
-    largest = max(rows(study), key=lambda row: float(row["val/loss"]))
+    main([*BASE, "-c", "mine.yaml", LR, "--trials=3", "--direction=max", "--prune=off"])
+    tune_study = Path("out/mine-tune")
+    largest = max(rows(tune_study), key=lambda row: float(row["val/loss"]))
     assert float(largest["val/loss"]) == pytest.approx((math.log10(float(largest["model.lr"])) + 3) ** 2 + 3)
-    config = yaml.safe_load((study / "best.yaml").read_text())
+    config = yaml.safe_load((tune_study / "best.yaml").read_text())
     assert config["model"]["init_args"]["lr"] == float(largest["model.lr"])
     assert config["trainer"]["default_root_dir"] == "out"
 
 
 def test_a_crash_loses_one_trial(fake, capsys):
     fake(_0="crash", _1="die", _3="nan")
-    cli.main([*BASE, LR, "--trials=4"])
+    main([*BASE, LR, "--trials=4"])
     assert [row["state"] for row in rows()] == ["fail", "fail", "complete", "fail"]
     assert [row["error"] for row in rows()] == [
         "it is broken, mend it",
@@ -257,20 +259,20 @@ def test_a_study_of_which_nothing_works_ends_soon(fake, capsys):
 
 def test_a_trial_that_is_behind_is_pruned(fake):
     fake(_5="bad")
-    cli.main([*BASE, LR, "--trials=6"])
+    main([*BASE, LR, "--trials=6"])
     assert rows()[5]["state"] == "pruned" and float(rows()[5]["val/loss"]) == 1e6
     assert rows()[5]["epochs"] == "4" and not [*Path(rows()[5]["run"]).rglob("finished")]
 
 
 def test_an_interrupted_study_goes_on_as_if_nothing_had_happened(fake, capsys):
     fake()
-    cli.main([*BASE, LR, "--trials=4", "--study=whole"])
+    main([*BASE, LR, "--trials=4", "--study=whole"])
     fake(_1="interrupt")
     command = [*BASE, LR, "--trials=4", "--study=cut"]
     ends(*command, code=130)
     said = capsys.readouterr().err
     assert "1 of 4 trials are done" in said and f"continue with: aezoo {' '.join(command)}" in said
-    cli.main(command)
+    main(command)
     whole, cut = rows(Path("whole")), rows(Path("cut"))
     assert [row["state"] for row in cut] == ["complete", "interrupted", "complete", "complete", "complete"]
     assert cut[1]["run"] == cut[2]["run"] and cut[1]["model.lr"] == cut[2]["model.lr"]
@@ -285,7 +287,7 @@ def test_a_torn_line_of_a_trials_figures_does_not_end_its_study(fake):
     command = [*BASE, LR, "--trials=1"]
     ends(*command, code=130)
     (STUDY / "0/vae-digits/0/metrics.jsonl").write_text('{"epoch": -1, "step": 0}\n\0\0\n{"epoch": 0, "st')
-    cli.main(command)
+    main(command)
     assert [(row["state"], row["epochs"]) for row in rows()][1:] == [("complete", "5")]
 
 
@@ -293,7 +295,7 @@ def test_another_search_is_another_study(fake, capsys):
     fake(_0="interrupt")
     ends(*BASE, LR, "--trials=1", code=130)
     fake()
-    cli.main([*BASE, LR, "--trials=1", "--direction=max"])  # nothing was done yet, so nothing is lost
+    main([*BASE, LR, "--trials=1", "--direction=max"])  # nothing was done yet, so nothing is lost
     capsys.readouterr()
     ends(*BASE, "--search.model.lr=log:1e-5:1e-2", "--trials=2", "--seed=3")
     line = capsys.readouterr().err
@@ -312,7 +314,7 @@ def test_an_unknown_monitor_ends_the_first_trial(fake, capsys, monitor, words):
     fake()
     ends(*BASE, LR, f"--monitor={monitor}")
     assert words in capsys.readouterr().err
-    cli.main([*BASE, LR, "--trials=1"])
+    main([*BASE, LR, "--trials=1"])
     assert [row["state"] for row in rows()] == ["complete"]
 
 
@@ -320,7 +322,7 @@ def test_an_unknown_monitor_ends_the_first_trial(fake, capsys, monitor, words):
 def test_the_record_can_lie_elsewhere(fake, name):
     fake()
     for trials in (1, 2):
-        cli.main([*BASE, LR, f"--trials={trials}", f"--storage={name}"])
+        main([*BASE, LR, f"--trials={trials}", f"--storage={name}"])
     assert len(rows()) == 2 and Path(name).is_file() and not (STUDY / "study.log").exists()
 
 
@@ -333,12 +335,12 @@ def test_a_file_that_is_no_record_is_refused(fake, capsys, name):
 
 def test_a_line_that_a_killed_process_left_half_is_taken_away(fake):
     fake()
-    cli.main([*BASE, LR, "--trials=1"])
+    main([*BASE, LR, "--trials=1"])
     for torn in ('{"op_code":5,"wor', '{"op'):
         with (STUDY / "study.log").open("a") as file:
             file.write(torn)
-        cli.main([*BASE, LR, "--trials=2"])
-        cli.main([*BASE, LR, "--trials=3"])
+        main([*BASE, LR, "--trials=2"])
+        main([*BASE, LR, "--trials=3"])
     assert [row["state"] for row in rows()] == ["complete"] * 3
 
 
@@ -350,9 +352,9 @@ def test_a_file_that_is_no_record_is_not_changed(fake):
 
 def test_a_lock_that_a_killed_process_left_holds_nobody_up(fake):
     fake()
-    cli.main([*BASE, LR, "--trials=1"])
+    main([*BASE, LR, "--trials=1"])
     (STUDY / "study.log.lock").symlink_to(STUDY / "study.log")
-    cli.main([*BASE, LR, "--trials=2"])
+    main([*BASE, LR, "--trials=2"])
     assert len(rows()) == 2
 
 
@@ -364,7 +366,7 @@ def test_a_study_can_be_moved_and_gone_on_with_from_another_folder(fake, monkeyp
     Path("one").rename("two")
     Path("here").mkdir()
     monkeypatch.chdir("here")
-    cli.main([*command, "../two/mine"])
+    main([*command, "../two/mine"])
     table = rows(Path("../two/mine"))
     assert [row["state"] for row in table] == ["complete", "interrupted", "complete"]
     assert [row["run"] for row in table] == ["../two/mine/0", "../two/mine/1", "../two/mine/1"]
@@ -374,59 +376,59 @@ def test_a_study_can_be_moved_and_gone_on_with_from_another_folder(fake, monkeyp
 def test_a_study_whose_folder_was_renamed_goes_on(fake):
     fake()
     command = [*BASE, LR, "--study"]
-    cli.main([*command, "mine", "--trials=1"])
+    main([*command, "mine", "--trials=1"])
     Path("mine").rename("old")
-    cli.main([*command, "old", "--trials=2"])
+    main([*command, "old", "--trials=2"])
     assert [row["run"] for row in rows(Path("old"))] == ["old/0", "old/1"]
 
 
 def test_two_studies_of_one_name_do_not_share_a_record(fake, capsys):
     fake()
     command = [*BASE, LR, "--trials=1", "--storage=all.db"]
-    cli.main([*command, "--study=a/x"])
+    main([*command, "--study=a/x"])
     ends(*command, "--study=b/x")
     assert "holds 'x' of " in capsys.readouterr().err and not Path("b").exists()
-    cli.main([*command, "--study=b/y"])
-    cli.main([*command, "--study=a/x"])
+    main([*command, "--study=b/y"])
+    main([*command, "--study=a/x"])
 
 
 def test_ctrl_c_while_the_record_is_opened(fake, capsys, monkeypatch):
-    from aezoo import study
+    from aezoo.cli import tune_study
 
     fake()
-    monkeypatch.setattr(study.Study, "_opened", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(tune_study.Study, "_opened", lambda *args: os.kill(os.getpid(), signal.SIGINT))
     ends(*BASE, LR, code=130)
     assert "aezoo: interrupted\ncontinue with: aezoo tune" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_is_told_in_one_line(fake, capsys, monkeypatch):
-    from aezoo import study
+    from aezoo.cli import tune_study
 
     fake()
-    cli.main([*BASE, LR, "--trials=1"])
+    main([*BASE, LR, "--trials=1"])
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(study.JournalFileBackend, "append_logs", full)
+        patch.setattr(tune_study.JournalFileBackend, "append_logs", full)
         ends(*BASE, LR, "--trials=2")
     assert "No space left on device; what was recorded is kept" in capsys.readouterr().err
-    cli.main([*BASE, LR, "--trials=2"])
+    main([*BASE, LR, "--trials=2"])
     assert len(rows()) == 2
 
 
 def test_after_the_timeout_no_trial_is_started(fake, capsys):
     fake()
-    cli.main([*BASE, LR, "--trials=1"])
-    cli.main([*BASE, LR, "--trials=9", "--timeout=1e-9"])
+    main([*BASE, LR, "--trials=1"])
+    main([*BASE, LR, "--trials=9", "--timeout=1e-9"])
     assert len(rows()) == 1 and "no further trial is started" in capsys.readouterr().err
 
 
 def test_a_real_study_trains_and_its_best_trains_again(capsys):
     off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
     quick = [*off, "--projector.n=0", "--trainer.max_epochs=2", "--trainer.limit_train_batches=2"]
-    cli.main([*BASE, "--search.model.latent_dim=int:2:8", "--trials=1", *quick])
+    main([*BASE, "--search.model.latent_dim=int:2:8", "--trials=1", *quick])
     (row,) = rows()
     assert row["state"] == "complete" and row["epochs"] == "2", row
     run = Path(row["run"], "vae-digits/0")
@@ -434,7 +436,7 @@ def test_a_real_study_trains_and_its_best_trains_again(capsys):
     assert [line["epoch"] for line in lines] == [-1, 0, 1] and "val/loss" in lines[0] and lines[2]["step"] == 4
     assert float(row["val/loss"]) == min(line["val/loss"] for line in lines[1:]) and "train/loss" in lines[1]
     assert aezoo.load_model(run).code_shape == (int(row["model.latent_dim"]),)
-    cli.main(["fit", "-c", str(STUDY / "best.yaml"), "--trainer.fast_dev_run=true"])
+    main(["fit", "-c", str(STUDY / "best.yaml"), "--trainer.fast_dev_run=true"])
     assert f"code shape ({row['model.latent_dim']},)" in capsys.readouterr().out
     text = (STUDY / "best.yaml").read_text()
     assert "EpochMetrics" not in text and f"latent_dim: {row['model.latent_dim']}" in text

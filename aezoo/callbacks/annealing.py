@@ -7,9 +7,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from aezoo.arguments import Checked
 from aezoo.callbacks.base import check_count
 from aezoo.errors import AezooError
+from aezoo.training.arguments import Checked
 
 
 class BetaAnnealing(Checked, pl.Callback):

@@ -14,9 +14,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from aezoo.arguments import Checked
 from aezoo.errors import AezooError
-from aezoo.randomness import forked_rng
+from aezoo.training.arguments import Checked
+from aezoo.training.seeding import forked_rng
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,11 +16,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_warn
 
-from aezoo import durable, ranks, run_folder, terminal
-from aezoo.arguments import Checked
 from aezoo.callbacks.base import check_count, check_not_negative, is_dry_run
 from aezoo.callbacks.interrupt import AGREE_EVERY, Interrupt
 from aezoo.errors import AezooError
+from aezoo.io import atomic_files, run_folder, terminal
+from aezoo.training import distributed
+from aezoo.training.arguments import Checked
 
 _Metric = TypeVar("_Metric")
 
@@ -59,7 +60,7 @@ class Checkpoints(Checked, ModelCheckpoint):
     run that is interrupted between two batches writes `last.ckpt` at that step. Weights or optimiser moments that are
     not finite end the run instead of replacing a good file.
 
-    Files are written by `aezoo.durable` instead of Lightning's writer, unless the trainer has another one.
+    Files are written by `aezoo.io.atomic_files` instead of Lightning's writer, unless the trainer has another one.
 
     Args:
         monitor: the metric whose lowest value is best.
@@ -129,11 +130,11 @@ class Checkpoints(Checked, ModelCheckpoint):
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = durable.DurableIO()
-        ranks.let_go_at_exit(trainer)
+            trainer.strategy.checkpoint_io = atomic_files.DurableIO()
+        distributed.release_collectives_at_exit(trainer)
         self._validated = False
         if stage == "fit" and trainer.is_global_zero and not is_dry_run(trainer) and "://" not in str(self.dirpath):
-            durable.prepare(Path(str(self.dirpath)))
+            atomic_files.prepare(Path(str(self.dirpath)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         watched = state_dict.get("monitor", self.monitor)
@@ -213,7 +214,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         if trainer.is_global_zero and not is_dry_run(trainer) and self.last_model_path and (whole or early):
             limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps, "early_stopping": early}
             text = json.dumps({"epoch": trainer.current_epoch, "step": trainer.global_step, **limits})
-            durable.write(self._finished_file(trainer), lambda file: file.write(text.encode() + b"\n"))
+            atomic_files.write(self._finished_file(trainer), lambda file: file.write(text.encode() + b"\n"))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_max_steps(trainer)
@@ -276,7 +277,7 @@ class Checkpoints(Checked, ModelCheckpoint):
             trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
 
     def _finished_file(self, trainer: pl.Trainer) -> Path:
-        return Path(str(self.dirpath)) / durable.FINISHED
+        return Path(str(self.dirpath)) / atomic_files.FINISHED
 
 
 def _interrupts(trainer: pl.Trainer) -> list[Interrupt]:

@@ -7,8 +7,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from aezoo import ranks
-from aezoo.arguments import Checked
 from aezoo.callbacks.base import (
     check_not_negative,
     check_period,
@@ -19,6 +17,8 @@ from aezoo.callbacks.base import (
     undisturbed,
     unpack,
 )
+from aezoo.training import distributed
+from aezoo.training.arguments import Checked
 
 
 class CodeStatistics(Checked, pl.Callback):
@@ -52,7 +52,7 @@ class CodeStatistics(Checked, pl.Callback):
         wanted = stage in ("fit", "validate") and self.every_n_epochs > 0 and not is_dry_run(trainer)
         self._active, self._counting, self._warned = bool(of_interest and wanted), False, False
         self._folder = run_folder(trainer) / "pictures"
-        ranks.let_go_at_exit(trainer)
+        distributed.release_collectives_at_exit(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,6 +1,6 @@
 """Which codes of a codebook are used, where they occur in samples, and where they lie in code space.
 
-Shapes: B batch, Q indices a place, K codes of a book, C channels of a code.
+Shapes: B batch, Q indices a place, K codes of a codebook, C channels of a code.
 """
 
 import re
@@ -14,26 +14,26 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from aezoo import ranks
 from aezoo.callbacks.base import Picture, check_count, is_dry_run, tensorboard_writers, undisturbed, unpack
 from aezoo.callbacks.latents import write_embedding
 from aezoo.errors import AezooError
 from aezoo.metrics import CodebookUsage
 from aezoo.quantisers.base import Quantiser
+from aezoo.training import distributed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from aezoo.autoencoder import Autoencoder
-    from aezoo.discrete import DiscreteAutoencoder
+    from aezoo.bases.quantised import DiscreteAutoencoder
 
 # what one picture holds; the indices of samples are encoded at once
-_BOOKS, _LEVELS, _SAMPLES = 4, 8, 128
+_CODEBOOKS, _LEVELS, _SAMPLES = 4, 8, 128
 # TensorBoard draws 30 bars of a histogram
 _BUCKETS = 240
 _IMAGE, _STRIP = 112, (16, 480)
 
-Books = dict[str, tuple[Tensor, tuple[int, ...]]]
+Codebooks = dict[str, tuple[Tensor, tuple[int, ...]]]
 
 
 class Codebook(Picture):
@@ -42,7 +42,7 @@ class Codebook(Picture):
     Over the whole validation set and all ranks, without a second pass:
 
     - pictures/codebook_usage.png: one cell per code, row by row, from black (never chosen) to bright (often chosen). In
-      books of more than 65,536 codes a cell is a range of codes; books of more than 2^24 codes are not counted.
+      codebooks of more than 65,536 codes a cell is a range of codes; codebooks of more than 2^24 codes are not counted.
     - pictures/codebook_frequencies.png and the histogram codebook/use: codes from the most to the least chosen; a flat
       curve if all are used equally.
 
@@ -52,17 +52,17 @@ class Codebook(Picture):
 
     And TensorBoard's Projector tab: the codes, with their index and how often they were chosen.
 
-    Each book has its own pictures, named after it (codebook_usage_top), with one panel for each of the Q indices of a
-    place; at most 4 books and 8 indices per place are shown. The model itself logs val/usage and val/perplexity.
+    Each codebook has its own pictures, named after it (codebook_usage_top), with one panel for each of the Q indices of
+    a place; at most 4 codebooks and 8 indices per place are shown. The model itself logs val/usage and val/perplexity.
 
     Args:
         n: number of samples.
         every_n_epochs: epochs between two pictures; 0 turns them off, and the projector.
-        n_projected: most codes that a projected book may have; 0 projects none.
+        n_projected: most codes that a projected codebook may have; 0 projects none.
     """
 
     _metrics: dict[str, CodebookUsage]
-    # of each book, of each of its Q indices, (K,)
+    # of each codebook, of each of its Q indices, (K,)
     _counts: dict[str, list[Tensor]]
 
     def __init__(self, n: int = 8, every_n_epochs: int = 5, n_projected: int = 10_000) -> None:
@@ -74,9 +74,9 @@ class Codebook(Picture):
         if self._counted_at == self._trainer.global_step:
             for name, counts in self._counts.items():
                 figures |= self._use(name, counts)
-        books = self._read(model, x)
-        figures["codebook_indices"] = self._indices(model, x, books)
-        self._project(model, books)
+        codebooks = self._read(model, x)
+        figures["codebook_indices"] = self._indices(model, x, codebooks)
+        self._project(model, codebooks)
         return figures
 
     def due(self, epoch: int, last: bool) -> bool:
@@ -89,9 +89,9 @@ class Codebook(Picture):
         super().setup(trainer, pl_module, stage)
         wanted = stage == "fit" and self.every_n_epochs > 0 and not is_dry_run(trainer)
         discrete = bool(getattr(pl_module, "discrete_code", False))
-        self._counts_here = discrete and wanted and ranks.hold_it_whole(trainer)
+        self._counts_here = discrete and wanted and distributed.has_full_model(trainer)
         self._active = self._active and self._counts_here
-        ranks.let_go_at_exit(trainer)
+        distributed.release_collectives_at_exit(trainer)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._metrics, self._failed = {}, False
@@ -100,9 +100,9 @@ class Codebook(Picture):
         epoch = trainer.current_epoch + 1
         if self.due(epoch, epoch == trainer.max_epochs):
             with self._caught():
-                # every rank must know its books, even one that gets no batch
+                # every rank must know its codebooks, even one that gets no batch
                 blank = torch.zeros(1, *cast("Autoencoder", pl_module).input_shape, device=pl_module.device)
-                for name, (_, sizes) in [*self._read(pl_module, blank).items()][:_BOOKS]:
+                for name, (_, sizes) in [*self._read(pl_module, blank).items()][:_CODEBOOKS]:
                     self._count(name, sizes, pl_module.device)
 
     def on_validation_batch_end(
@@ -117,9 +117,9 @@ class Codebook(Picture):
         super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
         if self._metrics and dataloader_idx == 0:
             with self._caught():
-                books = self._read(pl_module, unpack(batch)[0])
+                codebooks = self._read(pl_module, unpack(batch)[0])
                 for name, metric in self._metrics.items():
-                    metric.update(books[name][0])
+                    metric.update(codebooks[name][0])
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._metrics:
@@ -131,7 +131,7 @@ class Codebook(Picture):
                 parts = total[:-1].split([len(part) for part in counts])
                 self._counted_at, self._counted_in = trainer.global_step, trainer.current_epoch + 1
                 self._counts = {
-                    name: [*part.split(metric.book_sizes)]
+                    name: [*part.split(metric.codebook_sizes)]
                     for (name, metric), part in zip(self._metrics.items(), parts, strict=True)
                 }
             self._metrics = {}
@@ -143,11 +143,11 @@ class Codebook(Picture):
         self._counted_at = self._counted_in = -1
         self._metrics, self._counts = {}, {}
 
-    def _read(self, pl_module: pl.LightningModule, x: Tensor) -> Books:
-        """The indices of samples by book."""
+    def _read(self, pl_module: pl.LightningModule, x: Tensor) -> Codebooks:
+        """The indices of samples by codebook."""
         model, plugin = cast("DiscreteAutoencoder", pl_module), self._trainer.precision_plugin
         with undisturbed(pl_module), plugin.forward_context():
-            return model.books(model.encode_indices(plugin.convert_input(x.to(pl_module.device))))
+            return model.codebooks(model.encode_indices(plugin.convert_input(x.to(pl_module.device))))
 
     def _count(self, name: str, sizes: tuple[int, ...], device: torch.device) -> None:
         try:
@@ -190,13 +190,13 @@ class Codebook(Picture):
             ),
         }
 
-    def _indices(self, model: "Autoencoder", x: Tensor, books: Books) -> "Figure":
+    def _indices(self, model: "Autoencoder", x: Tensor, codebooks: Codebooks) -> "Figure":
         from aezoo.callbacks import drawing
 
         limits = drawing.value_range(x)
         levels = {
             f"indices {name}{_numbered(level, indices.unbind(1))}".strip().replace(" _", " "): index.cpu()
-            for name, (indices, _) in books.items()
+            for name, (indices, _) in codebooks.items()
             for level, index in enumerate(indices.unbind(1))
         }
         levels = dict([*levels.items()][:_LEVELS])
@@ -212,8 +212,8 @@ class Codebook(Picture):
 
     # ---- projector ---------------------------------------------------------------------------------------------------
 
-    def _project(self, model: "Autoencoder", books: Books) -> None:
-        for name, (_, sizes) in [*books.items()][:_BOOKS]:
+    def _project(self, model: "Autoencoder", codebooks: Codebooks) -> None:
+        for name, (_, sizes) in [*codebooks.items()][:_CODEBOOKS]:
             quantiser, counts = quantiser_of(model, name, sizes), self._counts.get(name, [])
             for level, size in enumerate(sizes[:_LEVELS]):
                 if quantiser is None or size > self.n_projected:
@@ -228,7 +228,7 @@ class Codebook(Picture):
 
 
 def quantiser_of(model: "Autoencoder", name: str, sizes: tuple[int, ...]) -> Quantiser | None:
-    """The quantiser of a book: the model's only one, or the one whose attribute has the book's name."""
+    """The quantiser of a codebook: the model's only one, or the one whose attribute has the codebook's name."""
     found: dict[str, Quantiser] = {}
     for path, module in model.named_modules():
         within = any(path.startswith(f"{outer}.") for outer in found)
@@ -236,13 +236,13 @@ def quantiser_of(model: "Autoencoder", name: str, sizes: tuple[int, ...]) -> Qua
             found[path] = module
     if name:
         found = {path: quantiser for path, quantiser in found.items() if name in re.split("[._]", path)}
-    fitting = [quantiser for quantiser in found.values() if len(found) == 1 and quantiser.book_sizes == sizes]
+    fitting = [quantiser for quantiser in found.values() if len(found) == 1 and quantiser.codebook_sizes == sizes]
     return fitting[0] if fitting else None
 
 
 def codes_of(quantiser: Quantiser, level: int) -> Tensor:
     """The codes of one index of a place, (K, C): what it adds to a sum of levels, or the channels it determines."""
-    sizes = quantiser.book_sizes
+    sizes = quantiser.codebook_sizes
     # -1 is a level that was dropped, and adds nothing; the others' codes are only held fixed
     adds = hasattr(quantiser, "dropout")
     index_KQ = torch.full((sizes[level], len(sizes)), -1 if adds else 0, device=next(quantiser.buffers()).device)

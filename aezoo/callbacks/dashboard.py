@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from aezoo.arguments import Checked
 from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder, tensorboard_writers
 from aezoo.registry import name_of
+from aezoo.training.arguments import Checked
 
 _PLAIN = (bool, int, float, str)
 _EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aezoo import durable
+from aezoo.io import atomic_files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -443,7 +443,7 @@ def write_png(path: Path, pixels: Pixels) -> None:
     Raises:
         AezooError: it could not be written; an existing file is unchanged.
     """
-    durable.write(path, lambda file: save_png(file, pixels), cure="make room, or make the folder writable")
+    atomic_files.write(path, lambda file: save_png(file, pixels), cure="make room, or make the folder writable")
 
 
 def save_png(file: IO[bytes], pixels: Pixels) -> None:

@@ -8,10 +8,10 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from aezoo.arguments import Checked
 from aezoo.callbacks.base import check_count
-from aezoo.constraint import Constrained
 from aezoo.errors import AezooError
+from aezoo.training.arguments import Checked
+from aezoo.training.projected_weights import Constrained
 
 
 class EMA(Checked, WeightAveraging):

@@ -10,13 +10,13 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
-from aezoo import ranks
-from aezoo.arguments import Checked
-from aezoo.buffers import Buffers
 from aezoo.callbacks import fault_report
 from aezoo.callbacks.base import check_count
 from aezoo.errors import AezooError
-from aezoo.optimizers import with_gradients
+from aezoo.training import distributed
+from aezoo.training.arguments import Checked
+from aezoo.training.buffers import Buffers
+from aezoo.training.optimizers import with_gradients
 
 
 class FaultGuard(Checked, pl.Callback):
@@ -32,8 +32,8 @@ class FaultGuard(Checked, pl.Callback):
     decide by the gradients alone, which they share, and so skip the same steps.
 
     On a CPU many steps of the zoo's own models are checked together where possible; if one was bad, they are undone
-    and repeated one by one (`aezoo.rollback`). The result is the same to the bit; the log line comes later, after at
-    most 256 steps or ten seconds.
+    and repeated one by one (`aezoo.speed.deferred_checks`). The result is the same to the bit; the log line comes
+    later, after at most 256 steps or ten seconds.
 
     On a GPU with a fused optimiser the kernel itself skips, without synchronisation: the counters are read every
     `every_n_steps` batches, at the end of an epoch and at a save. Other optimisers on a GPU synchronise once a step.
@@ -122,7 +122,7 @@ class FaultGuard(Checked, pl.Callback):
         self._losses.clear()
         if stage == "fit" and trainer.ckpt_path is None:
             self.load_state_dict({"skipped": 0, "in_a_row": 0, "by_term": {}, "by_part": {}})
-        ranks.let_go_at_exit(trainer)
+        distributed.release_collectives_at_exit(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._names = {id(parameter): name for name, parameter in pl_module.named_parameters()}

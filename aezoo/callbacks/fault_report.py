@@ -13,12 +13,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from aezoo import durable
 from aezoo.callbacks.base import run_folder, unpack
 from aezoo.callbacks.checkpoints import saver_of
 from aezoo.data.loaders import EpochSampler
-from aezoo.inputs import not_finite
-from aezoo.run_folder import checkpoints_of
+from aezoo.io import atomic_files
+from aezoo.io.run_folder import checkpoints_of
+from aezoo.training.input_checks import not_finite
 
 FILE = "fault.txt"
 _SHOWN = 8
@@ -100,7 +100,7 @@ def write(
     ]
     if trainer.is_global_zero:
         text = "\n".join(lines) + "\n"
-        durable.write(folder / FILE, lambda file: file.write(text.encode()))
+        atomic_files.write(folder / FILE, lambda file: file.write(text.encode()))
     where = f", first in {layer}" if layer else f", gradients of {_list(fault.parameters)}" if fault.parameters else ""
     cause = f"clean training sample(s) {_list(bad)}" if bad else "lower --model.lr or look at that batch"
     if not bad and trainer.precision == "16-true":

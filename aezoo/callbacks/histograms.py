@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aezoo.arguments import Checked
 from aezoo.callbacks.base import check_period, is_dry_run, tensorboard_writers
+from aezoo.training.arguments import Checked
 
 
 class Histograms(Checked, pl.Callback):

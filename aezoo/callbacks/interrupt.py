@@ -13,7 +13,8 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from aezoo import ranks, terminal
+from aezoo.io import terminal
+from aezoo.training import distributed
 
 _HELD = b"\naezoo: stopping after this batch; press Ctrl-C again to stop at once\n"
 # batches between two agreements of the ranks, each of which waits for the slowest
@@ -47,7 +48,7 @@ class Interrupt(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.signum, self.asked, self._leaving = None, False, False
-        ranks.let_go_at_exit(trainer)
+        distributed.release_collectives_at_exit(trainer)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen(trainer)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aezoo.callbacks.base import Picture, check_count, tensorboard_writers
-from aezoo.durable import write
+from aezoo.io.atomic_files import write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 import numpy as np
 from torch import Tensor
 
-from aezoo import durable
-from aezoo.arguments import Checked
 from aezoo.callbacks.base import is_dry_run, run_folder
+from aezoo.io import atomic_files
+from aezoo.training.arguments import Checked
 
 _CURE = "make room, or choose a folder that can be written with --predictions.folder"
 
@@ -58,7 +58,7 @@ class PredictionWriter(Checked, pl.Callback):
         arrays = {name: np.concatenate(parts) for name, parts in self._parts.items()}
         self._parts = {}
         there = self.path.exists()
-        durable.write(self.path, lambda file: np.savez(file, **arrays), cure=_CURE)  # type: ignore[arg-type]
+        atomic_files.write(self.path, lambda file: np.savez(file, **arrays), cure=_CURE)  # type: ignore[arg-type]
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
         print(f"Predictions: {self.path} ({shapes})", flush=True)
         if there:

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from rich import get_console
 from torch import Tensor
 
-from aezoo.arguments import Checked
 from aezoo.callbacks.base import check_count, unpack
+from aezoo.training.arguments import Checked
 
 
 class ProgressBar(Checked, RichProgressBar):

@@ -17,7 +17,7 @@ place. For a layer that is used several times the last use counts.
 c stays in checkpoints, as the statistics of `--data.scale` do, so that tasks scale raw activations from files.
 `save_model` folds it into the weights of a trained model, which then works on raw activations anywhere:
 
-    model, trained = aezoo.checkpoint.load_run("runs/topk_sae-activations/0")
+    model, trained = aezoo.io.checkpoint.load_run("runs/topk_sae-activations/0")
     aezoo.save_model(model, "sae", trained["scaling"])
 
 Activations are held in memory or in a memory-mapped temporary file, by `--data.memory`.
@@ -54,11 +54,11 @@ from aezoo.data.resident import fits, free_memory
 from aezoo.data.source import STAGES, ArrayDataset, Batch, Options, Source, Stage, as_float, levels_of
 from aezoo.data.sources import from_path, open_source
 from aezoo.errors import AezooError
-from aezoo.hub_files import on_disk
-from aezoo.nets.classifier import Classifier
-from aezoo.nets.stored import stored_weights
-from aezoo.randomness import forked_rng
+from aezoo.io.hub_files import on_disk
+from aezoo.nets.blocks.classifier import Classifier
+from aezoo.nets.blocks.pretrained import stored_weights
 from aezoo.security import policy
+from aezoo.training.seeding import forked_rng
 
 _BATCH, _MOST_LEARNT = 128, 20_000
 _CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ def open_network(options: Options, shape: tuple[int, ...], classes: int | None) 
                 raise AezooError(f"{options.of} has no classes for a classifier to learn: give another --data.network")
             network = Network(Classifier(shape, classes))
         elif is_file:
-            from aezoo.checkpoint import load_model
+            from aezoo.io.checkpoint import load_model
 
             network = Network(load_model(on_disk(name)).float())
         elif is_import:

@@ -16,7 +16,7 @@ from torch import Tensor
 from aezoo.data.loaders import EpochSampler
 from aezoo.data.source import ArrayDataset, Batch
 from aezoo.errors import AezooError
-from aezoo.randomness import mix
+from aezoo.training.seeding import mix
 
 # samples drawn for at a time
 _CHUNK = 4096

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 
 from aezoo.data.source import ArrayDataset, Stage
 from aezoo.errors import AezooError
-from aezoo.randomness import mix
+from aezoo.training.seeding import mix
 
 # what scikit-learn takes for a sample without a label
 UNLABELLED = -1

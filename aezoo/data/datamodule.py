@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from aezoo.arguments import Checked
 from aezoo.data import binarise as binarise_rules
 from aezoo.data import settings
 from aezoo.data.classes import keep_labels, train_on
@@ -20,7 +19,8 @@ from aezoo.data.resident import ResidentLoader, decode, excess, on_device, size_
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, as_float, levels_of
 from aezoo.data.sources import from_path, open_source
 from aezoo.errors import AezooError
-from aezoo.randomness import mix
+from aezoo.training.arguments import Checked
+from aezoo.training.seeding import mix
 
 
 class DataModule(Checked, LightningDataModule):

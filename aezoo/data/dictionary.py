@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 from aezoo.data.source import STAGES, Batch, Options, Source, Stage
 from aezoo.errors import AezooError
-from aezoo.randomness import mix
+from aezoo.training.seeding import mix
 
 GROUP = 4
 # numbers that are drawn at a time: some tens of MiB

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from aezoo.gaussians import LOG_2PI
+from aezoo.distributions.gaussians import LOG_2PI
 
 
 def length(v: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aezoo.precision import at_least_float32
+from aezoo.training.precision import at_least_float32
 
 _WIDTH = 64
 

@@ -26,7 +26,7 @@ class _Counts(Metric):
     """Counts how often each code of each codebook was chosen, with all codebooks in one row.
 
     Args:
-        book_sizes: K of each of the Q indices of a place.
+        codebook_sizes: K of each of the Q indices of a place.
     """
 
     name: str
@@ -35,23 +35,23 @@ class _Counts(Metric):
     full_state_update = False
     higher_is_better = True
 
-    def __init__(self, book_sizes: tuple[int, ...], **kwargs: Any) -> None:
+    def __init__(self, codebook_sizes: tuple[int, ...], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not book_sizes or min(book_sizes) < 1 or sum(book_sizes) > _MOST:
+        if not codebook_sizes or min(codebook_sizes) < 1 or sum(codebook_sizes) > _MOST:
             raise AezooError(
-                f"{type(self).__name__} counts books of one code or more, {_MOST} codes together at most, got "
-                f"{book_sizes}: of larger books count the digits of an index"
+                f"{type(self).__name__} counts codebooks of one code or more, {_MOST} codes together at most, got "
+                f"{codebook_sizes}: of larger codebooks count the digits of an index"
             )
-        self.book_sizes = tuple(book_sizes)
-        self.add_state("counts", torch.zeros(sum(book_sizes), dtype=torch.long), dist_reduce_fx="sum")
+        self.codebook_sizes = tuple(codebook_sizes)
+        self.add_state("counts", torch.zeros(sum(codebook_sizes), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, indices: Tensor) -> None:
         """Add indices, (B, Q, *places) long; -1 is ignored."""
-        if indices.ndim < 2 or indices.shape[1] != len(self.book_sizes):
+        if indices.ndim < 2 or indices.shape[1] != len(self.codebook_sizes):
             raise AezooError(
-                f"{type(self).__name__} takes indices (B, {len(self.book_sizes)}, ...), got {tuple(indices.shape)}"
+                f"{type(self).__name__} takes indices (B, {len(self.codebook_sizes)}, ...), got {tuple(indices.shape)}"
             )
-        for counts_K, chosen in zip(self.counts.split(self.book_sizes), indices.unbind(1), strict=True):
+        for counts_K, chosen in zip(self.counts.split(self.codebook_sizes), indices.unbind(1), strict=True):
             chosen = chosen.flatten()
             counts_K.index_add_(0, chosen.clamp(min=0), (chosen >= 0).to(counts_K))
 
@@ -59,7 +59,7 @@ class _Counts(Metric):
         """The mean over codebooks, and the value of each codebook if there are several, () each."""
         if not self.counts.any():
             raise AezooError(f"{type(self).__name__} has seen no indices: call update first")
-        values_Q = torch.stack([self.of_book(counts_K) for counts_K in self.counts.split(self.book_sizes)])
+        values_Q = torch.stack([self.of_book(counts_K) for counts_K in self.counts.split(self.codebook_sizes)])
         found = {self.name: values_Q.mean()}
         if len(values_Q) > 1:
             found |= {f"{self.name}_{i}": value for i, value in enumerate(values_Q)}
@@ -93,14 +93,14 @@ class CodebookPerplexity(_Counts):
         return torch.special.entr(p_K).sum().exp()
 
 
-def codebook_metrics(book_sizes: tuple[int, ...], postfix: str = "") -> MetricCollection:
+def codebook_metrics(codebook_sizes: tuple[int, ...], postfix: str = "") -> MetricCollection:
     """Usage and perplexity of the same indices, with names that end in `postfix`; none if codebooks are too large.
 
     Args:
-        book_sizes: K of each of the Q indices of a place.
+        codebook_sizes: K of each of the Q indices of a place.
         postfix: distinguishes the names from those of other codebooks.
     """
     metrics: list[Metric | MetricCollection] = []
-    if sum(book_sizes) <= _MOST:
-        metrics = [CodebookUsage(book_sizes), CodebookPerplexity(book_sizes)]
+    if sum(codebook_sizes) <= _MOST:
+        metrics = [CodebookUsage(codebook_sizes), CodebookPerplexity(codebook_sizes)]
     return MetricCollection(metrics, postfix=postfix)

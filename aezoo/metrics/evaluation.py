@@ -120,7 +120,7 @@ class Evaluation:
         x: Tensor,
         x_hat: Tensor,
         code: Tensor | None = None,
-        books: dict[str, tuple[Tensor, tuple[int, ...]]] | None = None,
+        codebooks: dict[str, tuple[Tensor, tuple[int, ...]]] | None = None,
     ) -> None:
         """Add one batch.
 
@@ -129,9 +129,9 @@ class Evaluation:
             x: the batch's samples.
             x_hat: their reconstructions.
             code: their codes, if these are sparse.
-            books: their indices, (B, Q, *places), and the sizes of Q codebooks, under a name or "".
+            codebooks: their indices, (B, Q, *places), and the sizes of Q codebooks, under a name or "".
         """
-        for name, (indices, sizes) in (books or {}).items():
+        for name, (indices, sizes) in (codebooks or {}).items():
             if name not in self._books:
                 from aezoo.metrics.codebook import codebook_metrics
 

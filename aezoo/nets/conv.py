@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
-from aezoo.nets.conv2d import Conv2d, ConvTranspose2d
-from aezoo.nets.linear import Linear
-from aezoo.nets.memory_format import ChannelsLast, Flatten
-from aezoo.nets.narrow import Conv1d, Conv3d
-from aezoo.nets.transposed import ConvTranspose1d, ConvTranspose3d
+from aezoo.speed.conv2d import Conv2d, ConvTranspose2d
+from aezoo.speed.linear import Linear
+from aezoo.speed.memory_format import ChannelsLast, Flatten
+from aezoo.speed.narrow_conv import Conv1d, Conv3d
+from aezoo.speed.transposed_conv import ConvTranspose1d, ConvTranspose3d
 
 CONVS: dict[int, type[nn.Module]] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 TRANSPOSED: dict[int, type[nn.Module]] = {1: ConvTranspose1d, 2: ConvTranspose2d, 3: ConvTranspose3d}

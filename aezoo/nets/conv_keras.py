@@ -16,7 +16,7 @@ from torch import nn
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, TRANSPOSED, grids, head, map_shape, rank_of
-from aezoo.nets.linear import Linear
+from aezoo.speed.linear import Linear
 
 __all__ = ["Decoder", "Encoder", "map_shape"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from aezoo.nets import resnet
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, map_shape
-from aezoo.nets.linear import Linear
+from aezoo.speed.linear import Linear
 
 __all__ = ["ConvNeXtBlock", "Decoder", "Encoder", "map_shape"]
 

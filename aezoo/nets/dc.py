@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, grids, head, map_shape, rank_of
-from aezoo.nets.linear import in_graph
-from aezoo.nets.memory_format import in_order, is_last
 from aezoo.nets.resnet import ResidualBlock
+from aezoo.speed.linear import in_graph
+from aezoo.speed.memory_format import in_order, is_last
 
 __all__ = ["Decoder", "Encoder", "map_shape"]
 

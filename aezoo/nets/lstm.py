@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
-from aezoo.nets.linear import Linear
+from aezoo.speed.linear import Linear
 
 
 class Steps(nn.Module):

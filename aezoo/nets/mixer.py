@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from aezoo.errors import AezooError
 from aezoo.nets import vit
 from aezoo.nets.build import activation
-from aezoo.nets.linear import Linear
 from aezoo.nets.vit import map_shape
+from aezoo.speed.linear import Linear
 
 __all__ = ["Block", "Decoder", "Encoder", "blocks", "map_shape"]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
-from aezoo.nets.linear import Linear
+from aezoo.speed.linear import Linear
 
 
 def _layers(dims: tuple[int, ...], act: str) -> list[nn.Module]:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.nets.build import activation
-from aezoo.nets.linear import Linear
 from aezoo.nets.lstm import FromSteps, Steps, check_shapes, map_shape, sinusoids, steps_of
+from aezoo.speed.linear import Linear
 
 __all__ = ["Block", "Decoder", "Encoder", "map_shape"]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, grids, head, map_shape, rank_of
-from aezoo.nets.memory_format import in_order
+from aezoo.speed.memory_format import in_order
 
 __all__ = ["Decoder", "Encoder", "UNet", "map_shape"]
 

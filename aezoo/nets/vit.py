@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.nets.conv import head
-from aezoo.nets.linear import Linear, linear
+from aezoo.speed.linear import Linear, linear
 
 _MOST_PATCHES = 64
 _LARGEST_PATCH = 16

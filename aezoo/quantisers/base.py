@@ -58,25 +58,25 @@ class Quantiser(nn.Module):
     Attributes:
         dim: D, channels of z.
         code_dim: C, channels of z_q.
-        book_sizes: K of each of the Q indices of a place.
+        codebook_sizes: K of each of the Q indices of a place.
 
     Args:
         dim: D.
-        book_sizes: K of each index.
+        codebook_sizes: K of each index.
         code_dim: C; D if None.
     """
 
     _like: Tensor
 
-    def __init__(self, dim: int, book_sizes: tuple[int, ...], code_dim: int | None = None) -> None:
+    def __init__(self, dim: int, codebook_sizes: tuple[int, ...], code_dim: int | None = None) -> None:
         super().__init__()
         code_dim = dim if code_dim is None else code_dim
-        if min(dim, code_dim, *book_sizes, len(book_sizes)) < 1:
+        if min(dim, code_dim, *codebook_sizes, len(codebook_sizes)) < 1:
             raise AezooError(
-                f"{type(self).__name__} needs at least one channel and one code a book, got dim {dim}, code_dim "
-                f"{code_dim} and books of {book_sizes}: give whole numbers above 0"
+                f"{type(self).__name__} needs at least one channel and one code a codebook, got dim {dim}, code_dim "
+                f"{code_dim} and codebooks of {codebook_sizes}: give whole numbers above 0"
             )
-        self.dim, self.code_dim, self.book_sizes = dim, code_dim, book_sizes
+        self.dim, self.code_dim, self.codebook_sizes = dim, code_dim, codebook_sizes
         self._kept: set[str] = set()
         # tells the module's precision where it has no parameters
         self.register_buffer("_like", torch.zeros(()), persistent=False)
@@ -84,7 +84,7 @@ class Quantiser(nn.Module):
     @property
     def bits(self) -> float:
         """Bits of one place: the sum of log2 K over its indices."""
-        return sum(math.log2(size) for size in self.book_sizes)
+        return sum(math.log2(size) for size in self.codebook_sizes)
 
     def forward(self, z: Tensor) -> Quantised:
         """Same as `quantise`."""
@@ -110,7 +110,7 @@ class Quantiser(nn.Module):
         Raises:
             AezooError: a different number of indices per place.
         """
-        self._check("indices", indices, len(self.book_sizes), "indices a place")
+        self._check("indices", indices, len(self.codebook_sizes), "indices a place")
         with torch.autocast(indices.device.type, enabled=False):
             q_NC = self._of_codes(_as_rows(indices))
         return _at_places(q_NC, indices).to(self._like.dtype)

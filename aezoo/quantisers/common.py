@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aezoo.precision import at_least_float32
+from aezoo.training.precision import at_least_float32
 
 # maximal numbers of rows and of multiplications for k-means
 _ROWS, _WORK = 2**14, 1e10

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
 from aezoo.quantisers.base import Quantiser, Rows
 from aezoo.quantisers.common import to_digits, to_index
 from aezoo.quantisers.estimators import ste
 from aezoo.quantisers.fsq import MOST_BITS
+from aezoo.training.limits import at_least
 
 # g and sigma_g^2 by name
 SQUASHES = {

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.limits import at_least
 from aezoo.nets import vit
-from aezoo.nets.linear import Linear
 from aezoo.quantisers.sim_vq import SharedBook
+from aezoo.speed.linear import Linear
+from aezoo.training.limits import at_least
 
 
 class Bridge(nn.Module):
@@ -78,6 +78,6 @@ class FVQ(SharedBook):
         self.raw_KD = nn.Parameter(torch.randn(size, dim) * dim**-0.5)
         self.bridge = Bridge(dim, group_size, width, depth)
 
-    def book(self) -> Tensor:
+    def codebook(self) -> Tensor:
         moved: Tensor = self.bridge(self.raw_KD).to(self.exact_dtype)
         return moved

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.categorical import kl_from_uniform, relaxed
+from aezoo.distributions.categorical import kl_from_uniform, relaxed
 from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantiser, Rows
 

@@ -40,7 +40,7 @@ class ResidualFSQ(FSQ):
         super().__init__(levels)
         if depth < 1 or not 0 <= dropout <= 1:
             raise AezooError(f"ResidualFSQ needs depth of 1 or more and dropout in [0, 1], got {depth} and {dropout}")
-        self.depth, self.dropout, self.book_sizes = depth, dropout, self.book_sizes * depth
+        self.depth, self.dropout, self.codebook_sizes = depth, dropout, self.codebook_sizes * depth
         self.keep("L_D", torch.tensor(levels, dtype=torch.get_default_dtype()), persistent=False)
 
     def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:

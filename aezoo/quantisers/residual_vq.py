@@ -76,7 +76,7 @@ class ResidualVQ(Quantiser):
     def _start_rows(self, z_ND: Tensor) -> None:
         for level in self._levels():
             level._start_rows(z_ND)
-            code_KD = level.book()
+            code_KD = level.codebook()
             z_ND = z_ND - code_KD[nearest(z_ND, code_KD)]
 
     def _levels(self) -> list[VQ]:

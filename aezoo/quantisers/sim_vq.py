@@ -20,7 +20,7 @@ from aezoo.quantisers.estimators import rotation, ste
 
 
 class SharedBook(Quantiser):
-    """VQ with codes computed from shared parameters; a subclass defines `book`. Terms: commitment and codebook.
+    """VQ with codes computed from shared parameters; a subclass defines `codebook`. Terms: commitment and codebook.
 
     Args:
         dim: D, channels of z.
@@ -37,12 +37,12 @@ class SharedBook(Quantiser):
             raise AezooError(f"estimator must be one of ste, rotation, got {estimator!r}")
         self.pass_gradient = rotation if estimator == "rotation" else ste
 
-    def book(self) -> Tensor:
+    def codebook(self) -> Tensor:
         """The codes, (K, D)."""
-        raise NotImplementedError(f"{type(self).__name__} must write book")
+        raise NotImplementedError(f"{type(self).__name__} must write codebook")
 
     def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
-        code_KD = self.book()
+        code_KD = self.codebook()
         index_N = nearest(z_ND, code_KD)
         q_ND = F.embedding(index_N, code_KD)
         terms = {
@@ -52,7 +52,7 @@ class SharedBook(Quantiser):
         return self.pass_gradient(z_ND, q_ND), index_N[:, None], terms
 
     def _of_codes(self, index_NQ: Tensor) -> Tensor:
-        return F.embedding(index_NQ[:, 0], self.book())
+        return F.embedding(index_NQ[:, 0], self.codebook())
 
 
 class SimVQ(SharedBook):
@@ -74,6 +74,6 @@ class SimVQ(SharedBook):
         self.keep("frozen_KD", torch.randn(size, dim) * dim**-0.5)
         self.W_DD = nn.Parameter(nn.init.orthogonal_(torch.empty(dim, dim)))
 
-    def book(self) -> Tensor:
+    def codebook(self) -> Tensor:
         """The codes, (K, D)."""
         return self.frozen_KD @ self.W_DD.to(self.exact_dtype)

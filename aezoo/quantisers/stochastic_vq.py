@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.categorical import kl_from_uniform, relaxed
+from aezoo.distributions.categorical import kl_from_uniform, relaxed
 from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantiser, Rows
 from aezoo.quantisers.common import nearest, relative_distance
@@ -103,7 +103,7 @@ class StochasticVQ(Quantiser):
         q_NK = log_q_NK.exp()
         terms = {
             "dequantisation": -(q_NK * logits_NK).sum(1),
-            "kl": kl_from_uniform(q_NK, log_q_NK, self.book_sizes[0]),
+            "kl": kl_from_uniform(q_NK, log_q_NK, self.codebook_sizes[0]),
         }
         if self.training:
             # random numbers are drawn per sample, so the shape is (B, P, K)

@@ -25,10 +25,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from aezoo.limits import at_least
 from aezoo.quantisers.base import Rows
 from aezoo.quantisers.estimators import ste
 from aezoo.quantisers.vq import VQ
+from aezoo.training.limits import at_least
 
 # rows whose distances to the queue are held at once, and rows of the queue that are searched as one group
 _ROWS, _GROUP = 512, 8

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.categorical import gumbel
+from aezoo.distributions.categorical import gumbel
 from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantiser, Rows
 from aezoo.quantisers.common import k_means, nearest, relative_distance
@@ -96,7 +96,7 @@ class VQ(Quantiser):
             self.keep("count_K", torch.ones(size))
             self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
-    def book(self) -> Tensor:
+    def codebook(self) -> Tensor:
         """The codes as used in comparisons, (K, D)."""
         code_KD = self.code_KD.to(self.exact_dtype)
         if self.training and self.counts:
@@ -113,7 +113,7 @@ class VQ(Quantiser):
         return self.estimate(z_ND, q_ND, places), index_N[:, None], terms
 
     def _of_codes(self, index_NQ: Tensor) -> Tensor:
-        return F.embedding(index_NQ[:, 0], self.book())
+        return F.embedding(index_NQ[:, 0], self.codebook())
 
     def choose(
         self, z_ND: Tensor, places: int = 1, kept_N: Tensor | None = None
@@ -128,7 +128,7 @@ class VQ(Quantiser):
         Returns:
             Codes with the gradient that reaches the codebook, (N, D), indices, (N,), and terms, (N,) each.
         """
-        code_KD = self.book()
+        code_KD = self.codebook()
         if self.training and self.estimator == "gumbel":
             log_p_NK = -relative_distance(z_ND, code_KD) / self.temperature
             # random numbers are drawn per sample, so the shape is (B, P, K)
@@ -160,7 +160,7 @@ class VQ(Quantiser):
     @torch.no_grad()
     def _learn(self, z_ND: Tensor, index_N: Tensor, kept_N: Tensor | None) -> None:
         kept_N1 = torch.ones_like(z_ND[:, :1]) if kept_N is None else kept_N.to(z_ND.dtype)[:, None]
-        zeros = z_ND.new_zeros(self.book_sizes[0], self.dim + 1)
+        zeros = z_ND.new_zeros(self.codebook_sizes[0], self.dim + 1)
         # sums and row counts in one tensor: one exchange between the ranks
         totals = self.over_ranks(zeros.index_add(0, index_N, torch.cat([z_ND * kept_N1, kept_N1], 1)))
         of_batch_KD, hits_K = totals[:, :-1], totals[:, -1]
@@ -176,7 +176,7 @@ class VQ(Quantiser):
     def _revive(self, z_ND: Tensor) -> None:
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.across_ranks() else (0, 1)
         n, all_n = z_ND.shape[0], z_ND.shape[0] * ranks
-        mean = all_n / self.book_sizes[0]
+        mean = all_n / self.codebook_sizes[0]
         # with few rows, evenly used codes would count as dead, and a code that has moved would die in the next step
         least = self.dead_below if mean > 1 else min(self.dead_below, mean / 2)
         dead_K = self.count_K < least
@@ -194,9 +194,9 @@ class VQ(Quantiser):
     def _start_rows(self, z_ND: Tensor) -> None:
         """Start the codes by k-means, computed on the first rank for all."""
         z_ND, many = self.place(z_ND), dist.is_available() and dist.is_initialized()
-        found_KD1 = z_ND.new_zeros(self.book_sizes[0], self.dim + 1)
+        found_KD1 = z_ND.new_zeros(self.codebook_sizes[0], self.dim + 1)
         if not many or dist.get_rank() == 0:
-            mean_KD, count_K = k_means(z_ND, self.book_sizes[0])
+            mean_KD, count_K = k_means(z_ND, self.codebook_sizes[0])
             found_KD1 = torch.cat([mean_KD, count_K[:, None]], 1)
         if many:
             dist.broadcast(found_KD1, 0)

@@ -30,7 +30,7 @@ PACKAGES = (
     "lightning.fabric.plugins",
 )
 # modules that start runs or processes; users call them, but a file must not name them
-_CLOSED = ("aezoo.cli", "aezoo.lightning_cli", "aezoo.security", "aezoo.testing")
+_CLOSED = ("aezoo.cli", "aezoo.cli.lightning_cli", "aezoo.security", "aezoo.testing")
 _GROUPS = ("aezoo.models", "aezoo.data")
 _opened: set[str] = set()
 

@@ -7,9 +7,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from aezoo.bases.multimodal import Multimodal
 from aezoo.data.classes import UNLABELLED
 from aezoo.metrics.coherence import CrossCoherence, JointCoherence
-from aezoo.multimodal import WithParts
 from aezoo.tasks.embed_codes import choose_rows, fit_probe
 from aezoo.tasks.output import Row
 from aezoo.tasks.samples import Samples
@@ -21,7 +21,7 @@ _FOLDS = 5
 _MOST, _DRAWN = 2000, 1000
 
 
-def coherence(model: WithParts, samples: Samples, x_hat: Array, seed: int, batch_size: int) -> list[Row]:
+def coherence(model: Multimodal, samples: Samples, x_hat: Array, seed: int, batch_size: int) -> list[Row]:
     """One row for each part, and one for samples from the prior; no rows if there are too few labels.
 
     A classifier is a logistic regression on the raw values of a part. It learns from the real parts of four fifths of
@@ -73,7 +73,7 @@ def _flat(part: Tensor) -> Array:
     return part.flatten(1).double().numpy()
 
 
-def _logits(probes: list[Any], model: WithParts, x: Tensor, k: int) -> list[Tensor]:
+def _logits(probes: list[Any], model: Multimodal, x: Tensor, k: int) -> list[Tensor]:
     """The logits of each part's classifier, (B, K) each; -inf for classes that it has not seen."""
     found = []
     for probe, part in zip(probes, model.split(x), strict=True):

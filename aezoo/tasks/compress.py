@@ -5,10 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
-from aezoo.checkpoint import save_model
-from aezoo.entropy import EntropyCoded
+from aezoo.bases.entropy_coded import EntropyCoded
+from aezoo.distributions.likelihoods import Bernoulli
 from aezoo.errors import AezooError
-from aezoo.likelihoods import Bernoulli
+from aezoo.io.checkpoint import save_model
 from aezoo.registry import name_of
 from aezoo.tasks.codec import indices, lossless, lossy, machine, tables
 from aezoo.tasks.codec.container import MAX_BLOCK, QUALITIES, most_in_piece

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from aezoo.autoencoder import Autoencoder
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.entropy import EntropyCoded
+from aezoo.bases.entropy_coded import EntropyCoded
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import indices, learned, lossless, lossy, machine, tables
 from aezoo.tasks.codec.autoregressive import Advance, Autoregressive
@@ -186,7 +186,7 @@ def _indices(
     else:
         first, *frames = frames
         with _refusing(reader):
-            coder = indices.Tabled.from_bytes(reader.payload(first), indices.books_of(model))
+            coder = indices.Tabled.from_bytes(reader.payload(first), indices.codebooks_of(model))
     decode = functools.partial(indices.decode, model, block=block)
     return _coded(reader, frames, coder, "indices", decode, strict)
 

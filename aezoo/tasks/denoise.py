@@ -16,11 +16,11 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.corruptions import Corruption
 from aezoo.errors import AezooError
 from aezoo.metrics import Evaluation
-from aezoo.randomness import mix
 from aezoo.tasks.denoisers import MISSING, Filter, best_setting, filters, missing
 from aezoo.tasks.output import Row, Store, fill, table_text
 from aezoo.tasks.samples import Samples, at_work
 from aezoo.tasks.samples import progress as progress_bar
+from aezoo.training.seeding import mix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

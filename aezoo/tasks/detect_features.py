@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.models.variational.perceptual_vae import zoo_features
-from aezoo.nets.features import VGG, FeatureNet, random_features, vgg_features
-from aezoo.nets.stored import stored_weights
+from aezoo.nets.blocks.features import VGG, FeatureNet, random_features, vgg_features
+from aezoo.nets.blocks.pretrained import stored_weights
 
 RESNETS = ("resnet18", "resnet50", "wide_resnet50_2")
 _SIDE = 224

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.data.source import ArrayDataset
-from aezoo.randomness import forked_rng
 from aezoo.tasks.fidelity_features import choose_features
 from aezoo.tasks.output import Row, Store
 from aezoo.tasks.samples import Samples
+from aezoo.training.seeding import forked_rng
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

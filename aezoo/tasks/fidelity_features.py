@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
-from aezoo.nets.classifier import STEPS, Classifier
-from aezoo.nets.stored import stored_file, stored_weights
-from aezoo.randomness import forked_rng
+from aezoo.nets.blocks.classifier import STEPS, Classifier
+from aezoo.nets.blocks.pretrained import stored_file, stored_weights
 from aezoo.tasks.embed_codes import choose_rows, has_classes
 from aezoo.tasks.output import join
 from aezoo.tasks.samples import Samples
 from aezoo.tasks.samples import progress as progress_bar
+from aezoo.training.seeding import forked_rng
 
 # what the small classifier learns from
 _MOST_LEARNT, _MOST_VALUES = 20_000, 2**26

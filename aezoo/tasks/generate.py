@@ -15,13 +15,13 @@ from torch import Tensor
 from aezoo.autoencoder import Autoencoder
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
 from aezoo.tasks import generate_walks, priors
 from aezoo.tasks.embed_codes import codes_of
 from aezoo.tasks.generate_walks import GIVE_TRAINING
 from aezoo.tasks.output import Row, Store, fill, join, table_text
 from aezoo.tasks.samples import Samples, at_work, like
 from aezoo.tasks.samples import progress as progress_bar
+from aezoo.training.limits import at_least
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

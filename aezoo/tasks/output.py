@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aezoo import durable
 from aezoo.errors import AezooError
+from aezoo.io import atomic_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ class Store:
         if self.folder is not None:
             # a unique name, since another process may test the folder at the same time
             probe = self.folder / f".tmp-{os.getpid()}.part"
-            durable.write(probe, lambda file: None, cure=CURE)
+            atomic_files.write(probe, lambda file: None, cure=CURE)
             probe.unlink()
 
     def __enter__(self) -> "Store":
@@ -121,7 +121,7 @@ class Store:
             return 0
         path = self.folder / name
         temporary = self._temporary(path)
-        durable.write(temporary, fill, cure=CURE, name=path)
+        atomic_files.write(temporary, fill, cure=CURE, name=path)
         self._keep(path, temporary)
         return temporary.stat().st_size
 

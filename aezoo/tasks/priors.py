@@ -35,9 +35,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
-from aezoo.gaussians import LOG_2PI
-from aezoo.randomness import forked_rng
+from aezoo.training.seeding import forked_rng
 
 Array = npt.NDArray[Any]
 Seed = int | np.random.Generator

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aezoo.manifolds import hamiltonian
 from aezoo.manifolds.riemannian import half_log_det
-from aezoo.randomness import forked_rng
+from aezoo.training.seeding import forked_rng
 
 Array = npt.NDArray[Any]
 

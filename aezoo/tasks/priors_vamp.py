@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aezoo.gaussians import LOG_2PI
+from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.tasks import priors
 
 Array = npt.NDArray[Any]

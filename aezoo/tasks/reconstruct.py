@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
+from aezoo.bases.multimodal import Multimodal
 from aezoo.errors import AezooError
-from aezoo.multimodal import WithParts
 from aezoo.registry import name_of
 from aezoo.tasks.coherence import coherence
 from aezoo.tasks.embed_codes import has_classes
@@ -163,7 +163,7 @@ class _Some:
     """
 
     def __init__(self, model: Autoencoder, parts: Sequence[int]) -> None:
-        if not isinstance(model, WithParts):
+        if not isinstance(model, Multimodal):
             raise AezooError(f"{name_of(type(model)) or type(model).__name__} knows no parts of samples: drop --parts, "
                              "or train a model that does, such as mvae")  # fmt: skip
         self.model, self.parts = model, parts

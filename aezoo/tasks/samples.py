@@ -20,7 +20,7 @@ from aezoo.data.memory import numeric, real
 from aezoo.data.resident import decode
 from aezoo.data.source import ArrayDataset, Stage, as_float, levels_of
 from aezoo.errors import AezooError
-from aezoo.randomness import forked_rng
+from aezoo.training.seeding import forked_rng
 
 
 class Samples:

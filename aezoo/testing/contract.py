@@ -13,8 +13,8 @@ from unittest import SkipTest
 
 import torch
 
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.entropy import EntropyCoded
+from aezoo.bases.entropy_coded import EntropyCoded
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.testing.ranks import SharedNoise
 from aezoo.testing.subject import (
@@ -131,7 +131,7 @@ def check_indices(subject: Subject) -> None:
     if isinstance(model, EntropyCoded):
         _require_symbols(model, x)
     if not isinstance(model, DiscreteAutoencoder):
-        require(not model.discrete_code, "discrete_code is for subclasses of aezoo.discrete.DiscreteAutoencoder")
+        require(not model.discrete_code, "discrete_code is for subclasses of aezoo.bases.quantised.DiscreteAutoencoder")
         return
     with torch.no_grad():
         indices, x_hat = model.encode_indices(x), model(x)
@@ -142,12 +142,12 @@ def check_indices(subject: Subject) -> None:
         )
         for i, size in enumerate(model.index_sizes):
             low, high = int(indices[:, i].min()), int(indices[:, i].max())
-            require(low >= 0 and high < size, f"indices from {low} to {high} of a book of {size}")
+            require(low >= 0 and high < size, f"indices from {low} to {high} of a codebook of {size}")
         require_close("codes(encode_indices(x))", model.codes(indices), model.encode(x), 1e-5)
         require_close("decode_indices(encode_indices(x))", model.decode_indices(indices), x_hat, 1e-5)
-    books = model.books(indices)
-    counted = sum(values.numel() for values, _ in books.values())
-    require(counted == indices.numel(), f"books hold {counted} of {indices.numel()} indices")
+    codebooks = model.codebooks(indices)
+    counted = sum(values.numel() for values, _ in codebooks.values())
+    require(counted == indices.numel(), f"codebooks hold {counted} of {indices.numel()} indices")
 
 
 def _require_symbols(model: EntropyCoded, x: torch.Tensor) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.joint import Joint, can_trace
+from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.speed.joint_backward import Joint, can_trace
 from aezoo.testing.ranks import SharedNoise
 from aezoo.testing.subject import (
     BATCH,

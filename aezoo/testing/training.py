@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from aezoo.autoencoder import Autoencoder
-from aezoo.checkpoint import load_model, save_model
 from aezoo.data import DataModule
 from aezoo.data.array import LAYOUTS
+from aezoo.io.checkpoint import load_model, save_model
 from aezoo.registry import name_of
 from aezoo.testing.subject import (
     BATCH,

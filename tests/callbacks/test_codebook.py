@@ -13,17 +13,18 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.colors import hsv_to_rgb
 from PIL import Image
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import aezoo
-from aezoo import cli, lightning_cli
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.callbacks import Codebook, Projector, in_use
 from aezoo.callbacks.codebook import codes_of, quantiser_of
 from aezoo.callbacks.drawing import count_cells, count_figure, index_colours, index_grid, mosaic_figure, render
-from aezoo.discrete import DiscreteAutoencoder
+from aezoo.cli import lightning_cli
+from aezoo.cli.main import main
 from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantiser
 from aezoo.quantisers.fsq import FSQ
@@ -52,12 +53,12 @@ class Indexed(Fake):
         first = (torch.nn.functional.avg_pool2d(x, 2) * 15).long()
         return torch.cat([first, first % 5], 1)[:, : len(self.sizes)]
 
-    def books(self, indices: Tensor) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+    def codebooks(self, indices: Tensor) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
         return {"": (indices, self.sizes)}
 
 
 def by_hand(x: Tensor) -> list[np.ndarray]:
-    """How often each code of both books is chosen."""
+    """How often each code of both codebooks is chosen."""
     blocks = x.numpy().reshape(len(x), 4, 2, 4, 2).mean((2, 4))
     first = np.floor(blocks * 15).astype(int).ravel()
     return [np.array([(first == k).sum() for k in range(16)]), np.array([(first % 5 == k).sum() for k in range(5)])]
@@ -164,7 +165,7 @@ class Written(Codebook):
 
     def on_validation_epoch_end(self, trainer, pl_module):
         super().on_validation_epoch_end(trainer, pl_module)
-        counts = [[c.tolist() for c in book] for book in self._counts.values()]
+        counts = [[c.tolist() for c in codebook] for codebook in self._counts.values()]
         (Path(trainer.default_root_dir) / f"{trainer.global_rank}.json").write_text(json.dumps(counts))
 
 
@@ -179,7 +180,7 @@ class Fails(Indexed):
 
 def on_two_ranks(folder: Path, model: pl.LightningModule, shares: tuple[int, int]) -> list[list[list[list[int]]]]:
     settings = {"max_epochs": 1, "use_distributed_sampler": False, "default_root_dir": folder}
-    trainer = silent_trainer(devices=2, strategy="ddp_spawn", **settings, callbacks=[Written(every_n_epochs=1)])
+    trainer = quiet_trainer(devices=2, strategy="ddp_spawn", **settings, callbacks=[Written(every_n_epochs=1)])
     data = digits((1, 8, 8), 45)
     trainer.fit(model, DataLoader(data, 9), Shards(data, shares))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
@@ -221,7 +222,7 @@ def test_a_rank_that_cannot_count_leaves_no_other_waiting(tmp_path):
 def test_validation_is_encoded_once_and_only_where_a_picture_is_due(fit, events):
     model = Indexed()
     fit(model, Codebook(every_n_epochs=2), max_epochs=5)
-    # three batches, one blank sample that tells the books, and the samples that are drawn; epochs 2, 4 and the last
+    # three batches, one blank sample that tells the codebooks, and the samples that are drawn; epochs 2, 4 and the last
     assert model.encoded == 3 * (3 + 1 + 1)
     assert set(events().Tags()["images"]) == {f"pictures/{name}" for name in PICTURES}
     for name in PICTURES:
@@ -252,7 +253,7 @@ def test_nothing_is_drawn_or_counted(fit, tmp_path, options):
 
 
 def test_without_validation_nothing_is_drawn(tmp_path):
-    trainer = silent_trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=[Codebook(every_n_epochs=1)])
+    trainer = quiet_trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=[Codebook(every_n_epochs=1)])
     model = Indexed()
     model.validation_step = None
     trainer.fit(model, DataLoader(digits((1, 8, 8)), 16))
@@ -301,7 +302,7 @@ def test_bad_values_are_refused():
 def test_exactly_the_used_cells_are_lit():
     counts = torch.zeros(23, dtype=torch.long)
     counts[[0, 4, 5, 22]] = torch.tensor([1, 10, 1000, 10])
-    figure = count_figure([counts], ["a book"], "times")
+    figure = count_figure([counts], ["a codebook"], "times")
     pixels = render(figure).astype(int)
     axes = figure.axes[0]
     box = axes.get_window_extent()
@@ -334,8 +335,8 @@ def test_books_beyond_what_is_counted_say_so_once_and_are_still_shown(fit, tmp_p
     monkeypatch.setattr("aezoo.callbacks.codebook.rank_zero_info", said.append)
     fit(Indexed(sizes=(2**40,)), Codebook(every_n_epochs=1), max_epochs=2)
     assert said == [
-        "Codebook draws no use of codes: CodebookUsage counts books of one code or more, 16777216 codes together at "
-        "most, got (1099511627776,): of larger books count the digits of an index"
+        "Codebook draws no use of codes: CodebookUsage counts codebooks of one code or more, 16777216 codes together "
+        "at most, got (1099511627776,): of larger codebooks count the digits of an index"
     ]
     assert pictures(tmp_path) == {"codebook_indices"}
 
@@ -354,14 +355,14 @@ def test_at_most_eight_indices_a_place_are_shown(fit, rows, counted, events):
 
 def test_each_of_several_books_has_pictures_of_its_name(fit, tmp_path, counted, rows):
     class Two(Indexed):
-        def books(self, indices):
+        def codebooks(self, indices):
             return {"top": (indices[:, :1], SIZES[:1]), "bottom": (indices[:, 1:], SIZES[1:])}
 
     fit(Two(), Codebook(every_n_epochs=1), n=45, max_epochs=1)
     expected = by_hand(digits((1, 8, 8), 45).tensors[0])
-    for book, counts in zip(counted, expected, strict=True):
-        np.testing.assert_array_equal(book[0], counts)
-    names = {f"codebook_{kind}_{book}" for kind in ("usage", "frequencies") for book in ("top", "bottom")}
+    for codebook, counts in zip(counted, expected, strict=True):
+        np.testing.assert_array_equal(codebook[0], counts)
+    names = {f"codebook_{kind}_{codebook}" for kind in ("usage", "frequencies") for codebook in ("top", "bottom")}
     assert pictures(tmp_path) == {*names, "codebook_indices"}
     assert rows[0][0] == ["original", "indices top", "indices bottom", "output"]
 
@@ -591,7 +592,7 @@ def test_the_command_line_shows_all_of_it_by_default(tmp_path, monkeypatch):
     assert lightning_cli.DEFAULT_CALLBACKS["codebook"] is Codebook
     monkeypatch.chdir(tmp_path)
     off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
-    cli.main([
+    main([
         "fit", "--model=vq_vae", "--model.net=mlp", "--model.hidden_dims=[16]", "--model.codebook_size=32", *off,
         "--data.name=digits", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.accelerator=cpu",
     ])  # fmt: skip

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import aezoo
-from aezoo import cli, loop
 from aezoo.callbacks import EMA, Checkpoints, FaultGuard, fault_guard
+from aezoo.cli.main import main
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
+from aezoo.speed import fast_loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 BATCHES = 6
@@ -205,7 +206,7 @@ def test_a_loop_that_asks_the_guard_does_as_its_hooks_do(monkeypatch, capsys, op
         states = States()
         with monkeypatch.context() as patch:
             if not light:
-                patch.setattr(loop, "lighten", lambda trainer: False)
+                patch.setattr(fast_loop, "install_fast_loop", lambda trainer: False)
             fit(Norms(faults, optimizer, buffers=False), made, EMA(0.9), states, epochs=3, **CLIPS[clip])
         ends.append((states.seen, made.state_dict(), [t for t in capsys.readouterr().err.splitlines() if "skip" in t]))
         if light:
@@ -249,7 +250,7 @@ def test_gradients_are_clipped_as_the_trainer_and_the_module_have_it(monkeypatch
         states = States()
         with monkeypatch.context() as patch:
             if not light:
-                patch.setattr(loop, "lighten", lambda trainer: False)
+                patch.setattr(fast_loop, "install_fast_loop", lambda trainer: False)
             made = (FaultGuard(), states, *(callback() for callback in callbacks))
             fit(model(buffers=False), *made, epochs=2, gradient_clip_val=0.02)
         ends.append(states.seen)
@@ -492,7 +493,7 @@ def test_the_command_in_the_report_runs_into_the_same_fault(tmp_path, monkeypatc
     argv += ["--projector.n=0", "--code_statistics.every_n_epochs=0", "--trainer.max_epochs=3"]
     argv += [] if folder is None else [f"--checkpoints.dirpath={folder}"]
     with pytest.raises(SystemExit) as end:
-        cli.main([*argv, "--fault_guard.patience=2"])
+        main([*argv, "--fault_guard.patience=2"])
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
@@ -509,7 +510,7 @@ def test_the_command_in_the_report_runs_into_the_same_fault(tmp_path, monkeypatc
     command = shlex.split(report["the same again"])
     assert command[:3] == ["aezoo", "fit", "--resume"]
     with pytest.raises(SystemExit) as end:
-        cli.main(command[1:])
+        main(command[1:])
     assert end.value.code == 2
     assert "1 steps in a row were not finite (epoch 1, batch 0: kl" in capsys.readouterr().err.splitlines()[-1]
     assert aezoo.load_model(run).encoder[1].weight.isfinite().all()
@@ -545,7 +546,7 @@ def test_only_a_guard_that_keeps_nothing_a_batch_can_be_captured():
 
 
 def test_each_replay_of_a_recorded_step_is_counted():
-    """As `aezoo.loop` does it: the hook is called once, while the step is recorded, and told of each replay."""
+    """As the fast loop does it: the hook is called once, while the step is recorded, and told of each replay."""
     made, average = guard(True), EMA(0.9)
     model = VAE((6,), hidden_dims=(5,))
     outputs, seen = {"kl": torch.zeros(())}, {}

@@ -13,7 +13,7 @@ import torch
 from callback_fakes import Fake, FakeSparse, FakeVAE, digits
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -199,7 +199,7 @@ def test_batches_without_labels(tmp_path, kind):
         def validation_step(self, batch, batch_idx):
             pass
 
-    trainer = silent_trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=all_pictures())
+    trainer = quiet_trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=all_pictures())
     trainer.fit(Plain((1, 6, 6)), DataLoader(data, 16), DataLoader(data, 16))
     assert (tmp_path / "pictures" / "latents.png").is_file()
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 from torch import nn
 
 from aezoo.data import ArrayDataset, DataModule, Source, list_data
@@ -141,7 +141,7 @@ def test_checkpoint_with_the_data_in_it_loads_safely(tmp_path):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     data = DataModule("digits", batch_size=32, val_fraction=0)
-    trainer = silent_trainer(max_epochs=1, limit_train_batches=1, default_root_dir=tmp_path)
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=1, default_root_dir=tmp_path)
     trainer.fit(Model(), data)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["datamodule_hyper_parameters"]

@@ -7,15 +7,15 @@ import signal
 import lightning.pytorch as pl
 import pytest
 import torch
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
+from aezoo.cli.lightning_cli import _refusal
 from aezoo.data import ArrayDataset, DataModule
 from aezoo.data.classes import keep_labels, subset
 from aezoo.data.loaders import EpochSampler, Files, even_batch_size, gathers, lost_worker, make_loader
 from aezoo.data.resident import decode
-from aezoo.lightning_cli import _refusal
 
 
 class Recorder(pl.LightningModule):
@@ -49,7 +49,7 @@ class Recorder(pl.LightningModule):
 
 
 def trainer(**plain):
-    return silent_trainer(**{"max_epochs": 2, **plain})
+    return quiet_trainer(**{"max_epochs": 2, **plain})
 
 
 def numbers(n=40):

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 from test_vision import write_family
 
 import aezoo
+from aezoo.cli.lightning_cli import AezooCLI
 from aezoo.data import ArrayDataset, DataModule, resident
 from aezoo.data import datamodule as datamodule_module
 from aezoo.data.idx import FAMILIES
 from aezoo.data.loaders import LazyLoader, local_processes, make_loader, workers
 from aezoo.data.resident import ResidentLoader, free_memory
 from aezoo.errors import AezooError
-from aezoo.lightning_cli import AezooCLI
 
 N = 23
 
@@ -167,7 +167,7 @@ def fit(memory, source, folder=None, ckpt_path=None, **plain):
     data = DataModule(**source, memory=memory, batch_size=16, seed=1, num_workers=0)
     model = aezoo.create_model("vae", data.input_shape, latent_dim=2, hidden_dims=(8,))
     settings = {"max_epochs": 2, "limit_train_batches": 5, "limit_val_batches": 2} | plain
-    trainer = silent_trainer(**settings, callbacks=[SaveAt(7, folder)] if folder else [])
+    trainer = quiet_trainer(**settings, callbacks=[SaveAt(7, folder)] if folder else [])
     trainer.fit(model, data, ckpt_path=ckpt_path)
     return model.state_dict(), {key: float(value) for key, value in trainer.callback_metrics.items()}
 
@@ -388,7 +388,7 @@ def test_workers_leave_a_core_to_training(monkeypatch):
 
 def two_ranks(**plain):
     unasked = {"use_distributed_sampler": False, "num_sanity_val_steps": 0}
-    return silent_trainer(devices=2, strategy="ddp_fork", max_epochs=1, **unasked, **plain)
+    return quiet_trainer(devices=2, strategy="ddp_fork", max_epochs=1, **unasked, **plain)
 
 
 @pytest.mark.parametrize("count", ["whole set", "training split"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from aezoo import cli
+from aezoo.cli.main import main
 from aezoo.data import DataModule
 from aezoo.data.classes import labels_of
 from aezoo.data.shapes import COMBINATIONS, RGB, Shapes
@@ -271,5 +271,5 @@ def test_the_command_line_trains_on_it(tmp_path, monkeypatch):
         "off",
         "--data.num_workers=0",
     ]
-    cli.main(["fit", *shape, *few, "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--projector.n=0", *off])
+    main(["fit", *shape, *few, "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--projector.n=0", *off])
     assert list(tmp_path.rglob("*.ckpt"))

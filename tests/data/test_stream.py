@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 
 import aezoo
 from aezoo.data import ArrayDataset, DataModule
@@ -240,7 +240,7 @@ def test_a_run_goes_on_within_an_epoch_bit_for_bit(tmp_path, later):
         torch.manual_seed(0)
         data = DataModule("stream", root=root, **{"batch_size": 8, "memory": "off", "num_workers": 0, **ALL} | plain)
         model = aezoo.create_model("vae", data.input_shape, latent_dim=2, hidden_dims=(8,))
-        trainer = silent_trainer(max_epochs=3, callbacks=[SaveAt(11, save)])
+        trainer = quiet_trainer(max_epochs=3, callbacks=[SaveAt(11, save)])
         trainer.fit(model, data, ckpt_path=ckpt_path)
         assert trainer.global_step == 24
         return model.state_dict()

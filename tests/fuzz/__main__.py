@@ -19,7 +19,7 @@ import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from aezoo import lightning_cli
+from aezoo.cli import lightning_cli
 from aezoo.errors import AezooError
 
 from .configs import texts

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from silent import silent_trainer
+from quiet_trainer import quiet_trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ def fashion_mnist() -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def quiet() -> Callable[..., pl.Trainer]:
     """A trainer that writes and prints nothing."""
-    return silent_trainer
+    return quiet_trainer
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aezoo
-from aezoo.nets.dictionary import onto_simplex
+from aezoo.nets.blocks.dictionary import onto_simplex
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

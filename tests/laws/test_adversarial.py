@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from two_ranks import on_two_ranks
 
 import aezoo
-from aezoo.randomness import mix
 from aezoo.testing import SharedNoise
+from aezoo.training.seeding import mix
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

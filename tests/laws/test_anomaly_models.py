@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from two_ranks import on_two_ranks
 
 import aezoo
-from aezoo.randomness import mix
 from aezoo.tasks.detect import detect
+from aezoo.training.seeding import mix
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.nets.adversarial import by_last_layer
+from aezoo.nets.blocks.adversarial import by_last_layer
 from aezoo.nets.vit import Patchify
 
 NETS = ("resnet", "conv", "convnext", "conv_keras", "unet", "dc")

@@ -69,7 +69,7 @@ def test_without_a_capacity_no_rank_waits_for_another(name: str, shifted: Any) -
     def waits(values: Tensor) -> Tensor:
         raise AssertionError(f"{name} waits")
 
-    model._across_ranks, model.batch_mean, model.of_all_ranks = (lambda: True), waits, waits
+    model._across_ranks, model.batch_mean, model.all_gather = (lambda: True), waits, waits
     model.loss(x, y)
     for term, value in apart.terms.items():
         torch.testing.assert_close(value, whole[term])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import aezoo
-from aezoo.checkpoint import save_model
+from aezoo.io.checkpoint import save_model
 from aezoo.models.classic.denoising_ae import DenoisingAE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")

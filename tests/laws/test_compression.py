@@ -14,8 +14,8 @@ from scipy import stats
 from torch import Tensor
 
 import aezoo
-from aezoo import entropy
-from aezoo.entropy import (
+from aezoo.bases import entropy_coded
+from aezoo.bases.entropy_coded import (
     LEAST,
     LEVELS,
     MOST,
@@ -29,8 +29,8 @@ from aezoo.entropy import (
     scale_of,
 )
 from aezoo.errors import AezooError
+from aezoo.nets.blocks.subpixel import Attention, Decoder, Encoder, Subpixel
 from aezoo.nets.gdn import GDN
-from aezoo.nets.subpixel import Attention, Decoder, Encoder, Subpixel
 
 NAMES = aezoo.list_models(family="compression")
 WITH_SIDE = [name for name in NAMES if name != "factorized_prior"]
@@ -262,7 +262,7 @@ def test_draws_of_a_mixture_come_as_often_as_its_masses_say() -> None:
 
 def test_a_scale_stays_within_what_tables_hold() -> None:
     raw = torch.tensor([-1e4, -3.0, 0.0, 5.0, 1e4])
-    found = entropy.scale_of(raw)
+    found = entropy_coded.scale_of(raw)
     torch.testing.assert_close(found[1:4], LEAST + torch.log1p(raw[1:4].exp()))
     assert float(found[0]) == pytest.approx(LEAST) and float(found[-1]) == MOST
 
@@ -385,7 +385,7 @@ def test_a_map_s_law_sees_only_what_was_coded_before(name: str) -> None:
     symbols = model.encode_symbols(x)
 
     def laws(given: Tensor) -> Tensor:
-        take, means, start = entropy.one_by_one(given), [], [0]
+        take, means, start = entropy_coded.one_by_one(given), [], [0]
 
         class Watching(Taking):
             def change(self, v: Tensor, law: Any) -> Tensor:
@@ -393,7 +393,7 @@ def test_a_map_s_law_sees_only_what_was_coded_before(name: str) -> None:
                 start.append(start[-1] + law.mean[0].numel())
                 return super().change(v, law)
 
-        model.walk(Watching(take), None, len(given))
+        model.code_latents(Watching(take), None, len(given))
         ends.update(start)
         return torch.cat(means, 2)
 
@@ -417,11 +417,11 @@ def test_places_in_turn_are_the_one_convolution_of_training(name: str) -> None:
     """With what training would see, y^ for y~, the laws of all places at once have the rate of place after place."""
     model, x = small(name).eval(), data()
     coder, y = Rounding(), model.encoder(x)
-    y_hat = model.walk(coder, y, len(x))
-    at_once = Rounding()
-    said = model.said(at_once, y, len(x))
-    at_once.count(y_hat, model.law(*model.context(said, model.context.seen(y_hat))))
-    torch.testing.assert_close(coder.rate_B, at_once.rate_B)
+    y_hat = model.code_latents(coder, y, len(x))
+    can_join_backward = Rounding()
+    said = model.said(can_join_backward, y, len(x))
+    can_join_backward.count(y_hat, model.law(*model.context(said, model.context.seen(y_hat))))
+    torch.testing.assert_close(coder.rate_B, can_join_backward.rate_B)
 
 
 @pytest.mark.parametrize("name", IN_TURN)
@@ -456,7 +456,7 @@ def test_a_scale_hyperprior_sees_magnitudes_alone_and_expects_zero() -> None:
     model = small("scale_hyperprior").eval()
     y = 10 * torch.randn(2, *model.code_shape, dtype=torch.float64)
     coders = [Rounding(), Rounding()]
-    found = [model.walk(coder, sign * y, 2) for coder, sign in zip(coders, (1, -1), strict=True)]
+    found = [model.code_latents(coder, sign * y, 2) for coder, sign in zip(coders, (1, -1), strict=True)]
     torch.testing.assert_close(found[0], -found[1])
     torch.testing.assert_close(coders[0].rate_B, coders[1].rate_B)
     assert torch.equal(found[0], found[0].round())
@@ -581,7 +581,7 @@ def test_a_code_is_rounded_in_steps_of_its_quality() -> None:
     for s in range(3):
         model.quality = s
         gain, inverse = (of[s].exp().view(-1, 1, 1) for of in (model.log_gain_SM, model.log_inverse_SM))
-        torch.testing.assert_close(model.encode(x), parent.walk(Rounding(), gain * y, len(x)) * inverse)
+        torch.testing.assert_close(model.encode(x), parent.code_latents(Rounding(), gain * y, len(x)) * inverse)
 
 
 def test_between_two_qualities_gains_and_lam_are_geometric() -> None:
@@ -672,12 +672,12 @@ def test_samples_have_the_laws_of_the_model(name: str) -> None:
             seen.append((found - law.mean).round())
             return found
 
-    original, entropy.Taking = entropy.Taking, Watching  # type: ignore[misc]
+    original, entropy_coded.Taking = entropy_coded.Taking, Watching  # type: ignore[misc]
     try:
         torch.manual_seed(0)
         model.sample(300)
     finally:
-        entropy.Taking = original  # type: ignore[misc]
+        entropy_coded.Taking = original  # type: ignore[misc]
     first = seen[0].flatten(2)
     for c, (low, mass) in enumerate(model.density.tables()):
         drawn = first[:, c].flatten().long().numpy() - low

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import aezoo
-from aezoo import cli
-from aezoo.checkpoint import load_run
+from aezoo.cli.main import main
 from aezoo.errors import AezooError
-from aezoo.nets import of_diffusers
-from aezoo.nets.of_diffusers import KINDS, REFUSED, WEIGHTS
+from aezoo.io.checkpoint import load_run
+from aezoo.nets.blocks import diffusers as blocks
+from aezoo.nets.blocks.diffusers import KINDS, REFUSED, WEIGHTS
 from aezoo.testing import check_export
 
 SHAPE = (3, 12, 16)
@@ -50,9 +50,7 @@ def theirs(kind: str, **settings: Any) -> Any:
 
 
 def _channels(kind: str, n: int) -> dict[str, int]:
-    return {
-        key: n for key in of_diffusers._arguments(getattr(diffusers, kind)) if key in ("in_channels", "out_channels")
-    }
+    return {key: n for key in blocks._arguments(getattr(diffusers, kind)) if key in ("in_channels", "out_channels")}
 
 
 def stored(kind: str, folder: Path, **settings: Any) -> Any:
@@ -205,13 +203,13 @@ def test_the_loss_of_vqmodel_by_hand() -> None:
     given = {"num_vq_embeddings": 9, "vq_embed_dim": 3}
     model = new("VQModel", SHAPE, config=given, commitment=0.4, likelihood="gaussian:0.2").double()
     x = images(dtype=torch.float64)
-    book = model.decoder.net.quantize.embedding.weight
+    codebook = model.decoder.net.quantize.embedding.weight
     with torch.no_grad():
-        book.copy_(torch.randn(9, 3, dtype=torch.float64))
+        codebook.copy_(torch.randn(9, 3, dtype=torch.float64))
     terms = model.loss(x)
     z = model.encoder.net.encode(2 * x - 1).latents
     rows = z.movedim(1, -1)
-    e = book[((rows[..., None, :] - book) ** 2).sum(-1).argmin(-1)]
+    e = codebook[((rows[..., None, :] - codebook) ** 2).sum(-1).argmin(-1)]
     assert len(e.unique(dim=None)) > 3  # several codes are in use
     nll = -D.Normal(model(x), 0.2).log_prob(x).sum((1, 2, 3)).mean()
     squares = ((rows - e) ** 2).sum((1, 2, 3)).mean()
@@ -221,12 +219,12 @@ def test_the_loss_of_vqmodel_by_hand() -> None:
         torch.testing.assert_close(terms[name], value)
     # each term moves its own side alone
     weights = [*model.encoder.parameters()]
-    of_book = torch.autograd.grad(terms["codebook"], [book, *weights], retain_graph=True, allow_unused=True)
+    of_book = torch.autograd.grad(terms["codebook"], [codebook, *weights], retain_graph=True, allow_unused=True)
     assert of_book[0] is not None and of_book[0].any() and all(g is None for g in of_book[1:])
-    of_codes = torch.autograd.grad(terms["commitment"], [book, *weights], retain_graph=True, allow_unused=True)
+    of_codes = torch.autograd.grad(terms["commitment"], [codebook, *weights], retain_graph=True, allow_unused=True)
     assert of_codes[0] is None and all(g is not None and g.any() for g in of_codes[1:])
     # the reconstruction's gradient passes the codebook by
-    of_nll = torch.autograd.grad(terms["nll"], [book, *weights], allow_unused=True)
+    of_nll = torch.autograd.grad(terms["nll"], [codebook, *weights], allow_unused=True)
     assert of_nll[0] is None and all(g is not None for g in of_nll[1:])
 
 
@@ -284,7 +282,7 @@ def test_a_run_that_starts_from_a_folder_goes_on_without_it(tmp_path: Path, monk
     net.save_pretrained("theirs")
     fit = ["fit", "--model", "diffusers_ae", "--model.pretrained", "theirs", "--data.name", "digits"]
     quick = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"]
-    cli.main([*fit, *quick, "--trainer.accelerator", "cpu"])
+    main([*fit, *quick, "--trainer.accelerator", "cpu"])
     shutil.rmtree("theirs")
     model = load_run("runs/diffusers_ae-digits/0")[0]
     assert model.hparams["pretrained"] == "none"
@@ -415,11 +413,11 @@ def test_without_the_extra_it_is_asked_for_in_one_line(monkeypatch: Any, capsys:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(AezooError, match=r"^diffusers_ae needs diffusers: pip install 'aezoo\[diffusers\]'$"):
         aezoo.create_model("diffusers_ae", (1, 8, 8))
-    cli.main(["info", "diffusers_ae"])
+    main(["info", "diffusers_ae"])
     assert "AutoencoderKL" in capsys.readouterr().out
     assert "diffusers_ae" in aezoo.list_models() and aezoo.model_class("diffusers_ae").__name__ == "DiffusersAE"
     with pytest.raises(SystemExit) as end:
-        cli.main(["fit", "--model", "diffusers_ae", "--data.name", "digits"])
+        main(["fit", "--model", "diffusers_ae", "--data.name", "digits"])
     *_, line = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and line.startswith("aezoo: ") and line.endswith("pip install 'aezoo[diffusers]'")
 

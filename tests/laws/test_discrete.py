@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import aezoo
-from aezoo.categorical import gumbel, one_hot
+from aezoo.distributions.categorical import gumbel, one_hot
 from aezoo.models.variational.categorical_vae import CategoricalVAE
 from aezoo.models.variational.joint_vae import JointVAE
 from aezoo.models.variational.vae import VAE

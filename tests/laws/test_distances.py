@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as torchmetrics_ms_ssim
 
 import aezoo
-from aezoo.checkpoint import save_model
+from aezoo.io.checkpoint import save_model
 from aezoo.models.variational.denoising_vae import DenoisingVAE
 from aezoo.models.variational.logcosh_vae import LogCoshVAE
 from aezoo.models.variational.msssim_vae import EXPONENTS, MSSSIMVAE
 from aezoo.models.variational.perceptual_vae import PerceptualVAE
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.features import VGG, FeatureNet
-from aezoo.nets.stored import stored_file
+from aezoo.nets.blocks.features import VGG, FeatureNet
+from aezoo.nets.blocks.pretrained import stored_file
 
 SHAPE, CODE = (1, 8, 8), 4
 DISTANCES: list[Any] = [MSSSIMVAE, PerceptualVAE]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import aezoo
-from aezoo.randomness import mix
 from aezoo.tasks.detect import detect
+from aezoo.training.seeding import mix
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

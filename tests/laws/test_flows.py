@@ -13,8 +13,8 @@ from torch import Tensor
 
 import aezoo
 from aezoo.callbacks.annealing import BetaAnnealing
-from aezoo.nets import flows
-from aezoo.nets.flows import MADE
+from aezoo.nets.blocks import flows
+from aezoo.nets.blocks.flows import MADE
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "planar": ("vae_flow", {"flow": "planar"}),

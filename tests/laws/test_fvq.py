@@ -54,15 +54,15 @@ def test_the_book_is_what_torch_s_transformer_makes_of_groups_of_codes(size: int
     last = bridge.blocks[2]
     tokens = F.layer_norm(tokens, (32,), last.weight, last.bias, 1e-6)[0]
     codes = [code for token in tokens for code in (bridge.recover.weight @ token + bridge.recover.bias).split(D)]
-    torch.testing.assert_close(quantiser.book(), torch.stack(codes[:size]))
+    torch.testing.assert_close(quantiser.codebook(), torch.stack(codes[:size]))
     z = torch.randn(20, D, 3, dtype=torch.float64)
     rows = z.movedim(1, -1).flatten(0, 1)
-    assert torch.equal(quantiser(z).indices.flatten(), torch.cdist(rows, quantiser.book()).argmin(1))
+    assert torch.equal(quantiser(z).indices.flatten(), torch.cdist(rows, quantiser.codebook()).argmin(1))
 
 
 def test_a_code_that_is_used_takes_all_others_with_it_each_in_its_own_way() -> None:
     quantiser, z = built(), torch.randn(1, D, dtype=torch.float64)
-    before = quantiser.book().detach().clone()
+    before = quantiser.codebook().detach().clone()
     loss = quantiser(z).terms["codebook"]
     (of_raw,) = torch.autograd.grad(loss, quantiser.raw_KD, retain_graph=True)
     assert (of_raw.abs().amax(1) > 0).all()
@@ -73,7 +73,7 @@ def test_a_code_that_is_used_takes_all_others_with_it_each_in_its_own_way() -> N
         every = [*quantiser.parameters()]
         for parameter, g in zip(every, torch.autograd.grad(loss, every), strict=True):
             parameter -= 1e-2 * g
-    moves = quantiser.book() - before
+    moves = quantiser.codebook() - before
     assert (moves.norm(dim=1) > 1e-6).all() and torch.linalg.matrix_rank(moves) == D
     assert torch.cdist(moves, moves).add(torch.eye(K)).min() > 1e-9
 
@@ -84,19 +84,19 @@ def test_without_attention_codes_know_their_group_alone() -> None:
         with torch.no_grad():
             for block in quantiser.bridge.blocks[:2]:
                 block.attention.out.weight *= scale
-            before = quantiser.book().clone()
+            before = quantiser.codebook().clone()
             quantiser.raw_KD[4] += 1
-            moved = (quantiser.book() - before).abs().amax(1) > 1e-9
+            moved = (quantiser.codebook() - before).abs().amax(1) > 1e-9
         assert int(moved.sum()) == knows and moved[3:6].all()
 
 
 def test_codes_start_apart_and_at_the_authors_start_alike() -> None:
     quantiser = FVQ(D, 512)
-    book = quantiser.book()
-    assert torch.pdist(book).min() > 1e-3 and 0.2 < book.std() < 1.5
+    codebook = quantiser.codebook()
+    assert torch.pdist(codebook).min() > 1e-3 and 0.2 < codebook.std() < 1.5
     nn.init.zeros_(quantiser.bridge.recover.weight)
     nn.init.zeros_(quantiser.bridge.recover.bias)
-    assert not quantiser.book().any()
+    assert not quantiser.codebook().any()
 
 
 def test_gradients_pass_from_z_q_to_z_alone_and_terms_pull_one_side_each() -> None:
@@ -148,8 +148,8 @@ def test_behind_a_matrix_of_1_the_same_book_is_sim_vq_vae_s() -> None:
     model = aezoo.create_model("fvq_vae", (6,), **nets, **SMALL).double().train()
     other: Any = aezoo.create_model("sim_vq_vae", (6,), **nets).double().train()
     own: dict[str, Tensor] = {k: v for k, v in model.state_dict().items() if "quantiser" not in k}
-    book = model.quantiser.book().detach()
-    other.load_state_dict({**own, "quantiser.frozen_KD": book, "quantiser.W_DD": torch.eye(D)})
+    codebook = model.quantiser.codebook().detach()
+    other.load_state_dict({**own, "quantiser.frozen_KD": codebook, "quantiser.W_DD": torch.eye(D)})
     x = torch.rand(7, 6, dtype=torch.float64)
     found, expected = model.loss(x), other.loss(x)
     assert found.keys() == expected.keys()
@@ -164,5 +164,5 @@ def test_values_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_a_bridge_takes_several_books() -> None:
-    bridge, books = Bridge(D, 3, 8, 1), torch.randn(2, K, D)
-    torch.testing.assert_close(bridge(books), torch.stack([bridge(book) for book in books]))
+    bridge, codebooks = Bridge(D, 3, 8, 1), torch.randn(2, K, D)
+    torch.testing.assert_close(bridge(codebooks), torch.stack([bridge(codebook) for codebook in codebooks]))

@@ -15,9 +15,9 @@ from torch import Tensor
 from two_ranks import on_two_ranks
 
 import aezoo
+from aezoo.bases.triplet import MINING
 from aezoo.models.classic.topological_ae import TopologicalAE, distances, pairing
 from aezoo.testing import SharedNoise
-from aezoo.triplets import MINING
 
 SHAPE, CODE = (2, 3, 3), 4
 WEIGHT = {"topological_ae": "topology", "triplet_ae": "triplet_weight", "isometric_ae": "isometry"}

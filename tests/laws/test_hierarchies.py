@@ -15,7 +15,7 @@ from torch import Tensor
 import aezoo
 from aezoo.models.variational.hierarchical_vae import HierarchicalVAE
 from aezoo.models.variational.ladder_vae import product as product_of
-from aezoo.nets.levels import Level
+from aezoo.nets.blocks.levels import Level
 from aezoo.tasks.compress import compress
 from aezoo.tasks.decompress import decompress
 

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.nets import jepa, vit
+from aezoo.nets import vit
+from aezoo.nets.blocks import jepa
 
 SHAPE = (2, 11, 12)  # 6 x 6 patches of 2 x 2, the last row half filled
 SMALL: dict[str, Any] = {"width": 12, "depth": 2, "predictor_width": 8, "decoder_width": 8, "patch_size": 2}

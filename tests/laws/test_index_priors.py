@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import aezoo
-from aezoo import index_prior
-from aezoo.discrete import DiscreteAutoencoder
+from aezoo.bases import token_prior
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.models.quantised.pixelcnn import MaskedConv
 
@@ -34,7 +34,7 @@ FROZEN = {"model": "vq_vae", "trained": True}
 
 
 class Written(DiscreteAutoencoder):
-    """A tokenizer of samples that are indices already, of any layout and any books."""
+    """A tokenizer of samples that are indices already, of any layout and any codebooks."""
 
     def __init__(self, index_shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
         super().__init__((math.prod(index_shape),), likelihood="gaussian")
@@ -56,7 +56,7 @@ class Written(DiscreteAutoencoder):
 
 def prior(name: str, index_shape: tuple[int, ...], sizes: tuple[int, ...], **settings: Any) -> Any:
     """A prior in double precision over indices of this layout, away from its initial weights."""
-    with mock.patch.object(index_prior, "_built", return_value=Written(index_shape, sizes)):
+    with mock.patch.object(token_prior, "_built", return_value=Written(index_shape, sizes)):
         model = aezoo.create_model(
             name, (math.prod(index_shape),), tokenizer=FROZEN, **{**SMALL[name], **settings}
         ).double()
@@ -67,7 +67,7 @@ def prior(name: str, index_shape: tuple[int, ...], sizes: tuple[int, ...], **set
 
 
 def drawn(model: Any, n: int) -> Tensor:
-    """Random tokens within their books, (n, T)."""
+    """Random tokens within their codebooks, (n, T)."""
     q = len(model.index_sizes)
     columns = [torch.randint(model.index_sizes[t % q], (n,)) for t in range(model.n_tokens)]
     return torch.stack(columns, 1)
@@ -79,7 +79,7 @@ def every(model: Any) -> Tensor:
     return torch.tensor([*itertools.product(*(range(model.index_sizes[t % q]) for t in range(model.n_tokens)))])
 
 
-# layouts of a few indices: a vector, sequences, maps, a volume; Q and books
+# layouts of a few indices: a vector, sequences, maps, a volume; Q and codebooks
 LAYOUTS: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
     ((3,), (2, 3, 4)),
     ((1, 7), (5,)),

@@ -14,10 +14,11 @@ from test_multimodal import CODE, PARTS, PRIOR, SHAPE, SUBSETS, experts, given_n
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from aezoo import AezooError, gaussians
+from aezoo import AezooError
+from aezoo.distributions import gaussians
 from aezoo.models.variational.jmvae import JMVAE
 from aezoo.models.variational.jnf import JNF
-from aezoo.nets.flows import AutoregressiveFlow
+from aezoo.nets.blocks.flows import AutoregressiveFlow
 
 
 def made(shifted: Any, **settings: Any) -> Any:

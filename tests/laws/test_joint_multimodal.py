@@ -10,7 +10,8 @@ import torch.distributions as D
 from test_multimodal import CODE, PARTS, PRIOR, SHAPE, SUBSETS, Exact, experts, given_noise, images, normal, small
 from torch import Tensor, nn
 
-from aezoo import AezooError, gaussians
+from aezoo import AezooError
+from aezoo.distributions import gaussians
 from aezoo.models.variational.crmvae import CRMVAE
 from aezoo.models.variational.jmvae import JMVAE
 from aezoo.models.variational.mvtcae import MVTCAE

@@ -15,11 +15,11 @@ from two_ranks import on_two_ranks
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.nets.adversarial import PatchDiscriminator, adaptive_weight, by_last_layer, hinge, with_gradient
-from aezoo.nets.features import FeatureDistance, random_features
-from aezoo.nets.standardise import Standardiser
-from aezoo.randomness import mix
+from aezoo.nets.blocks.adversarial import PatchDiscriminator, adaptive_weight, by_last_layer, hinge, with_gradient
+from aezoo.nets.blocks.channel_stats import Standardiser
+from aezoo.nets.blocks.features import FeatureDistance, random_features
 from aezoo.testing import SharedNoise
+from aezoo.training.seeding import mix
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -311,7 +311,9 @@ def test_its_steps_are_those_of_two_optimisers_the_second_from_the_start_on(
     start: int, shifted: Any, quiet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six steps of the real loop against Adams by hand; before the start the model is a VAE with these terms."""
-    monkeypatch.setattr("aezoo.acceleration.to_channels_last", lambda model: False)  # noise is drawn as codes lie
+    monkeypatch.setattr(
+        "aezoo.training.compilation.to_channels_last", lambda model: False
+    )  # noise is drawn as codes lie
     model = shifted(small(discriminator_start=start, lr=2e-3, discriminator_lr=5e-3, beta=0.3))
     other, before = copy.deepcopy(model), copy.deepcopy(model.discriminator.state_dict())
     batches = [images(6, seed) for seed in range(6)]
@@ -463,7 +465,7 @@ def test_a_file_of_features_that_is_not_there_is_named_before_training(name: str
         raise AssertionError("training begins")
 
     model: Any = aezoo.create_model(name, (3, 8, 8), features=str(tmp_path / "gone.pth"))
-    model.loss = model.start_from = began
+    model.loss = model.init_from_data = began
     with pytest.raises(AezooError, match=r"gone\.pth"):
         quiet(max_epochs=1).fit(model, DataLoader([torch.rand(2, 3, 8, 8)], batch_size=None))  # type: ignore[arg-type]
 
@@ -588,10 +590,10 @@ def test_an_autoencoder_that_turns_and_shrinks_with_its_images_loses_nothing() -
     model: Any = small("eq_vae", input_shape=(2, 8, 8), latent_dim=2, hidden_dims=(), equivariance=1.0)
     model.likelihood = small(likelihood="laplace").likelihood
     x, places = images(shape=(2, 8, 8)), torch.arange(64.0, dtype=torch.float64).view(8, 8)
-    compared, sizes = model.compared, []
+    decoder_inputs, sizes = model.decoder_inputs, []
 
     def noted(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        x, z = compared(x, z)
+        x, z = decoder_inputs(x, z)
         sizes.append(x[0].numel())
         return x, z
 
@@ -650,7 +652,7 @@ def test_tau_is_drawn_by_the_seed_of_the_step(share: float, monkeypatch: pytest.
     for _ in range(2):
         torch.manual_seed(5)
         for _ in range(1000):
-            model.compared(x, z)
+            model.decoder_inputs(x, z)
     n = len(drawn) // 2
     assert drawn[:n] == drawn[n:]
     assert abs(n / 1000 - share) < 0.05

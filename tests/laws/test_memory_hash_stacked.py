@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import aezoo
-from aezoo import optimizers
 from aezoo.models.classic.memory_ae import MemoryAE
 from aezoo.models.classic.semantic_hash_ae import BINARISATIONS
+from aezoo.training import optimizers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -13,7 +13,9 @@ from scipy.integrate import quad
 from torch import Tensor, nn
 
 import aezoo
-from aezoo import AezooError, gaussians
+from aezoo import AezooError
+from aezoo.bases.multimodal import cut
+from aezoo.distributions import gaussians
 from aezoo.models.variational.cmvae import CMVAE
 from aezoo.models.variational.crmvae import CRMVAE
 from aezoo.models.variational.dmvae import DMVAE
@@ -27,7 +29,6 @@ from aezoo.models.variational.mvtcae import MVTCAE
 from aezoo.models.variational.nexus import Nexus
 from aezoo.models.variational.telbo import TELBO
 from aezoo.models.variational.vae import VAE
-from aezoo.multimodal import cut
 
 SHAPE, PARTS, CODE = (6, 2, 3), (1, 2, 3), 4
 MIXTURES: list[Any] = [MMVAE, MoPoEVAE]

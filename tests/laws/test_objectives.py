@@ -15,7 +15,7 @@ from two_ranks import on_two_ranks
 
 import aezoo
 from aezoo.callbacks import BetaAnnealing
-from aezoo.divergences import squared_distances
+from aezoo.distributions.divergences import squared_distances
 from aezoo.models.variational.annealed_vae import AnnealedVAE
 from aezoo.models.variational.dip_vae_i import DIPVAEI
 from aezoo.models.variational.dip_vae_ii import DIPVAEII

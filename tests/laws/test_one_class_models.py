@@ -211,7 +211,7 @@ def test_training_finds_that_optimum(adam: Any) -> None:
 def test_the_first_batch_starts_normal_and_threshold_at_the_optimum_of_nu_1(nu: float, quiet: Any) -> None:
     codes = Codes(nu, 30)
     with torch.no_grad():
-        codes.model.start_from(codes.x)
+        codes.model.init_from_data(codes.x)
     np.testing.assert_allclose(codes.model.w_F.detach(), codes.phi.mean(0), rtol=1e-9, atol=1e-12)
     assert (codes.model.score(codes.x) > 1e-12).double().mean() == pytest.approx(nu, abs=1 / 150)
     if nu == 1:  # the dual has one feasible point, where all samples weigh 1 / N, and there is no gap to it
@@ -350,7 +350,7 @@ def test_the_centre_is_never_near_0(value: float) -> None:
     model = svdd(input_shape=(CODE,), hidden_dims=())
     with torch.no_grad():
         model.encoder[1].weight.copy_(value * torch.eye(CODE))
-        model.start_from(torch.ones(5, CODE).double())
+        model.init_from_data(torch.ones(5, CODE).double())
     expected = value if abs(value) > 0.1 else -0.1 if value < 0 else 0.1
     torch.testing.assert_close(model.centre_D, torch.full((CODE,), expected).double())
     assert (svdd().centre_D.abs() >= 0.1 - 1e-6).all()
@@ -448,7 +448,7 @@ def test_a_linear_encoder_ends_where_least_squares_do(lbfgs: Any) -> None:
     x = images(60, shape=(5,)) + 0.2
     model = svdd(input_shape=(5,), hidden_dims=(), nll_weight=0.0)
     with torch.no_grad():
-        model.start_from(x)
+        model.init_from_data(x)
     c, rows = model.centre_D.numpy(), x.numpy()
     a = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)[0]
     least = c @ c * np.mean((1 - rows @ a) ** 2)
@@ -462,7 +462,7 @@ def test_a_bias_would_let_everything_be_one_point(lbfgs: Any) -> None:
     """Proposition 2: with one the least loss is 0, and all samples score alike."""
     model, x = svdd(input_shape=(5,), hidden_dims=(), nll_weight=0.0), images(60, shape=(5,)) + 0.2
     with torch.no_grad():
-        model.start_from(x)
+        model.init_from_data(x)
     model.encoder[1].register_parameter("bias", torch.nn.Parameter(torch.zeros(CODE).double()))
     assert lbfgs(model, x, rounds=200) < 1e-9
     assert model.score(x).max() < 1e-8
@@ -508,7 +508,7 @@ def test_they_find_malignant_tumours_once_they_know_benign_ones(name: str, setti
     model: Any = aezoo.create_model(name, (30,), hidden_dims=(32,), **settings)
     if name == "deep_svdd":
         with torch.no_grad():
-            model.start_from(train)
+            model.init_from_data(train)
     adam(model, train, steps=600, lr=2e-3, batch=64)
     y = np.repeat([0, 1], [len(benign) - 250, len(malignant)])
     with torch.no_grad():
@@ -523,7 +523,7 @@ def test_deep_svdd_tells_threes_from_other_digits(settings: dict[str, Any]) -> N
     torch.manual_seed(0)
     model: Any = aezoo.create_model("deep_svdd", (1, 8, 8), hidden_dims=(64,), latent_dim=16, **settings)
     with torch.no_grad():
-        model.start_from(x)
+        model.init_from_data(x)
     untrained = roc_auc_score(y != 3, model.score(data.tensors("test")[0]).detach())
     optimizer = model.configure_optimizers()
     for _ in range(400):

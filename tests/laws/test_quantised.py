@@ -95,19 +95,19 @@ def rows_of(z: Tensor) -> np.ndarray:
     return np.stack([place for sample in z.detach().numpy() for place in sample.T])
 
 
-def nearest(row: np.ndarray, book: np.ndarray) -> np.ndarray:
-    found: np.ndarray = book[np.argmin([np.sum((row - code) ** 2) for code in book])]
+def nearest(row: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    found: np.ndarray = codebook[np.argmin([np.sum((row - code) ** 2) for code in codebook])]
     return found
 
 
-def by_books(rows: np.ndarray, books: list[np.ndarray]) -> tuple[np.ndarray, dict[str, float]]:
-    """Codes, each the nearest to what the books before have left over, and their squared distance."""
+def by_books(rows: np.ndarray, codebooks: list[np.ndarray]) -> tuple[np.ndarray, dict[str, float]]:
+    """Codes, each the nearest to what the codebooks before have left over, and their squared distance."""
     codes: list[np.ndarray] = []
     distance = 0.0
     for row in rows:
         total = np.zeros_like(row)
-        for book in books:
-            total = total + nearest(row - total, book)
+        for codebook in codebooks:
+            total = total + nearest(row - total, codebook)
             distance += np.sum((row - total) ** 2)
         codes.append(total)
     return np.stack(codes), {"commitment": distance}
@@ -115,8 +115,8 @@ def by_books(rows: np.ndarray, books: list[np.ndarray]) -> tuple[np.ndarray, dic
 
 def by_signs(rows: np.ndarray, size: float, temperature: float) -> tuple[np.ndarray, dict[str, float]]:
     """Signs, and both entropies of softmax(2 u.c / temperature) over all 2^D codes c."""
-    book = size * np.array([*itertools.product((-1.0, 1.0), repeat=rows.shape[1])])
-    p = np.exp(2 * rows @ book.T / temperature)
+    codebook = size * np.array([*itertools.product((-1.0, 1.0), repeat=rows.shape[1])])
+    p = np.exp(2 * rows @ codebook.T / temperature)
     p /= p.sum(1, keepdims=True)
     codes = np.where(rows > 0, size, -size)
     mean = p.mean(0)
@@ -144,24 +144,27 @@ def reference(key: str, model: Any, z: Tensor) -> tuple[Tensor, dict[str, float]
     """z_q, (B, C, P), and terms a sample, by numpy from the encoder's output."""
     rows, quantiser, terms = rows_of(z), model.quantiser, dict[str, float]()
     if key == "vq-groups":
-        books = [group.code_KD.detach().numpy() for group in quantiser.groups]
-        parts = [by_books(part, [book]) for part, book in zip(np.split(rows, len(books), 1), books, strict=True)]
+        codebooks = [group.code_KD.detach().numpy() for group in quantiser.groups]
+        parts = [
+            by_books(part, [codebook])
+            for part, codebook in zip(np.split(rows, len(codebooks), 1), codebooks, strict=True)
+        ]
         codes = np.concatenate([found for found, _ in parts], 1)
         terms["commitment"] = sum(part["commitment"] for _, part in parts)
     elif key.startswith(("vq", "rq")):
-        books = [level.code_KD.detach().numpy() for level in getattr(quantiser, "levels", [quantiser])]
+        codebooks = [level.code_KD.detach().numpy() for level in getattr(quantiser, "levels", [quantiser])]
         if key == "vq-cosine":
-            rows, books = (
-                values / np.linalg.norm(values, axis=-1, keepdims=True) for values in (rows, np.stack(books))
+            rows, codebooks = (
+                values / np.linalg.norm(values, axis=-1, keepdims=True) for values in (rows, np.stack(codebooks))
             )
-        codes, terms = by_books(rows, [*books])
+        codes, terms = by_books(rows, [*codebooks])
         if key.endswith("gradient"):
             terms["codebook"] = terms["commitment"]
     elif key == "sim_vq":
         codes, terms = by_books(rows, [quantiser.frozen_KD.numpy() @ quantiser.W_DD.detach().numpy()])
         terms["codebook"] = terms["commitment"]
     elif key == "fvq":
-        codes, terms = by_books(rows, [quantiser.book().detach().numpy()])
+        codes, terms = by_books(rows, [quantiser.codebook().detach().numpy()])
         terms["codebook"] = terms["commitment"]
     elif key.startswith("fsq"):
         codes, terms = by_rounding(rows, (4, 3, 5, 6), 3 if key == "fsq-deep" else 1)
@@ -266,10 +269,10 @@ def beta_law(cls: Any, **settings: Any) -> None:
     x = data(9)
     z, codes = model.encoder(x), [*model.quantiser.parameters()]
     levels = [*getattr(model.quantiser, "levels", [model.quantiser])]
-    books = [(level.book() if hasattr(level, "book") else level.code_KD) for level in levels]
+    codebooks = [(level.codebook() if hasattr(level, "codebook") else level.code_KD) for level in levels]
     left, pull, push = z.movedim(1, -1).flatten(0, 1), torch.zeros(()), torch.zeros(())
-    for book in books:
-        chosen = book[[int((row - book).square().sum(1).argmin()) for row in left]]
+    for codebook in codebooks:
+        chosen = codebook[[int((row - codebook).square().sum(1).argmin()) for row in left]]
         pull = pull + 0.6 * (left - chosen.detach()).square().sum() / len(x)
         push = push + (left.detach() - chosen).square().sum() / len(x)
         left = left - chosen.detach()
@@ -456,13 +459,13 @@ def test_a_code_that_is_used_takes_all_with_it_in_sim_vq_vae_and_none_in_vq_vae(
     for key in ("sim_vq", "vq-gradient"):
         model = small(key, **({} if key == "sim_vq" else {"data_init": False, "dead_below": 0.0}))
         with torch.no_grad():
-            model.encoder = Given(model.quantiser.book()[2].expand(5, PLACES, -1).movedim(1, 2) + 0.01)
+            model.encoder = Given(model.quantiser.codebook()[2].expand(5, PLACES, -1).movedim(1, 2) + 0.01)
         before = {name: value.clone() for name, value in model.quantiser.state_dict().items()}
-        book = model.quantiser.book().detach().clone()
+        codebook = model.quantiser.codebook().detach().clone()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         model.train().loss(data())["loss"].backward()
         optimizer.step()
-        moved = (model.quantiser.book() != book).any(1)
+        moved = (model.quantiser.codebook() != codebook).any(1)
         assert moved.tolist() == ([True] * 7 if key == "sim_vq" else [i == 2 for i in range(7)])
         frozen[key] = [name for name, value in model.quantiser.state_dict().items() if torch.equal(value, before[name])]
     assert frozen == {"sim_vq": ["frozen_KD"], "vq-gradient": []}
@@ -538,7 +541,7 @@ def test_the_first_batch_starts_the_codes_once(rows: Tensor) -> None:
 
 
 def test_groups_of_channels_start_and_end_as_k_means_of_each(rows: Tensor) -> None:
-    """Which gives 20^2 codes where one book of as many numbers has 20."""
+    """Which gives 20^2 codes where one codebook of as many numbers has 20."""
     model = on_data(VQVAE, 64, codebook_size=20, n_groups=2, decay=0.5, dead_below=0.0).train()
     model.begin_step((rows,), 0)
     reference = sum(
@@ -556,12 +559,12 @@ def test_groups_of_channels_start_and_end_as_k_means_of_each(rows: Tensor) -> No
 
 
 def test_more_levels_leave_less_of_the_data_and_the_first_are_the_same(rows: Tensor) -> None:
-    errors, books = [], []
+    errors, codebooks = [], []
     for levels in (1, 2, 3, 4):
         model = on_data(RQVAE, 64, levels=levels, codebook_size=16).train()
         model.begin_step((rows,), 0)
         errors.append(error(model, rows))
-        books.append(model.quantiser.levels[0].code_KD)
+        codebooks.append(model.quantiser.levels[0].code_KD)
         terms = model.loss(rows)
         indices = model.encode_indices(rows)
         if levels == 4:  # a prefix of the levels is a code
@@ -572,7 +575,7 @@ def test_more_levels_leave_less_of_the_data_and_the_first_are_the_same(rows: Ten
             assert terms["commitment"].item() * len(rows) == pytest.approx(sum(errors), rel=1e-4)
     for fewer, more in itertools.pairwise(errors):
         assert more < 0.85 * fewer
-    assert all(torch.equal(book, books[0]) for book in books)
+    assert all(torch.equal(codebook, codebooks[0]) for codebook in codebooks)
     one_book = KMeans(16, n_init=1, random_state=0).fit(rows.numpy()).inertia_
     assert errors[0] == pytest.approx(one_book, rel=0.03)
 
@@ -685,17 +688,17 @@ def test_usage_is_that_of_the_whole_set_and_not_the_mean_of_batches(
         figures.append({k: float(v) for k, v in trainer.callback_metrics.items() if "usage" in k or "perp" in k})
     indices = model.eval().encode_indices(x).numpy()
     usage, perplexity = [], []
-    for book, size in enumerate(sizes):
-        shares = np.bincount(indices[:, book].ravel(), minlength=size) / indices[:, book].size
+    for codebook, size in enumerate(sizes):
+        shares = np.bincount(indices[:, codebook].ravel(), minlength=size) / indices[:, codebook].size
         usage.append(np.mean(shares > 0))
         perplexity.append(math.exp(-sum(p * math.log(p) for p in shares if p)))
     expected = {"val/usage": np.mean(usage), "val/perplexity": np.mean(perplexity)}
     if len(sizes) > 1:
-        for book in range(len(sizes)):
-            expected |= {f"val/usage_{book}": usage[book], f"val/perplexity_{book}": perplexity[book]}
+        for codebook in range(len(sizes)):
+            expected |= {f"val/usage_{codebook}": usage[codebook], f"val/perplexity_{codebook}": perplexity[codebook]}
     for found in figures:
         assert found == pytest.approx(expected, rel=1e-5)
-    means = [np.mean([len(np.unique(part[:, book])) / size for book, size in enumerate(sizes)])
+    means = [np.mean([len(np.unique(part[:, codebook])) / size for codebook, size in enumerate(sizes)])
              for part in np.split(indices, 15)]  # fmt: skip
     assert np.mean(means) < 0.95 * expected["val/usage"]
 
@@ -791,12 +794,12 @@ def test_what_is_only_looked_at_teaches_a_book_nothing(name: str) -> None:
     # the priors over indices drop activations
     model = aezoo.create_model(name, (1, 16, 16), **({"dropout": 0.0} if name in PRIORS else {}))
     x, before = torch.rand(4, 1, 16, 16), copy.deepcopy(model.state_dict())
-    books = [part.training for part in model.modules()]
+    codebooks = [part.training for part in model.modules()]
     for call in (model.encode, model.encode_indices, model.score, model):
         assert torch.equal(call(x), call(x))
     for (key, value), now in zip(before.items(), model.state_dict().values(), strict=True):
         assert torch.equal(value, now), key
-    assert [part.training for part in model.modules()] == books
+    assert [part.training for part in model.modules()] == codebooks
 
 
 @pytest.mark.parametrize("key", ["vq", "rq", "vq-cosine"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import aezoo
-import aezoo.categorical
+import aezoo.distributions.categorical
 from aezoo.models.quantised import gumbel_vq_vae
 from aezoo.models.quantised.gumbel_vq_vae import GumbelVQVAE
 from aezoo.models.quantised.vq_vae_2 import VQVAE2
@@ -29,7 +29,7 @@ def two_levels(shifted: Any, **settings: Any) -> VQVAE2:
     given = SMALL | {"top_dims": (5,), "dead_below": 0.0, "data_init": False} | settings
     model = shifted(aezoo.create_model("vq_vae_2", input_shape=SHAPE, **given)).double()
     assert isinstance(model, VQVAE2)
-    model.start_from(torch.rand(9, *SHAPE, dtype=torch.float64))
+    model.init_from_data(torch.rand(9, *SHAPE, dtype=torch.float64))
     return model
 
 
@@ -295,7 +295,7 @@ def test_a_step_moves_both_codebooks_to_their_cluster_means(shifted: Any) -> Non
 def test_the_start_is_k_means_of_the_top_and_then_of_the_bottom_given_it(shifted: Any) -> None:
     """A fixed point of Lloyd's step on rows that each level will see, in training mode, where nothing learns yet."""
     model, x = two_levels(shifted).train(), images(9)
-    model.start_from(x)
+    model.init_from_data(x)
     with torch.no_grad():
         h = model.encoder(x)
         z_t = model.top_encoder(h)
@@ -377,7 +377,7 @@ def test_two_levels_survive_training_there_and_back(settings: dict[str, Any], qu
 
 def with_noise(monkeypatch: pytest.MonkeyPatch, g_BPK: Tensor) -> None:
     """Let this be the Gumbel noise of every draw."""
-    for module in (aezoo.categorical, gumbel_vq_vae):
+    for module in (aezoo.distributions.categorical, gumbel_vq_vae):
         monkeypatch.setattr(module, "gumbel", lambda like: g_BPK.view_as(like))
 
 

@@ -17,7 +17,8 @@ import aezoo
 from aezoo.errors import AezooError
 from aezoo.models.quantised.soft_vq import SoftVQ
 from aezoo.models.quantised.titok import TiTok
-from aezoo.nets import tokens, vit
+from aezoo.nets import vit
+from aezoo.nets.blocks import tokens
 from aezoo.quantisers.vq import VQ
 from aezoo.testing import SharedNoise, check_ddp, subject_of
 
@@ -39,7 +40,7 @@ def small(name: str, shifted: Any, shape: tuple[int, ...] = SHAPE, **settings: A
     torch.manual_seed(0)
     model = shifted(aezoo.create_model(name, input_shape=shape, **{**SMALL, **settings})).double()
     with torch.no_grad():
-        model.start_from(torch.rand(40, *shape, dtype=torch.float64))
+        model.init_from_data(torch.rand(40, *shape, dtype=torch.float64))
         model.encoder.bias_DN += 0.3 * torch.randn_like(model.encoder.bias_DN)
         codes = model.quantiser.code_KD if name == "titok" else model.code_KD
         codes += 0.05 * torch.randn_like(codes)
@@ -328,14 +329,14 @@ def test_codes_of_titok_lie_on_the_sphere_and_do_not_see_the_length_of_z(shifted
 def test_indices_go_there_and_back_after_training(update: str, shifted: Any) -> None:
     model, x = small("titok", shifted, update=update).train(), data(20)
     optimiser = torch.optim.Adam(model.parameters(), 1e-5)
-    before = model.quantiser.book().clone()
+    before = model.quantiser.codebook().clone()
     for _ in range(5):
         optimiser.zero_grad()
         model.loss(x)["loss"].backward()
         optimiser.step()
     model.eval()
     indices = model.encode_indices(x)
-    assert not torch.equal(model.quantiser.book(), before)
+    assert not torch.equal(model.quantiser.codebook(), before)
     assert len(indices.unique()) > 2
     torch.testing.assert_close(model.codes(indices), model.encode(x))
     torch.testing.assert_close(model.decode_indices(indices), model(x))
@@ -537,7 +538,7 @@ def test_the_codes_of_soft_vq_start_where_k_means_puts_them() -> None:
     torch.manual_seed(0)
     model, x = SoftVQ(SHAPE, **{**SMALL, "codebook_size": 3 * N}, temperature=1e-4), torch.rand(3, *SHAPE)
     with torch.no_grad():
-        model.start_from(x)
+        model.init_from_data(x)
     rows = torch.from_numpy(unit(rows_of(model, x))).flatten(0, 1)
     assert torch.cdist(rows, model.code_KD).amin(1).max() < 1e-3
     torch.testing.assert_close(model.encode(x).transpose(1, 2).flatten(0, 1), rows, rtol=0, atol=1e-2)

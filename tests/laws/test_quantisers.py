@@ -87,7 +87,7 @@ def test_a_layout_is_its_rows(name, places):
     quantiser, z = built(name), torch.randn(5, D, *places)
     found, flat = quantiser(z), quantiser(as_rows(z))
     assert found.z_q.shape == (5, quantiser.code_dim, *places)
-    assert found.indices.shape == (5, len(quantiser.book_sizes), *places) and found.indices.dtype == torch.long
+    assert found.indices.shape == (5, len(quantiser.codebook_sizes), *places) and found.indices.dtype == torch.long
     assert torch.equal(as_rows(found.z_q), flat.z_q) and torch.equal(as_rows(found.indices), flat.indices)
     for term, value in found.terms.items():  # a sum over places and a mean over samples
         torch.testing.assert_close(value, flat.terms[term] * math.prod(places), msg=term)
@@ -100,9 +100,9 @@ def test_indices_go_there_and_back(name):
         found = quantiser.quantise(given)
         assert found.z_q.dtype == given.dtype
         assert torch.equal(quantiser.codes(found.indices).to(given.dtype), found.z_q)
-    for part, size in zip(found.indices.unbind(1), quantiser.book_sizes, strict=True):
+    for part, size in zip(found.indices.unbind(1), quantiser.codebook_sizes, strict=True):
         assert 0 <= int(part.min()) < int(part.max()) < size
-    assert quantiser.bits == pytest.approx(sum(math.log2(size) for size in quantiser.book_sizes))
+    assert quantiser.bits == pytest.approx(sum(math.log2(size) for size in quantiser.codebook_sizes))
     double = copy.deepcopy(quantiser).double()
     found = double(z.double())
     assert torch.equal(double.codes(found.indices), found.z_q) and found.z_q.dtype == torch.float64
@@ -152,7 +152,7 @@ def test_wrong_shapes_are_refused(name):
         with pytest.raises(AezooError, match=f"takes z \\(B, {D}, ...\\)"):
             quantiser(wrong)
     with pytest.raises(AezooError, match="takes indices"):
-        quantiser.codes(torch.zeros(4, len(quantiser.book_sizes) + 1, dtype=torch.long))
+        quantiser.codes(torch.zeros(4, len(quantiser.codebook_sizes) + 1, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
@@ -647,9 +647,9 @@ def test_the_gradient_of_fsq_is_that_of_its_bound():
 
 
 def brute_entropies(u, temperature, scale):
-    """E H(p) and H(E p) over the whole book, in float64."""
-    book = scale * torch.tensor([*itertools.product((-1.0, 1), repeat=u.shape[1])], dtype=torch.float64)
-    p = torch.distributions.Categorical(logits=2 / temperature * u.double() @ book.T)
+    """E H(p) and H(E p) over the whole codebook, in float64."""
+    codebook = scale * torch.tensor([*itertools.product((-1.0, 1), repeat=u.shape[1])], dtype=torch.float64)
+    p = torch.distributions.Categorical(logits=2 / temperature * u.double() @ codebook.T)
     return p.entropy().mean(), torch.distributions.Categorical(probs=p.probs.mean(0)).entropy()
 
 
@@ -721,15 +721,15 @@ def test_codes_of_bsq_have_norm_one_and_do_not_see_the_length_of_z():
 def test_one_code_of_sim_vq_takes_all_with_it_and_one_of_vq_does_not():
     z = torch.randn(1, D)
     for quantiser, moved in ((SimVQ(D, K), K), (VQ(D, K, update="gradient"), 1)):
-        before, (parameter,) = quantiser.book().detach().clone(), quantiser.parameters()
+        before, (parameter,) = quantiser.codebook().detach().clone(), quantiser.parameters()
         (gradient,) = gradients(quantiser(z).terms["codebook"], parameter)
         with torch.no_grad():
             parameter -= 0.1 * gradient
-        assert int(((quantiser.book() - before).norm(dim=1) > 1e-6).sum()) == moved
+        assert int(((quantiser.codebook() - before).norm(dim=1) > 1e-6).sum()) == moved
     assert "frozen_KD" in dict(SimVQ(D, K).named_buffers())
     quantiser = SimVQ(D, K)
-    torch.testing.assert_close(quantiser.book(), quantiser.frozen_KD @ quantiser.W_DD)
-    index = torch.cdist(z, quantiser.book()).argmin(1)
+    torch.testing.assert_close(quantiser.codebook(), quantiser.frozen_KD @ quantiser.W_DD)
+    index = torch.cdist(z, quantiser.codebook()).argmin(1)
     assert torch.equal(quantiser(z).indices[:, 0], index)
 
 
@@ -784,9 +784,9 @@ def test_levels_fitted_to_residuals_leave_ever_less():
         first[:, n:] = -1
         left.append((z - quantiser.codes(first)).square().sum())
         # each level takes what is nearest to what is left
-        book = quantiser.levels[n - 1].book()
+        codebook = quantiser.levels[n - 1].codebook()
         residual = z - (quantiser.codes(torch.where(torch.arange(4) < n - 1, found.indices, -1)))
-        assert torch.equal(torch.cdist(residual, book).argmin(1), found.indices[:, n - 1])
+        assert torch.equal(torch.cdist(residual, codebook).argmin(1), found.indices[:, n - 1])
     assert all(after < 0.8 * before for before, after in itertools.pairwise(left))
     assert float(found.terms["commitment"]) == pytest.approx(float(sum(left[1:])) / 600, rel=1e-4)
 
@@ -827,20 +827,20 @@ def test_dropped_levels_count_nothing_and_learn_nothing():
     z = torch.randn(300, D)
     quantiser = ResidualVQ(D, 3, K, dropout=1.0, decay=0.0)
     quantiser.start(z)
-    books = [level.code_KD.clone() for level in quantiser.levels]
+    codebooks = [level.code_KD.clone() for level in quantiser.levels]
     found = quantiser.train()(z)
     total, terms = torch.zeros_like(z), 0
-    for i, (level, book) in enumerate(zip(quantiser.levels, books, strict=True)):
+    for i, (level, codebook) in enumerate(zip(quantiser.levels, codebooks, strict=True)):
         index = found.indices[:, i]
         kept = index >= 0
         residual = (z - total)[kept]
-        assert torch.equal(torch.cdist(residual, book).argmin(1), index[kept])
+        assert torch.equal(torch.cdist(residual, codebook).argmin(1), index[kept])
         hits = torch.bincount(index[kept], minlength=K).float()
         assert torch.equal(level.count_K, hits)  # decay 0: those of this batch alone
         sums = torch.zeros(K, D).index_add(0, index[kept], residual)
         torch.testing.assert_close(level.sum_KD, sums, rtol=1e-5, atol=1e-5)
-        terms = terms + (residual - book[index[kept]]).square().sum() / 300
-        total = total + torch.where(kept[:, None], book[index.clamp(min=0)], 0)
+        terms = terms + (residual - codebook[index[kept]]).square().sum() / 300
+        total = total + torch.where(kept[:, None], codebook[index.clamp(min=0)], 0)
     torch.testing.assert_close(found.z_q, total)
     torch.testing.assert_close(found.terms["commitment"], terms)
 
@@ -1130,14 +1130,14 @@ def test_grouped_vq_takes_the_codes_of_the_peer_s(cosine, peer):
     )
     with torch.no_grad():
         for group, of_group in zip(quantiser.groups, theirs.rvqs, strict=True):
-            of_group.layers[0]._codebook.embed.copy_(group.book())
+            of_group.layers[0]._codebook.embed.copy_(group.codebook())
             of_group.layers[0]._codebook.initted.fill_(True)
     found, (z_q, indices, _) = quantiser.eval()(z), theirs.eval()(z[None])
     assert torch.equal(found.indices, indices[:, 0, :, 0].T)
     torch.testing.assert_close(found.z_q, z_q[0])
 
 
-# ---- how much of a book is used -------------------------------------------------------------------------------------
+# ---- how much of a codebook is used ----------------------------------------------------------------------------------
 
 
 def test_usage_and_perplexity_are_of_all_that_was_seen():

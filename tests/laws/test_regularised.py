@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 from two_ranks import on_two_ranks
 
 import aezoo
-from aezoo import cli, divergences
-from aezoo.checkpoint import save_model
+from aezoo.cli.main import main
+from aezoo.distributions import divergences
+from aezoo.io.checkpoint import save_model
 from aezoo.models.regularised.aae import AAE
 from aezoo.models.regularised.cw_ae import CWAE
 from aezoo.models.regularised.rae import RAE, SpectralNorm
@@ -211,7 +212,7 @@ def test_distances_are_not_rounded_under_autocast(name: str) -> None:
     found = []
     for dtype in (torch.float64, torch.float32):
         given = [each.to(dtype) for each in ((z,) if name == "cw_ae" else (z, p))]
-        model.of_all_ranks = lambda values, dtype=dtype: directions.to(dtype) if len(values) == 50 else values
+        model.all_gather = lambda values, dtype=dtype: directions.to(dtype) if len(values) == 50 else values
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
             found.append(getattr(model, method)(*given).double())
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
@@ -649,11 +650,11 @@ def test_a_decoder_of_spectral_norm_1_lengthens_no_difference_of_codes() -> None
 def test_it_samples_from_a_mixture_fitted_after_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
-    cli.main([
+    main([
         *("fit", "--model=rae", "--model.latent_dim=4", "--model.hidden_dims=[16]", "--data.name=digits"),
         *("--trainer.max_epochs=1", "--projector.n=0", "--trainer.accelerator=cpu", *off),
     ])  # fmt: skip
-    cli.main(["generate", "--ckpt_path", "runs/rae-digits/0", "--prior", "gmm", "--n", "12", "--data.name", "digits"])
+    main(["generate", "--ckpt_path", "runs/rae-digits/0", "--prior", "gmm", "--n", "12", "--data.name", "digits"])
     (file,) = tmp_path.glob("**/samples.npy")
     drawn = np.load(file)
     assert drawn.shape == (12, 1, 8, 8) and np.isfinite(drawn).all() and drawn.std(0).max() > 0

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import aezoo
-from aezoo.checkpoint import save_model
 from aezoo.errors import AezooError
+from aezoo.io.checkpoint import save_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -1,4 +1,4 @@
-"""Laws of SQ-VAE: its terms by enumeration of the book, limits of its variance, self-annealing, draws, bounds."""
+"""Laws of SQ-VAE: its terms by enumeration of the codebook, limits of its variance, self-annealing, draws, bounds."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import aezoo
-import aezoo.categorical
+import aezoo.distributions.categorical
 from aezoo.errors import AezooError
 from aezoo.models.quantised import sq_vae
 from aezoo.models.quantised.sq_vae import SQVAE
@@ -59,7 +59,7 @@ def squares(model: Any, x: Tensor) -> Tensor:
 
 def with_noise(monkeypatch: pytest.MonkeyPatch, g_BPK: Tensor) -> None:
     """Let this be the Gumbel noise of every draw."""
-    for module in (aezoo.categorical, sq_vae):
+    for module in (aezoo.distributions.categorical, sq_vae):
         monkeypatch.setattr(module, "gumbel", lambda like: g_BPK.view_as(like))
 
 

@@ -13,7 +13,7 @@ from two_ranks import on_two_ranks
 
 import aezoo
 from aezoo.callbacks import BetaAnnealing, FaultGuard
-from aezoo.divergences import ESTIMATORS
+from aezoo.distributions.divergences import ESTIMATORS
 from aezoo.models.variational.beta_tcvae import BetaTCVAE
 from aezoo.testing import SharedNoise
 
@@ -296,7 +296,7 @@ def test_the_zoo_s_own_data_are_counted_and_the_number_is_saved(quiet: Any, tmp_
     model = BetaTCVAE(data.input_shape, latent_dim=CODE, hidden_dims=(8,))
     quiet(max_steps=1, max_epochs=1).fit(model, data)
     assert model.n_data.item() == len(data.tensors("train")[0]) > 1000
-    from aezoo.checkpoint import save_model
+    from aezoo.io.checkpoint import save_model
 
     assert aezoo.load_model(save_model(model, tmp_path)).n_data.item() == model.n_data.item()
 

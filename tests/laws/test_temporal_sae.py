@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import aezoo
-from aezoo.nets.dictionary import geometric_median
-from aezoo.nets.over_time import Context, OverTime, counts, positions
+from aezoo.nets.blocks.dictionary import geometric_median
+from aezoo.nets.blocks.over_time import Context, SequenceDictionary, counts, positions
 
 T, D, N = 5, 6, 12
 SMALL: dict[str, Any] = {"latent_dim": N, "k": 3, "key_dim": 4, "heads": 2}
@@ -211,7 +211,7 @@ def test_half_of_a_position_s_dimensions_model_what_is_left() -> None:
 def test_data_start_the_bias_at_the_median_of_positions_and_the_encoder_at_their_size() -> None:
     model, x = build(data_init=True), data(9) ** 3 * 5 + 1
     with torch.no_grad():
-        model.start_from(x)
+        model.init_from_data(x)
     rows = x.flatten(0, 1)
     torch.testing.assert_close(model.decoder.b_X, geometric_median(rows))
     new = model.active(model.pre_activations(rows), 3)
@@ -229,7 +229,7 @@ def test_positions_are_rows_or_what_follows_the_channels(shape: tuple[int, ...],
     for i in range(t):
         expected = x if len(shape) == 1 else x[:, i] if len(shape) == 2 else x[:, :, i]
         assert torch.equal(rows[:, i], expected.flatten(1))
-    decoder = OverTime(d, shape)
+    decoder = SequenceDictionary(d, shape)
     with torch.no_grad():
         decoder.W_NX.copy_(torch.eye(d))
         decoder.b_X.fill_(0.5)

@@ -13,7 +13,7 @@ from two_ranks import on_two_ranks
 
 import aezoo
 from aezoo.models.sparse.batch_topk_sae import RunningMean
-from aezoo.nets.dictionary import CROSSOVER, Dictionary, geometric_median, spread, top
+from aezoo.nets.blocks.dictionary import CROSSOVER, Dictionary, geometric_median, spread, top
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.nets.adversarial import adaptive_weight, at_input
-from aezoo.nets.features import random_features
+from aezoo.nets.blocks.adversarial import adaptive_weight, at_input
+from aezoo.nets.blocks.features import random_features
 
 ALIGNED = {"alignment_weight": 0.7, "cosine_margin": 0.1, "matrix_margin": 0.05}
 

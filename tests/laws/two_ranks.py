@@ -67,8 +67,8 @@ def on_two_ranks(
 
         if exchange:
             own.batch_mean = lambda values: sum(both(values.mean(0))) / 2
-            own.of_all_ranks = lambda values: torch.cat(both(values))
-            own.own_rank = lambda: rank if ranked else 0
+            own.all_gather = lambda values: torch.cat(both(values))
+            own.gather_rank = lambda: rank if ranked else 0
         prepare(own, rank)
         with SharedNoise(rows, n):
             terms: dict[str, Tensor] = own.loss(x[list(rows)], None if y is None else y[list(rows)])

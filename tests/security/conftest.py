@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aezoo import cli
+from aezoo.cli.main import main
 
 EVIL = """\
 import os
@@ -40,7 +40,7 @@ def refused(capsys, canary):
 
     def call(*argv):
         with pytest.raises(SystemExit) as end:
-            cli.main(list(argv))
+            main(list(argv))
         assert end.value.code == 2
         *_, line = capsys.readouterr().err.splitlines()
         assert line.startswith("aezoo: ")
@@ -60,7 +60,7 @@ def run(tmp_path_factory):
     try:
         off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents")]
         flags = ["--model=vae", "--model.latent_dim=3", "--data.name=digits", "--trainer.limit_train_batches=2"]
-        cli.main(["fit", *flags, "--trainer.max_epochs=1", "--projector.n=0", *off])
+        main(["fit", *flags, "--trainer.max_epochs=1", "--projector.n=0", *off])
     finally:
         os.chdir(before)
     return root / "runs" / "vae-digits" / "0"

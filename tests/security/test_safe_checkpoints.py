@@ -14,7 +14,7 @@ from hostile import files
 from hostile.memory import memory
 
 import aezoo
-from aezoo import cli
+from aezoo.cli.main import main
 from aezoo.errors import AezooError
 from aezoo.security import values
 
@@ -44,7 +44,7 @@ def test_lightning_loads_without_pickle_whatever_the_flag_and_the_environment_sa
     seen, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: seen.append(k.get("weights_only")) or load(*a, **k))
     for command in COMMANDS:
-        cli.main([command, "--ckpt_path", str(run), "--weights_only", "false", "--trainer.fast_dev_run", "true"])
+        main([command, "--ckpt_path", str(run), "--weights_only", "false", "--trainer.fast_dev_run", "true"])
     assert len(seen) >= 2 * len(COMMANDS) and all(flag is True for flag in seen)
 
 
@@ -53,7 +53,7 @@ def test_an_honest_run_loads_on_every_path(run, capsys):
     assert type(aezoo.load_model(run)).__name__ == "VAE"
     aezoo.load_model(aezoo.save_model(aezoo.load_model(run), "saved"))
     for command in COMMANDS:
-        cli.main([command, "--ckpt_path", str(run), "--trainer.fast_dev_run", "true"])
+        main([command, "--ckpt_path", str(run), "--trainer.fast_dev_run", "true"])
 
 
 NESTED = {"class_path": "evil.Evil"}

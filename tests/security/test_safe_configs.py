@@ -10,7 +10,7 @@ import yaml
 from hostile import configs, files
 from hostile.memory import memory
 
-from aezoo import cli
+from aezoo.cli.main import main
 from aezoo.security import policy, yaml_text
 
 QUICK = ["--data.name=digits", "--trainer.fast_dev_run=true"]
@@ -54,7 +54,7 @@ def test_an_honest_configuration_runs(canary, capsys):
         "  - class_path: lightning.pytorch.callbacks.Timer\n"
         "  - class_path: aezoo.callbacks.EMA\n"
     )
-    cli.main(["fit", "-c", "honest.yaml"])
+    main(["fit", "-c", "honest.yaml"])
     assert not canary.exists()
 
 
@@ -64,10 +64,10 @@ def test_the_user_can_allow_a_package(refused, canary, monkeypatch, capsys, way)
     argv = ["fit", "-c", "mine.yaml", *QUICK]
     if way == "environment":
         monkeypatch.setenv("AEZOO_ALLOW", "another, evil")
-        cli.main(argv)
+        main(argv)
         monkeypatch.delenv("AEZOO_ALLOW")
     else:
-        cli.main([*argv, *(["--allow", "evil"] if way == "flag" else ["--allow=evil"])])
+        main([*argv, *(["--allow", "evil"] if way == "flag" else ["--allow=evil"])])
     assert canary.exists()
     canary.rmdir()
     # the permission ends with the command, although the process goes on
@@ -77,7 +77,7 @@ def test_the_user_can_allow_a_package(refused, canary, monkeypatch, capsys, way)
 
 
 def test_a_class_that_the_user_types_after_model_needs_no_other_flag(refused, canary, capsys):
-    cli.main(["fit", "--model", "evil.Evil", "--model.latent_dim", "2", *QUICK])
+    main(["fit", "--model", "evil.Evil", "--model.latent_dim", "2", *QUICK])
     canary.rmdir()
     # and allows that class alone
     Path("hostile.yaml").write_text(configs.CLASSES["look-alike"])
@@ -102,7 +102,7 @@ def test_a_class_that_the_user_types_after_model_needs_no_other_flag(refused, ca
 def test_what_the_user_types_is_checked_too(refused, canary, capsys, argv, words):
     if "evil.Missing" in argv:
         with pytest.raises(SystemExit):
-            cli.main(["fit", *argv])
+            main(["fit", *argv])
         assert words in capsys.readouterr().err
     else:
         assert words in refused("fit", *argv)
@@ -112,7 +112,7 @@ def test_a_plugin_is_trusted_since_the_user_has_installed_it(monkeypatch, canary
     point = type("Point", (), {"module": "evil.sub", "group": "aezoo.models"})
     monkeypatch.setattr(policy, "entry_points", lambda group: [point] if group == "aezoo.models" else [])
     Path("mine.yaml").write_text("model: {class_path: evil.Evil, init_args: {latent_dim: 2}}")
-    cli.main(["fit", "-c", "mine.yaml", *QUICK])
+    main(["fit", "-c", "mine.yaml", *QUICK])
     assert canary.exists()
 
 

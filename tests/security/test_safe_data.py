@@ -11,7 +11,7 @@ from hostile import files
 from hostile.memory import memory
 from PIL import Image
 
-from aezoo import cli
+from aezoo.cli.main import main
 from aezoo.data import DataModule
 from aezoo.data.idx import read_idx
 from aezoo.data.images import read
@@ -165,7 +165,7 @@ def test_a_configuration_cannot_name_a_run_out_of_its_folder(capsys):
     assert Path("inner/...yaml").stem == ".."
     off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents")]
     few = ["--data.name=digits", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--projector.n=0", *off]
-    cli.main(["fit", "-c", "inner/...yaml", "--trainer.default_root_dir", "inner/runs", *few])
+    main(["fit", "-c", "inner/...yaml", "--trainer.default_root_dir", "inner/runs", *few])
     assert Path("inner/runs/run/0/config.yaml").is_file()
     assert {path.name for path in Path("inner").iterdir()} == {"...yaml", "runs"}
 
@@ -173,6 +173,6 @@ def test_a_configuration_cannot_name_a_run_out_of_its_folder(capsys):
 def test_names_of_classes_do_not_become_paths(capsys):
     np.savez("x.npz", x=np.random.default_rng(0).random((60, 4, 4)), y=np.array(["../../a", "/etc/b"] * 30))
     flags = ["--data.name", "x.npz", "--data.size", "8", "--trainer.max_epochs=1", "--model", "vae"]
-    cli.main(["fit", *flags, "--model.latent_dim=2"])
+    main(["fit", *flags, "--model.latent_dim=2"])
     assert {path.name for path in Path().iterdir()} == {"x.npz", "runs"}
     assert not (Path.cwd().parent / "a").exists()

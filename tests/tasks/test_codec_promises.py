@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.nets.dictionary import geometric_median
+from aezoo.nets.blocks.dictionary import geometric_median
 from aezoo.tasks.codec import baselines, lossless, lossy, tables
 from aezoo.tasks.compress import compress
 from aezoo.tasks.decompress import decompress

@@ -14,10 +14,10 @@ from lightning.pytorch import Trainer
 from PIL import Image
 
 import aezoo
-from aezoo import cli
+from aezoo.cli.main import main
+from aezoo.cli.task_commands import read
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
-from aezoo.tasks.command import read
 from aezoo.tasks.samples import Samples
 
 
@@ -28,14 +28,14 @@ def run(tmp_path_factory):
     x = np.random.default_rng(0).normal(100, 5, (80, 4))
     np.savez(home / "data.npz", x=x, y=np.arange(80) % 3)
     flags = ["--data.name", str(home / "data.npz"), "--trainer.max_epochs", "1", "--model.latent_dim", "2"]
-    cli.main(["fit", "--model", "dense_ae", *flags, "--trainer.default_root_dir", str(home / "runs")])
+    main(["fit", "--model", "dense_ae", *flags, "--trainer.default_root_dir", str(home / "runs")])
     (folder,) = (path.parent for path in (home / "runs").rglob("config.yaml"))
     return folder
 
 
 def refused(capsys, *argv):
     with pytest.raises(SystemExit) as ended:
-        cli.main(argv)
+        main(argv)
     assert ended.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
@@ -43,7 +43,7 @@ def refused(capsys, *argv):
 
 
 def test_a_run_is_all_it_takes(run, capsys):
-    cli.main(["reconstruct", "--ckpt_path", str(run)])
+    main(["reconstruct", "--ckpt_path", str(run)])
     out = capsys.readouterr().out
     assert "8 samples" in out and str(run / "reconstruct" / "errors.csv") in out
     assert np.load(run / "reconstruct" / "reconstructions.npy").shape == (8, 4)
@@ -51,17 +51,17 @@ def test_a_run_is_all_it_takes(run, capsys):
 
 def test_the_split_the_folder_and_the_batch_size_are_the_users(run, tmp_path, capsys):
     flags = ["--split=train", f"--out={tmp_path / 'here'}", "--batch_size=5", "--n_shown", "0", "--device", "cpu"]
-    cli.main(["reconstruct", "--ckpt_path", str(run), *flags])
+    main(["reconstruct", "--ckpt_path", str(run), *flags])
     assert "64 samples" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["errors.csv", "reconstructions.npy"]
 
 
 def test_results_that_replace_earlier_ones_say_so(run, tmp_path, capsys):
     flags = ["--ckpt_path", str(run), f"--out={tmp_path}", "--n_shown", "0"]
-    cli.main(["reconstruct", *flags])
+    main(["reconstruct", *flags])
     assert capsys.readouterr().err == ""
     (tmp_path / "mine.txt").write_text("mine")
-    cli.main(["reconstruct", *flags])
+    main(["reconstruct", *flags])
     said = f"aezoo: 2 earlier files in {tmp_path} are replaced; --out DIR keeps both\n"
     assert capsys.readouterr().err == said and (tmp_path / "mine.txt").is_file()
 
@@ -70,8 +70,8 @@ def test_a_file_is_scaled_as_the_training_data_were(run, tmp_path, capsys):
     with np.load(run.parents[2] / "data.npz") as file:
         x, y = file["x"], file["y"]
     np.savez(tmp_path / "new.npz", x=x, y=y)
-    cli.main(["reconstruct", "--ckpt_path", str(run), "--input", str(tmp_path / "new.npz"), f"--out={tmp_path}"])
-    model, trained = aezoo.checkpoint.load_run(run)
+    main(["reconstruct", "--ckpt_path", str(run), "--input", str(tmp_path / "new.npz"), f"--out={tmp_path}"])
+    model, trained = aezoo.io.checkpoint.load_run(run)
     scaled = ((torch.from_numpy(x) - trained["scaling"]["offset"]) / trained["scaling"]["factor"]).float()
     low, high = float(scaled.min()), float(scaled.max())
     assert -0.5 < low < 0.2 and 0.8 < high < 1.5
@@ -84,7 +84,7 @@ def test_bytes_that_were_stored_as_floats_are_told_from_values_up_to_1(tmp_path,
     pixels = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", x=pixels)
     flags = ["--data", str(tmp_path / "data.npz"), "--trainer.max_epochs", "1", "--model.likelihood", "gaussian"]
-    cli.main(["fit", "--model", "dense_ae", *flags, "--trainer.default_root_dir", str(tmp_path / "runs")])
+    main(["fit", "--model", "dense_ae", *flags, "--trainer.default_root_dir", str(tmp_path / "runs")])
     (run,) = (path.parent for path in (tmp_path / "runs").rglob("config.yaml"))
     found = {}
     for name, x in {"bytes": pixels, "unit": pixels / np.float32(255), "floats": pixels.astype(np.float32)}.items():
@@ -94,7 +94,7 @@ def test_bytes_that_were_stored_as_floats_are_told_from_values_up_to_1(tmp_path,
         if name == "floats":
             assert "values from 0 to 255, the training data had 0 to 1: divide them" in refused(capsys, *argv)
         else:
-            cli.main([*argv, f"--out={tmp_path / name}"])
+            main([*argv, f"--out={tmp_path / name}"])
             found[name] = np.load(tmp_path / name / "reconstructions.npy")
     assert np.allclose(found["bytes"], found["unit"], atol=1e-6)
 
@@ -107,7 +107,7 @@ def test_other_data_that_are_scaled_otherwise_say_so(run, tmp_path, caplog, verb
     for flags, said in ([], False), (["--data", str(tmp_path / "new.npz")], True):
         caplog.clear()
         place = [f"--out={tmp_path}"] if verb == "reconstruct" else []
-        cli.main([verb, "--ckpt_path", str(run), *flags, *place])
+        main([verb, "--ckpt_path", str(run), *flags, *place])
         assert (words in caplog.text) == said
 
 
@@ -116,7 +116,7 @@ def test_other_splits_than_those_of_training_are_named(run, tmp_path, capsys, ve
     place = [f"--out={tmp_path}"] if verb == "reconstruct" else []
     words = "aezoo: --data.seed and --data.test_fraction: the set is split differently than for training"
     for flags, said in ([], False), (["--data.seed=7", "--data.test_fraction=0.3"], True):
-        cli.main([verb, "--ckpt_path", str(run), *flags, *place])
+        main([verb, "--ckpt_path", str(run), *flags, *place])
         assert (words in capsys.readouterr().err) == said
 
 
@@ -127,14 +127,14 @@ def test_classes_that_a_run_was_trained_on_are_not_looked_for_in_other_data(tmp_
     np.savez(tmp_path / "new.npz", x=x, y=7 + np.arange(60) % 2)
     flags = ["--data", str(tmp_path / "seen.npz"), "--data.train_classes=[0]", "--data.num_labels=2"]
     flags += ["--trainer.max_epochs=1", "--trainer.default_root_dir", str(tmp_path / "runs")]
-    cli.main(["fit", "--model", "dense_ae", *flags])
+    main(["fit", "--model", "dense_ae", *flags])
     (run,) = (path.parent for path in (tmp_path / "runs").rglob("config.yaml"))
     for name in ("new.npy", "new.npz"):
         for verb in ("test", "reconstruct"):
-            cli.main([verb, "--ckpt_path", str(run), "--data", str(tmp_path / name)])
+            main([verb, "--ckpt_path", str(run), "--data", str(tmp_path / name)])
     capsys.readouterr()
     # those of the set itself stay
-    cli.main(["reconstruct", "--ckpt_path", str(run), "--split=train"])
+    main(["reconstruct", "--ckpt_path", str(run), "--split=train"])
     assert "16 samples" in capsys.readouterr().out
 
 
@@ -146,21 +146,21 @@ def test_tables_say_the_file_and_the_label_that_the_data_have(tmp_path, capsys):
         Image.fromarray(image).save(folder / f"{i}.png")
     flags = ["--data.val_fraction", "0.2", "--data.test_fraction", "0.2", "--model.latent_dim", "2"]
     flags += ["--data", str(tmp_path / "photos"), "--trainer.max_epochs", "1"]
-    cli.main(["fit", "--model", "dense_ae", *flags, "--trainer.default_root_dir", str(tmp_path / "runs")])
+    main(["fit", "--model", "dense_ae", *flags, "--trainer.default_root_dir", str(tmp_path / "runs")])
     (run,) = (path.parent for path in (tmp_path / "runs").rglob("config.yaml"))
     given = ["--ckpt_path", str(run), "--n_shown", "0", f"--out={tmp_path / 'out'}"]
     photos = tmp_path / "photos"
     for memory in ("on", "off"):
-        cli.main(["detect", *given, "--baselines", "false", "--data.memory", memory])
-        cli.main(["reconstruct", *given, "--input", str(photos), "--data.memory", memory])
-        cli.main(["embed", *given, "--table", "csv", "--nearest", "1", "--data.memory", memory])
+        main(["detect", *given, "--baselines", "false", "--data.memory", memory])
+        main(["reconstruct", *given, "--input", str(photos), "--data.memory", memory])
+        main(["embed", *given, "--table", "csv", "--nearest", "1", "--data.memory", memory])
         for name, most in (("scores", 4), ("errors", 20), ("codes", 4), ("plane", 4), ("neighbours", 4)):
             with (tmp_path / "out" / f"{name}.csv").open() as file:
                 rows = list(csv.DictReader(file))
             assert len(rows) == most
             assert all(row["file"].startswith(str(photos / row["label"])) for row in rows), rows
     one = str(photos / "sound" / "1.png")
-    cli.main(["detect", *given, "--baselines", "false", "--input", one])
+    main(["detect", *given, "--baselines", "false", "--input", one])
     assert one in (tmp_path / "out" / "scores.csv").read_text()
 
 
@@ -169,7 +169,7 @@ def test_labels_in_tables_are_those_of_the_file(run, tmp_path):
     for labels in ([7, 3, 7, -1, 3, 30], ["b", "a", "b", "b", "a", "c"]):
         lines = [",".join(map(repr, row)) + f",{label}" for row, label in zip(rows, labels, strict=True)]
         (tmp_path / "new.csv").write_text("\n".join(["a,b,c,d,label", *lines]))
-        cli.main(["detect", "--ckpt_path", str(run), "--input", str(tmp_path / "new.csv"), f"--out={tmp_path}",
+        main(["detect", "--ckpt_path", str(run), "--input", str(tmp_path / "new.csv"), f"--out={tmp_path}",
                   "--baselines", "false", "--n_shown", "0"])  # fmt: skip
         with (tmp_path / "scores.csv").open() as file:
             assert [row["label"] for row in csv.DictReader(file)] == list(map(str, labels))
@@ -183,7 +183,7 @@ def table(tmp_path_factory):
     rows = [",".join(map(repr, [*row, i % 2])) for i, row in enumerate(x.tolist())]
     (home / "d.csv").write_text("\n".join(["age,height,weight,label", *rows]))
     flags = ["--data.name", str(home / "d.csv"), "--trainer.max_epochs", "1", "--model.latent_dim", "2"]
-    cli.main(["fit", "--model", "dense_ae", *flags, "--trainer.default_root_dir", str(home / "runs")])
+    main(["fit", "--model", "dense_ae", *flags, "--trainer.default_root_dir", str(home / "runs")])
     (folder,) = (path.parent for path in (home / "runs").rglob("config.yaml"))
     return folder
 
@@ -216,9 +216,9 @@ def test_columns_that_are_those_of_training_or_have_no_names_are_taken(table, tm
         (tmp_path / "new.csv").write_text("\n".join([*header, *rows]))
         if header == ["weight,label,height,age"]:
             with pytest.raises(aezoo.AezooError, match="another order"):
-                read(str(tmp_path / "new.csv"), aezoo.checkpoint.load_run(table)[1])
+                read(str(tmp_path / "new.csv"), aezoo.io.checkpoint.load_run(table)[1])
         else:
-            assert read(str(tmp_path / "new.csv"), aezoo.checkpoint.load_run(table)[1]).shape == (3,)
+            assert read(str(tmp_path / "new.csv"), aezoo.io.checkpoint.load_run(table)[1]).shape == (3,)
 
 
 def test_a_file_may_have_or_lack_the_column_of_labels(tmp_path):
@@ -244,10 +244,10 @@ def test_a_picture_is_scaled_as_the_training_data_were(tmp_path):
     Image.fromarray(x[0]).save(tmp_path / "photo.png")
     flags = ["--data.scale", "standard", "--model.likelihood", "gaussian", "--trainer.max_epochs", "1"]
     flags += ["--data.name", str(tmp_path / "x.npy"), "--trainer.default_root_dir", str(tmp_path / "runs")]
-    cli.main(["fit", "--model", "dense_ae", *flags])
+    main(["fit", "--model", "dense_ae", *flags])
     (folder,) = (path.parent for path in tmp_path.rglob("config.yaml"))
-    cli.main(["reconstruct", "--ckpt_path", str(folder), "--input", str(tmp_path / "photo.png"), f"--out={tmp_path}"])
-    model, trained = aezoo.checkpoint.load_run(folder)
+    main(["reconstruct", "--ckpt_path", str(folder), "--input", str(tmp_path / "photo.png"), f"--out={tmp_path}"])
+    model, trained = aezoo.io.checkpoint.load_run(folder)
     scaled = (torch.from_numpy(x[:1, None]) - trained["scaling"]["offset"]) / trained["scaling"]["factor"]
     assert trained["white"] == 255 and -3 < float(scaled.min()) < -1 < 1 < float(scaled.max()) < 3
     assert np.allclose(np.load(tmp_path / "reconstructions.npy"), model(scaled).detach().numpy(), atol=1e-5)
@@ -256,7 +256,7 @@ def test_a_picture_is_scaled_as_the_training_data_were(tmp_path):
 def test_what_is_not_read_of_a_picture_is_said(tmp_path, capsys):
     aezoo.save_model(aezoo.create_model("dense_ae", (3, 8, 8), latent_dim=2), tmp_path / "model")
     Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(tmp_path / "one.png")
-    cli.main(["reconstruct", f"--ckpt_path={tmp_path / 'model'}", f"--input={tmp_path / 'one.png'}", "--n_shown=0"])
+    main(["reconstruct", f"--ckpt_path={tmp_path / 'model'}", f"--input={tmp_path / 'one.png'}", "--n_shown=0"])
     assert "aezoo: transparency is dropped from 1 images: " in capsys.readouterr().err
 
 
@@ -265,14 +265,14 @@ def test_tasks_see_zeros_and_ones_where_training_did(tmp_path):
     np.save(tmp_path / "x.npy", x)
     flags = ["--data.name", str(tmp_path / "x.npy"), "--data.binarise", "dynamic", "--data.seed", "3"]
     flags += ["--trainer.max_epochs", "1", "--trainer.default_root_dir", str(tmp_path / "runs")]
-    cli.main(["fit", "--model", "dense_ae", *flags])
+    main(["fit", "--model", "dense_ae", *flags])
     (folder,) = (path.parent for path in tmp_path.rglob("config.yaml"))
-    model, trained = aezoo.checkpoint.load_run(folder)
+    model, trained = aezoo.io.checkpoint.load_run(folder)
     static = aezoo.DataModule(str(tmp_path / "x.npy"), binarise="static", seed=3).tensors("train")[0]
     drawn = read(str(tmp_path / "x.npy"), trained, trained["settings"]).rows(range(40))
     given = ["--input", str(tmp_path / "x.npy")]
     for flags, seen in ((["--split", "train"], static), (given, drawn)):
-        cli.main(["reconstruct", "--ckpt_path", str(folder), f"--out={tmp_path / 'out'}", *flags])
+        main(["reconstruct", "--ckpt_path", str(folder), f"--out={tmp_path / 'out'}", *flags])
         assert set(seen.unique().tolist()) == {0.0, 1.0}
         found = np.load(tmp_path / "out" / "reconstructions.npy")
         assert np.allclose(found, model(seen).detach().numpy(), atol=1e-6)
@@ -284,7 +284,7 @@ def test_a_saved_model_takes_a_file_and_says_that_it_knows_no_data(run, tmp_path
         capsys, "reconstruct", "--ckpt_path", str(tmp_path / "saved")
     )
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((3, 4)))
-    cli.main(["reconstruct", "--ckpt_path", str(tmp_path / "saved"), "--input", str(tmp_path / "x.npy")])
+    main(["reconstruct", "--ckpt_path", str(tmp_path / "saved"), "--input", str(tmp_path / "x.npy")])
     assert (tmp_path / "saved" / "reconstruct" / "errors.csv").is_file()
 
 
@@ -301,7 +301,7 @@ def test_a_saved_model_takes_settings_of_the_data(run, tmp_path, capsys, form):
         return str(tmp_path / "set.yaml")
 
     assert "does not say what it was trained on" in refused(capsys, *flags, data("{" + rest + "}"))
-    cli.main([*flags, data("{" + f"name: {path}, {rest}" + "}"), "--split=val"])
+    main([*flags, data("{" + f"name: {path}, {rest}" + "}"), "--split=val"])
     assert "40 samples" in capsys.readouterr().out
 
 
@@ -357,7 +357,7 @@ def test_a_signal_leaves_nothing_half_written(run, tmp_path, monkeypatch, number
     before = signal.signal(number, afterwards)
     try:
         with pytest.raises(SystemExit) as end:
-            cli.main(["reconstruct", "--ckpt_path", str(run), f"--out={tmp_path}"])
+            main(["reconstruct", "--ckpt_path", str(run), f"--out={tmp_path}"])
         assert end.value.code == 128 + number and list(tmp_path.iterdir()) == []
         assert signal.getsignal(number) == afterwards
     finally:
@@ -366,7 +366,7 @@ def test_a_signal_leaves_nothing_half_written(run, tmp_path, monkeypatch, number
 
 def test_help_names_the_flags_of_the_verb_and_needs_no_model(capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["reconstruct", "--help"])
+        main(["reconstruct", "--help"])
     out = capsys.readouterr().out
     assert ended.value.code == 0 and "--n_shown" in out and "--input" in out and "samples in each row" in out
     assert "data.batch_size" not in out
@@ -394,11 +394,11 @@ def test_what_scales_samples_is_in_the_checkpoint_only_where_it_is_needed(tmp_pa
 )
 def test_each_verb_runs_from_a_run_alone(run, tmp_path, verb, flags, files):
     pytest.importorskip("constriction")
-    cli.main([verb, "--ckpt_path", str(run), f"--out={tmp_path}", *flags])
+    main([verb, "--ckpt_path", str(run), f"--out={tmp_path}", *flags])
     assert files <= {path.name for path in tmp_path.iterdir()}
     if verb == "compress":
         back = ["decompress", "--ckpt_path", str(run), "--input", str(tmp_path / "samples.aez")]
-        cli.main([*back, f"--out={tmp_path / 'back'}"])
+        main([*back, f"--out={tmp_path / 'back'}"])
         assert np.load(tmp_path / "back" / "samples.npy").shape == (8, 4)
 
 
@@ -410,7 +410,7 @@ def test_a_model_that_has_left_its_training_data_behind_still_works(run, tmp_pat
     hidden = run.parents[2] / "data.npz"
     hidden.rename(hidden.with_suffix(".hidden"))
     try:
-        cli.main(["detect", "--ckpt_path", str(folder), "--input", str(tmp_path / "x.npy")])
+        main(["detect", "--ckpt_path", str(folder), "--input", str(tmp_path / "x.npy")])
         assert "the training data are not available" in capsys.readouterr().err
         assert "no such file" in refused(capsys, "detect", "--ckpt_path", str(folder))
     finally:
@@ -421,13 +421,13 @@ def test_a_model_that_has_left_its_training_data_behind_still_works(run, tmp_pat
 def test_a_run_that_left_nothing_to_test(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 4)))
     flags = ["--data", str(tmp_path / "x.npy"), "--data.test_fraction", "0", "--trainer.max_epochs", "1"]
-    cli.main(["fit", "--model", "vae", *flags, "--trainer.default_root_dir", str(tmp_path / "runs")])
+    main(["fit", "--model", "vae", *flags, "--trainer.default_root_dir", str(tmp_path / "runs")])
     (run,) = (str(path.parent) for path in (tmp_path / "runs").rglob("config.yaml"))
-    cli.main(["generate", "--ckpt_path", run, f"--out={tmp_path}", "--n", "3"])  # which needs none
+    main(["generate", "--ckpt_path", run, f"--out={tmp_path}", "--n", "3"])  # which needs none
     assert "3 samples from the model's own prior" in capsys.readouterr().out
     line = refused(capsys, "detect", "--ckpt_path", run, f"--out={tmp_path}")
     assert line.endswith("x.npy has no test split: take --split train or val, or give --input FILE")
-    cli.main(["detect", "--ckpt_path", run, f"--out={tmp_path}", "--split", "val", "--baselines", "false"])
+    main(["detect", "--ckpt_path", run, f"--out={tmp_path}", "--split", "val", "--baselines", "false"])
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def test_the_codec_is_missed_before_the_model_is_read(monkeypatch, capsys, verb)
     tables.stream.cache_clear()
     assert "pip install 'aezoo[codec]'" in refused(capsys, verb, "--ckpt_path", "nowhere")
     with pytest.raises(SystemExit) as ended:
-        cli.main([verb, "--ckpt_path", "nowhere", "--help"])
+        main([verb, "--ckpt_path", "nowhere", "--help"])
     assert ended.value.code == 0
 
 
@@ -474,13 +474,13 @@ def test_a_prior_needs_no_training_data(tmp_path, capsys):
         "--trainer.default_root_dir",
         str(tmp_path),
     ]
-    cli.main(["fit", "--model", "vae", *flags])
+    main(["fit", "--model", "vae", *flags])
     (tmp_path / "data.npy").unlink()
     (folder,) = (path.parent for path in tmp_path.rglob("config.yaml"))
     capsys.readouterr()
-    cli.main(["generate", "--ckpt_path", str(folder), "--n", "3"])
+    main(["generate", "--ckpt_path", str(folder), "--n", "3"])
     assert "nothing is read, the training data are not available" in capsys.readouterr().err
     assert np.load(folder / "generate" / "samples.npy").shape == (3, 4)
     with pytest.raises(SystemExit):
-        cli.main(["generate", "--ckpt_path", str(folder), "--prior", "gaussian"])
+        main(["generate", "--ckpt_path", str(folder), "--prior", "gaussian"])
     assert "gaussian is fitted to the codes of training samples: give" in capsys.readouterr().err.splitlines()[1]

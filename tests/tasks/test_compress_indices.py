@@ -12,9 +12,9 @@ from scipy.stats import entropy
 from torch import nn
 
 import aezoo
-from aezoo.discrete import DiscreteAutoencoder
+from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.bases.token_prior import IndexPrior
 from aezoo.errors import AezooError
-from aezoo.index_prior import IndexPrior
 from aezoo.quantisers.base import Quantiser
 from aezoo.tasks.codec import autoregressive, container, indices
 from aezoo.tasks.compress import compress
@@ -33,7 +33,7 @@ VERSION_1 = base64.b85decode(
 
 
 class Parts(Quantiser):
-    """Index k of a book of K is what lies from k / K to (k + 1) / K."""
+    """Index k of a codebook of K is what lies from k / K to (k + 1) / K."""
 
     def __init__(self, sizes):
         super().__init__(len(sizes), sizes)
@@ -104,7 +104,7 @@ Thirds.__qualname__ = "Plain"
 
 
 class WithPrior(Plain):
-    """Token t, of place t // Q, has logits b_t + sum over s < t of a[s, t, token_s]; -inf beyond its book."""
+    """Token t, of place t // Q, has logits b_t + sum over s < t of a[s, t, token_s]; -inf beyond its codebook."""
 
     def __init__(self, input_shape, sizes=(7,), seed=0, scale=2.0):
         super().__init__(input_shape, sizes)
@@ -262,9 +262,9 @@ def test_levels_are_powers_and_a_fine_one_costs_next_to_nothing():
 
 def test_each_book_has_its_own_table_wherever_its_indices_stand(tmp_path):
     class TwoMaps(Plain):
-        """6 indices of which 2 are of a book of their own, as the top of a hierarchy."""
+        """6 indices of which 2 are of a codebook of their own, as the top of a hierarchy."""
 
-        def books(self, given):
+        def codebooks(self, given):
             return {"top": (given[:, :, 1:3], (7,)), "bottom": (given[:, :, [0, 3, 4, 5]], (5,))}
 
     model, random = TwoMaps((1, 6), (7,)).eval(), np.random.default_rng(0)
@@ -281,7 +281,7 @@ def test_each_book_has_its_own_table_wherever_its_indices_stand(tmp_path):
     assert decompress(model, str(path)).same
 
     class Lost(Plain):
-        def books(self, given):
+        def codebooks(self, given):
             return {"": (given[:, :, :2], (7,))}
 
     with pytest.raises(AezooError, match="each index of a sample once"):
@@ -295,19 +295,19 @@ def test_indices_of_large_books_are_coded_as_digits(tmp_path, k):
     random = np.random.default_rng(0)
     given = random.integers(0, k, (60, 2, 3))
     given[0] = k - 1
-    books = [indices.Book(np.array([0, 4, 2]), k), indices.Book(np.array([1, 3, 5]), k)]
+    codebooks = [indices.Codebook(np.array([0, 4, 2]), k), indices.Codebook(np.array([1, 3, 5]), k)]
     flat = given.reshape(60, 6)
-    coder = indices.Tabled.fit(books, iter([flat[:20], flat[20:]]))
+    coder = indices.Tabled.fit(codebooks, iter([flat[:20], flat[20:]]))
     content = coder.encode(flat)
-    again = indices.Tabled.from_bytes(coder.to_bytes(), books)
+    again = indices.Tabled.from_bytes(coder.to_bytes(), codebooks)
     assert np.array_equal(again.decode(content, 60), flat) and coder.returns(content, flat)
     assert 8 * len(content) == pytest.approx(coder.bits, abs=64)
     assert 8 * len(content) <= 360 * sum(math.log2(base) for base in bases) + 64
     wrong = flat.copy()
     wrong[5, 1] = math.prod(bases) - 1
-    if wrong[5, 1] >= k:  # digits that no index of the book has
-        forged = indices.Tabled.fit(books, iter([wrong]))
-        with pytest.raises(ValueError, match="not in its book"):
+    if wrong[5, 1] >= k:  # digits that no index of the codebook has
+        forged = indices.Tabled.fit(codebooks, iter([wrong]))
+        with pytest.raises(ValueError, match="not in its codebook"):
             forged.decode(forged.encode(wrong), 60)
 
 
@@ -336,7 +336,7 @@ def test_under_a_prior_indices_cost_its_cross_entropy(tmp_path, sizes):
     header, frames = take_apart(path.read_bytes())
     assert header["mode"] == "prior" and [frame[0] for frame in frames] == [300]
     assert 8 * len(frames[0][2]) == found.net_bits
-    # which is less than a table for each book can do
+    # which is less than a table for each codebook can do
     pooled = [given[:, q].reshape(-1) for q in range(len(sizes))]
     assert found.net_bits < 0.9 * sum(len(part) * entropy(torch.bincount(part).numpy(), base=2) for part in pooled)
     assert np.array_equal(decompress(model, str(path)).x, right(model, x, 64))
@@ -495,10 +495,10 @@ def test_a_lying_number_of_samples_takes_no_time_under_a_prior(tmp_path):
 
 
 def test_tables_that_are_none_are_refused():
-    books = [indices.Book(np.array([0, 1]), 6), indices.Book(np.array([2]), 3)]
+    codebooks = [indices.Codebook(np.array([0, 1]), 6), indices.Codebook(np.array([2]), 3)]
     counts = iter([np.array([[0, 1, 2], [5, 1, 2], [1, 1, 0]] * 200)])
-    right = indices.Tabled.fit(books, counts).to_bytes()
-    assert indices.Tabled.from_bytes(right, books).to_bytes() == right
+    right = indices.Tabled.fit(codebooks, counts).to_bytes()
+    assert indices.Tabled.from_bytes(right, codebooks).to_bytes() == right
     levels = indices.zlib.compressobj(9, indices.zlib.DEFLATED, -15)
     high = bytes([1, 0]) + levels.compress(bytes([25] * 6)) + levels.flush()
     levels = indices.zlib.compressobj(9, indices.zlib.DEFLATED, -15)
@@ -515,7 +515,7 @@ def test_tables_that_are_none_are_refused():
         bytes([1, 0]),
     ):
         with pytest.raises((ValueError, indices.zlib.error)):
-            indices.Tabled.from_bytes(wrong, books)
+            indices.Tabled.from_bytes(wrong, codebooks)
 
 
 def test_modes_that_are_not_the_files_are_refused(held, tmp_path):
@@ -582,7 +582,7 @@ def test_indices_outside_of_their_books_are_refused(wrong):
         return q, index.index_fill(0, torch.tensor([3]), wrong), terms
 
     model.quantiser._of_rows = outside
-    with pytest.raises(AezooError, match="not in its books"):
+    with pytest.raises(AezooError, match="not in its codebooks"):
         compress(model, torch.rand(5, 1, 4), compare=False)
 
 
@@ -598,7 +598,7 @@ def test_a_prior_of_nan_is_refused(value):
 def test_books_too_large_for_a_prior_are_refused():
     model = Plain((1, 3), (2**16 + 1,)).eval()
     model.tokens = lambda given: given.flatten(1)
-    with pytest.raises(AezooError, match="take smaller books"):
+    with pytest.raises(AezooError, match="take smaller codebooks"):
         autoregressive.Autoregressive(model, 8)
 
 

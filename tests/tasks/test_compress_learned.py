@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import aezoo
-import aezoo.entropy
-from aezoo.entropy import Taking
+import aezoo.bases.entropy_coded
+from aezoo.bases.entropy_coded import Taking
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import container, learned
 from aezoo.tasks.compress import compress
@@ -103,14 +103,14 @@ def test_numbers_beyond_the_tables_are_written_out(name, tmp_path):
 def test_tables_of_mixtures_are_made_some_at_a_time(monkeypatch):
     model, x = small("cheng2020", width=3e5), data(20)
     symbols, made = learned.encode(model, x), []
-    coder, original = learned.Learned(model, 20), aezoo.entropy.Mixtures.table_at
+    coder, original = learned.Learned(model, 20), aezoo.bases.entropy_coded.Mixtures.table_at
 
     def table_at(law, power, here):
         table = original(law, power, here)
         made.append((len(here), table.mass.shape[1] - 1))
         return table
 
-    monkeypatch.setattr(aezoo.entropy.Mixtures, "table_at", table_at)
+    monkeypatch.setattr(aezoo.bases.entropy_coded.Mixtures, "table_at", table_at)
     whole = coder.encode(symbols)
     assert np.array_equal(coder.decode(whole, 20), symbols) and max(n * size for n, size in made if n > 1) > 100
     monkeypatch.setattr(learned, "_ENTRIES", 100)
@@ -262,7 +262,7 @@ def test_a_rate_of_the_laws_is_counted_for_what_is_taken():
     """The bound of whole numbers is the rate of the samples that they came from."""
     model, x = small("elic"), data(9)
     symbols = torch.from_numpy(learned.encode(model, x))
-    coder = Taking(aezoo.entropy.one_by_one(symbols))
+    coder = Taking(aezoo.bases.entropy_coded.one_by_one(symbols))
     model.walk(coder, None, len(x))
     with torch.no_grad():
         torch.testing.assert_close(coder.rate_B.mean(), model.loss(x)["rate"])

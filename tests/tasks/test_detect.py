@@ -205,7 +205,7 @@ def test_a_perfect_autoencoder_finds_nothing_strange(score):
         for p in model.parameters():
             p.copy_(torch.eye(6) if p.ndim == 2 else torch.zeros(6))
     found = Detector(model, score).fit(gaussian(30)).decision_function(gaussian(9, seed=1))
-    # the plain Gaussian likelihood has a constant: see aezoo.likelihoods
+    # the plain Gaussian likelihood has a constant: see aezoo.distributions.likelihoods
     assert np.allclose(found, 3 * np.log(np.pi) if score == "nll" else 0, atol=1e-5)
 
 

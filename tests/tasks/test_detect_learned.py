@@ -12,9 +12,9 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import aezoo
-from aezoo import cli
+from aezoo.cli.main import main
 from aezoo.errors import AezooError
-from aezoo.nets.features import random_features
+from aezoo.nets.blocks.features import random_features
 from aezoo.tasks import detect_features, detect_svdd
 from aezoo.tasks.detect import Detector, detect
 from aezoo.tasks.detect_features import Frozen
@@ -412,12 +412,12 @@ def test_few_samples_keep_half_of_their_directions(n):
 def test_the_verb_compares_all_scores_on_digits_of_which_training_saw_one(name, tmp_path, capsys):
     """`aezoo fit --data.train_classes`, then `aezoo detect`: the scores, and the baselines beside them."""
     flags = ["--data.name=digits", "--data.train_classes=[3]", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
-    cli.main(["fit", f"--model={name}", *flags, f"--trainer.default_root_dir={tmp_path / 'runs'}"])
+    main(["fit", f"--model={name}", *flags, f"--trainer.default_root_dir={tmp_path / 'runs'}"])
     (run,) = (path.parent for path in (tmp_path / "runs").rglob("config.yaml"))
     capsys.readouterr()
     # activations that saturate, as dagmm's tanh, do not go with deep_svdd
     score = "nll,mse,sap,nap,mahalanobis" + ("" if name == "dagmm" else ",deep_svdd")
-    cli.main(["detect", f"--ckpt_path={run}", f"--score={score}", "--normal=3", "--features=random", "--svdd_epochs=3"])
+    main(["detect", f"--ckpt_path={run}", f"--score={score}", "--normal=3", "--features=random", "--svdd_epochs=3"])
     printed = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.split()}
     for method in (*score.split(","), "pca", "mean", "knn", "isolation_forest", "fre"):
@@ -425,5 +425,5 @@ def test_the_verb_compares_all_scores_on_digits_of_which_training_saw_one(name, 
     assert "one-vs-rest: 3 is normal" in printed and (run / "detect" / "scores.csv").is_file()
     if name == "dagmm":
         with pytest.raises(SystemExit):
-            cli.main(["detect", f"--ckpt_path={run}", "--score=deep_svdd"])
+            main(["detect", f"--ckpt_path={run}", "--score=deep_svdd"])
         assert "encoder's Tanh" in capsys.readouterr().err

@@ -153,7 +153,7 @@ def test_labels_with_fractions_are_no_classes():
 def test_the_classifier_learns_from_the_samples_that_have_labels_however_few(monkeypatch):
     monkeypatch.setattr(fidelity_features, "_MOST_LEARNT", 6)
     monkeypatch.setattr(fidelity_features, "STEPS", 3)
-    monkeypatch.setattr("aezoo.nets.classifier.STEPS", 3)
+    monkeypatch.setattr("aezoo.nets.blocks.classifier.STEPS", 3)
     y = torch.full((3000,), -1)
     y[[3, 700, 1500]] = torch.tensor([0, 1, 2])
     x = np.random.default_rng(0).normal(size=(3000, 4)).astype(np.float32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import aezoo
-from aezoo import cli
+from aezoo.cli.main import main
 from aezoo.errors import AezooError
 from aezoo.tasks.generate import generate
 
@@ -96,7 +96,7 @@ def test_a_quantised_model_without_a_prior_is_told_of_one():
 def fit(home, *flags):
     common = ["--data.name", "digits", "--trainer.default_root_dir", str(home / "runs"), "--seed_everything", "1"]
     silent = ["--samples.every_n_epochs", "0", "--reconstructions.every_n_epochs", "0"]
-    cli.main(["fit", *flags, *common, *silent])
+    main(["fit", *flags, *common, *silent])
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_two_fits_and_samples_of_the_prior_s_run_alone(runs, tmp_path, capsys):
     trained = aezoo.load_model(tokenizer).state_dict()
     hidden = tokenizer.rename(tokenizer.parent / "hidden")
     try:
-        cli.main([
+        main([
             "generate", "--ckpt_path", str(alone), "--temperature", "0.9", "--top_k", "5", "--n", "4",
             "--out", str(tmp_path),
         ])  # fmt: skip

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import aezoo
-from aezoo.cli import VERBS
+from aezoo.cli import task_commands
+from aezoo.cli.main import VERBS
 from aezoo.errors import AezooError
-from aezoo.tasks import command
 
 VALUES = ("-1", "0", "1", "1.5", "nan", "inf", "-inf", "1000000000000", "abc", "", "[]", "true", "null")
 
@@ -24,7 +24,7 @@ def function_of(verb):
 def options():
     for verb in VERBS:
         for name in inspect.signature(function_of(verb)).parameters:
-            if name not in command._GIVEN:
+            if name not in task_commands._GIVEN:
                 yield pytest.param(verb, name, id=f"{verb}.{name}")
 
 
@@ -51,7 +51,7 @@ def packed(model, x, tmp_path_factory):
 @pytest.mark.filterwarnings("ignore")
 def test_a_flag_takes_a_value_or_refuses_it(verb, option, model, x, packed, tmp_path):
     function = function_of(verb)
-    parser = command.parser_of(verb, function)
+    parser = task_commands.parser_of(verb, function)
     accepted = inspect.signature(function).parameters
     # nothing that takes long beside the option in question
     quick = {"n_shown": 0, "baselines": False, "compare": False, "n": 4, "n_draws": 2}

@@ -24,8 +24,8 @@ def test_the_density_is_that_of_a_mixture_however_it_is_cut(monkeypatch):
     mixture = D.MixtureSameFamily(D.Categorical(torch.ones(40)), parts)
     z = np.random.default_rng(1).standard_normal((57, 3))
     expected = mixture.log_prob(torch.from_numpy(z)).numpy()
-    for at_once in (10**9, 500, 1):
-        monkeypatch.setattr("aezoo.tasks.priors_vamp._AT_ONCE", at_once)
+    for can_join_backward in (10**9, 500, 1):
+        monkeypatch.setattr("aezoo.tasks.priors_vamp._AT_ONCE", can_join_backward)
         assert np.allclose(Posteriors(means, log_vars).log_prob(z), expected, atol=1e-10)
 
 

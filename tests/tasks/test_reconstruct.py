@@ -30,7 +30,7 @@ def test_the_errors_of_a_linear_model_are_those_of_pca():
     assert np.allclose(found.x_hat, expected, atol=1e-4)
     assert np.allclose(found.mse, ((x - expected) ** 2).mean(1), rtol=1e-3, atol=1e-6)
     assert np.allclose(found.mae, np.abs(x - expected).mean(1), rtol=1e-3, atol=1e-6)
-    # the plain Gaussian likelihood is the squared error and a constant: see aezoo.likelihoods
+    # the plain Gaussian likelihood is the squared error and a constant: see aezoo.distributions.likelihoods
     assert np.allclose(found.score, ((x - expected) ** 2).sum(1) + 3 * np.log(np.pi), rtol=1e-3)
 
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 import aezoo
+from aezoo.cli.task_commands import read
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
-from aezoo.tasks.command import read
 from aezoo.tasks.samples import Samples, at_work
 
 UNKNOWN = {"settings": {}, "scaling": {}}

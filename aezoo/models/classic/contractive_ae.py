@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.nets.linear import Linear
-from aezoo.nets.tied import Transposed
+from aezoo.nets.blocks.tied import Transposed
+from aezoo.speed.linear import Linear
 
 
 class ContractiveAE(Autoencoder):
@@ -82,9 +82,9 @@ class ContractiveAE(Autoencoder):
         back = Transposed(layer, (x_dim,)) if tied else Linear(latent_dim, x_dim)
         self.decoder = nn.Sequential(back, nn.Unflatten(1, self.input_shape))
         if data_init:
-            self.keep_started()
+            self.enable_data_init()
 
-    def start_from(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         """Start the output biases at the mean of the samples, (N, *input_shape)."""
         self.decoder.get_parameter("0.bias").copy_(self.likelihood.params_of(x.mean(0)).flatten())
 

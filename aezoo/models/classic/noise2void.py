@@ -27,7 +27,7 @@ from torch import Tensor
 from aezoo import corruptions
 from aezoo.errors import AezooError
 from aezoo.models.classic.dncnn import DnCNN
-from aezoo.precision import at_least_float32
+from aezoo.training.precision import at_least_float32
 
 _MOST_PLACES = 10_000
 

@@ -111,9 +111,9 @@ class SemanticHashAE(Autoencoder):
         decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
         self.decoder = nn.Sequential(decoder, VisibleBias(self.input_shape))
         if data_init:
-            self.keep_started()
+            self.enable_data_init()
 
-    def start_from(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         """Start the output biases at the mean of the samples, (N, *input_shape)."""
         cast(VisibleBias, self.decoder[1]).b_X.copy_(self.likelihood.params_of(x.mean(0)))
 

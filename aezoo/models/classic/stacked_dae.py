@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aezoo import corruptions, likelihoods, nets
+from aezoo import corruptions, nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.distributions import likelihoods
 from aezoo.errors import AezooError
-from aezoo.nets.linear import Linear
-from aezoo.optimizers import known_steps
+from aezoo.speed.linear import Linear
+from aezoo.training.optimizers import known_steps
 
 
 class StackedDAE(Autoencoder):

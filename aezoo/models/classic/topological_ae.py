@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aezoo import divergences, nets
+from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.distributions import divergences
 from aezoo.errors import AezooError
 
 
@@ -125,7 +126,7 @@ class TopologicalAE(Autoencoder):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_BD = self.encoder(x)
         nll = self.nll(self.decoder(z_BD), x).mean()
-        x_NX, z_ND = self.of_all_ranks(x.flatten(1)), self.of_all_ranks(z_BD)
+        x_NX, z_ND = self.all_gather_batch(x.flatten(1)), self.all_gather_batch(z_BD)
         unit = at_least_float32(self.log_unit).exp()
         x_to_z, z_to_x = self.signature_loss(at_least_float32(x_NX), at_least_float32(z_ND), unit)
         return {"loss": nll + self.topology * (x_to_z + z_to_x), "nll": nll, "x_to_z": x_to_z, "z_to_x": z_to_x}

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
+from aezoo.bases.triplet import WithTriplets
 from aezoo.errors import AezooError
-from aezoo.triplets import WithTriplets
 
 
 class TripletAE(WithTriplets):

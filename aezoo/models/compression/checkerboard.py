@@ -16,10 +16,10 @@ Shapes: B batch, M channels of the code, N of the side information, T places.
 import torch
 from torch import Tensor, nn
 
-from aezoo.entropy import Coder
+from aezoo.bases.entropy_coded import Coder
 from aezoo.errors import AezooError
 from aezoo.models.compression.mean_scale_hyperprior import MeanScaleHyperprior
-from aezoo.nets.context import Context, taps
+from aezoo.nets.blocks.context import Context, taps
 
 
 class Checkerboard(MeanScaleHyperprior):
@@ -110,5 +110,5 @@ class Checkerboard(MeanScaleHyperprior):
                 seen = context.seen(y_hat.unflatten(2, self.grid)).flatten(2)
         return y_hat.unflatten(2, self.grid)
 
-    def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+    def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         return self.two_passes(coder, y, self.said(coder, y, n), 0)

@@ -10,7 +10,7 @@ weights, means and scales, as in `joint_ar_hyperprior`. With K = 1 only the tran
 
 in nats per sample, C channels of x; in training noise replaces rounding, as in `factorized_prior`. The paper counts
 integers from 0 and not from m. f and g are residual blocks with attention (section 3.3), and g upsamples by sub-pixel
-convolutions, see `aezoo.nets.subpixel`.
+convolutions, see `aezoo.nets.blocks.subpixel`.
 
 Shapes: B batch, K Gaussians of a mixture, M channels of the code, N of the side information, T places.
 """
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.entropy import Law, Mixtures, scale_of
-from aezoo.limits import at_least
+from aezoo.bases.entropy_coded import Law, Mixtures, scale_of
 from aezoo.models.compression.joint_ar_hyperprior import JointARHyperprior
-from aezoo.nets.context import Context
-from aezoo.nets.subpixel import Decoder, Encoder
+from aezoo.nets.blocks.context import Context
+from aezoo.nets.blocks.subpixel import Decoder, Encoder
+from aezoo.training.limits import at_least
 
 
 class Cheng2020(JointARHyperprior):

@@ -17,11 +17,11 @@ Shapes: B batch, M channels of the code in groups k, N of the side information, 
 import torch
 from torch import Tensor, nn
 
-from aezoo.entropy import Coder
-from aezoo.limits import at_least
+from aezoo.bases.entropy_coded import Coder
 from aezoo.models.compression.checkerboard import Checkerboard
-from aezoo.nets.context import Context
+from aezoo.nets.blocks.context import Context
 from aezoo.nets.conv import CONVS
+from aezoo.training.limits import at_least
 
 
 class Elic(Checkerboard):
@@ -94,7 +94,7 @@ class Elic(Checkerboard):
                 wide, narrow = (CONVS[rank](inner, 2 * size, 5, padding=2) for inner in (n, 2 * size))
                 self.across.append(nn.Sequential(wide, nn.ReLU(), narrow))
 
-    def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+    def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         said = self.said(coder, y, n)
         parts = [None] * len(self.groups) if y is None else y.split(self.groups, 1)
         done: list[Tensor] = []

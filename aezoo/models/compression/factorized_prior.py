@@ -17,7 +17,7 @@ Shapes: B batch, M channels of the code.
 
 from torch import Tensor
 
-from aezoo.entropy import Coder, EntropyCoded, Factorised, Noise, Rounding, Table
+from aezoo.bases.entropy_coded import Coder, EntropyCoded, Factorised, Noise, Rounding, Table
 
 
 class FactorizedPrior(EntropyCoded):
@@ -68,7 +68,7 @@ class FactorizedPrior(EntropyCoded):
         self.set_nets(net, latent_dim, hidden_dims, activation, lam)
         self.density = Factorised(latent_dim)
 
-    def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+    def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         return coder(y, self.density.law((n, *self.code_shape)))
 
     def tables(self) -> list[Table]:

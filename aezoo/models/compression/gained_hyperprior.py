@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.entropy import Coder, Noise
+from aezoo.bases.entropy_coded import Coder, Noise
 from aezoo.errors import AezooError
 from aezoo.models.compression.mean_scale_hyperprior import MeanScaleHyperprior
 
@@ -109,16 +109,16 @@ class GainedHyperprior(MeanScaleHyperprior):
         self.weight = math.prod(weight**share for weight, share in zip(self._weights, self._shares, strict=True))
 
     def gained(self, coder: Coder, y: Tensor | None, n: int, shares: Sequence[float | Tensor]) -> Tensor:
-        """`walk` at a mixture of qualities: the share of each, one number for all samples or one for each, (n, 1)."""
+        """`code_latents` at a mixture of qualities: the share of each, for all samples or for each, (n, 1)."""
 
         def mixed(log_SM: Tensor) -> Tensor:
             parts = [share * log_M for share, log_M in zip(shares, at_least_float32(log_SM), strict=True)]
             return torch.stack(parts).sum(0).exp().view(-1, self.code_shape[0], *(1 for _ in self.code_shape[1:]))
 
-        y_hat = super().walk(coder, None if y is None else (y * mixed(self.log_gain_SM)).to(y), n)
+        y_hat = super().code_latents(coder, None if y is None else (y * mixed(self.log_gain_SM)).to(y), n)
         return y_hat * mixed(self.log_inverse_SM)
 
-    def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+    def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         return self.gained(coder, y, n, self._shares)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

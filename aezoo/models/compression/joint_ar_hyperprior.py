@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.entropy import Coder, Noise
+from aezoo.bases.entropy_coded import Coder, Noise
 from aezoo.errors import AezooError
 from aezoo.models.compression.mean_scale_hyperprior import MeanScaleHyperprior
-from aezoo.nets.context import Context, taps
+from aezoo.nets.blocks.context import Context, taps
 
 Index = tuple[Any, ...]
 
@@ -94,7 +94,7 @@ class JointARHyperprior(MeanScaleHyperprior):
         before = torch.arange(kernel.numel()).view_as(kernel) < kernel.numel() // 2
         self.context = Context(latent_dim, 2 * latent_dim, before)
 
-    def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+    def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         said = self.said(coder, y, n)
         if isinstance(coder, Noise) and y is not None:
             y_noisy = coder.change(at_least_float32(y))

@@ -15,7 +15,7 @@ Shapes: B batch, M channels of the code, N of the side information.
 
 from torch import Tensor
 
-from aezoo.entropy import Coder
+from aezoo.bases.entropy_coded import Coder
 from aezoo.models.compression.scale_hyperprior import ScaleHyperprior
 
 
@@ -83,5 +83,5 @@ class MeanScaleHyperprior(ScaleHyperprior):
         z: Tensor = self.hyper_encoder(y)
         return z
 
-    def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+    def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         return coder(y, self.law(*self.said(coder, y, n).chunk(2, 1)))

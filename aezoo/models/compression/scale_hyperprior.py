@@ -20,9 +20,9 @@ from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.entropy import Coder, Factorised, Gaussians, Law, Table, gaussian_tables, scale_of
-from aezoo.limits import at_least
+from aezoo.bases.entropy_coded import Coder, Factorised, Gaussians, Law, Table, gaussian_tables, scale_of
 from aezoo.models.compression.factorized_prior import FactorizedPrior
+from aezoo.training.limits import at_least
 
 
 class ScaleHyperprior(FactorizedPrior):
@@ -107,7 +107,7 @@ class ScaleHyperprior(FactorizedPrior):
         """The distribution of a part of the code, (n, C, ...) each."""
         return Gaussians(at_least_float32(mean), scale_of(raw_scale), len(self.density.median_C))
 
-    def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+    def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         raw_scale = self.said(coder, y, n)
         return coder(y, self.law(torch.zeros_like(raw_scale), raw_scale))
 

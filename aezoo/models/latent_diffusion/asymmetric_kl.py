@@ -120,7 +120,7 @@ class AsymmetricKL(AutoencoderKL):
         dims = tuple(decoder_dims) or tuple(3 * width // 2 for width in hidden_dims[::-1])
         self.decoder = SightedDecoder(net, self.code_shape, self.input_shape, dims, activation)
 
-    def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    def decoder_inputs(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         return (x, z, x, self.visible(x)) if self.training else (x, z)
 
     def visible(self, x: Tensor) -> Tensor:

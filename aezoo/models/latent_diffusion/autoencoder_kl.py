@@ -23,14 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aezoo import gaussians, nets
-from aezoo.judged import Judged
-from aezoo.limits import at_least
+from aezoo import nets
+from aezoo.bases.perceptual_adversarial import PerceptualAdversarial
+from aezoo.distributions import gaussians
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.standardise import Standardiser
+from aezoo.nets.blocks.channel_stats import Standardiser
+from aezoo.training.limits import at_least
 
 
-class AutoencoderKL(Judged, VAE):
+class AutoencoderKL(PerceptualAdversarial, VAE):
     """A Gaussian feature map with a small KL weight, and a perceptual and an adversarial loss for sharp outputs.
 
     Args:
@@ -87,7 +88,9 @@ class AutoencoderKL(Judged, VAE):
         self.encoder = nets.encoder(net, self.input_shape, both, hidden_dims, activation)
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
         dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
-        self.keep_judges(features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr)
+        self.build_losses(
+            features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr
+        )
         self.standardiser = Standardiser(latent_dim)
 
     @staticmethod
@@ -107,18 +110,18 @@ class AutoencoderKL(Judged, VAE):
         z = mu + torch.exp(0.5 * log_var) * gaussians.noise_like(mu)
         if self.training:
             self.standardiser.observe(z.detach(), self.batch_mean)
-        x, z, *seen = self.compared(x, z)
+        x, z, *seen = self.decoder_inputs(x, z)
         loss, terms, g_R = self.judged(x, z.to(x.dtype), *seen)
         kl = self.mean_kl(self.kl(mu, log_var))
-        extra, own = self.besides(x, z, mu, g_R)
+        extra, own = self.extra_terms(x, z, mu, g_R)
         loss = loss + self.beta * (kl - self.capacity).abs() + extra
         return {"loss": loss, "kl": kl, "elbo": -(terms["nll"] + kl), **terms, **own}
 
-    def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    def decoder_inputs(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         """What a step compares: samples, and the decoder's inputs for them, codes and any further ones."""
         return x, z
 
-    def besides(self, x: Tensor, z: Tensor, mu: Tensor, g_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def extra_terms(self, x: Tensor, z: Tensor, mu: Tensor, g_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What a subclass adds to the loss, and its terms; g_R is the gradient of R at the decoder's output."""
         return g_R.new_zeros(()), {}
 

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aezoo import gaussians, nets
+from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
-from aezoo.nets.denoiser import Denoiser
+from aezoo.nets.blocks.denoiser import Denoiser
+from aezoo.training.limits import at_least
 
 LOG_MEAN, LOG_STD, RHO = -1.1, 2.0, 7
 
@@ -115,12 +116,12 @@ class ConsistencyDecoderAE(Autoencoder):
         self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
         F = Denoiser(self.input_shape, latent_dim, hidden_dims, activation)
         self.decoder = ConsistencyDecoder(F, self.input_shape, sigma_min, sigma_max, sigma_data)
-        self.keep_steps()
+        self.enable_step_counter()
 
     def n_levels(self) -> Tensor:
         """N at the current step, ()."""
         doublings = math.log2(self.noise_levels / self.start_noise_levels) + 1
-        risen = (doublings * self.share_of_steps(self.level_steps)).floor()
+        risen = (doublings * self.step_fraction(self.level_steps)).floor()
         return (self.start_noise_levels * 2**risen).clamp(max=self.noise_levels)
 
     def pair(self, u: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
-from aezoo import gaussians
 from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.distributions import gaussians
+from aezoo.distributions.likelihoods import Gaussian, Laplace, LogCosh
 from aezoo.errors import AezooError
-from aezoo.likelihoods import Gaussian, Laplace, LogCosh
-from aezoo.limits import at_least
-from aezoo.nets import of_diffusers
+from aezoo.nets.blocks import diffusers
+from aezoo.training.limits import at_least
 
 
 class DiffusersAE(Autoencoder):
@@ -46,8 +46,8 @@ class DiffusersAE(Autoencoder):
         warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
 
-    encoder: of_diffusers.Encoding
-    decoder: of_diffusers.Decoding
+    encoder: diffusers.Encoding
+    decoder: diffusers.Decoding
 
     def __init__(
         self,
@@ -72,23 +72,23 @@ class DiffusersAE(Autoencoder):
         if len(self.input_shape) != 3:
             raise AezooError(f"diffusers_ae takes images, (C, H, W), got {self.input_shape}")
         if pretrained == "none":
-            net = of_diffusers.build(kind, config or {}, self.input_shape[0])
+            net = diffusers.build(kind, config or {}, self.input_shape[0])
         elif config is not None:
             raise AezooError(f"config is that of {pretrained}: leave it out")
         elif not isinstance(self.likelihood, Gaussian | Laplace | LogCosh):
             # with the others an output is not a value of a sample
             raise AezooError(f"a pretrained model takes likelihood gaussian, laplace or logcosh, got {likelihood!r}")
         else:
-            net = of_diffusers.read(Path(pretrained))
+            net = diffusers.read(Path(pretrained))
             kind = type(net).__name__
             # so that a checkpoint loads without the folder
-            self.hparams.update(kind=kind, config=of_diffusers.config_of(net), pretrained="none")
+            self.hparams.update(kind=kind, config=diffusers.config_of(net), pretrained="none")
         self.beta, self.commitment, self.kind = beta, commitment, kind
         self.gaussian = "KL" in kind
         if kind == "AsymmetricAutoencoderKL":
             net.decoder.condition_encoder.requires_grad_(False)  # it reads a masked image, for inpainting
-        self.encoder, self.decoder = of_diffusers.halves(net)
-        self.code_shape = of_diffusers.code_shape(self.encoder, self.decoder, self.input_shape, self.gaussian)
+        self.encoder, self.decoder = diffusers.halves(net)
+        self.code_shape = diffusers.code_shape(self.encoder, self.decoder, self.input_shape, self.gaussian)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of a Gaussian code: (B, *input_shape) -> (B, D, H, W), (B, D, H, W)."""

@@ -109,7 +109,7 @@ class EQVAE(AutoencoderKL):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         return super().loss(x, y)
 
-    def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def decoder_inputs(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         if not (self.training and self.equivariance):
             return x, z
         # one draw of each for all samples

@@ -23,17 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
+from aezoo.bases.distillation import DistilledAutoencoder, teacher_path
+from aezoo.bases.perceptual_adversarial import PerceptualAdversarial
 from aezoo.errors import AezooError
-from aezoo.judged import Judged
-from aezoo.limits import at_least
 from aezoo.nets import vit
+from aezoo.nets.blocks.channel_stats import Standardiser
 from aezoo.nets.conv import head
-from aezoo.nets.linear import Linear
-from aezoo.nets.standardise import Standardiser
-from aezoo.taught import Taught, teacher_path
+from aezoo.speed.linear import Linear
+from aezoo.training.limits import at_least
 
 
-class RepresentationAE(Judged, Taught):
+class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder):
     """A decoder for the codes of a frozen encoder.
 
     Args:
@@ -103,7 +103,9 @@ class RepresentationAE(Judged, Taught):
             layers = patchify, vit.embedding(patchify.size, width), place, *vit.blocks((width,) * depth, activation)
             self.encoder = nn.Sequential(*layers, vit.ToMap(patchify.grid), down).requires_grad_(False)
         dims = tuple(discriminator_dims) or (32, 64)
-        self.keep_judges(features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr)
+        self.build_losses(
+            features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr
+        )
         self.normaliser = Standardiser(self.code_shape[0], decay=1.0)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

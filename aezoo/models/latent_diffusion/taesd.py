@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.limits import at_least
+from aezoo.bases.distillation import DistilledAutoencoder, teacher_path
 from aezoo.nets.conv import CONVS, grids
-from aezoo.taught import Taught, teacher_path
+from aezoo.training.limits import at_least
 
 
 class Clamp(nn.Module):
@@ -47,7 +47,7 @@ class Block(nn.Module):
         return x
 
 
-class TAESD(Taught):
+class TAESD(DistilledAutoencoder):
     """A small deterministic autoencoder that learns codes and images of a larger one.
 
     Args:

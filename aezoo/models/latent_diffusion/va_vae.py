@@ -21,12 +21,12 @@ from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
 from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL
-from aezoo.nets import adversarial
-from aezoo.nets.adversarial import gradient_alone, with_gradient
+from aezoo.nets.blocks import adversarial
+from aezoo.nets.blocks.adversarial import gradient_alone, with_gradient
+from aezoo.nets.blocks.features import FeatureDistance
 from aezoo.nets.conv import CONVS
-from aezoo.nets.features import FeatureDistance
+from aezoo.training.limits import at_least
 
 
 class VAVAE(AutoencoderKL):
@@ -131,9 +131,9 @@ class VAVAE(AutoencoderKL):
         with torch.autocast(x.device.type, enabled=False):
             return F.interpolate(net(at_least_float32(x))[-1], grid, mode="area")
 
-    def besides(self, x: Tensor, z: Tensor, mu: Tensor, g_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def extra_terms(self, x: Tensor, z: Tensor, mu: Tensor, g_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.alignment_weight:
-            return super().besides(x, z, mu, g_R)
+            return super().extra_terms(x, z, mu, g_R)
         f, z = self.seen(x, z.shape[2:]), z.to(x.dtype)
         alignment, g_A = with_gradient(lambda at: self.misalignment(at, f), z)
         moments, to_last_layer = adversarial.by_last_layer(self.encoder, x)

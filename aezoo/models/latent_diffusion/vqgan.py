@@ -24,13 +24,13 @@ from typing import Any
 from torch import Tensor
 
 from aezoo import nets
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.judged import Judged
-from aezoo.limits import at_least
+from aezoo.bases.perceptual_adversarial import PerceptualAdversarial
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.vq import VQ
+from aezoo.training.limits import at_least
 
 
-class VQGAN(Judged, DiscreteAutoencoder):
+class VQGAN(PerceptualAdversarial, DiscreteAutoencoder):
     """A map of codes from one codebook, with a perceptual and an adversarial loss for sharp outputs.
 
     Args:
@@ -101,9 +101,11 @@ class VQGAN(Judged, DiscreteAutoencoder):
         learning: dict[str, Any] = {"update": update, "decay": decay, "dead_below": dead_below}
         self.quantiser = VQ(latent_dim, codebook_size, estimator=estimator, cosine=cosine, **learning)
         dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
-        self.keep_judges(features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr)
+        self.build_losses(
+            features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr
+        )
         if data_init:
-            self.keep_started()
+            self.enable_data_init()
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
-from aezoo.nets import jepa, vit
-from aezoo.nets.linear import Linear
-from aezoo.optimizers import known_steps
+from aezoo.nets import vit
+from aezoo.nets.blocks import jepa
+from aezoo.speed.linear import Linear
+from aezoo.training.limits import at_least
+from aezoo.training.optimizers import known_steps
 
 # each takes a pass of the predictor
 _MOST_TARGETS = 64
@@ -106,7 +107,7 @@ class IJEPA(Autoencoder):
                 f"ijepa predicts patches from others and {self.input_shape} is one: take a smaller patch_size"
             )
         self.n_targets, self.momentum, self.momentum_steps = n_targets, momentum, momentum_steps
-        self.keep_steps()
+        self.enable_step_counter()
         self.grid, self.code_shape = patchify.grid, (width, *patchify.grid)
         embed = nn.Sequential(patchify, vit.embedding(patchify.size, width), vit.Positions(self.grid, width))
         self.context = nn.Sequential(embed, vit.blocks((width,) * depth, activation), vit.ToMap(self.grid))
@@ -119,7 +120,7 @@ class IJEPA(Autoencoder):
     def momentum_now(self) -> Tensor:
         """The momentum m at the current step, ()."""
         steps = self.momentum_steps or (math.inf if self._trainer is None else known_steps(self._trainer))
-        return 1 - (1 - self.momentum) * (1 - self.share_of_steps(steps))
+        return 1 - (1 - self.momentum) * (1 - self.step_fraction(steps))
 
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         before = self.steps.clone()

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
 from aezoo.nets import vit
-from aezoo.nets.linear import Linear
+from aezoo.speed.linear import Linear
+from aezoo.training.limits import at_least
 
 
 class LightDecoder(nn.Module):

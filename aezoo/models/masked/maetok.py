@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
-from aezoo.nets import tokens, vit
+from aezoo.nets import vit
+from aezoo.nets.blocks import tokens
+from aezoo.training.limits import at_least
 
 _DIRECTIONS = 9
 

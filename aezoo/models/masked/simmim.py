@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets import mixer, vit
-from aezoo.nets.linear import Linear
+from aezoo.speed.linear import Linear
 
 
 class SimMIM(Autoencoder):

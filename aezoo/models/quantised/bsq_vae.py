@@ -11,9 +11,9 @@ u cannot drift away from its code, so beta may be 0, which is the default. For w
 
 from torch import Tensor
 
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.limits import at_least
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.bsq import BSQ
+from aezoo.training.limits import at_least
 
 
 class BSQVAE(DiscreteAutoencoder):

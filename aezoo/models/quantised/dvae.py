@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo import nets
-from aezoo.likelihoods import LogitLaplace
-from aezoo.limits import at_least
+from aezoo.distributions.likelihoods import LogitLaplace
 from aezoo.models.quantised.gumbel_vq_vae import GumbelVQVAE
+from aezoo.training.limits import at_least
 
 
 class LogitLaplaceOfTwo(LogitLaplace):
@@ -121,11 +121,11 @@ class DVAE(GumbelVQVAE):
             self.decoder = nn.Sequential(nn.Flatten(), decoder) if flat else decoder
 
     def tau(self) -> Tensor:
-        risen = _half_cosine(self.share_of_steps(self.temperature_steps))
+        risen = _half_cosine(self.step_fraction(self.temperature_steps))
         return self.start_temperature + (self.temperature - self.start_temperature) * risen
 
     def kl_weight(self) -> Tensor:
-        return self.beta * _half_cosine(self.share_of_steps(self.kl_steps))
+        return self.beta * _half_cosine(self.step_fraction(self.kl_steps))
 
 
 def _half_cosine(share: Tensor) -> Tensor:

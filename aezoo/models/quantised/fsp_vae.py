@@ -14,9 +14,9 @@ uniform and all codes are in use.
 
 from torch import Tensor
 
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.limits import at_least
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.fsp import FSP
+from aezoo.training.limits import at_least
 
 
 class FSPVAE(DiscreteAutoencoder):

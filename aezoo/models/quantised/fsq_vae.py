@@ -12,7 +12,7 @@ No codebook can collapse, so there is no other term. The number of codes is the 
 
 from torch import Tensor
 
-from aezoo.discrete import DiscreteAutoencoder
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.residual_fsq import ResidualFSQ
 
 

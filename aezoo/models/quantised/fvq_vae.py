@@ -8,7 +8,7 @@ This is `sim_vq_vae` with trained codes C and, instead of the matrix, a transfor
 
 summed over places. Codes that are not chosen move with the chosen ones, each in its own way. The authors also decay the
 learning rate to a hundredth; without this, their rFID was twice as large: see `lr_schedule`. The bridge serves only
-training: `quantiser.book()` gives all the codes that indices stand for.
+training: `quantiser.codebook()` gives all the codes that indices stand for.
 """
 
 from aezoo.models.quantised.sim_vq_vae import SimVQVAE

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.categorical import gumbel, kl_from_uniform
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.limits import at_least
+from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.distributions.categorical import gumbel, kl_from_uniform
 from aezoo.quantisers.base import Quantised
 from aezoo.quantisers.gumbel_vq import GumbelVQ
+from aezoo.training.limits import at_least
 
 
 class GumbelVQVAE(DiscreteAutoencoder):
@@ -95,12 +95,12 @@ class GumbelVQVAE(DiscreteAutoencoder):
         self.beta, self.temperature_steps = beta, temperature_steps
         self.temperature, self.start_temperature = temperature, start_temperature
         self.set_nets(net, (codebook_size, latent_dim), hidden_dims, activation, places)
-        self.keep_steps()
+        self.enable_step_counter()
         self.quantiser = GumbelVQ(codebook_size, latent_dim, float(self.tau()), hard=hard)
 
     def tau(self) -> Tensor:
         """The temperature at the current step, ()."""
-        share = self.share_of_steps(self.temperature_steps)
+        share = self.step_fraction(self.temperature_steps)
         return self.start_temperature ** (1 - share) * self.temperature**share
 
     def kl_weight(self) -> Tensor | float:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.index_prior import IndexPrior
+from aezoo.bases.token_prior import IndexPrior
 from aezoo.nets.transformer import Block
 
 

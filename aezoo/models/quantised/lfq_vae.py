@@ -15,9 +15,9 @@ w = 0.1 d / P here: 1.6 for images of 28 x 28 with 7 x 7 places. The default giv
 
 from torch import Tensor
 
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.limits import at_least
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.lfq import LFQ
+from aezoo.training.limits import at_least
 
 
 class LFQVAE(DiscreteAutoencoder):

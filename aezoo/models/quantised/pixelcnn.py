@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aezoo.bases.token_prior import IndexPrior
 from aezoo.errors import AezooError
-from aezoo.index_prior import IndexPrior
 
 
 class MaskedConv(nn.Conv2d):

@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from aezoo import nets
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.limits import at_least
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.latent_quantisation import LatentQuantisation
+from aezoo.training.limits import at_least
 
 
 class QLAE(DiscreteAutoencoder):

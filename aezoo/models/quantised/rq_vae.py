@@ -2,7 +2,7 @@
 
 Each place of the encoder's output becomes a sum of codes, where each code is the nearest to the current residual:
 
-    z = f(x)    r_0 = z    r_l = r_(l-1) - e_l, e_l = the nearest code of book l    z_q = sum_l e_l
+    z = f(x)    r_0 = z    r_l = r_(l-1) - e_l, e_l = the nearest code of codebook l    z_q = sum_l e_l
 
     L = -log p(x | g(z_q)) + sum_l ||sg(r_(l-1)) - e_l||^2 + beta sum_l ||z - sg(sum_(i<=l) e_i)||^2
 
@@ -14,9 +14,9 @@ quantiser dropout, a sample keeps its first n levels, n uniform, so that one mod
 
 from torch import Tensor
 
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.limits import at_least
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.residual_vq import ResidualVQ
+from aezoo.training.limits import at_least
 
 
 class RQVAE(DiscreteAutoencoder):
@@ -97,7 +97,7 @@ class RQVAE(DiscreteAutoencoder):
             estimator=estimator,
         )
         if data_init:
-            self.keep_started()
+            self.enable_data_init()
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

@@ -11,9 +11,9 @@ summed over places. A chosen code moves all others with it, so no code is left b
 
 from torch import Tensor
 
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.limits import at_least
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.sim_vq import SimVQ
+from aezoo.training.limits import at_least
 
 
 class SimVQVAE(DiscreteAutoencoder):

@@ -1,7 +1,7 @@
 """SoftVQ-VAE, soft vector quantisation (Chen et al. 2024), https://arxiv.org/abs/2412.10958
 
-A row of tokens as in TiTok (`aezoo.nets.tokens`; the initialisation is our own). Each token is a mixture of all K codes
-C instead of the nearest code:
+A row of tokens as in TiTok (`aezoo.nets.blocks.tokens`; the initialisation is our own). Each token is a mixture of all
+K codes C instead of the nearest code:
 
     z = f(x)    p_k = softmax_k(-||z - e_k||^2 / temperature)    z_q = sum_k p_k e_k = p C
 
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
-from aezoo.nets import tokens, vit
+from aezoo.nets import vit
+from aezoo.nets.blocks import tokens
 from aezoo.quantisers.common import entropy, k_means, relative_distance
+from aezoo.training.limits import at_least
 
 
 class SoftVQ(Autoencoder):
@@ -108,7 +109,7 @@ class SoftVQ(Autoencoder):
         self.decoder = tokens.TokenDecoder(patchify, self.code_shape, (decoder_width,) * decoder_depth, activation)
         self.code_KD = nn.Parameter(torch.randn(codebook_size, latent_dim) * latent_dim**-0.5)
         if data_init:
-            self.keep_started()
+            self.enable_data_init()
 
     def place(self, rows: Tensor) -> Tensor:
         """Where rows are compared with codes, in at least float32: unchanged, or projected to the unit sphere."""
@@ -127,7 +128,7 @@ class SoftVQ(Autoencoder):
     def encode(self, x: Tensor) -> Tensor:
         return self.mixtures(x)[0]
 
-    def start_from(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         self.encoder.start(x)
         rows = self.place(self.encoder(x).transpose(1, 2)).flatten(0, 1)
         self.code_KD.copy_(k_means(rows, len(self.code_KD))[0])

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.categorical import gumbel
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.likelihoods import Gaussian
-from aezoo.limits import at_least
+from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.distributions.categorical import gumbel
+from aezoo.distributions.likelihoods import Gaussian
 from aezoo.quantisers.base import Quantised, in_evaluation
 from aezoo.quantisers.stochastic_vq import StochasticVQ
+from aezoo.training.limits import at_least
 
 
 class SQVAE(DiscreteAutoencoder):
@@ -95,7 +95,7 @@ class SQVAE(DiscreteAutoencoder):
         at_least(2, codebook_size=codebook_size)
         self.temperature, self.start_temperature = temperature, start_temperature
         self.temperature_steps = temperature_steps
-        self.keep_steps()
+        self.enable_step_counter()
         drawn: dict[str, Any] = {"variance": variance, "start_variance": start_variance, "hard": hard}
         self.quantiser = StochasticVQ(latent_dim, codebook_size, temperature=float(self.tau()), **drawn)
         self.set_nets(net, (self.quantiser.dim, latent_dim), hidden_dims, activation, places)
@@ -104,7 +104,7 @@ class SQVAE(DiscreteAutoencoder):
 
     def tau(self) -> Tensor:
         """The temperature at the current step, ()."""
-        share = self.share_of_steps(self.temperature_steps)
+        share = self.step_fraction(self.temperature_steps)
         return self.start_temperature ** (1 - share) * self.temperature**share
 
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:

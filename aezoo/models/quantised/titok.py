@@ -13,17 +13,19 @@ second term. N is a free choice, the same for every size of a sample.
 
 The paper first trains the decoder to predict the codes of a pretrained MaskGIT-VQGAN, and then trains only decoders
 with a perceptual and an adversarial loss. Here everything is trained in one stage on the likelihood of the data, which
-needs no other model; the paper's code has this too. The initialisation is our own as well, see `aezoo.nets.tokens`.
+needs no other model; the paper's code has this too. The initialisation is our own as well, see
+`aezoo.nets.blocks.tokens`.
 
 Shapes: B batch, D channels of a token, N tokens, K codes.
 """
 
 from torch import Tensor
 
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.limits import at_least
-from aezoo.nets import tokens, vit
+from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.nets import vit
+from aezoo.nets.blocks import tokens
 from aezoo.quantisers.vq import VQ
+from aezoo.training.limits import at_least
 
 
 class TiTok(DiscreteAutoencoder):
@@ -113,11 +115,11 @@ class TiTok(DiscreteAutoencoder):
             cosine=cosine,
         )
         if data_init:
-            self.keep_started()
+            self.enable_data_init()
 
-    def start_from(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         self.encoder.start(x)
-        super().start_from(x)
+        super().init_from_data(x)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

@@ -14,9 +14,9 @@ authors weight means over channels by 0.1 and 0.07, relative to a mean over the 
 
 from torch import Tensor
 
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.limits import at_least
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.vector_perturbation import VectorPerturbation
+from aezoo.training.limits import at_least
 
 
 class VPVAE(DiscreteAutoencoder):
@@ -99,7 +99,7 @@ class VPVAE(DiscreteAutoencoder):
             dead_below=dead_below,
         )
         if data_init:
-            self.keep_started()
+            self.enable_data_init()
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

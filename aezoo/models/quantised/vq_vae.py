@@ -20,11 +20,11 @@ from functools import partial
 
 from torch import Tensor
 
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.limits import at_least
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.base import Quantiser
 from aezoo.quantisers.grouped_vq import GroupedVQ
 from aezoo.quantisers.vq import VQ
+from aezoo.training.limits import at_least
 
 
 class VQVAE(DiscreteAutoencoder):
@@ -106,7 +106,7 @@ class VQVAE(DiscreteAutoencoder):
             cosine=cosine,
         )
         if data_init:
-            self.keep_started()
+            self.enable_data_init()
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

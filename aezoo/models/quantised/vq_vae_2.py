@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from aezoo import nets
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.limits import at_least
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.nets.conv import CONVS, OnOneGrid
 from aezoo.quantisers.base import Quantised
 from aezoo.quantisers.vq import VQ
+from aezoo.training.limits import at_least
 
 
 class VQVAE2(DiscreteAutoencoder):
@@ -107,7 +107,7 @@ class VQVAE2(DiscreteAutoencoder):
         how: dict[str, Any] = {"update": update, "decay": decay, "estimator": estimator, "cosine": cosine}
         self.top, self.bottom = (VQ(latent_dim, codebook_size, dead_below=dead_below, **how) for _ in grids)
         if data_init:
-            self.keep_started()
+            self.enable_data_init()
 
     def before_bottom(self, h: Tensor, top: Quantised) -> Tensor:
         """The input of the bottom quantiser: (B, F, *grid), codes (B, C, *top grid) -> (B, C, *grid)."""
@@ -127,17 +127,17 @@ class VQVAE2(DiscreteAutoencoder):
 
     @property
     def index_sizes(self) -> tuple[int, ...]:
-        return self.top.book_sizes
+        return self.top.codebook_sizes
 
     def codes(self, indices: Tensor) -> Tensor:
         top, bottom = indices.split(self.places, 2)
         return torch.cat([self.top.codes(top), self.bottom.codes(bottom)], 2)
 
-    def books(self, indices: Tensor) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+    def codebooks(self, indices: Tensor) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
         top, bottom = indices.split(self.places, 2)
-        return {"top": (top, self.top.book_sizes), "bottom": (bottom, self.bottom.book_sizes)}
+        return {"top": (top, self.top.codebook_sizes), "bottom": (bottom, self.bottom.codebook_sizes)}
 
-    def start_from(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         h = self.encoder(x)
         self.top.start(z := self.top_encoder(h))
         top = self.top.eval().quantise(z)  # in training mode it would learn from these rows a second time

@@ -13,7 +13,7 @@ network, is left out.
 from typing import Any
 
 from aezoo.models.regularised.wae_gan import WAEGAN
-from aezoo.nets.adversarial import two_groups
+from aezoo.nets.blocks.adversarial import two_groups
 
 
 class AAE(WAEGAN):

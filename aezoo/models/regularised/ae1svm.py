@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
+from aezoo.training.limits import at_least
 
 
 class AE1SVM(Autoencoder):
@@ -97,9 +97,9 @@ class AE1SVM(Autoencoder):
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
         self.register_buffer("omega_DR", torch.randn(latent_dim, n_frequencies) / bandwidth)
         self.w_F, self.rho = nn.Parameter(torch.zeros(2 * n_frequencies)), nn.Parameter(torch.zeros(()))
-        self.keep_started()
+        self.enable_data_init()
 
-    def start_from(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         """Start w at its optimum for nu = 1, the mean of phi, and rho with a share nu outside: (N, *input_shape)."""
         phi_NF = self.features(self.encode(x))
         self.w_F.copy_(phi_NF.mean(0))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.divergences import squared_distances
+from aezoo.distributions.divergences import squared_distances
 from aezoo.errors import AezooError
 from aezoo.models.regularised.wae_mmd import WAEMMD
 
@@ -121,7 +121,7 @@ class CWAE(WAEMMD):
 
     def distance(self, z_BD: Tensor) -> Tensor:
         """d^2 between the codes of all ranks and the prior, equal on every rank: (B, D) -> ()."""
-        z_ND = self.of_all_ranks(z_BD)
+        z_ND = self.all_gather_batch(z_BD)
         c = (4 / (3 * len(z_ND))) ** 0.4
         within_B = self.phi(squared_distances(z_BD, z_ND) / (4 * c)).mean(1) / c**0.5
         across_B = self.phi((z_BD**2).sum(1) / (2 + 4 * c)) / (c + 0.5) ** 0.5

@@ -21,10 +21,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from aezoo import gaussians, nets
+from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
+from aezoo.training.limits import at_least
 
 _JITTER, _LEAST_RMS, _MOMENTUM = 1e-6, 1e-3, 0.05
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
+from aezoo.training.limits import at_least
 
 # without positions, gates or a last normalisation
 _NETS = ("mlp", "conv", "resnet", "convnext", "conv_keras", "unet", "gdn", "dc")
@@ -100,9 +100,9 @@ class DeepSVDD(Autoencoder):
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
         self.register_buffer("centre_D", torch.full(self.code_shape, _NEAR_0))
         self.register_buffer("radius", torch.zeros(()))
-        self.keep_started()
+        self.enable_data_init()
 
-    def start_from(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         """Start c at the mean of the samples' codes, (N, *input_shape)."""
         mean_D = at_least_float32(self.encoder(x)).mean(0)
         away_D = torch.full_like(mean_D, _NEAR_0).copysign(mean_D)
@@ -115,7 +115,7 @@ class DeepSVDD(Autoencoder):
     @torch.no_grad()
     def remember(self, d_B: Tensor) -> None:
         """Set the radius for the next batch from the squared distances of this one, (B,)."""
-        self.radius.copy_(self.of_all_ranks(d_B).sqrt().quantile(1 - self.nu))
+        self.radius.copy_(self.all_gather_batch(d_B).sqrt().quantile(1 - self.nu))
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_BD = self.encode(x)

@@ -26,10 +26,10 @@ from torch import Tensor
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
-from aezoo.nets.perlin import perlin
-from aezoo.nets.similarity import similarity
+from aezoo.nets.blocks.perlin import perlin
+from aezoo.nets.blocks.ssim import similarity
 from aezoo.nets.unet import UNet
+from aezoo.training.limits import at_least
 
 
 class DRAEM(Autoencoder):
@@ -105,7 +105,7 @@ class DRAEM(Autoencoder):
             rows, columns = (
                 (place + (len(place) * torch.rand((), device=x.device)).long()) % len(place) for place in places
             )
-            a = self.of_all_ranks(x).roll(1, 0)[self.own_rows(x)][:, :, rows][..., columns]
+            a = self.all_gather_batch(x).roll(1, 0)[self.local_rows(x)][:, :, rows][..., columns]
         return torch.where(mask, torch.lerp(x, a, 0.1 + 0.9 * opacity_B), x)
 
     def log_odds(self, x: Tensor, params: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from torch.func import functional_call, vjp
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
-from aezoo.limits import at_least
-from aezoo.nets.adversarial import check_discriminator, frozen, gradient_alone, two_groups
-from aezoo.nets.linear import Linear
+from aezoo.nets.blocks.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+from aezoo.speed.linear import Linear
+from aezoo.training.limits import at_least
 
 
 class Critic(nn.Module):

@@ -27,8 +27,8 @@ from torch.nn.utils.parametrize import ParametrizationList, register_parametriza
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
-from aezoo.constraint import Constrained
 from aezoo.errors import AezooError
+from aezoo.training.projected_weights import Constrained
 
 REGULARISERS = ("l2", "gp", "sn", "none")
 # products with W'W in each search; in a run on MNIST 10 of them left norms of 1.005, 16 of 1.0008

@@ -85,8 +85,8 @@ class SWAE(WAEMMD):
     def sliced_wasserstein(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
         """SW between the codes and draws from the prior, over all ranks, equal on each: (B, D), (B, D) -> ()."""
         v_VD = torch.randn(self.n_projections, z_BD.shape[1], device=z_BD.device, dtype=z_BD.dtype)
-        v_VD = normalize(self.of_all_ranks(v_VD)[: self.n_projections])  # those of the first rank
-        z_ND, prior_ND = self.of_all_ranks(z_BD), self.of_all_ranks(prior_BD)
+        v_VD = normalize(self.all_gather_batch(v_VD)[: self.n_projections])  # those of the first rank
+        z_ND, prior_ND = self.all_gather_batch(z_BD), self.all_gather_batch(prior_BD)
         with torch.autocast(z_BD.device.type, enabled=False):  # it would round the products to half precision
             along_VN, prior_VN = v_VD @ z_ND.T, v_VD @ prior_ND.T
         return (along_VN.sort().values - prior_VN.sort().values).square().mean()

@@ -9,8 +9,8 @@ likelihood gaussian, -log p is the paper's squared error plus a constant. 2 D is
 draws from the prior, and the seven scales s are those of the authors' code, https://github.com/tolstikhin/wae.
 
 The MMD is taken between the codes of the batch, over all ranks, and as many draws from the prior, see
-`aezoo.divergences.mmd`. It is the U-statistic, as in algorithm 2, without the pairs of a sample with itself, so it may
-be negative. With `unbiased` off, it is the V-statistic, which is never negative.
+`aezoo.distributions.divergences.mmd`. It is the U-statistic, as in algorithm 2, without the pairs of a sample with
+itself, so it may be negative. With `unbiased` off, it is the V-statistic, which is never negative.
 
 Shapes: B batch on this rank, N samples on all ranks, D code.
 """
@@ -20,8 +20,9 @@ import math
 import torch
 from torch import Tensor
 
-from aezoo import divergences, nets
+from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.distributions import divergences
 from aezoo.errors import AezooError
 
 KERNELS = ("inverse_multiquadratic", "rbf")
@@ -104,7 +105,7 @@ class WAEMMD(Autoencoder):
 
     def mmd(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
         """MMD between codes and draws from the prior, (B, D), (B, D) -> (); its mean over ranks is the MMD of all."""
-        return divergences.mmd(z_BD, prior_BD, self.k, of_all_ranks=self.of_all_ranks, unbiased=self.unbiased)
+        return divergences.mmd(z_BD, prior_BD, self.k, all_gather=self.all_gather_batch, unbiased=self.unbiased)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_BD = at_least_float32(self.encoder(x))

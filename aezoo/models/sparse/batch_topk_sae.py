@@ -126,13 +126,13 @@ class BatchTopKSAE(TopKSAE):
     def top_of_batch(self, pi_BN: Tensor, k: int) -> Tensor:
         """The k n largest of all ranks' n samples after a ReLU; updates theta with the least, (B, N) -> (B, N)."""
         with torch.no_grad():
-            n = len(self.of_all_ranks(pi_BN[:, 0]))
+            n = len(self.all_gather_batch(pi_BN[:, 0]))
             own_M, where_M = at_least_float32(pi_BN).flatten().topk(min(k * n, pi_BN.numel()))
-            all_M = self.of_all_ranks(own_M)
+            all_M = self.all_gather_batch(own_M)
             values, chosen = all_M.topk(k * n)
             self.theta.update(torch.where(values > 0, values, torch.inf).min())
             # by position, not by value: several may be equal in bf16
-            chosen_M = torch.zeros_like(all_M, dtype=torch.bool).scatter(0, chosen, True)[self.own_rows(own_M)]
+            chosen_M = torch.zeros_like(all_M, dtype=torch.bool).scatter(0, chosen, True)[self.local_rows(own_M)]
             kept = torch.zeros_like(pi_BN, dtype=torch.bool).flatten().scatter(0, where_M, chosen_M)
         return torch.where(kept.view_as(pi_BN), pi_BN, 0).relu()
 

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.sae_l1 import SAEL1
-from aezoo.nets.linear import linear
+from aezoo.speed.linear import linear
 
 
 class GatedSAE(SAEL1):

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.nets.dictionary import spread
-from aezoo.nets.linear import Linear
-from aezoo.nets.tied import Transposed
+from aezoo.nets.blocks.dictionary import spread
+from aezoo.nets.blocks.tied import Transposed
+from aezoo.speed.linear import Linear
 
 
 class KSparse(Autoencoder):
@@ -86,11 +86,11 @@ class KSparse(Autoencoder):
         self.code_shape = (latent_dim,)
         self.encoder = Linear(math.prod(self.input_shape), latent_dim)
         self.decoder = Transposed(self.encoder, self.input_shape)
-        self.keep_steps()
+        self.enable_step_counter()
 
     def present_k(self) -> Tensor:
         """The number of units in use at the current step of the schedule, ()."""
-        share = self.share_of_steps(self.k_steps)
+        share = self.step_fraction(self.k_steps)
         return (self.start_k + (self.k - self.start_k) * share).round()
 
     def top(self, z_BN: Tensor, most: int, k: Tensor | int) -> Tensor:

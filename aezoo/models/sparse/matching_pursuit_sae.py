@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.nets.dictionary import Dictionary, UnitNorm
-from aezoo.nets.linear import linear
+from aezoo.nets.blocks.dictionary import Dictionary, UnitNorm
+from aezoo.speed.linear import linear
 
 
 class MatchingPursuitSAE(UnitNorm, Autoencoder):

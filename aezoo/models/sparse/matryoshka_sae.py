@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aezoo.errors import AezooError
 from aezoo.models.sparse.batch_topk_sae import BatchTopKSAE
-from aezoo.nets.linear import linear
+from aezoo.speed.linear import linear
 
 
 class MatryoshkaSAE(BatchTopKSAE):

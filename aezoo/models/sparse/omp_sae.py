@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.matching_pursuit_sae import MatchingPursuitSAE
-from aezoo.nets.linear import linear
+from aezoo.speed.linear import linear
 
 # sine of a direction's angle to the earlier ones; below this, the direction is a mixture of them but for rounding
 _APART = 1e-3

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.limits import at_least
 from aezoo.models.sparse.topk_sae import TopKSAE
-from aezoo.nets.dictionary import Dictionary, onto_simplex
-from aezoo.nets.linear import linear
+from aezoo.nets.blocks.dictionary import Dictionary, onto_simplex
+from aezoo.speed.linear import linear
+from aezoo.training.limits import at_least
 
 
 class Archetypes(Dictionary):
@@ -46,10 +46,10 @@ class Archetypes(Dictionary):
         del self.W_NX, self.b_X
         self.register_buffer("points_PX", torch.empty(n_points, self.lambda_NX.shape[1]))
         self.shares_NP = nn.Parameter(torch.empty(latent_dim, n_points))
-        self.start_from(normalize(torch.randn_like(self.points_PX)))  # placeholders until there are data
+        self.init_from_data(normalize(torch.randn_like(self.points_PX)))  # placeholders until there are data
 
     @torch.no_grad()
-    def start_from(self, x_BX: Tensor) -> None:
+    def init_from_data(self, x_BX: Tensor) -> None:
         """Take samples as points; start directions at the first ones, and the rest midway between two of them."""
         n = min(len(self.points_PX), len(x_BX))
         self.points_PX.copy_(x_BX[torch.arange(len(self.points_PX), device=x_BX.device) % n])
@@ -144,7 +144,7 @@ class RASAE(TopKSAE):
         pi: Tensor = self.encoder(x.flatten(1))
         return pi
 
-    def start_from(self, x: Tensor) -> None:
-        self.decoder.start_from(x.flatten(1))
+    def init_from_data(self, x: Tensor) -> None:
+        self.decoder.init_from_data(x.flatten(1))
         scale = x.flatten(1).norm(dim=1).mean() / self.decoder(self.encode(x)).flatten(1).norm(dim=1).mean()
         self.encoder.weight.mul_(scale if scale.isfinite() else 1)

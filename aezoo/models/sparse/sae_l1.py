@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32, from_bytes
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
-from aezoo.nets.dictionary import Dictionary, FreeDictionary, UnitNorm, restart
-from aezoo.nets.linear import Linear
+from aezoo.nets.blocks.dictionary import Dictionary, FreeDictionary, UnitNorm, restart
+from aezoo.speed.linear import Linear
+from aezoo.training.limits import at_least
 
 
 class SAEL1(UnitNorm, Autoencoder):
@@ -94,14 +94,14 @@ class SAEL1(UnitNorm, Autoencoder):
         self.encoder.weight.data.copy_(self.decoder.W_NX)
         nn.init.zeros_(self.encoder.bias)
         self.prepare(latent_dim, dead_after, data_init)
-        self.keep_steps()
+        self.enable_step_counter()
 
-    def start_from(self, x: Tensor) -> None:
-        super().start_from(self.predicted(x))
+    def init_from_data(self, x: Tensor) -> None:
+        super().init_from_data(self.predicted(x))
 
     def warmed(self, weight: float) -> Tensor | float:
         """The weight of a penalty at the current step."""
-        return weight * self.share_of_steps(self.l1_steps) if self.training and self.l1_steps else weight
+        return weight * self.step_fraction(self.l1_steps) if self.training and self.l1_steps else weight
 
     def read(self, x: Tensor) -> Tensor:
         """The encoder's input, (B, *input_shape) -> (B, X)."""
@@ -136,7 +136,7 @@ class SAEL1(UnitNorm, Autoencoder):
     @torch.no_grad()
     def resample(self, x: Tensor, optimizer: Any, seed: int) -> None:
         """Restart dead latents from samples that are reconstructed badly."""
-        dead_N, x = self.dead_N, self.of_all_ranks(x.to(self.encoder.weight.dtype))
+        dead_N, x = self.dead_N, self.all_gather_batch(x.to(self.encoder.weight.dtype))
         if not dead_N.any():
             return
         y = self.predicted(x)

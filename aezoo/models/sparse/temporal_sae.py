@@ -15,7 +15,7 @@ leaves only the ReLU.
 SAELens and the authors have W_enc = W_dec^T / (4 D), directions of any norm, no b_enc and no AuxK. They also have a
 bias of the keys, which the softmax cancels, and one of the values, which the output's bias absorbs.
 
-`aezoo.nets.over_time` defines which numbers of a sample form a position; (T, D) has T positions.
+`aezoo.nets.blocks.over_time` defines which numbers of a sample form a position; (T, D) has T positions.
 
 Shapes: B batch, T positions, D dimensions of one, N latents, k active ones.
 """
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.topk_sae import TopKSAE
-from aezoo.nets.dictionary import spread
-from aezoo.nets.linear import linear
-from aezoo.nets.over_time import Context, OverTime, counts, positions
+from aezoo.nets.blocks.dictionary import spread
+from aezoo.nets.blocks.over_time import Context, SequenceDictionary, counts, positions
+from aezoo.speed.linear import linear
 
 EPS = 1e-6
 
@@ -38,7 +38,7 @@ class TemporalSAE(TopKSAE):
     The code, (2, T, N), holds first what is new, then what is predicted; the second part is not sparse.
 
     Args:
-        input_shape: shape of one sample: (T, D) for T positions; any, see `aezoo.nets.over_time`.
+        input_shape: shape of one sample: (T, D) for T positions; any, see `aezoo.nets.blocks.over_time`.
         latent_dim: N, number of latents in the dictionary.
         k: active latents per position; fewer if fewer pre-activations are positive.
         key_dim: width of the keys of all heads together.
@@ -60,7 +60,7 @@ class TemporalSAE(TopKSAE):
     sparse_code = False
     context: Context
     encoder: nn.Linear
-    decoder: OverTime
+    decoder: SequenceDictionary
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class TemporalSAE(TopKSAE):
         self.save_hyperparameters()
         self.context = Context(latent_dim, key_dim, heads)
         self.code_shape = (2, counts(self.input_shape)[0], latent_dim)
-        self.decoder = OverTime(latent_dim, self.input_shape)
+        self.decoder = SequenceDictionary(latent_dim, self.input_shape)
         self.encoder.weight.data.copy_(self.decoder.W_NX)
 
     def explained(self) -> tuple[int, ...]:
@@ -135,5 +135,5 @@ class TemporalSAE(TopKSAE):
         loss = (nll_B + self.aux_weight * aux_B).mean()
         return {"loss": loss, "nll": nll_B.mean(), "aux": aux_B.mean(), **usage}
 
-    def start_from(self, x: Tensor) -> None:
-        super().start_from(positions(x).flatten(0, 1))
+    def init_from_data(self, x: Tensor) -> None:
+        super().init_from_data(positions(x).flatten(0, 1))

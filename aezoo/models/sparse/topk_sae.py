@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.nets.dictionary import Dictionary, UnitNorm, spread, top
-from aezoo.nets.linear import Linear, in_graph
+from aezoo.nets.blocks.dictionary import Dictionary, UnitNorm, spread, top
+from aezoo.speed.linear import Linear, in_graph
 
 
 class TopKSAE(UnitNorm, Autoencoder):
@@ -142,8 +142,8 @@ class TopKSAE(UnitNorm, Autoencoder):
             terms["loss"] = terms["loss"] + self.multi_weight * terms["multi"]
         return terms
 
-    def start_from(self, x: Tensor) -> None:
-        super().start_from(x)
+    def init_from_data(self, x: Tensor) -> None:
+        super().init_from_data(x)
         sum_BX = self.decoder.sum_of(*self.active(self.pre_activations(x), self.k))
         scale = (x.flatten(1) - self.decoder.b_X).norm(dim=1).mean() / sum_BX.norm(dim=1).mean()
         for parameter in self.encoder.parameters():

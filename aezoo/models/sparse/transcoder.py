@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.models.sparse.sae_l1 import SAEL1
-from aezoo.nets.linear import Linear
+from aezoo.speed.linear import Linear
 
 
 class Transcoder(SAEL1):

@@ -105,13 +105,13 @@ class WTAAE(Autoencoder):
 
     def winners(self, h_BD: Tensor) -> Tensor:
         """Whether each unit is kept for each sample: exactly ceil(p N) of all ranks' N per unit, (B, D) -> (B, D)."""
-        h_ND = self.of_all_ranks(h_BD.detach())
+        h_ND = self.all_gather_batch(h_BD.detach())
         # a product such as 0.07 * 100 is rounded to slightly more than its exact value
         best_kD, index_kD = h_ND.topk(math.ceil(self.lifetime * len(h_ND) - 1e-9), dim=0)
         if self.training:
             self.theta_D.lerp_(best_kD[-1].to(self.theta_D), 0.1)  # like BatchNorm's running statistics
         kept_ND = torch.zeros_like(h_ND, dtype=torch.bool).scatter(0, index_kD, True)
-        first = self.own_rank() * len(h_BD)
+        first = self.gather_rank() * len(h_BD)
         return kept_ND[first : first + len(h_BD)]
 
     def keep(self, h: Tensor, which: Callable[[Tensor], Tensor]) -> Tensor:

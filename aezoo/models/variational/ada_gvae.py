@@ -92,9 +92,9 @@ class AdaGVAE(VAE):
 
     def partners(self, y_B: Tensor) -> Tensor:
         """Index of each sample's partner among the samples of all ranks, (B,) -> (B,)."""
-        y_N = self.of_all_ranks(y_B)
+        y_N = self.all_gather_batch(y_B)
         n = len(y_N)
-        row_B1 = self.own_rows(y_B)[:, None]
+        row_B1 = self.local_rows(y_B)[:, None]
         ahead_BN = (torch.arange(n, device=y_B.device) - row_B1) % n
         fits_BN = (y_B[:, None] == y_N) & (y_B[:, None] != -1) & (ahead_BN > 0)
         return (row_B1[:, 0] + torch.where(fits_BN, ahead_BN, n).amin(1)) % n
@@ -121,7 +121,7 @@ class AdaGVAE(VAE):
             return mu_BD, log_var_BD
         pair_B = self.partners(y_B)
         own = mu_BD, log_var_BD
-        pair = self.of_all_ranks(mu_BD)[pair_B], self.of_all_ranks(log_var_BD)[pair_B]
+        pair = self.all_gather_batch(mu_BD)[pair_B], self.all_gather_batch(log_var_BD)[pair_B]
         shared_BD = self.shared(*own, *pair)
         average = self.averaged(*own, *pair)
         return torch.where(shared_BD, average[0], mu_BD), torch.where(shared_BD, average[1], log_var_BD)

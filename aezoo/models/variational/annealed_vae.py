@@ -89,7 +89,7 @@ class AnnealedVAE(VAE):
         self.max_capacity, self.capacity_steps = max_capacity, capacity_steps
         # BetaAnnealing would change these without an effect: it refuses a model that lacks them
         del self.beta, self.capacity
-        self.keep_steps()
+        self.enable_step_counter()
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BD, log_var_BD = self.posterior(x)
@@ -97,6 +97,6 @@ class AnnealedVAE(VAE):
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
         kl_B = self.kl(mu_BD, log_var_BD)
         kl = self.batch_mean(kl_B)
-        C = self.max_capacity * self.share_of_steps(self.capacity_steps)
+        C = self.max_capacity * self.step_fraction(self.capacity_steps)
         distance = (kl_B - C).abs().mean() if self.per_sample else (kl - C).abs()
         return {"loss": nll + self.gamma * distance, "nll": nll, "kl": kl, "elbo": -(nll + kl), "capacity": C}

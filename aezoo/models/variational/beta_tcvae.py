@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aezoo.divergences import ESTIMATORS, aggregate_log_weights
+from aezoo.distributions.divergences import ESTIMATORS, aggregate_log_weights
+from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
-from aezoo.gaussians import LOG_2PI
-from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
+from aezoo.training.limits import at_least
 
 
 class BetaTCVAE(VAE):
@@ -124,11 +124,11 @@ class BetaTCVAE(VAE):
     def log_weights(self, z_BD: Tensor, n: int) -> Tensor:
         """Log W of this rank's codes against the posteriors of all n samples, (B, n)."""
         n_data = self.n_data.clamp(min=n).to(z_BD.dtype)
-        return aggregate_log_weights(self.estimator, self.own_rows(z_BD), n, n_data)
+        return aggregate_log_weights(self.estimator, self.local_rows(z_BD), n, n_data)
 
     def log_aggregate(self, z_BD: Tensor, mu_BD: Tensor, log_var_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Estimates of log q(z) and of log q(z_d) in each dimension: three (B, D) -> (B,), (B, D)."""
-        mu_nD, log_var_nD = self.of_all_ranks(mu_BD).to(z_BD), self.of_all_ranks(log_var_BD).to(z_BD)
+        mu_nD, log_var_nD = self.all_gather_batch(mu_BD).to(z_BD), self.all_gather_batch(log_var_BD).to(z_BD)
         log_q_BnD = -0.5 * ((z_BD[:, None] - mu_nD) ** 2 * torch.exp(-log_var_nD) + log_var_nD + LOG_2PI)
         log_w_Bn = self.log_weights(z_BD, len(mu_nD))
         return torch.logsumexp(log_w_Bn + log_q_BnD.sum(2), 1), torch.logsumexp(log_w_Bn[..., None] + log_q_BnD, 1)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.categorical import draw, every_code, kl_from_uniform, one_hot, relaxed
-from aezoo.limits import at_least
+from aezoo.distributions.categorical import draw, every_code, kl_from_uniform, one_hot, relaxed
 from aezoo.models.variational.vae import VAE
+from aezoo.training.limits import at_least
 
 
 class CategoricalVAE(VAE):
@@ -96,11 +96,11 @@ class CategoricalVAE(VAE):
         self.temperature, self.start_temperature = temperature, start_temperature
         self.temperature_steps, self.straight_through = temperature_steps, straight_through
         self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
-        self.keep_steps()
+        self.enable_step_counter()
 
     def tau(self) -> Tensor:
         """The temperature at the current step, ()."""
-        share = self.share_of_steps(self.temperature_steps)
+        share = self.step_fraction(self.temperature_steps)
         return self.start_temperature ** (1 - share) * self.temperature**share
 
     def log_probs(self, x: Tensor) -> Tensor:

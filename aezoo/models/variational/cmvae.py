@@ -28,9 +28,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from aezoo.bases.mixture_prior import WithMixture
+from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
-from aezoo.gaussians import LOG_2PI
-from aezoo.mixture_prior import WithMixture
 from aezoo.models.variational.mmvae_plus import MMVAEPlus
 
 _NEVER = -1e4  # its exponential is 0, and weights stay finite

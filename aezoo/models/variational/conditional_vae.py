@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aezoo import gaussians, nets
+from aezoo import nets
 from aezoo.autoencoder import at_least_float32
+from aezoo.distributions import gaussians
 from aezoo.models.variational.vae import VAE
-from aezoo.nets import labels
+from aezoo.nets.blocks import labels
 
 
 class ConditionalVAE(labels.LabelledCode, VAE):

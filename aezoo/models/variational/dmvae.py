@@ -32,13 +32,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aezoo.limits import at_least
+from aezoo.bases.multimodal import Multimodal, PrivateDecoders
 from aezoo.models.variational.mvae import MVAE
 from aezoo.models.variational.vae import VAE
-from aezoo.multimodal import PrivateDecoders, WithParts
+from aezoo.training.limits import at_least
 
 
-class DMVAE(WithParts, VAE):
+class DMVAE(Multimodal, VAE):
     """A VAE of several modalities with private codes, and a shared code whose posterior is a product of experts.
 
     Args:

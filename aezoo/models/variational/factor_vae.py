@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.adversarial import check_discriminator, frozen, gradient_alone, two_groups
-from aezoo.nets.linear import Linear
+from aezoo.nets.blocks.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+from aezoo.speed.linear import Linear
+from aezoo.training.limits import at_least
 
 
 class FactorVAE(VAE):
@@ -96,8 +96,8 @@ class FactorVAE(VAE):
 
     def permute_dims(self, z_BD: Tensor) -> Tensor:
         """This rank's rows of the codes after permuting each dimension separately over all ranks (algorithm 1)."""
-        z_ND, keys_ND = self.of_all_ranks(z_BD), self.of_all_ranks(torch.rand_like(z_BD))
-        return z_ND.gather(0, keys_ND.argsort(0))[self.own_rows(z_BD)]
+        z_ND, keys_ND = self.all_gather_batch(z_BD), self.all_gather_batch(torch.rand_like(z_BD))
+        return z_ND.gather(0, keys_ND.argsort(0))[self.local_rows(z_BD)]
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BD, log_var_BD = self.posterior(x)

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.flows import AffineLayer, check_count
+from aezoo.nets.blocks.flows import AffineLayer, check_count
+from aezoo.training.limits import at_least
 
 PRIORS = ("realnvp", "maf")
 

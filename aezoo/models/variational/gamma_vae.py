@@ -24,8 +24,8 @@ from torch.distributions import Gamma
 from torch.nn import functional as F
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
+from aezoo.training.limits import at_least
 
 # for a smaller shape, float32 rounds one draw in 10,000 or more to 0
 LEAST_SHAPE, LEAST_RATE, MOST = 0.1, 1e-3, 1e6

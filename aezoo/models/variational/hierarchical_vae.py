@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.levels import Conditional, ConditionalGaussian, GaussianChain, Level, Pair, gaussian
+from aezoo.nets.blocks.levels import Conditional, ConditionalGaussian, GaussianChain, Level, Pair, gaussian
+from aezoo.training.limits import at_least
 
 if TYPE_CHECKING:
     from aezoo.tasks.codec.lossless import Chain

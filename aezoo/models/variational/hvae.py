@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
+from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
-from aezoo.gaussians import LOG_2PI
 from aezoo.manifolds import hamiltonian
 from aezoo.manifolds.hamiltonian import Integrator
 from aezoo.models.variational.vae import VAE

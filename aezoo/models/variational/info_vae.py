@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from aezoo import divergences
+from aezoo.distributions import divergences
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 
@@ -102,7 +102,7 @@ class InfoVAE(VAE):
 
     def mmd(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
         """MMD of codes and draws from the prior, (B, D), (B, D) -> (); its mean over ranks is that of all codes."""
-        return divergences.mmd(z_BD, prior_BD, self.k, of_all_ranks=self.of_all_ranks)
+        return divergences.mmd(z_BD, prior_BD, self.k, all_gather=self.all_gather_batch)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BD, log_var_BD = self.posterior(x)

@@ -20,8 +20,8 @@ import math
 import torch
 from torch import Tensor
 
+from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
-from aezoo.gaussians import LOG_2PI
 from aezoo.models.variational.vae import VAE
 
 ESTIMATORS = ("reparam", "stl", "dreg")

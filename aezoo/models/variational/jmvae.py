@@ -30,14 +30,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aezoo import gaussians, nets
-from aezoo.limits import at_least
+from aezoo import nets
+from aezoo.bases.multimodal import Multimodal
+from aezoo.distributions import gaussians
 from aezoo.models.variational.vae import VAE
-from aezoo.multimodal import WithParts
-from aezoo.nets.levels import gaussian
+from aezoo.nets.blocks.levels import gaussian
+from aezoo.training.limits import at_least
 
 
-class JMVAE(WithParts, VAE):
+class JMVAE(Multimodal, VAE):
     """A VAE of whole samples, and encoders of their parts that learn its posterior.
 
     Args:

@@ -33,11 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aezoo import gaussians
-from aezoo.gaussians import LOG_2PI
-from aezoo.limits import at_least
+from aezoo.distributions import gaussians
+from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.models.variational.jmvae import JMVAE
-from aezoo.nets.flows import AutoregressiveFlow, check_count
+from aezoo.nets.blocks.flows import AutoregressiveFlow, check_count
+from aezoo.training.limits import at_least
 
 
 class JNF(JMVAE):

@@ -15,11 +15,12 @@ import math
 import torch
 from torch import Tensor
 
-from aezoo import categorical, gaussians, nets
+from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.limits import at_least
+from aezoo.distributions import categorical, gaussians
 from aezoo.models.variational.categorical_vae import CategoricalVAE
 from aezoo.models.variational.vae import VAE
+from aezoo.training.limits import at_least
 
 
 class JointVAE(CategoricalVAE):
@@ -128,7 +129,7 @@ class JointVAE(CategoricalVAE):
         nll = self.nll(self.decoder(torch.cat([z_BD, self.draw(log_p_BNK).flatten(1)], 1).to(x.dtype)), x).mean()
         kl_z = self.batch_mean(VAE.kl(mu_BD, log_var_BD))
         kl_c = self.batch_mean(super().kl(log_p_BNK.exp().flatten(1), log_p_BNK.flatten(1)))
-        share = self.share_of_steps(self.capacity_steps)
+        share = self.step_fraction(self.capacity_steps)
         C_z, C_c = self.max_capacity * share, self.max_discrete_capacity * share
         loss = nll + self.gamma * (kl_z - C_z).abs() + self.gamma * (kl_c - C_c).abs()
         terms = {"loss": loss, "nll": nll, "kl": kl_z + kl_c, "elbo": -(nll + kl_z + kl_c)}

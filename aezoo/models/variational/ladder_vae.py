@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.models.variational.hierarchical_vae import HierarchicalVAE
-from aezoo.nets.levels import Pair, gaussian
-from aezoo.nets.linear import Linear
+from aezoo.nets.blocks.levels import Pair, gaussian
+from aezoo.speed.linear import Linear
 
 
 def product(estimate: Pair, prior: Pair) -> Pair:

@@ -33,16 +33,16 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from aezoo import gaussians
+from aezoo.bases.multimodal import Decoders, Multimodal
+from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.hierarchical_vae import HierarchicalVAE
 from aezoo.models.variational.ladder_vae import OfBottom
 from aezoo.models.variational.mopoe_vae import MOST_PARTS
-from aezoo.multimodal import Decoders, WithParts
-from aezoo.nets.levels import Pair, gaussian
+from aezoo.nets.blocks.levels import Pair, gaussian
 
 
-class MHVAE(WithParts, HierarchicalVAE):
+class MHVAE(Multimodal, HierarchicalVAE):
     """A VAE of several modalities with a hierarchy of codes; each level gives the prior of the level below it.
 
     Args:

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.adversarial import check_discriminator, gradient_alone, two_groups
-from aezoo.nets.linear import Linear
+from aezoo.nets.blocks.adversarial import check_discriminator, gradient_alone, two_groups
+from aezoo.speed.linear import Linear
+from aezoo.training.limits import at_least
 
 
 class MineVAE(VAE):
@@ -108,11 +108,11 @@ class MineVAE(VAE):
 
     def mutual_information(self, x_BX: Tensor, z_BD: Tensor) -> Tensor:
         """The bound on I(x; z), with the gradient of E[T] - E[exp T] / M: (B, X), (B, D) -> ()."""
-        other_BD = self.of_all_ranks(z_BD).roll(-1, 0)[self.own_rows(z_BD)]
+        other_BD = self.all_gather_batch(z_BD).roll(-1, 0)[self.local_rows(z_BD)]
         pairs = torch.cat([torch.cat([x_BX, x_BX]), torch.cat([z_BD, other_BD]).to(x_BX.dtype)], dim=1)
         t_joint_B, t_product_B = at_least_float32(self.discriminator(pairs))[:, 0].chunk(2)
         t_B = t_product_B.detach()
-        peak = self.of_all_ranks(t_B.amax(0, keepdim=True)).amax()
+        peak = self.all_gather_batch(t_B.amax(0, keepdim=True)).amax()
         from_peak = self.batch_mean(torch.expm1(t_B - peak)).log1p()  # so that a small bound is not lost to rounding
         log_mean = log_average = peak + from_peak
         if self.training and self.decay:

@@ -16,8 +16,8 @@ Shapes: B batch, D code, K components.
 import torch
 from torch import Tensor
 
-from aezoo.gaussians import LOG_2PI
-from aezoo.mixture_prior import WithMixture
+from aezoo.bases.mixture_prior import WithMixture
+from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.models.variational.vae import VAE
 
 

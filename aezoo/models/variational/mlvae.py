@@ -18,10 +18,10 @@ Shapes: B batch on this rank, N samples on all ranks, D code, G its first g dime
 import torch
 from torch import Tensor
 
-from aezoo import gaussians
+from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.labels import one_each
+from aezoo.nets.blocks.labels import one_each
 
 
 class MLVAE(VAE):
@@ -86,13 +86,13 @@ class MLVAE(VAE):
 
     def members(self, y_B: Tensor) -> Tensor:
         """Which samples of all ranks are in each sample's group, including itself: (B,) -> (B, N) bool."""
-        y_N = self.of_all_ranks(one_each(y_B))
-        itself_BN = self.own_rows(y_B)[:, None] == torch.arange(len(y_N), device=y_B.device)
+        y_N = self.all_gather_batch(one_each(y_B))
+        itself_BN = self.local_rows(y_B)[:, None] == torch.arange(len(y_N), device=y_B.device)
         return (y_B[:, None] == y_N) & (y_B[:, None] != -1) | itself_BN
 
     def product(self, mu_BG: Tensor, log_var_BG: Tensor, member_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the normalised product of each group's densities: (B, G), (B, G)."""
-        return gaussians.product(self.of_all_ranks(mu_BG), self.of_all_ranks(log_var_BG), member_BN)
+        return gaussians.product(self.all_gather_batch(mu_BG), self.all_gather_batch(log_var_BG), member_BN)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BD, log_var_BD = self.posterior(x)

@@ -25,13 +25,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aezoo import gaussians
-from aezoo.gaussians import LOG_2PI
+from aezoo.bases.multimodal import MissingModalities
+from aezoo.distributions import gaussians
+from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.models.variational.vae import VAE
-from aezoo.multimodal import MayLackParts
 
 
-class MMVAE(MayLackParts, VAE):
+class MMVAE(MissingModalities, VAE):
     """A VAE of several modalities whose posterior is the mixture of the posteriors of the single modalities.
 
     Args:

@@ -25,11 +25,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from aezoo import gaussians
 from aezoo.autoencoder import at_least_float32
-from aezoo.limits import at_least
+from aezoo.bases.multimodal import PrivateDecoders
+from aezoo.distributions import gaussians
 from aezoo.models.variational.mmvae import MMVAE
-from aezoo.multimodal import PrivateDecoders
+from aezoo.training.limits import at_least
 
 
 class MMVAEPlus(MMVAE):

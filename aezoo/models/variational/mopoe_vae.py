@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aezoo import gaussians
+from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.mmvae import MMVAE
 

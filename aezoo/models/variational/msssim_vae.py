@@ -24,7 +24,7 @@ from torch import Tensor
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.similarity import similarity
+from aezoo.nets.blocks.ssim import similarity
 
 EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 4
 _LEAST = 0.01  # similarity from which on the root is taken unchanged

@@ -24,16 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aezoo import gaussians
+from aezoo.bases.multimodal import MissingModalities
+from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
-from aezoo.multimodal import MayLackParts
 
 # the code of each is decoded
 MOST_SUBSETS = 1000
 
 
-class MVAE(MayLackParts, VAE):
+class MVAE(MissingModalities, VAE):
     """A VAE of several modalities whose posterior is the product of the prior and one expert for each modality.
 
     Args:

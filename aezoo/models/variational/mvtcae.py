@@ -28,13 +28,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aezoo import gaussians
+from aezoo.bases.multimodal import MissingModalities
+from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
-from aezoo.multimodal import MayLackParts
 
 
-class MVTCAE(MayLackParts, VAE):
+class MVTCAE(MissingModalities, VAE):
     """A VAE of several modalities whose posterior, the product of their experts, is kept near each expert.
 
     Args:

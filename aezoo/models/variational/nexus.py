@@ -30,14 +30,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aezoo import gaussians
-from aezoo.limits import at_least
+from aezoo.bases.multimodal import MissingModalities, OwnDecoders
+from aezoo.distributions import gaussians
 from aezoo.models.variational.vae import VAE
-from aezoo.multimodal import MayLackParts, OwnDecoders
-from aezoo.nets.messages import MessageLevel
+from aezoo.nets.blocks.messages import MessageLevel
+from aezoo.training.limits import at_least
 
 
-class Nexus(MayLackParts, VAE):
+class Nexus(MissingModalities, VAE):
     """A VAE for each of several modalities, and a VAE of their codes that infers the codes of missing parts.
 
     Args:

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 import aezoo
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
-from aezoo.hub_files import on_disk
+from aezoo.io.hub_files import on_disk
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.features import VGG, FeatureNet, random_features, vgg_features
-from aezoo.nets.memory_format import in_order
+from aezoo.nets.blocks.features import VGG, FeatureNet, random_features, vgg_features
+from aezoo.speed.memory_format import in_order
 
 
 class PerceptualVAE(VAE):

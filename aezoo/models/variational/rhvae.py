@@ -115,7 +115,7 @@ class RHVAE(HVAE):
         mu_BD, log_var_BD = self.posterior(x)
         terms = self.bound(x, mu_BD, log_var_BD)
         if self.training:
-            codes_ND = torch.cat([self.centroids_MD, self.of_all_ranks(mu_BD.detach()).to(self.centroids_MD)])
+            codes_ND = torch.cat([self.centroids_MD, self.all_gather_batch(mu_BD.detach()).to(self.centroids_MD)])
             self.centroids_MD.copy_(codes_ND[-len(self.centroids_MD) :])
         return terms
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.labels import all_labelled, class_count
+from aezoo.nets.blocks.labels import all_labelled, class_count
 
 
 class SemiSupervisedM1(VAE):

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.limits import at_least
 from aezoo.models.variational.conditional_vae import ConditionalVAE
-from aezoo.nets.labels import all_labelled, at_label, one_hot
+from aezoo.nets.blocks.labels import all_labelled, at_label, one_hot
+from aezoo.training.limits import at_least
 
 
 class SemiSupervisedVAE(ConditionalVAE):

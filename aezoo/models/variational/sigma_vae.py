@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.likelihoods import Gaussian
+from aezoo.distributions.likelihoods import Gaussian
 from aezoo.models.variational.vae import VAE
 
 

@@ -33,16 +33,16 @@ from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.limits import at_least
+from aezoo.bases.multimodal import Multimodal
 from aezoo.models.variational.mvae import MVAE
 from aezoo.models.variational.vae import VAE
-from aezoo.multimodal import WithParts
-from aezoo.nets.adversarial import frozen
-from aezoo.nets.levels import gaussian
-from aezoo.nets.memory_format import like
+from aezoo.nets.blocks.adversarial import frozen
+from aezoo.nets.blocks.levels import gaussian
+from aezoo.speed.memory_format import like
+from aezoo.training.limits import at_least
 
 
-class TELBO(WithParts, VAE):
+class TELBO(Multimodal, VAE):
     """A VAE of whole samples, and encoders of their parts that are trained on separate ELBOs.
 
     Args:

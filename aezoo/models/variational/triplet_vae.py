@@ -20,8 +20,8 @@ Shapes: B batch on this rank, D code.
 import torch
 from torch import Tensor
 
+from aezoo.bases.triplet import WithTriplets
 from aezoo.models.variational.vae import VAE
-from aezoo.triplets import WithTriplets
 
 
 class TripletVAE(VAE, WithTriplets):

@@ -21,7 +21,7 @@ Shapes: B batch, D code, N codes.
 import torch
 from torch import Tensor
 
-from aezoo.gaussians import LOG_2PI
+from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.models.variational.vae import VAE
 
 

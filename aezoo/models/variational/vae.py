@@ -19,11 +19,12 @@ import math
 import torch
 from torch import Tensor
 
-from aezoo import gaussians, nets
+from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.distributions import gaussians
+from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
-from aezoo.gaussians import LOG_2PI
-from aezoo.limits import at_least
+from aezoo.training.limits import at_least
 
 
 class VAE(Autoencoder):

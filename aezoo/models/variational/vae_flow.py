@@ -12,8 +12,8 @@ parameters of all T steps are outputs of the encoder for x, as are mu and sigma:
     sylvester   f(z) = z + Q R tanh(S Q^T z + b)        van den Berg et al. 2018, https://arxiv.org/abs/1803.05649
 
 with an increasing m > -1 that makes a step invertible (appendix A), Q a product of min(D, 8) Householder reflections,
-and R and S upper triangular: see `aezoo.nets.flows`. If all parameters are 0, a step is the identity; T = 0 is the VAE.
-The code of a sample is z_T for z_0 = mu; the score, which has no noise, uses the second form there.
+and R and S upper triangular: see `aezoo.nets.blocks.flows`. If all parameters are 0, a step is the identity; T = 0 is
+the VAE. The code of a sample is z_T for z_0 = mu; the score, which has no noise, uses the second form there.
 
 Shapes: B batch, D code, K importance samples, T steps, P parameters of a step.
 """
@@ -21,11 +21,12 @@ Shapes: B batch, D code, K importance samples, T steps, P parameters of a step.
 import torch
 from torch import Tensor
 
-from aezoo import gaussians, nets
+from aezoo import nets
 from aezoo.autoencoder import at_least_float32
+from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.flows import FLOWS, check_count
+from aezoo.nets.blocks.flows import FLOWS, check_count
 
 
 class VAEFlow(VAE):

@@ -30,11 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo import nets, optimizers
+from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.adversarial import Generator, check_discriminator, frozen, gradient_alone
+from aezoo.nets.blocks.adversarial import Generator, check_discriminator, frozen, gradient_alone
+from aezoo.training import optimizers
+from aezoo.training.limits import at_least
 
 
 class VAEGAN(VAE):

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo import nets
-from aezoo.limits import at_least
 from aezoo.models.variational.vae_flow import VAEFlow
-from aezoo.nets.flows import MADE, check_count
+from aezoo.nets.blocks.flows import MADE, check_count
+from aezoo.training.limits import at_least
 
 
 class VAEIAF(VAEFlow):

@@ -81,9 +81,9 @@ class VampVAE(MixtureVAE):
         del self.weight_K, self.mean_KD, self.log_var_KD
         self.pseudo_K = nn.Parameter(0.1 * torch.randn(n_components, *self.input_shape))
         if data_init:
-            self.keep_started()
+            self.enable_data_init()
 
-    def start_from(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         u_K = x[torch.arange(self.n_components, device=x.device) % len(x)]
         # 0 and 1 would need infinite parameters
         self.pseudo_K.add_(u_K.clamp(0.05, 0.95).logit() if self.likelihood.unit_interval else u_K)

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from aezoo.errors import AezooError
-from aezoo.limits import at_least
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.levels import Level
-from aezoo.nets.top_down import BottomUp, TopDown
+from aezoo.nets.blocks.levels import Level
+from aezoo.nets.blocks.top_down import BottomUp, TopDown
+from aezoo.training.limits import at_least
 
 if TYPE_CHECKING:
     from aezoo.tasks.codec.lossless import Chain

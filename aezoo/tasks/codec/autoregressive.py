@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aezoo.discrete import DiscreteAutoencoder
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import machine, tables
 from aezoo.tasks.codec.indices import Indices, Prior, on_device, sizes_of
@@ -50,8 +50,8 @@ class Autoregressive:
         self._sizes = [int(symbol) + 1 for symbol in most[0]]
         if max(self._sizes) > _MOST_CODES:
             raise AezooError(
-                f"{type(model).__name__} has a book of {max(self._sizes):,} codes, and under a prior at most "
-                f"{_MOST_CODES:,} can be coded: take smaller books"
+                f"{type(model).__name__} has a codebook of {max(self._sizes):,} codes, and under a prior at most "
+                f"{_MOST_CODES:,} can be coded: take smaller codebooks"
             )
 
     def encode(self, indices: Indices) -> bytes:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.entropy import EntropyCoded
+from aezoo.bases.entropy_coded import EntropyCoded
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
 from aezoo.tasks.samples import like
@@ -39,7 +39,7 @@ _ABOVE = 8  # levels are rounded to 2^-8 of the smallest share
 
 
 class Prior(Protocol):
-    """A distribution of a model's indices, token by token; see `aezoo.index_prior`."""
+    """A distribution of a model's indices, token by token; see `aezoo.bases.token_prior`."""
 
     def tokens(self, indices: Tensor) -> Tensor:
         """(B, *index_shape) -> (B, T), the indices in the order in which they are sampled."""
@@ -68,14 +68,14 @@ def mode_of(model: Autoencoder) -> str:
     return "prior" if callable(getattr(model, "stepper", None)) else "indices"
 
 
-class Book(NamedTuple):
+class Codebook(NamedTuple):
     """Columns of a sample's indices, (D,), that come from one codebook, and its number of codes."""
 
     columns: Indices
     size: int
 
 
-def books_of(model: DiscreteAutoencoder) -> list[Book]:
+def codebooks_of(model: DiscreteAutoencoder) -> list[Codebook]:
     """The codebooks of a model, and which of a sample's indices belong to them.
 
     Raises:
@@ -84,19 +84,21 @@ def books_of(model: DiscreteAutoencoder) -> list[Book]:
     d = math.prod(model.index_shape)
     numbered = torch.arange(d, device=model.device).reshape(1, *model.index_shape)
     found = [
-        Book(part[0, q].flatten().cpu().numpy(), size)
-        for part, sizes in model.books(numbered).values()
+        Codebook(part[0, q].flatten().cpu().numpy(), size)
+        for part, sizes in model.codebooks(numbered).values()
         for q, size in enumerate(sizes)
     ]
-    if not np.array_equal(np.sort(np.concatenate([book.columns for book in found])), np.arange(d)):
-        raise AezooError(f"the books of {type(model).__name__} must hold each index of a sample once: mend its `books`")
+    if not np.array_equal(np.sort(np.concatenate([codebook.columns for codebook in found])), np.arange(d)):
+        raise AezooError(
+            f"the codebooks of {type(model).__name__} must hold each index of a sample once: mend its `codebooks`"
+        )
     return found
 
 
 def sizes_of(model: DiscreteAutoencoder) -> Indices:
     """K of each index of a sample, (D,)."""
     sizes = np.empty(math.prod(model.index_shape), dtype=np.int64)
-    for columns, size in books_of(model):
+    for columns, size in codebooks_of(model):
         sizes[columns] = size
     return sizes
 
@@ -109,7 +111,7 @@ def encode(model: DiscreteAutoencoder, x: Tensor, sizes: Indices) -> Indices:
     """
     found: Indices = model.encode_indices(x.to(like(model))).flatten(1).cpu().numpy()
     if not ((found >= 0) & (found < sizes)).all():
-        raise AezooError(f"{type(model).__name__} gives indices that are not in its books: train it again")
+        raise AezooError(f"{type(model).__name__} gives indices that are not in its codebooks: train it again")
     return found
 
 
@@ -218,33 +220,33 @@ class Tabled:
     """Codes indices under a table for each codebook, or for each digit of a large codebook.
 
     Attributes:
-        books: as returned by `books_of`.
+        codebooks: as returned by `codebooks_of`.
         held: tables of all digits of all codebooks.
         bits: size of the indices that it was fitted to, without the tables.
         least: N H of their digits.
     """
 
     mode: ClassVar[str] = "indices"
-    books: list[Book]
+    codebooks: list[Codebook]
     held: list[Table]
     bits: float = 0.0
     least: float = 0.0
 
     @classmethod
-    def fit(cls, books: list[Book], parts: Iterator[Indices]) -> "Tabled":
+    def fit(cls, codebooks: list[Codebook], parts: Iterator[Indices]) -> "Tabled":
         """Fit tables to indices, which come in parts (n, D)."""
-        counts = [np.zeros(base, dtype=np.int64) for book in books for base in bases(book.size)]
+        counts = [np.zeros(base, dtype=np.int64) for codebook in codebooks for base in bases(codebook.size)]
         for part in parts:
-            for count, digit in zip(counts, _digits(books, part), strict=True):
+            for count, digit in zip(counts, _digits(codebooks, part), strict=True):
                 count += np.bincount(digit, minlength=len(count))
         held = [Table.fit(count) for count in counts]
         bits = sum(table.bits(count) for table, count in zip(held, counts, strict=True))
-        return cls(books, held, bits, sum(_entropy_bits(count) for count in counts))
+        return cls(codebooks, held, bits, sum(_entropy_bits(count) for count in counts))
 
     def encode(self, indices: Indices) -> bytes:
         """Encode (n, D) indices as bytes."""
         coder = tables.stream().queue.RangeEncoder()
-        for table, digit in zip(self.held, _digits(self.books, indices), strict=True):
+        for table, digit in zip(self.held, _digits(self.codebooks, indices), strict=True):
             if table.size > 1:
                 coder.encode(digit.astype(np.int32), table.model())
         return tables.to_bytes(coder.get_compressed())
@@ -260,9 +262,9 @@ class Tabled:
             ValueError: the digits do not form an index of a codebook.
         """
         coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content))
-        found = np.empty((n, sum(len(book.columns) for book in self.books)), dtype=np.int64)
+        found = np.empty((n, sum(len(codebook.columns) for codebook in self.codebooks)), dtype=np.int64)
         held = iter(self.held)
-        for columns, size in self.books:
+        for columns, size in self.codebooks:
             index, place = np.zeros(n * len(columns), dtype=np.int64), 1
             for base in bases(size):
                 table = next(held)
@@ -270,7 +272,7 @@ class Tabled:
                     index += place * coder.decode(table.model(), len(index)).astype(np.int64)
                 place *= base
             if index.max(initial=0) >= size:
-                raise ValueError("an index is not in its book")
+                raise ValueError("an index is not in its codebook")
             found[:, columns] = index.reshape(n, -1)
         return found
 
@@ -279,13 +281,13 @@ class Tabled:
         return _packed(self.held)
 
     @classmethod
-    def from_bytes(cls, content: bytes, books: list[Book]) -> "Tabled":
+    def from_bytes(cls, content: bytes, codebooks: list[Codebook]) -> "Tabled":
         """The inverse of `to_bytes`.
 
         Raises:
             ValueError: the content is not from `to_bytes`.
         """
-        sizes = [base for book in books for base in bases(book.size)]
+        sizes = [base for codebook in codebooks for base in bases(codebook.size)]
         kinds = content[: len(sizes)]
         if len(kinds) < len(sizes) or max(kinds) > len(_FINE):
             raise ValueError("tables are damaged")
@@ -305,12 +307,12 @@ class Tabled:
                 start += size
             else:
                 held.append(Table(size))
-        return cls(books, held)
+        return cls(codebooks, held)
 
 
-def _digits(books: list[Book], indices: Indices) -> Iterator[Indices]:
+def _digits(codebooks: list[Codebook], indices: Indices) -> Iterator[Indices]:
     """The digits of all codebooks for indices (n, D), each (n x columns,)."""
-    for columns, size in books:
+    for columns, size in codebooks:
         rest = np.ascontiguousarray(indices[:, columns]).reshape(-1)
         for base in bases(size):
             yield rest % base

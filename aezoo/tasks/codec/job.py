@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
-from aezoo.discrete import DiscreteAutoencoder
-from aezoo.entropy import EntropyCoded
+from aezoo.bases.entropy_coded import EntropyCoded
+from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import baselines, indices, learned, lossless, lossy, machine, tables
 from aezoo.tasks.codec.autoregressive import Autoregressive
@@ -186,7 +186,7 @@ class Job:
         sizes = indices.sizes_of(model)
         held, peak, unit = self._read(self.samples, len(sizes), np.int64, lambda x: indices.encode(model, x, sizes))
         parts = [slice(start, start + self._piece()) for start in range(0, len(held), self._piece())]
-        tabled = indices.Tabled.fit(indices.books_of(model), (np.asarray(held[part]) for part in parts))
+        tabled = indices.Tabled.fit(indices.codebooks_of(model), (np.asarray(held[part]) for part in parts))
         stored, outputs = tabled.to_bytes(), functools.partial(indices.decode, model, block=self.batch_size)
         distortion = baselines.Distortion(model.input_shape, peak)
         prior = indices.mode_of(model) == "prior"

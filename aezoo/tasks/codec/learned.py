@@ -1,13 +1,13 @@
-"""Integers of a model's code, entropy-coded under laws that the model has learned; see `aezoo.entropy`.
+"""Integers of a model's code, entropy-coded under laws that the model has learned; see `aezoo.bases.entropy_coded`.
 
     v^ = m + k    P(k) = F(m + k + 1/2) - F(m + k - 1/2)    in as many bits as -log2 P
 
-Writer and reader pass the same `walk` of the model over blocks of samples of the same size, so both compute the same
-laws. A law selects one of the model's tables: a learned one for each channel, or that of the nearest of 64 scales of a
-Gaussian, as 2^24ths computed in float64. Integers under one table are coded together, in increasing order of tables. An
-integer outside its table is coded as an escape, the last entry, and 32 bits after the integers of that table. Under a
-mixture, each integer has its own table. Integers with tables of one size are coded together, 2^20 table entries at a
-time.
+Writer and reader pass the same `code_latents` of the model over blocks of samples of the same size, so both compute the
+same laws. A law selects one of the model's tables: a learned one for each channel, or that of the nearest of 64 scales
+of a Gaussian, as 2^24ths computed in float64. Integers under one table are coded together, in increasing order of
+tables. An integer outside its table is coded as an escape, the last entry, and 32 bits after the integers of that
+table. Under a mixture, each integer has its own table. Integers with tables of one size are coded together, 2^20 table
+entries at a time.
 
 A machine that computes other laws decodes other integers: the first 8 bytes of a frame are from their digest.
 """
@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aezoo.entropy import EntropyCoded, Law, Mixtures, Table, Taking, one_by_one
+from aezoo.bases.entropy_coded import EntropyCoded, Law, Mixtures, Table, Taking, one_by_one
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
 from aezoo.tasks.codec.autoregressive import DIGEST, digest
@@ -79,7 +79,7 @@ def width(model: EntropyCoded) -> int:
         passed.append(law.mean.numel())
         return torch.zeros_like(law.mean)
 
-    model.walk(Taking(take), None, 1)
+    model.code_latents(Taking(take), None, 1)
     return sum(passed)
 
 
@@ -158,7 +158,7 @@ class Learned:
         for start in range(0, len(symbols), self._block):
             part = torch.from_numpy(symbols[start : start + self._block]).to(self._model.device)
             coder = Taking(one_by_one(part))
-            self._model.walk(coder, None, len(part))
+            self._model.code_latents(coder, None, len(part))
             bits += float(coder.rate_B.cpu().double().sum()) / np.log(2)
         return bits
 
@@ -196,7 +196,7 @@ class Learned:
             passed.append(coded.reshape(n, -1))
             return torch.from_numpy(coded).view(table.shape).to(table.device)
 
-        self._model.walk(Taking(take), None, n)
+        self._model.code_latents(Taking(take), None, n)
         return np.concatenate(passed, 1)
 
     def _under(self, law: Law, number: int, here: Symbols) -> Iterator[tuple[Symbols, _Under]]:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, from_numpy, uint8
 
-from aezoo.likelihoods import Bernoulli, BetaBinomial, DiscretisedLogistic, Likelihood
+from aezoo.distributions.likelihoods import Bernoulli, BetaBinomial, DiscretisedLogistic, Likelihood
 from aezoo.tasks.codec.tables import Floats
 
 Levels = npt.NDArray[np.uint8]

@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.distributions.likelihoods import Bernoulli, Likelihood
 from aezoo.errors import AezooError
-from aezoo.likelihoods import Bernoulli, Likelihood
 from aezoo.tasks.codec import tables
 from aezoo.tasks.codec.levels import Levels, level_cdf
 from aezoo.tasks.codec.tables import Floats, Stack, Words

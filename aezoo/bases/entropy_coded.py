@@ -1,0 +1,425 @@
+"""Autoencoders whose code is integers under a learned distribution, ready for an entropy coder.
+
+Values v are rounded relative to a mean m; in training noise replaces rounding, so that gradients pass
+(Ballé et al. 2017, https://arxiv.org/abs/1611.01704, section 3):
+
+    evaluation  v^ = m + round(v - m)      training  v~ = v + u, u ~ U(-1/2, 1/2)
+    P(v) = F(v + 1/2) - F(v - 1/2)         rate = -sum log P, in nats
+
+F is the distribution function of a probability model (a law): `Factorised`, learned for each channel, `Gaussians` with
+given means and scales, or `Mixtures` of these. A model's `code_latents` defines once which values are coded under which
+law and in which order, for any coder: `Noise`, `Rounding`, or `Taking`, which gets the integers from a file or a random
+generator. So the writer and the reader of a file compute the same laws by the same operations.
+
+Shapes: B batch, C channels; ... are the places of a map, none for a vector.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder
+from aezoo.training.limits import at_least
+from aezoo.training.precision import at_least_float32
+
+# Gaussians are coded under the nearest of scales that are 13 % apart; Ballé et al. 2018 use 0.11 to 256 in their code
+LEAST, MOST, LEVELS = 0.11, 256.0, 64
+# tables leave out rarer values, which are coded as an escape followed by the number itself
+_TAIL = 2.0**-26
+_WIDEST = 2**12
+_TINY = 1e-9
+
+
+class Law(Protocol):
+    """A probability distribution of values, which are independent of each other.
+
+    Attributes:
+        mean: offset of the integers, (B, C, ...).
+        table: index of each value's table among the model's `tables`, (B, C, ...), long; for `Mixtures`, where each
+            value has its own table, the width of the table.
+    """
+
+    mean: Tensor
+
+    @property
+    def table(self) -> Tensor: ...
+
+    def log_mass(self, v: Tensor) -> Tensor:
+        """Log P(v) in nats: (B, C, ...) -> (B, C, ...)."""
+        ...
+
+
+class Table(NamedTuple):
+    """Probabilities of the integers from `low` on, (K,); all other integers share the rest up to 1.
+
+    With a table for each of N values, it is (N, K).
+    """
+
+    low: int
+    mass: npt.NDArray[np.float64]
+
+
+def _log_one_minus(d: Tensor) -> Tensor:
+    """The logarithm of 1 - exp(-d), for d above 0."""
+    return torch.log(-torch.expm1(-d.clamp_min(_TINY)))
+
+
+def _log_ndtr(x: Tensor) -> Tensor:
+    """Log of the standard normal distribution function, with a gradient even far from 0.
+
+    torch computes the gradient as exp(-x^2 / 2 - log ndtr(x)), a difference that cancels in float32 below -1000.
+    """
+    t = x.clamp_max(-1) * -math.sqrt(0.5)
+    tail = (torch.special.erfcx(t) / 2).log() - t * t
+    return torch.where(x < -1, tail, torch.special.log_ndtr(x.clamp_min(-1)))
+
+
+@dataclass
+class Gaussians:
+    """N(mean, scale^2): (B, C, ...) each; `first` is the index of the first table of a Gaussian."""
+
+    mean: Tensor
+    scale: Tensor
+    first: int
+
+    def log_mass(self, v: Tensor) -> Tensor:
+        off = (v - self.mean).abs()
+        # use the smaller tail, so that nothing cancels where both are tiny
+        upper, lower = (_log_ndtr((half - off) / self.scale) for half in (0.5, -0.5))
+        return upper + _log_one_minus(upper - lower)
+
+    @property
+    def table(self) -> Tensor:
+        step = math.log(MOST / LEAST) / (LEVELS - 1)
+        return self.first + ((self.scale / LEAST).log() / step).round().long().clamp(0, LEVELS - 1)
+
+
+class Mixtures:
+    """sum_k w_k N(mean_k, scale_k^2), one for each value; integers are relative to its mean.
+
+    Args:
+        means: (K, B, C, ...).
+        scales: (K, B, C, ...).
+        logits: logits of the weights, (K, B, C, ...).
+    """
+
+    def __init__(self, means: Tensor, scales: Tensor, logits: Tensor) -> None:
+        self.parts = Gaussians(means, scales, 0)
+        self.log_weight = logits.log_softmax(0)
+        self.mean = (self.log_weight.exp() * means).sum(0)
+
+    def log_mass(self, v: Tensor) -> Tensor:
+        return torch.logsumexp(self.log_weight + self.parts.log_mass(v), 0)
+
+    @property
+    def table(self) -> Tensor:
+        """The smallest power of two that covers six scales of all components, (B, C, ...): the table's width."""
+        reach = (self.parts.mean - self.mean).abs() + 6 * self.parts.scale
+        reach = torch.where(self.log_weight > math.log(_TAIL), reach, 1)
+        return reach.amax(0).log2().ceil().long().clamp(1, int(math.log2(_WIDEST)))
+
+    def table_at(self, power: int, here: npt.NDArray[np.int64]) -> Table:
+        """The tables of some values, given their flat indices, (N,)."""
+        from scipy.special import ndtr
+
+        parts = (self.parts.mean - self.mean, self.parts.scale, self.log_weight.exp())
+        off_KN, scale_KN, weight_KN = (part.detach().cpu().double().flatten(1).numpy()[:, here] for part in parts)
+        borders = np.arange(-(2**power) - 0.5, 2**power + 1)
+        F_NB = sum(
+            weight[:, None] * ndtr((borders - off[:, None]) / scale[:, None])
+            for off, scale, weight in zip(off_KN, scale_KN, weight_KN, strict=True)
+        )
+        return Table(-(2**power), np.diff(F_NB))
+
+    def draw(self) -> Tensor:
+        """Integers, (B, C, ...), long: rounded draws from the mixture."""
+        part = self.log_weight.movedim(0, -1).exp().flatten(0, -2).multinomial(1).view(1, *self.mean.shape)
+        mean, scale = (of.gather(0, part)[0] for of in (self.parts.mean, self.parts.scale))
+        return (mean - self.mean + scale * torch.randn_like(mean)).round().long()
+
+
+def scale_of(raw: Tensor) -> Tensor:
+    """A scale within the range of the tables: (...) -> (...)."""
+    return (LEAST + F.softplus(at_least_float32(raw))).clamp_max(MOST)
+
+
+def gaussian_tables() -> list[Table]:
+    """Tables of N(0, s^2) for LEVELS scales s from LEAST to MOST."""
+    from scipy.special import ndtr
+
+    found = []
+    for scale in np.geomspace(LEAST, MOST, LEVELS):
+        widest = math.ceil(6 * scale)
+        borders = np.arange(-widest - 0.5, widest + 1) / scale
+        found.append(Table(-widest, np.diff(ndtr(borders))))
+    return found
+
+
+class Factorised(nn.Module):
+    """A distribution of any shape for each channel (Ballé et al. 2018, https://arxiv.org/abs/1802.01436, 6.1).
+
+    F(v) = sigmoid(f(v - m) - f(0)), where f is a network with one input, one output and positive weights, so it is
+    monotonic. Since f(0) is subtracted, m is the median; it is learned with the rest, without a separate loss.
+
+    Args:
+        channels: C.
+        widths: widths of the hidden layers of f.
+    """
+
+    def __init__(self, channels: int, widths: tuple[int, ...] = (3, 3, 3)) -> None:
+        super().__init__()
+        sizes = (1, *widths, 1)
+        self.median_C = nn.Parameter(torch.zeros(channels))
+        self.weights, self.biases, self.bends = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        for n_in, n_out in pairwise(sizes):
+            # F starts about as wide as a rounding step: codes are narrow at first, and a wide F learns slowly
+            raw = math.log(math.expm1(1 / n_out))
+            self.weights.append(nn.Parameter(torch.full((channels, n_out, n_in), raw)))
+        for n_out in widths:
+            self.biases.append(nn.Parameter(torch.empty(channels, n_out, 1).uniform_(-0.5, 0.5)))
+            self.bends.append(nn.Parameter(torch.zeros(channels, n_out, 1)))
+
+    def logits(self, off: Tensor) -> Tensor:
+        """f(off) - f(0): (C, N) -> (C, N)."""
+        with torch.autocast(off.device.type, enabled=False):
+            h = torch.cat([off, torch.zeros_like(off[:, :1])], 1)[:, None]
+            *hidden, last = self.weights
+            for weight, bias, bend in zip(hidden, self.biases, self.bends, strict=True):
+                h = F.softplus(weight.to(h)) @ h + bias.to(h)
+                h = h + torch.tanh(bend.to(h)) * torch.tanh(h)
+            f = (F.softplus(last.to(h)) @ h)[:, 0]
+        return f[:, :-1] - f[:, -1:]
+
+    def law(self, shape: Sequence[int]) -> "FactorisedLaw":
+        """The law of values (B, C, ...)."""
+        median = at_least_float32(self.median_C).view(-1, *(1 for _ in shape[2:]))
+        return FactorisedLaw(self, median.expand(tuple(shape)))
+
+    @torch.no_grad()
+    def tables(self) -> list[Table]:
+        """A table for each channel."""
+        exact = {name: value.cpu().double() for name, value in self.state_dict().items()}
+        borders = torch.arange(-_WIDEST - 0.5, _WIDEST + 1, dtype=torch.float64)
+        twin = Factorised(len(self.median_C), tuple(weight.shape[1] for weight in [*self.weights][:-1])).double()
+        twin.load_state_dict(exact)
+        F_CN = twin.logits(borders.expand(len(self.median_C), -1)).sigmoid().numpy()
+        found = []
+        for F_N in F_CN:
+            first = int(np.searchsorted(F_N, _TAIL, "right")) - 1
+            last = int(np.searchsorted(F_N, 1 - _TAIL, "left"))
+            first, last = min(max(first, 0), _WIDEST), max(min(last, 2 * _WIDEST), _WIDEST) + 1
+            found.append(Table(first - _WIDEST, np.diff(F_N[first : last + 1])))
+        return found
+
+
+@dataclass
+class FactorisedLaw:
+    """The law of values under a `Factorised`, whose tables are the model's first: mean (B, C, ...)."""
+
+    density: Factorised
+    mean: Tensor
+
+    def log_mass(self, v: Tensor) -> Tensor:
+        off = (v - self.mean).transpose(0, 1)
+        upper, lower = (self.density.logits(off.flatten(1) + half) for half in (0.5, -0.5))
+        # s(u) - s(l) = s(u) s(-l) (1 - exp(l - u)) for the sigmoid s
+        log_mass = F.logsigmoid(upper) + F.logsigmoid(-lower) + _log_one_minus(upper - lower)
+        return log_mass.view(off.shape).transpose(0, 1)
+
+    @property
+    def table(self) -> Tensor:
+        channels = torch.arange(self.mean.shape[1], device=self.mean.device)
+        return channels.view(-1, *(1 for _ in self.mean.shape[2:])).expand(self.mean.shape)
+
+
+class Coder:
+    """Transforms the values of a `code_latents`.
+
+    Attributes:
+        rate_B: -log P of all values so far, in nats; computed on access, so decoding never computes it.
+    """
+
+    def __init__(self) -> None:
+        self._passed: list[tuple[Tensor, Law]] = []
+
+    @property
+    def rate_B(self) -> Tensor:
+        first, *others = (law.log_mass(v).flatten(1).sum(1) for v, law in self._passed)
+        return -sum(others, first)
+
+    def change(self, v: Tensor, law: Law) -> Tensor:
+        """The transformed values, (B, C, ...) -> (B, C, ...)."""
+        raise NotImplementedError
+
+    def count(self, v: Tensor, law: Law) -> None:
+        """Add values to the rate without changing them."""
+        self._passed.append((v, law))
+
+    def __call__(self, v: Tensor | None, law: Law) -> Tensor:
+        """Transform values, (B, C, ...), or None if they are not known yet."""
+        v = self.change(law.mean if v is None else at_least_float32(v), law)
+        self.count(v, law)
+        return v
+
+
+class Noise(Coder):
+    """v~ = v + u, for training, under any law."""
+
+    def change(self, v: Tensor, law: Law | None = None) -> Tensor:
+        # the same noise for any memory layout of v
+        return v + torch.rand(v.shape, dtype=v.dtype, device=v.device) - 0.5
+
+
+class Rounding(Coder):
+    """v^ = m + round(v - m), for evaluation.
+
+    Attributes:
+        symbols: the integers of each call, (B, C x places).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.symbols: list[Tensor] = []
+
+    def change(self, v: Tensor, law: Law) -> Tensor:
+        symbols = (v - law.mean).round()
+        self.symbols.append(symbols.flatten(1))
+        return law.mean + symbols
+
+
+class Taking(Coder):
+    """Integers from a given function.
+
+    Args:
+        take: returns the integers, (B, C, ...), for a given law.
+    """
+
+    def __init__(self, take: Callable[[Law], Tensor]) -> None:
+        super().__init__()
+        self._take = take
+
+    def change(self, v: Tensor, law: Law) -> Tensor:
+        return law.mean + self._take(law).to(law.mean)
+
+
+def one_by_one(symbols: Tensor) -> Callable[[Law], Tensor]:
+    """A function for `Taking` that returns integers (B, T) in order, as many as the law has values."""
+    start = 0
+
+    def take(law: Law) -> Tensor:
+        nonlocal start
+        start, first = start + law.mean[0].numel(), start
+        return symbols[:, first:start].reshape(law.mean.shape)
+
+    return take
+
+
+class EntropyCoded(Autoencoder):
+    """An autoencoder whose code is rounded under a learned law.
+
+    A subclass sets its nets and defines `code_latents` and `loss`.
+
+    The code of a sample is y^, (C, ...), and is equivalent to integers (T,), including those of side information.
+
+    Attributes:
+        weight: weight of the reconstruction's nll against the rate, in the loss.
+        quality: the rate at which a model of several rates is evaluated, from 0 to `top_quality`; else 0.
+    """
+
+    has_prior = True
+    weight: float
+    quality: float = 0.0
+    top_quality: float = 0.0
+
+    def set_nets(self, net: str, latent_dim: int, hidden_dims: tuple[int, ...], activation: str, lam: float) -> None:
+        """Set encoder, decoder, code_shape and weight: a map of `latent_dim` channels, or a vector if a net has no map.
+
+        `lam` weighs the mean squared error of values from 0 to 255 against bits per place: summed over the places of a
+        sample and in nats, L = rate + lam 255^2 log 2 / C ||x - x^||^2 for C channels, and ||x - x^||^2 is the nll of
+        the likelihood gaussian up to a constant.
+
+        Raises:
+            AezooError: an invalid value, or shapes that the network cannot take.
+        """
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, lam=lam)
+        with_map = net not in nets.WITHOUT_GRID
+        self.code_shape = nets.map_shape(net, self.input_shape, hidden_dims, latent_dim) if with_map else (latent_dim,)
+        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.weight = lam * 255**2 * math.log(2) / (self.input_shape[0] if len(self.input_shape) > 1 else 1)
+
+    def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+        """Pass the code of n samples through a coder, part by part, in the order in which they are coded.
+
+        Args:
+            coder: transforms each part.
+            y: the encoder's output, (n, *code_shape), if it is known.
+            n: number of samples.
+
+        Returns:
+            The coded y, (n, *code_shape).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must write its code_latents")
+
+    def tables(self) -> list[Table]:
+        """The tables of its laws, by the index in `Law.table`."""
+        raise NotImplementedError(f"{type(self).__name__} must write its tables")
+
+    def rated(self, x: Tensor, coder: Coder) -> tuple[Tensor, Tensor]:
+        """The nll of the reconstruction and the rate of samples, in nats: (B, *input_shape) -> (B,), (B,)."""
+        y_hat = self.code_latents(coder, self.encoder(x), x.shape[0])
+        return self.nll(self.decoder(y_hat.to(x.dtype)), x), coder.rate_B
+
+    def bits_a_place(self, rate: Tensor) -> Tensor:
+        """A rate in nats per sample as bits per pixel, or per value of a vector: (...) -> (...)."""
+        return rate / math.log(2) / math.prod(self.input_shape[len(self.input_shape) > 1 :])
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.code_latents(Rounding(), self.encoder(x), x.shape[0]).to(x.dtype)
+
+    def encode_symbols(self, x: Tensor) -> Tensor:
+        """The integers of samples, in the order of `code_latents`: (B, *input_shape) -> (B, T), long.
+
+        NaN becomes -2^40, since processors convert it to different integers (ARM: to 0).
+        """
+        coder = Rounding()
+        self.code_latents(coder, self.encoder(x), x.shape[0])
+        return torch.cat(coder.symbols, 1).nan_to_num(-(2.0**40)).long()
+
+    def codes(self, symbols: Tensor) -> Tensor:
+        """The codes of integers, (B, T) -> (B, *code_shape)."""
+        return self.code_latents(Taking(one_by_one(symbols)), None, symbols.shape[0])
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """Rate and weighted nll of the rounded code, in nats: (B, *input_shape) -> (B,)."""
+        nll_B, rate_B = self.rated(x, Rounding())
+        return rate_B + self.weight * nll_B
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        tables = self.tables()
+
+        def draw(law: Law) -> Tensor:
+            if isinstance(law, Mixtures):
+                return law.draw()
+            table = law.table
+            symbols = torch.empty(table.shape, dtype=torch.long)
+            for number in table.unique().tolist():
+                here = (table == number).cpu()
+                low, mass = tables[number]
+                symbols[here] = low + torch.from_numpy(mass).multinomial(int(here.sum()), replacement=True)
+            return symbols.to(table.device)
+
+        like = next(self.decoder.parameters())
+        return self.decode(self.code_latents(Taking(draw), None, n).to(like))

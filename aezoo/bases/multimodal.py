@@ -1,0 +1,219 @@
+"""Samples made of parts, the modalities: an encoder and a decoder for each, one Gaussian code for all of them.
+
+If a model combines its posterior from those of the parts, a sample may lack some parts: all values of a missing part
+are NaN. The model then computes what a model of the other parts would compute, and the networks of a missing part do
+not learn from the sample.
+
+Shapes: B batch, D code, M parts, S subsets of them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.nets.blocks.levels import gaussian
+
+
+def cut(parts: tuple[int, ...], input_shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """The dimension along which samples are cut, the first longer than 1, and the size of each part along it.
+
+    Args:
+        parts: their sizes; () for two halves, of which the first may be larger, or for one part if nothing can be cut.
+        input_shape: shape of one sample.
+
+    Raises:
+        AezooError: a size is below 1, or the sizes do not add up to the dimension.
+    """
+    dim = next((d for d, n in enumerate(input_shape) if n > 1), 0)
+    n = input_shape[dim]
+    sizes = tuple(parts) or tuple(size for size in (n - n // 2, n // 2) if size)
+    if min(sizes) < 1 or sum(sizes) != n:
+        raise AezooError(
+            f"parts must be sizes of at least 1 that add up to {n}, dimension {dim} of input_shape, got {sizes}"
+        )
+    return dim, sizes
+
+
+class Decoders(nn.ModuleList):
+    """The decoders of the parts, which together decode a whole sample.
+
+    Args:
+        decoders: one for each part.
+        dim: the dimension of a sample along which the parts are concatenated.
+    """
+
+    def __init__(self, decoders: Sequence[nn.Module], dim: int) -> None:
+        super().__init__(decoders)
+        self.dim = dim
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, D) -> (B, *input_shape)."""
+        return torch.cat([decoder(z) for decoder in self], self.dim + 1)
+
+
+class OwnDecoders(Decoders):
+    """Decoders of parts with separate codes: (B, D + M P) -> (B, *input_shape).
+
+    Args:
+        decoders: one for each part, of P values.
+        dim: the dimension of a sample along which the parts are concatenated.
+        shared: D, number of values in front that no decoder reads.
+    """
+
+    def __init__(self, decoders: Sequence[nn.Module], dim: int, shared: int) -> None:
+        super().__init__(decoders, dim)
+        self.shared = shared
+
+    def forward(self, z: Tensor) -> Tensor:
+        own = z[:, self.shared :].chunk(len(self), 1)
+        return torch.cat([decoder(z_i) for decoder, z_i in zip(self, own, strict=True)], self.dim + 1)
+
+
+class PrivateDecoders(OwnDecoders):
+    """The same, but each decoder reads the shared values and its part's own, D + P together."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        u, own = z[:, : self.shared], z[:, self.shared :].chunk(len(self), 1)
+        pairs = (decoder(torch.cat([u, w], 1)) for decoder, w in zip(self, own, strict=True))
+        return torch.cat([*pairs], self.dim + 1)
+
+
+class Multimodal(Autoencoder):
+    """A model with a Gaussian code for samples that have parts; its constructor calls `keep_parts`.
+
+    Attributes:
+        sizes: size of each part along the dimension that is cut.
+        encoder: the encoders of the parts, (B, *part) -> (B, 2 D).
+        decoder: their decoders, which together decode a whole sample.
+    """
+
+    sizes: tuple[int, ...]
+    encoder: nn.ModuleList
+    decoder: Decoders
+
+    def keep_parts(
+        self,
+        parts: tuple[int, ...],
+        net: str,
+        hidden_dims: tuple[int, ...],
+        activation: str,
+        n_decoded: int | None = None,
+    ) -> None:
+        """Build the networks, of the same kind and sizes for all parts.
+
+        Args:
+            parts: as in `cut`.
+            net: kind of the networks.
+            hidden_dims: widths or channels of the encoders' layers; the decoders mirror them.
+            activation: between layers.
+            n_decoded: number of values that the decoders read, D by default.
+        """
+        dim, self.sizes = cut(parts, self.input_shape)
+        shapes = [(*self.input_shape[:dim], size, *self.input_shape[dim + 1 :]) for size in self.sizes]
+        code = (2 * self.code_shape[0],)
+        self.encoder = nn.ModuleList(nets.encoder(net, shape, code, hidden_dims, activation) for shape in shapes)
+        decoded, mirrored = (n_decoded or self.code_shape[0],), hidden_dims[::-1]
+        self.decoder = Decoders([nets.decoder(net, decoded, shape, mirrored, activation) for shape in shapes], dim)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The parts of samples, (B, *input_shape) -> M of (B, *part)."""
+        return x.split(self.sizes, self.decoder.dim + 1)
+
+    def encoded(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+        """Outputs of the parts' encoders: (B, *input_shape) -> (B, M, 2 D), M the parts that are used.
+
+        Args:
+            x: whole samples.
+            parts: which to use, in this order; all by default. The others are not read.
+
+        Raises:
+            AezooError: no part, a part that does not exist, or a part twice.
+        """
+        m = len(self.sizes)
+        parts = range(m) if parts is None else parts
+        if not parts or len({*parts}) < len(parts) or not {*parts} <= {*range(m)}:
+            raise AezooError(f"parts must be some of 0 to {m - 1}, each once, got {tuple(parts)}")
+        x_M = self.split(x)
+        return torch.stack([self.encoder[i](x_M[i]) for i in parts], 1)
+
+    def experts(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of each part's q_i(z|x_i): (B, *input_shape) -> (B, M, D), (B, M, D).
+
+        Args:
+            x: whole samples.
+            parts: which to use, as in `encoded`.
+
+        Raises:
+            AezooError: no part, a part that does not exist, or a part twice.
+        """
+        return gaussian(self.encoded(x, parts))
+
+    def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z | some parts), of all by default: (B, *input_shape) -> (B, D), (B, D)."""
+        raise NotImplementedError(f"{type(self).__name__} must write how its parts say together what the code is")
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x), of all parts: (B, *input_shape) -> (B, D), (B, D)."""
+        return self.infer(x)
+
+    def reconstruct_from(self, x: Tensor, parts: Sequence[int] = (0,)) -> Tensor:
+        """Whole samples from some of their parts, whatever the others hold: (B, *input_shape) -> (B, *input_shape).
+
+        Args:
+            x: whole samples.
+            parts: which to use, numbered from 0; the code is the mean of q(z | these parts).
+
+        Raises:
+            AezooError: no part, a part that does not exist, or a part twice.
+        """
+        return self.decode(self.infer(x, parts)[0].to(x.dtype))
+
+    def nll_of_part(self, i: int, z_BSD: Tensor, x: Tensor) -> Tensor:
+        """-log p(x_i|z) of several codes for each sample: (B, S, D), (B, *part) -> (B, S)."""
+        b, s, _ = z_BSD.shape
+        x_BS = x[:, None].expand(b, s, *x.shape[1:]).flatten(0, 1)
+        return self.nll(self.decoder[i](z_BSD.flatten(0, 1).to(x.dtype)), x_BS).unflatten(0, (b, s))
+
+
+def is_missing(x: Tensor) -> Tensor:
+    """Which samples lack a part, which then has only NaN: (B, *part) -> (B,) bool."""
+    return x.isnan().flatten(1).all(1)
+
+
+class MissingModalities(Multimodal):
+    """A model of samples that may lack parts: for a missing part, the networks read zeros and the expert is N(0, I)."""
+
+    takes_missing = True
+
+    def seen(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+        """Which parts (of `parts`, by default all) each sample has: (B, *input_shape) -> (B, M) bool."""
+        x_M = self.split(x)
+        return ~torch.stack([is_missing(x_M[i]) for i in (range(len(x_M)) if parts is None else parts)], 1)
+
+    def filled(self, x: Tensor) -> Tensor:
+        """Samples with zeros for the parts that they lack: (B, *input_shape) -> (B, *input_shape)."""
+        return torch.cat([_filled(x_i) for x_i in self.split(x)], self.decoder.dim + 1)
+
+    def unusable(self, x: Tensor) -> Tensor:
+        return super().unusable(self.filled(x)) | ~self.seen(x).any(1)
+
+    def experts(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        mu_BMD, log_var_BMD = super().experts(self.filled(x), parts)
+        lacks_BM1 = ~self.seen(x, parts)[..., None]
+        return mu_BMD.masked_fill(lacks_BM1, 0), log_var_BMD.masked_fill(lacks_BM1, 0)
+
+    def nll(self, params: Tensor, x: Tensor) -> Tensor:
+        """-log p(x | params) in nats over the parts that a sample has, for whole samples or one part: (B,)."""
+        whole = x.shape[self.decoder.dim + 1] == sum(self.sizes)
+        nll_B = params.new_zeros(())
+        for params_i, x_i in zip(self.split(params), self.split(x), strict=True) if whole else [(params, x)]:
+            nll_B = nll_B + super().nll(params_i, _filled(x_i)).masked_fill(is_missing(x_i), 0)
+        return nll_B
+
+
+def _filled(x: Tensor) -> Tensor:
+    return x.masked_fill(is_missing(x).reshape(-1, *[1] * (x.ndim - 1)), 0)

@@ -1,0 +1,85 @@
+"""Reconstruction losses with a feature distance and a discriminator, in addition to the likelihood.
+
+Shapes: B batch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.nets.blocks import adversarial
+from aezoo.nets.blocks.adversarial import frozen, gradient_alone, with_gradient
+from aezoo.nets.blocks.features import FeatureDistance
+from aezoo.training.limits import at_least
+
+
+class PerceptualAdversarial(Autoencoder):
+    """A model with the losses R, L_G and L_D of vqgan; its constructor calls `build_losses`.
+
+    Attributes:
+        distance: P, the feature distance.
+        discriminator: D, the patch discriminator.
+    """
+
+    perceptual_weight: float
+    discriminator_weight: float
+    discriminator_start: int
+    discriminator_lr: float
+
+    def build_losses(
+        self,
+        features: str,
+        perceptual_weight: float,
+        discriminator_weight: float,
+        discriminator_start: int,
+        discriminator_dims: tuple[int, ...],
+        discriminator_lr: float,
+    ) -> None:
+        """Check the arguments and build D, whose stages have `discriminator_dims` channels."""
+        at_least(0, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
+        adversarial.check_discriminator(discriminator_dims, discriminator_lr, discriminator_start)
+        self.perceptual_weight, self.discriminator_weight = perceptual_weight, discriminator_weight
+        self.discriminator_start, self.discriminator_lr = discriminator_start, discriminator_lr
+        self.distance = FeatureDistance(features, self.input_shape)
+        self.discriminator = adversarial.PatchDiscriminator(self.input_shape, discriminator_dims)
+        self.enable_step_counter()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return adversarial.two_groups(self, betas=(0.5, 0.9), both=True)  # as in the code of VQGAN's authors
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.distance.read()
+
+    def judged(self, x: Tensor, z: Tensor, *seen: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """R + w_D lambda L_G + L_D for one draw of the code; the last two contribute only their gradients.
+
+        Args:
+            x: samples, (B, *input_shape).
+            z: codes, (B, *code_shape), which the decoder takes.
+            seen: further arguments of the decoder.
+
+        Returns:
+            The loss, a scalar in nats per sample, its terms, and R's gradient at the decoder's output.
+        """
+        params, to_last_layer = adversarial.by_last_layer(self.decoder, z, *seen)
+
+        # for the step of encoder and decoder, in which the discriminator is constant
+        image, distance = self.likelihood.mean, self.distance.beside(x)
+        nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
+        perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
+        gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
+        g_R = g_nll + self.perceptual_weight * g_P
+        # from the gradients of all ranks: the mean of their separate weights would differ
+        weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan)))
+
+        # for the discriminator's step
+        judged = self.discriminator(torch.cat([x, image(params).detach().to(x.dtype)]))
+        hinge = adversarial.hinge(*judged.chunk(2))
+        started = self.step_fraction(self.discriminator_start) >= 1
+        players = started * (self.discriminator_weight * weight * gan + hinge)
+        terms = {"nll": nll, "perceptual": perceptual, "adversarial": gan}
+        terms |= {"adaptive_weight": weight, "discriminator": hinge}
+        return nll + self.perceptual_weight * perceptual + gradient_alone(players), terms, g_R

@@ -1,0 +1,100 @@
+"""Autoencoders with discrete codes: a quantiser between encoder and decoder.
+
+Shapes: B batch, D channels that are quantised, C channels of a code, Q indices per place.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.quantisers.base import Quantised, Quantiser, in_evaluation
+
+
+class DiscreteAutoencoder(Autoencoder):
+    """An autoencoder with a `quantiser`; a subclass sets it, calls `set_nets` and defines its loss.
+
+    The code of a sample is (C, *places), and is equivalent to indices (Q, *places).
+
+    Attributes:
+        quantiser: maps the encoder's output to codes.
+    """
+
+    discrete_code = True
+    quantiser: Quantiser
+
+    def set_nets(
+        self, net: str, dims: tuple[int, int], hidden_dims: tuple[int, ...], activation: str, places: int
+    ) -> None:
+        """Set encoder, decoder and code_shape; for constructors.
+
+        Args:
+            net: a network's name.
+            dims: D and C.
+            hidden_dims: hidden_dims of the encoder; the decoder mirrors them.
+            activation: an activation's name.
+            places: number of places, for a network without a grid (mlp, lstm, transformer).
+
+        Raises:
+            AezooError: shapes that the network cannot take.
+        """
+        if min(dims) < 1 or places < 1:
+            raise AezooError(f"latent_dim and places must be at least 1, got {min(dims)} and {places}")
+        mirrored = hidden_dims[::-1]
+        if net in nets.WITHOUT_GRID:  # the vector is split into places
+            (d, c), self.code_shape = dims, (dims[1], places)
+            encoder = nets.encoder(net, self.input_shape, (d * places,), hidden_dims, activation)
+            decoder = nets.decoder(net, (c * places,), self.input_shape, mirrored, activation)
+            self.encoder = nn.Sequential(encoder, nn.Unflatten(1, (d, places)))
+            self.decoder = nn.Sequential(nn.Flatten(), decoder)
+        else:
+            read, self.code_shape = (nets.map_shape(net, self.input_shape, hidden_dims, dim) for dim in dims)
+            self.encoder = nets.encoder(net, self.input_shape, read, hidden_dims, activation)
+            self.decoder = nets.decoder(net, self.code_shape, self.input_shape, mirrored, activation)
+
+    # ---- indices -----------------------------------------------------------------------------------------------------
+
+    @property
+    def index_shape(self) -> tuple[int, ...]:
+        """Shape of a sample's indices, (Q, *places)."""
+        return (len(self.quantiser.codebook_sizes), *self.code_shape[1:])
+
+    @property
+    def index_sizes(self) -> tuple[int, ...]:
+        """K of each of the Q indices of a place; an index is from 0 to K - 1."""
+        return self.quantiser.codebook_sizes
+
+    def quantise(self, x: Tensor) -> Quantised:
+        """Codes, indices and terms of samples: (B, *input_shape) -> (B, *code_shape), (B, *index_shape), {name: ()}."""
+        found: Quantised = self.quantiser(self.encoder(x))
+        return found
+
+    def encode(self, x: Tensor) -> Tensor:
+        with in_evaluation(self):
+            return self.quantise(x).z_q
+
+    def encode_indices(self, x: Tensor) -> Tensor:
+        """The indices of samples, (B, *input_shape) -> (B, *index_shape), long."""
+        with in_evaluation(self):
+            return self.quantise(x).indices
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """The codes of indices, (B, *index_shape) -> (B, *code_shape)."""
+        return self.quantiser.codes(indices)
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """The reconstruction from indices alone, (B, *index_shape) -> (B, *input_shape)."""
+        return self.decode(self.codes(indices))
+
+    def codebooks(self, indices: Tensor) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+        """Indices by codebook: for each name, indices (B, Q, *places) and K of each of the Q."""
+        return {"": (indices, self.index_sizes)}
+
+    def init_from_data(self, x: Tensor) -> None:
+        self.quantiser.start(self.encoder(x))
+
+    def _reconstruct(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        indices = self.encode_indices(x)
+        return self.decode_indices(indices), {"codebooks": self.codebooks(indices)}

@@ -1,0 +1,343 @@
+"""Priors over the indices of a quantised model, for generation: k ~ p(k), x = g(k).
+
+    p(k) = prod_t p(k_t | k_1 .. k_{t-1})        L = -log p(k),  k the indices of x
+
+in nats per sample, summed over the T indices: place by place in raster order, and within a place its Q indices in turn.
+The quantised model, the `tokenizer`, is trained first and then frozen (van den Oord et al. 2017, section 3.3,
+https://arxiv.org/abs/1711.00937). An untrained one is trained together with its prior, and their losses are added. An
+index passes no gradient, so its weights are the same as when it is trained alone.
+
+The score is -log p(x, k) = -log p(x | g(k)) - log p(k), the length of a message with the indices and then x. It is at
+least -log p(x), which sums over all indices.
+
+Shapes: B batch, T indices of a sample, Q indices of a place, P places, K codes of the largest codebook.
+"""
+
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import aezoo
+from aezoo import registry
+from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.errors import AezooError
+from aezoo.io.hub_files import on_disk
+from aezoo.quantisers.base import Quantised
+from aezoo.training.limits import at_least
+
+_MOST_CODES, _MOST_LAYERS = 2**16, 1000
+_TAKE = "give the run of a trained quantised model (runs/vq_vae-mnist5k/0), or the name of one, such as vq_vae"
+
+
+class IndexPrior(DiscreteAutoencoder):
+    """An autoregressive prior over a tokenizer's indices; a subclass defines `token_logits`.
+
+    Codes, indices and reconstructions are the tokenizer's. Terms of the loss: nll, of the indices; accuracy, the share
+    of indices that were the most likely; those of a trained tokenizer, tokenizer_loss, tokenizer_nll, ...
+
+    Attributes:
+        tokenizer: computes indices, and decodes them.
+        frozen: whether the tokenizer is not trained.
+
+    Args:
+        input_shape: shape of one sample.
+        tokenizer: path of a trained quantised model (checkpoint, run or saved folder; of a prior, its tokenizer), which
+            is copied into this one; or a quantised model to train together with its prior, by name or as {"model":
+            name, argument: value, ...}. It then has its own lr; other settings of the optimiser are the prior's.
+        lr: learning rate.
+        optimizer: as for every model.
+        weight_decay: the optimiser's weight decay.
+        lr_schedule: as for every model.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+
+    Raises:
+        AezooError: no such tokenizer, one without indices or for another shape of data, or codebooks are too large.
+    """
+
+    has_prior = True
+
+    tokenizer: DiscreteAutoencoder
+    beyond_QK: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        tokenizer: str | dict[str, Any] = "vq_vae",
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            input_shape,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+        )
+        if tokenizer == "":
+            raise AezooError(f"tokenizer is {tokenizer!r}: {_TAKE}")
+        if isinstance(tokenizer, dict) or tokenizer in registry.entries() or tokenizer in registry.ALIASES:
+            self._described, self._filled = tokenizer, False
+            self.tokenizer = _built(tokenizer, self.input_shape)
+        else:
+            self.tokenizer, self._filled = _loaded(str(tokenizer), self.input_shape), True
+            # lists instead of tuples, as after a round trip through a saved folder's JSON
+            self._described = {"model": registry.name_of(type(self.tokenizer)), "trained": True}
+            self._described |= json.loads(json.dumps({**self.tokenizer.hparams, "input_shape": None}))
+            del self._described["input_shape"]
+        self.frozen = isinstance(self._described, dict) and bool(self._described.get("trained"))
+        if self.frozen:
+            self.tokenizer.requires_grad_(False).eval()
+        self.likelihood, self.code_shape = self.tokenizer.likelihood, self.tokenizer.code_shape
+        sizes = self.index_sizes
+        self.n_tokens, self.n_codes = math.prod(self.index_shape), max(sizes)
+        if self.n_codes > _MOST_CODES:
+            raise AezooError(
+                f"a prior gives each code a logit, and the tokenizer has codebooks of {self.n_codes:,}, above "
+                f"{_MOST_CODES:,}: take one with smaller codebooks and more indices a place, such as rq_vae"
+            )
+        self.register_buffer("beyond_QK", torch.arange(self.n_codes) >= torch.tensor(sizes)[:, None], persistent=False)
+
+    def _set_hparams(self, hp: Any) -> None:
+        """Replace a path by the arguments of the tokenizer; its weights are stored with the prior's."""
+        super()._set_hparams({**hp, "tokenizer": self._described})
+
+    def check_net(self, width: int, depth: int, dropout: float) -> None:
+        """Refuse a network that cannot be built; for constructors."""
+        if width < 1 or not 1 <= depth <= _MOST_LAYERS or not 0 <= dropout < 1:
+            raise AezooError(
+                f"width must be at least 1, depth from 1 to {_MOST_LAYERS} and dropout at least 0 and below 1, got "
+                f"{width}, {depth} and {dropout}"
+            )
+
+    # ---- the tokenizer -----------------------------------------------------------------------------------------------
+
+    @property
+    def encoder(self) -> nn.Module:  # type: ignore[override]
+        """The tokenizer's."""
+        return self.tokenizer.encoder
+
+    @property
+    def decoder(self) -> nn.Module:  # type: ignore[override]
+        """The tokenizer's."""
+        return self.tokenizer.decoder
+
+    @property
+    def index_shape(self) -> tuple[int, ...]:
+        return self.tokenizer.index_shape
+
+    @property
+    def index_sizes(self) -> tuple[int, ...]:
+        return self.tokenizer.index_sizes
+
+    def quantise(self, x: Tensor) -> Quantised:
+        return self.tokenizer.quantise(x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.tokenizer.encode(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.tokenizer.decode(z)
+
+    def encode_indices(self, x: Tensor) -> Tensor:
+        return self.tokenizer.encode_indices(x)
+
+    def codes(self, indices: Tensor) -> Tensor:
+        return self.tokenizer.codes(indices)
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        return self.tokenizer.decode_indices(indices)
+
+    def codebooks(self, indices: Tensor) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+        return self.tokenizer.codebooks(indices)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.frozen:
+            self.tokenizer.eval()
+        return self
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        theirs = {id(p) for p in self.tokenizer.parameters()}
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.parameters() if id(p) not in theirs]}]
+        if not self.frozen:
+            groups += [{"lr": self.tokenizer.lr} | group for group in self.tokenizer.parameter_groups()]
+        return groups
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._filled = True
+        return super().load_state_dict(*args, **kwargs)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        name = registry.name_of(type(self.tokenizer)) or type(self.tokenizer).__name__
+        if self.frozen:
+            if not self._filled:
+                raise AezooError(f"the tokenizer {name} is said to be trained and has no weights: {_TAKE}")
+            # Lightning warns about this; the tokenizer is meant to be in eval mode
+            warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start")
+        elif not self._filled and self.trainer.is_global_zero:
+            print(
+                f"aezoo: the tokenizer {name} is not trained and learns beside its prior; for one that has had a fit "
+                f"of its own give --model.tokenizer RUN, as in runs/{name}-mnist5k/0",
+                file=sys.stderr,
+            )
+
+    def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+        if not self.frozen:
+            self.tokenizer.takes_bytes = self.takes_bytes
+            self.tokenizer.begin_step(batch, batch_idx)  # initialises from its data, and counts steps
+        return super().begin_step(batch, batch_idx)
+
+    # ---- the prior ---------------------------------------------------------------------------------------------------
+
+    def token_logits(self, tokens: Tensor) -> Tensor:
+        """The logits before codes outside an index's codebook are excluded."""
+        raise NotImplementedError(f"{type(self).__name__} must write token_logits")
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """The logits of every token, from the tokens before it: (B, T) -> (B, T, K).
+
+        In at least float32. Codes outside an index's codebook have -inf.
+        """
+        logits_BPQK = self.token_logits(tokens).unflatten(1, (-1, len(self.index_sizes)))
+        return self.within_books(logits_BPQK, self.beyond_QK).flatten(1, 2)
+
+    @staticmethod
+    def within_books(logits: Tensor, beyond: Tensor) -> Tensor:
+        """Logits in at least float32, -inf where `beyond`."""
+        return at_least_float32(logits).masked_fill(beyond, -math.inf)
+
+    def next_logits(self, tokens: Tensor, t: int) -> Tensor:
+        """The logits of token t, bitwise independent of tokens from t on: (B, T) -> (B, K)."""
+        past = torch.arange(self.n_tokens, device=tokens.device) < t
+        return self.logits(torch.where(past, tokens, 0))[:, t]
+
+    def stepper(self) -> Callable[[Tensor, int], Tensor]:
+        """A function like `next_logits` for one pass over the tokens of a batch: t increases from call to call.
+
+        A subclass may return one that caches the computations for earlier tokens.
+        """
+        return self.next_logits
+
+    def tokens(self, indices: Tensor) -> Tensor:
+        """Indices in the order in which they are drawn: (B, *index_shape) -> (B, T)."""
+        return indices.flatten(2).transpose(1, 2).flatten(1) if indices.ndim > 2 else indices
+
+    def indices_of(self, tokens: Tensor) -> Tensor:
+        """The inverse of `tokens`: (B, T) -> (B, *index_shape)."""
+        q, *places = self.index_shape
+        return tokens.unflatten(1, (-1, q)).transpose(1, 2).unflatten(2, places) if places else tokens
+
+    def log_prob(self, indices: Tensor) -> Tensor:
+        """Log p(indices) in nats, (B, *index_shape) -> (B,)."""
+        return -self._nll(self.tokens(indices))[0]
+
+    def _nll(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """-log p, (B, T) -> (B,), and the logits; -1, a dropped index, adds nothing."""
+        logits_BTK = self.logits(tokens.clamp(min=0))
+        nll_BT = F.cross_entropy(logits_BTK.transpose(1, 2), tokens, ignore_index=-1, reduction="none")
+        return nll_BT.sum(1), logits_BTK
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        tokens = self.tokens(self._indices(x))
+        learnt = {} if self.frozen else self.tokenizer.loss(x, y)
+        nll_B, logits_BTK = self._nll(tokens)
+        nll = nll_B.mean()
+        accuracy = (logits_BTK.argmax(2) == tokens).to(nll.dtype).mean()
+        beside = {f"tokenizer_{name}": term for name, term in learnt.items()}
+        return {"loss": nll + learnt.get("loss", 0), "nll": nll, "accuracy": accuracy, **beside}
+
+    @torch.no_grad()
+    def _indices(self, x: Tensor) -> Tensor:
+        """Indices in evaluation mode: nothing is drawn or dropped, and codebooks do not count them."""
+        learns = self.tokenizer.training
+        self.tokenizer.eval()
+        indices = self.tokenizer.encode_indices(x)
+        self.tokenizer.train(learns)
+        return indices
+
+    def score(self, x: Tensor) -> Tensor:
+        told = self.tokenizer.nll(self.decoder(self.encode(x)), x)  # its own score may include a prior of the indices
+        return told - self.log_prob(self.encode_indices(x))
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
+        """Draw n samples, (n, *input_shape): the reconstructions of `sample_indices`."""
+        return self.decode_indices(self.sample_indices(n, temperature, top_k))
+
+    @torch.no_grad()
+    def sample_indices(self, n: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
+        """Draw the indices of n samples, one after the other: (n, *index_shape).
+
+        Args:
+            n: number of samples.
+            temperature: divides the logits: below 1 for more likely samples, near 0 for the most likely code each time.
+            top_k: draw each index from this many of its likeliest codes only; 0 for all.
+
+        Raises:
+            AezooError: a negative temperature or number of codes.
+        """
+        at_least(0, temperature=temperature, top_k=top_k)
+        tokens = torch.zeros(n, self.n_tokens, dtype=torch.long, device=self.device)
+        next_logits = self.stepper()
+        for t in range(self.n_tokens):
+            logits, codes = next_logits(tokens, t).topk(min(top_k or self.n_codes, self.n_codes))
+            # relative to the largest, so that the quotient is finite at any temperature
+            p = ((logits - logits[:, :1]) / max(temperature, 1e-30)).softmax(1)
+            tokens[:, t] = codes.gather(1, p.multinomial(1))[:, 0]
+        return self.indices_of(tokens)
+
+
+def _checked(cls: type[Autoencoder], what: str) -> type[DiscreteAutoencoder]:
+    if not issubclass(cls, DiscreteAutoencoder) or issubclass(cls, IndexPrior):
+        wrong = "is a prior itself" if issubclass(cls, IndexPrior) else "writes no code in indices"
+        raise AezooError(f"tokenizer {what} {wrong}: {_TAKE}")
+    return cls
+
+
+def _built(given: str | dict[str, Any], input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
+    """A tokenizer with its initial weights."""
+    settings = {"model": given} if isinstance(given, str) else dict(given)
+    name = settings.pop("model", None)
+    settings.pop("trained", None)
+    if not isinstance(name, str):
+        raise AezooError(f'tokenizer {given} names no model: write {{"model": "vq_vae", "latent_dim": 8}}')
+    cls = _checked(registry.model_class(name), name)
+    registry.check_hyperparameters(cls, settings, f"tokenizer {name}")
+    model: Any = cls
+    built: DiscreteAutoencoder = model(
+        input_shape, **{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    )
+    return built
+
+
+def _loaded(path: str, input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
+    """A trained tokenizer; from the path of a prior, that prior's tokenizer."""
+    try:
+        found = aezoo.load_model(on_disk(path)).float()
+    except AezooError as error:
+        raise AezooError(
+            f"tokenizer {path}: {error}; {_TAKE}; the run of a prior holds its tokenizer: --ckpt_path RUN continues it"
+        ) from error
+    model = found.tokenizer if isinstance(found, IndexPrior) else found
+    _checked(type(model), path)
+    if model.input_shape != input_shape:
+        raise AezooError(
+            f"tokenizer {path} takes samples of shape {model.input_shape}, these data give {input_shape}: train one on "
+            "them, or give --data.size and --data.channels that fit"
+        )
+    assert isinstance(model, DiscreteAutoencoder)
+    return model

@@ -1,0 +1,81 @@
+"""Triplets of labelled samples: an anchor, a positive with its label and a negative with another (Schroff et al. 2015).
+
+Shapes: B batch on this rank, N samples on all ranks, D code; P (positives) and M (negatives, sorted) also have size N.
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.distributions.divergences import distances
+from aezoo.errors import AezooError
+from aezoo.nets.blocks.labels import one_each
+
+MINING = ("all", "active", "semi_hard")
+
+
+class WithTriplets(Autoencoder):
+    """A model with a triplet loss on its codes; its constructor calls `keep_triplets`.
+
+    Attributes:
+        triplet_weight: weight of the triplet loss.
+        margin: how much farther than the positives the negatives must be.
+        mining: which triplets of a batch count: all, active or semi_hard, see `triplet_ae`.
+    """
+
+    compares_samples: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
+
+    triplet_weight: float
+    margin: float
+    mining: str
+
+    def keep_triplets(self, triplet_weight: float, margin: float, mining: str) -> None:
+        """Set the attributes with these names.
+
+        Raises:
+            AezooError: a value is invalid.
+        """
+        if not 0 <= triplet_weight < math.inf:
+            raise AezooError(f"triplet_weight must be at least 0 and finite, got {triplet_weight}")
+        if not 0 < margin < math.inf:
+            raise AezooError(f"margin must be above 0 and finite, got {margin}")
+        if mining not in MINING:
+            raise AezooError(f"unknown mining {mining!r}: take one of {', '.join(MINING)}")
+        self.triplet_weight, self.margin, self.mining = triplet_weight, margin, mining
+
+    def triplets(self, d_BN: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over each anchor's triplets and how many count, from the distances to all samples: two (B,)."""
+        y_N = self.all_gather_batch(one_each(y_B))
+        other_BN = torch.arange(len(y_N), device=y_B.device) != self.local_rows(y_B)[:, None]
+        known_BN = (y_B[:, None] != -1) & (y_N != -1)
+        positive_BN = known_BN & (y_B[:, None] == y_N) & other_BN
+        negative_BN = known_BN & (y_B[:, None] != y_N)
+        number_B1 = negative_BN.sum(1, keepdim=True)
+        # negatives sorted by distance, so that those within reach of a positive come first: N log N, not N^2
+        d_BM = torch.where(negative_BN, d_BN, torch.inf).sort(dim=1, stable=True).values
+        if self.mining == "semi_hard":
+            beyond_BP = torch.searchsorted(d_BM.detach(), d_BN.detach(), right=True)
+            chosen_BP = beyond_BP.minimum(number_B1 - 1).clamp(min=0)  # the farthest, if none is beyond
+            has_one_BP = positive_BN & (number_B1 > 0)
+            loss_BP = (d_BN - d_BM.gather(1, chosen_BP) + self.margin).relu() * has_one_BP
+            return loss_BP.sum(1), has_one_BP.sum(1)
+        reach_BP = d_BN + self.margin
+        within_BP = torch.searchsorted(d_BM.detach(), reach_BP.detach()) * positive_BN
+        # cumulative sums over the nearest negatives, starting with none
+        sums_BM = F.pad(torch.where(d_BM < torch.inf, d_BM, 0).cumsum(1), (1, 0))
+        loss_BP = within_BP * reach_BP - sums_BM.gather(1, within_BP)
+        counts_BP = within_BP if self.mining == "active" else positive_BN * number_B1
+        return loss_BP.sum(1), counts_BP.sum(1)
+
+    def triplet_loss(self, z_BD: Tensor, y_B: Tensor) -> Tensor:
+        """This rank's share of T; the mean over ranks is T."""
+        d_BN = distances(self.all_gather_batch(z_BD))[self.local_rows(z_BD)]
+        loss_B, counts_B = self.triplets(d_BN, y_B)
+        total = loss_B.mean()
+        number = self.batch_mean(counts_B.to(total.dtype))
+        return total / torch.where(number > 0, number, 1)

@@ -1,0 +1,394 @@
+"""The request of a command line: names, recipes and checkpoints expanded into settings.
+
+Settings come from these sources, and later ones override earlier ones: defaults, the checkpoint, the files given by -c
+in their order, flags.
+"""
+
+import inspect
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aezoo import registry
+from aezoo.autoencoder import Autoencoder
+from aezoo.cli import HEAVY
+from aezoo.cli.recipes import find_recipe
+from aezoo.data import DataModule
+from aezoo.errors import AezooError
+from aezoo.io import atomic_files, checkpoint, resume, run_folder
+from aezoo.security import archives, policy, values, yaml_text
+
+RUN_DIR = "AEZOO_RUN_DIR"
+# the checkpoint found by --resume auto, for the processes that a multi-device strategy starts
+RESUMED = "AEZOO_RESUMED"
+
+
+# the setting that a single word sets when it is given in place of a section
+_ONE_WORD = {"model": "class_path", "data": "name"}
+# data settings that refer to the content of one data set, and select its training samples
+_OF_ONE_SET = ("train_classes", "num_labels")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The expanded request of a command line.
+
+    Attributes:
+        argv: the command and its flags, in the form that LightningCLI understands.
+        run_name: the name of the first recipe or file given by -c, or of the checkpoint's runs.
+        source: the checkpoint given by --ckpt_path or --resume.
+        run: the folder of the run that it belongs to.
+        stored: the hyperparameters in that checkpoint.
+        model: the requested model.
+        stored_data: the data settings in that checkpoint.
+        step: the optimiser steps in that checkpoint.
+        resumes: whether --resume is given.
+    """
+
+    argv: list[str]
+    run_name: str | None
+    source: Path | None
+    run: Path | None
+    stored: dict[str, Any]
+    model: str | None
+    stored_data: dict[str, Any]
+    step: int
+    resumes: bool
+
+
+def expand(argv: list[str]) -> Request:
+    """Expand names for LightningCLI: models to classes, recipes to files, runs to checkpoints and settings."""
+    command = argv[0]
+    rest, allowed = policy.take_flags(name_data(argv[1:]))
+    _built_in()  # only imported classes can be named in YAML
+    registry.import_plugins()
+    flags: list[str] = []
+    run_name: str | None = None
+    source: Path | None = None
+    run: Path | None = None
+    model: str | None = None
+    given: str | None = None
+    asked = "off"
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if flag not in ("-c", "--config", "--model", "--ckpt_path", "--resume", "--model.help"):
+            flags.append(flag + equals + value)
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                if flag == "--model.help":
+                    flags.append(flag)
+                    continue
+                raise AezooError(f"{flag} needs a value")
+            value = rest.pop(0)
+        if flag in ("-c", "--config"):
+            path, config = _config_file(value)
+            run_name = run_name or path.stem
+            flags += ["--config", str(path)]
+            model = _model_of(config) or model
+        elif flag == "--ckpt_path":
+            source = resume.find(value) if command == "fit" else checkpoint.find_checkpoint(value)
+            atomic_files.check(source)
+            run = run_folder.run_of(source, Path(value))
+            flags += ["--ckpt_path", str(source)]
+        elif flag == "--resume":
+            if command != "fit":
+                raise AezooError(f"--resume is for fit: give {command} a --ckpt_path")
+            asked = value
+        else:
+            given = value if flag == "--model" else given
+            if policy.is_class_path(value) and value not in registry.entries():
+                # allowed because the user has typed it; a file cannot
+                allowed += [value, policy.typed_class(value, Autoencoder)]
+            flags += [flag, _class_path(value)]
+    policy.enforce(allowed)
+    stored: dict[str, Any] = {}
+    stored_data: dict[str, Any] = {}
+    step = 0
+    if asked != "off":
+        if source is not None:
+            raise AezooError("give --resume or --ckpt_path, not both")
+        source, run = _resumed(asked, run_name, flags)
+        flags += [] if source is None else ["--ckpt_path", str(source)]
+    if source is not None:
+        content = checkpoint.read_checkpoint(source)
+        checkpoint.note_version(content.get("aezoo"), source)
+        stored = values.plain(content.get("hyper_parameters", {}), f"{source}: its hyperparameters")
+        if command == "fit" and not {"optimizer_states", "lr_schedulers"} <= content.keys():
+            raise AezooError(f"{source} holds only weights, and no training state to continue from: give another "
+                             "checkpoint of its run, or fine-tune from Python with aezoo.load_model")  # fmt: skip
+        settings = _settings(command, content, source, run, optional=given is not None)
+        if command != "fit":
+            settings["data"] = for_the_set(settings["data"], flags)
+        _take_out_repeated(settings, flags)
+        flags = ["--config", json.dumps(settings), *flags]
+        model = model or _model_of(settings)
+        data = content.get("datamodule_hyper_parameters", {})
+        stored_data = _plain_values(values.plain(data, f"{source}: its settings of the data"))
+        step = int(content.get("global_step", 0)) if isinstance(content.get("global_step"), int) else 0
+    model = given or model
+    return Request([command, *flags], run_name, source, run, stored, model, stored_data, step, asked != "off")
+
+
+def name_data(argv: list[str]) -> list[str]:
+    """Change `--data digits` to `--data.name digits`; a YAML file of settings, or settings in YAML, stay unchanged."""
+    spelt = []
+    for word, (flag, value) in zip(argv, _pairs(argv), strict=True):
+        text = value.strip().lower()
+        settings = text.startswith(("{", "--")) or text.endswith((".yaml", ".yml", ".json"))
+        spelt.append(word.replace(flag, "--data.name", 1) if flag == "--data" and text and not settings else word)
+    return spelt
+
+
+def setting(flags: list[str], section: str, key: str) -> str | None:
+    """A setting as the parser will see it: the last value among the flags and files; None if there is none.
+
+    Args:
+        flags: all flags, with recipes expanded.
+        section: `model`, `data` or `trainer`; its settings may also be a YAML file or inline YAML.
+        key: the name of the setting in the section.
+    """
+    found: Any = None
+    for flag, value in _pairs(flags):
+        if flag == f"--{section}.{key}":
+            found = value
+        elif flag == f"--{section}":
+            found = _in_section(section, value).get(key, found)
+        elif flag == "--config":
+            part = _mapping(value).get(section)
+            if isinstance(part, str):
+                # the path of a file is relative to the file that names it
+                beside = Path(value).parent / part
+                part = _in_section(section, str(beside) if beside.is_file() else part)
+            found = (part if isinstance(part, dict) else {}).get(key, found)
+    return None if found is None else str(found)
+
+
+def for_the_set(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
+    """Stored data settings for the data set named by the flags; another set uses all of its samples and labels."""
+    # arrays and folders are identified by their location
+    whole = ("name",) if stored.get("name") not in ("array", "folder") else ("name", "root")
+    other = any(setting(flags, "data", key) not in (None, str(stored.get(key))) for key in whole)
+    return {key: value for key, value in stored.items() if not (other and key in _OF_ONE_SET)}
+
+
+def _in_section(section: str, text: str) -> dict[str, Any]:
+    return _mapping(text) or {_ONE_WORD.get(section, ""): text}
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """The settings in a YAML file or inline YAML; empty for anything else, which the parser reports as an error."""
+    written_out = text.lstrip().startswith("{")
+    if not written_out and not Path(text).is_file():
+        return {}
+    try:
+        content = yaml_text.load(text) if written_out else yaml_text.read(Path(text))
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _resumed(asked: str, run_name: str | None, flags: list[str]) -> tuple[Path | None, Path | None]:
+    """The checkpoint for `--resume`, None to start a run; and the folder of its run, if there is one."""
+    if asked != "auto":
+        source = resume.find(asked)
+        return source, run_folder.run_of(source, Path(asked))
+    if RESUMED in os.environ and "LOCAL_RANK" in os.environ:
+        found, run = (Path(os.environ[name]) if os.environ.get(name) else None for name in (RESUMED, RUN_DIR))
+        return found, run
+
+    if run_name is None:
+        model = setting(flags, "model", "class_path")
+        if model is None:
+            raise AezooError("--resume auto needs the command of the run: give --model NAME or -c RECIPE")
+        data = setting(flags, "data", "name") or inspect.signature(DataModule).parameters["name"].default
+        run_name = f"{_name_in_folders(model)}-{Path(data).stem}"
+    home = Path(setting(flags, "trainer", "default_root_dir") or "runs") / archives.component(run_name)
+    found, run = resume.automatic(home)
+    os.environ[RESUMED] = str(found or "")
+    if run is not None:
+        os.environ[RUN_DIR] = str(run)
+    return found, run
+
+
+def _name_in_folders(model: str) -> str:
+    """The name that `AezooCLI.run_dir` will use for a model; all models are imported by now."""
+    module, _, name = _class_path(model).rpartition(".")
+    if not module:
+        return _built_in().get(name, name)
+    cls = getattr(sys.modules.get(module), name, None)
+    return (registry.name_of(cls) if isinstance(cls, type) else None) or name
+
+
+def _pairs(flags: list[str]) -> list[tuple[str, str]]:
+    """Each word as a flag with its value, separated by an equals sign or a space."""
+    following = [*flags, ""][1:]
+    parts = [(text.partition("="), after) for text, after in zip(flags, following, strict=True)]
+    return [(name, value if equals else after) for (name, equals, value), after in parts]
+
+
+def _take_out_repeated(settings: dict[str, Any], flags: list[str]) -> None:
+    """Remove settings that flags add again: resuming with the same `--trainer.callbacks+=EMA` would add EMA twice."""
+    trainer = settings.get("trainer")
+    for name, value in _pairs(flags):
+        section, _, key = name.removeprefix("--").removesuffix("+").partition(".")
+        if not (name.startswith("--") and name.endswith("+")) or section != "trainer" or not isinstance(trainer, dict):
+            continue
+        try:
+            content = yaml_text.load(value)
+        except yaml.YAMLError:
+            continue  # the parser reports the error
+        added = {_class_name(item) for item in (content if isinstance(content, list) else [content])}
+        held = trainer.get(key)
+        if isinstance(held, list):
+            trainer[key] = [item for item in held if _class_name(item) not in added] or None
+
+
+def _class_name(item: Any) -> str | None:
+    path = item.get("class_path") if isinstance(item, dict) else item
+    return path.rpartition(".")[2] if isinstance(path, str) else None
+
+
+def _model_of(config: dict[str, Any]) -> str | None:
+    model = config.get("model")
+    name = model.get("class_path") if isinstance(model, dict) else model
+    return name if isinstance(name, str) else None
+
+
+def _config_file(value: str) -> tuple[Path, dict[str, Any]]:
+    if "://" in value:
+        raise AezooError(f"configurations are read from disk only, not from {value}: download it first")
+    if (Path(value) / "config.yaml").is_file():
+        raise AezooError(f"{value} is a run folder: give -c {Path(value) / 'config.yaml'} for its settings, or "
+                         f"--ckpt_path {value} to continue it")  # fmt: skip
+    path = Path(value) if Path(value).is_file() else find_recipe(value)
+    content = yaml_text.read(path)
+    if not isinstance(content, dict):
+        raise AezooError(f"{path} holds no settings: write sections such as model:, data: and trainer:")
+    for key in ("resume", "allow"):
+        if key in content:
+            raise AezooError(f"{key} is not read from a file: give --{key} on the command line, not in {path}")
+    return path, content
+
+
+def _class_path(name: str) -> str:
+    """Change `vae` to `aezoo.models.variational.vae.VAE`; class names, class paths, files and inline YAML stay."""
+    if name in _built_in() or name.lstrip().startswith("{") or ("." in name and name not in registry.entries()):
+        return name
+    cls = registry.model_class(name)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _built_in() -> dict[str, str]:
+    """Import all models of this package; return their class names with their names in the registry."""
+    entries = registry.entries().values()
+    return {registry.model_class(entry.name).__name__: entry.name for entry in entries if entry.owner == "aezoo"}
+
+
+def spell_out(text: str) -> str:
+    """A YAML text in which the registry names of models are replaced by class paths."""
+    try:
+        config = yaml_text.load(text)
+    except yaml.YAMLError as error:
+        raise AezooError(f"cannot read the settings as YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(config, dict):
+        return text
+    for section in (config, *(v for k, v in config.items() if k in HEAVY)):
+        if not isinstance(section, dict):
+            continue
+        if not isinstance(section.get("config"), list | None):
+            raise AezooError("settings name a further file under config: give each with --config on the command line")
+        # on and off without quotes are true and false in YAML
+        for part, key in ((section, "compile"), (section.get("data"), "memory")):
+            if isinstance(part, dict) and isinstance(part.get(key), bool):
+                part[key] = "on" if part[key] else "off"
+        # not a path or an address: only the command line may use the short form for these
+        if isinstance(section.get("data"), str) and re.fullmatch(r"[\w-]+", section["data"]):
+            section["data"] = {"name": section["data"]}
+        model = section.get("model")
+        if isinstance(model, str):
+            section["model"] = {"class_path": _class_path(model)}
+        elif isinstance(model, dict) and isinstance(model.get("class_path"), str):
+            name = model["class_path"]
+            model["class_path"] = _class_path(name)
+            if "." not in name and isinstance(model.get("init_args"), dict):
+                registry.check_hyperparameters(registry.model_class(name), model["init_args"], name)
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+def _settings(command: str, content: dict[str, Any], source: Path, run: Path | None, optional: bool) -> dict[str, Any]:
+    """Settings of a checkpoint's run: for a fit the run's whole `config.yaml`, otherwise its own model and data."""
+    config_file = (run or source.parent) / "config.yaml"
+    if command == "fit" and run is not None and config_file.is_file():
+        whole = _config_file(str(config_file))[1]
+        model, stored = whole.get("model"), content.get("hyper_parameters")
+        if isinstance(model, dict) and isinstance(model.get("init_args"), dict) and isinstance(stored, dict):
+            # a path may no longer exist; the checkpoint holds the values that were read from it
+            held = _plain_values(values.plain(stored, f"{source}: its hyperparameters"))
+            model["init_args"] |= {key: value for key, value in held.items() if key in model["init_args"]}
+        return whole
+    settings: dict[str, Any] = {}
+    try:
+        name, hyperparameters = checkpoint.verify(content, source)
+        arguments = _plain_values(hyperparameters)
+        arguments.pop("input_shape", None)
+        settings["model"] = {"class_path": name, "init_args": arguments}
+    except AezooError:
+        if not optional:
+            raise
+    data = _plain_values(
+        values.plain(content.get("datamodule_hyper_parameters", {}), f"{source}: its settings of the data")
+    )
+    known = inspect.signature(DataModule).parameters
+    return settings | {"data": {key: value for key, value in data.items() if key in known}}
+
+
+def _plain_values(hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in hyperparameters.items()
+        if not key.startswith("_")
+    }
+
+
+def check_against(stored: dict[str, Any], source: Path, model: Autoencoder, resume: bool) -> None:
+    """Report hyperparameters that differ from the checkpoint's; reject another shape of data."""
+    now = dict(model.hparams)
+    shape = stored.get("input_shape")
+    shape = tuple(shape) if isinstance(shape, list | tuple) else model.input_shape
+    if shape != model.input_shape:
+        raise AezooError(
+            f"{source} was trained on samples of shape {'x'.join(map(str, shape))}, these data give "
+            f"{'x'.join(map(str, model.input_shape))}: choose the same --data, or --data.size and --data.channels"
+        )
+    if resume and stored.get("optimizer", model.optimizer) != model.optimizer:
+        raise AezooError(
+            f"{source} holds the state of {stored['optimizer']}, which {model.optimizer} cannot go on with: keep "
+            f"--model.optimizer {stored['optimizer']}, or fine-tune from Python with aezoo.load_model"
+        )
+    say_differences("model", stored, now)
+
+
+def note_other_splits(trained: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn that a model may be evaluated on its training samples if the same data set is split differently."""
+    same_set = all(trained.get(key) == now.get(key) for key in ("name", "root"))
+    changed = [key for key in ("seed", "val_fraction", "test_fraction") if trained.get(key, now[key]) != now[key]]
+    if same_set and changed:
+        flags = " and ".join(f"--data.{key}" for key in changed)
+        print(f"aezoo: {flags}: the set is split differently than for training, the model may have seen these samples",
+              file=sys.stderr)  # fmt: skip
+
+
+def say_differences(section: str, stored: dict[str, Any], now: dict[str, Any]) -> None:
+    """Report settings that flags and files have changed, except for those that do not affect results."""
+    silent = {"num_workers", "memory", "root", "download", "max_pixels", "max_bytes"}
+    for key in sorted((stored.keys() & now.keys()) - silent):
+        was = tuple(stored[key]) if isinstance(now[key], tuple) and isinstance(stored[key], list) else stored[key]
+        if was != now[key]:
+            print(f"aezoo: {section}.{key} is {now[key]}, the checkpoint has {was}", file=sys.stderr)

@@ -1,0 +1,64 @@
+"""The `aezoo fit --help` texts of flags that are read before Lightning's, or have another meaning here."""
+
+import argparse
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from aezoo.cli.parsing import FROM_DATA
+from aezoo.security import policy
+
+_FIT = "A run folder (runs/vae/0), to continue from its newest complete checkpoint, or a checkpoint file."
+_USE = "A run folder (runs/vae/0), whose best checkpoint is used, or a checkpoint file."
+_WORDS = {
+    "config": "A name of `aezoo recipes`, or a YAML file. Several are read in order; flags override them.",
+    "model": "A model of `aezoo list`, such as vae, or a class of your own, such as my_package.MyModel. "
+    "--model.help NAME shows its flags.",
+    "data": "A data set, as with --data.name, or a YAML file of settings for the data.",
+    "trainer.max_epochs": "Stop after this many epochs; -1: no limit except max_steps and max_time.",
+    "trainer.max_steps": "Stop after this many optimiser steps, even within an epoch; -1: no such limit.",
+    "trainer.default_root_dir": "The folder of all runs, by default runs: a run is <folder>/<recipe>/<number>.",
+    "trainer.callbacks": "More callbacks, by default none; --trainer.callbacks+=NAME adds one. Those of the zoo have "
+    "flags of their own, below.",
+    "trainer.logger": "By default TensorBoard; false logs nothing.",
+}
+
+
+class _ReadBefore(argparse.Action):
+    """Only shown in the help: `aezoo.cli.config_resolution` reads the flag before this parser sees the rest."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
+        parser.error(f"{self.option_strings[0]} needs a value")
+
+
+def explain(parser: LightningArgumentParser, command: str) -> None:
+    """Make a command's `--help` describe what its flags do here.
+
+    Args:
+        parser: the complete parser of the command.
+        command: `fit`, `validate`, `test` or `predict`.
+    """
+    if command == "fit":
+        _mention(
+            parser,
+            "--resume",
+            "RUN|auto",
+            "Continue a run that was stopped: a run folder or a checkpoint, or auto, which finds the last run of the "
+            "same command, or starts one.",
+        )
+    _mention(parser, policy.FLAG, "PKG", "Let a configuration name classes of this package; can be given repeatedly.")
+    words = _WORDS | {"ckpt_path": _FIT if command == "fit" else _USE, "weights_only": argparse.SUPPRESS}
+    for action in parser._actions:
+        if action.dest == "model":
+            action.extra_help = str  # type: ignore[attr-defined]  # not the paths of all classes
+        if "--model.help" in action.option_strings:
+            action.sub_add_kwargs = {"skip": {*FROM_DATA}}  # type: ignore[attr-defined]
+        if action.dest in words:
+            action.help = words[action.dest]
+    for group in parser._action_groups:
+        if any(action.dest == "ckpt_path" for action in group._group_actions):
+            group.title = "The checkpoint"
+
+
+def _mention(parser: LightningArgumentParser, flag: str, metavar: str, text: str) -> None:
+    nowhere = argparse.SUPPRESS
+    parser.add_argument(flag, action=_ReadBefore, dest=nowhere, default=nowhere, metavar=metavar, help=text)

@@ -1,0 +1,474 @@
+"""fit, validate, test and predict: LightningCLI with short model names, recipes and self-contained checkpoints."""
+
+import contextlib
+import errno
+import inspect
+import logging
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from jsonargparse.typing import restricted_number_type
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+import aezoo
+from aezoo import callbacks, registry
+from aezoo.autoencoder import Autoencoder
+from aezoo.callbacks import dashboard
+from aezoo.cli import flag_help, trainer_settings
+from aezoo.cli.config_resolution import RESUMED, RUN_DIR, check_against, expand, note_other_splits, say_differences
+from aezoo.cli.parsing import FROM_DATA, Parser, check_flags, plain
+from aezoo.data import DataModule
+from aezoo.data.loaders import local_processes, lost_worker
+from aezoo.errors import AezooError
+from aezoo.io import atomic_files, resume, run_folder
+from aezoo.security import archives, values
+from aezoo.training import compilation, distributed
+
+# errors of a disk or folder, anywhere in a run; loggers and pictures also write
+_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
+}
+# each callback is a group of flags and a section of the YAML, e.g. --reconstructions.every_n_epochs 1
+DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
+    "progress": callbacks.ProgressBar,
+    "throughput": callbacks.Throughput,
+    "code_statistics": callbacks.CodeStatistics,
+    "reconstructions": callbacks.Reconstructions,
+    "samples": callbacks.Samples,
+    "traversal": callbacks.Traversal,
+    "latents": callbacks.LatentScatter,
+    "projector": callbacks.Projector,
+    "codebook": callbacks.Codebook,
+    "filters": callbacks.Filters,
+    "histograms": callbacks.Histograms,
+    "dashboard": callbacks.Dashboard,
+    "predictions": callbacks.PredictionWriter,
+    "summary": callbacks.Summary,
+    "fault_guard": callbacks.FaultGuard,
+    "interrupt": callbacks.Interrupt,
+    "early_stopping": callbacks.EarlyStop,
+    "checkpoints": callbacks.Checkpoints,
+}
+
+
+_Draws = restricted_number_type("Draws", int, [(">=", 1), ("<=", 10**6)], join="and")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes `config.yaml` into the folder of a fit, with registry names for models; `aezoo fit -c` can read it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        log_dir = trainer.log_dir  # this broadcasts, so every rank must read it
+        # a resumed run keeps its own file until the checkpoint is known to fit the current settings
+        if stage == "fit" and log_dir is not None and not (Path(log_dir) / self.config_filename).exists():
+            self._write(trainer, pl_module, log_dir)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, pl_module, trainer.log_dir)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, log_dir: str | None) -> None:
+        if trainer.is_global_zero and log_dir is not None and not self.already_saved:
+            config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+            config.pop("ckpt_path", None)
+            config = {key: config.pop(key) for key in ("model", "data")} | config
+            name = registry.name_of(type(pl_module))
+            if name is not None:
+                config["model"]["class_path"] = name
+            head = f"# aezoo {aezoo.__version__}: all settings of this run\n"
+            text = head + yaml.safe_dump(config, sort_keys=False)
+            atomic_files.write(Path(log_dir) / self.config_filename, lambda file: file.write(text.encode()))
+            self.already_saved = True
+
+
+class AezooCLI(LightningCLI):
+    """One command of the command line.
+
+    Args:
+        argv: the command and its flags.
+        ends: closed when the command has ended; the run's folder is held until then.
+    """
+
+    def __init__(self, argv: list[str], ends: contextlib.ExitStack) -> None:
+        self.ends = ends
+        try:
+            self.request = expand(argv)
+        except OSError as error:
+            raise AezooError(f"cannot read {error.filename}: {error.strerror}; give another path") from error
+        super().__init__(
+            Autoencoder,
+            DataModule,
+            subclass_mode_model=True,
+            parser_class=Parser,
+            parser_kwargs={"prog": "aezoo"},
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            # checkpoints hold the constructor's values: without class paths, including defaults
+            load_from_checkpoint_support=False,
+            # the loaders shard by rank themselves, and one line replaces the table of layers
+            trainer_defaults={
+                "max_epochs": 20,
+                "log_every_n_steps": 1,
+                "use_distributed_sampler": False,
+                "enable_model_summary": False,
+            },
+        )
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        super().setup_parser(*args, **kwargs)
+        ((command, parser),) = self._subcommand_parsers.items()
+        if command in ("validate", "test"):
+            # the summary callback prints the figures
+            parser.set_defaults({"verbose": False})
+        elif command == "predict":
+            # predictions are written to a file; Lightning would also keep all of them in memory
+            parser.set_defaults({"return_predictions": False})
+        flag_help.explain(parser, command)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the requested subcommand, because each parser takes a tenth of a second to build."""
+        command = self.request.argv[0]
+        return {command: LightningCLI.subcommands()[command]}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        trainer_settings.read_whole_numbers_first(Trainer)
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        parser.add_lightning_class_args(Autoencoder, "model", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(DataModule, "data")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in FROM_DATA:
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        for name, cls in DEFAULT_CALLBACKS.items():
+            parser.add_lightning_class_args(cls, name)
+        parser.add_argument(
+            "--compile",
+            type=Literal[compilation.MODES],
+            default="auto",
+            help="Compile the training step: auto, which compiles if the run is long enough to earn it back, off, or "
+            "a mode of torch.compile.",
+        )
+        parser.add_argument(
+            "--importance_samples",
+            type=_Draws,
+            default=100,
+            help="Importance samples for each data sample in the log-likelihood that validate and test report.",
+        )
+        parser.add_argument(
+            "--matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="high",
+            help="How a GPU multiplies float32 matrices: high uses TF32, highest uses plain float32.",
+        )
+
+        parser.add_argument(
+            "--rank_timeout",
+            type=float,
+            default=600.0,
+            help="Seconds that processes wait for one another before the run ends; downloads by the first count, too.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        argv, command = self.request.argv, self.request.argv[0]
+        check_flags(argv, self.request.model, self._subcommand_parsers[command])
+        self.config = parser.parse_args(argv)
+        if command != "fit" and not self.config[command].get("ckpt_path"):
+            raise AezooError(f"{command} needs a trained model: give --ckpt_path RUN_OR_FILE")
+        if self.config[command].get("ckpt_path") not in (None, str(self.request.source)):
+            raise AezooError("ckpt_path is not read from a file: give --ckpt_path RUN_OR_FILE on the command line")
+        seed = self.config[command].get("seed_everything")
+        if not isinstance(seed, bool | None) and not 0 <= seed < 2**32:
+            raise AezooError(f"seed_everything takes a number from 0 to {2**32 - 1}, got {seed}")
+        sections: dict[str, type] = {"trainer": Trainer, "data": DataModule, **DEFAULT_CALLBACKS}
+        for section, cls in sections.items():
+            value = self.config[command].get(section)
+            # a section without settings is None
+            if not isinstance(value, Namespace) and (value is not None or inspect.signature(cls).parameters):
+                raise AezooError(f"{section} is {value!r}: write its settings below it, one to a line, or leave it out")
+        trainer_settings.check(self.config[command]["trainer"])
+        if not 1 <= self.config[command]["rank_timeout"] <= 1e6:
+            raise AezooError(f"rank_timeout takes seconds from 1 to 1e6, got {self.config[command]['rank_timeout']}")
+        # no setting and no environment variable can make Lightning load files that run code
+        self.config[command]["weights_only"] = True
+        if self.config[command].get("model") is None:
+            raise AezooError("which model? Give --model NAME, -c RECIPE, or --ckpt_path RUN (see `aezoo list`)")
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning would put a checkpoint's values above the flags here; `expand` has put them below."""
+
+    def before_instantiate_classes(self) -> None:
+        """Keep memory pages for speed, and stop here if `--resume` finds a run that has ended by itself."""
+        compilation.keep_pages()
+        source = self.request.source
+        if self.request.resumes and source is not None:
+            trainer, early = (self.config[self.subcommand][key] for key in ("trainer", "early_stopping"))
+            limits = trainer.get("max_epochs"), trainer.get("max_steps")
+            line = resume.nothing_left(source, self.request.run, *limits, early.as_dict())
+            if line is not None:
+                print(line, file=sys.stderr)
+                sys.exit(0)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except AezooError:
+            raise
+        except Exception as error:  # classes of Lightning or a plug-in may raise anything for invalid values
+            if registry.too_large(error.__cause__ or error):
+                raise AezooError(registry.does_not_fit(self.request.model or "the model")) from error
+            # jsonargparse wraps a constructor's error in a report about all types that it tried
+            raise AezooError(plain(f"{error}" or repr(error), self._parser(self.subcommand))) from error
+        kind = type(self.model).__name__
+        values.plain(dict(self.model.hparams), f"{kind} could not be loaded from its checkpoint: its hyperparameters")
+        self.model.importance_samples = self._get(self.config_init, "importance_samples")
+        if self.request.source is not None:
+            check_against(self.request.stored, self.request.source, self.model, self.subcommand == "fit")
+        if self.subcommand == "fit":
+            say_differences("data", self.request.stored_data, dict(self.datamodule.hparams))
+        else:
+            note_other_splits(self.request.stored_data, dict(self.datamodule.hparams))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = dict(self._get(self.config_init, "trainer", default={}))
+        extra: list[Callback] = [
+            self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys
+        ]
+        if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
+            extra = [callback for callback in extra if not isinstance(callback, callbacks.Checkpoints)]
+        if config.get("enable_progress_bar") is False:
+            extra = [callback for callback in extra if not isinstance(callback, callbacks.ProgressBar)]
+        # the other ranks write to rank zero's trainer.log_dir, which is broadcast
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        writes = first and self.subcommand in ("fit", "predict") and not config.get("fast_dev_run")
+        run_dir = self.run_dir(Path(config.get("default_root_dir") or "runs"), writes)
+        config["default_root_dir"] = str(run_dir)
+        for callback in extra:
+            if isinstance(callback, callbacks.Checkpoints):
+                callback.run = run_dir
+        if self.subcommand != "fit" and config.get("logger") is None:
+            # their events at step 0 would cut off the run's own curves
+            config["logger"] = False
+        if config.get("logger") in (None, True):
+            name, version = run_dir.parent.name, run_dir.name
+            try:
+                config["logger"] = TensorBoardLogger(
+                    run_dir.parent.parent, name=name, version=version, default_hp_metric=False, **self._curves(run_dir)
+                )
+            except ModuleNotFoundError as error:
+                raise AezooError(
+                    "TensorBoard is not installed: pip install tensorboard, or --trainer.logger false"
+                ) from error
+        if config.get("logger") and self.model.lr_schedule != "constant":
+            extra.append(LearningRateMonitor(logging_interval="step"))
+        config.update(kwargs)
+        trainer = self._instantiate_trainer(config, [callback for callback in extra if callbacks.in_use(callback)])
+        trainer_settings.check_processes(trainer)
+        distributed.limit_wait(trainer, self._get(self.config_init, "rank_timeout"))
+        return trainer
+
+    def _curves(self, run_dir: Path) -> dict[str, Any]:
+        """Logger settings with which a resumed run removes the points that it had logged after its checkpoint."""
+        if self.subcommand != "fit" or not any(run_dir.glob("[!.]*")):
+            return {}
+        dashboard.wait_for_a_later_name(run_dir)
+        return {"purge_step": self.request.step}
+
+    def run_dir(self, root: Path, writes: bool) -> Path:
+        """The folder of this run: the checkpoint's own, or the next free number in `<root>/<recipe or model-data>`.
+
+        Args:
+            root: the folder of all runs.
+            writes: whether this process creates the folder and writes into it.
+        """
+        inside = None if self.request.source is None else self.request.run
+        if inside is not None:
+            folder = stays = inside
+        else:
+            # processes that a multi-device strategy starts must use the same number
+            if RUN_DIR not in os.environ:
+                home = root / self.run_name()
+                stays = run_folder.standing(home)
+                os.environ[RUN_DIR] = str((run_folder.claim if writes else run_folder.next_free)(home))
+            else:
+                stays = Path(os.environ[RUN_DIR])
+            folder = Path(os.environ[RUN_DIR])
+        # predicting from a run that is still training is allowed
+        if writes and (self.subcommand == "fit" or inside is None):
+            self.ends.enter_context(run_folder.held(folder, stays))
+        return folder
+
+    def run_name(self) -> str:
+        """The name of the folder of all runs like this one: the recipe's, or that of the model and the data."""
+        model = registry.name_of(type(self.model)) or type(self.model).__name__
+        own = f"{model}-{Path(self.datamodule.hparams['name']).stem}"
+        return archives.component(self.request.run_name or own)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            distributed.connect(self.trainer)
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            # Lightning exits with 1 after an interrupt that it has handled
+            held = self._get(self.config_init, "interrupt")
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                print(self._how_to_resume(), file=sys.stderr)
+            sys.exit(128 + (held.signum or signal.SIGINT))
+        except BaseException as error:
+            distributed.terminate_other_ranks(self.trainer, error)
+            if isinstance(error, BrokenPipeError):
+                with contextlib.suppress(OSError):
+                    print(self._how_to_resume(" by a broken pipe, as nobody reads the output,"), file=sys.stderr)
+                raise
+            if re.search("Early stopping conditioned on metric|could not find the monitored", str(error)):
+                raise AezooError(" ".join(str(error).split()).partition(" HINT")[0]) from error
+            if (line := _refusal(error)) is not None:
+                raise AezooError(line) from error
+            if "Error(s) in loading state_dict" not in str(error):
+                raise
+            raise AezooError(
+                "the checkpoint's weights do not fit the model as it is set now: drop the --model flags and -c files "
+                "that differ from the checkpoint's"
+            ) from error
+
+    def _how_to_resume(self, by: str = "") -> str:
+        last = getattr(callbacks.saver_of(self.trainer), "last_model_path", None)
+        if self.subcommand != "fit" or not last:
+            return f"aezoo: interrupted{by}; nothing was saved"
+        run = shlex.quote(str(run_folder.run_of(Path(last), Path(self.trainer.default_root_dir)) or last))
+        return (
+            f"aezoo: interrupted{by} at epoch {self.trainer.current_epoch}, step {self.trainer.global_step}; "
+            f"last saved: {last}\ncontinue with: aezoo fit --ckpt_path {run}"
+        )
+
+    def before_fit(self) -> None:
+        """Set compilation and matmul precision, and print two lines about the model and the data."""
+        self.model.compile_mode = self._get(self.config_init, "compile")
+        if self.trainer.strategy.root_device.type == "cuda":
+            torch.set_float32_matmul_precision(self._get(self.config_init, "matmul_precision"))
+        if not self.trainer.is_global_zero:
+            return  # the other ranks wait for the data that rank zero may be downloading
+        parameters = sum(p.numel() for p in self.model.parameters())
+        kind = type(self.model)
+        name = registry.name_of(kind) or kind.__name__
+        print(f"{name}: {parameters:,} parameters, code shape {self.model.code_shape}")
+        # the data is read here, before Lightning attaches the trainer to it
+        self.datamodule.source.processes = local_processes(self.trainer)
+        print(self.datamodule.describe())
+        if self._test_follows():
+            self._check_test_share()
+        # one table at the end shows the figures of training and test
+        self._get(self.config_init, "summary").test_follows = self._test_follows()
+
+    def after_fit(self) -> None:
+        """Test the best weights, so that a run ends with figures on data it has not seen."""
+        if self._test_follows():
+            # a run of less than an epoch has no best weights
+            best = getattr(callbacks.saver_of(self.trainer), "best_model_path", "") or None
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+
+    def _check_test_share(self) -> None:
+        # Lightning would report this only after the training
+        samples: Any = self.datamodule.dataset("test")
+        share = self.trainer.limit_test_batches
+        batches = math.ceil(len(samples) / self.trainer.world_size / self.datamodule.batch_size)
+        if isinstance(share, float) and 0 < share * batches < 1:
+            raise AezooError(
+                f"trainer.limit_test_batches is {share}, less than one of {batches} batches: give a whole number, or a "
+                f"share of at least 1/{batches}"
+            )
+
+    def _test_follows(self) -> bool:
+        savers = [saver for saver in self.trainer.checkpoint_callbacks if isinstance(saver, callbacks.Checkpoints)]
+        kept = any(saver.save_top_k != 0 for saver in savers)
+        return kept and self.trainer.limit_test_batches != 0 and "test" in self.datamodule.splits()
+
+
+def main(argv: list[str]) -> None:
+    """Run `fit`, `validate`, `test` or `predict`.
+
+    Raises:
+        AezooError: an error that the user can fix.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 0 after help.
+    """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
+    # data in memory need no workers
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # Lightning 2.6 uses a class that newer torch versions rename; the user cannot do anything about it
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)", category=FutureWarning)
+    distributed.end_with_launcher()
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.pop(RUN_DIR, None)
+        os.environ.pop(RESUMED, None)
+    report_thread = threading.excepthook
+
+    def report(args: threading.ExceptHookArgs) -> None:
+        # TensorBoard's writer thread: the run gets the error at the next entry, and reports it below
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in _DISK):
+            report_thread(args)
+
+    threading.excepthook = report
+    try:
+        with contextlib.ExitStack() as ends:
+            AezooCLI(argv, ends)
+    except AezooError:  # a ValueError itself
+        raise
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        raise AezooError(
+            f"port {port} of {host} is in use, where the processes are to meet: end what holds it, or set MASTER_PORT "
+            "to another"
+        ) from error
+    except (OSError, ValueError) as error:
+        # Lightning's logger reports any error in TensorBoard's as a value that cannot be logged
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in _DISK:
+            raise
+        flag = "--predictions.folder" if argv[0] == "predict" else "--trainer.default_root_dir"
+        where = os.fsdecode(cause.filename or "the run folder")
+        raise AezooError(
+            f"cannot read or write {where}: {cause.strerror}; what was saved before is kept: make room, or choose a "
+            f"folder that can be written with {flag}"
+        ) from error
+    finally:
+        threading.excepthook = report_thread
+
+
+def _refusal(error: BaseException) -> str | None:
+    """One line for Lightning's errors about settings that do not fit data or packages, or torch's of a lost worker."""
+    text = " ".join(str(error).split())
+    if (line := lost_worker(error)) is not None:
+        return f"{line}; go on with --resume auto"
+    if isinstance(error, ModuleNotFoundError):
+        return f"a package is missing, install it or leave out what asks for it: {text}"
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    # a ValueError with a cause comes from Lightning's logger, see `main`
+    own = type(error) is ValueError and error.__cause__ is None
+    own = own and frame.f_globals.get("__name__", "").startswith("lightning.")
+    return f"Lightning refuses the run: {text}" if own or isinstance(error, MisconfigurationException) else None
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Whether a log record is useful; Lightning's advertisements and its list of absent accelerators are not."""
+    text = record.getMessage()
+    return not any(word in text for word in ("litlogger", "litmodels", "Tip:", "TPU available", "HPU available"))

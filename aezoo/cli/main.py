@@ -1,0 +1,277 @@
+"""The command line: light commands here, without torch; training commands in `aezoo.cli.lightning_cli`."""
+
+import argparse
+import atexit
+import contextlib
+import difflib
+import gc
+import importlib
+import os
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import aezoo
+from aezoo import registry
+from aezoo.cli import HEAVY, LIGHT, VERBS
+from aezoo.cli.recipes import find_recipe, recipes
+from aezoo.errors import AezooError
+from aezoo.io import terminal
+
+HELP = """\
+usage: aezoo COMMAND ...
+
+Look around
+  list [PATTERN] [--family F]      models: name, family, paper
+  info NAME [--shape C H W]        a model's paper, objective and hyperparameters; with a shape its size
+  recipes                          ready-made configurations
+  cp RECIPE DEST                   copy a recipe to change it
+
+Train and use
+  fit -c RECIPE                    train with a recipe, or with a YAML file of your own
+  fit --model NAME --data SET      train any model on any data; every flag can be in the YAML too
+  fit ... --resume auto            the same, or continue the last run of that command if it was stopped
+  fit --resume RUN                 continue a run that was stopped
+  validate | test | predict --ckpt_path RUN_OR_FILE
+  tune -c RECIPE --search.model.lr log:1e-4:1e-2 --trials 20
+                                   search for the best settings of fit in many runs
+
+Use a trained model: each command takes --ckpt_path RUN_OR_FILE, --input FILE or --data..., and --help
+  reconstruct                      reconstructions, the error of each sample, the best and the worst
+  generate                         new samples from the model's prior or a fitted one; walks, FID and KID
+  denoise --corrupt gaussian:0.3   denoised samples, compared with filters
+  detect                           anomaly scores and p-values, compared with PCA, kNN and isolation forest
+  embed                            codes, a picture of them, accuracy of classifiers on them; --nearest 5
+  compress                         .aez files, lossless or lossy, compared with PNG, WebP, JPEG, xz, PCA
+  decompress --input FILE.aez      back to .npy or .png
+
+Measure
+  benchmark NAME ...               speed, quality, bits, quantisers, tasks, disentangle, dictionaries, probe, peers,
+                                   report
+
+Examples
+  aezoo fit -c vae
+  aezoo fit --model topk_sae --data digits --model.k 8 --trainer.max_epochs 30
+  aezoo fit --model vae --data array --data.root my_data.npy --model.likelihood gaussian:learned
+  aezoo fit --model.help vae       the flags of one model; `aezoo fit --help` lists all flags
+  aezoo test --ckpt_path runs/vae/0
+  tensorboard --logdir runs
+"""
+BENCHMARKS = {
+    "speed": "training and inference: samples/s, step time, memory, FLOPs, start-up, scaling over devices",
+    "quality": "reconstruction error and probe accuracy, compared with PCA, for models, code sizes and seeds",
+    "tasks": "generate, denoise, detect, embed, compress, compared with the usual alternatives",
+    "disentangle": "how well codes separate the factors of shapes: MIG, SAP, DCI and others, over seeds",
+    "dictionaries": "whether sparse models find the atoms of a known dictionary: MCC, L0, FVU, dead share, over seeds",
+    "probe": "accuracy of a linear probe and of kNN on codes, for masked and other models, over seeds",
+    "bits": "reconstruction error of quantised models at equal bits, and usage of their codes, over seeds",
+    "quantisers": "speed and memory of quantisers, 512 to 65,536 codes, compared with vector-quantize-pytorch",
+    "peers": "the same networks trained by aezoo, by hand-written loops and by other libraries",
+    "report": "tables and pictures from the CSVs that the others wrote",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; `argv` replaces `sys.argv[1:]`. Exit code 2: the user must mend something."""
+    whole = argv is None
+    argv = list(sys.argv[1:] if argv is None else argv)
+    terminal.show_what_can_be_shown()
+    try:
+        _run(argv, whole)
+    except AezooError as error:
+        print(f"aezoo: {_in_one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # the reader has gone: of `aezoo list | head`, which loses nothing, or of a run that does not go on
+        if argv and argv[0] in (*HEAVY, *VERBS, "benchmark", "tune"):
+            sys.exit(128 + 13)  # SIGPIPE, as shells have it
+    except OSError as error:
+        if error.filename is None:
+            raise
+        where = _in_one_line(os.fsdecode(error.filename))
+        print(f"aezoo: cannot read or write {where}: {error.strerror}; give another path", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\naezoo: interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        terminal.let_go()
+
+
+def _in_one_line(text: str) -> str:
+    """Line breaks and whatever else a terminal obeys, as the name of a file may hold, written out."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+
+
+@contextlib.contextmanager
+def importing(whole: bool) -> Iterator[None]:
+    """Look for no garbage in what stays: a quarter of the time of imports; never again if the process is ours."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if whole:
+            gc.freeze()
+            atexit.register(gc.unfreeze)  # libraries look then for what was not freed: triton 3.9 lists all of it
+        if enabled:
+            gc.enable()
+
+
+def _run(argv: list[str], whole: bool = False) -> None:
+    match argv:
+        case ["help", command, *_] if command in (*LIGHT, *HEAVY, *VERBS):
+            _run([command, "--help"], whole)
+        case ["help", command, *_] if not command.startswith("-"):
+            _run([command])
+        case [] | ["-h" | "--help" | "help", *_]:
+            print(HELP, end="")
+        case ["--version" | "-V", *_]:
+            print(f"aezoo {aezoo.__version__}")
+        case ["list", *rest]:
+            _list(rest)
+        case ["info", *rest]:
+            _info(rest)
+        case ["recipes", *rest]:
+            _recipes(rest)
+        case ["cp", *rest]:
+            _cp(rest)
+        case ["benchmark", *rest]:
+            _benchmark(rest)
+        case ["tune", *rest]:
+            with importing(whole):
+                from aezoo.cli import tune
+
+            tune.main(rest)
+        case [command, *_] if command in HEAVY:
+            with importing(whole):
+                from aezoo.cli import lightning_cli
+
+            lightning_cli.main(argv)
+        case [command, *_] if command in VERBS:
+            with importing(whole):
+                from aezoo.cli import task_commands as verb
+
+            verb.main(argv)
+        case [command, *_]:
+            near = difflib.get_close_matches(command, [*LIGHT, *HEAVY, *VERBS], n=1)
+            hint = f", did you mean {near[0]!r}?" if near else "."
+            raise AezooError(f"unknown command {command!r}{hint} See `aezoo --help`.")
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"aezoo {command}", description=description)
+
+
+def _width() -> int:
+    return shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 10_000
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        print(line if len(line) <= _width() else line[: _width() - 1] + "…")
+
+
+def _list(argv: list[str]) -> None:
+    parser = _parser("list", "Models: name, family and paper.")
+    parser.add_argument("pattern", nargs="*", default=["*"], help="shell patterns, for example '*vae*'")
+    parser.add_argument("--family", help="only one family: classic, sparse, variational, ... or plugin")
+    arguments = parser.parse_args(argv)
+    names = registry.list_models(arguments.pattern, arguments.family)
+    if not names:
+        raise AezooError(f"no model matches {' '.join(arguments.pattern)!r}: `aezoo list` shows all")
+    rows = []
+    for name in names:
+        entry = registry.find(name)
+        try:
+            summary = registry.card(name).summary
+        except AezooError as error:
+            warnings.warn(str(error), stacklevel=1)
+            summary = f"(broken plug-in of {entry.owner})"
+        rows.append((name, entry.family, summary))
+    _table(rows)
+
+
+def _info(argv: list[str]) -> None:
+    parser = _parser("info", "Paper, objective and hyperparameters of a model.")
+    parser.add_argument("name", help="a model, see `aezoo list`")
+    parser.add_argument(
+        "--shape", nargs="+", type=int, metavar="N", help="shape of one sample, e.g. 1 28 28: counts parameters"
+    )
+    arguments = parser.parse_args(argv)
+    entry = registry.find(arguments.name)
+    card = registry.card(arguments.name)
+    print(f"{entry.name} ({entry.family}, {entry.owner})\n{card.summary}\n\n{card.text}\n\n{card.about}\n")
+    print(f"Hyperparameters: --model.NAME VALUE, or aezoo.create_model({entry.name!r}, NAME=VALUE)")
+    indent = " " * 34
+    for name, kind, default, meaning in card.parameters:
+        if name != "input_shape":
+            head = f"  {name}: {kind} = {default}"
+            text = textwrap.fill(meaning, max(60, min(_width(), 110)), initial_indent=indent, subsequent_indent=indent)
+            print(head.ljust(33) + " " + text.lstrip() if len(head) < 33 else f"{head}\n{text}")
+    if arguments.shape:
+        _count(entry.name, tuple(arguments.shape))
+
+
+def _count(name: str, shape: tuple[int, ...]) -> None:
+    with contextlib.redirect_stderr(None):
+        model = registry.create_model(name, shape)
+    by_part = {key: sum(p.numel() for p in part.parameters()) for key, part in model.named_children()}
+    total = sum(p.numel() for p in model.parameters())
+    parts = ", ".join(f"{key} {count:,}" for key, count in by_part.items() if count)
+    print(f"\nWith input shape {shape}: {total:,} parameters ({parts}); code shape {model.code_shape}")
+
+
+def _recipes(argv: list[str]) -> None:
+    _parser("recipes", "Ready-made configurations: aezoo fit -c NAME.").parse_args(argv)
+    rows = []
+    for name, path in recipes().items():
+        head = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        reached = next((line for line in head if line.startswith("reached:")), "")
+        rows.append((name, head[0] if head else "", reached))
+    _table(rows)
+
+
+def _cp(argv: list[str]) -> None:
+    parser = _parser("cp", "Copy a recipe, to change it and train with aezoo fit -c FILE.")
+    parser.add_argument("recipe", help="a name of `aezoo recipes`")
+    parser.add_argument("dest", help="a file or an existing folder")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    arguments = parser.parse_args(argv)
+    source, dest = find_recipe(arguments.recipe), Path(arguments.dest)
+    if dest.is_dir():
+        dest = dest / source.name
+    if dest.exists() and not arguments.force:
+        raise AezooError(f"{dest} exists: choose another name, or replace it with --force")
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, dest)
+    except OSError as error:
+        raise AezooError(f"cannot write {dest}: {error.strerror}") from error
+    print(f"{dest}\nchange it, then: aezoo fit -c {shlex.quote(str(dest))}")
+
+
+def _benchmark(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print("usage: aezoo benchmark NAME ...        each has a --help of its own\n")
+        _table([(f"  {name}", text) for name, text in BENCHMARKS.items()])
+        return
+    name, *rest = argv
+    if name not in BENCHMARKS:
+        near = difflib.get_close_matches(name, BENCHMARKS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else "."
+        raise AezooError(f"unknown benchmark {name!r}{hint} See `aezoo benchmark`.")
+    here = Path(__file__).parent.parent
+    package = "aezoo.benchmarks"  # where the wheel has them
+    if not (here / "benchmarks").is_dir():
+        package = "benchmarks"
+        sys.path.insert(0, str(here.parent))
+    if code := importlib.import_module(f"{package}.{name}").main(rest):
+        sys.exit(code)

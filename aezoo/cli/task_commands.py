@@ -1,0 +1,326 @@
+"""The verbs on the command line: a model and samples from files, results into a folder.
+
+A verb is a function whose keyword arguments, with their types, defaults and docstring, are its flags.
+"""
+
+import argparse
+import importlib
+import inspect
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from aezoo.cli.config_resolution import for_the_set, name_data, note_other_splits, setting
+from aezoo.cli.parsing import Parser, check_flags
+from aezoo.data import DataModule, images
+from aezoo.data.array import arrange, check_length, number_labels
+from aezoo.data.loaders import lost_worker
+from aezoo.data.memory import numeric, real
+from aezoo.data.readers import Table, check_columns, read_arrays
+from aezoo.data.source import STAGES, ArrayDataset, Stage
+from aezoo.errors import AezooError
+from aezoo.io import checkpoint, terminal
+from aezoo.security import policy
+from aezoo.tasks.codec import tables
+from aezoo.tasks.output import device_of
+from aezoo.tasks.samples import Samples
+from aezoo.training import compilation
+from aezoo.training.seeding import mix
+
+_MAX_PIXELS = inspect.signature(DataModule).parameters["max_pixels"].default
+# arguments that the command line fills in
+_GIVEN = {"model", "x", "file", "fit_on", "calibrate_on", "out", "batch_size", "seed", "progress"}
+# flags that name a file or a folder of samples
+_FILES = {"around"}
+# verbs whose results are samples
+_OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
+_MOST_LINES = 20
+# largest value accepted if the training data lie in [0, 1]; bytes stored as floats exceed it
+_MOST = 11.0
+_AS_IS = {"offset": torch.zeros(()), "factor": torch.ones(())}
+
+
+class Result(Protocol):
+    """The result of a verb.
+
+    Attributes:
+        files: the files written.
+    """
+
+    files: list[Path]
+
+    def summary(self) -> str:
+        """Lines for the terminal."""
+        ...
+
+
+def main(argv: list[str]) -> None:
+    """Run one verb.
+
+    Raises:
+        AezooError: what the user must correct.
+    """
+    verb = argv[0]
+    function = getattr(importlib.import_module(f"aezoo.tasks.{verb}"), verb)
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    compilation.keep_pages()
+    argv, allowed = policy.take_flags(name_data(argv))
+    policy.enforce(allowed)
+    parser, accepted = parser_of(verb, function), inspect.signature(function).parameters
+    check_flags(argv, None, parser)
+    path = _value(argv, "--ckpt_path")
+    trained: dict[str, Any] = {"settings": {}, "scaling": {}}
+    model = None
+    if path is not None and not {"-h", "--help"} & set(argv):
+        if verb in ("compress", "decompress"):
+            tables.stream()  # what is not installed is said before anything is read
+        model, trained = checkpoint.load_run(path)
+        known = inspect.signature(DataModule).parameters
+        stored = {key: value for key, value in trained["settings"].items() if key in known and key != "batch_size"}
+        stored = for_the_set(stored, argv)
+        if "file" not in accepted:
+            parser.set_defaults({f"data.{key}": value for key, value in stored.items()})
+    config = parser.parse_args(argv[1:])
+    if model is None:
+        raise AezooError(f"{verb} needs a trained model: give --ckpt_path RUN_OR_FILE")
+    if config.get("batch_size", 1) < 1:
+        raise AezooError(f"batch_size takes a number above 0, got {config.batch_size}")
+    if not 0 <= config.get("seed", 0) < 2**32:
+        raise AezooError(f"seed takes a number from 0 to {2**32 - 1}, got {config.seed}")
+    model = model.to(device_of(config.device)).float()  # samples are float32
+    settings = {key: config[key] for key in accepted.keys() - _GIVEN}
+    if "file" in accepted:
+        if config.input is None:
+            raise AezooError(f"{verb} needs a file: give --input FILE")
+        settings["file"] = config.input
+    else:
+        settings |= _samples(config, trained, argv, accepted)
+    out = Path(config.out) if config.out else trained["folder"] / verb
+    common = {"batch_size": config.get("batch_size"), "seed": config.get("seed"), "progress": True}
+    settings |= {key: value for key, value in common.items() if key in accepted}
+    before = set(out.glob("*"))
+    try:
+        with _cleaning_up():
+            result: Result = function(model=model, out=str(out), **settings)
+    except RuntimeError as error:
+        if (line := lost_worker(error)) is None:
+            raise
+        raise AezooError(line) from error
+    text = result.summary()
+    print(f"{text}\n" if text else "", end="")
+    if trained["scaling"] and verb in _OF_SAMPLES:
+        print("values are as the model sees them: the training data were scaled (--data.scale)")
+    if replaced := before.intersection(result.files):
+        print(f"aezoo: {len(replaced)} earlier files in {out} are replaced; --out DIR keeps both", file=sys.stderr)
+    if len(result.files) > _MOST_LINES:
+        print(f"{len(result.files):,} files in {out}")
+        return
+    for file in result.files:
+        print(file)
+
+
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Handle SIGTERM and SIGHUP like Ctrl-C, which removes half-written files."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may install signal handlers
+        return
+
+    def leave(signum: int, _: Any) -> None:
+        if signum != signal.SIGTERM:
+            signal.signal(signum, signal.SIG_IGN)  # the kernel and the shell say so each for itself
+        sys.exit(128 + signum)
+
+    before = {number: signal.signal(number, leave) for number in terminal.signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
+    """All flags of a verb."""
+    about = inspect.cleandoc(inspect.getdoc(function) or "").partition("\n\n")[0]
+    parser = Parser(prog=f"aezoo {verb}", description=about)
+    parser.add_argument(
+        "--ckpt_path", type=str, help="The model: a checkpoint, a run folder, a saved model folder or hf://user/name."
+    )
+    accepted = inspect.signature(function).parameters
+    if "file" in accepted:
+        parser.add_argument("--input", type=str | None, default=None, help="The file that compress wrote.")
+    else:
+        parser.add_argument(
+            "--input", type=str | None, default=None,
+            help="Samples to use instead of --data: .npy, .npz, .csv, .parquet, .pt, an image, or a folder of images.",
+        )  # fmt: skip
+        parser.add_argument(
+            "--split", type=Literal["train", "val", "test"], default="test", help="Which split of --data to use."
+        )
+    parser.add_argument("--out", type=str | None, default=None, help=f"Folder for the results; by default RUN/{verb}.")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    if "batch_size" in accepted:
+        parser.add_argument("--batch_size", type=int, default=256, help="Samples that are processed at a time.")
+    if "seed" in accepted:
+        parser.add_argument("--seed", type=int, default=0, help="Seed of everything that is random.")
+    parser.add_function_arguments(function, skip={name for name in accepted if name in _GIVEN})
+    if "file" not in accepted:
+        parser.add_class_arguments(DataModule, "data", instantiate=False)
+        # hidden, since the verb has its own --batch_size; a file of settings may still contain that of a fit
+        parser._option_string_actions.pop("--data.batch_size").help = argparse.SUPPRESS
+    return parser
+
+
+def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Mapping[str, Any]) -> dict[str, Any]:
+    """The samples for a verb, from `--input` or a split, and the splits for fitting."""
+    # the parser adds the path of a file of settings
+    known = inspect.signature(DataModule).parameters
+    data = {key: value for key, value in dict(config.data).items() if key in known}
+    named = {key: config[key] for key in _FILES & accepted.keys() if config[key] is not None}
+    found: dict[str, Any] = {key: read(str(path), trained, data, key) for key, path in named.items()}
+    if "x" in accepted and config.input is not None:
+        found["x"] = read(config.input, trained, data)
+    wanted: dict[str, Stage] = {"x": config.split, "fit_on": "train", "calibrate_on": "val"}
+    missing = [key for key in wanted if key in accepted and key not in found]
+    needed = "x" in missing and accepted["x"].default is inspect.Parameter.empty
+    if not trained["settings"] and setting(argv, "data", "name") is None:
+        if needed:
+            raise AezooError(
+                f"{config.ckpt_path} does not say what it was trained on: give --data.name SET or --input FILE"
+            )
+        return found
+    if not missing:
+        return found
+    try:
+        module = DataModule(**data)
+        check_columns(str(module.name), module.source.columns, trained.get("columns", ()))
+        splits = module.splits()
+        module.note_scaling(trained["scaling"], trained.get("white"))
+        note_other_splits(trained["settings"], dict(module.hparams))
+    except AezooError as error:
+        if needed:
+            raise
+        # e.g. on another machine than the one it was trained on
+        left = "nothing is read" if config.input is None else f"{config.input} alone is used"
+        print(f"aezoo: {left}, the training data are not available: {error}", file=sys.stderr)
+        return found
+    if needed and config.split not in splits:
+        # not larger fractions, which would take samples that the model was trained on
+        others = " or ".join(splits)
+        raise AezooError(f"{module.name} has no {config.split} split: take --split {others}, or give --input FILE")
+    for key in missing:
+        if wanted[key] in splits:
+            found[key] = Samples.of(module, wanted[key])
+    return found
+
+
+def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None, flag: str = "input") -> Samples:
+    """The samples in a file or a folder, scaled and binarised like a model's training data.
+
+    Args:
+        path: a file of arrays, an image, or a folder of images.
+        trained: the data's state from `load_run`.
+        data: settings of the DataModule, of which size, channels, layout, binarise with its seed, on_error,
+            num_workers and the limits are used.
+        flag: the name of the path in messages.
+
+    Raises:
+        AezooError: there is nothing to read, or it cannot be scaled or binarised in this way.
+    """
+    given = {key: value for key, value in (data or {}).items() if value is not None}
+    samples, rule = _scaled(path, trained, given, f"--{flag} {path}"), given.get("binarise", "none")
+    # drawn as for one more split
+    return samples if rule == "none" else samples.binarised(rule, mix(given.get("seed", 0), len(STAGES)))
+
+
+def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str) -> Samples:
+    source = Path(path)
+    if not source.exists():
+        raise AezooError(f"{what} does not exist: give a file of arrays, an image or a folder of images")
+    size, channels, most = given.get("size"), given.get("channels"), given.get("max_pixels", _MAX_PIXELS)
+    if source.is_dir():
+        kept = {key: given[key] for key in ("size", "channels", "on_error", "max_pixels", "memory") if key in given}
+        module = DataModule(name=path, val_fraction=0, test_fraction=0, **kept)
+        module.prepare_data()
+        # from the source, since the module refuses data that cannot be trained on
+        dataset, *others = (split for stage in STAGES if (split := module.source.split(stage)) is not None)
+        if others:
+            print(f"aezoo: {what} has a training split, and only this is used: give the folder of another split, or "
+                  f"--data {path} --split test", file=sys.stderr)  # fmt: skip
+        scaling = _scaling(trained, module.source.white, what)
+        return Samples(dataset, *scaling, module.source.class_names, path, given.get("num_workers"))
+    if source.suffix.lower() in images.EXTENSIONS:
+        header = images.header(source, most)
+        for words in images.lost({path: header}):
+            print(f"aezoo: {words}", file=sys.stderr)
+        image = images.read(source, size, channels or (1 if header.mode in images.GREY else 3), most)
+        scaling = _scaling(trained, 255 if image.dtype == torch.uint8 else 1, what)
+        return Samples(ArrayDataset(image[None], None, [path]), *scaling, None, path)
+    arrays = read_arrays(source, given.get("max_bytes", 2**33), given.get("label_column", "auto"))
+    columns = arrays.columns if isinstance(arrays, Table) else ()
+    check_columns(what, columns, trained.get("columns", ()))
+    name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)
+    if name is None:
+        raise AezooError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: name the array of samples x")
+    shape = tuple(real(arrays[name], f"{path}: {name}").shape)
+    if len(shape) < 2:
+        raise AezooError(f"{path}: {name} has shape {shape}: give samples (N, *shape), one sample as {name}[None]")
+    if 0 in shape:
+        raise AezooError(f"{path}: {name} is empty (shape {shape}): give at least one sample")
+    checked = numeric(arrays[name], f"{path}: {name}", columns, missing=given.get("missing", "raise"))
+    x = arrange(checked, given.get("layout", "auto"))
+    x = images.fit(x, size, channels) if x.ndim == 4 else x
+    labels = arrays.get(name.replace("x", "y", 1))
+    numbered, names = number_labels({} if labels is None else {"test": labels}, f"{path}: ")
+    y = numbered.get("test")
+    check_length(x, y, f"{path}: {name}")
+    scaling = _scaling(trained, 255 if x.dtype == torch.uint8 else None)
+    # not for tables, in which an outlying value may be the anomaly to find
+    if trained["settings"] and scaling == (255, {}) and x.is_floating_point() and x.ndim > 2 and x.abs().max() > _MOST:
+        raise AezooError(f"{path}: values from {x.min():.4g} to {x.max():.4g}, the training data had 0 to 1: divide "
+                         "them by what white is, or give bytes (uint8)")  # fmt: skip
+    return Samples(ArrayDataset(x, y), *scaling, names, path)
+
+
+def _scaling(trained: dict[str, Any], white: int | None, picture: str = "") -> tuple[int, dict[str, Tensor]]:
+    """The divisor of bytes for `Samples`, and the scaling, which give samples the scale of the training data.
+
+    Args:
+        trained: the data's state from `load_run`.
+        white: the value of white in the samples: 255 for bytes, 1 for 16-bit pictures, None for numbers in the units of
+            the training data.
+        picture: the name of pictures in messages.
+
+    Raises:
+        AezooError: they are pictures, and the training data's value of white is unknown.
+    """
+    scaling, was = trained["scaling"], trained.get("white")
+    if not scaling and trained["settings"].get("scale") != "none":
+        return 255, {}
+    if picture and was is None:
+        raise AezooError(f"{picture} cannot be scaled as the training data were (--data.scale), since it is not known "
+                         "what white is in them: give an array of such values, as .npy")  # fmt: skip
+    ratio = white / was if white and was else 1
+    if ratio != 1:
+        scaling = {key: ratio * value for key, value in (scaling or _AS_IS).items()}
+    return 1, scaling
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    """The last value of a flag, after an equals sign or a space."""
+    found = None
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            found = value if equals else after
+    if found == "" or (found or "").startswith("--"):
+        raise AezooError(f"{flag} needs a value")
+    return found

@@ -1,0 +1,209 @@
+"""`aezoo tune`: the settings of fit to search, and how; the search itself is in `aezoo.cli.tune_study`.
+
+Nothing here needs torch, so a mistake in a search is reported at once.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from aezoo.errors import AezooError
+
+_SEARCH = "--search."
+_HELP = """\
+Search the settings of fit with optuna: each trial is a run of `aezoo fit` in a process of its own.
+
+  aezoo tune -c vae --search.model.lr log:1e-4:1e-2 --search.model.latent_dim int:2:64 --trials 20
+  aezoo tune --model vae --data digits --search.model.likelihood bernoulli,gaussian --trainer.max_epochs 10
+
+--search.SETTING takes, for any flag of fit without its dashes,
+  log:LOW:HIGH        a number, on a logarithmic scale
+  float:LOW:HIGH      a number
+  int:LOW:HIGH        a whole number; int:LOW:HIGH:STEP in steps, int:LOW:HIGH:log on a logarithmic scale
+  A,B,C               one of these values
+
+All other flags are those of fit and apply to every trial (`aezoo fit --help`). The folder of the study gets the runs,
+trials.csv and best.yaml, for `aezoo fit -c`. The same command continues a study that was stopped.
+"""
+
+
+@dataclass(frozen=True)
+class Search:
+    """One setting to search.
+
+    Attributes:
+        name: a flag of fit without its dashes.
+        text: the search as the user wrote it.
+        kind: log, float, int or choice.
+        low: the smallest value of a number.
+        high: the largest value of a number.
+        step: step between whole numbers; 0 means uniform in their logarithm.
+        choices: the values if they are not a range.
+    """
+
+    name: str
+    text: str
+    kind: str
+    low: float = 0.0
+    high: float = 0.0
+    step: int = 1
+    choices: tuple[str, ...] = ()
+
+    def ends(self) -> tuple[str, ...]:
+        """The values that are checked before the first trial: the ends of a range, or all choices."""
+        if self.kind == "choice":
+            return self.choices
+        return tuple(str(int(end)) if self.kind == "int" else repr(end) for end in (self.low, self.high))
+
+    def drawn(self, trial: Any) -> str:
+        """The value for a trial of optuna, in the form that its flag takes."""
+        if self.kind == "choice":
+            return str(trial.suggest_categorical(self.name, self.choices))
+        if self.kind == "int":
+            low, high, log = int(self.low), int(self.high), self.step == 0
+            return str(trial.suggest_int(self.name, low, high, step=self.step or 1, log=log))
+        return repr(trial.suggest_float(self.name, self.low, self.high, log=self.kind == "log"))
+
+
+def search(name: str, text: str) -> Search:
+    """Parse the value of `--search.NAME`.
+
+    Raises:
+        AezooError: it is neither a range nor several values.
+    """
+    flag = f"{_SEARCH}{name}"
+    kind, *parts = text.split(":")
+    if kind not in ("log", "float", "int"):
+        choices = tuple(part.strip() for part in _at_commas(text))
+        if len(choices) < 2:
+            near = difflib.get_close_matches(kind, ["log", "float", "int"], n=1) if parts else []
+            hint = f"did you mean {':'.join([*near, *parts])}?" if near else "give log:LOW:HIGH, float:LOW:HIGH, "
+            hint += "" if near else "int:LOW:HIGH, or values with commas between them"
+            raise AezooError(f"{flag} {text}: {'' if near else 'that is one value: '}{hint}")
+        if "" in choices or len(set(choices)) < len(choices):
+            raise AezooError(f"{flag} {text}: give values that differ, none of them empty")
+        return Search(name, text, "choice", choices=choices)
+    form = "int:LOW:HIGH, int:LOW:HIGH:STEP or int:LOW:HIGH:log" if kind == "int" else f"{kind}:LOW:HIGH"
+    step = 0 if kind == "int" and parts[2:] == ["log"] else 1
+    try:
+        numbers = [(int if kind == "int" else float)(part) for part in (parts[:2] if step == 0 else parts)]
+    except ValueError:
+        numbers = []
+    if not (len(numbers) == 2 or (kind == "int" and len(numbers) == 3)) or not all(map(math.isfinite, numbers)):
+        raise AezooError(f"{flag} {text}: give {form}, with numbers")
+    low, high = numbers[:2]
+    if len(numbers) == 3:
+        step = int(numbers[2])
+        if step < 1:
+            raise AezooError(f"{flag} {text}: the step must be at least 1")
+    if low >= high:
+        raise AezooError(f"{flag} {text}: {parts[0]} is not below {parts[1]}: the lower end comes first")
+    if (kind == "log" or step == 0) and low <= 0:
+        raise AezooError(f"{flag} {text}: a logarithm needs a lower end above 0")
+    return Search(name, text, kind, float(low), float(high), step)
+
+
+def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[str]]:
+    """The flags of the search itself, the settings to search, and the flags of fit.
+
+    Raises:
+        AezooError: an error that the user can fix.
+    """
+    parser = _Parser(prog="aezoo tune", allow_abbrev=False, description=_HELP, usage="aezoo tune --search... [FLAGS]",
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--trials", type=int, default=20, help="number of trials in the whole study (default 20)")
+    parser.add_argument("--monitor", default="val/loss", help="the metric, at its best epoch (default val/loss)")
+    parser.add_argument("--direction", choices=["min", "max"], default="min", help="what is better (default min)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the search; the runs have --seed_everything")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="start no trial after this time")
+    parser.add_argument(
+        "--prune", choices=["on", "off"], default="on",
+        help="end trials that are behind the median of the others at the same epoch (default on)",
+    )  # fmt: skip
+    parser.add_argument("--study", metavar="FOLDER", help="folder for all files (default runs/RECIPE-tune)")
+    parser.add_argument(
+        "--storage", metavar="FILE",
+        help="optuna's record of the study: SQLite if it ends in .db, else a journal (default FOLDER/study.log)",
+    )  # fmt: skip
+    searches, rest = _searches(argv)
+    own = [option for action in parser._actions for option in action.option_strings]
+    options, flags = parser.parse_known_args(rest)
+    for word in flags:
+        flag = word.partition("=")[0]
+        near = difflib.get_close_matches(flag.partition(".")[0], [*own, "--search"], n=1, cutoff=0.8)
+        if flag.startswith("--") and near and ("." in flag) == (near[0] == "--search"):
+            raise AezooError(f"unknown flag {flag}, did you mean {near[0]}? See `aezoo tune --help`.")
+        if flag in ("--ckpt_path", "--resume"):
+            raise AezooError(f"{flag} is not for tune, whose runs start anew; the same command goes on with a study")
+    if not searches:
+        raise AezooError("nothing is searched: give --search.SETTING, such as --search.model.lr log:1e-4:1e-2")
+    if options.trials < 1 or options.seed < 0 or (options.timeout is not None and not options.timeout > 0):
+        raise AezooError("--trials takes a number from 1, --seed one from 0, and --timeout seconds above 0")
+    if not re.fullmatch(r"(val|train)/\w+", options.monitor):
+        raise AezooError(f"--monitor {options.monitor}: give a metric as it is logged, like val/loss or train/nll")
+    if options.storage is not None and ("://" in options.storage or Path(options.storage).is_dir()):
+        raise AezooError(f"--storage {options.storage}: give a file on disk, study.db or study.log")
+    return options, searches, flags
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run `aezoo tune`.
+
+    Raises:
+        AezooError: an error that the user can fix.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 0 after help.
+    """
+    options, searches, flags = read(argv)
+    if "LOCAL_RANK" in os.environ:
+        raise AezooError("aezoo tune starts its runs itself: call it without torchrun; --trainer.devices is for each")
+    try:
+        import optuna  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise AezooError("aezoo tune needs optuna: pip install 'aezoo[tune]'") from error
+    from aezoo.cli import tune_study
+
+    tune_study.run(options, searches, flags, [*argv])
+
+
+def _searches(argv: Sequence[str]) -> tuple[list[Search], list[str]]:
+    found: dict[str, Search] = {}
+    rest: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith(_SEARCH):
+            rest.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix(_SEARCH)
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise AezooError(f"{flag} needs a range or values, such as log:1e-4:1e-2, int:2:64 or a,b")
+            value = words.pop(0)
+        if not name or name in found:
+            raise AezooError(f"{flag} {'is given twice' if name else 'names no setting, such as --search.model.lr'}")
+        found[name] = search(name, value)
+    return list(found.values()), rest
+
+
+def _at_commas(text: str) -> list[str]:
+    """Split at commas outside brackets: `[64,32],[128]` is two values."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign in "[({") - (sign in "])}")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise AezooError(f"{message}; see `aezoo tune --help`")

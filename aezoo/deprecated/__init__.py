@@ -1,0 +1,47 @@
+"""Old module paths and names, which keep working for one release with a DeprecationWarning.
+
+`aezoo/__init__.py` asks `spec` for a module that no file defines, so this is imported only for old paths.
+"""
+
+import warnings
+from importlib import import_module
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from aezoo.deprecated.paths import ATTRIBUTES, MODULES
+
+# frames between the import statement and the warning, beside those of importlib, which `warnings` skips
+_STACK_LEVEL = 3
+
+
+class _Redirect(ModuleType):
+    """A module whose attributes are those of another."""
+
+    def __getattr__(self, name: str) -> Any:
+        old = self.__name__.removeprefix("aezoo.")
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(import_module(MODULES[old]), ATTRIBUTES.get(name, name))
+
+
+class _Loader(Loader):
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Redirect(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+def spec(fullname: str) -> ModuleSpec | None:
+    """How to import a module by its old path, with a DeprecationWarning; None if it is no old path."""
+    old = fullname.removeprefix("aezoo.")
+    if old not in MODULES:
+        return None
+    warnings.warn(
+        f"{fullname} is now {MODULES[old]}, and the old path goes with the next release",
+        DeprecationWarning,
+        stacklevel=_STACK_LEVEL,
+    )
+    return ModuleSpec(fullname, _Loader())

@@ -1,0 +1,1 @@
+"""Files: checkpoints and saved models, the hub, run folders, atomic writes."""

@@ -1,0 +1,363 @@
+"""Saving and loading models in formats that cannot run code: safetensors or torch's weights-only files.
+
+A saved model is a folder with `model.safetensors` (weights) and `config.json` (registry name, hyperparameters). A
+checkpoint is Lightning's, with the registry name added. Loading looks up that name in the registry, accepts only plain
+hyperparameters that the constructor has, and compares the size of the model with that of the file before it allocates
+memory. It never follows a class path in a file.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+import aezoo
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.io import atomic_files, hub_files, run_folder
+from aezoo.io.scale_folding import fold
+from aezoo.registry import check_hyperparameters, model_class, name_of
+from aezoo.security import archives, values, weights
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# torch writes checkpoints without compression, so a file that grows by more than this is a memory bomb
+MAX_GROWTH = 2**24
+MAX_BYTES = "AEZOO_MAX_BYTES"
+_MAX_CONFIG = 2**20
+# dtypes of weights besides float32
+_DTYPES = {torch.float64, torch.float16, torch.bfloat16}
+# keys that LightningCLI adds to hyperparameters; it would import both values
+_CLASS, _MAKER = "_class_path", "_instantiator"
+_KNOWN_MAKER = "lightning.pytorch.cli.instantiate_module"
+
+
+def save_model(
+    model: Autoencoder, folder: str | Path, scaling: Mapping[str, Tensor] | Tensor | float | None = None
+) -> Path:
+    """Write a model as `config.json` and `model.safetensors`.
+
+    Args:
+        model: a registered model.
+        folder: created if it does not exist; each of its two files is replaced atomically.
+        scaling: scaling of the activations that the model was trained on, as returned by `load_run`; the saved model
+            then works on raw activations, see `aezoo.io.scale_folding.fold`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AezooError: the model's class is not in the registry, so no other process could find it again; a hyperparameter
+            is not a plain value; the scaling cannot be folded into its weights; or the files cannot be written.
+    """
+    name = name_of(type(model))
+    if name is None:
+        raise AezooError(
+            f"{type(model).__name__} is not in the registry: give it an entry point in aezoo.models "
+            "(README, 'Add a model') or save model.state_dict() yourself"
+        )
+    if "://" in str(folder):
+        raise AezooError(f"models are saved on this disk, not at {folder}: aezoo.push_to_hub puts one on the hub")
+    if scaling is not None:
+        model = fold(model, scaling)
+    folder = Path(folder)
+    hyperparameters = values.plain(dict(model.hparams), f"{name} cannot be saved: its hyperparameters")
+    config = {"model": name, "aezoo_version": aezoo.__version__, "hyperparameters": hyperparameters}
+    # copies, because safetensors rejects tensors that share memory, such as tied weights
+    state = {
+        key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()
+    }
+    cure = "make room, or choose a folder that can be written"
+    atomic_files.write(folder / WEIGHTS, lambda file: file.write(save(state)), cure=cure)
+    text = json.dumps(config, indent=2) + "\n"
+    atomic_files.write(folder / CONFIG, lambda file: file.write(text.encode()), cure=cure)
+    return folder
+
+
+def load_model(path: str | Path, map_location: str | torch.device = "cpu", max_bytes: int | None = None) -> Autoencoder:
+    """Load a model in eval mode from a checkpoint file, a run folder, a saved model folder or the hub.
+
+    Weights in float64, float16 or bfloat16 keep their type; `.float()` converts them to float32.
+
+    Args:
+        path: a `.ckpt` file; a run folder, whose best checkpoint is loaded; a folder made by `save_model`; or
+            `hf://user/name` or `hf://user/name@revision`, uploaded to the Hugging Face hub by `push_to_hub`.
+        map_location: device that the model is put on.
+        max_bytes: largest size of an unpacked checkpoint; by default the environment's `AEZOO_MAX_BYTES`, otherwise the
+            size of the file plus 16 MiB, because torch writes checkpoints without compression.
+
+    Raises:
+        AezooError: the path does not exist, the file is damaged or not a model, or the model is not in the registry;
+            for a model on the hub, also as in `aezoo.io.hub_files.fetch`.
+    """
+    return load_run(path, map_location, max_bytes)[0]
+
+
+def load_run(
+    path: str | Path, map_location: str | torch.device = "cpu", max_bytes: int | None = None
+) -> tuple[Autoencoder, dict[str, Any]]:
+    """Load a model as `load_model` does, and what its checkpoint records about its training data.
+
+    Returns:
+        The model, and a dict. `settings` are those of the DataModule, and `scaling` is that of the samples if it
+        depends on them; both are empty for a saved model folder and for other data than aezoo's. `white` and `columns`
+        are as in `aezoo.data.source.Source`. `folder` is the run's or the saved model's; for a model from the hub,
+        whose files are in a cache, it is `runs/user_name`.
+    """
+    data: dict[str, Any] = {}
+    address = str(path) if hub_files.is_address(path) else None
+    if address is not None:
+        path = hub_files.fetch(address)
+    if "://" not in str(path) and (Path(path) / CONFIG).is_file():
+        source = folder = Path(path)
+        config = read_config(source)
+        try:
+            content = load_file(source / WEIGHTS)
+        except Exception as error:  # a header can be wrong in any way
+            raise AezooError(f"cannot read {source / WEIGHTS}: {_brief(error)}; save the model again") from error
+        note_version({"version": config.get("aezoo_version")}, source)
+        name, hyperparameters = config["model"], config["hyperparameters"]
+    else:
+        if "://" not in str(path) and not Path(path).exists():
+            raise AezooError(f"no checkpoint at {path}: give a .ckpt file, a run folder or a saved model folder")
+        source = find_checkpoint(path)
+        folder = run_folder.run_of(source, Path(path)) or source.parent
+        atomic_files.check(source)
+        checkpoint = read_checkpoint(source, max_bytes=max_bytes)
+        note_version(checkpoint.get("aezoo"), source)
+        name, hyperparameters = described(checkpoint, source)
+        content, data = checkpoint["state_dict"], _data_of(checkpoint, source)
+    state = weights.tensors(content, source, name)
+    model = build(name, hyperparameters, source, state)
+    kinds = {state[key].dtype for key, _ in model.named_parameters() if key in state} - {torch.float32}
+    if len(kinds) == 1 and kinds <= _DTYPES:
+        model = model.to(*kinds)  # except for values that the model keeps in float32
+    if any(own.dtype != state[key].dtype for key, own in model.named_parameters() if key in state):
+        model = model.float()
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise AezooError(f"the weights in {source} do not fit {name}: {_brief(error)}") from error
+    if address is not None:
+        folder = Path("runs") / archives.component(hub_files.split(address)[0])
+    unknown: dict[str, Any] = {"settings": {}, "scaling": {}, "white": None, "columns": ()}
+    try:
+        return model.to(map_location).eval(), unknown | {"folder": folder} | data
+    except (RuntimeError, AssertionError, TypeError) as error:  # raised by torch for missing devices
+        raise AezooError(f"map_location {map_location}: {_brief(error)}; give cpu and move the model later") from error
+
+
+def _data_of(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
+    what = f"{source}: its settings of the data"
+    settings = values.plain(checkpoint.get("datamodule_hyper_parameters", {}), what)
+    state = checkpoint.get("DataModule")
+    state = state if isinstance(state, dict) else {}
+    scaling, white = state.get("scaling"), state.get("white")
+    whole = isinstance(scaling, dict) and all(isinstance(scaling.get(key), Tensor) for key in ("offset", "factor"))
+    white = white if isinstance(white, int) and white in (1, 255) else None
+    columns = state.get("columns")
+    columns = tuple(columns) if isinstance(columns, list) and all(isinstance(name, str) for name in columns) else ()
+    return {"settings": settings, "scaling": scaling if whole else {}, "white": white, "columns": columns}
+
+
+def verify(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:
+    """Registry name and hyperparameters of a checkpoint, after checking that its weights have the model's size.
+
+    Raises:
+        AezooError: as in `load_model`, before memory for the model is allocated.
+    """
+    name, hyperparameters = described(checkpoint, source)
+    build(name, hyperparameters, source, weights.tensors(checkpoint["state_dict"], source, name), dry=True)
+    return name, hyperparameters
+
+
+def build(
+    name: str, hyperparameters: dict[str, Any], source: Path, state: dict[str, Tensor], dry: bool = False
+) -> Autoencoder:
+    """Build a fresh model from the description in a file.
+
+    Args:
+        name: name in the registry.
+        hyperparameters: hyperparameters from the file.
+        source: the file.
+        state: the weights in the file, which limit the model's size.
+        dry: only check whether it can be built, without memory for its parameters if possible.
+
+    Raises:
+        AezooError: the constructor does not have a hyperparameter, or rejects a value.
+    """
+    cls = model_class(name)
+    given = values.plain(hyperparameters, f"{source} does not describe a {name} of this version: its hyperparameters")
+    own = [name, cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}", f"aezoo.{cls.__qualname__}"]
+    if given.pop(_CLASS, name) not in own or given.pop(_MAKER, _KNOWN_MAKER) != _KNOWN_MAKER:
+        raise AezooError(f"{source} is refused: it names code of its own to run in the place of {name}")
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    try:
+        check_hyperparameters(cls, plain.keys() - {"input_shape"}, name)
+        with weights.no_larger_than(state):
+            # a plug-in may compute with values, which tensors on the meta device do not have
+            with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
+                model = cls(**plain)
+                if dry:
+                    return model
+            return cls(**plain)
+    except Exception as error:  # a constructor may fail in any way on values that no user would give it
+        raise AezooError(f"{source} does not describe a {name} of this version: {_brief(error)}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked `config.json` of a saved model folder.
+
+    Raises:
+        AezooError: it is not JSON, or not in the form that `save_model` writes.
+    """
+    try:
+        with (folder / CONFIG).open("rb") as file:
+            text = file.read(_MAX_CONFIG + 1)
+        if len(text) > _MAX_CONFIG:
+            raise ValueError(f"it has more than {_MAX_CONFIG} bytes")
+        config = json.loads(text.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AezooError(f"cannot read {folder / CONFIG}: {_brief(error)}") from error
+    if not (isinstance(config, dict) and isinstance(config.get("model"), str)):
+        raise AezooError(f"{folder / CONFIG} names no model: it was not written by aezoo.save_model")
+    if not isinstance(config.get("hyperparameters"), dict):
+        raise AezooError(f"{folder / CONFIG} has no hyperparameters: it was not written by aezoo.save_model")
+    return config
+
+
+def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None = None) -> dict[str, Any]:
+    """The content of a checkpoint file, loaded with `weights_only=True`.
+
+    Args:
+        path: the file.
+        map_location: device of its tensors.
+        max_bytes: as for `load_model`.
+
+    Raises:
+        AezooError: it is not a checkpoint, is damaged, or contains more than tensors and plain values.
+    """
+    try:
+        _refuse_growth(path, max_bytes)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except AezooError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise AezooError(f"{path} is refused: it is damaged, or holds objects that could run code") from error
+    except Exception as error:  # one changed byte can cause any exception of the unpickler
+        raise AezooError(f"cannot read {path} as a checkpoint: {_brief(error)}") from error
+    if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)):
+        weights_alone = isinstance(checkpoint, dict) and checkpoint and all(map(torch.is_tensor, checkpoint.values()))
+        if (path.parent / CONFIG).is_file() and path.suffix == ".safetensors":
+            cure = f"; give the folder of the saved model, {path.parent}"
+        elif weights_alone:
+            cure = ", only weights: make the model by aezoo.create_model and give them to its load_state_dict"
+        else:
+            cure = ""
+        raise AezooError(f"{path} is not a checkpoint of Lightning: it has no state_dict{cure}")
+    return checkpoint
+
+
+def _refuse_growth(path: Path, max_bytes: int | None) -> None:
+    size = archives.unpacked_size(path)
+    if max_bytes is None and (given := os.environ.get(MAX_BYTES, "")):
+        if not given.isdecimal():
+            raise AezooError(f"{MAX_BYTES} is {given!r} in the environment: give a number of bytes")
+        max_bytes = int(given)
+    most = path.stat().st_size + MAX_GROWTH if max_bytes is None else max_bytes
+    if size is not None and size > most:
+        raise AezooError(
+            f"{path} would unpack to {size / 2**20:.0f} MiB, more than the limit of {most / 2**20:.0f}: torch writes "
+            f"no such files; if you trust it, raise the limit (max_bytes=..., or {MAX_BYTES} in the environment)"
+        )
+
+
+def note_version(stamp: Any, source: Path) -> None:
+    """Report that another version of this package has written a file, which may be why it does not fit.
+
+    Args:
+        stamp: the file's description of its origin, a dict with `version`.
+        source: the file.
+    """
+    version = stamp.get("version") if isinstance(stamp, dict) else None
+    if isinstance(version, str) and version != aezoo.__version__:
+        text = " ".join(version.split())[:40]
+        print(f"aezoo: {source} was written by aezoo {text}, this is {aezoo.__version__}", file=sys.stderr)
+
+
+def described(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:
+    """Registry name and hyperparameters that were saved in a checkpoint.
+
+    Raises:
+        AezooError: it has no name, because its class was not registered when it was saved, or it is damaged.
+    """
+    stamp = checkpoint.get("aezoo")
+    name = stamp.get("model") if isinstance(stamp, dict) else None
+    if not isinstance(name, str):
+        raise AezooError(
+            f"{source} names no registered model: load it with YourClass.load_from_checkpoint(...), give test and "
+            "predict -c RUN/config.yaml --model your_module.YourClass, or register the class (README, 'Add a model') "
+            "and train again"
+        )
+    hyperparameters = checkpoint.get("hyper_parameters", {})
+    if not isinstance(hyperparameters, dict):
+        raise AezooError(f"{source} is damaged: its hyperparameters are a {type(hyperparameters).__name__}")
+    return name, hyperparameters
+
+
+def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
+    """The checkpoint that a path refers to.
+
+    Args:
+        path: a checkpoint file, a run folder (`runs/vae/0`), the folder of its checkpoints, or a folder of runs
+            (`runs/vae`), of which the newest is used.
+        prefer: `best` (lowest val/loss) or `last`; the other one is used if it does not exist.
+
+    Raises:
+        AezooError: there is no checkpoint there.
+    """
+    text = str(path)
+    if hub_files.is_address(text):
+        raise AezooError(
+            f"{text} is a saved model, which has no checkpoint: verbs such as `aezoo reconstruct` and aezoo.load_model "
+            "take it"
+        )
+    if "://" in text:
+        raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
+    for home in run_folder.homes(path):
+        # a link may be broken
+        files = [file for file in home.glob("*.ckpt") if file.is_file()]
+        files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+        chosen = [file for file in files if file.stem.startswith(prefer)] or files
+        if len(chosen) > 1 and prefer == "best":
+            # if several are kept, the latest state records which of them is best
+            latest = next((file for file in files if file.stem == "last"), files[0])
+            callbacks = read_checkpoint(latest).get("callbacks")
+            states = callbacks.values() if isinstance(callbacks, dict) else ()
+            paths = [state.get("best_model_path", "") for state in states if isinstance(state, dict)]
+            names = {Path(str(best)).name for best in paths if best}
+            chosen = [file for file in chosen if file.name in names] or chosen
+        if chosen:
+            return chosen[0]
+    if (path / CONFIG).is_file():
+        raise AezooError(
+            f"{path} is a saved model, which has no checkpoint: give a .ckpt file or a run folder here; verbs such as "
+            "`aezoo reconstruct` and aezoo.load_model take it"
+        )
+    raise AezooError(f"no .ckpt file in {path} or its checkpoints folder: has the run saved one yet?")
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

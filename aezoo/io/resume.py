@@ -1,0 +1,132 @@
+"""Find the checkpoint from which a run continues, and whether there is anything left to do."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aezoo.errors import AezooError
+from aezoo.io import atomic_files, hub_files, run_folder
+
+
+def find(text: str) -> Path:
+    """The newest intact checkpoint of a run, or a file; skipped checkpoints are printed.
+
+    Args:
+        text: a run folder (`runs/vae/0`), its folder of checkpoints, a folder of runs, of which the newest is used, or
+            a checkpoint file. If a file within a run is damaged or missing, the run continues from an older checkpoint
+            of the run, with the same result. Any other file must be intact.
+
+    Raises:
+        AezooError: there is no such checkpoint.
+    """
+    if hub_files.is_address(text):
+        raise AezooError(f"{text} is a saved model, which has no training state to continue from: give a run folder")
+    if "://" in text:
+        raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
+    path = Path(text)
+    if path.suffix == ".ckpt" and not path.is_dir():
+        home = run_folder.folder_of(path)
+        if home.name == run_folder.CHECKPOINTS and home.is_dir():
+            return _newest(home, home / path.name)
+        if not path.exists():
+            raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
+        atomic_files.check(path)
+        return path
+    if not path.exists():
+        raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
+    if path.is_file():
+        atomic_files.check(path)
+        return path
+    for home in run_folder.homes(path):
+        if _has_saved(home):
+            return _newest(home)
+    raise AezooError(f"no .ckpt file in {path} or its {run_folder.CHECKPOINTS} folder: has the run saved one yet?")
+
+
+def automatic(home: Path) -> tuple[Path | None, Path | None]:
+    """The checkpoint from which `--resume auto` continues.
+
+    Args:
+        home: the folder of all runs of a recipe, `runs/vae`.
+
+    Returns:
+        The newest intact checkpoint of the newest run, or None if there is no run or it has not saved one yet; and the
+        folder of that run, or None.
+
+    Raises:
+        AezooError: the newest run has saved checkpoints, but none of them is intact.
+    """
+    runs = [path for path in home.glob("*") if path.name.isdigit() and path.is_dir()]
+    if not runs:
+        print(f"aezoo: no run in {home} yet: starting one", file=sys.stderr)
+        return None, None
+    run = max(runs, key=lambda path: int(path.name))
+    folder = run_folder.checkpoints_of(run)
+    if folder == run / run_folder.CHECKPOINTS and not _has_saved(folder):
+        print(f"aezoo: {run} was stopped before its first checkpoint: starting it anew", file=sys.stderr)
+        return None, run
+    return _newest(folder), run
+
+
+def nothing_left(
+    source: Path, run: Path | None, max_epochs: Any, max_steps: Any, early_stopping: Mapping[str, Any]
+) -> str | None:
+    """A message if the run of a checkpoint has already ended by itself, within the same limits.
+
+    Args:
+        source: the checkpoint.
+        run: the folder of its run, if there is one.
+        max_epochs: the trainer's current limit of epochs.
+        max_steps: its current limit of steps.
+        early_stopping: the settings of that callback; empty if the run has none.
+    """
+    try:
+        end = json.loads((source.parent / atomic_files.FINISHED).read_text())
+        epoch, step = int(end["epoch"]), int(end["step"])
+        early = end.get("early_stopping")
+        same = not early and (end["max_epochs"], end["max_steps"]) == (max_epochs, max_steps)
+        at_limit = _reached(max_epochs, epoch) or (bool(early) and _reached(max_steps, step))
+        impatient = bool(early) and _no_more_patient(early_stopping, early)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if not (same or at_limit or impatient):
+        return None
+    name = str(run or source)
+    cures = ["--trainer.max_epochs"] if same or at_limit else []
+    if impatient:
+        cures.append("--early_stopping.patience (0 never stops)")
+    return (
+        f"aezoo: {name} is finished (epoch {epoch}, step {step}), nothing is left to do; "
+        f"go further with a larger {' and a larger '.join(cures)}, or see its figures: "
+        f"aezoo test --ckpt_path {shlex.quote(name)}"
+    )
+
+
+def _reached(limit: Any, at: int) -> bool:
+    return isinstance(limit, int) and 0 <= limit <= at
+
+
+def _no_more_patient(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+    same = all(now.get(key) == then[key] for key in ("monitor", "min_delta"))
+    return same and 0 < now["patience"] <= then["patience"]
+
+
+def _has_saved(folder: Path) -> bool:
+    return folder.is_dir() and (
+        any(folder.glob("*.ckpt")) or atomic_files.record_of(folder / atomic_files.LAST).exists()
+    )
+
+
+def _newest(folder: Path, first: Path | None = None) -> Path:
+    found, lines = atomic_files.newest(folder, first)
+    if found is None:
+        reasons = "; ".join(lines) or f"no .ckpt file in {folder}"
+        raise AezooError(f"{reasons}; no other checkpoint there is complete: train from scratch with --resume off")
+    for line in lines:
+        print(f"aezoo: {line}", file=sys.stderr)
+    if lines:
+        print(f"aezoo: continuing from {found} instead", file=sys.stderr)
+    return found

@@ -1,0 +1,136 @@
+"""The folder of a run: it has its own number, and only one process writes into it."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from aezoo.errors import AezooError
+from aezoo.io import atomic_files
+
+CHECKPOINTS = "checkpoints"
+_LOCK, _NOTE = ".lock", "checkpoints.txt"
+
+
+def claim(home: Path) -> Path:
+    """Create the folder with the next free number; processes that call this at the same time get different ones.
+
+    Args:
+        home: the folder of all runs of a recipe, `runs/vae`.
+
+    Raises:
+        AezooError: the folder cannot be created.
+    """
+    while True:
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            folder = next_free(home)
+            # another process was faster, or has removed a home in which it wrote nothing
+            with contextlib.suppress(FileExistsError, FileNotFoundError):
+                folder.mkdir()
+                return folder
+        except OSError as error:
+            raise AezooError(
+                f"cannot read or write {home}: {error.strerror}; choose a folder that can be written with "
+                "--trainer.default_root_dir"
+            ) from error
+
+
+def next_free(home: Path) -> Path:
+    """The folder with the next free number, which is not created."""
+    return home / str(max((int(path.name) for path in home.glob("*") if path.name.isdigit()), default=-1) + 1)
+
+
+def standing(path: Path) -> Path:
+    """The path itself if it exists, otherwise the nearest existing folder above it."""
+    return next((at for at in (path, *path.parents) if at.exists()), path)
+
+
+def checkpoints_of(run: Path) -> Path:
+    """The folder of a run's checkpoints: inside the run's folder, unless `note_checkpoints` has recorded another."""
+    try:
+        noted = os.fsdecode((run / _NOTE).read_bytes()).strip()
+    except OSError:
+        noted = ""
+    return Path(noted) if noted else run / CHECKPOINTS
+
+
+def note_checkpoints(run: Path, folder: Path) -> None:
+    """Record in a run's folder where its checkpoints are, if they are elsewhere.
+
+    Without a record the run has not written any there: a folder shared by several runs may hold those of another run.
+    """
+    folder = folder.resolve()
+    if folder == (run / CHECKPOINTS).resolve():
+        (run / _NOTE).unlink(missing_ok=True)
+    elif checkpoints_of(run) != folder:
+        atomic_files.write(run / _NOTE, lambda file: file.write(os.fsencode(folder) + b"\n"))
+
+
+def homes(path: Path) -> list[Path]:
+    """The folders that may hold the checkpoints of a path, in order: the path itself, a run's folder, those of runs."""
+    below = [home for home in map(checkpoints_of, path.glob("*")) if home.is_dir()]
+    return [path, checkpoints_of(path), *sorted(below, key=lambda home: home.stat().st_mtime, reverse=True)]
+
+
+def run_of(source: Path, given: Path) -> Path | None:
+    """The folder of the run that a checkpoint belongs to, or None if it belongs to no run.
+
+    Args:
+        source: the checkpoint file.
+        given: the path that the user gave for it: a run, a folder of runs, or any other.
+    """
+    noted = [run for run in (given, *given.glob("*")) if (run / _NOTE).is_file()]
+    noted = [run for run in noted if checkpoints_of(run) == source.parent]
+    if noted:
+        return max(noted, key=lambda run: (run / _NOTE).stat().st_mtime)
+    home = folder_of(source)
+    return home.parent if home.name == CHECKPOINTS else None
+
+
+def folder_of(file: Path) -> Path:
+    """The folder of a file; it has a name even if it is the working directory or a folder above it."""
+    return file.parent if file.parent.name not in ("", "..") else file.parent.resolve()
+
+
+@contextlib.contextmanager
+def held(folder: Path, stays: Path) -> Iterator[None]:
+    """Lock a folder against training by other processes; remove it at the end if nothing was written there.
+
+    Args:
+        folder: the folder of the run.
+        stays: the folder that existed before; empty folders below it are removed.
+
+    Raises:
+        AezooError: another process trains there.
+    """
+    with contextlib.ExitStack() as ends:
+        try:
+            _lock(ends.enter_context((folder / _LOCK).open("ab")))
+        except BlockingIOError as error:
+            raise AezooError(
+                f"{folder} is being written by another process: wait for it, or train from scratch without "
+                "--ckpt_path and --resume"
+            ) from error
+        except OSError:
+            pass  # no locks on this file system; a failure to write is reported later
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if all(path.name == _LOCK for path in folder.iterdir()):
+                    (folder / _LOCK).unlink(missing_ok=True)
+                    for path in (folder, *folder.parents):
+                        if path == stays:
+                            break
+                        path.rmdir()
+
+
+def _lock(file: IO[bytes]) -> None:
+    if sys.platform != "win32":
+        import fcntl
+
+        # workers that outlive a killed run for some seconds would inherit the lock of flock
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

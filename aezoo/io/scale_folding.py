@@ -1,0 +1,140 @@
+"""Turns models of scaled samples into models of raw samples by folding the scale into the weights."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+
+Folded = TypeVar("Folded", bound=Autoencoder)
+_TRIALS, _NEAR = 16, 1e-6
+_ONE = torch.ones((), dtype=torch.float64)
+
+
+@torch.no_grad()
+def fold(model: Folded, scaling: Mapping[str, Tensor] | Tensor | float) -> Folded:
+    """A copy of a trained model that works on raw activations: reconstructions of a are c times those of a / c.
+
+    Weights that read samples are divided by c, weights that write them are multiplied by c, and codes stay the same. In
+    a model that uses one weight for both, such as k_sparse, the biases are multiplied by c, and codes grow by c. Trials
+    on randomly drawn samples find out which weights do what; the model's weights are perturbed so that none is zero.
+
+    Its loss differs from the model's: the likelihood has its own scale. Weights may no longer have unit norm.
+
+    Args:
+        model: trained on normalised activations.
+        scaling: c, or `scaling` of `aezoo.io.checkpoint.load_run`, or of the DataModule's source `state()`.
+
+    Raises:
+        AezooError: c cannot be folded into the model's weights, or the data also had an offset.
+    """
+    factor = scaling
+    if isinstance(factor, Mapping):
+        if not factor or bool(factor["offset"].any()):
+            raise AezooError("fold takes the scaling of normalised activations: the model was trained on other data")
+        factor = factor["factor"]
+    c = torch.as_tensor(factor, dtype=torch.float64).cpu().expand(model.input_shape)
+    probe = copy.deepcopy(model).cpu().double().eval()
+    dice = torch.Generator().manual_seed(0)
+    weights = [p for p in (*probe.parameters(), *probe.buffers()) if p.is_floating_point()]
+    for p in weights:
+        p += 0.05 * torch.rand(p.shape, dtype=p.dtype, generator=dice)
+    x = torch.randn(_TRIALS, *model.input_shape, dtype=torch.float64, generator=dice)
+    code = probe.encode(x)
+    trial = _Trial(weights, probe.decode, lambda: probe.encode(x * c), code, probe.decode(code) * c)
+    factors = trial.found([_of_samples(p, c) for p in weights], _ONE)
+    if factors is None and bool((c == c.flatten()[0]).all()):
+        single = c.flatten()[0]
+        factors = trial.found([[single, _ONE] if p.ndim < 2 else [_ONE] for p in weights], single)
+    if factors is None:
+        raise AezooError(f"{type(model).__name__} cannot take the scale of its data into its weights: divide "
+                         "activations by it before, and multiply reconstructions after")  # fmt: skip
+    folded = copy.deepcopy(model)
+    own = [p for p in (*folded.parameters(), *folded.buffers()) if p.is_floating_point()]
+    for p, by in zip(own, factors, strict=True):
+        p.copy_(p.cpu().double() * by)
+    return folded
+
+
+@dataclass
+class _Trial:
+    """Tries factors for a model's weights.
+
+    Attributes:
+        weights: the model's weights, which are changed in place.
+        decode: maps codes to reconstructions.
+        encode: computes the codes of the samples times c.
+        code: the codes of the samples themselves.
+        x_hat: the target reconstructions.
+    """
+
+    weights: list[Tensor]
+    decode: Callable[[Tensor], Tensor]
+    encode: Callable[[], Tensor]
+    code: Tensor
+    x_hat: Tensor
+
+    def found(self, choices: list[list[Tensor]], of_code: Tensor) -> tuple[Tensor, ...] | None:
+        """A choice for each weight such that codes are multiplied by `of_code`; None if there is none."""
+        kept = [p.clone() for p in self.weights]
+        code = self.code * of_code
+
+        def put(factors: Sequence[Tensor]) -> None:
+            for p, old, by in zip(self.weights, kept, factors, strict=True):
+                p.copy_(old * by)
+
+        def matters(i: int, call: Callable[[], Tensor]) -> bool:
+            given = []
+            for by in (1.0, 1e3, 1e-3):
+                self.weights[i].copy_(kept[i] * by)
+                given.append(call())
+            self.weights[i].copy_(kept[i])
+            return not all(_same(one, given[0]) for one in given)
+
+        def tried(options: list[list[Tensor]], call: Callable[[], Tensor], wanted: Tensor) -> Iterator[Any]:
+            for factors in product(*options):
+                put(factors)
+                if _same(call(), wanted):
+                    yield factors
+
+        n = range(len(kept))
+        # weights that write samples come first: combinations of all weights would be too many
+        write = [matters(i, lambda: self.decode(code)) for i in n]
+        read = [matters(i, self.encode) for i in n]
+        try:
+            written = [choices[i] if write[i] else [_ONE] for i in n]
+            for way in tried(written, lambda: self.decode(code), self.x_hat):
+                rest = [choices[i] if read[i] and not write[i] else [way[i]] for i in n]
+                for factors in tried(rest, self.encode, code):
+                    return cast(tuple[Tensor, ...], factors)
+            return None
+        finally:
+            put([_ONE for _ in n])
+
+
+def _of_samples(weight: Tensor, c: Tensor) -> list[Tensor]:
+    """Possible factors of a weight, if some of its axes are those of samples or of one of their streams."""
+    streams = [c.flatten(), c, *(c if c.ndim > 1 else ())]
+    found: list[Tensor] = []
+    for part in streams:
+        for start in range(weight.ndim - part.ndim + 1):
+            if weight.shape[start : start + part.ndim] == part.shape:
+                shaped = part.reshape(*part.shape, *[1] * (weight.ndim - start - part.ndim))
+                found += [shaped, 1 / shaped]
+    # several axes may have the same length, and several streams the same scale
+    unique = [by for i, by in enumerate(found) if not any(_alike(by, other, weight) for other in found[:i])]
+    return [*unique, _ONE] if weight.ndim < 2 or not unique else unique
+
+
+def _alike(one: Tensor, other: Tensor, weight: Tensor) -> bool:
+    return torch.equal(one.expand(weight.shape), other.expand(weight.shape))
+
+
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found - wanted).abs().max() <= _NEAR * wanted.abs().max())

@@ -1,0 +1,163 @@
+"""Levels of Gaussian latent variables for hierarchical VAEs, with any networks.
+
+    p(z) = prod_l p(z_l | levels above)     q(z | x) = prod_l q(z_l | x, levels above)     all Gaussian and diagonal
+
+`Level` holds one level with its densities and its KL. `ConditionalGaussian` is a network that outputs such a
+distribution. `GaussianChain` is a prior in which each level depends only on the one above. `Conditional` is a level in
+the form that bits-back coding needs.
+
+Shapes: B batch, D_l values of a level; ... are the batch dimensions.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.distributions.gaussians import LOG_2PI, kl
+from aezoo.nets.build import activation
+from aezoo.speed.linear import Linear
+from aezoo.training.precision import at_least_float32
+
+Pair = tuple[Tensor, Tensor]
+
+
+def gaussian(values: Tensor) -> Pair:
+    """Mean and log-variance in at least float32, the latter in the VAE's interval: (..., 2 n) -> (..., n), (..., n)."""
+    mu, log_var = at_least_float32(values).chunk(2, -1)
+    return mu, log_var.clamp(-30, 20)
+
+
+class Level(NamedTuple):
+    """A level: z = mu + sigma eps, mean and log-variance of its q, and m and log s^2 of its p: (..., D_l)."""
+
+    z: Tensor
+    eps: Tensor
+    mu: Tensor
+    log_var: Tensor
+    m: Tensor
+    log_s2: Tensor
+
+    @property
+    def q(self) -> Pair:
+        """Mean and log-variance of the posterior."""
+        return self.mu, self.log_var
+
+    @property
+    def p(self) -> Pair:
+        """Mean and log-variance of the prior."""
+        return self.m, self.log_s2
+
+    @classmethod
+    def of(cls, q: Pair, p: Pair, z: Tensor | None = None, draw: bool = True) -> "Level":
+        """Build a level from q and p, each given by a mean and a log-variance.
+
+        Args:
+            q: the posterior.
+            p: the prior.
+            z: the latent variables, if they are known.
+            draw: if z is not given, draw it from q instead of taking the mean.
+        """
+        mu, log_var = q
+        noisy = draw and z is None
+        eps = torch.randn(mu.shape, device=mu.device, dtype=mu.dtype) if noisy else torch.zeros_like(mu)
+        z = mu + torch.exp(0.5 * log_var) * eps if z is None else z.reshape(mu.shape)
+        return cls(z, eps, mu, log_var, *p)
+
+    def kl(self) -> Tensor:
+        """KL(N(mu, sigma^2) || N(m, s^2)) in nats, in closed form: (...)."""
+        return kl(self.mu, self.log_var, self.m, self.log_s2)
+
+    def log_q(self) -> Tensor:
+        """Density log N(z; mu, sigma^2) in nats, from the noise, which avoids the rounding error of z - mu: (...)."""
+        return -0.5 * (self.eps**2 + self.log_var + LOG_2PI).sum(-1)
+
+    def log_p(self) -> Tensor:
+        """Density log N(z; m, s^2) in nats: (...)."""
+        return -0.5 * ((self.z - self.m) ** 2 * torch.exp(-self.log_s2) + self.log_s2 + LOG_2PI).sum(-1)
+
+
+class ConditionalGaussian(nn.Sequential):
+    """A net with one hidden layer for mean and log-variance of a level: (..., n_in) -> (..., n_out), (..., n_out).
+
+    Args:
+        n_in: size of the input, in one or more tensors.
+        width: size of the hidden layer.
+        n_out: size of the level.
+        act: name of the activation.
+    """
+
+    def __init__(self, n_in: int, width: int, n_out: int, act: str) -> None:
+        super().__init__(Linear(n_in, width), activation(act), Linear(width, 2 * n_out))
+
+    def forward(self, *given: Tensor) -> Pair:
+        weight = next(self.parameters())
+        return gaussian(super().forward(torch.cat(given, -1).to(weight.dtype)))
+
+
+class GaussianChain(nn.ModuleList):
+    """p(z) = p(z_1 | z_2) ... p(z_{L-1} | z_L) p(z_L) with p(z_L) = N(0, I); its modules are the first L - 1 factors.
+
+    Args:
+        dims: D_1, ..., D_L, sizes of the levels from the bottom up.
+        width: size of the networks' hidden layers.
+        act: name of their activation.
+    """
+
+    zero: Tensor
+
+    def __init__(self, dims: Sequence[int], width: int, act: str) -> None:
+        super().__init__(ConditionalGaussian(above, width, size, act) for size, above in pairwise(dims))
+        self.register_buffer("zero", torch.zeros(dims[-1]), persistent=False)
+
+    def given(self, above: Sequence[Tensor], n: int = 1) -> Pair:
+        """Mean and log-variance of the level below those given, top first, (..., D_l) each; without any, (n, D_L)."""
+        if not above:
+            return self.zero.expand(n, -1), self.zero.expand(n, -1)
+        return self[-len(above)](above[-1])
+
+    def log_prob(self, z: Sequence[Tensor]) -> Tensor:
+        """Log-density in nats of levels, ordered from the bottom up, (..., D_l) -> (...)."""
+        log_p = -0.5 * (z[-1] ** 2 + LOG_2PI).sum(-1)
+        for (below, above), link in zip(pairwise(z), self, strict=True):
+            p = link(above)
+            log_p = log_p + Level.of(p, p, below).log_p()
+        return log_p
+
+    def kl(self, mu: Sequence[Tensor], log_var: Sequence[Tensor]) -> Tensor:
+        """KL(q || p) in nats, each level given the mean of the one above, from the bottom up: (..., D_l) -> (...)."""
+        priors = [self.given(mu[i + 1 :][::-1]) for i in range(len(mu))]
+        kls = [Level.of((m, v), p, draw=False).kl() for m, v, p in zip(mu, log_var, priors, strict=True)]
+        return torch.stack(kls).sum(0)
+
+    def sample(self, n: int, like: Tensor) -> list[Tensor]:
+        """Draw n codes, levels ordered from the bottom up: (n, D_l), on the device and in the precision of `like`."""
+        z = [torch.randn(n, len(self.zero), device=like.device, dtype=like.dtype)]
+        for link in reversed(self):
+            p = link(z[0])
+            z.insert(0, Level.of(p, p).z.to(like.dtype))
+        return z
+
+
+class Conditional(NamedTuple):
+    """Mean and standard deviation of a level, given those above in order from the top down: (n, D_l) each.
+
+    Attributes:
+        p: (levels above, n) -> mean and log-variance of p for n samples.
+        q: (x, levels above) -> mean and log-variance of q for n samples x.
+    """
+
+    p: Callable[[list[Tensor], int], Pair]
+    q: Callable[[Tensor, list[Tensor]], Pair]
+
+    def prior(self, above: list[Tensor], n: int) -> Pair:
+        """Mean and standard deviation of p for n samples."""
+        m, log_s2 = self.p(above, n)
+        return m, torch.exp(0.5 * log_s2)
+
+    def posterior(self, x: Tensor, above: list[Tensor]) -> Pair:
+        """Mean and standard deviation of q for n samples x."""
+        mu, log_var = self.q(x, above)
+        return mu, torch.exp(0.5 * log_var)

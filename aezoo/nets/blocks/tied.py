@@ -1,0 +1,30 @@
+"""A decoder without its own weights: the transpose of the encoder, whichever of the two is trained or loaded.
+
+Shapes: B batch, X data dimensions, N units.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.speed.linear import linear
+
+
+class Transposed(nn.Module):
+    """z -> W' z + c, with the weight W_NX of another layer.
+
+    Args:
+        layer: the layer that has W, (N, X).
+        input_shape: shape of one sample, that of the output.
+    """
+
+    def __init__(self, layer: nn.Linear, input_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.input_shape = input_shape
+        self.weight = layer.weight
+        self.bias = nn.Parameter(torch.zeros(math.prod(input_shape)))
+
+    def forward(self, z_BN: Tensor) -> Tensor:
+        """(B, N) -> (B, *input_shape)."""
+        return linear(z_BN, self.weight.T, self.bias).unflatten(1, self.input_shape)

@@ -1,0 +1,136 @@
+"""All processes of a run end together: if one dies, raises or freezes, none is left behind.
+
+Lightning's launcher ends the other ranks when one has ended. It does not handle ranks whose launcher was killed, and it
+waits for ranks that do not respond (stopped, swapped out, in a deadlock). A rank that does not respond causes a timeout
+of a collective in the other ranks, which then end it.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+# set in the environment of a run that `aezoo tune` has started
+TRIAL = "AEZOO_TRIAL"
+# seconds that a rank has for its own error message after another rank has failed
+GRACE = 5.0
+# seconds for threads to release tensors; a thread needs microseconds once it has a core
+_LET_GO = 0.2
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# torch.distributed.constants.default_pg_timeout, which a torch without torch.distributed cannot import
+_TORCH_S_OWN = timedelta(minutes=30)
+_LATE = ("timed out", "timeout", "time out")
+
+
+def end_with_launcher() -> None:
+    """On Linux, have this rank or run of a study killed when the process that launched it ends for any reason.
+
+    Nothing else can end a stopped process whose launcher was killed.
+    """
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or TRIAL in os.environ or os.environ.get("LOCAL_RANK", "0") != "0"
+    if launched and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def limit_wait(trainer: Trainer, seconds: float) -> None:
+    """Set how long a collective waits for a rank, unless the strategy was built with its own timeout."""
+    if getattr(trainer.strategy, "_timeout", None) == _TORCH_S_OWN:
+        trainer.strategy._timeout = timedelta(seconds=seconds)  # type: ignore[attr-defined]
+
+
+def has_full_model(trainer: Trainer) -> bool:
+    """Whether each process has the whole model, as a single process or a replica; other strategies shard it."""
+    return trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
+
+
+def connect(trainer: Trainer) -> None:
+    """After a restart by torchrun, connect the processes under a new name; otherwise Lightning connects them.
+
+    torch 2.13 assumes a new store for each attempt (`rendezvous._create_c10d_store`), but torchrun reuses the store. A
+    process that reads another's address before it is renewed would get that of a dead process.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    strategy = trainer.strategy
+    if attempt == 0 or not isinstance(strategy, DDPStrategy) or strategy._timeout is None or dist.is_initialized():
+        return
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    wait = strategy._timeout
+    store, rank, world = next(rendezvous("env://", timeout=wait))
+    device = {"device_id": strategy.root_device} if strategy.root_device.type == "cuda" else {}
+    dist.init_process_group(
+        strategy._get_process_group_backend(),
+        store=PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=world,
+        timeout=wait,
+        **device,  # type: ignore[arg-type]
+    )
+    if device:
+        # as Lightning does: NCCL warns about a group that is not destroyed
+        atexit.register(disconnect)
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def release_collectives_at_exit(trainer: Trainer) -> None:
+    """Before the interpreter of one of several processes exits, let threads release the last collective's tensors.
+
+    Call it wherever processes exchange something, because that may be their last exchange.
+
+    The threads answer a waiting caller before they release tensors. A thread that returns a tensor to an exiting
+    interpreter aborts the process, which torchrun then reports as failed (torch 2.13, pytorch issue 190489). Destroying
+    the group does not end the threads, because torch keeps it.
+    """
+    if trainer.world_size > 1:
+        atexit.unregister(_let_go)
+        atexit.register(_let_go)
+
+
+def _let_go() -> None:
+    if dist.is_initialized():
+        time.sleep(_LET_GO)
+
+
+def terminate_other_ranks(trainer: Trainer, error: BaseException) -> None:
+    """After an error, end the ranks that this one launched, or the launcher if it does not respond."""
+    launched = getattr(trainer.strategy.launcher, "procs", [])
+    if launched:
+        _end(launched)
+    elif _is_late(error) and os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        # torchrun ends its workers by itself; a working launcher has the same timeout and ends within the grace
+        # period, together with this process
+        launcher = os.getppid()
+        time.sleep(GRACE)
+        if os.getppid() == launcher != 1:
+            os.kill(launcher, signal.SIGKILL)
+
+
+def _end(launched: list[Any]) -> None:
+    limit = time.monotonic() + GRACE
+    while time.monotonic() < limit and any(process.poll() is None for process in launched):
+        time.sleep(0.05)
+    for process in launched:
+        if process.poll() is None:
+            # only SIGKILL ends a stopped process
+            process.kill()
+            process.wait()
+
+
+def _is_late(error: BaseException) -> bool:
+    return any(word in str(error).lower() for word in _LATE)

@@ -1,0 +1,203 @@
+"""Checks of models' inputs and of the results of losses, with errors of one line: batches, samples, codes, counts."""
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from aezoo.errors import AezooError
+
+if TYPE_CHECKING:
+    from aezoo.autoencoder import Autoencoder
+
+_GUARDED = "_aezoo_guarded"
+# what is called from outside with data, and the attribute that says their shape
+_SHAPES = {
+    "encode": "input_shape",
+    "decode": "code_shape",
+    "forward": "input_shape",
+    "score": "input_shape",
+    "loss": "input_shape",
+    # of some kinds of models
+    "encode_indices": "input_shape",
+    "reconstruct_from": "input_shape",
+    "inpaint": "input_shape",
+    "anomaly_map": "input_shape",
+}
+# what layers say of tensors that they were not made for
+_COMPLAINTS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+
+
+def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """The samples and labels of a batch `x`, `(x,)` or `(x, y)`.
+
+    Raises:
+        AezooError: it is something else.
+    """
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
+        return batch[0], batch[1] if len(batch) > 1 else None
+    what = f"a dict with {', '.join(map(repr, batch))}" if isinstance(batch, dict) else _kind(batch)
+    raise AezooError(f"a batch must be x, (x,) or (x, y) of tensors, got {what}: have the data set return those")
+
+
+def warn_unused_parts(batch: Any) -> None:
+    """Warn of parts of a batch that no model reads."""
+    if isinstance(batch, list | tuple) and len(batch) > 2:
+        rank_zero_warn(
+            f"a batch has {len(batch)} parts: the first is read as x, the second as y, the others are "
+            "ignored. For weights or masks in the loss, write a model of your own"
+        )
+
+
+def not_finite(x: Tensor) -> Tensor:
+    """Which samples hold values that are not finite, (B, ...) -> (B,) bool."""
+    return (~x.isfinite()).flatten(1).any(1)
+
+
+def check_batch(model: "Autoencoder", x: Tensor) -> None:
+    """See `Autoencoder.check_batch`."""
+    if tuple(x.shape[1:]) != model.input_shape:
+        raise AezooError(
+            f"the model expects samples of shape {_by(model.input_shape)}, the data give {_by(x.shape[1:])}: "
+            "build the model with that input_shape or change the data's size and channels"
+        )
+    if not x.is_floating_point():
+        raise AezooError(f"the model expects float data, got {x.dtype}: scale it first, for images x.float() / 255")
+    if _too_wide(model, x):
+        raise AezooError(
+            "the data are float64, the model's weights float32: give x.float(), or train all in float64 with "
+            "Trainer(precision='64-true')"
+        )
+    if bool((bad := model.unusable(x)).any()):
+        if model.takes_missing:
+            raise AezooError(
+                f"sample {int(bad.nonzero()[0])} of the batch holds infinite values, or NaN in some values of a part "
+                "or in all parts: clean it; a part is missing where all its values are NaN"
+            )
+        hint = ", or take a model of samples that lack whole parts, such as mvae" if x.isnan().any() else ""
+        raise AezooError(f"the data hold NaN or infinite values: clean them first{hint}")
+    known = x.nan_to_num(0.5)  # of what is missing
+    low, high = float(known.min()), float(known.max())
+    slack = 1e-6 if model.training else 10.0
+    if model.likelihood.unit_interval and not (low >= -slack and high <= 1 + slack):
+        raise AezooError(
+            f"this likelihood needs data in [0, 1], got values from {low:.4g} to {high:.4g}: "
+            "scale the data, or take likelihood='gaussian'"
+        )
+
+
+def guard(cls: type["Autoencoder"]) -> None:
+    """Make a class refuse unsuitable inputs in one line, instead of an error from inside a layer.
+
+    In evaluation mode inputs are checked before; in training, and for a loss, only after something has failed.
+
+    Raises:
+        AezooError: the loss cannot be called with samples and labels.
+    """
+    try:
+        inspect.signature(cls.loss).bind(None, None, None)
+    except TypeError as error:
+        raise AezooError(f"{cls.__name__}.loss must take self, x and y: def loss(self, x, y=None)") from error
+    for name, shape in _SHAPES.items():
+        if hasattr(cls, name):
+            _replace(cls, name, functools.partial(_of_data, shape=shape))
+    _replace(cls, "sample", _of_a_count)
+
+
+def _replace(cls: type, name: str, wrapper: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+    method = getattr(cls, name)
+    if not hasattr(method, _GUARDED):
+        guarded = wrapper(method)
+        setattr(guarded, _GUARDED, True)
+        setattr(cls, name, guarded)
+
+
+def _of_data(method: Callable[..., Any], shape: str) -> Callable[..., Any]:
+    is_loss = method.__name__ == "loss"  # the training loop looks at its batches itself
+
+    @functools.wraps(method)
+    def guarded(self: "Autoencoder", x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return method(self, x, *args, **kwargs)
+        if not (is_loss or self.training):
+            _check(self, method.__name__, x, shape)
+        try:
+            result = method(self, x, *args, **kwargs)
+        except _COMPLAINTS as error:
+            if not isinstance(error, AezooError):
+                _check(self, method.__name__, x, shape, error)
+            raise
+        if is_loss and not (isinstance(result, dict) and "loss" in result):
+            got = f"only {', '.join(map(repr, result))}" if isinstance(result, dict) and result else _kind(result)
+            name = f"{type(self).__name__}.loss"
+            raise AezooError(f"{name} must return named scalars, {{'loss': ..., 'nll': ...}}, got {got}")
+        return result
+
+    return guarded
+
+
+def _check(model: "Autoencoder", name: str, x: Any, shape: str, failed: Exception | None = None) -> None:
+    if not isinstance(x, Tensor):
+        raise AezooError(
+            f"{name} expects a tensor, got {_kind(x)}: give torch.as_tensor(x, dtype=torch.float32)"
+        ) from failed
+    expected: tuple[int, ...] = getattr(model, shape)
+    if tuple(x.shape[1:]) != expected:
+        what = "samples" if shape == "input_shape" else "codes"
+        raise AezooError(
+            f"{name} expects {what} of shape Bx{_by(expected)}, got {_by(x.shape)}: one sample needs a batch "
+            "dimension too, x[None]; another size needs another model, or resized data"
+        ) from failed
+    if not x.is_floating_point():
+        raise AezooError(f"{name} expects float data, got {x.dtype}: for images x.float() / 255") from failed
+    if _too_wide(model, x):
+        raise AezooError(
+            f"{name} expects float32 like the model's weights, got float64: give x.float(), or take model.double()"
+        ) from failed
+    if failed is None:  # to look for a weight takes as long as a small layer
+        return
+    weight = next(model.parameters(), x)
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise AezooError(
+            f"{name} expects {weight.dtype} like the model's weights, got {x.dtype}: give x.to({weight.dtype}), or "
+            "take model.float()"
+        ) from failed
+
+
+def _of_a_count(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(method)
+    def guarded(self: "Autoencoder", n: int, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            count = operator.index(n)
+        except TypeError:
+            count = -1
+        if count < 0:
+            raise AezooError(f"sample takes a whole number of samples, at least 0, got {n!r}")
+        return method(self, count, *args, **kwargs)
+
+    return guarded
+
+
+def _too_wide(model: "Autoencoder", x: Tensor) -> bool:
+    if x.dtype != torch.float64:
+        return False
+    weight = next(model.parameters(), None)
+    return weight is not None and weight.dtype == torch.float32
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {_by(value.shape)}" if value.ndim else "one tensor"
+    shape = getattr(value, "shape", None)
+    return f"{type(value).__name__} of shape {_by(shape)}" if isinstance(shape, tuple) else type(value).__name__
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(str(n) for n in shape)

@@ -1,0 +1,172 @@
+"""Run `aezoo fit` in processes that can be killed at any moment, and read what they did at every step.
+
+`python kill_harness.py FOLDER JSON` takes {"argv": [...], "kills": n, "seed": n}: it trains once undisturbed in
+FOLDER/whole, then in FOLDER/killed under n kills with SIGKILL, each followed by the same command, until the run ends.
+A kill comes after a random number of steps and some milliseconds, or while a file is being written; with
+{"after_saves": true}, right after a save of last.ckpt, the first, the second and so on of each start. One process
+imports torch and forks the others, since an import takes longer than a run.
+"""
+
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+# the time of some steps, of a whole save, or of what follows an epoch
+LONGEST_WAIT = 0.02
+STARTED_WITHIN = 120.0
+
+
+class Trace(pl.Callback):
+    """A line a batch: step, epoch, batch, loss and pixels as they are in binary, learning rate."""
+
+    def __init__(self, path):
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        line = {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "batch": batch_idx,
+            "loss": float(outputs["loss"]).hex(),
+            "pixels": float(batch[0].double().sum()).hex(),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"].hex(),
+        }
+        # within one page of memory, which 256 bytes never leave, a write is seen whole or not at all, killed or not
+        os.write(self.file, json.dumps(line).ljust(255).encode() + b"\n")
+        # a step takes less than a millisecond, in which the other process could not aim
+        time.sleep(0.002)
+
+
+def train(argv, folder, trace, saves):
+    """One command of the command line in this process, with a trace; ends the process, at the latest after `saves`."""
+    from aezoo.callbacks.checkpoints import Checkpoints
+    from aezoo.cli import lightning_cli
+    from aezoo.cli.main import main
+
+    save, left = Checkpoints._save_last_checkpoint, iter(range(saves - 1, -1, -1))
+
+    def save_and_die(self, *args):
+        save(self, *args)
+        if next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if saves:
+        Checkpoints._save_last_checkpoint = save_and_die
+
+    os.chdir(folder)
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    made = lightning_cli.AezooCLI._instantiate_trainer
+    lightning_cli.AezooCLI._instantiate_trainer = lambda self, config, callbacks: made(
+        self, config, [*callbacks, Trace(trace)]
+    )
+    code = 1
+    try:
+        code = main(argv) or 0
+    except SystemExit as error:
+        code = error.code or 0
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def start(argv, folder, saves=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    child = os.fork()
+    if child == 0:
+        train(argv, folder, folder / "trace.jsonl", saves)
+    return child
+
+
+def finish(child, folder, what):
+    """Wait for the end; anything but success ends this program."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        sys.exit(f"{what} ended with {code}: {(folder / 'log.txt').read_text()[-2000:]}")
+
+
+class Lines:
+    """What a folder's trace has gained, read piece by piece."""
+
+    def __init__(self, folder):
+        self.path, self.size, self.count, self.last = folder / "trace.jsonl", 0, 0, 0
+
+    def update(self):
+        if self.path.exists() and self.path.stat().st_size > self.size:
+            with self.path.open("rb") as file:
+                file.seek(self.size)
+                new = file.read()
+            self.size += len(new)
+            self.count += new.count(b"\n")
+            self.last = max(self.last, *(json.loads(line)["step"] for line in new.splitlines()))
+        return self
+
+
+def in_the_middle(folder):
+    """A file is being written."""
+    for run in (folder / "runs").glob("*/0/checkpoints"):
+        return any(path.name.startswith(".tmp-") for path in run.iterdir())
+    return False
+
+
+def kill_somewhere(child, folder, lines, rng, longest):
+    """SIGKILL after 1 to `longest` new steps and some milliseconds, or in the next save after them.
+
+    Returns:
+        Whether a file was being written at that moment; None if the run ended first.
+    """
+    goal, wait = lines.update().count + rng.randint(1, longest), rng.uniform(0, LONGEST_WAIT)
+    in_a_save, limit, moment = rng.random() < 0.4, time.monotonic() + STARTED_WITHIN, None
+    while True:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return None
+        now = time.monotonic()
+        if moment is None:
+            if lines.update().count >= goal:
+                moment = now if in_a_save else now + wait
+            elif now > limit:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                sys.exit(f"no {goal} lines within {STARTED_WITHIN:.0f} s: {(folder / 'log.txt').read_text()[-2000:]}")
+        if moment is not None and now >= moment and (not in_a_save or in_the_middle(folder)):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return in_the_middle(folder)
+        if not (in_a_save and moment is not None):
+            time.sleep(0.001)
+
+
+def main(home, argv, kills, seed, after_saves=False):
+    # before the forks: what each run would import again
+    for name in ("matplotlib.pyplot", "sklearn.datasets", "torch.utils.tensorboard", "aezoo.cli.lightning_cli"):
+        importlib.import_module(name)
+
+    rng, killed = random.Random(seed), home / "killed"
+    finish(start(argv, home / "whole"), home / "whole", "the undisturbed run")
+    steps, lines, in_saves = Lines(home / "whole").update().count, Lines(killed), 0
+    for saves in range(1, kills + 1) if after_saves else ():
+        _, code = os.waitpid(start([*argv, "--resume", "auto"], killed, saves), 0)
+        if os.waitstatus_to_exitcode(code) != -signal.SIGKILL:
+            sys.exit(f"ended before save {saves}: {(killed / 'log.txt').read_text()[-2000:]}")
+    for left in () if after_saves else range(kills, 0, -1):
+        child = start([*argv, "--resume", "auto"], killed)
+        # so that the steps last for all kills
+        hit = kill_somewhere(child, killed, lines, rng, max(1, (steps - lines.update().last) // left - 2))
+        if hit is None:
+            sys.exit(f"the run of {steps} steps ended before kill {kills - left + 1} of {kills}: make it longer")
+        in_saves += hit
+        print(f"killed after step {lines.update().last}, in a save: {hit}", file=sys.stderr)
+    finish(start([*argv, "--resume", "auto"], killed), killed, "the last resumed run")
+    print(json.dumps({"kills": kills, "in_saves": in_saves, "steps": steps, "lines": lines.update().count}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), **json.loads(sys.argv[2]))

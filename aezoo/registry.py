@@ -17,7 +17,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import lru_cache
@@ -28,11 +27,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aezoo.errors import AezooError
+from aezoo.training.model_names import GROUP
+from aezoo.training.model_names import name_of as name_of
 
 if TYPE_CHECKING:
     from aezoo.autoencoder import Autoencoder
 
-GROUP = "aezoo.models"
 ALIASES = {
     "dense": "dense_ae",
     "convolutional": "conv_ae",
@@ -237,17 +237,6 @@ def check_hyperparameters(cls: type, hyperparameters: Iterable[str], name: str) 
 def hyperparameters(name: str) -> list[str]:
     """Names of a model's keyword arguments."""
     return [key for key in inspect.signature(model_class(name)).parameters if key != "input_shape"]
-
-
-def name_of(cls: type) -> str | None:
-    """The registry name of a class, or None if it is not registered."""
-    for entry in entries().values():
-        if cls.__module__ == entry.module and entry.attribute in ("", cls.__qualname__):
-            return entry.name
-        with suppress(AttributeError):
-            if entry.attribute and attrgetter(entry.attribute)(sys.modules.get(entry.module)) is cls:
-                return entry.name
-    return None
 
 
 def import_plugins() -> list[str]:

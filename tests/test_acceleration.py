@@ -219,7 +219,7 @@ def test_a_strangers_callback_that_comes_later_sees_floats_too(graphs, in_an_epo
 
     class Look(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            seen.append((batch[0].dtype, pl_module.takes_bytes, pl_module._noise_is_torch_s))
+            seen.append((batch[0].dtype, pl_module.takes_bytes, pl_module._uses_only_torch_rng))
 
     class Adds(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

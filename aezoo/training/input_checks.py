@@ -13,7 +13,7 @@ from torch import Tensor
 from aezoo.errors import AezooError
 
 if TYPE_CHECKING:
-    from aezoo.autoencoder import Autoencoder
+    from aezoo.training.interface import ModelInterface
 
 _GUARDED = "_aezoo_guarded"
 # what is called from outside with data, and the attribute that says their shape
@@ -61,7 +61,7 @@ def not_finite(x: Tensor) -> Tensor:
     return (~x.isfinite()).flatten(1).any(1)
 
 
-def check_batch(model: "Autoencoder", x: Tensor) -> None:
+def check_batch(model: "ModelInterface", x: Tensor) -> None:
     """See `Autoencoder.check_batch`."""
     if tuple(x.shape[1:]) != model.input_shape:
         raise AezooError(
@@ -93,7 +93,7 @@ def check_batch(model: "Autoencoder", x: Tensor) -> None:
         )
 
 
-def guard(cls: type["Autoencoder"]) -> None:
+def guard(cls: type["ModelInterface"]) -> None:
     """Make a class refuse unsuitable inputs in one line, instead of an error from inside a layer.
 
     In evaluation mode inputs are checked before; in training, and for a loss, only after something has failed.
@@ -123,7 +123,7 @@ def _of_data(method: Callable[..., Any], shape: str) -> Callable[..., Any]:
     is_loss = method.__name__ == "loss"  # the training loop looks at its batches itself
 
     @functools.wraps(method)
-    def guarded(self: "Autoencoder", x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def guarded(self: "ModelInterface", x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return method(self, x, *args, **kwargs)
         if not (is_loss or self.training):
@@ -143,7 +143,7 @@ def _of_data(method: Callable[..., Any], shape: str) -> Callable[..., Any]:
     return guarded
 
 
-def _check(model: "Autoencoder", name: str, x: Any, shape: str, failed: Exception | None = None) -> None:
+def _check(model: "ModelInterface", name: str, x: Any, shape: str, failed: Exception | None = None) -> None:
     if not isinstance(x, Tensor):
         raise AezooError(
             f"{name} expects a tensor, got {_kind(x)}: give torch.as_tensor(x, dtype=torch.float32)"
@@ -173,7 +173,7 @@ def _check(model: "Autoencoder", name: str, x: Any, shape: str, failed: Exceptio
 
 def _of_a_count(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(method)
-    def guarded(self: "Autoencoder", n: int, *args: Any, **kwargs: Any) -> Tensor:
+    def guarded(self: "ModelInterface", n: int, *args: Any, **kwargs: Any) -> Tensor:
         try:
             count = operator.index(n)
         except TypeError:
@@ -185,7 +185,7 @@ def _of_a_count(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return guarded
 
 
-def _too_wide(model: "Autoencoder", x: Tensor) -> bool:
+def _too_wide(model: "ModelInterface", x: Tensor) -> bool:
     if x.dtype != torch.float64:
         return False
     weight = next(model.parameters(), None)

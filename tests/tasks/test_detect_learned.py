@@ -3,6 +3,7 @@
 import copy
 import math
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -278,7 +279,7 @@ def test_bad_tuning_is_refused_in_one_line(options):
 
 def test_a_trainer_that_a_model_remembers_is_not_copied():
     model = moved(hidden_dims=(8,))
-    model._trainer = trainer = object.__new__(aezoo.autoencoder.pl.Trainer)
+    model._trainer = trainer = object.__new__(pl.Trainer)
     scorer = fitted(model, images(9), epochs=1)
     assert model._trainer is trainer and scorer._copy._trainer is None
 

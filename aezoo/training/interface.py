@@ -1,0 +1,46 @@
+"""What training and evaluation use of a model; `aezoo.Autoencoder` declares, documents and implements it."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from aezoo.corruptions import Corruption
+    from aezoo.distributions.likelihoods import Likelihood
+
+
+class ModelInterface(pl.LightningModule):
+    """Declares names for type checkers only."""
+
+    if TYPE_CHECKING:
+        steps_differ: ClassVar[bool]
+        sparse_code: ClassVar[bool]
+        takes_missing: ClassVar[bool]
+        compile_mode: str
+        importance_samples: int
+        takes_bytes: bool
+        steps_before: int
+        input_shape: tuple[int, ...]
+        code_shape: tuple[int, ...]
+        likelihood: Likelihood
+        corruption: Corruption | None
+        encoder: nn.Module
+        decoder: nn.Module
+        lr: float
+        optimizer: str
+        weight_decay: float
+        lr_schedule: str
+        warmup_steps: int
+
+        def encode(self, x: Tensor) -> Tensor: ...
+
+        def decode(self, z: Tensor) -> Tensor: ...
+
+        def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]: ...
+
+        def unusable(self, x: Tensor) -> Tensor: ...
+
+        def all_gather_batch(self, values: Tensor) -> Tensor: ...
+
+        def code_reconstruction_score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...

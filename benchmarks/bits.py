@@ -108,7 +108,7 @@ def bits_of(model: Any) -> float:
     """The number of bits of a sample's indices."""
     import torch
 
-    books = model.books(torch.zeros(1, *model.index_shape, dtype=torch.long))
+    books = model.codebooks(torch.zeros(1, *model.index_shape, dtype=torch.long))
     return sum(math.prod(index.shape[2:]) * math.log2(size) for index, sizes in books.values() for size in sizes)
 
 

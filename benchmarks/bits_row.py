@@ -60,7 +60,7 @@ def of_books(model: Any, figures: dict[str, float]) -> dict[str, float]:
         model: its `books` lists the codebooks.
         figures: usage and perplexity of each codebook, as `aezoo.metrics.codebook_metrics` names them.
     """
-    books = model.books(torch.zeros(1, *model.index_shape, dtype=torch.long))
+    books = model.codebooks(torch.zeros(1, *model.index_shape, dtype=torch.long))
     ends = [
         (f"{'' if len(sizes) == 1 else f'_{i}'}{f'_{name}' if name else ''}", math.prod(index.shape[2:]))
         for name, (index, sizes) in books.items()

@@ -371,7 +371,7 @@ class LawOfWhatIsNotYetCoded(EntropyCoded):
         self.set_nets("mlp", 3, (), "relu", 0.01)
         self.density = Factorised(3)
 
-    def walk(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+    def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         law = self.density.law((n, *self.code_shape))
         return coder(y, law if y is None else dataclasses.replace(law, mean=y))
 

@@ -263,6 +263,6 @@ def test_a_rate_of_the_laws_is_counted_for_what_is_taken():
     model, x = small("elic"), data(9)
     symbols = torch.from_numpy(learned.encode(model, x))
     coder = Taking(aezoo.bases.entropy_coded.one_by_one(symbols))
-    model.walk(coder, None, len(x))
+    model.code_latents(coder, None, len(x))
     with torch.no_grad():
         torch.testing.assert_close(coder.rate_B.mean(), model.loss(x)["rate"])

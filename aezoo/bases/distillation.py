@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
+from aezoo.io.checkpoint import load_model
 from aezoo.io.hub_files import on_disk
 
 
@@ -58,7 +58,7 @@ class DistilledAutoencoder(Autoencoder):
             AezooError: there is no such model, or it does not fit the data or the code.
         """
         if not self.frozen:
-            model = aezoo.load_model(on_disk(self.teacher))
+            model = load_model(on_disk(self.teacher))
             theirs, own = ((each.input_shape, each.code_shape) for each in (model, self))
             if theirs != own:
                 cure = f"set {self.fitted_by} to fit, or take another"

@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import aezoo
 from aezoo import registry
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
+from aezoo.io.checkpoint import load_model
 from aezoo.io.hub_files import on_disk
 from aezoo.quantisers.base import Quantised
 from aezoo.training.limits import at_least
@@ -327,7 +327,7 @@ def _built(given: str | dict[str, Any], input_shape: tuple[int, ...]) -> Discret
 def _loaded(path: str, input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
     """A trained tokenizer; from the path of a prior, that prior's tokenizer."""
     try:
-        found = aezoo.load_model(on_disk(path)).float()
+        found = load_model(on_disk(path)).float()
     except AezooError as error:
         raise AezooError(
             f"tokenizer {path}: {error}; {_TAKE}; the run of a prior holds its tokenizer: --ckpt_path RUN continues it"

@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.pool import NullPool
 
 from aezoo.cli.lightning_cli import AezooCLI
-from aezoo.cli.tune import Search
+from aezoo.cli.tune_search import Search
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, run_folder, terminal
 from aezoo.security import yaml_text

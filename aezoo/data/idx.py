@@ -20,6 +20,7 @@ from torch import Tensor
 from aezoo.data.memory import InMemory, Pair
 from aezoo.data.readers import check_bytes
 from aezoo.data.source import Options, Stage
+from aezoo.data.vision import download
 from aezoo.errors import AezooError
 
 _TYPES = {8: "u1", 12: ">i4"}
@@ -95,10 +96,9 @@ class Idx(InMemory):
         names = (*self.family.images, *self.family.labels)
         missing = [name for name in names if not self._find(name)]
         if missing and self.options.download:
-            from aezoo.data.vision import download
-
-            arguments = {"split": self.family.split} if self.family.split else {}
-            download(self.family.title, self.options, [{**arguments, "train": train} for train in (True, False)])
+            split = {"split": self.family.split} if self.family.split else {}
+            calls = [{**split, "train": train} for train in (True, False)]
+            download(self.family.title, self.options, calls, f"{', '.join(names)} (plain or .gz)", self.home)
             missing = [name for name in names if not self._find(name)]
         if missing:
             raise AezooError(

@@ -118,7 +118,7 @@ class VisionArray(InMemory):
         return {stage: self._pair(arguments) for stage, arguments in self.row.splits.items()}
 
     def _pair(self, arguments: Arguments) -> Pair:
-        with _explained(self.row.title, self.row.files, self.options):
+        with _explained(self.row.files, self.options):
             dataset = _open(self.row.title, self.options.root, arguments)
         x = torch.from_numpy(np.asarray(dataset.data))
         x = x[:, None] if x.ndim == 3 else x if x.shape[1] == self.row.shape[0] else x.permute(0, 3, 1, 2)
@@ -148,7 +148,7 @@ class VisionFiles(Source):
         return self._splits.get(stage)
 
     def _build(self) -> dict[Stage, Dataset[Any]]:
-        with _explained(self.row.title, self.row.files, self.options):
+        with _explained(self.row.files, self.options):
             own = {stage: _open(self.row.title, self.options.root, a) for stage, a in self.row.splits.items()}
         sizes = {stage: len(dataset) for stage, dataset in own.items()}
         fractions = (self.options.val_fraction, self.options.test_fraction)
@@ -201,9 +201,19 @@ class Pictures(Files):
         return (x, int(label) + self.offset) if self.labelled else (x,)
 
 
-def download(title: str, options: Options, calls: Sequence[Arguments], files: str = "") -> None:
-    """Let torchvision download into root; without a network there is one clear line."""
-    with _explained(title, files, options):
+def download(
+    title: str, options: Options, calls: Sequence[Arguments], files: str = "", folder: Path | None = None
+) -> None:
+    """Let torchvision download into root; without a network there is one clear line.
+
+    Args:
+        title: torchvision's class.
+        options: the set's name and root.
+        calls: arguments of the class, for each part of the set.
+        files: what to put where, without a network.
+        folder: where; root by default.
+    """
+    with _explained(files, options, folder):
         for arguments in calls:
             _open(title, options.root, {**arguments, "download": True})
 
@@ -237,7 +247,7 @@ def _labels(dataset: Any) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def _explained(title: str, files: str, options: Options) -> Iterator[None]:
+def _explained(files: str, options: Options, folder: Path | None = None) -> Iterator[None]:
     """Turn torchvision's errors for missing, broken or unreachable files into one line with the cure."""
     timeout = socket.getdefaulttimeout()
     try:
@@ -253,20 +263,15 @@ def _explained(title: str, files: str, options: Options) -> Iterator[None]:
         if isinstance(error, AezooError):
             raise
         reason = " ".join(str(error).split())
-        raise AezooError(missing_message(title, files, options, reason)) from None
+        raise AezooError(_missing_message(files, options, reason, folder)) from None
     finally:
         socket.setdefaulttimeout(timeout)
 
 
-def missing_message(title: str, files: str, options: Options, reason: str) -> str:
+def _missing_message(files: str, options: Options, reason: str, folder: Path | None) -> str:
     """Where to put the files of a set that could not be downloaded or read."""
-    from aezoo.data.idx import FAMILIES
-
-    family = FAMILIES.get(options.name)
-    folder = Path(options.root) / title / "raw" if family else Path(options.root)
-    files = ", ".join((*family.images, *family.labels)) + " (plain or .gz)" if family else files
     tried = "cannot be downloaded" if options.download and options.name not in _BY_HAND else "is not there"
     return (
-        f"{options.name} {tried} ({reason[:250]}): put {files} into {folder}, or name the folder that holds them with "
-        "--data.root; --data.name mnist5k needs no files"
+        f"{options.name} {tried} ({reason[:250]}): put {files} into {folder or Path(options.root)}, "
+        "or name the folder that holds them with --data.root; --data.name mnist5k needs no files"
     )

@@ -15,10 +15,11 @@ from torch import Tensor
 from aezoo.autoencoder import Autoencoder
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
-from aezoo.tasks import generate_walks, priors
+from aezoo.tasks import generate_walks, priors, priors_principal
 from aezoo.tasks.embed_codes import codes_of
 from aezoo.tasks.generate_walks import GIVE_TRAINING
 from aezoo.tasks.output import Row, Store, fill, join, table_text
+from aezoo.tasks.priors_base import Prior
 from aezoo.tasks.samples import Samples, at_work, like
 from aezoo.tasks.samples import progress as progress_bar
 from aezoo.training.limits import at_least
@@ -220,7 +221,7 @@ def _check(
     if prior == "own" and not model.has_prior:
         raise AezooError(f"{type(model).__name__} has no prior of its own: take gmm, maf, gaussian, two_stage or knn")
     if prior == "maf":
-        priors.flows()
+        priors_principal.flows()
     if circle and not interpolate:
         raise AezooError("circle is a way to interpolate: ask for interpolate as well")
     if circle and not model.has_prior:
@@ -276,7 +277,7 @@ def _prior(
     batch_size: int,
     seed: int,
     progress: bool,
-) -> tuple[priors.Prior | None, str]:
+) -> tuple[Prior | None, str]:
     """The prior that is fitted to training codes, or None for the model's own, and its name."""
     hint = ""
     if name == "auto":
@@ -303,7 +304,7 @@ def _prior(
         seed=seed,
     )
     source = f"{name}, fitted to {len(codes):,} codes"
-    if held is not None and isinstance(fitted, priors.Principal) and name not in ("gaussian", "riemannian"):
+    if held is not None and isinstance(fitted, priors_principal.Principal) and name not in ("gaussian", "riemannian"):
         gain = fitted.gain(codes_of(model, held, _MOST_CODES, batch_size, seed, progress)[0])
         told = f"{gain:.2f} nats likelier" if gain >= 0 else f"{-gain:.2f} nats less likely"
         source += f"; held-out codes are {told} than under a Gaussian" + (", which fits better" if gain < 0 else "")
@@ -317,7 +318,7 @@ def _own_samples(model: Autoencoder, batch_size: int) -> Samples:
 
 def _draws(
     model: Autoencoder,
-    fitted: priors.Prior | None,
+    fitted: Prior | None,
     n: int,
     batch_size: int,
     seed: int,

@@ -14,7 +14,8 @@ import torch
 
 from aezoo.errors import AezooError
 from aezoo.manifolds.poincare import Ball
-from aezoo.tasks import priors
+from aezoo.tasks.priors_base import Seed
+from aezoo.tasks.priors_principal import principal
 
 Array = npt.NDArray[Any]
 
@@ -43,7 +44,7 @@ class Poincare:
         self.ball = Ball(radius**-2)
         # of float32, in which codes are kept: nearer to the boundary they are on it
         self.limit = self.ball.limit(torch.float32)
-        self.flat = priors.fit("gmm", self.to_flat(codes), n_components=n_components, seed=seed)
+        self.flat = principal("gmm", self.to_flat(codes), n_components, seed)
 
     def to_flat(self, z: Array) -> Array:
         """Codes to normal coordinates, (N, D) -> (N, D) float64."""
@@ -55,6 +56,6 @@ class Poincare:
         codes: Array = self.ball.inside(self.ball.exp_0(torch.from_numpy(v.astype(np.float64))), self.limit).numpy()
         return codes
 
-    def sample(self, n: int, seed: priors.Seed) -> Array:
+    def sample(self, n: int, seed: Seed) -> Array:
         """Draw n codes, (n, D) float32."""
         return self.from_flat(self.flat.sample(n, seed)).astype(np.float32)

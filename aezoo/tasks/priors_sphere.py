@@ -16,7 +16,7 @@ import torch
 
 from aezoo.errors import AezooError
 from aezoo.manifolds.sphere import VonMisesFisher, log_area
-from aezoo.tasks import priors
+from aezoo.tasks.priors_base import Seed
 
 Array = npt.NDArray[Any]
 
@@ -79,7 +79,7 @@ class Sphere:
         log_c_K = vmf.log_z_0 - vmf.log_area - log_z_K.numpy()
         return np.asarray(np.log(self.weights_K) + log_c_K + self.kappas_K * (z_ND @ self.means_KD.T - 1))
 
-    def sample(self, n: int, seed: priors.Seed) -> Array:
+    def sample(self, n: int, seed: Seed) -> Array:
         """Draw n codes, (n, D) float32."""
         from scipy.stats import vonmises_fisher
 

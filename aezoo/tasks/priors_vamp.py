@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aezoo.distributions.gaussians import LOG_2PI
-from aezoo.tasks import priors
+from aezoo.tasks.priors_base import Seed
 
 Array = npt.NDArray[Any]
 
@@ -37,7 +37,7 @@ class Posteriors:
     def __init__(self, means_ND: Array, log_vars_ND: Array) -> None:
         self.means_ND, self.log_vars_ND = means_ND.astype(np.float64), log_vars_ND.astype(np.float64)
 
-    def sample(self, n: int, seed: priors.Seed) -> Array:
+    def sample(self, n: int, seed: Seed) -> Array:
         """Draw n codes, (n, D) float32."""
         rng = np.random.default_rng(seed)
         chosen = rng.integers(len(self.means_ND), size=n)

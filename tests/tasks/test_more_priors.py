@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from aezoo.tasks import priors
+from aezoo.tasks import priors, priors_principal
 
 
 def ring(n, seed):
@@ -55,10 +55,10 @@ def test_of_gaussian_codes_it_is_about_that_gaussian():
 
 
 def test_it_keeps_the_weights_that_codes_held_out_of_its_training_like_best(monkeypatch):
-    monkeypatch.setattr(priors, "_PATIENCE", 10_000)
+    monkeypatch.setattr(priors_principal, "_PATIENCE", 10_000)
     codes = np.random.default_rng(0).normal(size=(60, 4))
     losses = []
-    train = priors._train
+    train = priors_principal._train
 
     def watched(model, nll, data):
         held = data[:6]
@@ -77,7 +77,7 @@ def test_it_keeps_the_weights_that_codes_held_out_of_its_training_like_best(monk
             torch.manual_seed(0)
             losses.append(float(nll(held)))
 
-    monkeypatch.setattr(priors, "_train", watched)
+    monkeypatch.setattr(priors_principal, "_train", watched)
     fitted = priors.fit("two_stage", codes)
     assert losses[-1] == min(losses) < losses[0]
     # 200 epochs later 54 codes are known by heart, which is not what is kept
@@ -95,8 +95,8 @@ def test_fitting_and_drawing_leave_torch_s_random_stream_alone():
 
 
 def test_wide_codes_have_their_covariance_beyond_the_components_kept(monkeypatch):
-    monkeypatch.setattr(priors, "_MOST_COMPONENTS", 2)
-    monkeypatch.setattr(priors, "_EPOCHS", 60)
+    monkeypatch.setattr(priors_principal, "_MOST_COMPONENTS", 2)
+    monkeypatch.setattr(priors_principal, "_EPOCHS", 60)
     rng = np.random.default_rng(0)
     codes = rng.normal(size=(600, 6)) @ rng.normal(size=(6, 6)) + 3
     drawn = priors.fit("two_stage", codes).sample(20_000, seed=0)

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import ks_2samp, multivariate_normal
 
 from aezoo.errors import AezooError
-from aezoo.tasks import priors
+from aezoo.tasks import priors, priors_principal
 
 
 def mixture(n, seed):
@@ -68,8 +68,8 @@ def test_the_gaussian_has_the_density_of_scipy():
 
 @pytest.mark.parametrize("name", ["gmm", "maf"])
 def test_what_lies_beyond_the_components_kept_has_the_codes_covariance(name, monkeypatch):
-    monkeypatch.setattr(priors, "_MOST_COMPONENTS", 2)
-    monkeypatch.setattr(priors, "_EPOCHS", 30)
+    monkeypatch.setattr(priors_principal, "_MOST_COMPONENTS", 2)
+    monkeypatch.setattr(priors_principal, "_EPOCHS", 30)
     rng = np.random.default_rng(0)
     codes = rng.normal(size=(600, 6)) @ rng.normal(size=(6, 6)) + 3
     drawn = priors.fit(name, codes, n_components=1).sample(20_000, seed=0)
@@ -82,7 +82,7 @@ def test_what_lies_beyond_the_components_kept_has_the_codes_covariance(name, mon
 def test_few_codes_have_their_covariance_beyond_the_components_kept_too():
     rng = np.random.default_rng(0)
     codes = rng.normal(size=(8, 5)) @ rng.normal(size=(5, 5))
-    drawn = priors.Principal("gaussian", codes, 2, 1, 0).sample(100_000, seed=0)
+    drawn = priors_principal.Principal("gaussian", codes, 2, 1, 0).sample(100_000, seed=0)
     covariance = np.cov(codes.T)
     scale = np.sqrt(np.diag(covariance))
     assert np.abs((np.cov(drawn.T) - covariance) / np.outer(scale, scale)).max() < 0.03
@@ -108,8 +108,8 @@ def test_the_flow_beats_a_gaussian_on_a_ring_and_its_density_integrates_to_one()
 
 
 def test_the_flow_keeps_the_weights_that_codes_held_out_of_its_training_like_best(monkeypatch):
-    monkeypatch.setattr(priors, "_PATIENCE", 10_000)
-    monkeypatch.setattr(priors, "_EPOCHS", 100)  # by then it knows 100 codes by heart
+    monkeypatch.setattr(priors_principal, "_PATIENCE", 10_000)
+    monkeypatch.setattr(priors_principal, "_EPOCHS", 100)  # by then it knows 100 codes by heart
     rng = np.random.default_rng(0)
     fitted = priors.fit("maf", rng.normal(size=(100, 4)))
     assert fitted.gain(rng.normal(size=(2000, 4))) > -0.3  # nothing is likelier than a Gaussian there
@@ -139,7 +139,7 @@ def test_samples_of_knn_lie_on_segments_between_a_code_and_one_of_its_neighbours
 
 @pytest.mark.parametrize("name", priors.OF_ANY_CODE)
 def test_a_seed_fixes_what_is_drawn_and_another_draws_anew(name, monkeypatch):
-    monkeypatch.setattr(priors, "_EPOCHS", 3)
+    monkeypatch.setattr(priors_principal, "_EPOCHS", 3)
     codes = mixture(200, 0).astype(np.float32)
     one, two = (priors.fit(name, codes, seed=3) for _ in range(2))
     assert np.array_equal(one.sample(20, 5), two.sample(20, 5))
@@ -153,7 +153,7 @@ def test_a_seed_fixes_what_is_drawn_and_another_draws_anew(name, monkeypatch):
     "kind", ["all the same", "two", "one dimension", "a dead dimension", "twins", "binary", "sparse"]
 )
 def test_odd_codes_are_taken_as_they_are(name, kind, monkeypatch):
-    monkeypatch.setattr(priors, "_EPOCHS", 3)
+    monkeypatch.setattr(priors_principal, "_EPOCHS", 3)
     codes = {
         "all the same": np.full((20, 3), 0.7),
         "two": np.array([[0.0, 1.0], [2.0, 3.0]]),

@@ -16,18 +16,15 @@ Shapes: B batch, D code, D_l level l, L levels.
 """
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from aezoo.distributions.latent_chain import Chain
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.levels import Conditional, ConditionalGaussian, GaussianChain, Level, Pair, gaussian
 from aezoo.training.limits import at_least
-
-if TYPE_CHECKING:
-    from aezoo.tasks.codec.lossless import Chain
 
 
 class HierarchicalVAE(VAE):
@@ -141,10 +138,8 @@ class HierarchicalVAE(VAE):
         levels = self.top_down([h.expand(n, *h.shape) for h in self.bottom_up(x)], draw=True)
         return torch.cat([level.z for level in levels], -1), torch.stack([level.log_q() for level in levels]).sum(0)
 
-    def latent_chain(self) -> "Chain":
+    def latent_chain(self) -> Chain:
         """The levels from the top down, in the form that bits-back coding needs."""
-        from aezoo.tasks.codec.lossless import Chain
-
         layer = Conditional(self.priors.given, lambda x, above: self.q_and_p(self.bottom_up(x), above)[0])
         layers = [layer for _ in self.latent_dims]
         return Chain([*layers], lambda z: self.decoder(torch.cat(z[::-1], 1)), self.likelihood, self.input_shape)

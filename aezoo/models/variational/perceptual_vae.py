@@ -24,9 +24,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-import aezoo
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
+from aezoo.io.checkpoint import load_model
 from aezoo.io.hub_files import on_disk
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.features import VGG, FeatureNet, random_features, vgg_features
@@ -140,7 +140,7 @@ class PerceptualVAE(VAE):
 
 def zoo_features(path: str, input_shape: tuple[int, ...]) -> FeatureNet:
     """The encoder of a trained model of the zoo."""
-    model = aezoo.load_model(on_disk(path)).float()
+    model = load_model(on_disk(path)).float()
     if model.input_shape != input_shape:
         raise AezooError(f"features: the model in {path} takes samples of {model.input_shape}, not {input_shape}")
     net = FeatureNet([*model.encoder.children()] if isinstance(model.encoder, nn.Sequential) else [])

@@ -18,19 +18,16 @@ Shapes: B batch, D code, K importance samples.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from aezoo.distributions.latent_chain import Chain
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.levels import Level
 from aezoo.nets.blocks.top_down import BottomUp, TopDown
 from aezoo.training.limits import at_least
-
-if TYPE_CHECKING:
-    from aezoo.tasks.codec.lossless import Chain
 
 
 class VDVAE(VAE):
@@ -142,9 +139,7 @@ class VDVAE(VAE):
         params, levels = self.infer(x, draw=False)
         return self.nll(params, x) + torch.stack([level.kl() for level in levels]).sum(0)
 
-    def latent_chain(self) -> "Chain":
+    def latent_chain(self) -> Chain:
         """The groups from the top down, in the form that bits-back coding needs."""
-        from aezoo.tasks.codec.lossless import Chain
-
         layers = [self.decoder.conditional(self.encoder) for _ in self.decoder.sizes]
         return Chain([*layers], lambda z: self.decoder(torch.cat(z, 1)), self.likelihood, self.input_shape)

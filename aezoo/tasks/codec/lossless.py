@@ -19,9 +19,9 @@ a bin is stored after an exclusive or with bits from the seed, which costs nothi
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,45 +30,11 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
-from aezoo.distributions.likelihoods import Bernoulli, Likelihood
+from aezoo.distributions.latent_chain import Chain, Layer
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
 from aezoo.tasks.codec.levels import Levels, level_cdf
 from aezoo.tasks.codec.tables import Floats, Stack, Words
-
-
-class Layer(Protocol):
-    """Gaussian latent variables, given those of the layers above; all tensors are (n, *its shape)."""
-
-    def prior(self, above: list[Tensor], n: int) -> tuple[Tensor, Tensor]:
-        """The mean m and deviation s of p(z | above) for n samples."""
-        ...
-
-    def posterior(self, x: Tensor, above: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The mean mu and deviation sigma of q(z | x, above)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A generative model as bits-back coding uses it.
-
-    Attributes:
-        layers: layers from the top, whose prior depends on nothing, to the bottom.
-        params: computes the likelihood's parameters from all z.
-        likelihood: a discrete likelihood.
-        input_shape: shape of one sample.
-    """
-
-    layers: list[Layer]
-    params: Callable[[list[Tensor]], Tensor]
-    likelihood: Likelihood
-    input_shape: tuple[int, ...]
-
-    @property
-    def levels(self) -> int:
-        """Number of values that a data value can have."""
-        return 2 if isinstance(self.likelihood, Bernoulli) else 256
 
 
 class _One:

@@ -1,0 +1,43 @@
+"""Generative models with layers of Gaussian latent variables, in the form that lossless coding needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from aezoo.distributions.likelihoods import Bernoulli, Likelihood
+
+
+class Layer(Protocol):
+    """Gaussian latent variables, given those of the layers above; all tensors are (n, *its shape)."""
+
+    def prior(self, above: list[Tensor], n: int) -> tuple[Tensor, Tensor]:
+        """The mean m and deviation s of p(z | above) for n samples."""
+        ...
+
+    def posterior(self, x: Tensor, above: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The mean mu and deviation sigma of q(z | x, above)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A generative model as bits-back coding uses it.
+
+    Attributes:
+        layers: layers from the top, whose prior depends on nothing, to the bottom.
+        params: computes the likelihood's parameters from all z.
+        likelihood: a discrete likelihood.
+        input_shape: shape of one sample.
+    """
+
+    layers: list[Layer]
+    params: Callable[[list[Tensor]], Tensor]
+    likelihood: Likelihood
+    input_shape: tuple[int, ...]
+
+    @property
+    def levels(self) -> int:
+        """Number of values that a data value can have."""
+        return 2 if isinstance(self.likelihood, Bernoulli) else 256

@@ -65,7 +65,7 @@ def measure(row: dict[str, int], arguments: Namespace) -> dict[str, Any]:
 
     def step(dictionary: Dictionary) -> None:
         dictionary.zero_grad()
-        dictionary.of_active(values_Bk, index_Bk).backward(grad_BX)
+        dictionary.decode_sparse(values_Bk, index_Bk).backward(grad_BX)
         if on_gpu:
             torch.cuda.synchronize()
 

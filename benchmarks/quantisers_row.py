@@ -100,7 +100,7 @@ class _OfSequences(nn.Module):
 
 @torch.no_grad()
 def _set_codes(book: VQ, layer: Any, code_KD: Tensor) -> None:
-    code_KD = book.place(code_KD)
+    code_KD = book.project(code_KD)
     book.code_KD.copy_(code_KD)
     if book.averages:
         book.sum_KD.copy_(code_KD)

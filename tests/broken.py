@@ -324,7 +324,7 @@ class Indexed(DiscreteAutoencoder):
     def __init__(self, input_shape: tuple[int, ...], *, lr: float = 1e-3) -> None:
         super().__init__(input_shape, lr=lr)
         self.save_hyperparameters()
-        self.set_nets("mlp", (3, 3), (), "relu", 4)
+        self.build_nets("mlp", (3, 3), (), "relu", 4)
         self.quantiser = FSQ((2, 2, 2))
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -368,11 +368,11 @@ class LawOfWhatIsNotYetCoded(EntropyCoded):
     def __init__(self, input_shape: tuple[int, ...], *, lr: float = 1e-3) -> None:
         super().__init__(input_shape, lr=lr)
         self.save_hyperparameters()
-        self.set_nets("mlp", 3, (), "relu", 0.01)
+        self.build_nets("mlp", 3, (), "relu", 0.01)
         self.density = Factorised(3)
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
-        law = self.density.law((n, *self.code_shape))
+        law = self.density.distribution((n, *self.code_shape))
         return coder(y, law if y is None else dataclasses.replace(law, mean=y))
 
     def tables(self) -> list[Table]:

@@ -15,7 +15,7 @@ from aezoo.data.shapes import Shapes
 from aezoo.data.source import Options
 from aezoo.errors import AezooError
 from aezoo.metrics import DCI, IRS, MIG, SAP, UDR, FactorVAEScore, Modularity
-from aezoo.metrics.disentanglement import held_out
+from aezoo.metrics.disentanglement import train_test_rows
 
 N, SIZES = 1500, (3, 6, 10, 8)
 RNG = np.random.default_rng(0)
@@ -174,7 +174,7 @@ def test_sap_of_two_classes_is_the_gap_of_shares_on_the_right_side():
     for seed in range(6):
         metric = SAP(categorical=(0,), seed=seed)
         metric.update(codes[:200], rare)
-        held = 199 in held_out(200, seed)[1]
+        held = 199 in train_test_rows(200, seed)[1]
         assert float(metric.compute()) == 0 if held else float(metric.compute()) >= 0
     # without an order a third is right by chance in the other dimensions
     three = SAP(categorical=(0,))
@@ -185,7 +185,7 @@ def test_sap_of_two_classes_is_the_gap_of_shares_on_the_right_side():
 def test_dci_is_that_of_the_forests_importances():
     # uneven: two dimensions share a factor, and two mix all
     codes = torch.cat([BLURRED, PERFECT[:, :1] + 0.5 * NOISE.flip(0)[:, :1], MIXED[:, :2]], 1)
-    rows, held = held_out(N, 0)
+    rows, held = train_test_rows(N, 0)
     r, shares = np.zeros((7, 4)), []
     for k in range(4):
         forest = RandomForestRegressor(20, max_features=None, min_samples_leaf=5, random_state=0)

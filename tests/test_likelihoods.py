@@ -443,7 +443,7 @@ def test_flags_say_which_data_and_which_measure() -> None:
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_outputs_can_start_at_a_mean(name: str) -> None:
     own, mean = likelihood(name), torch.linspace(0, 1, 11)
-    params = own.params_of(mean)
+    params = own.params_from_mean(mean)
     assert params.isfinite().all()
     # of a density on an interval, and of one that is clipped, the mean lies further inside
     near = 0.35 if name in ("continuous_bernoulli", "discretised_logistic", "logit_laplace") else 0.011

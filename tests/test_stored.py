@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.pretrained import stored_file, stored_weights
+from aezoo.nets.blocks.pretrained import cached_file, cached_weights
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def _hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(module: nn.Module, name: str, file: Path | None = None) -> None:
-    with stored_weights(name, "do without", file) as state:
+    with cached_weights(name, "do without", file) as state:
         module.load_state_dict(state)
 
 
@@ -34,14 +34,14 @@ def test_the_file_is_that_which_torchvision_fetches(name: str, monkeypatch: pyte
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     with pytest.raises(ConnectionError):
         torchvision.models.get_model_weights(name).DEFAULT.get_state_dict()
-    assert fetched == [stored_file(name)]
+    assert fetched == [cached_file(name)]
 
 
 def test_absent_and_broken_weights_are_named_with_their_cure_in_one_line(tmp_path: Path) -> None:
     net, cure = nn.Linear(2, 3), r"fetch them once, python -c .*models\.resnet18\(weights='DEFAULT'\)\", or do without$"
     with pytest.raises(AezooError, match=rf"^no weights of resnet18 in .*\.pth: {cure}"):
         load(net, "resnet18")
-    file = stored_file("resnet18")
+    file = cached_file("resnet18")
     file.write_bytes(b"no weights")
     with pytest.raises(
         AezooError, match=rf"resnet18-\w+\.pth holds no weights of resnet18 \(\w+\): remove it and {cure}"
@@ -62,6 +62,6 @@ def test_absent_and_broken_weights_are_named_with_their_cure_in_one_line(tmp_pat
 def test_weights_that_fit_are_loaded(tmp_path: Path) -> None:
     net, given = nn.Linear(2, 3), nn.Linear(2, 3)
     for name, file in (("resnet18", None), ("a line", tmp_path / "own.pth")):
-        torch.save(given.state_dict(), file or stored_file(name))
+        torch.save(given.state_dict(), file or cached_file(name))
         load(net, name, file)
         assert torch.equal(net.weight, given.weight)

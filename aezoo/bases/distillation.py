@@ -32,10 +32,10 @@ class DistilledAutoencoder(Autoencoder):
     Attributes:
         teacher: none, or the teacher's path, see `teacher_path`.
         frozen: the teacher, once it is loaded.
-        fitted_by: the arguments that determine the shape of a code.
+        shape_arguments: the arguments that determine the shape of a code.
     """
 
-    fitted_by: ClassVar[str]
+    shape_arguments: ClassVar[str]
 
     teacher: str
     # in a tuple, which keeps it out of the state_dict, the optimiser, train() and the exchange between ranks
@@ -49,9 +49,9 @@ class DistilledAutoencoder(Autoencoder):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.teacher != "none":
-            self.taught_by()
+            self.load_teacher()
 
-    def taught_by(self) -> Autoencoder:
+    def load_teacher(self) -> Autoencoder:
         """The teacher, loaded from its file at the first call, not in the constructor, so a model loads without it.
 
         Raises:
@@ -59,9 +59,9 @@ class DistilledAutoencoder(Autoencoder):
         """
         if not self.frozen:
             model = load_model(on_disk(self.teacher))
-            theirs, own = ((each.input_shape, each.code_shape) for each in (model, self))
-            if theirs != own:
-                cure = f"set {self.fitted_by} to fit, or take another"
-                raise AezooError(f"teacher: {self.teacher} has samples and codes of {theirs}, not {own}: {cure}")
+            teacher_shapes, own_shapes = ((module.input_shape, module.code_shape) for module in (model, self))
+            if teacher_shapes != own_shapes:
+                cure = f"set {self.shape_arguments} to match, or take another"
+                raise AezooError(f"teacher: {self.teacher} has shapes {teacher_shapes}, not {own_shapes}: {cure}")
             self.frozen = (model.requires_grad_(False).to(next(self.decoder.parameters())),)
         return self.frozen[0]

@@ -6,10 +6,10 @@ Values v are rounded relative to a mean m; in training noise replaces rounding, 
     evaluation  v^ = m + round(v - m)      training  v~ = v + u, u ~ U(-1/2, 1/2)
     P(v) = F(v + 1/2) - F(v - 1/2)         rate = -sum log P, in nats
 
-F is the distribution function of a probability model (a law): `Factorised`, learned for each channel, `Gaussians` with
+F is the cumulative distribution function of an entropy model: `Factorised`, learned for each channel, `Gaussians` with
 given means and scales, or `Mixtures` of these. A model's `code_latents` defines once which values are coded under which
-law and in which order, for any coder: `Noise`, `Rounding`, or `Taking`, which gets the integers from a file or a random
-generator. So the writer and the reader of a file compute the same laws by the same operations.
+distribution and in which order, for any coder: `AdditiveNoise`, `Rounding`, or `SymbolReader`, which gets the integers
+from a file or a random generator. So encoder and decoder compute the same distributions by the same operations.
 
 Shapes: B batch, C channels; ... are the places of a map, none for a vector.
 """
@@ -32,14 +32,14 @@ from aezoo.training.limits import at_least
 from aezoo.training.precision import at_least_float32
 
 # Gaussians are coded under the nearest of scales that are 13 % apart; Ballé et al. 2018 use 0.11 to 256 in their code
-LEAST, MOST, LEVELS = 0.11, 256.0, 64
+MIN_SCALE, MAX_SCALE, NUM_SCALES = 0.11, 256.0, 64
 # tables leave out rarer values, which are coded as an escape followed by the number itself
-_TAIL = 2.0**-26
-_WIDEST = 2**12
-_TINY = 1e-9
+_TAIL_MASS = 2.0**-26
+_MAX_INTEGER = 2**12
+_EPS = 1e-9
 
 
-class Law(Protocol):
+class Distribution(Protocol):
     """A probability distribution of values, which are independent of each other.
 
     Attributes:
@@ -70,7 +70,7 @@ class Table(NamedTuple):
 
 def _log_one_minus(d: Tensor) -> Tensor:
     """The logarithm of 1 - exp(-d), for d above 0."""
-    return torch.log(-torch.expm1(-d.clamp_min(_TINY)))
+    return torch.log(-torch.expm1(-d.clamp_min(_EPS)))
 
 
 def _log_ndtr(x: Tensor) -> Tensor:
@@ -92,15 +92,15 @@ class Gaussians:
     first: int
 
     def log_mass(self, v: Tensor) -> Tensor:
-        off = (v - self.mean).abs()
+        offset = (v - self.mean).abs()
         # use the smaller tail, so that nothing cancels where both are tiny
-        upper, lower = (_log_ndtr((half - off) / self.scale) for half in (0.5, -0.5))
+        upper, lower = (_log_ndtr((half - offset) / self.scale) for half in (0.5, -0.5))
         return upper + _log_one_minus(upper - lower)
 
     @property
     def table(self) -> Tensor:
-        step = math.log(MOST / LEAST) / (LEVELS - 1)
-        return self.first + ((self.scale / LEAST).log() / step).round().long().clamp(0, LEVELS - 1)
+        step = math.log(MAX_SCALE / MIN_SCALE) / (NUM_SCALES - 1)
+        return self.first + ((self.scale / MIN_SCALE).log() / step).round().long().clamp(0, NUM_SCALES - 1)
 
 
 class Mixtures:
@@ -124,44 +124,46 @@ class Mixtures:
     def table(self) -> Tensor:
         """The smallest power of two that covers six scales of all components, (B, C, ...): the table's width."""
         reach = (self.parts.mean - self.mean).abs() + 6 * self.parts.scale
-        reach = torch.where(self.log_weight > math.log(_TAIL), reach, 1)
-        return reach.amax(0).log2().ceil().long().clamp(1, int(math.log2(_WIDEST)))
+        reach = torch.where(self.log_weight > math.log(_TAIL_MASS), reach, 1)
+        return reach.amax(0).log2().ceil().long().clamp(1, int(math.log2(_MAX_INTEGER)))
 
-    def table_at(self, power: int, here: npt.NDArray[np.int64]) -> Table:
+    def tables_at(self, power: int, positions: npt.NDArray[np.int64]) -> Table:
         """The tables of some values, given their flat indices, (N,)."""
         from scipy.special import ndtr
 
         parts = (self.parts.mean - self.mean, self.parts.scale, self.log_weight.exp())
-        off_KN, scale_KN, weight_KN = (part.detach().cpu().double().flatten(1).numpy()[:, here] for part in parts)
+        offset_KN, scale_KN, weight_KN = (
+            part.detach().cpu().double().flatten(1).numpy()[:, positions] for part in parts
+        )
         borders = np.arange(-(2**power) - 0.5, 2**power + 1)
         F_NB = sum(
-            weight[:, None] * ndtr((borders - off[:, None]) / scale[:, None])
-            for off, scale, weight in zip(off_KN, scale_KN, weight_KN, strict=True)
+            weight[:, None] * ndtr((borders - offset[:, None]) / scale[:, None])
+            for offset, scale, weight in zip(offset_KN, scale_KN, weight_KN, strict=True)
         )
         return Table(-(2**power), np.diff(F_NB))
 
     def draw(self) -> Tensor:
         """Integers, (B, C, ...), long: rounded draws from the mixture."""
         part = self.log_weight.movedim(0, -1).exp().flatten(0, -2).multinomial(1).view(1, *self.mean.shape)
-        mean, scale = (of.gather(0, part)[0] for of in (self.parts.mean, self.parts.scale))
+        mean, scale = (values.gather(0, part)[0] for values in (self.parts.mean, self.parts.scale))
         return (mean - self.mean + scale * torch.randn_like(mean)).round().long()
 
 
 def scale_of(raw: Tensor) -> Tensor:
     """A scale within the range of the tables: (...) -> (...)."""
-    return (LEAST + F.softplus(at_least_float32(raw))).clamp_max(MOST)
+    return (MIN_SCALE + F.softplus(at_least_float32(raw))).clamp_max(MAX_SCALE)
 
 
 def gaussian_tables() -> list[Table]:
     """Tables of N(0, s^2) for LEVELS scales s from LEAST to MOST."""
     from scipy.special import ndtr
 
-    found = []
-    for scale in np.geomspace(LEAST, MOST, LEVELS):
-        widest = math.ceil(6 * scale)
-        borders = np.arange(-widest - 0.5, widest + 1) / scale
-        found.append(Table(-widest, np.diff(ndtr(borders))))
-    return found
+    tables = []
+    for scale in np.geomspace(MIN_SCALE, MAX_SCALE, NUM_SCALES):
+        limit = math.ceil(6 * scale)
+        borders = np.arange(-limit - 0.5, limit + 1) / scale
+        tables.append(Table(-limit, np.diff(ndtr(borders))))
+    return tables
 
 
 class Factorised(nn.Module):
@@ -188,10 +190,10 @@ class Factorised(nn.Module):
             self.biases.append(nn.Parameter(torch.empty(channels, n_out, 1).uniform_(-0.5, 0.5)))
             self.bends.append(nn.Parameter(torch.zeros(channels, n_out, 1)))
 
-    def logits(self, off: Tensor) -> Tensor:
+    def logits(self, offset: Tensor) -> Tensor:
         """f(off) - f(0): (C, N) -> (C, N)."""
-        with torch.autocast(off.device.type, enabled=False):
-            h = torch.cat([off, torch.zeros_like(off[:, :1])], 1)[:, None]
+        with torch.autocast(offset.device.type, enabled=False):
+            h = torch.cat([offset, torch.zeros_like(offset[:, :1])], 1)[:, None]
             *hidden, last = self.weights
             for weight, bias, bend in zip(hidden, self.biases, self.bends, strict=True):
                 h = F.softplus(weight.to(h)) @ h + bias.to(h)
@@ -199,41 +201,41 @@ class Factorised(nn.Module):
             f = (F.softplus(last.to(h)) @ h)[:, 0]
         return f[:, :-1] - f[:, -1:]
 
-    def law(self, shape: Sequence[int]) -> "FactorisedLaw":
-        """The law of values (B, C, ...)."""
+    def distribution(self, shape: Sequence[int]) -> "FactorisedDistribution":
+        """The distribution of values (B, C, ...)."""
         median = at_least_float32(self.median_C).view(-1, *(1 for _ in shape[2:]))
-        return FactorisedLaw(self, median.expand(tuple(shape)))
+        return FactorisedDistribution(self, median.expand(tuple(shape)))
 
     @torch.no_grad()
     def tables(self) -> list[Table]:
         """A table for each channel."""
         exact = {name: value.cpu().double() for name, value in self.state_dict().items()}
-        borders = torch.arange(-_WIDEST - 0.5, _WIDEST + 1, dtype=torch.float64)
-        twin = Factorised(len(self.median_C), tuple(weight.shape[1] for weight in [*self.weights][:-1])).double()
-        twin.load_state_dict(exact)
-        F_CN = twin.logits(borders.expand(len(self.median_C), -1)).sigmoid().numpy()
-        found = []
+        borders = torch.arange(-_MAX_INTEGER - 0.5, _MAX_INTEGER + 1, dtype=torch.float64)
+        density = Factorised(len(self.median_C), tuple(weight.shape[1] for weight in [*self.weights][:-1])).double()
+        density.load_state_dict(exact)
+        F_CN = density.logits(borders.expand(len(self.median_C), -1)).sigmoid().numpy()
+        tables = []
         for F_N in F_CN:
-            first = int(np.searchsorted(F_N, _TAIL, "right")) - 1
-            last = int(np.searchsorted(F_N, 1 - _TAIL, "left"))
-            first, last = min(max(first, 0), _WIDEST), max(min(last, 2 * _WIDEST), _WIDEST) + 1
-            found.append(Table(first - _WIDEST, np.diff(F_N[first : last + 1])))
-        return found
+            first = int(np.searchsorted(F_N, _TAIL_MASS, "right")) - 1
+            last = int(np.searchsorted(F_N, 1 - _TAIL_MASS, "left"))
+            first, last = min(max(first, 0), _MAX_INTEGER), max(min(last, 2 * _MAX_INTEGER), _MAX_INTEGER) + 1
+            tables.append(Table(first - _MAX_INTEGER, np.diff(F_N[first : last + 1])))
+        return tables
 
 
 @dataclass
-class FactorisedLaw:
-    """The law of values under a `Factorised`, whose tables are the model's first: mean (B, C, ...)."""
+class FactorisedDistribution:
+    """The distribution of values under a `Factorised`, whose tables are the model's first: mean (B, C, ...)."""
 
     density: Factorised
     mean: Tensor
 
     def log_mass(self, v: Tensor) -> Tensor:
-        off = (v - self.mean).transpose(0, 1)
-        upper, lower = (self.density.logits(off.flatten(1) + half) for half in (0.5, -0.5))
+        offset = (v - self.mean).transpose(0, 1)
+        upper, lower = (self.density.logits(offset.flatten(1) + half) for half in (0.5, -0.5))
         # s(u) - s(l) = s(u) s(-l) (1 - exp(l - u)) for the sigmoid s
         log_mass = F.logsigmoid(upper) + F.logsigmoid(-lower) + _log_one_minus(upper - lower)
-        return log_mass.view(off.shape).transpose(0, 1)
+        return log_mass.view(offset.shape).transpose(0, 1)
 
     @property
     def table(self) -> Tensor:
@@ -249,32 +251,32 @@ class Coder:
     """
 
     def __init__(self) -> None:
-        self._passed: list[tuple[Tensor, Law]] = []
+        self._coded: list[tuple[Tensor, Distribution]] = []
 
     @property
     def rate_B(self) -> Tensor:
-        first, *others = (law.log_mass(v).flatten(1).sum(1) for v, law in self._passed)
+        first, *others = (distribution.log_mass(v).flatten(1).sum(1) for v, distribution in self._coded)
         return -sum(others, first)
 
-    def change(self, v: Tensor, law: Law) -> Tensor:
+    def transform(self, v: Tensor, distribution: Distribution) -> Tensor:
         """The transformed values, (B, C, ...) -> (B, C, ...)."""
         raise NotImplementedError
 
-    def count(self, v: Tensor, law: Law) -> None:
+    def add_rate(self, v: Tensor, distribution: Distribution) -> None:
         """Add values to the rate without changing them."""
-        self._passed.append((v, law))
+        self._coded.append((v, distribution))
 
-    def __call__(self, v: Tensor | None, law: Law) -> Tensor:
+    def __call__(self, v: Tensor | None, distribution: Distribution) -> Tensor:
         """Transform values, (B, C, ...), or None if they are not known yet."""
-        v = self.change(law.mean if v is None else at_least_float32(v), law)
-        self.count(v, law)
+        v = self.transform(distribution.mean if v is None else at_least_float32(v), distribution)
+        self.add_rate(v, distribution)
         return v
 
 
-class Noise(Coder):
-    """v~ = v + u, for training, under any law."""
+class AdditiveNoise(Coder):
+    """v~ = v + u, for training, under any distribution."""
 
-    def change(self, v: Tensor, law: Law | None = None) -> Tensor:
+    def transform(self, v: Tensor, distribution: Distribution | None = None) -> Tensor:
         # the same noise for any memory layout of v
         return v + torch.rand(v.shape, dtype=v.dtype, device=v.device) - 0.5
 
@@ -290,41 +292,41 @@ class Rounding(Coder):
         super().__init__()
         self.symbols: list[Tensor] = []
 
-    def change(self, v: Tensor, law: Law) -> Tensor:
-        symbols = (v - law.mean).round()
+    def transform(self, v: Tensor, distribution: Distribution) -> Tensor:
+        symbols = (v - distribution.mean).round()
         self.symbols.append(symbols.flatten(1))
-        return law.mean + symbols
+        return distribution.mean + symbols
 
 
-class Taking(Coder):
+class SymbolReader(Coder):
     """Integers from a given function.
 
     Args:
-        take: returns the integers, (B, C, ...), for a given law.
+        read: returns the integers, (B, C, ...), for a given distribution.
     """
 
-    def __init__(self, take: Callable[[Law], Tensor]) -> None:
+    def __init__(self, read: Callable[[Distribution], Tensor]) -> None:
         super().__init__()
-        self._take = take
+        self._read = read
 
-    def change(self, v: Tensor, law: Law) -> Tensor:
-        return law.mean + self._take(law).to(law.mean)
+    def transform(self, v: Tensor, distribution: Distribution) -> Tensor:
+        return distribution.mean + self._read(distribution).to(distribution.mean)
 
 
-def one_by_one(symbols: Tensor) -> Callable[[Law], Tensor]:
-    """A function for `Taking` that returns integers (B, T) in order, as many as the law has values."""
+def read_in_order(symbols: Tensor) -> Callable[[Distribution], Tensor]:
+    """A function for `SymbolReader` that returns integers (B, T) in order, as many as the distribution has values."""
     start = 0
 
-    def take(law: Law) -> Tensor:
+    def read(distribution: Distribution) -> Tensor:
         nonlocal start
-        start, first = start + law.mean[0].numel(), start
-        return symbols[:, first:start].reshape(law.mean.shape)
+        start, first = start + distribution.mean[0].numel(), start
+        return symbols[:, first:start].reshape(distribution.mean.shape)
 
-    return take
+    return read
 
 
 class EntropyCoded(Autoencoder):
-    """An autoencoder whose code is rounded under a learned law.
+    """An autoencoder whose code is rounded under a learned distribution.
 
     A subclass sets its nets and defines `code_latents` and `loss`.
 
@@ -332,15 +334,15 @@ class EntropyCoded(Autoencoder):
 
     Attributes:
         weight: weight of the reconstruction's nll against the rate, in the loss.
-        quality: the rate at which a model of several rates is evaluated, from 0 to `top_quality`; else 0.
+        quality: the rate at which a model of several rates is evaluated, from 0 to `max_quality`; else 0.
     """
 
     has_prior = True
     weight: float
     quality: float = 0.0
-    top_quality: float = 0.0
+    max_quality: float = 0.0
 
-    def set_nets(self, net: str, latent_dim: int, hidden_dims: tuple[int, ...], activation: str, lam: float) -> None:
+    def build_nets(self, net: str, latent_dim: int, hidden_dims: tuple[int, ...], activation: str, lam: float) -> None:
         """Set encoder, decoder, code_shape and weight: a map of `latent_dim` channels, or a vector if a net has no map.
 
         `lam` weighs the mean squared error of values from 0 to 255 against bits per place: summed over the places of a
@@ -372,15 +374,15 @@ class EntropyCoded(Autoencoder):
         raise NotImplementedError(f"{type(self).__name__} must write its code_latents")
 
     def tables(self) -> list[Table]:
-        """The tables of its laws, by the index in `Law.table`."""
+        """The tables of its distributions, by the index in `Distribution.table`."""
         raise NotImplementedError(f"{type(self).__name__} must write its tables")
 
-    def rated(self, x: Tensor, coder: Coder) -> tuple[Tensor, Tensor]:
+    def code_with_rate(self, x: Tensor, coder: Coder) -> tuple[Tensor, Tensor]:
         """The nll of the reconstruction and the rate of samples, in nats: (B, *input_shape) -> (B,), (B,)."""
         y_hat = self.code_latents(coder, self.encoder(x), x.shape[0])
         return self.nll(self.decoder(y_hat.to(x.dtype)), x), coder.rate_B
 
-    def bits_a_place(self, rate: Tensor) -> Tensor:
+    def bits_per_place(self, rate: Tensor) -> Tensor:
         """A rate in nats per sample as bits per pixel, or per value of a vector: (...) -> (...)."""
         return rate / math.log(2) / math.prod(self.input_shape[len(self.input_shape) > 1 :])
 
@@ -398,28 +400,28 @@ class EntropyCoded(Autoencoder):
 
     def codes(self, symbols: Tensor) -> Tensor:
         """The codes of integers, (B, T) -> (B, *code_shape)."""
-        return self.code_latents(Taking(one_by_one(symbols)), None, symbols.shape[0])
+        return self.code_latents(SymbolReader(read_in_order(symbols)), None, symbols.shape[0])
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
         """Rate and weighted nll of the rounded code, in nats: (B, *input_shape) -> (B,)."""
-        nll_B, rate_B = self.rated(x, Rounding())
+        nll_B, rate_B = self.code_with_rate(x, Rounding())
         return rate_B + self.weight * nll_B
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
         tables = self.tables()
 
-        def draw(law: Law) -> Tensor:
-            if isinstance(law, Mixtures):
-                return law.draw()
-            table = law.table
+        def draw(distribution: Distribution) -> Tensor:
+            if isinstance(distribution, Mixtures):
+                return distribution.draw()
+            table = distribution.table
             symbols = torch.empty(table.shape, dtype=torch.long)
-            for number in table.unique().tolist():
-                here = (table == number).cpu()
-                low, mass = tables[number]
-                symbols[here] = low + torch.from_numpy(mass).multinomial(int(here.sum()), replacement=True)
+            for index in table.unique().tolist():
+                mask = (table == index).cpu()
+                low, mass = tables[index]
+                symbols[mask] = low + torch.from_numpy(mass).multinomial(int(mask.sum()), replacement=True)
             return symbols.to(table.device)
 
         like = next(self.decoder.parameters())
-        return self.decode(self.code_latents(Taking(draw), None, n).to(like))
+        return self.decode(self.code_latents(SymbolReader(draw), None, n).to(like))

@@ -13,11 +13,11 @@ from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
 
 # most differences between codes and components in memory at a time: 64 MiB
-_MOST_VALUES = 2**24
+_MAX_VALUES = 2**24
 
 
-class WithMixture(Autoencoder):
-    """A model whose prior is or contains sum_k w_k N(m_k, diag s_k^2); its constructor calls `keep_mixture`.
+class MixturePrior(Autoencoder):
+    """A model whose prior is or contains sum_k w_k N(m_k, diag s_k^2); its constructor calls `build_mixture`.
 
     Attributes:
         n_components: K.
@@ -31,7 +31,7 @@ class WithMixture(Autoencoder):
     mean_KD: nn.Parameter
     log_var_KD: nn.Parameter
 
-    def keep_mixture(self, n_components: int, size: int) -> None:
+    def build_mixture(self, n_components: int, size: int) -> None:
         """Initialise the mixture; its mean and covariance are those of N(0, I), up to chance."""
         if n_components < 1:
             raise AezooError(f"n_components must be at least 1, got {n_components}")
@@ -48,20 +48,20 @@ class WithMixture(Autoencoder):
     def log_joint(self, mu_ND: Tensor, var_ND: Tensor) -> Tensor:
         """Mean of log w_k N(z | m_k, diag s_k^2) over z ~ N(mu, diag var), in nats: (N, D), (N, D) -> (N, K)."""
         log_w_K, mean_KD, log_var_KD = self.mixture()
-        step = max(1, _MOST_VALUES // mean_KD.numel())
+        step = max(1, _MAX_VALUES // mean_KD.numel())
         log_p_NK = [
             -0.5 * (((mu_ND[:, None] - mean_KD) ** 2 + var_ND[:, None]) / log_var_KD.exp() + log_var_KD).sum(2)
             for mu_ND, var_ND in zip(mu_ND.split(step), var_ND.split(step), strict=True)
         ]
         return log_w_K + torch.cat(log_p_NK) - 0.5 * LOG_2PI * mean_KD.shape[1]
 
-    def log_mixture(self, z: Tensor) -> Tensor:
+    def mixture_log_prob(self, z: Tensor) -> Tensor:
         """The mixture's log-density in nats, (..., D) -> (...)."""
         z_ND = at_least_float32(z).reshape(-1, z.shape[-1])
         return torch.logsumexp(self.log_joint(z_ND, torch.zeros_like(z_ND)), 1).reshape(z.shape[:-1])
 
     @torch.no_grad()
-    def draw_mixture(self, n: int) -> Tensor:
+    def sample_mixture(self, n: int) -> Tensor:
         """Draw n times from the mixture, (n, D)."""
         log_w_K, mean_KD, log_var_KD = self.mixture()
         k_N = torch.multinomial(log_w_K.exp(), max(1, n), replacement=True)[:n]  # torch cannot draw zero samples

@@ -18,7 +18,7 @@ from aezoo.errors import AezooError
 from aezoo.nets.blocks.levels import gaussian
 
 
-def cut(parts: tuple[int, ...], input_shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+def partition(parts: tuple[int, ...], input_shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     """The dimension along which samples are cut, the first longer than 1, and the size of each part along it.
 
     Args:
@@ -55,7 +55,7 @@ class Decoders(nn.ModuleList):
         return torch.cat([decoder(z) for decoder in self], self.dim + 1)
 
 
-class OwnDecoders(Decoders):
+class PartDecoders(Decoders):
     """Decoders of parts with separate codes: (B, D + M P) -> (B, *input_shape).
 
     Args:
@@ -73,7 +73,7 @@ class OwnDecoders(Decoders):
         return torch.cat([decoder(z_i) for decoder, z_i in zip(self, own, strict=True)], self.dim + 1)
 
 
-class PrivateDecoders(OwnDecoders):
+class PrivateDecoders(PartDecoders):
     """The same, but each decoder reads the shared values and its part's own, D + P together."""
 
     def forward(self, z: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class PrivateDecoders(OwnDecoders):
 
 
 class Multimodal(Autoencoder):
-    """A model with a Gaussian code for samples that have parts; its constructor calls `keep_parts`.
+    """A model with a Gaussian code for samples that have parts; its constructor calls `build_parts`.
 
     Attributes:
         sizes: size of each part along the dimension that is cut.
@@ -95,7 +95,7 @@ class Multimodal(Autoencoder):
     encoder: nn.ModuleList
     decoder: Decoders
 
-    def keep_parts(
+    def build_parts(
         self,
         parts: tuple[int, ...],
         net: str,
@@ -106,13 +106,13 @@ class Multimodal(Autoencoder):
         """Build the networks, of the same kind and sizes for all parts.
 
         Args:
-            parts: as in `cut`.
+            parts: as in `partition`.
             net: kind of the networks.
             hidden_dims: widths or channels of the encoders' layers; the decoders mirror them.
             activation: between layers.
             n_decoded: number of values that the decoders read, D by default.
         """
-        dim, self.sizes = cut(parts, self.input_shape)
+        dim, self.sizes = partition(parts, self.input_shape)
         shapes = [(*self.input_shape[:dim], size, *self.input_shape[dim + 1 :]) for size in self.sizes]
         code = (2 * self.code_shape[0],)
         self.encoder = nn.ModuleList(nets.encoder(net, shape, code, hidden_dims, activation) for shape in shapes)
@@ -123,7 +123,7 @@ class Multimodal(Autoencoder):
         """The parts of samples, (B, *input_shape) -> M of (B, *part)."""
         return x.split(self.sizes, self.decoder.dim + 1)
 
-    def encoded(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+    def encode_parts(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
         """Outputs of the parts' encoders: (B, *input_shape) -> (B, M, 2 D), M the parts that are used.
 
         Args:
@@ -145,12 +145,12 @@ class Multimodal(Autoencoder):
 
         Args:
             x: whole samples.
-            parts: which to use, as in `encoded`.
+            parts: which to use, as in `encode_parts`.
 
         Raises:
             AezooError: no part, a part that does not exist, or a part twice.
         """
-        return gaussian(self.encoded(x, parts))
+        return gaussian(self.encode_parts(x, parts))
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | some parts), of all by default: (B, *input_shape) -> (B, D), (B, D)."""
@@ -189,31 +189,31 @@ class MissingModalities(Multimodal):
 
     takes_missing = True
 
-    def seen(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+    def present_mask(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
         """Which parts (of `parts`, by default all) each sample has: (B, *input_shape) -> (B, M) bool."""
         x_M = self.split(x)
         return ~torch.stack([is_missing(x_M[i]) for i in (range(len(x_M)) if parts is None else parts)], 1)
 
-    def filled(self, x: Tensor) -> Tensor:
+    def fill_missing(self, x: Tensor) -> Tensor:
         """Samples with zeros for the parts that they lack: (B, *input_shape) -> (B, *input_shape)."""
-        return torch.cat([_filled(x_i) for x_i in self.split(x)], self.decoder.dim + 1)
+        return torch.cat([_fill_missing(x_i) for x_i in self.split(x)], self.decoder.dim + 1)
 
     def unusable(self, x: Tensor) -> Tensor:
-        return super().unusable(self.filled(x)) | ~self.seen(x).any(1)
+        return super().unusable(self.fill_missing(x)) | ~self.present_mask(x).any(1)
 
     def experts(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        mu_BMD, log_var_BMD = super().experts(self.filled(x), parts)
-        lacks_BM1 = ~self.seen(x, parts)[..., None]
-        return mu_BMD.masked_fill(lacks_BM1, 0), log_var_BMD.masked_fill(lacks_BM1, 0)
+        mu_BMD, log_var_BMD = super().experts(self.fill_missing(x), parts)
+        missing_BM1 = ~self.present_mask(x, parts)[..., None]
+        return mu_BMD.masked_fill(missing_BM1, 0), log_var_BMD.masked_fill(missing_BM1, 0)
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
         """-log p(x | params) in nats over the parts that a sample has, for whole samples or one part: (B,)."""
-        whole = x.shape[self.decoder.dim + 1] == sum(self.sizes)
+        is_whole_sample = x.shape[self.decoder.dim + 1] == sum(self.sizes)
         nll_B = params.new_zeros(())
-        for params_i, x_i in zip(self.split(params), self.split(x), strict=True) if whole else [(params, x)]:
-            nll_B = nll_B + super().nll(params_i, _filled(x_i)).masked_fill(is_missing(x_i), 0)
+        for params_i, x_i in zip(self.split(params), self.split(x), strict=True) if is_whole_sample else [(params, x)]:
+            nll_B = nll_B + super().nll(params_i, _fill_missing(x_i)).masked_fill(is_missing(x_i), 0)
         return nll_B
 
 
-def _filled(x: Tensor) -> Tensor:
+def _fill_missing(x: Tensor) -> Tensor:
     return x.masked_fill(is_missing(x).reshape(-1, *[1] * (x.ndim - 1)), 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.nets.blocks import adversarial
-from aezoo.nets.blocks.adversarial import frozen, gradient_alone, with_gradient
+from aezoo.nets.blocks.adversarial import call_frozen, gradient_only, value_and_grad
 from aezoo.nets.blocks.features import FeatureDistance
 from aezoo.training.limits import at_least
 
@@ -47,39 +47,43 @@ class PerceptualAdversarial(Autoencoder):
         self.enable_step_counter()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return adversarial.two_groups(self, betas=(0.5, 0.9), both=True)  # as in the code of VQGAN's authors
+        return adversarial.discriminator_parameter_groups(
+            self, betas=(0.5, 0.9), for_all=True
+        )  # as in the code of VQGAN's authors
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.distance.read()
 
-    def judged(self, x: Tensor, z: Tensor, *seen: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def adversarial_objective(
+        self, x: Tensor, z: Tensor, *decoder_inputs: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """R + w_D lambda L_G + L_D for one draw of the code; the last two contribute only their gradients.
 
         Args:
             x: samples, (B, *input_shape).
             z: codes, (B, *code_shape), which the decoder takes.
-            seen: further arguments of the decoder.
+            decoder_inputs: further arguments of the decoder.
 
         Returns:
             The loss, a scalar in nats per sample, its terms, and R's gradient at the decoder's output.
         """
-        params, to_last_layer = adversarial.by_last_layer(self.decoder, z, *seen)
+        params, to_last_layer = adversarial.last_layer_vjp(self.decoder, z, *decoder_inputs)
 
         # for the step of encoder and decoder, in which the discriminator is constant
-        image, distance = self.likelihood.mean, self.distance.beside(x)
-        nll, g_nll = with_gradient(lambda p: self.nll(p, x).mean(), params)
-        perceptual, g_P = with_gradient(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
-        gan, g_gan = with_gradient(lambda p: -frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
+        image, distance = self.likelihood.mean, self.distance.move_to(x)
+        nll, g_nll = value_and_grad(lambda p: self.nll(p, x).mean(), params)
+        perceptual, g_P = value_and_grad(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
+        gan, g_gan = value_and_grad(lambda p: -call_frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
         g_R = g_nll + self.perceptual_weight * g_P
         # from the gradients of all ranks: the mean of their separate weights would differ
         weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan)))
 
         # for the discriminator's step
-        judged = self.discriminator(torch.cat([x, image(params).detach().to(x.dtype)]))
-        hinge = adversarial.hinge(*judged.chunk(2))
-        started = self.step_fraction(self.discriminator_start) >= 1
-        players = started * (self.discriminator_weight * weight * gan + hinge)
+        scores = self.discriminator(torch.cat([x, image(params).detach().to(x.dtype)]))
+        hinge = adversarial.hinge_loss(*scores.chunk(2))
+        is_started = self.step_fraction(self.discriminator_start) >= 1
+        game = is_started * (self.discriminator_weight * weight * gan + hinge)
         terms = {"nll": nll, "perceptual": perceptual, "adversarial": gan}
         terms |= {"adaptive_weight": weight, "discriminator": hinge}
-        return nll + self.perceptual_weight * perceptual + gradient_alone(players), terms, g_R
+        return nll + self.perceptual_weight * perceptual + gradient_only(game), terms, g_R

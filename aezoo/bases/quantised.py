@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.quantisers.base import Quantised, Quantiser, in_evaluation
+from aezoo.quantisers.base import Quantised, Quantiser, quantisers_in_eval_mode
 
 
 class DiscreteAutoencoder(Autoencoder):
-    """An autoencoder with a `quantiser`; a subclass sets it, calls `set_nets` and defines its loss.
+    """An autoencoder with a `quantiser`; a subclass sets it, calls `build_nets` and defines its loss.
 
     The code of a sample is (C, *places), and is equivalent to indices (Q, *places).
 
@@ -25,7 +25,7 @@ class DiscreteAutoencoder(Autoencoder):
     discrete_code = True
     quantiser: Quantiser
 
-    def set_nets(
+    def build_nets(
         self, net: str, dims: tuple[int, int], hidden_dims: tuple[int, ...], activation: str, places: int
     ) -> None:
         """Set encoder, decoder and code_shape; for constructors.
@@ -50,8 +50,8 @@ class DiscreteAutoencoder(Autoencoder):
             self.encoder = nn.Sequential(encoder, nn.Unflatten(1, (d, places)))
             self.decoder = nn.Sequential(nn.Flatten(), decoder)
         else:
-            read, self.code_shape = (nets.map_shape(net, self.input_shape, hidden_dims, dim) for dim in dims)
-            self.encoder = nets.encoder(net, self.input_shape, read, hidden_dims, activation)
+            quantised_shape, self.code_shape = (nets.map_shape(net, self.input_shape, hidden_dims, dim) for dim in dims)
+            self.encoder = nets.encoder(net, self.input_shape, quantised_shape, hidden_dims, activation)
             self.decoder = nets.decoder(net, self.code_shape, self.input_shape, mirrored, activation)
 
     # ---- indices -----------------------------------------------------------------------------------------------------
@@ -72,12 +72,12 @@ class DiscreteAutoencoder(Autoencoder):
         return found
 
     def encode(self, x: Tensor) -> Tensor:
-        with in_evaluation(self):
+        with quantisers_in_eval_mode(self):
             return self.quantise(x).z_q
 
     def encode_indices(self, x: Tensor) -> Tensor:
         """The indices of samples, (B, *input_shape) -> (B, *index_shape), long."""
-        with in_evaluation(self):
+        with quantisers_in_eval_mode(self):
             return self.quantise(x).indices
 
     def codes(self, indices: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class DiscreteAutoencoder(Autoencoder):
         return {"": (indices, self.index_sizes)}
 
     def init_from_data(self, x: Tensor) -> None:
-        self.quantiser.start(self.encoder(x))
+        self.quantiser.init_from_data(self.encoder(x))
 
     def _reconstruct(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         indices = self.encode_indices(x)

@@ -33,8 +33,8 @@ from aezoo.io.hub_files import on_disk
 from aezoo.quantisers.base import Quantised
 from aezoo.training.limits import at_least
 
-_MOST_CODES, _MOST_LAYERS = 2**16, 1000
-_TAKE = "give the run of a trained quantised model (runs/vq_vae-mnist5k/0), or the name of one, such as vq_vae"
+_MAX_CODES, _MAX_LAYERS = 2**16, 1000
+_CURE = "give the run of a trained quantised model (runs/vq_vae-mnist5k/0), or the name of one, such as vq_vae"
 
 
 class IndexPrior(DiscreteAutoencoder):
@@ -65,7 +65,7 @@ class IndexPrior(DiscreteAutoencoder):
     has_prior = True
 
     tokenizer: DiscreteAutoencoder
-    beyond_QK: Tensor
+    unused_QK: Tensor
 
     def __init__(
         self,
@@ -87,38 +87,38 @@ class IndexPrior(DiscreteAutoencoder):
             warmup_steps=warmup_steps,
         )
         if tokenizer == "":
-            raise AezooError(f"tokenizer is {tokenizer!r}: {_TAKE}")
+            raise AezooError(f"tokenizer is {tokenizer!r}: {_CURE}")
         if isinstance(tokenizer, dict) or tokenizer in registry.entries() or tokenizer in registry.ALIASES:
-            self._described, self._filled = tokenizer, False
-            self.tokenizer = _built(tokenizer, self.input_shape)
+            self._tokenizer_config, self._has_weights = tokenizer, False
+            self.tokenizer = _build_tokenizer(tokenizer, self.input_shape)
         else:
-            self.tokenizer, self._filled = _loaded(str(tokenizer), self.input_shape), True
+            self.tokenizer, self._has_weights = _load_tokenizer(str(tokenizer), self.input_shape), True
             # lists instead of tuples, as after a round trip through a saved folder's JSON
-            self._described = {"model": registry.name_of(type(self.tokenizer)), "trained": True}
-            self._described |= json.loads(json.dumps({**self.tokenizer.hparams, "input_shape": None}))
-            del self._described["input_shape"]
-        self.frozen = isinstance(self._described, dict) and bool(self._described.get("trained"))
+            self._tokenizer_config = {"model": registry.name_of(type(self.tokenizer)), "trained": True}
+            self._tokenizer_config |= json.loads(json.dumps({**self.tokenizer.hparams, "input_shape": None}))
+            del self._tokenizer_config["input_shape"]
+        self.frozen = isinstance(self._tokenizer_config, dict) and bool(self._tokenizer_config.get("trained"))
         if self.frozen:
             self.tokenizer.requires_grad_(False).eval()
         self.likelihood, self.code_shape = self.tokenizer.likelihood, self.tokenizer.code_shape
         sizes = self.index_sizes
         self.n_tokens, self.n_codes = math.prod(self.index_shape), max(sizes)
-        if self.n_codes > _MOST_CODES:
+        if self.n_codes > _MAX_CODES:
             raise AezooError(
                 f"a prior gives each code a logit, and the tokenizer has codebooks of {self.n_codes:,}, above "
-                f"{_MOST_CODES:,}: take one with smaller codebooks and more indices a place, such as rq_vae"
+                f"{_MAX_CODES:,}: take one with smaller codebooks and more indices a place, such as rq_vae"
             )
-        self.register_buffer("beyond_QK", torch.arange(self.n_codes) >= torch.tensor(sizes)[:, None], persistent=False)
+        self.register_buffer("unused_QK", torch.arange(self.n_codes) >= torch.tensor(sizes)[:, None], persistent=False)
 
     def _set_hparams(self, hp: Any) -> None:
         """Replace a path by the arguments of the tokenizer; its weights are stored with the prior's."""
-        super()._set_hparams({**hp, "tokenizer": self._described})
+        super()._set_hparams({**hp, "tokenizer": self._tokenizer_config})
 
     def check_net(self, width: int, depth: int, dropout: float) -> None:
         """Refuse a network that cannot be built; for constructors."""
-        if width < 1 or not 1 <= depth <= _MOST_LAYERS or not 0 <= dropout < 1:
+        if width < 1 or not 1 <= depth <= _MAX_LAYERS or not 0 <= dropout < 1:
             raise AezooError(
-                f"width must be at least 1, depth from 1 to {_MOST_LAYERS} and dropout at least 0 and below 1, got "
+                f"width must be at least 1, depth from 1 to {_MAX_LAYERS} and dropout at least 0 and below 1, got "
                 f"{width}, {depth} and {dropout}"
             )
 
@@ -170,25 +170,25 @@ class IndexPrior(DiscreteAutoencoder):
         return self
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        theirs = {id(p) for p in self.tokenizer.parameters()}
-        groups: list[dict[str, Any]] = [{"params": [p for p in self.parameters() if id(p) not in theirs]}]
+        tokenizer_ids = {id(p) for p in self.tokenizer.parameters()}
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.parameters() if id(p) not in tokenizer_ids]}]
         if not self.frozen:
             groups += [{"lr": self.tokenizer.lr} | group for group in self.tokenizer.parameter_groups()]
         return groups
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._filled = True
+        self._has_weights = True
         return super().load_state_dict(*args, **kwargs)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         name = registry.name_of(type(self.tokenizer)) or type(self.tokenizer).__name__
         if self.frozen:
-            if not self._filled:
-                raise AezooError(f"the tokenizer {name} is said to be trained and has no weights: {_TAKE}")
+            if not self._has_weights:
+                raise AezooError(f"the tokenizer {name} is said to be trained and has no weights: {_CURE}")
             # Lightning warns about this; the tokenizer is meant to be in eval mode
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start")
-        elif not self._filled and self.trainer.is_global_zero:
+        elif not self._has_weights and self.trainer.is_global_zero:
             print(
                 f"aezoo: the tokenizer {name} is not trained and learns beside its prior; for one that has had a fit "
                 f"of its own give --model.tokenizer RUN, as in runs/{name}-mnist5k/0",
@@ -213,37 +213,37 @@ class IndexPrior(DiscreteAutoencoder):
         In at least float32. Codes outside an index's codebook have -inf.
         """
         logits_BPQK = self.token_logits(tokens).unflatten(1, (-1, len(self.index_sizes)))
-        return self.within_books(logits_BPQK, self.beyond_QK).flatten(1, 2)
+        return self.mask_unused_codes(logits_BPQK, self.unused_QK).flatten(1, 2)
 
     @staticmethod
-    def within_books(logits: Tensor, beyond: Tensor) -> Tensor:
-        """Logits in at least float32, -inf where `beyond`."""
-        return at_least_float32(logits).masked_fill(beyond, -math.inf)
+    def mask_unused_codes(logits: Tensor, unused: Tensor) -> Tensor:
+        """Logits in at least float32, -inf where `unused`."""
+        return at_least_float32(logits).masked_fill(unused, -math.inf)
 
     def next_logits(self, tokens: Tensor, t: int) -> Tensor:
         """The logits of token t, bitwise independent of tokens from t on: (B, T) -> (B, K)."""
         past = torch.arange(self.n_tokens, device=tokens.device) < t
         return self.logits(torch.where(past, tokens, 0))[:, t]
 
-    def stepper(self) -> Callable[[Tensor, int], Tensor]:
+    def incremental_logits(self) -> Callable[[Tensor, int], Tensor]:
         """A function like `next_logits` for one pass over the tokens of a batch: t increases from call to call.
 
         A subclass may return one that caches the computations for earlier tokens.
         """
         return self.next_logits
 
-    def tokens(self, indices: Tensor) -> Tensor:
+    def to_tokens(self, indices: Tensor) -> Tensor:
         """Indices in the order in which they are drawn: (B, *index_shape) -> (B, T)."""
         return indices.flatten(2).transpose(1, 2).flatten(1) if indices.ndim > 2 else indices
 
-    def indices_of(self, tokens: Tensor) -> Tensor:
-        """The inverse of `tokens`: (B, T) -> (B, *index_shape)."""
+    def from_tokens(self, tokens: Tensor) -> Tensor:
+        """The inverse of `to_tokens`: (B, T) -> (B, *index_shape)."""
         q, *places = self.index_shape
         return tokens.unflatten(1, (-1, q)).transpose(1, 2).unflatten(2, places) if places else tokens
 
     def log_prob(self, indices: Tensor) -> Tensor:
         """Log p(indices) in nats, (B, *index_shape) -> (B,)."""
-        return -self._nll(self.tokens(indices))[0]
+        return -self._nll(self.to_tokens(indices))[0]
 
     def _nll(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """-log p, (B, T) -> (B,), and the logits; -1, a dropped index, adds nothing."""
@@ -252,26 +252,26 @@ class IndexPrior(DiscreteAutoencoder):
         return nll_BT.sum(1), logits_BTK
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        tokens = self.tokens(self._indices(x))
-        learnt = {} if self.frozen else self.tokenizer.loss(x, y)
+        tokens = self.to_tokens(self._indices(x))
+        tokenizer_terms = {} if self.frozen else self.tokenizer.loss(x, y)
         nll_B, logits_BTK = self._nll(tokens)
         nll = nll_B.mean()
         accuracy = (logits_BTK.argmax(2) == tokens).to(nll.dtype).mean()
-        beside = {f"tokenizer_{name}": term for name, term in learnt.items()}
-        return {"loss": nll + learnt.get("loss", 0), "nll": nll, "accuracy": accuracy, **beside}
+        extra_terms = {f"tokenizer_{name}": term for name, term in tokenizer_terms.items()}
+        return {"loss": nll + tokenizer_terms.get("loss", 0), "nll": nll, "accuracy": accuracy, **extra_terms}
 
     @torch.no_grad()
     def _indices(self, x: Tensor) -> Tensor:
         """Indices in evaluation mode: nothing is drawn or dropped, and codebooks do not count them."""
-        learns = self.tokenizer.training
+        was_training = self.tokenizer.training
         self.tokenizer.eval()
         indices = self.tokenizer.encode_indices(x)
-        self.tokenizer.train(learns)
+        self.tokenizer.train(was_training)
         return indices
 
     def score(self, x: Tensor) -> Tensor:
-        told = self.tokenizer.nll(self.decoder(self.encode(x)), x)  # its own score may include a prior of the indices
-        return told - self.log_prob(self.encode_indices(x))
+        nll_B = self.tokenizer.nll(self.decoder(self.encode(x)), x)  # its own score may include a prior of the indices
+        return nll_B - self.log_prob(self.encode_indices(x))
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
@@ -292,48 +292,48 @@ class IndexPrior(DiscreteAutoencoder):
         """
         at_least(0, temperature=temperature, top_k=top_k)
         tokens = torch.zeros(n, self.n_tokens, dtype=torch.long, device=self.device)
-        next_logits = self.stepper()
+        next_logits = self.incremental_logits()
         for t in range(self.n_tokens):
             logits, codes = next_logits(tokens, t).topk(min(top_k or self.n_codes, self.n_codes))
             # relative to the largest, so that the quotient is finite at any temperature
             p = ((logits - logits[:, :1]) / max(temperature, 1e-30)).softmax(1)
             tokens[:, t] = codes.gather(1, p.multinomial(1))[:, 0]
-        return self.indices_of(tokens)
+        return self.from_tokens(tokens)
 
 
-def _checked(cls: type[Autoencoder], what: str) -> type[DiscreteAutoencoder]:
+def _check_tokenizer(cls: type[Autoencoder], what: str) -> type[DiscreteAutoencoder]:
     if not issubclass(cls, DiscreteAutoencoder) or issubclass(cls, IndexPrior):
         wrong = "is a prior itself" if issubclass(cls, IndexPrior) else "writes no code in indices"
-        raise AezooError(f"tokenizer {what} {wrong}: {_TAKE}")
+        raise AezooError(f"tokenizer {what} {wrong}: {_CURE}")
     return cls
 
 
-def _built(given: str | dict[str, Any], input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
+def _build_tokenizer(config: str | dict[str, Any], input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
     """A tokenizer with its initial weights."""
-    settings = {"model": given} if isinstance(given, str) else dict(given)
+    settings = {"model": config} if isinstance(config, str) else dict(config)
     name = settings.pop("model", None)
     settings.pop("trained", None)
     if not isinstance(name, str):
-        raise AezooError(f'tokenizer {given} names no model: write {{"model": "vq_vae", "latent_dim": 8}}')
-    cls = _checked(registry.model_class(name), name)
+        raise AezooError(f'tokenizer {config} names no model: write {{"model": "vq_vae", "latent_dim": 8}}')
+    cls = _check_tokenizer(registry.model_class(name), name)
     registry.check_hyperparameters(cls, settings, f"tokenizer {name}")
     model: Any = cls
-    built: DiscreteAutoencoder = model(
+    tokenizer: DiscreteAutoencoder = model(
         input_shape, **{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     )
-    return built
+    return tokenizer
 
 
-def _loaded(path: str, input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
+def _load_tokenizer(path: str, input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
     """A trained tokenizer; from the path of a prior, that prior's tokenizer."""
     try:
-        found = load_model(on_disk(path)).float()
+        loaded = load_model(on_disk(path)).float()
     except AezooError as error:
         raise AezooError(
-            f"tokenizer {path}: {error}; {_TAKE}; the run of a prior holds its tokenizer: --ckpt_path RUN continues it"
+            f"tokenizer {path}: {error}; {_CURE}; the run of a prior holds its tokenizer: --ckpt_path RUN continues it"
         ) from error
-    model = found.tokenizer if isinstance(found, IndexPrior) else found
-    _checked(type(model), path)
+    model = loaded.tokenizer if isinstance(loaded, IndexPrior) else loaded
+    _check_tokenizer(type(model), path)
     if model.input_shape != input_shape:
         raise AezooError(
             f"tokenizer {path} takes samples of shape {model.input_shape}, these data give {input_shape}: train one on "

@@ -13,13 +13,13 @@ from torch import Tensor
 from aezoo.autoencoder import Autoencoder
 from aezoo.distributions.divergences import distances
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.labels import one_each
+from aezoo.nets.blocks.labels import check_labels
 
 MINING = ("all", "active", "semi_hard")
 
 
-class WithTriplets(Autoencoder):
-    """A model with a triplet loss on its codes; its constructor calls `keep_triplets`.
+class TripletAutoencoder(Autoencoder):
+    """A model with a triplet loss on its codes; its constructor calls `set_triplet_loss`.
 
     Attributes:
         triplet_weight: weight of the triplet loss.
@@ -34,7 +34,7 @@ class WithTriplets(Autoencoder):
     margin: float
     mining: str
 
-    def keep_triplets(self, triplet_weight: float, margin: float, mining: str) -> None:
+    def set_triplet_loss(self, triplet_weight: float, margin: float, mining: str) -> None:
         """Set the attributes with these names.
 
         Raises:
@@ -50,7 +50,7 @@ class WithTriplets(Autoencoder):
 
     def triplets(self, d_BN: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
         """The sum over each anchor's triplets and how many count, from the distances to all samples: two (B,)."""
-        y_N = self.all_gather_batch(one_each(y_B))
+        y_N = self.all_gather_batch(check_labels(y_B))
         other_BN = torch.arange(len(y_N), device=y_B.device) != self.local_rows(y_B)[:, None]
         known_BN = (y_B[:, None] != -1) & (y_N != -1)
         positive_BN = known_BN & (y_B[:, None] == y_N) & other_BN

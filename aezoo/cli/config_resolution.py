@@ -20,6 +20,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.cli import HEAVY
 from aezoo.cli.recipes import find_recipe
 from aezoo.data import DataModule
+from aezoo.data.settings import own_settings
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, checkpoint, resume, run_folder
 from aezoo.security import archives, policy, values, yaml_text
@@ -124,6 +125,7 @@ def expand(argv: list[str]) -> Request:
             raise AezooError(f"{source} holds only weights, and no training state to continue from: give another "
                              "checkpoint of its run, or fine-tune from Python with aezoo.load_model")  # fmt: skip
         settings = _settings(command, content, source, run, optional=given is not None)
+        settings["data"] = without_foreign(settings["data"], flags)
         if command != "fit":
             settings["data"] = for_the_set(settings["data"], flags)
         _take_out_repeated(settings, flags)
@@ -176,6 +178,13 @@ def for_the_set(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
     whole = ("name",) if stored.get("name") not in ("array", "folder") else ("name", "root")
     other = any(setting(flags, "data", key) not in (None, str(stored.get(key))) for key in whole)
     return {key: value for key, value in stored.items() if not (other and key in _OF_ONE_SET)}
+
+
+def without_foreign(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
+    """Stored data settings without those that the source named by the flags, or else the stored one, does not take."""
+    given = {key: value for key in ("name", "of") if (value := setting(flags, "data", key)) is not None}
+    taken = own_settings(stored | given)
+    return {key: value for key, value in stored.items() if key in taken}
 
 
 def _in_section(section: str, text: str) -> dict[str, Any]:

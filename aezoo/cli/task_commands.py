@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from aezoo.cli.config_resolution import for_the_set, name_data, note_other_splits, setting
+from aezoo.cli.config_resolution import for_the_set, name_data, note_other_splits, setting, without_foreign
 from aezoo.cli.parsing import Parser, check_flags
 from aezoo.data import DataModule, images
 from aezoo.data.array import arrange, check_length, number_labels
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
         model, trained = checkpoint.load_run(path)
         known = inspect.signature(DataModule).parameters
         stored = {key: value for key, value in trained["settings"].items() if key in known and key != "batch_size"}
-        stored = for_the_set(stored, argv)
+        stored = for_the_set(without_foreign(stored, argv), argv)
         if "file" not in accepted:
             parser.set_defaults({f"data.{key}": value for key, value in stored.items()})
     config = parser.parse_args(argv[1:])

@@ -37,9 +37,9 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -51,13 +51,14 @@ from torch.utils.data import Dataset
 from aezoo.data.classes import subset
 from aezoo.data.loaders import gathers, make_loader, workers
 from aezoo.data.resident import fits, free_memory
-from aezoo.data.source import STAGES, ArrayDataset, Batch, Options, Source, Stage, as_float, levels_of
+from aezoo.data.source import STAGES, ArrayDataset, Batch, Options, Source, Stage, as_float, levels_of, takes
 from aezoo.data.sources import from_path, open_source
 from aezoo.errors import AezooError
 from aezoo.io.hub_files import on_disk
 from aezoo.nets.blocks.classifier import Classifier
-from aezoo.nets.blocks.pretrained import stored_weights
+from aezoo.nets.blocks.pretrained import cached_weights
 from aezoo.security import policy
+from aezoo.training.keyword_groups import Argument
 from aezoo.training.seeding import forked_rng
 
 _BATCH, _MOST_LEARNT = 128, 20_000
@@ -65,6 +66,39 @@ _CPU = torch.device("cpu")
 
 
 # ---- networks -------------------------------------------------------------------------------------------------------
+
+
+class ActivationsArgs(TypedDict, total=False):
+    """Settings of `activations`."""
+
+    network: Annotated[str, Argument(
+        "classifier", "activations: the network that makes them. A torchvision model such as resnet18; classifier, a "
+        "small one that learns the labels of the set first; the run, checkpoint or saved folder of a model of the zoo; "
+        "or the import path of a module, or of a function that makes one, in a package that --allow names."
+    )]  # fmt: skip
+    layer: Annotated[str, Argument(
+        "features", "activations: the name of the layer, as in named_modules(). Several, separated by commas, give "
+        "(S, D). In the classifier, the layer before the last is called features."
+    )]  # fmt: skip
+    of: Annotated[str, Argument(
+        "mnist5k", "activations: the set whose samples go through the network. The other settings, such as root, size "
+        "and scale, apply to it."
+    )]  # fmt: skip
+    weights: Annotated[Literal["stored", "random"], Argument(
+        "stored", "stored takes a torchvision model's pretrained weights from torch's folder of checkpoints, and "
+        "refuses if they are missing; random takes random initial weights, fixed by the seed."
+    )]  # fmt: skip
+    positions: Annotated[Literal["each", "mean", "max"], Argument(
+        "each", "For a feature map or a row of tokens, each makes a sample of every position; mean and max pool them."
+    )]  # fmt: skip
+    feature_axis: Annotated[Literal["auto", "first", "last"], Argument(
+        "auto", "The axis of a layer's output that holds its features, first or last after the batch; auto is first "
+        "for maps and last for tokens, (B, T, D)."
+    )]  # fmt: skip
+    normalise: Annotated[bool, Argument(
+        True, "Divide activations by one number for each layer, so that their mean squared norm in the training split "
+        "is the number of their dimensions. It is kept in the checkpoint; save_model folds it into the weights."
+    )]  # fmt: skip
 
 
 @dataclass
@@ -132,7 +166,7 @@ def _of_torchvision(name: str, weights: str, shape: tuple[int, ...]) -> Network:
     module = models.get_model(name, weights=None)
     if weights == "stored":
         instead = "give --data.weights random, whose activations are not those of a trained network"
-        with stored_weights(name, instead) as state:
+        with cached_weights(name, instead) as state:
             module.load_state_dict(state)
         if hasattr(module, "transform_input"):
             module.transform_input = True  # as torchvision does for weights that were trained so
@@ -278,6 +312,7 @@ class Normalisation:
         return {"offset": torch.zeros_like(self.factor), "factor": self.factor}
 
 
+@takes(ActivationsArgs, inner="of")
 class Activations(Source):
     """Activations of a network over another set.
 
@@ -294,7 +329,7 @@ class Activations(Source):
             raise AezooError("--data.of activations has no samples of its own: give a set such as mnist5k")
         self.options = options
         reader = from_path(options.of)
-        self.of = open_source(replace(options, name=reader or options.of, root=options.of if reader else options.root))
+        self.of = open_source(options.for_source(reader or options.of, options.of if reader else options.root))
         self.num_classes, self.class_names = self.of.num_classes, self.of.class_names
         self.network = open_network(options, tuple(self.of.input_shape), self.num_classes)
         self.layers = [part.strip() for part in options.layer.split(",")]

@@ -23,17 +23,19 @@ sample whose label is empty in its table has none, -1.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from aezoo.data.classes import UNLABELLED
-from aezoo.data.memory import InMemory, Pair, numeric, real
-from aezoo.data.readers import Table, few, labels_of_texts, read_arrays
-from aezoo.data.source import STAGES, Options, Stage
+from aezoo.data.images import ImageArgs
+from aezoo.data.memory import InMemory, MissingArgs, Pair, numeric, real
+from aezoo.data.readers import LabelColumnArgs, MemoryLimitArgs, Table, few, labels_of_texts, read_arrays
+from aezoo.data.source import STAGES, Options, Stage, takes
 from aezoo.errors import AezooError
+from aezoo.training.keyword_groups import Argument
 
 # of samples with channels first, by the number of their dimensions
 LAYOUTS = {1: "vector", 2: "sequence", 3: "image", 4: "volume"}
@@ -41,6 +43,16 @@ _AXES = {"vector": (2,), "sequence": (3,), "image": (3, 4), "image_last": (4,), 
 _COLOURS = (1, 3, 4)
 
 
+class LayoutArgs(TypedDict, total=False):
+    """Setting of sources of arrays."""
+
+    layout: Annotated[Literal["auto", "vector", "sequence", "image", "image_last", "volume", "volume_last"], Argument(
+        "auto", "What the axes of an array mean; auto reads (N, D) as vectors, (N, A, B) as grey images if uint8 or "
+        "square and else as sequences, four axes as images and five as volumes."
+    )]  # fmt: skip
+
+
+@takes(ImageArgs, LayoutArgs, LabelColumnArgs, MemoryLimitArgs, MissingArgs)
 class Array(InMemory):
     """Arrays from a file under root, or handed in.
 

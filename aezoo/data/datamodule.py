@@ -1,8 +1,7 @@
 """The DataModule: any source by name, the same batches for the same seed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -11,16 +10,21 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from aezoo.data import binarise as binarise_rules
-from aezoo.data import settings
+from aezoo.data.array import Array
 from aezoo.data.classes import keep_labels, train_on
 from aezoo.data.loaders import EpochSampler, LazyLoader, blocks_of, collate, local_processes, make_loader, workers
 from aezoo.data.readers import Table, check_columns
 from aezoo.data.resident import ResidentLoader, decode, excess, on_device, size_of
-from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, as_float, levels_of
+from aezoo.data.settings import Binarising, Labels, Memory, Scaling, SourceArgs, check_settings, refuse_foreign
+from aezoo.data.source import DEFAULT_ROOT, STAGES, ArrayDataset, Options, Source, Stage, as_float, levels_of
 from aezoo.data.sources import from_path, open_source
 from aezoo.errors import AezooError
 from aezoo.training.arguments import Checked
+from aezoo.training.keyword_groups import complete, expand, frame_without_callers
 from aezoo.training.seeding import mix
+
+# settings that no source reads
+_NOT_OF_SOURCES = {"batch_size", "binarise", "labels", "train_classes", "num_labels", "num_workers", "drop_last"}
 
 
 class DataModule(Checked, LightningDataModule):
@@ -39,57 +43,23 @@ class DataModule(Checked, LightningDataModule):
             validation.
         test_fraction: The same for the test split.
         seed: Fixes the splits and the order of every epoch.
-        size: Resize the shorter side of images to this and crop the middle square.
-        channels: 1 converts images to grey, 3 to colour; by default they stay as they are.
         scale: auto divides uint8 by 255, keeps floats between 0 and 1, and scales all others to 0..1 by the training
             split's minimum and maximum (per feature for vectors, else over everything); unit always does the latter;
             standard subtracts the mean and divides by the standard deviation; none keeps the values.
         binarise: Turn values from 0 to 1 into zeros and ones. threshold compares with 1/2; static draws each value
             once, with the value as the probability of a one; dynamic draws training values anew every epoch, and once
             for `aezoo detect` and the like.
-        layout: What the axes of an array mean; auto reads (N, D) as vectors, (N, A, B) as grey images if uint8 or
-            square and else as sequences, four axes as images and five as volumes.
         labels: required refuses data without labels, ignore leaves them out of the batches.
         train_classes: Train and validate on these classes only, by name or number; the test split keeps all classes. A
             model then learns what is normal, for `aezoo detect`. The statistics of `scale` are those of all classes.
         num_labels: Keep the labels of this many training samples, equally many of each class, and give all others -1,
             as for semi_supervised_vae; 0 keeps all labels. Validation and test keep theirs.
         download: Download missing files if there is a network.
-        on_error: A broken image ends the run (raise), or is skipped with a warning that counts them (skip).
-        max_pixels: Refuse images with more pixels, which may be decompression bombs.
-        max_bytes: Refuse files that need more bytes of memory once they are read (8 GiB).
         memory: on holds the samples of a split in memory, or on the GPU that trains on them; off reads batches through
             a DataLoader; auto holds a split if it needs at most a quarter of the free memory there. Arrays, sets whose
             files are arrays and binarised sets are always read into memory, whatever their size.
         num_workers: Processes that read ahead if samples are not in memory; by default one for each free core, up to 8.
         drop_last: Leave out the last training batch of an epoch if it is not full.
-        dictionary_samples: synthetic_dictionary: number of samples, all splits together.
-        dictionary_atoms: synthetic_dictionary: number of atoms.
-        dictionary_dim: synthetic_dictionary: dimensions of each atom.
-        dictionary_active: synthetic_dictionary: mean number of active atoms in a sample.
-        dictionary_correlation: synthetic_dictionary: correlation of which atoms are active, within groups of four.
-        dictionary_noise: synthetic_dictionary: standard deviation of the noise in each dimension.
-        dictionary_streams: With S above 1, samples are (S, D): the same code in S spaces, each with its own atoms.
-        network: activations: the network that makes them. A torchvision model such as resnet18; classifier, a small one
-            that learns the labels of the set first; the run, checkpoint or saved folder of a model of the zoo; or the
-            import path of a module, or of a function that makes one, in a package that --allow names.
-        layer: activations: the name of the layer, as in named_modules(). Several, separated by commas, give (S, D). In
-            the classifier, the layer before the last is called features.
-        of: activations: the set whose samples go through the network. The other settings, such as root, size and scale,
-            apply to it.
-        weights: stored takes a torchvision model's pretrained weights from torch's folder of checkpoints, and refuses
-            if they are missing; random takes random initial weights, fixed by the seed.
-        positions: For a feature map or a row of tokens, each makes a sample of every position; mean and max pool them.
-        feature_axis: The axis of a layer's output that holds its features, first or last after the batch; auto is first
-            for maps and last for tokens, (B, T, D).
-        normalise: Divide activations by one number for each layer, so that their mean squared norm in the training
-            split is the number of their dimensions. It is kept in the checkpoint; save_model folds it into the weights.
-        column: The column that holds the samples of hf or stream, by name, or by number in a tuple; auto takes the one
-            of images, or else the one of arrays.
-        label_column: The column that holds the labels of hf, stream or a table (.csv, .parquet), by name; none leaves
-            labels out; auto takes the one of classes, or else the one called label.
-        missing: keep reads NaN in arrays and tables as missing values, for models of samples that may lack whole parts,
-            such as mvae; raise refuses it.
     """
 
     input_shape: tuple[int, ...]
@@ -100,58 +70,36 @@ class DataModule(Checked, LightningDataModule):
     def __init__(
         self,
         name: str = "mnist5k",
-        root: str = "data",
+        root: str = DEFAULT_ROOT,
         batch_size: int = 128,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         seed: int = 0,
-        size: int | None = None,
-        channels: int | None = None,
-        scale: settings.Scaling = "auto",
-        binarise: settings.Binarising = "none",
-        layout: settings.Layout = "auto",
-        labels: settings.Labels = "auto",
+        scale: Scaling = "auto",
+        binarise: Binarising = "none",
+        labels: Labels = "auto",
         train_classes: list[str | int] | None = None,
         num_labels: int = 0,
         download: bool = True,
-        on_error: settings.OnError = "raise",
-        max_pixels: int = 89_478_485,
-        max_bytes: int = 2**33,
-        memory: settings.Memory = "auto",
+        memory: Memory = "auto",
         num_workers: int | None = None,
         drop_last: bool = False,
-        dictionary_samples: int = 100_000,
-        dictionary_atoms: int = 64,
-        dictionary_dim: int = 32,
-        dictionary_active: float = 4.0,
-        dictionary_correlation: float = 0.0,
-        dictionary_noise: float = 0.0,
-        dictionary_streams: int = 1,
-        network: str = "classifier",
-        layer: str = "features",
-        of: str = "mnist5k",
-        weights: settings.Weights = "stored",
-        positions: settings.Positions = "each",
-        feature_axis: settings.FeatureAxis = "auto",
-        normalise: bool = True,
-        column: str = "auto",
-        label_column: str = "auto",
-        missing: settings.Missing = "raise",
+        **settings: Unpack[SourceArgs],
     ) -> None:
+        shared = {key: value for key, value in locals().items() if key not in ("self", "settings", "__class__")}
         super().__init__()
+        given = shared | complete(DataModule, SourceArgs, settings)
         # a Path would end up in checkpoints, which weights_only loading then refuses
-        name, root, network, of = str(name), str(root), str(network), str(of)
-        given = dict(locals())
-        self.save_hyperparameters(logger=False)
-        settings.check(given)
-        self.name, self.batch_size, self.seed, self.drop_last = name, batch_size, seed, drop_last
+        given |= {key: str(given[key]) for key in ("name", "root", "network", "of")}
+        self.save_hyperparameters(given, frame=frame_without_callers(), logger=False)
+        check_settings(given)
+        self.name, self.batch_size, self.seed, self.drop_last = given["name"], batch_size, seed, drop_last
         self.scale, self.labels, self.memory, self.num_workers = scale, labels, memory, num_workers
         self.train_classes, self.num_labels, self.binarise = train_classes, num_labels, binarise
-        self.missing = missing
-        reader = from_path(name)
-        own = {"name": reader or name, "root": name if reader else root}
-        options = Options(**{field.name: given[field.name] for field in fields(Options)} | own)
-        self.source = self._open(options)
+        self.missing = given["missing"]
+        reader = from_path(self.name)
+        place = {"name": reader, "root": self.name} if reader else {}
+        self.source = self._open(Options(**{key: given[key] for key in given if key not in _NOT_OF_SOURCES} | place))
         self.input_shape = tuple(self.source.input_shape)
         self.num_classes = None if labels == "ignore" else self.source.num_classes
         self._splits: dict[Stage, Dataset[Any]] = {}
@@ -166,11 +114,8 @@ class DataModule(Checked, LightningDataModule):
     _arrays: dict[str, Any] | None = None
 
     def _open(self, options: Options) -> Source:
-        if self._arrays is None:
-            return open_source(options)
-        from aezoo.data.array import Array
-
-        return Array(options, self._arrays)
+        refuse_foreign(options)
+        return open_source(options) if self._arrays is None else Array(options, self._arrays)
 
     @classmethod
     def from_arrays(
@@ -482,6 +427,9 @@ class DataModule(Checked, LightningDataModule):
         """Restore the trainer's limit: it may fit other data next, with a validation split."""
         if self._limit_before is not None and self.trainer is not None:
             self.trainer.limit_val_batches, self._limit_before = self._limit_before, None
+
+
+expand(DataModule)
 
 
 def _columns(x: Any) -> tuple[str, ...]:

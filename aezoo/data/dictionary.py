@@ -18,7 +18,7 @@ Shapes: n samples, N atoms, S streams, D dimensions, G groups.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,9 @@ from scipy.special import ndtri
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aezoo.data.source import STAGES, Batch, Options, Source, Stage
+from aezoo.data.source import STAGES, Batch, Options, Source, Stage, takes
 from aezoo.errors import AezooError
+from aezoo.training.keyword_groups import Argument
 from aezoo.training.seeding import mix
 
 GROUP = 4
@@ -36,6 +37,28 @@ GROUP = 4
 _CHUNK = 2**21
 _ATOMS, _OWN, _CALLED, _FOLLOWS, _SIZE, _NOISE = range(6)
 Floats = npt.NDArray[np.float64]
+
+
+class DictionaryArgs(TypedDict, total=False):
+    """Settings of `synthetic_dictionary`."""
+
+    dictionary_samples: Annotated[int, Argument(
+        100_000, "synthetic_dictionary: number of samples, all splits together.", 1, 10**9
+    )]  # fmt: skip
+    dictionary_atoms: Annotated[int, Argument(64, "synthetic_dictionary: number of atoms.", 1, 2**20)]
+    dictionary_dim: Annotated[int, Argument(32, "synthetic_dictionary: dimensions of each atom.", 1, 2**20)]
+    dictionary_active: Annotated[float, Argument(
+        4.0, "synthetic_dictionary: mean number of active atoms in a sample."
+    )]  # fmt: skip
+    dictionary_correlation: Annotated[float, Argument(
+        0.0, "synthetic_dictionary: correlation of which atoms are active, within groups of four."
+    )]  # fmt: skip
+    dictionary_noise: Annotated[float, Argument(
+        0.0, "synthetic_dictionary: standard deviation of the noise in each dimension."
+    )]  # fmt: skip
+    dictionary_streams: Annotated[int, Argument(
+        1, "With S above 1, samples are (S, D): the same code in S spaces, each with its own atoms.", 1, 2**10
+    )]  # fmt: skip
 
 
 def uniform(seed: int, stream: int, index: npt.NDArray[np.int64]) -> Floats:
@@ -48,6 +71,7 @@ def uniform(seed: int, stream: int, index: npt.NDArray[np.int64]) -> Floats:
     return found
 
 
+@takes(DictionaryArgs)
 class SyntheticDictionary(Source):
     """Sparse sums of atoms that are known.
 
@@ -63,7 +87,14 @@ class SyntheticDictionary(Source):
         self.seed, self.noise = options.seed, options.dictionary_noise
         self.number, self.streams = options.dictionary_atoms, options.dictionary_streams
         self.active, self.correlation = options.dictionary_active, options.dictionary_correlation
-        if not 0 < self.active <= self.number:
+        if not self.active > 0:
+            raise AezooError(f"--data.dictionary_active is {self.active!r}: give a number above 0")
+        if not 0 <= self.correlation < 1:
+            raise AezooError(f"--data.dictionary_correlation is {self.correlation!r}: give a number from 0 up to, but "
+                             "not including, 1")  # fmt: skip
+        if self.noise < 0:
+            raise AezooError(f"--data.dictionary_noise is {self.noise!r}: give a number from 0")
+        if self.active > self.number:
             raise AezooError(f"--data.dictionary_active is {self.active}: give a mean number of active atoms above 0 "
                              f"and at most --data.dictionary_atoms {self.number}")  # fmt: skip
         dim = options.dictionary_dim

@@ -2,10 +2,12 @@
 
 import torch
 
+from aezoo.data.images import ImageArgs
 from aezoo.data.memory import InMemory, Pair
-from aezoo.data.source import Options, Stage
+from aezoo.data.source import Options, Stage, takes
 
 
+@takes(ImageArgs)
 class Digits(InMemory):
     """Optical recognition of handwritten digits (Alpaydin and Kaynak 1998, UCI)."""
 

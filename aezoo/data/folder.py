@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aezoo.data.images import DEEP, GREY, Header, few, header, lost, read
+from aezoo.data.images import DEEP, GREY, Header, ImageArgs, ImageFileArgs, few, header, lost, read
 from aezoo.data.loaders import Files
 from aezoo.data.resident import allocate, fits
-from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, carve
+from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, carve, takes
 from aezoo.data.tree import scan
 from aezoo.errors import AezooError
 
@@ -165,6 +165,7 @@ class Pictures(Source):
             warnings.warn(f"{self.where}: {words}", stacklevel=2)
 
 
+@takes(ImageArgs, ImageFileArgs)
 class Folder(Pictures):
     """A folder of image files."""
 

@@ -27,12 +27,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aezoo.data.array import arrange, number_labels, sample_shape
+from aezoo.data.array import LayoutArgs, arrange, number_labels, sample_shape
 from aezoo.data.folder import Pictures
-from aezoo.data.images import Encoded, Header
-from aezoo.data.memory import InMemory, Pair, numeric
-from aezoo.data.readers import check_bytes
-from aezoo.data.source import Options, Source, Stage
+from aezoo.data.images import Encoded, Header, ImageArgs, ImageFileArgs
+from aezoo.data.memory import InMemory, MissingArgs, Pair, numeric
+from aezoo.data.readers import ColumnArgs, MemoryLimitArgs, check_bytes
+from aezoo.data.source import DEFAULT_ROOT, Options, Source, Stage, takes
 from aezoo.data.tree import SPLITS
 from aezoo.errors import AezooError
 from aezoo.security import yaml_text
@@ -58,6 +58,7 @@ class Row(NamedTuple):
         return f"{self.where}, {self.stage}, row {self.number}"
 
 
+@takes(ImageArgs, ImageFileArgs, LayoutArgs, ColumnArgs, MemoryLimitArgs, MissingArgs)
 def open_hf(options: Options) -> Source:
     """The source for the set that root names, by the kind of its column of samples."""
     sets = _by_stage(_load(options), options.root)
@@ -303,7 +304,7 @@ def _load(options: Options) -> Mapping[str, Any]:
             _check_card(path)
             with _offline():
                 found = datasets.load_dataset(str(path), trust_remote_code=False)
-        elif named and options.root != Options.root:
+        elif named and options.root != DEFAULT_ROOT:
             with contextlib.nullcontext() if options.download else _offline():
                 found = datasets.load_dataset(named["name"], named["config"], trust_remote_code=False)
         else:

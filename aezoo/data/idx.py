@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aezoo.data.images import ImageArgs
 from aezoo.data.memory import InMemory, Pair
-from aezoo.data.readers import check_bytes
-from aezoo.data.source import Options, Stage
+from aezoo.data.readers import MemoryLimitArgs, check_bytes
+from aezoo.data.source import Options, Stage, takes
 from aezoo.data.vision import download
 from aezoo.errors import AezooError
 
@@ -76,6 +77,7 @@ FAMILIES = {
 }
 
 
+@takes(ImageArgs, MemoryLimitArgs)
 class Idx(InMemory):
     """A set of the MNIST family: train and test files, val carved out of train."""
 

@@ -5,7 +5,7 @@ import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Annotated, Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from aezoo.errors import AezooError
+from aezoo.training.keyword_groups import Argument
 
 EXTENSIONS = frozenset([".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"])
 # Pillow looks at the content, not the name, and would hand a PostScript file called x.png to an interpreter
@@ -28,6 +29,28 @@ _WITH_ALPHA = {"P": "PA", "L": "LA", "RGB": "RGBA"}
 _ORIENTATION, _ROTATED = 0x0112, frozenset({5, 6, 7, 8})
 # other places than the chunk eXIf in which a PNG may store its orientation
 _NOTES = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+
+
+class ImageArgs(TypedDict, total=False):
+    """Settings of sources of images."""
+
+    size: Annotated[int | None, Argument(
+        None, "Resize the shorter side of images to this and crop the middle square.", 1, 2**14
+    )]  # fmt: skip
+    channels: Annotated[int | None, Argument(
+        None, "1 converts images to grey, 3 to colour; by default they stay as they are."
+    )]  # fmt: skip
+
+
+class ImageFileArgs(TypedDict, total=False):
+    """Settings of sources that decode image files."""
+
+    on_error: Annotated[Literal["raise", "skip"], Argument(
+        "raise", "A broken image ends the run (raise), or is skipped with a warning that counts them (skip)."
+    )]  # fmt: skip
+    max_pixels: Annotated[int, Argument(
+        89_478_485, "Refuse images with more pixels, which may be decompression bombs.", 1
+    )]  # fmt: skip
 
 
 class Header(NamedTuple):

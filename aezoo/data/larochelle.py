@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from aezoo.data.images import ImageArgs
 from aezoo.data.memory import InMemory, Pair
-from aezoo.data.readers import check_bytes
-from aezoo.data.source import Options, Stage
+from aezoo.data.readers import MemoryLimitArgs, check_bytes
+from aezoo.data.source import Options, Stage, takes
 from aezoo.errors import AezooError
 
 _FILES: dict[Stage, str] = {
@@ -21,6 +22,7 @@ _FILES: dict[Stage, str] = {
 _FROM = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist"
 
 
+@takes(ImageArgs, MemoryLimitArgs)
 class BinarizedMnist(InMemory):
     """Digits of zeros and ones without labels, in the splits of the files."""
 

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,19 @@ from aezoo.data.images import fit, fitted_shape
 from aezoo.data.readers import few, of_frame
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, carve
 from aezoo.errors import AezooError
+from aezoo.training.keyword_groups import Argument
 
 # values that are looked at together
 _PART = 2**22
+
+
+class MissingArgs(TypedDict, total=False):
+    """Setting of sources of arrays in which values may be missing."""
+
+    missing: Annotated[Literal["raise", "keep"], Argument(
+        "raise", "keep reads NaN in arrays and tables as missing values, for models of samples that may lack whole "
+        "parts, such as mvae; raise refuses it."
+    )]  # fmt: skip
 
 
 class Pair(NamedTuple):

@@ -9,13 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from aezoo.data.images import ImageArgs
 from aezoo.data.memory import InMemory, Pair
-from aezoo.data.source import Options, Stage
+from aezoo.data.source import Options, Stage, takes
 
 FILE = Path(__file__).with_name("files") / "mnist5k.npz"
 SPLITS: dict[Stage, slice] = {"train": slice(0, 4000), "val": slice(4000, 4500), "test": slice(4500, 5000)}
 
 
+@takes(ImageArgs)
 class Mnist5k(InMemory):
     """The default data set: needs no network and no download."""
 

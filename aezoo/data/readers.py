@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,38 @@ from torch import Tensor
 
 from aezoo.errors import AezooError
 from aezoo.security.archives import unpacked_size
+from aezoo.training.keyword_groups import Argument
 
 # a cell and its comma, at least two bytes, become a double and a float, beside the whole text and its lines
 _CSV_GROWTH = 8
 _EXACT = 2**53
 Arrays = Mapping[str, Any]
+
+
+class MemoryLimitArgs(TypedDict, total=False):
+    """Setting of sources that read whole files into memory."""
+
+    max_bytes: Annotated[int, Argument(
+        2**33, "Refuse files that need more bytes of memory once they are read (8 GiB).", 1
+    )]  # fmt: skip
+
+
+class LabelColumnArgs(TypedDict, total=False):
+    """Setting of sources whose labels are a column of a table."""
+
+    label_column: Annotated[str, Argument(
+        "auto", "The column that holds the labels of hf, stream or a table (.csv, .parquet), by name; none leaves "
+        "labels out; auto takes the one of classes, or else the one called label."
+    )]  # fmt: skip
+
+
+class ColumnArgs(LabelColumnArgs, total=False):
+    """Settings of sources whose samples are a column of a table, too."""
+
+    column: Annotated[str, Argument(
+        "auto", "The column that holds the samples of hf or stream, by name, or by number in a tuple; auto takes the "
+        "one of images, or else the one of arrays."
+    )]  # fmt: skip
 
 
 class Table(dict[str, Any]):

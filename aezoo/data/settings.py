@@ -1,52 +1,59 @@
-"""The values that the DataModule's arguments take."""
+"""The settings of the DataModule: those of all sources, and checks of their values."""
 
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from aezoo.data.activations import ActivationsArgs
+from aezoo.data.array import LayoutArgs
+from aezoo.data.dictionary import DictionaryArgs
+from aezoo.data.images import ImageArgs, ImageFileArgs
+from aezoo.data.memory import MissingArgs
+from aezoo.data.readers import ColumnArgs, MemoryLimitArgs
+from aezoo.data.source import Options
+from aezoo.data.sources import settings_of, sources_with
 from aezoo.errors import AezooError
+from aezoo.training.keyword_groups import arguments_of
 
 Scaling = Literal["auto", "none", "unit", "standard"]
 Binarising = Literal["none", "threshold", "static", "dynamic"]
-Layout = Literal["auto", "vector", "sequence", "image", "image_last", "volume", "volume_last"]
 Labels = Literal["auto", "required", "ignore"]
-OnError = Literal["raise", "skip"]
 Memory = Literal["auto", "on", "off"]
-Weights = Literal["stored", "random"]
-Positions = Literal["each", "mean", "max"]
-FeatureAxis = Literal["auto", "first", "last"]
-Missing = Literal["raise", "keep"]
 
-_CHOICES = {
-    "scale": Scaling,
-    "binarise": Binarising,
-    "layout": Layout,
-    "labels": Labels,
-    "on_error": OnError,
-    "memory": Memory,
-    "weights": Weights,
-    "positions": Positions,
-    "feature_axis": FeatureAxis,
-    "missing": Missing,
-}
+
+class SourceArgs(
+    ImageArgs,
+    ImageFileArgs,
+    LayoutArgs,
+    MemoryLimitArgs,
+    DictionaryArgs,
+    ActivationsArgs,
+    ColumnArgs,
+    MissingArgs,
+    total=False,
+):
+    """Settings that only some sources take; those name them by `takes`."""
+
+
+_ARGUMENTS = arguments_of(SourceArgs)
+_CHOICES: dict[str, Any] = {"scale": Scaling, "binarise": Binarising, "labels": Labels, "memory": Memory}
+_CHOICES |= {name: hint for name, hint in get_type_hints(SourceArgs).items() if get_origin(hint) is Literal}
 # the least and the most of whole numbers
-_WHOLE = {
+_WHOLE: dict[str, tuple[float, float]] = {
     "batch_size": (1, math.inf),
     "seed": (0, math.inf),
     "num_workers": (0, 2**10),
-    "max_pixels": (1, math.inf),
-    "max_bytes": (1, math.inf),
-    "size": (1, 2**14),
     "num_labels": (0, 10**9),
-    "dictionary_samples": (1, 10**9),
-    "dictionary_atoms": (1, 2**20),
-    "dictionary_dim": (1, 2**20),
-    "dictionary_streams": (1, 2**10),
+    **{
+        name: (argument.least, math.inf if argument.most is None else argument.most)
+        for name, argument in _ARGUMENTS.items()
+        if argument.least is not None
+    },
 }
 
 
-def check(given: Mapping[str, Any]) -> None:
+def check_settings(given: Mapping[str, Any]) -> None:
     """Refuse arguments of the DataModule that cannot work, by name and value.
 
     Raises:
@@ -67,13 +74,6 @@ def check(given: Mapping[str, Any]) -> None:
     if val_fraction + test_fraction >= 1:
         raise AezooError(f"--data.val_fraction {val_fraction} and --data.test_fraction {test_fraction} leave "
                          "nothing to train on: their sum must stay below 1")  # fmt: skip
-    if not given["dictionary_active"] > 0:
-        raise AezooError(f"--data.dictionary_active is {given['dictionary_active']!r}: give a number above 0")
-    if not 0 <= given["dictionary_correlation"] < 1:
-        raise AezooError(f"--data.dictionary_correlation is {given['dictionary_correlation']!r}: give a number from 0 "
-                         "up to, but not including, 1")  # fmt: skip
-    if given["dictionary_noise"] < 0:
-        raise AezooError(f"--data.dictionary_noise is {given['dictionary_noise']!r}: give a number from 0")
     for key, choices in _CHOICES.items():
         _one_of(key, given[key], get_args(choices))
     if given["missing"] == "keep" and given["binarise"] != "none":
@@ -86,6 +86,29 @@ def check(given: Mapping[str, Any]) -> None:
         raise AezooError("--data.train_classes is empty: give classes by name or number, such as [0, 1]")
     if given["channels"] not in (None, 1, 3):
         raise AezooError(f"--data.channels is {given['channels']!r}: give 1 (grey) or 3 (coloured)")
+
+
+def refuse_foreign(options: Options) -> None:
+    """Refuse a setting that the source does not take, unless it has its default.
+
+    Raises:
+        AezooError: names the setting, the sources that take it, and the nearest setting of this source.
+    """
+    taken = settings_of(options.name, options.settings)
+    for key, value in options.settings.items():
+        if taken is not None and key not in taken and value != _ARGUMENTS[key].default:
+            near = difflib.get_close_matches(key, taken, n=1)
+            cure = f"use --data.{near[0]}" if near else "drop it"
+            raise AezooError(f"--data.{key} {value} is not for {options.name}, but for {sources_with(key)}: {cure}")
+
+
+def own_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the DataModule without those that only other sources take than the one that they name."""
+    try:
+        taken = settings_of(str(settings["name"]), settings)
+    except (KeyError, AezooError):  # the DataModule says what is wrong with the name
+        return dict(settings)
+    return {key: value for key, value in settings.items() if taken is None or key in taken or key not in _ARGUMENTS}
 
 
 def _one_of(key: str, value: object, choices: tuple[str, ...]) -> None:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aezoo.data.source import STAGES, Options, Source, Stage, split_rows
+from aezoo.data.images import ImageArgs
+from aezoo.data.source import STAGES, Options, Source, Stage, split_rows, takes
 from aezoo.errors import AezooError
 
 NAMES, SIZES = ("shape", "scale", "orientation", "x", "y"), (3, 6, 40, 32, 32)
@@ -68,6 +69,7 @@ def _heart(u: Tensor, v: Tensor, r: Tensor) -> Tensor:
     return covered.clamp(0, 1)
 
 
+@takes(ImageArgs)
 class Shapes(Source):
     """Sprites with known factors, at any size.
 

@@ -1,60 +1,85 @@
 """What a data source is, and how a set without splits of its own is split.
 
 A factory takes `Options` and returns a `Source`, whose constructor is cheap and needs no network; `split` reads the
-data. A plug-in registers its factory as an entry point of the group `aezoo.data`.
+data. It names its own settings by `takes`. A plug-in registers its factory as an entry point of the group `aezoo.data`;
+without `takes` it takes all settings of the built-in sources.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from aezoo.errors import AezooError
+from aezoo.training.keyword_groups import arguments_of
 
 Stage = Literal["train", "val", "test"]
 Batch = tuple[Tensor] | tuple[Tensor, Tensor]
 STAGES: tuple[Stage, ...] = ("train", "val", "test")
+DEFAULT_ROOT = "data"
 
 
-@dataclass(frozen=True)
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+# of every setting that `takes` has named
+DEFAULTS: dict[str, Any] = {}
+
+
+def takes(*groups: type, inner: str = "") -> Callable[[Factory], Factory]:
+    """Name the settings of a source: `@takes(ImageArgs)` above its class or factory.
+
+    Args:
+        *groups: TypedDicts, see `aezoo.training.keyword_groups`.
+        inner: the setting that names another source, whose settings this one takes as well.
+    """
+    defaults = {name: argument.default for group in groups for name, argument in arguments_of(group).items()}
+    DEFAULTS.update(defaults)
+
+    def mark(factory: Factory) -> Factory:
+        factory.settings, factory.inner = frozenset(defaults), inner  # type: ignore[attr-defined]
+        return factory
+
+    return mark
+
+
 class Options:
-    """The DataModule's arguments that a source may use; see `DataModule` for their meaning."""
+    """The DataModule's settings as a source gets them.
 
-    name: str
-    root: str = "data"
-    val_fraction: float = 0.1
-    test_fraction: float = 0.1
-    seed: int = 0
-    size: int | None = None
-    channels: int | None = None
-    scale: str = "auto"
-    layout: str = "auto"
-    download: bool = True
-    on_error: str = "raise"
-    max_pixels: int = 89_478_485
-    max_bytes: int = 2**33
-    memory: str = "auto"
-    dictionary_samples: int = 100_000
-    dictionary_atoms: int = 64
-    dictionary_dim: int = 32
-    dictionary_active: float = 4.0
-    dictionary_correlation: float = 0.0
-    dictionary_noise: float = 0.0
-    dictionary_streams: int = 1
-    network: str = "classifier"
-    layer: str = "features"
-    of: str = "mnist5k"
-    weights: str = "stored"
-    positions: str = "each"
-    feature_axis: str = "auto"
-    normalise: bool = True
-    column: str = "auto"
-    label_column: str = "auto"
-    missing: str = "raise"
+    Attributes:
+        name: name of the source.
+        settings: the source's own; each is also an attribute, which has its default if it is not given.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str = DEFAULT_ROOT,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        seed: int = 0,
+        scale: str = "auto",
+        memory: str = "auto",
+        download: bool = True,
+        **settings: Any,
+    ) -> None:
+        self.name, self.root, self.seed, self.download = name, root, seed, download
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.scale, self.memory = scale, memory
+        self.settings = settings
+
+    def __getattr__(self, name: str) -> Any:
+        # __dict__, since a copy is made without its attributes
+        own = self.__dict__.get("settings", {})
+        if name in own or name in DEFAULTS:
+            return own.get(name, DEFAULTS.get(name))
+        raise AttributeError(f"data sources have no setting {name!r}")
+
+    def for_source(self, name: str, root: str) -> "Options":
+        """The same settings for another source."""
+        shared = {key: value for key, value in vars(self).items() if key not in ("name", "root", "settings")}
+        return Options(name, root, **shared, **self.settings)
 
 
 class Source(ABC):

@@ -1,14 +1,15 @@
 """Names of data sources: built-in ones and plug-ins (entry-point group `aezoo.data`)."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatch
 from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 from aezoo.data.idx import FAMILIES
-from aezoo.data.source import Options, Source
+from aezoo.data.source import DEFAULTS, Options, Source
 from aezoo.data.tree import SPLITS
 from aezoo.data.vision import ROWS
 from aezoo.errors import AezooError
@@ -32,6 +33,8 @@ _BUILT_IN = {
     **dict.fromkeys(ROWS, "vision:open_vision"),
 }
 GROUP = "aezoo.data"
+# in a message
+_MOST_NAMES = 8
 
 
 def list_data(pattern: str = "*") -> list[str]:
@@ -40,17 +43,45 @@ def list_data(pattern: str = "*") -> list[str]:
 
 
 def open_source(options: Options) -> Source:
-    """The source of a name, or of the path of a folder or file given as the name."""
+    """The source that `options.name` names."""
+    return _factory(options.name)(options)
+
+
+def settings_of(name: str, settings: Mapping[str, Any]) -> Collection[str] | None:
+    """The settings that a source takes beside those of all sources; None for a plug-in that does not say.
+
+    Args:
+        name: the source.
+        settings: one may name another source, whose settings this one takes as well.
+    """
+    factory = _factory(from_path(name) or name)
+    own: Collection[str] | None = getattr(factory, "settings", None)
+    inner = getattr(factory, "inner", "")
+    other = str(settings.get(inner, DEFAULTS[inner])) if inner else name
+    if own is None or other == name:
+        return own
+    others = settings_of(other, settings)
+    return None if others is None else {*own, *others}
+
+
+def sources_with(key: str) -> str:
+    """The sources that take a setting, one of each kind, for a message."""
+    kinds = {target: name for name, target in reversed(_BUILT_IN.items())}
+    names = [name for name in reversed(kinds.values()) if key in getattr(_factory(name), "settings", ())]
+    return ", ".join([*names[:_MOST_NAMES], *["..."] * (len(names) > _MOST_NAMES)])
+
+
+def _factory(name: str) -> Factory:
     plugins = _plugins()
-    if options.name in _BUILT_IN:
-        module, attribute = _BUILT_IN[options.name].split(":")
+    if name in _BUILT_IN:
+        module, attribute = _BUILT_IN[name].split(":")
         factory: Factory = getattr(import_module(f"aezoo.data.{module}"), attribute)
-        return factory(options)
-    if options.name in plugins:
-        return _load(plugins[options.name])(options)
-    close = difflib.get_close_matches(options.name.lower().replace("-", "_"), [*_BUILT_IN, *plugins], n=1)
+        return factory
+    if name in plugins:
+        return _load(plugins[name])
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), [*_BUILT_IN, *plugins], n=1)
     hint = f", did you mean {close[0]!r}?" if close else "."
-    raise AezooError(f"unknown data {options.name!r}{hint} Known: {', '.join(list_data())}; or the path of your own")
+    raise AezooError(f"unknown data {name!r}{hint} Known: {', '.join(list_data())}; or the path of your own")
 
 
 def from_path(name: str) -> str | None:

@@ -34,11 +34,25 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aezoo.data.array import arrange, sample_shape
-from aezoo.data.images import DEEP, GREY, Encoded, Header, check_pixels, fit, fitted_shape, header, read, to_tensor
+from aezoo.data.array import LayoutArgs, arrange, sample_shape
+from aezoo.data.images import (
+    DEEP,
+    GREY,
+    Encoded,
+    Header,
+    ImageArgs,
+    ImageFileArgs,
+    check_pixels,
+    fit,
+    fitted_shape,
+    header,
+    read,
+    to_tensor,
+)
 from aezoo.data.loaders import GROUP, collate
 from aezoo.data.memory import numeric
-from aezoo.data.source import Batch, Options, Source, Stage, carve
+from aezoo.data.readers import ColumnArgs
+from aezoo.data.source import Batch, Options, Source, Stage, carve, takes
 from aezoo.data.tree import SPLITS
 from aezoo.errors import AezooError
 
@@ -191,6 +205,7 @@ def _containers(spec: Any) -> Iterator[str]:
         yield from _containers(part)
 
 
+@takes(ImageArgs, ImageFileArgs, LayoutArgs, ColumnArgs)
 class Stream(Source):
     """Chunks of litdata.
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aezoo.data.images import fitted_shape, to_tensor
+from aezoo.data.images import ImageArgs, fitted_shape, to_tensor
 from aezoo.data.loaders import Files
 from aezoo.data.memory import InMemory, Pair
-from aezoo.data.source import STAGES, Options, Source, Stage, carve
+from aezoo.data.source import STAGES, Options, Source, Stage, carve, takes
 from aezoo.errors import AezooError
 from aezoo.security.archives import inside_their_folder
 
@@ -99,6 +99,7 @@ _ARCHIVES = (tarfile.TarError, zipfile.BadZipFile, zlib.error)
 _BY_HAND = frozenset({"fer2013", "imagenet", "lfw_people", "stanford_cars"})
 
 
+@takes(ImageArgs)
 def open_vision(options: Options) -> Source:
     """The source for a name of the table."""
     return (VisionArray if ROWS[options.name].array else VisionFiles)(options)

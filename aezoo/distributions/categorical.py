@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def gumbel(like: Tensor) -> Tensor:
+def sample_gumbel(like: Tensor) -> Tensor:
     """Standard Gumbel noise, -log of an exponential variable, in the shape of `like`."""
     noise = torch.empty_like(like, memory_format=torch.contiguous_format).exponential_()
     return -noise.clamp(min=torch.finfo(like.dtype).tiny).log()
@@ -28,13 +28,13 @@ def one_hot(values: Tensor) -> Tensor:
     return F.one_hot(values.argmax(-1), values.shape[-1]).to(values.dtype)
 
 
-def draw(log_p: Tensor) -> tuple[Tensor, Tensor]:
+def sample_categorical(log_p: Tensor) -> tuple[Tensor, Tensor]:
     """One-hot draws of N variables, and their log-probability in nats: (..., N, K) -> (..., N, K), (...)."""
-    c = one_hot(log_p + gumbel(log_p))
+    c = one_hot(log_p + sample_gumbel(log_p))
     return c, (c * log_p).sum((-2, -1))
 
 
-def relaxed(log_p: Tensor, tau: Tensor | float, straight_through: bool = False) -> Tensor:
+def gumbel_softmax(log_p: Tensor, tau: Tensor | float, straight_through: bool = False) -> Tensor:
     """Draws from the relaxed distribution, (..., K) -> (..., K).
 
     Args:
@@ -42,7 +42,7 @@ def relaxed(log_p: Tensor, tau: Tensor | float, straight_through: bool = False) 
         tau: the temperature, above 0.
         straight_through: return one-hot codes instead, with the gradient of the relaxed ones.
     """
-    z = ((log_p + gumbel(log_p)) / tau).softmax(-1)
+    z = ((log_p + sample_gumbel(log_p)) / tau).softmax(-1)
     return one_hot(z) + (z - z.detach()) if straight_through else z
 
 
@@ -53,6 +53,6 @@ def kl_from_uniform(p_BD: Tensor, log_p_BD: Tensor, k: int) -> Tensor:
     return (p_BD * r_BD - r_BD.expm1() / k).sum(1)
 
 
-def every_code(n: int, k: int, device: torch.device) -> Tensor:
+def all_codes(n: int, k: int, device: torch.device) -> Tensor:
     """All one-hot codes of n variables with k classes: (k^n, n, k)."""
     return F.one_hot(torch.cartesian_prod(*[torch.arange(k, device=device)] * n).view(-1, n), k)

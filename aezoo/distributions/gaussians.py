@@ -11,12 +11,12 @@ from torch import Tensor
 LOG_2PI = math.log(2 * math.pi)
 
 
-def noise_like(mu: Tensor) -> Tensor:
+def standard_normal_like(mu: Tensor) -> Tensor:
     """Draw from N(0, I), (B, ...) -> (B, ...). A seed gives the same noise for every memory layout."""
     return torch.randn_like(mu, memory_format=torch.contiguous_format)
 
 
-def draw(mu: Tensor, log_var: Tensor, *n: int) -> tuple[Tensor, Tensor]:
+def rsample(mu: Tensor, log_var: Tensor, *n: int) -> tuple[Tensor, Tensor]:
     """Draw reparameterised samples z ~ N(mu, diag exp(log_var)), and return their log-density in nats.
 
     Args:
@@ -28,15 +28,15 @@ def draw(mu: Tensor, log_var: Tensor, *n: int) -> tuple[Tensor, Tensor]:
     return mu + torch.exp(0.5 * log_var) * eps, -0.5 * (eps**2 + log_var + LOG_2PI).sum(-1)
 
 
-def product(mu: Tensor, log_var: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def product(mu: Tensor, log_var: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of the normalised product of Gaussians; the means are weighted by the precisions.
 
     Args:
         mu: means, (..., M, D).
         log_var: logarithms of the variances, (..., M, D).
-        member: which of the M Gaussians take part, at least one, (..., M) bool; all by default. Results are (..., D).
+        mask: which of the M Gaussians take part, at least one, (..., M) bool; all by default. Results are (..., D).
     """
-    log_precision = -log_var if member is None else torch.where(member[..., None], -log_var, -torch.inf)
+    log_precision = -log_var if mask is None else torch.where(mask[..., None], -log_var, -torch.inf)
     return (log_precision.softmax(-2) * mu).sum(-2), -log_precision.logsumexp(-2)
 
 
@@ -95,8 +95,8 @@ def mixture_log_density(z_BD: Tensor, phi_K: Tensor, mu_KD: Tensor, sigma_KDD: T
     exact = torch.float32 if z_BD.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     with torch.autocast(z_BD.device.type, enabled=False):
         z, phi, mu, sigma = (values.to(exact) for values in (z_BD, phi_K, mu_KD, sigma_KDD))
-        raised = sigma + torch.diag_embed((jitter + rounding_K1).to(exact).expand_as(mu))
-        L_KDD, failed_K = torch.linalg.cholesky_ex(raised)
+        regularised = sigma + torch.diag_embed((jitter + rounding_K1).to(exact).expand_as(mu))
+        L_KDD, failed_K = torch.linalg.cholesky_ex(regularised)
         # this fails only if codes are NaN; the density is then NaN, too, and the fault guard detects it
         L_KDD = L_KDD.masked_fill((failed_K > 0)[:, None, None], torch.nan)
         off_KDB = (z[:, None] - mu).permute(1, 2, 0)
@@ -106,7 +106,7 @@ def mixture_log_density(z_BD: Tensor, phi_K: Tensor, mu_KD: Tensor, sigma_KDD: T
 
 
 @torch.no_grad()
-def pool_(mixture: tuple[Tensor, ...], batch: tuple[Tensor, ...], weight: float) -> None:
+def update_mixture_(mixture: tuple[Tensor, ...], batch: tuple[Tensor, ...], weight: float) -> None:
     """Update the moments of a mixture in place to those of its union with a batch.
 
     Args:

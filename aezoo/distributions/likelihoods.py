@@ -43,9 +43,9 @@ _EXPONENTIAL = [
 # polynomial for log(1 + e) / e on [0, 1], highest power first, accurate to 6e-9
 _LOG1P = Chebyshev.interpolate(lambda e: np.log1p(e) / e, 9, domain=[0, 1]).convert(kind=Polynomial).coef[::-1].tolist()
 # number of factors in one product, whose logarithm is the sum of their logarithms: float32 can represent 2^120
-_MOST_FACTORS, _FEW_FACTORS = 120, 8
+_MAX_FACTORS, _MIN_FACTORS = 120, 8
 # from this number of values on, saving several operations outweighs a step of autograd in Python
-_MANY = 2**15
+_MIN_VALUES = 2**15
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -64,33 +64,39 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (t, x), (of_t, of_x, _) = ctx.saved_tensors, ctx.needs_input_grad
+        (t, x), (needs_t, needs_x, _) = ctx.saved_tensors, ctx.needs_input_grad
         g = gradients[0].reshape(-1, *[1] * (t.dim() - 1))
-        by_x = -t * g if of_x else None
+        grad_x = -t * g if needs_x else None
         # batched gradients stand for many, which cannot be written in place into a single tensor
         if torch.is_grad_enabled() or needs_torch(g):
-            return (t.sigmoid() - x) * g if of_t else None, by_x, None
-        return t.sigmoid().sub_(x).mul_(g) if of_t else None, by_x, None
+            return (t.sigmoid() - x) * g if needs_t else None, grad_x, None
+        return t.sigmoid().sub_(x).mul_(g) if needs_t else None, grad_x, None
 
 
 @functools.cache
 def _factors(values: int) -> int:
-    return max(n for n in range(1, _MOST_FACTORS + 1) if values % n == 0)
+    return max(n for n in range(1, _MAX_FACTORS + 1) if values % n == 0)
 
 
-def _cross_entropies(params: Tensor, x: Tensor) -> Tensor:
+def _sum_cross_entropy(params: Tensor, x: Tensor) -> Tensor:
     """`_cross_entropy` of each sample: (B, *shape), (B, *shape) -> (B,)."""
     if params.stride() == x.stride():
-        params, x = _in_order(params), _in_order(x)
+        params, x = _channels_last_view(params), _channels_last_view(x)
     values = params.numel()
     # a symbolic size is not an int
-    ours = isinstance(values, int) and params.is_cpu and params.dtype == x.dtype == torch.float32
-    if ours and params.shape == x.shape and values >= _MANY and not in_graph() and not needs_torch(params, x):
+    is_supported = isinstance(values, int) and params.is_cpu and params.dtype == x.dtype == torch.float32
+    if (
+        is_supported
+        and params.shape == x.shape
+        and values >= _MIN_VALUES
+        and not in_graph()
+        and not needs_torch(params, x)
+    ):
         factors = _factors(params[0].numel())
-        if factors >= _FEW_FACTORS:
+        if factors >= _MIN_FACTORS:
             found: Tensor = _CrossEntropy.apply(params, x, factors)
             return found
-    return _sum(_cross_entropy(params, x))
+    return _sum_per_sample(_cross_entropy(params, x))
 
 
 def _cross_entropy(params: Tensor, x: Tensor) -> Tensor:
@@ -113,13 +119,13 @@ def _logit(mean: Tensor) -> Tensor:
     return mean.clamp(0.01, 0.99).logit()
 
 
-def _in_order(images: Tensor) -> Tensor:
+def _channels_last_view(images: Tensor) -> Tensor:
     """Images in memory order, for operations that copy otherwise: (B, H, W, C) if channels are last, else as is."""
     return images.permute(0, 2, 3, 1) if is_last(images) else images
 
 
-def _sum(values: Tensor) -> Tensor:
-    return _in_order(values).flatten(1).sum(1)
+def _sum_per_sample(values: Tensor) -> Tensor:
+    return _channels_last_view(values).flatten(1).sum(1)
 
 
 class Likelihood(nn.Module):
@@ -145,7 +151,7 @@ class Likelihood(nn.Module):
         """E[x | params], the reconstruction in data space: (B, *shape) -> (B, *shape)."""
         raise NotImplementedError
 
-    def params_of(self, mean: Tensor) -> Tensor:
+    def params_from_mean(self, mean: Tensor) -> Tensor:
         """Initial parameters for data with this mean: (*shape) -> (*shape).
 
         Their own mean is near it. For a density on an interval, or a clipped density, it lies further inside.
@@ -164,12 +170,12 @@ class Bernoulli(Likelihood):
     discrete = True
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        return -_cross_entropies(params, x)
+        return -_sum_cross_entropy(params, x)
 
     def mean(self, params: Tensor) -> Tensor:
         return params.sigmoid()
 
-    def params_of(self, mean: Tensor) -> Tensor:
+    def params_from_mean(self, mean: Tensor) -> Tensor:
         return _logit(mean)
 
     def sample(self, params: Tensor) -> Tensor:
@@ -185,43 +191,43 @@ class ContinuousBernoulli(Likelihood):
     """
 
     unit_interval = True
-    _NEAR = 0.05
+    _TAYLOR_BELOW = 0.05
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        return _sum(self._log_normaliser(params) - _cross_entropy(params, x))
+        return _sum_per_sample(self._log_normaliser(params) - _cross_entropy(params, x))
 
     def _log_normaliser(self, t: Tensor) -> Tensor:
-        near = t.abs() < self._NEAR
-        u = torch.where(near, 1.0, t.abs())
+        use_taylor = t.abs() < self._TAYLOR_BELOW
+        u = torch.where(use_taylor, 1.0, t.abs())
         # log(t / tanh(t/2)), with tanh(u/2) = (1 - exp(-u)) / (1 + exp(-u)) kept exact for large u
-        far = torch.log(u) + torch.log1p(torch.exp(-u)) - torch.log(-torch.expm1(-u))
-        s = torch.where(near, t, 0.0) ** 2
-        return torch.where(near, math.log(2.0) + s / 12 - 7 * s**2 / 1440, far)
+        exact = torch.log(u) + torch.log1p(torch.exp(-u)) - torch.log(-torch.expm1(-u))
+        s = torch.where(use_taylor, t, 0.0) ** 2
+        return torch.where(use_taylor, math.log(2.0) + s / 12 - 7 * s**2 / 1440, exact)
 
     def mean(self, params: Tensor) -> Tensor:
         # the two terms nearly cancel, which half precision cannot resolve
-        wide = at_least_float32(params)
-        near = wide.abs() < self._NEAR
+        t = at_least_float32(params)
+        use_taylor = t.abs() < self._TAYLOR_BELOW
         # use the symmetry for t < 0, where exp(-t) overflows and makes the gradient NaN
-        a = torch.where(near, 1.0, wide.abs())
+        a = torch.where(use_taylor, 1.0, t.abs())
         above = -1 / torch.expm1(-a) - 1 / a
-        s = torch.where(near, wide, 0.0)
-        far = torch.where(wide > 0, above, 1 - above)
-        return torch.where(near, 0.5 + s / 12 - s**3 / 720, far).to(params.dtype)
+        s = torch.where(use_taylor, t, 0.0)
+        exact = torch.where(t > 0, above, 1 - above)
+        return torch.where(use_taylor, 0.5 + s / 12 - s**3 / 720, exact).to(params.dtype)
 
-    def params_of(self, mean: Tensor) -> Tensor:
+    def params_from_mean(self, mean: Tensor) -> Tensor:
         return _logit(mean)
 
     def sample(self, params: Tensor) -> Tensor:
         u = torch.rand_like(params)
-        near = params.abs() < self._NEAR
-        t = torch.where(near, 1.0, params)
+        use_taylor = params.abs() < self._TAYLOR_BELOW
+        t = torch.where(use_taylor, 1.0, params)
         # inverse of the distribution function F(x) = (exp(t x) - 1) / (exp(t) - 1), by symmetry for t > 0
         a = -t.abs()
         x = torch.log1p(u * torch.expm1(a)) / a
         x = torch.where(t > 0, 1 - x, x)
-        s = torch.where(near, params, 0.0)
-        return torch.where(near, u + s * u * (u - 1) / -2, x).clamp(0, 1)
+        s = torch.where(use_taylor, params, 0.0)
+        return torch.where(use_taylor, u + s * u * (u - 1) / -2, x).clamp(0, 1)
 
 
 class _Scaled(Likelihood):
@@ -243,7 +249,7 @@ class _Scaled(Likelihood):
             self.register_buffer("log_scale", log_scale, persistent=False)
 
     @property
-    def bounded(self) -> Tensor:
+    def bounded_scale(self) -> Tensor:
         """Log scale, clamped to [-15, 10]: exp(-2 log scale) overflows float32 from -44 downwards.
 
         The log-variance is then in [-30, 20], the same interval as in diffusers
@@ -262,12 +268,12 @@ class Gaussian(_Scaled):
         super().__init__(scale, learned)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        sse = _sum((x - params) ** 2)
+        sse = _sum_per_sample((x - params) ** 2)
         d = x[0].numel()
-        return -0.5 * sse * torch.exp(-2 * self.bounded) - d * (self.bounded + 0.5 * math.log(2 * math.pi))
+        return -0.5 * sse * torch.exp(-2 * self.bounded_scale) - d * (self.bounded_scale + 0.5 * math.log(2 * math.pi))
 
     def sample(self, params: Tensor) -> Tensor:
-        return params + torch.exp(self.bounded) * torch.randn_like(params)
+        return params + torch.exp(self.bounded_scale) * torch.randn_like(params)
 
 
 def _laplace_noise(like: Tensor) -> Tensor:
@@ -284,11 +290,13 @@ class Laplace(_Scaled):
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         d = x[0].numel()
-        return -_sum((x - params).abs()) * torch.exp(-self.bounded) - d * (self.bounded + math.log(2.0))
+        return -_sum_per_sample((x - params).abs()) * torch.exp(-self.bounded_scale) - d * (
+            self.bounded_scale + math.log(2.0)
+        )
 
     def sample(self, params: Tensor) -> Tensor:
         noise = _laplace_noise(params)
-        return params + torch.exp(self.bounded) * noise
+        return params + torch.exp(self.bounded_scale) * noise
 
 
 class LogCosh(_Scaled):
@@ -302,13 +310,13 @@ class LogCosh(_Scaled):
         super().__init__(scale, learned)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        u = (x - params) * torch.exp(-self.bounded)
+        u = (x - params) * torch.exp(-self.bounded_scale)
         log_cosh = u + F.softplus(-2 * u) - math.log(2.0)  # cosh itself overflows
-        return -_sum(log_cosh) - x[0].numel() * (self.bounded + math.log(math.pi))
+        return -_sum_per_sample(log_cosh) - x[0].numel() * (self.bounded_scale + math.log(math.pi))
 
     def sample(self, params: Tensor) -> Tensor:
         u = torch.rand_like(params).clamp(1e-6, 1 - 1e-6)
-        return params + torch.exp(self.bounded) * torch.log(torch.tan(math.pi / 2 * u))
+        return params + torch.exp(self.bounded_scale) * torch.log(torch.tan(math.pi / 2 * u))
 
 
 class DiscretisedLogistic(_Scaled):
@@ -324,7 +332,7 @@ class DiscretisedLogistic(_Scaled):
         super().__init__(scale, learned)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        inverse = torch.exp(-self.bounded)
+        inverse = torch.exp(-self.bounded_scale)
         upper = (x + 0.5 / 255 - params) * inverse
         lower = (x - 0.5 / 255 - params) * inverse
         # log(sigmoid(u) - sigmoid(l)) = log(1 - exp(l - u)) - softplus(-u) - softplus(l): exact far in the tails,
@@ -333,16 +341,16 @@ class DiscretisedLogistic(_Scaled):
         log_p = torch.where(
             x < 0.5 / 255, F.logsigmoid(upper), torch.where(x > 254.5 / 255, -F.softplus(lower), inside)
         )
-        return _sum(log_p)
+        return _sum_per_sample(log_p)
 
     def mean(self, params: Tensor) -> Tensor:
         # E[clip(X, 0, 1)] = integral of P(X > t) over [0, 1]; rounding to levels moves it by less than half a level
-        scale = torch.exp(self.bounded)
+        scale = torch.exp(self.bounded_scale)
         return scale * (F.softplus(params / scale) - F.softplus((params - 1) / scale))
 
     def sample(self, params: Tensor) -> Tensor:
         u = torch.rand_like(params).clamp(1e-6, 1 - 1e-6)
-        x = params + torch.exp(self.bounded) * torch.logit(u)
+        x = params + torch.exp(self.bounded_scale) * torch.logit(u)
         return (x.clamp(0, 1) * 255).round() / 255
 
 
@@ -361,25 +369,25 @@ class BetaBinomial(_Scaled):
         super().__init__(scale, learned)
 
     @property
-    def bounded(self) -> Tensor:
+    def bounded_scale(self) -> Tensor:
         """Log c, clamped to [-7, 7]: outside, differences of log-gamma lose their precision in float32."""
         return self.log_scale.clamp(-7, 7)
 
     def shapes(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """Parameters c m and c (1 - m) of the beta distribution; neither underflows to 0, the pole of log-gamma."""
-        c, t = torch.exp(self.bounded), params.clamp(-50, 50)
+        c, t = torch.exp(self.bounded_scale), params.clamp(-50, 50)
         return c * t.sigmoid(), c * (-t).sigmoid()
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         a, b = self.shapes(params)
         k, n = 255 * x, torch.tensor(255.0, device=x.device, dtype=x.dtype)
         log_choose = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-        return _sum(log_choose + _log_beta(k + a, n - k + b) - _log_beta(a, b))
+        return _sum_per_sample(log_choose + _log_beta(k + a, n - k + b) - _log_beta(a, b))
 
     def mean(self, params: Tensor) -> Tensor:
         return params.sigmoid()
 
-    def params_of(self, mean: Tensor) -> Tensor:
+    def params_from_mean(self, mean: Tensor) -> Tensor:
         return _logit(mean)
 
     def sample(self, params: Tensor) -> Tensor:
@@ -395,20 +403,20 @@ class LogitLaplace(_Scaled):
     """
 
     unit_interval = True
-    _EDGE = 0.1
+    _MARGIN = 0.1
 
     def __init__(self, scale: float = 1.0, learned: bool = True) -> None:
         super().__init__(scale, learned)
 
     def split(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """Location and log b of each value: (B, *shape) -> two tensors that broadcast with (B, *shape)."""
-        return params, self.bounded
+        return params, self.bounded_scale
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         mu, log_b = self.split(params)
-        y = ((1 - 2 * self._EDGE) * x + self._EDGE).clamp(1e-6, 1 - 1e-6)
+        y = ((1 - 2 * self._MARGIN) * x + self._MARGIN).clamp(1e-6, 1 - 1e-6)
         log_p = -(y.logit() - mu).abs() * torch.exp(-log_b) - log_b - math.log(2.0) - torch.log(y * (1 - y))
-        return _sum(log_p + math.log(1 - 2 * self._EDGE))
+        return _sum_per_sample(log_p + math.log(1 - 2 * self._MARGIN))
 
     def mean(self, params: Tensor) -> Tensor:
         mu, log_b = self.split(at_least_float32(params))
@@ -417,8 +425,8 @@ class LogitLaplace(_Scaled):
             y = y + weight / 2 * ((mu + b * t).sigmoid() + (mu - b * t).sigmoid())
         return self._to_data(y).to(params.dtype)
 
-    def params_of(self, mean: Tensor) -> Tensor:
-        return ((1 - 2 * self._EDGE) * mean + self._EDGE).logit()
+    def params_from_mean(self, mean: Tensor) -> Tensor:
+        return ((1 - 2 * self._MARGIN) * mean + self._MARGIN).logit()
 
     def sample(self, params: Tensor) -> Tensor:
         mu, log_b = self.split(params)
@@ -426,7 +434,7 @@ class LogitLaplace(_Scaled):
         return self._to_data((mu + torch.exp(log_b) * noise).sigmoid())
 
     def _to_data(self, y: Tensor) -> Tensor:
-        return (y - self._EDGE) / (1 - 2 * self._EDGE)
+        return (y - self._MARGIN) / (1 - 2 * self._MARGIN)
 
 
 def _log_beta(a: Tensor, b: Tensor) -> Tensor:

@@ -34,30 +34,30 @@ def quadratic_cooling(beta_0: float, n: int) -> list[float]:
 
 
 def leapfrog(
-    z_BD: Tensor, v_BD: Tensor, slope: Map, step: Tensor | float, cooling: Sequence[float]
+    z_BD: Tensor, v_BD: Tensor, gradient: Map, step: Tensor | float, cooling: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Leapfrog steps of z and its momentum v in flat space: (B, D), (B, D) -> (B, D), (B, D).
 
     Args:
         z_BD: positions.
         v_BD: momenta.
-        slope: the gradient of U, (B, D) -> (B, D).
+        gradient: the gradient of U, (B, D) -> (B, D).
         step: length of a step, one number or (D,).
         cooling: sqrt(beta_0), ..., sqrt(beta_K); K steps are taken.
     """
-    slope_BD = slope(z_BD)
+    gradient_BD = gradient(z_BD)
     for before, after in pairwise(cooling):
-        v_BD = v_BD - step / 2 * slope_BD
+        v_BD = v_BD - step / 2 * gradient_BD
         z_BD = z_BD + step * v_BD
-        slope_BD = slope(z_BD)
-        v_BD = before / after * (v_BD - step / 2 * slope_BD)
+        gradient_BD = gradient(z_BD)
+        v_BD = before / after * (v_BD - step / 2 * gradient_BD)
     return z_BD, v_BD
 
 
 def generalised_leapfrog(
     z_BD: Tensor,
     v_BD: Tensor,
-    slope: Map,
+    gradient: Map,
     step: Tensor | float,
     cooling: Sequence[float],
     *,
@@ -72,28 +72,28 @@ def generalised_leapfrog(
     Args:
         z_BD: positions.
         v_BD: momenta.
-        slope: the gradient of U, (B, D) -> (B, D).
+        gradient: the gradient of U, (B, D) -> (B, D).
         step: length of a step, one number or (D,).
         cooling: sqrt(beta_0), ..., sqrt(beta_K); K steps are taken.
         inverse_metric: G^-1, (B, D) -> (B, D, D).
         n_fixed_point: iterations for each implicit equation.
     """
-    slope_BD = slope(z_BD)
+    gradient_BD = gradient(z_BD)
     for before, after in pairwise(cooling):
         half_BD = v_BD
         for _ in range(n_fixed_point):
-            half_BD = v_BD - step / 2 * (slope_BD + kinetic_slope(z_BD, half_BD, inverse_metric))
-        speed_BD = velocity(inverse_metric(z_BD), half_BD)
-        there_BD = z_BD + step * speed_BD
+            half_BD = v_BD - step / 2 * (gradient_BD + kinetic_gradient(z_BD, half_BD, inverse_metric))
+        velocity_BD = velocity(inverse_metric(z_BD), half_BD)
+        proposal_BD = z_BD + step * velocity_BD
         for _ in range(n_fixed_point):
-            there_BD = z_BD + step / 2 * (speed_BD + velocity(inverse_metric(there_BD), half_BD))
-        z_BD = there_BD
-        slope_BD = slope(z_BD)
-        v_BD = before / after * (half_BD - step / 2 * (slope_BD + kinetic_slope(z_BD, half_BD, inverse_metric)))
+            proposal_BD = z_BD + step / 2 * (velocity_BD + velocity(inverse_metric(proposal_BD), half_BD))
+        z_BD = proposal_BD
+        gradient_BD = gradient(z_BD)
+        v_BD = before / after * (half_BD - step / 2 * (gradient_BD + kinetic_gradient(z_BD, half_BD, inverse_metric)))
     return z_BD, v_BD
 
 
-def kinetic_slope(z_BD: Tensor, v_BD: Tensor, inverse_metric: Map) -> Tensor:
+def kinetic_gradient(z_BD: Tensor, v_BD: Tensor, inverse_metric: Map) -> Tensor:
     """The gradient in z of (log det G(z) + v' G(z)^-1 v) / 2, itself differentiable: (B, D), (B, D) -> (B, D)."""
 
     def kinetic(z: Tensor) -> Tensor:
@@ -104,8 +104,8 @@ def kinetic_slope(z_BD: Tensor, v_BD: Tensor, inverse_metric: Map) -> Tensor:
     return found
 
 
-def monte_carlo(
-    z_BD: Tensor, log_density: Map, step: float, n_steps: int, slope: Map | None = None
+def hmc_step(
+    z_BD: Tensor, log_density: Map, step: float, n_steps: int, gradient: Map | None = None
 ) -> tuple[Tensor, Tensor]:
     """One Hamiltonian Monte Carlo step of each chain, and which chains accepted it: (B, D) -> (B, D), (B,).
 
@@ -114,18 +114,18 @@ def monte_carlo(
         log_density: the log-density to sample, up to a constant, (B, D) -> (B,).
         step: length of a leapfrog step.
         n_steps: leapfrog steps of a jump.
-        slope: the gradient of log_density, (B, D) -> (B, D); by default that of torch.func, which also works where
+        gradient: the gradient of log_density, (B, D) -> (B, D); by default that of torch.func, which also works where
             gradients are disabled, but takes longer on small matrices than autograd.
     """
-    slope = slope or torch.func.grad(lambda at: log_density(at).sum())
+    gradient = gradient or torch.func.grad(lambda at: log_density(at).sum())
     start_BD = torch.randn_like(z_BD)
     # consecutive half steps of v are merged
-    there_BD, v_BD, slope_BD = z_BD, start_BD + step / 2 * slope(z_BD), torch.zeros_like(z_BD)
+    proposal_BD, v_BD, gradient_BD = z_BD, start_BD + step / 2 * gradient(z_BD), torch.zeros_like(z_BD)
     for _ in range(n_steps):
-        there_BD = there_BD + step * v_BD
-        slope_BD = slope(there_BD)
-        v_BD = v_BD + step * slope_BD
-    v_BD = v_BD - step / 2 * slope_BD
-    gain_B = log_density(there_BD) - log_density(z_BD) + 0.5 * (start_BD**2 - v_BD**2).sum(1)
-    taken_B = torch.rand_like(gain_B).log() < gain_B
-    return torch.where(taken_B[:, None], there_BD, z_BD), taken_B
+        proposal_BD = proposal_BD + step * v_BD
+        gradient_BD = gradient(proposal_BD)
+        v_BD = v_BD + step * gradient_BD
+    v_BD = v_BD - step / 2 * gradient_BD
+    log_ratio_B = log_density(proposal_BD) - log_density(z_BD) + 0.5 * (start_BD**2 - v_BD**2).sum(1)
+    accepted_B = torch.rand_like(log_ratio_B).log() < log_ratio_B
+    return torch.where(accepted_B[:, None], proposal_BD, z_BD), accepted_B

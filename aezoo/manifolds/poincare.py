@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aezoo.distributions.gaussians import LOG_2PI
 
 
-def length(v: Tensor) -> Tensor:
+def safe_norm(v: Tensor) -> Tensor:
     """|v| with a finite gradient at 0, (..., D) -> (..., 1)."""
     return torch.sqrt((v**2).sum(-1, keepdim=True) + 1e-60)
 
@@ -43,9 +43,9 @@ class Ball(nn.Module):
         """The largest sqrt(c) |z| of a code in this precision."""
         return 1 - 4 * torch.finfo(dtype).eps
 
-    def inside(self, z: Tensor, limit: float) -> Tensor:
+    def project(self, z: Tensor, limit: float) -> Tensor:
         """Move codes beyond the limit onto it."""
-        return z * (limit / (self.root * length(z))).clamp(max=1)
+        return z * (limit / (self.root * safe_norm(z))).clamp(max=1)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Moebius addition, in a form without cancellation for y near -x."""
@@ -53,26 +53,26 @@ class Ball(nn.Module):
         sum2 = self.c * (sum_**2).sum(-1, keepdim=True)
         return ((1 - x2) * sum_ + sum2 * x) / (sum2 + (1 - x2) * (1 - y2))
 
-    def at(self, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def from_normal(self, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The code at normal coordinates v about the centre, inside the ball in the precision dtype, by default v's."""
         dtype = dtype or v.dtype
-        return self.inside(self.exp_0(v.double()), self.limit(dtype)).to(dtype)
+        return self.project(self.exp_0(v.double()), self.limit(dtype)).to(dtype)
 
     def exp_0(self, v: Tensor) -> Tensor:
         """The code at the distance |v| from the centre: exp of v / 2 at 0."""
-        s = self.root * length(v)
+        s = self.root * safe_norm(v)
         return torch.tanh(s / 2) / s * v
 
     def log_0(self, z: Tensor, limit: float) -> Tensor:
         """The inverse of exp_0: twice log at 0 of z."""
-        s = self.root * length(z)
+        s = self.root * safe_norm(z)
         inner = s.clamp(max=limit)
         return (torch.log1p(inner) - torch.log1p(-inner)) / s * z
 
     def exp(self, mu: Tensor, v: Tensor) -> Tensor:
         """The code at the distance |v| from mu, exp_mu(v / lambda_mu)."""
         limit = self.limit(v.dtype)
-        return self.inside(self.add(mu, self.inside(self.exp_0(v), limit)), limit)
+        return self.project(self.add(mu, self.project(self.exp_0(v), limit)), limit)
 
     def log(self, mu: Tensor, z: Tensor) -> Tensor:
         """The inverse of exp, lambda_mu log_mu(z)."""
@@ -80,7 +80,7 @@ class Ball(nn.Module):
 
     def log_density(self, v: Tensor, log_var: Tensor) -> Tensor:
         """The log-density log N_W in Riemannian volume at normal coordinates v, (..., D) -> (...)."""
-        s = self.root * length(v)[..., 0]
+        s = self.root * safe_norm(v)[..., 0]
         log_sinh_s = s + torch.log(-torch.expm1(-2 * s)) - torch.log(2 * s)  # log(sinh(s) / s)
         log_normal = -0.5 * (v**2 * torch.exp(-log_var) + log_var + LOG_2PI).sum(-1)
         return log_normal - (v.shape[-1] - 1) * log_sinh_s

@@ -62,7 +62,7 @@ class Gram(nn.Sequential):
             return L_MDD @ L_MDD.mT
 
 
-def root(G_inv_BDD: Tensor) -> Tensor:
+def cholesky_factor(G_inv_BDD: Tensor) -> Tensor:
     """Lower triangular A with A A' = G^-1, NaN where rounding leaves none: (B, D, D) -> (B, D, D)."""
     A_BDD, info_B = torch.linalg.cholesky_ex(G_inv_BDD)
     return A_BDD.masked_fill(info_B[:, None, None] > 0, float("nan"))
@@ -70,7 +70,7 @@ def root(G_inv_BDD: Tensor) -> Tensor:
 
 def half_log_det(G_inv_BDD: Tensor) -> Tensor:
     """1/2 log det G, the logarithm of the volume element: (B, D, D) -> (B,)."""
-    return -root(G_inv_BDD).diagonal(dim1=1, dim2=2).log().sum(1)
+    return -cholesky_factor(G_inv_BDD).diagonal(dim1=1, dim2=2).log().sum(1)
 
 
 def velocity(G_inv_BDD: Tensor, v_BD: Tensor) -> Tensor:

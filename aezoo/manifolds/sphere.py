@@ -34,7 +34,7 @@ def log_area(d: int) -> float:
     return math.log(2) + 0.5 * d * math.log(math.pi) - math.lgamma(d / 2)
 
 
-class AboutMean:
+class RotationallySymmetric:
     """A distribution about a mean direction; a family defines h, and where theta lies.
 
     Args:
@@ -126,7 +126,7 @@ class AboutMean:
         return edge_P, width_1, self._log_f(mode, kappa)[..., None]
 
 
-class PowerSpherical(AboutMean):
+class PowerSpherical(RotationallySymmetric):
     """h = log((1 + cos theta) / 2); the density is 0 opposite mu.
 
     Args:
@@ -147,7 +147,7 @@ class PowerSpherical(AboutMean):
         return log_z, torch.digamma(a) - torch.digamma(a + b)
 
 
-class VonMisesFisher(AboutMean):
+class VonMisesFisher(RotationallySymmetric):
     """h = cos theta - 1, the normal distribution's restriction to the sphere.
 
     Args:
@@ -163,7 +163,7 @@ class VonMisesFisher(AboutMean):
         return torch.acos(cos.clamp(max=1)), torch.rsqrt(kappa * cos + root / 2)
 
 
-FAMILIES: dict[str, type[AboutMean]] = {"power_spherical": PowerSpherical, "vmf": VonMisesFisher}
+FAMILIES: dict[str, type[RotationallySymmetric]] = {"power_spherical": PowerSpherical, "vmf": VonMisesFisher}
 
 
 def _nodes(start: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torchmetrics import Metric, MetricCollection
 from aezoo.errors import AezooError
 
 # choices are counted for each code
-_MOST = 2**24
+_MAX_CODES = 2**24
 
 
 class _Counts(Metric):
@@ -37,9 +37,9 @@ class _Counts(Metric):
 
     def __init__(self, codebook_sizes: tuple[int, ...], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not codebook_sizes or min(codebook_sizes) < 1 or sum(codebook_sizes) > _MOST:
+        if not codebook_sizes or min(codebook_sizes) < 1 or sum(codebook_sizes) > _MAX_CODES:
             raise AezooError(
-                f"{type(self).__name__} counts codebooks of one code or more, {_MOST} codes together at most, got "
+                f"{type(self).__name__} counts codebooks of one code or more, {_MAX_CODES} codes together at most, got "
                 f"{codebook_sizes}: of larger codebooks count the digits of an index"
             )
         self.codebook_sizes = tuple(codebook_sizes)
@@ -59,14 +59,14 @@ class _Counts(Metric):
         """The mean over codebooks, and the value of each codebook if there are several, () each."""
         if not self.counts.any():
             raise AezooError(f"{type(self).__name__} has seen no indices: call update first")
-        values_Q = torch.stack([self.of_book(counts_K) for counts_K in self.counts.split(self.codebook_sizes)])
-        found = {self.name: values_Q.mean()}
+        values_Q = torch.stack([self.from_counts(counts_K) for counts_K in self.counts.split(self.codebook_sizes)])
+        values = {self.name: values_Q.mean()}
         if len(values_Q) > 1:
-            found |= {f"{self.name}_{i}": value for i, value in enumerate(values_Q)}
-        return found
+            values |= {f"{self.name}_{i}": value for i, value in enumerate(values_Q)}
+        return values
 
     @abstractmethod
-    def of_book(self, counts_K: Tensor) -> Tensor:
+    def from_counts(self, counts_K: Tensor) -> Tensor:
         """The value for one codebook, (K,) -> ()."""
 
 
@@ -75,7 +75,7 @@ class CodebookUsage(_Counts):
 
     name = "usage"
 
-    def of_book(self, counts_K: Tensor) -> Tensor:
+    def from_counts(self, counts_K: Tensor) -> Tensor:
         return (counts_K > 0).float().mean()
 
 
@@ -87,7 +87,7 @@ class CodebookPerplexity(_Counts):
 
     name = "perplexity"
 
-    def of_book(self, counts_K: Tensor) -> Tensor:
+    def from_counts(self, counts_K: Tensor) -> Tensor:
         counts_K = counts_K.float()
         p_K = counts_K / counts_K.sum().clamp(min=1)
         return torch.special.entr(p_K).sum().exp()
@@ -101,6 +101,6 @@ def codebook_metrics(codebook_sizes: tuple[int, ...], postfix: str = "") -> Metr
         postfix: distinguishes the names from those of other codebooks.
     """
     metrics: list[Metric | MetricCollection] = []
-    if sum(codebook_sizes) <= _MOST:
+    if sum(codebook_sizes) <= _MAX_CODES:
         metrics = [CodebookUsage(codebook_sizes), CodebookPerplexity(codebook_sizes)]
     return MetricCollection(metrics, postfix=postfix)

@@ -20,14 +20,14 @@ from torchmetrics import Metric
 from aezoo.errors import AezooError
 
 
-class _Shares(Metric):
+class _Fractions(Metric):
     """Shares of samples, of all batches and ranks.
 
     Args:
         n: how many shares.
     """
 
-    right: Tensor
+    correct: Tensor
     total: Tensor
     is_differentiable = False
     full_state_update = False
@@ -35,20 +35,20 @@ class _Shares(Metric):
 
     def __init__(self, n: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("right", torch.zeros(n, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("correct", torch.zeros(n, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def add(self, right: Tensor) -> None:
+    def add(self, correct: Tensor) -> None:
         """Count samples, (B, n) bool."""
-        self.right += right.sum(0)
-        self.total += len(right)
+        self.correct += correct.sum(0)
+        self.total += len(correct)
 
     def compute(self) -> Tensor:
         """The shares, (n,), or () for a single one; NaN before any sample."""
-        return self.right / self.total
+        return self.correct / self.total
 
 
-class CrossCoherence(_Shares):
+class CrossCoherence(_Fractions):
     """Share of samples whose parts, each made from other parts, are of the sample's class: (M,).
 
     Args:
@@ -58,14 +58,14 @@ class CrossCoherence(_Shares):
     def update(self, logits: Sequence[Tensor], y: Tensor) -> None:
         """Add a batch: the logits (B, K) of each part, and the classes (B,), -1 if unknown."""
         classes_BM = _classes(logits)
-        if classes_BM.shape != (len(y), len(self.right)) or y.ndim != 1:
+        if classes_BM.shape != (len(y), len(self.correct)) or y.ndim != 1:
             b, m = classes_BM.shape
-            raise AezooError(f"CrossCoherence takes logits of {len(self.right)} parts and y (B,) of as many samples, "
+            raise AezooError(f"CrossCoherence takes logits of {len(self.correct)} parts and y (B,) of as many samples, "
                              f"got {m} parts of {b} samples and y {tuple(y.shape)}")  # fmt: skip
         self.add((classes_BM == y[:, None])[y >= 0])
 
 
-class JointCoherence(_Shares):
+class JointCoherence(_Fractions):
     """Share of samples whose parts are all of one class: ()."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -79,6 +79,6 @@ class JointCoherence(_Shares):
 
 def _classes(logits: Sequence[Tensor]) -> Tensor:
     """The class of each part, (B, M)."""
-    if not len(logits) or any(of.ndim != 2 or len(of) != len(logits[0]) for of in logits):
-        raise AezooError(f"logits must be (B, K) for each part, got {[tuple(of.shape) for of in logits]}")
-    return torch.stack([of.argmax(1) for of in logits], 1)
+    if not len(logits) or any(part.ndim != 2 or len(part) != len(logits[0]) for part in logits):
+        raise AezooError(f"logits must be (B, K) for each part, got {[tuple(part.shape) for part in logits]}")
+    return torch.stack([part.argmax(1) for part in logits], 1)

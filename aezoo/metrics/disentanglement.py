@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from aezoo.metrics.disentanglement_base import FactorMetric, Floats, Ints, at_least, standardised
+from aezoo.metrics.disentanglement_base import FactorMetric, Floats, Ints, check_at_least, standardise
 
 
 class MIG(FactorMetric):
@@ -38,9 +38,9 @@ class MIG(FactorMetric):
 
     def __init__(self, bins: int = 20, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.bins = at_least(self, "bins", bins, 2)
+        self.bins = check_at_least(self, "bins", bins, 2)
 
-    def least_samples(self, sizes: Sequence[int]) -> int:
+    def min_samples(self, sizes: Sequence[int]) -> int:
         return self.bins
 
     def score(self, codes: Floats, factors: Ints) -> float:
@@ -57,13 +57,13 @@ class Modularity(FactorMetric):
         bins: equal parts of a dimension's range.
     """
 
-    least_factors = 2
+    min_factors = 2
 
     def __init__(self, bins: int = 20, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.bins = at_least(self, "bins", bins, 2)
+        self.bins = check_at_least(self, "bins", bins, 2)
 
-    def least_samples(self, sizes: Sequence[int]) -> int:
+    def min_samples(self, sizes: Sequence[int]) -> int:
         return self.bins
 
     def score(self, codes: Floats, factors: Ints) -> float:
@@ -91,7 +91,7 @@ class SAP(FactorMetric):
         self.categorical, self.seed = tuple(categorical), seed
 
     def score(self, codes: Floats, factors: Ints) -> float:
-        codes = standardised(codes)
+        codes = standardise(codes)
         columns = [
             self._accuracies(codes, column) if k in self.categorical else _r2(codes, column)
             for k, column in enumerate(factors.T)
@@ -102,14 +102,14 @@ class SAP(FactorMetric):
     def _accuracies(self, codes: Floats, column: Ints) -> Floats:
         from sklearn.svm import LinearSVC
 
-        train, test = held_out(len(column), self.seed)
+        train, test = train_test_rows(len(column), self.seed)
         if (column[train] == column[train[0]]).all():  # only one value to learn: every dimension predicts it
             return np.full(codes.shape[1], (column[test] == column[train[0]]).mean())
-        found = []
+        accuracies = []
         for z in codes.T[:, :, None]:
-            machine = LinearSVC(C=0.01, class_weight="balanced", random_state=0).fit(z[train], column[train])
-            found.append(machine.score(z[test], column[test]))
-        return np.array(found, dtype=np.float64)
+            svm = LinearSVC(C=0.01, class_weight="balanced", random_state=0).fit(z[train], column[train])
+            accuracies.append(svm.score(z[test], column[test]))
+        return np.array(accuracies, dtype=np.float64)
 
 
 class DCI(FactorMetric):
@@ -130,19 +130,19 @@ class DCI(FactorMetric):
         seed: determines the forests and which third is held out.
     """
 
-    least_factors = 2
+    min_factors = 2
 
     def __init__(self, categorical: tuple[int, ...] = (), trees: int = 20, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.categorical, self.trees, self.seed = tuple(categorical), at_least(self, "trees", trees, 1), seed
+        self.categorical, self.trees, self.seed = tuple(categorical), check_at_least(self, "trees", trees, 1), seed
 
     def score(self, codes: Floats, factors: Ints) -> dict[str, float]:
         from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
         if not codes.shape[1]:
             return dict.fromkeys(("disentanglement", "completeness", "informativeness"), 0.0)
-        codes = standardised(codes)  # trees do not split values that are less than 1e-7 apart
-        train, test = held_out(len(codes), self.seed)
+        codes = standardise(codes)  # trees do not split values that are less than 1e-7 apart
+        train, test = train_test_rows(len(codes), self.seed)
         importances, shares = [], []
         for k, column in enumerate(factors.T):
             kind = RandomForestClassifier if k in self.categorical else RandomForestRegressor
@@ -176,7 +176,7 @@ def top_two(values: Floats) -> tuple[Floats, Floats]:
     return ordered[-1], ordered[-2]
 
 
-def held_out(n: int, seed: int) -> tuple[Ints, Ints]:
+def train_test_rows(n: int, seed: int) -> tuple[Ints, Ints]:
     """Split `range(n)` into two thirds for fitting and one third for evaluation."""
     order = np.random.default_rng(seed).permutation(n)
     return order[n // 3 :], order[: n // 3]

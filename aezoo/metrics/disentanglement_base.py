@@ -32,7 +32,7 @@ class FactorMetric(Metric):
     codes: list[Tensor]
     factors: list[Tensor]
     # the number of factors below which the score has no meaning
-    least_factors = 1
+    min_factors = 1
     # columns of factors without an order, for metrics that treat these differently
     categorical: tuple[int, ...] = ()
 
@@ -43,15 +43,15 @@ class FactorMetric(Metric):
 
     def update(self, codes: Tensor, factors: Tensor) -> None:
         """Add a batch: the codes, and the factor values as integers."""
-        codes, factors = checked(codes, "codes").flatten(1), torch.as_tensor(factors).detach()
+        codes, factors = check_codes(codes, "codes").flatten(1), torch.as_tensor(factors).detach()
         if factors.ndim != 2 or len(factors) != len(codes):
             raise AezooError(f"factors must have shape ({len(codes)}, F) beside {len(codes)} codes, "
                              f"got {tuple(factors.shape)}")  # fmt: skip
         if factors.is_floating_point() and not bool((factors == factors.round()).all()):
             raise AezooError("factors must be whole numbers, the number of each value: bin a continuous factor first")
-        for new, kept, name in ((codes, self.codes, "codes"), (factors, self.factors, "factors")):
-            if kept and kept[0].shape[1] != new.shape[1]:
-                raise AezooError(f"{name} had {kept[0].shape[1]} columns before, got {new.shape[1]}")
+        for new, stored, name in ((codes, self.codes, "codes"), (factors, self.factors, "factors")):
+            if stored and stored[0].shape[1] != new.shape[1]:
+                raise AezooError(f"{name} had {stored[0].shape[1]} columns before, got {new.shape[1]}")
         self.codes.append(codes.to(self.device))
         self.factors.append(factors.long().to(self.device))
 
@@ -66,16 +66,16 @@ class FactorMetric(Metric):
             raise AezooError(
                 f"factor {sizes.index(1)} has one value in all {len(factors)} samples: leave its column out"
             )
-        if len(sizes) < self.least_factors:
-            raise AezooError(f"{type(self).__name__} needs {self.least_factors} factors, got {len(sizes)}")
+        if len(sizes) < self.min_factors:
+            raise AezooError(f"{type(self).__name__} needs {self.min_factors} factors, got {len(sizes)}")
         if not set(self.categorical) <= set(range(len(sizes))):
             raise AezooError(f"categorical factors must be columns 0 to {len(sizes) - 1}, got {self.categorical}")
-        least = self.least_samples(sizes)
-        if len(codes) < least:
-            raise AezooError(f"{type(self).__name__} needs {least} samples of these factors, got {len(codes)}")
-        return tensors(self.score(changing(codes), factors))
+        minimum = self.min_samples(sizes)
+        if len(codes) < minimum:
+            raise AezooError(f"{type(self).__name__} needs {minimum} samples of these factors, got {len(codes)}")
+        return to_tensors(self.score(drop_constant(codes), factors))
 
-    def least_samples(self, sizes: Sequence[int]) -> int:
+    def min_samples(self, sizes: Sequence[int]) -> int:
         """The number of samples needed for factors with so many values: here 10 per value of the largest factor."""
         return 10 * max(2, *sizes)
 
@@ -84,17 +84,17 @@ class FactorMetric(Metric):
         """The score of codes (N, D), without constant dimensions (D may be 0), and factors (N, F)."""
 
 
-def changing(codes: Floats) -> Floats:
+def drop_constant(codes: Floats) -> Floats:
     """The dimensions that are not the same for all samples."""
     return codes[:, np.ptp(codes, axis=0) > 0]
 
 
-def standardised(codes: Floats) -> Floats:
+def standardise(codes: Floats) -> Floats:
     """The dimensions that change, scaled to mean 0 and variance 1."""
     return (codes - codes.mean(0)) / codes.std(0)
 
 
-def checked(codes: Tensor, name: str) -> Tensor:
+def check_codes(codes: Tensor, name: str) -> Tensor:
     """A batch as finite float32 numbers."""
     codes = torch.as_tensor(codes).detach().float()
     if codes.ndim < 2:
@@ -104,14 +104,14 @@ def checked(codes: Tensor, name: str) -> Tensor:
     return codes
 
 
-def at_least(metric: Metric, name: str, value: int, least: int) -> int:
-    """Return the value if it is an integer of at least `least`."""
-    if not isinstance(value, int) or value < least:
-        raise AezooError(f"{type(metric).__name__}: {name} must be a whole number of at least {least}, got {value}")
+def check_at_least(metric: Metric, name: str, value: int, minimum: int) -> int:
+    """Return the value if it is an integer of at least `minimum`."""
+    if not isinstance(value, int) or value < minimum:
+        raise AezooError(f"{type(metric).__name__}: {name} must be a whole number of at least {minimum}, got {value}")
     return value
 
 
-def tensors(score: Any) -> Any:
+def to_tensors(score: Any) -> Any:
     """Convert numbers to 0-dimensional float tensors, as torchmetrics' other metrics return."""
     if isinstance(score, dict):
         return {name: torch.tensor(value, dtype=torch.float32) for name, value in score.items()}

@@ -27,11 +27,11 @@ from aezoo.metrics.disentanglement_base import (
     FactorMetric,
     Floats,
     Ints,
-    at_least,
-    changing,
-    checked,
-    standardised,
-    tensors,
+    check_at_least,
+    check_codes,
+    drop_constant,
+    standardise,
+    to_tensors,
 )
 
 
@@ -48,12 +48,12 @@ class FactorVAEScore(FactorMetric):
         seed: determines the votes.
     """
 
-    least_factors = 2
+    min_factors = 2
 
     def __init__(self, votes: int = 10_000, batch_size: int = 64, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.votes = at_least(self, "votes", votes, 2)
-        self.batch_size, self.seed = at_least(self, "batch_size", batch_size, 2), seed
+        self.votes = check_at_least(self, "votes", votes, 2)
+        self.batch_size, self.seed = check_at_least(self, "batch_size", batch_size, 2), seed
 
     def score(self, codes: Floats, factors: Ints) -> float:
         if not codes.shape[1]:
@@ -62,8 +62,8 @@ class FactorVAEScore(FactorMetric):
         # a value of a single sample shows no variance
         groups = [[rows for rows in _by_value(column) if len(rows) > 1] for column in factors.T]
         rng = np.random.default_rng(self.seed)
-        chosen, judged = (self._vote(codes, groups, n, rng) for n in (self.votes, max(1, self.votes // 2)))
-        return float(judged[chosen.argmax(0), np.arange(codes.shape[1])].sum() / judged.sum())
+        trained, evaluated = (self._vote(codes, groups, n, rng) for n in (self.votes, max(1, self.votes // 2)))
+        return float(evaluated[trained.argmax(0), np.arange(codes.shape[1])].sum() / evaluated.sum())
 
     def _vote(self, codes: Floats, groups: list[list[Ints]], n: int, rng: np.random.Generator) -> Ints:
         """How often each dimension varied least while a factor was fixed: (F, D)."""
@@ -95,14 +95,16 @@ class IRS(FactorMetric):
         self.quantile = quantile
 
     def score(self, codes: Floats, factors: Ints) -> float:
-        whole = self._deviation(codes)
+        total = self._deviation(codes)
         # a dimension that differs only for a few samples has deviation 0
-        codes, whole = codes[:, whole > 0], whole[whole > 0]
-        if not len(whole):
+        codes, total = codes[:, total > 0], total[total > 0]
+        if not len(total):
             return 0.0
-        held = [np.mean([self._deviation(codes[rows]) for rows in _by_value(column)], axis=0) for column in factors.T]
-        robust = 1 - np.min(held, axis=0) / whole
-        return float(np.average(robust.clip(0, 1), weights=whole))
+        conditional = [
+            np.mean([self._deviation(codes[rows]) for rows in _by_value(column)], axis=0) for column in factors.T
+        ]
+        robust = 1 - np.min(conditional, axis=0) / total
+        return float(np.average(robust.clip(0, 1), weights=total))
 
     def _deviation(self, codes: Floats) -> Floats:
         return np.quantile(np.abs(codes - codes.mean(0)), self.quantile, axis=0)
@@ -135,7 +137,7 @@ class UDR(Metric):
         if correlation not in ("spearman", "lasso"):
             raise AezooError(f"UDR: correlation takes spearman or lasso, got {correlation!r}")
         self.models, self.correlation, self.kl_threshold = (
-            at_least(self, "models", models, 2),
+            check_at_least(self, "models", models, 2),
             correlation,
             kl_threshold,
         )
@@ -147,7 +149,7 @@ class UDR(Metric):
         """Add each model's codes (B, D) of the same samples, and the KL terms (B, D) of their posteriors."""
         if len(codes) != self.models or (kl is not None and len(kl) != self.models):
             raise AezooError(f"UDR compares {self.models} models: give codes, and KL terms if any, of each")
-        parts = [checked(part, "codes").flatten(1).to(self.device) for part in codes]
+        parts = [check_codes(part, "codes").flatten(1).to(self.device) for part in codes]
         if len({len(part) for part in parts}) > 1:
             raise AezooError(f"UDR needs codes of the same samples, got {[len(part) for part in parts]} of them")
         terms = [torch.full_like(part, torch.inf) for part in parts] if kl is None else [k.detach().float() for k in kl]
@@ -161,30 +163,30 @@ class UDR(Metric):
 
     def compute(self) -> Tensor:
         """The score of each model, (M,)."""
-        seen: Any = self.codes_0
-        if not len(seen):
+        first: Any = self.codes_0
+        if not len(first):
             raise AezooError("UDR has seen no codes: call update first")
-        if (n := len(dim_zero_cat(seen))) < 10:
+        if (n := len(dim_zero_cat(first))) < 10:
             raise AezooError(f"UDR needs 10 samples, got {n}")
         codes = []
         for m in range(self.models):
-            used = (dim_zero_cat(getattr(self, f"kl_{m}")).mean(0) > self.kl_threshold).cpu().numpy()
-            kept = changing(dim_zero_cat(getattr(self, f"codes_{m}")).double().cpu().numpy()[:, used])
-            codes.append(standardised(kept))
+            active = (dim_zero_cat(getattr(self, f"kl_{m}")).mean(0) > self.kl_threshold).cpu().numpy()
+            active_codes = drop_constant(dim_zero_cat(getattr(self, f"codes_{m}")).double().cpu().numpy()[:, active])
+            codes.append(standardise(active_codes))
         scores = np.array(
-            [[0.0 if i == j else self._pair(a, b) for i, a in enumerate(codes)] for j, b in enumerate(codes)]
+            [[0.0 if i == j else self._pair_score(a, b) for i, a in enumerate(codes)] for j, b in enumerate(codes)]
         )
-        return tensors([float(np.median(np.delete(row, j))) for j, row in enumerate(scores)])
+        return to_tensors([float(np.median(np.delete(row, j))) for j, row in enumerate(scores)])
 
-    def _pair(self, a: Floats, b: Floats) -> float:
+    def _pair_score(self, a: Floats, b: Floats) -> float:
         if not a.shape[1] or not b.shape[1]:
             return 0.0
-        r = self._relation(a, b)
+        r = self._correlation(a, b)
         shares = [np.divide(part.max(0) ** 2, part.sum(0), out=np.zeros(part.shape[1]), where=part.sum(0) > 0)
                   for part in (r, r.T)]  # fmt: skip
         return float((shares[0].sum() + shares[1].sum()) / sum(r.shape))
 
-    def _relation(self, a: Floats, b: Floats) -> Floats:
+    def _correlation(self, a: Floats, b: Floats) -> Floats:
         if self.correlation == "spearman":
             from scipy.stats import rankdata
 

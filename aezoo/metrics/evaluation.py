@@ -100,7 +100,7 @@ class Evaluation:
         self._means, self._gaps = Means(), gaps
         self._dims = math.prod(input_shape)
         self._metrics: dict[str, Metric] = {"mse": MeanSquaredError(), "psnr": PeakSignalNoiseRatio(data_range=1.0)}
-        if StructuralSimilarity.is_for(input_shape):
+        if StructuralSimilarity.supports(input_shape):
             self._metrics["ssim"] = StructuralSimilarity(data_range=1.0)
         for metric in self._metrics.values():
             metric.to(device)
@@ -112,7 +112,7 @@ class Evaluation:
             if device.type == "mps":
                 self._sparse.set_dtype(torch.float32)
             self._sparse.to(device)
-        self._books: dict[str, MetricCollection] = {}
+        self._codebook_metrics: dict[str, MetricCollection] = {}
 
     def add(
         self,
@@ -132,11 +132,11 @@ class Evaluation:
             codebooks: their indices, (B, Q, *places), and the sizes of Q codebooks, under a name or "".
         """
         for name, (indices, sizes) in (codebooks or {}).items():
-            if name not in self._books:
+            if name not in self._codebook_metrics:
                 from aezoo.metrics.codebook import codebook_metrics
 
-                self._books[name] = codebook_metrics(sizes, f"_{name}" if name else "").to(x.device)
-            self._books[name].update(indices)
+                self._codebook_metrics[name] = codebook_metrics(sizes, f"_{name}" if name else "").to(x.device)
+            self._codebook_metrics[name].update(indices)
         known = ~x.isnan() if self._gaps else None
         if known is not None:
             terms = {**terms, _KNOWN: known.float().mean()}
@@ -159,6 +159,6 @@ class Evaluation:
         if "elbo" in figures:
             figures["bits_per_dim"] = -figures["elbo"] / (dims * math.log(2.0))
         figures |= {name: metric.compute() for name, metric in self._metrics.items()}
-        for metrics in (*self._books.values(), *([] if self._sparse is None else [self._sparse])):
+        for metrics in (*self._codebook_metrics.values(), *([] if self._sparse is None else [self._sparse])):
             figures |= metrics.compute()
         return figures

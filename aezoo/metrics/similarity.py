@@ -27,7 +27,7 @@ class StructuralSimilarity(StructuralSimilarityIndexMeasure):
         super().__init__(data_range=data_range)
 
     @staticmethod
-    def is_for(shape: tuple[int, ...]) -> bool:
+    def supports(shape: tuple[int, ...]) -> bool:
         """Whether samples of this shape are (C, H, W) with both sides above 5."""
         return len(shape) == 3 and min(shape[1:]) > _MARGIN
 

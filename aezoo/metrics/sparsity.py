@@ -26,7 +26,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from aezoo.errors import AezooError
-from aezoo.metrics.disentanglement_base import at_least
+from aezoo.metrics.disentanglement_base import check_at_least
 
 
 class _Sums(Metric):
@@ -37,30 +37,30 @@ class _Sums(Metric):
 
     def __init__(self, *sizes: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._sum("total", *sizes)
-        self._sum("count")
+        self._add_sum("total", *sizes)
+        self._add_sum("count")
 
-    def _sum(self, name: str, *sizes: int) -> None:
+    def _add_sum(self, name: str, *sizes: int) -> None:
         # MetricCollection merges two metrics whose sums have the same names and happen to have the same values
         self.add_state(f"{type(self).__name__}_{name}", torch.zeros(sizes, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def _of(self, name: str) -> Tensor:
-        found: Tensor = getattr(self, f"{type(self).__name__}_{name}")
-        return found
+    def _state(self, name: str) -> Tensor:
+        state: Tensor = getattr(self, f"{type(self).__name__}_{name}")
+        return state
 
-    def _add(self, **sums: Tensor | float) -> None:
+    def _accumulate(self, **sums: Tensor | float) -> None:
         for name, value in sums.items():
-            setattr(self, f"{type(self).__name__}_{name}", self._of(name) + value)
+            setattr(self, f"{type(self).__name__}_{name}", self._state(name) + value)
 
     def _flat(self, *batches: Tensor) -> list[Tensor]:
         """Batches of one shape as (B, X), in the precision of the sums."""
         if batches[0].shape != batches[-1].shape or batches[0].ndim < 2:
             shapes = " and ".join(str(tuple(batch.shape)) for batch in batches)
             raise AezooError(f"{type(self).__name__} takes batches (B, ...) of one shape, got {shapes}")
-        return [batch.detach().flatten(1).to(self._of("total")) for batch in batches]
+        return [batch.detach().flatten(1).to(self._state("total")) for batch in batches]
 
-    def _seen(self) -> None:
-        if not self._of("count"):
+    def _check_updated(self) -> None:
+        if not self._state("count"):
             raise AezooError(f"{type(self).__name__} has seen no samples: call update first")
 
 
@@ -80,12 +80,12 @@ class L0(_Sums):
     def update(self, code: Tensor) -> None:
         """Add codes, (B, ...)."""
         (code_BN,) = self._flat(code)
-        self._add(total=(code_BN.abs() > self.threshold).sum(), count=len(code_BN))
+        self._accumulate(total=(code_BN.abs() > self.threshold).sum(), count=len(code_BN))
 
     def compute(self) -> Tensor:
         """Over all samples, ()."""
-        self._seen()
-        return self._of("total") / self._of("count")
+        self._check_updated()
+        return self._state("total") / self._state("count")
 
 
 class DeadShare(_Sums):
@@ -99,19 +99,19 @@ class DeadShare(_Sums):
     higher_is_better = False
 
     def __init__(self, latents: int, threshold: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(at_least(self, "latents", latents, 1), **kwargs)
+        super().__init__(check_at_least(self, "latents", latents, 1), **kwargs)
         self.threshold = threshold
 
     def update(self, code: Tensor) -> None:
         """Add codes, (B, ...)."""
         (code_BN,) = self._flat(code)
-        _check_size(self, code_BN, len(self._of("total")))
-        self._add(total=(code_BN.abs() > self.threshold).sum(0), count=len(code_BN))
+        _check_size(self, code_BN, len(self._state("total")))
+        self._accumulate(total=(code_BN.abs() > self.threshold).sum(0), count=len(code_BN))
 
     def compute(self) -> Tensor:
         """Over all samples, ()."""
-        self._seen()
-        return (self._of("total") == 0).to(self._of("total")).mean()
+        self._check_updated()
+        return (self._state("total") == 0).to(self._state("total")).mean()
 
 
 class FVU(_Sums):
@@ -124,40 +124,42 @@ class FVU(_Sums):
     higher_is_better = False
 
     def __init__(self, features: int, **kwargs: Any) -> None:
-        super().__init__(at_least(self, "features", features, 1), **kwargs)
-        self._sum("squares")
-        self._sum("errors")
+        super().__init__(check_at_least(self, "features", features, 1), **kwargs)
+        self._add_sum("squares")
+        self._add_sum("errors")
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
         """Add samples and their reconstructions, (B, ...) both."""
         x_BX, x_hat_BX = self._flat(x, x_hat)
-        _check_size(self, x_BX, len(self._of("total")))
+        _check_size(self, x_BX, len(self._state("total")))
         errors = (x_BX - x_hat_BX).square().sum()
-        self._add(total=x_BX.sum(0), squares=x_BX.square().sum(), errors=errors, count=len(x_BX))
+        self._accumulate(total=x_BX.sum(0), squares=x_BX.square().sum(), errors=errors, count=len(x_BX))
 
     def compute(self) -> Tensor:
         """Over all samples, (); meaningless if they do not vary, since the divisor is then only rounding error."""
-        self._seen()
-        return self._of("errors") / (self._of("squares") - self._of("total").square().sum() / self._of("count"))
+        self._check_updated()
+        return self._state("errors") / (
+            self._state("squares") - self._state("total").square().sum() / self._state("count")
+        )
 
 
 class _Ratio(_Sums):
-    """A ratio of two sums; a subclass defines `parts`, which returns both for a batch."""
+    """A ratio of two sums; a subclass defines `ratio_terms`, which returns both for a batch."""
 
     @abstractmethod
-    def parts(self, x_BX: Tensor, x_hat_BX: Tensor) -> tuple[Tensor, Tensor | float]:
+    def ratio_terms(self, x_BX: Tensor, x_hat_BX: Tensor) -> tuple[Tensor, Tensor | float]:
         """The batch's contributions to the numerator and the denominator."""
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
         """Add samples and their reconstructions, (B, ...) both."""
-        above, below = self.parts(*self._flat(x, x_hat))
-        self._add(total=above, count=below)
+        numerator, denominator = self.ratio_terms(*self._flat(x, x_hat))
+        self._accumulate(total=numerator, count=denominator)
 
     def compute(self) -> Tensor:
         """Over all samples, (); NaN if all of them, or all reconstructions, are zeros."""
         if not self.update_called:
-            self._seen()
-        return self._of("total") / self._of("count")
+            self._check_updated()
+        return self._state("total") / self._state("count")
 
 
 class Cosine(_Ratio):
@@ -165,7 +167,7 @@ class Cosine(_Ratio):
 
     higher_is_better = True
 
-    def parts(self, x_BX: Tensor, x_hat_BX: Tensor) -> tuple[Tensor, float]:
+    def ratio_terms(self, x_BX: Tensor, x_hat_BX: Tensor) -> tuple[Tensor, float]:
         return (_unit(x_BX) * _unit(x_hat_BX)).sum(), len(x_BX)
 
 
@@ -174,7 +176,7 @@ class Shrinkage(_Ratio):
 
     higher_is_better = None
 
-    def parts(self, x_BX: Tensor, x_hat_BX: Tensor) -> tuple[Tensor, Tensor]:
+    def ratio_terms(self, x_BX: Tensor, x_hat_BX: Tensor) -> tuple[Tensor, Tensor]:
         norm_B, norm_hat_B = x_BX.norm(dim=1), x_hat_BX.norm(dim=1)
         counts_B = norm_B > 0
         return (norm_hat_B / norm_B).where(counts_B, 0).sum(), counts_B.sum()
@@ -185,7 +187,7 @@ class ReconstructionBias(_Ratio):
 
     higher_is_better = None
 
-    def parts(self, x_BX: Tensor, x_hat_BX: Tensor) -> tuple[Tensor, Tensor]:
+    def ratio_terms(self, x_BX: Tensor, x_hat_BX: Tensor) -> tuple[Tensor, Tensor]:
         return x_hat_BX.square().sum(), (x_BX * x_hat_BX).sum()
 
 
@@ -211,17 +213,19 @@ class Recovery(_Sums):
         """Add the directions of a dictionary's latents, (M, ...)."""
         from scipy.optimize import linear_sum_assignment
 
-        given = directions.detach().flatten(1).cpu().double()
-        _check_size(self, given, self.atoms.shape[1])
-        cosine_NM = (self.atoms @ _unit(given).T).abs()
+        directions_NX = directions.detach().flatten(1).cpu().double()
+        _check_size(self, directions_NX, self.atoms.shape[1])
+        cosine_NM = (self.atoms @ _unit(directions_NX).T).abs()
         mcc = cosine_NM[linear_sum_assignment(cosine_NM, maximize=True)].sum() / len(self.atoms)
-        unique = len(cosine_NM.argmax(0).unique()) / len(given)
-        self._add(total=torch.tensor([float(mcc), unique], dtype=torch.float64).to(self._of("total")), count=1)
+        unique = len(cosine_NM.argmax(0).unique()) / len(directions_NX)
+        self._accumulate(
+            total=torch.tensor([float(mcc), unique], dtype=torch.float64).to(self._state("total")), count=1
+        )
 
     def compute(self) -> dict[str, Tensor]:
         """Both figures, () each."""
-        self._seen()
-        mcc, uniqueness = self._of("total") / self._of("count")
+        self._check_updated()
+        mcc, uniqueness = self._state("total") / self._state("count")
         return {"mcc": mcc, "uniqueness": uniqueness}
 
 

@@ -18,7 +18,7 @@ from aezoo.speed.linear import Linear
 
 __all__ = ["Block", "Decoder", "Encoder", "map_shape"]
 
-_HEAD = 16
+_HEAD_DIM = 16
 
 
 class Block(nn.Module):
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, act: str, causal: bool) -> None:
         super().__init__()
-        self.heads, self.causal = math.gcd(width, max(1, width // _HEAD)), causal
+        self.heads, self.causal = math.gcd(width, max(1, width // _HEAD_DIM)), causal
         # no bias: the softmax cancels that of the keys, so its gradient is only rounding error, which Adam amplifies
         self.norm, self.qkv = nn.LayerNorm(width), Linear(width, 3 * width, bias=False)
         self.out = Linear(width, width)

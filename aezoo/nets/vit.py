@@ -20,9 +20,9 @@ from aezoo.nets.build import activation
 from aezoo.nets.conv import head
 from aezoo.speed.linear import Linear, linear
 
-_MOST_PATCHES = 64
+_MAX_PATCHES = 64
 _LARGEST_PATCH = 16
-_HEAD = 32
+_HEAD_DIM = 32
 
 
 def patch_sides(input_shape: tuple[int, ...], patch_size: int = 0) -> tuple[int, ...]:
@@ -42,7 +42,7 @@ def patch_sides(input_shape: tuple[int, ...], patch_size: int = 0) -> tuple[int,
         raise AezooError(f"patch_size must be at least 1, or 0 to choose it from the input, got {patch_size}")
     grid = input_shape[1:]
     size = patch_size or (2 if max(grid) > 2 else 1)
-    while not patch_size and size < _LARGEST_PATCH and math.prod(-(-n // size) for n in grid) > _MOST_PATCHES:
+    while not patch_size and size < _LARGEST_PATCH and math.prod(-(-n // size) for n in grid) > _MAX_PATCHES:
         size *= 2
     return tuple(min(size, n) for n in grid)
 
@@ -172,16 +172,16 @@ class Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = next(h for h in range(max(1, width // _HEAD), 0, -1) if width % h == 0)
+        self.heads = next(h for h in range(max(1, width // _HEAD_DIM), 0, -1) if width % h == 0)
         # only queries have a bias: one of keys shifts all scores of a query equally, and one of values is that of `out`
         self.qkv, self.bias_q = Linear(width, 3 * width, bias=False), nn.Parameter(torch.zeros(width))
         self.out = Linear(width, width)
 
-    def forward(self, x_BND: Tensor, seen_BN: Tensor | None = None) -> Tensor:
+    def forward(self, x_BND: Tensor, visible_BN: Tensor | None = None) -> Tensor:
         qkv_BNF = linear(x_BND, self.qkv.weight, F.pad(self.bias_q, (0, 2 * len(self.bias_q))))
         q_BHNE, k_BHNE, v_BHNE = qkv_BNF.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        seen_B11N = None if seen_BN is None else seen_BN[:, None, None]
-        mixed_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, seen_B11N)
+        visible_B11N = None if visible_BN is None else visible_BN[:, None, None]
+        mixed_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, visible_B11N)
         out: Tensor = self.out(mixed_BHNE.transpose(1, 2).flatten(2))
         return out
 
@@ -207,8 +207,8 @@ class Block(nn.Module):
                 if part.bias is not None:
                     nn.init.zeros_(part.bias)
 
-    def forward(self, x_BND: Tensor, seen_BN: Tensor | None = None) -> Tensor:
-        x_BND = x_BND + self.attention(self.norm_1(x_BND), seen_BN)
+    def forward(self, x_BND: Tensor, visible_BN: Tensor | None = None) -> Tensor:
+        x_BND = x_BND + self.attention(self.norm_1(x_BND), visible_BN)
         out: Tensor = x_BND + self.mlp(self.norm_2(x_BND))
         return out
 
@@ -222,13 +222,13 @@ def blocks(widths: Sequence[int], act: str, block: Callable[[int, str], nn.Modul
     return nn.Sequential(*layers, nn.LayerNorm(widths[-1], eps=1e-6))
 
 
-def look(layers: nn.Module, tokens_BND: Tensor, seen_BN: Tensor) -> Tensor:
+def attend_to_visible(layers: nn.Module, tokens_BND: Tensor, visible_BN: Tensor) -> Tensor:
     """Apply `blocks` with attention only to the tokens that are seen, so that the others have no influence on them.
 
     The number of tokens stays the same, so masks of any size do not change shapes.
     """
     for layer in layers.children():
-        tokens_BND = layer(tokens_BND, seen_BN) if isinstance(layer, Block) else layer(tokens_BND)
+        tokens_BND = layer(tokens_BND, visible_BN) if isinstance(layer, Block) else layer(tokens_BND)
     return tokens_BND
 
 
@@ -298,7 +298,7 @@ def unshuffle(tokens_BND: Tensor, order_BN: Tensor) -> Tensor:
     return shuffle(tokens_BND, order_BN.argsort(dim=1))
 
 
-def hide(tokens_BND: Tensor, orders_KN: Tensor, masked: int) -> tuple[Tensor, Tensor]:
+def mask_tokens(tokens_BND: Tensor, orders_KN: Tensor, masked: int) -> tuple[Tensor, Tensor]:
     """The tokens that each of K orders leaves visible, and the orders, for each sample: (B K, V, D), (B K, N)."""
     k, n = orders_KN.shape
     order_BKN = orders_KN.expand(tokens_BND.shape[0], -1, -1).flatten(0, 1)  # len() would fix an export's batch size
@@ -306,7 +306,7 @@ def hide(tokens_BND: Tensor, orders_KN: Tensor, masked: int) -> tuple[Tensor, Te
     return shuffle(tokens_BKND, order_BKN[:, : n - masked]), order_BKN
 
 
-def average_hidden(values_BKNP: Tensor, orders_KN: Tensor, masked: int) -> Tensor:
+def average_masked(values_BKNP: Tensor, orders_KN: Tensor, masked: int) -> Tensor:
     """Mean for each patch over the orders that hide it, (B K, N, P) -> (B, N, P)."""
     hidden_KN = is_masked(orders_KN, masked).to(values_BKNP)
     share_KN = hidden_KN / hidden_KN.sum(0)

@@ -22,16 +22,16 @@ from aezoo.errors import AezooError
 
 
 @contextmanager
-def in_evaluation(module: nn.Module) -> Iterator[None]:
+def quantisers_in_eval_mode(module: nn.Module) -> Iterator[None]:
     """Put the quantisers of a module into evaluation mode: they sample nothing and learn nothing from their inputs."""
-    parts = [part for part in module.modules() if isinstance(part, Quantiser) and part.training]
-    for part in parts:
-        part.eval()
+    modules = [child for child in module.modules() if isinstance(child, Quantiser) and child.training]
+    for child in modules:
+        child.eval()
     try:
         yield
     finally:
-        for part in parts:
-            part.train()
+        for child in modules:
+            child.train()
 
 
 class Quantised(NamedTuple):
@@ -53,7 +53,7 @@ Rows = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 class Quantiser(nn.Module):
-    """Maps vectors to codes of finite codebooks. A subclass defines `_of_rows` and `_of_codes`.
+    """Maps vectors to codes of finite codebooks. A subclass defines `_quantise_rows` and `_lookup_rows`.
 
     Attributes:
         dim: D, channels of z.
@@ -77,7 +77,7 @@ class Quantiser(nn.Module):
                 f"{code_dim} and codebooks of {codebook_sizes}: give whole numbers above 0"
             )
         self.dim, self.code_dim, self.codebook_sizes = dim, code_dim, codebook_sizes
-        self._kept: set[str] = set()
+        self._float32_buffers: set[str] = set()
         # tells the module's precision where it has no parameters
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
@@ -97,12 +97,12 @@ class Quantiser(nn.Module):
             AezooError: z has a different number of channels.
         """
         self._check("z", z, self.dim, "channels")
-        places = math.prod(z.shape[2:])
+        rows_per_sample = math.prod(z.shape[2:])
         with torch.autocast(z.device.type, enabled=False):
             z_ND = _as_rows(z).to(self.exact_dtype)
-            q_NC, index_NQ, terms = self._of_rows(z_ND, places)
-            terms = {name: _a_sample(term, places) for name, term in terms.items()}
-        return Quantised(_at_places(q_NC, z).to(z.dtype), _at_places(index_NQ, z), terms)
+            q_NC, index_NQ, terms = self._quantise_rows(z_ND, rows_per_sample)
+            terms = {name: _per_sample(term, rows_per_sample) for name, term in terms.items()}
+        return Quantised(_restore_shape(q_NC, z).to(z.dtype), _restore_shape(index_NQ, z), terms)
 
     def codes(self, indices: Tensor) -> Tensor:
         """The codes of the indices, (B, Q, *places) -> (B, C, *places): exactly z_q in evaluation mode.
@@ -112,26 +112,26 @@ class Quantiser(nn.Module):
         """
         self._check("indices", indices, len(self.codebook_sizes), "indices a place")
         with torch.autocast(indices.device.type, enabled=False):
-            q_NC = self._of_codes(_as_rows(indices))
-        return _at_places(q_NC, indices).to(self._like.dtype)
+            q_NC = self._lookup_rows(_as_rows(indices))
+        return _restore_shape(q_NC, indices).to(self._like.dtype)
 
     @torch.no_grad()
-    def start(self, z: Tensor) -> None:
+    def init_from_data(self, z: Tensor) -> None:
         """Initialise the codebook from data where possible: z of all ranks, (B, D, *places), the same on each rank."""
         self._check("z", z, self.dim, "channels")
         with torch.autocast(z.device.type, enabled=False):
-            self._start_rows(_as_rows(z).to(self.exact_dtype))
+            self._init_rows(_as_rows(z).to(self.exact_dtype))
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
-        """`quantise` for rows; each sample has `places` of them."""
-        raise NotImplementedError(f"{type(self).__name__} must write _of_rows")
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
+        """`quantise` for rows; each sample has `rows_per_sample` of them."""
+        raise NotImplementedError(f"{type(self).__name__} must write _quantise_rows")
 
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+    def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
         """`codes` for rows, (N, Q) -> (N, C)."""
-        raise NotImplementedError(f"{type(self).__name__} must write _of_codes")
+        raise NotImplementedError(f"{type(self).__name__} must write _lookup_rows")
 
-    def _start_rows(self, z_ND: Tensor) -> None:
-        """`start` for rows."""
+    def _init_rows(self, z_ND: Tensor) -> None:
+        """`init_from_data` for rows."""
 
     # ---- for subclasses ---------------------------------------------------------------------------------------------
 
@@ -140,47 +140,47 @@ class Quantiser(nn.Module):
         """The precision of computations: the module's precision, but at least float32."""
         return torch.promote_types(self._like.dtype, torch.float32)
 
-    def keep(self, name: str, values: Tensor, persistent: bool = True) -> None:
+    def register_float32_buffer(self, name: str, values: Tensor, persistent: bool = True) -> None:
         """For constructors: register a buffer that stays in at least float32 whatever the module is cast to."""
         self.register_buffer(name, values.to(torch.promote_types(values.dtype, torch.float32)), persistent)
-        self._kept.add(name)
+        self._float32_buffers.add(name)
 
-    def across_ranks(self) -> bool:
+    def is_distributed(self) -> bool:
         """Whether other processes train together with this one."""
         return self.training and dist.is_available() and dist.is_initialized()
 
-    def over_ranks(self, total: Tensor) -> Tensor:
+    def all_reduce_sum(self, total: Tensor) -> Tensor:
         """In training, the sum over ranks, without gradient; otherwise unchanged."""
-        if self.across_ranks():
+        if self.is_distributed():
             total = total.clone()
             dist.all_reduce(total)
         return total
 
-    def mean_over_ranks(self, mean: Tensor) -> Tensor:
+    def all_reduce_mean(self, mean: Tensor) -> Tensor:
         """In training, the mean over ranks, with gradient; otherwise unchanged.
 
         For terms that every rank computes from it identically: their gradients are equal, so none is exchanged.
         """
-        if self.across_ranks():
-            mean = self.over_ranks(mean.detach()) / dist.get_world_size() + (mean - mean.detach())
+        if self.is_distributed():
+            mean = self.all_reduce_sum(mean.detach()) / dist.get_world_size() + (mean - mean.detach())
         return mean
 
     def moments(self, z_ND: Tensor, variance: float) -> dict[str, Tensor]:
         """Terms that pull each channel to mean 0 and to the given variance, over the rows of all ranks."""
-        mean_D = self.mean_over_ranks(z_ND.mean(0))
+        mean_D = self.all_reduce_mean(z_ND.mean(0))
         # detached: on one process, the gradient through the mean is 0 anyway; on a rank's own rows it would not be
-        variance_D = self.mean_over_ranks((z_ND - mean_D.detach()).square().mean(0))
+        variance_D = self.all_reduce_mean((z_ND - mean_D.detach()).square().mean(0))
         return {"code_mean": mean_D.square().sum(), "code_variance": (variance_D - variance).square().sum()}
 
-    def _check(self, what: str, given: Tensor, channels: int, name: str) -> None:
-        if given.ndim < 2 or given.shape[1] != channels:
+    def _check(self, what: str, values: Tensor, channels: int, name: str) -> None:
+        if values.ndim < 2 or values.shape[1] != channels:
             raise AezooError(
-                f"{type(self).__name__} takes {what} (B, {channels}, ...), got {tuple(given.shape)}: put the {channels}"
-                f" {name} into dimension 1, or build the quantiser for what there is"
+                f"{type(self).__name__} takes {what} (B, {channels}, ...), got {tuple(values.shape)}: put the "
+                f"{channels} {name} into dimension 1, or build the quantiser for what there is"
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = {name: self._buffers[name] for name in self._kept}
+        before = {name: self._buffers[name] for name in self._float32_buffers}
         super()._apply(fn, recurse)
         for name, values in before.items():
             after = self._buffers[name]
@@ -194,11 +194,11 @@ def _as_rows(values: Tensor) -> Tensor:
     return values.movedim(1, -1).flatten(0, -2)
 
 
-def _at_places(rows: Tensor, like: Tensor) -> Tensor:
+def _restore_shape(rows: Tensor, like: Tensor) -> Tensor:
     """(N, X) -> (B, X, *places), with the places of `like`, (B, ?, *places)."""
     return rows.unflatten(0, (like.shape[0], *like.shape[2:])).movedim(-1, 1).contiguous()
 
 
-def _a_sample(term: Tensor, places: int) -> Tensor:
+def _per_sample(term: Tensor, rows_per_sample: int) -> Tensor:
     """A term summed over the places of a sample and averaged over samples: per row (N,) or per place () -> ()."""
-    return term * places if term.ndim == 0 else term.unflatten(0, (-1, places)).sum(1).mean()
+    return term * rows_per_sample if term.ndim == 0 else term.unflatten(0, (-1, rows_per_sample)).sum(1).mean()

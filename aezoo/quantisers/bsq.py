@@ -31,5 +31,5 @@ class BSQ(LFQ):
         super().__init__(dim, temperature=temperature)
         self.scale = 1 / math.sqrt(dim)
 
-    def place(self, z_ND: Tensor) -> Tensor:
+    def project(self, z_ND: Tensor) -> Tensor:
         return F.normalize(z_ND, dim=1)

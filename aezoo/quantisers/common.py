@@ -14,7 +14,7 @@ from torch import Tensor
 from aezoo.training.precision import at_least_float32
 
 # maximal numbers of rows and of multiplications for k-means
-_ROWS, _WORK = 2**14, 1e10
+_MAX_ROWS, _MAX_WORK = 2**14, 1e10
 # mask of the bits of a float32 that TF32 keeps
 _TF32 = -(2**13)
 
@@ -26,17 +26,17 @@ def nearest(z_ND: Tensor, code_KD: Tensor) -> Tensor:
     centre_D = code_KD.mean(0)
     z_ND, code_KD = z_ND - centre_D, code_KD - centre_D
     norm_K = code_KD.square().sum(1)
-    if may_be_tf32(z_ND):
-        z_ND, code_KD = for_tf32(z_ND, code_KD)
+    if uses_tf32(z_ND):
+        z_ND, code_KD = split_for_tf32(z_ND, code_KD)
     return torch.addmm(norm_K, z_ND, code_KD.T, alpha=-2).argmin(1)
 
 
-def may_be_tf32(z_ND: Tensor) -> bool:
+def uses_tf32(z_ND: Tensor) -> bool:
     """Whether float32 products may be computed in TF32 here."""
     return z_ND.device.type == "cuda" and z_ND.dtype == torch.float32
 
 
-def for_tf32(z_ND: Tensor, code_KD: Tensor) -> tuple[Tensor, Tensor]:
+def split_for_tf32(z_ND: Tensor, code_KD: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and codes whose products have float32 precision where a GPU multiplies in TF32, (N, 3D), (K, 3D).
 
     Each number is split into its leading bits, which TF32 holds, and the rest; the product of two rests is left out.
@@ -76,19 +76,19 @@ def entropy(p: Tensor) -> Tensor:
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
-def entropy_of_bit(logit: Tensor) -> Tensor:
+def binary_entropy(logit: Tensor) -> Tensor:
     """Entropy in nats of a bit that is 1 with probability sigmoid(logit), elementwise."""
     size = logit.abs()
     return F.softplus(-size) + size * (-size).sigmoid()
 
 
-def kept_levels(z_ND: Tensor, places: int, levels: int, dropout: float) -> Tensor:
+def level_dropout_mask(z_ND: Tensor, rows_per_sample: int, levels: int, dropout: float) -> Tensor:
     """Mask of the levels that rows keep, (N, Q): the first n ~ U{1..levels} in a share `dropout` of samples, or all."""
-    samples = z_ND.shape[0] // places
+    samples = z_ND.shape[0] // rows_per_sample
     drop_B, depth_B = (torch.rand(samples, device=z_ND.device) for _ in range(2))
     n_B = torch.where(drop_B < dropout, (depth_B * levels).floor() + 1, levels)
     kept_BQ = torch.arange(levels, device=z_ND.device) < n_B[:, None]
-    return kept_BQ.repeat_interleave(places, 0)
+    return kept_BQ.repeat_interleave(rows_per_sample, 0)
 
 
 def k_means(z_ND: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -101,30 +101,30 @@ def k_means(z_ND: Tensor, size: int) -> tuple[Tensor, Tensor]:
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    bound = max(_ROWS, 2 * size)
-    dice = torch.Generator().manual_seed(0)
-    taken = torch.randperm(len(z_ND), generator=dice)[:bound]
-    rows = z_ND.detach()[taken.to(z_ND.device)].cpu().numpy()
-    different, weight = np.unique(rows, axis=0, return_counts=True)
-    if len(different) > size:
-        steps = int(min(50, max(1, _WORK / (len(different) * size * rows.shape[1]))))
-        found = KMeans(size, init="k-means++" if size <= 1024 else "random", n_init=1, max_iter=steps, random_state=0)
+    max_rows = max(_MAX_ROWS, 2 * size)
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randperm(len(z_ND), generator=generator)[:max_rows]
+    rows = z_ND.detach()[index.to(z_ND.device)].cpu().numpy()
+    distinct, weight = np.unique(rows, axis=0, return_counts=True)
+    if len(distinct) > size:
+        steps = int(min(50, max(1, _MAX_WORK / (len(distinct) * size * rows.shape[1]))))
+        kmeans = KMeans(size, init="k-means++" if size <= 1024 else "random", n_init=1, max_iter=steps, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # nearly equal rows
-            label = found.fit(different, sample_weight=weight).labels_
+            label = kmeans.fit(distinct, sample_weight=weight).labels_
         count = np.bincount(label, weight, size)
         mean = np.zeros((size, rows.shape[1]))
-        np.add.at(mean, label, different * weight[:, None])
-        mean = np.where(count[:, None] > 0, mean / count.clip(1)[:, None], found.cluster_centers_)
+        np.add.at(mean, label, distinct * weight[:, None])
+        mean = np.where(count[:, None] > 0, mean / count.clip(1)[:, None], kmeans.cluster_centers_)
     else:
-        noise = at_least_float32(torch.randn(size - len(different), rows.shape[1], generator=dice))
+        noise = at_least_float32(torch.randn(size - len(distinct), rows.shape[1], generator=generator))
         fill = noise.numpy() * rows.std(0) + rows.mean(0)
-        mean, count = np.concatenate([different, fill]), np.concatenate([weight, np.ones(len(fill))])
+        mean, count = np.concatenate([distinct, fill]), np.concatenate([weight, np.ones(len(fill))])
     scale = len(z_ND) / len(rows)
     return torch.from_numpy(mean).to(z_ND), torch.from_numpy(np.maximum(count, 1) * scale).to(z_ND)
 
 
-def group_sizes(total: int, most: int) -> list[int]:
-    """Split `total` into as few groups as possible of at most `most` each, as evenly as possible."""
-    groups = math.ceil(total / most)
+def group_sizes(total: int, max_size: int) -> list[int]:
+    """Split `total` into as few groups as possible of at most `max_size` each, as evenly as possible."""
+    groups = math.ceil(total / max_size)
     return [total // groups + (i < total % groups) for i in range(groups)]

@@ -26,7 +26,7 @@ from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantiser, Rows
 from aezoo.quantisers.common import to_digits, to_index
 from aezoo.quantisers.estimators import ste
-from aezoo.quantisers.fsq import MOST_BITS
+from aezoo.quantisers.fsq import MAX_BITS
 from aezoo.training.limits import at_least
 
 # g and sigma_g^2 by name
@@ -55,8 +55,8 @@ class FSP(Quantiser):
     def __init__(
         self, levels: tuple[int, ...] = (8, 5, 5, 5), *, squash: str = "tanh", eta: float = 1.0, quantised: float = 0.5
     ) -> None:
-        if not levels or min(levels) < 2 or math.log2(math.prod(levels)) > MOST_BITS:
-            raise AezooError(f"FSP takes levels of 2 or more, of at most {MOST_BITS} bits together, got {levels}")
+        if not levels or min(levels) < 2 or math.log2(math.prod(levels)) > MAX_BITS:
+            raise AezooError(f"FSP takes levels of 2 or more, of at most {MAX_BITS} bits together, got {levels}")
         if squash not in SQUASHES:
             raise AezooError(f"squash must be one of {', '.join(SQUASHES)}, got {squash!r}")
         at_least(0, eta=eta)
@@ -64,7 +64,7 @@ class FSP(Quantiser):
             raise AezooError(f"quantised must lie between 0 and 1, got {quantised}")
         super().__init__(len(levels), (math.prod(levels),))
         self.levels, self.squash, self.eta, self.quantised = tuple(levels), squash, eta, quantised
-        self.keep("L_D", torch.tensor(levels, dtype=torch.get_default_dtype()), persistent=False)
+        self.register_float32_buffer("L_D", torch.tensor(levels, dtype=torch.get_default_dtype()), persistent=False)
 
     def middle(self, digit_ND: Tensor) -> Tensor:
         """The middles of intervals, in [0, 1], (N, D) -> (N, D)."""
@@ -74,13 +74,13 @@ class FSP(Quantiser):
         """Scaled values, with mean 0 and variance 1 if p is uniform, (N, D) -> (N, D)."""
         return math.sqrt(12) * (p_ND - 0.5)
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
         squash, variance = SQUASHES[self.squash]
         p_ND = squash(z_ND)
         digit_ND = (p_ND.detach() * self.L_D).floor().minimum(self.L_D - 1)
         quantised_ND = ste(p_ND, self.middle(digit_ND))
         if self.training:
-            of_samples = p_ND.detach().unflatten(0, (-1, places))  # random numbers are drawn per sample
+            of_samples = p_ND.detach().unflatten(0, (-1, rows_per_sample))  # random numbers are drawn per sample
             u_ND, coin_ND = (torch.rand_like(of_samples).flatten(0, 1) for _ in range(2))
             moved_ND = p_ND + self.eta * (2 * u_ND - 1) / (2 * self.L_D)
             moved_ND = torch.where((moved_ND > 0) & (moved_ND < 1), moved_ND, p_ND)
@@ -88,5 +88,5 @@ class FSP(Quantiser):
         index_N = to_index(digit_ND.long(), self.levels)
         return self.value(quantised_ND), index_N[:, None], self.moments(z_ND, variance)
 
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+    def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
         return self.value(self.middle(to_digits(index_NQ[:, 0], self.levels).to(self.exact_dtype)))

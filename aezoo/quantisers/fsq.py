@@ -21,7 +21,7 @@ from aezoo.quantisers.estimators import ste
 
 EPS = 1e-3
 # the bits that a 64-bit index can hold
-MOST_BITS = 62
+MAX_BITS = 62
 
 
 class FSQ(Quantiser):
@@ -42,8 +42,8 @@ class FSQ(Quantiser):
     width_D: Tensor
 
     def __init__(self, levels: tuple[int, ...] = (8, 5, 5, 5)) -> None:
-        if not levels or min(levels) < 2 or math.log2(math.prod(levels)) > MOST_BITS:
-            raise AezooError(f"FSQ takes levels of 2 or more, of at most {MOST_BITS} bits together, got {levels}")
+        if not levels or min(levels) < 2 or math.log2(math.prod(levels)) > MAX_BITS:
+            raise AezooError(f"FSQ takes levels of 2 or more, of at most {MAX_BITS} bits together, got {levels}")
         super().__init__(len(levels), (math.prod(levels),))
         self.levels = tuple(levels)
         L_D = torch.tensor(levels, dtype=torch.float64)
@@ -58,7 +58,7 @@ class FSQ(Quantiser):
             "width_D": torch.where(L_D > 2, L_D // 2, 0.5),
         }
         for name, values in constants.items():
-            self.keep(name, values.to(torch.get_default_dtype()), persistent=False)
+            self.register_float32_buffer(name, values.to(torch.get_default_dtype()), persistent=False)
 
     def bound(self, z_ND: Tensor) -> Tensor:
         """f(z) relative to the lowest value: within half a step of the digits 0..L-1, (N, D) -> (N, D)."""
@@ -68,11 +68,11 @@ class FSQ(Quantiser):
         """Convert digits, integer or not, to values in [-1, 1], (N, D) -> (N, D)."""
         return (digit_ND - self.zero_D) / self.width_D
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
         bounded_ND = self.bound(z_ND)
         digit_ND = bounded_ND.detach().round()
         z_q_ND = ste(self.value(bounded_ND), self.value(digit_ND))
         return z_q_ND, to_index(digit_ND.long(), self.levels)[:, None], {}
 
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+    def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
         return self.value(to_digits(index_NQ[:, 0], self.levels).to(self.exact_dtype))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.nets import vit
-from aezoo.quantisers.sim_vq import SharedBook
+from aezoo.quantisers.sim_vq import SharedCodebook
 from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
@@ -49,7 +49,7 @@ class Bridge(nn.Module):
         return moved
 
 
-class FVQ(SharedBook):
+class FVQ(SharedCodebook):
     """VQ with codes that pass through a bridge together. Terms: commitment and codebook.
 
     Args:

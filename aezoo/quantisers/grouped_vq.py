@@ -36,18 +36,18 @@ class GroupedVQ(Quantiser):
         super().__init__(dim, (size,) * groups)
         self.groups = nn.ModuleList(VQ(dim // groups, size, **options) for _ in range(groups))
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
-        parts = [group._of_rows(part, places) for group, part in self._cut(z_ND)]
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
+        parts = [group._quantise_rows(part, rows_per_sample) for group, part in self._split(z_ND)]
         codes, indices, terms = zip(*parts, strict=True)
         sums = {name: torch.stack([of_group[name] for of_group in terms]).sum(0) for name in terms[0]}
         return torch.cat(codes, 1), torch.cat(indices, 1), sums
 
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
-        return torch.cat([group._of_codes(part) for group, part in self._cut(index_NQ)], 1)
+    def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
+        return torch.cat([group._lookup_rows(part) for group, part in self._split(index_NQ)], 1)
 
-    def _start_rows(self, z_ND: Tensor) -> None:
-        for group, part in self._cut(z_ND):
-            group._start_rows(part)
+    def _init_rows(self, z_ND: Tensor) -> None:
+        for group, part in self._split(z_ND):
+            group._init_rows(part)
 
-    def _cut(self, rows: Tensor) -> list[tuple[VQ, Tensor]]:
+    def _split(self, rows: Tensor) -> list[tuple[VQ, Tensor]]:
         return [*zip(cast(list[VQ], self.groups), rows.split(rows.shape[1] // len(self.groups), 1), strict=True)]

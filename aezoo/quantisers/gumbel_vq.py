@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.distributions.categorical import kl_from_uniform, relaxed
+from aezoo.distributions.categorical import gumbel_softmax, kl_from_uniform
 from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantiser, Rows
 
@@ -38,18 +38,20 @@ class GumbelVQ(Quantiser):
         if not temperature > 0:
             raise AezooError(f"GumbelVQ needs a temperature above 0, got {temperature}")
         self.hard = hard
-        self.keep("temperature", torch.tensor(float(temperature)))
+        self.register_float32_buffer("temperature", torch.tensor(float(temperature)))
         self.code_KC = nn.Parameter(torch.randn(size, code_dim))
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
         log_p_NK = z_ND.log_softmax(1)
         terms = {"kl": kl_from_uniform(log_p_NK.exp(), log_p_NK, self.dim)}
         if self.training:
             # random numbers are drawn per sample, so the shape is (B, P, K)
-            y_NK = relaxed(log_p_NK.unflatten(0, (-1, places)), self.temperature, self.hard).flatten(0, 1)
+            y_NK = gumbel_softmax(log_p_NK.unflatten(0, (-1, rows_per_sample)), self.temperature, self.hard).flatten(
+                0, 1
+            )
             return y_NK @ self.code_KC.to(self.exact_dtype), y_NK.argmax(1, keepdim=True), terms
         index_N1 = z_ND.argmax(1, keepdim=True)
-        return self._of_codes(index_N1), index_N1, terms
+        return self._lookup_rows(index_N1), index_N1, terms
 
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+    def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
         return F.embedding(index_NQ[:, 0], self.code_KC.to(self.exact_dtype))

@@ -30,14 +30,14 @@ class LatentQuantisation(Quantiser):
         super().__init__(dim, (size,) * dim)
         self.value_DK = nn.Parameter(torch.linspace(-0.5, 0.5, size).repeat(dim, 1))
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
         index_ND = (z_ND[:, :, None] - self.value_DK.to(self.exact_dtype)).abs().argmin(2)
-        q_ND = self._of_codes(index_ND)
+        q_ND = self._lookup_rows(index_ND)
         terms = {
             "commitment": (z_ND - q_ND.detach()).square().sum(1),
             "codebook": (z_ND.detach() - q_ND).square().sum(1),
         }
         return ste(z_ND, q_ND), index_ND, terms
 
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+    def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
         return self.value_DK.to(self.exact_dtype).T.gather(0, index_NQ)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantiser, Rows
-from aezoo.quantisers.common import entropy, entropy_of_bit, group_sizes, to_digits, to_index
+from aezoo.quantisers.common import binary_entropy, entropy, group_sizes, to_digits, to_index
 from aezoo.quantisers.estimators import ste
-from aezoo.quantisers.fsq import MOST_BITS
+from aezoo.quantisers.fsq import MAX_BITS
 
 # up to this many channels, all codes are enumerated
 EXACT = 10
@@ -39,31 +39,31 @@ class LFQ(Quantiser):
     """
 
     def __init__(self, dim: int, *, temperature: float = 0.01) -> None:
-        if not 1 <= dim <= MOST_BITS or not temperature > 0:
+        if not 1 <= dim <= MAX_BITS or not temperature > 0:
             raise AezooError(
-                f"{type(self).__name__} takes 1 to {MOST_BITS} channels, a bit each, and a temperature above 0, got "
+                f"{type(self).__name__} takes 1 to {MAX_BITS} channels, a bit each, and a temperature above 0, got "
                 f"{dim} and {temperature}"
             )
         super().__init__(dim, (2**dim,))
         self.temperature, self.scale = temperature, 1.0
         self.sizes = group_sizes(dim, EXACT)
 
-    def place(self, z_ND: Tensor) -> Tensor:
+    def project(self, z_ND: Tensor) -> Tensor:
         """Where z is compared with the codes, (N, D) -> (N, D)."""
         return z_ND
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
-        u_ND = self.place(z_ND)
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
+        u_ND = self.project(z_ND)
         bit_ND = (u_ND > 0).long()
         q_ND = self._of_bits(bit_ND)
         terms = {
-            "entropy": entropy_of_bit(4 * self.scale * u_ND / self.temperature).sum(1),
+            "entropy": binary_entropy(4 * self.scale * u_ND / self.temperature).sum(1),
             "diversity": self.diversity(u_ND),
             "commitment": (u_ND - q_ND).square().sum(1),
         }
         return ste(u_ND, q_ND), to_index(bit_ND, (2,) * self.dim)[:, None], terms
 
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+    def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
         return self._of_bits(to_digits(index_NQ[:, 0], (2,) * self.dim))
 
     def _of_bits(self, bit_ND: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class LFQ(Quantiser):
             # p(c|z) is a product over channels, so its mean over rows is a product of two halves
             half = p_NG.shape[1] // 2
             mean_KK = _of_every_code(p_NG[:, :half]).T @ _of_every_code(p_NG[:, half:]) / p_NG.shape[0]
-            total = total + entropy(self.mean_over_ranks(mean_KK.flatten())).to(total)
+            total = total + entropy(self.all_reduce_mean(mean_KK.flatten())).to(total)
         return total
 
 

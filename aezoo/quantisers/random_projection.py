@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.quantisers.base import Quantiser, Rows
-from aezoo.quantisers.common import for_tf32, may_be_tf32, nearest
+from aezoo.quantisers.common import nearest, split_for_tf32, uses_tf32
 
 
 class RandomProjection(Quantiser):
@@ -30,16 +30,16 @@ class RandomProjection(Quantiser):
 
     def __init__(self, dim: int, size: int = 8192, code_dim: int = 16) -> None:
         super().__init__(dim, (size,), code_dim)
-        self.keep("projection_DC", nn.init.xavier_uniform_(torch.empty(dim, code_dim)))
-        self.keep("code_KC", F.normalize(torch.randn(size, code_dim), dim=1))
+        self.register_float32_buffer("projection_DC", nn.init.xavier_uniform_(torch.empty(dim, code_dim)))
+        self.register_float32_buffer("code_KC", F.normalize(torch.randn(size, code_dim), dim=1))
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
         z_ND, rows_CD = z_ND.detach(), self.projection_DC.T
-        if may_be_tf32(z_ND):
-            z_ND, rows_CD = for_tf32(z_ND, rows_CD)
+        if uses_tf32(z_ND):
+            z_ND, rows_CD = split_for_tf32(z_ND, rows_CD)
         y_NC = F.normalize(z_ND @ rows_CD.T, dim=1)
         index_N = nearest(y_NC, self.code_KC)
         return F.embedding(index_N, self.code_KC), index_N[:, None], {}
 
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+    def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
         return F.embedding(index_NQ[:, 0], self.code_KC)

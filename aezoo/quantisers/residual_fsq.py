@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aezoo.errors import AezooError
 from aezoo.quantisers.base import Rows
-from aezoo.quantisers.common import kept_levels, to_digits, to_index
+from aezoo.quantisers.common import level_dropout_mask, to_digits, to_index
 from aezoo.quantisers.estimators import ste
 from aezoo.quantisers.fsq import FSQ
 
@@ -41,9 +41,9 @@ class ResidualFSQ(FSQ):
         if depth < 1 or not 0 <= dropout <= 1:
             raise AezooError(f"ResidualFSQ needs depth of 1 or more and dropout in [0, 1], got {depth} and {dropout}")
         self.depth, self.dropout, self.codebook_sizes = depth, dropout, self.codebook_sizes * depth
-        self.keep("L_D", torch.tensor(levels, dtype=torch.get_default_dtype()), persistent=False)
+        self.register_float32_buffer("L_D", torch.tensor(levels, dtype=torch.get_default_dtype()), persistent=False)
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
         bounded_ND = self.bound(z_ND)
         left_ND, indices = bounded_ND.detach(), []
         for level in range(self.depth):
@@ -52,10 +52,10 @@ class ResidualFSQ(FSQ):
             indices.append(to_index(digit_ND.long(), self.levels))
         index_NQ = torch.stack(indices, 1)
         if self.training and self.dropout:
-            index_NQ = index_NQ.where(kept_levels(z_ND, places, self.depth, self.dropout), -1)
-        return ste(self.value(bounded_ND), self._of_codes(index_NQ)), index_NQ, {}
+            index_NQ = index_NQ.where(level_dropout_mask(z_ND, rows_per_sample, self.depth, self.dropout), -1)
+        return ste(self.value(bounded_ND), self._lookup_rows(index_NQ)), index_NQ, {}
 
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+    def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
         total_ND = torch.zeros_like(self.zero_D)
         for level in range(self.depth):
             digit_ND = to_digits(index_NQ[:, level].clamp(min=0), self.levels).to(self.exact_dtype)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantiser, Rows
-from aezoo.quantisers.common import kept_levels, nearest
+from aezoo.quantisers.common import level_dropout_mask, nearest
 from aezoo.quantisers.vq import VQ
 
 
@@ -47,16 +47,16 @@ class ResidualVQ(Quantiser):
         self.dropout = dropout
         self.levels = nn.ModuleList(VQ(dim, size, **options) for _ in range(levels))
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
         kept_NQ = None
         if self.training and self.dropout:
-            kept_NQ = kept_levels(z_ND, places, len(self.levels), self.dropout)
+            kept_NQ = level_dropout_mask(z_ND, rows_per_sample, len(self.levels), self.dropout)
         left_ND, total_ND, indices = z_ND, torch.zeros_like(z_ND), []
         sums: dict[str, Tensor] = {}
         for i, level in enumerate(self._levels()):
             # every rank runs every level, since all ranks exchange sums there
             kept_N = None if kept_NQ is None else kept_NQ[:, i]
-            q_ND, index_N, terms = level.choose(left_ND, places, kept_N)
+            q_ND, index_N, terms = level.select_codes(left_ND, rows_per_sample, kept_N)
             left_ND = left_ND - q_ND.detach()
             if kept_N is not None:
                 q_ND, index_N = q_ND * kept_N[:, None], torch.where(kept_N, index_N, -1)
@@ -64,18 +64,18 @@ class ResidualVQ(Quantiser):
             total_ND = total_ND + q_ND
             indices.append(index_N)
             sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
-        return self._levels()[0].estimate(z_ND, total_ND, places), torch.stack(indices, 1), sums
+        return self._levels()[0].apply_estimator(z_ND, total_ND, rows_per_sample), torch.stack(indices, 1), sums
 
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+    def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
         kept_NQ = index_NQ >= 0
         total_ND: Tensor | int = 0
         for i, level in enumerate(self._levels()):
-            total_ND = total_ND + level._of_codes(index_NQ[:, i : i + 1].clamp(min=0)) * kept_NQ[:, i : i + 1]
+            total_ND = total_ND + level._lookup_rows(index_NQ[:, i : i + 1].clamp(min=0)) * kept_NQ[:, i : i + 1]
         return cast(Tensor, total_ND)
 
-    def _start_rows(self, z_ND: Tensor) -> None:
+    def _init_rows(self, z_ND: Tensor) -> None:
         for level in self._levels():
-            level._start_rows(z_ND)
+            level._init_rows(z_ND)
             code_KD = level.codebook()
             z_ND = z_ND - code_KD[nearest(z_ND, code_KD)]
 

@@ -19,7 +19,7 @@ from aezoo.quantisers.common import nearest
 from aezoo.quantisers.estimators import rotation, ste
 
 
-class SharedBook(Quantiser):
+class SharedCodebook(Quantiser):
     """VQ with codes computed from shared parameters; a subclass defines `codebook`. Terms: commitment and codebook.
 
     Args:
@@ -41,7 +41,7 @@ class SharedBook(Quantiser):
         """The codes, (K, D)."""
         raise NotImplementedError(f"{type(self).__name__} must write codebook")
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
         code_KD = self.codebook()
         index_N = nearest(z_ND, code_KD)
         q_ND = F.embedding(index_N, code_KD)
@@ -51,11 +51,11 @@ class SharedBook(Quantiser):
         }
         return self.pass_gradient(z_ND, q_ND), index_N[:, None], terms
 
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+    def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
         return F.embedding(index_NQ[:, 0], self.codebook())
 
 
-class SimVQ(SharedBook):
+class SimVQ(SharedCodebook):
     """VQ with codes that are one linear map of frozen vectors. Terms: commitment and codebook.
 
     Args:
@@ -71,7 +71,7 @@ class SimVQ(SharedBook):
 
     def __init__(self, dim: int, size: int = 512, *, estimator: str = "ste") -> None:
         super().__init__(dim, size, estimator)
-        self.keep("frozen_KD", torch.randn(size, dim) * dim**-0.5)
+        self.register_float32_buffer("frozen_KD", torch.randn(size, dim) * dim**-0.5)
         self.W_DD = nn.Parameter(nn.init.orthogonal_(torch.empty(dim, dim)))
 
     def codebook(self) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.distributions.categorical import kl_from_uniform, relaxed
+from aezoo.distributions.categorical import gumbel_softmax, kl_from_uniform
 from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantiser, Rows
 from aezoo.quantisers.common import nearest, relative_distance
@@ -67,7 +67,7 @@ class StochasticVQ(Quantiser):
                 f"{start_variance} and {temperature}"
             )
         self.variance, self.hard = variance, hard
-        self.keep("temperature", torch.tensor(float(temperature)))
+        self.register_float32_buffer("temperature", torch.tensor(float(temperature)))
         self.code_KD = nn.Parameter(torch.randn(size, code_dim))
         self.log_variance = nn.Parameter(torch.tensor(math.log(start_variance)))
 
@@ -75,11 +75,11 @@ class StochasticVQ(Quantiser):
         """Log q(k|z) up to a constant per place, -||z - e_k||^2 / (2 s^2): (B, dim, *places) -> (B, P, K)."""
         with torch.autocast(z.device.type, enabled=False):
             z_ND = z.movedim(1, -1).flatten(0, -2).to(self.exact_dtype)
-            places = math.prod(z.shape[2:])
-            return self._logits(z_ND, places).unflatten(0, (-1, places))
+            rows_per_sample = math.prod(z.shape[2:])
+            return self._logits(z_ND, rows_per_sample).unflatten(0, (-1, rows_per_sample))
 
-    def _logits(self, z_ND: Tensor, places: int) -> Tensor:
-        z_ND, log_variance_N1 = self._parts(z_ND, places)
+    def _logits(self, z_ND: Tensor, rows_per_sample: int) -> Tensor:
+        z_ND, log_variance_N1 = self._parts(z_ND, rows_per_sample)
         code_KD = self.code_KD.to(self.exact_dtype)
         # centred at the mean of the codes, the expanded square loses the fewest digits
         centre_D = code_KD.detach().mean(0)
@@ -87,18 +87,23 @@ class StochasticVQ(Quantiser):
         square_NK = z_ND.square().sum(1, keepdim=True) + relative_distance(z_ND, code_KD)
         return -0.5 * square_NK.clamp(min=0) * torch.exp(-log_variance_N1)
 
-    def _parts(self, z_ND: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    def _parts(self, z_ND: Tensor, rows_per_sample: int) -> tuple[Tensor, Tensor]:
         """The part of z that codes are compared with, and log s^2 in [-15, 10], below which rounding errors matter."""
         log_variance_N1 = self.log_variance.to(self.exact_dtype).view(1, 1)
         if self.variance != "one":
             z_ND, own_N1 = z_ND.split([self.code_dim, 1], 1)
             if self.variance == "sample":
-                own_N1 = own_N1.unflatten(0, (-1, places)).mean(1, keepdim=True).expand(-1, places, -1).flatten(0, 1)
+                own_N1 = (
+                    own_N1.unflatten(0, (-1, rows_per_sample))
+                    .mean(1, keepdim=True)
+                    .expand(-1, rows_per_sample, -1)
+                    .flatten(0, 1)
+                )
             log_variance_N1 = log_variance_N1 + own_N1
         return z_ND, log_variance_N1.clamp(-15, 10)
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
-        logits_NK = self._logits(z_ND, places)
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
+        logits_NK = self._logits(z_ND, rows_per_sample)
         log_q_NK = logits_NK.log_softmax(1)
         q_NK = log_q_NK.exp()
         terms = {
@@ -107,10 +112,12 @@ class StochasticVQ(Quantiser):
         }
         if self.training:
             # random numbers are drawn per sample, so the shape is (B, P, K)
-            y_NK = relaxed(log_q_NK.unflatten(0, (-1, places)), self.temperature, self.hard).flatten(0, 1)
+            y_NK = gumbel_softmax(log_q_NK.unflatten(0, (-1, rows_per_sample)), self.temperature, self.hard).flatten(
+                0, 1
+            )
             return y_NK @ self.code_KD.to(self.exact_dtype), y_NK.argmax(1, keepdim=True), terms
         index_N1 = nearest(z_ND[:, : self.code_dim], self.code_KD.to(self.exact_dtype))[:, None]
-        return self._of_codes(index_N1), index_N1, terms
+        return self._lookup_rows(index_N1), index_N1, terms
 
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+    def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
         return F.embedding(index_NQ[:, 0], self.code_KD.to(self.exact_dtype))

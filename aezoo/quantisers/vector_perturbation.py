@@ -71,23 +71,23 @@ class VectorPerturbation(VQ):
         at_least(1, neighbours=neighbours, queue_size=queue_size)
         self.eta, self.share = eta, min(share, 1.0)
         self.k, self.m = min(neighbours, queue_size), math.ceil(queue_size / size)
-        self.keep("queue_SD", torch.randn(queue_size, dim))
+        self.register_float32_buffer("queue_SD", torch.randn(queue_size, dim))
         self.register_buffer("next", torch.zeros((), dtype=torch.long))
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
-        q_ND, index_N, _ = self.choose(z_ND, places)
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
+        q_ND, index_N, _ = self.select_codes(z_ND, rows_per_sample)
         terms = self.moments(z_ND, 1.0)
         if not self.training:
             return ste(z_ND, q_ND), index_N[:, None], terms
-        of_samples = z_ND.detach().unflatten(0, (-1, places))  # random numbers are drawn per sample
+        of_samples = z_ND.detach().unflatten(0, (-1, rows_per_sample))  # random numbers are drawn per sample
         direction_ND = torch.randn_like(of_samples).flatten(0, 1)
         radius_N, coin_N = (torch.rand_like(of_samples[..., 0]).flatten() for _ in range(2))
-        moved_ND = z_ND + self.move(z_ND, direction_ND, radius_N, coin_N)
-        self._remember(z_ND)
+        moved_ND = z_ND + self.perturb(z_ND, direction_ND, radius_N, coin_N)
+        self._enqueue(z_ND)
         return moved_ND, index_N[:, None], terms
 
     @torch.no_grad()
-    def move(self, z_ND: Tensor, direction_ND: Tensor, radius_N: Tensor, coin_N: Tensor) -> Tensor:
+    def perturb(self, z_ND: Tensor, direction_ND: Tensor, radius_N: Tensor, coin_N: Tensor) -> Tensor:
         """The accepted moves, 0 where a proposal is rejected, (N, D).
 
         Args:
@@ -127,19 +127,19 @@ class VectorPerturbation(VQ):
         return near_N, far_N
 
     @torch.no_grad()
-    def _remember(self, z_ND: Tensor) -> None:
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.across_ranks() else (0, 1)
+    def _enqueue(self, z_ND: Tensor) -> None:
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.is_distributed() else (0, 1)
         n, all_n = z_ND.shape[0], z_ND.shape[0] * ranks
         i_C = torch.arange(min(len(self.queue_SD), math.ceil(self.share * all_n)), device=z_ND.device)
         # rows of all ranks, evenly spread and different at each update; each rank contributes the ones that it has
         row_C = (i_C * all_n // max(1, len(i_C)) + self.updates) % all_n - rank * n
         own_C1 = ((row_C >= 0) & (row_C < n))[:, None]
-        fresh_CD = self.over_ranks(torch.where(own_C1, z_ND[row_C.clamp(0, n - 1)], 0))
+        fresh_CD = self.all_reduce_sum(torch.where(own_C1, z_ND[row_C.clamp(0, n - 1)], 0))
         self.queue_SD.index_copy_(0, (self.next + i_C) % len(self.queue_SD), fresh_CD)
         self.next.add_(len(i_C)).remainder_(len(self.queue_SD))
 
-    def _start_rows(self, z_ND: Tensor) -> None:
+    def _init_rows(self, z_ND: Tensor) -> None:
         """Start the codes by k-means, and fill the queue with rows, repeated where there are too few."""
-        super()._start_rows(z_ND)
+        super()._init_rows(z_ND)
         i_S = torch.arange(len(self.queue_SD), device=z_ND.device)
         self.queue_SD.copy_(z_ND[i_S * len(z_ND) // len(i_S)])

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.distributions.categorical import gumbel
+from aezoo.distributions.categorical import sample_gumbel
 from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantiser, Rows
 from aezoo.quantisers.common import k_means, nearest, relative_distance
@@ -85,44 +85,44 @@ class VQ(Quantiser):
             )
         self.decay, self.dead_below, self.estimator, self.cosine = decay, dead_below, estimator, cosine
         self.temperature, self.sigma = temperature, sigma
-        self.averages, self.counts = update == "ema", update == "ema" or dead_below > 0
+        self.uses_ema, self.tracks_usage = update == "ema", update == "ema" or dead_below > 0
         code_KD = torch.empty(size, dim).uniform_(-1 / size, 1 / size)
-        if self.averages:
-            self.keep("code_KD", code_KD)
-            self.keep("sum_KD", code_KD.clone())
+        if self.uses_ema:
+            self.register_float32_buffer("code_KD", code_KD)
+            self.register_float32_buffer("sum_KD", code_KD.clone())
         else:
             self.code_KD = nn.Parameter(code_KD)
-        if self.counts:
-            self.keep("count_K", torch.ones(size))
+        if self.tracks_usage:
+            self.register_float32_buffer("count_K", torch.ones(size))
             self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     def codebook(self) -> Tensor:
         """The codes as used in comparisons, (K, D)."""
         code_KD = self.code_KD.to(self.exact_dtype)
-        if self.training and self.counts:
+        if self.training and self.tracks_usage:
             code_KD = code_KD.clone()  # learning overwrites them before the backward pass has read them
-        return self.place(code_KD)
+        return self.project(code_KD)
 
-    def place(self, rows: Tensor) -> Tensor:
+    def project(self, rows: Tensor) -> Tensor:
         """Where rows are compared with codes: unchanged, or projected to the unit sphere."""
         return F.normalize(rows, dim=-1) if self.cosine else rows
 
-    def _of_rows(self, z_ND: Tensor, places: int = 1) -> Rows:
-        z_ND = self.place(z_ND)
-        q_ND, index_N, terms = self.choose(z_ND, places)
-        return self.estimate(z_ND, q_ND, places), index_N[:, None], terms
+    def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
+        z_ND = self.project(z_ND)
+        q_ND, index_N, terms = self.select_codes(z_ND, rows_per_sample)
+        return self.apply_estimator(z_ND, q_ND, rows_per_sample), index_N[:, None], terms
 
-    def _of_codes(self, index_NQ: Tensor) -> Tensor:
+    def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
         return F.embedding(index_NQ[:, 0], self.codebook())
 
-    def choose(
-        self, z_ND: Tensor, places: int = 1, kept_N: Tensor | None = None
+    def select_codes(
+        self, z_ND: Tensor, rows_per_sample: int = 1, kept_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The codes, indices and terms of rows that `place` has mapped; in training the codes learn from the rows.
+        """The codes, indices and terms of rows that `project` has mapped; in training the codes learn from the rows.
 
         Args:
             z_ND: (N, D).
-            places: rows per sample.
+            rows_per_sample: rows per sample.
             kept_N: mask of the rows that the codes learn from; all if None.
 
         Returns:
@@ -132,7 +132,7 @@ class VQ(Quantiser):
         if self.training and self.estimator == "gumbel":
             log_p_NK = -relative_distance(z_ND, code_KD) / self.temperature
             # random numbers are drawn per sample, so the shape is (B, P, K)
-            noisy_NK = log_p_NK + gumbel(log_p_NK.unflatten(0, (-1, places))).flatten(0, 1)
+            noisy_NK = log_p_NK + sample_gumbel(log_p_NK.unflatten(0, (-1, rows_per_sample))).flatten(0, 1)
             index_N = noisy_NK.argmax(1)
             chosen_ND, soft_ND = F.embedding(index_N, code_KD), noisy_NK.softmax(1) @ code_KD
             q_ND = ste(soft_ND, chosen_ND)
@@ -140,68 +140,68 @@ class VQ(Quantiser):
             index_N = nearest(z_ND, code_KD)
             q_ND = chosen_ND = F.embedding(index_N, code_KD)
         terms = {"commitment": (z_ND - chosen_ND.detach()).square().sum(1)}  # beta's term: trains only the encoder
-        if not self.averages and self.estimator != "diveq":
+        if not self.uses_ema and self.estimator != "diveq":
             terms["codebook"] = (z_ND.detach() - chosen_ND).square().sum(1)
-        if self.training and self.counts:
-            self._learn(z_ND, index_N, kept_N)
+        if self.training and self.tracks_usage:
+            self._update_codebook(z_ND, index_N, kept_N)
         return q_ND, index_N, terms
 
-    def estimate(self, z_ND: Tensor, q_ND: Tensor, places: int = 1) -> Tensor:
+    def apply_estimator(self, z_ND: Tensor, q_ND: Tensor, rows_per_sample: int = 1) -> Tensor:
         """The codes with the gradient that reaches z, (N, D), (N, D) -> (N, D)."""
         if self.estimator == "rotation":
             return rotation(z_ND, q_ND)
         if self.training and self.estimator == "gumbel":
             return q_ND
         if self.training and self.estimator == "diveq":
-            noise_ND = torch.randn_like(z_ND.unflatten(0, (-1, places))).flatten(0, 1)
+            noise_ND = torch.randn_like(z_ND.unflatten(0, (-1, rows_per_sample))).flatten(0, 1)
             return diveq(z_ND, q_ND, self.sigma, noise_ND)
         return ste(z_ND, q_ND)
 
     @torch.no_grad()
-    def _learn(self, z_ND: Tensor, index_N: Tensor, kept_N: Tensor | None) -> None:
+    def _update_codebook(self, z_ND: Tensor, index_N: Tensor, kept_N: Tensor | None) -> None:
         kept_N1 = torch.ones_like(z_ND[:, :1]) if kept_N is None else kept_N.to(z_ND.dtype)[:, None]
         zeros = z_ND.new_zeros(self.codebook_sizes[0], self.dim + 1)
         # sums and row counts in one tensor: one exchange between the ranks
-        totals = self.over_ranks(zeros.index_add(0, index_N, torch.cat([z_ND * kept_N1, kept_N1], 1)))
-        of_batch_KD, hits_K = totals[:, :-1], totals[:, -1]
+        totals = self.all_reduce_sum(zeros.index_add(0, index_N, torch.cat([z_ND * kept_N1, kept_N1], 1)))
+        batch_sum_KD, hits_K = totals[:, :-1], totals[:, -1]
         self.count_K.lerp_(hits_K, 1 - self.decay)
-        if self.averages:
-            self.sum_KD.lerp_(of_batch_KD, 1 - self.decay)
+        if self.uses_ema:
+            self.sum_KD.lerp_(batch_sum_KD, 1 - self.decay)
             mean_KD = self.sum_KD / self.count_K[:, None]
             self.code_KD.copy_(torch.where(hits_K[:, None] > 0, mean_KD, self.code_KD))
         if self.dead_below:
-            self._revive(z_ND)
+            self._replace_dead_codes(z_ND)
         self.updates.add_(1)
 
-    def _revive(self, z_ND: Tensor) -> None:
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.across_ranks() else (0, 1)
+    def _replace_dead_codes(self, z_ND: Tensor) -> None:
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.is_distributed() else (0, 1)
         n, all_n = z_ND.shape[0], z_ND.shape[0] * ranks
         mean = all_n / self.codebook_sizes[0]
         # with few rows, evenly used codes would count as dead, and a code that has moved would die in the next step
-        least = self.dead_below if mean > 1 else min(self.dead_below, mean / 2)
-        dead_K = self.count_K < least
+        threshold = self.dead_below if mean > 1 else min(self.dead_below, mean / 2)
+        dead_K = self.count_K < threshold
         order_K = dead_K.cumsum(0) - 1
         # rows of all ranks, evenly spread and different at each update; each rank contributes the ones that it has
         row_K = (order_K * all_n // dead_K.sum().clamp(min=1) + self.updates) % all_n - rank * n
-        own_K = dead_K & (row_K >= 0) & (row_K < n)
-        fresh_KD = self.over_ranks(torch.where(own_K[:, None], z_ND[row_K.clamp(0, n - 1)], 0))
-        count = max(mean, least)
+        local_K = dead_K & (row_K >= 0) & (row_K < n)
+        fresh_KD = self.all_reduce_sum(torch.where(local_K[:, None], z_ND[row_K.clamp(0, n - 1)], 0))
+        count = max(mean, threshold)
         self.count_K.copy_(torch.where(dead_K, count, self.count_K))
         self.code_KD.copy_(torch.where(dead_K[:, None], fresh_KD, self.code_KD))
-        if self.averages:
+        if self.uses_ema:
             self.sum_KD.copy_(torch.where(dead_K[:, None], fresh_KD * count, self.sum_KD))
 
-    def _start_rows(self, z_ND: Tensor) -> None:
+    def _init_rows(self, z_ND: Tensor) -> None:
         """Start the codes by k-means, computed on the first rank for all."""
-        z_ND, many = self.place(z_ND), dist.is_available() and dist.is_initialized()
-        found_KD1 = z_ND.new_zeros(self.codebook_sizes[0], self.dim + 1)
-        if not many or dist.get_rank() == 0:
+        z_ND, distributed = self.project(z_ND), dist.is_available() and dist.is_initialized()
+        result_KD1 = z_ND.new_zeros(self.codebook_sizes[0], self.dim + 1)
+        if not distributed or dist.get_rank() == 0:
             mean_KD, count_K = k_means(z_ND, self.codebook_sizes[0])
-            found_KD1 = torch.cat([mean_KD, count_K[:, None]], 1)
-        if many:
-            dist.broadcast(found_KD1, 0)
-        self.code_KD.copy_(found_KD1[:, :-1])
-        if self.counts:
-            self.count_K.copy_(found_KD1[:, -1])
-        if self.averages:
-            self.sum_KD.copy_(found_KD1[:, :-1] * found_KD1[:, -1:])
+            result_KD1 = torch.cat([mean_KD, count_K[:, None]], 1)
+        if distributed:
+            dist.broadcast(result_KD1, 0)
+        self.code_KD.copy_(result_KD1[:, :-1])
+        if self.tracks_usage:
+            self.count_K.copy_(result_KD1[:, -1])
+        if self.uses_ema:
+            self.sum_KD.copy_(result_KD1[:, :-1] * result_KD1[:, -1:])

@@ -72,7 +72,7 @@ def compress(
         AezooError: samples that cannot be coded in this mode, a bad value, or a folder that cannot be written.
     """
     if quality is None:
-        quality = model.quality if isinstance(model, EntropyCoded) and model.top_quality else _QUALITY
+        quality = model.quality if isinstance(model, EntropyCoded) and model.max_quality else _QUALITY
     qualities = tuple(map(float, quality if isinstance(quality, tuple | list) else (quality,)))
     _check(mode, qualities, steps, precision, batch_size)
     tables.stream()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from aezoo.errors import AezooError
 from aezoo.models.variational.perceptual_vae import zoo_features
 from aezoo.nets.blocks.features import VGG, FeatureNet, random_features, vgg_features
-from aezoo.nets.blocks.pretrained import stored_weights
+from aezoo.nets.blocks.pretrained import cached_weights
 
 RESNETS = ("resnet18", "resnet50", "wide_resnet50_2")
 _SIDE = 224
@@ -76,9 +76,9 @@ def resnet_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
 
     if len(input_shape) != 3 or input_shape[0] not in (1, 3):
         raise AezooError(f"{name} takes images of 1 or 3 channels, got {input_shape}: take features random")
-    with stored_weights(name, "take features random") as state:
+    with cached_weights(name, "take features random") as state:
         with torch.random.fork_rng(devices=[]):  # the initial weights that are replaced must draw nothing
             net = models.get_model(name, weights=None)
         net.load_state_dict(state)
     stages = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
-    return FeatureNet([getattr(net, stage) for stage in stages], read=(len(stages) - 1,), imagenet=True)
+    return FeatureNet([getattr(net, stage) for stage in stages], layer_indices=(len(stages) - 1,), imagenet=True)

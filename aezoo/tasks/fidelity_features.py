@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.classifier import STEPS, Classifier
-from aezoo.nets.blocks.pretrained import stored_file, stored_weights
+from aezoo.nets.blocks.pretrained import cached_file, cached_weights
 from aezoo.tasks.embed_codes import choose_rows, has_classes
 from aezoo.tasks.output import join
 from aezoo.tasks.samples import Samples
@@ -51,7 +51,7 @@ def choose_features(train: Samples, device: torch.device, seed: int, progress: b
     Nothing is downloaded: Inception is used if torchvision's weights are already on this machine.
     """
     shape = train.shape
-    has_weights = stored_file("inception_v3").is_file()
+    has_weights = cached_file("inception_v3").is_file()
     if has_weights and len(shape) == 3 and shape[0] in (1, 3) and _in_unit_interval(train):
         return Features("Inception-v3 of torchvision", _inception(device))
     most = min(_MOST_LEARNT, max(100, _MOST_VALUES // math.prod(shape)))
@@ -78,7 +78,7 @@ def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
     from torchvision.models import inception_v3
 
     network = inception_v3(weights=None, transform_input=False, init_weights=False)
-    with stored_weights("inception_v3", "do without") as state:
+    with cached_weights("inception_v3", "do without") as state:
         network.load_state_dict(state)
     network.fc = nn.Identity()
     network.to(device).eval()

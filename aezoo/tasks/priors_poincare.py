@@ -53,7 +53,7 @@ class Poincare:
 
     def from_flat(self, v: Array) -> Array:
         """Normal coordinates to codes, (N, D) -> (N, D) float64."""
-        codes: Array = self.ball.inside(self.ball.exp_0(torch.from_numpy(v.astype(np.float64))), self.limit).numpy()
+        codes: Array = self.ball.project(self.ball.exp_0(torch.from_numpy(v.astype(np.float64))), self.limit).numpy()
         return codes
 
     def sample(self, n: int, seed: Seed) -> Array:

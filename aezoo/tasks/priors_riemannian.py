@@ -111,7 +111,7 @@ class Riemannian:
 
     def _move(self, z: Tensor, step: float) -> tuple[Tensor, float]:
         """One step of Hamiltonian Monte Carlo; returns the share of accepted proposals."""
-        z, taken = hamiltonian.monte_carlo(z, self.log_density, step, _LEAPFROG, self._gradient)
+        z, taken = hamiltonian.hmc_step(z, self.log_density, step, _LEAPFROG, self._gradient)
         return z, float(taken.cpu().double().mean())
 
     def _gradient(self, z: Tensor) -> Tensor:

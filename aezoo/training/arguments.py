@@ -56,7 +56,9 @@ def _constructor(cls: type) -> tuple[inspect.Signature | None, dict[str, Any]]:
         return None, {}
     parameters = list(inspect.signature(init).parameters.values())[1:]
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return inspect.Signature(parameters), {p.name: hints[p.name] for p in plain if p.name in hints}
+    return inspect.Signature(parameters), {
+        p.name: hints.get(p.name, p.annotation) for p in plain if p.annotation is not p.empty
+    }
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aezoo
-from aezoo.nets.blocks.dictionary import onto_simplex
+from aezoo.nets.blocks.dictionary import project_to_simplex
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -371,7 +371,7 @@ def test_gradients_reach_shares_and_lambda_and_the_points_stay(digits: Tensor, q
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_rows_move_to_the_nearest_point_of_the_simplex(size: int) -> None:
     v = torch.randn(12, size, dtype=torch.float64) * torch.logspace(-2, 1, 12, dtype=torch.float64)[:, None]
-    found = onto_simplex(v)
+    found = project_to_simplex(v)
     assert (found >= 0).all()
     torch.testing.assert_close(found.sum(1), torch.ones(12, dtype=torch.float64))
     for row, near in zip(v.numpy(), found.numpy(), strict=True):
@@ -385,9 +385,9 @@ def test_rows_move_to_the_nearest_point_of_the_simplex(size: int) -> None:
             options={"ftol": 1e-14},
         )
         np.testing.assert_allclose(near, best.x, atol=1e-5)
-    torch.testing.assert_close(onto_simplex(found), found)  # what is there stays
-    torch.testing.assert_close(onto_simplex(v + 3), found)  # a number for a whole row changes nothing
-    assert onto_simplex(v.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(project_to_simplex(found), found)  # what is there stays
+    torch.testing.assert_close(project_to_simplex(v + 3), found)  # a number for a whole row changes nothing
+    assert project_to_simplex(v.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.5, 2.0])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.adversarial import by_last_layer
+from aezoo.nets.blocks.adversarial import last_layer_vjp
 from aezoo.nets.vit import Patchify
 
 NETS = ("resnet", "conv", "convnext", "conv_keras", "unet", "dc")
@@ -120,7 +120,7 @@ def test_the_decoder_is_the_larger_half() -> None:
 def test_the_last_layer_is_found_behind_what_is_seen(net: str, shifted: Any) -> None:
     model, x = model_of(shifted, net=net), images(2)
     z = torch.randn(2, *model.code_shape, dtype=torch.float64)
-    out, to_last = by_last_layer(model.decoder, z, x, mask(2))
+    out, to_last = last_layer_vjp(model.decoder, z, x, mask(2))
     g = torch.randn_like(out)
     assert last_layer(model) is model.decoder.last[1].weight
     (expected,) = torch.autograd.grad(model.decoder(z, x, mask(2)), last_layer(model), g)

@@ -245,7 +245,7 @@ def test_as_many_clusters_stay_as_there_are_and_the_others_are_never_drawn(n_com
     torch.testing.assert_close(share[:3], torch.full((3,), 1 / 3).double())
     assert (share[3:] == 0).all() and model.weight_K.isfinite().all()
     assert torch.equal(model.clusters(x).argmax(1), of) and (model.clusters(x)[:, 3:] == 0).all()
-    assert model.draw_mixture(500).abs().max() < 6
+    assert model.sample_mixture(500).abs().max() < 6
     terms = model.loss(x)
     terms["loss"].backward()
     assert model.weight_K.grad.isfinite().all() and (model.weight_K.grad[3:] == 0).all()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import aezoo
-from aezoo.distributions.categorical import gumbel, one_hot
+from aezoo.distributions.categorical import one_hot, sample_gumbel
 from aezoo.models.variational.categorical_vae import CategoricalVAE
 from aezoo.models.variational.joint_vae import JointVAE
 from aezoo.models.variational.vae import VAE
@@ -147,7 +147,7 @@ class NoiseOutside(CategoricalVAE):
     """softmax(log p / tau + g): the noise is not divided by the temperature."""
 
     def draw(self, log_p_BNK: Tensor) -> Tensor:
-        return (log_p_BNK / self.tau() + gumbel(log_p_BNK)).softmax(2)
+        return (log_p_BNK / self.tau() + sample_gumbel(log_p_BNK)).softmax(2)
 
 
 class GaussianNoise(CategoricalVAE):
@@ -166,7 +166,7 @@ def test_another_noise_breaks_the_law(rival: Any) -> None:
 
 
 def test_gumbel_noise_has_its_distribution() -> None:
-    noise = gumbel(torch.zeros(20_000))
+    noise = sample_gumbel(torch.zeros(20_000))
     wanted = D.Gumbel(0.0, 1.0).sample((20_000,))
     assert ks_2samp(noise.numpy(), wanted.numpy()).pvalue > 1e-4
 
@@ -174,7 +174,7 @@ def test_gumbel_noise_has_its_distribution() -> None:
 def test_at_a_low_temperature_the_code_is_the_arg_max_of_logits_plus_noise() -> None:
     model, log_p = small(temperature=0.01), torch.randn(200, N, K, dtype=torch.float64).log_softmax(2)
     torch.manual_seed(5)
-    noise = gumbel(log_p)
+    noise = sample_gumbel(log_p)
     torch.manual_seed(5)
     z = model.draw(log_p)
     top = (log_p + noise).topk(2, dim=2).values
@@ -209,7 +209,7 @@ class NearlyHard(CategoricalVAE):
     """z + (hard - z) rounds where hard + (z - z) does not; and here both carry gradients."""
 
     def draw(self, log_p_BNK: Tensor) -> Tensor:
-        z = ((log_p_BNK + gumbel(log_p_BNK)) / self.tau()).softmax(2)
+        z = ((log_p_BNK + sample_gumbel(log_p_BNK)) / self.tau()).softmax(2)
         return z + (one_hot(z) - 0.9 * z.detach()) if self.straight_through else z
 
 

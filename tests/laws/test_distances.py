@@ -22,7 +22,7 @@ from aezoo.models.variational.msssim_vae import EXPONENTS, MSSSIMVAE
 from aezoo.models.variational.perceptual_vae import PerceptualVAE
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.features import VGG, FeatureNet
-from aezoo.nets.blocks.pretrained import stored_file
+from aezoo.nets.blocks.pretrained import cached_file
 
 SHAPE, CODE = (1, 8, 8), 4
 DISTANCES: list[Any] = [MSSSIMVAE, PerceptualVAE]
@@ -364,7 +364,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         # up to relu3_1
         layers: nn.Module = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"][:7])
         state = {f"features.{key}": value for key, value in layers.state_dict().items()}
-        torch.save(state | {"classifier.0.bias": torch.zeros(3)}, stored_file(name))
+        torch.save(state | {"classifier.0.bias": torch.zeros(3)}, cached_file(name))
         return layers
 
     return write
@@ -407,7 +407,7 @@ def test_absent_weights_are_named_with_their_cure_and_codes_need_none(hub: Any, 
 
 def test_a_file_of_vgg_weights_may_lie_anywhere_and_another_file_is_refused(hub: Any, tmp_path: Path) -> None:
     hub("vgg16")
-    file = stored_file("vgg16").rename(tmp_path / "mine.pth")
+    file = cached_file("vgg16").rename(tmp_path / "mine.pth")
     x = images().float()
     assert (PerceptualVAE(SHAPE, features=str(file), hidden_dims=(4,)).nll(x, x) > 0).all()
     torch.save({"a": x}, file)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import aezoo
 from aezoo import AezooError
-from aezoo.manifolds.hamiltonian import kinetic_slope
+from aezoo.manifolds.hamiltonian import kinetic_gradient
 from aezoo.manifolds.riemannian import half_log_det, velocity
 from aezoo.models.variational.hvae import HVAE
 
@@ -321,7 +321,7 @@ def test_the_slopes_are_those_of_the_hamiltonian() -> None:
         0.5 * torch.logdet(torch.linalg.inv(explicit_metric(model, a))) + 0.5 * b @ explicit_metric(model, a) @ b
         for a, b in zip(z, v, strict=True)
     )
-    found = kinetic_slope(z, v, model.metric_now().inverse)
+    found = kinetic_gradient(z, v, model.metric_now().inverse)
     torch.testing.assert_close(found, torch.autograd.grad(kinetic, z)[0])
 
 

@@ -597,7 +597,7 @@ def test_codes_scores_and_densities_of_the_very_deep_vae_are_those_of_its_groups
                 torch.testing.assert_close(scale, d.scale.flatten(1))
         # draws from the prior, which are standard normal once its own means and scales are taken off
         drawn = model.sample_prior(n)
-        levels = model.decoder.run(n, given=[*drawn.split((12, 48, 48), 1)])[1]
+        levels = model.decoder.forward_levels(n, codes=[*drawn.split((12, 48, 48), 1)])[1]
         free = torch.cat([(level.z - level.m) * torch.exp(-0.5 * level.log_s2) for level in levels], 1)
         assert torch.equal(torch.cat([level.z for level in levels], 1), drawn)
         torch.testing.assert_close(free.mean(0), torch.zeros(108).double(), rtol=0, atol=5 / math.sqrt(n))

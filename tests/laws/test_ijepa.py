@@ -113,11 +113,11 @@ def test_tokens_are_as_if_those_that_are_not_seen_were_not_there(shifted: Any) -
     """The authors' code cuts them out; here all samples keep their length."""
     layers, tokens_BND = shifted(vit.blocks((8, 8), "gelu")).double(), torch.randn(5, N, 8, dtype=torch.float64)
     seen_BN, _, _ = masks(5)
-    found_BND = vit.look(layers, tokens_BND, seen_BN)
+    found_BND = vit.attend_to_visible(layers, tokens_BND, seen_BN)
     assert len(seen_BN.sum(1).unique()) > 1
     for b in range(5):
         torch.testing.assert_close(found_BND[b, seen_BN[b]], layers(tokens_BND[b : b + 1, seen_BN[b]])[0])
-    torch.testing.assert_close(vit.look(layers, tokens_BND, torch.ones(5, N).bool()), layers(tokens_BND))
+    torch.testing.assert_close(vit.attend_to_visible(layers, tokens_BND, torch.ones(5, N).bool()), layers(tokens_BND))
 
 
 def by_hand(model: Any, x: Tensor) -> list[tuple[Tensor, Tensor]]:

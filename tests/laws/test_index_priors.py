@@ -100,10 +100,10 @@ def test_tokens_stand_in_raster_order_with_the_indices_of_a_place_in_turn(shape:
     model = prior("index_transformer", shape, sizes)
     indices = torch.arange(2 * math.prod(shape)).reshape(2, *shape)
     q, *places = shape
-    for b, row in enumerate(model.tokens(indices).tolist()):
+    for b, row in enumerate(model.to_tokens(indices).tolist()):
         steps = [(i, *place) for place in itertools.product(*map(range, places)) for i in range(q)]
         assert row == [int(indices[(b, *step)]) for step in steps]
-    assert torch.equal(model.indices_of(model.tokens(indices)), indices)
+    assert torch.equal(model.from_tokens(model.to_tokens(indices)), indices)
 
 
 @pytest.mark.parametrize(("shape", "sizes"), LAYOUTS)
@@ -228,7 +228,7 @@ TINY: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
 @pytest.mark.parametrize(("shape", "sizes"), TINY)
 def test_the_probabilities_of_all_sequences_sum_to_one(name: str, shape: Any, sizes: Any) -> None:
     model = prior(name, shape, sizes)
-    total = model.log_prob(model.indices_of(every(model))).exp().sum()
+    total = model.log_prob(model.from_tokens(every(model))).exp().sum()
     assert total.item() == pytest.approx(1, abs=1e-12)
 
 
@@ -236,8 +236,8 @@ def test_the_probabilities_of_all_sequences_sum_to_one(name: str, shape: Any, si
 @pytest.mark.parametrize(("shape", "sizes"), [((1, 3, 4), (5,)), ((2, 3, 3), (3, 4)), ((3, 4), (4, 2, 3))])
 def test_the_loss_is_the_cross_entropy_of_the_indices(name: str, shape: Any, sizes: Any) -> None:
     model = prior(name, shape, sizes)
-    x = model.indices_of(drawn(model, 6)).flatten(1).double()
-    tokens = model.tokens(x.long().unflatten(1, shape))
+    x = model.from_tokens(drawn(model, 6)).flatten(1).double()
+    tokens = model.to_tokens(x.long().unflatten(1, shape))
     logits = model.logits(tokens).detach()
     for i, size in enumerate(sizes):  # codes that an index does not have
         of_index = logits[:, i :: len(sizes)]
@@ -300,7 +300,7 @@ def test_a_walk_over_the_tokens_gives_the_logits_of_the_whole(
     model = prior(name, shape, sizes)
     tokens = drawn(model, 4)
     with torch.no_grad():
-        whole, walk, other = model.logits(tokens), model.stepper(), model.stepper()
+        whole, walk, other = model.logits(tokens), model.incremental_logits(), model.incremental_logits()
         for t in range(0, model.n_tokens, every_nth):
             found = walk(tokens, t)
             torch.testing.assert_close(found, whole[:, t], rtol=1e-10, atol=1e-10)
@@ -331,7 +331,7 @@ def chi_square_law(model: Any, sample: Callable[..., Tensor], temperature: float
     p = drawn_probabilities(model, temperature, top_k)
     assert p.sum() == pytest.approx(1)
     n, order = 3000, {tuple(s): i for i, s in enumerate(every(model).tolist())}
-    tokens = model.tokens(sample(n, temperature, top_k))
+    tokens = model.to_tokens(sample(n, temperature, top_k))
     counts = np.zeros(len(p))
     np.add.at(counts, [order[tuple(s)] for s in tokens.tolist()], 1)
     assert counts[p == 0].sum() == 0
@@ -364,7 +364,7 @@ def test_without_temperature_or_with_one_code_the_likeliest_is_drawn(name: str, 
     for t in range(8):
         tokens[0, t] = model.logits(tokens)[0, t].argmax()
     found = model.sample_indices(5, temperature, top_k)
-    assert torch.equal(found, model.indices_of(tokens).expand(5, -1, -1, -1))
+    assert torch.equal(found, model.from_tokens(tokens).expand(5, -1, -1, -1))
     assert torch.equal(model.sample(5, temperature, top_k), found.flatten(1).double())
 
 
@@ -405,7 +405,7 @@ def test_a_pattern_costs_what_its_first_index_does(name: str, shape: Any, adam: 
     t = math.prod(shape)
     tokens = (torch.arange(5)[:, None] + torch.arange(t)) % 5
     model = prior(name, shape, (5,) * shape[0], depth=2).float()
-    x = model.indices_of(tokens).flatten(1).float()
+    x = model.from_tokens(tokens).flatten(1).float()
     adam(model, x, 150, 0.02, 5)
     terms = model.loss(x)
     assert terms["nll"].item() == pytest.approx(math.log(5), abs=0.08)

@@ -15,7 +15,13 @@ from two_ranks import on_two_ranks
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.adversarial import PatchDiscriminator, adaptive_weight, by_last_layer, hinge, with_gradient
+from aezoo.nets.blocks.adversarial import (
+    PatchDiscriminator,
+    adaptive_weight,
+    hinge_loss,
+    last_layer_vjp,
+    value_and_grad,
+)
 from aezoo.nets.blocks.channel_stats import Standardiser
 from aezoo.nets.blocks.features import FeatureDistance, random_features
 from aezoo.testing import SharedNoise
@@ -203,9 +209,9 @@ def test_draws_and_prior_have_the_densities_of_torch_s_distributions(shifted: An
 def test_hinge_by_hand() -> None:
     real, fake = torch.tensor([[2.0, 0.5], [-1.0, 1.0]]), torch.tensor([-3.0, 0.0, 2.0])
     # (0 + 0.5 + 2 + 0) / 4 and (0 + 1 + 3) / 3
-    assert hinge(real, fake).item() == pytest.approx(0.5 * (2.5 / 4 + 4 / 3))
-    assert hinge(torch.zeros(4), torch.zeros(4)).item() == 1
-    assert hinge(torch.ones(3), -torch.ones(3)).item() == 0
+    assert hinge_loss(real, fake).item() == pytest.approx(0.5 * (2.5 / 4 + 4 / 3))
+    assert hinge_loss(torch.zeros(4), torch.zeros(4)).item() == 1
+    assert hinge_loss(torch.ones(3), -torch.ones(3)).item() == 0
 
 
 @pytest.mark.parametrize(
@@ -261,7 +267,7 @@ def test_the_last_layer_is_found_in_every_network(net: str, shifted: Any) -> Non
     """Of the output's gradient in W, by autograd; the weight is the last that the pass reads."""
     model = shifted(small(net=net))
     z = torch.randn(2, *model.code_shape, dtype=torch.float64)
-    out, to_last = by_last_layer(model.decoder, z)
+    out, to_last = last_layer_vjp(model.decoder, z)
     g = torch.randn_like(out)
     (expected,) = torch.autograd.grad(model.decoder(z), last_layer(model), g)
     torch.testing.assert_close(out, model.decoder(z))
@@ -280,8 +286,8 @@ def test_in_a_graph_gradients_within_a_loss_are_the_same(shifted: Any) -> None:
     scale, z = nn.Parameter(torch.tensor(0.7, dtype=torch.float64)), torch.randn(6, 3, dtype=torch.float64)
 
     def found(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out, to_last = by_last_layer(net, z)
-        value, g = with_gradient(lambda p: (scale * p).square().square().mean(), out)
+        out, to_last = last_layer_vjp(net, z)
+        value, g = value_and_grad(lambda p: (scale * p).square().square().mean(), out)
         return value, g, to_last(g)
 
     torch._dynamo.reset()

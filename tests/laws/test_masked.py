@@ -133,7 +133,7 @@ def test_what_is_averaged_is_each_patch_where_it_was_hidden() -> None:
     orders_KN = vit.fixed_orders(10, 7)
     hidden_KN = vit.is_masked(orders_KN, 7)
     values_BKNP = torch.randn(3 * len(orders_KN), 10, 2)
-    found = vit.average_hidden(values_BKNP, orders_KN, 7)
+    found = vit.average_masked(values_BKNP, orders_KN, 7)
     for b in range(3):
         for i in range(10):
             rows = [b * len(orders_KN) + k for k in range(len(orders_KN)) if hidden_KN[k, i]]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import aezoo
 from aezoo import AezooError
-from aezoo.bases.multimodal import cut
+from aezoo.bases.multimodal import partition
 from aezoo.distributions import gaussians
 from aezoo.models.variational.cmvae import CMVAE
 from aezoo.models.variational.crmvae import CRMVAE
@@ -84,7 +84,7 @@ def given_noise(patch: pytest.MonkeyPatch, eps: Tensor | None = None) -> None:
     ],
 )
 def test_samples_are_cut_along_the_first_dimension_that_can_be_and_in_halves(shape: Any, dim: int, halves: Any) -> None:
-    assert cut((), shape) == (dim, halves)
+    assert partition((), shape) == (dim, halves)
     x = torch.rand(2, *shape)
     for make in EVERY:
         model = make(shape, latent_dim=2, hidden_dims=())
@@ -255,7 +255,7 @@ def test_the_loss_is_the_sum_of_the_elbos_of_the_subsets(shifted: Any) -> None:
         torch.manual_seed(7)
         terms = model.loss(x)
     torch.manual_seed(7)
-    member = model.subsets(model.seen(x))
+    member = model.subsets(model.present_mask(x))
     assert member.shape == (5, 6, 3) and member[:, 0].all() and (member[:, 1:4] == torch.eye(3)).all()
     nll, kl = torch.zeros(5, 6).double(), torch.zeros(5, 6).double()
     for b, s in itertools.product(range(5), range(6)):

@@ -152,7 +152,7 @@ def test_rows_reshaped_instead_of_transposed_mix_the_tokens() -> None:
 def test_the_start_brings_each_token_to_mean_0_and_each_channel_to_variance_1(shifted: Any) -> None:
     encoder, x = shifted(nets()[0]), data(9)
     before = rows_of_encoder(encoder, x)
-    encoder.start(x)
+    encoder.init_from_data(x)
     after = rows_of_encoder(encoder, x)
     centred = before - before.mean(0)
     np.testing.assert_allclose(after, centred / np.sqrt((centred**2).mean((0, 1))), rtol=1e-7, atol=1e-9)
@@ -162,7 +162,7 @@ def test_the_start_from_one_sample_or_from_samples_alike_is_finite() -> None:
     for x in (data(1), data(1).expand(7, *SHAPE)):
         encoder, _ = nets()
         weight = encoder.out.weight.clone()
-        encoder.start(x)
+        encoder.init_from_data(x)
         torch.testing.assert_close(encoder.out.weight, weight)
         torch.testing.assert_close(encoder(x), torch.zeros(len(x), DIM, N, dtype=torch.float64))
 
@@ -256,7 +256,7 @@ def reference_titok(model: Any, x: Tensor, beta: float, wrong: bool = False) -> 
     z_q = codes[squares(u, codes).argmin(-1)]
     distance = float(((u - z_q) ** 2).sum((1, 2)).mean())
     terms = {"nll": bernoulli(model, z_q, x), "commitment": distance}
-    if not model.quantiser.averages:
+    if not model.quantiser.uses_ema:
         terms["codebook"] = distance
     return {"loss": terms["nll"] + beta * distance + terms.get("codebook", 0), **terms}
 

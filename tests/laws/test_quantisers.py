@@ -31,7 +31,7 @@ from aezoo.quantisers import (
     StochasticVQ,
     VectorPerturbation,
 )
-from aezoo.quantisers.common import entropy, for_tf32, k_means
+from aezoo.quantisers.common import entropy, k_means, split_for_tf32
 from aezoo.quantisers.estimators import diveq, rotation, ste
 
 D, K = 6, 16
@@ -66,7 +66,7 @@ every = pytest.mark.parametrize("name", ALL)
 def built(name, rows=200):
     """Started from data, so that codes lie where z does, and in evaluation mode."""
     quantiser = ALL[name]()
-    quantiser.start(torch.randn(rows, D))
+    quantiser.init_from_data(torch.randn(rows, D))
     return quantiser.eval()
 
 
@@ -190,7 +190,7 @@ def test_what_cannot_work_is_refused_by_name(build, message):
 
 def test_counts_stay_in_float32_when_a_model_goes_to_bf16():
     quantiser = VQ(D, K, dead_below=0.1)
-    quantiser.start(torch.randn(300, D))
+    quantiser.init_from_data(torch.randn(300, D))
     exact = copy.deepcopy(quantiser)
     quantiser.bfloat16().train()
     assert torch.equal(quantiser.sum_KD, exact.sum_KD) and torch.equal(quantiser.code_KD, exact.code_KD)
@@ -223,7 +223,7 @@ def test_products_in_tf32_have_the_precision_of_float32():
         return ((x.view(torch.int32) + 2**12) & -(2**13)).view(torch.float32).double()
 
     z, codes = torch.randn(100, D), torch.randn(50, D)
-    exact, (left, right) = z.double() @ codes.double().T, for_tf32(z, codes)
+    exact, (left, right) = z.double() @ codes.double().T, split_for_tf32(z, codes)
     plain = (rounded(z) @ rounded(codes).T - exact).abs().max()
     assert plain > 2e-4 and (rounded(left) @ rounded(right).T - exact).abs().max() < plain / 100
 
@@ -270,7 +270,7 @@ def test_trained_on_data_as_they_are_it_reaches_the_inertia_of_k_means(update, d
 def test_the_start_is_k_means_and_sets_sums_and_counts(update, digits):
     rows = digits.flatten(1).float()
     quantiser = VQ(64, 20, update=update, dead_below=0.1)
-    quantiser.start(rows)
+    quantiser.init_from_data(rows)
     reference = min(KMeans(20, n_init=1, random_state=seed).fit(rows.numpy()).inertia_ for seed in range(3))
     codes = quantiser.code_KD.detach()
     assert inertia(rows, codes) < 1.03 * reference
@@ -288,7 +288,7 @@ def test_the_start_works_with_fewer_rows_than_codes_and_with_rows_alike():
     rows = torch.randn(5, D)
     for given in (rows, rows.repeat(30, 1), torch.zeros(4, D)):
         quantiser = VQ(D, K)
-        quantiser.start(given)
+        quantiser.init_from_data(given)
         assert quantiser.code_KD.isfinite().all()
         assert float(quantiser.eval()(given).terms["commitment"]) < 1e-10
     assert quantiser.code_KD.abs().max() == 0  # of data that do not vary
@@ -497,12 +497,12 @@ def test_gumbel_draws_codes_by_their_distance_and_its_gradient_is_the_relaxed_on
 
 def test_gumbel_becomes_the_nearest_code_as_the_temperature_falls():
     quantiser, z = VQ(D, K, estimator="gumbel", temperature=1e-6), torch.randn(500, D)
-    quantiser.start(z)
+    quantiser.init_from_data(z)
     found = quantiser.train()(z).indices
     drawn = VQ(D, K, estimator="gumbel", temperature=100.0).train()
     assert drawn(z).indices.unique().numel() == K
     fresh = VQ(D, K)
-    fresh.start(z)
+    fresh.init_from_data(z)
     assert torch.equal(found, fresh.eval()(z).indices)
     assert torch.equal(drawn.eval()(z).indices, drawn(z).indices)
 
@@ -580,10 +580,10 @@ def test_groups_are_books_of_their_own():
     parts = [group(part) for group, part in zip(quantiser.groups, z.split(2, 1), strict=True)]
     assert torch.equal(found.z_q, torch.cat([part.z_q for part in parts], 1))
     torch.testing.assert_close(found.terms["commitment"], (z - found.z_q).square().sum(1).mean())
-    quantiser.start(rows := torch.randn(200, D))
+    quantiser.init_from_data(rows := torch.randn(200, D))
     for group, part in zip(quantiser.groups, rows.split(2, 1), strict=True):
         alone = VQ(2, K, dead_below=0.5)
-        alone.start(part)
+        alone.init_from_data(part)
         assert all(torch.equal(value, alone.state_dict()[key]) for key, value in group.state_dict().items())
 
 
@@ -776,7 +776,7 @@ def test_the_random_projection_is_frozen_and_compares_directions():
 def test_levels_fitted_to_residuals_leave_ever_less():
     z = torch.randn(600, D)
     quantiser = ResidualVQ(D, 4, K)
-    quantiser.start(z)
+    quantiser.init_from_data(z)
     found = quantiser.eval()(z)
     left = [z.square().sum()]
     for n in range(1, 5):
@@ -826,7 +826,7 @@ def test_dropout_keeps_the_first_levels_of_a_sample(build):
 def test_dropped_levels_count_nothing_and_learn_nothing():
     z = torch.randn(300, D)
     quantiser = ResidualVQ(D, 3, K, dropout=1.0, decay=0.0)
-    quantiser.start(z)
+    quantiser.init_from_data(z)
     codebooks = [level.code_KD.clone() for level in quantiser.levels]
     found = quantiser.train()(z)
     total, terms = torch.zeros_like(z), 0
@@ -948,7 +948,7 @@ def ranked(name, rank=None):
     data = torch.randn(5, 24, quantiser.dim, 2) + 0.3
     rows = slice(None) if rank is None else slice(12 * rank, 12 * (rank + 1))
     # what is not for all ranks must come from the first
-    quantiser.start(data[0] if rank in (None, 0) else torch.zeros_like(data[0]))
+    quantiser.init_from_data(data[0] if rank in (None, 0) else torch.zeros_like(data[0]))
     quantiser.train()
     torch.manual_seed(8 if rank is None else rank)  # each drops levels of its own
     for batch in data:
@@ -1001,7 +1001,7 @@ COMPILED = {
 
 def require_compiled_alike(name, backend):
     quantiser, z = COMPILED[name](), torch.randn(20, D, 3)
-    quantiser.start(z)
+    quantiser.init_from_data(z)
     other = copy.deepcopy(quantiser)
     torch._dynamo.reset()
     compiled = torch.compile(other.quantise, fullgraph=True, backend=backend, dynamic=False)
@@ -1124,7 +1124,7 @@ def test_further_levels_of_residual_fsq_take_the_codes_of_the_peer_s(peer):
 @pytest.mark.parametrize("cosine", [False, True])
 def test_grouped_vq_takes_the_codes_of_the_peer_s(cosine, peer):
     quantiser, z = GroupedVQ(D, 3, K, cosine=cosine), torch.randn(300, D)
-    quantiser.start(z)
+    quantiser.init_from_data(z)
     theirs = peer.GroupedResidualVQ(
         dim=D, groups=3, num_quantizers=1, codebook_size=K, use_cosine_sim=cosine, rotation_trick=False
     )

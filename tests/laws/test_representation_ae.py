@@ -82,14 +82,14 @@ def test_a_fit_leaves_the_encoder_as_it_is(name: str, tmp_path: Path, shifted: A
     if name != "none":
         _, how = taught(name, tmp_path, shifted)
     model = small(**how, lr=1e-2, weight_decay=0.1, optimizer="adamw").float()
-    encoder = model.encoder if name == "none" else model.taught_by()
+    encoder = model.encoder if name == "none" else model.load_teacher()
     before, decoder = copy.deepcopy(encoder.state_dict()), copy.deepcopy(model.decoder.state_dict())
     quiet(max_epochs=1).fit(model, loader)
     assert all(torch.equal(p, encoder.state_dict()[key]) for key, p in before.items()) and before
     assert not any(p.requires_grad or p.grad is not None for p in encoder.parameters())
     assert not all(torch.equal(p, model.decoder.state_dict()[key]) for key, p in decoder.items())
     if name != "none":
-        assert not any(module.training for module in model.train().taught_by().modules())
+        assert not any(module.training for module in model.train().load_teacher().modules())
 
 
 def test_the_optimiser_holds_decoder_and_discriminator_alone(teacher: tuple[Any, dict[str, Any]]) -> None:
@@ -289,7 +289,7 @@ def test_one_backward_pass_gives_each_player_its_own_gradient(
         torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-9)
     for p, g in zip(judge, torch.autograd.grad(hand["discriminator"], judge), strict=True):
         torch.testing.assert_close(p.grad, 0 * g if late else g, rtol=1e-6, atol=1e-9)
-    assert all(p.grad is None for p in model.taught_by().parameters())
+    assert all(p.grad is None for p in model.load_teacher().parameters())
 
 
 def test_no_term_reaches_another_player(shifted: Any) -> None:

@@ -162,8 +162,8 @@ def test_a_teacher_named_without_a_folder_is_found_elsewhere(
 
 def test_the_teacher_goes_where_the_student_goes(teacher: tuple[Any, str]) -> None:
     model, x = small(teacher=teacher[1]), images()
-    assert {p.dtype for p in model.taught_by().parameters()} == {torch.float64}
-    assert {p.dtype for p in model.float().taught_by().parameters()} == {torch.float32}
+    assert {p.dtype for p in model.load_teacher().parameters()} == {torch.float64}
+    assert {p.dtype for p in model.float().load_teacher().parameters()} == {torch.float32}
     assert model.loss(x.float())["code"].dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         rounded, exact = model.encode(x.float()), model.teach(x.float())

@@ -216,7 +216,7 @@ def test_data_start_the_bias_at_the_median_of_positions_and_the_encoder_at_their
     torch.testing.assert_close(model.decoder.b_X, geometric_median(rows))
     new = model.active(model.pre_activations(rows), 3)
     far = (rows - model.decoder.b_X).norm(dim=1).mean()
-    torch.testing.assert_close(model.decoder.sum_of(*new).norm(dim=1).mean(), far)
+    torch.testing.assert_close(model.decoder.sum_of_directions(*new).norm(dim=1).mean(), far)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from two_ranks import on_two_ranks
 
 import aezoo
 from aezoo.models.sparse.batch_topk_sae import RunningMean
-from aezoo.nets.blocks.dictionary import CROSSOVER, Dictionary, geometric_median, spread, top
+from aezoo.nets.blocks.dictionary import CROSSOVER, Dictionary, geometric_median, scatter_code, top_k
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -102,7 +102,7 @@ def test_data_start_the_bias_at_their_median_and_the_encoder_at_their_length(nam
     b = model.decoder.b_X.detach()
     best = nearest_to_all(x.flatten(1))
     np.testing.assert_allclose(b, best.x, atol=1e-5)
-    f = spread(*top((x.flatten(1) - b) @ model.encoder.weight.T + model.encoder.bias, 3), 12)
+    f = scatter_code(*top_k((x.flatten(1) - b) @ model.encoder.weight.T + model.encoder.bias, 3), 12)
     lengths = [v.norm(dim=1).mean() for v in (x.flatten(1) - b, f @ model.decoder.W_NX)]
     torch.testing.assert_close(*lengths)
     scale = model.encoder.weight / before[0]
@@ -155,7 +155,7 @@ def test_gathering_rows_is_the_dense_product_with_all_gradients(shifted: Any) ->
         model = with_dead_latents("topk_sae", shifted, decode=decode, multi_weight=0.3, aux_weight=0.7)
         torch.manual_seed(0)
         x = data(5)
-        assert model.decoder.gathers(3) == (decode == "gather")
+        assert model.decoder.uses_gather(3) == (decode == "gather")
         terms = model.loss(x)
         terms["loss"].backward()
         found.append([*terms.values(), *(p.grad for p in model.parameters())])
@@ -167,8 +167,8 @@ def test_gathering_rows_is_the_dense_product_with_all_gradients(shifted: Any) ->
 def test_gathered_rows_are_added_in_float32_in_a_model_of_bf16() -> None:
     values, index = torch.rand(4, 200).bfloat16(), torch.rand(4, 300).topk(200).indices
     dictionary = Dictionary(300, (7,), "gather").bfloat16()
-    found = dictionary.sum_of(values, index)
-    exact = spread(values, index, 300).double() @ dictionary.W_NX.double()
+    found = dictionary.sum_of_directions(values, index)
+    exact = scatter_code(values, index, 300).double() @ dictionary.W_NX.double()
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, exact.bfloat16(), rtol=2**-7, atol=1e-6)
     found.float().sum().backward()
@@ -177,9 +177,9 @@ def test_gathered_rows_are_added_in_float32_in_a_model_of_bf16() -> None:
 
 def test_auto_gathers_from_the_measured_crossover_on() -> None:
     dictionary = Dictionary(2 * CROSSOVER["cpu"], (7,))
-    assert [dictionary.gathers(k) for k in (1, 2, 3, 100)] == [True, True, False, False]
-    assert not any(Dictionary(2 * CROSSOVER["cpu"], (7,), "dense").gathers(k) for k in (1, 2, 3))
-    assert not dictionary.to("meta").gathers(1)  # a device that nobody has measured
+    assert [dictionary.uses_gather(k) for k in (1, 2, 3, 100)] == [True, True, False, False]
+    assert not any(Dictionary(2 * CROSSOVER["cpu"], (7,), "dense").uses_gather(k) for k in (1, 2, 3))
+    assert not dictionary.to("meta").uses_gather(1)  # a device that nobody has measured
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -300,8 +300,10 @@ def test_auxk_moves_dead_latents_alone_and_vanishes_where_none_is_dead(name: str
 def test_auxk_of_no_dead_latents_is_not_computed(shifted: Any, monkeypatch: Any) -> None:
     """On a CPU, where to ask for them costs nothing."""
     model, x, asked = with_dead_latents("batch_topk_sae", shifted), data(6), []
-    sum_of = model.decoder.sum_of
-    monkeypatch.setattr(model.decoder, "sum_of", lambda *active: asked.append(1) or sum_of(*active))
+    sum_of_directions = model.decoder.sum_of_directions
+    monkeypatch.setattr(
+        model.decoder, "sum_of_directions", lambda *active: asked.append(1) or sum_of_directions(*active)
+    )
     assert model.loss(x)["aux"] > 0 and len(asked) == 1
     model.since_fired_N.zero_()
     assert model.loss(x)["aux"] == 0 and len(asked) == 1

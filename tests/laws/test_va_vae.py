@@ -10,7 +10,7 @@ from torch import Tensor
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.adversarial import adaptive_weight, at_input
+from aezoo.nets.blocks.adversarial import adaptive_weight, input_gradient
 from aezoo.nets.blocks.features import random_features
 
 ALIGNED = {"alignment_weight": 0.7, "cosine_margin": 0.1, "matrix_margin": 0.05}
@@ -154,8 +154,8 @@ def test_a_gradient_is_taken_through_a_network_as_by_autograd(shifted: Any) -> N
     model = shifted(aligned())
     z = torch.randn(2, *model.code_shape, dtype=torch.float64, requires_grad=True)
     g = torch.randn(2, *SHAPE, dtype=torch.float64)
-    torch.testing.assert_close(at_input(model.decoder, z, g), torch.autograd.grad(model.decoder(z), z, g)[0])
-    assert adaptive_weight(torch.ones(4), torch.zeros(4), most=1e3) == 1e3
+    torch.testing.assert_close(input_gradient(model.decoder, z, g), torch.autograd.grad(model.decoder(z), z, g)[0])
+    assert adaptive_weight(torch.ones(4), torch.zeros(4), max_weight=1e3) == 1e3
     assert last_layer(model).grad is None
 
 

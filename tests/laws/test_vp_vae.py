@@ -50,16 +50,16 @@ def by_numpy(z: Any, queue: Any, given: Any, eta: float, k: int) -> tuple[Any, A
 def test_moves_are_the_paper_s_written_out_in_numpy(eta: float, k: int) -> None:
     quantiser, z, given = built(eta=eta, neighbours=k), torch.randn(80, D, dtype=torch.float64), draws(80)
     moves, accepted = by_numpy(z.numpy(), quantiser.queue_SD.numpy(), [v.numpy() for v in given], eta, k)
-    np.testing.assert_allclose(quantiser.move(z, *given).numpy(), np.where(accepted[:, None], moves, 0), atol=1e-12)
+    np.testing.assert_allclose(quantiser.perturb(z, *given).numpy(), np.where(accepted[:, None], moves, 0), atol=1e-12)
     assert 5 < accepted.sum() < 75
     assert quantiser.m == 5 and not quantiser.queue_SD.requires_grad
 
 
 def test_rows_are_compared_in_parts(monkeypatch: Any) -> None:
     quantiser, z, given = built(), torch.randn(80, D, dtype=torch.float64), draws(80)
-    whole = quantiser.move(z, *given)
+    whole = quantiser.perturb(z, *given)
     monkeypatch.setattr("aezoo.quantisers.vector_perturbation._ROWS", 7)
-    torch.testing.assert_close(quantiser.move(z, *given), whole)
+    torch.testing.assert_close(quantiser.perturb(z, *given), whole)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_the_density_that_is_estimated_stays_as_it_is_and_moves_without_a_choice
     free = z
     for _ in range(6):
         given = draws(len(z), 1)
-        z = z + quantiser.move(z, *given)
+        z = z + quantiser.perturb(z, *given)
         free = free + 1.5 * quantiser.distances(free)[1][:, None] * given[1][:, None] * given[0].sign()
     edges = torch.tensor([-3.0, -1.5, -0.5, 0.5, 2, 4, 8], dtype=torch.float64)
 
@@ -104,7 +104,7 @@ def test_moves_grow_with_eta_and_with_fewer_codes() -> None:
     for size, eta in ((100, 1.0), (10, 1.0), (10, 0.5), (10, 0.0)):
         quantiser = VectorPerturbation(D, size, queue_size=200, eta=eta).double()
         quantiser.queue_SD.copy_(queue)
-        lengths[size, eta] = float(quantiser.move(z.double(), *given).norm(dim=1).mean())
+        lengths[size, eta] = float(quantiser.perturb(z.double(), *given).norm(dim=1).mean())
     assert lengths[10, 1.0] > 1.5 * lengths[100, 1.0] and lengths[10, 1.0] > 1.2 * lengths[10, 0.5]
     assert lengths[10, 0.0] == 0
 
@@ -145,7 +145,7 @@ def test_ranks_that_know_the_moments_of_all_rows_have_the_gradients_of_one_proce
     whole, found = gradient(z), torch.zeros_like(z)
     for half in z.chunk(2):
         moments = iter((z.mean(0).detach(), z.var(0, unbiased=False).detach()))
-        quantiser.mean_over_ranks = lambda own, moments=moments: next(moments) + (own - own.detach())
+        quantiser.all_reduce_mean = lambda own, moments=moments: next(moments) + (own - own.detach())
         found += gradient(half) / 2
     torch.testing.assert_close(found, whole)
 
@@ -154,7 +154,7 @@ def test_codes_are_those_of_vq_s_moving_averages_and_evaluation_takes_the_neares
     quantiser, other = built(dead_below=0.3, decay=0.8), VQ(D, K, dead_below=0.3, decay=0.8).double().train()
     z = torch.randn(30, D, dtype=torch.float64)
     for each in (quantiser, other):
-        each.start(z)
+        each.init_from_data(z)
     for _ in range(4):
         z = torch.randn(30, D, dtype=torch.float64)
         assert torch.equal(quantiser(z).indices, other(z).indices)
@@ -220,9 +220,9 @@ def test_rows_that_enter_are_spread_over_the_batch_and_others_each_time() -> Non
 
 def test_data_fill_the_queue() -> None:
     quantiser, rows = built(), torch.randn(S, D, dtype=torch.float64)
-    quantiser.start(rows)
+    quantiser.init_from_data(rows)
     assert torch.equal(quantiser.queue_SD, rows)
-    quantiser.start(rows[:5])
+    quantiser.init_from_data(rows[:5])
     assert len(quantiser.queue_SD.unique(dim=0)) == 5
 
 

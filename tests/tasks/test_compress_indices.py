@@ -39,11 +39,11 @@ class Parts(Quantiser):
         super().__init__(len(sizes), sizes)
         self.register_buffer("k", torch.tensor(sizes, dtype=torch.float64), persistent=False)
 
-    def _of_rows(self, z_ND, places=1):
+    def _quantise_rows(self, z_ND, places=1):
         index = (z_ND * self.k).long()
-        return self._of_codes(index), index, {}
+        return self._lookup_rows(index), index, {}
 
-    def _of_codes(self, index_NQ):
+    def _lookup_rows(self, index_NQ):
         return ((index_NQ + 0.5) / self.k).to(self._like.dtype)
 
 
@@ -76,11 +76,11 @@ class Quarters(Quantiser):
     def __init__(self):
         super().__init__(2, (4, 4))
 
-    def _of_rows(self, z_ND, places=1):
+    def _quantise_rows(self, z_ND, places=1):
         index = (z_ND * 3).round().clamp(0, 3).long()
-        return self._of_codes(index), index, {}
+        return self._lookup_rows(index), index, {}
 
-    def _of_codes(self, index_NQ):
+    def _lookup_rows(self, index_NQ):
         return index_NQ.float() / 4
 
 
@@ -115,10 +115,10 @@ class WithPrior(Plain):
         self.a = nn.Parameter(scale * torch.randn(t, t, k, k, generator=random) / math.sqrt(t))
         self.calls = []
 
-    def tokens(self, given):
+    def to_tokens(self, given):
         return given.movedim(1, -1).flatten(1)
 
-    def indices_of(self, tokens):
+    def from_tokens(self, tokens):
         return tokens.unflatten(1, (-1, self.index_shape[0])).movedim(-1, 1)
 
     def next_logits(self, tokens, t):
@@ -131,11 +131,11 @@ class WithPrior(Plain):
             .masked_fill(torch.arange(self.b.shape[1]) >= sizes[t], -math.inf)
         )
 
-    def stepper(self):
+    def incremental_logits(self):
         return self.next_logits
 
     def log_prob(self, given):
-        tokens = self.tokens(given)
+        tokens = self.to_tokens(given)
         per_token = [self.next_logits(tokens, t).log_softmax(1) for t in range(tokens.shape[1])]
         return sum(p.gather(1, tokens[:, t, None])[:, 0] for t, p in enumerate(per_token))
 
@@ -144,7 +144,7 @@ class WithPrior(Plain):
         for t in range(len(self.b)):
             p = self.next_logits(tokens, t).softmax(1)
             tokens[:, t] = torch.multinomial(p, 1, generator=random)[:, 0]
-        return self.indices_of(tokens)
+        return self.from_tokens(tokens)
 
 
 def prior(shape=(2, 5), sizes=(7, 4), **settings):
@@ -341,7 +341,7 @@ def test_under_a_prior_indices_cost_its_cross_entropy(tmp_path, sizes):
     assert found.net_bits < 0.9 * sum(len(part) * entropy(torch.bincount(part).numpy(), base=2) for part in pooled)
     assert np.array_equal(decompress(model, str(path)).x, right(model, x, 64))
     # what others take for this: a prior of the next token, or tokens of another order
-    tokens = model.tokens(given)
+    tokens = model.to_tokens(given)
     wrong = {
         "the logits of the token after": lambda t: model.next_logits(tokens, min(t + 1, tokens.shape[1] - 1)),
         "the token itself is not in front of it": lambda t: model.next_logits(tokens.flip(1), t),
@@ -363,7 +363,7 @@ def test_an_even_prior_costs_log2_k_and_a_certain_one_nothing(tmp_path, sizes):
     # the token that follows is the only one that can
     with torch.no_grad():
         model.b.fill_(-1e9)
-        chosen = model.tokens(given[:1])[0]
+        chosen = model.to_tokens(given[:1])[0]
         model.b[torch.arange(len(chosen)), chosen] = 0
     found, path = written(model, model.samples(given[:1].expand(400, -1, -1)), tmp_path)
     assert found.bound_bits == 0 and found.net_bits <= 64 + 64 + 16
@@ -575,13 +575,13 @@ def test_a_device_that_does_not_compute_the_same_twice_writes_no_file(tmp_path, 
 @pytest.mark.parametrize("wrong", [-1, 7])
 def test_indices_outside_of_their_books_are_refused(wrong):
     model = Plain((1, 4), (7,)).eval()
-    own = model.quantiser._of_rows
+    own = model.quantiser._quantise_rows
 
     def outside(z_ND, places=1):
         q, index, terms = own(z_ND, places)
         return q, index.index_fill(0, torch.tensor([3]), wrong), terms
 
-    model.quantiser._of_rows = outside
+    model.quantiser._quantise_rows = outside
     with pytest.raises(AezooError, match="not in its codebooks"):
         compress(model, torch.rand(5, 1, 4), compare=False)
 
@@ -597,7 +597,7 @@ def test_a_prior_of_nan_is_refused(value):
 
 def test_books_too_large_for_a_prior_are_refused():
     model = Plain((1, 3), (2**16 + 1,)).eval()
-    model.tokens = lambda given: given.flatten(1)
+    model.to_tokens = lambda given: given.flatten(1)
     with pytest.raises(AezooError, match="take smaller codebooks"):
         autoregressive.Autoregressive(model, 8)
 

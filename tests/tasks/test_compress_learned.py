@@ -10,7 +10,7 @@ import torch
 
 import aezoo
 import aezoo.bases.entropy_coded
-from aezoo.bases.entropy_coded import Taking
+from aezoo.bases.entropy_coded import SymbolReader
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import container, learned
 from aezoo.tasks.compress import compress
@@ -103,14 +103,14 @@ def test_numbers_beyond_the_tables_are_written_out(name, tmp_path):
 def test_tables_of_mixtures_are_made_some_at_a_time(monkeypatch):
     model, x = small("cheng2020", width=3e5), data(20)
     symbols, made = learned.encode(model, x), []
-    coder, original = learned.Learned(model, 20), aezoo.bases.entropy_coded.Mixtures.table_at
+    coder, original = learned.Learned(model, 20), aezoo.bases.entropy_coded.Mixtures.tables_at
 
     def table_at(law, power, here):
         table = original(law, power, here)
         made.append((len(here), table.mass.shape[1] - 1))
         return table
 
-    monkeypatch.setattr(aezoo.bases.entropy_coded.Mixtures, "table_at", table_at)
+    monkeypatch.setattr(aezoo.bases.entropy_coded.Mixtures, "tables_at", table_at)
     whole = coder.encode(symbols)
     assert np.array_equal(coder.decode(whole, 20), symbols) and max(n * size for n, size in made if n > 1) > 100
     monkeypatch.setattr(learned, "_ENTRIES", 100)
@@ -158,7 +158,7 @@ def test_qualities_that_a_model_does_not_have_are_refused(tmp_path):
         (tmp_path / "forged.aez").write_bytes(put_together(header | {"quality": quality}, frames))
         with pytest.raises(AezooError, match="this model has those from 0 to"):
             decompress(model, str(tmp_path / "forged.aez"))
-        assert model.quality == model.top_quality
+        assert model.quality == model.max_quality
     # at another quality of the model numbers are others
     compress(several, x, out=str(tmp_path), compare=False)
     header, frames = take_apart((tmp_path / "samples.aez").read_bytes())
@@ -262,7 +262,7 @@ def test_a_rate_of_the_laws_is_counted_for_what_is_taken():
     """The bound of whole numbers is the rate of the samples that they came from."""
     model, x = small("elic"), data(9)
     symbols = torch.from_numpy(learned.encode(model, x))
-    coder = Taking(aezoo.bases.entropy_coded.one_by_one(symbols))
+    coder = SymbolReader(aezoo.bases.entropy_coded.read_in_order(symbols))
     model.code_latents(coder, None, len(x))
     with torch.no_grad():
         torch.testing.assert_close(coder.rate_B.mean(), model.loss(x)["rate"])

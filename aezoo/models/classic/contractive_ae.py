@@ -86,7 +86,7 @@ class ContractiveAE(Autoencoder):
 
     def init_from_data(self, x: Tensor) -> None:
         """Start the output biases at the mean of the samples, (N, *input_shape)."""
-        self.decoder.get_parameter("0.bias").copy_(self.likelihood.params_of(x.mean(0)).flatten())
+        self.decoder.get_parameter("0.bias").copy_(self.likelihood.params_from_mean(x.mean(0)).flatten())
 
     def jacobian_norm(self, h_BD: Tensor) -> Tensor:
         """||dh/dx||_F^2 of each sample, (B, D) -> (B,)."""

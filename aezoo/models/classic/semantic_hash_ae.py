@@ -115,7 +115,7 @@ class SemanticHashAE(Autoencoder):
 
     def init_from_data(self, x: Tensor) -> None:
         """Start the output biases at the mean of the samples, (N, *input_shape)."""
-        cast(VisibleBias, self.decoder[1]).b_X.copy_(self.likelihood.params_of(x.mean(0)))
+        cast(VisibleBias, self.decoder[1]).b_X.copy_(self.likelihood.params_from_mean(x.mean(0)))
 
     def noisy_code(self, a_BD: Tensor) -> Tensor:
         """The decoder's input in training, from the code's pre-activations: (B, D) -> (B, D)."""

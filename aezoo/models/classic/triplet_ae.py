@@ -21,11 +21,11 @@ from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.bases.triplet import WithTriplets
+from aezoo.bases.triplet import TripletAutoencoder
 from aezoo.errors import AezooError
 
 
-class TripletAE(WithTriplets):
+class TripletAE(TripletAutoencoder):
     """Codes of samples with the same label lie together; encoding and scores never use labels.
 
     Args:
@@ -76,7 +76,7 @@ class TripletAE(WithTriplets):
         self.save_hyperparameters()
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
-        self.keep_triplets(triplet_weight, margin, mining)
+        self.set_triplet_loss(triplet_weight, margin, mining)
         self.code_shape = (latent_dim,)
         self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from aezoo.bases.entropy_coded import Coder
 from aezoo.errors import AezooError
 from aezoo.models.compression.mean_scale_hyperprior import MeanScaleHyperprior
-from aezoo.nets.blocks.context import Context, taps
+from aezoo.nets.blocks.context import Context, tap_offsets
 
 
 class Checkerboard(MeanScaleHyperprior):
@@ -90,11 +90,11 @@ class Checkerboard(MeanScaleHyperprior):
         colour = torch.stack(torch.meshgrid(*map(torch.arange, self.grid), indexing="ij")).sum(0).flatten() % 2
         for name, number in (("anchors", 0), ("others", 1)):
             self.register_buffer(name, (colour == number).nonzero()[:, 0], persistent=False)
-        self.contexts = nn.ModuleList([Context(latent_dim, 2 * latent_dim, self.open_taps(reach))])
+        self.contexts = nn.ModuleList([Context(latent_dim, 2 * latent_dim, self.kernel_mask(reach))])
 
-    def open_taps(self, reach: int) -> Tensor:
+    def kernel_mask(self, reach: int) -> Tensor:
         """The taps of a kernel that lie on the other colour, (2 reach + 1, ...), bool."""
-        return taps(reach, len(self.grid)).sum(0) % 2 == 1
+        return tap_offsets(reach, len(self.grid)).sum(0) % 2 == 1
 
     def two_passes(self, coder: Coder, y: Tensor | None, besides: Tensor, group: int) -> Tensor:
         """Code maps of a group of channels, anchors first: (B, C, *grid) or None, (B, S, *grid) -> (B, C, *grid)."""
@@ -104,10 +104,10 @@ class Checkerboard(MeanScaleHyperprior):
         n, _, t = besides_BST.shape
         y_hat, seen = besides.new_zeros(n, context.channels, t), besides.new_zeros(n, 2 * context.channels, t)
         for places in (self.anchors, self.others):
-            law = self.law(*context(besides_BST[..., places], seen[..., places]))
-            y_hat = y_hat.index_copy(2, places, coder(None if y_BCT is None else y_BCT[..., places], law))
+            distribution = self.distribution(*context(besides_BST[..., places], seen[..., places]))
+            y_hat = y_hat.index_copy(2, places, coder(None if y_BCT is None else y_BCT[..., places], distribution))
             if places is self.anchors:
-                seen = context.seen(y_hat.unflatten(2, self.grid)).flatten(2)
+                seen = context.masked_conv(y_hat.unflatten(2, self.grid)).flatten(2)
         return y_hat.unflatten(2, self.grid)
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:

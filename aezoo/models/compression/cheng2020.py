@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.bases.entropy_coded import Law, Mixtures, scale_of
+from aezoo.bases.entropy_coded import Distribution, Mixtures, scale_of
 from aezoo.models.compression.joint_ar_hyperprior import JointARHyperprior
 from aezoo.nets.blocks.context import Context
 from aezoo.nets.blocks.subpixel import Decoder, Encoder
@@ -93,11 +93,11 @@ class Cheng2020(JointARHyperprior):
         self.encoder = Encoder(self.input_shape, code, hidden_dims, activation, attention)
         self.decoder = Decoder(code, self.input_shape, hidden_dims[::-1], activation, attention)
         if mixtures > 1:
-            self.context = Context(latent_dim, 2 * latent_dim, self.context.open_taps, 3 * mixtures)
+            self.context = Context(latent_dim, 2 * latent_dim, self.context.kernel_mask, 3 * mixtures)
 
-    def law(self, *numbers: Tensor) -> Law:
+    def distribution(self, *numbers: Tensor) -> Distribution:
         if self.mixtures == 1:
-            return super().law(*numbers)
+            return super().distribution(*numbers)
         k = self.mixtures
         means, raw_scales, logits = (torch.stack(numbers[i : i + k]) for i in (0, k, 2 * k))
         return Mixtures(at_least_float32(means), scale_of(raw_scales), at_least_float32(logits))

@@ -89,7 +89,7 @@ class Elic(Checkerboard):
         rank, known = len(self.grid), 2 * sum(groups)
         self.contexts, self.across = nn.ModuleList(), nn.ModuleList()
         for n, size in zip(before, groups, strict=True):
-            self.contexts.append(Context(size, known + (2 * size if n else 0), self.open_taps(reach)))
+            self.contexts.append(Context(size, known + (2 * size if n else 0), self.kernel_mask(reach)))
             if n:
                 wide, narrow = (CONVS[rank](inner, 2 * size, 5, padding=2) for inner in (n, 2 * size))
                 self.across.append(nn.Sequential(wide, nn.ReLU(), narrow))

@@ -17,7 +17,7 @@ Shapes: B batch, M channels of the code.
 
 from torch import Tensor
 
-from aezoo.bases.entropy_coded import Coder, EntropyCoded, Factorised, Noise, Rounding, Table
+from aezoo.bases.entropy_coded import AdditiveNoise, Coder, EntropyCoded, Factorised, Rounding, Table
 
 
 class FactorizedPrior(EntropyCoded):
@@ -65,16 +65,16 @@ class FactorizedPrior(EntropyCoded):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        self.set_nets(net, latent_dim, hidden_dims, activation, lam)
+        self.build_nets(net, latent_dim, hidden_dims, activation, lam)
         self.density = Factorised(latent_dim)
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
-        return coder(y, self.density.law((n, *self.code_shape)))
+        return coder(y, self.density.distribution((n, *self.code_shape)))
 
     def tables(self) -> list[Table]:
         return self.density.tables()
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        nll_B, rate_B = self.rated(x, Noise() if self.training else Rounding())
+        nll_B, rate_B = self.code_with_rate(x, AdditiveNoise() if self.training else Rounding())
         nll, rate = nll_B.mean(), rate_B.mean()
-        return {"loss": rate + self.weight * nll, "nll": nll, "rate": rate, "bpp": self.bits_a_place(rate)}
+        return {"loss": rate + self.weight * nll, "nll": nll, "rate": rate, "bpp": self.bits_per_place(rate)}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.bases.entropy_coded import Coder, Noise
+from aezoo.bases.entropy_coded import AdditiveNoise, Coder
 from aezoo.errors import AezooError
 from aezoo.models.compression.mean_scale_hyperprior import MeanScaleHyperprior
 
@@ -93,8 +93,8 @@ class GainedHyperprior(MeanScaleHyperprior):
         log_gain_S = torch.tensor([math.log(lam) / 2 for lam in lams])
         log_gain_SM = (log_gain_S - log_gain_S.mean())[:, None].repeat(1, latent_dim)
         self.log_gain_SM, self.log_inverse_SM = nn.Parameter(log_gain_SM), nn.Parameter(-log_gain_SM)
-        self.top_quality = len(lams) - 1.0
-        self.quality = self.top_quality
+        self.max_quality = len(lams) - 1.0
+        self.quality = self.max_quality
 
     @property
     def quality(self) -> float:
@@ -102,8 +102,8 @@ class GainedHyperprior(MeanScaleHyperprior):
 
     @quality.setter
     def quality(self, quality: float) -> None:
-        if not 0 <= quality <= self.top_quality:
-            raise AezooError(f"quality must be from 0 to {self.top_quality:g}, one of each lam, got {quality}")
+        if not 0 <= quality <= self.max_quality:
+            raise AezooError(f"quality must be from 0 to {self.max_quality:g}, one of each lam, got {quality}")
         self._quality = float(quality)
         self._shares = [max(0.0, 1 - abs(quality - s)) for s in range(len(self._weights))]
         self.weight = math.prod(weight**share for weight, share in zip(self._weights, self._shares, strict=True))
@@ -124,11 +124,11 @@ class GainedHyperprior(MeanScaleHyperprior):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         if not self.training:
             return super().loss(x, y)
-        top, noise = len(self._weights) - 1, Noise()
+        top, noise = len(self._weights) - 1, AdditiveNoise()
         quality_B = (torch.rand(x.shape[0], device=x.device) * (top + 1)).floor().clamp_max(top)
         is_of = [quality_B == s for s in range(top + 1)]
         y_hat = self.gained(noise, self.encoder(x), x.shape[0], [is_s[:, None] for is_s in is_of])
         nll_B, rate = self.nll(self.decoder(y_hat.to(x.dtype)), x), noise.rate_B.mean()
         weighed = [torch.where(is_s, weight * nll_B, 0) for is_s, weight in zip(is_of, self._weights, strict=True)]
         loss = rate + torch.stack(weighed).sum(0).mean()
-        return {"loss": loss, "nll": nll_B.mean(), "rate": rate, "bpp": self.bits_a_place(rate)}
+        return {"loss": loss, "nll": nll_B.mean(), "rate": rate, "bpp": self.bits_per_place(rate)}

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.bases.entropy_coded import Coder, Noise
+from aezoo.bases.entropy_coded import AdditiveNoise, Coder
 from aezoo.errors import AezooError
 from aezoo.models.compression.mean_scale_hyperprior import MeanScaleHyperprior
-from aezoo.nets.blocks.context import Context, taps
+from aezoo.nets.blocks.context import Context, tap_offsets
 
 Index = tuple[Any, ...]
 
@@ -90,23 +90,23 @@ class JointARHyperprior(MeanScaleHyperprior):
         self.grid = self.code_shape[1:]
         if not self.grid:
             raise AezooError(f"net {net!r} gives a code without places: take gdn or conv, or mean_scale_hyperprior")
-        kernel = taps(reach, len(self.grid))[0]
+        kernel = tap_offsets(reach, len(self.grid))[0]
         before = torch.arange(kernel.numel()).view_as(kernel) < kernel.numel() // 2
         self.context = Context(latent_dim, 2 * latent_dim, before)
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         said = self.said(coder, y, n)
-        if isinstance(coder, Noise) and y is not None:
-            y_noisy = coder.change(at_least_float32(y))
-            coder.count(y_noisy, self.law(*self.context(said, self.context.seen(y_noisy))))
+        if isinstance(coder, AdditiveNoise) and y is not None:
+            y_noisy = coder.transform(at_least_float32(y))
+            coder.add_rate(y_noisy, self.distribution(*self.context(said, self.context.masked_conv(y_noisy))))
             return y_noisy
         reach = self.context.reach
         known = F.pad(said.new_zeros(n, *self.code_shape), [reach] * 2 * len(self.grid))
         for place in itertools.product(*map(range, self.grid)):
             at: Index = (..., *place)
             about: Index = (..., *(slice(i, i + 2 * reach + 1) for i in place))
-            law = self.law(*self.context(said[at], self.context.seen_from(known[about].clone())))
-            y_hat = coder(None if y is None else y[at], law)
+            distribution = self.distribution(*self.context(said[at], self.context.masked_conv_at(known[about].clone())))
+            y_hat = coder(None if y is None else y[at], distribution)
             middle: Index = (..., *(i + reach for i in place))
             known[middle] = y_hat.detach()  # no optimiser step follows an evaluation
         inner: Index = (..., *(slice(reach, reach + side) for side in self.grid))

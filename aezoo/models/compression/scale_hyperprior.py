@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.bases.entropy_coded import Coder, Factorised, Gaussians, Law, Table, gaussian_tables, scale_of
+from aezoo.bases.entropy_coded import Coder, Distribution, Factorised, Gaussians, Table, gaussian_tables, scale_of
 from aezoo.models.compression.factorized_prior import FactorizedPrior
 from aezoo.training.limits import at_least
 
@@ -99,17 +99,17 @@ class ScaleHyperprior(FactorizedPrior):
 
     def said(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         """Pass the side information through a coder and decode it to parameters of y, (n, per_channel M, *places)."""
-        z_hat = coder(None if y is None else self.side(y), self.density.law((n, *self.z_shape)))
+        z_hat = coder(None if y is None else self.side(y), self.density.distribution((n, *self.z_shape)))
         found: Tensor = self.hyper_decoder(z_hat.to(self.density.median_C))
         return at_least_float32(found)
 
-    def law(self, mean: Tensor, raw_scale: Tensor) -> Law:
+    def distribution(self, mean: Tensor, raw_scale: Tensor) -> Distribution:
         """The distribution of a part of the code, (n, C, ...) each."""
         return Gaussians(at_least_float32(mean), scale_of(raw_scale), len(self.density.median_C))
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         raw_scale = self.said(coder, y, n)
-        return coder(y, self.law(torch.zeros_like(raw_scale), raw_scale))
+        return coder(y, self.distribution(torch.zeros_like(raw_scale), raw_scale))
 
     def tables(self) -> list[Table]:
         return self.density.tables() + gaussian_tables()

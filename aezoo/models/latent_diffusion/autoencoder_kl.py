@@ -102,16 +102,16 @@ class AutoencoderKL(PerceptualAdversarial, VAE):
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         mu_BD, log_var_BD = (part.flatten(1) for part in self.posterior(x))
-        z_KBD, log_q_KB = gaussians.draw(mu_BD, log_var_BD, n)
+        z_KBD, log_q_KB = gaussians.rsample(mu_BD, log_var_BD, n)
         return z_KBD.unflatten(2, self.code_shape), log_q_KB
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu, log_var = self.posterior(x)
-        z = mu + torch.exp(0.5 * log_var) * gaussians.noise_like(mu)
+        z = mu + torch.exp(0.5 * log_var) * gaussians.standard_normal_like(mu)
         if self.training:
             self.standardiser.observe(z.detach(), self.batch_mean)
         x, z, *seen = self.decoder_inputs(x, z)
-        loss, terms, g_R = self.judged(x, z.to(x.dtype), *seen)
+        loss, terms, g_R = self.adversarial_objective(x, z.to(x.dtype), *seen)
         kl = self.mean_kl(self.kl(mu, log_var))
         extra, own = self.extra_terms(x, z, mu, g_R)
         loss = loss + self.beta * (kl - self.capacity).abs() + extra

@@ -137,7 +137,7 @@ class ConsistencyDecoderAE(Autoencoder):
         """Distance of samples denoised from adjacent levels, over the levels' own: (B, *input_shape), codes -> (B,)."""
         x = at_least_float32(x)
         u = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device, dtype=x.dtype)
-        (low, high), noise = self.pair(u, self.n_levels()), gaussians.noise_like(x)
+        (low, high), noise = self.pair(u, self.n_levels()), gaussians.standard_normal_like(x)
         found = self.decoder.f(x + high * noise, high, z)
         with torch.no_grad():  # second, as autocast caches the weights that it rounds, here without gradient
             target = self.decoder.f(x + low * noise, low, z)

@@ -109,7 +109,7 @@ class DiffusersAE(Autoencoder):
                 **terms,
             }
         mu, log_var = self.moments(x)
-        z = mu + (0.5 * log_var).exp() * gaussians.noise_like(mu)
+        z = mu + (0.5 * log_var).exp() * gaussians.standard_normal_like(mu)
         nll = self.nll(self.decoder(z.to(x.dtype)), x).mean()
         kl = 0.5 * (mu**2 + log_var.exp() - 1 - log_var).flatten(1).sum(1).mean()
         return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}

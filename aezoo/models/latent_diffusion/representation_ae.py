@@ -58,7 +58,7 @@ class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder):
         warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
 
-    fitted_by = "code_shape"
+    shape_arguments = "code_shape"
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder):
 
     def represent(self, x: Tensor) -> Tensor:
         """The output of f, without a gradient for f: (B, *input_shape) -> (B, *code_shape)."""
-        f: Tensor = self.encoder(x if self.teacher == "none" else self.taught_by().encode(x))
+        f: Tensor = self.encoder(x if self.teacher == "none" else self.load_teacher().encode(x))
         return f
 
     def encode(self, x: Tensor) -> Tensor:
@@ -131,5 +131,5 @@ class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder):
         if self.training:
             self.normaliser.observe(f.reshape(*f.shape[:2], -1), self.batch_mean)
         z = self.noised(self.normaliser(f)) if self.training else self.normaliser(f)
-        loss, terms, _ = self.judged(x, z.to(x.dtype))
+        loss, terms, _ = self.adversarial_objective(x, z.to(x.dtype))
         return {"loss": loss, **terms}

@@ -64,7 +64,7 @@ class TAESD(DistilledAutoencoder):
         warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
 
-    fitted_by = "latent_dim and hidden_dims"
+    shape_arguments = "latent_dim and hidden_dims"
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class TAESD(DistilledAutoencoder):
     @torch.no_grad()
     def teach(self, x: Tensor) -> Tensor:
         """The teacher's codes z_T, in at least float32: (B, *input_shape) -> (B, *code_shape)."""
-        teacher = self.taught_by()
+        teacher = self.load_teacher()
         with torch.autocast(x.device.type, enabled=False):
             z = at_least_float32(teacher.encode(x.to(next(teacher.parameters()).dtype)))
             return getattr(teacher, "standardiser", nn.Identity())(z)

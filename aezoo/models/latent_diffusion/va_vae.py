@@ -23,7 +23,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL
 from aezoo.nets.blocks import adversarial
-from aezoo.nets.blocks.adversarial import gradient_alone, with_gradient
+from aezoo.nets.blocks.adversarial import gradient_only, value_and_grad
 from aezoo.nets.blocks.features import FeatureDistance
 from aezoo.nets.conv import CONVS
 from aezoo.training.limits import at_least
@@ -126,7 +126,7 @@ class VAVAE(AutoencoderKL):
     @torch.no_grad()
     def seen(self, x: Tensor, grid: torch.Size) -> Tensor:
         """f, (B, *input_shape) -> (B, F, *grid)."""
-        net = self.foundation.beside(x).read()
+        net = self.foundation.move_to(x).read()
         assert net is not None
         with torch.autocast(x.device.type, enabled=False):
             return F.interpolate(net(at_least_float32(x))[-1], grid, mode="area")
@@ -135,11 +135,13 @@ class VAVAE(AutoencoderKL):
         if not self.alignment_weight:
             return super().extra_terms(x, z, mu, g_R)
         f, z = self.seen(x, z.shape[2:]), z.to(x.dtype)
-        alignment, g_A = with_gradient(lambda at: self.misalignment(at, f), z)
-        moments, to_last_layer = adversarial.by_last_layer(self.encoder, x)
-        g_z = adversarial.at_input(self.decoder, z, g_R), g_A
+        alignment, g_A = value_and_grad(lambda at: self.misalignment(at, f), z)
+        moments, to_last_layer = adversarial.last_layer_vjp(self.encoder, x)
+        g_z = adversarial.input_gradient(self.decoder, z, g_R), g_A
         # z = mu + exp(log_var / 2) noise
         at_moments = (torch.cat([g, g * 0.5 * (z - mu).detach()], 1).to(moments.dtype) for g in g_z)
-        weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in at_moments), most=1e8)
+        weight = adversarial.adaptive_weight(
+            *(self.batch_mean(to_last_layer(g)[None]) for g in at_moments), max_weight=1e8
+        )
         terms = {"alignment": alignment, "alignment_weight": weight}
-        return gradient_alone(self.alignment_weight * weight * alignment), terms
+        return gradient_only(self.alignment_weight * weight * alignment), terms

@@ -97,7 +97,7 @@ class VQGAN(PerceptualAdversarial, DiscreteAutoencoder):
         at_least(1, codebook_size=codebook_size)
         self.beta = beta
         nets.map_shape(net, self.input_shape, hidden_dims, 1)  # refuses nets without a grid
-        self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places=1)
+        self.build_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places=1)
         learning: dict[str, Any] = {"update": update, "decay": decay, "dead_below": dead_below}
         self.quantiser = VQ(latent_dim, codebook_size, estimator=estimator, cosine=cosine, **learning)
         dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
@@ -109,6 +109,6 @@ class VQGAN(PerceptualAdversarial, DiscreteAutoencoder):
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)
-        loss, judged, _ = self.judged(x, z_q)
+        loss, judged, _ = self.adversarial_objective(x, z_q)
         loss = loss + self.beta * terms["commitment"] + terms.get("codebook", 0)
         return {"loss": loss, **judged, **terms}

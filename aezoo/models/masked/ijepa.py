@@ -137,7 +137,9 @@ class IJEPA(Autoencoder):
             target_BND = at_least_float32(code.flatten(2).transpose(1, 2))
             target_BND = F.layer_norm(target_BND, target_BND.shape[2:])
         embed, layers, _ = self.context.children()
-        found_BKND = at_least_float32(self.predictor(vit.look(layers, embed(x), seen_BN), seen_BN, asked_BKN))
+        found_BKND = at_least_float32(
+            self.predictor(vit.attend_to_visible(layers, embed(x), seen_BN), seen_BN, asked_BKN)
+        )
         error_BKN = F.smooth_l1_loss(found_BKND, target_BND[:, None].expand_as(found_BKND), reduction="none").sum(3)
         error_BK = (error_BKN * asked_BKN).sum(2) / asked_BKN.sum(2)
         prediction = seen_BN.shape[1] * ((error_BK * counts_BK).sum(1) / counts_BK.sum(1)).mean()

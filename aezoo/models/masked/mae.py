@@ -51,12 +51,12 @@ class LightDecoder(nn.Module):
         return features
 
     def forward(self, z: Tensor) -> Tensor:
-        hidden_BKND = self.hidden(*vit.hide(z.flatten(2).transpose(1, 2), self.orders_KN, self.masked))
+        hidden_BKND = self.hidden(*vit.mask_tokens(z.flatten(2).transpose(1, 2), self.orders_KN, self.masked))
         patches_BKNP = self.out(hidden_BKND)
         if self.scale is not None:
             mean_BKN1, deviation_BKN1 = self.scale(hidden_BKND).chunk(2, dim=2)
             patches_BKNP = mean_BKN1 + deviation_BKN1.clamp(min=0) * patches_BKNP
-        return self.patchify.inverse(vit.average_hidden(patches_BKNP, self.orders_KN, self.masked))
+        return self.patchify.inverse(vit.average_masked(patches_BKNP, self.orders_KN, self.masked))
 
 
 class MAE(Autoencoder):
@@ -144,7 +144,7 @@ class MAE(Autoencoder):
     def score(self, x: Tensor) -> Tensor:
         """-log p in nats, summed over patches, each while hidden from the encoder: (B, *input_shape) -> (B,)."""
         embed, blocks, _ = self.encoder.children()
-        visible_BKVD, order_BKN = vit.hide(embed(x), self.decoder.orders_KN, self.masked)
+        visible_BKVD, order_BKN = vit.mask_tokens(embed(x), self.decoder.orders_KN, self.masked)
         hidden_BKND = self.decoder.hidden(blocks(visible_BKVD), order_BKN)
         nll_BKNP = self.terms(x.repeat_interleave(len(self.decoder.orders_KN), dim=0), hidden_BKND)[0]
-        return vit.average_hidden(nll_BKNP, self.decoder.orders_KN, self.masked).sum((1, 2))
+        return vit.average_masked(nll_BKNP, self.decoder.orders_KN, self.masked).sum((1, 2))

@@ -122,4 +122,4 @@ class SimMIM(Autoencoder):
         masked_KN = vit.is_masked(self.orders_KN, self.masked)
         x_BK = x.repeat_interleave(len(masked_KN), dim=0)
         nll_BKN = self.nll_of(self.head(self.tokens(x_BK, masked_KN.repeat(len(x), 1))), x_BK)
-        return vit.average_hidden(nll_BKN[..., None], self.orders_KN, self.masked).sum((1, 2))
+        return vit.average_masked(nll_BKN[..., None], self.orders_KN, self.masked).sum((1, 2))

@@ -71,7 +71,7 @@ class BSQVAE(DiscreteAutoencoder):
         self.save_hyperparameters()
         at_least(0, entropy_weight=entropy_weight, gamma=gamma, beta=beta)
         self.entropy_weight, self.gamma, self.beta = entropy_weight, gamma, beta
-        self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
+        self.build_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
         self.quantiser = BSQ(latent_dim, temperature=temperature)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

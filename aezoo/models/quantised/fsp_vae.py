@@ -77,7 +77,7 @@ class FSPVAE(DiscreteAutoencoder):
         at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
         self.mean_weight, self.variance_weight = mean_weight, variance_weight
         self.quantiser = FSP(tuple(levels), squash=squash, eta=eta, quantised=quantised)
-        self.set_nets(net, (len(levels), len(levels)), hidden_dims, activation, places)
+        self.build_nets(net, (len(levels), len(levels)), hidden_dims, activation, places)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

@@ -66,7 +66,7 @@ class FSQVAE(DiscreteAutoencoder):
         )
         self.save_hyperparameters()
         self.quantiser = ResidualFSQ(tuple(levels), depth, dropout=dropout)
-        self.set_nets(net, (len(levels), len(levels)), hidden_dims, activation, places)
+        self.build_nets(net, (len(levels), len(levels)), hidden_dims, activation, places)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         nll = self.nll(self.decoder(self.quantise(x).z_q), x).mean()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.quantised import DiscreteAutoencoder
-from aezoo.distributions.categorical import gumbel, kl_from_uniform
+from aezoo.distributions.categorical import kl_from_uniform, sample_gumbel
 from aezoo.quantisers.base import Quantised
 from aezoo.quantisers.gumbel_vq import GumbelVQ
 from aezoo.training.limits import at_least
@@ -94,7 +94,7 @@ class GumbelVQVAE(DiscreteAutoencoder):
         at_least(2, codebook_size=codebook_size)
         self.beta, self.temperature_steps = beta, temperature_steps
         self.temperature, self.start_temperature = temperature, start_temperature
-        self.set_nets(net, (codebook_size, latent_dim), hidden_dims, activation, places)
+        self.build_nets(net, (codebook_size, latent_dim), hidden_dims, activation, places)
         self.enable_step_counter()
         self.quantiser = GumbelVQ(codebook_size, latent_dim, float(self.tau()), hard=hard)
 
@@ -119,7 +119,7 @@ class GumbelVQVAE(DiscreteAutoencoder):
         if self.training:
             return found
         logits_BPK = _by_place(logits)
-        indices = (logits_BPK + gumbel(logits_BPK)).argmax(2).view_as(found.indices)
+        indices = (logits_BPK + sample_gumbel(logits_BPK)).argmax(2).view_as(found.indices)
         return Quantised(self.codes(indices).to(logits.dtype), indices, found.terms)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ class IndexTransformer(IndexPrior):
         start_B1W = self.start_W.expand(len(before), 1, -1)
         return torch.cat([start_B1W, embedded_BTW], 1) + self.position_TW[: before.shape[1] + 1]
 
-    def stepper(self) -> Callable[[Tensor, int], Tensor]:
+    def incremental_logits(self) -> Callable[[Tensor, int], Tensor]:
         dropout, *blocks, norm = self.blocks
         kept: list[list[Tensor]] = [[] for _ in blocks]
         done = 0
@@ -101,6 +101,6 @@ class IndexTransformer(IndexPrior):
             for block, of_block in zip(blocks, kept, strict=True):
                 h_BLW = block(h_BLW, kept=of_block)
             of = t % len(self.book_QKW)
-            return self.within_books(norm(h_BLW[:, -1]) @ self.book_QKW[of].T, self.beyond_QK[of])
+            return self.mask_unused_codes(norm(h_BLW[:, -1]) @ self.book_QKW[of].T, self.unused_QK[of])
 
         return next_logits

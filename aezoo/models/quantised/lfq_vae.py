@@ -75,7 +75,7 @@ class LFQVAE(DiscreteAutoencoder):
         self.save_hyperparameters()
         at_least(0, entropy_weight=entropy_weight, gamma=gamma, beta=beta)
         self.entropy_weight, self.gamma, self.beta = entropy_weight, gamma, beta
-        self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
+        self.build_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
         self.quantiser = LFQ(latent_dim, temperature=temperature)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ class RQVAE(DiscreteAutoencoder):
         at_least(0, beta=beta)
         at_least(1, levels=levels, codebook_size=codebook_size)
         self.beta = beta
-        self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
+        self.build_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
         self.quantiser = ResidualVQ(
             latent_dim,
             levels,

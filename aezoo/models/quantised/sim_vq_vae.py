@@ -70,7 +70,7 @@ class SimVQVAE(DiscreteAutoencoder):
         at_least(0, beta=beta)
         at_least(1, codebook_size=codebook_size)
         self.beta = beta
-        self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
+        self.build_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
         self.quantiser = SimVQ(latent_dim, codebook_size, estimator=estimator)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

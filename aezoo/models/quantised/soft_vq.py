@@ -111,7 +111,7 @@ class SoftVQ(Autoencoder):
         if data_init:
             self.enable_data_init()
 
-    def place(self, rows: Tensor) -> Tensor:
+    def project(self, rows: Tensor) -> Tensor:
         """Where rows are compared with codes, in at least float32: unchanged, or projected to the unit sphere."""
         rows = at_least_float32(rows)
         return F.normalize(rows, dim=-1) if self.cosine else rows
@@ -120,7 +120,7 @@ class SoftVQ(Autoencoder):
         """z_q and p of samples, (B, *input_shape) -> (B, D, N), (B, N, K); p is in at least float32."""
         z_BDN = self.encoder(x)
         with torch.autocast(x.device.type, enabled=False):
-            code_KD, rows = self.place(self.code_KD), self.place(z_BDN.transpose(1, 2))
+            code_KD, rows = self.project(self.code_KD), self.project(z_BDN.transpose(1, 2))
             p_BNK = (-relative_distance(rows.flatten(0, 1), code_KD) / self.temperature).softmax(1)
             p_BNK = p_BNK.unflatten(0, rows.shape[:2])
             return (p_BNK @ code_KD).transpose(1, 2).to(z_BDN.dtype), p_BNK
@@ -129,8 +129,8 @@ class SoftVQ(Autoencoder):
         return self.mixtures(x)[0]
 
     def init_from_data(self, x: Tensor) -> None:
-        self.encoder.start(x)
-        rows = self.place(self.encoder(x).transpose(1, 2)).flatten(0, 1)
+        self.encoder.init_from_data(x)
+        rows = self.project(self.encoder(x).transpose(1, 2)).flatten(0, 1)
         self.code_KD.copy_(k_means(rows, len(self.code_KD))[0])
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.quantised import DiscreteAutoencoder
-from aezoo.distributions.categorical import gumbel
+from aezoo.distributions.categorical import sample_gumbel
 from aezoo.distributions.likelihoods import Gaussian
-from aezoo.quantisers.base import Quantised, in_evaluation
+from aezoo.quantisers.base import Quantised, quantisers_in_eval_mode
 from aezoo.quantisers.stochastic_vq import StochasticVQ
 from aezoo.training.limits import at_least
 
@@ -98,7 +98,7 @@ class SQVAE(DiscreteAutoencoder):
         self.enable_step_counter()
         drawn: dict[str, Any] = {"variance": variance, "start_variance": start_variance, "hard": hard}
         self.quantiser = StochasticVQ(latent_dim, codebook_size, temperature=float(self.tau()), **drawn)
-        self.set_nets(net, (self.quantiser.dim, latent_dim), hidden_dims, activation, places)
+        self.build_nets(net, (self.quantiser.dim, latent_dim), hidden_dims, activation, places)
         # read by scores and evaluation; saved, unlike the usual fixed scale of a likelihood
         self.likelihood.register_buffer("log_scale", self.likelihood.log_scale)
 
@@ -119,7 +119,7 @@ class SQVAE(DiscreteAutoencoder):
         if self.training:
             return found
         logits_BPK = self.quantiser.logits(z)
-        indices = (logits_BPK + gumbel(logits_BPK)).argmax(2).view_as(found.indices)
+        indices = (logits_BPK + sample_gumbel(logits_BPK)).argmax(2).view_as(found.indices)
         return Quantised(self.codes(indices).to(z.dtype), indices, found.terms)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -131,7 +131,7 @@ class SQVAE(DiscreteAutoencoder):
             v = (self.batch_mean(sse_B) / x_dim).clamp(math.exp(-30), math.exp(20)).detach()
             log_s.lerp_((0.5 * v.log()).to(log_s), 0.1)  # like BatchNorm's running statistics
         else:
-            v = torch.exp(2 * at_least_float32(self.likelihood.bounded))
+            v = torch.exp(2 * at_least_float32(self.likelihood.bounded_scale))
         nll = (sse_B / (2 * v) + x_dim / 2 * torch.log(2 * math.pi * v)).mean()
         kl = terms["kl"]
         figures = {"elbo": -(nll + kl), "sigma": v.sqrt(), "code_sigma": torch.exp(self.quantiser.log_variance / 2)}
@@ -141,7 +141,7 @@ class SQVAE(DiscreteAutoencoder):
     def score(self, x: Tensor) -> Tensor:
         """L with the nearest codes in nats, (B, *input_shape) -> (B,), no noise."""
         z = self.encoder(x)
-        with in_evaluation(self):
+        with quantisers_in_eval_mode(self):
             z_q = self.quantiser(z).z_q
         latent_BP = math.log(self.index_sizes[0]) - self.quantiser.logits(z).logsumexp(2)
         return self.nll(self.decoder(z_q), x) + latent_BP.sum(1)

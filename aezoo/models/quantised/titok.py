@@ -118,7 +118,7 @@ class TiTok(DiscreteAutoencoder):
             self.enable_data_init()
 
     def init_from_data(self, x: Tensor) -> None:
-        self.encoder.start(x)
+        self.encoder.init_from_data(x)
         super().init_from_data(x)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

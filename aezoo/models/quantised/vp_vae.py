@@ -87,7 +87,7 @@ class VPVAE(DiscreteAutoencoder):
         at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
         at_least(1, codebook_size=codebook_size)
         self.mean_weight, self.variance_weight = mean_weight, variance_weight
-        self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
+        self.build_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
         self.quantiser = VectorPerturbation(
             latent_dim,
             codebook_size,

@@ -93,7 +93,7 @@ class VQVAE(DiscreteAutoencoder):
         at_least(0, beta=beta)
         at_least(1, codebook_size=codebook_size, n_groups=n_groups)
         self.beta = beta
-        self.set_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
+        self.build_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
         # a single codebook keeps the parameter names of earlier checkpoints
         one = n_groups == 1
         make: Callable[..., Quantiser] = partial(VQ, latent_dim) if one else partial(GroupedVQ, latent_dim, n_groups)

@@ -139,10 +139,10 @@ class VQVAE2(DiscreteAutoencoder):
 
     def init_from_data(self, x: Tensor) -> None:
         h = self.encoder(x)
-        self.top.start(z := self.top_encoder(h))
+        self.top.init_from_data(z := self.top_encoder(h))
         top = self.top.eval().quantise(z)  # in training mode it would learn from these rows a second time
         self.top.train(self.training)
-        self.bottom.start(self.before_bottom(h, top))
+        self.bottom.init_from_data(self.before_bottom(h, top))
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

@@ -13,7 +13,7 @@ network, is left out.
 from typing import Any
 
 from aezoo.models.regularised.wae_gan import WAEGAN
-from aezoo.nets.blocks.adversarial import two_groups
+from aezoo.nets.blocks.adversarial import discriminator_parameter_groups
 
 
 class AAE(WAEGAN):
@@ -77,4 +77,4 @@ class AAE(WAEGAN):
         self.save_hyperparameters()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return two_groups(self, betas=(0.5, 0.999))
+        return discriminator_parameter_groups(self, betas=(0.5, 0.999))

@@ -24,7 +24,12 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
-from aezoo.nets.blocks.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+from aezoo.nets.blocks.adversarial import (
+    call_frozen,
+    check_discriminator,
+    discriminator_parameter_groups,
+    gradient_only,
+)
 from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
@@ -111,7 +116,7 @@ class ALAD(Autoencoder):
             self.discriminator[name] = Judge(body, dims[-1], second)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return two_groups(self, betas=(0.5, 0.999), both=True)  # those of the authors' code
+        return discriminator_parameter_groups(self, betas=(0.5, 0.999), for_all=True)  # those of the authors' code
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         e_BD = self.encode(x)
@@ -123,14 +128,14 @@ class ALAD(Autoencoder):
         fooled, caught = {}, []
         for name, (real, fake) in pairs.items():
             judge = self.discriminator[name]
-            fooled[name] = F.softplus(-frozen(judge, *fake)[1]).mean()
+            fooled[name] = F.softplus(-call_frozen(judge, *fake)[1]).mean()
             t_real, t_fake = judge(*(torch.cat(side).detach() for side in zip(real, fake, strict=True)))[1].chunk(2)
             caught.append(F.softplus(-t_real).mean() + F.softplus(t_fake).mean())
-        adversarial = fooled["xz"] + F.softplus(frozen(self.discriminator["xz"], x, e_BD)[1]).mean()
+        adversarial = fooled["xz"] + F.softplus(call_frozen(self.discriminator["xz"], x, e_BD)[1]).mean()
         nll, discriminator = self.nll(params, x).mean(), torch.stack(caught).sum()
         total = self.nll_weight * nll + adversarial + fooled["xx"] + fooled["zz"]
         return {
-            "loss": total + gradient_alone(discriminator),
+            "loss": total + gradient_only(discriminator),
             "nll": nll,
             "adversarial": adversarial,
             "cycle_x": fooled["xx"],

@@ -126,7 +126,7 @@ class DAGMM(Autoencoder):
 
     def remember(self, phi_K: Tensor, mu_KZ: Tensor, sigma_KZZ: Tensor) -> None:
         """Pool a batch, with weight 1/20, with those before it."""
-        gaussians.pool_((self.phi_K, self.mu_KZ, self.sigma_KZZ), (phi_K, mu_KZ, sigma_KZZ), _MOMENTUM)
+        gaussians.update_mixture_((self.phi_K, self.mu_KZ, self.sigma_KZZ), (phi_K, mu_KZ, sigma_KZZ), _MOMENTUM)
 
     def remembered(self) -> tuple[Tensor, Tensor, Tensor]:
         """The shares, means and covariances that evaluation uses."""

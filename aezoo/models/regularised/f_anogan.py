@@ -25,7 +25,12 @@ from torch.func import functional_call, vjp
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
-from aezoo.nets.blocks.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+from aezoo.nets.blocks.adversarial import (
+    call_frozen,
+    check_discriminator,
+    discriminator_parameter_groups,
+    gradient_only,
+)
 from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
@@ -101,7 +106,7 @@ class FAnoGAN(Autoencoder):
         self.discriminator = Critic(body, dims[-1])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return two_groups(self, betas=(0.0, 0.9), both=True)  # those of the authors' code
+        return discriminator_parameter_groups(self, betas=(0.0, 0.9), for_all=True)  # those of the authors' code
 
     def generate(self, e_BD: Tensor) -> Tensor:
         """decoder(e), with the gradient of its weights multiplied by alpha, (B, D) -> (B, *input_shape)."""
@@ -130,11 +135,11 @@ class FAnoGAN(Autoencoder):
         critic = t_B[len(x) :].mean() - t_B[: len(x)].mean()
         penalty = self.penalty(x, made.detach()).mean()
         # the critic is a constant for the other networks
-        f_hat_BF, t_hat_B = frozen(self.discriminator, torch.cat([self.likelihood.mean(params).to(x.dtype), made]))
+        f_hat_BF, t_hat_B = call_frozen(self.discriminator, torch.cat([self.likelihood.mean(params).to(x.dtype), made]))
         adversarial = -t_hat_B[len(x) :].mean()
         nll, features = self.nll(params, x).mean(), self.missed(f_BF[: len(x)].detach(), f_hat_BF[: len(x)]).mean()
         players = adversarial + critic + self.penalty_weight * penalty
-        loss = nll + self.feature_weight * features + gradient_alone(players)
+        loss = nll + self.feature_weight * features + gradient_only(players)
         more = {"adversarial": adversarial, "discriminator": critic, "gradient_penalty": penalty}
         return {"loss": loss, "nll": nll, "features": features, **more}
 

@@ -28,7 +28,12 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
-from aezoo.nets.blocks.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+from aezoo.nets.blocks.adversarial import (
+    call_frozen,
+    check_discriminator,
+    discriminator_parameter_groups,
+    gradient_only,
+)
 from aezoo.training.limits import at_least
 
 
@@ -112,7 +117,7 @@ class GANomaly(Autoencoder):
         self.discriminator = Discriminator(body, dims[-1])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return two_groups(self, betas=(0.5, 0.999), both=True)  # section 4
+        return discriminator_parameter_groups(self, betas=(0.5, 0.999), for_all=True)  # section 4
 
     def gap(self, z_BD: Tensor, x_hat: Tensor) -> Tensor:
         """||z - zhat||^2, (B, D), (B, *shape) -> (B,)."""
@@ -129,7 +134,7 @@ class GANomaly(Autoencoder):
         discriminator = F.softplus(-t_real).mean() + F.softplus(t_fake).mean()
 
         # for the generator's step, which treats the discriminator as a constant
-        f_hat_BF, _ = frozen(self.discriminator, x_hat)
+        f_hat_BF, _ = call_frozen(self.discriminator, x_hat)
         f_BF = both[: len(x)].detach()
         nll = self.nll(params, x).mean()
         x_dim = math.prod(self.input_shape)
@@ -137,7 +142,7 @@ class GANomaly(Autoencoder):
         encoding = x_dim * self.gap(z_BD, x_hat).mean() / self.code_shape[0]
         generator = nll + self.adv_weight * adversarial + self.enc_weight * encoding
         return {
-            "loss": generator + gradient_alone(discriminator),
+            "loss": generator + gradient_only(discriminator),
             "nll": nll,
             "adversarial": adversarial,
             "encoding": encoding,

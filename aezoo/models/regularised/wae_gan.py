@@ -23,7 +23,12 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
-from aezoo.nets.blocks.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+from aezoo.nets.blocks.adversarial import (
+    call_frozen,
+    check_discriminator,
+    discriminator_parameter_groups,
+    gradient_only,
+)
 from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
@@ -97,7 +102,7 @@ class WAEGAN(Autoencoder):
         self.discriminator = nn.Sequential(*layers, Linear(dims[-1], 1))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return two_groups(self, betas=(0.5, 0.999), both=True)  # those of the authors' code
+        return discriminator_parameter_groups(self, betas=(0.5, 0.999), for_all=True)  # those of the authors' code
 
     def encode(self, x: Tensor) -> Tensor:
         mu_BD: Tensor = self.encoder(x)[:, : self.code_shape[0]]
@@ -115,13 +120,13 @@ class WAEGAN(Autoencoder):
         z_BD = self.draw(x)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
         # the discriminator is constant in the encoder's step, the codes are constant in the discriminator's step
-        t_z = at_least_float32(frozen(self.discriminator, z_BD.to(x.dtype)))
+        t_z = at_least_float32(call_frozen(self.discriminator, z_BD.to(x.dtype)))
         adversarial = F.softplus(-t_z).mean()
         codes = torch.cat([torch.randn_like(z_BD), z_BD.detach()])
         t_prior, t_code = at_least_float32(self.discriminator(codes.to(x.dtype))).chunk(2)
         discriminator = F.softplus(-t_prior).mean() + F.softplus(t_code).mean()
         return {
-            "loss": nll + self.adversarial_weight * adversarial + gradient_alone(discriminator),
+            "loss": nll + self.adversarial_weight * adversarial + gradient_only(discriminator),
             "nll": nll,
             "adversarial": adversarial,
             "discriminator": discriminator,

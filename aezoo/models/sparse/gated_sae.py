@@ -101,5 +101,5 @@ class GatedSAE(SAEL1):
             "nll": nll_B.mean(),
             "l1": l1_B.mean(),
             "aux": aux_B.mean(),
-            **self.usage(f_BN),
+            **self.usage_terms(f_BN),
         }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.dictionary import spread
+from aezoo.nets.blocks.dictionary import scatter_code
 from aezoo.nets.blocks.tied import Transposed
 from aezoo.speed.linear import Linear
 
@@ -97,7 +97,7 @@ class KSparse(Autoencoder):
         """The k largest units of each row, k at most `most`, the rest zero: (B, N) -> (B, N)."""
         values_Bk, index_Bk = z_BN.topk(most, dim=1)
         kept_k = torch.arange(most, device=z_BN.device) < k
-        return spread(values_Bk * kept_k, index_Bk, z_BN.shape[1])
+        return scatter_code(values_Bk * kept_k, index_Bk, z_BN.shape[1])
 
     def encode(self, x: Tensor) -> Tensor:
         return self.top(self.encoder(x.flatten(1)), self.test_k, self.test_k)

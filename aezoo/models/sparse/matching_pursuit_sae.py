@@ -76,7 +76,7 @@ class MatchingPursuitSAE(UnitNorm, Autoencoder):
         self.code_shape = (latent_dim,)
         self.encoder = nn.Flatten()
         self.decoder = Dictionary(latent_dim, self.input_shape)
-        self.prepare(latent_dim, dead_after, data_init)
+        self.init_dictionary_training(latent_dim, dead_after, data_init)
 
     @torch.no_grad()
     def choose(self, r_BX: Tensor) -> Tensor:
@@ -110,4 +110,4 @@ class MatchingPursuitSAE(UnitNorm, Autoencoder):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         f_BN = self.encode(x)
         nll = self.nll(self.decoder(f_BN), x).mean()
-        return {"loss": nll, "nll": nll, **self.usage(f_BN)}
+        return {"loss": nll, "nll": nll, **self.usage_terms(f_BN)}

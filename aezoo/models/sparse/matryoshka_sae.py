@@ -90,7 +90,7 @@ class MatryoshkaSAE(BatchTopKSAE):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         pi_BN = self.pre_activations(x)
         f_BN = self.top_of_batch(pi_BN, self.k) if self.training else self.above_threshold(pi_BN)
-        self.count(f_BN)
+        self.update_firing(f_BN)
         sum_BX, nlls = torch.zeros((), device=x.device), []
         for start, end in pairwise((0, *self.prefixes)):
             sum_BX = sum_BX + linear(f_BN[:, start:end], self.decoder.W_NX[start:end].t())

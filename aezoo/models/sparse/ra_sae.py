@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.topk_sae import TopKSAE
-from aezoo.nets.blocks.dictionary import Dictionary, onto_simplex
+from aezoo.nets.blocks.dictionary import Dictionary, project_to_simplex
 from aezoo.speed.linear import linear
 from aezoo.training.limits import at_least
 
@@ -70,7 +70,7 @@ class Archetypes(Dictionary):
     @torch.no_grad()
     def normalise(self) -> None:
         """Move W and Lambda into their bounds."""
-        self.shares_NP.copy_(onto_simplex(self.shares_NP))
+        self.shares_NP.copy_(project_to_simplex(self.shares_NP))
         norm_N1 = at_least_float32(self.lambda_NX).norm(dim=1, keepdim=True)
         self.lambda_NX.mul_((self.delta / norm_N1.clamp(min=1e-12)).clamp(max=1))
 

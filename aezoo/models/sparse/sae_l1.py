@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32, from_bytes
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.dictionary import Dictionary, FreeDictionary, UnitNorm, restart
+from aezoo.nets.blocks.dictionary import Dictionary, FreeDictionary, UnitNorm, resample_dead
 from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
@@ -93,7 +93,7 @@ class SAEL1(UnitNorm, Autoencoder):
         self.decoder = (Dictionary if self.unit_norm else FreeDictionary)(latent_dim, self.input_shape)
         self.encoder.weight.data.copy_(self.decoder.W_NX)
         nn.init.zeros_(self.encoder.bias)
-        self.prepare(latent_dim, dead_after, data_init)
+        self.init_dictionary_training(latent_dim, dead_after, data_init)
         self.enable_step_counter()
 
     def init_from_data(self, x: Tensor) -> None:
@@ -123,7 +123,7 @@ class SAEL1(UnitNorm, Autoencoder):
         nll_B = self.nll(self.decoder(f_BN), self.predicted(x))
         l1_B = (at_least_float32(f_BN) * self.costs()).sum(1)
         loss = (nll_B + self.warmed(self.l1) * l1_B).mean()
-        return {"loss": loss, "nll": nll_B.mean(), "l1": l1_B.mean(), **self.usage(f_BN)}
+        return {"loss": loss, "nll": nll_B.mean(), "l1": l1_B.mean(), **self.usage_terms(f_BN)}
 
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         x, y = super().begin_step(batch, batch_idx)
@@ -145,5 +145,5 @@ class SAEL1(UnitNorm, Autoencoder):
         share_B = (sse_B / sse_B.max()).nan_to_num(1).square().cpu()
         generator = torch.Generator().manual_seed(seed)  # a separate one, since all ranks must draw the same rows
         rows = torch.multinomial(share_B, int(dead_N.sum()), True, generator=generator).to(x.device)
-        restart(self.encoder, self.decoder, dead_N, self.read(x)[rows], y.flatten(1)[rows], optimizer)
+        resample_dead(self.encoder, self.decoder, dead_N, self.read(x)[rows], y.flatten(1)[rows], optimizer)
         self.since_fired_N[dead_N] = 0

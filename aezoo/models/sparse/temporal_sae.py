@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.topk_sae import TopKSAE
-from aezoo.nets.blocks.dictionary import spread
+from aezoo.nets.blocks.dictionary import scatter_code
 from aezoo.nets.blocks.over_time import Context, SequenceDictionary, counts, positions
 from aezoo.speed.linear import linear
 
@@ -104,7 +104,7 @@ class TemporalSAE(TopKSAE):
         self.decoder = SequenceDictionary(latent_dim, self.input_shape)
         self.encoder.weight.data.copy_(self.decoder.W_NX)
 
-    def explained(self) -> tuple[int, ...]:
+    def target_shape(self) -> tuple[int, ...]:
         return counts(self.input_shape)[1:]
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ class TemporalSAE(TopKSAE):
     def both(self, pi_BTN: Tensor, predicted_BTN: Tensor) -> Tensor:
         """The code, (B, T, N), (B, T, N) -> (B, 2, T, N)."""
         _, t, n = self.code_shape
-        new_BTN = spread(*self.active(pi_BTN.flatten(0, 1), self.k), n).unflatten(0, (-1, t))
+        new_BTN = scatter_code(*self.active(pi_BTN.flatten(0, 1), self.k), n).unflatten(0, (-1, t))
         return torch.stack([new_BTN, predicted_BTN], 1)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class TemporalSAE(TopKSAE):
         pi_BTN, predicted_BTN = self.split(x)
         code_B2TN = self.both(pi_BTN, predicted_BTN)
         x_hat = self.decoder(code_B2TN)
-        nll_B, usage = self.nll(x_hat, x), self.usage(code_B2TN[:, 0].flatten(0, 1))
+        nll_B, usage = self.nll(x_hat, x), self.usage_terms(code_B2TN[:, 0].flatten(0, 1))
         rows, rows_hat = (positions(each).flatten(0, 1) for each in (x, x_hat))
         aux_B = self.aux(rows, rows_hat, pi_BTN.flatten(0, 1)).unflatten(0, (-1, self.code_shape[1])).sum(1)
         loss = (nll_B + self.aux_weight * aux_B).mean()

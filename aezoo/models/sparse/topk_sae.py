@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.dictionary import Dictionary, UnitNorm, spread, top
+from aezoo.nets.blocks.dictionary import Dictionary, UnitNorm, scatter_code, top_k
 from aezoo.speed.linear import Linear, in_graph
 
 
@@ -89,13 +89,13 @@ class TopKSAE(UnitNorm, Autoencoder):
         if aux_scale not in ("sse", "variance"):
             raise AezooError(f"aux_scale must be sse or variance, got {aux_scale!r}")
         self.k, self.aux_weight, self.aux_scale, self.multi_weight = k, aux_weight, aux_scale, multi_weight
-        self.k_aux = min(k_aux or max(1, math.prod(self.explained()) // 2), latent_dim)
+        self.k_aux = min(k_aux or max(1, math.prod(self.target_shape()) // 2), latent_dim)
         self.code_shape = (latent_dim,)
-        self.encoder = Linear(math.prod(self.explained()), latent_dim)
-        self.decoder = Dictionary(latent_dim, self.explained(), decode)
+        self.encoder = Linear(math.prod(self.target_shape()), latent_dim)
+        self.decoder = Dictionary(latent_dim, self.target_shape(), decode)
         self.encoder.weight.data.copy_(self.decoder.W_NX)
         nn.init.zeros_(self.encoder.bias)
-        self.prepare(latent_dim, dead_after, data_init)
+        self.init_dictionary_training(latent_dim, dead_after, data_init)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """pi, (B, *input_shape) -> (B, N)."""
@@ -104,22 +104,22 @@ class TopKSAE(UnitNorm, Autoencoder):
 
     def active(self, pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The values of at most k active latents and their indices, (B, N) -> (B, k), (B, k)."""
-        return top(pi_BN, k)
+        return top_k(pi_BN, k)
 
     def encode(self, x: Tensor) -> Tensor:
-        return spread(*self.active(self.pre_activations(x), self.k), *self.code_shape)
+        return scatter_code(*self.active(self.pre_activations(x), self.k), *self.code_shape)
 
     def reconstruct(self, pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Code and output for the k largest, (B, N) -> (B, N), (B, *input_shape)."""
         active = self.active(pi_BN, k)
-        return spread(*active, *self.code_shape), self.decoder.of_active(*active)
+        return scatter_code(*active, *self.code_shape), self.decoder.decode_sparse(*active)
 
     def aux(self, x: Tensor, x_hat: Tensor, pi_BN: Tensor) -> Tensor:
         """AuxK in the chosen scale, (B, *input_shape), (B, *input_shape), (B, N) -> (B,)."""
         if pi_BN.device.type == "cpu" and not (in_graph() or self.dead_N.any()):
             return at_least_float32(pi_BN.new_zeros(len(pi_BN)))  # the same value; other devices would have to wait
         e_BX = (x - self.likelihood.mean(x_hat)).detach().flatten(1)
-        e_hat_BX = self.decoder.sum_of(*self.active(pi_BN.masked_fill(~self.dead_N, 0), self.k_aux))
+        e_hat_BX = self.decoder.sum_of_directions(*self.active(pi_BN.masked_fill(~self.dead_N, 0), self.k_aux))
         aux_B = at_least_float32(e_BX - e_hat_BX).square().sum(1) * (self.dead_N.sum() / self.k_aux).clamp(max=1)
         if self.aux_scale == "sse":
             return aux_B
@@ -134,7 +134,7 @@ class TopKSAE(UnitNorm, Autoencoder):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         pi_BN = self.pre_activations(x)
         f_BN, x_hat = self.reconstruct(pi_BN, self.k)
-        nll_B, usage = self.nll(x_hat, x), self.usage(f_BN)
+        nll_B, usage = self.nll(x_hat, x), self.usage_terms(f_BN)
         aux_B = self.aux(x, x_hat, pi_BN)
         terms = {"loss": (nll_B + self.aux_weight * aux_B).mean(), "nll": nll_B.mean(), "aux": aux_B.mean(), **usage}
         if self.multi_weight:
@@ -144,7 +144,7 @@ class TopKSAE(UnitNorm, Autoencoder):
 
     def init_from_data(self, x: Tensor) -> None:
         super().init_from_data(x)
-        sum_BX = self.decoder.sum_of(*self.active(self.pre_activations(x), self.k))
+        sum_BX = self.decoder.sum_of_directions(*self.active(self.pre_activations(x), self.k))
         scale = (x.flatten(1) - self.decoder.b_X).norm(dim=1).mean() / sum_BX.norm(dim=1).mean()
         for parameter in self.encoder.parameters():
             parameter.mul_(scale if scale.isfinite() else 1)

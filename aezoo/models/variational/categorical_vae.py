@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.distributions.categorical import draw, every_code, kl_from_uniform, one_hot, relaxed
+from aezoo.distributions.categorical import all_codes, gumbel_softmax, kl_from_uniform, one_hot, sample_categorical
 from aezoo.models.variational.vae import VAE
 from aezoo.training.limits import at_least
 
@@ -118,7 +118,7 @@ class CategoricalVAE(VAE):
 
     def draw(self, log_p_BNK: Tensor) -> Tensor:
         """Draw z from the relaxed distribution, or one-hot c with its gradient: (B, N, K) -> (B, N, K)."""
-        return relaxed(log_p_BNK, self.tau(), self.straight_through or not self.training)
+        return gumbel_softmax(log_p_BNK, self.tau(), self.straight_through or not self.training)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         log_p_BNK = self.log_probs(x)
@@ -136,7 +136,7 @@ class CategoricalVAE(VAE):
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Draw n one-hot codes c ~ q(c|x) for each sample, and log q(c|x) in nats: -> (n, B, D), (n, B)."""
-        c_SBNK, log_q_SB = draw(self.log_probs(x).expand(n, -1, -1, -1))
+        c_SBNK, log_q_SB = sample_categorical(self.log_probs(x).expand(n, -1, -1, -1))
         return c_SBNK.flatten(2), log_q_SB
 
     @torch.no_grad()
@@ -145,6 +145,6 @@ class CategoricalVAE(VAE):
         n_variables, k = self.variables
         if k**n_variables > n:
             return super().log_likelihood(x, n)
-        params_M = self.decoder(every_code(n_variables, k, x.device).flatten(1).to(x.dtype))
+        params_M = self.decoder(all_codes(n_variables, k, x.device).flatten(1).to(x.dtype))
         log_px_BM = torch.stack([-self.nll(params_M, sample.expand_as(params_M)) for sample in x])
         return torch.logsumexp(log_px_BM, 1) - n_variables * math.log(k)

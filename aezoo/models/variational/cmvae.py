@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aezoo.bases.mixture_prior import WithMixture
+from aezoo.bases.mixture_prior import MixturePrior
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
 from aezoo.models.variational.mmvae_plus import MMVAEPlus
@@ -36,7 +36,7 @@ from aezoo.models.variational.mmvae_plus import MMVAEPlus
 _NEVER = -1e4  # its exponential is 0, and weights stay finite
 
 
-class CMVAE(WithMixture, MMVAEPlus):
+class CMVAE(MixturePrior, MMVAEPlus):
     """A VAE of several modalities with private codes, and a shared code whose prior is a mixture of clusters.
 
     Args:
@@ -95,19 +95,19 @@ class CMVAE(WithMixture, MMVAEPlus):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        self.keep_mixture(n_components, latent_dim)
+        self.build_mixture(n_components, latent_dim)
 
     def draws(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         u_BMD, nll_BM, kl_BM = super().draws(x, noise)
-        return u_BMD, nll_BM, kl_BM - 0.5 * (u_BMD**2 + LOG_2PI).sum(2) - self.log_mixture(u_BMD)
+        return u_BMD, nll_BM, kl_BM - 0.5 * (u_BMD**2 + LOG_2PI).sum(2) - self.mixture_log_prob(u_BMD)
 
     def log_prior(self, z: Tensor) -> Tensor:
         u, w = z.split([self.latent_dim, z.shape[-1] - self.latent_dim], -1)
-        return self.log_mixture(u) + super().log_prior(w)
+        return self.mixture_log_prob(u) + super().log_prior(w)
 
     def sample_prior(self, n: int) -> Tensor:
         z = super().sample_prior(n)
-        return torch.cat([self.draw_mixture(n).to(z.dtype), z[:, self.latent_dim :]], 1)
+        return torch.cat([self.sample_mixture(n).to(z.dtype), z[:, self.latent_dim :]], 1)
 
     def log_clusters(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
         """E_q_i[log p(c) p(u|c)] in nats for some parts, all by default: (B, *input_shape) -> (B, S, K)."""

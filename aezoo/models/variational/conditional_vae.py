@@ -77,9 +77,9 @@ class ConditionalVAE(labels.LabelledCode, VAE):
         )
         self.save_hyperparameters()
         del self.beta, self.capacity  # the bound has no KL weight: BetaAnnealing would change them without effect
-        self.latent_dim, self.num_classes = latent_dim, labels.class_count(num_classes)
+        self.latent_dim, self.num_classes = latent_dim, labels.check_num_classes(num_classes)
         self.code_shape = (latent_dim + self.num_classes,)
-        self.label_map = labels.BesideLabel(self.num_classes, self.input_shape)
+        self.label_map = labels.ConcatLabel(self.num_classes, self.input_shape)
         self.encoder = nets.encoder(net, self.label_map.joint_shape, (2 * latent_dim,), hidden_dims, activation)
         self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
 
@@ -98,7 +98,7 @@ class ConditionalVAE(labels.LabelledCode, VAE):
     def terms_of_every_label(self, x: Tensor, eps_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same terms, with the same noise for all labels of a sample: -> (B, K), (B, K), (B, K)."""
         k = self.num_classes
-        nll, kl, log_ratio = self.terms(*labels.with_every_label(x, k), eps_BD.repeat(k, 1))
+        nll, kl, log_ratio = self.terms(*labels.repeat_for_each_label(x, k), eps_BD.repeat(k, 1))
         return nll.unflatten(0, (k, -1)).T, kl.unflatten(0, (k, -1)).T, log_ratio.unflatten(0, (k, -1)).T
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ class ConditionalVAE(labels.LabelledCode, VAE):
             nll_B = (log_r_BK.exp() * nll_BK).sum(1)
             kl_B = (log_r_BK.exp() * (log_ratio_BK + log_r_BK)).sum(1) + math.log(self.num_classes)
             if y is not None:
-                nll_B, kl_B = labels.at_label(y, nll_BK, nll_B), labels.at_label(y, kl_BK, kl_B)
+                nll_B, kl_B = labels.select_label(y, nll_BK, nll_B), labels.select_label(y, kl_BK, kl_B)
         nll, kl = nll_B.mean(), kl_B.mean()
         return {"loss": nll + kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
@@ -146,6 +146,6 @@ class ConditionalVAE(labels.LabelledCode, VAE):
         """Draw n codes for each sample, y ~ `classify` and z ~ q(z|x, y), and log q in nats: -> (n, B, E), (n, B)."""
         k, log_q_BK, rows = self.num_classes, self.classify(x), torch.arange(len(x), device=x.device)
         y_SB = torch.distributions.Categorical(logits=log_q_BK).sample((n,))
-        of_label = (part.unflatten(0, (k, -1)) for part in self.given(*labels.with_every_label(x, k)))
-        z_SBD, log_q_z_SB = gaussians.draw(*(part[y_SB, rows] for part in of_label))
+        of_label = (part.unflatten(0, (k, -1)) for part in self.given(*labels.repeat_for_each_label(x, k)))
+        z_SBD, log_q_z_SB = gaussians.rsample(*(part[y_SB, rows] for part in of_label))
         return torch.cat([z_SBD, labels.one_hot(y_SB, k, z_SBD)], 2), log_q_BK[rows, y_SB] + log_q_z_SB

@@ -106,5 +106,5 @@ class CRMVAE(MVTCAE):
         z_BMD = mu_BMD + torch.exp(0.5 * log_var_BMD) * torch.randn_like(mu_BMD)
         own = [self.nll_of_part(i, z_BMD[:, i : i + 1], x_i)[:, 0] for i, x_i in enumerate(self.split(x))]
         own_nll_B = torch.stack(own).sum(0)
-        _, share_B = self.shares(self.seen(x).sum(1).to(own_nll_B.dtype))
+        _, share_B = self.shares(self.present_mask(x).sum(1).to(own_nll_B.dtype))
         return {**terms, "loss": terms["loss"] + (share_B * own_nll_B).mean(), "own_nll": own_nll_B.mean()}

@@ -98,7 +98,7 @@ class DMVAE(Multimodal, VAE):
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
         self.latent_dim = latent_dim
-        self.keep_parts(parts, net, hidden_dims, activation)
+        self.build_parts(parts, net, hidden_dims, activation)
         self.decoder = PrivateDecoders([*self.decoder], self.decoder.dim, latent_dim)
         self.code_shape = (latent_dim + len(self.sizes) * private_dim,)
 

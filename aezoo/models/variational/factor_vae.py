@@ -24,7 +24,12 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.blocks.adversarial import check_discriminator, frozen, gradient_alone, two_groups
+from aezoo.nets.blocks.adversarial import (
+    call_frozen,
+    check_discriminator,
+    discriminator_parameter_groups,
+    gradient_only,
+)
 from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
@@ -92,7 +97,7 @@ class FactorVAE(VAE):
         self.discriminator = nn.Sequential(*layers, Linear(dims[-1], 1))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return two_groups(self, betas=(0.5, 0.9))  # appendix A
+        return discriminator_parameter_groups(self, betas=(0.5, 0.9))  # appendix A
 
     def permute_dims(self, z_BD: Tensor) -> Tensor:
         """This rank's rows of the codes after permuting each dimension separately over all ranks (algorithm 1)."""
@@ -105,13 +110,13 @@ class FactorVAE(VAE):
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
         kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
         # the VAE's step treats the discriminator as constant, the discriminator's step the codes
-        tc = at_least_float32(frozen(self.discriminator, z_BD.to(x.dtype))).mean()
+        tc = at_least_float32(call_frozen(self.discriminator, z_BD.to(x.dtype))).mean()
         codes = torch.cat([z_BD.detach(), self.permute_dims(z_BD.detach())])
         t_joint, t_product = at_least_float32(self.discriminator(codes.to(x.dtype))).chunk(2)
         discriminator = 0.5 * (F.softplus(-t_joint).mean() + F.softplus(t_product).mean())
         elbo_loss = nll + self.beta * (kl - self.capacity).abs()  # 1 and 0 unless BetaAnnealing changes them
         return {
-            "loss": elbo_loss + self.gamma * tc + gradient_alone(discriminator),
+            "loss": elbo_loss + self.gamma * tc + gradient_only(discriminator),
             "nll": nll,
             "kl": kl,
             "elbo": -(nll + kl),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.blocks.flows import AffineLayer, check_count
+from aezoo.nets.blocks.flows import AffineLayer, check_n_flows
 from aezoo.training.limits import at_least
 
 PRIORS = ("realnvp", "maf")
@@ -93,7 +93,7 @@ class FlowPriorVAE(VAE):
         del self.capacity
         if prior not in PRIORS:
             raise AezooError(f"unknown prior {prior!r}: take one of {', '.join(PRIORS)}")
-        check_count(n_flows)
+        check_n_flows(n_flows)
         at_least(1, flow_width=flow_width)
         order_D = torch.arange(latent_dim)
         turns = (order_D % 2, (order_D + 1) % 2) if prior == "realnvp" else (order_D, order_D.flip(0))

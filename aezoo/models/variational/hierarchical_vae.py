@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from aezoo.distributions.latent_chain import Chain
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.blocks.levels import Conditional, ConditionalGaussian, GaussianChain, Level, Pair, gaussian
+from aezoo.nets.blocks.levels import Conditional, ConditionalGaussian, GaussianChain, GaussianParams, Level, gaussian
 from aezoo.training.limits import at_least
 
 
@@ -96,16 +96,16 @@ class HierarchicalVAE(VAE):
         """h_1, ..., h_L; the last holds the top's mean and log-variance: (B, *input_shape) -> (B, 2 D_l)."""
         return [*self.encoder(x).split([2 * d for d in self.latent_dims], 1)]
 
-    def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> tuple[Pair, Pair]:
+    def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> tuple[GaussianParams, GaussianParams]:
         """Mean and log-variance of q(z_l | x, z_{l+1}) and p(z_l | z_{l+1}), given the levels above, top first."""
-        h, p = h_L[-1 - len(above)], self.priors.given(above)
+        h, p = h_L[-1 - len(above)], self.priors.prior_params(above)
         return self.posteriors[-len(above)](h, above[-1]) if above else gaussian(h), p
 
     def top_down(self, h_L: list[Tensor], draw: bool) -> list[Level]:
         """The levels from the bottom up, with z ~ q(z|x) or, without noise, z at the means of q."""
         levels: list[Level] = []
         for _ in h_L:
-            levels.append(Level.of(*self.q_and_p(h_L, [level.z for level in levels]), draw=draw))
+            levels.append(Level.from_distributions(*self.q_and_p(h_L, [level.z for level in levels]), draw=draw))
         return levels[::-1]
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:

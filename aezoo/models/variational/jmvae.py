@@ -97,7 +97,7 @@ class JMVAE(Multimodal, VAE):
         self.alpha = alpha
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
-        self.keep_parts(parts, net, hidden_dims, activation)
+        self.build_parts(parts, net, hidden_dims, activation)
         self.joint_encoder = nets.encoder(net, self.input_shape, (2 * latent_dim,), hidden_dims, activation)
 
     @staticmethod

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from aezoo.distributions import gaussians
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.models.variational.jmvae import JMVAE
-from aezoo.nets.blocks.flows import AutoregressiveFlow, check_count
+from aezoo.nets.blocks.flows import AutoregressiveFlow, check_n_flows
 from aezoo.training.limits import at_least
 
 
@@ -99,7 +99,7 @@ class JNF(JMVAE):
         )
         self.save_hyperparameters()
         del self.alpha
-        check_count(n_flows)
+        check_n_flows(n_flows)
         at_least(1, flow_width=flow_width)
         self.flows = nn.ModuleList(AutoregressiveFlow(latent_dim, n_flows, flow_width) for _ in self.sizes)
 

@@ -146,6 +146,6 @@ class JointVAE(CategoricalVAE):
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Draw n codes for each sample, their classes one-hot, and log q in nats: -> (n, B, E), (n, B)."""
         mu_BD, log_var_BD, log_p_BNK = self.parts(x)
-        z_SBD, log_q_z_SB = gaussians.draw(mu_BD, log_var_BD, n)
-        c_SBNK, log_q_c_SB = categorical.draw(log_p_BNK.expand(n, -1, -1, -1))
+        z_SBD, log_q_z_SB = gaussians.rsample(mu_BD, log_var_BD, n)
+        c_SBNK, log_q_c_SB = categorical.sample_categorical(log_p_BNK.expand(n, -1, -1, -1))
         return torch.cat([z_SBD, c_SBNK.flatten(2)], 2), log_q_z_SB + log_q_c_SB

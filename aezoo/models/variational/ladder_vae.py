@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.models.variational.hierarchical_vae import HierarchicalVAE
-from aezoo.nets.blocks.levels import Pair, gaussian
+from aezoo.nets.blocks.levels import GaussianParams, gaussian
 from aezoo.speed.linear import Linear
 
 
-def product(estimate: Pair, prior: Pair) -> Pair:
+def product(estimate: GaussianParams, prior: GaussianParams) -> GaussianParams:
     """Mean and log-variance of the normalised product of two Gaussians, given by means and log-variances."""
     (mu, log_var), (m, log_s2) = estimate, prior
     share = torch.sigmoid(log_s2 - log_var)  # share of the estimate in the sum of both precisions
@@ -133,6 +133,6 @@ class LadderVAE(HierarchicalVAE):
             h_L.append(found[:, : 2 * d])
         return h_L
 
-    def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> tuple[Pair, Pair]:
-        estimate, prior = gaussian(h_L[-1 - len(above)]), self.priors.given(above)
+    def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> tuple[GaussianParams, GaussianParams]:
+        estimate, prior = gaussian(h_L[-1 - len(above)]), self.priors.prior_params(above)
         return product(estimate, prior) if above else estimate, prior

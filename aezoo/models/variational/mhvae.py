@@ -39,7 +39,7 @@ from aezoo.errors import AezooError
 from aezoo.models.variational.hierarchical_vae import HierarchicalVAE
 from aezoo.models.variational.ladder_vae import OfBottom
 from aezoo.models.variational.mopoe_vae import MOST_PARTS
-from aezoo.nets.blocks.levels import Pair, gaussian
+from aezoo.nets.blocks.levels import GaussianParams, gaussian
 
 
 class MHVAE(Multimodal, HierarchicalVAE):
@@ -100,7 +100,7 @@ class MHVAE(Multimodal, HierarchicalVAE):
         self.save_hyperparameters()
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
-        self.keep_parts(parts, net, hidden_dims, activation, n_decoded=latent_dims[0])
+        self.build_parts(parts, net, hidden_dims, activation, n_decoded=latent_dims[0])
         if len(self.sizes) > MOST_PARTS:
             raise AezooError(f"parts must be at most {MOST_PARTS}, got {len(self.sizes)}: take mvae or mmvae for more")
         if len(latent_dims) > 1:
@@ -113,15 +113,15 @@ class MHVAE(Multimodal, HierarchicalVAE):
 
     def bottom_up(self, x: Tensor, parts: Sequence[int] | None = None) -> list[Tensor]:
         """h_1, ..., h_L of some parts, all by default; the last are mean and log-variance: -> (B, M, 2 D_l)."""
-        return [*self.encoded(x, parts).split([2 * d for d in self.latent_dims], 2)]
+        return [*self.encode_parts(x, parts).split([2 * d for d in self.latent_dims], 2)]
 
     def experts(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of each part's q_i(z_L|x_i), at the top: (B, *input_shape) -> (B, M, D_L) twice."""
         return gaussian(self.bottom_up(x, parts)[-1])
 
-    def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> tuple[Pair, Pair]:
+    def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> tuple[GaussianParams, GaussianParams]:
         """Mean and log-variance of q(z_l | x_S, z_{l+1}), S the parts of h_l, and of p(z_l | z_{l+1})."""
-        h, prior = h_L[-1 - len(above)], self.priors.given(above)
+        h, prior = h_L[-1 - len(above)], self.priors.prior_params(above)
         if above:
             experts = self.posteriors[-len(above)](h, above[-1][..., None, :].expand(*h.shape[:-1], -1))
         else:

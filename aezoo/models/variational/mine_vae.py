@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.blocks.adversarial import check_discriminator, gradient_alone, two_groups
+from aezoo.nets.blocks.adversarial import check_discriminator, discriminator_parameter_groups, gradient_only
 from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
@@ -104,7 +104,7 @@ class MineVAE(VAE):
         self.register_buffer("log_average", torch.zeros(()))  # log M; M is 1 where T is 0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return two_groups(self, betas=(0.9, 0.999))
+        return discriminator_parameter_groups(self, betas=(0.9, 0.999))
 
     def mutual_information(self, x_BX: Tensor, z_BD: Tensor) -> Tensor:
         """The bound on I(x; z), with the gradient of E[T] - E[exp T] / M: (B, X), (B, D) -> ()."""
@@ -121,7 +121,7 @@ class MineVAE(VAE):
             log_average = torch.logaddexp(old.to(new), new)
             self.log_average.copy_(log_average)
         value = (t_joint_B - peak).mean() - from_peak
-        return value - gradient_alone(torch.exp(t_product_B - log_average).mean())
+        return value - gradient_only(torch.exp(t_product_B - log_average).mean())
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BD, log_var_BD = self.posterior(x)
@@ -129,11 +129,11 @@ class MineVAE(VAE):
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
         kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
         # T maximises the bound, the encoder mi_weight times it, in one pass: this is z with its gradient so scaled
-        weighted_BD = z_BD.detach() + self.mi_weight * gradient_alone(z_BD)
+        weighted_BD = z_BD.detach() + self.mi_weight * gradient_only(z_BD)
         mi = self.mutual_information(x.flatten(1), weighted_BD)
         elbo_loss = nll + self.beta * (kl - self.capacity).abs()
         return {
-            "loss": elbo_loss - self.mi_weight * mi.detach() - gradient_alone(mi),
+            "loss": elbo_loss - self.mi_weight * mi.detach() - gradient_only(mi),
             "nll": nll,
             "kl": kl,
             "elbo": -(nll + kl),

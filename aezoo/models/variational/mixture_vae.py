@@ -16,12 +16,12 @@ Shapes: B batch, D code, K components.
 import torch
 from torch import Tensor
 
-from aezoo.bases.mixture_prior import WithMixture
+from aezoo.bases.mixture_prior import MixturePrior
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.models.variational.vae import VAE
 
 
-class MixtureVAE(WithMixture, VAE):
+class MixtureVAE(MixturePrior, VAE):
     """Gaussian code whose prior is a learned mixture of Gaussians.
 
     Args:
@@ -77,7 +77,7 @@ class MixtureVAE(WithMixture, VAE):
         self.save_hyperparameters()
         # the sampled KL may be negative, so there is no distance from a capacity
         del self.capacity
-        self.keep_mixture(n_components, latent_dim)
+        self.build_mixture(n_components, latent_dim)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_1BD, log_q_1B = self.sample_posterior(x, 1)
@@ -86,10 +86,10 @@ class MixtureVAE(WithMixture, VAE):
         return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
     def log_prior(self, z: Tensor) -> Tensor:
-        return self.log_mixture(z)
+        return self.mixture_log_prob(z)
 
     def sample_prior(self, n: int) -> Tensor:
-        return self.draw_mixture(n).to(next(self.decoder.parameters()).dtype)
+        return self.sample_mixture(n).to(next(self.decoder.parameters()).dtype)
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.blocks.labels import one_each
+from aezoo.nets.blocks.labels import check_labels
 
 
 class MLVAE(VAE):
@@ -86,7 +86,7 @@ class MLVAE(VAE):
 
     def members(self, y_B: Tensor) -> Tensor:
         """Which samples of all ranks are in each sample's group, including itself: (B,) -> (B, N) bool."""
-        y_N = self.all_gather_batch(one_each(y_B))
+        y_N = self.all_gather_batch(check_labels(y_B))
         itself_BN = self.local_rows(y_B)[:, None] == torch.arange(len(y_N), device=y_B.device)
         return (y_B[:, None] == y_N) & (y_B[:, None] != -1) | itself_BN
 

@@ -88,7 +88,7 @@ class MMVAE(MissingModalities, VAE):
         self.save_hyperparameters()
         # the sampled KL may be negative, so its distance from a capacity has no meaning
         del self.capacity
-        self.keep_parts(parts, net, hidden_dims, activation)
+        self.build_parts(parts, net, hidden_dims, activation)
 
     def components(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Means and log-variances of the mixture q(z | some parts): (B, *input_shape) -> (B, S, D), (B, S, D)."""
@@ -96,7 +96,7 @@ class MMVAE(MissingModalities, VAE):
 
     def there(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
         """Which components belong to parts that the sample has: (B, *input_shape) -> (B, S) bool."""
-        return self.seen(x, parts)
+        return self.present_mask(x, parts)
 
     def weights(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
         """S times each component's weight in the mixture, 1 for complete samples: (B, *input_shape) -> (B, S)."""

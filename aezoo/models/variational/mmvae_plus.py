@@ -137,5 +137,5 @@ class MMVAEPlus(MMVAE):
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         u_KBD, log_q_u_KB = super().sample_posterior(x, n)
         mu_BMP, log_var_BMP = (v[..., self.latent_dim :] for v in self.experts(x))
-        w_KBMP, log_q_w_KBM = gaussians.draw(mu_BMP, log_var_BMP, n)
+        w_KBMP, log_q_w_KBM = gaussians.rsample(mu_BMP, log_var_BMP, n)
         return torch.cat([u_KBD, w_KBMP.flatten(2)], 2), log_q_u_KB + log_q_w_KBM.sum(2)

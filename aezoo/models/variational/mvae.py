@@ -93,7 +93,7 @@ class MVAE(MissingModalities, VAE):
         if not 0 <= n_subsets <= MOST_SUBSETS:
             raise AezooError(f"n_subsets must be from 0 to {MOST_SUBSETS}, got {n_subsets}")
         self.n_subsets = n_subsets
-        self.keep_parts(parts, net, hidden_dims, activation)
+        self.build_parts(parts, net, hidden_dims, activation)
 
     @staticmethod
     def product(mu: Tensor, log_var: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ class MVAE(MissingModalities, VAE):
         return gaussians.product(mu, log_var, None if member is None else F.pad(member, (0, 1), value=True))
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        return self.product(*self.experts(x, parts), self.seen(x, parts))
+        return self.product(*self.experts(x, parts), self.present_mask(x, parts))
 
     def subsets(self, seen_BM: Tensor) -> Tensor:
         """The parts in each subset, (B, S, M): all parts that the sample has, each of them alone, and random ones.
@@ -123,7 +123,7 @@ class MVAE(MissingModalities, VAE):
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BMD, log_var_BMD = self.experts(x)
-        m, member_BSM = len(self.sizes), self.subsets(self.seen(x))
+        m, member_BSM = len(self.sizes), self.subsets(self.present_mask(x))
         mu_BSD, log_var_BSD = self.product(mu_BMD[:, None], log_var_BMD[:, None], member_BSM)
         z_BSD = mu_BSD + torch.exp(0.5 * log_var_BSD) * torch.randn_like(mu_BSD)
         nll = rest_nll = mu_BSD.new_zeros(())

@@ -91,7 +91,7 @@ class MVTCAE(MissingModalities, VAE):
         self.save_hyperparameters()
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
-        self.keep_parts(parts, net, hidden_dims, activation)
+        self.build_parts(parts, net, hidden_dims, activation)
         if not 0 <= alpha <= 1:
             raise AezooError(f"alpha must be from 0 to 1, got {alpha}")
         if alpha == len(self.sizes) == 1:
@@ -99,7 +99,7 @@ class MVTCAE(MissingModalities, VAE):
         self.alpha = alpha
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        return gaussians.product(*self.experts(x, parts), self.seen(x, parts))
+        return gaussians.product(*self.experts(x, parts), self.present_mask(x, parts))
 
     def shares(self, n_B: Tensor) -> tuple[Tensor, Tensor]:
         """Alpha and alpha / M for samples with these numbers of parts: (B,) -> (B,), (B,)."""
@@ -107,7 +107,7 @@ class MVTCAE(MissingModalities, VAE):
 
     def terms(self, x: Tensor, mu_BMD: Tensor, log_var_BMD: Tensor) -> dict[str, Tensor]:
         """The loss and its terms, from the experts' moments: (B, *input_shape), (B, M, D), (B, M, D) -> scalars."""
-        seen_BM = self.seen(x)
+        seen_BM = self.present_mask(x)
         mu_BD, log_var_BD = gaussians.product(mu_BMD, log_var_BMD, seen_BM)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll_B, kl_B = self.nll(self.decoder(z_BD.to(x.dtype)), x), self.kl(mu_BD, log_var_BD)

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aezoo.bases.multimodal import MissingModalities, OwnDecoders
+from aezoo.bases.multimodal import MissingModalities, PartDecoders
 from aezoo.distributions import gaussians
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.messages import MessageLevel
@@ -104,19 +104,19 @@ class Nexus(MissingModalities, VAE):
         self.save_hyperparameters()
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
-        self.keep_parts(parts, net, hidden_dims, activation)
-        self.decoder = OwnDecoders([*self.decoder], self.decoder.dim, latent_dim)
+        self.build_parts(parts, net, hidden_dims, activation)
+        self.decoder = PartDecoders([*self.decoder], self.decoder.dim, latent_dim)
         self.latent_dim, self.top_beta = latent_dim, top_beta
         self.code_shape = (latent_dim + len(self.sizes) * part_dim,)
         self.top = MessageLevel(len(self.sizes), part_dim, latent_dim, level_dim, activation, dropout)
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         which = range(len(self.sizes)) if parts is None else parts
-        return self.top.completed(*self.experts(x, parts), which, self.seen(x, parts))
+        return self.top.completed(*self.experts(x, parts), which, self.present_mask(x, parts))
 
     def bound(self, x: Tensor, noise: bool = True) -> dict[str, Tensor]:
         """The terms of the loss, each (B,); without noise, codes are means and all parts send messages."""
-        (mu_BMP, log_var_BMP), seen_BM = self.experts(x), self.seen(x)
+        (mu_BMP, log_var_BMP), seen_BM = self.experts(x), self.present_mask(x)
         d, zero_BF = self.latent_dim, F.pad(torch.zeros_like(mu_BMP).flatten(1), (0, self.latent_dim))
         # drawn at once, since a graph may reorder separate draws
         eps_BF = torch.randn_like(zero_BF) if noise else zero_BF
@@ -138,11 +138,11 @@ class Nexus(MissingModalities, VAE):
 
     def sample_prior(self, n: int) -> Tensor:
         u_BD = super().sample_prior(n)[:, : self.latent_dim]
-        z_BMP, _ = gaussians.draw(*self.top.down(u_BD))
+        z_BMP, _ = gaussians.rsample(*self.top.down(u_BD))
         return torch.cat([u_BD, z_BMP.flatten(1).to(u_BD.dtype)], 1)
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        return self.top.drawn(*gaussians.draw(*self.experts(x), n), self.seen(x))
+        return self.top.drawn(*gaussians.rsample(*self.experts(x), n), self.present_mask(x))
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:

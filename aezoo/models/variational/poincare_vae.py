@@ -97,7 +97,7 @@ class PoincareVAE(VAE):
         return super().posterior(x)
 
     def encode(self, x: Tensor) -> Tensor:
-        return self.ball.at(self.posterior(x)[0], x.dtype)
+        return self.ball.from_normal(self.posterior(x)[0], x.dtype)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mean_BD, log_var_BD = (part.double() for part in self.posterior(x))
@@ -111,7 +111,7 @@ class PoincareVAE(VAE):
     def draw(self, mean_BD: Tensor, log_var_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Draw z ~ q(z|x), and its v: (..., D), (..., D) -> (..., D), (..., D)."""
         v_BD = torch.exp(0.5 * log_var_BD) * torch.randn_like(mean_BD)
-        return self.ball.exp(self.ball.at(mean_BD), v_BD), v_BD
+        return self.ball.exp(self.ball.from_normal(mean_BD), v_BD), v_BD
 
     def kl(self, mean_BD: Tensor, log_var_BD: Tensor) -> Tensor:  # type: ignore[override]
         """KL(q(z|x) || p(z)) in nats without noise, for scores: (B, D), (B, D) -> (B,).
@@ -125,7 +125,7 @@ class PoincareVAE(VAE):
         found = []
         for mean, log_var in zip(mean_BD.double().split(rows), log_var_BD.double().split(rows), strict=True):
             v_PBD = points_PD[:, None] * torch.exp(0.5 * log_var)
-            z_PBD = self.ball.exp(self.ball.at(mean), v_PBD)
+            z_PBD = self.ball.exp(self.ball.from_normal(mean), v_PBD)
             found.append((self.ball.log_density(v_PBD, log_var) - self.log_prior(z_PBD)).mean(0))
         return torch.cat(found).to(mean_BD.dtype)
 
@@ -141,10 +141,10 @@ class PoincareVAE(VAE):
         return self.ball.log_density(at_0, torch.zeros_like(at_0)).to(z.dtype)
 
     def sample_prior(self, n: int) -> Tensor:
-        return self.ball.at(super().sample_prior(n))
+        return self.ball.from_normal(super().sample_prior(n))
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         mean_BD, log_var_BD = self.posterior(x)
         z_KBD, v_KBD = self.draw(mean_BD.double().expand(n, *mean_BD.shape), log_var_BD.double())
         log_q_KB = self.ball.log_density(v_KBD, log_var_BD.double()).to(mean_BD.dtype)
-        return self.ball.inside(z_KBD, self.ball.limit(mean_BD.dtype)).to(mean_BD.dtype), log_q_KB
+        return self.ball.project(z_KBD, self.ball.limit(mean_BD.dtype)).to(mean_BD.dtype), log_q_KB

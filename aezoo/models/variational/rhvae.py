@@ -23,7 +23,7 @@ from torch import Tensor
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.manifolds import hamiltonian
-from aezoo.manifolds.riemannian import CentroidMetric, Gram, half_log_det, root, velocity
+from aezoo.manifolds.riemannian import CentroidMetric, Gram, cholesky_factor, half_log_det, velocity
 from aezoo.models.variational.hvae import HVAE
 
 _MOST_ITERATIONS = 100
@@ -129,7 +129,7 @@ class RHVAE(HVAE):
         G_inv = self.metric_now().inverse
         start_BDD = G_inv(z_BD)
         # with G^-1 = A A', the covariance of A'^-1 gamma is G
-        v_BD = torch.linalg.solve_triangular(root(start_BDD).mT, gamma_BD[..., None], upper=True)[..., 0]
+        v_BD = torch.linalg.solve_triangular(cholesky_factor(start_BDD).mT, gamma_BD[..., None], upper=True)[..., 0]
         z_BD, v_BD = self.travel(x, z_BD, v_BD / self.cooling[0], G_inv)
         end_BDD = G_inv(z_BD)
         kinetic_B = 0.5 * (v_BD * velocity(end_BDD, v_BD)).sum(1) - 0.5 * (gamma_BD**2).sum(1)
@@ -146,5 +146,5 @@ class RHVAE(HVAE):
         metric, step = self.metric_now(), _LENGTH * self.temperature
         z = metric.c_MD[torch.randint(len(metric.c_MD), (n,), device=metric.c_MD.device)]
         for _ in range(_JUMPS):
-            z, _ = hamiltonian.monte_carlo(z, lambda at: -half_log_det(metric.inverse(at)), step, _STEPS)
+            z, _ = hamiltonian.hmc_step(z, lambda at: -half_log_det(metric.inverse(at)), step, _STEPS)
         return z.to(next(self.decoder.parameters()).dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.blocks.labels import all_labelled, class_count
+from aezoo.nets.blocks.labels import all_labelled, check_num_classes
 
 
 class SemiSupervisedM1(VAE):
@@ -76,7 +76,7 @@ class SemiSupervisedM1(VAE):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        self.num_classes = class_count(num_classes)
+        self.num_classes = check_num_classes(num_classes)
         self.classifier = nets.encoder("mlp", self.code_shape, (self.num_classes,), classifier_dims, activation)
 
     def classify(self, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.variational.conditional_vae import ConditionalVAE
-from aezoo.nets.blocks.labels import all_labelled, at_label, one_hot
+from aezoo.nets.blocks.labels import all_labelled, one_hot, select_label
 from aezoo.training.limits import at_least
 
 
@@ -103,9 +103,9 @@ class SemiSupervisedVAE(ConditionalVAE):
             nll_B = (log_q_BK.exp() * nll_BK).sum(1)
             kl_B = (log_q_BK.exp() * (kl_BK + log_q_BK + log_K)).sum(1)
             if y is not None:
-                nll_B, kl_B = at_label(y, nll_BK, nll_B), at_label(y, kl_BK + log_K, kl_B)
+                nll_B, kl_B = select_label(y, nll_BK, nll_B), select_label(y, kl_BK + log_K, kl_B)
         if y is not None:
-            cross_entropy_B = -at_label(y, log_q_BK, cross_entropy_B)
+            cross_entropy_B = -select_label(y, log_q_BK, cross_entropy_B)
         nll, kl, cross_entropy = nll_B.mean(), kl_B.mean(), cross_entropy_B.mean()
         loss = nll + kl + self.alpha * cross_entropy
         return {"loss": loss, "nll": nll, "kl": kl, "elbo": -(nll + kl), "cross_entropy": cross_entropy}

@@ -89,7 +89,7 @@ class SigmaVAE(VAE):
             s2 = self.optimal_variance(sse_B)
             log_s.lerp_((0.5 * s2.log()).to(log_s), 0.1)  # like BatchNorm's running statistics
         else:
-            s2 = torch.exp(2 * at_least_float32(self.likelihood.bounded))
+            s2 = torch.exp(2 * at_least_float32(self.likelihood.bounded_scale))
         nll = (sse_B / (2 * s2) + error_BX.shape[1] / 2 * torch.log(2 * math.pi * s2)).mean()
         kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
         loss = nll + self.beta * (kl - self.capacity).abs()

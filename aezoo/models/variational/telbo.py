@@ -36,7 +36,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.multimodal import Multimodal
 from aezoo.models.variational.mvae import MVAE
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.blocks.adversarial import frozen
+from aezoo.nets.blocks.adversarial import call_frozen
 from aezoo.nets.blocks.levels import gaussian
 from aezoo.speed.memory_format import like
 from aezoo.training.limits import at_least
@@ -101,7 +101,7 @@ class TELBO(Multimodal, VAE):
         self.gamma = gamma
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
-        self.keep_parts(parts, net, hidden_dims, activation)
+        self.build_parts(parts, net, hidden_dims, activation)
         self.joint_encoder = nets.encoder(net, self.input_shape, (2 * latent_dim,), hidden_dims, activation)
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -111,8 +111,8 @@ class TELBO(Multimodal, VAE):
 
     def held_nll(self, i: int, z_BD: Tensor, x: Tensor) -> Tensor:
         """-log p(x_i|z), with a gradient for z only: (B, D), (B, *part) -> (B,)."""
-        params = frozen(self.decoder[i], z_BD.to(x.dtype))
-        log_p_B: Tensor = frozen(self.likelihood, at_least_float32(params), like(at_least_float32(x), params))
+        params = call_frozen(self.decoder[i], z_BD.to(x.dtype))
+        log_p_B: Tensor = call_frozen(self.likelihood, at_least_float32(params), like(at_least_float32(x), params))
         return -log_p_B
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

@@ -20,11 +20,11 @@ Shapes: B batch on this rank, D code.
 import torch
 from torch import Tensor
 
-from aezoo.bases.triplet import WithTriplets
+from aezoo.bases.triplet import TripletAutoencoder
 from aezoo.models.variational.vae import VAE
 
 
-class TripletVAE(VAE, WithTriplets):
+class TripletVAE(VAE, TripletAutoencoder):
     """A VAE whose posterior means lie close together for samples of one label.
 
     Args:
@@ -80,7 +80,7 @@ class TripletVAE(VAE, WithTriplets):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        self.keep_triplets(triplet_weight, margin, mining)
+        self.set_triplet_loss(triplet_weight, margin, mining)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BD, log_var_BD = self.posterior(x)

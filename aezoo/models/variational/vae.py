@@ -120,7 +120,7 @@ class VAE(Autoencoder):
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Draw n codes z ~ q(z|x) for each sample, and log q(z|x) in nats: (B, *input_shape) -> (n, B, D), (n, B)."""
         mu_BD, log_var_BD = self.posterior(x)
-        return gaussians.draw(mu_BD, log_var_BD, n)
+        return gaussians.rsample(mu_BD, log_var_BD, n)
 
     @torch.no_grad()
     def log_likelihood(self, x: Tensor, n: int) -> Tensor:

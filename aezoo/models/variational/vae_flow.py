@@ -26,7 +26,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.blocks.flows import FLOWS, check_count
+from aezoo.nets.blocks.flows import FLOWS, check_n_flows
 
 
 class VAEFlow(VAE):
@@ -89,7 +89,7 @@ class VAEFlow(VAE):
         del self.capacity
         if flow not in FLOWS:
             raise AezooError(f"unknown flow {flow!r}: take one of {', '.join(FLOWS)}")
-        check_count(n_flows)
+        check_n_flows(n_flows)
         self.n_flows = n_flows
         self.step, size = FLOWS[flow]
         if n_flows:
@@ -120,7 +120,7 @@ class VAEFlow(VAE):
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         mu_BD, log_var_BD, steps_BP = self.amortised(x)
-        z0_KBD, log_q0_KB = gaussians.draw(mu_BD, log_var_BD, n)
+        z0_KBD, log_q0_KB = gaussians.rsample(mu_BD, log_var_BD, n)
         z_KBD, log_det_KB = self.flow(z0_KBD, steps_BP)
         return z_KBD, log_q0_KB - log_det_KB
 

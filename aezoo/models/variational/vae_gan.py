@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.variational.vae import VAE
-from aezoo.nets.blocks.adversarial import Generator, check_discriminator, frozen, gradient_alone
+from aezoo.nets.blocks.adversarial import Generator, call_frozen, check_discriminator, gradient_only
 from aezoo.training import optimizers
 from aezoo.training.limits import at_least
 
@@ -125,7 +125,7 @@ class VAEGAN(VAE):
         kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
 
         # each player gets a gradient only for what it trains; all else is constant
-        x_encoder = frozen(self._generator[0], z_BD.to(x.dtype))
+        x_encoder = call_frozen(self._generator[0], z_BD.to(x.dtype))
         params = self.decoder(torch.cat([z_BD.detach(), z_p_BD]).to(x.dtype))
         x_decoder = self.likelihood.mean(params)
 
@@ -137,14 +137,14 @@ class VAEGAN(VAE):
         s2, f_real_BF = self.variance(f_BF), f_BF[: len(x)]
 
         # for the steps of encoder and decoder
-        f = frozen(features, torch.cat([x_encoder, x_decoder]))
+        f = call_frozen(features, torch.cat([x_encoder, x_decoder]))
         f_tilde_BF = at_least_float32(f).flatten(1).chunk(3)[:2]
         feature_nll, decoder_nll = (((f_BF - f_real_BF) ** 2).sum(1).mean() / (2 * s2) for f_BF in f_tilde_BF)
-        t_tilde, t_p = at_least_float32(frozen(head, f[len(x) :])).chunk(2)
+        t_tilde, t_p = at_least_float32(call_frozen(head, f[len(x) :])).chunk(2)
         gan = F.softplus(t_tilde).mean() + F.softplus(t_p).mean()
 
         nll = self.nll(params[: len(x)].detach(), x).mean()
         others = self.gamma * decoder_nll - gan + discriminator + nll
-        loss = feature_nll + self.beta * (kl - self.capacity).abs() + gradient_alone(others)
+        loss = feature_nll + self.beta * (kl - self.capacity).abs() + gradient_only(others)
         terms = {"loss": loss, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
         return terms | {"feature_nll": feature_nll, "discriminator": discriminator}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.models.variational.vae_flow import VAEFlow
-from aezoo.nets.blocks.flows import MADE, check_count
+from aezoo.nets.blocks.flows import MADE, check_n_flows
 from aezoo.training.limits import at_least
 
 
@@ -78,7 +78,7 @@ class VAEIAF(VAEFlow):
             warmup_steps=warmup_steps,
         )
         self.save_hyperparameters()
-        check_count(n_flows)
+        check_n_flows(n_flows)
         at_least(1, flow_width=flow_width)
         self.n_flows = n_flows
         self.steps = nn.ModuleList(MADE(latent_dim, flow_width) for _ in range(n_flows))

@@ -92,7 +92,7 @@ class VDVAE(VAE):
     def infer(self, x: Tensor, n: int = 1, draw: bool = True) -> tuple[Tensor, list[Level]]:
         """Parameters and all groups for n draws of z ~ q(z|x), or at the means: (n B, *input_shape), (n B, ...)."""
         a = [part.expand(n, *part.shape).flatten(0, 1) for part in self.encoder(x)]
-        return self.decoder.run(n * x.shape[0], a, draw=draw)
+        return self.decoder.forward_levels(n * x.shape[0], a, draw=draw)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of each group given the means of those before: (B, *input_shape) -> (B, D), (B, D)."""
@@ -107,12 +107,12 @@ class VDVAE(VAE):
 
     def log_prior(self, z: Tensor) -> Tensor:
         """The density log p(z_1) + ... + log p(z_N | z_<N) in nats, (..., D) -> (...)."""
-        _, levels = self.decoder.given(z.reshape(-1, *self.code_shape))
+        _, levels = self.decoder.decode_levels(z.reshape(-1, *self.code_shape))
         return torch.stack([level.log_p() for level in levels]).sum(0).reshape(z.shape[:-1])
 
     def sample_prior(self, n: int) -> Tensor:
         """Draw n codes from the top down, (n, D)."""
-        _, levels = self.decoder.run(n, draw=True)
+        _, levels = self.decoder.forward_levels(n, draw=True)
         return torch.cat([level.z for level in levels], 1).to(self.decoder.gain.dtype)
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,11 @@
 """Players of an adversarial game that step together, with one backward pass.
 
-Each player has its own loss, which passes no gradient to the parameters of the others: these are `frozen` or detached
-in it. One backward pass through the sum of all losses then gives the gradients of every player. An optimiser with one
-parameter group per player is equivalent to several optimisers. `gradient_alone` makes a loss that trains but does not
-count in the value of the sum.
+Each player has its own loss, which passes no gradient to the parameters of the others: these are constants in it
+(`call_frozen`) or detached. One backward pass through the sum of all losses then gives the gradients of every player.
+An optimiser with one parameter group per player is equivalent to several optimisers. `gradient_only` makes a loss that
+trains but does not count in the value of the sum.
 
-If one loss is weighted against another by their gradients at one layer, `by_last_layer` and `with_gradient` compute
+If one loss is weighted against another by their gradients at one layer, `last_layer_vjp` and `value_and_grad` compute
 these gradients in passes that training needs anyway.
 """
 
@@ -39,28 +39,33 @@ def check_discriminator(dims: tuple[int, ...], lr: float, start: int = 0) -> Non
         raise AezooError(f"discriminator_lr must be above 0 and at most 1000, got {lr}")
 
 
-def frozen(module: nn.Module, *inputs: Tensor) -> Any:
+def call_frozen(module: nn.Module, *inputs: Tensor) -> Any:
     """module(*inputs) with the module's parameters as constants: gradients go to the inputs only."""
     return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, inputs)
 
 
-def gradient_alone(loss: Tensor) -> Tensor:
+def gradient_only(loss: Tensor) -> Tensor:
     """A term with value 0 and the gradient of a loss."""
     return loss - loss.detach()
 
 
-def two_groups(model: nn.Module, betas: tuple[float, float], both: bool = False) -> list[dict[str, Any]]:
+def discriminator_parameter_groups(
+    model: nn.Module, betas: tuple[float, float], for_all: bool = False
+) -> list[dict[str, Any]]:
     """Parameter groups: all parameters but the discriminator's, and the discriminator's, with its own learning rate.
 
     Args:
         model: has a module `discriminator`, that module's learning rate `discriminator_lr`, and `optimizer`.
         betas: for the discriminator's optimiser, if it has moments and the user sets no others.
-        both: whether the other group also uses these betas.
+        for_all: whether the other group also uses these betas.
     """
     others = [p for name, p in model.named_parameters() if not name.startswith("discriminator.")]
-    judge = [*model.discriminator.parameters()]  # type: ignore[union-attr]
-    own: dict[str, Any] = {"betas": optimizers.betas(str(model.optimizer), betas)}
-    return [{"params": others, **(own if both else {})}, {"params": judge, "lr": model.discriminator_lr, **own}]
+    discriminator = [*model.discriminator.parameters()]  # type: ignore[union-attr]
+    discriminator_options: dict[str, Any] = {"betas": optimizers.betas(str(model.optimizer), betas)}
+    return [
+        {"params": others, **(discriminator_options if for_all else {})},
+        {"params": discriminator, "lr": model.discriminator_lr, **discriminator_options},
+    ]
 
 
 class Generator(nn.Module):
@@ -103,7 +108,7 @@ class PatchDiscriminator(nn.Sequential):
         return at_least_float32(super().forward(x))
 
 
-def hinge(t_real: Tensor, t_fake: Tensor) -> Tensor:
+def hinge_loss(t_real: Tensor, t_fake: Tensor) -> Tensor:
     """The discriminator's loss, E[(1 - t_real)^+] / 2 + E[(1 + t_fake)^+] / 2, of any shapes -> ().
 
     Lim & Ye 2017, https://arxiv.org/abs/1705.02894; halved as in https://github.com/CompVis/taming-transformers.
@@ -111,42 +116,42 @@ def hinge(t_real: Tensor, t_fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - t_real).mean() + F.relu(1 + t_fake).mean())
 
 
-def by_last_layer(net: nn.Module, *inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def last_layer_vjp(net: nn.Module, *inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """A network's output, and a map from gradients of the output to gradients of the last layer's weight W.
 
     One forward pass serves both: (B, ...) -> (B, ...) and the map (B, ...) -> (*W.shape), whose results are constants.
     """
     name, weight = [(name, p) for name, p in net.named_parameters() if p.ndim > 1][-1]
     if not torch.compiler.is_compiling():
-        out, pull, *_ = vjp(lambda w: functional_call(net, {name: w}, inputs), weight)
-        return out, lambda gradient: pull(gradient)[0].detach()
+        out, vjp_fn, *_ = vjp(lambda w: functional_call(net, {name: w}, inputs), weight)
+        return out, lambda gradient: vjp_fn(gradient)[0].detach()
     # on constants, with a second forward pass: inductor (torch 2.13) fails if something is differentiated from outside
     # through a transform of torch.func, "Cannot access storage of TensorWrapper"; it merges passes that are the same
-    rest, at = {name: p.detach() for name, p in net.named_parameters()}, tuple(x.detach() for x in inputs)
-    _, pull, *_ = vjp(lambda w: functional_call(net, {**rest, name: w}, at), weight.detach())
-    return net(*inputs), lambda gradient: pull(gradient)[0].detach()
+    fixed, constants = {name: p.detach() for name, p in net.named_parameters()}, tuple(x.detach() for x in inputs)
+    _, vjp_fn, *_ = vjp(lambda w: functional_call(net, {**fixed, name: w}, constants), weight.detach())
+    return net(*inputs), lambda gradient: vjp_fn(gradient)[0].detach()
 
 
-def with_gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
-    """loss(at), differentiable, and its gradient with respect to `at`, a constant: (B, ...) -> (), (B, ...)."""
-    compiling = torch.compiler.is_compiling()  # then do as in `by_last_layer`
-    value, pull, *_ = vjp(loss, at.detach() if compiling else at)
-    gradient = pull(torch.ones_like(value))[0].detach()
-    return loss(at) if compiling else value, gradient
+def value_and_grad(loss: Callable[[Tensor], Tensor], params: Tensor) -> tuple[Tensor, Tensor]:
+    """loss(params), differentiable, and its gradient with respect to `params`, a constant: (B, ...) -> (), (B, ...)."""
+    compiling = torch.compiler.is_compiling()  # then do as in `last_layer_vjp`
+    value, vjp_fn, *_ = vjp(loss, params.detach() if compiling else params)
+    gradient = vjp_fn(torch.ones_like(value))[0].detach()
+    return loss(params) if compiling else value, gradient
 
 
-def at_input(net: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
+def input_gradient(net: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
     """The gradient at a network's input for a given gradient at its output, a constant: (B, ...) -> (B, ...)."""
-    _, pull, *_ = vjp(lambda at: frozen(net, at), x.detach())
-    return pull(gradient)[0].detach()
+    _, vjp_fn, *_ = vjp(lambda at: call_frozen(net, at), x.detach())
+    return vjp_fn(gradient)[0].detach()
 
 
-def adaptive_weight(g_rec: Tensor, g_gan: Tensor, *, most: float = 1e4) -> Tensor:
-    """||g_rec|| / (||g_gan|| + 1e-4), at most `most`, of the gradients at the decoder's last layer -> ().
+def adaptive_weight(g_rec: Tensor, g_gan: Tensor, *, max_weight: float = 1e4) -> Tensor:
+    """||g_rec|| / (||g_gan|| + 1e-4), at most `max_weight`, of the gradients at the decoder's last layer -> ().
 
     With this weight, the adversarial loss moves that layer as far as the reconstruction does, whatever its scale (Esser
     et al. 2020, https://arxiv.org/abs/2012.09841, equation 7, with the constants of their code). The gradients must be
     averaged over ranks, because the mean of the weights of single ranks would differ.
     """
     ratio = at_least_float32(g_rec).norm() / (at_least_float32(g_gan).norm() + 1e-4)
-    return ratio.clamp(0, most)
+    return ratio.clamp(0, max_weight)

@@ -15,17 +15,17 @@ from aezoo.speed.linear import Linear
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-_MOST_REACH = 15
+_MAX_REACH = 15
 
 
-def taps(reach: int, rank: int) -> Tensor:
+def tap_offsets(reach: int, rank: int) -> Tensor:
     """Offsets of the taps of a kernel, from -reach to reach along each axis: (rank, 2 reach + 1, ...).
 
     Raises:
         AezooError: a reach below 1, or above the width of any code.
     """
-    if not 1 <= reach <= _MOST_REACH:
-        raise AezooError(f"reach must be from 1 to {_MOST_REACH}, got {reach}")
+    if not 1 <= reach <= _MAX_REACH:
+        raise AezooError(f"reach must be from 1 to {_MAX_REACH}, got {reach}")
     return torch.stack(torch.meshgrid(*[torch.arange(-reach, reach + 1)] * rank, indexing="ij"))
 
 
@@ -34,39 +34,39 @@ class Context(nn.Module):
 
     Args:
         channels: M.
-        besides: S.
-        open_taps: which taps of the kernel are not masked, (2 reach + 1, ...), bool.
-        numbers: P, parameters of the distribution of one channel: mean and raw scale.
+        side_channels: S.
+        kernel_mask: which taps of the kernel are not masked, (2 reach + 1, ...), bool.
+        n_params: P, parameters of the distribution of one channel: mean and raw scale.
     """
 
-    open_taps: Tensor
+    kernel_mask: Tensor
 
-    def __init__(self, channels: int, besides: int, open_taps: Tensor, numbers: int = 2) -> None:
+    def __init__(self, channels: int, side_channels: int, kernel_mask: Tensor, n_params: int = 2) -> None:
         super().__init__()
-        self.channels, self.reach = channels, open_taps.shape[0] // 2
-        self.register_buffer("open_taps", open_taps, persistent=False)
-        bound = (channels * max(1, int(open_taps.sum()))) ** -0.5
-        self.weight = nn.Parameter(torch.empty(2 * channels, channels, *open_taps.shape).uniform_(-bound, bound))
+        self.channels, self.reach = channels, kernel_mask.shape[0] // 2
+        self.register_buffer("kernel_mask", kernel_mask, persistent=False)
+        bound = (channels * max(1, int(kernel_mask.sum()))) ** -0.5
+        self.weight = nn.Parameter(torch.empty(2 * channels, channels, *kernel_mask.shape).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(2 * channels))
-        n_in, n_out = besides + 2 * channels, numbers * channels
-        wide, less = n_in - (n_in - n_out) // 3, n_in - 2 * (n_in - n_out) // 3
+        n_in, n_out = side_channels + 2 * channels, n_params * channels
+        wide, narrow = n_in - (n_in - n_out) // 3, n_in - 2 * (n_in - n_out) // 3
         self.fuse = nn.Sequential(
-            *(Linear(n_in, wide), nn.LeakyReLU(), Linear(wide, less), nn.LeakyReLU(), Linear(less, n_out))
+            *(Linear(n_in, wide), nn.LeakyReLU(), Linear(wide, narrow), nn.LeakyReLU(), Linear(narrow, n_out))
         )
 
-    def _holed(self) -> Tensor:
-        return self.weight * self.open_taps
+    def _masked_weight(self) -> Tensor:
+        return self.weight * self.kernel_mask
 
-    def seen(self, y: Tensor) -> Tensor:
+    def masked_conv(self, y: Tensor) -> Tensor:
         """The context of every place: (B, M, *grid) -> (B, 2 M, *grid)."""
-        return _CONV[self.open_taps.dim()](y.to(self.weight), self._holed(), self.bias, padding=self.reach)
+        return _CONV[self.kernel_mask.dim()](y.to(self.weight), self._masked_weight(), self.bias, padding=self.reach)
 
-    def seen_from(self, patch: Tensor) -> Tensor:
+    def masked_conv_at(self, patch: Tensor) -> Tensor:
         """The context of one place, from the places around it: (B, M, 2 reach + 1, ...) -> (B, 2 M)."""
-        return F.linear(patch.to(self.weight).flatten(1), self._holed().flatten(1), self.bias)
+        return F.linear(patch.to(self.weight).flatten(1), self._masked_weight().flatten(1), self.bias)
 
-    def forward(self, besides: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, side: Tensor, context: Tensor) -> tuple[Tensor, ...]:
         """P parameters of each distribution: (B, S, ...), (B, 2 M, ...) -> P times (B, M, ...)."""
-        both = torch.cat([besides.to(self.weight), seen.to(self.weight)], 1).movedim(1, -1)
-        found: Tensor = self.fuse(both).movedim(-1, 1)
-        return found.split(self.channels, 1)
+        joined = torch.cat([side.to(self.weight), context.to(self.weight)], 1).movedim(1, -1)
+        params: Tensor = self.fuse(joined).movedim(-1, 1)
+        return params.split(self.channels, 1)

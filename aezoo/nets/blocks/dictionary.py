@@ -32,7 +32,7 @@ class Dictionary(nn.Module):
     Args:
         latent_dim: N, number of directions.
         input_shape: shape of one sample and of the output.
-        decode: how `of_active` sums: dense multiplies the whole code by the whole dictionary, gather reads only the
+        decode: how `decode_sparse` sums: dense multiplies the whole code by the whole dictionary, gather reads only the
             rows of active latents, auto takes the faster one for their number.
     """
 
@@ -53,19 +53,19 @@ class Dictionary(nn.Module):
         """x_hat of a whole code, (B, N) -> (B, *input_shape)."""
         return self.with_bias(linear(f_BN, self.directions().t()))
 
-    def of_active(self, values_Bk: Tensor, index_Bk: Tensor) -> Tensor:
+    def decode_sparse(self, values_Bk: Tensor, index_Bk: Tensor) -> Tensor:
         """x_hat of a code given as its active latents, (B, k), (B, k) -> (B, *input_shape)."""
-        return self.with_bias(self.sum_of(values_Bk, index_Bk))
+        return self.with_bias(self.sum_of_directions(values_Bk, index_Bk))
 
     def with_bias(self, sum_BX: Tensor) -> Tensor:
         """Add b, (B, X) -> (B, *input_shape)."""
         return (sum_BX + self.b_X).unflatten(1, self.input_shape)
 
-    def sum_of(self, values_Bk: Tensor, index_Bk: Tensor) -> Tensor:
+    def sum_of_directions(self, values_Bk: Tensor, index_Bk: Tensor) -> Tensor:
         """sum_j values_j d_{index_j} without b, as for a residual, (B, k), (B, k) -> (B, X)."""
         d_NX = self.directions()
-        if not self.gathers(index_Bk.shape[1]):
-            return linear(spread(values_Bk, index_Bk, len(d_NX)), d_NX.t())
+        if not self.uses_gather(index_Bk.shape[1]):
+            return linear(scatter_code(values_Bk, index_Bk, len(d_NX)), d_NX.t())
         # half precision lacks a backward on some devices, and k small numbers must be added exactly
         dtype = torch.promote_types(d_NX.dtype, torch.float32)
         sum_BX = nn.functional.embedding_bag(
@@ -73,7 +73,7 @@ class Dictionary(nn.Module):
         )
         return sum_BX.to(d_NX.dtype)
 
-    def gathers(self, k: int) -> bool:
+    def uses_gather(self, k: int) -> bool:
         """Whether rows are gathered for k active latents."""
         if self.decode == "auto":
             return len(self.W_NX) >= CROSSOVER.get(self.W_NX.device.type, math.inf) * k
@@ -118,7 +118,7 @@ class UnitNorm(Constrained):
     input_shape: tuple[int, ...]
     since_fired_N: Tensor
 
-    def prepare(self, latent_dim: int, dead_after: int, data_init: bool) -> None:
+    def init_dictionary_training(self, latent_dim: int, dead_after: int, data_init: bool) -> None:
         """Set the counters and buffers of training; for constructors.
 
         Args:
@@ -131,7 +131,7 @@ class UnitNorm(Constrained):
         if data_init:
             self.enable_data_init()  # type: ignore[operator]
 
-    def explained(self) -> tuple[int, ...]:
+    def target_shape(self) -> tuple[int, ...]:
         """Shape of the data that one code explains: a sample, unless a sample holds several codes."""
         return self.input_shape
 
@@ -141,7 +141,7 @@ class UnitNorm(Constrained):
         return self.since_fired_N >= self.dead_after
 
     @torch.no_grad()
-    def count(self, f_BN: Tensor) -> None:
+    def update_firing(self, f_BN: Tensor) -> None:
         """In training, add this batch of all ranks to the samples since each latent fired."""
         if self.training:
             fired_N = (f_BN != 0).any(0).long()
@@ -151,9 +151,9 @@ class UnitNorm(Constrained):
                 samples *= dist.get_world_size()
             self.since_fired_N.add_(samples).mul_(1 - fired_N)
 
-    def usage(self, f_BN: Tensor) -> dict[str, Tensor]:
+    def usage_terms(self, f_BN: Tensor) -> dict[str, Tensor]:
         """Count the batch; return the mean number of active latents per sample and the share of dead ones."""
-        self.count(f_BN)
+        self.update_firing(f_BN)
         return {"l0": (f_BN != 0).sum(1).float().mean(), "dead_latents": self.dead_N.float().mean()}
 
     def init_from_data(self, x: Tensor) -> None:
@@ -168,20 +168,20 @@ class UnitNorm(Constrained):
         self.decoder.normalise()
 
 
-def top(pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k(pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row after a ReLU, and their indices, (B, N) -> (B, k), (B, k)."""
     values_Bk, index_Bk = pi_BN.topk(k, dim=1)
     return values_Bk.relu(), index_Bk
 
 
-def spread(values_Bk: Tensor, index_Bk: Tensor, latent_dim: int) -> Tensor:
+def scatter_code(values_Bk: Tensor, index_Bk: Tensor, latent_dim: int) -> Tensor:
     """The whole code for given active latents, zero elsewhere, (B, k), (B, k) -> (B, N)."""
     zeros_BN = values_Bk.new_zeros(values_Bk.shape[0], latent_dim)  # len would fix the batch in an export
     return zeros_BN.scatter(1, index_Bk, values_Bk)
 
 
 @torch.no_grad()
-def restart(
+def resample_dead(
     encoder: nn.Linear,
     decoder: Dictionary,
     dead_N: Tensor,
@@ -213,7 +213,7 @@ def restart(
                 moment[dead_N] = 0
 
 
-def onto_simplex(v_NP: Tensor) -> Tensor:
+def project_to_simplex(v_NP: Tensor) -> Tensor:
     """The nearest rows that are at least 0 and sum to 1 (Duchi et al. 2008), (N, P) -> (N, P)."""
     v_NP = v_NP.to(torch.promote_types(v_NP.dtype, torch.float32))
     rank_P = torch.arange(1, v_NP.shape[1] + 1, device=v_NP.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.pretrained import stored_weights
+from aezoo.nets.blocks.pretrained import cached_weights
 from aezoo.nets.build import ACTIVATIONS, encoder
 from aezoo.nets.resnet import ResidualBlock
 from aezoo.speed.conv2d import Conv2d
@@ -58,7 +58,7 @@ class FeatureDistance:
             self.net = vgg_features(self.features, self.input_shape)
         return self.net
 
-    def beside(self, x: Tensor) -> Self:
+    def move_to(self, x: Tensor) -> Self:
         """Return self, with the network on the device and in the precision of the data, at least float32.
 
         Call this before a transform of torch.func, inside which a module cannot be moved.
@@ -71,7 +71,7 @@ class FeatureDistance:
     def __call__(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """Sum over layers l of ||F_l(x_hat) - F_l(x)||^2 / (2 n_l), (B, *shape), (B, *shape) -> (B,)."""
         x_hat, x = at_least_float32(x_hat), at_least_float32(x)
-        net = self.beside(x).read()
+        net = self.move_to(x).read()
         if net is None:
             return x.new_zeros(len(x))
         with torch.autocast(x.device.type, enabled=False):
@@ -84,17 +84,17 @@ class FeatureNet(nn.Module):
 
     Args:
         layers: the network up to its last feature layer.
-        read: indices of the feature layers; by default activations and residual blocks.
+        layer_indices: indices of the feature layers; by default activations and residual blocks.
         imagenet: convert data in [0, 1] to three channels and ImageNet's scale.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, layers: list[nn.Module], read: tuple[int, ...] = (), imagenet: bool = False) -> None:
+    def __init__(self, layers: list[nn.Module], layer_indices: tuple[int, ...] = (), imagenet: bool = False) -> None:
         super().__init__()
         kinds = (*ACTIVATIONS.values(), ResidualBlock)
-        self.read = read or tuple(i for i, layer in enumerate(layers) if isinstance(layer, kinds))
+        self.read = layer_indices or tuple(i for i, layer in enumerate(layers) if isinstance(layer, kinds))
         self.layers = nn.ModuleList(layers[: max(self.read, default=-1) + 1])
         self.imagenet = imagenet
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
@@ -106,12 +106,12 @@ class FeatureNet(nn.Module):
         x = x.to(next(self.parameters()).dtype)
         if self.imagenet:
             x = (x - self.mean) / self.std
-        found = []
+        features = []
         for i, layer in enumerate(self.layers):
             x = layer(x)
             if i in self.read:
-                found.append(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
-        return found
+                features.append(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
+        return features
 
 
 def random_features(input_shape: tuple[int, ...]) -> FeatureNet:
@@ -134,9 +134,9 @@ def vgg_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
     layers: list[nn.Module] = []
     for width, before in ((64, 3), (64, 64), (0, 0), (128, 64), (128, 128), (0, 0), (256, 128)):
         layers += [Conv2d(before, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
-    net = FeatureNet(layers, read=(1, 6, 11), imagenet=True)
+    net = FeatureNet(layers, layer_indices=(1, 6, 11), imagenet=True)
     known, file = (name, None) if name in VGG else ("a VGG network", Path(name))
-    with stored_weights(known, "take features random", file) as state:
+    with cached_weights(known, "take features random", file) as state:
         for i, layer in enumerate(layers):
             layer.load_state_dict({key: state[f"features.{i}.{key}"] for key in layer.state_dict()})
     return net

@@ -30,19 +30,19 @@ from aezoo.speed.linear import linear
 from aezoo.training.precision import at_least_float32
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-MOST_FLOWS = 256
+MAX_FLOWS = 256
 # minimum distance from -1 of values that must stay above it: softplus and tanh reach their limits in float32
 _FLOOR = 1e-3
 
 
-def check_count(n_flows: int) -> None:
+def check_n_flows(n_flows: int) -> None:
     """Refuse a number of steps or layers that no model supports.
 
     Raises:
         AezooError: the number is below 0 or above 256.
     """
-    if not 0 <= n_flows <= MOST_FLOWS:
-        raise AezooError(f"n_flows must be from 0 to {MOST_FLOWS}, got {n_flows}")
+    if not 0 <= n_flows <= MAX_FLOWS:
+        raise AezooError(f"n_flows must be from 0 to {MAX_FLOWS}, got {n_flows}")
 
 
 def above_minus_one(t: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class AffineLayer(nn.Module):
         moves_D = rank_D > 0 if fixed else torch.ones_like(rank_D, dtype=torch.bool)
         self.register_buffer("moves_D", moves_D, persistent=False)
 
-    def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def shift_and_log_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The m and a of the formula: (..., D) -> (..., D), (..., D)."""
         m, a = at_least_float32(self.net(z.to(next(self.net.parameters()).dtype))).chunk(2, -1)
         # the scale stays within a factor of 1000, as in zuko
@@ -194,14 +194,14 @@ class AffineLayer(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The moved elements and log|det|: (..., D) -> (..., D), (...)."""
-        m, a = self.parts(z)
+        m, a = self.shift_and_log_scale(z)
         return z * a.exp() + m, a.sum(-1)
 
     def inverse(self, u: Tensor) -> Tensor:
         """Invert f rank by rank, each rank from the elements found before: (..., D) -> (..., D)."""
         z = torch.zeros_like(u)
         for _ in range(self.n_ranks):
-            m, a = self.parts(z)
+            m, a = self.shift_and_log_scale(z)
             z = (u - m) * torch.exp(-a)
         return z
 

@@ -1,7 +1,7 @@
 """Prediction of representations (I-JEPA, Assran et al. 2023), https://arxiv.org/abs/2301.08243
 
 Contains masks of a context and of target blocks outside it, a network that follows another one, and a predictor. All
-shapes are independent of the masks: `vit.look` ignores patches that are not seen.
+shapes are independent of the masks: `vit.attend_to_visible` ignores patches that are not seen.
 
 Shapes: B batch, N patches, D width of a token, K blocks, S patches along a side.
 """
@@ -101,5 +101,5 @@ class Predictor(nn.Module):
         """Codes at each block's positions from the seen tokens: (B, N, D), (B, N), (B, K, N) -> (B, K, N, D)."""
         given_BKND = torch.where(asked_BKN[..., None], self.mask_token, self.embed(tokens_BND)[:, None])
         here_AN = (seen_BN[:, None] | asked_BKN).flatten(0, 1)
-        found_AND = self.out(vit.look(self.blocks, self.positions(given_BKND.flatten(0, 1)), here_AN))
+        found_AND = self.out(vit.attend_to_visible(self.blocks, self.positions(given_BKND.flatten(0, 1)), here_AN))
         return found_AND.unflatten(0, asked_BKN.shape[:2])

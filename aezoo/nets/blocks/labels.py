@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aezoo.errors import AezooError
 
 
-def class_count(num_classes: int | None) -> int:
+def check_num_classes(num_classes: int | None) -> int:
     """The number of classes, for labelled data.
 
     Raises:
@@ -26,7 +26,7 @@ def class_count(num_classes: int | None) -> int:
     return num_classes
 
 
-def one_each(y: Tensor) -> Tensor:
+def check_labels(y: Tensor) -> Tensor:
     """Check labels that are only compared with each other, (B,), and return them unchanged.
 
     Raises:
@@ -58,7 +58,7 @@ def all_labelled(y: Tensor, num_classes: int) -> bool:
     return low >= 0
 
 
-def asked_for(y: Tensor | int | None, n: int, num_classes: int) -> Tensor:
+def resolve_labels(y: Tensor | int | None, n: int, num_classes: int) -> Tensor:
     """The labels of n samples to draw, (n,): y for all, one y for each, or labels drawn uniformly.
 
     Raises:
@@ -76,7 +76,7 @@ def one_hot(y: Tensor, num_classes: int, like: Tensor) -> Tensor:
     return F.one_hot(y.long(), num_classes).to(like.dtype)
 
 
-def with_every_label(x: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+def repeat_for_each_label(x: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """All samples with the first label, then all with the second, ...: (B, *shape) -> (K B, *shape), (K B, K)."""
     y_KK = torch.eye(num_classes, device=x.device, dtype=x.dtype)
     # torch.export would treat len(x) as a constant
@@ -84,12 +84,12 @@ def with_every_label(x: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     return x.expand(num_classes, *x.shape).flatten(0, 1), y_KBK.flatten(0, 1)
 
 
-def at_label(y: Tensor, values_BK: Tensor, without_B: Tensor) -> Tensor:
+def select_label(y: Tensor, values_BK: Tensor, default_B: Tensor) -> Tensor:
     """The value of each sample at its label, or the other value without a label: (B,), (B, K), (B,) -> (B,)."""
-    return torch.where(y >= 0, values_BK.gather(1, y.long().clamp(min=0)[:, None])[:, 0], without_B)
+    return torch.where(y >= 0, values_BK.gather(1, y.long().clamp(min=0)[:, None])[:, 0], default_B)
 
 
-class BesideLabel(nn.Linear):
+class ConcatLabel(nn.Linear):
     """A sample concatenated with a linear map of its one-hot label, as input of a network.
 
     Args:
@@ -134,7 +134,7 @@ class LabelledCode(pl.LightningModule):
         """Draw n codes, (n, E), with the label y, or (n,) labels, or labels drawn uniformly."""
         weight = next(self.decoder.parameters())
         z = torch.randn(n, self.latent_dim, device=weight.device, dtype=weight.dtype)
-        y_n = asked_for(y, n, self.num_classes).to(z.device)
+        y_n = resolve_labels(y, n, self.num_classes).to(z.device)
         return torch.cat([z, one_hot(y_n, self.num_classes, z)], 1)
 
     @torch.no_grad()

@@ -21,10 +21,10 @@ from aezoo.nets.build import activation
 from aezoo.speed.linear import Linear
 from aezoo.training.precision import at_least_float32
 
-Pair = tuple[Tensor, Tensor]
+GaussianParams = tuple[Tensor, Tensor]
 
 
-def gaussian(values: Tensor) -> Pair:
+def gaussian(values: Tensor) -> GaussianParams:
     """Mean and log-variance in at least float32, the latter in the VAE's interval: (..., 2 n) -> (..., n), (..., n)."""
     mu, log_var = at_least_float32(values).chunk(2, -1)
     return mu, log_var.clamp(-30, 20)
@@ -41,17 +41,19 @@ class Level(NamedTuple):
     log_s2: Tensor
 
     @property
-    def q(self) -> Pair:
+    def q(self) -> GaussianParams:
         """Mean and log-variance of the posterior."""
         return self.mu, self.log_var
 
     @property
-    def p(self) -> Pair:
+    def p(self) -> GaussianParams:
         """Mean and log-variance of the prior."""
         return self.m, self.log_s2
 
     @classmethod
-    def of(cls, q: Pair, p: Pair, z: Tensor | None = None, draw: bool = True) -> "Level":
+    def from_distributions(
+        cls, q: GaussianParams, p: GaussianParams, z: Tensor | None = None, draw: bool = True
+    ) -> "Level":
         """Build a level from q and p, each given by a mean and a log-variance.
 
         Args:
@@ -92,7 +94,7 @@ class ConditionalGaussian(nn.Sequential):
     def __init__(self, n_in: int, width: int, n_out: int, act: str) -> None:
         super().__init__(Linear(n_in, width), activation(act), Linear(width, 2 * n_out))
 
-    def forward(self, *given: Tensor) -> Pair:
+    def forward(self, *given: Tensor) -> GaussianParams:
         weight = next(self.parameters())
         return gaussian(super().forward(torch.cat(given, -1).to(weight.dtype)))
 
@@ -112,7 +114,7 @@ class GaussianChain(nn.ModuleList):
         super().__init__(ConditionalGaussian(above, width, size, act) for size, above in pairwise(dims))
         self.register_buffer("zero", torch.zeros(dims[-1]), persistent=False)
 
-    def given(self, above: Sequence[Tensor], n: int = 1) -> Pair:
+    def prior_params(self, above: Sequence[Tensor], n: int = 1) -> GaussianParams:
         """Mean and log-variance of the level below those given, top first, (..., D_l) each; without any, (n, D_L)."""
         if not above:
             return self.zero.expand(n, -1), self.zero.expand(n, -1)
@@ -123,13 +125,15 @@ class GaussianChain(nn.ModuleList):
         log_p = -0.5 * (z[-1] ** 2 + LOG_2PI).sum(-1)
         for (below, above), link in zip(pairwise(z), self, strict=True):
             p = link(above)
-            log_p = log_p + Level.of(p, p, below).log_p()
+            log_p = log_p + Level.from_distributions(p, p, below).log_p()
         return log_p
 
     def kl(self, mu: Sequence[Tensor], log_var: Sequence[Tensor]) -> Tensor:
         """KL(q || p) in nats, each level given the mean of the one above, from the bottom up: (..., D_l) -> (...)."""
-        priors = [self.given(mu[i + 1 :][::-1]) for i in range(len(mu))]
-        kls = [Level.of((m, v), p, draw=False).kl() for m, v, p in zip(mu, log_var, priors, strict=True)]
+        priors = [self.prior_params(mu[i + 1 :][::-1]) for i in range(len(mu))]
+        kls = [
+            Level.from_distributions((m, v), p, draw=False).kl() for m, v, p in zip(mu, log_var, priors, strict=True)
+        ]
         return torch.stack(kls).sum(0)
 
     def sample(self, n: int, like: Tensor) -> list[Tensor]:
@@ -137,7 +141,7 @@ class GaussianChain(nn.ModuleList):
         z = [torch.randn(n, len(self.zero), device=like.device, dtype=like.dtype)]
         for link in reversed(self):
             p = link(z[0])
-            z.insert(0, Level.of(p, p).z.to(like.dtype))
+            z.insert(0, Level.from_distributions(p, p).z.to(like.dtype))
         return z
 
 
@@ -149,15 +153,15 @@ class Conditional(NamedTuple):
         q: (x, levels above) -> mean and log-variance of q for n samples x.
     """
 
-    p: Callable[[list[Tensor], int], Pair]
-    q: Callable[[Tensor, list[Tensor]], Pair]
+    p: Callable[[list[Tensor], int], GaussianParams]
+    q: Callable[[Tensor, list[Tensor]], GaussianParams]
 
-    def prior(self, above: list[Tensor], n: int) -> Pair:
+    def prior(self, above: list[Tensor], n: int) -> GaussianParams:
         """Mean and standard deviation of p for n samples."""
         m, log_s2 = self.p(above, n)
         return m, torch.exp(0.5 * log_s2)
 
-    def posterior(self, x: Tensor, above: list[Tensor]) -> Pair:
+    def posterior(self, x: Tensor, above: list[Tensor]) -> GaussianParams:
         """Mean and standard deviation of q for n samples x."""
         mu, log_var = self.q(x, above)
         return mu, torch.exp(0.5 * log_var)

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from aezoo.distributions.gaussians import LOG_2PI, draw, kl
+from aezoo.distributions.gaussians import LOG_2PI, kl, rsample
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.levels import ConditionalGaussian, Pair
+from aezoo.nets.blocks.levels import ConditionalGaussian, GaussianParams
 from aezoo.nets.build import activation
 from aezoo.speed.linear import Linear
 from aezoo.training.precision import at_least_float32
@@ -58,7 +58,7 @@ class MessageLevel(nn.Module):
         some_BM = rank_BM < 1 + (size_B1 * (seen_BM.sum(1, keepdim=True) - 1)).long()
         return (some_BM | (of_some_B1 >= self.dropout)) & seen_BM
 
-    def up(self, z: Tensor, which: Sequence[int], sent: Tensor | None = None) -> Pair:
+    def up(self, z: Tensor, which: Sequence[int], sent: Tensor | None = None) -> GaussianParams:
         """Mean and log-variance of q(u|z_S): (..., S, P) -> (..., D), (..., D).
 
         Args:
@@ -69,10 +69,10 @@ class MessageLevel(nn.Module):
         z = z.to(self.s_log_var_MP.dtype)
         c = at_least_float32(torch.stack([self.messages[i](z[..., k, :]) for k, i in enumerate(which)], -2))
         share = torch.ones_like(c[..., :1]) if sent is None else sent[..., None].to(c.dtype)
-        found: Pair = self.node((share * c).sum(-2) / share.sum(-2))
+        found: GaussianParams = self.node((share * c).sum(-2) / share.sum(-2))
         return found
 
-    def down(self, u: Tensor) -> Pair:
+    def down(self, u: Tensor) -> GaussianParams:
         """Mean and log-variance of all p(z_i|u): (..., D) -> (..., M, P), (..., M, P)."""
         m = at_least_float32(torch.stack([net(u.to(self.s_log_var_MP.dtype)) for net in self.downward], -2))
         return m, at_least_float32(self.s_log_var_MP).expand_as(m)
@@ -85,7 +85,7 @@ class MessageLevel(nn.Module):
             density = density.masked_fill(~seen[..., None], 0)
         return density.sum((-2, -1))
 
-    def completed(self, mu_BSP: Tensor, log_var_BSP: Tensor, which: Sequence[int], seen_BS: Tensor) -> Pair:
+    def completed(self, mu_BSP: Tensor, log_var_BSP: Tensor, which: Sequence[int], seen_BS: Tensor) -> GaussianParams:
         """Mean and log-variance of u and all z_i, given those of some z_i: (B, S, P), (B, S, P) -> (B, D + M P), twice.
 
         An unknown z_i gets those of p(z_i|u) at the mean of u.
@@ -103,7 +103,7 @@ class MessageLevel(nn.Module):
 
         For codes that are not seen, draws from N(0, I) become draws from p(z_i|u): (K, B, D + M P), (K, B).
         """
-        u, log_q_u = draw(*self.up(z, range(len(self.messages)), seen_BM))
+        u, log_q_u = rsample(*self.up(z, range(len(self.messages)), seen_BM))
         lacks = ~seen_BM[..., None]
         m, log_s2 = self.down(u)
         z = torch.where(lacks, m + torch.exp(0.5 * log_s2) * z, z)

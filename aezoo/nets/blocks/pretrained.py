@@ -10,7 +10,7 @@ import torch
 from aezoo.errors import AezooError
 
 
-def stored_file(name: str) -> Path:
+def cached_file(name: str) -> Path:
     """The path of the default weights of a torchvision network, once they have been fetched."""
     from torchvision import models
 
@@ -19,12 +19,12 @@ def stored_file(name: str) -> Path:
 
 
 @contextmanager
-def stored_weights(name: str, instead: str, file: Path | None = None) -> Iterator[dict[str, Any]]:
+def cached_weights(name: str, alternative: str, file: Path | None = None) -> Iterator[dict[str, Any]]:
     """Weights by parameter, to be loaded inside the context, so that an error names a file that does not fit.
 
     Args:
         name: name of a torchvision network, or of a kind of networks if a file is given.
-        instead: what to do without the weights, for the message.
+        alternative: what to do without the weights, for the message.
         file: the user's own file; None for torchvision's.
 
     Raises:
@@ -32,11 +32,11 @@ def stored_weights(name: str, instead: str, file: Path | None = None) -> Iterato
     """
     fetch = f"fetch them once, python -c \"import torchvision; torchvision.models.{name}(weights='DEFAULT')\""
     absent, broken = ("give another path",) * 2 if file else (fetch, f"remove it and {fetch}")
-    file = file or stored_file(name)
+    file = file or cached_file(name)
     if not file.is_file():
-        raise AezooError(f"no weights of {name} in {file}: {absent}, or {instead}")
+        raise AezooError(f"no weights of {name} in {file}: {absent}, or {alternative}")
     try:
         yield torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file can end in any error
         reason = type(error).__name__
-        raise AezooError(f"{file} holds no weights of {name} ({reason}): {broken}, or {instead}") from error
+        raise AezooError(f"{file} holds no weights of {name} ({reason}): {broken}, or {alternative}") from error

@@ -86,7 +86,7 @@ class TokenEncoder(nn.Module):
         return code_BDN
 
     @torch.no_grad()
-    def start(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         """Scale tokens to mean 0 over samples and channels to variance 1, (B, *input_shape), so that samples differ."""
         code_BDN = self(x)
         mean_DN = code_BDN.mean(0)

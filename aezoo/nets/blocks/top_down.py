@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.nets.blocks.levels import Conditional, Level, Pair
+from aezoo.nets.blocks.levels import Conditional, GaussianParams, Level
 from aezoo.speed.conv2d import Conv2d
 from aezoo.speed.memory_format import ChannelsLast, in_order
 from aezoo.training.precision import at_least_float32
@@ -113,13 +113,13 @@ class TopDownBlock(nn.Module):
     def forward(self, y: Tensor, a: Tensor | None, z: Tensor | None, draw: bool) -> tuple[Tensor, Level]:
         p, f = self.p(y).split(self.sizes, 1)
         prior = gaussian(p)
-        level = Level.of(prior if a is None else gaussian(self.q(torch.cat([y, a], 1))), prior, z, draw)
+        level = Level.from_distributions(prior if a is None else gaussian(self.q(torch.cat([y, a], 1))), prior, z, draw)
         y = y + f + self.of_z(level.z.to(self.of_z.weight.dtype))
         y = y + self.net(y)
         return y, Level(*(in_order(part).flatten(1) for part in level))
 
 
-def gaussian(values: Tensor) -> Pair:
+def gaussian(values: Tensor) -> GaussianParams:
     """Mean and log-variance from means and log standard deviations: (B, 2 Z, *grid) -> (B, Z, *grid) twice."""
     mu, log_std = at_least_float32(values).chunk(2, 1)
     return mu, (2 * log_std).clamp(-30, 20)
@@ -153,28 +153,28 @@ class TopDown(nn.Module):
         self.channels_last = ChannelsLast()
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.given(z)[0]
+        return self.decode_levels(z)[0]
 
-    def given(self, z: Tensor) -> tuple[Tensor, list[Level]]:
+    def decode_levels(self, z: Tensor) -> tuple[Tensor, list[Level]]:
         """Parameters and groups of whole codes: (B, D) -> (B, *input_shape), (B, D_i) each."""
-        return self.run(z.shape[0], given=z.split(self.sizes, 1))
+        return self.forward_levels(z.shape[0], codes=z.split(self.sizes, 1))
 
     def conditional(self, bottom_up: Callable[[Tensor], Sequence[Tensor]]) -> Conditional:
         """The group below any given ones; `bottom_up` gives the activations of x for q."""
         return Conditional(
-            lambda above, n: self.run(n, given=above)[1][len(above)].p,
-            lambda x, above: self.run(len(x), bottom_up(x), above)[1][len(above)].q,
+            lambda above, n: self.forward_levels(n, codes=above)[1][len(above)].p,
+            lambda x, above: self.forward_levels(len(x), bottom_up(x), above)[1][len(above)].q,
         )
 
-    def run(
-        self, n: int, a: Sequence[Tensor] | None = None, given: Sequence[Tensor] = (), draw: bool = False
+    def forward_levels(
+        self, n: int, a: Sequence[Tensor] | None = None, codes: Sequence[Tensor] = (), draw: bool = False
     ) -> tuple[Tensor, list[Level]]:
         """Parameters and groups of n samples; z is given for the first groups, then from q, or from p without a.
 
         Args:
             n: number of samples.
             a: the output of `BottomUp`.
-            given: the first groups of the code, (n, D_i) each.
+            codes: the first groups of the code, (n, D_i) each.
             draw: draw the other groups instead of taking means.
         """
         levels: list[Level] = []
@@ -186,7 +186,7 @@ class TopDown(nn.Module):
             else:
                 y = self.channels_last(start.expand(n, -1, rows, columns))
             for block in self.stages[i]:  # type: ignore[attr-defined]
-                z = given[len(levels)] if len(levels) < len(given) else None
+                z = codes[len(levels)] if len(levels) < len(codes) else None
                 y, level = block(y, None if a is None else a[i], z, draw)
                 levels.append(level)
         return self.last(y * self.gain + self.bias), levels

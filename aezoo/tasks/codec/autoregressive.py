@@ -46,7 +46,7 @@ class Autoregressive:
         self._model, self._block, self._advance = model, block, advance
         self._prior = cast(Prior, model)
         # the largest symbols, in the order of tokens, as for the indices themselves
-        most = self._prior.tokens(on_device(model, sizes_of(model)[None] - 1))
+        most = self._prior.to_tokens(on_device(model, sizes_of(model)[None] - 1))
         self._sizes = [int(symbol) + 1 for symbol in most[0]]
         if max(self._sizes) > _MOST_CODES:
             raise AezooError(
@@ -58,7 +58,7 @@ class Autoregressive:
         """Encode (n, D) indices as bytes."""
         coder, family = tables.stream().queue.RangeEncoder(), tables.stream().model.Categorical(perfect=False)
         for start in range(0, len(indices), self._block):
-            known = self._prior.tokens(on_device(self._model, indices[start : start + self._block])).cpu().numpy()
+            known = self._prior.to_tokens(on_device(self._model, indices[start : start + self._block])).cpu().numpy()
 
             def code(t: int, table: tables.Rows, rows: slice, known: Indices = known) -> npt.NDArray[np.int32]:
                 symbols = known[rows, t].astype(np.int32)
@@ -97,7 +97,7 @@ class Autoregressive:
             if not same:
                 yield np.empty((0, len(self._sizes)), dtype=np.int64)
                 return
-            yield self._prior.indices_of(tokens).flatten(1).cpu().numpy()
+            yield self._prior.from_tokens(tokens).flatten(1).cpu().numpy()
 
     def bound(self, indices: Indices) -> float:
         """-log2 p(indices) of (n, D), by the prior's own `log_prob`."""
@@ -109,7 +109,7 @@ class Autoregressive:
     def _walk(self, n: int, code: Callable[[int, tables.Rows, slice], npt.NDArray[np.int32]]) -> Tensor:
         """Process a block token by token: `code` gets the tables of some rows and returns their tokens."""
         tokens = torch.zeros(n, len(self._sizes), dtype=torch.long, device=self._model.device)
-        next_logits = self._prior.stepper()
+        next_logits = self._prior.incremental_logits()
         for t, k in enumerate(self._sizes):
             if k > 1:
                 table = self._table(next_logits(tokens, t), k)

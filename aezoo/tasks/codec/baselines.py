@@ -51,7 +51,7 @@ class Distortion:
         from aezoo.metrics.similarity import StructuralSimilarity
 
         self._peak, self._sse, self._count = peak, 0.0, 0
-        self._ssim = StructuralSimilarity(data_range=peak) if StructuralSimilarity.is_for(shape) else None
+        self._ssim = StructuralSimilarity(data_range=peak) if StructuralSimilarity.supports(shape) else None
 
     def add(self, x: Tensor, x_hat: Tensor) -> None:
         """Add samples and their reconstructions."""

@@ -41,15 +41,15 @@ _ABOVE = 8  # levels are rounded to 2^-8 of the smallest share
 class Prior(Protocol):
     """A distribution of a model's indices, token by token; see `aezoo.bases.token_prior`."""
 
-    def tokens(self, indices: Tensor) -> Tensor:
+    def to_tokens(self, indices: Tensor) -> Tensor:
         """(B, *index_shape) -> (B, T), the indices in the order in which they are sampled."""
         ...
 
-    def indices_of(self, tokens: Tensor) -> Tensor:
+    def from_tokens(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, *index_shape)."""
         ...
 
-    def stepper(self) -> Callable[[Tensor, int], Tensor]:
+    def incremental_logits(self) -> Callable[[Tensor, int], Tensor]:
         """A function of (B, T) and increasing t: the logits of token t, (B, K), given the tokens before it."""
         ...
 
@@ -65,7 +65,7 @@ def mode_of(model: Autoencoder) -> str:
     if not isinstance(model, DiscreteAutoencoder):
         return "lossy"
     # checks for the method, so that priors of plug-ins count and no import is needed
-    return "prior" if callable(getattr(model, "stepper", None)) else "indices"
+    return "prior" if callable(getattr(model, "incremental_logits", None)) else "indices"
 
 
 class Codebook(NamedTuple):

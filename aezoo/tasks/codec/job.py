@@ -215,7 +215,7 @@ class Job:
         For a model with one rate, several qualities apply to the quantisation of PCA.
         """
         model, found = cast(EntropyCoded, self.model), Compression("learned", [])
-        own = qualities if model.top_quality else (model.quality,)
+        own = qualities if model.max_quality else (model.quality,)
         for q in own:
             with learned.at_quality(model, q):
                 width, coder = learned.width(model), learned.Learned(model, self.batch_size)
@@ -230,7 +230,7 @@ class Job:
                     found.bound_bits += coder.bound(np.asarray(held[i : i + self._piece()]))
             found.net_bits += 8 * (size - self.overhead)
             name, shape = f"aezoo {header.model}", (len(held), math.prod(model.input_shape))
-            shown = q if model.top_quality else math.nan
+            shown = q if model.max_quality else math.nan
             found.rows.append(baselines.row(name, size, shape, shown, **distortion.figures()))
         return self._beside(found, math.prod(model.code_shape), qualities, peak, unit, compare, fit_on)
 

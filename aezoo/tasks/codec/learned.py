@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aezoo.bases.entropy_coded import EntropyCoded, Law, Mixtures, Table, Taking, one_by_one
+from aezoo.bases.entropy_coded import Distribution, EntropyCoded, Mixtures, SymbolReader, Table, read_in_order
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
 from aezoo.tasks.codec.autoregressive import DIGEST, digest
@@ -61,8 +61,8 @@ def at_quality(model: EntropyCoded, quality: float) -> Iterator[None]:
     Raises:
         AezooError: the model has no such quality.
     """
-    if not 0 <= quality <= model.top_quality:
-        raise AezooError(f"quality is {quality:g}, and this model has those from 0 to {model.top_quality:g}: give one")
+    if not 0 <= quality <= model.max_quality:
+        raise AezooError(f"quality is {quality:g}, and this model has those from 0 to {model.max_quality:g}: give one")
     before = model.quality
     try:
         model.quality = quality
@@ -75,11 +75,11 @@ def width(model: EntropyCoded) -> int:
     """T, number of integers that represent a sample."""
     passed: list[int] = []
 
-    def take(law: Law) -> Tensor:
-        passed.append(law.mean.numel())
-        return torch.zeros_like(law.mean)
+    def take(distribution: Distribution) -> Tensor:
+        passed.append(distribution.mean.numel())
+        return torch.zeros_like(distribution.mean)
 
-    model.code_latents(Taking(take), None, 1)
+    model.code_latents(SymbolReader(take), None, 1)
     return sum(passed)
 
 
@@ -133,7 +133,7 @@ class Learned:
 
         for start in range(0, len(symbols), self._block):
             part = torch.from_numpy(symbols[start : start + self._block])
-            self._walk(len(part), code, one_by_one(part))
+            self._walk(len(part), code, read_in_order(part))
         return digest(symbols) + tables.to_bytes(coder.get_compressed())
 
     def decode(self, content: bytes, n: int) -> Symbols | None:
@@ -157,7 +157,7 @@ class Learned:
         bits = 0.0
         for start in range(0, len(symbols), self._block):
             part = torch.from_numpy(symbols[start : start + self._block]).to(self._model.device)
-            coder = Taking(one_by_one(part))
+            coder = SymbolReader(read_in_order(part))
             self._model.code_latents(coder, None, len(part))
             bits += float(coder.rate_B.cpu().double().sum()) / np.log(2)
         return bits
@@ -174,40 +174,40 @@ class Learned:
                 found[escaped] = _whole(coder.decode(halves, 2 * int(escaped.sum())))
             return found
 
-        def unknown(law: Law) -> Tensor:
-            return torch.zeros(law.mean.shape, dtype=torch.long)
+        def unknown(distribution: Distribution) -> Tensor:
+            return torch.zeros(distribution.mean.shape, dtype=torch.long)
 
         for start in range(0, n, self._block):
             yield self._walk(min(self._block, n - start), code, unknown)
 
-    def _walk(self, n: int, code: Code, known: Callable[[Law], Tensor]) -> Symbols:
+    def _walk(self, n: int, code: Code, known: Callable[[Distribution], Tensor]) -> Symbols:
         """The integers of a block, (n, T): `code` gets those of one table after another."""
         passed: list[Symbols] = []
 
-        def take(law: Law) -> Tensor:
-            table = law.table
-            numbers, symbols = (of.cpu().numpy().reshape(-1) for of in (table, known(law)))
+        def take(distribution: Distribution) -> Tensor:
+            table = distribution.table
+            numbers, symbols = (of.cpu().numpy().reshape(-1) for of in (table, known(distribution)))
             order = np.argsort(numbers, kind="stable")
             first = np.flatnonzero(np.diff(numbers[order], prepend=-1))
             coded = np.empty(len(order), dtype=np.int64)
             for start, end in pairwise([*first, len(order)]):
-                for here, under in self._under(law, int(numbers[order[start]]), order[start:end]):
+                for here, under in self._under(distribution, int(numbers[order[start]]), order[start:end]):
                     coded[here] = code(under, symbols[here])
             passed.append(coded.reshape(n, -1))
             return torch.from_numpy(coded).view(table.shape).to(table.device)
 
-        self._model.code_latents(Taking(take), None, n)
+        self._model.code_latents(SymbolReader(take), None, n)
         return np.concatenate(passed, 1)
 
-    def _under(self, law: Law, number: int, here: Symbols) -> Iterator[tuple[Symbols, _Under]]:
+    def _under(self, distribution: Distribution, number: int, here: Symbols) -> Iterator[tuple[Symbols, _Under]]:
         """The tables for the integers at `here`, which share a table number; mixtures give them in several parts."""
-        if not isinstance(law, Mixtures):
+        if not isinstance(distribution, Mixtures):
             yield here, self._tables[number]
             return
         family, some = tables.stream().model.Categorical(perfect=False), max(1, _ENTRIES >> (number + 1))
         for start in range(0, len(here), some):
             part = here[start : start + some]
-            table = law.table_at(number, part)
+            table = distribution.tables_at(number, part)
             yield part, _Under(table.low, table.mass.shape[1], family, _weights(table.mass))
 
 

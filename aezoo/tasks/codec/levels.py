@@ -38,7 +38,7 @@ def level_cdf(likelihood: Likelihood, params: Floats) -> Floats:
     if isinstance(likelihood, BetaBinomial):
         here = copy.deepcopy(likelihood).cpu()  # moving a module is in place, and this one belongs to the user
         return _beta_binomial_cdf(*(shape.double().numpy() for shape in here.shapes(from_numpy(params))))
-    scale = math.exp(float(cast(DiscretisedLogistic, likelihood).bounded))
+    scale = math.exp(float(cast(DiscretisedLogistic, likelihood).bounded_scale))
     return cast(Floats, expit(((np.arange(255) + 0.5) / 255 - params[:, None]) / scale))
 
 

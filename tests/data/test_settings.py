@@ -1,0 +1,126 @@
+"""Settings of the DataModule: which source takes which."""
+
+import inspect
+import json
+
+import pytest
+import torch
+
+from aezoo import AezooError
+from aezoo.__main__ import main
+from aezoo.data import DataModule, Options, list_data
+from aezoo.data.images import ImageArgs
+from aezoo.data.settings import SourceArgs, own_settings
+from aezoo.data.source import ArrayDataset, Source, takes
+from aezoo.data.sources import settings_of
+
+DEFAULTS = {key: one.default for key, one in inspect.signature(DataModule).parameters.items()}
+
+
+def test_every_setting_has_a_source_and_every_source_only_settings_of_the_datamodule():
+    taken = [settings_of(name, {}) for name in list_data()]
+    assert set().union(*taken) == set(SourceArgs.__annotations__)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (
+            {"dictionary_atoms": 3},
+            "atoms 3 is not for mnist5k, but for synthetic_dictionary: drop it",
+        ),
+        ({"name": "array", "root": "x.npy", "column": "a"}, "for array, but for hf, stream: use --data.label_column"),
+        (
+            {"name": "synthetic_dictionary", "size": 8},
+            "size 8 is not for synthetic_dictionary, but for mnist5k,",
+        ),
+        ({"name": "activations", "of": "digits", "column": "a"}, "column a is not for activations, but for hf, stream"),
+    ],
+)
+def test_a_setting_of_another_source_is_refused_with_its_sources_and_the_nearest(given, line):
+    with pytest.raises(AezooError) as refusal:
+        DataModule(**given)
+    assert line in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_arrays_from_python_refuse_settings_of_other_sources():
+    with pytest.raises(AezooError, match="layer x is not for array"):
+        DataModule.from_arrays(torch.rand(20, 3), layer="x")
+
+
+def test_an_unknown_argument_is_a_type_error_that_names_the_nearest():
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'batch_sise', did you mean 'batch_size'\?"):
+        DataModule(batch_sise=3)
+
+
+@pytest.mark.parametrize("name", ["mnist5k", "digits", "shapes", "synthetic_dictionary"])
+def test_the_defaults_of_all_settings_load_with_every_source(name):
+    assert dict(DataModule(**DEFAULTS | {"name": name}).hparams) == DEFAULTS | {"name": name}
+
+
+def test_activations_take_the_settings_of_the_set_that_they_are_of():
+    with pytest.warns(UserWarning, match="RANDOM weights"):
+        data = DataModule("activations", of="shapes", size=8, weights="random")
+    assert data.source.of.input_shape == (1, 8, 8)
+
+
+def test_settings_of_another_source_are_left_out_of_stored_ones():
+    stored = {"name": "digits", "seed": 3, "size": 4, "column": "a"}
+    assert own_settings(stored) == {"name": "digits", "seed": 3, "size": 4}
+    assert own_settings(stored | {"name": "no such set"}) == stored | {"name": "no such set"}
+
+
+class Plain(Source):
+    """A plug-in that does not say what it takes."""
+
+    def __init__(self, options):
+        self.input_shape, self.options = (options.layout == "vector", options.max_bytes), options
+
+    def split(self, stage):
+        return ArrayDataset(torch.rand(4, 2))
+
+
+@takes(ImageArgs)
+class Resized(Plain):
+    """One that does."""
+
+
+@pytest.mark.parametrize("factory", [Plain, Resized])
+def test_a_plugin_takes_all_settings_or_those_that_it_names(factory, monkeypatch):
+    class Dist:
+        name = "some-dist"
+
+    class Point:
+        name, value, group, dist = "plugged", "", "aezoo.data", Dist()
+
+        def load(self):
+            return factory
+
+    monkeypatch.setattr("aezoo.registry.entry_points", lambda group: [Point()])
+    assert DataModule("plugged", size=5).source.options.size == 5
+    if factory is Plain:
+        assert DataModule("plugged", layout="vector", max_bytes=7).input_shape == (True, 7)
+    else:
+        with pytest.raises(AezooError, match="layout vector is not for plugged, but for array, hf, stream"):
+            DataModule("plugged", layout="vector")
+
+
+def test_options_have_the_defaults_of_settings_that_are_not_given():
+    options = Options("shapes", size=8)
+    assert (options.size, options.channels, options.seed) == (8, None, 0)
+    with pytest.raises(AttributeError, match="no setting 'sise'"):
+        options.sise  # noqa: B018
+
+
+def test_a_file_with_all_settings_fits_and_a_verb_finds_the_data_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.yaml").write_text(json.dumps(DEFAULTS | {"name": "digits"}))
+    run = ["--model", "linear_ae", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    main(["fit", *run, "--data", "data.yaml"])
+    stored = torch.load(tmp_path / "runs/linear_ae-digits/0/checkpoints/last.ckpt", weights_only=True)
+    assert {key: stored["datamodule_hyper_parameters"][key] for key in DEFAULTS} == DEFAULTS | {"name": "digits"}
+    main(["reconstruct", "--ckpt_path", "runs/linear_ae-digits/0", "--device", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *run, "--data", "data.yaml", "--data.layer", "x"])
+    assert end.value.code == 2
+    assert "--data.layer x is not for digits, but for activations: drop it" in capsys.readouterr().err

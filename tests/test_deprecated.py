@@ -8,15 +8,32 @@ import torch
 from torch.utils.data import DataLoader
 
 import aezoo
+from aezoo.bases.distillation import DistilledAutoencoder
 from aezoo.bases.entropy_coded import EntropyCoded
+from aezoo.bases.mixture_prior import MixturePrior
+from aezoo.bases.multimodal import MissingModalities, Multimodal
 from aezoo.bases.perceptual_adversarial import PerceptualAdversarial
 from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.bases.token_prior import IndexPrior
+from aezoo.bases.triplet import TripletAutoencoder
 from aezoo.deprecated.methods import METHODS
 from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL
 from aezoo.models.latent_diffusion.va_vae import VAVAE
 from aezoo.models.quantised.vq_vae import VQVAE
 
-CLASSES = (aezoo.Autoencoder, EntropyCoded, PerceptualAdversarial, DiscreteAutoencoder, AutoencoderKL)
+CLASSES = (
+    aezoo.Autoencoder,
+    AutoencoderKL,
+    DiscreteAutoencoder,
+    DistilledAutoencoder,
+    EntropyCoded,
+    IndexPrior,
+    MissingModalities,
+    MixturePrior,
+    Multimodal,
+    PerceptualAdversarial,
+    TripletAutoencoder,
+)
 MATCH = "is now [a-z_]+, and the old name goes with the next release"
 NAMES = [(cls, *names) for cls in CLASSES for names in METHODS[f"{cls.__module__}.{cls.__qualname__}"].items()]
 

@@ -29,7 +29,7 @@ from aezoo.bases.entropy_coded import (
     scale_of,
 )
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.subpixel import Attention, Decoder, Encoder, Subpixel
+from aezoo.models.compression.cheng2020 import Attention, Decoder, Encoder, Subpixel
 from aezoo.nets.gdn import GDN
 
 NAMES = aezoo.list_models(family="compression")

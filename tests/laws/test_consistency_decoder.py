@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.denoiser import Block, Denoiser
+from aezoo.models.latent_diffusion.consistency_decoder import Block, Denoiser
 from aezoo.nets.resnet import ResidualBlock
 
 S_0, S_N, S_D = 0.002, 80.0, 0.5

@@ -14,7 +14,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 import aezoo
 from aezoo.callbacks import drawing
-from aezoo.nets.blocks.perlin import perlin
+from aezoo.models.regularised.draem import perlin
 from aezoo.nets.unet import UNet
 from aezoo.tasks.detect import detect
 

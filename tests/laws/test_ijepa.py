@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 import aezoo
 from aezoo.errors import AezooError
+from aezoo.models.masked import ijepa
 from aezoo.nets import vit
-from aezoo.nets.blocks import jepa
 
 SHAPE = (2, 11, 12)  # 6 x 6 patches of 2 x 2, the last row half filled
 SMALL: dict[str, Any] = {"width": 12, "depth": 2, "predictor_width": 8, "decoder_width": 8, "patch_size": 2}
@@ -40,7 +40,7 @@ def loss(model: Any, x: Tensor) -> dict[str, Tensor]:
 
 def masks(n: int, grid: tuple[int, int] = (6, 6), seed: int = 7) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(seed)
-    return jepa.masks(torch.rand(n, K + 1, 4), grid)
+    return ijepa.masks(torch.rand(n, K + 1, 4), grid)
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
@@ -80,14 +80,14 @@ def test_something_is_seen_and_something_is_asked_for_on_every_grid() -> None:
     context_A4, target_A4 = ends_4L.repeat_interleave(16, 0), ends_4L.repeat(16, 1)
     u_AL4 = torch.cat([context_A4[:, None], target_A4[:, None].expand(-1, K, -1)], dim=1)
     for grid in ((h, w) for h in range(1, 13) for w in range(1, 13) if h * w > 1):
-        seen_BN, asked_BKN, counts_BK = jepa.masks(u_AL4, grid)
+        seen_BN, asked_BKN, counts_BK = ijepa.masks(u_AL4, grid)
         assert seen_BN.any(1).all() and asked_BKN.any(2).all() and counts_BK[:, 0].all()
 
 
 def test_shares_and_aspects_are_those_of_the_paper() -> None:
     """On a fine grid rounding is small; then 4 blocks always leave something, and each place is as likely as others."""
     side = 60
-    blocks_BKSS = jepa.blocks(torch.rand(500, K, 4), (side, side), (0.15, 0.2), (0.75, 1.5)).unflatten(2, (side, side))
+    blocks_BKSS = ijepa.blocks(torch.rand(500, K, 4), (side, side), (0.15, 0.2), (0.75, 1.5)).unflatten(2, (side, side))
     h, w = blocks_BKSS.any(3).sum(2), blocks_BKSS.any(2).sum(2)
     assert torch.equal(blocks_BKSS.sum((2, 3)), h * w)
     share, aspect = h * w / side**2, h / w

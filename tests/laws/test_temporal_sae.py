@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import aezoo
+from aezoo.models.sparse.temporal_sae import Context, SequenceDictionary, counts, positions
 from aezoo.nets.blocks.dictionary import geometric_median
-from aezoo.nets.blocks.over_time import Context, SequenceDictionary, counts, positions
 
 T, D, N = 5, 6, 12
 SMALL: dict[str, Any] = {"latent_dim": N, "k": 3, "key_dim": 4, "heads": 2}

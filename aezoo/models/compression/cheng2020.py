@@ -9,21 +9,156 @@ weights, means and scales, as in `joint_ar_hyperprior`. With K = 1 only the tran
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2    R = -log P(z^) - sum_t log P(y^_t | y^_<t, z^)
 
 in nats per sample, C channels of x; in training noise replaces rounding, as in `factorized_prior`. The paper counts
-integers from 0 and not from m. f and g are residual blocks with attention (section 3.3), and g upsamples by sub-pixel
-convolutions, see `aezoo.nets.blocks.subpixel`.
+integers from 0 and not from m. f and g are residual blocks with attention (section 3.3).
 
-Shapes: B batch, K Gaussians of a mixture, M channels of the code, N of the side information, T places.
+Their stages are two residual blocks, one of which halves or doubles the grid and has divisive normalisation as its
+second activation (figure 4). g doubles by sub-pixel convolutions: these output 2^R times the channels, which become the
+places of a grid with doubled sides (Shi et al. 2016, https://arxiv.org/abs/1609.05158); if a side was odd, the grid is
+cut to it. The attention of a place is a gate on the output of a second branch, x + trunk(x) sigmoid(mask(x)); it does
+not look at all places (figure 5). It is used in the middle of the stages and at the code, which is always a map here.
+
+Shapes: B batch, K Gaussians of a mixture, M channels of the code, N of the side information, T places, C channels of
+a map, R grid dimensions.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.entropy_coded import Distribution, Mixtures, scale_of
 from aezoo.models.compression.joint_ar_hyperprior import JointARHyperprior
 from aezoo.nets.blocks.context import Context
-from aezoo.nets.blocks.subpixel import Decoder, Encoder
+from aezoo.nets.build import activation
+from aezoo.nets.conv import CONVS, grids, head, rank_of
+from aezoo.nets.dc import shuffle
+from aezoo.nets.gdn import GDN
 from aezoo.training.limits import at_least
+
+
+class Subpixel(nn.Module):
+    """A convolution to a grid with doubled sides: (B, C, *grid) -> (B, out, *larger).
+
+    Args:
+        channels: C.
+        out: number of output channels.
+        larger: the output grid, each side 2 n or 2 n - 1.
+    """
+
+    def __init__(self, channels: int, out: int, larger: tuple[int, ...]) -> None:
+        super().__init__()
+        rank = len(larger)
+        self.conv = CONVS[rank](channels, out * 2**rank, 3, padding=1)
+        self.larger = larger
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = shuffle(self.conv(x))
+        for axis, side in enumerate(self.larger, start=2):
+            x = x.narrow(axis, 0, side)
+        return x
+
+
+class _Residual(nn.Module):
+    """skip(x) + body(x)."""
+
+    def __init__(self, body: nn.Module, skip: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body, self.skip = body, nn.Identity() if skip is None else skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.skip(x) + self.body(x)
+        return found
+
+
+def _block(rank: int, channels: int, act: str) -> nn.Module:
+    first, second = (CONVS[rank](channels, channels, 3, padding=1) for _ in range(2))
+    return _Residual(nn.Sequential(first, activation(act), second, activation(act)))
+
+
+def _down(rank: int, channels: int, out: int, act: str) -> nn.Module:
+    first, second = CONVS[rank](channels, out, 3, stride=2, padding=1), CONVS[rank](out, out, 3, padding=1)
+    return _Residual(nn.Sequential(first, activation(act), second, GDN(out)), CONVS[rank](channels, out, 1, stride=2))
+
+
+def _up(channels: int, out: int, larger: tuple[int, ...], act: str) -> nn.Module:
+    rank = len(larger)
+    body = [Subpixel(channels, out, larger), activation(act), CONVS[rank](out, out, 3, padding=1)]
+    return _Residual(nn.Sequential(*body, GDN(out, inverse=True)), Subpixel(channels, out, larger))
+
+
+class Attention(nn.Module):
+    """x + trunk(x) sigmoid(mask(x)): (B, C, *grid) -> (B, C, *grid).
+
+    Args:
+        rank: R.
+        channels: C.
+        act: an activation's name.
+    """
+
+    def __init__(self, rank: int, channels: int, act: str) -> None:
+        super().__init__()
+
+        def units() -> list[nn.Module]:
+            return [self._unit(rank, channels, act) for _ in range(3)]
+
+        self.trunk = nn.Sequential(*units())
+        self.mask = nn.Sequential(*units(), CONVS[rank](channels, channels, 1))
+
+    @staticmethod
+    def _unit(rank: int, channels: int, act: str) -> nn.Module:
+        half = (channels + 1) // 2
+        ends = CONVS[rank](channels, half, 1), CONVS[rank](half, channels, 1)
+        middle = CONVS[rank](half, half, 3, padding=1)
+        return _Residual(nn.Sequential(ends[0], activation(act), middle, activation(act), ends[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + self.trunk(x) * self.mask(x).sigmoid()
+        return found
+
+
+class Encoder(nn.Sequential):
+    """(B, C, *grid) -> (B, *code_shape), a map; `hidden_dims` are the channels of the stages, of stride 2."""
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        code_shape: tuple[int, ...],
+        hidden_dims: tuple[int, ...],
+        act: str,
+        attention: bool,
+    ) -> None:
+        rank, layers, channels = rank_of(input_shape), list[nn.Module](), input_shape[0]
+        for i, width in enumerate(hidden_dims, start=1):
+            layers += [_down(rank, channels, width, act), _block(rank, width, act)]
+            channels = width
+            if attention and i == len(hidden_dims) // 2:
+                layers.append(Attention(rank, width, act))
+        layers.append(head(code_shape, (channels, *grids(input_shape, len(hidden_dims))[-1]), rank)[0])
+        super().__init__(*layers, *([Attention(rank, code_shape[0], act)] if attention else []))
+
+
+class Decoder(nn.Sequential):
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+
+    def __init__(
+        self,
+        code_shape: tuple[int, ...],
+        input_shape: tuple[int, ...],
+        hidden_dims: tuple[int, ...],
+        act: str,
+        attention: bool,
+    ) -> None:
+        rank, widths = rank_of(input_shape), (*hidden_dims, input_shape[0])
+        sizes = grids(input_shape, len(hidden_dims))[::-1]
+        layers: list[nn.Module] = [Attention(rank, code_shape[0], act)] if attention else []
+        layers.append(head(code_shape, (widths[0], *sizes[0]), rank)[1])
+        for i, width in enumerate(hidden_dims):
+            if attention and i and i == (len(hidden_dims) + 1) // 2:
+                layers.append(Attention(rank, width, act))
+            layers.append(_block(rank, width, act))
+            last = i + 1 == len(hidden_dims)
+            up = Subpixel(width, widths[i + 1], sizes[i + 1]) if last else _up(width, widths[i + 1], sizes[i + 1], act)
+            layers.append(up)
+        super().__init__(*layers)
 
 
 class Cheng2020(JointARHyperprior):

@@ -21,6 +21,7 @@ predicted. Codes are those of f', as in the paper.
 Shapes: B batch, N patches, D width of a token, K blocks.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -31,13 +32,103 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets import vit
-from aezoo.nets.blocks import jepa
 from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 from aezoo.training.optimizers import known_steps
 
 # each takes a pass of the predictor
 _MOST_TARGETS = 64
+
+
+# share of the grid, and aspect ratio as a multiple of the grid's
+_TARGET, _TARGET_ASPECT = (0.15, 0.2), (0.75, 1.5)
+_CONTEXT, _CONTEXT_ASPECT = (0.85, 1.0), (1.0, 1.0)
+
+Range = tuple[float, float]
+
+
+def blocks(u_BK4: Tensor, grid: tuple[int, ...], share: Range, aspect: Range) -> Tensor:
+    """Rectangular masks of a grid, from uniform noise for share, aspect, row and column: (B, K, 4) -> (B, K, N).
+
+    Share and aspect are independent, as in the paper. The authors' code draws both from one number, and none of its
+    blocks reaches the last row or column.
+    """
+    share_BK, aspect_BK = (low + (high - low) * u_BK4[..., i] for i, (low, high) in enumerate((share, aspect)))
+    lines = []
+    for i, (side, area_BK) in enumerate(zip(grid, (share_BK * aspect_BK, share_BK / aspect_BK), strict=True)):
+        length_BK1 = (side * area_BK.sqrt()).round().clamp(1, side)[..., None]
+        start_BK1 = (u_BK4[..., 2 + i, None] * (side - length_BK1 + 1)).floor()
+        place_S = torch.arange(side, device=u_BK4.device)
+        lines.append((place_S >= start_BK1) & (place_S < start_BK1 + length_BK1))
+    return (lines[0][..., :, None] & lines[1][..., None, :]).flatten(2)
+
+
+def masks(u_BL4: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The context, the target blocks, and which blocks count: (B, K + 1, 4) -> (B, N), (B, K, N), (B, K).
+
+    The context contains no patch of a block that counts. On a coarse grid, the blocks may cover the whole context; then
+    the last ones do not count. The first block alone is smaller than the context on any grid of two patches or more.
+    """
+    asked_BKN = blocks(u_BL4[:, 1:], grid, _TARGET, _TARGET_ASPECT)
+    context_B1N = blocks(u_BL4[:, :1], grid, _CONTEXT, _CONTEXT_ASPECT)
+    left_BKN = context_B1N & (asked_BKN.cumsum(1) == 0)
+    counts_BK = left_BKN.any(2)
+    return context_B1N[:, 0] & ~(asked_BKN & counts_BK[..., None]).any(1), asked_BKN, counts_BK
+
+
+class Follower(nn.Module):
+    """A network whose weights are moving averages of another's.
+
+    They are buffers: saved, moved and restored with the model, and never trained.
+
+    Args:
+        leader: the other network; both start with its weights.
+    """
+
+    def __init__(self, leader: nn.Module) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(leader)
+        for part in self.net.modules():
+            for name, weight in [*part.named_parameters(recurse=False)]:
+                delattr(part, name)
+                part.register_buffer(name, weight.detach())
+
+    @torch.no_grad()
+    def follow(self, leader: nn.Module, rate: Tensor) -> None:
+        """Move the weights towards the leader's by a share, `rate`, of the difference, ()."""
+        named = dict(leader.named_parameters())
+        own = [self.net.get_buffer(name) for name in named]
+        ahead = torch._foreach_sub([*named.values()], own)
+        torch._foreach_mul_(ahead, rate)
+        torch._foreach_add_(own, ahead)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+class Predictor(nn.Module):
+    """A narrow transformer on the tokens of a context and mask tokens.
+
+    Args:
+        grid: patches along each side.
+        dims: width of the encoder's tokens and of the predictor's own.
+        depth: number of blocks.
+        act: an activation's name.
+    """
+
+    def __init__(self, grid: tuple[int, ...], dims: tuple[int, int], depth: int, act: str) -> None:
+        super().__init__()
+        self.embed, self.positions = Linear(*dims), vit.Positions(grid, dims[1])
+        self.mask_token = nn.Parameter(0.02 * torch.randn(dims[1]))
+        self.blocks, self.out = vit.blocks((dims[1],) * depth, act), Linear(dims[1], dims[0])
+
+    def forward(self, tokens_BND: Tensor, seen_BN: Tensor, asked_BKN: Tensor) -> Tensor:
+        """Codes at each block's positions from the seen tokens: (B, N, D), (B, N), (B, K, N) -> (B, K, N, D)."""
+        given_BKND = torch.where(asked_BKN[..., None], self.mask_token, self.embed(tokens_BND)[:, None])
+        here_AN = (seen_BN[:, None] | asked_BKN).flatten(0, 1)
+        found_AND = self.out(vit.attend_to_visible(self.blocks, self.positions(given_BKND.flatten(0, 1)), here_AN))
+        return found_AND.unflatten(0, asked_BKN.shape[:2])
 
 
 class IJEPA(Autoencoder):
@@ -65,7 +156,7 @@ class IJEPA(Autoencoder):
         warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
 
-    encoder: jepa.Follower
+    encoder: Follower
     steps: Tensor
 
     def __init__(
@@ -111,8 +202,8 @@ class IJEPA(Autoencoder):
         self.grid, self.code_shape = patchify.grid, (width, *patchify.grid)
         embed = nn.Sequential(patchify, vit.embedding(patchify.size, width), vit.Positions(self.grid, width))
         self.context = nn.Sequential(embed, vit.blocks((width,) * depth, activation), vit.ToMap(self.grid))
-        self.encoder = jepa.Follower(self.context)
-        self.predictor = jepa.Predictor(self.grid, (width, predictor_width), predictor_depth, activation)
+        self.encoder = Follower(self.context)
+        self.predictor = Predictor(self.grid, (width, predictor_width), predictor_depth, activation)
         narrow, out = Linear(width, decoder_width), Linear(decoder_width, patchify.size)
         layers = vit.ToTokens(), narrow, vit.blocks((decoder_width,) * decoder_depth, activation), out
         self.decoder = nn.Sequential(*layers, vit.Unpatchify(patchify))
@@ -131,7 +222,7 @@ class IJEPA(Autoencoder):
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         u_BL4 = torch.rand(len(x), self.n_targets + 1, 4, device=x.device)
-        seen_BN, asked_BKN, counts_BK = jepa.masks(u_BL4, self.grid)
+        seen_BN, asked_BKN, counts_BK = masks(u_BL4, self.grid)
         with torch.no_grad():
             code = self.encoder(x)
             target_BND = at_least_float32(code.flatten(2).transpose(1, 2))

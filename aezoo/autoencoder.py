@@ -1,8 +1,12 @@
 """The contract of every model."""
 
+import copy
+import difflib
 import inspect
 import math
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any, ClassVar, Self, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -14,12 +18,42 @@ from aezoo.distributions.likelihoods import Likelihood
 from aezoo.errors import AezooError
 from aezoo.speed.memory_format import like
 from aezoo.training import collectives, input_checks, optimizers
-from aezoo.training.arguments import Checked
+from aezoo.training.arguments import Checked, bound, complete_signature
 from aezoo.training.module import TrainingModule
 
 # models find these here, beside the contract
 from aezoo.training.precision import at_least_float32 as at_least_float32
 from aezoo.training.precision import from_bytes as from_bytes
+
+
+class Traits(TypedDict, total=False):
+    """What a class says of itself in its first line: `class MyVAE(Autoencoder, has_prior=True)`.
+
+    Subclasses inherit the values; all are False, or empty, unless they are given. They are attributes of the model.
+
+    Attributes:
+        has_prior: whether `sample` works.
+        normal_prior: whether q(z|x) is the diagonal Gaussian of `posterior(x)`, its mean and log-variance, and p(z) is
+            N(0, I).
+        sparse_code: whether most entries of a code should be zero.
+        discrete_code: whether a code can be written as indices, see `aezoo.bases.quantised`.
+        compares_samples: whether the loss compares the samples of a batch, and so depends on the batch size.
+        reads_labels: whether labels tell which samples of a batch belong together, whatever the number of labels.
+        not_averaged: names of buffers that hold single codes or samples, which must not be averaged over steps.
+        steps_differ: whether the computation of a training step depends on random draws, so that one graph does not
+            fit all steps and a fit never compiles it.
+        takes_missing: whether samples may lack parts, whose values are then all NaN, see `aezoo.bases.multimodal`.
+    """
+
+    has_prior: bool
+    normal_prior: bool
+    sparse_code: bool
+    discrete_code: bool
+    compares_samples: bool
+    reads_labels: bool
+    not_averaged: tuple[str, ...]
+    steps_differ: bool
+    takes_missing: bool
 
 
 class Autoencoder(Checked, TrainingModule):
@@ -28,39 +62,36 @@ class Autoencoder(Checked, TrainingModule):
     Losses are in nats per sample: summed over data dimensions, averaged over the batch. Batches are `x`, `(x,)` or
     `(x, y)`; x is float, (B, *input_shape); labels y are optional.
 
-    A subclass sets `encoder`, `decoder` and `code_shape` and calls `save_hyperparameters()`; its constructor takes
-    `input_shape` and plain keyword arguments with defaults, nothing else.
+    A subclass sets `encoder`, `decoder` and `code_shape`; its constructor takes `input_shape` and plain keyword
+    arguments with defaults, nothing else. It names its own arguments and hands the others on:
+
+        class MyAE(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
+            def __init__(self, input_shape: tuple[int, ...], *, width: int = 8, **kwargs: Unpack[TrainingArgs]) -> None:
+                super().__init__(input_shape, **kwargs)
+
+    `defaults` are its own defaults of arguments that it hands on; what else stands there are `Traits`. All arguments
+    are hyperparameters, which checkpoints hold.
 
     Attributes:
         input_shape: shape of one sample.
         code_shape: shape of one code.
         likelihood: p(x | decoder output).
         corruption: corruption of the input in training; None for most models.
-        has_prior: whether `sample` works.
-        normal_prior: whether q(z|x) is the diagonal Gaussian of `posterior(x)`, its mean and log-variance, and p(z) is
-            N(0, I).
         code_radius: radius of the ball around 0 in which codes lie; infinite for most models.
-        sparse_code: whether most entries of a code should be zero.
-        discrete_code: whether a code can be written as indices, see `aezoo.bases.quantised`.
-        compares_samples: whether the loss compares the samples of a batch, and so depends on the batch size.
-        reads_labels: whether labels tell which samples of a batch belong together, whatever the number of labels.
-        not_averaged: names of buffers that hold single codes or samples, which must not be averaged over steps.
-        steps_differ: whether the computation of a training step depends on random draws, so that one graph does not
-            fit all steps and a fit never compiles it.
         compile_mode: whether a fit compiles the loss: auto (if the run is long enough to earn it back), off, or a mode
             of torch.compile: default, reduce-overhead, max-autotune. Weights keep their names.
         importance_samples: draws of the code per sample for `log_likelihood` in validation and test after training;
             more draws tighten the bound.
         steps_before: optimiser steps of earlier fits, from which a fit continues; 0 starts anew, see
             `enable_step_counter`.
-        takes_missing: whether samples may lack parts, whose values are then all NaN, see `aezoo.bases.multimodal`.
         takes_bytes: whether `training_step` scales bytes to [0, 1] itself, as part of the compiled function.
 
     Args:
         input_shape: shape of one sample: (D,), (C, L), (C, H, W) or (C, D, H, W).
-        likelihood: how outputs are compared with data, see `aezoo.distributions.likelihoods`.
+        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
+            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate.
-        optimizer: adam, adamw, sgd, ... see `aezoo.training.optimizers`.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
         weight_decay: the optimiser's weight decay.
         lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
         warmup_steps: optimiser steps over which the learning rate rises linearly.
@@ -89,7 +120,7 @@ class Autoencoder(Checked, TrainingModule):
     decoder: nn.Module
     code_shape: tuple[int, ...]
     corruption: Corruption | None
-    _keywords: frozenset[str]
+    _arguments: dict[str, Any]
 
     def __init__(
         self,
@@ -103,6 +134,7 @@ class Autoencoder(Checked, TrainingModule):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
+        self._record(self.__dict__.pop("_arguments"))
         if not 1 <= len(input_shape) <= 4 or any(int(n) != n or n < 1 for n in input_shape):
             raise AezooError(f"input_shape must be (D,), (C, L), (C, H, W) or (C, D, H, W), got {tuple(input_shape)}")
         optimizers.check(optimizer, lr, weight_decay, lr_schedule, warmup_steps)
@@ -158,24 +190,54 @@ class Autoencoder(Checked, TrainingModule):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         made = super().__new__(cls, *args, **kwargs)
-        made._keywords = frozenset(kwargs)
+        made._arguments = bound(cls, args, kwargs)
         return made
+
+    def __init_subclass__(cls, *, defaults: Mapping[str, Any] | None = None, **traits: Unpack[Traits]) -> None:
+        super().__init_subclass__()
+        for name, value in traits.items():
+            if name not in Traits.__annotations__:
+                near = difflib.get_close_matches(name, Traits.__annotations__, n=1)
+                hint = f", did you mean {near[0]!r}?" if near else f": there are {', '.join(Traits.__annotations__)}"
+                raise AezooError(f"{cls.__name__}: unknown trait {name!r}{hint}")
+            setattr(cls, name, value)
+        complete_signature(cls, defaults or {})
+        input_checks.guard(cls)
+
+    def _record(self, arguments: Mapping[str, Any]) -> None:
+        """Keep the arguments as hyperparameters, for checkpoints and loggers."""
+        self._log_hyperparams, self._hparams_name = True, "kwargs"  # as Lightning's save_hyperparameters leaves them
+        self._set_hparams({name: value for name, value in arguments.items() if not isinstance(value, nn.Module)})
+        self._hparams_initial = copy.deepcopy(self._hparams)
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: Sequence[str] | str | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """Record hyperparameters, as the constructor has done already: models need not call this.
+
+        Args:
+            args: mappings of hyperparameters to record in addition; names, all of which are recorded anyway.
+            ignore: names of arguments to leave out.
+            frame: of the constructor, by default that of the caller; variables named like arguments give their values.
+            logger: whether loggers get the hyperparameters.
+        """
+        caller = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
+        values = dict(self.hparams)
+        if caller is not None and caller.f_code is getattr(vars(type(self)).get("__init__"), "__code__", None):
+            values |= {name: caller.f_locals[name] for name in values.keys() & caller.f_locals.keys()}
+        for given in args:
+            values |= {} if isinstance(given, str) else dict(given)
+        self._record(values)
+        self.remove_ignored_hparams([ignore] if isinstance(ignore, str) else [*(ignore or ())])
+        self._log_hyperparams, self._hparams_initial = logger, copy.deepcopy(self._hparams)
 
     def unusable(self, x: Tensor) -> Tensor:
         """Which samples have no loss, since some values are not finite: (B, *input_shape) -> (B,) bool."""
         return input_checks.not_finite(x)
-
-    def _set_hparams(self, hp: Any) -> None:
-        """Keep only arguments of this class: those collected from parents' constructors would not load."""
-        own = inspect.signature(type(self)).parameters
-        taken = own.keys() | self._keywords  # of a constructor that hands on **kwargs
-        if any(p.kind is p.VAR_POSITIONAL for p in own.values()):
-            taken |= {"input_shape"}
-        super()._set_hparams({name: value for name, value in hp.items() if name in taken})
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        input_checks.guard(cls)
 
     # ---- for the formulas of subclasses -----------------------------------------------------------------------------
 

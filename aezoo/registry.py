@@ -43,6 +43,8 @@ ALIASES = {
 _HOME = Path(__file__).parent / "models"
 # largest number of modules that may re-export a class before its definition
 _MOST_HOPS = 8
+# of others, large, and without a model's arguments
+_WITHOUT_MODELS = ("lightning", "torch", "typing")
 
 
 @dataclass(frozen=True)
@@ -271,13 +273,18 @@ def source_of(entry: Entry) -> Path | None:
     return Path(origin) if origin.endswith(".py") else None
 
 
+@lru_cache(maxsize=1024)
+def _tree(path: Path, changed: int) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def _parsed(entry: Entry) -> tuple[ast.Module, Entry | None]:
     """The source of a model's module, and where the class comes from if the module only re-exports it."""
     path = source_of(entry)
     if path is None:
         raise AezooError(f"no source file for {entry.module} of package {entry.owner}: is the plug-in installed whole?")
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = _tree(path, path.stat().st_mtime_ns)
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         raise AezooError(f"the plug-in {entry.name!r} of package {entry.owner} is broken: {_brief(error)}") from error
     package = entry.module if path.name == "__init__.py" else entry.module.rpartition(".")[0]
@@ -289,20 +296,100 @@ def _parsed(entry: Entry) -> tuple[ast.Module, Entry | None]:
     return tree, None
 
 
-def _defined(entry: Entry) -> tuple[Entry, ast.Module, ast.ClassDef | None]:
-    """The entry for the place where a class is defined, the module there, and the class if it is found."""
+def _home(entry: Entry) -> tuple[Entry, ast.Module]:
+    """The entry for the module that defines a class, which others may re-export, and that module."""
     tree, origin = _parsed(entry)
     for _ in range(_MOST_HOPS):
-        if origin is None or source_of(origin) is None:
+        if origin is None or origin.module.partition(".")[0] in _WITHOUT_MODELS or source_of(origin) is None:
             break
         entry = origin
         tree, origin = _parsed(entry)
-    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and entry.attribute in ("", n.name)]
-    return entry, tree, next((cls for cls in reversed(classes) if entry.attribute or _constructor(cls)), None)
+    return entry, tree
+
+
+def _defined(entry: Entry) -> tuple[Entry, ast.ClassDef | None]:
+    """The entry for the place where a class is defined, and the class if it is found."""
+    entry, tree = _home(entry)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    if entry.attribute:
+        return entry, next((cls for cls in classes if cls.name == entry.attribute), None)
+    for cls in reversed(classes):
+        own = replace(entry, attribute=cls.name)
+        if any(base.name == "Autoencoder" for _, base in _lineage(own)):
+            return own, cls
+    return entry, None
+
+
+def _lineage(entry: Entry, before: tuple[str, ...] = ()) -> list[tuple[Entry, ast.ClassDef]]:
+    """A class and its ancestors, in the order of inheritance, as far as their sources can be found."""
+    entry, cls = _defined(entry)
+    where = f"{entry.module}.{entry.attribute}"
+    if cls is None or where in before:
+        return []
+    found = [(entry, cls)]
+    for base in cls.bases:
+        if isinstance(base, ast.Name):
+            found += _lineage(replace(entry, attribute=base.id), (*before, where))
+    names = [(of.module, of.attribute) for of, _ in found]
+    # an ancestor that several classes share comes after all of them
+    return [pair for i, pair in enumerate(found) if names[i] not in names[i + 1 :]]
 
 
 def _constructor(cls: ast.ClassDef) -> ast.FunctionDef | None:
     return next((f for f in cls.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
+
+
+def _arguments(init: ast.FunctionDef) -> dict[str, tuple[str, str]]:
+    """Type and default of each argument of one constructor."""
+    arguments = [*init.args.args[1:], *init.args.kwonlyargs]
+    positional = [None] * (len(init.args.args) - 1 - len(init.args.defaults)) + list(init.args.defaults)
+    return {
+        argument.arg: (ast.unparse(argument.annotation) if argument.annotation else "", ast.unparse(d) if d else "")
+        for argument, d in zip(arguments, [*positional, *init.args.kw_defaults], strict=True)
+    }
+
+
+def _handed_on(entry: Entry, init: ast.FunctionDef) -> set[str]:
+    """The names of the arguments that a constructor takes as **kwargs: Unpack[...]."""
+    kind = init.args.kwarg.annotation if init.args.kwarg else None
+    if not isinstance(kind, ast.Subscript) or not isinstance(kind.slice, ast.Name):
+        return set()
+    group = _lineage(replace(entry, attribute=kind.slice.id))
+    fields = [field for _, cls in group for field in cls.body if isinstance(field, ast.AnnAssign)]
+    return {field.target.id for field in fields if isinstance(field.target, ast.Name)}
+
+
+def _defaults(cls: ast.ClassDef) -> dict[str, str]:
+    """The defaults of inherited arguments that a class gives in its first line."""
+    given = next((keyword.value for keyword in cls.keywords if keyword.arg == "defaults"), None)
+    pairs = zip(given.keys, given.values, strict=True) if isinstance(given, ast.Dict) else ()
+    return {str(key.value): ast.unparse(value) for key, value in pairs if isinstance(key, ast.Constant)}
+
+
+def _parameters(lineage: list[tuple[Entry, ast.ClassDef]]) -> tuple[tuple[str, str, str, str], ...]:
+    """Name, type, default and meaning of each argument, from all constructors that share in it."""
+    written = [(entry, init) for entry, cls in lineage if (init := _constructor(cls)) is not None]
+    if not written:
+        return ()
+    found = _arguments(written[0][1])
+    taken = _handed_on(*written[0])
+    for _, init in written[1:]:
+        found |= {key: value for key, value in _arguments(init).items() if key in taken and key not in found}
+    defaults: dict[str, str] = {}
+    meanings: dict[str, str] = {}
+    for _, cls in reversed(lineage):
+        init = _constructor(cls)
+        defaults |= {key: default for key, (_, default) in _arguments(init).items()} if init else {}
+        defaults |= _defaults(cls)
+        meanings |= _meanings(cls)
+    return tuple((key, kind, defaults[key], meanings.get(key, "")) for key, (kind, _) in found.items())
+
+
+def _meanings(cls: ast.ClassDef) -> dict[str, str]:
+    """What the docstring of a class says about each argument."""
+    text = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", ast.get_docstring(cls) or "", re.MULTILINE | re.DOTALL)
+    entries = re.findall(r"^ {4}(\w+): (.+?)(?=^ {4}[\w*]+: |\Z)", text[1] if text else "", re.MULTILINE | re.DOTALL)
+    return {key: " ".join(value.split()) for key, value in entries}
 
 
 @dataclass(frozen=True)
@@ -322,38 +409,23 @@ class Card:
     parameters: tuple[tuple[str, str, str, str], ...]
 
 
+def summary(name: str) -> str:
+    """The first line of a model's source file: name, authors, year, address of the paper.
+
+    Raises:
+        AezooError: the model does not exist, or its source cannot be found or read.
+    """
+    return (ast.get_docstring(_home(find(name))[1]) or "").partition("\n")[0]
+
+
 def card(name: str) -> Card:
     """Read a model's card from its source file.
 
     Raises:
         AezooError: the model does not exist, or its source cannot be found or read.
     """
-    entry, tree, cls = _defined(find(name))
-    summary, _, text = (ast.get_docstring(tree) or "").partition("\n")
+    _, tree = _home(find(name))
+    entry, cls = _defined(find(name))
+    first, _, text = (ast.get_docstring(tree) or "").partition("\n")
     about = ((ast.get_docstring(cls) if cls else None) or "").partition("\n\n")[0]
-    for _ in range(_MOST_HOPS):
-        if cls is None or _constructor(cls):
-            break
-        parents = [base.id for base in cls.bases if isinstance(base, ast.Name)]
-        entry, _, cls = _defined(replace(entry, attribute=parents[0])) if parents else (entry, tree, None)
-    init = _constructor(cls) if cls else None
-    if cls is None or init is None:
-        return Card(summary, text.strip(), about, ())
-    doc = ast.get_docstring(cls) or ""
-    meanings = {
-        key: " ".join(value.split())
-        for key, value in re.findall(r"^ {4}(\w+): (.+?)(?=^ {4}\w+: |^\S|\Z)", doc, re.MULTILINE | re.DOTALL)
-    }
-    arguments = [*init.args.args[1:], *init.args.kwonlyargs]
-    positional = [None] * (len(init.args.args) - 1 - len(init.args.defaults)) + list(init.args.defaults)
-    defaults = [*positional, *init.args.kw_defaults]
-    parameters = tuple(
-        (
-            a.arg,
-            ast.unparse(a.annotation) if a.annotation else "",
-            ast.unparse(d) if d is not None else "",
-            meanings.get(a.arg, ""),
-        )
-        for a, d in zip(arguments, defaults, strict=True)
-    )
-    return Card(summary, text.strip(), about, parameters)
+    return Card(first, text.strip(), about, _parameters(_lineage(entry)) if cls else ())

@@ -100,7 +100,7 @@ def models_table() -> str:
     for name in registry.list_models():
         entry = registry.find(name)
         if entry.owner == "aezoo":
-            text, _, address = registry.card(name).summary.partition(", http")
+            text, _, address = registry.summary(name).partition(", http")
             address, _, rest = address.partition(",")
             passed = " | ".join(str(proofs.get(name, {}).get(kind, "")) for kind in ("contract", "laws"))
             formula = objective(name).replace("|", "\\|")

@@ -325,8 +325,8 @@ def read_in_order(symbols: Tensor) -> Callable[[Distribution], Tensor]:
     return read
 
 
-class EntropyCoded(Autoencoder):
-    """An autoencoder whose code is rounded under a learned distribution.
+class EntropyCoded(Autoencoder, has_prior=True):
+    """An autoencoder whose code is rounded under a learned law.
 
     A subclass sets its nets and defines `code_latents` and `loss`.
 
@@ -337,7 +337,6 @@ class EntropyCoded(Autoencoder):
         quality: the rate at which a model of several rates is evaluated, from 0 to `max_quality`; else 0.
     """
 
-    has_prior = True
     weight: float
     quality: float = 0.0
     max_quality: float = 0.0

@@ -184,10 +184,8 @@ def is_missing(x: Tensor) -> Tensor:
     return x.isnan().flatten(1).all(1)
 
 
-class MissingModalities(Multimodal):
+class MissingModalities(Multimodal, takes_missing=True):
     """A model of samples that may lack parts: for a missing part, the networks read zeros and the expert is N(0, I)."""
-
-    takes_missing = True
 
     def present_mask(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
         """Which parts (of `parts`, by default all) each sample has: (B, *input_shape) -> (B, M) bool."""

@@ -13,8 +13,8 @@ from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantised, Quantiser, quantisers_in_eval_mode
 
 
-class DiscreteAutoencoder(Autoencoder):
-    """An autoencoder with a `quantiser`; a subclass sets it, calls `build_nets` and defines its loss.
+class DiscreteAutoencoder(Autoencoder, discrete_code=True):
+    """An autoencoder with a `quantiser`; a subclass sets it, calls `set_nets` and defines its loss.
 
     The code of a sample is (C, *places), and is equivalent to indices (Q, *places).
 
@@ -22,7 +22,6 @@ class DiscreteAutoencoder(Autoencoder):
         quantiser: maps the encoder's output to codes.
     """
 
-    discrete_code = True
     quantiser: Quantiser
 
     def build_nets(

@@ -17,8 +17,8 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +31,20 @@ from aezoo.errors import AezooError
 from aezoo.io.checkpoint import load_model
 from aezoo.io.hub_files import on_disk
 from aezoo.quantisers.base import Quantised
+from aezoo.training.arguments import OptimizerArgs
 from aezoo.training.limits import at_least
 
 _MAX_CODES, _MAX_LAYERS = 2**16, 1000
 _CURE = "give the run of a trained quantised model (runs/vq_vae-mnist5k/0), or the name of one, such as vq_vae"
 
 
-class IndexPrior(DiscreteAutoencoder):
+class IndexPriorArgs(OptimizerArgs, total=False):
+    """Arguments of `IndexPrior`."""
+
+    tokenizer: str | dict[str, Any]
+
+
+class IndexPrior(DiscreteAutoencoder, has_prior=True):
     """An autoregressive prior over a tokenizer's indices; a subclass defines `token_logits`.
 
     Codes, indices and reconstructions are the tokenizer's. Terms of the loss: nll, of the indices; accuracy, the share
@@ -52,17 +59,11 @@ class IndexPrior(DiscreteAutoencoder):
         tokenizer: path of a trained quantised model (checkpoint, run or saved folder; of a prior, its tokenizer), which
             is copied into this one; or a quantised model to train together with its prior, by name or as {"model":
             name, argument: value, ...}. It then has its own lr; other settings of the optimiser are the prior's.
-        lr: learning rate.
-        optimizer: as for every model.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: as for every model.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
 
     Raises:
         AezooError: no such tokenizer, one without indices or for another shape of data, or codebooks are too large.
     """
-
-    has_prior = True
 
     tokenizer: DiscreteAutoencoder
     unused_QK: Tensor
@@ -72,20 +73,9 @@ class IndexPrior(DiscreteAutoencoder):
         input_shape: tuple[int, ...],
         *,
         tokenizer: str | dict[str, Any] = "vq_vae",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[OptimizerArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
+        super().__init__(input_shape, **kwargs)
         if tokenizer == "":
             raise AezooError(f"tokenizer is {tokenizer!r}: {_CURE}")
         if isinstance(tokenizer, dict) or tokenizer in registry.entries() or tokenizer in registry.ALIASES:
@@ -97,6 +87,7 @@ class IndexPrior(DiscreteAutoencoder):
             self._tokenizer_config = {"model": registry.name_of(type(self.tokenizer)), "trained": True}
             self._tokenizer_config |= json.loads(json.dumps({**self.tokenizer.hparams, "input_shape": None}))
             del self._tokenizer_config["input_shape"]
+        self._record(self.hparams)
         self.frozen = isinstance(self._tokenizer_config, dict) and bool(self._tokenizer_config.get("trained"))
         if self.frozen:
             self.tokenizer.requires_grad_(False).eval()
@@ -110,9 +101,9 @@ class IndexPrior(DiscreteAutoencoder):
             )
         self.register_buffer("unused_QK", torch.arange(self.n_codes) >= torch.tensor(sizes)[:, None], persistent=False)
 
-    def _set_hparams(self, hp: Any) -> None:
+    def _record(self, arguments: Mapping[str, Any]) -> None:
         """Replace a path by the arguments of the tokenizer; its weights are stored with the prior's."""
-        super()._set_hparams({**hp, "tokenizer": self._tokenizer_config})
+        super()._record({**arguments, "tokenizer": getattr(self, "_tokenizer_config", arguments["tokenizer"])})
 
     def check_net(self, width: int, depth: int, dropout: float) -> None:
         """Refuse a network that cannot be built; for constructors."""

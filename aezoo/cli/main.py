@@ -191,7 +191,7 @@ def _list(argv: list[str]) -> None:
     for name in names:
         entry = registry.find(name)
         try:
-            summary = registry.card(name).summary
+            summary = registry.summary(name)
         except AezooError as error:
             warnings.warn(str(error), stacklevel=1)
             summary = f"(broken plug-in of {entry.owner})"

@@ -41,7 +41,7 @@ def check_constructor(subject: Subject) -> None:
     model = subject.build()
     plain = {p.name: p.default for p in parameters} | dict(subject.hyperparameters) | {"input_shape": subject.shape}
     lost, extra = sorted(plain.keys() - model.hparams.keys()), sorted(model.hparams.keys() - plain.keys())
-    require(not lost, f"hparams lack {', '.join(lost)}: call self.save_hyperparameters() in this class too")
+    require(not lost, f"hparams lack {', '.join(lost)}, arguments of this class: do not ignore them")
     require(not extra, f"hparams hold {', '.join(extra)} of a parent, which no argument of this class sets")
     for name, value in plain.items():
         require(model.hparams[name] == value, f"hparams hold {name}={model.hparams[name]!r} where {value!r} was given")
@@ -60,7 +60,7 @@ def check_constructor(subject: Subject) -> None:
 
 def _require_signature(cls: type, parameters: list[inspect.Parameter]) -> None:
     require(bool(parameters) and parameters[0].name == "input_shape", "the first argument must be input_shape")
-    described = _described(cls)
+    described = set().union(*map(_described, cls.__mro__))
     for p in parameters:
         require(p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL), f"spell out the arguments instead of *{p.name}")
         require(p.name in described, f"the class docstring's Args do not describe {p.name}")
@@ -68,14 +68,14 @@ def _require_signature(cls: type, parameters: list[inspect.Parameter]) -> None:
             require(p.kind is p.KEYWORD_ONLY, f"argument {p.name} must be keyword-only")
             require(p.default is not p.empty, f"argument {p.name} needs a default")
             require(_plain(p.default), f"the default of {p.name} is a {type(p.default).__name__}, not a plain value")
-    gone = ", ".join(sorted(described - {p.name for p in parameters}))
+    gone = ", ".join(sorted(_described(cls) - {p.name for p in parameters}))
     require(not gone, f"the class docstring's Args describe {gone}, which the constructor does not have")
 
 
 def _described(cls: type) -> set[str]:
-    """The names under Args in the docstring of the class whose constructor it is."""
-    owner = next(c for c in cls.__mro__ if "__init__" in vars(c))
-    args = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(owner.__doc__ or ""), re.MULTILINE | re.DOTALL)
+    """The names under Args in the docstring of one class."""
+    doc = inspect.cleandoc(vars(cls).get("__doc__") or "")
+    args = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", doc, re.MULTILINE | re.DOTALL)
     return set(re.findall(r"^ {4}(\w+): \S", args[1], re.MULTILINE)) if args else set()
 
 

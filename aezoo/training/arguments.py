@@ -1,10 +1,17 @@
-"""Constructor arguments checked against their annotations, before a constructor computes with them."""
+"""Constructor arguments: the groups that all models share, complete signatures, and checks against annotations.
 
+A constructor names only its own arguments and hands the others on, as `**kwargs: Unpack[SomeArgs]` (PEP 692), where
+SomeArgs lists the ones that it hands on, with their types. Their defaults and texts stand at the constructor that uses
+them. `complete_signature` puts all of it together for whoever asks `inspect.signature`.
+"""
+
+import difflib
 import inspect
 import os
 import types
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypedDict, Union, Unpack, get_args, get_origin, get_type_hints
 
 from aezoo.errors import AezooError
 
@@ -12,6 +19,129 @@ from aezoo.errors import AezooError
 _MOST = 2**63 - 1
 # no hyperparameter means more, and float32 loses every digit of a loss beside it
 _LARGEST = 1e9
+
+
+class OptimizerArgs(TypedDict, total=False):
+    """How the parameters are optimised, see `Autoencoder`."""
+
+    lr: float
+    optimizer: str
+    weight_decay: float
+    lr_schedule: str
+    warmup_steps: int
+
+
+class TrainingArgs(OptimizerArgs, total=False):
+    """The likelihood and how the parameters are optimised, see `Autoencoder`."""
+
+    likelihood: str
+
+
+# ---- complete signatures --------------------------------------------------------------------------------------------
+
+
+def complete_signature(cls: type, defaults: Mapping[str, Any]) -> None:
+    """Give the constructor of a class the signature that it has together with those of its parents.
+
+    It names the arguments that come as `**kwargs: Unpack[...]` too, each with its type and default.
+
+    Args:
+        cls: a new class.
+        defaults: defaults of inherited arguments, in place of the parents'.
+
+    Raises:
+        AezooError: a default of an argument that the class does not have, or of another type.
+    """
+    own = vars(cls).get("__init__")
+    if own is not None:
+        cls._own_parameters = _annotated(own)  # type: ignore[attr-defined]
+    cls._own_defaults = dict(defaults)  # type: ignore[attr-defined]
+    signature = _resolved(cls)
+    for name in defaults:
+        if name not in signature.parameters:
+            known = [key for key in signature.parameters if key not in ("self", "input_shape")]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f": it has {', '.join(known)}"
+            raise AezooError(f"{cls.__name__}: a default for {name!r}, which is no argument of it{hint}")
+    if defaults or (own is None and signature != inspect.signature(cls.__init__)):  # type: ignore[misc]
+        _wrap(cls, own, dict(defaults))
+        own = vars(cls)["__init__"]
+    if own is not None and signature != inspect.signature(own):
+        own.__signature__ = signature
+    check(cls, (), dict(defaults))
+
+
+def _wrap(cls: Any, own: Any, defaults: dict[str, Any]) -> None:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        inner = super(cls, self).__init__ if own is None else own.__get__(self)
+        inner(*args, **{**defaults, **kwargs})
+
+    __init__.__qualname__, __init__.__module__ = f"{cls.__qualname__}.__init__", cls.__module__
+    __init__.__doc__ = getattr(own, "__doc__", None)
+    cls.__init__ = __init__
+
+
+def _annotated(init: Any) -> list[inspect.Parameter]:
+    """The parameters of one function, with evaluated annotations if possible."""
+    try:
+        hints = get_type_hints(init)
+    except Exception:  # names that exist for a type checker only
+        hints = {}
+    parameters = inspect.signature(init).parameters.values()
+    return [p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters]
+
+
+def _written(cls: type) -> list[inspect.Parameter] | None:
+    """The parameters of the constructor that a class itself defines, or None."""
+    if "_own_defaults" in vars(cls):
+        return vars(cls).get("_own_parameters")
+    return _annotated(vars(cls)["__init__"]) if inspect.isfunction(vars(cls).get("__init__")) else None
+
+
+def _resolved(cls: type) -> inspect.Signature:
+    written = [found for c in cls.__mro__ if (found := _written(c)) is not None]
+    group = next((p for p in written[0] if p.kind is p.VAR_KEYWORD and get_origin(p.annotation) is Unpack), None)
+    parameters = {p.name: p for p in written[0] if p is not group}
+    if group is not None:
+        taken = get_type_hints(get_args(group.annotation)[0])
+        for p in [p for of_parent in written[1:] for p in of_parent]:
+            if p.name in taken and p.name not in parameters:
+                parameters[p.name] = p.replace(kind=p.KEYWORD_ONLY)
+        for name in [key for key in taken if key not in parameters]:
+            parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=taken[name])
+    return inspect.Signature([p.replace(default=_default(cls, p)) for p in parameters.values()])
+
+
+def _default(cls: type, parameter: inspect.Parameter) -> Any:
+    """The default of the first class in the order of inheritance that sets or declares one."""
+    for c in cls.__mro__:
+        if parameter.name in vars(c).get("_own_defaults", {}):
+            return vars(c)["_own_defaults"][parameter.name]
+        for written in _written(c) or ():
+            if written.name == parameter.name:
+                return written.default
+    return parameter.default
+
+
+def bound(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The values of all arguments of a constructor, given or by default; {} if it does not take these."""
+    signature, _ = _constructor(cls)
+    assert signature is not None
+    try:
+        given = signature.bind_partial(*args, **kwargs)
+    except TypeError:
+        return {}  # the constructor's own message names the argument
+    given.apply_defaults()
+    values = dict(given.arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            values |= values.pop(name)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            values |= dict(zip(["input_shape"], values.pop(name), strict=False))
+    return values
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
 
 
 class Checked:
@@ -37,7 +167,9 @@ def check(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         return
     try:
         given = signature.bind_partial(*args, **kwargs).arguments
-    except TypeError:
+    except TypeError as error:
+        if hasattr(cls.__init__, "__signature__"):  # type: ignore[misc]
+            raise TypeError(f"{cls.__name__}.__init__() {error}") from None  # not of the parent that gets **kwargs
         return  # Python's own message names the argument
     for name, value in given.items():
         if name in hints and not _fits(value, hints[name]):
@@ -50,15 +182,11 @@ def _constructor(cls: type) -> tuple[inspect.Signature | None, dict[str, Any]]:
     init = inspect.getattr_static(cls, "__init__")
     if not inspect.isfunction(init):
         return None, {}
-    try:
-        hints = get_type_hints(init)
-    except Exception:  # names that exist for a type checker only
-        return None, {}
-    parameters = list(inspect.signature(init).parameters.values())[1:]
+    parameters = _annotated(init)[1:]
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return inspect.Signature(parameters), {
-        p.name: hints.get(p.name, p.annotation) for p in plain if p.annotation is not p.empty
-    }
+    # a text is a name that exists for a type checker only
+    known = {p.name: p.annotation for p in plain if p.annotation is not p.empty and not isinstance(p.annotation, str)}
+    return inspect.Signature(parameters), known
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -18,6 +18,7 @@ Shapes: B batch, X data dimensions, D code.
 """
 
 import math
+from typing import Unpack
 
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.tied import Transposed
 from aezoo.speed.linear import Linear
+from aezoo.training.arguments import TrainingArgs
 
 
 class ContractiveAE(Autoencoder):
@@ -36,13 +38,7 @@ class ContractiveAE(Autoencoder):
         contraction: lam, weight of the Jacobian's squared norm.
         tied: the decoder uses the encoder's weights, transposed; with separate weights, it can undo the penalty.
         data_init: start the outputs' biases from the first batch of training.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
     def __init__(
@@ -53,23 +49,9 @@ class ContractiveAE(Autoencoder):
         contraction: float = 0.1,
         tied: bool = True,
         data_init: bool = True,
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         if not 0 <= contraction < math.inf:

@@ -8,11 +8,14 @@ With the Bernoulli likelihood, L is the summed binary cross-entropy; with `gauss
 ||x - x_hat||^2 plus a constant.
 """
 
+from typing import Unpack
+
 from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
+from aezoo.training.arguments import TrainingArgs
 
 
 class DenseAE(Autoencoder):
@@ -24,13 +27,7 @@ class DenseAE(Autoencoder):
         hidden_dims: widths of the encoder's hidden layers; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         code_activation: also applied to the code, such as relu; identity leaves the code free.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
     def __init__(
@@ -41,23 +38,9 @@ class DenseAE(Autoencoder):
         hidden_dims: tuple[int, ...] = (128, 64),
         activation: str = "relu",
         code_activation: str = "identity",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         self.code_shape = (latent_dim,)

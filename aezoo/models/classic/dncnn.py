@@ -19,6 +19,7 @@ Shapes: B batch, C channels of the data, H features.
 """
 
 from itertools import pairwise
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.corruptions import GaussianNoise
 from aezoo.errors import AezooError
 from aezoo.nets.conv import CONVS, rank_of
+from aezoo.training.arguments import OptimizerArgs, TrainingArgs
 
 _MOST_LAYERS = 100
 _LOCATIONS = ("gaussian", "laplace", "logcosh")
@@ -63,6 +65,15 @@ class Clean(nn.Module):
         return y - self.last(h)
 
 
+class DnCNNArgs(TrainingArgs, total=False):
+    """Arguments of `DnCNN`, without the noise."""
+
+    residual: bool
+    width: int
+    depth: int
+    activation: str
+
+
 class DnCNN(Autoencoder):
     """Removes Gaussian noise of a known strength; metrics in evaluation also start from noisy input.
 
@@ -74,11 +85,7 @@ class DnCNN(Autoencoder):
         depth: number of convolutions; 17 in the paper.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data: gaussian, gaussian:0.1, gaussian:learned, laplace or logcosh.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
     def __init__(
@@ -91,22 +98,9 @@ class DnCNN(Autoencoder):
         depth: int = 8,
         activation: str = "relu",
         likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[OptimizerArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, likelihood=likelihood, **kwargs)
         if likelihood.partition(":")[0] not in _LOCATIONS:
             raise AezooError(f"a denoiser's output is the sample itself, so likelihood is {', '.join(_LOCATIONS)} "
                              f"with or without a scale, not {likelihood!r}")  # fmt: skip

@@ -11,6 +11,7 @@ Shapes: B batch, X data dimensions, D code.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,45 +19,20 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.speed.linear import Linear
+from aezoo.training.arguments import TrainingArgs
 
 
-class LinearAE(Autoencoder):
+class LinearAE(Autoencoder, defaults={"likelihood": "gaussian"}):
     """One linear layer down, one up: principal component analysis by gradient descent.
 
     Args:
         input_shape: shape of one sample; any.
         latent_dim: D, size of the code.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 16,
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+    def __init__(self, input_shape: tuple[int, ...], *, latent_dim: int = 16, **kwargs: Unpack[TrainingArgs]) -> None:
+        super().__init__(input_shape, **kwargs)
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         self.code_shape = (latent_dim,)

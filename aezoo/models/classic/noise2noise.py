@@ -14,6 +14,7 @@ batch; evaluation draws them once, from a fixed seed. mse and psnr compare f(y1)
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Generator, Tensor
@@ -22,7 +23,7 @@ from aezoo import corruptions
 from aezoo.autoencoder import at_least_float32
 from aezoo.corruptions import Corruption, GaussianNoise
 from aezoo.errors import AezooError
-from aezoo.models.classic.dncnn import DnCNN
+from aezoo.models.classic.dncnn import DnCNN, DnCNNArgs
 
 _BRIGHTEST = 1e6
 
@@ -56,52 +57,18 @@ class Noise2Noise(DnCNN):
     """Learns from pairs of noisy copies; metrics in evaluation also start from noisy input.
 
     Args:
-        input_shape: (C, L), (C, H, W) or (C, D, H, W), any size.
         corruption: gaussian:STD or poisson:PEAK, where PEAK is the average count for a value of 1.
-        residual: predict the noise, not the clean sample.
         width: features of each layer; 64 in the paper of the network.
         depth: number of convolutions; 17 in the paper of the network.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
-        likelihood: how outputs are compared with data: gaussian, gaussian:0.1, gaussian:learned, laplace or logcosh.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `DnCNN`.
     """
 
     corruption: Corruption
 
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        corruption: str = "gaussian:0.1",
-        residual: bool = True,
-        width: int = 32,
-        depth: int = 8,
-        activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, corruption: str = "gaussian:0.1", **kwargs: Unpack[DnCNNArgs]
     ) -> None:
-        super().__init__(
-            input_shape,
-            residual=residual,
-            width=width,
-            depth=depth,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         self.corruption = unbiased(corruption)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

@@ -20,19 +20,20 @@ Shapes: B batch, C channels, P pixels, M masked pixels, K positions of the windo
 
 import math
 from itertools import product
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from aezoo import corruptions
 from aezoo.errors import AezooError
-from aezoo.models.classic.dncnn import DnCNN
+from aezoo.models.classic.dncnn import DnCNN, DnCNNArgs
 from aezoo.training.precision import at_least_float32
 
 _MOST_PLACES = 10_000
 
 
-class Noise2Void(DnCNN):
+class Noise2Void(DnCNN, defaults={"residual": False}):
     """Learns from noisy samples alone, by blind spots; metrics compare with the data, or with clean data if known.
 
     Args:
@@ -40,16 +41,9 @@ class Noise2Void(DnCNN):
         corruption: none for data that are already noisy; gaussian:STD and others first add noise to clean data.
         masked: share of pixels that are predicted, at least one per sample; above 0 and at most 0.5.
         radius: largest distance of a neighbour along each axis, in pixels; 2 is a window of 5 x 5.
-        residual: predict the noise, not the clean sample.
         width: features of each layer.
         depth: number of convolutions.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
-        likelihood: how outputs are compared with data: gaussian, gaussian:0.1, gaussian:learned, laplace or logcosh.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `DnCNN`.
     """
 
     offsets_KR: Tensor
@@ -61,31 +55,9 @@ class Noise2Void(DnCNN):
         corruption: str = "none",
         masked: float = 0.02,
         radius: int = 2,
-        residual: bool = False,
-        width: int = 32,
-        depth: int = 8,
-        activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[DnCNNArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            residual=residual,
-            width=width,
-            depth=depth,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         self.grid = self.input_shape[1:]
         pixels, rank = math.prod(self.grid), len(self.grid)
         if pixels < 2:

@@ -7,11 +7,14 @@ Minimises the reconstruction's negative log-likelihood in nats per sample:
 Group normalisation keeps each sample independent of the rest of its batch.
 """
 
+from typing import Unpack
+
 from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
+from aezoo.training.arguments import TrainingArgs
 
 
 class ResNetAE(Autoencoder):
@@ -23,13 +26,7 @@ class ResNetAE(Autoencoder):
         latent_map: the code is a feature map on the grid that the stages leave, instead of a vector.
         hidden_dims: channels of the encoder's stages, each of which halves the grid; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
     def __init__(
@@ -40,23 +37,9 @@ class ResNetAE(Autoencoder):
         latent_map: bool = False,
         hidden_dims: tuple[int, ...] = (32, 64),
         activation: str = "silu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         self.code_shape = (latent_dim,)

@@ -20,13 +20,13 @@ Shapes: B batch, D bits, X data dimensions.
 """
 
 import math
-from typing import cast
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
-from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 from aezoo.quantisers.estimators import ste
 
@@ -48,25 +48,15 @@ class VisibleBias(nn.Module):
         return params + self.b_X
 
 
-class SemanticHashAE(Autoencoder):
+class SemanticHashAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
     """A binary code: similar samples have codes at a small Hamming distance.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, number of bits.
         binarisation: how training makes the code's units binary: noise or improved.
         noise_std: s, standard deviation of the noise before the sigmoid.
         data_init: start the bias of each output from the first batch of training.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     decoder: nn.Sequential
@@ -79,26 +69,9 @@ class SemanticHashAE(Autoencoder):
         binarisation: str = "noise",
         noise_std: float = 4.0,
         data_init: bool = True,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (256,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         if binarisation not in BINARISATIONS:
@@ -107,8 +80,8 @@ class SemanticHashAE(Autoencoder):
             raise AezooError(f"noise_std must be at least 0 and finite, got {noise_std}")
         self.binarisation, self.noise_std = binarisation, noise_std
         self.code_shape = (latent_dim,)
-        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
-        decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.encoder = self.build_encoder(self.code_shape)
+        decoder = self.build_decoder(self.code_shape)
         self.decoder = nn.Sequential(decoder, VisibleBias(self.input_shape))
         if data_init:
             self.enable_data_init()

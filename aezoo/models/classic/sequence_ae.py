@@ -17,18 +17,19 @@ has D slices and (D,) has D steps of one value. The weights of both networks, `a
 Shapes: B batch, L steps of the shape, F values of a step, D code.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from aezoo import nets
-from aezoo.autoencoder import Autoencoder
+from aezoo.bases.network import FixedLikelihoodArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 from aezoo.nets.lstm import FromSteps, Steps
 
 _NETS = ("lstm", "transformer")
 
 
-class SequenceAE(Autoencoder):
+class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm", "hidden_dims": (64,)}):
     """Encodes a sequence step by step into a vector and decodes it again, for any length up to the shape's.
 
     Args:
@@ -40,41 +41,21 @@ class SequenceAE(Autoencoder):
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, where the network has none.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
             gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        net: str = "lstm",
         pad_value: float | None = None,
         latent_dim: int = 32,
-        hidden_dims: tuple[int, ...] = (64,),
-        activation: str = "relu",
         likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[FixedLikelihoodArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
-        if net not in _NETS:
-            raise AezooError(f"net must be {' or '.join(_NETS)}, got {net!r}")
+        super().__init__(input_shape, likelihood=likelihood, **kwargs)
+        if self.net not in _NETS:
+            raise AezooError(f"net must be {' or '.join(_NETS)}, got {self.net!r}")
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         if pad_value is not None and self.likelihood.unit_interval and not 0 <= pad_value <= 1:
@@ -82,8 +63,8 @@ class SequenceAE(Autoencoder):
                              "or take likelihood='gaussian'")  # fmt: skip
         self.pad_value = pad_value
         self.code_shape = (latent_dim + (pad_value is not None),)
-        self.encoder = nets.encoder(net, self.input_shape, (latent_dim,), hidden_dims, activation)
-        self.decoder = nets.decoder(net, (latent_dim,), self.input_shape, hidden_dims[::-1], activation)
+        self.encoder = self.build_encoder((latent_dim,))
+        self.decoder = self.build_decoder((latent_dim,))
         self.to_steps, self.from_steps = Steps(), FromSteps(self.input_shape)
 
     def lengths(self, x: Tensor) -> Tensor | None:

@@ -16,7 +16,7 @@ Shapes: B batch, N layers, including the code.
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.distributions import likelihoods
 from aezoo.errors import AezooError
 from aezoo.speed.linear import Linear
+from aezoo.training.arguments import TrainingArgs
 from aezoo.training.optimizers import known_steps
 
 
@@ -43,13 +44,7 @@ class StackedDAE(Autoencoder):
         hidden_dims: widths of the layers before it; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, after every layer;
             sigmoid in the paper.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
     encoder: nn.Sequential
@@ -64,23 +59,9 @@ class StackedDAE(Autoencoder):
         latent_dim: int = 32,
         hidden_dims: tuple[int, ...] = (256, 128),
         activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         if any(width < 1 for width in hidden_dims):

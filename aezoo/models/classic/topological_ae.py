@@ -16,14 +16,14 @@ Shapes: B batch on this rank, N samples on all ranks, E = N - 1 edges, X data di
 """
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.distributions import divergences
 from aezoo.errors import AezooError
 
@@ -58,26 +58,14 @@ def _(a_NN: Tensor) -> Tensor:
     return a_NN.new_empty((a_NN.shape[0] - 1, 2), dtype=torch.long)
 
 
-class TopologicalAE(Autoencoder):
+class TopologicalAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}, compares_samples=True):
     """Codes with the connectivity of the samples; a larger batch shows more of the data's shape.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         topology: lambda, weight of the topological term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
-
-    compares_samples = True
 
     def __init__(
         self,
@@ -85,26 +73,9 @@ class TopologicalAE(Autoencoder):
         *,
         latent_dim: int = 16,
         topology: float = 500.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (256,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         if not 0 <= topology < math.inf:
@@ -112,8 +83,8 @@ class TopologicalAE(Autoencoder):
         self.topology = topology
         self.code_shape = (latent_dim,)
         self.log_unit = nn.Parameter(torch.zeros(()))
-        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.encoder = self.build_encoder(self.code_shape)
+        self.decoder = self.build_decoder(self.code_shape)
 
     @staticmethod
     def signature_loss(x_NX: Tensor, z_ND: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:

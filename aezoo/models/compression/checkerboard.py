@@ -13,12 +13,15 @@ in nats per sample, C channels of x; in training noise replaces rounding, as in 
 Shapes: B batch, M channels of the code, N of the side information, T places.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
 from aezoo.bases.entropy_coded import Coder
 from aezoo.errors import AezooError
 from aezoo.models.compression.mean_scale_hyperprior import MeanScaleHyperprior
+from aezoo.models.compression.scale_hyperprior import ScaleHyperpriorArgs
 from aezoo.nets.blocks.context import Context, tap_offsets
 
 
@@ -27,70 +30,30 @@ class Checkerboard(MeanScaleHyperprior):
 
     Args:
         input_shape: shape of one sample, (C, L), (C, H, W) or (C, D, H, W).
-        latent_dim: M, channels of the code.
-        lam: weight of the distortion.
-        hyper_dim: N, channels of the side information.
         hyper_hidden_dims: channels of the stages between y and z; mirrored on the way back.
         reach: number of places that W sees to each side.
         net: gdn, conv, resnet, convnext, unet, dc, vit or mixer.
         hidden_dims: channels of the encoder's stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers;
             of net gdn, between those of the side information alone.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `MeanScaleHyperprior`.
     """
 
     anchors: Tensor
     others: Tensor
 
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 32,
-        lam: float = 0.01,
-        hyper_dim: int = 16,
-        hyper_hidden_dims: tuple[int, ...] = (64,),
-        reach: int = 2,
-        net: str = "gdn",
-        hidden_dims: tuple[int, ...] = (64, 64),
-        activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            lam=lam,
-            hyper_dim=hyper_dim,
-            hyper_hidden_dims=hyper_hidden_dims,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+    def __init__(self, input_shape: tuple[int, ...], *, reach: int = 2, **kwargs: Unpack[ScaleHyperpriorArgs]) -> None:
+        super().__init__(input_shape, **kwargs)
+        self.reach = reach
         self.grid = self.code_shape[1:]
         if not self.grid:
-            raise AezooError(f"net {net!r} gives a code without places: take gdn or conv, or mean_scale_hyperprior")
+            raise AezooError(
+                f"net {self.net!r} gives a code without places: take gdn or conv, or mean_scale_hyperprior"
+            )
         colour = torch.stack(torch.meshgrid(*map(torch.arange, self.grid), indexing="ij")).sum(0).flatten() % 2
         for name, number in (("anchors", 0), ("others", 1)):
             self.register_buffer(name, (colour == number).nonzero()[:, 0], persistent=False)
-        self.contexts = nn.ModuleList([Context(latent_dim, 2 * latent_dim, self.kernel_mask(reach))])
+        self.contexts = nn.ModuleList([Context(self.latent_dim, 2 * self.latent_dim, self.kernel_mask(reach))])
 
     def kernel_mask(self, reach: int) -> Tensor:
         """The taps of a kernel that lie on the other colour, (2 reach + 1, ...), bool."""

@@ -21,6 +21,8 @@ Shapes: B batch, K Gaussians of a mixture, M channels of the code, N of the side
 a map, R grid dimensions.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,7 @@ from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, grids, head, rank_of
 from aezoo.nets.dc import shuffle
 from aezoo.nets.gdn import GDN
+from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
 
@@ -161,74 +164,44 @@ class Decoder(nn.Sequential):
         super().__init__(*layers)
 
 
-class Cheng2020(JointARHyperprior):
+class Cheng2020Args(TrainingArgs, total=False):
+    """Arguments of `JointARHyperprior` that leave the kind of network open."""
+
+    lam: float
+    hyper_dim: int
+    hyper_hidden_dims: tuple[int, ...]
+    reach: int
+    latent_dim: int
+    hidden_dims: tuple[int, ...]
+    activation: str
+
+
+class Cheng2020(JointARHyperprior, defaults={"activation": "leaky_relu"}):
     """Rounded codes; side information and earlier places give a mixture of Gaussians for each number.
 
     Args:
-        input_shape: shape of one sample, (C, L), (C, H, W) or (C, D, H, W).
-        latent_dim: M, channels of the code.
         mixtures: K, Gaussians in the distribution of a number.
         attention: whether to use attention in the middle of the stages and at the code.
-        lam: weight of the distortion.
-        hyper_dim: N, channels of the side information.
-        hyper_hidden_dims: channels of the stages between y and z; mirrored on the way back.
-        reach: number of places that W sees to each side.
-        hidden_dims: channels of the encoder's stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `JointARHyperprior`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 32,
         mixtures: int = 3,
         attention: bool = True,
-        lam: float = 0.01,
-        hyper_dim: int = 16,
-        hyper_hidden_dims: tuple[int, ...] = (64,),
-        reach: int = 2,
-        hidden_dims: tuple[int, ...] = (64, 64),
-        activation: str = "leaky_relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[Cheng2020Args],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            lam=lam,
-            hyper_dim=hyper_dim,
-            hyper_hidden_dims=hyper_hidden_dims,
-            reach=reach,
-            net="gdn",
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, net="gdn", **kwargs)
         at_least(1, mixtures=mixtures)
         self.mixtures, code = mixtures, self.code_shape
         # these replace the encoder and decoder of net gdn, with the same grids
-        self.encoder = Encoder(self.input_shape, code, hidden_dims, activation, attention)
-        self.decoder = Decoder(code, self.input_shape, hidden_dims[::-1], activation, attention)
+        self.encoder = Encoder(self.input_shape, code, self.hidden_dims, self.activation, attention)
+        self.decoder = Decoder(code, self.input_shape, self.hidden_dims[::-1], self.activation, attention)
         if mixtures > 1:
-            self.context = Context(latent_dim, 2 * latent_dim, self.context.kernel_mask, 3 * mixtures)
+            self.context = Context(self.latent_dim, 2 * self.latent_dim, self.context.kernel_mask, 3 * mixtures)
 
     def distribution(self, *numbers: Tensor) -> Distribution:
         if self.mixtures == 1:

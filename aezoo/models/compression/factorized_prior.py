@@ -15,57 +15,39 @@ The prior is that of Ballé et al. 2018, https://arxiv.org/abs/1802.01436, appen
 Shapes: B batch, M channels of the code.
 """
 
+from typing import Unpack
+
 from torch import Tensor
 
 from aezoo.bases.entropy_coded import AdditiveNoise, Coder, EntropyCoded, Factorised, Rounding, Table
+from aezoo.bases.network import LatentArgs, NetworkArgs, NetworkAutoencoder
 
 
-class FactorizedPrior(EntropyCoded):
+class FactorizedPriorArgs(LatentArgs, total=False):
+    """Arguments of `FactorizedPrior`."""
+
+    lam: float
+
+
+class FactorizedPrior(
+    EntropyCoded, NetworkAutoencoder, defaults={"net": "gdn", "hidden_dims": (64, 64), "likelihood": "gaussian"}
+):
     """Rounded codes with a learned distribution for each channel.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: M, channels of the code.
         lam: weight of the distortion.
         net: gdn, conv, resnet, convnext, conv_keras, unet, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 32,
-        lam: float = 0.01,
-        net: str = "gdn",
-        hidden_dims: tuple[int, ...] = (64, 64),
-        activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, latent_dim: int = 32, lam: float = 0.01, **kwargs: Unpack[NetworkArgs]
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
-        self.build_nets(net, latent_dim, hidden_dims, activation, lam)
+        super().__init__(input_shape, **kwargs)
+        self.latent_dim = latent_dim
+        self.build_nets(self.net, latent_dim, self.hidden_dims, self.activation, lam)
         self.density = Factorised(latent_dim)
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:

@@ -20,6 +20,7 @@ Shapes: B batch, S qualities, M channels of the code, N of the side information.
 
 import math
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -28,28 +29,16 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.entropy_coded import AdditiveNoise, Coder
 from aezoo.errors import AezooError
 from aezoo.models.compression.mean_scale_hyperprior import MeanScaleHyperprior
+from aezoo.models.compression.scale_hyperprior import HyperArgs
 
 
 class GainedHyperprior(MeanScaleHyperprior):
     """Rounded codes, Gaussian with means and scales from side information; a quality sets the step size.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: M, channels of the code.
         lams: weights of the distortion in increasing order, one for each quality.
-        hyper_dim: N, channels of the side information.
-        hyper_hidden_dims: channels of the stages between y and z (net mlp: widths of layers); mirrored on the way back.
-        net: gdn, conv, resnet, convnext, conv_keras, unet, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers;
-            of net gdn, between those of the side information alone.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `MeanScaleHyperprior`.
     """
 
     def __init__(
@@ -58,37 +47,11 @@ class GainedHyperprior(MeanScaleHyperprior):
         *,
         latent_dim: int = 32,
         lams: tuple[float, ...] = (0.0018, 0.0067, 0.025, 0.0932),
-        hyper_dim: int = 16,
-        hyper_hidden_dims: tuple[int, ...] = (64,),
-        net: str = "gdn",
-        hidden_dims: tuple[int, ...] = (64, 64),
-        activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[HyperArgs],
     ) -> None:
         if not lams or not all(0 < lam < math.inf for lam in lams) or list(lams) != sorted(lams):
             raise AezooError(f"lams must be numbers above 0 that rise, as in (0.002, 0.008), got {tuple(lams)}")
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            lam=lams[-1],
-            hyper_dim=hyper_dim,
-            hyper_hidden_dims=hyper_hidden_dims,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, latent_dim=latent_dim, lam=lams[-1], **kwargs)
         self._weights = [self.weight / lams[-1] * lam for lam in lams]
         log_gain_S = torch.tensor([math.log(lam) / 2 for lam in lams])
         log_gain_SM = (log_gain_S - log_gain_S.mean())[:, None].repeat(1, latent_dim)

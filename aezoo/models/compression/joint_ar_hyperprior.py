@@ -13,7 +13,7 @@ Shapes: B batch, M channels of the code, N of the side information, T places.
 """
 
 import itertools
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.entropy_coded import AdditiveNoise, Coder
 from aezoo.errors import AezooError
 from aezoo.models.compression.mean_scale_hyperprior import MeanScaleHyperprior
+from aezoo.models.compression.scale_hyperprior import ScaleHyperpriorArgs
 from aezoo.nets.blocks.context import Context, tap_offsets
 
 Index = tuple[Any, ...]
@@ -33,66 +34,25 @@ class JointARHyperprior(MeanScaleHyperprior):
 
     Args:
         input_shape: shape of one sample, (C, L), (C, H, W) or (C, D, H, W).
-        latent_dim: M, channels of the code.
-        lam: weight of the distortion.
-        hyper_dim: N, channels of the side information.
         hyper_hidden_dims: channels of the stages between y and z; mirrored on the way back.
         reach: number of places that W sees to each side.
         net: gdn, conv, resnet, convnext, unet, dc, vit or mixer.
         hidden_dims: channels of the encoder's stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers;
             of net gdn, between those of the side information alone.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `MeanScaleHyperprior`.
     """
 
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 32,
-        lam: float = 0.01,
-        hyper_dim: int = 16,
-        hyper_hidden_dims: tuple[int, ...] = (64,),
-        reach: int = 2,
-        net: str = "gdn",
-        hidden_dims: tuple[int, ...] = (64, 64),
-        activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            lam=lam,
-            hyper_dim=hyper_dim,
-            hyper_hidden_dims=hyper_hidden_dims,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+    def __init__(self, input_shape: tuple[int, ...], *, reach: int = 2, **kwargs: Unpack[ScaleHyperpriorArgs]) -> None:
+        super().__init__(input_shape, **kwargs)
         self.grid = self.code_shape[1:]
         if not self.grid:
-            raise AezooError(f"net {net!r} gives a code without places: take gdn or conv, or mean_scale_hyperprior")
+            raise AezooError(
+                f"net {self.net!r} gives a code without places: take gdn or conv, or mean_scale_hyperprior"
+            )
         kernel = tap_offsets(reach, len(self.grid))[0]
         before = torch.arange(kernel.numel()).view_as(kernel) < kernel.numel() // 2
-        self.context = Context(latent_dim, 2 * latent_dim, before)
+        self.context = Context(self.latent_dim, 2 * self.latent_dim, before)
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         said = self.said(coder, y, n)

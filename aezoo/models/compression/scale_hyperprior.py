@@ -13,7 +13,7 @@ in nats per sample, C channels of x; in training noise replaces rounding, as in 
 Shapes: B batch, M channels of the code, N of the side information.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -21,30 +21,31 @@ from torch import Tensor
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.entropy_coded import Coder, Distribution, Factorised, Gaussians, Table, gaussian_tables, scale_of
-from aezoo.models.compression.factorized_prior import FactorizedPrior
+from aezoo.bases.network import NetworkArgs
+from aezoo.models.compression.factorized_prior import FactorizedPrior, FactorizedPriorArgs
 from aezoo.training.limits import at_least
+
+
+class HyperArgs(NetworkArgs, total=False):
+    """Arguments of the hyperprior and of its networks."""
+
+    hyper_dim: int
+    hyper_hidden_dims: tuple[int, ...]
+
+
+class ScaleHyperpriorArgs(FactorizedPriorArgs, HyperArgs, total=False):
+    """Arguments of `ScaleHyperprior`."""
 
 
 class ScaleHyperprior(FactorizedPrior):
     """Rounded codes, Gaussian with scales from side information.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: M, channels of the code.
-        lam: weight of the distortion.
         hyper_dim: N, channels of the side information.
         hyper_hidden_dims: channels of the stages between y and z (net mlp: widths of layers); mirrored on the way back.
-        net: gdn, conv, resnet, convnext, conv_keras, unet, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers;
             of net gdn, between those of the side information alone.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `FactorizedPrior`.
     """
 
     per_channel: ClassVar[int] = 1  # parameters that the side information gives for each channel of the code
@@ -53,43 +54,19 @@ class ScaleHyperprior(FactorizedPrior):
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 32,
-        lam: float = 0.01,
         hyper_dim: int = 16,
         hyper_hidden_dims: tuple[int, ...] = (64,),
-        net: str = "gdn",
-        hidden_dims: tuple[int, ...] = (64, 64),
-        activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[FactorizedPriorArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            lam=lam,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(1, hyper_dim=hyper_dim)
         self.z_shape: tuple[int, ...] = (hyper_dim,)
         hyper_net = "mlp"
         if len(self.code_shape) > 1:
             hyper_net, self.z_shape = "conv", nets.map_shape("conv", self.code_shape, hyper_hidden_dims, hyper_dim)
-        said = (self.per_channel * latent_dim, *self.code_shape[1:])
-        self.hyper_encoder = nets.encoder(hyper_net, self.code_shape, self.z_shape, hyper_hidden_dims, activation)
-        self.hyper_decoder = nets.decoder(hyper_net, self.z_shape, said, hyper_hidden_dims[::-1], activation)
+        said = (self.per_channel * self.latent_dim, *self.code_shape[1:])
+        self.hyper_encoder = nets.encoder(hyper_net, self.code_shape, self.z_shape, hyper_hidden_dims, self.activation)
+        self.hyper_decoder = nets.decoder(hyper_net, self.z_shape, said, hyper_hidden_dims[::-1], self.activation)
         self.density = Factorised(hyper_dim)  # of z; y has none of its own
 
     def side(self, y: Tensor) -> Tensor:

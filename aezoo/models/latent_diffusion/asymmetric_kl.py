@@ -13,7 +13,7 @@ Shapes: B batch, C channels, N patches.
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.errors import AezooError
-from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL
+from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL, AutoencoderKLArgs
 from aezoo.nets import vit
 from aezoo.nets.conv import CONVS, grids
 
@@ -57,68 +57,34 @@ class AsymmetricKL(AutoencoderKL):
     """A Gaussian feature map with a large decoder that keeps the visible part of an image.
 
     Args:
-        input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
-        latent_dim: C, channels of the code.
-        beta: weight of the KL term.
         decoder_dims: channels of the decoder's stages, from the code outwards. Empty: 3/2 of hidden_dims, mirrored.
         full_mask: share of training images of which the decoder sees nothing.
-        features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
-        perceptual_weight: w_P.
-        discriminator_weight: w_D.
         discriminator_start: optimiser steps before the discriminator counts.
-        discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
-        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
         net: resnet, conv, convnext, conv_keras, unet or dc; also for each stage of the decoder.
         hidden_dims: channels of the encoder's stages.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
-        likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.
-        lr: learning rate of encoder and decoder.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `AutoencoderKL`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 4,
-        beta: float = 1e-6,
         decoder_dims: tuple[int, ...] = (),
         full_mask: float = 0.5,
-        features: str = "random",
-        perceptual_weight: float = 1.0,
-        discriminator_weight: float = 0.5,
-        discriminator_start: int = 0,
-        discriminator_dims: tuple[int, ...] = (),
-        discriminator_lr: float = 1e-4,
-        net: str = "resnet",
-        hidden_dims: tuple[int, ...] = (32, 64),
-        activation: str = "silu",
-        likelihood: str = "laplace:learned",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[AutoencoderKLArgs],
     ) -> None:
-        if net in ("gdn", "vit", "mixer"):  # gdn is linear with one stage, and the others have their own grid
-            raise AezooError(f"net {net!r} cannot decode stage by stage: take resnet, conv, convnext, unet or dc")
+        super().__init__(input_shape, **kwargs)
+        if self.net in ("gdn", "vit", "mixer"):  # gdn is linear with one stage, and the others have their own grid
+            raise AezooError(f"net {self.net!r} cannot decode stage by stage: take resnet, conv, convnext, unet or dc")
         if not 0 <= full_mask <= 1:
             raise AezooError(f"full_mask must be from 0 to 1, got {full_mask}")
-        if decoder_dims and (len(decoder_dims) != len(hidden_dims) or min(decoder_dims) < 1):
-            raise AezooError(f"decoder_dims must be as many widths as hidden_dims {hidden_dims}, got {decoder_dims}")
-        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
-        how |= {"discriminator_weight": discriminator_weight, "discriminator_start": discriminator_start, "beta": beta}
-        how |= {"discriminator_dims": discriminator_dims, "discriminator_lr": discriminator_lr, "features": features}
-        how |= {"perceptual_weight": perceptual_weight, "hidden_dims": hidden_dims, "activation": activation}
-        how |= {"net": net, "likelihood": likelihood, "lr": lr, "weight_decay": weight_decay}
-        super().__init__(input_shape, latent_dim=latent_dim, **how)
-        self.save_hyperparameters()
+        if decoder_dims and (len(decoder_dims) != len(self.hidden_dims) or min(decoder_dims) < 1):
+            raise AezooError(
+                f"decoder_dims must be as many widths as hidden_dims {self.hidden_dims}, got {decoder_dims}"
+            )
         self.full_mask, self.patchify = full_mask, vit.Patchify((1, *self.input_shape[1:]))
-        dims = tuple(decoder_dims) or tuple(3 * width // 2 for width in hidden_dims[::-1])
-        self.decoder = SightedDecoder(net, self.code_shape, self.input_shape, dims, activation)
+        dims = tuple(decoder_dims) or tuple(3 * width // 2 for width in self.hidden_dims[::-1])
+        self.decoder = SightedDecoder(self.net, self.code_shape, self.input_shape, dims, self.activation)
 
     def decoder_inputs(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         return (x, z, x, self.visible(x)) if self.training else (x, z)

@@ -18,20 +18,36 @@ rescales draws by it.
 Shapes: B batch, C channels of a code, K importance samples, D all values of a code.
 """
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from aezoo import nets
+from aezoo.bases.network import NetworkArgs
 from aezoo.bases.perceptual_adversarial import PerceptualAdversarial
 from aezoo.distributions import gaussians
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.channel_stats import Standardiser
 from aezoo.training.limits import at_least
 
 
-class AutoencoderKL(PerceptualAdversarial, VAE):
+class AutoencoderKLArgs(VAEArgs, total=False):
+    """Arguments of `AutoencoderKL`."""
+
+    features: str
+    perceptual_weight: float
+    discriminator_weight: float
+    discriminator_start: int
+    discriminator_dims: tuple[int, ...]
+    discriminator_lr: float
+
+
+class AutoencoderKL(
+    PerceptualAdversarial,
+    VAE,
+    defaults={"net": "resnet", "hidden_dims": (32, 64), "activation": "silu", "likelihood": "laplace:learned"},
+):
     """A Gaussian feature map with a small KL weight, and a perceptual and an adversarial loss for sharp outputs.
 
     Args:
@@ -49,10 +65,7 @@ class AutoencoderKL(PerceptualAdversarial, VAE):
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.
         lr: learning rate of encoder and decoder.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
     def __init__(
@@ -67,27 +80,20 @@ class AutoencoderKL(PerceptualAdversarial, VAE):
         discriminator_start: int = 0,
         discriminator_dims: tuple[int, ...] = (),
         discriminator_lr: float = 1e-4,
-        net: str = "resnet",
-        hidden_dims: tuple[int, ...] = (32, 64),
-        activation: str = "silu",
-        likelihood: str = "laplace:learned",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
         # skip the VAE's constructor, which would build nets for a vector
-        super(VAE, self).__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
-        self.save_hyperparameters()
+        super(VAE, self).__init__(input_shape, **kwargs)
+        self.latent_dim = latent_dim
         at_least(1, latent_dim=latent_dim)
         at_least(0, beta=beta)
         self.beta, self.capacity = beta, 0.0
-        self.code_shape, both = (nets.map_shape(net, self.input_shape, hidden_dims, n * latent_dim) for n in (1, 2))
-        self.encoder = nets.encoder(net, self.input_shape, both, hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
-        dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
+        self.code_shape, both = (
+            nets.map_shape(self.net, self.input_shape, self.hidden_dims, n * latent_dim) for n in (1, 2)
+        )
+        self.encoder = self.build_encoder(both)
+        self.decoder = self.build_decoder(self.code_shape)
+        dims = tuple(discriminator_dims) or tuple(self.hidden_dims) or (64,)
         self.build_losses(
             features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr
         )

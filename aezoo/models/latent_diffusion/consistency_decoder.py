@@ -21,13 +21,14 @@ Shapes: B batch, X data dimensions.
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import FixedLikelihoodArgs, NetworkAutoencoder
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
@@ -128,7 +129,9 @@ class ConsistencyDecoder(nn.Module):
         return self.f(x, x.new_full([1] * x.ndim, self.sigma_max), z).to(z.dtype)
 
 
-class ConsistencyDecoderAE(Autoencoder):
+class ConsistencyDecoderAE(
+    NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (16, 32), "activation": "silu"}
+):
     """A feature map as code, decoded in one step by a model that learns to remove any noise.
 
     Args:
@@ -144,11 +147,7 @@ class ConsistencyDecoderAE(Autoencoder):
         net: of the encoder: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
         hidden_dims: channels of the encoder's stages; the decoder's U-Net has as many.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     decoder: ConsistencyDecoder
@@ -165,18 +164,9 @@ class ConsistencyDecoderAE(Autoencoder):
         start_noise_levels: int = 10,
         noise_levels: int = 40,
         level_steps: int = 1000,
-        net: str = "resnet",
-        hidden_dims: tuple[int, ...] = (16, 32),
-        activation: str = "silu",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[FixedLikelihoodArgs],
     ) -> None:
-        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
-        super().__init__(input_shape, likelihood="gaussian", lr=lr, weight_decay=weight_decay, **how)
-        self.save_hyperparameters()
+        super().__init__(input_shape, likelihood="gaussian", **kwargs)
         at_least(1, latent_dim=latent_dim)
         at_least(0, nll_weight=nll_weight, level_steps=level_steps)
         if not 1e-4 <= sigma_min < sigma_max <= 1e4 or not 1e-4 <= sigma_data <= 1e4:
@@ -185,9 +175,9 @@ class ConsistencyDecoderAE(Autoencoder):
             raise AezooError(f"noise_levels must rise, from 1 to 10000: got {start_noise_levels} to {noise_levels}")
         self.nll_weight, self.level_steps = nll_weight, level_steps
         self.start_noise_levels, self.noise_levels = start_noise_levels, noise_levels
-        self.code_shape = nets.map_shape(net, self.input_shape, hidden_dims, latent_dim)
-        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
-        F = Denoiser(self.input_shape, latent_dim, hidden_dims, activation)
+        self.code_shape = nets.map_shape(self.net, self.input_shape, self.hidden_dims, latent_dim)
+        self.encoder = self.build_encoder(self.code_shape)
+        F = Denoiser(self.input_shape, latent_dim, self.hidden_dims, self.activation)
         self.decoder = ConsistencyDecoder(F, self.input_shape, sigma_min, sigma_max, sigma_data)
         self.enable_step_counter()
 

@@ -15,7 +15,7 @@ Shapes: B batch, D channels of a code, (H, W) its places.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from aezoo.distributions import gaussians
 from aezoo.distributions.likelihoods import Gaussian, Laplace, LogCosh
 from aezoo.errors import AezooError
 from aezoo.nets.blocks import diffusers
+from aezoo.training.arguments import OptimizerArgs
 from aezoo.training.limits import at_least
 
 
@@ -39,11 +40,7 @@ class DiffusersAE(Autoencoder):
         beta: weight of the KL term, for a Gaussian code.
         commitment: w_C, for VQModel.
         likelihood: how outputs are compared with data, see vae; for a pretrained model gaussian, laplace or logcosh.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
     encoder: diffusers.Encoding
@@ -59,15 +56,9 @@ class DiffusersAE(Autoencoder):
         beta: float = 1e-6,
         commitment: float = 0.25,
         likelihood: str = "laplace:learned",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[OptimizerArgs],
     ) -> None:
-        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
-        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
-        self.save_hyperparameters()
+        super().__init__(input_shape, likelihood=likelihood, **kwargs)
         at_least(0, beta=beta, commitment=commitment)
         if len(self.input_shape) != 3:
             raise AezooError(f"diffusers_ae takes images, (C, H, W), got {self.input_shape}")

@@ -15,94 +15,41 @@ a step is a sum over the values of tau x.
 Shapes: B batch, C channels.
 """
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from aezoo.errors import AezooError
-from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL
+from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL, AutoencoderKLArgs
 from aezoo.nets.conv import grids
 
 
-class EQVAE(AutoencoderKL):
+class EQVAE(AutoencoderKL, steps_differ=True):
     """A Gaussian feature map that rotates and shrinks with its image.
 
     Args:
         input_shape: (C, H, W), of any size.
-        latent_dim: C, channels of the code.
-        beta: weight of the KL term.
         equivariance: p, share of steps that compare a rotated, shrunken image with the decoding of its code under tau.
         features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights.
-        perceptual_weight: w_P.
-        discriminator_weight: w_D.
         discriminator_start: optimiser steps before the discriminator counts.
-        discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
-        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
         net: resnet, conv, convnext, conv_keras, gdn or dc.
-        hidden_dims: channels of the encoder's stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
-        likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.
-        lr: learning rate of encoder and decoder.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `AutoencoderKL`.
     """
 
-    steps_differ = True
-
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 4,
-        beta: float = 1e-6,
-        equivariance: float = 0.5,
-        features: str = "random",
-        perceptual_weight: float = 1.0,
-        discriminator_weight: float = 0.5,
-        discriminator_start: int = 0,
-        discriminator_dims: tuple[int, ...] = (),
-        discriminator_lr: float = 1e-4,
-        net: str = "resnet",
-        hidden_dims: tuple[int, ...] = (32, 64),
-        activation: str = "silu",
-        likelihood: str = "laplace:learned",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, equivariance: float = 0.5, **kwargs: Unpack[AutoencoderKLArgs]
     ) -> None:
         if len(input_shape) != 3:
             raise AezooError(f"eq_vae turns images (C, H, W), got {tuple(input_shape)}: take autoencoder_kl")
-        if net in ("unet", "vit", "mixer"):
-            raise AezooError(f"net {net!r} decodes maps of one size alone: take resnet, conv, convnext, gdn or dc")
         if not 0 <= equivariance <= 1:
             raise AezooError(f"equivariance must be from 0 to 1, got {equivariance}")
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            features=features,
-            perceptual_weight=perceptual_weight,
-            discriminator_weight=discriminator_weight,
-            discriminator_start=discriminator_start,
-            discriminator_dims=discriminator_dims,
-            discriminator_lr=discriminator_lr,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
+        if self.net in ("unet", "vit", "mixer"):
+            raise AezooError(f"net {self.net!r} decodes maps of one size alone: take resnet, conv, convnext, gdn or dc")
         self.equivariance = equivariance
-        self.larger_grids = grids(self.input_shape, len(hidden_dims))[-2::-1]
+        self.larger_grids = grids(self.input_shape, len(self.hidden_dims))[-2::-1]
 
     # a compiled graph has one size only
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -17,7 +17,7 @@ decoding does not. Without a teacher, f is a vision transformer with fixed rando
 model, the regularised autoencoder of 2020. Shapes: B batch, C channels.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,11 @@ from aezoo.nets import vit
 from aezoo.nets.blocks.channel_stats import Standardiser
 from aezoo.nets.conv import head
 from aezoo.speed.linear import Linear
+from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
 
-class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder):
+class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder, defaults={"likelihood": "laplace"}):
     """A decoder for the codes of a frozen encoder.
 
     Args:
@@ -52,10 +53,7 @@ class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder):
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, within a block.
         likelihood: how outputs are compared with data, see vae; laplace is the paper's absolute error.
         lr: learning rate of the decoder.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
     shape_arguments = "code_shape"
@@ -76,17 +74,10 @@ class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder):
         width: int = 64,
         depth: int = 4,
         activation: str = "gelu",
-        likelihood: str = "laplace",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
-        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
+        super().__init__(input_shape, **kwargs)
         teacher = teacher_path(teacher)
-        self.save_hyperparameters()
         at_least(1, width=width, depth=depth)
         at_least(0, tau=tau)
         if len(code_shape) not in (0, 1, len(self.input_shape)) or any(int(n) != n or n < 1 for n in code_shape):

@@ -15,7 +15,7 @@ whose decoder was also trained against a discriminator. Shapes: B batch.
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.distillation import DistilledAutoencoder, teacher_path
 from aezoo.nets.conv import CONVS, grids
+from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
 
@@ -47,7 +48,7 @@ class Block(nn.Module):
         return x
 
 
-class TAESD(DistilledAutoencoder):
+class TAESD(DistilledAutoencoder, defaults={"likelihood": "gaussian"}):
     """A small deterministic autoencoder that learns codes and images of a larger one.
 
     Args:
@@ -57,11 +58,7 @@ class TAESD(DistilledAutoencoder):
         hidden_dims: channels of the encoder's stages, the decoder mirrors them; (64, 64, 64) in the original.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data, see vae; with gaussian they are the image, as in the original.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
     shape_arguments = "latent_dim and hidden_dims"
@@ -74,17 +71,10 @@ class TAESD(DistilledAutoencoder):
         teacher: str = "none",
         hidden_dims: tuple[int, ...] = (16, 32),
         activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
-        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
+        super().__init__(input_shape, **kwargs)
         teacher = teacher_path(teacher)
-        self.save_hyperparameters()
         at_least(1, latent_dim=latent_dim)
         self.teacher, self.code_shape = teacher, nets.map_shape("conv", self.input_shape, hidden_dims, latent_dim)
         channels, conv = self.input_shape[0], CONVS[len(self.input_shape) - 1]

@@ -15,13 +15,15 @@ https://github.com/hustvl/LightningDiT, which has the margins in its last epochs
 Shapes: B batch, C channels, F channels of features, P places.
 """
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
-from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL
+from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL, AutoencoderKLArgs
 from aezoo.nets.blocks import adversarial
 from aezoo.nets.blocks.adversarial import gradient_only, value_and_grad
 from aezoo.nets.blocks.features import FeatureDistance
@@ -33,83 +35,30 @@ class VAVAE(AutoencoderKL):
     """A Gaussian feature map that resembles the features of a frozen network.
 
     Args:
-        input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
-        latent_dim: C, channels of the code.
-        beta: weight of the KL term.
         foundation: network whose features the codes should resemble: random, vgg16, vgg19 or a .pth file's.
         alignment_weight: w_A.
         cosine_margin: m_c, tolerated distance of a cosine from 1.
         matrix_margin: m_d, tolerated difference between the cosines of two places.
-        features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
-        perceptual_weight: w_P.
-        discriminator_weight: w_D.
-        discriminator_start: optimiser steps before the discriminator counts; 50001 in the authors' settings.
-        discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
-        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
-        hidden_dims: channels of the encoder's stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
-        likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.
-        lr: learning rate of encoder and decoder.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `AutoencoderKL`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 4,
-        beta: float = 1e-6,
         foundation: str = "random",
         alignment_weight: float = 0.1,
         cosine_margin: float = 0.5,
         matrix_margin: float = 0.25,
-        features: str = "random",
-        perceptual_weight: float = 1.0,
-        discriminator_weight: float = 0.5,
-        discriminator_start: int = 0,
-        discriminator_dims: tuple[int, ...] = (),
-        discriminator_lr: float = 1e-4,
-        net: str = "resnet",
-        hidden_dims: tuple[int, ...] = (32, 64),
-        activation: str = "silu",
-        likelihood: str = "laplace:learned",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[AutoencoderKLArgs],
     ) -> None:
         at_least(0, alignment_weight=alignment_weight, cosine_margin=cosine_margin, matrix_margin=matrix_margin)
         if foundation == "none":
             raise AezooError("foundation must be a network: for none take autoencoder_kl")
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            features=features,
-            perceptual_weight=perceptual_weight,
-            discriminator_weight=discriminator_weight,
-            discriminator_start=discriminator_start,
-            discriminator_dims=discriminator_dims,
-            discriminator_lr=discriminator_lr,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         self.alignment_weight, self.margins = alignment_weight, (cosine_margin, matrix_margin)
         self.foundation = FeatureDistance(foundation, self.input_shape, "foundation")
-        self.projection = CONVS[len(input_shape) - 1](latent_dim, self.foundation.channels, 1, bias=False)
+        self.projection = CONVS[len(input_shape) - 1](self.latent_dim, self.foundation.channels, 1, bias=False)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -19,18 +19,24 @@ loss through its gradient only, and so does L_D, which belongs to the other play
 Shapes: B batch, D channels of a code, K codes.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from aezoo import nets
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.bases.perceptual_adversarial import PerceptualAdversarial
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.vq import VQ
 from aezoo.training.limits import at_least
 
 
-class VQGAN(PerceptualAdversarial, DiscreteAutoencoder):
+class VQGAN(
+    PerceptualAdversarial,
+    DiscreteAutoencoder,
+    NetworkAutoencoder,
+    defaults={"net": "resnet", "hidden_dims": (32, 64), "activation": "silu", "likelihood": "laplace"},
+):
     """A map of codes from one codebook, with a perceptual and an adversarial loss for sharp outputs.
 
     Args:
@@ -55,10 +61,7 @@ class VQGAN(PerceptualAdversarial, DiscreteAutoencoder):
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data, see vq_vae; laplace is the paper's absolute error.
         lr: learning rate of encoder, decoder and codes.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     def __init__(
@@ -80,27 +83,17 @@ class VQGAN(PerceptualAdversarial, DiscreteAutoencoder):
         discriminator_start: int = 0,
         discriminator_dims: tuple[int, ...] = (),
         discriminator_lr: float = 1e-4,
-        net: str = "resnet",
-        hidden_dims: tuple[int, ...] = (32, 64),
-        activation: str = "silu",
-        likelihood: str = "laplace",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
-        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(0, beta=beta)
         at_least(1, codebook_size=codebook_size)
         self.beta = beta
-        nets.map_shape(net, self.input_shape, hidden_dims, 1)  # refuses nets without a grid
-        self.build_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places=1)
+        nets.map_shape(self.net, self.input_shape, self.hidden_dims, 1)  # refuses nets without a grid
+        self.build_nets(self.net, (latent_dim, latent_dim), self.hidden_dims, self.activation, places=1)
         learning: dict[str, Any] = {"update": update, "decay": decay, "dead_below": dead_below}
         self.quantiser = VQ(latent_dim, codebook_size, estimator=estimator, cosine=cosine, **learning)
-        dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
+        dims = tuple(discriminator_dims) or tuple(self.hidden_dims) or (64,)
         self.build_losses(
             features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr
         )

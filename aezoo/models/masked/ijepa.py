@@ -23,7 +23,7 @@ Shapes: B batch, N patches, D width of a token, K blocks.
 
 import copy
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets import vit
 from aezoo.speed.linear import Linear
+from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 from aezoo.training.optimizers import known_steps
 
@@ -131,7 +132,7 @@ class Predictor(nn.Module):
         return found_AND.unflatten(0, asked_BKN.shape[:2])
 
 
-class IJEPA(Autoencoder):
+class IJEPA(Autoencoder, defaults={"likelihood": "gaussian"}):
     """A vision transformer that predicts the codes of patches it does not see, with a decoder as a probe.
 
     Args:
@@ -147,13 +148,7 @@ class IJEPA(Autoencoder):
         decoder_width: size of the decoder's tokens.
         decoder_depth: blocks of the decoder.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
     encoder: Follower
@@ -174,16 +169,9 @@ class IJEPA(Autoencoder):
         decoder_width: int = 32,
         decoder_depth: int = 1,
         activation: str = "gelu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
-        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3:
             raise AezooError(f"ijepa takes images (C, H, W), got {self.input_shape}: take mae, which has no blocks")
         at_least(1, n_targets=n_targets, width=width, depth=depth, predictor_width=predictor_width)

@@ -13,6 +13,8 @@ the tokens at a time and takes each patch from where it was hidden. score likewi
 Shapes: B batch, N patches, P values in a patch, D width of a token, V visible patches, K hidden parts.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets import vit
 from aezoo.speed.linear import Linear
+from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
 
@@ -59,7 +62,7 @@ class LightDecoder(nn.Module):
         return self.patchify.inverse(vit.average_masked(patches_BKNP, self.orders_KN, self.masked))
 
 
-class MAE(Autoencoder):
+class MAE(Autoencoder, defaults={"likelihood": "gaussian"}):
     """A vision transformer that predicts the larger, masked part of a sample.
 
     Args:
@@ -72,13 +75,7 @@ class MAE(Autoencoder):
         decoder_width: size of the decoder's tokens.
         decoder_depth: blocks of the decoder.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
     decoder: LightDecoder
@@ -95,23 +92,9 @@ class MAE(Autoencoder):
         decoder_width: int = 32,
         decoder_depth: int = 1,
         activation: str = "gelu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(1, width=width, depth=depth, decoder_width=decoder_width, decoder_depth=decoder_depth)
         if norm_pix and self.likelihood.unit_interval:
             raise AezooError("norm_pix leaves [0, 1]: take likelihood='gaussian', laplace or logcosh with it")

@@ -18,7 +18,7 @@ Shapes: B batch, P patches, W width within the encoder, D channels of a token, N
 """
 
 import math
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets import vit
 from aezoo.nets.blocks import tokens
+from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
 _DIRECTIONS = 9
@@ -47,7 +48,7 @@ def hog(x: Tensor, patchify: vit.Patchify) -> Tensor:
     return found_BPK.transpose(1, 2).unflatten(2, patchify.grid)
 
 
-class MAETok(Autoencoder):
+class MAETok(Autoencoder, defaults={"likelihood": "gaussian"}):
     """A sequence of tokens from partly masked patches.
 
     Args:
@@ -64,13 +65,7 @@ class MAETok(Autoencoder):
         decoder_depth: blocks of the pixel decoder.
         aux_depth: blocks of the HOG decoder.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
     encoder: tokens.TokenEncoder
@@ -91,16 +86,9 @@ class MAETok(Autoencoder):
         decoder_depth: int = 2,
         aux_depth: int = 1,
         activation: str = "gelu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
-        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3:
             raise AezooError(
                 f"maetok takes images (C, H, W), whose gradients it tells, got {self.input_shape}: take mae"

@@ -15,16 +15,18 @@ position of its output is trained.
 Shapes: B batch, N patches, P values in a patch.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
 from aezoo import nets
-from aezoo.autoencoder import Autoencoder
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 from aezoo.nets import vit
 
 
-class MaskedConvAE(Autoencoder):
+class MaskedConvAE(NetworkAutoencoder, defaults={"net": "conv", "hidden_dims": (32, 64)}):
     """A convolutional autoencoder that learns to fill in missing patches.
 
     Args:
@@ -35,15 +37,7 @@ class MaskedConvAE(Autoencoder):
         net: conv, resnet, convnext, conv_keras, vit, mixer or mlp.
         latent_dim: size of the code, or its channels if `latent_map` is on.
         latent_map: the code is a feature map on the grid that the stages leave, instead of a vector.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     def __init__(
@@ -53,28 +47,11 @@ class MaskedConvAE(Autoencoder):
         mask_ratio: float = 0.6,
         patch_size: int = 0,
         learned_token: bool = True,
-        net: str = "conv",
         latent_dim: int = 64,
         latent_map: bool = False,
-        hidden_dims: tuple[int, ...] = (32, 64),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         self.patchify = vit.Patchify(self.input_shape, patch_size)
@@ -83,9 +60,9 @@ class MaskedConvAE(Autoencoder):
         self.token = nn.Parameter(torch.zeros(channels, *(1 for _ in grid)), requires_grad=learned_token)
         self.code_shape = (latent_dim,)
         if latent_map:
-            self.code_shape = nets.map_shape(net, self.input_shape, hidden_dims, latent_dim)
-        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+            self.code_shape = nets.map_shape(self.net, self.input_shape, self.hidden_dims, latent_dim)
+        self.encoder = self.build_encoder(self.code_shape)
+        self.decoder = self.build_decoder(self.code_shape)
 
     def mask(self, x: Tensor) -> Tensor:
         """Which values of each sample are masked, in whole patches drawn at random: (B, *input_shape), boolean."""

@@ -19,6 +19,8 @@ targets.
 Shapes: B batch, N patches, P values in a patch, D width of a token, K hidden parts.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
@@ -26,9 +28,10 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets import mixer, vit
 from aezoo.speed.linear import Linear
+from aezoo.training.arguments import TrainingArgs
 
 
-class SimMIM(Autoencoder):
+class SimMIM(Autoencoder, defaults={"likelihood": "laplace"}):
     """A vision transformer or MLP-Mixer that predicts masked patches by itself, without a decoder.
 
     Args:
@@ -39,13 +42,7 @@ class SimMIM(Autoencoder):
         width: D, size of a token; the code has one for each patch.
         depth: blocks of the encoder.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
     orders_KN: Tensor
@@ -60,23 +57,9 @@ class SimMIM(Autoencoder):
         width: int = 64,
         depth: int = 4,
         activation: str = "gelu",
-        likelihood: str = "laplace",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if min(width, depth) < 1:
             raise AezooError(f"width and depth must be at least 1, got {width} and {depth}")
         if net not in ("vit", "mixer"):

@@ -17,6 +17,7 @@ Shapes: B batch, C channels of a code, K codes, P places.
 """
 
 import math
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.distributions.likelihoods import LogitLaplace
-from aezoo.models.quantised.gumbel_vq_vae import GumbelVQVAE
+from aezoo.models.quantised.gumbel_vq_vae import GumbelVQVAE, GumbelVQVAEArgs
 from aezoo.training.limits import at_least
 
 
@@ -39,85 +40,36 @@ class LogitLaplaceOfTwo(LogitLaplace):
         return mu, F.softplus(log_b + 5).clamp(max=10) - 5
 
 
-class DVAE(GumbelVQVAE):
+class DVAE(GumbelVQVAE, defaults={"beta": 6.6, "temperature": 1 / 16, "temperature_steps": 2000}):
     """A map of codes sampled from logits, with the schedules and the logit-Laplace likelihood of DALL-E.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: C, channels of a code.
-        codebook_size: K, number of codes.
         beta: weight of the KL term after kl_steps.
         kl_steps: optimiser steps over which the weight rises from 0; 0 for beta from the start. The paper uses 5,000.
-        temperature: final tau, at least 0.01: near 0, codes are nearly one-hot and gradients are noisy.
-        start_temperature: tau at the first step.
         temperature_steps: optimiser steps over which tau falls to temperature; 0 keeps it there. The paper has 150,000.
-        hard: decode one-hot codes in training too, with the gradient of the relaxed codes.
-        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data: logit_laplace, of which the decoder gives scales, too;
             logit_laplace:learned with one for all values; bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
             gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `GumbelVQVAE`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
-        codebook_size: int = 512,
-        beta: float = 6.6,
         kl_steps: int = 1000,
-        temperature: float = 1 / 16,
-        start_temperature: float = 1.0,
-        temperature_steps: int = 2000,
-        hard: bool = False,
-        places: int = 16,
-        net: str = "resnet",
-        hidden_dims: tuple[int, ...] = (32, 64),
-        activation: str = "relu",
         likelihood: str = "logit_laplace",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[GumbelVQVAEArgs],
     ) -> None:
         at_least(0, kl_steps=kl_steps)
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            codebook_size=codebook_size,
-            beta=beta,
-            temperature=temperature,
-            start_temperature=start_temperature,
-            temperature_steps=temperature_steps,
-            hard=hard,
-            places=places,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, likelihood=likelihood, **kwargs)
         self.kl_steps = kl_steps
         if likelihood == "logit_laplace":
             self.likelihood = LogitLaplaceOfTwo()
             channels, *grid = self.input_shape
             flat = isinstance(next(self.decoder.children()), nn.Flatten)
             code_shape = (math.prod(self.code_shape),) if flat else self.code_shape
-            decoder = nets.decoder(net, code_shape, (2 * channels, *grid), hidden_dims[::-1], activation)
+            decoder = nets.decoder(self.net, code_shape, (2 * channels, *grid), self.hidden_dims[::-1], self.activation)
             self.decoder = nn.Sequential(nn.Flatten(), decoder) if flat else decoder
 
     def tau(self) -> Tensor:

@@ -12,18 +12,20 @@ places. sigma_g^2 is the variance of the distribution whose distribution functio
 uniform and all codes are in use.
 """
 
+from typing import Unpack
+
 from torch import Tensor
 
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.fsp import FSP
 from aezoo.training.limits import at_least
 
 
-class FSPVAE(DiscreteAutoencoder):
+class FSPVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
     """A map of channels with few values each; in training, noise of similar size replaces part of the rounding.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         levels: number of values of each channel of a code; K is their product.
         squash: g, the map of a channel to [0, 1]: tanh, sigmoid or normal, the distribution function.
         eta: width of a perturbation relative to that of an interval.
@@ -33,14 +35,7 @@ class FSPVAE(DiscreteAutoencoder):
         places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     def __init__(
@@ -54,30 +49,13 @@ class FSPVAE(DiscreteAutoencoder):
         mean_weight: float = 0.5,
         variance_weight: float = 0.35,
         places: int = 16,
-        net: str = "resnet",
-        hidden_dims: tuple[int, ...] = (32, 64),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
         self.mean_weight, self.variance_weight = mean_weight, variance_weight
         self.quantiser = FSP(tuple(levels), squash=squash, eta=eta, quantised=quantised)
-        self.build_nets(net, (len(levels), len(levels)), hidden_dims, activation, places)
+        self.build_nets(self.net, (len(levels), len(levels)), self.hidden_dims, self.activation, places)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

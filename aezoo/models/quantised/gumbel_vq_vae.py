@@ -15,12 +15,13 @@ nothing; `score` is nll + kl of these codes, which is not the negative of a boun
 Shapes: B batch, C channels of a code, K codes, P places, D = P K.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import FixedLikelihoodArgs, NetworkArgs, NetworkAutoencoder
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.distributions.categorical import kl_from_uniform, sample_gumbel
 from aezoo.quantisers.base import Quantised
@@ -28,11 +29,25 @@ from aezoo.quantisers.gumbel_vq import GumbelVQ
 from aezoo.training.limits import at_least
 
 
-class GumbelVQVAE(DiscreteAutoencoder):
+class GumbelVQVAEArgs(FixedLikelihoodArgs, total=False):
+    """Arguments of `GumbelVQVAE`, without the likelihood."""
+
+    latent_dim: int
+    codebook_size: int
+    beta: float
+    temperature: float
+    start_temperature: float
+    temperature_steps: int
+    hard: bool
+    places: int
+
+
+class GumbelVQVAE(
+    DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}, has_prior=True
+):
     """A map of codes that are categorical variables with a uniform prior.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: C, channels of a code.
         codebook_size: K, number of codes.
         beta: weight of the KL term; 1 gives the bound, but then short training leaves most of the code unused.
@@ -43,17 +58,9 @@ class GumbelVQVAE(DiscreteAutoencoder):
         places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
-    has_prior = True
     quantiser: GumbelVQ
     steps: Tensor
 
@@ -69,32 +76,15 @@ class GumbelVQVAE(DiscreteAutoencoder):
         temperature_steps: int = 1000,
         hard: bool = False,
         places: int = 16,
-        net: str = "resnet",
-        hidden_dims: tuple[int, ...] = (32, 64),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(0, beta=beta, temperature_steps=temperature_steps)
         at_least(0.01, temperature=temperature, start_temperature=start_temperature)
         at_least(2, codebook_size=codebook_size)
         self.beta, self.temperature_steps = beta, temperature_steps
         self.temperature, self.start_temperature = temperature, start_temperature
-        self.build_nets(net, (codebook_size, latent_dim), hidden_dims, activation, places)
+        self.build_nets(self.net, (codebook_size, latent_dim), self.hidden_dims, self.activation, places)
         self.enable_step_counter()
         self.quantiser = GumbelVQ(codebook_size, latent_dim, float(self.tau()), hard=hard)
 

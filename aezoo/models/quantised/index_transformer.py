@@ -13,60 +13,39 @@ Shapes: B batch, T indices of a sample, Q of a place, P places, K codes of the l
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.bases.token_prior import IndexPrior
+from aezoo.bases.token_prior import IndexPrior, IndexPriorArgs
 from aezoo.nets.transformer import Block
 
 
-class IndexTransformer(IndexPrior):
+class IndexTransformer(IndexPrior, defaults={"lr": 3e-3}):
     """A small GPT over the indices of a quantised model.
 
     Args:
         input_shape: shape of one sample; any that the tokenizer takes.
-        tokenizer: path of a trained quantised model (checkpoint, run or saved folder; of a prior, its tokenizer), which
-            is copied into this one; or a quantised model to train together with its prior, by name or as {"model":
-            name, argument: value, ...}. It then has its own lr; other settings of the optimiser are the prior's.
         width: W, channels of a token; heads have 16 channels where the width is a multiple of 16.
         depth: number of blocks.
         dropout: share of a token's channels that are dropped in training, after the embedding.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, within a block.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `IndexPrior`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        tokenizer: str | dict[str, Any] = "vq_vae",
         width: int = 64,
         depth: int = 3,
         dropout: float = 0.1,
         activation: str = "gelu",
-        lr: float = 3e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[IndexPriorArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            tokenizer=tokenizer,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         self.check_net(width, depth, dropout)
         # the standard deviation that GPT-2 uses for vectors
         self.book_QKW = nn.Parameter(0.02 * torch.randn(self.index_shape[0], self.n_codes, width))

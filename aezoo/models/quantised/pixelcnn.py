@@ -14,13 +14,13 @@ Q indices of its own place, index q sees those before q: the first layer has mas
 Shapes: B batch, Q indices of a place, K codes of the largest codebook, (H, W) grid of places, T = Q H W, F channels.
 """
 
-from typing import Any
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.bases.token_prior import IndexPrior
+from aezoo.bases.token_prior import IndexPrior, IndexPriorArgs
 from aezoo.errors import AezooError
 
 
@@ -81,50 +81,29 @@ class GatedLayer(nn.Module):
         return v, added if self.first else h + added
 
 
-class PixelCNN(IndexPrior):
+class PixelCNN(IndexPrior, defaults={"lr": 3e-3}):
     """A gated PixelCNN over the maps or sequences of indices of a quantised model.
 
     Args:
         input_shape: shape of one sample; any that the tokenizer takes to a map or a sequence of indices.
-        tokenizer: path of a trained quantised model (checkpoint, run or saved folder; of a prior, its tokenizer), which
-            is copied into this one; or a quantised model to train together with its prior, by name or as {"model":
-            name, argument: value, ...}. It then has its own lr; other settings of the optimiser are the prior's.
         width: F, channels of both stacks, divided among the Q indices of a place.
         depth: number of layers.
         kernel_size: size of the convolutions, odd; a layer reaches half of it to each side.
         dropout: share of a layer's output that is dropped in training.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `IndexPrior`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        tokenizer: str | dict[str, Any] = "vq_vae",
         width: int = 48,
         depth: int = 5,
         kernel_size: int = 3,
         dropout: float = 0.1,
-        lr: float = 3e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[IndexPriorArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            tokenizer=tokenizer,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         self.check_net(width, depth, dropout)
         if kernel_size < 3 or kernel_size % 2 == 0:
             raise AezooError(f"kernel_size must be odd and at least 3, got {kernel_size}")

@@ -9,18 +9,29 @@ This is `vq_vae` with codes C_0 W: C_0 is drawn once and frozen, and W is a D x 
 summed over places. A chosen code moves all others with it, so no code is left behind and none needs to be revived.
 """
 
+from typing import Unpack
+
 from torch import Tensor
 
+from aezoo.bases.network import LatentArgs, NetworkArgs, NetworkAutoencoder
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.sim_vq import SimVQ
 from aezoo.training.limits import at_least
 
 
-class SimVQVAE(DiscreteAutoencoder):
+class SimVQVAEArgs(LatentArgs, total=False):
+    """Arguments of `SimVQVAE`."""
+
+    codebook_size: int
+    beta: float
+    estimator: str
+    places: int
+
+
+class SimVQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
     """A map of codes from one codebook that moves as a whole.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, channels of a code.
         codebook_size: K, number of codes.
         beta: weight of the commitment loss.
@@ -28,14 +39,7 @@ class SimVQVAE(DiscreteAutoencoder):
         places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     def __init__(
@@ -47,30 +51,16 @@ class SimVQVAE(DiscreteAutoencoder):
         beta: float = 0.25,
         estimator: str = "ste",
         places: int = 16,
-        net: str = "resnet",
-        hidden_dims: tuple[int, ...] = (32, 64),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
+        self.codebook_size = codebook_size
+        self.estimator = estimator
+        self.latent_dim = latent_dim
         at_least(0, beta=beta)
         at_least(1, codebook_size=codebook_size)
         self.beta = beta
-        self.build_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
+        self.build_nets(self.net, (latent_dim, latent_dim), self.hidden_dims, self.activation, places)
         self.quantiser = SimVQ(latent_dim, codebook_size, estimator=estimator)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

@@ -20,12 +20,13 @@ Shapes: B batch, X data dimensions, D channels of a code, K codes, P places.
 """
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import FixedLikelihoodArgs, NetworkAutoencoder
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.distributions.categorical import sample_gumbel
 from aezoo.distributions.likelihoods import Gaussian
@@ -34,11 +35,12 @@ from aezoo.quantisers.stochastic_vq import StochasticVQ
 from aezoo.training.limits import at_least
 
 
-class SQVAE(DiscreteAutoencoder):
+class SQVAE(
+    DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}, has_prior=True
+):
     """A map of codes sampled by distance, with a learned variance that falls as reconstructions improve.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, channels of a code.
         codebook_size: K, number of codes.
         variance: what shares s^2: one for all, or a factor of it that the encoder gives each sample or place.
@@ -51,15 +53,9 @@ class SQVAE(DiscreteAutoencoder):
         places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
-    has_prior = True
     likelihood: Gaussian
     quantiser: StochasticVQ
     steps: Tensor
@@ -77,18 +73,9 @@ class SQVAE(DiscreteAutoencoder):
         temperature_steps: int = 1000,
         hard: bool = False,
         places: int = 16,
-        net: str = "resnet",
-        hidden_dims: tuple[int, ...] = (32, 64),
-        activation: str = "relu",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[FixedLikelihoodArgs],
     ) -> None:
-        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
-        super().__init__(input_shape, likelihood="gaussian", lr=lr, weight_decay=weight_decay, **how)
-        self.save_hyperparameters()
+        super().__init__(input_shape, likelihood="gaussian", **kwargs)
         at_least(0, temperature_steps=temperature_steps)
         at_least(0.01, temperature=temperature, start_temperature=start_temperature)
         at_least(1, latent_dim=latent_dim)
@@ -98,7 +85,7 @@ class SQVAE(DiscreteAutoencoder):
         self.enable_step_counter()
         drawn: dict[str, Any] = {"variance": variance, "start_variance": start_variance, "hard": hard}
         self.quantiser = StochasticVQ(latent_dim, codebook_size, temperature=float(self.tau()), **drawn)
-        self.build_nets(net, (self.quantiser.dim, latent_dim), hidden_dims, activation, places)
+        self.build_nets(self.net, (self.quantiser.dim, latent_dim), self.hidden_dims, self.activation, places)
         # read by scores and evaluation; saved, unlike the usual fixed scale of a likelihood
         self.likelihood.register_buffer("log_scale", self.likelihood.log_scale)
 

@@ -19,16 +19,19 @@ needs no other model; the paper's code has this too. The initialisation is our o
 Shapes: B batch, D channels of a token, N tokens, K codes.
 """
 
+from typing import Unpack
+
 from torch import Tensor
 
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.nets import vit
 from aezoo.nets.blocks import tokens
 from aezoo.quantisers.vq import VQ
+from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
 
-class TiTok(DiscreteAutoencoder):
+class TiTok(DiscreteAutoencoder, defaults={"lr": 2e-3}):
     """A row of codes from one codebook, without a grid.
 
     Args:
@@ -49,13 +52,7 @@ class TiTok(DiscreteAutoencoder):
         decoder_width: width of a token in the decoder.
         decoder_depth: number of blocks of the decoder.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
     encoder: tokens.TokenEncoder
@@ -80,23 +77,9 @@ class TiTok(DiscreteAutoencoder):
         decoder_width: int = 64,
         decoder_depth: int = 2,
         activation: str = "gelu",
-        likelihood: str = "bernoulli",
-        lr: float = 2e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(0, beta=beta)
         at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, codebook_size=codebook_size)
         at_least(1, width=width, depth=depth, decoder_width=decoder_width, decoder_depth=decoder_depth)

@@ -17,9 +17,11 @@ Shapes: B batch, D channels of a code, K codes, G groups.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Unpack
 
 from torch import Tensor
 
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.base import Quantiser
 from aezoo.quantisers.grouped_vq import GroupedVQ
@@ -27,11 +29,10 @@ from aezoo.quantisers.vq import VQ
 from aezoo.training.limits import at_least
 
 
-class VQVAE(DiscreteAutoencoder):
+class VQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
     """A map of codes from one codebook, or from one codebook for each group of channels.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, channels of a code.
         codebook_size: K, codes of each codebook.
         n_groups: G, a divisor of D: number of codebooks, each for an equal share of the channels.
@@ -45,14 +46,7 @@ class VQVAE(DiscreteAutoencoder):
         places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
         hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     def __init__(
@@ -70,30 +64,13 @@ class VQVAE(DiscreteAutoencoder):
         cosine: bool = False,
         data_init: bool = True,
         places: int = 16,
-        net: str = "resnet",
-        hidden_dims: tuple[int, ...] = (32, 64),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(0, beta=beta)
         at_least(1, codebook_size=codebook_size, n_groups=n_groups)
         self.beta = beta
-        self.build_nets(net, (latent_dim, latent_dim), hidden_dims, activation, places)
+        self.build_nets(self.net, (latent_dim, latent_dim), self.hidden_dims, self.activation, places)
         # a single codebook keeps the parameter names of earlier checkpoints
         one = n_groups == 1
         make: Callable[..., Quantiser] = partial(VQ, latent_dim) if one else partial(GroupedVQ, latent_dim, n_groups)

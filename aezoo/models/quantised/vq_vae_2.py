@@ -15,12 +15,13 @@ Shapes: B batch, C channels of a code, F channels of h, K codes of each codebook
 """
 
 import math
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from aezoo import nets
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.nets.conv import CONVS, OnOneGrid
 from aezoo.quantisers.base import Quantised
@@ -28,7 +29,7 @@ from aezoo.quantisers.vq import VQ
 from aezoo.training.limits import at_least
 
 
-class VQVAE2(DiscreteAutoencoder):
+class VQVAE2(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
     """Two grids of codes with one codebook each; the finer grid is conditioned on the coarser one.
 
     Args:
@@ -46,13 +47,7 @@ class VQVAE2(DiscreteAutoencoder):
         hidden_dims: channels of the encoder's stages down to the bottom grid; the decoder mirrors them.
         top_dims: channels of the stages from there to the top grid.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     def __init__(
@@ -68,41 +63,24 @@ class VQVAE2(DiscreteAutoencoder):
         estimator: str = "ste",
         cosine: bool = False,
         data_init: bool = True,
-        net: str = "resnet",
-        hidden_dims: tuple[int, ...] = (32, 64),
         top_dims: tuple[int, ...] = (64,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(0, beta=beta)
         at_least(1, latent_dim=latent_dim, codebook_size=codebook_size)
         self.beta = beta
-        width = (hidden_dims or (latent_dim,))[-1]
-        h = (width, *grid) = nets.map_shape(net, self.input_shape, hidden_dims, width)
-        top = nets.map_shape(net, h, top_dims, latent_dim)
+        width = (self.hidden_dims or (latent_dim,))[-1]
+        h = (width, *grid) = nets.map_shape(self.net, self.input_shape, self.hidden_dims, width)
+        top = nets.map_shape(self.net, h, top_dims, latent_dim)
         grids = (top[1:], h[1:])
         self.places = [math.prod(sides) for sides in grids]
         self.code_shape = (latent_dim, sum(self.places))
-        self.encoder = nets.encoder(net, self.input_shape, h, hidden_dims, activation)
-        self.top_encoder = nets.encoder(net, h, top, top_dims, activation)
-        self.top_decoder = nets.decoder(net, top, h, top_dims[::-1], activation)
+        self.encoder = self.build_encoder(h)
+        self.top_encoder = nets.encoder(self.net, h, top, top_dims, self.activation)
+        self.top_decoder = nets.decoder(self.net, top, h, top_dims[::-1], self.activation)
         self.to_bottom = CONVS[len(grid)](2 * width, latent_dim, 1)
-        decoder = nets.decoder(net, (2 * latent_dim, *grid), self.input_shape, hidden_dims[::-1], activation)
+        decoder = self.build_decoder((2 * latent_dim, *grid))
         self.decoder = nn.Sequential(OnOneGrid(grids), decoder)
         how: dict[str, Any] = {"update": update, "decay": decay, "estimator": estimator, "cosine": cosine}
         self.top, self.bottom = (VQ(latent_dim, codebook_size, dead_below=dead_below, **how) for _ in grids)

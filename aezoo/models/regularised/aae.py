@@ -16,65 +16,22 @@ from aezoo.models.regularised.wae_gan import WAEGAN
 from aezoo.nets.blocks.adversarial import discriminator_parameter_groups
 
 
-class AAE(WAEGAN):
+class AAE(
+    WAEGAN,
+    defaults={
+        "latent_dim": 8,
+        "adversarial_weight": 1.0,
+        "discriminator_dims": (1000, 1000),
+        "hidden_dims": (1000, 1000),
+    },
+):
     """An autoencoder whose encoder is also the generator of a GAN: its codes look like draws from the prior.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         adversarial_weight: weight of the adversarial loss on the codes.
-        gaussian_posterior: draw codes from N(mu(x), diag sigma(x)^2) in training, instead of z = f(x).
         discriminator_dims: widths of the discriminator's hidden layers, two of 1000 in the paper.
         discriminator_lr: learning rate of the discriminator, whose betas are 0.5 and 0.999 unless optimizer sets them.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate of encoder and decoder.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
-
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 8,
-        adversarial_weight: float = 1.0,
-        gaussian_posterior: bool = False,
-        discriminator_dims: tuple[int, ...] = (1000, 1000),
-        discriminator_lr: float = 5e-4,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (1000, 1000),
-        activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            adversarial_weight=adversarial_weight,
-            gaussian_posterior=gaussian_posterior,
-            discriminator_dims=discriminator_dims,
-            discriminator_lr=discriminator_lr,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return discriminator_parameter_groups(self, betas=(0.5, 0.999))

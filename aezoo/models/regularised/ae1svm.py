@@ -18,37 +18,29 @@ Shapes: B batch, D code, R frequencies.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 from aezoo.training.limits import at_least
 
 
-class AE1SVM(Autoencoder):
+class AE1SVM(NetworkAutoencoder, defaults={"hidden_dims": (128,), "likelihood": "gaussian"}):
     """An autoencoder trained with a one-class SVM, which separates its codes from everything else.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         svm_weight: lam, weight of the SVM.
         nu: share of the samples that may lie outside, above 0 and at most 1.
         n_frequencies: R, number of random frequencies; each gives two features.
         bandwidth: sigma, standard deviation of the kernel in the space of codes.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         code_activation: also applied to the code; with identity, bandwidth should suit the scale that codes take.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     omega_DR: Tensor
@@ -62,27 +54,10 @@ class AE1SVM(Autoencoder):
         nu: float = 0.1,
         n_frequencies: int = 500,
         bandwidth: float = 3.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (128,),
-        activation: str = "relu",
         code_activation: str = "sigmoid",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(1, latent_dim=latent_dim)
         at_least(0, svm_weight=svm_weight)
         if not 0 < nu <= 1:
@@ -92,9 +67,9 @@ class AE1SVM(Autoencoder):
         if not 0 < bandwidth < math.inf:
             raise AezooError(f"bandwidth must be above 0 and finite, got {bandwidth}")
         self.svm_weight, self.nu, self.code_shape = svm_weight, nu, (latent_dim,)
-        layers = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        layers = self.build_encoder(self.code_shape)
         self.encoder = nn.Sequential(layers, nets.activation(code_activation))
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.decoder = self.build_decoder(self.code_shape)
         self.register_buffer("omega_DR", torch.randn(latent_dim, n_frequencies) / bandwidth)
         self.w_F, self.rho = nn.Parameter(torch.zeros(2 * n_frequencies)), nn.Parameter(torch.zeros(()))
         self.enable_data_init()

@@ -16,14 +16,15 @@ Shapes: B batch, D code, F features.
 """
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.nets.blocks.adversarial import (
     call_frozen,
     check_discriminator,
@@ -48,29 +49,23 @@ class Judge(nn.Module):
         return f_BF, at_least_float32(self.head(f_BF))
 
 
-class ALAD(Autoencoder):
+class ALAD(
+    NetworkAutoencoder,
+    defaults={"hidden_dims": (256,), "activation": "leaky_relu", "likelihood": "gaussian"},
+    has_prior=True,
+):
     """A BiGAN with cycles; the score compares features of a sample and its reconstruction in the cycle discriminator.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         nll_weight: alpha, weight of the reconstruction; 0 in the paper.
         discriminator_dims: widths of the discriminators' hidden layers (mlp) or channels of their stages, the last one
             the number of features. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminators. All betas are 0.5 and 0.999 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for all networks.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate of encoder and decoder.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
-
-    has_prior = True
 
     def __init__(
         self,
@@ -80,39 +75,22 @@ class ALAD(Autoencoder):
         nll_weight: float = 1.0,
         discriminator_dims: tuple[int, ...] = (),
         discriminator_lr: float = 1e-4,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (256,),
-        activation: str = "leaky_relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(1, latent_dim=latent_dim)
         at_least(0, nll_weight=nll_weight)
         check_discriminator(discriminator_dims, discriminator_lr)
         self.nll_weight, self.discriminator_lr, self.code_shape = nll_weight, discriminator_lr, (latent_dim,)
-        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
-        dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
-        stages, twice = dims[:-1] if net == "mlp" else dims, (2 * self.input_shape[0], *self.input_shape[1:])
+        self.encoder = self.build_encoder(self.code_shape)
+        self.decoder = self.build_decoder(self.code_shape)
+        dims = tuple(discriminator_dims) or tuple(self.hidden_dims) or (64,)
+        stages, twice = dims[:-1] if self.net == "mlp" else dims, (2 * self.input_shape[0], *self.input_shape[1:])
         lift = nn.Sequential(Linear(latent_dim, math.prod(self.input_shape)), nn.Unflatten(1, self.input_shape))
         self.discriminator = nn.ModuleDict()
         for name, second in (("xz", lift), ("xx", nn.Identity()), ("zz", nn.Identity())):
             of_codes = ("mlp", (2 * latent_dim,), dims[-1:], dims[:-1])
-            body = nets.encoder(*(of_codes if name == "zz" else (net, twice, dims[-1:], stages)), activation)
+            body = nets.encoder(*(of_codes if name == "zz" else (self.net, twice, dims[-1:], stages)), self.activation)
             self.discriminator[name] = Judge(body, dims[-1], second)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

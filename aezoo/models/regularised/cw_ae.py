@@ -17,11 +17,13 @@ Shapes: B batch on this rank, N samples on all ranks, D code.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import LatentArgs
 from aezoo.distributions.divergences import squared_distances
 from aezoo.errors import AezooError
 from aezoo.models.regularised.wae_mmd import WAEMMD
@@ -48,62 +50,21 @@ def kummer(d: int) -> tuple[list[tuple[float, float]], list[float]]:
     return [(float((1 + x) / 2), float(w / weights.sum())) for x, w in zip(nodes, weights, strict=True)], series
 
 
-class CWAE(WAEMMD):
+class CWAE(WAEMMD, compares_samples=True):
     """Deterministic codes, pulled towards a standard normal prior by their Cramer-Wold distance, in closed form.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         cw_weight: lam, weight of the logarithm of the distance between all codes and the prior, 1 in the paper.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `WAEMMD`.
     """
 
-    compares_samples = True
-
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 16,
-        cw_weight: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+    def __init__(self, input_shape: tuple[int, ...], *, cw_weight: float = 1.0, **kwargs: Unpack[LatentArgs]) -> None:
+        super().__init__(input_shape, **kwargs)
         if not 0 <= cw_weight < math.inf:
             raise AezooError(f"cw_weight must be at least 0 and finite, got {cw_weight}")
         del self.mmd_weight, self.kernel, self.kernel_scales, self.unbiased
         self.cw_weight = cw_weight
-        self._quadrature, self._series = kummer(latent_dim)
+        self._quadrature, self._series = kummer(self.latent_dim)
 
     def phi(self, s: Tensor) -> Tensor:
         """1F1(1/2; D/2; -s), elementwise, for s of at least 0; for D of 20 and more, its asymptotic form."""

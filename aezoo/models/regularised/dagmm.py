@@ -17,12 +17,13 @@ Shapes: B batch, D bottleneck, Z = D + 2, K components.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
 from aezoo.training.limits import at_least
@@ -30,27 +31,17 @@ from aezoo.training.limits import at_least
 _JITTER, _LEAST_RMS, _MOMENTUM = 1e-6, 1e-3, 0.05
 
 
-class DAGMM(Autoencoder):
+class DAGMM(NetworkAutoencoder, defaults={"hidden_dims": (256,), "activation": "tanh", "likelihood": "gaussian"}):
     """An autoencoder whose codes and errors follow a mixture of Gaussians; samples unlikely under it are anomalous.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code; 1 or 2 in the paper.
         n_components: K, Gaussians of the mixture.
         energy_weight: lambda_1, weight of the energy.
         covariance_weight: lambda_2, weight of the inverse variances.
         estimation_dim: width of the hidden layer of MLN, which assigns samples to Gaussians.
         dropout: share of that layer's units that are dropped in training.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     phi_K: Tensor
@@ -67,34 +58,17 @@ class DAGMM(Autoencoder):
         covariance_weight: float = 0.005,
         estimation_dim: int = 10,
         dropout: float = 0.5,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (256,),
-        activation: str = "tanh",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(1, latent_dim=latent_dim, n_components=n_components, estimation_dim=estimation_dim)
         at_least(0, energy_weight=energy_weight, covariance_weight=covariance_weight)
         if not 0 <= dropout < 1:
             raise AezooError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.energy_weight, self.covariance_weight = energy_weight, covariance_weight
         self.code_shape, z_dim = (latent_dim,), latent_dim + 2
-        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.encoder = self.build_encoder(self.code_shape)
+        self.decoder = self.build_decoder(self.code_shape)
         hidden = (nn.Linear(z_dim, estimation_dim), nn.Tanh(), nn.Dropout(dropout))
         self.estimation = nn.Sequential(*hidden, nn.Linear(estimation_dim, n_components))
         # almost no weight, so that the first training batch replaces them

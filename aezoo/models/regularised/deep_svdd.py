@@ -19,11 +19,13 @@ tunes a copy of any model's encoder in this way.
 Shapes: B batch, N samples of all ranks, D code.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 from aezoo.training.limits import at_least
 
@@ -34,24 +36,18 @@ _ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "identity", "gated")
 _NEAR_0 = 0.1
 
 
-class DeepSVDD(Autoencoder):
+class DeepSVDD(
+    NetworkAutoencoder, defaults={"hidden_dims": (128,), "activation": "leaky_relu", "likelihood": "gaussian"}
+):
     """An autoencoder whose codes are pulled towards one point; samples whose codes are far from it are anomalous.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         nll_weight: alpha, weight of the reconstruction; 0 leaves the decoder as it is.
         nu: share of the samples that may lie outside of a soft boundary, below 1; 0 is the one-class objective.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn or dc.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, gelu, silu, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     centre_D: Tensor
@@ -64,40 +60,23 @@ class DeepSVDD(Autoencoder):
         latent_dim: int = 32,
         nll_weight: float = 1.0,
         nu: float = 0.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (128,),
-        activation: str = "leaky_relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(1, latent_dim=latent_dim)
         at_least(0, nll_weight=nll_weight)
         if not 0 <= nu < 1:
             raise AezooError(f"nu must be at least 0 and below 1, got {nu}")
-        for kind, name, fit in (("net", net, _NETS), ("activation", activation, _ACTIVATIONS)):
+        for kind, name, fit in (("net", self.net, _NETS), ("activation", self.activation, _ACTIVATIONS)):
             if name not in fit:
                 raise AezooError(f"deep_svdd would map everything to one point by {kind} {name!r}: "
                                  f"take one of {', '.join(fit)}")  # fmt: skip
         self.nll_weight, self.nu, self.code_shape = nll_weight, nu, (latent_dim,)
-        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.encoder = self.build_encoder(self.code_shape)
         for layer in self.encoder.modules():
             if "bias" in layer._parameters:
                 layer.register_parameter("bias", None)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.decoder = self.build_decoder(self.code_shape)
         self.register_buffer("centre_D", torch.full(self.code_shape, _NEAR_0))
         self.register_buffer("radius", torch.zeros(()))
         self.enable_data_init()

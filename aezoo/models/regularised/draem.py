@@ -18,14 +18,14 @@ Shapes: B batch, C channels, H height, W width, X = C H W.
 
 import itertools
 import math
-from typing import Any
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.ssim import similarity
 from aezoo.nets.unet import UNet
@@ -71,7 +71,7 @@ def _fade(t: Tensor) -> Tensor:
     return t**3 * (t * (6 * t - 15) + 10)
 
 
-class DRAEM(Autoencoder):
+class DRAEM(NetworkAutoencoder, defaults={"net": "unet", "hidden_dims": (16, 32), "likelihood": "gaussian"}):
     """An autoencoder that repairs images, with a segmentation of the repaired parts.
 
     Args:
@@ -82,16 +82,8 @@ class DRAEM(Autoencoder):
         source: color or samples, what anomalies are made of.
         window: side of the score's window in pixels, odd; 21 for the paper's images of 256 x 256.
         segmentation_dims: channels of the segmentation's stages.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     def __init__(
@@ -104,19 +96,9 @@ class DRAEM(Autoencoder):
         source: str = "color",
         window: int = 3,
         segmentation_dims: tuple[int, ...] = (16, 32),
-        net: str = "unet",
-        hidden_dims: tuple[int, ...] = (16, 32),
-        activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
-        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3 or min(self.input_shape[1:]) < 3:
             raise AezooError(f"draem takes images (C, H, W) of at least 3 x 3, got {self.input_shape}: take dense_ae")
         at_least(1, latent_dim=latent_dim, window=window, segmentation_dims=min(segmentation_dims, default=0))
@@ -127,10 +109,10 @@ class DRAEM(Autoencoder):
             raise AezooError(f"window must be odd, got {window}")
         self.ssim_weight, self.segmentation_weight = ssim_weight, segmentation_weight
         self.source, self.window, self.code_shape = source, window, (latent_dim,)
-        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.encoder = self.build_encoder(self.code_shape)
+        self.decoder = self.build_decoder(self.code_shape)
         channels, *grid = self.input_shape
-        self.segmentation = UNet((2 * channels, *grid), 1, segmentation_dims, activation)
+        self.segmentation = UNet((2 * channels, *grid), 1, segmentation_dims, self.activation)
 
     def damage(self, x: Tensor) -> Tensor:
         """x~, half of the samples with simulated anomalies, (B, C, H, W) -> (B, C, H, W)."""

@@ -17,14 +17,15 @@ G that settles as the rate falls, and reconstructions resemble samples less. Sha
 """
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
 from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.nets.blocks.adversarial import (
     call_frozen,
     check_discriminator,
@@ -47,11 +48,14 @@ class Critic(nn.Module):
         return f_BF, at_least_float32(self.head(f_BF)).squeeze(1)
 
 
-class FAnoGAN(Autoencoder):
+class FAnoGAN(
+    NetworkAutoencoder,
+    defaults={"hidden_dims": (256,), "activation": "leaky_relu", "likelihood": "gaussian"},
+    has_prior=True,
+):
     """A Wasserstein GAN with an encoder; samples with large errors in data and critic features are anomalous.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         generator_weight: alpha, weight of the encoder's loss in the generator's; 0 in the paper.
         feature_weight: kappa, weight of the critic's features.
@@ -60,16 +64,10 @@ class FAnoGAN(Autoencoder):
         discriminator_lr: learning rate of the critic. All betas are 0 and 0.9 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for all networks.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the generator mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: how outputs are compared with data, see wae_gan; gaussian is the paper's squared error.
         lr: learning rate of encoder and generator.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
-
-    has_prior = True
 
     def __init__(
         self,
@@ -81,28 +79,20 @@ class FAnoGAN(Autoencoder):
         penalty_weight: float = 10.0,
         discriminator_dims: tuple[int, ...] = (),
         discriminator_lr: float = 3e-3,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (256,),
-        activation: str = "leaky_relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        how: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "warmup_steps": warmup_steps}
-        super().__init__(input_shape, likelihood=likelihood, lr=lr, weight_decay=weight_decay, **how)
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(1, latent_dim=latent_dim)
         at_least(0, generator_weight=generator_weight, feature_weight=feature_weight, penalty_weight=penalty_weight)
         check_discriminator(discriminator_dims, discriminator_lr)
         self.generator_weight, self.feature_weight = generator_weight, feature_weight
         self.penalty_weight, self.discriminator_lr, self.code_shape = penalty_weight, discriminator_lr, (latent_dim,)
-        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
-        dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
-        body = nets.encoder(net, self.input_shape, dims[-1:], dims[:-1] if net == "mlp" else dims, activation)
+        self.encoder = self.build_encoder(self.code_shape)
+        self.decoder = self.build_decoder(self.code_shape)
+        dims = tuple(discriminator_dims) or tuple(self.hidden_dims) or (64,)
+        body = nets.encoder(
+            self.net, self.input_shape, dims[-1:], dims[:-1] if self.net == "mlp" else dims, self.activation
+        )
         self.discriminator = Critic(body, dims[-1])
 
     def parameter_groups(self) -> list[dict[str, Any]]:

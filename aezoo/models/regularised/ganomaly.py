@@ -20,14 +20,15 @@ Shapes: B batch, X data dimensions, D code, F features.
 """
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.nets.blocks.adversarial import (
     call_frozen,
     check_discriminator,
@@ -50,11 +51,12 @@ class Discriminator(nn.Module):
         return f_BF, at_least_float32(self.head(f_BF))
 
 
-class GANomaly(Autoencoder):
+class GANomaly(
+    NetworkAutoencoder, defaults={"hidden_dims": (256,), "activation": "leaky_relu", "likelihood": "laplace"}
+):
     """An autoencoder with a second encoder; samples whose code that encoder does not recover are anomalous.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         adv_weight: weight of the discriminator's features.
         enc_weight: weight of the distance between codes.
@@ -63,14 +65,8 @@ class GANomaly(Autoencoder):
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.999 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, of all networks.
         hidden_dims: widths of the encoders' layers (mlp) or channels of their stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate of the generator.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     def __init__(
@@ -82,38 +78,19 @@ class GANomaly(Autoencoder):
         enc_weight: float = 0.02,
         discriminator_dims: tuple[int, ...] = (),
         discriminator_lr: float = 1e-4,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (256,),
-        activation: str = "leaky_relu",
-        likelihood: str = "laplace",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(1, latent_dim=latent_dim)
         at_least(0, adv_weight=adv_weight, enc_weight=enc_weight)
         check_discriminator(discriminator_dims, discriminator_lr)
         self.adv_weight, self.enc_weight, self.discriminator_lr = adv_weight, enc_weight, discriminator_lr
         self.code_shape = (latent_dim,)
-        self.encoder, self.second_encoder = (
-            nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation) for _ in range(2)
-        )
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
-        dims = tuple(discriminator_dims) or tuple(hidden_dims) or (64,)
-        stages = dims[:-1] if net == "mlp" else dims
-        body = nets.encoder(net, self.input_shape, dims[-1:], stages, activation)
+        self.encoder, self.second_encoder = (self.build_encoder(self.code_shape) for _ in range(2))
+        self.decoder = self.build_decoder(self.code_shape)
+        dims = tuple(discriminator_dims) or tuple(self.hidden_dims) or (64,)
+        stages = dims[:-1] if self.net == "mlp" else dims
+        body = nets.encoder(self.net, self.input_shape, dims[-1:], stages, self.activation)
         self.discriminator = Discriminator(body, dims[-1])
 
     def parameter_groups(self) -> list[dict[str, Any]]:

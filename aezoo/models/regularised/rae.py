@@ -18,6 +18,7 @@ Shapes: B batch, D code; O outputs and I inputs of a layer, K vectors.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ from torch.func import vjp
 from torch.nn.functional import normalize
 from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
 
-from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 from aezoo.training.projected_weights import Constrained
 
@@ -62,25 +63,15 @@ class SpectralNorm(nn.Module):
         self.v_I.copy_(basis_IK @ torch.linalg.svd(W_OI @ basis_IK, full_matrices=False).Vh[0])
 
 
-class RAE(Constrained, Autoencoder):
+class RAE(Constrained, NetworkAutoencoder, defaults={"likelihood": "gaussian"}):
     """Deterministic codes near 0 and a smooth decoder, so that codes can be drawn from a density fitted later.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         beta: weight of half of the code's squared norm.
         regulariser: of the decoder: l2 (of its parameters), gp (of its Jacobian), sn (spectral norm) or none.
         regulariser_weight: lam, weight of l2 or gp.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
     def __init__(
@@ -91,26 +82,9 @@ class RAE(Constrained, Autoencoder):
         beta: float = 1e-4,
         regulariser: str = "l2",
         regulariser_weight: float = 1e-7,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         if not (0 <= beta < math.inf and 0 <= regulariser_weight < math.inf):
@@ -119,8 +93,8 @@ class RAE(Constrained, Autoencoder):
             raise AezooError(f"regulariser takes {', '.join(REGULARISERS)}, got {regulariser!r}")
         self.beta, self.regulariser, self.regulariser_weight = beta, regulariser, regulariser_weight
         self.code_shape = (latent_dim,)
-        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.encoder = self.build_encoder(self.code_shape)
+        self.decoder = self.build_decoder(self.code_shape)
         layers = [m for m in self.decoder.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
         for layer in layers if regulariser == "sn" else []:
             register_parametrization(layer, "weight", SpectralNorm(layer.weight))

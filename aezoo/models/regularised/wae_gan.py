@@ -15,14 +15,14 @@ Shapes: B batch, D code.
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.nets.blocks.adversarial import (
     call_frozen,
     check_discriminator,
@@ -33,29 +33,18 @@ from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
 
-class WAEGAN(Autoencoder):
+class WAEGAN(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=True):
     """Codes that a discriminator cannot tell from draws from a standard normal prior.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         adversarial_weight: lam, weight of the adversarial loss on the codes.
         gaussian_posterior: draw codes from N(mu(x), diag sigma(x)^2) in training, instead of z = f(x).
         discriminator_dims: widths of the discriminator's hidden layers, four of 512 in the paper.
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.999 unless optimizer sets them.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate of encoder and decoder.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
-
-    has_prior = True
 
     def __init__(
         self,
@@ -66,26 +55,9 @@ class WAEGAN(Autoencoder):
         gaussian_posterior: bool = False,
         discriminator_dims: tuple[int, ...] = (256, 256),
         discriminator_lr: float = 5e-4,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(1, latent_dim=latent_dim)
         at_least(0, adversarial_weight=adversarial_weight)
         check_discriminator(discriminator_dims, discriminator_lr)
@@ -93,8 +65,8 @@ class WAEGAN(Autoencoder):
         self.discriminator_lr = discriminator_lr
         self.code_shape = (latent_dim,)
         code_dim = 2 * latent_dim if gaussian_posterior else latent_dim
-        self.encoder = nets.encoder(net, self.input_shape, (code_dim,), hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.encoder = self.build_encoder((code_dim,))
+        self.decoder = self.build_decoder(self.code_shape)
         layers: list[nn.Module] = []
         dims = (latent_dim, *discriminator_dims)
         for n_in, n_out in pairwise(dims):

@@ -16,42 +16,30 @@ Shapes: B batch on this rank, N samples on all ranks, D code.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.distributions import divergences
 from aezoo.errors import AezooError
 
 KERNELS = ("inverse_multiquadratic", "rbf")
 
 
-class WAEMMD(Autoencoder):
+class WAEMMD(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=True, compares_samples=True):
     """Deterministic codes, pulled as a whole towards a standard normal prior by their maximum mean discrepancy.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         mmd_weight: lam, weight of the distance between all codes and the prior.
         kernel: inverse_multiquadratic or rbf.
         kernel_scales: s, widths of the summed kernels, in units of the expected squared distance between two draws.
         unbiased: use the U-statistic; off uses the V-statistic.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
-
-    has_prior = True
-    compares_samples = True
 
     def __init__(
         self,
@@ -62,26 +50,10 @@ class WAEMMD(Autoencoder):
         kernel: str = "inverse_multiquadratic",
         kernel_scales: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
         unbiased: bool = True,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
+        self.latent_dim = latent_dim
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         if not 0 <= mmd_weight < math.inf:
@@ -93,8 +65,8 @@ class WAEMMD(Autoencoder):
         self.mmd_weight, self.kernel, self.unbiased = mmd_weight, kernel, unbiased
         self.kernel_scales = tuple(kernel_scales)
         self.code_shape = (latent_dim,)
-        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.encoder = self.build_encoder(self.code_shape)
+        self.decoder = self.build_decoder(self.code_shape)
 
     def k(self, squared: Tensor) -> Tensor:
         """The kernel at squared distances, elementwise."""

@@ -22,64 +22,9 @@ class AbsTopKSAE(TopKSAE):
     """At most k active latents per sample, of either sign, from a wide dictionary of unit-norm directions.
 
     Args:
-        input_shape: shape of one sample; any, it is flattened.
-        latent_dim: N, number of latents in the dictionary.
         k: active latents per sample.
-        k_aux: dead latents that model the residual; half of the data dimensions if 0.
-        aux_weight: alpha, weight of the auxiliary loss.
-        aux_scale: sse or variance, what the auxiliary loss is measured in.
-        dead_after: a latent is dead when it has not fired for this many samples.
         multi_weight: weight of the loss with 4k active latents; 1/8 in Multi-TopK, 0 leaves it out.
-        data_init: start the bias and the encoder's scale from the first batch of training.
-        decode: dense, gather or auto: multiply by the whole dictionary, read the active latents' rows, or the faster.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
     """
-
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 512,
-        k: int = 16,
-        k_aux: int = 0,
-        aux_weight: float = 1 / 32,
-        aux_scale: str = "sse",
-        dead_after: int = 20_000,
-        multi_weight: float = 0.0,
-        data_init: bool = False,
-        decode: str = "auto",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            k=k,
-            k_aux=k_aux,
-            aux_weight=aux_weight,
-            aux_scale=aux_scale,
-            dead_after=dead_after,
-            multi_weight=multi_weight,
-            data_init=data_init,
-            decode=decode,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
 
     def active(self, pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
         index_Bk = pi_BN.abs().topk(k, dim=1).indices

@@ -13,14 +13,14 @@ Shapes: B batch, X data dimensions, N latents.
 """
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
-from aezoo.models.sparse.topk_sae import TopKSAE
+from aezoo.models.sparse.topk_sae import TopKSAE, TopKSAEArgs
 
 
 class RunningMean(nn.Module):
@@ -54,64 +54,25 @@ class RunningMean(nn.Module):
         return self
 
 
+class BatchTopKSAEArgs(TopKSAEArgs, total=False):
+    """Arguments of `BatchTopKSAE`."""
+
+    theta_decay: float
+
+
 class BatchTopKSAE(TopKSAE):
     """At most k active latents per sample on average, many for some samples and few for others.
 
     Args:
-        input_shape: shape of one sample; any, it is flattened.
-        latent_dim: N, number of latents in the dictionary.
         k: active latents per sample, averaged over the batch; fewer if fewer pre-activations are positive.
         theta_decay: share of itself that the threshold of evaluation keeps at each step, once it has seen enough.
-        k_aux: dead latents that model the residual; half of the data dimensions if 0.
-        aux_weight: alpha, weight of the auxiliary loss.
-        aux_scale: sse or variance, what the auxiliary loss is measured in.
-        dead_after: a latent is dead when it has not fired for this many samples.
-        data_init: start the bias and the encoder's scale from the first batch of training.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `TopKSAE`.
     """
 
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 512,
-        k: int = 16,
-        theta_decay: float = 0.99,
-        k_aux: int = 0,
-        aux_weight: float = 1 / 32,
-        aux_scale: str = "sse",
-        dead_after: int = 20_000,
-        data_init: bool = False,
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, theta_decay: float = 0.99, **kwargs: Unpack[TopKSAEArgs]
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            k=k,
-            k_aux=k_aux,
-            aux_weight=aux_weight,
-            aux_scale=aux_scale,
-            dead_after=dead_after,
-            data_init=data_init,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if not 0 <= theta_decay < 1:
             raise AezooError(f"theta_decay must be at least 0 and below 1, got {theta_decay}")
         self.theta = RunningMean(theta_decay)

@@ -14,12 +14,14 @@ through the encoder either. r multiplies each row of W_gate.
 Shapes: B batch, X data dimensions, N latents.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.models.sparse.sae_l1 import SAEL1
+from aezoo.models.sparse.sae_l1 import SAEL1, SAEL1Args
 from aezoo.speed.linear import linear
 
 
@@ -27,54 +29,14 @@ class GatedSAE(SAEL1):
     """Few latents of a wide dictionary are active for each sample, without the shrinkage of an L1 penalty.
 
     Args:
-        input_shape: shape of one sample; any, it is flattened.
-        latent_dim: N, number of latents in the dictionary.
         l1: lam, weight of the sum of the gates' positive pre-activations.
-        l1_steps: optimiser steps over which lam rises from 0; 0 uses all of it from the start.
-        dead_after: a latent is dead when it has not fired for this many samples.
-        data_init: start the bias at the geometric median of the first batch of training.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `SAEL1`.
     """
 
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 512,
-        l1: float = 1.0,
-        l1_steps: int = 0,
-        dead_after: int = 20_000,
-        data_init: bool = False,
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            l1=l1,
-            l1_steps=l1_steps,
-            dead_after=dead_after,
-            data_init=data_init,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
-        self.r_N = nn.Parameter(torch.zeros(latent_dim))
-        self.b_mag_N = nn.Parameter(torch.zeros(latent_dim))
+    def __init__(self, input_shape: tuple[int, ...], **kwargs: Unpack[SAEL1Args]) -> None:
+        super().__init__(input_shape, **kwargs)
+        self.r_N = nn.Parameter(torch.zeros(self.latent_dim))
+        self.b_mag_N = nn.Parameter(torch.zeros(self.latent_dim))
 
     def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The pre-activations of the gates and of the magnitudes, (B, *input_shape) -> (B, N), (B, N)."""

@@ -20,36 +20,27 @@ Shapes: B batch, X data dimensions, N latents.
 
 import math
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
-from aezoo.models.sparse.sae_l1 import SAEL1
+from aezoo.models.sparse.sae_l1 import SAEL1, DictionaryArgs
 
 
 class JumpReLUSAE(SAEL1):
     """Few latents of a wide dictionary are active for each sample, each above a learned threshold.
 
     Args:
-        input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of latents in the dictionary.
         l0_weight: lam, weight of the number of active latents, or of its distance from the target.
         l0_steps: optimiser steps over which lam rises from 0; 0 uses all of it from the start.
         target_l0: target number of active latents per sample; 0 penalises the number itself.
         threshold: theta at the start; the paper has 0.001.
         bandwidth: eps, width of the rectangle that gives thresholds their gradient; the paper has 0.001.
-        dead_after: a latent is dead when it has not fired for this many samples.
-        data_init: start the bias at the geometric median of the first batch of training.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `SAEL1`.
     """
 
     def __init__(
@@ -62,14 +53,7 @@ class JumpReLUSAE(SAEL1):
         target_l0: float = 0.0,
         threshold: float = 0.01,
         bandwidth: float = 0.05,
-        dead_after: int = 20_000,
-        data_init: bool = False,
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[DictionaryArgs],
     ) -> None:
         if not 0 <= l0_weight < math.inf:
             raise AezooError(f"l0_weight must be at least 0 and finite, got {l0_weight}")
@@ -81,21 +65,7 @@ class JumpReLUSAE(SAEL1):
             raise AezooError(f"threshold must be at least 0 and finite, got {threshold}")
         if not 0 < bandwidth < math.inf:
             raise AezooError(f"bandwidth must be above 0 and finite, got {bandwidth}")
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            l1=l0_weight,
-            l1_steps=l0_steps,
-            dead_after=dead_after,
-            data_init=data_init,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, latent_dim=latent_dim, l1=l0_weight, l1_steps=l0_steps, **kwargs)
         self.l0_weight, self.target_l0, self.bandwidth = l0_weight, target_l0, bandwidth
         self.theta_N = nn.Parameter(torch.full((latent_dim,), float(threshold)))
 

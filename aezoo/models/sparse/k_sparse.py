@@ -13,6 +13,7 @@ Shapes: B batch, X data dimensions, N units.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ from aezoo.errors import AezooError
 from aezoo.nets.blocks.dictionary import scatter_code
 from aezoo.nets.blocks.tied import Transposed
 from aezoo.speed.linear import Linear
+from aezoo.training.arguments import TrainingArgs
 
 
-class KSparse(Autoencoder):
+class KSparse(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
     """A linear code with exactly k units in use for each sample; decoder and encoder share their weights.
 
     Args:
@@ -35,16 +37,9 @@ class KSparse(Autoencoder):
         k_steps: optimiser steps over which start_k falls linearly to k; 0 turns the schedule off.
         alpha: codes, reconstructions and scores use the alpha k largest units, rounded to the nearest whole number; the
             paper has 1 to 3, for codes that are classified.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
-    sparse_code = True
     steps: Tensor
 
     def __init__(
@@ -56,23 +51,9 @@ class KSparse(Autoencoder):
         start_k: int = 0,
         k_steps: int = 0,
         alpha: float = 1.0,
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if not 1 <= k <= latent_dim:
             raise AezooError(f"k must lie between 1 and latent_dim={latent_dim}, got {k}")
         if start_k != 0 and not k <= start_k <= latent_dim:

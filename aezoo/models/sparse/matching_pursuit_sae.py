@@ -12,6 +12,8 @@ all c_t but not through the choice i_t. With orthogonal directions, this is TopK
 Shapes: B batch, X data dimensions, N latents, k steps.
 """
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,9 +22,10 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.dictionary import Dictionary, UnitNorm
 from aezoo.speed.linear import linear
+from aezoo.training.arguments import TrainingArgs
 
 
-class MatchingPursuitSAE(UnitNorm, Autoencoder):
+class MatchingPursuitSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
     """At most k active latents per sample, chosen one after the other.
 
     Args:
@@ -31,16 +34,9 @@ class MatchingPursuitSAE(UnitNorm, Autoencoder):
         k: steps of the pursuit; a latent may be chosen again.
         dead_after: a latent is dead when it has not fired for this many samples.
         data_init: start the bias at the geometric median of the first batch of training.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
-    sparse_code = True
     decoder: Dictionary
 
     def __init__(
@@ -51,23 +47,9 @@ class MatchingPursuitSAE(UnitNorm, Autoencoder):
         k: int = 16,
         dead_after: int = 20_000,
         data_init: bool = False,
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if not 1 <= k <= latent_dim:
             raise AezooError(f"k must lie between 1 and latent_dim={latent_dim}, got {k}")
         if dead_after < 1:

@@ -12,12 +12,13 @@ Shapes: B batch, X data dimensions, N latents.
 """
 
 from itertools import pairwise
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from aezoo.errors import AezooError
-from aezoo.models.sparse.batch_topk_sae import BatchTopKSAE
+from aezoo.models.sparse.batch_topk_sae import BatchTopKSAE, BatchTopKSAEArgs
 from aezoo.speed.linear import linear
 
 
@@ -25,67 +26,22 @@ class MatryoshkaSAE(BatchTopKSAE):
     """A BatchTopK dictionary in which every prefix is a dictionary.
 
     Args:
-        input_shape: shape of one sample; any, it is flattened.
-        latent_dim: N, number of latents in the dictionary.
-        k: active latents per sample, averaged over the batch; fewer if fewer pre-activations are positive.
         fractions: sizes of the prefixes before the whole dictionary, as rising shares of it between 0 and 1.
-        theta_decay: share of itself that the threshold of evaluation keeps at each step, once it has seen enough.
-        k_aux: dead latents that model the residual; half of the data dimensions if 0.
-        aux_weight: alpha, weight of the auxiliary loss.
-        aux_scale: sse or variance, what the auxiliary loss is measured in.
-        dead_after: a latent is dead when it has not fired for this many samples.
-        data_init: start the bias and the encoder's scale from the first batch of training.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `BatchTopKSAE`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 512,
-        k: int = 16,
         fractions: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2),
-        theta_decay: float = 0.99,
-        k_aux: int = 0,
-        aux_weight: float = 1 / 32,
-        aux_scale: str = "sse",
-        dead_after: int = 20_000,
-        data_init: bool = False,
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[BatchTopKSAEArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            k=k,
-            theta_decay=theta_decay,
-            k_aux=k_aux,
-            aux_weight=aux_weight,
-            aux_scale=aux_scale,
-            dead_after=dead_after,
-            data_init=data_init,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if not all(a < b for a, b in pairwise((0, *fractions, 1))):
             raise AezooError(f"fractions must rise between 0 and 1, got {tuple(fractions)}")
         # small dictionaries have fewer prefixes
-        self.prefixes = sorted({max(1, round(share * latent_dim)) for share in fractions} | {latent_dim})
+        self.prefixes = sorted({max(1, round(share * self.latent_dim)) for share in fractions} | {self.latent_dim})
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         pi_BN = self.pre_activations(x)

@@ -17,12 +17,14 @@ starts in its own directions, with x_hat as long as x; in those of the points, s
 Shapes: B batch, X data dimensions, N latents, P points.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.models.sparse.topk_sae import TopKSAE
+from aezoo.models.sparse.topk_sae import SparsityArgs, TopKSAE
 from aezoo.nets.blocks.dictionary import Dictionary, project_to_simplex
 from aezoo.speed.linear import linear
 from aezoo.training.limits import at_least
@@ -79,66 +81,21 @@ class RASAE(TopKSAE):
     """At most k active latents per sample, with directions that are mixtures of data points.
 
     Args:
-        input_shape: shape of one sample; any, it is flattened.
-        latent_dim: N, number of latents in the dictionary.
-        k: active latents per sample; fewer if fewer pre-activations are positive.
         n_points: P, points of the first batch that directions mix; fewer if the batch has fewer samples.
         delta: largest norm of a direction's deviation from its mixture.
-        k_aux: dead latents that model the residual; half of the data dimensions if 0.
-        aux_weight: alpha, weight of the auxiliary loss.
-        aux_scale: sse or variance, what the auxiliary loss is measured in.
-        dead_after: a latent is dead when it has not fired for this many samples.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `TopKSAE`.
     """
 
     encoder: nn.Linear
     decoder: Archetypes
 
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 512,
-        k: int = 16,
-        n_points: int = 128,
-        delta: float = 1.0,
-        k_aux: int = 0,
-        aux_weight: float = 1 / 32,
-        aux_scale: str = "sse",
-        dead_after: int = 20_000,
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, n_points: int = 128, delta: float = 1.0, **kwargs: Unpack[SparsityArgs]
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            k=k,
-            k_aux=k_aux,
-            aux_weight=aux_weight,
-            aux_scale=aux_scale,
-            dead_after=dead_after,
-            data_init=True,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, data_init=True, **kwargs)
         at_least(1, n_points=n_points)
         at_least(0, delta=delta)
-        self.decoder = Archetypes(latent_dim, self.input_shape, n_points, delta)
+        self.decoder = Archetypes(self.latent_dim, self.input_shape, n_points, delta)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         pi: Tensor = self.encoder(x.flatten(1))

@@ -17,7 +17,7 @@ of a long run. Shapes: B batch, X data dimensions, N latents.
 """
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,26 @@ from aezoo.autoencoder import Autoencoder, at_least_float32, from_bytes
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.dictionary import Dictionary, FreeDictionary, UnitNorm, resample_dead
 from aezoo.speed.linear import Linear
+from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
 
-class SAEL1(UnitNorm, Autoencoder):
+class DictionaryArgs(TrainingArgs, total=False):
+    """Arguments of `SAEL1` that all variants take."""
+
+    dead_after: int
+    data_init: bool
+
+
+class SAEL1Args(DictionaryArgs, total=False):
+    """Arguments of `SAEL1`, without its form and resampling."""
+
+    latent_dim: int
+    l1: float
+    l1_steps: int
+
+
+class SAEL1(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
     """Few latents of a wide dictionary are active for each sample, because their sum is penalised.
 
     Args:
@@ -41,16 +57,9 @@ class SAEL1(UnitNorm, Autoencoder):
         resample_steps: optimiser steps between restarts of dead latents; 0 leaves them dead.
         dead_after: a latent is dead when it has not fired for this many samples.
         data_init: start the bias at the geometric median of the first batch of training.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
-    sparse_code = True
     encoder: nn.Linear
     steps: Tensor
     decoder: Dictionary
@@ -66,23 +75,10 @@ class SAEL1(UnitNorm, Autoencoder):
         resample_steps: int = 0,
         dead_after: int = 20_000,
         data_init: bool = False,
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
+        self.latent_dim = latent_dim
         if form not in ("unit_norm", "april"):
             raise AezooError(f"form must be unit_norm or april, got {form!r}")
         at_least(1, latent_dim=latent_dim, dead_after=dead_after)

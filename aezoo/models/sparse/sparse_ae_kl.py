@@ -16,38 +16,27 @@ Shapes: B batch, D code.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 
 
-class SparseAEKL(Autoencoder):
+class SparseAEKL(NetworkAutoencoder, defaults={"hidden_dims": ()}, sparse_code=True):
     """Every unit of a sigmoid code is rarely, but equally often, active.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         rho: target share of activation of each unit, between 0 and 1.
         beta: weight of the divergence from rho, twice that of the notes.
         l2: weight of the sum of squared weights, the notes' lambda, independent of the optimiser's weight_decay; 0
             turns it off.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         latent_dim: D, size of the code.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
-
-    sparse_code = True
 
     def __init__(
         self,
@@ -56,27 +45,10 @@ class SparseAEKL(Autoencoder):
         rho: float = 0.05,
         beta: float = 6.0,
         l2: float = 1e-4,
-        net: str = "mlp",
         latent_dim: int = 256,
-        hidden_dims: tuple[int, ...] = (),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         if not 0 < rho < 1:
@@ -87,8 +59,8 @@ class SparseAEKL(Autoencoder):
             raise AezooError(f"l2 must be at least 0 and finite, got {l2}")
         self.rho, self.beta, self.l2 = rho, beta, l2
         self.code_shape = (latent_dim,)
-        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.encoder = self.build_encoder(self.code_shape)
+        self.decoder = self.build_decoder(self.code_shape)
 
     def encode(self, x: Tensor) -> Tensor:
         return self.encoder(x).sigmoid()

@@ -22,6 +22,7 @@ Shapes: B batch, T positions, D dimensions of one, N latents, k active ones.
 """
 
 import math
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
-from aezoo.models.sparse.topk_sae import TopKSAE
+from aezoo.models.sparse.topk_sae import TopKSAE, TopKSAEArgs
 from aezoo.nets.blocks.dictionary import Dictionary, scatter_code
 from aezoo.speed.linear import Linear, linear
 
@@ -103,76 +104,32 @@ class Context(nn.Module):
         return predicted
 
 
-class TemporalSAE(TopKSAE):
+class TemporalSAE(TopKSAE, sparse_code=False):
     """At most k latents are active for what is new at a position; attention predicts the rest from earlier positions.
 
     The code, (2, T, N), holds first what is new, then what is predicted; the second part is not sparse.
 
     Args:
         input_shape: shape of one sample: (T, D) for T positions; any, see above.
-        latent_dim: N, number of latents in the dictionary.
         k: active latents per position; fewer if fewer pre-activations are positive.
         key_dim: width of the keys of all heads together.
         heads: number of attention heads; key_dim and latent_dim are multiples of it.
         k_aux: dead latents that model the residual; half of a position's dimensions if 0.
-        aux_weight: alpha, weight of the auxiliary loss.
-        aux_scale: sse or variance, what the auxiliary loss is measured in.
         dead_after: a latent is dead when it has not fired for this many positions.
-        data_init: start the bias and the encoder's scale from the first batch of training.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `TopKSAE`.
     """
 
-    sparse_code = False
     context: Context
     encoder: nn.Linear
     decoder: SequenceDictionary
 
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 512,
-        k: int = 16,
-        key_dim: int = 32,
-        heads: int = 4,
-        k_aux: int = 0,
-        aux_weight: float = 1 / 32,
-        aux_scale: str = "sse",
-        dead_after: int = 20_000,
-        data_init: bool = False,
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, key_dim: int = 32, heads: int = 4, **kwargs: Unpack[TopKSAEArgs]
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            k=k,
-            k_aux=k_aux,
-            aux_weight=aux_weight,
-            aux_scale=aux_scale,
-            dead_after=dead_after,
-            data_init=data_init,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
-        self.context = Context(latent_dim, key_dim, heads)
-        self.code_shape = (2, counts(self.input_shape)[0], latent_dim)
-        self.decoder = SequenceDictionary(latent_dim, self.input_shape)
+        super().__init__(input_shape, **kwargs)
+        self.context = Context(self.latent_dim, key_dim, heads)
+        self.code_shape = (2, counts(self.input_shape)[0], self.latent_dim)
+        self.decoder = SequenceDictionary(self.latent_dim, self.input_shape)
         self.encoder.weight.data.copy_(self.decoder.W_NX)
 
     def target_shape(self) -> tuple[int, ...]:

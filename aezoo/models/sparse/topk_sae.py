@@ -16,6 +16,7 @@ Shapes: B batch, X data dimensions, N latents, k active ones.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,27 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.dictionary import Dictionary, UnitNorm, scatter_code, top_k
 from aezoo.speed.linear import Linear, in_graph
+from aezoo.training.arguments import TrainingArgs
 
 
-class TopKSAE(UnitNorm, Autoencoder):
+class SparsityArgs(TrainingArgs, total=False):
+    """Arguments of `TopKSAE` that all variants take."""
+
+    latent_dim: int
+    k: int
+    k_aux: int
+    aux_weight: float
+    aux_scale: str
+    dead_after: int
+
+
+class TopKSAEArgs(SparsityArgs, total=False):
+    """Arguments of `TopKSAE`, without multi_weight and decode."""
+
+    data_init: bool
+
+
+class TopKSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
     """At most k active latents per sample, from a wide dictionary of unit-norm directions.
 
     Args:
@@ -40,16 +59,9 @@ class TopKSAE(UnitNorm, Autoencoder):
         multi_weight: weight of the loss with 4k active latents; 1/8 in the paper's Multi-TopK, 0 leaves it out.
         data_init: start the bias and the encoder's scale from the first batch of training.
         decode: dense, gather or auto: multiply by the whole dictionary, read the active latents' rows, or the faster.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
-    sparse_code = True
     decoder: Dictionary
 
     def __init__(
@@ -65,23 +77,10 @@ class TopKSAE(UnitNorm, Autoencoder):
         multi_weight: float = 0.0,
         data_init: bool = False,
         decode: str = "auto",
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
+        self.latent_dim = latent_dim
         if not 1 <= k <= latent_dim:
             raise AezooError(f"k must lie between 1 and latent_dim={latent_dim}, got {k}")
         if k_aux < 0 or dead_after < 1 or not 0 <= aux_weight < math.inf or not 0 <= multi_weight < math.inf:

@@ -17,13 +17,14 @@ Shapes: B batch, R rows that are read, T that are predicted, X data dimensions o
 """
 
 import math
+from typing import Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
-from aezoo.models.sparse.sae_l1 import SAEL1
+from aezoo.models.sparse.sae_l1 import SAEL1, SAEL1Args
 from aezoo.speed.linear import Linear
 
 
@@ -34,19 +35,8 @@ class Transcoder(SAEL1):
         input_shape: shape of one sample: (S, D) for S places. Any shape is valid; if it has several dimensions, the
             first one counts the rows.
         targets: rows to predict, the first is 0; all others are read. If empty, all rows are read and predicted.
-        latent_dim: N, number of latents in the dictionary.
         form: unit_norm (2023) or april (April 2024).
-        l1: lam, weight of the sum of activations.
-        l1_steps: optimiser steps over which lam rises from 0; 0 uses all of it from the start.
-        dead_after: a latent is dead when it has not fired for this many samples.
-        data_init: start the bias at the geometric median of the first batch of training.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `SAEL1`.
     """
 
     seen: Tensor
@@ -57,35 +47,10 @@ class Transcoder(SAEL1):
         input_shape: tuple[int, ...],
         *,
         targets: tuple[int, ...] = (),
-        latent_dim: int = 512,
         form: str = "unit_norm",
-        l1: float = 1.0,
-        l1_steps: int = 0,
-        dead_after: int = 20_000,
-        data_init: bool = False,
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[SAEL1Args],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            form=form,
-            l1=l1,
-            l1_steps=l1_steps,
-            dead_after=dead_after,
-            data_init=data_init,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, form=form, **kwargs)
         self.n_rows = self.input_shape[0] if len(self.input_shape) > 1 else 1
         self.targets = tuple(targets)
         if len({*targets}) < len(targets) or not all(0 <= row < self.n_rows for row in targets):
@@ -97,9 +62,9 @@ class Transcoder(SAEL1):
         if targets:
             self.sources = tuple(row for row in range(self.n_rows) if row not in targets)
             row_shape = self.input_shape[1:]
-            self.encoder = Linear(len(self.sources) * math.prod(row_shape), latent_dim)
+            self.encoder = Linear(len(self.sources) * math.prod(row_shape), self.latent_dim)
             nn.init.zeros_(self.encoder.bias)
-            self.decoder = type(self.decoder)(latent_dim, (len(targets), *row_shape))
+            self.decoder = type(self.decoder)(self.latent_dim, (len(targets), *row_shape))
             self.register_buffer("mean_RX", torch.zeros(len(self.sources), *row_shape))
             self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 

@@ -20,6 +20,7 @@ Shapes: B batch on this rank, N samples on all ranks, D units or feature maps, G
 
 import math
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,10 @@ from aezoo import nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets.conv import CONVS, rank_of
+from aezoo.training.arguments import TrainingArgs
 
 
-class WTAAE(Autoencoder):
+class WTAAE(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, compares_samples=True):
     """Every unit is in use, each for its own few samples.
 
     Args:
@@ -39,17 +41,9 @@ class WTAAE(Autoencoder):
         spatial: use convolutions of stride 1 whose feature maps keep one value each, instead of dense layers.
         latent_dim: D, size of the code, or number of its feature maps, which are as large as the sample.
         hidden_dims: widths or channels of the encoder's layers before the code.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
-    sparse_code = True
-    compares_samples = True
     theta_D: Tensor
 
     def __init__(
@@ -60,23 +54,9 @@ class WTAAE(Autoencoder):
         spatial: bool = False,
         latent_dim: int = 256,
         hidden_dims: tuple[int, ...] = (),
-        likelihood: str = "gaussian",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         if not 0 < lifetime <= 1:

@@ -14,10 +14,12 @@ Shapes: B batch, D code.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from aezoo.bases.network import LatentArgs
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 
@@ -26,22 +28,11 @@ class AnnealedVAE(VAE):
     """A VAE whose code is kept at an amount of information that rises during training.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         gamma: weight of the distance between the KL term and C; the paper uses 1000, for much longer runs.
         max_capacity: C in nats at the end of its rise; the paper uses 25 on dSprites.
         capacity_steps: optimiser steps over which C rises from 0; the paper uses 100,000.
         per_sample: hold the KL term of each sample at C instead of the batch's mean.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
     steps: Tensor
@@ -50,20 +41,11 @@ class AnnealedVAE(VAE):
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
         gamma: float = 30.0,
         max_capacity: float = 25.0,
         capacity_steps: int = 1000,
         per_sample: bool = False,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[LatentArgs],
     ) -> None:
         if not 0 <= gamma < math.inf:
             raise AezooError(f"gamma must be at least 0 and finite, got {gamma}")
@@ -71,20 +53,7 @@ class AnnealedVAE(VAE):
             raise AezooError(f"max_capacity must be at least 0 and finite, got {max_capacity}")
         if capacity_steps < 1:
             raise AezooError(f"capacity_steps must be at least 1, got {capacity_steps}")
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         self.gamma, self.per_sample = gamma, per_sample
         self.max_capacity, self.capacity_steps = max_capacity, capacity_steps
         # BetaAnnealing would change these without an effect: it refuses a model that lacks them

@@ -18,7 +18,7 @@ Shapes: B batch on this rank, n batch over all ranks, D code; N samples of data.
 
 import math
 from collections.abc import Sized
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -26,74 +26,38 @@ from torch import Tensor
 from aezoo.distributions.divergences import ESTIMATORS, aggregate_log_weights
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.training.limits import at_least
 
 
-class BetaTCVAE(VAE):
+class BetaTCVAE(VAE, defaults={"beta": 6.0}, compares_samples=True):
     """A VAE with a separate weight for the dependence between the dimensions of the code.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         alpha: weight of the mutual information.
         beta: weight of the total correlation.
         gamma: weight of the dimensions' KL from the prior.
         estimator: how q(z) is estimated from a batch: mss, mss_mean or mws.
         dataset_size: N, number of training samples; 0: that of the training data, or without any that of the batch.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
-    compares_samples = True
     n_data: Tensor
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
         alpha: float = 1.0,
-        beta: float = 6.0,
         gamma: float = 1.0,
         estimator: str = "mss",
         dataset_size: int = 0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[VAEArgs],
     ) -> None:
         at_least(0, alpha=alpha, gamma=gamma, dataset_size=dataset_size)
         if estimator not in ESTIMATORS:
             raise AezooError(f"unknown estimator {estimator!r}: take one of {', '.join(ESTIMATORS)}")
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         del self.capacity  # BetaAnnealing raises beta, but there is no one KL term to hold at a capacity
         self.alpha, self.gamma, self.estimator, self.dataset_size = alpha, gamma, estimator, dataset_size
         self._counted, self._samples = False, 0

@@ -14,42 +14,40 @@ Shapes: B batch, N variables, K classes, D = N K code, S importance samples, M =
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from aezoo import nets
 from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import NetworkArgs
 from aezoo.distributions.categorical import all_codes, gumbel_softmax, kl_from_uniform, one_hot, sample_categorical
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, BetaArgs
 from aezoo.training.limits import at_least
 
 
-class CategoricalVAE(VAE):
+class CategoricalVAEArgs(NetworkArgs, total=False):
+    """Arguments of `CategoricalVAE`, without beta and the size of the code."""
+
+    temperature: float
+    start_temperature: float
+    temperature_steps: int
+    straight_through: bool
+
+
+class CategoricalVAE(VAE, normal_prior=False):
     """Categorical code with a uniform prior, trained through a relaxation.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         n_variables: N, categorical variables of the code.
         n_classes: K, classes of each; the code has N K entries. The paper has 10, which need longer training.
-        beta: weight of the KL term.
         temperature: tau, at least 0.01: near 0 codes are nearly one-hot and gradients noisy.
         start_temperature: tau at the first step, if it falls.
         temperature_steps: optimiser steps over which tau falls exponentially to temperature; 0 keeps it there.
         straight_through: decode one-hot codes in training as well, with the gradient of the relaxed ones.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
-    normal_prior = False
     steps: Tensor
 
     def __init__(
@@ -58,44 +56,21 @@ class CategoricalVAE(VAE):
         *,
         n_variables: int = 20,
         n_classes: int = 4,
-        beta: float = 1.0,
         temperature: float = 0.5,
         start_temperature: float = 1.0,
         temperature_steps: int = 0,
         straight_through: bool = False,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[BetaArgs],
     ) -> None:
         at_least(1, n_variables=n_variables)
         at_least(2, n_classes=n_classes)
         at_least(0, temperature_steps=temperature_steps)
         at_least(0.01, temperature=temperature, start_temperature=start_temperature)
-        super().__init__(
-            input_shape,
-            latent_dim=n_variables * n_classes,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, latent_dim=n_variables * n_classes, **kwargs)
         self.variables = (n_variables, n_classes)
         self.temperature, self.start_temperature = temperature, start_temperature
         self.temperature_steps, self.straight_through = temperature_steps, straight_through
-        self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
+        self.encoder = self.build_encoder(self.code_shape)
         self.enable_step_counter()
 
     def tau(self) -> Tensor:

@@ -24,6 +24,7 @@ Shapes: B batch, D shared code, M parts, S of them that are used, K clusters.
 
 import math
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from torch import Tensor
 from aezoo.bases.mixture_prior import MixturePrior
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
-from aezoo.models.variational.mmvae_plus import MMVAEPlus
+from aezoo.models.variational.mmvae_plus import MMVAEPlus, MMVAEPlusArgs
 
 _NEVER = -1e4  # its exponential is 0, and weights stay finite
 
@@ -40,61 +41,22 @@ class CMVAE(MixturePrior, MMVAEPlus):
     """A VAE of several modalities with private codes, and a shared code whose prior is a mixture of clusters.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
-            entries of vectors, rows of images with one channel; halves by default.
         latent_dim: D, size of the code that all parts share.
         private_dim: P, size of each part's private code.
         n_components: K, number of clusters, the Gaussians of the shared code's prior.
         beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `MMVAEPlus`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        parts: tuple[int, ...] = (),
         latent_dim: int = 16,
-        private_dim: int = 4,
         n_components: int = 10,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[MMVAEPlusArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            parts=parts,
-            latent_dim=latent_dim,
-            private_dim=private_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, latent_dim=latent_dim, **kwargs)
         self.build_mixture(n_components, latent_dim)
 
     def draws(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor, Tensor]:

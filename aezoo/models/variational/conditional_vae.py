@@ -13,6 +13,7 @@ Shapes: B batch, D latent, K labels, E = D + K code, S importance samples.
 """
 
 import math
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -20,68 +21,39 @@ from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import LatentArgs
 from aezoo.distributions import gaussians
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks import labels
 
 
-class ConditionalVAE(labels.LabelledCode, VAE):
+class ConditionalVAEArgs(LatentArgs, total=False):
+    """Arguments of `ConditionalVAE`."""
+
+    num_classes: int | None
+
+
+class ConditionalVAE(labels.LabelledCode, VAE, normal_prior=False):
     """A Gaussian code with a label, which can be chosen when sampling: `sample(n, y)`.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code without the label.
         num_classes: K, number of labels; from the data on the command line.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
-    normal_prior = False
-
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 16,
-        num_classes: int | None = 10,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, num_classes: int | None = 10, **kwargs: Unpack[LatentArgs]
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         del self.beta, self.capacity  # the bound has no KL weight: BetaAnnealing would change them without effect
-        self.latent_dim, self.num_classes = latent_dim, labels.check_num_classes(num_classes)
-        self.code_shape = (latent_dim + self.num_classes,)
+        self.latent_dim, self.num_classes = self.latent_dim, labels.check_num_classes(num_classes)
+        self.code_shape = (self.latent_dim + self.num_classes,)
         self.label_map = labels.ConcatLabel(self.num_classes, self.input_shape)
-        self.encoder = nets.encoder(net, self.label_map.joint_shape, (2 * latent_dim,), hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.encoder = nets.encoder(
+            self.net, self.label_map.joint_shape, (2 * self.latent_dim,), self.hidden_dims, self.activation
+        )
+        self.decoder = self.build_decoder(self.code_shape)
 
     def given(self, x: Tensor, y_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x, y), y one-hot: (B, *input_shape), (B, K) -> (B, D), (B, D)."""

@@ -30,32 +30,23 @@ other parts.
 Shapes: B batch, D code, M parts.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from aezoo.models.variational.mvtcae import MVTCAE
+from aezoo.models.variational.vae import VAEArgs
 
 
 class CRMVAE(MVTCAE):
     """A VAE of several modalities whose posterior is near each expert, and whose experts also reconstruct their parts.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
             entries of vectors, rows of images with one channel; halves by default.
-        latent_dim: D, size of the code.
-        beta: weight of all KL terms.
         alpha: share of the L_i, from 0 to 1; that of L_0 is 1 - alpha; None for M / (M + 1).
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `MVTCAE`.
     """
 
     def __init__(
@@ -63,36 +54,10 @@ class CRMVAE(MVTCAE):
         input_shape: tuple[int, ...],
         *,
         parts: tuple[int, ...] = (),
-        latent_dim: int = 16,
-        beta: float = 1.0,
         alpha: float | None = None,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[VAEArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            parts=parts,
-            latent_dim=latent_dim,
-            beta=beta,
-            alpha=0.0 if alpha is None else alpha,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, parts=parts, alpha=0.0 if alpha is None else alpha, **kwargs)
         self.all_alike = alpha is None
         if self.all_alike:
             self.alpha = len(self.sizes) / (len(self.sizes) + 1)

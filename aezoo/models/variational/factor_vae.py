@@ -16,13 +16,14 @@ Shapes: B batch on this rank, N samples on all ranks, D code.
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import LatentArgs
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.adversarial import (
     call_frozen,
@@ -38,60 +39,28 @@ class FactorVAE(VAE):
     """A VAE whose codes, as an aggregate, are pushed to have independent dimensions.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         gamma: weight of the total correlation; usually 6 to 40.
         discriminator_dims: widths of the discriminator's hidden layers, six of 1000 in the paper.
         discriminator_lr: learning rate of the discriminator, whose betas are 0.5 and 0.9 unless optimizer sets them.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate of encoder and decoder.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
         gamma: float = 10.0,
         discriminator_dims: tuple[int, ...] = (256, 256),
         discriminator_lr: float = 1e-4,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[LatentArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(0, gamma=gamma)
         check_discriminator(discriminator_dims, discriminator_lr)
         self.gamma, self.discriminator_lr = gamma, discriminator_lr
         layers: list[nn.Module] = []
-        dims = (latent_dim, *discriminator_dims)
+        dims = (self.latent_dim, *discriminator_dims)
         for n_in, n_out in pairwise(dims):
             layers += [Linear(n_in, n_out), nn.LeakyReLU(0.2)]  # appendix A
         self.discriminator = nn.Sequential(*layers, Linear(dims[-1], 1))

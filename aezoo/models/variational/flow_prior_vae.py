@@ -17,85 +17,47 @@ z = mu.
 Shapes: B batch, D code, H hidden units.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.flows import AffineLayer, check_n_flows
 from aezoo.training.limits import at_least
 
 PRIORS = ("realnvp", "maf")
 
 
-class FlowPriorVAE(VAE):
+class FlowPriorVAE(VAE, normal_prior=False):
     """Gaussian code whose prior is a learned normalising flow.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         prior: realnvp or maf; the first draws samples faster, the second is more flexible.
         n_flows: layers of the flow; 0 is the VAE, and a realnvp needs two to move all elements.
         flow_width: hidden units of each layer's network, in each of its two hidden layers.
-        beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
-
-    normal_prior = False
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
         prior: str = "realnvp",
         n_flows: int = 4,
         flow_width: int = 64,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[VAEArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         # the sampled KL may be negative, so there is no distance from a capacity
         del self.capacity
         if prior not in PRIORS:
             raise AezooError(f"unknown prior {prior!r}: take one of {', '.join(PRIORS)}")
         check_n_flows(n_flows)
         at_least(1, flow_width=flow_width)
-        order_D = torch.arange(latent_dim)
+        order_D = torch.arange(self.latent_dim)
         turns = (order_D % 2, (order_D + 1) % 2) if prior == "realnvp" else (order_D, order_D.flip(0))
         self.flow = nn.ModuleList(AffineLayer(turns[t % 2], prior == "realnvp", flow_width) for t in range(n_flows))
 

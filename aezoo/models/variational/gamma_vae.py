@@ -17,6 +17,7 @@ Shapes: B batch, D code, K importance samples.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -24,69 +25,31 @@ from torch.distributions import Gamma
 from torch.nn import functional as F
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.training.limits import at_least
 
 # for a smaller shape, float32 rounds one draw in 10,000 or more to 0
 LEAST_SHAPE, LEAST_RATE, MOST = 0.1, 1e-3, 1e6
 
 
-class GammaVAE(VAE):
+class GammaVAE(VAE, normal_prior=False):
     """Positive codes with a Gamma posterior and a Gamma prior.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         prior_shape: a, shape of the prior, at least 0.1: sparse below 1, exponential at 1, nearly normal when large.
         prior_rate: b, rate of the prior, at least 0.001: codes have the mean a / b.
-        beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
-
-    normal_prior = False
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
         prior_shape: float = 2.0,
         prior_rate: float = 1.0,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[VAEArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(LEAST_SHAPE, prior_shape=prior_shape)
         at_least(LEAST_RATE, prior_rate=prior_rate)
         self.prior_shape, self.prior_rate = prior_shape, prior_rate

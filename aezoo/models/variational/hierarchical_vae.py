@@ -16,39 +16,40 @@ Shapes: B batch, D code, D_l level l, L levels.
 """
 
 from itertools import pairwise
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from aezoo.distributions.latent_chain import Chain
 from aezoo.errors import AezooError
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, BetaArgs
 from aezoo.nets.blocks.levels import Conditional, ConditionalGaussian, GaussianChain, GaussianParams, Level, gaussian
 from aezoo.training.limits import at_least
 
 
-class HierarchicalVAE(VAE):
+class LevelsArgs(BetaArgs, total=False):
+    """Arguments of `HierarchicalVAE`, without free_bits."""
+
+    latent_dims: tuple[int, ...]
+    level_dim: int
+
+
+class HierarchicalVAEArgs(LevelsArgs, total=False):
+    """Arguments of `HierarchicalVAE`."""
+
+    free_bits: float
+
+
+class HierarchicalVAE(VAE, normal_prior=False):
     """Levels of Gaussian codes, each the prior of the one below.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dims: D_1, ..., D_L, sizes of the levels from the bottom up.
         level_dim: width of the hidden layer of the nets between levels.
         free_bits: nats of each level's KL, on average over the batch, below which the loss does not change.
-        beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
-
-    normal_prior = False
 
     def __init__(
         self,
@@ -57,39 +58,17 @@ class HierarchicalVAE(VAE):
         latent_dims: tuple[int, ...] = (32, 16),
         level_dim: int = 64,
         free_bits: float = 0.0,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[BetaArgs],
     ) -> None:
         if min(latent_dims, default=0) < 1:
             raise AezooError(f"latent_dims must be one size or more, each at least 1, got {tuple(latent_dims)}")
         at_least(1, level_dim=level_dim)
         at_least(0, free_bits=free_bits)
-        super().__init__(
-            input_shape,
-            latent_dim=sum(latent_dims),
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, latent_dim=sum(latent_dims), **kwargs)
+        self.level_dim = level_dim
         self.latent_dims, self.free_bits = tuple(latent_dims), free_bits
-        self.priors = GaussianChain(latent_dims, level_dim, activation)
-        nets = (ConditionalGaussian(2 * d + up, level_dim, d, activation) for d, up in pairwise(latent_dims))
+        self.priors = GaussianChain(latent_dims, level_dim, self.activation)
+        nets = (ConditionalGaussian(2 * d + up, level_dim, d, self.activation) for d, up in pairwise(latent_dims))
         self.posteriors = nn.ModuleList(nets)
 
     def bottom_up(self, x: Tensor) -> list[Tensor]:
@@ -140,6 +119,6 @@ class HierarchicalVAE(VAE):
 
     def latent_chain(self) -> Chain:
         """The levels from the top down, in the form that bits-back coding needs."""
-        layer = Conditional(self.priors.given, lambda x, above: self.q_and_p(self.bottom_up(x), above)[0])
+        layer = Conditional(self.priors.prior_params, lambda x, above: self.q_and_p(self.bottom_up(x), above)[0])
         layers = [layer for _ in self.latent_dims]
         return Chain([*layers], lambda z: self.decoder(torch.cat(z[::-1], 1)), self.likelihood, self.input_shape)

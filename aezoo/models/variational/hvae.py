@@ -17,11 +17,13 @@ Shapes: B batch, D code, K leapfrog steps or importance samples.
 
 import math
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import LatentArgs
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
 from aezoo.manifolds import hamiltonian
@@ -31,62 +33,36 @@ from aezoo.models.variational.vae import VAE
 _MOST_STEPS, _LONGEST_STEP = 1_000, 0.5
 
 
-class HVAE(VAE):
+class HVAEArgs(LatentArgs, total=False):
+    """Arguments of `HVAE`."""
+
+    n_leapfrog: int
+    step_size: float
+    beta_0: float
+
+
+class HVAE(VAE, normal_prior=False):
     """Gaussian code with a standard normal prior, whose posterior is refined by Hamiltonian dynamics.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         n_leapfrog: K, leapfrog steps; each costs a forward and a backward pass through the decoder.
         step_size: initial eps, above 0 and below 0.5, the upper limit of the learned eps.
         beta_0: initial inverse temperature of the momentum, above 0 and at most 1; 1 is no tempering.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
-    normal_prior = False
     step_D: nn.Parameter
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
         n_leapfrog: int = 3,
         step_size: float = 0.01,
         beta_0: float = 0.3,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[LatentArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         # the bound has no KL weight, so BetaAnnealing must not find these: changing them would have no effect
         del self.beta, self.capacity
         if not 0 <= n_leapfrog <= _MOST_STEPS:

@@ -17,77 +17,37 @@ log p(x).
 Shapes: B batch, D code, K importance samples.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.manifolds.sphere import FAMILIES
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 
 
-class HypersphericalVAE(VAE):
+class HypersphericalVAE(VAE, defaults={"latent_dim": 5}, normal_prior=False):
     """Unit vectors as codes with a uniform prior.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, length of a code, at least 2; the paper found gains over the VAE up to about 10, not at 40.
         posterior: the family of q(z|x): power_spherical or vmf.
-        beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
-    normal_prior = False
-
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 5,
-        posterior: str = "power_spherical",
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, posterior: str = "power_spherical", **kwargs: Unpack[VAEArgs]
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
-        if latent_dim < 2:
-            raise AezooError(f"latent_dim must be at least 2, the plane that a circle lies in, got {latent_dim}")
+        super().__init__(input_shape, **kwargs)
+        if self.latent_dim < 2:
+            raise AezooError(f"latent_dim must be at least 2, the plane that a circle lies in, got {self.latent_dim}")
         if posterior not in FAMILIES:
             raise AezooError(f"unknown posterior {posterior!r}: take one of {', '.join(FAMILIES)}")
-        self.family = FAMILIES[posterior](latent_dim)
-        self.encoder = nets.encoder(net, self.input_shape, (latent_dim + 1,), hidden_dims, activation)
+        self.family = FAMILIES[posterior](self.latent_dim)
+        self.encoder = self.build_encoder((self.latent_dim + 1,))
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean direction of q(z|x), and its concentration repeated D times: (B, *input_shape) -> (B, D), (B, D)."""

@@ -17,10 +17,12 @@ Shapes: B batch on this rank, N samples on all ranks, D code.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from aezoo.bases.network import LatentArgs
 from aezoo.distributions import divergences
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
@@ -32,43 +34,23 @@ class InfoVAE(VAE):
     """A VAE whose codes match the prior as an aggregate instead of one by one.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         alpha: preference for informative codes, at most 1: 0 keeps the whole KL term, 1 drops it.
         mmd_weight: lam, weight of the distance between all codes and the prior, 1000 in the paper; the MMD counts
             alpha + lam - 1 times.
         kernel: inverse_multiquadratic or rbf.
         bandwidth: s, width of the kernel, in units of the distance between two draws from the prior.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
         alpha: float = 0.0,
         mmd_weight: float = 500.0,
         kernel: str = "inverse_multiquadratic",
         bandwidth: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[LatentArgs],
     ) -> None:
         if not -math.inf < alpha <= 1:
             raise AezooError(f"alpha must be at most 1 and finite, got {alpha}")
@@ -78,21 +60,7 @@ class InfoVAE(VAE):
             raise AezooError(f"kernel takes {' or '.join(KERNELS)}, got {kernel!r}")
         if not 0 < bandwidth < math.inf:
             raise AezooError(f"bandwidth must be above 0 and finite, got {bandwidth}")
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=1 - alpha,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, beta=1 - alpha, **kwargs)
         self.alpha, self.mmd_weight, self.kernel, self.bandwidth = alpha, mmd_weight, kernel, bandwidth
 
     def k(self, squared: Tensor) -> Tensor:

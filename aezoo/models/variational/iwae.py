@@ -16,10 +16,12 @@ Shapes: B batch, D code, K importance samples.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from aezoo.bases.network import LatentArgs
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
@@ -29,57 +31,31 @@ ESTIMATORS = ("reparam", "stl", "dreg")
 MOST_SAMPLES = 10_000
 
 
+class IWAEArgs(LatentArgs, total=False):
+    """Arguments of `IWAE`."""
+
+    n_samples: int
+    estimator: str
+
+
 class IWAE(VAE):
     """Gaussian code with a standard normal prior, trained on the importance weighted bound.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         n_samples: K, importance samples of each data sample; each is decoded.
         estimator: the encoder's gradient: reparam, stl or dreg; the last two are less noisy.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
         n_samples: int = 5,
         estimator: str = "reparam",
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[LatentArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         # the bound has no KL weight, so BetaAnnealing must not find these: changing them would have no effect
         del self.beta, self.capacity
         if not 1 <= n_samples <= MOST_SAMPLES:

@@ -28,7 +28,7 @@ Shapes: B batch, D code, M parts, S of them that are used.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from aezoo.distributions import gaussians
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.models.variational.jmvae import JMVAE
+from aezoo.models.variational.vae import VAEArgs
 from aezoo.nets.blocks.flows import AutoregressiveFlow, check_n_flows
 from aezoo.training.limits import at_least
 
@@ -44,23 +45,12 @@ class JNF(JMVAE):
     """A VAE of whole samples, and flows that learn its posterior from each of their parts.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
             entries of vectors, rows of images with one channel; halves by default.
-        latent_dim: D, size of the code.
         n_flows: layers of each part's flow; 0 for Gaussians.
         flow_width: hidden units of each layer's network, in each of two hidden layers.
         beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `JMVAE`.
     """
 
     def __init__(
@@ -68,40 +58,15 @@ class JNF(JMVAE):
         input_shape: tuple[int, ...],
         *,
         parts: tuple[int, ...] = (),
-        latent_dim: int = 16,
         n_flows: int = 2,
         flow_width: int = 64,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[VAEArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            parts=parts,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, parts=parts, **kwargs)
         del self.alpha
         check_n_flows(n_flows)
         at_least(1, flow_width=flow_width)
-        self.flows = nn.ModuleList(AutoregressiveFlow(latent_dim, n_flows, flow_width) for _ in self.sizes)
+        self.flows = nn.ModuleList(AutoregressiveFlow(self.latent_dim, n_flows, flow_width) for _ in self.sizes)
 
     def log_experts(self, z_BD: Tensor, x: Tensor) -> Tensor:
         """Log q_i(z|x_i) in nats for every part: (B, D), (B, *input_shape) -> (B, M)."""

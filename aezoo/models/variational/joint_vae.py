@@ -11,23 +11,22 @@ Shapes: B batch, D Gaussian part of the code, N variables, K classes, E = D + N 
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.distributions import categorical, gaussians
-from aezoo.models.variational.categorical_vae import CategoricalVAE
+from aezoo.models.variational.categorical_vae import CategoricalVAE, CategoricalVAEArgs
 from aezoo.models.variational.vae import VAE
 from aezoo.training.limits import at_least
 
 
-class JointVAE(CategoricalVAE):
+class JointVAE(CategoricalVAE, defaults={"temperature": 0.67}):
     """A code with a Gaussian and a categorical part, each kept at an amount of information that rises during training.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the Gaussian part.
         n_variables: N, categorical variables; 0 leaves them out.
         n_classes: K, classes of each.
@@ -36,19 +35,8 @@ class JointVAE(CategoricalVAE):
         max_discrete_capacity: the same for C_c, which is at most N log K.
         capacity_steps: optimiser steps over which both rise from 0; the paper uses 25,000.
         temperature: tau of the relaxed classes, at least 0.01: near 0 they are nearly one-hot and gradients noisy.
-        start_temperature: tau at the first step, if it falls.
-        temperature_steps: optimiser steps over which tau falls exponentially to temperature; 0 keeps it there.
         straight_through: decode one-hot classes in training as well, with the gradient of the relaxed ones.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `CategoricalVAE`.
     """
 
     log_likelihood = VAE.log_likelihood  # there are infinitely many codes
@@ -64,49 +52,19 @@ class JointVAE(CategoricalVAE):
         max_capacity: float = 5.0,
         max_discrete_capacity: float = 5.0,
         capacity_steps: int = 1000,
-        temperature: float = 0.67,
-        start_temperature: float = 1.0,
-        temperature_steps: int = 0,
-        straight_through: bool = False,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[CategoricalVAEArgs],
     ) -> None:
         at_least(1, latent_dim=latent_dim, capacity_steps=capacity_steps)
         at_least(0, n_variables=n_variables, gamma=gamma)
         at_least(0, max_capacity=max_capacity, max_discrete_capacity=max_discrete_capacity)
-        super().__init__(
-            input_shape,
-            n_variables=max(1, n_variables),
-            n_classes=n_classes,
-            temperature=temperature,
-            start_temperature=start_temperature,
-            temperature_steps=temperature_steps,
-            straight_through=straight_through,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, n_variables=max(1, n_variables), n_classes=n_classes, **kwargs)
         del self.beta, self.capacity  # BetaAnnealing would change them without effect
         self.gamma, self.max_capacity, self.capacity_steps = gamma, max_capacity, capacity_steps
         self.max_discrete_capacity = min(max_discrete_capacity, n_variables * math.log(n_classes))
         self.variables, n_probs = (n_variables, n_classes), n_variables * n_classes
         self.sizes, self.code_shape = (latent_dim, latent_dim, n_probs), (latent_dim + n_probs,)
-        self.encoder = nets.encoder(net, self.input_shape, (sum(self.sizes),), hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.encoder = self.build_encoder((sum(self.sizes),))
+        self.decoder = self.build_decoder(self.code_shape)
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and log-variance of q(z|x), log p of q(c|x): (B, *input_shape) -> (B, D), (B, D), (B, N, K)."""

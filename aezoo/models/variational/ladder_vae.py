@@ -20,12 +20,14 @@ The code has all levels from the bottom up, D = D_1 + ... + D_L; decode reads th
 Shapes: B batch, D code, L levels.
 """
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo import nets
-from aezoo.models.variational.hierarchical_vae import HierarchicalVAE
+from aezoo.models.variational.hierarchical_vae import HierarchicalVAE, HierarchicalVAEArgs
 from aezoo.nets.blocks.levels import GaussianParams, gaussian
 from aezoo.speed.linear import Linear
 
@@ -49,80 +51,32 @@ class OfBottom(nn.Module):
         return params
 
 
-class LadderVAE(HierarchicalVAE):
+class LadderVAE(HierarchicalVAE, defaults={"activation": "leaky_relu"}):
     """Levels of Gaussian codes, whose posteriors combine the data with the level above.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dims: D_1, ..., D_L, sizes of the levels from the bottom up.
         level_dim: size of the features d_l, and of the hidden layer of the nets between levels.
-        free_bits: nats of each level's KL, on average over the batch, below which the loss does not change.
-        beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `HierarchicalVAE`.
     """
 
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dims: tuple[int, ...] = (32, 16),
-        level_dim: int = 64,
-        free_bits: float = 0.0,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "leaky_relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dims=latent_dims,
-            level_dim=level_dim,
-            free_bits=free_bits,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+    def __init__(self, input_shape: tuple[int, ...], **kwargs: Unpack[HierarchicalVAEArgs]) -> None:
+        super().__init__(input_shape, **kwargs)
         del self.posteriors
         # outputs of each level's net: an estimate, and the features for the level above
-        sizes = [2 * d + level_dim for d in latent_dims[:-1]] + [2 * latent_dims[-1]]
+        sizes = [2 * d + self.level_dim for d in self.latent_dims[:-1]] + [2 * self.latent_dims[-1]]
         self.rungs = nn.ModuleList(
             nn.Sequential(
-                nets.activation(activation),
-                Linear(level_dim, level_dim),
-                nets.activation(activation),
-                Linear(level_dim, size),
+                nets.activation(self.activation),
+                Linear(self.level_dim, self.level_dim),
+                nets.activation(self.activation),
+                Linear(self.level_dim, size),
             )
             for size in sizes[1:]
         )
-        if len(latent_dims) > 1:
-            bottom = latent_dims[:1]
-            self.encoder = nets.encoder(net, self.input_shape, (sizes[0],), hidden_dims, activation)
-            self.decoder = OfBottom(
-                bottom[0], nets.decoder(net, bottom, self.input_shape, hidden_dims[::-1], activation)
-            )
+        if len(self.latent_dims) > 1:
+            bottom = self.latent_dims[:1]
+            self.encoder = self.build_encoder((sizes[0],))
+            self.decoder = OfBottom(bottom[0], self.build_decoder(bottom))
 
     def bottom_up(self, x: Tensor) -> list[Tensor]:
         """mu^_l and log sigma^_l^2 of all levels: (B, *input_shape) -> (B, 2 D_l)."""

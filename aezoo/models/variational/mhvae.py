@@ -29,6 +29,7 @@ Shapes: B batch, D code, L levels, M parts, S subsets of them.
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from torch import Tensor
 from aezoo.bases.multimodal import Decoders, Multimodal
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
-from aezoo.models.variational.hierarchical_vae import HierarchicalVAE
+from aezoo.models.variational.hierarchical_vae import HierarchicalVAE, LevelsArgs
 from aezoo.models.variational.ladder_vae import OfBottom
 from aezoo.models.variational.mopoe_vae import MOST_PARTS
 from aezoo.nets.blocks.levels import GaussianParams, gaussian
@@ -46,65 +47,23 @@ class MHVAE(Multimodal, HierarchicalVAE):
     """A VAE of several modalities with a hierarchy of codes; each level gives the prior of the level below it.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         parts: sizes of at most 6 parts along the first dimension of input_shape that is longer than 1, channels of
             images or entries of vectors, rows of images with one channel; halves by default.
-        latent_dims: D_1, ..., D_L, sizes of the levels from the bottom up.
-        level_dim: width of the hidden layer of the nets between levels.
-        beta: weight of the KL term.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `HierarchicalVAE`.
     """
 
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        parts: tuple[int, ...] = (),
-        latent_dims: tuple[int, ...] = (32, 16),
-        level_dim: int = 64,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, parts: tuple[int, ...] = (), **kwargs: Unpack[LevelsArgs]
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dims=latent_dims,
-            level_dim=level_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
-        self.build_parts(parts, net, hidden_dims, activation, n_decoded=latent_dims[0])
+        self.build_parts(parts, self.net, self.hidden_dims, self.activation, n_decoded=self.latent_dims[0])
         if len(self.sizes) > MOST_PARTS:
             raise AezooError(f"parts must be at most {MOST_PARTS}, got {len(self.sizes)}: take mvae or mmvae for more")
-        if len(latent_dims) > 1:
-            self.decoder = Decoders([OfBottom(latent_dims[0], net) for net in self.decoder], self.decoder.dim)
+        if len(self.latent_dims) > 1:
+            self.decoder = Decoders([OfBottom(self.latent_dims[0], part) for part in self.decoder], self.decoder.dim)
 
     def subsets(self) -> list[tuple[int, ...]]:
         """All non-empty subsets of the parts, the set of all parts first."""

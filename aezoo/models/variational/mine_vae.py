@@ -18,14 +18,14 @@ Shapes: B batch on this rank, N samples on all ranks, D code, X data dimensions.
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.adversarial import check_discriminator, discriminator_parameter_groups, gradient_only
 from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
@@ -35,23 +35,12 @@ class MineVAE(VAE):
     """A VAE that is rewarded for the mutual information of samples and codes, which a network estimates.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
-        beta: weight of the KL term.
         mi_weight: weight of the mutual information; from beta on, a code costs at most its distance from the prior.
         decay: decay of the moving average M, below 1; 0 uses only the batch mean, which is the bound's own gradient.
         discriminator_dims: widths of the hidden layers of the statistics network T.
         discriminator_lr: learning rate of T.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate of encoder and decoder.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
     log_average: Tensor
@@ -60,44 +49,20 @@ class MineVAE(VAE):
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
-        beta: float = 1.0,
         mi_weight: float = 0.5,
         decay: float = 0.99,
         discriminator_dims: tuple[int, ...] = (256, 256),
         discriminator_lr: float = 1e-3,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[VAEArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(0, mi_weight=mi_weight)
         if not 0 <= decay < 1:
             raise AezooError(f"decay must be at least 0 and below 1, got {decay}")
         check_discriminator(discriminator_dims, discriminator_lr)
         self.mi_weight, self.decay, self.discriminator_lr = mi_weight, decay, discriminator_lr
         layers: list[nn.Module] = []
-        dims = (math.prod(self.input_shape) + latent_dim, *discriminator_dims)
+        dims = (math.prod(self.input_shape) + self.latent_dim, *discriminator_dims)
         for n_in, n_out in pairwise(dims):
             layers += [Linear(n_in, n_out), nn.ELU()]
         self.discriminator = nn.Sequential(*layers, Linear(dims[-1], 1))

@@ -13,71 +13,36 @@ Olsen 2007, https://doi.org/10.1109/ICASSP.2007.366913, which is an equality for
 Shapes: B batch, D code, K components.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from aezoo.bases.mixture_prior import MixturePrior
 from aezoo.distributions.gaussians import LOG_2PI
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 
 
-class MixtureVAE(MixturePrior, VAE):
+class MixtureVAEArgs(VAEArgs, total=False):
+    """Arguments of `MixtureVAE`."""
+
+    n_components: int
+
+
+class MixtureVAE(MixturePrior, VAE, normal_prior=False):
     """Gaussian code whose prior is a learned mixture of Gaussians.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         n_components: K, Gaussians of the prior.
-        beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
-    normal_prior = False
-
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 16,
-        n_components: int = 10,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+    def __init__(self, input_shape: tuple[int, ...], *, n_components: int = 10, **kwargs: Unpack[VAEArgs]) -> None:
+        super().__init__(input_shape, **kwargs)
+        self.n_components = n_components
         # the sampled KL may be negative, so there is no distance from a capacity
         del self.capacity
-        self.build_mixture(n_components, latent_dim)
+        self.build_mixture(n_components, self.latent_dim)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_1BD, log_q_1B = self.sample_posterior(x, 1)

@@ -15,73 +15,32 @@ those of a single sample.
 Shapes: B batch on this rank, N samples on all ranks, D code, G its first g dimensions.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.labels import check_labels
 
 
-class MLVAE(VAE):
+class MLVAE(VAE, compares_samples=True, reads_labels=True):
     """A VAE whose first dimensions are shared by all samples of a label.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         group_dim: g, size of the content, the part of a code that its group shares; half of the code by default.
-        beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
-    compares_samples = True
-    reads_labels = True
-
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 16,
-        group_dim: int | None = None,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, group_dim: int | None = None, **kwargs: Unpack[VAEArgs]
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
-        group_dim = latent_dim // 2 if group_dim is None else group_dim
-        if not 0 <= group_dim <= latent_dim:
-            raise AezooError(f"group_dim must be from 0 to latent_dim = {latent_dim}, got {group_dim}")
+        super().__init__(input_shape, **kwargs)
+        group_dim = self.latent_dim // 2 if group_dim is None else group_dim
+        if not 0 <= group_dim <= self.latent_dim:
+            raise AezooError(f"group_dim must be from 0 to latent_dim = {self.latent_dim}, got {group_dim}")
         self.group_dim = group_dim
 
     def members(self, y_B: Tensor) -> Tensor:

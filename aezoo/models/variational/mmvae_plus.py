@@ -21,6 +21,7 @@ Shapes: B batch, D shared code, P private code, E = D + P, M parts, S of them th
 """
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -29,29 +30,27 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.multimodal import PrivateDecoders
 from aezoo.distributions import gaussians
 from aezoo.models.variational.mmvae import MMVAE
+from aezoo.models.variational.vae import BetaArgs
 from aezoo.training.limits import at_least
+
+
+class MMVAEPlusArgs(BetaArgs, total=False):
+    """Arguments of `MMVAEPlus`, without the size of the shared code."""
+
+    parts: tuple[int, ...]
+    private_dim: int
 
 
 class MMVAEPlus(MMVAE):
     """A VAE of several modalities with one shared code, and a private code for each modality.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
             entries of vectors, rows of images with one channel; halves by default.
         latent_dim: D, size of the code that all parts share.
         private_dim: P, size of each part's private code; 0 gives the MMVAE.
         beta: weight of the terms with q, log q(u|x) - log p(u) and the KL of w_i.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `MMVAE`.
     """
 
     def __init__(
@@ -61,35 +60,11 @@ class MMVAEPlus(MMVAE):
         parts: tuple[int, ...] = (),
         latent_dim: int = 16,
         private_dim: int = 4,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[BetaArgs],
     ) -> None:
         at_least(1, latent_dim=latent_dim)
         at_least(0, private_dim=private_dim)
-        super().__init__(
-            input_shape,
-            parts=parts,
-            latent_dim=latent_dim + private_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, parts=parts, latent_dim=latent_dim + private_dim, **kwargs)
         self.latent_dim = latent_dim
         self.decoder = PrivateDecoders([*self.decoder], self.decoder.dim, latent_dim)
         self.code_shape = (latent_dim + len(self.sizes) * private_dim,)

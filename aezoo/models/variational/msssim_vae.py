@@ -16,6 +16,7 @@ Shapes: B batch, C channels, H height, W width, D code.
 """
 
 import math
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.ssim import similarity
 
 EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 4
@@ -35,21 +36,12 @@ class MSSSIMVAE(VAE):
 
     Args:
         input_shape: (C, H, W), both sides at least 3.
-        latent_dim: D, size of the code.
         weight: nats for a reconstruction that has nothing in common with the image.
         scales: most scales, each half as large as the one before; fewer if the window does not fit into the image.
         window: largest width of the Gaussian window in pixels, odd.
-        beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: whose mean of the decoder's output is the reconstruction, see vae; nothing else of it counts. Data
             outside of [0, 1] need gaussian.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
     log_likelihood = None  # type: ignore[assignment]  # the constant of the density is not known
@@ -58,36 +50,12 @@ class MSSSIMVAE(VAE):
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
         weight: float = 300.0,
         scales: int = 5,
         window: int = 11,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[VAEArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         self.likelihood.requires_grad_(False)  # no term reads a scale
         if len(self.input_shape) != 3 or min(self.input_shape[1:]) < 3:
             raise AezooError(f"msssim_vae takes images (C, H, W) of at least 3 x 3, got {self.input_shape}: take vae")

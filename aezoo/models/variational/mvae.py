@@ -19,6 +19,7 @@ Shapes: B batch, D code, M parts, S subsets: all, each alone, k random ones.
 """
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from torch import Tensor
 from aezoo.bases.multimodal import MissingModalities
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 
 # the code of each is decoded
 MOST_SUBSETS = 1000
@@ -37,22 +38,12 @@ class MVAE(MissingModalities, VAE):
     """A VAE of several modalities whose posterior is the product of the prior and one expert for each modality.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
             entries of vectors, rows of images with one channel; halves by default.
-        latent_dim: D, size of the code.
         n_subsets: k, random subsets of the parts whose ELBO is added at each step; of two parts there are none.
         beta: weight of the KL terms of all subsets.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
     def __init__(
@@ -60,40 +51,16 @@ class MVAE(MissingModalities, VAE):
         input_shape: tuple[int, ...],
         *,
         parts: tuple[int, ...] = (),
-        latent_dim: int = 16,
         n_subsets: int = 1,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[VAEArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
         if not 0 <= n_subsets <= MOST_SUBSETS:
             raise AezooError(f"n_subsets must be from 0 to {MOST_SUBSETS}, got {n_subsets}")
         self.n_subsets = n_subsets
-        self.build_parts(parts, net, hidden_dims, activation)
+        self.build_parts(parts, self.net, self.hidden_dims, self.activation)
 
     @staticmethod
     def product(mu: Tensor, log_var: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ Shapes: B batch, D shared code, P code of a part, M parts, S of them that are us
 """
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from aezoo.bases.multimodal import MissingModalities, PartDecoders
 from aezoo.distributions import gaussians
 from aezoo.distributions.gaussians import LOG_2PI, kl, rsample
 from aezoo.errors import AezooError
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, BetaArgs
 from aezoo.nets.blocks.levels import ConditionalGaussian, GaussianParams
 from aezoo.nets.build import activation
 from aezoo.speed.linear import Linear
@@ -142,11 +143,10 @@ class MessageLevel(nn.Module):
         return -self.log_down(z_BMP, u_BD, seen_BM), kl(mu_BD, log_var_BD, zero, zero)
 
 
-class Nexus(MissingModalities, VAE):
+class Nexus(MissingModalities, VAE, normal_prior=False):
     """A VAE for each of several modalities, and a VAE of their codes that infers the codes of missing parts.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
             entries of vectors, rows of images with one channel; halves by default.
         latent_dim: D, size of the code that all parts share.
@@ -156,18 +156,9 @@ class Nexus(MissingModalities, VAE):
         beta: weight of the KL terms of the parts.
         top_beta: weight of the KL term of the shared code.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
-
-    normal_prior = False
 
     def __init__(
         self,
@@ -178,42 +169,19 @@ class Nexus(MissingModalities, VAE):
         part_dim: int = 16,
         level_dim: int = 64,
         dropout: float = 0.2,
-        beta: float = 1.0,
         top_beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[BetaArgs],
     ) -> None:
         at_least(0, top_beta=top_beta)
         at_least(1, latent_dim=latent_dim, part_dim=part_dim, level_dim=level_dim)
-        super().__init__(
-            input_shape,
-            latent_dim=part_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, latent_dim=part_dim, **kwargs)
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
-        self.build_parts(parts, net, hidden_dims, activation)
+        self.build_parts(parts, self.net, self.hidden_dims, self.activation)
         self.decoder = PartDecoders([*self.decoder], self.decoder.dim, latent_dim)
         self.latent_dim, self.top_beta = latent_dim, top_beta
         self.code_shape = (latent_dim + len(self.sizes) * part_dim,)
-        self.top = MessageLevel(len(self.sizes), part_dim, latent_dim, level_dim, activation, dropout)
+        self.top = MessageLevel(len(self.sizes), part_dim, latent_dim, level_dim, self.activation, dropout)
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         which = range(len(self.sizes)) if parts is None else parts

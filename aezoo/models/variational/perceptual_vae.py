@@ -19,7 +19,7 @@ Shapes: B batch, D code.
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import load_model
 from aezoo.io.hub_files import on_disk
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.features import VGG, FeatureNet, random_features, vgg_features
 from aezoo.speed.memory_format import in_order
 
@@ -38,20 +38,11 @@ class PerceptualVAE(VAE):
 
     Args:
         input_shape: shape of one sample; (1, H, W) or (3, H, W) for vgg16 and vgg19.
-        latent_dim: D, size of the code.
         features: random, vgg16, vgg19, or the path of a .pth file of VGG weights or of a model of the zoo.
         weight: nats for a mean squared difference of 2 in one layer.
-        beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         likelihood: whose mean of the decoder's output is the reconstruction, see vae; nothing else of it counts. Data
             outside of [0, 1] need gaussian.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
     log_likelihood = None  # type: ignore[assignment]  # the constant of the density is not known
@@ -60,36 +51,12 @@ class PerceptualVAE(VAE):
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
         features: str = "random",
         weight: float = 1000.0,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[VAEArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
+        super().__init__(input_shape, **kwargs)
         features = str(features)
-        self.save_hyperparameters()
         self.likelihood.requires_grad_(False)  # no term reads a scale
         if not 0 < weight < math.inf:
             raise AezooError(f"weight must be above 0 and finite, got {weight}")

@@ -19,70 +19,27 @@ Shapes: B batch, D code, M groups, K importance samples in a group, N = M K.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from aezoo.errors import AezooError
-from aezoo.models.variational.iwae import IWAE, MOST_SAMPLES
+from aezoo.models.variational.iwae import IWAE, MOST_SAMPLES, IWAEArgs
 
 
-class PIWAE(IWAE):
+class PIWAE(IWAE, defaults={"n_samples": 8}):
     """Gaussian code with a standard normal prior; MIWAE's gradient for the encoder, IWAE's for the decoder.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         n_groups: M, bounds that the encoder averages; M K codes are decoded for each data sample, twice.
         n_samples: K, importance samples of each of the encoder's bounds.
-        estimator: the encoder's gradient: reparam, stl or dreg; the last two are less noisy.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `IWAE`.
     """
 
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 16,
-        n_groups: int = 8,
-        n_samples: int = 8,
-        estimator: str = "reparam",
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            n_samples=n_samples,
-            estimator=estimator,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
-        if not 1 <= n_groups <= MOST_SAMPLES // n_samples:
+    def __init__(self, input_shape: tuple[int, ...], *, n_groups: int = 8, **kwargs: Unpack[IWAEArgs]) -> None:
+        super().__init__(input_shape, **kwargs)
+        if not 1 <= n_groups <= MOST_SAMPLES // self.n_samples:
             raise AezooError(
                 f"n_groups must be at least 1 and n_groups n_samples at most {MOST_SAMPLES}, got {n_groups}"
             )

@@ -16,81 +16,35 @@ Shapes: B batch, D code, K importance samples.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from aezoo import nets
 from aezoo.errors import AezooError
 from aezoo.manifolds.poincare import Ball
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 
 _MOST_CURVED = 1e6
 
 
-class PoincareVAE(VAE):
+class PoincareVAE(VAE, normal_prior=False):
     """Points of the Poincare ball as codes, with wrapped normals as posterior and prior.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         curvature: c; the space has curvature -c and the ball has radius 1 / sqrt(c); near 0 this is the VAE.
-        beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
-
-    normal_prior = False
 
     decoder: nn.Sequential
 
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 16,
-        curvature: float = 1.0,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
-    ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+    def __init__(self, input_shape: tuple[int, ...], *, curvature: float = 1.0, **kwargs: Unpack[VAEArgs]) -> None:
+        super().__init__(input_shape, **kwargs)
         del self.capacity  # the sampled KL may be negative, so there is no distance from a capacity
         if not 1 / _MOST_CURVED <= curvature <= _MOST_CURVED:
             raise AezooError(f"curvature must be from 1e-6 to 1e6, got {curvature}: near 0 take vae")
         self.ball, self.code_radius = Ball(float(curvature)), 1 / math.sqrt(curvature)
-        self.decoder = nn.Sequential(
-            self.ball, nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
-        )
+        self.decoder = nn.Sequential(self.ball, self.build_decoder(self.code_shape))
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mean as 2 log_0(mu), and the log-variance of v: (B, *input_shape) -> (B, D), (B, D)."""

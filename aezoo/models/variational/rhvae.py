@@ -16,6 +16,7 @@ Shapes: B batch, D code, M centroids, K leapfrog steps or importance samples.
 """
 
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -24,80 +25,37 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.manifolds import hamiltonian
 from aezoo.manifolds.riemannian import CentroidMetric, Gram, cholesky_factor, half_log_det, velocity
-from aezoo.models.variational.hvae import HVAE
+from aezoo.models.variational.hvae import HVAE, HVAEArgs
 
 _MOST_ITERATIONS = 100
 # the chain of `sample`: number of jumps, number of steps in each, and their length in units of T
 _JUMPS, _STEPS, _LENGTH = 30, 10, 0.05
 
 
-class RHVAE(HVAE):
+class RHVAE(HVAE, defaults={"latent_dim": 8}, not_averaged=("centroids_MD",)):
     """Gaussian code whose posterior and samples follow a metric that is learned, too.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
-        n_leapfrog: K, leapfrog steps; each costs a forward and a backward pass through the decoder.
-        step_size: initial eps, above 0 and below 0.5, the upper limit of the learned eps.
-        beta_0: initial inverse temperature of the momentum, above 0 and at most 1; 1 is no tempering.
         n_centroids: M, number of codes around which the metric is built.
         temperature: T, the reach of each centroid.
         metric_floor: lam, the inverse metric far from all centroids.
         n_fixed_point: iterations for each implicit equation of a step.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `HVAE`.
     """
 
-    not_averaged = ("centroids_MD",)
     centroids_MD: Tensor
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 8,
-        n_leapfrog: int = 3,
-        step_size: float = 0.01,
-        beta_0: float = 0.3,
         n_centroids: int = 100,
         temperature: float = 1.5,
         metric_floor: float = 0.01,
         n_fixed_point: int = 3,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[HVAEArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            n_leapfrog=n_leapfrog,
-            step_size=step_size,
-            beta_0=beta_0,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         if not 1 <= n_centroids <= 100_000:
             raise AezooError(f"n_centroids must be from 1 to 100000, got {n_centroids}")
         for name, value in (("temperature", temperature), ("metric_floor", metric_floor)):
@@ -106,8 +64,8 @@ class RHVAE(HVAE):
         if not 1 <= n_fixed_point <= _MOST_ITERATIONS:
             raise AezooError(f"n_fixed_point must be from 1 to {_MOST_ITERATIONS}, got {n_fixed_point}")
         self.temperature, self.metric_floor, self.n_fixed_point = temperature, metric_floor, n_fixed_point
-        self.metric = Gram(latent_dim)
-        self.register_buffer("centroids_MD", torch.randn(n_centroids, latent_dim))
+        self.metric = Gram(self.latent_dim)
+        self.register_buffer("centroids_MD", torch.randn(n_centroids, self.latent_dim))
 
     # inductor takes minutes for its thousands of small kernels, and rounds the gradient of eps by 1e-3
     @torch.compiler.disable  # type: ignore[untyped-decorator]

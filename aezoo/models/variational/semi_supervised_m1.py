@@ -12,13 +12,15 @@ training samples. M2 is semi_supervised_vae.
 Shapes: B batch, D code, K labels.
 """
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.labels import all_labelled, check_num_classes
 
 
@@ -26,58 +28,22 @@ class SemiSupervisedM1(VAE):
     """A VAE with a classifier of its codes that learns from the samples that have labels.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         num_classes: K, number of labels; from the data on the command line.
         classifier_dims: widths of the classifier's hidden layers; none makes it logistic regression.
-        beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
         num_classes: int | None = 10,
         classifier_dims: tuple[int, ...] = (),
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[VAEArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         self.num_classes = check_num_classes(num_classes)
-        self.classifier = nets.encoder("mlp", self.code_shape, (self.num_classes,), classifier_dims, activation)
+        self.classifier = nets.encoder("mlp", self.code_shape, (self.num_classes,), classifier_dims, self.activation)
 
     def classify(self, x: Tensor) -> Tensor:
         """The log-probability of each label, log q(y|mu(x)): (B, *input_shape) -> (B, K)."""

@@ -17,13 +17,13 @@ Shapes: B batch, D latent, K labels.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.models.variational.conditional_vae import ConditionalVAE
+from aezoo.models.variational.conditional_vae import ConditionalVAE, ConditionalVAEArgs
 from aezoo.nets.blocks.labels import all_labelled, one_hot, select_label
 from aezoo.training.limits import at_least
 
@@ -32,59 +32,20 @@ class SemiSupervisedVAE(ConditionalVAE):
     """A conditional VAE with a classifier that learns from samples with and without labels.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code without the label.
-        num_classes: K, number of labels; from the data on the command line.
         alpha: weight of the classifier's cross-entropy for each labelled sample; 0.1 N / N_l in the paper, 50 for 100
             labels among 50,000 samples.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them, and the
             classifier has the same.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `ConditionalVAE`.
     """
 
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 16,
-        num_classes: int | None = 10,
-        alpha: float = 50.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, alpha: float = 50.0, **kwargs: Unpack[ConditionalVAEArgs]
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            num_classes=num_classes,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(0, alpha=alpha)
         self.alpha = alpha
-        self.classifier = nets.encoder(net, self.input_shape, (self.num_classes,), hidden_dims, activation)
+        self.classifier = self.build_encoder((self.num_classes,))
 
     def classify(self, x: Tensor) -> Tensor:
         """The classifier's log q(y|x): (B, *input_shape) -> (B, K)."""

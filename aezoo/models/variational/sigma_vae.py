@@ -13,11 +13,13 @@ Shapes: B batch, X data dimensions, D code.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import FixedLikelihoodArgs
 from aezoo.distributions.likelihoods import Gaussian
 from aezoo.models.variational.vae import VAE
 
@@ -26,17 +28,9 @@ class SigmaVAE(VAE):
     """A VAE with a Gaussian likelihood whose noise scale is always the one that fits best.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
     likelihood: Gaussian
@@ -47,30 +41,9 @@ class SigmaVAE(VAE):
         *,
         latent_dim: int = 16,
         beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[FixedLikelihoodArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood="gaussian",
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, latent_dim=latent_dim, beta=beta, likelihood="gaussian", **kwargs)
         # scores, likelihoods and evaluation use it; it is saved, unlike a likelihood's usual fixed scale
         self.likelihood.register_buffer("log_scale", self.likelihood.log_scale)
 

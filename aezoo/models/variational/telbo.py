@@ -27,15 +27,15 @@ Shapes: B batch, D code, M parts, S posteriors: of all parts, of each alone.
 """
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.multimodal import Multimodal
 from aezoo.models.variational.mvae import MVAE
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.adversarial import call_frozen
 from aezoo.nets.blocks.levels import gaussian
 from aezoo.speed.memory_format import like
@@ -46,22 +46,12 @@ class TELBO(Multimodal, VAE):
     """A VAE of whole samples, and encoders of their parts that are trained on separate ELBOs.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
             entries of vectors, rows of images with one channel; halves by default.
-        latent_dim: D, size of the code.
         beta: weight of the KL terms.
         gamma: weight of the likelihoods in the ELBOs of the parts.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
     def __init__(
@@ -69,40 +59,16 @@ class TELBO(Multimodal, VAE):
         input_shape: tuple[int, ...],
         *,
         parts: tuple[int, ...] = (),
-        latent_dim: int = 16,
-        beta: float = 1.0,
         gamma: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[VAEArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(0, gamma=gamma)
         self.gamma = gamma
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
-        self.build_parts(parts, net, hidden_dims, activation)
-        self.joint_encoder = nets.encoder(net, self.input_shape, (2 * latent_dim,), hidden_dims, activation)
+        self.build_parts(parts, self.net, self.hidden_dims, self.activation)
+        self.joint_encoder = self.build_encoder((2 * self.latent_dim,))
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         if parts is None or sorted(parts) == [*range(len(self.sizes))]:

@@ -15,72 +15,49 @@ Shapes: B batch, D code, K importance samples.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from aezoo import nets
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import LatentArgs, NetworkArgs, NetworkAutoencoder
 from aezoo.distributions import gaussians
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
 from aezoo.training.limits import at_least
 
 
-class VAE(Autoencoder):
+class BetaArgs(NetworkArgs, total=False):
+    """Arguments of `VAE`, without the size of the code."""
+
+    beta: float
+
+
+class VAEArgs(LatentArgs, BetaArgs, total=False):
+    """Arguments of `VAE`."""
+
+
+class VAE(NetworkAutoencoder, has_prior=True, normal_prior=True):
     """Gaussian code with a standard normal prior.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         latent_dim: D, size of the code.
         beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `NetworkAutoencoder`.
     """
 
-    has_prior = True
-    normal_prior = True
-
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 16,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, latent_dim: int = 16, beta: float = 1.0, **kwargs: Unpack[NetworkArgs]
     ) -> None:
-        super().__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
+        self.latent_dim = latent_dim
         at_least(1, latent_dim=latent_dim)
         at_least(0, beta=beta)
         self.beta, self.capacity = beta, 0.0
         self.code_shape = (latent_dim,)
-        self.encoder = nets.encoder(net, self.input_shape, (2 * latent_dim,), hidden_dims, activation)
-        self.decoder = nets.decoder(net, self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        self.encoder = self.build_encoder((2 * latent_dim,))
+        self.decoder = self.build_decoder(self.code_shape)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x): (B, *input_shape) -> (B, D), (B, D)."""

@@ -18,73 +18,31 @@ the VAE. The code of a sample is z_T for z_0 = mu; the score, which has no noise
 Shapes: B batch, D code, K importance samples, T steps, P parameters of a step.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
-from aezoo.models.variational.vae import VAE
+from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.flows import FLOWS, check_n_flows
 
 
-class VAEFlow(VAE):
+class VAEFlow(VAE, normal_prior=False):
     """A posterior made flexible by invertible steps, and a standard normal prior.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         flow: kind of the steps: planar, radial or sylvester; the last moves all dimensions at once.
         n_flows: T, number of steps; 0 is the VAE.
-        beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
-    normal_prior = False
-
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 16,
-        flow: str = "planar",
-        n_flows: int = 8,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, flow: str = "planar", n_flows: int = 8, **kwargs: Unpack[VAEArgs]
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         # the sampled KL may be negative, so there is no distance from a capacity
         del self.capacity
         if flow not in FLOWS:
@@ -93,8 +51,8 @@ class VAEFlow(VAE):
         self.n_flows = n_flows
         self.step, size = FLOWS[flow]
         if n_flows:
-            outputs = 2 * latent_dim + n_flows * size(latent_dim)
-            self.encoder = nets.encoder(net, self.input_shape, (outputs,), hidden_dims, activation)
+            outputs = 2 * self.latent_dim + n_flows * size(self.latent_dim)
+            self.encoder = self.build_encoder((outputs,))
 
     def amortised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and log-variance of q_0(z|x), the steps' parameters: (B, *input_shape) -> (B, D), (B, D), (B, T P)."""

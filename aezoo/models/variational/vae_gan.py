@@ -24,7 +24,7 @@ Shapes: B batch, D code, F features.
 """
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
+from aezoo.bases.network import LatentArgs
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.adversarial import Generator, call_frozen, check_discriminator, gradient_only
 from aezoo.training import optimizers
@@ -42,63 +43,32 @@ class VAEGAN(VAE):
     """A VAE that reconstructs what a discriminator sees in a sample, and a GAN whose generator is its decoder.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         gamma: weight of the reconstruction against the GAN in the decoder's loss.
         discriminator_dims: widths of the discriminator's hidden layers (mlp) or channels of its stages; with fewer
             features than a sample has values they do not hold a reconstruction. Empty: 1024 for mlp, else hidden_dims.
         discriminator_lr: learning rate of the discriminator, whose betas are 0.5 and 0.9 unless optimizer sets them.
         net: mlp, conv or resnet, for encoder, decoder and discriminator.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate of encoder and decoder.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `VAE`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
         gamma: float = 0.1,
         discriminator_dims: tuple[int, ...] = (),
         discriminator_lr: float = 1e-4,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[LatentArgs],
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         at_least(0, gamma=gamma)
         check_discriminator(discriminator_dims, discriminator_lr)
         self.gamma, self.discriminator_lr = gamma, discriminator_lr
-        dims = tuple(discriminator_dims) or ((1024,) if net == "mlp" else tuple(hidden_dims) or (64,))
-        shape = dims[-1:] if net == "mlp" else nets.map_shape(net, self.input_shape, dims, dims[-1])
-        stages = dims[:-1] if net == "mlp" else dims
-        features = nets.encoder(net, self.input_shape, shape, stages, activation)
+        dims = tuple(discriminator_dims) or ((1024,) if self.net == "mlp" else tuple(self.hidden_dims) or (64,))
+        shape = dims[-1:] if self.net == "mlp" else nets.map_shape(self.net, self.input_shape, dims, dims[-1])
+        stages = dims[:-1] if self.net == "mlp" else dims
+        features = nets.encoder(self.net, self.input_shape, shape, stages, self.activation)
         head = nn.Sequential(nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(math.prod(shape), 1))
         # in a tuple, so that its parameters are not registered twice
         self._generator = (Generator(self.decoder, self.likelihood),)

@@ -15,71 +15,30 @@ Shapes: B batch, D code, K pseudo-inputs.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from aezoo.models.variational.mixture_vae import MixtureVAE
+from aezoo.models.variational.mixture_vae import MixtureVAE, MixtureVAEArgs
 
 
-class VampVAE(MixtureVAE):
+class VampVAE(MixtureVAE, defaults={"n_components": 500}):
     """Gaussian code whose prior is the mean of the posteriors of learned inputs.
 
     Args:
-        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        latent_dim: D, size of the code.
         n_components: K, pseudo-inputs; all of them are encoded at every step.
         data_init: start the pseudo-inputs from the first batch of training.
-        beta: weight of the KL term.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `MixtureVAE`.
     """
 
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 16,
-        n_components: int = 500,
-        data_init: bool = True,
-        beta: float = 1.0,
-        net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        self, input_shape: tuple[int, ...], *, data_init: bool = True, **kwargs: Unpack[MixtureVAEArgs]
     ) -> None:
-        super().__init__(
-            input_shape,
-            latent_dim=latent_dim,
-            n_components=n_components,
-            beta=beta,
-            net=net,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super().__init__(input_shape, **kwargs)
         # the pseudo-inputs replace them
         del self.weight_K, self.mean_KD, self.log_var_KD
-        self.pseudo_K = nn.Parameter(0.1 * torch.randn(n_components, *self.input_shape))
+        self.pseudo_K = nn.Parameter(0.1 * torch.randn(self.n_components, *self.input_shape))
         if data_init:
             self.enable_data_init()
 

@@ -18,19 +18,22 @@ Shapes: B batch, D code, K importance samples.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from aezoo.bases.network import NetworkAutoencoder
 from aezoo.distributions.latent_chain import Chain
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.levels import Level
 from aezoo.nets.blocks.top_down import BottomUp, TopDown
+from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
 
-class VDVAE(VAE):
+class VDVAE(VAE, normal_prior=False):
     """Gaussian codes at every resolution of an image, each the prior of the next.
 
     Args:
@@ -39,16 +42,9 @@ class VDVAE(VAE):
         latent_channels: Z, latent variables of a block at each place of its grid.
         enc_blocks: bottom-up blocks at the image's resolution, at half of it, at a quarter, ...
         dec_blocks: top-down blocks, each with latent variables, at the same resolutions.
-        likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
-        lr: learning rate.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
-        weight_decay: the optimiser's weight decay.
-        lr_schedule: constant, cosine, linear, exponential, step or multistep:FACTOR@P,P, from warm-up to the last step.
-        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        **kwargs: see `Autoencoder`.
     """
 
-    normal_prior = False
     encoder: BottomUp
     decoder: TopDown
 
@@ -60,24 +56,10 @@ class VDVAE(VAE):
         latent_channels: int = 4,
         enc_blocks: tuple[int, ...] = (1, 1, 1),
         dec_blocks: tuple[int, ...] = (1, 1, 2),
-        likelihood: str = "bernoulli",
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        weight_decay: float = 0.0,
-        lr_schedule: str = "constant",
-        warmup_steps: int = 0,
+        **kwargs: Unpack[TrainingArgs],
     ) -> None:
         # skip the VAE's constructor, which would build a net for all of the code
-        super(VAE, self).__init__(
-            input_shape,
-            likelihood=likelihood,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-        )
-        self.save_hyperparameters()
+        super(NetworkAutoencoder, self).__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3:
             raise AezooError(f"vdvae takes images (C, H, W), not {self.input_shape}: there take hierarchical_vae")
         at_least(1, width=width, latent_channels=latent_channels)

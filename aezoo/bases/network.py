@@ -1,0 +1,58 @@
+"""Models whose encoder and decoder are networks of a kind that an argument names."""
+
+from typing import Unpack
+
+from torch import nn
+
+from aezoo import nets
+from aezoo.autoencoder import Autoencoder
+from aezoo.training.arguments import OptimizerArgs, TrainingArgs
+
+
+class FixedLikelihoodArgs(OptimizerArgs, total=False):
+    """Arguments of `NetworkAutoencoder` for models that choose the likelihood themselves."""
+
+    net: str
+    hidden_dims: tuple[int, ...]
+    activation: str
+
+
+class NetworkArgs(FixedLikelihoodArgs, TrainingArgs, total=False):
+    """Arguments of `NetworkAutoencoder`."""
+
+
+class LatentArgs(NetworkArgs, total=False):
+    """The same with the size of the code, which the models define."""
+
+    latent_dim: int
+
+
+class NetworkAutoencoder(Autoencoder):
+    """A model with networks of one kind; its constructor builds them with `build_encoder` and `build_decoder`.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        net: str = "mlp",
+        hidden_dims: tuple[int, ...] = (400,),
+        activation: str = "relu",
+        **kwargs: Unpack[TrainingArgs],
+    ) -> None:
+        super().__init__(input_shape, **kwargs)
+        self.net, self.hidden_dims, self.activation = net, hidden_dims, activation
+
+    def build_encoder(self, code_shape: tuple[int, ...]) -> nn.Module:
+        """A network of samples, (B, *input_shape) -> (B, *code_shape)."""
+        return nets.encoder(self.net, self.input_shape, code_shape, self.hidden_dims, self.activation)
+
+    def build_decoder(self, code_shape: tuple[int, ...]) -> nn.Module:
+        """Its mirror, (B, *code_shape) -> (B, *input_shape)."""
+        return nets.decoder(self.net, code_shape, self.input_shape, self.hidden_dims[::-1], self.activation)

@@ -1,26 +1,31 @@
 """The test of the tests: put one fault at a time into a copy of the package and see whether the suite notices.
 
-    python -m tests.mutants --keep FILE        all faults, more than an hour on two cores; goes on where it was ended
-    python -m tests.mutants --draw 300         so many of them, drawn at random; --seed 1 draws others
-    python -m tests.mutants contraction AuxK   those with one of these in name or file
+    python -m tests.mutants --draw 300         so many of the faults, drawn at random; --seed 1 draws others
+    python -m tests.mutants --keep FILE        all of them; goes on where it was ended
+    python -m tests.mutants vae.py "drop log"  those with one of these in their identity
     python -m tests.mutants --list             only print them
     python -m tests.mutants --jobs 4           so many at a time
+    python -m tests.mutants --without-golden   by the laws alone, where golden values would notice most faults
 
-`tests/mutants.txt` lists the faults and the test file that has to fail for each. At the end the tests that caught one
-run without any: one that fails then has caught nothing. The exit status is 1 if less than 90 % are caught, or if a
-fault could not be judged: it no longer fits its file, or pytest broke down. A fault that runs into the time limit has
-not been caught.
+Faults of formulas are made from the code as it stands, see `tests/mutation_operators.py`, and are known by file,
+function, operator and ordinal. `tests/mutants.txt` lists those that no operator makes. What has to fail follows from
+the file's name: the test file of that name or those that import it, and the golden values of models that use it.
+At the end the tests that caught one run without any: one that fails then has caught nothing. The exit status is 1 if
+less than 90 % are caught, or if a fault could not be judged: it no longer fits its file, or pytest broke down. A fault
+that runs into the time limit has not been caught.
 """
 
 import argparse
+import ast
 import hashlib
+import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,21 +33,44 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # run as a module of its folder
+from mutation_operators import mutants_of
 
 ROOT = Path(__file__).parent.parent
 LIST = Path(__file__).with_suffix(".txt")
 COPIED = ("aezoo", "benchmarks", "tests", "recipes", "pyproject.toml")
 NEEDED = 0.9
 WRONG_COPY = 90
-# find_spec, not import: a package that a fault keeps from being imported is pytest's to report
-PYTEST = f"""
-import importlib.util, pathlib, sys
-if not pathlib.Path(importlib.util.find_spec("aezoo").origin).is_relative_to(pathlib.Path.cwd()):
-    sys.exit({WRONG_COPY})
-import pytest
-sys.exit(pytest.main(sys.argv[1:]))
-"""
+# what every run of tests imports first, most of the time that a fault takes
+PRELOADED = ("torch", "lightning.pytorch", "numpy", "pytest")
+FORMULAS = (
+    "models",
+    "bases",
+    "distributions",
+    "quantisers",
+    "manifolds",
+    "nets",
+    "metrics",
+    "corruptions.py",
+    "autoencoder.py",
+)
+GOLDEN = "tests/test_golden.py"
+# the golden values and the laws of so many models judge a block that many use
+MOST_GOLDEN, MOST_LAWS = 12, 2
+# tests of what has no test file of its name, by the beginning of the path; names that are gone do no harm
+ELSEWHERE = {
+    "aezoo/metrics/disentanglement": "test_disentanglement.py",
+    "aezoo/metrics/similarity": "test_disentanglement.py",
+    "aezoo/metrics/sparsity": "test_sparsity_metrics.py",
+    "aezoo/metrics/coherence": "test_coherence_metrics.py",
+    "aezoo/quantisers/": "test_quantisers.py",
+}
+# mutants that change no number, and why
+EQUIVALENT: dict[str, str] = {}
 FLAGS = ("-x", "-q", "-n0", "--tb=no", "-rfE", "-p", "no:cacheprovider")
 
 CAUGHT, SURVIVED, TIMED_OUT, STALE, BROKEN = "caught", "SURVIVED", "TIMED OUT", "STALE", "BROKEN"
@@ -50,23 +78,46 @@ CAUGHT, SURVIVED, TIMED_OUT, STALE, BROKEN = "caught", "SURVIVED", "TIMED OUT", 
 
 @dataclass(frozen=True)
 class Fault:
-    """`old` in `file` becomes `new`, and `test` must fail; paths from the root."""
+    """`old` in `file` becomes `new`, and one of the tests must fail; paths from the root.
+
+    Attributes:
+        name: unlike those of the other faults of the file.
+        start: where in the file the old text stands; None: where it is found, once.
+        test: the test file that must fail, by its name; empty: those that `tests_of` finds.
+    """
 
     name: str
     file: str
     old: str
     new: str
-    test: str
+    test: str = ""
+    start: int | None = None
+
+    @property
+    def identity(self) -> str:
+        """Where it is and what it does; what verdicts are kept under."""
+        return f"{self.file}: {self.name}"
 
     def occurrences(self, root: Path = ROOT) -> int:
         """How often the old text stands in the file; more or less than once, the fault is stale."""
         path = root / self.file
-        return path.read_text(encoding="utf-8").count(self.old) if path.is_file() else 0
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return text.count(self.old) if self.start is None else text.startswith(self.old, self.start)
+
+    def changed(self, text: str) -> str:
+        """The file's text with the fault."""
+        start = text.index(self.old) if self.start is None else self.start
+        return text[:start] + self.new + text[start + len(self.old) :]
 
     def inject(self, root: Path) -> None:
         """Change the copy of the package under root."""
         path = root / self.file
-        path.write_text(path.read_text(encoding="utf-8").replace(self.old, self.new), encoding="utf-8")
+        path.write_text(self.changed(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+    def tests(self, golden: bool = True) -> list[str]:
+        """What pytest is to run, golden values first, which take a second."""
+        files = [_named(self.test)] if self.test else test_files(self.file)
+        return [*(golden_tests(self.file) if golden and self.start is not None else ()), *files]
 
 
 @dataclass(frozen=True)
@@ -79,7 +130,10 @@ class Verdict:
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.word:9} {self.seconds:5.1f} s  {self.fault.name}  <- {self.detail}"
+        return f"{self.word:9} {self.seconds:5.1f} s  {self.fault.identity}  <- {self.detail}"
+
+
+# ---- the faults ------------------------------------------------------------------------------------------------------
 
 
 def parse(text: str) -> Iterator[Fault]:
@@ -92,7 +146,7 @@ def parse(text: str) -> Iterator[Fault]:
             yield Fault(name, file, "\n".join(old), "\n".join(new), test)
             old, new = [], []
         if line.startswith("["):
-            file, test = line.strip("[]").split(" -> ")
+            file, _, test = line.strip("[]").partition(" -> ")
         elif line.startswith("-"):
             old.append(line[2:])
         elif line.startswith("+"):
@@ -101,9 +155,121 @@ def parse(text: str) -> Iterator[Fault]:
             name = line
 
 
-def faults() -> list[Fault]:
-    """All faults of `tests/mutants.txt`."""
+def listed() -> list[Fault]:
+    """The faults of `tests/mutants.txt`."""
     return list(parse(LIST.read_text(encoding="utf-8")))
+
+
+@cache
+def _of_operators(root: Path) -> tuple[Fault, ...]:
+    faults = []
+    for room in FORMULAS:
+        place = root / "aezoo" / room
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            file = path.relative_to(root).as_posix()
+            for mutant in mutants_of(path.read_text(encoding="utf-8")):
+                name = f"{mutant.function}: {mutant.operator} {mutant.ordinal}"
+                faults.append(Fault(name, file, mutant.old, mutant.new, start=mutant.start))
+    return tuple(faults)
+
+
+def generated(root: Path = ROOT) -> list[Fault]:
+    """The faults of formulas that operators make from the code; those that change nothing are left out."""
+    return [fault for fault in _of_operators(root) if fault.identity not in EQUIVALENT]
+
+
+def faults() -> list[Fault]:
+    """All of them."""
+    return [*generated(), *listed()]
+
+
+# ---- the tests that must notice them ---------------------------------------------------------------------------------
+
+
+def _named(test: str) -> str:
+    """The path of a test file from its name, which is unique."""
+    found = sorted((ROOT / "tests").rglob(test))
+    return found[0].relative_to(ROOT).as_posix() if found else f"tests/{test}"
+
+
+@cache
+def _test_texts() -> dict[str, str]:
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+@cache
+def test_files(file: str) -> list[str]:
+    """The test files of a module.
+
+    That with its name; or else those that import it, with the laws of the models that use it; or else, of a model, the
+    laws that name it.
+    """
+    stem, (*packages, _) = Path(file).stem, Path(file).with_suffix("").parts
+    texts = {test: text for test, text in _test_texts().items() if test != GOLDEN}
+    if packages[1:2] == ["models"]:
+        laws = {test: text for test, text in texts.items() if test.startswith("tests/laws/")}
+        own = [test for test in laws if Path(test).stem == f"test_{stem}"]
+        return own or [test for test, text in laws.items() if re.search(rf"[\"']{stem}[\"']", text)]
+    own = [test for test in texts if Path(test).stem == f"test_{stem}"]
+    if own:
+        return own
+    module = rf"\b{'.'.join(packages)}(\.{stem}\b| import [^\n]*\b{stem}\b)"
+    importers = [test for test, text in texts.items() if re.search(module, text)]
+    known = [name for start, name in ELSEWHERE.items() if file.startswith(start)]
+    importers += [test for test in texts if Path(test).name in known]
+    models = dict.fromkeys(model for model, _ in _users(file))
+    laws = [test for model in [*models][:MOST_LAWS] for test in test_files(model)]
+    return [*dict.fromkeys(importers + laws)]
+
+
+@cache
+def _imports() -> dict[str, set[str]]:
+    """For each module of the package, by file, those that it imports."""
+    paths = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in (ROOT / "aezoo").rglob("*.py")}
+    graph = {}
+    for name, path in paths.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        graph[f"{name}.py"] = {f"{part.replace('.', '/')}.py" for part in found if part.replace(".", "/") in paths}
+    return graph
+
+
+def _distances(file: str) -> dict[str, int]:
+    """The modules that import one, directly or through others, and how many imports lead there."""
+    found, edge = {file: 0}, {file}
+    while edge:
+        edge = {module for module, imported in _imports().items() if imported & edge} - found.keys()
+        found |= dict.fromkeys(edge, max(found.values()) + 1)
+    return found
+
+
+@cache
+def _users(file: str) -> list[tuple[str, str]]:
+    """The models that use a module, by file and golden label; those first that are it, or the nearest to it."""
+    from golden import subjects
+
+    distances, ranked = _distances(file), []
+    for subject in subjects():
+        model = subject.cls.__module__.replace(".", "/") + ".py"
+        net = subject.hyperparameters.get("net", signature(subject.cls).parameters.get("net"))
+        of_net = file.startswith("aezoo/nets/") and Path(file).stem == getattr(net, "default", net)
+        if of_net or model in distances:
+            ranked.append((0.5 if of_net else distances[model], model, subject.label))
+    ranked.sort(key=lambda row: row[0])
+    return [(model, label) for distance, model, label in ranked if distance == 0 or ranked[0][0] > 0]
+
+
+def golden_tests(file: str) -> list[str]:
+    """The golden values of models that use a module."""
+    return [f"{GOLDEN}::test_golden_values[{label}]" for _, label in _users(file)[:MOST_GOLDEN]]
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -119,30 +285,51 @@ def copy() -> Iterator[Path]:
         yield root
 
 
+def _run_pytest(root: str, arguments: list[str], output: str) -> None:
+    """Run pytest in a copy, whose package it is sure to import; the main function of a process of its own."""
+    os.setsid()
+    os.chdir(root)
+    with Path(output).open("w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        del os.environ[name]
+    os.environ |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
+    here = str(Path(__file__).parent)
+    sys.path[:] = [root, *(path for path in sys.path if path not in ("", here, str(ROOT)))]
+    for name in ("golden", "mutation_operators"):  # those of the copy
+        sys.modules.pop(name, None)
+    # find_spec, not import: a package that a fault keeps from being imported is pytest's to report
+    spec = importlib.util.find_spec("aezoo")
+    if spec is None or spec.origin is None or not Path(spec.origin).is_relative_to(root):
+        os._exit(WRONG_COPY)
+    import pytest
+
+    status = pytest.main([*FLAGS, *arguments])
+    sys.stdout.flush()
+    os._exit(int(status))
+
+
 def pytest_in(root: Path, arguments: Iterable[str], limit: float) -> tuple[int | None, str]:
-    """Exit status, None after the time limit, and output of pytest in a copy, whose package it is sure to import."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", PYTEST, *FLAGS, *arguments],
-        cwd=root,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)  # with the processes that a test has started
-        output, _ = process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            return None, output
-        raise
-    if process.returncode == WRONG_COPY:
+    """Exit status, None after the time limit, and output of pytest in a copy."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED])
+    with tempfile.NamedTemporaryFile(prefix="mutants-") as output:
+        process = context.Process(target=_run_pytest, args=(str(root), [*arguments], output.name))
+        process.start()
+        try:
+            process.join(limit)
+        finally:
+            status = process.exitcode
+            if status is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with the processes that a test has started
+                process.kill()
+                process.join()
+        text = Path(output.name).read_text(encoding="utf-8", errors="replace")
+    if status == WRONG_COPY:
         raise RuntimeError(f"the tests in {root} would import another aezoo than the copy there")
-    return process.returncode, output
+    return status, text
 
 
 def failed(output: str) -> list[str]:
@@ -150,20 +337,24 @@ def failed(output: str) -> list[str]:
     return re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
 
 
-def judge(fault: Fault, limit: float) -> Verdict:
-    """Run the fault's test file on a copy with the fault in it."""
+def judge(fault: Fault, limit: float, golden: bool = True) -> Verdict:
+    """Run the fault's tests on a copy with the fault in it."""
     start = time.monotonic()
     found = fault.occurrences()
     if found != 1:
         return Verdict(fault, STALE, f"its old text stands {found} times in {fault.file}, not once")
+    tests = fault.tests(golden)
+    if not tests:
+        return Verdict(fault, SURVIVED, "no test has its name or imports it")
     with copy() as root:
         fault.inject(root)
-        status, output = pytest_in(root, [fault.test], limit)
+        status, output = pytest_in(root, tests, limit)
     seconds = time.monotonic() - start
+    files = " ".join(dict.fromkeys(test.partition("::")[0] for test in tests))
     if status is None:
-        return Verdict(fault, TIMED_OUT, f"no verdict of {fault.test}", seconds)
+        return Verdict(fault, TIMED_OUT, f"no verdict of {files}", seconds)
     if status == 0:
-        return Verdict(fault, SURVIVED, fault.test, seconds)
+        return Verdict(fault, SURVIVED, files, seconds)
     names = failed(output)
     if status == 1 and names:
         return Verdict(fault, CAUGHT, names[0], seconds)
@@ -179,13 +370,26 @@ def red_anyway(tests: Sequence[str], limit: float) -> list[str]:
     return [] if status == 0 else failed(output) or list(tests)
 
 
+def by_operator(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
+    """The verdicts on the faults that each operator makes, and on those of the list."""
+    parts: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        fault = verdict.fault
+        operator = "listed" if fault.start is None else fault.name.split(": ")[1].rpartition(" ")[0]
+        parts.setdefault(operator, []).append(verdict)
+    return parts
+
+
 def summary(verdicts: Sequence[Verdict], red: Iterable[str] = ()) -> tuple[str, bool]:
     """The last lines of a run, and whether the suite has passed."""
     sound = [verdict for verdict in verdicts if verdict.word == CAUGHT and verdict.detail not in red]
     unjudged = [verdict for verdict in verdicts if verdict.word in (STALE, BROKEN)]
     share = len(sound) / len(verdicts)
     lines = [f"{test} fails without a fault too: what it caught does not count" for test in red]
-    lines += [f"{verdict.word}: {verdict.fault.name}: {verdict.detail}" for verdict in unjudged]
+    lines += [f"{verdict.word}: {verdict.fault.identity}: {verdict.detail}" for verdict in unjudged]
+    for operator, all_of in sorted(by_operator(verdicts).items()):
+        missed = sum(verdict not in sound for verdict in all_of)
+        lines += [f"{operator}: {missed} of {len(all_of)} missed"] if missed else []
     lines.append(f"{len(sound)} of {len(verdicts)} faults caught, {share:.1%}; needed: {NEEDED:.0%}")
     return "\n".join(lines), share >= NEEDED and not unjudged
 
@@ -225,22 +429,23 @@ class Kept:
 
     def of(self, fault: Fault) -> Verdict | None:
         """The verdict on a fault, if there is one."""
-        return Verdict(fault, *self.rows[fault.name]) if fault.name in self.rows else None
+        return Verdict(fault, *self.rows[fault.identity]) if fault.identity in self.rows else None
 
     def add(self, verdict: Verdict) -> None:
         """Write a verdict down."""
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([verdict.fault.name, verdict.word, verdict.detail, verdict.seconds]) + "\n")
+                file.write(json.dumps([verdict.fault.identity, verdict.word, verdict.detail, verdict.seconds]) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="only faults with this in name or file")
+    parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="only faults with this in file or name")
     parser.add_argument("--list", action="store_true", help="print the faults and stop")
     parser.add_argument("--draw", type=int, metavar="N", help="only N of them, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
+    parser.add_argument("--without-golden", action="store_true", help="leave golden values out of what judges")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time (default 2)")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds a fault (default 600)")
     parser.add_argument("--out", type=Path, help="a JSON file for the counts")
@@ -249,23 +454,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [
         fault
         for fault in faults()
-        if not options.patterns or any(pattern in f"{fault.name} {fault.file}" for pattern in options.patterns)
+        if not options.patterns or any(pattern in fault.identity for pattern in options.patterns)
     ]
     if not chosen:
-        parser.error(f"no fault has {' or '.join(options.patterns)} in its name or file: see --list")
-    listed = len(chosen)
+        parser.error(f"no fault has {' or '.join(options.patterns)} in its file or name: see --list")
+    total = len(chosen)
     if options.draw is not None:
-        chosen = random.Random(options.seed).sample(chosen, max(1, min(options.draw, listed)))
+        chosen = random.Random(options.seed).sample(chosen, max(1, min(options.draw, total)))
     if options.list:
         for fault in chosen:
-            print(f"{fault.file}: {fault.name}  ({fault.test})")
+            print(f"{fault.identity}\n    - {fault.old}\n    + {fault.new}")
         return 0
-    kept = Kept(options.keep, state() if options.keep else "")
+    kept = Kept(options.keep, f"{state()} {options.without_golden}" if options.keep else "")
     verdicts = [verdict for fault in chosen if (verdict := kept.of(fault))]
     known = {verdict.fault for verdict in verdicts}
     pool = ThreadPoolExecutor(max(1, options.jobs))
     try:
-        waiting = [pool.submit(judge, fault, options.limit) for fault in chosen if fault not in known]
+        waiting = [
+            pool.submit(judge, fault, options.limit, not options.without_golden)
+            for fault in chosen
+            if fault not in known
+        ]
         for future in as_completed(waiting):
             verdicts.append(future.result())
             kept.add(verdicts[-1])
@@ -278,7 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text)
     if options.out is not None:
         caught = sum(verdict.word == CAUGHT and verdict.detail not in red for verdict in verdicts)
-        counts = {"listed": listed, "faults": len(verdicts), "caught": caught}
+        counts = {"listed": total, "faults": len(verdicts), "caught": caught}
         options.out.write_text(json.dumps(counts) + "\n", encoding="utf-8")
     return 0 if passed else 1
 

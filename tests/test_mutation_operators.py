@@ -1,0 +1,125 @@
+"""Operators make the faults that they are named for, in formulas and nowhere else."""
+
+import ast
+
+import pytest
+from mutants import ROOT, generated
+from mutation_operators import mutants_of
+
+FAULTS = generated()
+
+
+def changes(*lines, signature="x: Tensor, y: Tensor) -> Tensor"):
+    """What operators make of a function with these lines: pairs of the operator and the new text."""
+    source = f"def f({signature}:\n" + "".join(f"    {line}\n" for line in lines)
+    return [(mutant.operator, mutant.new) for mutant in mutants_of(source)]
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("return x + y", [("- for +", "(x - y)"), ("drop term", "x"), ("drop term", "y")]),
+        ("return x - y", [("+ for -", "(x + y)"), ("drop term", "x"), ("drop term", "(-y)")]),
+        ("return x * y", [("drop factor", "x"), ("drop factor", "y")]),
+        ("return x / y", [("drop factor", "x"), ("* for /", "(x * y)")]),
+        ("return x**2", [("drop power", "x"), ("off by one", "(x ** 3)")]),
+        ("return 0.5 * x", [("drop factor", "0.5"), ("drop factor", "x"), ("wrong constant", "(1.0 * x)")]),
+        ("return -x", [("drop sign", "x")]),
+        ("x += y", [("- for +", "x -= y")]),
+        ("return x < y", [("negate comparison", "(x >= y)")]),
+        ("return x if self.half else y", [("other branch", "(y if self.half else x)")]),
+        ("return x.exp()", [("drop exp", "x")]),
+        ("return torch.log(x)", [("drop log", "x")]),
+        ("return F.softplus(x)", [("drop softplus", "x")]),
+        ("return x.detach()", [("drop detach", "x")]),
+        ("return x.clamp(-30, 20)", [("drop clamp", "x")]),
+        ("return x.mean()", [("sum for mean", "x.sum()")]),
+        ("return x.sum(1)", [("mean for sum", "x.mean(1)"), ("wrong axis", "x.sum(0)")]),
+        ("return torch.cat(parts, dim=-1)", [("wrong axis", "torch.cat(parts, dim=0)")]),
+        ("return x.amax((2, 3))", [("amin for amax", "x.amin((2, 3))"), ("missing axis", "x.amax((2,))")]),
+        ("return kl(x, y)", [("swap arguments", "kl(y, x)")]),
+        ("return torch.where(self.known, x, y)", [("swap arguments", "torch.where(self.known, y, x)")]),
+        ("return torch.randn_like(x)", [("rand_like for randn_like", "torch.rand_like(x)")]),
+        ("return x[:, 1:n]", [("off by one", "2:n"), ("off by one", "1:n + 1")]),
+        ("return x[:-1]", [("off by one", ":")]),
+        ("return range(n)", [("off by one", "range(n - 1)")]),
+    ],
+)
+def test_an_operator_makes_its_faults(line, wanted):
+    assert changes(line) == wanted
+
+
+def test_a_block_without_gradient_gets_one():
+    assert changes("with torch.no_grad():", "    return x") == [("drop no_grad", "torch.enable_grad()")]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ['"""Return x - y."""', "return x"],
+        ["if len(x) < 2:", '    raise AezooError(f"got {len(x) - 1}")', "return x"],
+        ["assert len(x) > 1", "return x"],
+        ["return x + 1e-6"],  # guards against rounding
+        ["return x.clamp(min=1e-8)"],
+        ["return x.clamp(min=torch.finfo(x.dtype).tiny)"],
+        ["chunk = 2**24 // x.numel()", "return x.split(chunk)"],  # limits of memory
+        ["return x if self._across_ranks() else x"],
+        ["if torch.compiler.is_compiling():", "    return x - y", "return x"],
+        ["return x.unflatten(1, self.sizes[:1] + (2,))"],  # shapes
+        ["return parts + [x]"],
+        ["return x.to(device=y.device + 1)"],
+    ],
+)
+def test_what_is_no_formula_is_left_alone(lines):
+    assert changes(*lines) == []
+
+
+def test_a_function_without_tensors_is_no_formula():
+    assert changes("return n - 1", signature="n: int) -> int") == []
+    assert changes("return n - 1", signature="n: int) -> Tensor") != []
+    source = "class A:\n    def __init__(self, x: Tensor) -> None:\n        self.x = x - 1\n"
+    assert mutants_of(source) == []
+
+
+def test_functions_are_named_with_their_classes_and_those_inside_belong_to_them():
+    method = "    def f(self, x: Tensor) -> Tensor:\n        def g(v):\n            return -v\n        return g(-x)\n"
+    source = f"class A:\n{method}"
+    assert [(m.function, m.operator, m.ordinal, m.line) for m in mutants_of(source)] == [
+        ("A.f", "drop sign", 1, 4),
+        ("A.f", "drop sign", 2, 5),
+    ]
+
+
+def test_text_before_a_fault_may_have_any_letters():
+    source = 'def f(x: Tensor) -> Tensor:\n    return g("π", -x)\n'
+    (mutant,) = mutants_of(source)
+    assert source[mutant.start :].startswith(mutant.old) and mutant.old == "-x"
+
+
+def test_the_faults_of_the_package_are_many_and_each_has_an_identity_of_its_own():
+    assert len(FAULTS) > 5000
+    assert len({fault.identity for fault in FAULTS}) == len(FAULTS)
+    file = ROOT / FAULTS[0].file
+    first, again = (mutants_of(file.read_text(encoding="utf-8")) for _ in range(2))
+    assert first == again
+    rooms = {fault.file.split("/")[1] for fault in FAULTS}
+    assert rooms == {
+        "models",
+        "bases",
+        "distributions",
+        "quantisers",
+        "manifolds",
+        "nets",
+        "metrics",
+        "corruptions.py",
+        "autoencoder.py",
+    }
+
+
+def test_every_fault_leaves_a_module_that_parses_and_is_another():
+    texts = {fault.file: (ROOT / fault.file).read_text(encoding="utf-8") for fault in FAULTS}
+    trees = {file: ast.dump(ast.parse(text)) for file, text in texts.items()}
+    assert all(fault.occurrences() == 1 for fault in FAULTS[::100])
+    assert all(texts[fault.file].startswith(fault.old, fault.start) for fault in FAULTS)
+    for fault in FAULTS[::20]:
+        assert ast.dump(ast.parse(fault.changed(texts[fault.file]))) != trees[fault.file], fault.identity

@@ -166,7 +166,7 @@ def fetched(name: str, root: str, batch_size: int, size: int | None = None) -> t
     Paths are absolute because each row is measured in its own folder.
     """
     from aezoo import DataModule
-    from aezoo.data.sources import from_path
+    from aezoo.data.source_registry import from_path
 
     places = {"name": _absolute(name) if from_path(name) else name, "root": _absolute(root)}
     options: dict[str, Any] = {**places, "batch_size": batch_size, "size": size}

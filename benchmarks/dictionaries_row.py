@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import aezoo
-from aezoo.data.dictionary import SyntheticDictionary
+from aezoo.data.synthetic_dictionary import SyntheticDictionary
 from aezoo.metrics import Recovery, sparse_metrics
 
 from . import processes

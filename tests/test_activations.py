@@ -18,7 +18,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.cli.main import main
 from aezoo.cli.task_commands import read
 from aezoo.data import DataModule
-from aezoo.data.activations import tapped
+from aezoo.data.activations import layer_outputs
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import load_model, load_run, save_model
 from aezoo.io.scale_folding import fold
@@ -211,7 +211,7 @@ def test_the_mapped_file_goes_with_its_data():
 
 
 def test_what_does_not_fit_is_mapped_or_refused(monkeypatch):
-    monkeypatch.setattr("aezoo.data.activations.fits", lambda *_: False)
+    monkeypatch.setattr("aezoo.data.activations.fits_in_memory", lambda *_: False)
     data = activations("flat")
     assert data.dataset("val")._path
     monkeypatch.setattr("aezoo.data.activations.free_memory", lambda _: 100)
@@ -381,7 +381,7 @@ def test_a_module_of_the_user_is_left_as_it_is():
     assert not any(module._forward_hooks for module in data.source.network.module.modules())
     expected = copy.deepcopy(own_nets.made).eval()
     x, _ = DataModule("digits").tensors("val")
-    assert torch.allclose(activations("1", "own_nets.made").tensors("val")[0], tapped(expected, ["1"], x)[0]
+    assert torch.allclose(activations("1", "own_nets.made").tensors("val")[0], layer_outputs(expected, ["1"], x)[0]
                           .movedim(1, -1).reshape(-1, 2), atol=1e-6)  # fmt: skip
 
 

@@ -14,8 +14,8 @@ import aezoo
 from aezoo import registry
 from aezoo.cli.main import main
 from aezoo.data import DataModule
-from aezoo.data.dictionary import GROUP, uniform
-from aezoo.data.memory import Scale
+from aezoo.data.in_memory import Scale
+from aezoo.data.synthetic_dictionary import GROUP_SIZE, uniform
 from aezoo.errors import AezooError
 from benchmarks import dictionaries, dictionaries_row, parallel, processes
 
@@ -48,7 +48,7 @@ def test_supports_have_the_mean_and_the_correlations_that_were_asked_for(active,
     assert np.abs(on.mean(0) - chance).max() < slack
     assert on.sum(1).mean() == pytest.approx(active, abs=24 * slack)
     found = np.corrcoef(on.T)
-    group = np.arange(24) // GROUP
+    group = np.arange(24) // GROUP_SIZE
     same = (group[:, None] == group) & ~np.eye(24, dtype=bool)
     other = group[:, None] != group
     assert found[same].mean() == pytest.approx(correlation, abs=0.02)
@@ -101,7 +101,7 @@ def test_a_sample_depends_on_the_seed_and_its_number_alone():
 def test_the_numbers_are_those_of_splitmix64():
     # Vigna's splitmix64.c with the state 1234567, https://rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64
     first = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
-    import aezoo.data.dictionary as module
+    import aezoo.data.synthetic_dictionary as module
 
     kept = module.mix
     try:

@@ -14,8 +14,8 @@ from torchmetrics import MetricCollection
 
 from aezoo import create_model, metrics
 from aezoo.data import DataModule
-from aezoo.data.dictionary import SyntheticDictionary
 from aezoo.data.source import Options
+from aezoo.data.synthetic_dictionary import SyntheticDictionary
 from aezoo.errors import AezooError
 
 N, X, LATENTS = 501, 7, 12

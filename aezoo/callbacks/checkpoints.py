@@ -104,7 +104,7 @@ class Checkpoints(Checked, ModelCheckpoint):
             enable_version_counter=False,
         )
         self.run: Path | None = None
-        self._asked = monitor
+        self._asked, self._period = monitor, every_n_epochs
         self._every_n_steps, self._seconds = every_n_steps, 60 * every_n_minutes
         self._within_epochs = bool(every_n_steps or every_n_minutes)
         self._saved_at = 0.0
@@ -194,7 +194,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         epoch, complete = trainer.current_epoch + 1, trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         ends = trainer.should_stop or epoch == trainer.max_epochs or _at(trainer.max_steps, trainer)
         asked = any(callback.asked for callback in _interrupts(trainer))
-        if not (epoch % self._every_n_epochs == 0 or ends or asked):
+        if not (epoch % self._period == 0 or ends or asked):
             return
         _log_epoch(trainer)
         metrics = self._monitor_candidates(trainer)
@@ -226,7 +226,8 @@ class Checkpoints(Checked, ModelCheckpoint):
         between = between and counts["ready"] % trainer.accumulate_grad_batches == 0
         if not isinstance(exception, KeyboardInterrupt) and not terminal.is_gone(exception):
             return
-        if between and self._should_save_on_exception(trainer):
+        is_saved = self._last_global_step_saved == trainer.global_step
+        if between and not (is_saved or is_dry_run(trainer) or trainer.sanity_checking):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         for callback in _interrupts(trainer):
             callback.requeue(trainer)
@@ -355,7 +356,7 @@ class EarlyStop(Checked, EarlyStopping):
     @property
     def state_key(self) -> str:
         # by the metric that was requested, like the key of Checkpoints
-        return self._generate_state_key(monitor=self.settings["monitor"], mode=self.mode)
+        return f"{type(self).__qualname__}{ {'monitor': self.settings['monitor'], 'mode': self.mode}!r}"
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "monitor": self.monitor}

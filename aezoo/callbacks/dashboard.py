@@ -124,7 +124,7 @@ class Dashboard(Checked, pl.Callback):
         from torch.utils.tensorboard.summary import hparams
 
         _, started, ended = hparams(values, {})
-        writer._get_file_writer().add_summary(ended if end else started)
+        writer.file_writer.add_summary(ended if end else started)
         writer.flush()
 
 
@@ -138,7 +138,7 @@ def forget_later_steps(writer: Any, step: int) -> None:
 
     # what was written at the step itself, such as pictures and the test, belongs to the checkpoint
     start = SessionLog(status=SessionLog.START)
-    writer._get_file_writer().add_event(Event(session_log=start), step=step + 1)
+    writer.file_writer.add_event(Event(session_log=start), step=step + 1)
 
 
 def wait_for_a_later_name(folder: Path) -> None:

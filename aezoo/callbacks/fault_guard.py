@@ -127,7 +127,7 @@ class FaultGuard(Checked, pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
-        fused = all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers)
+        fused = all(group.get("fused") for optimizer in trainer.optimizers for group in optimizer.param_groups)
         defers = pl_module.device.type == "cuda" if self._defers is None else self._defers
         if self.patience and defers and fused and self._scaler is None:
             self._device = _OnDevice(pl_module.device, self._in_a_row, self.every_n_steps, len(trainer.optimizers))
@@ -384,7 +384,7 @@ def _broken(gradients: list[Any]) -> bool:
 
 def _norms(gradients: list[Any]) -> list[Tensor]:
     """The norm of each gradient, in float32 at least."""
-    dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+    dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
     kinds = {gradient.dtype for gradient in dense}
     low = bool(kinds & {torch.float16, torch.bfloat16})
     # torch refuses to narrow

@@ -35,7 +35,7 @@ from aezoo.cli import flag_help, trainer_settings
 from aezoo.cli.config_resolution import RESUMED, RUN_DIR, check_against, expand, note_other_splits, say_differences
 from aezoo.cli.parsing import FROM_DATA, Parser, check_flags, plain
 from aezoo.data import DataModule
-from aezoo.data.loaders import local_processes, lost_worker
+from aezoo.data.loaders import local_processes, worker_failure
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, resume, run_folder
 from aezoo.security import archives, values
@@ -134,7 +134,7 @@ class AezooCLI(LightningCLI):
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         super().setup_parser(*args, **kwargs)
-        ((command, parser),) = self._subcommand_parsers.items()
+        command, parser = self.request.argv[0], self.command_parser
         if command in ("validate", "test"):
             # the summary callback prints the figures
             parser.set_defaults({"verbose": False})
@@ -149,6 +149,7 @@ class AezooCLI(LightningCLI):
         return {command: LightningCLI.subcommands()[command]}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        self.command_parser = parser
         trainer_settings.read_whole_numbers_first(Trainer)
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
@@ -189,7 +190,7 @@ class AezooCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         argv, command = self.request.argv, self.request.argv[0]
-        check_flags(argv, self.request.model, self._subcommand_parsers[command])
+        check_flags(argv, self.request.model, self.command_parser)
         self.config = parser.parse_args(argv)
         if command != "fit" and not self.config[command].get("ckpt_path"):
             raise AezooError(f"{command} needs a trained model: give --ckpt_path RUN_OR_FILE")
@@ -236,10 +237,10 @@ class AezooCLI(LightningCLI):
             if registry.too_large(error.__cause__ or error):
                 raise AezooError(registry.does_not_fit(self.request.model or "the model")) from error
             # jsonargparse wraps a constructor's error in a report about all types that it tried
-            raise AezooError(plain(f"{error}" or repr(error), self._parser(self.subcommand))) from error
+            raise AezooError(plain(f"{error}" or repr(error), self.command_parser)) from error
         kind = type(self.model).__name__
         values.plain(dict(self.model.hparams), f"{kind} could not be loaded from its checkpoint: its hyperparameters")
-        self.model.importance_samples = self._get(self.config_init, "importance_samples")
+        self.model.importance_samples = self._setting("importance_samples")
         if self.request.source is not None:
             check_against(self.request.stored, self.request.source, self.model, self.subcommand == "fit")
         if self.subcommand == "fit":
@@ -247,11 +248,13 @@ class AezooCLI(LightningCLI):
         else:
             note_other_splits(self.request.stored_data, dict(self.datamodule.hparams))
 
+    def _setting(self, key: str) -> Any:
+        """A setting of the command, with its classes instantiated."""
+        return self.config_init[self.subcommand][key]
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = dict(self._get(self.config_init, "trainer", default={}))
-        extra: list[Callback] = [
-            self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys
-        ]
+        config = dict(self._setting("trainer"))
+        extra: list[Callback] = [self._setting(key) for key in self.command_parser.callback_keys]
         if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
             extra = [callback for callback in extra if not isinstance(callback, callbacks.Checkpoints)]
         if config.get("enable_progress_bar") is False:
@@ -282,7 +285,7 @@ class AezooCLI(LightningCLI):
         config.update(kwargs)
         trainer = self._instantiate_trainer(config, [callback for callback in extra if callbacks.in_use(callback)])
         trainer_settings.check_processes(trainer)
-        distributed.limit_wait(trainer, self._get(self.config_init, "rank_timeout"))
+        distributed.limit_wait(trainer, self._setting("rank_timeout"))
         return trainer
 
     def _curves(self, run_dir: Path) -> dict[str, Any]:
@@ -328,7 +331,7 @@ class AezooCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except SystemExit:
             # Lightning exits with 1 after an interrupt that it has handled
-            held = self._get(self.config_init, "interrupt")
+            held = self._setting("interrupt")
             with contextlib.suppress(OSError):  # the terminal may be closed
                 print(self._how_to_resume(), file=sys.stderr)
             sys.exit(128 + (held.signum or signal.SIGINT))
@@ -361,9 +364,9 @@ class AezooCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Set compilation and matmul precision, and print two lines about the model and the data."""
-        self.model.compile_mode = self._get(self.config_init, "compile")
+        self.model.compile_mode = self._setting("compile")
         if self.trainer.strategy.root_device.type == "cuda":
-            torch.set_float32_matmul_precision(self._get(self.config_init, "matmul_precision"))
+            torch.set_float32_matmul_precision(self._setting("matmul_precision"))
         if not self.trainer.is_global_zero:
             return  # the other ranks wait for the data that rank zero may be downloading
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -376,7 +379,7 @@ class AezooCLI(LightningCLI):
         if self._test_follows():
             self._check_test_share()
         # one table at the end shows the figures of training and test
-        self._get(self.config_init, "summary").test_follows = self._test_follows()
+        self._setting("summary").test_follows = self._test_follows()
 
     def after_fit(self) -> None:
         """Test the best weights, so that a run ends with figures on data it has not seen."""
@@ -457,7 +460,7 @@ def main(argv: list[str]) -> None:
 def _refusal(error: BaseException) -> str | None:
     """One line for Lightning's errors about settings that do not fit data or packages, or torch's of a lost worker."""
     text = " ".join(str(error).split())
-    if (line := lost_worker(error)) is not None:
+    if (line := worker_failure(error)) is not None:
         return f"{line}; go on with --resume auto"
     if isinstance(error, ModuleNotFoundError):
         return f"a package is missing, install it or leave out what asks for it: {text}"

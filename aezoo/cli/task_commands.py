@@ -21,9 +21,9 @@ from torch import Tensor
 from aezoo.cli.config_resolution import for_the_set, name_data, note_other_splits, setting, without_foreign
 from aezoo.cli.parsing import Parser, check_flags
 from aezoo.data import DataModule, images
-from aezoo.data.array import arrange, check_length, number_labels
-from aezoo.data.loaders import lost_worker
-from aezoo.data.memory import numeric, real
+from aezoo.data.array import check_length, encode_labels, to_channels_first
+from aezoo.data.in_memory import as_real_array, to_real_tensor
+from aezoo.data.loaders import worker_failure
 from aezoo.data.readers import Table, check_columns, read_arrays
 from aezoo.data.source import STAGES, ArrayDataset, Stage
 from aezoo.errors import AezooError
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
         with _cleaning_up():
             result: Result = function(model=model, out=str(out), **settings)
     except RuntimeError as error:
-        if (line := lost_worker(error)) is None:
+        if (line := worker_failure(error)) is None:
             raise
         raise AezooError(line) from error
     text = result.summary()
@@ -203,7 +203,7 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
         module = DataModule(**data)
         check_columns(str(module.name), module.source.columns, trained.get("columns", ()))
         splits = module.splits()
-        module.note_scaling(trained["scaling"], trained.get("white"))
+        module.report_other_scaling(trained["scaling"], trained.get("white"))
         note_other_splits(trained["settings"], dict(module.hparams))
     except AezooError as error:
         if needed:
@@ -258,10 +258,10 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
         scaling = _scaling(trained, module.source.white, what)
         return Samples(dataset, *scaling, module.source.class_names, path, given.get("num_workers"))
     if source.suffix.lower() in images.EXTENSIONS:
-        header = images.header(source, most)
-        for words in images.lost({path: header}):
+        header = images.read_header(source, most)
+        for words in images.ignored_content({path: header}):
             print(f"aezoo: {words}", file=sys.stderr)
-        image = images.read(source, size, channels or (1 if header.mode in images.GREY else 3), most)
+        image = images.read_image(source, size, channels or (1 if header.mode in images.GREY_MODES else 3), most)
         scaling = _scaling(trained, 255 if image.dtype == torch.uint8 else 1, what)
         return Samples(ArrayDataset(image[None], None, [path]), *scaling, None, path)
     arrays = read_arrays(source, given.get("max_bytes", 2**33), given.get("label_column", "auto"))
@@ -270,16 +270,16 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
     name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)
     if name is None:
         raise AezooError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: name the array of samples x")
-    shape = tuple(real(arrays[name], f"{path}: {name}").shape)
+    shape = tuple(as_real_array(arrays[name], f"{path}: {name}").shape)
     if len(shape) < 2:
         raise AezooError(f"{path}: {name} has shape {shape}: give samples (N, *shape), one sample as {name}[None]")
     if 0 in shape:
         raise AezooError(f"{path}: {name} is empty (shape {shape}): give at least one sample")
-    checked = numeric(arrays[name], f"{path}: {name}", columns, missing=given.get("missing", "raise"))
-    x = arrange(checked, given.get("layout", "auto"))
-    x = images.fit(x, size, channels) if x.ndim == 4 else x
+    checked = to_real_tensor(arrays[name], f"{path}: {name}", columns, missing=given.get("missing", "raise"))
+    x = to_channels_first(checked, given.get("layout", "auto"))
+    x = images.resize(x, size, channels) if x.ndim == 4 else x
     labels = arrays.get(name.replace("x", "y", 1))
-    numbered, names = number_labels({} if labels is None else {"test": labels}, f"{path}: ")
+    numbered, names = encode_labels({} if labels is None else {"test": labels}, f"{path}: ")
     y = numbered.get("test")
     check_length(x, y, f"{path}: {name}")
     scaling = _scaling(trained, 255 if x.dtype == torch.uint8 else None)

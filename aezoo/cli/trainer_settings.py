@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from aezoo.data.loaders import cores
+from aezoo.data.loaders import available_cores
 from aezoo.errors import AezooError
 
 if TYPE_CHECKING:
@@ -112,13 +112,13 @@ def check_processes(trainer: "Trainer") -> None:
     Raises:
         AezooError: states the largest number.
     """
-    most = _ON_A_CORE * cores()
+    most = _ON_A_CORE * available_cores()
     on_cpu = trainer.strategy.root_device.type == "cpu"
     # processes of torchrun or a cluster already exist and are bound to their own cores
     if trainer.strategy.launcher is not None and on_cpu and trainer.num_devices > most:
         raise AezooError(
-            f"trainer.devices is {trainer.num_devices}, each a process on the CPU, which has {cores()} core(s) here: "
-            f"give at most {most}"
+            f"trainer.devices is {trainer.num_devices}, each a process on the CPU, which has {available_cores()} "
+            f"core(s) here: give at most {most}"
         )
 
 

@@ -54,7 +54,7 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
         help="optuna's record of the study: SQLite if it ends in .db, else a journal (default FOLDER/study.log)",
     )  # fmt: skip
     searches, rest = _searches(argv)
-    own = [option for action in parser._actions for option in action.option_strings]
+    own = re.findall(r"--?[\w-]+", parser.format_usage())
     options, flags = parser.parse_known_args(rest)
     for word in flags:
         flag = word.partition("=")[0]

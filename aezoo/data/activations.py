@@ -49,10 +49,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from aezoo.data.classes import subset
-from aezoo.data.loaders import gathers, make_loader, workers
-from aezoo.data.resident import fits, free_memory
-from aezoo.data.source import STAGES, ArrayDataset, Batch, Options, Source, Stage, as_float, levels_of, takes
-from aezoo.data.sources import from_path, open_source
+from aezoo.data.loaders import default_num_workers, make_loader, reads_whole_batches
+from aezoo.data.resident import fits_in_memory, free_memory
+from aezoo.data.source import STAGES, ArrayDataset, Batch, Options, Source, Stage, byte_divisor, takes, to_float32
+from aezoo.data.source_registry import from_path, open_source
 from aezoo.errors import AezooError
 from aezoo.io.hub_files import on_disk
 from aezoo.nets.blocks.classifier import Classifier
@@ -61,7 +61,7 @@ from aezoo.security import policy
 from aezoo.training.keyword_groups import Argument
 from aezoo.training.seeding import forked_rng
 
-_BATCH, _MOST_LEARNT = 128, 20_000
+_BATCH_SIZE, _MAX_CLASSIFIER_SAMPLES = 128, 20_000
 _CPU = torch.device("cpu")
 
 
@@ -144,14 +144,14 @@ def open_network(options: Options, shape: tuple[int, ...], classes: int | None) 
 
             network = Network(load_model(on_disk(name)).float())
         elif is_import:
-            network = Network(_imported(name))
+            network = Network(_imported_network(name))
         else:
-            network = _of_torchvision(name, options.weights, shape)
+            network = _torchvision_network(name, options.weights, shape)
     network.module.requires_grad_(False).eval()
     return network
 
 
-def _of_torchvision(name: str, weights: str, shape: tuple[int, ...]) -> Network:
+def _torchvision_network(name: str, weights: str, shape: tuple[int, ...]) -> Network:
     from torchvision import models
 
     known = models.list_models(module=models)
@@ -178,7 +178,7 @@ def _of_torchvision(name: str, weights: str, shape: tuple[int, ...]) -> Network:
     return Network(cast(nn.Module, module), prepare)
 
 
-def _imported(path: str) -> nn.Module:
+def _imported_network(path: str) -> nn.Module:
     """A copy of a module, or the result of a class or function without arguments, by import path."""
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -195,7 +195,7 @@ def _imported(path: str) -> nn.Module:
             raise AezooError(policy.refusal(denied[1], denied[2])) from error
         reasons = re.findall(r"^\s*- (.*)$", str(error), re.MULTILINE)
         raise AezooError(f"--data.network {path} cannot be imported: {(reasons or [str(error)])[0]}"
-                         f"{_nearest(path)}") from error  # fmt: skip
+                         f"{_suggest_names(path)}") from error  # fmt: skip
     if isinstance(found, nn.Module):
         return copy.deepcopy(found)
     # of what every configuration may name, which a stranger's may, no function is called: some start runs
@@ -213,7 +213,7 @@ def _imported(path: str) -> nn.Module:
     return made
 
 
-def _nearest(path: str) -> str:
+def _suggest_names(path: str) -> str:
     """The nearest name in a module that is already imported, for a message."""
     module, _, name = path.rpartition(".")
     known = vars(sys.modules[module]) if module in sys.modules else {}
@@ -239,7 +239,7 @@ def check_layers(module: nn.Module, layers: Sequence[str], what: str) -> None:
 
 
 @torch.no_grad()
-def tapped(module: nn.Module, layers: Sequence[str], x: Tensor) -> list[Tensor]:
+def layer_outputs(module: nn.Module, layers: Sequence[str], x: Tensor) -> list[Tensor]:
     """The outputs of layers for a batch, one float32 tensor each.
 
     Raises:
@@ -279,7 +279,7 @@ def tapped(module: nn.Module, layers: Sequence[str], x: Tensor) -> list[Tensor]:
     return [found[name].float() for name in layers]
 
 
-def as_rows(output: Tensor, positions: str, first: bool) -> Tensor:
+def flatten_positions(output: Tensor, positions: str, first: bool) -> Tensor:
     """(B, P, D) of a layer's output.
 
     Args:
@@ -298,7 +298,7 @@ def as_rows(output: Tensor, positions: str, first: bool) -> Tensor:
 
 
 class Normalisation:
-    """x = a / c, in the form of `aezoo.data.memory.Scale`.
+    """x = a / c, in the form of `aezoo.data.in_memory.Scale`.
 
     Args:
         factor: c, () or (S, 1).
@@ -351,13 +351,13 @@ class Activations(Source):
 
     def _rows(self, x: Tensor, device: torch.device) -> Tensor:
         """Samples of the set to activations, (B, *shape) -> (B, P, D) or (B, P, S, D)."""
-        outputs = tapped(self.network.module, self.layers, self.network.prepare(x.to(device)))
+        outputs = layer_outputs(self.network.module, self.layers, self.network.prepare(x.to(device)))
         grid = len(self.of.input_shape) == 2
         parts = []
         for output in outputs:
             auto = output.ndim > 3 or (output.ndim == 3 and grid)
             first = self.options.feature_axis == "first" or (self.options.feature_axis == "auto" and auto)
-            parts.append(as_rows(output, self.options.positions, first))
+            parts.append(flatten_positions(output, self.options.positions, first))
         if len({part.shape for part in parts}) > 1:
             given = ", ".join(f"{name} {p.shape[1]} x {p.shape[2]}" for name, p in zip(self.layers, parts, strict=True))
             raise AezooError(f"several layers need as many positions and features each, not {given} (--data.layer): "
@@ -367,12 +367,12 @@ class Activations(Source):
     def _build(self) -> dict[Stage, Dataset[Any]]:
         self.of.processes = self.processes
         sets = {stage: held for stage in STAGES if (held := self.of.split(stage)) is not None}
-        self._teach(sets)
+        self._train_classifier(sets)
         device = torch.device("cuda") if torch.cuda.is_available() else _CPU
         self.network.module.to(device)
         try:
-            with _exact():
-                found = {stage: self._collect(dataset, stage, device) for stage, dataset in sets.items()}
+            with _exact_float32():
+                found = {stage: self._compute_activations(dataset, stage, device) for stage, dataset in sets.items()}
         finally:
             self.network.module.to(_CPU)
         if self.options.normalise:
@@ -385,14 +385,14 @@ class Activations(Source):
             self.scaling = Normalisation(factor)
             for dataset, _ in found.values():
                 dataset.divide(factor)
-        return {stage: dataset.held() for stage, (dataset, _) in found.items()}
+        return {stage: dataset.as_dataset() for stage, (dataset, _) in found.items()}
 
-    def _teach(self, sets: dict[Stage, Dataset[Any]]) -> None:
+    def _train_classifier(self, sets: dict[Stage, Dataset[Any]]) -> None:
         module = self.network.module
         if not isinstance(module, Classifier) or self.options.weights == "random":
             return
         n = len(cast(Any, sets["train"]))
-        few = torch.randperm(n, generator=torch.Generator().manual_seed(self.options.seed))[:_MOST_LEARNT]
+        few = torch.randperm(n, generator=torch.Generator().manual_seed(self.options.seed))[:_MAX_CLASSIFIER_SAMPLES]
         learnt = self._batches(subset(sets["train"], few.sort().values))
         x, y = (torch.cat(part) for part in zip(*learnt, strict=True))
         x, y = x[y >= 0], y[y >= 0]  # -1 is no label
@@ -407,15 +407,17 @@ class Activations(Source):
 
     def _batches(self, dataset: Dataset[Any]) -> Iterator[Any]:
         """Samples as a model sees them, with their labels if they have any."""
-        num_workers = 0 if gathers(dataset) else workers(self.processes)
-        for x, *y in make_loader(dataset, batch_size=_BATCH, num_workers=num_workers):
-            yield (as_float(x, levels_of(self.options.scale)), *y)
+        num_workers = 0 if reads_whole_batches(dataset) else default_num_workers(self.processes)
+        for x, *y in make_loader(dataset, batch_size=_BATCH_SIZE, num_workers=num_workers):
+            yield (to_float32(x, byte_divisor(self.options.scale)), *y)
 
-    def _collect(self, dataset: Dataset[Any], stage: Stage, device: torch.device) -> tuple["Rows", Tensor]:
+    def _compute_activations(
+        self, dataset: Dataset[Any], stage: Stage, device: torch.device
+    ) -> tuple["ActivationDataset", Tensor]:
         """All activations of a split, and the sum of their squares over samples and features, () or (S,)."""
         n = len(cast(Any, dataset)) * self.positions
         name = f"{self.options.name} ({stage})"
-        rows = Rows(n, self.input_shape, self.options.memory, name, self.processes)
+        rows = ActivationDataset(n, self.input_shape, self.options.memory, name, self.processes)
         squares = torch.zeros(self.input_shape[:-1], dtype=torch.float64)
         labels, start = [], 0
         for x, *y in self._batches(dataset):
@@ -428,7 +430,7 @@ class Activations(Source):
         return rows, squares
 
 
-class Rows(Dataset[Batch]):
+class ActivationDataset(Dataset[Batch]):
     """Activations in memory or in a memory-mapped file.
 
     Args:
@@ -450,14 +452,14 @@ class Rows(Dataset[Batch]):
         size = 4 * math.prod(self.shape)
         self._x: Tensor | None = None
         self._path = ""
-        if memory == "on" or (memory == "auto" and fits(size, _CPU, processes)):
+        if memory == "on" or (memory == "auto" and fits_in_memory(size, _CPU, processes)):
             if 0 < free_memory(_CPU) < size:
                 raise AezooError(f"{name}: {n} samples take {size / 2**20:,.0f} MiB of memory, which is more than is "
                                  "free: give --data.memory off or auto, which write them to a file")  # fmt: skip
             self._x = torch.empty(self.shape)
             return
         folder = tempfile.mkdtemp(prefix="aezoo-activations-")
-        weakref.finalize(self, _remove, folder, os.getpid())
+        weakref.finalize(self, _remove_folder, folder, os.getpid())
         if shutil.disk_usage(folder).free < size:
             raise AezooError(f"{name}: {n} samples take {size / 2**20:,.0f} MiB, more than is free in "
                              f"{Path(folder).parent}: set TMPDIR to a larger disk, or take fewer samples")  # fmt: skip
@@ -480,7 +482,7 @@ class Rows(Dataset[Batch]):
         else:
             self.factor = factor
 
-    def held(self) -> Dataset[Any]:
+    def as_dataset(self) -> Dataset[Any]:
         """Itself, or an `ArrayDataset` if its samples are in memory."""
         return self if self._x is None else ArrayDataset(self._x, self.labels)
 
@@ -503,13 +505,13 @@ class Rows(Dataset[Batch]):
         return np.memmap(self._path, np.float32, mode, shape=self.shape)
 
 
-def _remove(folder: str, owner: int) -> None:
+def _remove_folder(folder: str, owner: int) -> None:
     if os.getpid() == owner:  # and not a process that reads ahead
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _exact() -> Iterator[None]:
+def _exact_float32() -> Iterator[None]:
     """Plain float32 and deterministic algorithms, whatever the run uses."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

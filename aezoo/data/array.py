@@ -15,7 +15,7 @@
                 has decimal points
     .parquet    columns of numbers and an optional column of classes, as in .csv
 
-Values are scaled by `aezoo.data.memory.Scale`. Class labels may be any integers or texts: unless they are 0..K-1
+Values are scaled by `aezoo.data.in_memory.Scale`. Class labels may be any integers or texts: unless they are 0..K-1
 already they are numbered in sorted order; `class_names` keeps the originals. Labels with fractions stay numbers. A
 sample whose label is empty in its table has none, -1.
 """
@@ -31,8 +31,8 @@ from torch import Tensor
 
 from aezoo.data.classes import UNLABELLED
 from aezoo.data.images import ImageArgs
-from aezoo.data.memory import InMemory, MissingArgs, Pair, numeric, real
-from aezoo.data.readers import LabelColumnArgs, MemoryLimitArgs, Table, few, labels_of_texts, read_arrays
+from aezoo.data.in_memory import InMemory, MissingArgs, Samples, as_real_array, to_real_tensor
+from aezoo.data.readers import LabelColumnArgs, MemoryLimitArgs, Table, first_names, parse_labels, read_arrays
 from aezoo.data.source import STAGES, Options, Stage, takes
 from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import Argument
@@ -40,7 +40,7 @@ from aezoo.training.keyword_groups import Argument
 # of samples with channels first, by the number of their dimensions
 LAYOUTS = {1: "vector", 2: "sequence", 3: "image", 4: "volume"}
 _AXES = {"vector": (2,), "sequence": (3,), "image": (3, 4), "image_last": (4,), "volume": (4, 5), "volume_last": (5,)}
-_COLOURS = (1, 3, 4)
+_COLOUR_CHANNELS = (1, 3, 4)
 
 
 class LayoutArgs(TypedDict, total=False):
@@ -68,7 +68,9 @@ class Array(InMemory):
         raw = read_arrays(path, options.max_bytes, wanted) if arrays is None else arrays
         self.columns = raw.columns if isinstance(raw, Table) else ()
         if wanted not in ("auto", "none") and (not isinstance(raw, Table) or raw.label is None):
-            there = f"there are {few(self.columns)}" if self.columns else "columns have names in .csv and .parquet"
+            there = (
+                f"there are {first_names(self.columns)}" if self.columns else "columns have names in .csv and .parquet"
+            )
             raise AezooError(f"{self.title or 'arrays: '}no column {wanted!r} (--data.label_column): {there}")
         given = {"x": "x_train", "y": "y_train"}
         raw = {given.get(key, key): value for key, value in raw.items() if value is not None}
@@ -80,7 +82,7 @@ class Array(InMemory):
             )
         self._x: dict[Stage, Any] = {stage: raw[f"x_{stage}"] for stage in STAGES if f"x_{stage}" in raw}
         labels = {stage: raw[f"y_{stage}"] for stage in STAGES if f"y_{stage}" in raw}
-        self._y, names = number_labels(labels, self.title)
+        self._y, names = encode_labels(labels, self.title)
         shapes = {stage: sample_shape(x, options.layout, self._what(stage)) for stage, x in self._x.items()}
         for stage, shape in shapes.items():
             if shape != shapes["train"]:
@@ -91,19 +93,21 @@ class Array(InMemory):
         super().__init__(options, shapes["train"], len(names) if names else None)
         self.class_names = names
 
-    def load(self) -> dict[Stage, Pair]:
+    def load(self) -> dict[Stage, Samples]:
         splits = {}
         for stage, values in self._x.items():
             self.mapped = self.mapped or isinstance(values, np.memmap)
-            x = numeric(values, self._what(stage), self.columns, copy=not self.title, missing=self.options.missing)
+            x = to_real_tensor(
+                values, self._what(stage), self.columns, copy=not self.title, missing=self.options.missing
+            )
             y = self._y.get(stage)
             check_length(x, y, self._what(stage))
-            splits[stage] = Pair(arrange(x, self.options.layout), y)
+            splits[stage] = Samples(to_channels_first(x, self.options.layout), y)
         if self._y and set(self._y) != set(splits):
             raise AezooError(f"{self.title}labels are given for {', '.join(self._y)} only: give them for all or none")
         return splits
 
-    def _build(self) -> dict[Stage, Pair]:
+    def _build(self) -> dict[Stage, Samples]:
         splits = super()._build()
         self._x.clear()  # else the arrays of the file would stay in memory beside the splits
         return splits
@@ -113,8 +117,8 @@ class Array(InMemory):
 
 
 def sample_shape(values: Any, layout: str, what: str) -> tuple[int, ...]:
-    """Shape of one sample after `arrange`, from shape and dtype alone."""
-    values = real(values, what)
+    """Shape of one sample after `to_channels_first`, from shape and dtype alone."""
+    values = as_real_array(values, what)
     shape = tuple(values.shape)
     axes = (2, 3, 4, 5) if layout == "auto" else _AXES[layout]
     if len(shape) not in axes:
@@ -125,7 +129,7 @@ def sample_shape(values: Any, layout: str, what: str) -> tuple[int, ...]:
     is_bytes = str(values.dtype).removeprefix("torch.") == "uint8"
     # a placeholder without data goes through the same rule as the samples
     stand_in = torch.empty(1, dtype=torch.uint8 if is_bytes else torch.float32).expand(1, *shape[1:])
-    return tuple(arrange(stand_in, layout).shape[1:])
+    return tuple(to_channels_first(stand_in, layout).shape[1:])
 
 
 def check_length(x: Tensor, y: Tensor | None, what: str) -> None:
@@ -134,14 +138,14 @@ def check_length(x: Tensor, y: Tensor | None, what: str) -> None:
         raise AezooError(f"{what} has {len(x)} samples but {len(y)} labels: one label a sample")
 
 
-def arrange(x: Tensor, layout: str) -> Tensor:
+def to_channels_first(x: Tensor, layout: str) -> Tensor:
     """Samples with their channel axis in its place; see the table above."""
     if layout == "auto":
         square = x.ndim == 3 and x.shape[1] == x.shape[2]
         if x.ndim == 3:
             layout = "image" if x.dtype == torch.uint8 or square else "sequence"
         elif x.ndim > 3:
-            last = x.shape[-1] in _COLOURS and x.shape[1] not in _COLOURS
+            last = x.shape[-1] in _COLOUR_CHANNELS and x.shape[1] not in _COLOUR_CHANNELS
             layout = ("image" if x.ndim == 4 else "volume") + ("_last" if last else "")
     if layout.endswith("_last"):
         return x.movedim(-1, 1).contiguous()
@@ -158,7 +162,7 @@ def _is_label(label: Any) -> bool:
     return isinstance(label, str | int | float | np.integer) or _is_missing(label)
 
 
-def number_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Tensor], tuple[str, ...] | None]:
+def encode_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Tensor], tuple[str, ...] | None]:
     """Labels as int64 classes 0..K-1 with their names, or float32 without names where they have fractions.
 
     -1 beside at least two classes marks a sample without a label, as in scikit-learn; it stays -1, and masked labels
@@ -171,7 +175,7 @@ def number_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Ten
         array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
         if array.dtype.kind == "O" and array.ndim == 1 and all(map(_is_label, array)):
             # as pandas holds texts
-            values = array = labels_of_texts(["" if _is_missing(label) else str(label) for label in array])
+            values = array = parse_labels(["" if _is_missing(label) else str(label) for label in array])
         if array.dtype.kind not in "biufUS" or (array.dtype.kind in "US" and array.ndim != 1) or array.ndim == 0:
             raise AezooError(f"{title}labels of dtype {array.dtype} and shape {array.shape}: give integers or texts")
         if array.dtype.kind == "f" and not np.isfinite(array).all():

@@ -22,7 +22,7 @@ from aezoo.training.seeding import mix
 _CHUNK = 4096
 
 
-def draw(x: Tensor, generator: torch.Generator) -> Tensor:
+def sample_bernoulli(x: Tensor, generator: torch.Generator) -> Tensor:
     """0 or the largest value, with x as the probability of the latter: uint8 out of 255, or floats in [0, 1]."""
     if x.dtype == torch.uint8:
         # one of 255 equally likely thresholds below x: a probability of x / 255, exactly
@@ -32,7 +32,7 @@ def draw(x: Tensor, generator: torch.Generator) -> Tensor:
     return (noise < x).to(x.dtype)
 
 
-def check_values(x: Tensor, name: str, cure: str = "set --data.scale unit") -> None:
+def check_probabilities(x: Tensor, name: str, cure: str = "set --data.scale unit") -> None:
     """Refuse values that are not probabilities.
 
     Raises:
@@ -42,18 +42,18 @@ def check_values(x: Tensor, name: str, cure: str = "set --data.scale unit") -> N
         raise AezooError(f"{name}: --data.binarise needs values from 0 to 1: {cure}")
 
 
-def binarised(dataset: ArrayDataset, rule: str, seed: int) -> ArrayDataset:
+def binarise_dataset(dataset: ArrayDataset, rule: str, seed: int) -> ArrayDataset:
     """The samples of a split by `rule`: threshold, or else drawn once."""
     x = dataset.x
     if rule == "threshold":
         fresh = (x > 127).to(torch.uint8) * 255 if x.dtype == torch.uint8 else (x > 0.5).to(x.dtype)
     else:
         generator = torch.Generator(x.device).manual_seed(seed)
-        fresh = torch.cat([draw(part, generator) for part in x.split(_CHUNK)])
+        fresh = torch.cat([sample_bernoulli(part, generator) for part in x.split(_CHUNK)])
     return ArrayDataset(fresh, dataset.y, dataset.paths)
 
 
-def drawn_anew(batches: Iterator[Batch], sampler: EpochSampler) -> Iterator[Batch]:
+def resample_batches(batches: Iterator[Batch], sampler: EpochSampler) -> Iterator[Batch]:
     """Batches of an epoch, binarised by draws that depend on (seed, epoch, rank, position)."""
     place, generator = -1, torch.Generator()
     for x, *y in batches:
@@ -61,4 +61,4 @@ def drawn_anew(batches: Iterator[Batch], sampler: EpochSampler) -> Iterator[Batc
             place, generator = sampler.first, torch.Generator(x.device)
         generator.manual_seed(mix(sampler.seed, sampler.epoch, sampler.rank, place))
         place += len(x)
-        yield (draw(x, generator), *y)  # type: ignore[misc]
+        yield (sample_bernoulli(x, generator), *y)  # type: ignore[misc]

@@ -17,7 +17,7 @@ from aezoo.training.seeding import mix
 UNLABELLED = -1
 
 
-class Part(Subset[Any]):
+class LabelledSubset(Subset[Any]):
     """Rows of a data set that is read sample by sample.
 
     Attributes:
@@ -66,7 +66,7 @@ def subset(dataset: Dataset[Any], rows: Tensor) -> Dataset[Any]:
     y = labels_of(dataset)
     y = None if y is None else y[rows]
     if not isinstance(dataset, ArrayDataset):
-        return Part(dataset, rows, y)
+        return LabelledSubset(dataset, rows, y)
     paths = dataset.paths
     return ArrayDataset(dataset.x[rows], y, None if paths is None else [paths[i] for i in rows.tolist()])
 
@@ -79,33 +79,33 @@ def paths_of(dataset: Dataset[Any]) -> Sequence[str] | None:
     return getattr(dataset, "paths", None)
 
 
-def names_of(y: Tensor, class_names: tuple[str, ...] | None) -> npt.NDArray[np.str_]:
+def label_names(y: Tensor, class_names: tuple[str, ...] | None) -> npt.NDArray[np.str_]:
     """The class name of each sample, (N,); the number for classes without a name and for -1, no class."""
     if class_names is not None:
         return np.array([*class_names, str(UNLABELLED)])[y.numpy()]  # -1 counts from the end
     return np.array([str(int(label)) if float(label).is_integer() else str(label) for label in y.tolist()], dtype=str)
 
 
-def as_given(y: Tensor, class_names: tuple[str, ...] | None) -> list[Any]:
+def original_labels(y: Tensor, class_names: tuple[str, ...] | None) -> list[Any]:
     """Labels as in the data: class names, as integers if all of them are integers."""
     if class_names is None:
         return y.tolist()
-    names = names_of(y, class_names).tolist()
+    names = label_names(y, class_names).tolist()
     # 001 is a name, different from 1
-    return [int(name) for name in names] if all(map(_is_whole, set(names))) else names
+    return [int(name) for name in names] if all(map(_is_integer, set(names))) else names
 
 
-def _is_whole(name: str) -> bool:
+def _is_integer(name: str) -> bool:
     return name.removeprefix("-").isdecimal() and str(int(name)) == name
 
 
-def listed(names: npt.NDArray[np.str_]) -> str:
+def describe_classes(names: npt.NDArray[np.str_]) -> str:
     """The classes among `names`, at most 20, for a message."""
     known = sorted(set(names.tolist()))
     return ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
 
 
-def train_on(
+def restrict_training_classes(
     splits: dict[Stage, Dataset[Any]], wanted: Sequence[str | int], class_names: tuple[str, ...] | None, where: str
 ) -> dict[Stage, Dataset[Any]]:
     """The same splits, with train and val reduced to some classes.
@@ -127,12 +127,12 @@ def train_on(
         if y is None or y.ndim != 1:
             raise AezooError(f"{where} has {'no labels' if y is None else 'several labels a sample'}: drop "
                              "--data.train_classes or give one label a sample")  # fmt: skip
-        names = names_of(y, class_names)
+        names = label_names(y, class_names)
         missing = [str(one) for one in wanted if str(one) not in names]
         # a small validation split may lack one of several classes
         if missing and (stage == "train" or len(missing) == len(wanted)):
             raise AezooError(f"no {stage} sample of {where} is of class {missing[0]!r} (--data.train_classes): there "
-                             f"are {listed(names)}")  # fmt: skip
+                             f"are {describe_classes(names)}")  # fmt: skip
         rows = torch.from_numpy(np.flatnonzero(np.isin(names, [str(one) for one in wanted])))
         kept[stage] = subset(splits[stage], rows)
     return kept
@@ -166,7 +166,7 @@ def keep_labels(
     for k in classes:
         rows = (y == k).nonzero()[:, 0]
         if len(rows) < each:
-            name = str(names_of(k[None], class_names)[0])
+            name = str(label_names(k[None], class_names)[0])
             raise AezooError(f"--data.num_labels {n} needs {each} samples of each class, the training split of {where} "
                              f"has {len(rows)} of {name!r}: lower it")  # fmt: skip
         rows = rows[torch.randperm(len(rows), generator=generator)[:each]]

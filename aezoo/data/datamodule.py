@@ -11,13 +11,21 @@ from torch.utils.data import Dataset, Subset
 
 from aezoo.data import binarise as binarise_rules
 from aezoo.data.array import Array
-from aezoo.data.classes import keep_labels, train_on
-from aezoo.data.loaders import EpochSampler, LazyLoader, blocks_of, collate, local_processes, make_loader, workers
+from aezoo.data.classes import keep_labels, restrict_training_classes
+from aezoo.data.loaders import (
+    EpochSampler,
+    LazyLoader,
+    collate,
+    default_num_workers,
+    local_processes,
+    make_loader,
+    sample_blocks,
+)
 from aezoo.data.readers import Table, check_columns
-from aezoo.data.resident import ResidentLoader, decode, excess, on_device, size_of
+from aezoo.data.resident import ResidentLoader, dataset_bytes, load_into_memory, memory_excess, to_device
 from aezoo.data.settings import Binarising, Labels, Memory, Scaling, SourceArgs, check_settings, refuse_foreign
-from aezoo.data.source import DEFAULT_ROOT, STAGES, ArrayDataset, Options, Source, Stage, as_float, levels_of
-from aezoo.data.sources import from_path, open_source
+from aezoo.data.source import DEFAULT_ROOT, STAGES, ArrayDataset, Options, Source, Stage, byte_divisor, to_float32
+from aezoo.data.source_registry import from_path, open_source
 from aezoo.errors import AezooError
 from aezoo.training.arguments import Checked
 from aezoo.training.keyword_groups import complete, expand, frame_without_callers
@@ -105,10 +113,10 @@ class DataModule(Checked, LightningDataModule):
         self._splits: dict[Stage, Dataset[Any]] = {}
         self._blocks: dict[Stage, Tensor | None] = {}
         self._on_gpu: dict[Stage, ArrayDataset] = {}
-        self._drawn: ArrayDataset | None = None
-        self._why: dict[Stage, str] = {}
+        self._binarised_train: ArrayDataset | None = None
+        self._memory_reason: dict[Stage, str] = {}
         self._position = (-1, 0)
-        self._limit_before: int | float | None = None
+        self._saved_val_limit: int | float | None = None
 
     # arrays that `from_arrays` hands to its instance; a class attribute, so that `__init__` keeps plain arguments
     _arrays: dict[str, Any] | None = None
@@ -169,30 +177,32 @@ class DataModule(Checked, LightningDataModule):
             splits = {part: self.source.split(part) for part in STAGES}
             self._splits = {part: dataset for part, dataset in splits.items() if dataset is not None}
             if self.train_classes is not None:
-                self._splits = train_on(self._splits, self.train_classes, self.source.class_names, str(self.name))
+                self._splits = restrict_training_classes(
+                    self._splits, self.train_classes, self.source.class_names, str(self.name)
+                )
             if self.num_labels and "train" in self._splits:
                 named = self.source.class_names, str(self.name)
                 self._splits["train"] = keep_labels(self._splits["train"], self.num_labels, self.seed, *named)
             # samples that are read into memory later keep the order of their files
-            self._blocks = {part: blocks_of(dataset) for part, dataset in self._splits.items()}
+            self._blocks = {part: sample_blocks(dataset) for part, dataset in self._splits.items()}
             if self.binarise != "none":
                 self._binarise()
         self._check(self._splits.get("train"))
         if self.trainer is not None and stage == "fit" and "val" not in self._splits:
             # with an empty loader Lightning would warn of what the user wanted
-            if self._limit_before is None:
-                self._limit_before = self.trainer.limit_val_batches
+            if self._saved_val_limit is None:
+                self._saved_val_limit = self.trainer.limit_val_batches
             self.trainer.limit_val_batches = 0
 
     def _binarise(self) -> None:
         for number, (stage, dataset) in enumerate(self._splits.items()):
-            held = dataset if isinstance(dataset, ArrayDataset) else decode(dataset, str(self.name))
-            binarise_rules.check_values(held.x, str(self.name))
-            if not self._draws_anew(stage):
-                held = binarise_rules.binarised(held, self.binarise, mix(self.seed, number))
+            held = dataset if isinstance(dataset, ArrayDataset) else load_into_memory(dataset, str(self.name))
+            binarise_rules.check_probabilities(held.x, str(self.name))
+            if not self._is_resampled(stage):
+                held = binarise_rules.binarise_dataset(held, self.binarise, mix(self.seed, number))
             self._splits[stage] = held
 
-    def _draws_anew(self, stage: Stage) -> bool:
+    def _is_resampled(self, stage: Stage) -> bool:
         """Whether a split is kept as probabilities, from which training draws every epoch."""
         return self.binarise == "dynamic" and stage == "train"
 
@@ -218,7 +228,7 @@ class DataModule(Checked, LightningDataModule):
 
     def train_dataloader(self) -> LazyLoader | ResidentLoader:
         loader = self._loader("train")
-        why = self._why.get("train")
+        why = self._memory_reason.get("train")
         rank_zero_info(f"{self.name}: {_storage(loader)}{f': {why}' if why else ''}")
         epoch, batches = self._position
         cast(EpochSampler, loader.sampler).skip = (epoch, batches * cast(int, loader.batch_size))
@@ -252,7 +262,7 @@ class DataModule(Checked, LightningDataModule):
         """
         check_columns(str(self.hparams["root"] if self.name == "array" else self.name), self.source.columns,
                       state_dict.get("columns", ()))  # fmt: skip
-        self.note_scaling(state_dict.get("scaling", {}), state_dict.get("white"))
+        self.report_other_scaling(state_dict.get("scaling", {}), state_dict.get("white"))
         _, world = self._rank_and_world()
         # evaluation does not continue the epoch
         trains = self.trainer is None or self.trainer.state.fn in (None, "fit")
@@ -269,7 +279,7 @@ class DataModule(Checked, LightningDataModule):
                 )
         self._position = (state_dict.get("epoch", -1), state_dict.get("batches", 0))
 
-    def note_scaling(self, trained: Mapping[str, Tensor], white: int | None) -> None:
+    def report_other_scaling(self, trained: Mapping[str, Tensor], white: int | None) -> None:
         """Say so if these data are scaled by other statistics than a model's training data.
 
         Args:
@@ -300,7 +310,7 @@ class DataModule(Checked, LightningDataModule):
         if x.dtype == torch.uint8:
             if self._step_takes_bytes():
                 return batch
-            x = as_float(x, levels_of(self.scale))
+            x = to_float32(x, byte_divisor(self.scale))
             if self.trainer is not None:
                 # Lightning has already converted the batch to the run's precision, except bytes
                 x = self.trainer.precision_plugin.convert_input(x)
@@ -309,15 +319,15 @@ class DataModule(Checked, LightningDataModule):
     def dataset(self, stage: Stage) -> Dataset[Any]:
         """The samples of a split, x uint8 or float32; with dynamic binarisation train is drawn as static does."""
         held = self._split(stage)
-        if not self._draws_anew(stage):
+        if not self._is_resampled(stage):
             return held
-        if self._drawn is None:
+        if self._binarised_train is None:
             seed = mix(self.seed, list(self._splits).index(stage))
-            self._drawn = binarise_rules.binarised(cast(ArrayDataset, held), "static", seed)
-        return self._drawn
+            self._binarised_train = binarise_rules.binarise_dataset(cast(ArrayDataset, held), "static", seed)
+        return self._binarised_train
 
     def _split(self, stage: Stage) -> Dataset[Any]:
-        if stage not in self._ready():
+        if stage not in self._prepared_splits():
             raise AezooError(f"{self.name} has no {stage} split: set --data.{stage}_fraction above 0 before training")
         return self._splits[stage]
 
@@ -327,19 +337,19 @@ class DataModule(Checked, LightningDataModule):
         dataset = dataset if rows is None else Subset(dataset, rows)
         loader = make_loader(dataset, batch_size=1024, labels=self.labels != "ignore")
         x, *y = (torch.cat(part) for part in zip(*loader, strict=True))
-        return as_float(x, levels_of(self.scale)), y[0] if y else None
+        return to_float32(x, byte_divisor(self.scale)), y[0] if y else None
 
     def splits(self) -> tuple[Stage, ...]:
         """The existing splits, in the order train, val, test."""
-        return tuple(self._ready())
+        return tuple(self._prepared_splits())
 
     def describe(self) -> str:
         """Sizes of the splits, shape and classes in one line."""
-        sizes = ", ".join(f"{_length(dataset)} {stage}" for stage, dataset in self._ready().items())
+        sizes = ", ".join(f"{_length(dataset)} {stage}" for stage, dataset in self._prepared_splits().items())
         classes = f"{self.num_classes} classes" if self.num_classes else "no classes"
         return f"{self.name}: {sizes}, {'x'.join(map(str, self.input_shape))}, {classes}"
 
-    def _ready(self) -> dict[Stage, Dataset[Any]]:
+    def _prepared_splits(self) -> dict[Stage, Dataset[Any]]:
         self.setup()
         return self._splits
 
@@ -363,7 +373,7 @@ class DataModule(Checked, LightningDataModule):
     def _loader(self, stage: Stage) -> LazyLoader | ResidentLoader:
         rank, world = self._rank_and_world()
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        dataset = self._held(stage, device)
+        dataset = self._stored_split(stage, device)
         resident = isinstance(dataset, ArrayDataset) and self.memory != "off"
         shared: dict[str, Any] = {
             "batch_size": self.batch_size,
@@ -374,7 +384,7 @@ class DataModule(Checked, LightningDataModule):
             "drop_last": self.drop_last and stage == "train",
             "blocks": self._blocks[stage],
         }
-        transform = binarise_rules.drawn_anew if self._draws_anew(stage) else None
+        transform = binarise_rules.resample_batches if self._is_resampled(stage) else None
         if resident:
             held = cast(ArrayDataset, dataset)
             y = None if self.labels == "ignore" else held.y
@@ -384,7 +394,7 @@ class DataModule(Checked, LightningDataModule):
             return loader
         num_workers = self.num_workers
         if num_workers is None:
-            num_workers = 0 if isinstance(dataset, ArrayDataset) else workers(local_processes(self.trainer))
+            num_workers = 0 if isinstance(dataset, ArrayDataset) else default_num_workers(local_processes(self.trainer))
         lazy = make_loader(
             dataset,
             num_workers=num_workers,
@@ -395,25 +405,27 @@ class DataModule(Checked, LightningDataModule):
         lazy.transform = transform
         return lazy
 
-    def _held(self, stage: Stage, device: torch.device) -> Dataset[Any]:
+    def _stored_split(self, stage: Stage, device: torch.device) -> Dataset[Any]:
         """The samples of a split, in memory or on the GPU where `memory` says so."""
         dataset = self._split(stage)
         if self.memory == "off":
             return dataset
         if not isinstance(dataset, ArrayDataset):
-            if self._too_much(stage, torch.device("cpu"), local_processes(self.trainer)):
+            if self._exceeds_memory(stage, torch.device("cpu"), local_processes(self.trainer)):
                 return dataset
-            dataset = self._splits[stage] = decode(dataset, str(self.name))
+            dataset = self._splits[stage] = load_into_memory(dataset, str(self.name))
         if device.type == "cuda":
-            if stage not in self._on_gpu and not self._too_much(stage, device, 1):
-                self._on_gpu[stage] = on_device(dataset, device, str(self.name))
+            if stage not in self._on_gpu and not self._exceeds_memory(stage, device, 1):
+                self._on_gpu[stage] = to_device(dataset, device, str(self.name))
             return self._on_gpu.get(stage, dataset)
         return dataset
 
-    def _too_much(self, stage: Stage, device: torch.device, processes: int) -> bool:
+    def _exceeds_memory(self, stage: Stage, device: torch.device, processes: int) -> bool:
         """Whether auto decides against holding a split in that memory; the log line at the start says why."""
-        self._why[stage] = excess(size_of(self._splits[stage]), device, processes) if self.memory == "auto" else ""
-        return bool(self._why[stage])
+        self._memory_reason[stage] = (
+            memory_excess(dataset_bytes(self._splits[stage]), device, processes) if self.memory == "auto" else ""
+        )
+        return bool(self._memory_reason[stage])
 
     def teardown(self, stage: str) -> None:
         self._on_gpu.clear()
@@ -425,8 +437,8 @@ class DataModule(Checked, LightningDataModule):
 
     def _restore_limit(self) -> None:
         """Restore the trainer's limit: it may fit other data next, with a validation split."""
-        if self._limit_before is not None and self.trainer is not None:
-            self.trainer.limit_val_batches, self._limit_before = self._limit_before, None
+        if self._saved_val_limit is not None and self.trainer is not None:
+            self.trainer.limit_val_batches, self._saved_val_limit = self._saved_val_limit, None
 
 
 expand(DataModule)

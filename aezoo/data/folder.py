@@ -24,15 +24,25 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aezoo.data.images import DEEP, GREY, Header, ImageArgs, ImageFileArgs, few, header, lost, read
-from aezoo.data.loaders import Files
-from aezoo.data.resident import allocate, fits
-from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, carve, takes
-from aezoo.data.tree import scan
+from aezoo.data.image_folders import find_images
+from aezoo.data.images import (
+    GREY_MODES,
+    MODES_16_BIT,
+    Header,
+    ImageArgs,
+    ImageFileArgs,
+    first_few,
+    ignored_content,
+    read_header,
+    read_image,
+)
+from aezoo.data.loaders import DecodingDataset
+from aezoo.data.resident import allocate, fits_in_memory
+from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, split_missing, takes
 from aezoo.errors import AezooError
 
 
-class Pictures(Source):
+class ImageSource(Source):
     """Pictures from any container, decoded once, before training, or each when it is used.
 
     Args:
@@ -56,18 +66,18 @@ class Pictures(Source):
         self.class_names, self.num_classes = names or None, len(names) or None
         self.value_range = (0.0, 1.0) if options.scale == "auto" else None
         (height, width), mode, _ = self._first_header()
-        self.channels = options.channels or (1 if mode in GREY else 3)
+        self.channels = options.channels or (1 if mode in GREY_MODES else 3)
         self.size = options.size
         self.input_shape = (self.channels, *((self.size, self.size) if self.size else (height, width)))
         self._splits: dict[Stage, Dataset[Any]] | None = None
 
     def header(self, file: Any) -> Header:
         """The header of one picture, without decoding its pixels."""
-        return header(file, self.options.max_pixels)
+        return read_header(file, self.options.max_pixels)
 
     def load(self, file: Any) -> Tensor:
         """One picture as (C, H, W), uint8 or float32."""
-        return read(file, self.size, self.channels, self.options.max_pixels)
+        return read_image(file, self.size, self.channels, self.options.max_pixels)
 
     def split(self, stage: Stage) -> Dataset[Any] | None:
         if self._splits is None:
@@ -88,50 +98,54 @@ class Pictures(Source):
         paths = [path for files in self.files.values() for path, _ in files]
         if len(paths) > 2000:
             rank_zero_info(f"reading {len(paths)} images from {self.where}")
-        headers = self._each(paths, self.header)
+        headers = self._map_files(paths, self.header)
         self._check(headers)
-        deep = any(header.mode in DEEP for header in headers.values())
-        self.white = 1 if deep else 255
-        size = len(paths) * math.prod(self.input_shape) * (4 if deep else 1)
+        is_16_bit = any(header.mode in MODES_16_BIT for header in headers.values())
+        self.white = 1 if is_16_bit else 255
+        size = len(paths) * math.prod(self.input_shape) * (4 if is_16_bit else 1)
         memory = self.options.memory
         held: Tensor | None = None
-        if memory == "on" or (memory == "auto" and fits(size, torch.device("cpu"), self.processes)):
-            held = allocate(self.options.name, len(headers), self.input_shape, torch.float32 if deep else torch.uint8)
+        if memory == "on" or (memory == "auto" and fits_in_memory(size, torch.device("cpu"), self.processes)):
+            held = allocate(
+                self.options.name, len(headers), self.input_shape, torch.float32 if is_16_bit else torch.uint8
+            )
         number = {path: i for i, path in enumerate(headers)}
 
         def decode(path: Any) -> bool:
             x = self.load(path)
             if held is not None:
-                held[number[path]] = _values(x, deep)
+                held[number[path]] = _to_common_dtype(x, is_16_bit)
             return True
 
         good: Collection[Any] = headers
         if held is not None or self.options.on_error == "skip":
-            good = self._each(list(headers), decode)
+            good = self._map_files(list(headers), decode)
         if len(good) < len(paths):
             bad = [path for path in paths if path not in good]
-            warnings.warn(f"{self.where}: {len(bad)} of {len(paths)} files skipped as broken: {few(bad)}", stacklevel=2)
+            warnings.warn(
+                f"{self.where}: {len(bad)} of {len(paths)} files skipped as broken: {first_few(bad)}", stacklevel=2
+            )
         kept = {stage: [(p, c) for p, c in files if p in good] for stage, files in self.files.items()}
         kept = {stage: files for stage, files in kept.items() if files}
         if "train" not in kept:
             raise AezooError(f"no readable image in {self.where}: every training file is broken")
         labels = torch.tensor([c for _, c in kept["train"]]) if self.num_classes else None
         fractions = (self.options.val_fraction, self.options.test_fraction)
-        rows = carve({stage: len(files) for stage, files in kept.items()}, labels, fractions, self.options.seed)
-        splits: dict[Stage, ImageFiles] = {}
+        rows = split_missing({stage: len(files) for stage, files in kept.items()}, labels, fractions, self.options.seed)
+        splits: dict[Stage, ImageFileDataset] = {}
         for stage in STAGES:
             index, files = rows[stage], kept.get(stage, kept["train"])
             files = files if index is None else [files[i] for i in index.tolist()]
             if files:
-                splits[stage] = ImageFiles(self, files, deep)
+                splits[stage] = ImageFileDataset(self, files, is_16_bit)
         if held is None:
             return dict(splits)
-        sort(held, torch.tensor([number[path] for part in splits.values() for path, _ in part.files]))
+        move_rows_to_front(held, torch.tensor([number[path] for part in splits.values() for path, _ in part.files]))
         sizes = [len(part) for part in splits.values()]
         parts = zip(splits.items(), held[: sum(sizes)].split(sizes), strict=True)
         return {stage: part.in_memory(x) for (stage, part), x in parts}
 
-    def _each(self, paths: list[Any], work: Any) -> dict[Any, Any]:
+    def _map_files(self, paths: list[Any], work: Any) -> dict[Any, Any]:
         def one(path: Any) -> Any:
             try:
                 return work(path)
@@ -150,7 +164,7 @@ class Pictures(Source):
         kinds: dict[bool, Any] = {}
         for path, (shape, mode, _) in headers.items():
             sizes.setdefault(shape, path)
-            kinds.setdefault(mode in GREY, path)
+            kinds.setdefault(mode in GREY_MODES, path)
         if self.size is None and len(sizes) > 1:
             (first, a), (second, b) = list(sizes.items())[:2]
             raise AezooError(
@@ -161,12 +175,12 @@ class Pictures(Source):
             raise AezooError(
                 f"{kinds[True]} is grey and {kinds[False]} is coloured: choose --data.channels 1 or --data.channels 3"
             )
-        for words in lost(headers):
+        for words in ignored_content(headers):
             warnings.warn(f"{self.where}: {words}", stacklevel=2)
 
 
 @takes(ImageArgs, ImageFileArgs)
-class Folder(Pictures):
+class Folder(ImageSource):
     """A folder of image files."""
 
     def __init__(self, options: Options) -> None:
@@ -174,38 +188,38 @@ class Folder(Pictures):
         if not root.is_dir():
             what = "is a file" if root.exists() else "does not exist"
             raise AezooError(f"the image folder {root} {what}: give its path with --data.root")
-        super().__init__(options, str(root), *scan(root))
+        super().__init__(options, str(root), *find_images(root))
 
 
-def sort(x: Tensor, order: Tensor) -> None:
+def move_rows_to_front(x: Tensor, order: Tensor) -> None:
     """Move the rows with these indices to the front, in this order, without copying the tensor: (N, ...), (n,)."""
     columns = x.flatten(1)
     for part in columns.split(-(-columns.shape[1] // 64), 1):
         part[: len(order)] = part[order]
 
 
-def _values(x: Tensor, deep: bool) -> Tensor:
-    return x.float() / 255 if deep and x.dtype == torch.uint8 else x
+def _to_common_dtype(x: Tensor, is_16_bit: bool) -> Tensor:
+    return x.float() / 255 if is_16_bit and x.dtype == torch.uint8 else x
 
 
-class ImageFiles(Files):
+class ImageFileDataset(DecodingDataset):
     """Image files decoded when they are used.
 
     Args:
         source: decodes a file.
         files: (file, class) of each sample.
-        deep: some files have 16 bits per value, so all become floats in [0, 1].
+        is_16_bit: some files have 16 bits per value, so all become floats in [0, 1].
     """
 
-    def __init__(self, source: Pictures, files: list[tuple[Any, int]], deep: bool) -> None:
-        self.source, self.files, self.deep = source, files, deep
+    def __init__(self, source: ImageSource, files: list[tuple[Any, int]], is_16_bit: bool) -> None:
+        self.source, self.files, self.is_16_bit = source, files, is_16_bit
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         path, label = self.files[index]
-        x = _values(self.source.load(path), self.deep)
+        x = _to_common_dtype(self.source.load(path), self.is_16_bit)
         return (x, label) if self.source.num_classes else (x,)
 
     @property

@@ -27,13 +27,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aezoo.data.array import LayoutArgs, arrange, number_labels, sample_shape
-from aezoo.data.folder import Pictures
-from aezoo.data.images import Encoded, Header, ImageArgs, ImageFileArgs
-from aezoo.data.memory import InMemory, MissingArgs, Pair, numeric
+from aezoo.data.array import LayoutArgs, encode_labels, sample_shape, to_channels_first
+from aezoo.data.folder import ImageSource
+from aezoo.data.image_folders import SPLITS
+from aezoo.data.images import EncodedImage, Header, ImageArgs, ImageFileArgs
+from aezoo.data.in_memory import InMemory, MissingArgs, Samples, to_real_tensor
 from aezoo.data.readers import ColumnArgs, MemoryLimitArgs, check_bytes
 from aezoo.data.source import DEFAULT_ROOT, Options, Source, Stage, takes
-from aezoo.data.tree import SPLITS
 from aezoo.errors import AezooError
 from aezoo.security import yaml_text
 
@@ -61,20 +61,22 @@ class Row(NamedTuple):
 @takes(ImageArgs, ImageFileArgs, LayoutArgs, ColumnArgs, MemoryLimitArgs, MissingArgs)
 def open_hf(options: Options) -> Source:
     """The source for the set that root names, by the kind of its column of samples."""
-    sets = _by_stage(_load(options), options.root)
+    sets = _sets_by_split(_load(options), options.root)
     features = sets["train"].features
     column = _sample_column(features, options)
     label = _label_column(features, options)
     for stage, rows in sets.items():
         for name in (column, label):
-            if name is not None and (found := _kind(rows.features.get(name))) != (kind := _kind(features[name])):
+            if name is not None and (found := _describe_feature(rows.features.get(name))) != (
+                kind := _describe_feature(features[name])
+            ):
                 raise AezooError(f"{options.root}: the column {name!r} is {found[:100]} for {stage} and "
                                  f"{kind[:100]} for train: cast one to the other and save the set again")  # fmt: skip
     y, names = _labels(sets, label, options.root)
-    return (HfPictures if _is(features[column], "Image") else HfArrays)(options, sets, column, y, names)
+    return (HfImages if _is_feature(features[column], "Image") else HfArrays)(options, sets, column, y, names)
 
 
-class HfPictures(Pictures):
+class HfImages(ImageSource):
     """A column of images.
 
     Args:
@@ -108,25 +110,25 @@ class HfPictures(Pictures):
     def load(self, file: Row) -> Tensor:
         return super().load(self._file(file))
 
-    def _file(self, row: Row) -> Path | Encoded:
+    def _file(self, row: Row) -> Path | EncodedImage:
         image = self._sets[row.stage][row.number][self._column] or {}
         if image.get("bytes") is not None:
-            return Encoded(str(row), image["bytes"])
+            return EncodedImage(str(row), image["bytes"])
         path = image.get("path")
         if not path or not Path(path).is_file():
             what = f"names {path}, which is not on this machine" if path else "has no image"
-            raise AezooError(f"{row} {what}: mend the set, or skip such rows with --data.on_error skip")
+            raise AezooError(f"{row} {what}: correct the set, or skip such rows with --data.on_error skip")
         return Path(path)
 
 
 class HfArrays(InMemory):
-    """A column of arrays or lists of numbers; arguments as for `HfPictures`."""
+    """A column of arrays or lists of numbers; arguments as for `HfImages`."""
 
     def __init__(
         self, options: Options, sets: Sets, column: str, y: dict[Stage, Tensor], names: tuple[str, ...] | None
     ) -> None:
         self._sets, self._column, self._y = sets, column, y
-        first = _values(sets["train"], column, 0, 1, Row(options.root, "train", 0))
+        first = _read_arrays(sets["train"], column, 0, 1, Row(options.root, "train", 0))
         self._dtype, self._shape = np.dtype(_dtype(sets["train"].features[column])), first.shape[1:]
         size = sum(map(len, sets.values())) * math.prod(self._shape) * self._dtype.itemsize
         check_bytes(Path(options.root), size, options.max_bytes)
@@ -134,21 +136,21 @@ class HfArrays(InMemory):
         super().__init__(options, shape, len(names) if names else None)
         self.class_names = names
 
-    def load(self) -> dict[Stage, Pair]:
+    def load(self) -> dict[Stage, Samples]:
         root, pairs = self.options.root, {}
         for stage, rows in self._sets.items():
             x = np.empty((len(rows), *self._shape), self._dtype)
             for start in range(0, len(x), _PART):
-                part = _values(rows, self._column, start, start + _PART, Row(root, stage, start))
+                part = _read_arrays(rows, self._column, start, start + _PART, Row(root, stage, start))
                 if part.shape[1:] != self._shape:
-                    raise _mixed(Row(root, stage, start), part.shape[1:], self._shape)
+                    raise _shape_error(Row(root, stage, start), part.shape[1:], self._shape)
                 x[start : start + _PART] = part
-            checked = numeric(x, f"{root}: column {self._column} for {stage}", missing=self.options.missing)
-            pairs[stage] = Pair(arrange(checked, self.options.layout), self._y.get(stage))
+            checked = to_real_tensor(x, f"{root}: column {self._column} for {stage}", missing=self.options.missing)
+            pairs[stage] = Samples(to_channels_first(checked, self.options.layout), self._y.get(stage))
         return pairs
 
 
-def _values(rows: Any, column: str, start: int, stop: int, place: Row) -> npt.NDArray[Any]:
+def _read_arrays(rows: Any, column: str, start: int, stop: int, place: Row) -> npt.NDArray[Any]:
     """The arrays of some rows, (n, ...); an error names the first that differs from the row before."""
     chosen, dtype = rows.select_columns([column]), np.dtype(_dtype(rows.features[column]))
     # by default it converts them to float32
@@ -158,7 +160,7 @@ def _values(rows: Any, column: str, start: int, stop: int, place: Row) -> npt.ND
     except ValueError:  # rows of unequal lengths, before datasets 4
         part = chosen.with_format(None)[start:stop][column]
     if not isinstance(part, np.ndarray) or part.dtype == object:
-        part = _stacked(part, column, start, place)
+        part = _stack_rows(part, column, start, place)
     # missing integers become NaN
     if part.dtype.kind == "f" != dtype.kind and (gaps := np.isnan(part).reshape(len(part), -1).any(1)).any():
         raise AezooError(f"{place._replace(number=start + int(gaps.argmax()))} lacks numbers in column {column}: fill "
@@ -166,7 +168,7 @@ def _values(rows: Any, column: str, start: int, stop: int, place: Row) -> npt.ND
     return part
 
 
-def _stacked(part: Any, column: str, start: int, place: Row) -> npt.NDArray[Any]:
+def _stack_rows(part: Any, column: str, start: int, place: Row) -> npt.NDArray[Any]:
     shape: tuple[int, ...] | None = None
     for i, one in enumerate(part):
         row = place._replace(number=start + i)
@@ -179,23 +181,23 @@ def _stacked(part: Any, column: str, start: int, place: Row) -> npt.NDArray[Any]
             raise AezooError(f"{row} has {what} in column {column}: fill or remove it")
         shape = array.shape if shape is None else shape
         if array.shape != shape:
-            raise _mixed(row, array.shape, shape)
+            raise _shape_error(row, array.shape, shape)
     return np.stack(list(part))
 
 
-def _mixed(row: Row, found: tuple[int, ...], wanted: tuple[int, ...]) -> AezooError:
+def _shape_error(row: Row, found: tuple[int, ...], wanted: tuple[int, ...]) -> AezooError:
     return AezooError(f"{row} has shape {found}, rows before it have {wanted}: give all rows one shape")
 
 
-def _is(feature: Any, name: str) -> bool:
+def _is_feature(feature: Any, name: str) -> bool:
     return type(feature).__name__ == name
 
 
-def _kind(feature: Any) -> str:
+def _describe_feature(feature: Any) -> str:
     """What must agree between all splits."""
     if feature is None:
         return "missing"
-    if _is(feature, "ClassLabel"):
+    if _is_feature(feature, "ClassLabel"):
         return f"of the classes {', '.join(map(str, feature.names))}"
     return f"of arrays of {dtype}" if (dtype := _dtype(feature)) else f"of type {type(feature).__name__}"
 
@@ -206,13 +208,13 @@ def _dtype(feature: Any) -> str | None:
     if re.fullmatch(r"Array\dD", name):
         return str(feature.dtype)
     inner: Any = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
-    if _is(inner, "Value"):
+    if _is_feature(inner, "Value"):
         return str(inner.dtype) if _NUMBER.fullmatch(inner.dtype) else None
     return None if inner is None else _dtype(inner)
 
 
 def _sample_column(features: Mapping[str, Any], options: Options) -> str:
-    images = [name for name, feature in features.items() if _is(feature, "Image")]
+    images = [name for name, feature in features.items() if _is_feature(feature, "Image")]
     arrays = [name for name, feature in features.items() if _dtype(feature)]
     if options.column != "auto":
         if options.column not in images + arrays:
@@ -233,8 +235,8 @@ def _label_column(features: Mapping[str, Any], options: Options) -> str | None:
     wanted = options.label_column
     if wanted == "none":
         return None
-    classes = [name for name, feature in features.items() if _is(feature, "ClassLabel")]
-    plain = [name for name, feature in features.items() if _is(feature, "Value")]
+    classes = [name for name, feature in features.items() if _is_feature(feature, "ClassLabel")]
+    plain = [name for name, feature in features.items() if _is_feature(feature, "Value")]
     if wanted != "auto":
         if wanted not in classes + plain:
             raise AezooError(f"{options.root} has no column of labels {wanted!r}: choose from "
@@ -254,11 +256,11 @@ def _labels(sets: Sets, column: str | None, where: str) -> tuple[dict[Stage, Ten
         return {}, None
     found = {stage: rows.select_columns([column]).with_format(None)[:][column] for stage, rows in sets.items()}
     feature = sets["train"].features[column]
-    if not _is(feature, "ClassLabel"):
+    if not _is_feature(feature, "ClassLabel"):
         for stage, values in found.items():
             if None in values:
                 raise AezooError(f"{Row(where, stage, values.index(None))} has no {column}: fill or remove it")
-        return number_labels({stage: np.array(values) for stage, values in found.items()}, f"{where}: ")
+        return encode_labels({stage: np.array(values) for stage, values in found.items()}, f"{where}: ")
     y = {stage: torch.tensor([-1 if v is None else v for v in values]) for stage, values in found.items()}
     for stage, values in y.items():
         beyond = ((values < -1) | (values >= feature.num_classes)).nonzero()
@@ -268,7 +270,7 @@ def _labels(sets: Sets, column: str | None, where: str) -> tuple[dict[Stage, Ten
     return y, tuple(map(str, feature.names))
 
 
-def _by_stage(sets: Mapping[str, Any], where: str) -> Sets:
+def _sets_by_split(sets: Mapping[str, Any], where: str) -> Sets:
     stages = {SPLITS[name.lower()]: name for name in sets if name.lower() in SPLITS}
     if "train" not in stages:
         if len(sets) != 1:

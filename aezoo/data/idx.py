@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from aezoo.data.images import ImageArgs
-from aezoo.data.memory import InMemory, Pair
+from aezoo.data.in_memory import InMemory, Samples
 from aezoo.data.readers import MemoryLimitArgs, check_bytes
 from aezoo.data.source import Options, Stage, takes
 from aezoo.data.vision import download
@@ -108,7 +108,7 @@ class Idx(InMemory):
                 f"{self.home}, or name their folder with --data.root; with a network, --data.download true fetches them"
             )
 
-    def load(self) -> dict[Stage, Pair]:
+    def load(self) -> dict[Stage, Samples]:
         self.prepare()
         train, test = (self._read(i) for i in (0, 1))
         return {"train": train, "test": test}
@@ -117,7 +117,7 @@ class Idx(InMemory):
         paths = (folder / (name + suffix) for folder in self.folders for suffix in ("", ".gz"))
         return next((path for path in paths if path.is_file()), None)
 
-    def _read(self, part: int) -> Pair:
+    def _read(self, part: int) -> Samples:
         image_path, label_path = self._find(self.family.images[part]), self._find(self.family.labels[part])
         assert image_path is not None
         assert label_path is not None
@@ -135,7 +135,7 @@ class Idx(InMemory):
             y = y - 1 if self.family.split == "letters" else y
         if y.min() < 0 or y.max() >= len(self.family.class_names):
             raise AezooError(f"{label_path} has labels outside 0..{len(self.family.class_names) - 1}: wrong file?")
-        return Pair(x[:, None], y)
+        return Samples(x[:, None], y)
 
 
 def read_idx(path: Path, title: str = "", max_bytes: int = 2**33) -> Tensor:
@@ -144,7 +144,7 @@ def read_idx(path: Path, title: str = "", max_bytes: int = 2**33) -> Tensor:
     try:
         check_bytes(path, path.stat().st_size, max_bytes)
         if path.suffix == ".gz":
-            _refuse_other_set(path, path.read_bytes(), title)
+            _refuse_files_of_other_sets(path, path.read_bytes(), title)
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             head = file.read(4)
             axes = head[3] if head[:2] == b"\0\0" and len(head) == 4 and head[2] in _TYPES else 0
@@ -167,7 +167,7 @@ def read_idx(path: Path, title: str = "", max_bytes: int = 2**33) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, kind).reshape(shape).astype(kind.newbyteorder("=")))
 
 
-def _refuse_other_set(path: Path, data: bytes, title: str) -> None:
+def _refuse_files_of_other_sets(path: Path, data: bytes, title: str) -> None:
     """MNIST, FashionMNIST and KMNIST share their file names; the published checksums tell them apart."""
     from torchvision import datasets
 

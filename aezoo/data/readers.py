@@ -21,8 +21,8 @@ from aezoo.security.archives import unpacked_size
 from aezoo.training.keyword_groups import Argument
 
 # a cell and its comma, at least two bytes, become a double and a float, beside the whole text and its lines
-_CSV_GROWTH = 8
-_EXACT = 2**53
+_CSV_MEMORY_FACTOR = 8
+_MAX_EXACT_INTEGER = 2**53
 Arrays = Mapping[str, Any]
 
 
@@ -92,7 +92,7 @@ def read_arrays(path: Path, max_bytes: int = 2**33, label_column: str = "auto") 
     try:
         arrays = readers[path.suffix.lower()](path, max_bytes)
         # a view can have many times the size of its memory
-        check_bytes(path, sum(_size(array) for array in arrays.values()), max_bytes)
+        check_bytes(path, sum(_array_bytes(array) for array in arrays.values()), max_bytes)
         return arrays
     except AezooError:
         raise
@@ -112,7 +112,7 @@ def check_columns(what: str, columns: Sequence[str], trained: Sequence[str]) -> 
         return
     missing, extra = ([name for name in a if name not in b] for a, b in ((trained, columns), (columns, trained)))
     if missing or extra or len(columns) != len(trained):
-        found = [f"lacks {few(missing)}"] * bool(missing) + [f"has {few(extra)} besides"] * bool(extra)
+        found = [f"lacks {first_names(missing)}"] * bool(missing) + [f"has {first_names(extra)} besides"] * bool(extra)
         raise AezooError(
             f"{what} {' and '.join(found) or 'repeats some'} of the {len(trained)} columns of the training data: give "
             "it these columns, in their order, or no header if only the names differ"
@@ -120,11 +120,11 @@ def check_columns(what: str, columns: Sequence[str], trained: Sequence[str]) -> 
     place = next(i for i, name in enumerate(trained) if columns[i] != name)
     raise AezooError(
         f"{what} has the columns of the training data in another order, {columns[place]!r} where {trained[place]!r} "
-        f"was: write them in the order {few(trained)}"
+        f"was: write them in the order {first_names(trained)}"
     )
 
 
-def _label_among(names: Sequence[str], label_column: str) -> int | None:
+def _label_position(names: Sequence[str], label_column: str) -> int | None:
     """The position of the labels: the column of that name, or for auto and none the one called `label`, in any case."""
     if label_column not in ("auto", "none"):
         return list(names).index(label_column) if label_column in names else None
@@ -132,7 +132,7 @@ def _label_among(names: Sequence[str], label_column: str) -> int | None:
     return lower.index("label") if "label" in lower else None
 
 
-def few(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
     """The first names, for a message."""
     return ", ".join([repr(name) for name in names[:5]] + ["..."] * (len(names) > 5))
 
@@ -141,19 +141,19 @@ def check_bytes(path: Path, size: int, max_bytes: int) -> None:
     """Refuse a file whose content takes too much memory."""
     if size > max_bytes:
         raise AezooError(
-            f"{path} takes {_readable(size)} of memory, more than the limit of {_readable(max_bytes)}: if it is what "
-            "it should be, raise --data.max_bytes"
+            f"{path} takes {_format_bytes(size)} of memory, more than the limit of {_format_bytes(max_bytes)}: if it "
+            "is what it should be, raise --data.max_bytes"
         )
 
 
-def _readable(size: int) -> str:
+def _format_bytes(size: int) -> str:
     if size >= 2**70:
         return "more than 1024 EiB"
     power = (max(size, 1).bit_length() - 1) // 10
     return f"{size / 2 ** (10 * power):.3g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[power]}"
 
 
-def _size(array: Any) -> int:
+def _array_bytes(array: Any) -> int:
     return math.prod(array.shape) * array.dtype.itemsize if isinstance(array, Tensor | np.ndarray) else 0
 
 
@@ -187,7 +187,7 @@ def _read_npz(path: Path, max_bytes: int) -> Arrays:
                 raise AezooError(f"{path} is no archive of arrays: rename it to .npy if it is one array")
             for name in file.zip.namelist():
                 _check_header(path, file.zip.open(name), max_bytes)
-            return _single({name: file[name] for name in file.files})
+            return _name_single_array({name: file[name] for name in file.files})
     except ValueError as error:
         raise _refuse_pickle(path, error) from None
 
@@ -215,13 +215,13 @@ def _read_pt(path: Path, max_bytes: int) -> Arrays:
     if isinstance(content, tuple | list) and len(content) == 2 and all(isinstance(part, Tensor) for part in content):
         return {"x": content[0], "y": content[1]}
     if isinstance(content, Mapping):
-        return _single({str(key): value for key, value in content.items()})
+        return _name_single_array({str(key): value for key, value in content.items()})
     if not isinstance(content, Tensor):
         raise AezooError(f"{path} holds a {type(content).__name__}: save a tensor, (x, y) or {{'x': x, 'y': y}}")
     return {"x": content}
 
 
-def _single(arrays: dict[str, Any]) -> Arrays:
+def _name_single_array(arrays: dict[str, Any]) -> Arrays:
     return {"x": next(iter(arrays.values()))} if len(arrays) == 1 else arrays
 
 
@@ -231,7 +231,7 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
     A header is a first row with a text cell, or one that counts the columns, 0,1,2 and so on, as pandas writes for
     columns without names; a 0 above a single column is a sample.
     """
-    check_bytes(path, path.stat().st_size * _CSV_GROWTH, max_bytes)
+    check_bytes(path, path.stat().st_size * _CSV_MEMORY_FACTOR, max_bytes)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -245,14 +245,16 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
     # an empty cell is a missing value
     counts = len(first) > 1 and first == [str(i) for i in range(len(first))]
     header = counts or not all(_is_number(cell) for cell in first if cell)
-    label = _label_among(first, label_column) if header else None
+    label = _label_position(first, label_column) if header else None
     columns = [name for i, name in enumerate(first) if i != label] if header else []
     # row by row, since the texts of all cells would take ten times the memory of their numbers
     values, beginnings, labels, broken = array.array("d"), [], [], None
     number = -1
     for number, row in enumerate(rows if header else csv.reader(lines, delimiter=separator)):
         if len(row) != len(first):
-            raise AezooError(f"{path}, row {number}: {len(row)} columns, the first line has {len(first)}: mend the row")
+            raise AezooError(
+                f"{path}, row {number}: {len(row)} columns, the first line has {len(first)}: correct the row"
+            )
         if label is not None:
             labels.append(row.pop(label).strip())
         beginnings.append(row[0] if row and not first[0] else "")
@@ -268,7 +270,7 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
     if number < 0 or not width:
         raise AezooError(f"{path} has a header only: give one row a sample")
     named = header or first[1:] == [str(i) for i in range(len(first) - 1)]
-    if len(first) > 1 and not first[0] and named and _numbers_rows(beginnings[not header :]):
+    if len(first) > 1 and not first[0] and named and _is_row_index(beginnings[not header :]):
         raise AezooError(
             f"{path}: the first column has no name and numbers the rows, as pandas writes its index: save the table "
             "without it, frame.to_csv(path, index=False), or name the column if it is a feature"
@@ -285,7 +287,7 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
     if counts and (x == np.floor(x)).all():
         warnings.warn(f"{path}: the first row, {separator.join(first)[:40]}, is taken for a header, as all others hold "
                       "whole numbers too: write 0.0 for its 0 if it is a sample", stacklevel=2)  # fmt: skip
-    y = labels_of_texts(labels) if labels and label_column != "none" else None
+    y = parse_labels(labels) if labels and label_column != "none" else None
     return Table({"x": x, "y": y}, columns, None if label is None else first[label])
 
 
@@ -302,7 +304,7 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
         # a column that repeats one value takes no space in the file
         check_bytes(path, max(declared, 8 * about.num_rows * about.num_columns), max_bytes)
     frame = pandas.read_parquet(path)
-    place = _label_among([str(name) for name in frame.columns], label_column)
+    place = _label_position([str(name) for name in frame.columns], label_column)
     name = None if place is None else frame.columns[place]
     column = None if name is None else frame.pop(name)
     text = [str(name) for name, kind in frame.dtypes.items() if getattr(kind, "kind", "O") not in "biuf"]
@@ -313,11 +315,11 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
     if column is not None and label_column != "none":
         missing, y = column.isna().to_numpy(), column.to_numpy()
         if missing.any() or y.dtype.kind not in "biuf":
-            y = labels_of_texts(["" if lacks else str(label) for label, lacks in zip(y, missing, strict=True)])
-    return Table({"x": of_frame(frame), "y": y}, [str(name) for name in frame.columns], name and str(name))
+            y = parse_labels(["" if lacks else str(label) for label, lacks in zip(y, missing, strict=True)])
+    return Table({"x": frame_values(frame), "y": y}, [str(name) for name in frame.columns], name and str(name))
 
 
-def of_frame(frame: Any) -> npt.NDArray[Any]:
+def frame_values(frame: Any) -> npt.NDArray[Any]:
     """The values of a DataFrame, (N, D); float with NaN for booleans mixed with numbers and for missing numbers."""
     values: npt.NDArray[Any] = frame.to_numpy()
     if values.dtype.kind == "O":
@@ -326,17 +328,17 @@ def of_frame(frame: Any) -> npt.NDArray[Any]:
     return values
 
 
-def labels_of_texts(texts: list[str]) -> Any:
+def parse_labels(texts: list[str]) -> Any:
     """Numbers if all texts are numbers and exact, else the texts, (N,); masked where empty."""
     missing = np.array([not text for text in texts])
     numbers = [float(text or 0) for text in texts] if all(_is_number(text) for text in texts if text) else []
     # beyond, neighbouring integers are the same float
-    names = not numbers or any(_EXACT <= abs(number) < math.inf for number in numbers)
+    names = not numbers or any(_MAX_EXACT_INTEGER <= abs(number) < math.inf for number in numbers)
     labels = np.array(texts if names else numbers)
     return np.ma.array(labels, mask=missing) if missing.any() else labels
 
 
-def _numbers_rows(cells: list[str]) -> bool:
+def _is_row_index(cells: list[str]) -> bool:
     """Whether the cells are distinct whole numbers."""
     return bool(cells) and all(cell.strip().isdigit() for cell in cells) and len(set(cells)) == len(cells)
 

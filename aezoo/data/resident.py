@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aezoo.data.classes import paths_of
-from aezoo.data.loaders import Transform, collate, epoch_sampler, even_batch_size, gathers
+from aezoo.data.loaders import Transform, collate, epoch_sampler, even_batch_size, reads_whole_batches
 from aezoo.data.source import ArrayDataset, Batch
 from aezoo.errors import AezooError
 
-SHARE = 0.25
+MEMORY_SHARE = 0.25
 
 
 class ResidentLoader:
@@ -125,11 +125,11 @@ def free_memory(device: torch.device) -> int:
                 numbers = [int((folder / f"memory.{name}").read_text()) for name in (limit, used)]
             except (OSError, ValueError):
                 continue
-            free = min(free, numbers[0] - numbers[1] + _cache(folder))
+            free = min(free, numbers[0] - numbers[1] + _reclaimable_cache(folder))
     return max(0, free)
 
 
-def _cache(group: Path) -> int:
+def _reclaimable_cache(group: Path) -> int:
     """Bytes of cached files that a container counts as used and frees on demand."""
     try:
         entries = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -138,29 +138,29 @@ def _cache(group: Path) -> int:
         return 0
 
 
-def fits(size: int, device: torch.device, processes: int) -> bool:
+def fits_in_memory(size: int, device: torch.device, processes: int) -> bool:
     """Whether `size` bytes in each process that shares the memory are within the share."""
-    return not excess(size, device, processes)
+    return not memory_excess(size, device, processes)
 
 
-def excess(size: int, device: torch.device, processes: int) -> str:
+def memory_excess(size: int, device: torch.device, processes: int) -> str:
     """Why they are not, in a few words; empty if they are."""
     free = free_memory(device)
-    if size * processes <= SHARE * free:
+    if size * processes <= MEMORY_SHARE * free:
         return ""
     times = f"{processes} times " if processes > 1 else ""
     where = "" if device.type == "cpu" else f" on {device}"
     return f"{times}{size / 2**20:,.1f} MiB, more than a quarter of {free / 2**20:,.1f} MiB free{where}"
 
 
-def size_of(dataset: Dataset[Any]) -> int:
+def dataset_bytes(dataset: Dataset[Any]) -> int:
     """Bytes of all samples, estimated from the first."""
     if isinstance(dataset, ArrayDataset):
         return dataset.x.nbytes
     return len(cast(Any, dataset)) * int(cast(Tensor, dataset[0][0]).nbytes)
 
 
-def on_device(dataset: ArrayDataset, device: torch.device, name: str) -> ArrayDataset:
+def to_device(dataset: ArrayDataset, device: torch.device, name: str) -> ArrayDataset:
     """The same samples in the memory of a GPU.
 
     Raises:
@@ -200,7 +200,7 @@ def _too_large(name: str, n: int, size: int, where: str) -> AezooError:
     )
 
 
-def decode(dataset: Dataset[Any], name: str) -> ArrayDataset:
+def load_into_memory(dataset: Dataset[Any], name: str) -> ArrayDataset:
     """All samples of a data set that reads them one by one, in one tensor.
 
     Args:
@@ -217,7 +217,7 @@ def decode(dataset: Dataset[Any], name: str) -> ArrayDataset:
     x = allocate(name, n, tuple(first[0].shape), first[0].dtype)
     y = torch.empty(n, dtype=torch.as_tensor(first[1]).dtype) if len(first) > 1 else None
 
-    if gathers(dataset):
+    if reads_whole_batches(dataset):
         for rows in torch.arange(n).split(4096):
             batch: Any = collate(cast(Any, dataset).__getitems__(rows.tolist()), labels=y is not None)
             x[rows] = batch[0]

@@ -7,12 +7,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from aezoo.data.activations import ActivationsArgs
 from aezoo.data.array import LayoutArgs
-from aezoo.data.dictionary import DictionaryArgs
 from aezoo.data.images import ImageArgs, ImageFileArgs
-from aezoo.data.memory import MissingArgs
+from aezoo.data.in_memory import MissingArgs
 from aezoo.data.readers import ColumnArgs, MemoryLimitArgs
 from aezoo.data.source import Options
-from aezoo.data.sources import settings_of, sources_with
+from aezoo.data.source_registry import settings_of, sources_with
+from aezoo.data.synthetic_dictionary import DictionaryArgs
 from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import arguments_of
 

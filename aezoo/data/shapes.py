@@ -121,16 +121,16 @@ class Shapes(Source):
 
     def rows(self, stage: Stage) -> Tensor:
         """The indices of a split's samples, in its order."""
-        grey = self._grey_rows()[stage]
+        grey = self._grey_indices()[stage]
         return (torch.arange(len(self) // COMBINATIONS)[:, None] * COMBINATIONS + grey).flatten()
 
     def split(self, stage: Stage) -> "Dataset[Any] | None":
-        grey = self._grey_rows()[stage]
+        grey = self._grey_indices()[stage]
         if not len(grey):
             return None
-        return Sprites(self, grey)
+        return SpriteDataset(self, grey)
 
-    def _grey_rows(self) -> dict[Stage, Tensor]:
+    def _grey_indices(self) -> dict[Stage, Tensor]:
         """Numbers of the grey samples of each split; equal pictures are in one."""
         if self._rows is None:
             everything = torch.arange(COMBINATIONS).view(SIZES)
@@ -181,7 +181,7 @@ class Shapes(Source):
         return values
 
 
-class Sprites(Dataset[tuple[Tensor, Tensor]]):
+class SpriteDataset(Dataset[tuple[Tensor, Tensor]]):
     """The samples of a split, drawn when they are read.
 
     Args:

@@ -139,12 +139,12 @@ class ArrayDataset(Dataset[Batch]):
         return (x,) if self.y is None else (x, self.y.index_select(0, rows))
 
 
-def levels_of(scale: str) -> int:
+def byte_divisor(scale: str) -> int:
     """The divisor of bytes under a rule of `--data.scale`: 255, or 1 if they keep their values."""
     return 1 if scale == "none" else 255
 
 
-def as_float(x: Tensor, levels: int) -> Tensor:
+def to_float32(x: Tensor, levels: int) -> Tensor:
     """Samples as a model sees them, in float32: bytes divided by `levels`, others unchanged."""
     return x.float().div_(levels) if x.dtype == torch.uint8 else x.float()
 
@@ -163,19 +163,19 @@ def split_rows(n: int, labels: Tensor | None, fractions: tuple[float, float], se
             f"{n} samples are too few for {n_val} of validation and {n_test} of test: give more data, "
             "or switch a split off with --data.val_fraction 0 or --data.test_fraction 0"
         )
-    rows, test = _take(rows, n_test)
-    rows, val = _take(rows, n_val)
+    rows, test = _take_evenly(rows, n_test)
+    rows, val = _take_evenly(rows, n_val)
     return {"train": rows.sort().values, "val": val.sort().values, "test": test.sort().values}
 
 
-def _take(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _take_evenly(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     taken = torch.zeros(len(rows), dtype=torch.bool)
     if k:
         taken[((torch.arange(k, dtype=torch.float64) + 0.5) * len(rows) / k).long()] = True
     return rows[~taken], rows[taken]
 
 
-def carve(
+def split_missing(
     sizes: dict[Stage, int], labels: Tensor | None, fractions: tuple[float, float], seed: int
 ) -> dict[Stage, Tensor | None]:
     """Rows of the training part that become val and test if the set has none of its own (not in `sizes`).

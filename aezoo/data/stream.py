@@ -34,32 +34,32 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aezoo.data.array import LayoutArgs, arrange, sample_shape
+from aezoo.data.array import LayoutArgs, sample_shape, to_channels_first
+from aezoo.data.image_folders import SPLITS
 from aezoo.data.images import (
-    DEEP,
-    GREY,
-    Encoded,
+    GREY_MODES,
+    MODES_16_BIT,
+    EncodedImage,
     Header,
     ImageArgs,
     ImageFileArgs,
     check_pixels,
-    fit,
-    fitted_shape,
-    header,
-    read,
+    read_header,
+    read_image,
+    resize,
+    resized_shape,
     to_tensor,
 )
-from aezoo.data.loaders import GROUP, collate
-from aezoo.data.memory import numeric
+from aezoo.data.in_memory import to_real_tensor
+from aezoo.data.loaders import SHUFFLE_GROUP, collate
 from aezoo.data.readers import ColumnArgs
-from aezoo.data.source import Batch, Options, Source, Stage, carve, takes
-from aezoo.data.tree import SPLITS
+from aezoo.data.source import Batch, Options, Source, Stage, split_missing, takes
 from aezoo.errors import AezooError
 
 _LABELS = ("label", "labels", "class", "target", "y")
 _LABEL = int | float | str | np.integer | np.floating | np.bool_
 _ENCODED = ("jpeg", "image", "bytes")
-_KINDS = (
+_SAFE_KINDS = (
     *_ENCODED,
     "pil",
     "tensor",
@@ -76,10 +76,10 @@ _KINDS = (
 _CONTAINERS = {"builtins.dict", "builtins.list", "builtins.tuple", "collections.OrderedDict", "collections.deque"}
 _SAFE = "images, arrays, text and Python's own numbers (float(x) or int(x) of NumPy's)"
 # litdata also reads the text after the colon as the name of a decoder
-_PLAIN = re.compile(rf"({'|'.join(_KINDS)})(:(\d+|jpe?g|png|webp|bmp|gif))?")
+_SAFE_KIND_PATTERN = re.compile(rf"({'|'.join(_SAFE_KINDS)})(:(\d+|jpe?g|png|webp|bmp|gif))?")
 
 
-class _AsStored:
+class _RawBytes:
     """Replaces litdata's decoder: returns the bytes of an image, which `aezoo.data.images` decodes."""
 
     def setup(self, metadata: Any) -> None:
@@ -89,14 +89,14 @@ class _AsStored:
         return bytes(data)
 
 
-class _Refused(_AsStored):
+class _RefusePickle(_RawBytes):
     """Replaces the decoder that would unpickle."""
 
     def deserialize(self, data: Any) -> bytes:
         raise AezooError(f"it holds Python objects (pickle), which can run code: write {_SAFE} alone")
 
 
-class Chunks(Dataset[Any]):
+class ChunkedItems(Dataset[Any]):
     """The items of one folder, by index.
 
     Args:
@@ -109,7 +109,7 @@ class Chunks(Dataset[Any]):
 
     def __init__(self, root: str) -> None:
         self.root, self._open = root, (0, None)
-        self.names, self.ends = _index(Path(root))
+        self.names, self.ends = _read_index(Path(root))
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -144,16 +144,16 @@ def _reader(root: str) -> Any:
     from litdata import StreamingDataset
     from litdata.streaming.serializers import _SERIALIZERS
 
-    serializers: dict[str, Any] = {name: _Refused() for name in _SERIALIZERS if name not in _KINDS}
-    serializers |= {name: _AsStored() for name in _ENCODED}
-    settings: dict[str, Any] = {"serializers": serializers, "max_pre_download": GROUP}
+    serializers: dict[str, Any] = {name: _RefusePickle() for name in _SERIALIZERS if name not in _SAFE_KINDS}
+    serializers |= {name: _RawBytes() for name in _ENCODED}
+    settings: dict[str, Any] = {"serializers": serializers, "max_pre_download": SHUFFLE_GROUP}
     # by default litdata decodes 32 items for each one requested
     if "batch_decode" in inspect.signature(StreamingDataset).parameters:
         settings["batch_decode"] = 0
     return StreamingDataset(root, **settings)
 
 
-def _index(root: Path) -> tuple[list[str], list[int]]:
+def _read_index(root: Path) -> tuple[list[str], list[int]]:
     """The chunk names and the index of the item after each; all chunks must exist and be readable."""
     path = root / "index.json"
     try:
@@ -162,23 +162,23 @@ def _index(root: Path) -> tuple[list[str], list[int]]:
         names = [str(chunk["filename"]) for chunk in chunks]
         sizes, lengths = [int(chunk["chunk_bytes"]) for chunk in chunks], [int(chunk["chunk_size"]) for chunk in chunks]
         kinds = {str(kind) for kind in about["data_format"]}
-        containers = set(_containers(json.loads(about.get("data_spec") or "null")))
+        containers = set(_container_types(json.loads(about.get("data_spec") or "null")))
         whole = about.get("compression") and about.get("compression_level") not in ("batch", "sample")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise AezooError(f"{path} is no index of litdata ({reason}): run litdata.optimize again") from None
     if about.get("format") or about.get("encryption") or about.get("item_loader", "PyTreeLoader") != "PyTreeLoader":
-        raise AezooError(f"{path} tells of chunks for another reader: write them with litdata.optimize alone")
-    others = sorted(kind for kind in kinds if not _PLAIN.fullmatch(kind))
+        raise AezooError(f"{path} lists chunks for another reader: write them with litdata.optimize alone")
+    others = sorted(kind for kind in kinds if not _SAFE_KIND_PATTERN.fullmatch(kind))
     if others:
-        raise AezooError(f"{path} tells of items of {', '.join(others)}, which may be pickled and run code: write "
+        raise AezooError(f"{path} lists items of {', '.join(others)}, which may be pickled and run code: write "
                          f"{_SAFE} alone")  # fmt: skip
     if others := sorted(containers - _CONTAINERS):
-        raise AezooError(f"{path} tells of items in a {', '.join(others)[:100]}, which may import code: write dicts, "
+        raise AezooError(f"{path} lists items in a {', '.join(others)[:100]}, which may import code: write dicts, "
                          "lists and tuples alone")  # fmt: skip
     if whole:
         # litdata puts the unpacked chunk into the folder and deletes the packed one
-        raise AezooError(f"{path} tells of chunks that are packed as a whole: write them without compression, or with "
+        raise AezooError(f"{path} lists chunks that are packed as a whole: write them without compression, or with "
                          "compression_level='batch'")  # fmt: skip
     for name, size, length in zip(names, sizes, lengths, strict=True):
         file = root / name
@@ -190,19 +190,19 @@ def _index(root: Path) -> tuple[list[str], list[int]]:
             raise AezooError(f"{file} {state}: copy it again, or write the folder again")
         # the position of each item takes four bytes
         if length < 0 or (length > size and not about.get("compression")):
-            raise AezooError(f"{path} tells of {length} items in the {size} bytes of {name}: write the folder again")
+            raise AezooError(f"{path} lists {length} items in the {size} bytes of {name}: write the folder again")
     ends = list(itertools.accumulate(lengths))
     if not ends or not ends[-1]:
-        raise AezooError(f"{path} tells of no items: write at least one")
+        raise AezooError(f"{path} lists no items: write at least one")
     return names, ends
 
 
-def _containers(spec: Any) -> Iterator[str]:
+def _container_types(spec: Any) -> Iterator[str]:
     """The types of containers that the form of an item names."""
     if isinstance(spec, Mapping) and spec.get("type") is not None:
         yield str(spec["type"])
     for part in spec.values() if isinstance(spec, Mapping) else spec if isinstance(spec, list) else ():
-        yield from _containers(part)
+        yield from _container_types(part)
 
 
 @takes(ImageArgs, ImageFileArgs, LayoutArgs, ColumnArgs)
@@ -227,26 +227,26 @@ class Stream(Source):
         except ImportError:
             raise AezooError("--data stream needs the package litdata: pip install 'aezoo[stream]'") from None
         self.options = options
-        self.chunks = {stage: Chunks(root) for stage, root in _folders(options.root).items()}
+        self.chunks = {stage: ChunkedItems(root) for stage, root in _folders(options.root).items()}
         self.class_names = _class_names(options.root)
         self.num_classes = len(self.class_names) if self.class_names else None
         self.value_range = (0.0, 1.0) if options.scale == "auto" else None
         item, place = self.chunks["train"][0], self.chunks["train"].place(0)
         fields = _fields(item)
-        self._column = _choose(fields, options.column, place)
+        self._column = _choose_column(fields, options.column, place)
         self._label = _choose_label(fields, self._column, options.label_column, place)
         self._set_shape(fields[self._column], place)
 
     def split(self, stage: Stage) -> Dataset[Any] | None:
         sizes = {own: len(chunks) for own, chunks in self.chunks.items()}
         fractions = (self.options.val_fraction, self.options.test_fraction)
-        rows = carve(sizes, None, fractions, self.options.seed)[stage]
+        rows = split_missing(sizes, None, fractions, self.options.seed)[stage]
         chunks = self.chunks.get(stage, self.chunks["train"])
         rows = torch.arange(len(chunks)) if rows is None else rows
-        return Items(self, chunks, rows) if len(rows) else None
+        return StreamDataset(self, chunks, rows) if len(rows) else None
 
     @property
-    def labelled(self) -> bool:
+    def has_labels(self) -> bool:
         """Whether items have labels."""
         return self._label is not None
 
@@ -268,18 +268,18 @@ class Stream(Source):
         options = self.options
         if isinstance(first, bytes | Image.Image):
             (height, width), mode, _ = self._header(first, place)
-            self.white, self._grey = 1 if mode in DEEP else 255, mode in GREY
+            self.white, self._grey = 1 if mode in MODES_16_BIT else 255, mode in GREY_MODES
             channels = options.channels or (1 if self._grey else 3)
             self.input_shape = (channels, *((options.size, options.size) if options.size else (height, width)))
             return
         self._raw, shape = tuple(first.shape), sample_shape(first[None], options.layout, place)
-        self.input_shape = fitted_shape(shape, options.size, options.channels)
+        self.input_shape = resized_shape(shape, options.size, options.channels)
         self.white = 255 if str(first.dtype).removeprefix("torch.") == "uint8" else None
 
     def _header(self, image: Any, place: str) -> Header:
         limit = self.options.max_pixels
         if isinstance(image, bytes):
-            return header(Encoded(place, image), limit)
+            return read_header(EncodedImage(place, image), limit)
         check_pixels(place, image.size, limit)
         return Header((image.height, image.width), image.mode)
 
@@ -288,12 +288,12 @@ class Stream(Source):
         if not isinstance(value, bytes | Image.Image):
             return self._array(value, place)
         mode = self._header(value, place).mode
-        if options.channels is None and (mode in GREY) != self._grey:
-            kinds = ("grey", "coloured") if mode in GREY else ("coloured", "grey")
+        if options.channels is None and (mode in GREY_MODES) != self._grey:
+            kinds = ("grey", "coloured") if mode in GREY_MODES else ("coloured", "grey")
             raise AezooError(f"{place} is {kinds[0]} and the first item is {kinds[1]}: choose --data.channels 1 or "
                              "--data.channels 3")  # fmt: skip
         if isinstance(value, bytes):
-            x = read(Encoded(place, value), options.size, self.input_shape[0], options.max_pixels)
+            x = read_image(EncodedImage(place, value), options.size, self.input_shape[0], options.max_pixels)
         else:
             try:
                 x = to_tensor(value, options.size, self.input_shape[0])
@@ -307,11 +307,11 @@ class Stream(Source):
                 f"{place} holds a {type(value).__name__}, the first item an array: give all items one kind"
             )
         # a copy: litdata's tensors are views of a file that it may close
-        x = numeric(value[None].clone() if isinstance(value, Tensor) else np.array(value)[None], place)
+        x = to_real_tensor(value[None].clone() if isinstance(value, Tensor) else np.array(value)[None], place)
         if tuple(x.shape[1:]) != self._raw:
             sample_shape(x, self.options.layout, place)
-        x = arrange(x, self.options.layout)
-        x = fit(x, self.options.size, self.options.channels)[0] if x.ndim == 4 else x[0]
+        x = to_channels_first(x, self.options.layout)
+        x = resize(x, self.options.size, self.options.channels)[0] if x.ndim == 4 else x[0]
         if x.dtype == torch.uint8:
             return x
         if self.options.scale == "auto" and not (x.min() >= 0 and x.max() <= 1):
@@ -334,7 +334,7 @@ class Stream(Source):
         return float(number) if isinstance(number, float) else int(number)
 
 
-class Items(Dataset[Any]):
+class StreamDataset(Dataset[Any]):
     """Rows of a folder of chunks, as samples.
 
     Args:
@@ -343,7 +343,7 @@ class Items(Dataset[Any]):
         rows: the indices of this split's items, in ascending order.
     """
 
-    def __init__(self, source: Stream, chunks: Chunks, rows: Tensor) -> None:
+    def __init__(self, source: Stream, chunks: ChunkedItems, rows: Tensor) -> None:
         self.source, self.chunks, self.rows = source, chunks, rows
 
     def __len__(self) -> int:
@@ -403,7 +403,7 @@ def _fields(item: Any) -> dict[str, Any]:
     return {str(i): value for i, value in enumerate(item if isinstance(item, tuple | list) else (item,))}
 
 
-def _choose(fields: Mapping[str, Any], wanted: str, place: str) -> str:
+def _choose_column(fields: Mapping[str, Any], wanted: str, place: str) -> str:
     images = [name for name, value in fields.items() if isinstance(value, bytes | Image.Image)]
     arrays = [name for name, value in fields.items() if isinstance(value, Tensor | np.ndarray) and value.ndim]
     known = images + arrays

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aezoo.data.images import ImageArgs, fitted_shape, to_tensor
-from aezoo.data.loaders import Files
-from aezoo.data.memory import InMemory, Pair
-from aezoo.data.source import STAGES, Options, Source, Stage, carve, takes
+from aezoo.data.images import ImageArgs, resized_shape, to_tensor
+from aezoo.data.in_memory import InMemory, Samples
+from aezoo.data.loaders import DecodingDataset
+from aezoo.data.source import STAGES, Options, Source, Stage, split_missing, takes
 from aezoo.errors import AezooError
 from aezoo.security.archives import inside_their_folder
 
 Arguments = dict[str, Any]
 
 
-class Row(NamedTuple):
+class VisionSet(NamedTuple):
     """One set: torchvision's class, a sample's shape, the classes, what lies under root, its arguments by split.
 
     `array` marks the sets that torchvision holds in memory as one array. `test_offset` is added to the test labels
@@ -44,87 +44,97 @@ class Row(NamedTuple):
     test_offset: int = 0
 
 
-def _by(key: str, train: object, test: object = None, val: object = None, **rest: object) -> dict[Stage, Arguments]:
+def _per_split(
+    key: str, train: object, test: object = None, val: object = None, **rest: object
+) -> dict[Stage, Arguments]:
     values: dict[Stage, object] = {"train": train, "val": val, "test": test}
     return {stage: {key: value, **rest} for stage, value in values.items() if value is not None}
 
 
-_FLAG, _SPLIT, _ALL3 = _by("train", True, False), _by("split", "train", "test"), _by("split", "train", "test", "val")
+_FLAG, _SPLIT, _ALL3 = (
+    _per_split("train", True, False),
+    _per_split("split", "train", "test"),
+    _per_split("split", "train", "test", "val"),
+)
 _WHOLE: dict[Stage, Arguments] = {"train": {}}
 
 # fmt: off
-ROWS = {
-    "caltech101": Row("Caltech101", (3, 64, 64), 101, "caltech101/101_ObjectCategories/", _WHOLE),
-    "caltech256": Row("Caltech256", (3, 64, 64), 257, "caltech256/256_ObjectCategories/", _WHOLE),
-    "celeba": Row("CelebA", (3, 64, 64), None, "celeba/img_align_celeba.zip, celeba/*.txt",
-                  _by("split", "train", "test", "valid")),
-    "cifar10": Row("CIFAR10", (3, 32, 32), 10, "cifar-10-python.tar.gz", _FLAG, True),
-    "cifar100": Row("CIFAR100", (3, 32, 32), 100, "cifar-100-python.tar.gz", _FLAG, True),
-    "clevr": Row("CLEVRClassification", (3, 64, 64), None, "clevr/CLEVR_v1.0.zip", _by("split", "train", None, "val")),
-    "country211": Row("Country211", (3, 64, 64), 211, "country211.tgz", _by("split", "train", "test", "valid")),
-    "dtd": Row("DTD", (3, 64, 64), 47, "dtd/dtd-r1.0.1.tar.gz", _ALL3),
-    "eurosat": Row("EuroSAT", (3, 64, 64), 10, "eurosat/2750/", _WHOLE),
-    "fer2013": Row("FER2013", (1, 48, 48), 7, "fer2013/icml_face_data.csv", _by("split", "train", "test")),
-    "fgvc_aircraft": Row("FGVCAircraft", (3, 64, 64), 100, "fgvc-aircraft-2013b.tar.gz", _ALL3),
-    "flowers102": Row("Flowers102", (3, 64, 64), 102, "flowers-102/jpg/, flowers-102/*.mat", _ALL3),
-    "food101": Row("Food101", (3, 64, 64), 101, "food-101.tar.gz", _SPLIT),
-    "gtsrb": Row("GTSRB", (3, 32, 32), 43, "gtsrb/GTSRB/, gtsrb/GT-final_test.csv", _SPLIT),
-    "imagenet": Row("ImageNet", (3, 64, 64), 1000, "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar, "
-                    "ILSVRC2012_img_val.tar", _by("split", "train", "val")),
-    "imagenette": Row("Imagenette", (3, 64, 64), 10, "imagenette2-160.tgz", _by("split", "train", "val", size="160px")),
-    "lfw_people": Row("LFWPeople", (3, 64, 64), 5749, "lfw-py/lfw-funneled.tgz, lfw-py/*.txt",
-                      _by("split", "10fold")),
-    "omniglot": Row("Omniglot", (1, 105, 105), 1623, "omniglot-py/images_background.zip, "
-                    "omniglot-py/images_evaluation.zip", _by("background", True, False), test_offset=964),
-    "oxford_iiit_pet": Row("OxfordIIITPet", (3, 64, 64), 37, "oxford-iiit-pet/images.tar.gz, "
-                           "oxford-iiit-pet/annotations.tar.gz", _by("split", "trainval", "test")),
-    "pcam": Row("PCAM", (3, 96, 96), 2, "pcam/camelyonpatch_level_2_split_*.h5", _ALL3),
-    "places365": Row("Places365", (3, 64, 64), 365, "data_256_standard/, val_256/, *.txt",
-                     _by("split", "train-standard", "val", small=True)),
-    "rendered_sst2": Row("RenderedSST2", (3, 64, 64), 2, "rendered-sst2.tgz", _ALL3),
-    "semeion": Row("SEMEION", (1, 16, 16), 10, "semeion.data", _WHOLE, True),
-    "stanford_cars": Row("StanfordCars", (3, 64, 64), 196, "stanford_cars/cars_train/, stanford_cars/cars_test/, "
+VISION_SETS = {
+    "caltech101": VisionSet("Caltech101", (3, 64, 64), 101, "caltech101/101_ObjectCategories/", _WHOLE),
+    "caltech256": VisionSet("Caltech256", (3, 64, 64), 257, "caltech256/256_ObjectCategories/", _WHOLE),
+    "celeba": VisionSet("CelebA", (3, 64, 64), None, "celeba/img_align_celeba.zip, celeba/*.txt",
+                  _per_split("split", "train", "test", "valid")),
+    "cifar10": VisionSet("CIFAR10", (3, 32, 32), 10, "cifar-10-python.tar.gz", _FLAG, True),
+    "cifar100": VisionSet("CIFAR100", (3, 32, 32), 100, "cifar-100-python.tar.gz", _FLAG, True),
+    "clevr": VisionSet("CLEVRClassification", (3, 64, 64), None, "clevr/CLEVR_v1.0.zip",
+                       _per_split("split", "train", None, "val")),
+    "country211": VisionSet("Country211", (3, 64, 64), 211, "country211.tgz",
+                            _per_split("split", "train", "test", "valid")),
+    "dtd": VisionSet("DTD", (3, 64, 64), 47, "dtd/dtd-r1.0.1.tar.gz", _ALL3),
+    "eurosat": VisionSet("EuroSAT", (3, 64, 64), 10, "eurosat/2750/", _WHOLE),
+    "fer2013": VisionSet("FER2013", (1, 48, 48), 7, "fer2013/icml_face_data.csv", _per_split("split", "train", "test")),
+    "fgvc_aircraft": VisionSet("FGVCAircraft", (3, 64, 64), 100, "fgvc-aircraft-2013b.tar.gz", _ALL3),
+    "flowers102": VisionSet("Flowers102", (3, 64, 64), 102, "flowers-102/jpg/, flowers-102/*.mat", _ALL3),
+    "food101": VisionSet("Food101", (3, 64, 64), 101, "food-101.tar.gz", _SPLIT),
+    "gtsrb": VisionSet("GTSRB", (3, 32, 32), 43, "gtsrb/GTSRB/, gtsrb/GT-final_test.csv", _SPLIT),
+    "imagenet": VisionSet("ImageNet", (3, 64, 64), 1000, "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar, "
+                    "ILSVRC2012_img_val.tar", _per_split("split", "train", "val")),
+    "imagenette": VisionSet("Imagenette", (3, 64, 64), 10, "imagenette2-160.tgz",
+                            _per_split("split", "train", "val", size="160px")),
+    "lfw_people": VisionSet("LFWPeople", (3, 64, 64), 5749, "lfw-py/lfw-funneled.tgz, lfw-py/*.txt",
+                      _per_split("split", "10fold")),
+    "omniglot": VisionSet("Omniglot", (1, 105, 105), 1623, "omniglot-py/images_background.zip, "
+                    "omniglot-py/images_evaluation.zip", _per_split("background", True, False), test_offset=964),
+    "oxford_iiit_pet": VisionSet("OxfordIIITPet", (3, 64, 64), 37, "oxford-iiit-pet/images.tar.gz, "
+                           "oxford-iiit-pet/annotations.tar.gz", _per_split("split", "trainval", "test")),
+    "pcam": VisionSet("PCAM", (3, 96, 96), 2, "pcam/camelyonpatch_level_2_split_*.h5", _ALL3),
+    "places365": VisionSet("Places365", (3, 64, 64), 365, "data_256_standard/, val_256/, *.txt",
+                     _per_split("split", "train-standard", "val", small=True)),
+    "rendered_sst2": VisionSet("RenderedSST2", (3, 64, 64), 2, "rendered-sst2.tgz", _ALL3),
+    "semeion": VisionSet("SEMEION", (1, 16, 16), 10, "semeion.data", _WHOLE, True),
+    "stanford_cars": VisionSet("StanfordCars", (3, 64, 64), 196, "stanford_cars/cars_train/, stanford_cars/cars_test/, "
                          "stanford_cars/devkit/", _SPLIT),
-    "stl10": Row("STL10", (3, 96, 96), 10, "stl10_binary.tar.gz", _SPLIT, True),
-    "stl10_unlabeled": Row("STL10", (3, 96, 96), None, "stl10_binary.tar.gz", _by("split", "unlabeled", "test"), True),
-    "sun397": Row("SUN397", (3, 64, 64), 397, "SUN397.tar.gz", _WHOLE),
-    "svhn": Row("SVHN", (3, 32, 32), 10, "train_32x32.mat, test_32x32.mat", _SPLIT, True),
-    "usps": Row("USPS", (1, 16, 16), 10, "usps.bz2, usps.t.bz2", _FLAG, True),
+    "stl10": VisionSet("STL10", (3, 96, 96), 10, "stl10_binary.tar.gz", _SPLIT, True),
+    "stl10_unlabeled": VisionSet("STL10", (3, 96, 96), None, "stl10_binary.tar.gz",
+                                 _per_split("split", "unlabeled", "test"), True),
+    "sun397": VisionSet("SUN397", (3, 64, 64), 397, "SUN397.tar.gz", _WHOLE),
+    "svhn": VisionSet("SVHN", (3, 32, 32), 10, "train_32x32.mat, test_32x32.mat", _SPLIT, True),
+    "usps": VisionSet("USPS", (1, 16, 16), 10, "usps.bz2, usps.t.bz2", _FLAG, True),
 }
 # fmt: on
 
 # what a broken or hostile archive raises
 _ARCHIVES = (tarfile.TarError, zipfile.BadZipFile, zlib.error)
 # torchvision offers no download for these
-_BY_HAND = frozenset({"fer2013", "imagenet", "lfw_people", "stanford_cars"})
+_NO_DOWNLOAD = frozenset({"fer2013", "imagenet", "lfw_people", "stanford_cars"})
 
 
 @takes(ImageArgs)
 def open_vision(options: Options) -> Source:
     """The source for a name of the table."""
-    return (VisionArray if ROWS[options.name].array else VisionFiles)(options)
+    return (VisionArray if VISION_SETS[options.name].array else VisionFiles)(options)
 
 
 class VisionArray(InMemory):
     """A set that torchvision reads into one array of bytes."""
 
     def __init__(self, options: Options) -> None:
-        self.row = ROWS[options.name]
+        self.row = VISION_SETS[options.name]
         super().__init__(options, self.row.shape, self.row.classes)
 
     def prepare(self) -> None:
         _prepare(self.row, self.options)
 
-    def load(self) -> dict[Stage, Pair]:
+    def load(self) -> dict[Stage, Samples]:
         return {stage: self._pair(arguments) for stage, arguments in self.row.splits.items()}
 
-    def _pair(self, arguments: Arguments) -> Pair:
-        with _explained(self.row.files, self.options):
+    def _pair(self, arguments: Arguments) -> Samples:
+        with _one_line_errors(self.row.files, self.options):
             dataset = _open(self.row.title, self.options.root, arguments)
         x = torch.from_numpy(np.asarray(dataset.data))
         x = x[:, None] if x.ndim == 3 else x if x.shape[1] == self.row.shape[0] else x.permute(0, 3, 1, 2)
         labels = _labels(dataset)
-        return Pair(x.contiguous(), labels if self.row.classes else None)
+        return Samples(x.contiguous(), labels if self.row.classes else None)
 
 
 class VisionFiles(Source):
@@ -135,8 +145,8 @@ class VisionFiles(Source):
     def __init__(self, options: Options) -> None:
         if options.scale not in ("auto", "none"):
             raise AezooError(f"--data.scale {options.scale} needs a set in memory, {options.name} is not: use auto")
-        self.options, self.row = options, ROWS[options.name]
-        self.input_shape = fitted_shape(self.row.shape, options.size, options.channels)
+        self.options, self.row = options, VISION_SETS[options.name]
+        self.input_shape = resized_shape(self.row.shape, options.size, options.channels)
         self.num_classes = self.row.classes
         self._splits: dict[Stage, Dataset[Any]] | None = None
 
@@ -149,11 +159,11 @@ class VisionFiles(Source):
         return self._splits.get(stage)
 
     def _build(self) -> dict[Stage, Dataset[Any]]:
-        with _explained(self.row.files, self.options):
+        with _one_line_errors(self.row.files, self.options):
             own = {stage: _open(self.row.title, self.options.root, a) for stage, a in self.row.splits.items()}
         sizes = {stage: len(dataset) for stage, dataset in own.items()}
         fractions = (self.options.val_fraction, self.options.test_fraction)
-        carved = carve(sizes, _labels(own["train"]), fractions, self.options.seed)
+        carved = split_missing(sizes, _labels(own["train"]), fractions, self.options.seed)
         splits: dict[Stage, Dataset[Any]] = {}
         for stage in STAGES:
             rows = carved[stage]
@@ -161,11 +171,11 @@ class VisionFiles(Source):
             offset = self.row.test_offset if stage == "test" and stage in own else 0
             if len(rows):
                 dataset = own.get(stage, own["train"])
-                splits[stage] = Pictures(dataset, rows, self.input_shape, self.row.classes is not None, offset)
+                splits[stage] = VisionDataset(dataset, rows, self.input_shape, self.row.classes is not None, offset)
         return splits
 
 
-class Pictures(Files):
+class VisionDataset(DecodingDataset):
     """Rows of a torchvision data set as uint8 tensors of one shape.
 
     Args:
@@ -177,7 +187,7 @@ class Pictures(Files):
     """
 
     def __init__(self, dataset: Any, rows: Tensor, shape: tuple[int, ...], labelled: bool, offset: int = 0) -> None:
-        self.dataset, self.rows, self.shape, self.labelled, self.offset = dataset, rows, shape, labelled, offset
+        self.dataset, self.rows, self.shape, self.has_labels, self.offset = dataset, rows, shape, labelled, offset
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -185,7 +195,7 @@ class Pictures(Files):
     @property
     def labels(self) -> Tensor | None:
         """The class of each sample, without reading the pictures if the set knows its labels."""
-        labels = _labels(self.dataset) if self.labelled else None
+        labels = _labels(self.dataset) if self.has_labels else None
         return None if labels is None else labels[self.rows] + self.offset
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
@@ -199,7 +209,7 @@ class Pictures(Files):
                 f"image {row} of {title} cannot be read ({error}): delete the set's folder and download it again"
             ) from None
         x = to_tensor(image, self.shape[-1], self.shape[0])
-        return (x, int(label) + self.offset) if self.labelled else (x,)
+        return (x, int(label) + self.offset) if self.has_labels else (x,)
 
 
 def download(
@@ -214,13 +224,13 @@ def download(
         files: what to put where, without a network.
         folder: where; root by default.
     """
-    with _explained(files, options, folder):
+    with _one_line_errors(files, options, folder):
         for arguments in calls:
             _open(title, options.root, {**arguments, "download": True})
 
 
-def _prepare(row: Row, options: Options) -> None:
-    if not options.download or options.name in _BY_HAND:
+def _prepare(row: VisionSet, options: Options) -> None:
+    if not options.download or options.name in _NO_DOWNLOAD:
         return
     try:
         with inside_their_folder():
@@ -248,7 +258,7 @@ def _labels(dataset: Any) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def _explained(files: str, options: Options, folder: Path | None = None) -> Iterator[None]:
+def _one_line_errors(files: str, options: Options, folder: Path | None = None) -> Iterator[None]:
     """Turn torchvision's errors for missing, broken or unreachable files into one line with the cure."""
     timeout = socket.getdefaulttimeout()
     try:
@@ -271,7 +281,7 @@ def _explained(files: str, options: Options, folder: Path | None = None) -> Iter
 
 def _missing_message(files: str, options: Options, reason: str, folder: Path | None) -> str:
     """Where to put the files of a set that could not be downloaded or read."""
-    tried = "cannot be downloaded" if options.download and options.name not in _BY_HAND else "is not there"
+    tried = "cannot be downloaded" if options.download and options.name not in _NO_DOWNLOAD else "is not there"
     return (
         f"{options.name} {tried} ({reason[:250]}): put {files} into {folder or Path(options.root)}, "
         "or name the folder that holds them with --data.root; --data.name mnist5k needs no files"

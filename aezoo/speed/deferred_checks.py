@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from aezoo.data.loaders import local_processes
-from aezoo.data.resident import fits
+from aezoo.data.resident import fits_in_memory
 from aezoo.speed.fused_optimizer import FusedStep, Group
 from aezoo.training.buffers import Buffers
 
@@ -51,7 +51,7 @@ class _Copy:
     def fits(loop: "FastLoop", groups: list[Group]) -> bool:
         """Whether there is enough memory for the copy."""
         size = sum(tensor.nbytes for group in groups for tensor in group.changed)
-        return fits(size, torch.device("cpu"), local_processes(loop.trainer))
+        return fits_in_memory(size, torch.device("cpu"), local_processes(loop.trainer))
 
     @property
     def has_buffers(self) -> bool:

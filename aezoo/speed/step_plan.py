@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 from torch.nn.modules import module as of_modules
 
-from aezoo.data.binarise import drawn_anew
+from aezoo.data.binarise import resample_batches
 from aezoo.data.resident import ResidentLoader
 from aezoo.speed.deferred_checks import Rollback
 from aezoo.speed.fused_optimizer import FusedStep, has_step_of_class
@@ -288,7 +288,7 @@ def _is_as_written(thing: Any, *packages: str) -> bool:
 def _data_are_ours(trainer: pl.Trainer) -> bool:
     """Whether no foreign code takes part in making batches."""
     data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
-    known = type(loader) is ResidentLoader and loader.transform in (None, drawn_anew)
+    known = type(loader) is ResidentLoader and loader.transform in (None, resample_batches)
     return known and (data is None or _is_as_written(data, "aezoo"))
 
 

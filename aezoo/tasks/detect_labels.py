@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from aezoo.data import DataModule
-from aezoo.data.classes import UNLABELLED, listed, names_of
+from aezoo.data.classes import UNLABELLED, describe_classes, label_names
 from aezoo.data.source import Stage
 from aezoo.errors import AezooError
 from aezoo.tasks.output import Row
@@ -53,7 +53,7 @@ class Protocol:
                              "samples with labels")  # fmt: skip
         classes, labelled = known
         if not (classes[labelled] == str(self.named)).any():
-            there = listed(classes[labelled])
+            there = describe_classes(classes[labelled])
             raise AezooError(f"no sample of {samples.name} has the label {self.named!r}: it has {there}")
         return np.where(labelled, (classes == str(self.named)) != self.normal_is_named, UNLABELLED)
 
@@ -146,4 +146,4 @@ def _classes(samples: Samples) -> tuple[npt.NDArray[Any], Flags] | None:
         return None
     # among labels with fractions, -1 is a label
     labelled = np.full(len(y), True) if y.is_floating_point() else (y != UNLABELLED).numpy()
-    return (names_of(y, samples.class_names), labelled) if labelled.any() else None
+    return (label_names(y, samples.class_names), labelled) if labelled.any() else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
-from aezoo.data.classes import UNLABELLED, as_given
+from aezoo.data.classes import UNLABELLED, original_labels
 from aezoo.errors import AezooError
 from aezoo.tasks.embed_codes import (
     choose_rows,
@@ -207,7 +207,7 @@ def _accuracies(
 def _given(samples: Samples) -> Array:
     """Labels as in the data; class numbers if some samples have none."""
     assert samples.labels is not None
-    given = np.asarray(as_given(samples.labels, samples.class_names))
+    given = np.asarray(original_labels(samples.labels, samples.class_names))
     return samples.labels.numpy() if given.dtype.kind == "U" and (samples.labels == UNLABELLED).any() else given
 
 

@@ -13,12 +13,12 @@ from torch.utils.data import Dataset
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.data import DataModule, binarise
-from aezoo.data.array import arrange
-from aezoo.data.classes import as_given, labels_of, paths_of, subset
-from aezoo.data.loaders import collate, local_processes, make_loader, workers
-from aezoo.data.memory import numeric, real
-from aezoo.data.resident import decode
-from aezoo.data.source import ArrayDataset, Stage, as_float, levels_of
+from aezoo.data.array import to_channels_first
+from aezoo.data.classes import labels_of, original_labels, paths_of, subset
+from aezoo.data.in_memory import as_real_array, to_real_tensor
+from aezoo.data.loaders import collate, default_num_workers, local_processes, make_loader
+from aezoo.data.resident import load_into_memory
+from aezoo.data.source import ArrayDataset, Stage, byte_divisor, to_float32
 from aezoo.errors import AezooError
 from aezoo.training.seeding import forked_rng
 
@@ -67,13 +67,16 @@ class Samples:
             return x
         if isinstance(x, DataModule):
             name = f"{x.name} ({split})"
-            return cls(x.dataset(split), levels_of(x.scale), None, x.source.class_names, name, x.num_workers)
+            return cls(x.dataset(split), byte_divisor(x.scale), None, x.source.class_names, name, x.num_workers)
         if isinstance(x, LightningDataModule):
             raise AezooError(f"a {type(x).__name__} is not aezoo's: give aezoo.DataModule, an array or a tensor")
-        shape = tuple(real(x, "x").shape)
+        shape = tuple(as_real_array(x, "x").shape)
         if len(shape) < 2 or 0 in shape:
             raise AezooError(f"x has shape {shape}: give samples (N, *shape), one sample as x[None]")
-        return cls(ArrayDataset(arrange(numeric(x, "x", missing="keep" if gaps else "raise"), "auto")), name="x")
+        return cls(
+            ArrayDataset(to_channels_first(to_real_tensor(x, "x", missing="keep" if gaps else "raise"), "auto")),
+            name="x",
+        )
 
     def __len__(self) -> int:
         return len(cast(Any, self.dataset))
@@ -104,7 +107,7 @@ class Samples:
         paths, y = paths_of(self.dataset), self.labels
         rows: list[dict[str, Any]] = [{} for _ in range(len(self))] if paths is None else [{"file": p} for p in paths]
         return rows if y is None else [
-            row | {"label": label} for row, label in zip(rows, as_given(y, self.class_names), strict=True)
+            row | {"label": label} for row, label in zip(rows, original_labels(y, self.class_names), strict=True)
         ]  # fmt: skip
 
     def rows(self, index: Tensor | list[int] | range) -> Tensor:
@@ -120,9 +123,9 @@ class Samples:
 
     def _as_float(self, x: Tensor) -> Tensor:
         if self.scaling:
-            # as `aezoo.data.memory.Scale` does with the training split's statistics
+            # as `aezoo.data.in_memory.Scale` does with the training split's statistics
             return ((x.to(self.scaling["offset"].dtype) - self.scaling["offset"]) / self.scaling["factor"]).float()
-        return as_float(x, self.levels)
+        return to_float32(x, self.levels)
 
     def batches(self, size: int, title: str = "") -> Iterator[Tensor]:
         """All samples in their order, `size` at a time, on the CPU; with a title it shows a progress bar."""
@@ -135,7 +138,7 @@ class Samples:
         if isinstance(self.dataset, ArrayDataset):
             yield from (self.rows(range(start, min(start + size, len(self)))) for start in range(0, len(self), size))
         else:  # files, which several processes decode ahead
-            ahead = workers(local_processes()) if self.num_workers is None else self.num_workers
+            ahead = default_num_workers(local_processes()) if self.num_workers is None else self.num_workers
             loader = make_loader(self.dataset, batch_size=size, num_workers=ahead, labels=False)
             yield from (self._as_float(batch[0]) for batch in loader)
 
@@ -159,10 +162,10 @@ class Samples:
         Raises:
             AezooError: values outside of [0, 1].
         """
-        held = self.dataset if isinstance(self.dataset, ArrayDataset) else decode(self.dataset, self.name)
+        held = self.dataset if isinstance(self.dataset, ArrayDataset) else load_into_memory(self.dataset, self.name)
         x = self._as_float(held.x) if self.scaling else held.x
-        binarise.check_values(x, self.name, "give such values")
-        fresh = binarise.binarised(ArrayDataset(x, held.y, held.paths), rule, seed)
+        binarise.check_probabilities(x, self.name, "give such values")
+        fresh = binarise.binarise_dataset(ArrayDataset(x, held.y, held.paths), rule, seed)
         return Samples(fresh, self.levels, None, self.class_names, self.name)
 
     def check(self, model: Autoencoder) -> "Samples":

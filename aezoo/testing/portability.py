@@ -77,7 +77,7 @@ def _require_same_compiled(subject: Subject, backend: str, options: dict[str, An
 def _compare_compiled(subject: Subject, backend: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     model, x = subject.build().train().to(dtype), subject.data().to(dtype)
     other = copy.deepcopy(model)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
         torch.manual_seed(1)
         eager = model.loss(x)
@@ -89,7 +89,7 @@ def _compare_compiled(subject: Subject, backend: str, options: dict[str, Any], d
             compiled = torch.compile(other.loss, backend=backend, options=options)(x)
             compiled["loss"].backward()
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     require(state_shapes(other) == state_shapes(model), "a compiled loss changes the state_dict's keys or shapes")
     for name, value in eager.items():
         require_close(f"the compiled {name}", compiled[name], value, 1e-4)

@@ -167,7 +167,7 @@ def check_state_dict(subject: Subject) -> None:
     for what, change in changes.items():
         change()
         require(state_shapes(model) == keys, f"{what} changes the state_dict's keys or shapes")
-    torch._dynamo.reset()
+    torch.compiler.reset()
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             items = value if isinstance(value, (list, tuple)) else [value]

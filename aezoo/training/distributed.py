@@ -63,15 +63,14 @@ def connect(trainer: Trainer) -> None:
     strategy = trainer.strategy
     if attempt == 0 or not isinstance(strategy, DDPStrategy) or strategy._timeout is None or dist.is_initialized():
         return
-    from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     wait = strategy._timeout
     store, rank, world = next(rendezvous("env://", timeout=wait))
     device = {"device_id": strategy.root_device} if strategy.root_device.type == "cuda" else {}
     dist.init_process_group(
-        strategy._get_process_group_backend(),
-        store=PrefixStore(f"attempt-{attempt}", store),
+        strategy.process_group_backend or dist.get_default_backend_for_device(strategy.root_device),
+        store=dist.PrefixStore(f"attempt-{attempt}", store),
         rank=rank,
         world_size=world,
         timeout=wait,

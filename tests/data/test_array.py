@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from aezoo.data import DataModule
-from aezoo.data.array import arrange
+from aezoo.data.array import to_channels_first
 from aezoo.data.readers import read_arrays
 from aezoo.errors import AezooError
 
@@ -234,7 +234,7 @@ def test_axes(shape, dtype, layout, expected):
 
 def test_channels_last_moves_values_not_only_shapes():
     x = torch.arange(2 * 5 * 6 * 3).reshape(2, 5, 6, 3)
-    moved = arrange(x, "auto")
+    moved = to_channels_first(x, "auto")
     assert moved[1, 2, 3, 4] == x[1, 3, 4, 2]
 
 
@@ -420,7 +420,7 @@ def test_data_that_were_refused_once_are_refused_again():
 
 
 def test_the_first_row_with_nan_is_found_in_any_part(monkeypatch):
-    monkeypatch.setattr("aezoo.data.memory._PART", 8)
+    monkeypatch.setattr("aezoo.data.in_memory._CHUNK", 8)
     for row in (0, 3, 4, 18):
         x = vectors(19)
         x[row:, 1] = np.inf

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from aezoo.data import DataModule
-from aezoo.data.binarise import draw, drawn_anew
+from aezoo.data.binarise import resample_batches, sample_bernoulli
 from aezoo.data.loaders import EpochSampler
 from aezoo.errors import AezooError
 
@@ -25,7 +25,7 @@ def test_a_value_is_the_chance_of_a_one(dtype):
     levels = torch.tensor([0, 1, 60, 128, 254, 255])
     x = levels.repeat(200_000, 1)
     x = x.to(torch.uint8) if dtype == torch.uint8 else x.float() / 255
-    drawn = draw(x, torch.Generator().manual_seed(0)).float() / (255 if dtype == torch.uint8 else 1)
+    drawn = sample_bernoulli(x, torch.Generator().manual_seed(0)).float() / (255 if dtype == torch.uint8 else 1)
     assert set(drawn.unique().tolist()) == {0.0, 1.0}
     p = levels.double() / 255
     error = (drawn.double().mean(0) - p).abs()
@@ -79,7 +79,7 @@ def test_an_epoch_draws_other_noise_than_the_one_before_at_the_same_place():
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
         sampler.rows()
-        draws.append(torch.cat([part for (part,) in drawn_anew(iter([(x[:50],), (x[50:],)]), sampler)]))
+        draws.append(torch.cat([part for (part,) in resample_batches(iter([(x[:50],), (x[50:],)]), sampler)]))
     assert torch.equal(draws[0], draws[2])
     assert 0.4 < float((draws[0] == draws[1]).float().mean()) < 0.6
     assert 0.4 < float((draws[0][:50] == draws[0][50:]).float().mean()) < 0.6
@@ -100,7 +100,7 @@ def test_values_beyond_0_and_1_and_unknown_rules_are_refused_in_one_line():
         data.setup()
 
 
-def test_larochelle_s_files_are_read_as_they_are(tmp_path):
+def test_binarized_mnist_files_are_read_as_they_are(tmp_path):
     rng = np.random.default_rng(0)
     for name, n in (("train", 5), ("valid", 3), ("test", 2)):
         rows = rng.integers(0, 2, (n, 784))

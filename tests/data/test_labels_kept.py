@@ -7,7 +7,7 @@ from PIL import Image
 
 import aezoo
 from aezoo.data import DataModule
-from aezoo.data.classes import labels_of, names_of, paths_of
+from aezoo.data.classes import label_names, labels_of, paths_of
 from aezoo.errors import AezooError
 
 RNG = np.random.default_rng(0)
@@ -121,8 +121,8 @@ def test_data_without_classes_are_refused_in_one_line():
 
 
 def test_no_label_is_not_the_last_class():
-    assert names_of(torch.tensor([1, -1, 0]), ("a", "b")).tolist() == ["b", "-1", "a"]
-    assert names_of(torch.tensor([3, -1]), None).tolist() == ["3", "-1"]
+    assert label_names(torch.tensor([1, -1, 0]), ("a", "b")).tolist() == ["b", "-1", "a"]
+    assert label_names(torch.tensor([3, -1]), None).tolist() == ["3", "-1"]
 
 
 def test_callbacks_and_tasks_bear_samples_without_a_label(tmp_path, monkeypatch):

@@ -14,8 +14,15 @@ from torch.utils.data import get_worker_info
 from aezoo.cli.lightning_cli import _refusal
 from aezoo.data import ArrayDataset, DataModule
 from aezoo.data.classes import keep_labels, subset
-from aezoo.data.loaders import EpochSampler, Files, even_batch_size, gathers, lost_worker, make_loader
-from aezoo.data.resident import decode
+from aezoo.data.loaders import (
+    DecodingDataset,
+    EpochSampler,
+    even_batch_size,
+    make_loader,
+    reads_whole_batches,
+    worker_failure,
+)
+from aezoo.data.resident import load_into_memory
 
 
 class Recorder(pl.LightningModule):
@@ -111,7 +118,7 @@ def test_epoch_set_after_iter_counts(num_workers):
     assert rows == list(wanted)
 
 
-class Deadly(Files):
+class Deadly(DecodingDataset):
     """Ends the process that reads it."""
 
     def __len__(self):
@@ -130,10 +137,10 @@ def test_a_data_worker_that_dies_is_told_in_one_line_with_what_helps():
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is"), "by signal: Bus error,"),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "exited unexpectedly,"),
     ):
-        for line in (lost_worker(error), _refusal(error)):
+        for line in (worker_failure(error), _refusal(error)):
             assert line.startswith("a data worker ") and cause in line
             assert "--data.num_workers 0" in line and "--shm-size" in line and "\n" not in line
-    assert lost_worker(RuntimeError("mat1 and mat2")) is None
+    assert worker_failure(RuntimeError("mat1 and mat2")) is None
 
 
 def test_a_batch_that_finds_no_room_in_shared_memory_ends_the_run_instead_of_stopping_it(monkeypatch):
@@ -143,7 +150,7 @@ def test_a_batch_that_finds_no_room_in_shared_memory_ends_the_run_instead_of_sto
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(RuntimeError) as caught:
         list(make_loader(ArrayDataset(numbers()), batch_size=8, num_workers=1))
-    assert "a data worker has failed, as it does for want" in lost_worker(caught.value)
+    assert "a data worker has failed, as it does for want" in worker_failure(caught.value)
     assert len(list(make_loader(ArrayDataset(numbers()), batch_size=8))) == 5
 
 
@@ -235,11 +242,11 @@ def test_bytes_reach_the_model_as_floats_of_the_run(precision, dtype):
     assert y.dtype == torch.int64
 
 
-class Counting(Files):
+class Counting(DecodingDataset):
     """Six samples; the numbers of each batch and of each sample that is asked for."""
 
     def __init__(self, labelled):
-        self.labelled, self.batches, self.samples = labelled, [], []
+        self.has_labels, self.batches, self.samples = labelled, [], []
         self.labels = torch.arange(6) % 2 if labelled else None
 
     def __len__(self):
@@ -248,7 +255,7 @@ class Counting(Files):
     def __getitem__(self, i):
         self.samples.append(i)
         x = torch.full((2,), i, dtype=torch.uint8)
-        return (x, i % 2) if self.labelled else (x,)
+        return (x, i % 2) if self.has_labels else (x,)
 
     def __getitems__(self, indices):
         self.batches.append(list(indices))
@@ -274,15 +281,15 @@ def test_files_are_decoded_side_by_side_and_what_is_gathered_is_not():
     dataset = Counting(True)
     parts = [dataset, subset(dataset, torch.arange(5)), keep_labels(subset(dataset, torch.arange(5)), 2, 0, None, "x")]
     for part in parts:
-        assert not gathers(part)
+        assert not reads_whole_batches(part)
         dataset.batches.clear()
-        held = decode(part, "x")
+        held = load_into_memory(part, "x")
         assert held.x[:, 0].tolist() == [*range(len(part))]
         assert torch.equal(held.y, part.labels)
         assert not dataset.batches
     array = ArrayDataset(torch.rand(6, 2))
-    assert gathers(array) and gathers(torch.utils.data.Subset(array, [0, 1]))
-    assert not gathers([(torch.zeros(2),)])
+    assert reads_whole_batches(array) and reads_whole_batches(torch.utils.data.Subset(array, [0, 1]))
+    assert not reads_whole_batches([(torch.zeros(2),)])
 
 
 def test_two_processes_share_the_data(tmp_path):

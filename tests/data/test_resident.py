@@ -15,7 +15,7 @@ from aezoo.cli.lightning_cli import AezooCLI
 from aezoo.data import ArrayDataset, DataModule, resident
 from aezoo.data import datamodule as datamodule_module
 from aezoo.data.idx import FAMILIES
-from aezoo.data.loaders import LazyLoader, local_processes, make_loader, workers
+from aezoo.data.loaders import LazyLoader, default_num_workers, local_processes, make_loader
 from aezoo.data.resident import ResidentLoader, free_memory
 from aezoo.errors import AezooError
 
@@ -283,7 +283,7 @@ def test_the_line_says_why_auto_does_not_hold_a_set(tmp_path, free, caplog, monk
 def test_the_line_says_why_a_set_is_not_held_on_the_gpu(free, caplog, monkeypatch):
     data, gpu = DataModule("mnist5k"), torch.device("cuda", 0)
     free(2**20)
-    assert isinstance(data._held("train", gpu), ArrayDataset)
+    assert isinstance(data._stored_split("train", gpu), ArrayDataset)
     monkeypatch.setattr(data, "_held", lambda stage, device: data.dataset(stage))
     text = "mnist5k: samples held in memory (3.0 MiB, uint8): 3.0 MiB, more than a quarter of 1.0 MiB free on cuda:0"
     assert line(caplog, data) == text
@@ -318,7 +318,7 @@ def test_the_line_shows_the_size(caplog):
 def test_decoding_many_samples_says_how_much_they_take(caplog, images, monkeypatch):
     caplog.set_level("INFO")
     dataset = [(torch.zeros(3, 64, 64, dtype=torch.uint8), i) for i in range(2001)]
-    held = resident.decode(dataset, "folder")
+    held = resident.load_into_memory(dataset, "folder")
     assert held.x.shape == (2001, 3, 64, 64) and held.y.tolist() == list(range(2001))
     (record,) = caplog.records
     assert record.getMessage() == (
@@ -337,7 +337,7 @@ def test_what_cannot_be_held_is_one_clear_line(images, monkeypatch, free, how):
         monkeypatch.setattr(resident.torch, "empty", full)
         # no image folder decodes through this, a set of torchvision's does
         with pytest.raises(AezooError, match="x: 4 samples take 0 MiB of memory, which is more than is free") as caught:
-            resident.decode([(torch.zeros(3),)] * 4, "x")
+            resident.load_into_memory([(torch.zeros(3),)] * 4, "x")
         assert "\n" not in str(caught.value)
         return
     with pytest.raises(
@@ -358,9 +358,9 @@ def test_what_a_gpu_cannot_hold_is_one_clear_line():
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     with pytest.raises(AezooError, match="x: 7 samples take 2,048 MiB of memory on cuda:0, which") as caught:
-        resident.on_device(ArrayDataset(Full()), torch.device("cuda", 0), "x")
+        resident.to_device(ArrayDataset(Full()), torch.device("cuda", 0), "x")
     assert "\n" not in str(caught.value)
-    held = resident.on_device(ArrayDataset(*arrays()), torch.device("cpu"), "x")
+    held = resident.to_device(ArrayDataset(*arrays()), torch.device("cpu"), "x")
     assert torch.equal(held.x, arrays()[0]) and torch.equal(held.y, arrays()[1])
 
 
@@ -375,15 +375,15 @@ def test_a_broken_sample_is_told_while_decoding(images):
             return (torch.zeros(2),)
 
     with pytest.raises(AezooError, match="image 2 is broken"):
-        resident.decode(Broken(), "folder")
+        resident.load_into_memory(Broken(), "folder")
     with pytest.raises(AezooError, match="empty"):
-        resident.decode([], "folder")
+        resident.load_into_memory([], "folder")
 
 
 def test_workers_leave_a_core_to_training(monkeypatch):
     for cores, processes, wanted in ((1, 1, 1), (2, 1, 1), (8, 1, 7), (64, 1, 8), (8, 4, 1), (8, 2, 3)):
         monkeypatch.setattr("os.sched_getaffinity", lambda pid, n=cores: set(range(n)))
-        assert workers(processes) == wanted
+        assert default_num_workers(processes) == wanted
 
 
 def two_ranks(**plain):

@@ -12,7 +12,7 @@ from aezoo.data import DataModule, Options, list_data
 from aezoo.data.images import ImageArgs
 from aezoo.data.settings import SourceArgs, own_settings
 from aezoo.data.source import ArrayDataset, Source, takes
-from aezoo.data.sources import settings_of
+from aezoo.data.source_registry import settings_of
 
 DEFAULTS = {key: one.default for key, one in inspect.signature(DataModule).parameters.items()}
 

@@ -17,7 +17,7 @@ from quiet_trainer import quiet_trainer
 
 import aezoo
 from aezoo.data import ArrayDataset, DataModule
-from aezoo.data.loaders import GROUP, EpochSampler, blocks_of
+from aezoo.data.loaders import SHUFFLE_GROUP, EpochSampler, sample_blocks
 from aezoo.errors import AezooError
 
 # else early versions ask the registry for a newer one
@@ -90,7 +90,7 @@ def test_images_and_labels(tmp_path, memory):
         assert torch.equal(x, chw(arrays))
         assert y.tolist() == [0, 1] * 5
         next(iter(data.train_dataloader()))
-        assert isinstance(data._held("train", torch.device("cpu")), ArrayDataset) == (memory == "auto")
+        assert isinstance(data._stored_split("train", torch.device("cpu")), ArrayDataset) == (memory == "auto")
 
 
 @pytest.mark.parametrize("kind", ["pil", "jpeg", "png", "tensor", "numpy", "bytes"])
@@ -189,7 +189,7 @@ def test_the_same_batches_in_memory_and_for_any_number_of_workers(tmp_path):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_chunks_are_mixed_a_group_at_a_time_and_dealt_out_among_ranks(world):
-    n_chunks, each = 3 * GROUP, 5
+    n_chunks, each = 3 * SHUFFLE_GROUP, 5
     blocks = torch.arange(n_chunks * each) // each
     orders = []
     for epoch in (0, 1):
@@ -200,25 +200,28 @@ def test_chunks_are_mixed_a_group_at_a_time_and_dealt_out_among_ranks(world):
             shards.append(list(sampler))
         order = [row for rows in zip(*shards, strict=True) for row in rows]
         assert sorted(order) == [*range(len(blocks))]
-        groups = [{int(blocks[row]) for row in order[i : i + GROUP * each]} for i in range(0, len(order), GROUP * each)]
-        assert [len(group) for group in groups] == [GROUP] * 3
+        groups = [
+            {int(blocks[row]) for row in order[i : i + SHUFFLE_GROUP * each]}
+            for i in range(0, len(order), SHUFFLE_GROUP * each)
+        ]
+        assert [len(group) for group in groups] == [SHUFFLE_GROUP] * 3
         # within a group the items of its chunks are mixed, and the chunks are no neighbours
-        first = [int(blocks[row]) for row in order[: GROUP * each]]
-        assert len({*first[:GROUP]}) > GROUP // 3
-        assert groups[0] != {*range(min(groups[0]), min(groups[0]) + GROUP)}
+        first = [int(blocks[row]) for row in order[: SHUFFLE_GROUP * each]]
+        assert len({*first[:SHUFFLE_GROUP]}) > SHUFFLE_GROUP // 3
+        assert groups[0] != {*range(min(groups[0]), min(groups[0]) + SHUFFLE_GROUP)}
         orders.append(order)
     assert orders[0] != orders[1]
-    assert set(orders[0][: GROUP * each]) != set(orders[1][: GROUP * each])
+    assert set(orders[0][: SHUFFLE_GROUP * each]) != set(orders[1][: SHUFFLE_GROUP * each])
 
 
 def test_blocks_follow_the_rows_of_a_part(tmp_path):
     root = write(tmp_path / "set", dicts(images(12)), chunk_size=5)
     classes(tmp_path / "set")
     data = DataModule("stream", root=root, memory="off", **ALL)
-    assert blocks_of(data.dataset("train")).tolist() == [0] * 5 + [1] * 5 + [2] * 2
+    assert sample_blocks(data.dataset("train")).tolist() == [0] * 5 + [1] * 5 + [2] * 2
     data = DataModule("stream", root=root, memory="off", train_classes=["dog"], **ALL)
-    assert blocks_of(data.dataset("train")).tolist() == [0, 0, 1, 1, 1, 2]
-    assert blocks_of(DataModule(**ALL).dataset("train")) is None
+    assert sample_blocks(data.dataset("train")).tolist() == [0, 0, 1, 1, 1, 2]
+    assert sample_blocks(DataModule(**ALL).dataset("train")) is None
 
 
 class SaveAt(pl.Callback):
@@ -357,12 +360,12 @@ def test_chunks_that_are_cut_missing_or_of_another_kind(tmp_path):
     for change, message in (
         ("{", "is no index of litdata"),
         ('{"chunks": []}', "is no index of litdata"),
-        (told | {"chunks": []}, "tells of no items"),
+        (told | {"chunks": []}, "lists no items"),
         (told | {"config": told["config"] | {"format": "mds"}}, "for another reader"),
         (told | {"config": told["config"] | {"compression": "zstd", "compression_level": None}}, "packed as a whole"),
         (told | {"chunks": [told["chunks"][0] | {"filename": "../x.bin"}]}, "not in its folder"),
-        (told | {"chunks": [told["chunks"][0] | {"chunk_size": -5}]}, "tells of -5 items"),
-        (told | {"chunks": [told["chunks"][0] | {"chunk_size": 10**15}]}, "tells of 10+ items in the"),
+        (told | {"chunks": [told["chunks"][0] | {"chunk_size": -5}]}, "lists -5 items"),
+        (told | {"chunks": [told["chunks"][0] | {"chunk_size": 10**15}]}, "lists 10+ items in the"),
         (told | {"chunks": [told["chunks"][0] | {"chunk_size": float("inf")}]}, "is no index of litdata"),
     ):
         index.write_text(change if isinstance(change, str) else json.dumps(change))
@@ -383,12 +386,12 @@ def test_pickled_items_are_refused_by_their_index_and_by_themselves(tmp_path):
     root = tmp_path / "set"
     write(root, [{"x": np.zeros(3, np.float32), "o": Bomb(canary)} for _ in range(4)])
     canary.unlink(missing_ok=True)
-    refused("tells of items of pickle, which may be pickled and run code: write .* Python's own numbers", root)
+    refused("lists items of pickle, which may be pickled and run code: write .* Python's own numbers", root)
     index = root / "index.json"
     told = json.loads(index.read_text())
     told["config"]["data_format"][1] = "image:pickle"
     index.write_text(json.dumps(told))
-    refused("tells of items of image:pickle", root)
+    refused("lists items of image:pickle", root)
     from aezoo.data import stream
 
     reader = stream._reader(str(root))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from aezoo.data import DataModule
 from aezoo.data.idx import FAMILIES, read_idx
-from aezoo.data.vision import _BY_HAND, ROWS
+from aezoo.data.vision import _NO_DOWNLOAD, VISION_SETS
 from aezoo.errors import AezooError
 
 RNG = np.random.default_rng(0)
@@ -161,16 +161,16 @@ def test_idx_files_that_do_not_belong_together(tmp_path):
     refused("holds no 28 x 28 images", "mnist", tmp_path)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *ROWS])
+@pytest.mark.parametrize("name", [*FAMILIES, *VISION_SETS])
 def test_no_network_is_one_clear_line(tmp_path, offline, name):
     message = refused("put ", name, tmp_path)
     assert name in message
     assert str(tmp_path) in message
-    files = ["images-idx3-ubyte", "plain or .gz"] if name in FAMILIES else ROWS[name].files.split(", ")
+    files = ["images-idx3-ubyte", "plain or .gz"] if name in FAMILIES else VISION_SETS[name].files.split(", ")
     assert all(file in message for file in files)
     if name in FAMILIES:
         assert str(tmp_path / FAMILIES[name].title / "raw") in message
-    if name in _BY_HAND:
+    if name in _NO_DOWNLOAD:
         assert "is not there" in message
         assert not offline
     else:
@@ -186,7 +186,7 @@ def test_download_switched_off_asks_for_nothing(tmp_path, offline):
 
 
 def test_the_table_fits_torchvision():
-    for name, row in ROWS.items():
+    for name, row in VISION_SETS.items():
         accepted = inspect.signature(getattr(torchvision.datasets, row.title).__init__).parameters
         for arguments in row.splits.values():
             assert set(arguments) <= set(accepted), name

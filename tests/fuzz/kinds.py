@@ -17,7 +17,7 @@ from PIL import Image
 import aezoo
 from aezoo.data import DataModule
 from aezoo.data.idx import read_idx
-from aezoo.data.images import header, read
+from aezoo.data.images import read_header, read_image
 
 X = np.random.default_rng(0).integers(0, 256, (12, 6, 6), dtype=np.uint8)
 
@@ -35,7 +35,7 @@ class Kind:
 
     name: str
     payload: bytes
-    read: Callable[[Path], object]
+    read_image: Callable[[Path], object]
     pack: Callable[[bytes], bytes] = bytes
 
 
@@ -93,8 +93,8 @@ def _data(path):
 
 
 def _image(path):
-    header(path, 10**6)
-    return read(path, None, 1, 10**6), read(path, 5, 3, 10**6)
+    read_header(path, 10**6)
+    return read_image(path, None, 1, 10**6), read_image(path, 5, 3, 10**6)
 
 
 def _with_model(other, content):

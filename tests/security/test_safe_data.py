@@ -14,7 +14,7 @@ from PIL import Image
 from aezoo.cli.main import main
 from aezoo.data import DataModule
 from aezoo.data.idx import read_idx
-from aezoo.data.images import read
+from aezoo.data.images import read_image
 from aezoo.errors import AezooError
 from aezoo.security import archives
 
@@ -93,8 +93,8 @@ def test_a_picture_of_many_pixels_is_refused_and_read_when_the_limit_is_raised()
     with pytest.raises(AezooError, match=r"9 million pixels, more than the limit of 1: .* --data.max_pixels"):
         data("pictures", max_pixels=10**6)
     with pytest.raises(AezooError, match="more than the limit"):
-        read(Path("pictures/bomb.png"), None, 1, 10**6)
-    assert read(Path("pictures/bomb.png"), 28, 1, 10**7).shape == (1, 28, 28)
+        read_image(Path("pictures/bomb.png"), None, 1, 10**6)
+    assert read_image(Path("pictures/bomb.png"), 28, 1, 10**7).shape == (1, 28, 28)
 
 
 def test_a_picture_that_would_call_another_program_is_no_picture(canary, monkeypatch, tmp_path):

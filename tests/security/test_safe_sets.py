@@ -72,7 +72,7 @@ def test_an_index_that_names_a_module_imports_nothing(canary, tmp_path, monkeypa
     spec |= {"type": "collections.defaultdict", "context": context}
     told["config"]["data_spec"] = json.dumps([protocol, spec])
     index.write_text(json.dumps(told))
-    with pytest.raises(AezooError, match=r"tells of items in a collections.defaultdict, which may import code"):
+    with pytest.raises(AezooError, match=r"lists items in a collections.defaultdict, which may import code"):
         DataModule("stream", root=str(tmp_path / "set"))
     assert not canary.exists()
 

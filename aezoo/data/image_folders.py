@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from aezoo.data.images import EXTENSIONS, few
+from aezoo.data.images import EXTENSIONS, first_few
 from aezoo.data.source import Stage
 from aezoo.errors import AezooError
 
@@ -20,43 +20,43 @@ SPLITS: dict[str, Stage] = {
 }  # fmt: skip
 _ENDINGS = tuple(EXTENSIONS)
 # seconds after which a scan says what it does
-_SILENT = 2.0
+_QUIET_SECONDS = 2.0
 
 
-def scan(root: Path) -> tuple[Files, tuple[str, ...]]:
+def find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
     """(image, class) by split and the class names; class -1 and no names if the folders define no classes."""
-    late = threading.Timer(_SILENT, rank_zero_info, [f"looking for images at any depth of {root}"])
+    late = threading.Timer(_QUIET_SECONDS, rank_zero_info, [f"looking for images at any depth of {root}"])
     late.daemon = True
     late.start()
     try:
-        return _scan(root)
+        return _find_images(root)
     finally:
         late.cancel()
 
 
-def _scan(root: Path) -> tuple[Files, tuple[str, ...]]:
+def _find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
     named = {SPLITS[name.lower()]: root / name for name in _folders(root) if name.lower() in SPLITS}
     homes: dict[Stage, Path] = named if "train" in named else {"train": root}
-    found = {stage: list(_found(home, ())) for stage, home in homes.items()}
+    found = {stage: list(_walk_images(home, ())) for stage, home in homes.items()}
     if not found["train"]:
         raise AezooError(
             f"no images in {homes['train']} (looked for {' '.join(sorted(EXTENSIONS))}, at any depth): "
             "give another folder"
         )
     if homes["train"] != root:
-        outside = [path for path, _ in _found(root, (), {home.name for home in homes.values()})]
+        outside = [path for path, _ in _walk_images(root, (), {home.name for home in homes.values()})]
         if outside:
             warnings.warn(
-                f"{root}: {len(outside)} images outside the folders of the splits are not used: {few(outside)}",
+                f"{root}: {len(outside)} images outside the folders of the splits are not used: {first_few(outside)}",
                 stacklevel=2,
             )
     tops = {top for images in found.values() for _, top in images}
     names = sorted(tops) if "" not in tops and len(tops) > 1 else []
     in_train = {top for _, top in found["train"]}
     childless = [name for name in _folders(homes["train"]) if name not in in_train] if names else []
-    empty = [name for name in childless if next(_found(homes["train"] / name, ()), None) is None]
+    empty = [name for name in childless if next(_walk_images(homes["train"] / name, ()), None) is None]
     if empty:
-        warnings.warn(f"{root}: {len(empty)} class folders hold no images: {few(empty)}", stacklevel=2)
+        warnings.warn(f"{root}: {len(empty)} class folders hold no images: {first_few(empty)}", stacklevel=2)
     numbers = {name: i for i, name in enumerate(names)}
     files: Files = {
         stage: [(path, numbers.get(top, -1)) for path, top in images] for stage, images in found.items() if images
@@ -65,7 +65,7 @@ def _scan(root: Path) -> tuple[Files, tuple[str, ...]]:
 
 
 def _folders(folder: Path) -> list[str]:
-    return [entry.name for entry in _entries(folder) if _kind(entry) == "folder"]
+    return [entry.name for entry in _entries(folder) if _entry_kind(entry) == "folder"]
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -78,7 +78,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     return [entry for entry in found if not entry.name.startswith(".") and entry.name != "__MACOSX"]
 
 
-def _kind(entry: os.DirEntry[str]) -> str:
+def _entry_kind(entry: os.DirEntry[str]) -> str:
     """file, folder or link, one that leads nowhere; empty for a pipe and the like."""
     try:
         if found := "file" if entry.is_file() else "folder" if entry.is_dir() else "":
@@ -89,8 +89,8 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return ""
 
 
-def _found(
-    folder: Path, above: tuple[Path, ...], besides: Collection[str] = (), top: str = ""
+def _walk_images(
+    folder: Path, above: tuple[Path, ...], excluded: Collection[str] = (), top: str = ""
 ) -> Iterator[tuple[Path, str]]:
     """Images at any depth, sorted by name, each with the top-level folder that it is in.
 
@@ -101,10 +101,10 @@ def _found(
     if here in above:
         return
     for entry in _entries(folder):
-        if entry.name in besides:
+        if entry.name in excluded:
             continue
-        kind = _kind(entry)
+        kind = _entry_kind(entry)
         if kind == "folder":
-            yield from _found(folder / entry.name, (*above, here), (), top or entry.name)
+            yield from _walk_images(folder / entry.name, (*above, here), (), top or entry.name)
         elif kind and entry.name.lower().endswith(_ENDINGS):
             yield folder / entry.name, top

@@ -32,10 +32,10 @@ from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import Argument
 from aezoo.training.seeding import mix
 
-GROUP = 4
+GROUP_SIZE = 4
 # numbers that are drawn at a time: some tens of MiB
 _CHUNK = 2**21
-_ATOMS, _OWN, _CALLED, _FOLLOWS, _SIZE, _NOISE = range(6)
+_ATOMS, _ATOM_ACTIVE, _GROUP_ACTIVE, _FOLLOWS_GROUP, _COEFFICIENT, _NOISE = range(6)
 Floats = npt.NDArray[np.float64]
 
 
@@ -118,7 +118,7 @@ class SyntheticDictionary(Source):
         return torch.arange(chosen.start, chosen.stop)
 
     def split(self, stage: Stage) -> "Dataset[Any] | None":
-        return Sums(self, self._ranges[stage]) if self._ranges[stage] else None
+        return DictionaryDataset(self, self._ranges[stage]) if self._ranges[stage] else None
 
     def codes(self, index: Tensor | Sequence[int]) -> Tensor:
         """Codes f of the samples with these indices: (n,) -> (n, N), float32."""
@@ -141,14 +141,14 @@ class SyntheticDictionary(Source):
         """(n,) -> (n, N)."""
         chance = self.active / self.number
         at_nN = index[:, None] * self.number + np.arange(self.number)
-        active_nN = uniform(self.seed, _OWN, at_nN) < chance
+        active_nN = uniform(self.seed, _ATOM_ACTIVE, at_nN) < chance
         if self.correlation:
-            groups = math.ceil(self.number / GROUP)
-            called_nG = uniform(self.seed, _CALLED, index[:, None] * groups + np.arange(groups)) < chance
-            follows_nN = uniform(self.seed, _FOLLOWS, at_nN) < math.sqrt(self.correlation)
-            active_nN = np.where(follows_nN, called_nG.repeat(GROUP, 1)[:, : self.number], active_nN)
+            groups = math.ceil(self.number / GROUP_SIZE)
+            called_nG = uniform(self.seed, _GROUP_ACTIVE, index[:, None] * groups + np.arange(groups)) < chance
+            follows_nN = uniform(self.seed, _FOLLOWS_GROUP, at_nN) < math.sqrt(self.correlation)
+            active_nN = np.where(follows_nN, called_nG.repeat(GROUP_SIZE, 1)[:, : self.number], active_nN)
         f_nN = np.zeros(at_nN.shape)
-        f_nN[active_nN] = 0.5 + uniform(self.seed, _SIZE, at_nN[active_nN])
+        f_nN[active_nN] = 0.5 + uniform(self.seed, _COEFFICIENT, at_nN[active_nN])
         return f_nN
 
     def _samples(self, index: npt.NDArray[np.int64]) -> Floats:
@@ -167,7 +167,7 @@ class SyntheticDictionary(Source):
         return x_nX.reshape(len(index), *self.input_shape)
 
 
-class Sums(Dataset[Batch]):
+class DictionaryDataset(Dataset[Batch]):
     """The samples of a split, drawn when they are read.
 
     Args:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from aezoo.data.idx import FAMILIES
+from aezoo.data.image_folders import SPLITS
 from aezoo.data.source import DEFAULTS, Options, Source
-from aezoo.data.tree import SPLITS
-from aezoo.data.vision import ROWS
+from aezoo.data.vision import VISION_SETS
 from aezoo.errors import AezooError
 from aezoo.registry import owner_of, unique_points
 
@@ -22,15 +22,15 @@ _BUILT_IN = {
     "mnist5k": "mnist5k:Mnist5k",
     "digits": "digits:Digits",
     "shapes": "shapes:Shapes",
-    "binarized_mnist": "larochelle:BinarizedMnist",
+    "binarized_mnist": "binarized_mnist:BinarizedMnist",
     "folder": "folder:Folder",
     "array": "array:Array",
     "hf": "hf:open_hf",
     "stream": "stream:Stream",
-    "synthetic_dictionary": "dictionary:SyntheticDictionary",
+    "synthetic_dictionary": "synthetic_dictionary:SyntheticDictionary",
     "activations": "activations:Activations",
     **dict.fromkeys(FAMILIES, "idx:Idx"),
-    **dict.fromkeys(ROWS, "vision:open_vision"),
+    **dict.fromkeys(VISION_SETS, "vision:open_vision"),
 }
 GROUP = "aezoo.data"
 # in a message
@@ -90,7 +90,7 @@ def from_path(name: str) -> str | None:
         return None
     path = Path(name).expanduser()
     if path.is_dir():
-        return _kind(path)
+        return _folder_kind(path)
     if path.is_file():
         return "array"
     if len(path.parts) > 1 or path.suffix:
@@ -99,7 +99,7 @@ def from_path(name: str) -> str | None:
     return None
 
 
-def _kind(folder: Path) -> str:
+def _folder_kind(folder: Path) -> str:
     """The source that reads a folder, recognised by the files in it."""
     if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
         return "hf"

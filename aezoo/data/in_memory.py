@@ -10,14 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aezoo.data.images import fit, fitted_shape
-from aezoo.data.readers import few, of_frame
-from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, carve
+from aezoo.data.images import resize, resized_shape
+from aezoo.data.readers import first_names, frame_values
+from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, split_missing
 from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import Argument
 
 # values that are looked at together
-_PART = 2**22
+_CHUNK = 2**22
 
 
 class MissingArgs(TypedDict, total=False):
@@ -29,7 +29,7 @@ class MissingArgs(TypedDict, total=False):
     )]  # fmt: skip
 
 
-class Pair(NamedTuple):
+class Samples(NamedTuple):
     """Samples (N, *shape) and their labels."""
 
     x: Tensor
@@ -47,16 +47,16 @@ class InMemory(Source):
 
     def __init__(self, options: Options, shape: tuple[int, ...], num_classes: int | None) -> None:
         self.options = options
-        self.input_shape = fitted_shape(shape, options.size, options.channels)
+        self.input_shape = resized_shape(shape, options.size, options.channels)
         self.num_classes = num_classes
         self.value_range = (0.0, 1.0) if options.scale in ("auto", "unit") else None
         self.scaling: Scale | None = None
         # whether `load` returns values that are still in their file
         self.mapped = False
-        self._splits: dict[Stage, Pair] | None = None
+        self._splits: dict[Stage, Samples] | None = None
 
     @abstractmethod
-    def load(self) -> dict[Stage, Pair]:
+    def load(self) -> dict[Stage, Samples]:
         """The set's own splits, at least "train", from which missing ones are taken."""
 
     def split(self, stage: Stage) -> ArrayDataset | None:
@@ -64,11 +64,11 @@ class InMemory(Source):
             self._splits = self._build()
         return ArrayDataset(*self._splits[stage]) if stage in self._splits else None
 
-    def _build(self) -> dict[Stage, Pair]:
+    def _build(self) -> dict[Stage, Samples]:
         own, options = self.load(), self.options
         sizes: dict[Stage, int] = {stage: len(pair.x) for stage, pair in own.items()}
-        rows = carve(sizes, own["train"].y, (options.val_fraction, options.test_fraction), options.seed)
-        splits: dict[Stage, Pair] = {}
+        rows = split_missing(sizes, own["train"].y, (options.val_fraction, options.test_fraction), options.seed)
+        splits: dict[Stage, Samples] = {}
         for stage in STAGES:
             x, y = own[stage] if stage in own else own["train"]
             index = rows[stage]
@@ -77,7 +77,7 @@ class InMemory(Source):
             elif self.mapped:
                 x = x.clone()
             if len(x):
-                splits[stage] = Pair(fit(x, options.size, options.channels) if x.ndim == 4 else x, y)
+                splits[stage] = Samples(resize(x, options.size, options.channels) if x.ndim == 4 else x, y)
         if "train" not in splits:
             raise AezooError(f"{options.name}: the training split is empty: give at least one sample")
         own.clear()
@@ -85,7 +85,7 @@ class InMemory(Source):
         self.white = scale.white
         for stage in list(splits):
             # one at a time, so that its unscaled samples are freed
-            splits[stage] = Pair(scale(splits[stage].x), splits[stage].y)
+            splits[stage] = Samples(scale(splits[stage].x), splits[stage].y)
         return splits
 
 
@@ -128,7 +128,7 @@ class Scale:
         if rule == "auto" and low.min() >= 0 and high.max() <= 1:
             return
         if rule == "standard":
-            deviation, mean = _std_mean(x.double()) if gaps else torch.std_mean(x.double(), 0, correction=0)
+            deviation, mean = _nan_std_mean(x.double()) if gaps else torch.std_mean(x.double(), 0, correction=0)
             self.offset, factor = mean.to(x.dtype), deviation.to(x.dtype)
         else:
             self.offset, factor = low, high - low
@@ -148,13 +148,13 @@ class Scale:
         return x.float()
 
 
-def _std_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+def _nan_std_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     """Deviation and mean of each column without its NaN, (N, D) -> (D,), (D,)."""
     mean = x.nanmean(0)
     return (x - mean).square().nanmean(0).sqrt(), mean
 
 
-def real(values: object, what: str) -> Tensor | npt.NDArray[Any]:
+def as_real_array(values: object, what: str) -> Tensor | npt.NDArray[Any]:
     """The values unchanged, a tensor or an array, or the reason why they are not real numbers."""
     if isinstance(values, Tensor):
         if values.is_complex():
@@ -163,7 +163,7 @@ def real(values: object, what: str) -> Tensor | npt.NDArray[Any]:
             raise AezooError(f"{what} is a sparse or quantised tensor: give a dense one (x.to_dense(), x.dequantize())")
         return values
     try:
-        array = of_frame(values) if hasattr(values, "columns") else np.asarray(values)
+        array = frame_values(values) if hasattr(values, "columns") else np.asarray(values)
     except ValueError:
         raise AezooError(f"{what} has rows of unequal shape: give an array of one shape") from None
     if array.dtype.kind not in "biuf":
@@ -173,7 +173,7 @@ def real(values: object, what: str) -> Tensor | npt.NDArray[Any]:
     return array
 
 
-def numeric(
+def to_real_tensor(
     values: object, what: str, columns: Sequence[str] = (), copy: bool = True, missing: str = "raise"
 ) -> Tensor:
     """Real, finite numbers as a CPU tensor of dtype uint8, float32 or float64, or the reason why not.
@@ -188,28 +188,34 @@ def numeric(
     Raises:
         AezooError: they are not real, finite numbers.
     """
-    checked = real(values, what)
+    checked = as_real_array(values, what)
     if isinstance(checked, Tensor):
         tensor = checked.detach().cpu()
     else:
         if checked.dtype != np.uint8:
             # in the machine's byte order; torch lacks many of NumPy's dtypes
-            wide = _wide(checked.dtype.itemsize, checked.dtype.kind == "f", np.float64, np.float32)
+            wide = _float_dtype(checked.dtype.itemsize, checked.dtype.kind == "f", np.float64, np.float32)
             checked = checked.astype(wide, copy=copy)
         checked = np.ascontiguousarray(checked)
         tensor = torch.from_numpy(checked if checked.flags.writeable else checked.copy())
     if tensor.dtype != torch.uint8:
-        tensor = tensor.to(_wide(tensor.element_size(), tensor.is_floating_point(), torch.float64, torch.float32))
+        tensor = tensor.to(
+            _float_dtype(tensor.element_size(), tensor.is_floating_point(), torch.float64, torch.float32)
+        )
         size, kept = math.prod(tensor.shape[1:]), missing == "keep"
         # in parts, since the checks below allocate memory
-        parts = [part.reshape(len(part), size) for part in tensor.split(max(1, _PART // max(1, size)))]
+        parts = [part.reshape(len(part), size) for part in tensor.split(max(1, _CHUNK // max(1, size)))]
         if kept and (empty := torch.cat([part.isnan().all(1) for part in parts])).any():
             raise AezooError(f"{what} has no value at all in row {int(empty.nonzero()[0])}: remove such rows")
         bad = torch.cat([(part.isinf() if kept else ~part.isfinite()).any(1) for part in parts])
         if bad.any():
             wrong = (tensor.isinf() if kept else ~tensor.isfinite()).reshape(len(tensor), size)
             # the user of a table corrects columns
-            place = f", in {few([columns[i] for i in wrong.any(0).nonzero().flatten().tolist()])}" if columns else ""
+            place = (
+                f", in {first_names([columns[i] for i in wrong.any(0).nonzero().flatten().tolist()])}"
+                if columns
+                else ""
+            )
             cure = "fill or remove them"
             if not kept and tensor.isnan().any():
                 cure += ", or give --data.missing keep to a model of samples that lack whole parts, such as mvae"
@@ -220,6 +226,6 @@ def numeric(
     return tensor
 
 
-def _wide(size: int, is_float: bool, wide: Any, narrow: Any) -> Any:
+def _float_dtype(size: int, is_float: bool, wide: Any, narrow: Any) -> Any:
     """float32 if it is exact: for floats of up to 4 bytes, integers of up to 2; else float64."""
     return narrow if size <= (4 if is_float else 2) else wide

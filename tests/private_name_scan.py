@@ -1,0 +1,201 @@
+"""Uses of private names of libraries in the syntax trees of aezoo.
+
+`python tests/private_name_scan.py` prints what the list in `aezoo/training/private_names.py` lacks or no longer needs;
+with --write it corrects the files of each entry.
+"""
+
+import ast
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import aezoo
+from aezoo.training import private_names
+from aezoo.training.private_names import PRIVATE_NAMES
+
+LIBRARIES = ("torch", "torchvision", "torchmetrics", "lightning", "jsonargparse", "litdata")
+ROOT = Path(aezoo.__file__).parents[1]
+# the documented methods of named tuples
+PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in PUBLIC and name != "_"
+
+
+def of_library(module: str) -> bool:
+    return module.split(".")[0] in LIBRARIES
+
+
+@functools.cache
+def private_attributes(cls: type) -> frozenset[str]:
+    """Private names that a library's class has, or that its methods give to its instances."""
+    try:
+        stored = re.findall(r"\bself\.(_\w+)(?:: [^=\n]+)? = ", inspect.getsource(cls))
+    except (OSError, TypeError):
+        stored = []
+    return frozenset(name for name in {*vars(cls), *vars(cls).get("__annotations__", {}), *stored} if is_private(name))
+
+
+def inherited(cls: type) -> set[str]:
+    """Private names that a class of ours has from classes of libraries."""
+    bases = [base for base in cls.__mro__ if of_library(base.__module__) or base.__module__ == "argparse"]
+    return {name for base in bases for name in private_attributes(base)}
+
+
+class File:
+    """One file of aezoo.
+
+    Attributes:
+        uses: private names used, as far as their path is known: torch._C.x, or only x for what an object has.
+    """
+
+    def __init__(self, path: Path, own: set[str], theirs: set[str]) -> None:
+        self.own, self.theirs = own, theirs
+        self.uses: dict[str, int] = {}
+        self.paths: dict[str, str] = {}  # of local names of a library's modules and classes
+        tree = ast.parse(path.read_text())
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        self.module = importlib.import_module(name)
+        for node in ast.walk(tree):
+            self._import(node)
+        for node in tree.body:
+            self._visit(node, None)
+
+    def _import(self, node: ast.AST) -> None:
+        if isinstance(node, ast.Import):
+            for alias in filter(lambda alias: of_library(alias.name), node.names):
+                self.paths[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom) and node.module and of_library(node.module):
+            for alias in node.names:
+                self.paths[alias.asname or alias.name] = path = f"{node.module}.{alias.name}"
+                if any(map(is_private, path.split("."))):
+                    self.uses[path] = node.lineno
+
+    def _visit(self, node: ast.AST, cls: type | None) -> None:
+        if isinstance(node, ast.ClassDef):
+            cls = getattr(self.module, node.name, cls)
+            theirs = inherited(cls) if isinstance(cls, type) else set()
+            for child in ast.walk(node):
+                name = getattr(child, "name", "") if isinstance(child, ast.FunctionDef) else ""
+                if name in theirs:
+                    self.uses[name] = child.lineno
+        if isinstance(node, ast.Attribute):
+            if (path := self._path(node)) is not None:
+                if any(map(is_private, path.split("."))):
+                    self.uses[path] = node.lineno
+                return
+            self._attribute(node.value, node.attr, cls, node.lineno)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
+            name = node.args[1]
+            if node.func.id in ("getattr", "setattr", "hasattr", "delattr") and isinstance(name, ast.Constant):
+                path = self._path(node.args[0])
+                if path is not None and is_private(name.value):
+                    self.uses[f"{path}.{name.value}"] = node.lineno
+                else:
+                    self._attribute(node.args[0], name.value, cls, node.lineno)
+        for child in ast.iter_child_nodes(node):
+            self._visit(child, cls)
+
+    def _attribute(self, value: ast.AST, name: str, cls: type | None, line: int) -> None:
+        if not is_private(name):
+            return
+        is_own = isinstance(value, ast.Name) and value.id in ("self", "cls")
+        is_own |= isinstance(value, ast.Call) and ast.unparse(value.func) == "super"
+        if is_own and cls is not None:
+            theirs = name in inherited(cls)
+        else:
+            theirs = name not in self.own or name in self.theirs
+        if theirs:
+            self.uses[name] = line
+
+    def _path(self, node: ast.AST) -> str | None:
+        """The dotted path of what a library's module holds, None for others."""
+        if isinstance(node, ast.Name):
+            return self.paths.get(node.id)
+        if isinstance(node, ast.Attribute) and (path := self._path(node.value)) is not None:
+            return f"{path}.{node.attr}"
+        return None
+
+
+def own_names(tree: ast.AST) -> Iterator[str]:
+    """Names that a file defines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield from [node.attr] if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") else []
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def classes() -> set[type]:
+    """The classes that aezoo defines."""
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "aezoo"]
+    return {one for module in modules for one in vars(module).values() if inspect.isclass(one)}
+
+
+@functools.cache
+def uses() -> dict[str, tuple[str, ...]]:
+    """The files that use a private name, by its path as far as that is known."""
+    for module in pkgutil.walk_packages(aezoo.__path__, "aezoo."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    paths = sorted(Path(aezoo.__file__).parent.rglob("*.py"))
+    own = {name for path in paths for name in own_names(ast.parse(path.read_text()))}
+    theirs = {entry.name.rpartition(".")[2] for entry in PRIVATE_NAMES}
+    theirs |= {name for cls in classes() for name in inherited(cls)}
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        if path.name != "__main__.py" and path != Path(private_names.__file__):
+            for name in File(path, own, theirs).uses:
+                found[name].append(path.relative_to(ROOT / "aezoo").as_posix())
+    return {name: tuple(files) for name, files in sorted(found.items())}
+
+
+def matches(entry: str, use: str) -> bool:
+    """Whether an entry of the list is about a use: the same path, or the same attribute of some object."""
+    return entry == use if "." in use else entry.rpartition(".")[2] == use
+
+
+def files_of(entry: str) -> tuple[str, ...]:
+    """The files that use the name of an entry."""
+    return tuple(sorted({file for use, files in uses().items() if matches(entry, use) for file in files}))
+
+
+def unlisted() -> dict[str, tuple[str, ...]]:
+    """Uses that no entry is about."""
+    names = [entry.name for entry in PRIVATE_NAMES]
+    return {use: files for use, files in uses().items() if not any(matches(name, use) for name in names)}
+
+
+def main() -> None:
+    for use, files in unlisted().items():
+        print(f"not listed: {use} in {', '.join(files)}")
+    text = Path(private_names.__file__).read_text()
+    for entry in PRIVATE_NAMES:
+        files = files_of(entry.name)
+        if not files:
+            print(f"no longer used: {entry.name}")
+        elif files != entry.files:
+            print(f"{entry.name} is used in {', '.join(files)}")
+            old = re.search(rf'    PrivateName\(\n        "{re.escape(entry.name)}",\n        files=\([^)]*\),\n', text)
+            wanted = "".join(f'"{file}", ' for file in files).rstrip()
+            wanted = wanted if len(files) == 1 else wanted.rstrip(",")
+            line = textwrap.fill(f"files=({wanted}),", 112, initial_indent=" " * 8, subsequent_indent=" " * 12)
+            text = text.replace(old[0], f'    PrivateName(\n        "{entry.name}",\n{line}\n') if old else text
+    if "--write" in sys.argv:
+        Path(private_names.__file__).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,6 @@ from aezoo.corruptions import Corruption
 from aezoo.distributions import likelihoods
 from aezoo.distributions.likelihoods import Likelihood
 from aezoo.errors import AezooError
-from aezoo.speed.memory_format import like
 from aezoo.training import collectives, input_checks, optimizers
 from aezoo.training.arguments import Checked, bound, complete_signature
 from aezoo.training.module import TrainingModule
@@ -243,7 +242,7 @@ class Autoencoder(Checked, TrainingModule):
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
         """-log p(x | params) in nats per sample, in at least float32: (B, *shape), (B, *shape) -> (B,)."""
-        return -self.likelihood.log_prob(at_least_float32(params), like(at_least_float32(x), params))
+        return -self.likelihood.log_prob(at_least_float32(params), at_least_float32(x))
 
     def batch_mean(self, values: Tensor) -> Tensor:
         """Mean over the batch dimension, in training over the batches of all ranks, with gradient.

@@ -4,13 +4,14 @@
     python -m benchmarks.convolutions --precision bf16 --sides 4        a part of it, with autocast
 
 A row is one layer of kernel 3, forward and backward. Torch and the ways of `aezoo/speed/conv2d.py` take turns, and each
-time is a median over the repeats: `torch_ms`, `products_ms`, `apart_ms`, `abreast_ms` (on images stored side by side,
-as between layers) and, for transposed layers, `sub_pixels_ms` (up to four output channels) and `overlay_ms` (one).
-Memory pages are kept, as in runs of the command line. `side` is the side of the smaller grid; the larger grid of a
-`transposed_odd` layer is not a whole number of strides. `channels` is the channel count of the larger grid; the smaller
-grid has twice as many at stride 2, and never fewer than 32. `chosen` is the way that the layer picks by itself among
-other layers. `speedup` is torch_ms divided by the time of the chosen way, and `lost` is the time of the chosen way
-divided by that of the fastest. The script ends by printing the rows in which `lost` exceeds one by more than a tenth.
+time is a median over the repeats: `torch_ms`, `products_ms`, `separate_gradients_ms`, `batch_inner_ms` (on images in
+this layout, as between layers) and, for transposed layers, `sub_pixels_ms` (up to four output channels) and
+`overlap_add_ms` (one). Memory pages are kept, as in runs of the command line. `side` is the side of the smaller grid;
+the larger grid of a `transposed_odd` layer is not a whole number of strides. `channels` is the channel count of the
+larger grid; the smaller grid has twice as many at stride 2, and never fewer than 32. `chosen` is the way that the layer
+picks by itself among other layers. `speedup` is torch_ms divided by the time of the chosen way, and `lost` is the time
+of the chosen way divided by that of the fastest. The script ends by printing the rows in which `lost` exceeds one by
+more than a tenth.
 """
 
 import contextlib
@@ -67,8 +68,9 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
     import torch
 
     from aezoo.speed import conv2d
-    from aezoo.speed.memory_format import lay
-    from aezoo.training.compilation import flushed_denormals, keep_pages
+    from aezoo.speed.denormals import flushed_denormals
+    from aezoo.speed.malloc import keep_pages
+    from aezoo.speed.memory_format import to_layout
 
     from .measure import timed
 
@@ -88,37 +90,37 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
     geometry = layer.geometry(x)
     lower = torch.autocast("cpu", torch.bfloat16) if row["precision"] == "bf16" else contextlib.nullcontext()
-    ways = {"torch": super(type(layer), layer).forward, "products": lambda x: layer.by_products(x, geometry)}
-    layer.among_layers = True
+    ways = {"torch": partial(layer.plain.forward, layer), "products": lambda x: layer.with_products(x, geometry)}
+    layer.feeds_convolutions = True
     with lower:
-        pays = {"abreast": conv2d.abreast_pays(layer, geometry, x)}
-        pays |= {"products": conv2d.products_pay(layer, geometry.small)}
-    ways["apart"] = lambda x: layer.apart(x, geometry)
-    ways["abreast"] = lambda x: layer.abreast(x, geometry)
+        pays = {"batch_inner": conv2d.use_batch_inner(layer, geometry, x)}
+        pays |= {"products": conv2d.use_products(layer, geometry.small)}
+    ways["separate_gradients"] = lambda x: layer.with_separate_gradients(x, geometry)
+    ways["batch_inner"] = lambda x: layer.with_batch_inner(x, geometry)
     if row["layer"] != "conv":
         if stride > 1 and few <= 4:
-            ways["sub_pixels"] = lambda x: layer.by_sub_pixels(x, geometry)
+            ways["sub_pixels"] = lambda x: layer.with_sub_pixels(x, geometry)
         if stride > 1 and few == 1:
-            ways["overlay"] = lambda x: layer.by_overlay(x, geometry)
+            ways["overlap_add"] = lambda x: layer.with_overlap_add(x, geometry)
         with lower:
-            pays |= {"overlay": conv2d.overlay_pays(layer, geometry)}
-            pays |= {"sub_pixels": conv2d.sub_pixels_pay(layer, geometry)}
+            pays |= {"overlap_add": conv2d.use_overlap_add(layer, geometry)}
+            pays |= {"sub_pixels": conv2d.use_sub_pixels(layer, geometry)}
     with lower:
-        pays |= {"apart": conv2d.apart_pays(layer, geometry, x)}
+        pays |= {"separate_gradients": conv2d.use_separate_gradients(layer, geometry, x)}
     chosen = next((name for name, pay in pays.items() if pay), "torch")
 
     with lower, torch.no_grad():
         g = torch.randn_like(ways["torch"](x))
     last = x, g
-    abreast = [lay(images.detach(), abreast=True) for images in last]
+    batch_inner = [to_layout(images.detach(), batch_inner=True) for images in last]
 
     def step(way: Any, x: Any, g: Any) -> None:
         with lower:
             y = way(x)
         torch.autograd.grad(y, [x, *layer.parameters()], g)
 
-    given = {name: abreast if name == "abreast" else last for name in ways}
-    abreast[0].requires_grad_()
+    given = {name: batch_inner if name == "batch_inner" else last for name in ways}
+    batch_inner[0].requires_grad_()
     with flushed_denormals():
         took = in_turns(
             {name: partial(timed, partial(step, way, *given[name]), x.device) for name, way in ways.items()},

@@ -220,9 +220,9 @@ class GuardCost(pl.Callback):
         self._ended = None
         plan = getattr(trainer.fit_loop.epoch_loop, "plan", None)
         rollback = getattr(plan, "rollback", None)
-        if rollback is None or "note" in vars(rollback):
+        if rollback is None or "record" in vars(rollback):
             return
-        for name, otherwise in (("prepare_step", None), ("note", True)):
+        for name, otherwise in (("prepare_step", None), ("record", True)):
             setattr(rollback, name, self._switched(rollback, getattr(rollback, name), otherwise))
         begin = rollback._begin
 

@@ -95,13 +95,13 @@ SECTIONS = (
         "convolutions-",
         "Convolutions",
         "Layers of kernel 3, forward and backward, computed in each way that a CPU offers: by torch (`torch_ms`), by "
-        "matrix products (`products_ms`), and by torch with the derivatives computed separately (`apart_ms`; older "
-        "files have `bias_apart_ms`, for the bias only). Transposed layers can also run as a convolution on the "
-        "smaller grid (`sub_pixels_ms`) or as overlapping products (`overlay_ms`). `side` is the side of the smaller "
-        "grid, `channels` is the channel count of the larger grid, and `chosen` is the way that a layer picks by "
-        "itself. `speedup` is torch's time divided by the time of the chosen way; `lost` is the time of the chosen "
-        "way divided by the time of the fastest way. The CSVs hold all layers. The tables omit those that torch "
-        "computes in its own way and where no other way is a tenth faster.",
+        "matrix products (`products_ms`), and by torch with the derivatives computed separately "
+        "(`separate_gradients_ms`; older files have `bias_apart_ms`, for the bias only). Transposed layers can also "
+        "run as a convolution on the smaller grid (`sub_pixels_ms`) or as overlapping products (`overlap_add_ms`). "
+        "`side` is the side of the smaller grid, `channels` is the channel count of the larger grid, and `chosen` is "
+        "the way that a layer picks by itself. `speedup` is torch's time divided by the time of the chosen way; "
+        "`lost` is the time of the chosen way divided by the time of the fastest way. The CSVs hold all layers. The "
+        "tables omit those that torch computes in its own way and where no other way is a tenth faster.",
         (),
         _is_no_plain_layer,
     ),

@@ -17,7 +17,8 @@ from torch import Tensor
 import aezoo
 from aezoo.callbacks import FaultGuard, in_use
 from aezoo.data.array import LAYOUTS
-from aezoo.training import compilation, distributed
+from aezoo.speed import layers, malloc, memory_format
+from aezoo.training import distributed
 
 from . import measure
 from .common import Spread
@@ -43,7 +44,7 @@ def measure_row(spec: dict[str, Any]) -> dict[str, Any]:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)", category=FutureWarning)
     torch.manual_seed(0)
-    compilation.keep_pages()  # as the command line does
+    malloc.keep_pages()  # as the command line does
     with tempfile.TemporaryDirectory() as folder:
         return (train if spec["kind"] == "train" else infer)(spec, folder)
 
@@ -198,7 +199,7 @@ def _work(spec: dict[str, Any], x: Tensor, device: torch.device, rate: float) ->
     each = rate / spec["devices"]
     if spec["kind"] != "train":
         return row
-    compilation.to_channels_last(model)  # as a fit does
+    layers.swap_in(model, model.input_shape, memory_format.to_channels_last(model))  # as a fit does
     alone = measure.alone(model, _as_float(x[: spec["batch"]]).to(device), spec["precision"])
     return row | {
         "share_of_peak": flops.step * each / peak,

@@ -18,14 +18,15 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import BetaAnnealing
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
-from aezoo.speed.memory_format import ChannelsLast
+from aezoo.speed import malloc
+from aezoo.speed.denormals import flushed_denormals
+from aezoo.speed.memory_format import to_channels_last
+from aezoo.speed.swapping import Swapped
 from aezoo.training import compilation, optimizers
 from aezoo.training.compilation import (
     Compiled,
     check_mode,
-    flushed_denormals,
     positions,
-    to_channels_last,
     worth_compiling,
 )
 
@@ -458,7 +459,7 @@ class Fails(pl.Callback):
         self.error, self.seen = error, []
 
     def on_before_backward(self, trainer, pl_module, loss):
-        maps = [part.on for part in pl_module.modules() if isinstance(part, ChannelsLast)]
+        maps = [pl_module._channels_last for part in pl_module.modules() if isinstance(part, Swapped)]
         self.seen += [pl_module._compiled is not None, pl_module.takes_bytes, bool(maps) and all(maps)]
         raise self.error
 
@@ -475,7 +476,7 @@ def test_what_is_of_a_fit_is_undone_once_however_it_ends(sizes, monkeypatch, err
     assert fails.seen == [True] * 3
     assert module._compiled is None and not module.takes_bytes
     assert [p.stride() for p in module.parameters()] == strides
-    assert not any(part.on for part in module.modules() if isinstance(part, ChannelsLast))
+    assert not any(isinstance(part, Swapped) for part in module.modules())
     assert len(calls) == 1
 
 
@@ -626,9 +627,10 @@ def test_a_process_with_a_model_does_not_fetch_the_pages_of_each_tensor_anew():
 PAGES = """
 import sys, torch
 from aezoo import acceleration
+from aezoo.speed import malloc
 
 def heap():
-    start, end = acceleration._heap()[0]
+    start, end = malloc._heap()[0]
     lines = open("/proc/self/smaps").read().split(f"{start:x}-")[1].splitlines()
     huge = next(line for line in lines if line.startswith("AnonHugePages"))
     flags = next(line for line in lines if line.startswith("VmFlags"))
@@ -649,7 +651,7 @@ print(fault() - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not compilation._heap(), reason="glibc's malloc on Linux")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not malloc._heap(), reason="glibc's malloc on Linux")
 def test_malloc_keeps_its_pages_and_asks_for_huge_ones():
     """In a process of its own, as what is set stays set."""
     run = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
@@ -657,7 +659,7 @@ def test_malloc_keeps_its_pages_and_asks_for_huge_ones():
     sizes, huge = [int(line[0]) for line in heaps], [int(line[1]) for line in heaps]
     assert heaps[0][3] == heaps[1][3] == "True"
     # room for 640 MiB, which is asked for once and takes no memory
-    assert sizes[1] - sizes[0] == pytest.approx(compilation._ROOM, rel=0.01)
+    assert sizes[1] - sizes[0] == pytest.approx(malloc._ROOM, rel=0.01)
     assert sizes[1] == sizes[2] == sizes[3]
     assert int(faults[0]) < 100
     offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing import event_accumulator
 
 from aezoo.errors import AezooError
-from aezoo.training.compilation import flushed_denormals, worth_compiling
+from aezoo.speed.denormals import flushed_denormals
+from aezoo.training.compilation import worth_compiling
 from benchmarks import environments, peer_runs, peers, targets
 from benchmarks.common import alone, read_csv
 from benchmarks.peer_scripts import aezoo_cli, keras_fit, loops, networks

@@ -68,11 +68,11 @@ def test_sentences_say_what_the_csvs_say():
     ).format(*best)
     states(sentence)
 
-    states("side by side in memory, up to {} times ({}) as fast as torch's".format(*most("zen5", "abreast")))
+    states("side by side in memory, up to {} times ({}) as fast as torch's".format(*most("zen5", "batch_inner")))
 
     def by_torch(precision):
         def found(row):
-            return float(row["torch_ms"]) / float(row["apart_ms"])
+            return float(row["torch_ms"]) / float(row["separate_gradients_ms"])
 
         return f"{figures(f'convolutions-{precision}-', found, layer='transposed_odd')[-1]:.1f}"
 

@@ -314,7 +314,7 @@ def spell_out(text: str) -> str:
         if not isinstance(section.get("config"), list | None):
             raise AezooError("settings name a further file under config: give each with --config on the command line")
         # on and off without quotes are true and false in YAML
-        for part, key in ((section, "compile"), (section.get("data"), "memory")):
+        for part, key in ((section, "compile"), (section, "speed"), (section.get("data"), "memory")):
             if isinstance(part, dict) and isinstance(part.get(key), bool):
                 part[key] = "on" if part[key] else "off"
         # not a path or an address: only the command line may use the short form for these

@@ -39,7 +39,7 @@ from aezoo.data.loaders import local_processes, worker_failure
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, resume, run_folder
 from aezoo.security import archives, values
-from aezoo.training import compilation, distributed
+from aezoo.training import compilation, distributed, speed
 
 # errors of a disk or folder, anywhere in a run; loggers and pictures also write
 _DISK = {
@@ -168,6 +168,7 @@ class AezooCLI(LightningCLI):
             help="Compile the training step: auto, which compiles if the run is long enough to earn it back, off, or "
             "a mode of torch.compile.",
         )
+        parser.add_argument("--speed", type=Literal[speed.SETTINGS], default="auto", help=speed.HELP)
         parser.add_argument(
             "--importance_samples",
             type=_Draws,
@@ -218,7 +219,8 @@ class AezooCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Keep memory pages for speed, and stop here if `--resume` finds a run that has ended by itself."""
-        compilation.keep_pages()
+        speed.choose(self._get(self.config, "speed"))
+        speed.keep_memory()
         source = self.request.source
         if self.request.resumes and source is not None:
             trainer, early = (self.config[self.subcommand][key] for key in ("trainer", "early_stopping"))

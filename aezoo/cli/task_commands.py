@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,7 +32,7 @@ from aezoo.security import policy
 from aezoo.tasks.codec import tables
 from aezoo.tasks.output import device_of
 from aezoo.tasks.samples import Samples
-from aezoo.training import compilation
+from aezoo.training import speed
 from aezoo.training.seeding import mix
 
 _MAX_PIXELS = inspect.signature(DataModule).parameters["max_pixels"].default
@@ -42,6 +42,8 @@ _GIVEN = {"model", "x", "file", "fit_on", "calibrate_on", "out", "batch_size", "
 _FILES = {"around"}
 # verbs whose results are samples
 _OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
+# verbs whose results must not depend on how fast they were computed: what one process wrote, any other reads
+_EXACT = ("compress", "decompress")
 _MOST_LINES = 20
 # largest value accepted if the training data lie in [0, 1]; bytes stored as floats exceed it
 _MOST = 11.0
@@ -71,7 +73,6 @@ def main(argv: list[str]) -> None:
     verb = argv[0]
     function = getattr(importlib.import_module(f"aezoo.tasks.{verb}"), verb)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
-    compilation.keep_pages()
     argv, allowed = policy.take_flags(name_data(argv))
     policy.enforce(allowed)
     parser, accepted = parser_of(verb, function), inspect.signature(function).parameters
@@ -89,6 +90,8 @@ def main(argv: list[str]) -> None:
         if "file" not in accepted:
             parser.set_defaults({f"data.{key}": value for key, value in stored.items()})
     config = parser.parse_args(argv[1:])
+    speed.choose(config.speed)
+    speed.keep_memory()
     if model is None:
         raise AezooError(f"{verb} needs a trained model: give --ckpt_path RUN_OR_FILE")
     if config.get("batch_size", 1) < 1:
@@ -108,7 +111,7 @@ def main(argv: list[str]) -> None:
     settings |= {key: value for key, value in common.items() if key in accepted}
     before = set(out.glob("*"))
     try:
-        with _cleaning_up():
+        with _cleaning_up(), nullcontext() if verb in _EXACT else speed.evaluating(model):
             result: Result = function(model=model, out=str(out), **settings)
     except RuntimeError as error:
         if (line := worker_failure(error)) is None:
@@ -167,6 +170,7 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
         )
     parser.add_argument("--out", type=str | None, default=None, help=f"Folder for the results; by default RUN/{verb}.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("--speed", type=Literal[speed.SETTINGS], default="auto", help=speed.HELP)
     if "batch_size" in accepted:
         parser.add_argument("--batch_size", type=int, default=256, help="Samples that are processed at a time.")
     if "seed" in accepted:

@@ -10,7 +10,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from aezoo.deprecated.paths import ATTRIBUTES, MODULES
+from aezoo.deprecated.paths import ATTRIBUTES, MODULES, MOVED
 
 # frames between the import statement and the warning, beside those of importlib, which `warnings` skips
 _STACK_LEVEL = 3
@@ -23,7 +23,8 @@ class _Redirect(ModuleType):
         old = self.__name__.removeprefix("aezoo.")
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(import_module(MODULES[old]), ATTRIBUTES.get(name, name))
+        module = MOVED.get(f"{old}.{name}", MODULES[old])
+        return getattr(import_module(module), ATTRIBUTES.get(name, name))
 
 
 class _Loader(Loader):

@@ -19,19 +19,15 @@ Models name a likelihood by a plain string, with an optional argument after a co
                                                  learned from 1
 """
 
-import functools
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
-from aezoo.speed.linear import in_graph, needs_torch
-from aezoo.speed.memory_format import is_last
 from aezoo.training.precision import at_least_float32
 
 # quadrature over t with the standard exponential density: Gauss-Legendre in v, where t = -log v^2; the error of the
@@ -40,78 +36,6 @@ _EXPONENTIAL = [
     (-2 * math.log((1 + node) / 2), weight * (1 + node) / 2)
     for node, weight in zip(*(part.tolist() for part in np.polynomial.legendre.leggauss(16)), strict=True)
 ]
-# polynomial for log(1 + e) / e on [0, 1], highest power first, accurate to 6e-9
-_LOG1P = Chebyshev.interpolate(lambda e: np.log1p(e) / e, 9, domain=[0, 1]).convert(kind=Polynomial).coef[::-1].tolist()
-# number of factors in one product, whose logarithm is the sum of their logarithms: float32 can represent 2^120
-_MAX_FACTORS, _MIN_FACTORS = 120, 8
-# from this number of values on, saving several operations outweighs a step of autograd in Python
-_MIN_VALUES = 2**15
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """The sum of t^+ - t x + log(1 + exp(-|t|)) per sample, with fewer logarithms than torch's own function.
-
-    It takes logarithms of products of numbers from 1 to 2. A product loses less precision than a single value in torch,
-    which is a difference of large numbers. On a CPU, torch's exp2 is faster than its exp.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, x: Tensor, factors: int) -> Tensor:
-        ctx.save_for_backward(t, x)
-        ratios = torch.mul(t.abs(), -1 / math.log(2)).exp2_().add_(1)
-        logs = ratios.reshape(len(t), -1, factors).prod(2).log_()
-        return t.clamp_min(0).addcmul_(t, x, value=-1).flatten(1).sum(1).add_(logs.sum(1))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (t, x), (needs_t, needs_x, _) = ctx.saved_tensors, ctx.needs_input_grad
-        g = gradients[0].reshape(-1, *[1] * (t.dim() - 1))
-        grad_x = -t * g if needs_x else None
-        # batched gradients stand for many, which cannot be written in place into a single tensor
-        if torch.is_grad_enabled() or needs_torch(g):
-            return (t.sigmoid() - x) * g if needs_t else None, grad_x, None
-        return t.sigmoid().sub_(x).mul_(g) if needs_t else None, grad_x, None
-
-
-@functools.cache
-def _factors(values: int) -> int:
-    return max(n for n in range(1, _MAX_FACTORS + 1) if values % n == 0)
-
-
-def _sum_cross_entropy(params: Tensor, x: Tensor) -> Tensor:
-    """`_cross_entropy` of each sample: (B, *shape), (B, *shape) -> (B,)."""
-    if params.stride() == x.stride():
-        params, x = _channels_last_view(params), _channels_last_view(x)
-    values = params.numel()
-    # a symbolic size is not an int
-    is_supported = isinstance(values, int) and params.is_cpu and params.dtype == x.dtype == torch.float32
-    if (
-        is_supported
-        and params.shape == x.shape
-        and values >= _MIN_VALUES
-        and not in_graph()
-        and not needs_torch(params, x)
-    ):
-        factors = _factors(params[0].numel())
-        if factors >= _MIN_FACTORS:
-            found: Tensor = _CrossEntropy.apply(params, x, factors)
-            return found
-    return _sum_per_sample(_cross_entropy(params, x))
-
-
-def _cross_entropy(params: Tensor, x: Tensor) -> Tensor:
-    """For each value, -x log p - (1 - x) log(1 - p) with p = sigmoid(params)."""
-    if not (torch.compiler.is_compiling() and params.is_cpu and params.dtype == torch.float32):
-        return F.binary_cross_entropy_with_logits(params, x, reduction="none")
-    # t^+ - t x + log(1 + exp(-|t|)), in one pass by inductor; the library's log1p is over half of torch's own time
-    t = params.detach()
-    e = torch.exp(-t.abs())
-    quotient = _LOG1P[0] * e + _LOG1P[1]
-    for coefficient in _LOG1P[2:]:
-        quotient = quotient * e + coefficient
-    value = t.clamp_min(0) - t * x + quotient * e
-    # the gradient is p - x directly, instead of that of each operation
-    return value + (torch.where(t < 0, e, 1) / (1 + e) - x) * (params - t)
 
 
 def _logit(mean: Tensor) -> Tensor:
@@ -119,13 +43,8 @@ def _logit(mean: Tensor) -> Tensor:
     return mean.clamp(0.01, 0.99).logit()
 
 
-def _channels_last_view(images: Tensor) -> Tensor:
-    """Images in memory order, for operations that copy otherwise: (B, H, W, C) if channels are last, else as is."""
-    return images.permute(0, 2, 3, 1) if is_last(images) else images
-
-
 def _sum_per_sample(values: Tensor) -> Tensor:
-    return _channels_last_view(values).flatten(1).sum(1)
+    return values.flatten(1).sum(1)
 
 
 class Likelihood(nn.Module):
@@ -170,7 +89,7 @@ class Bernoulli(Likelihood):
     discrete = True
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        return -_sum_cross_entropy(params, x)
+        return -_sum_per_sample(F.binary_cross_entropy_with_logits(params, x, reduction="none"))
 
     def mean(self, params: Tensor) -> Tensor:
         return params.sigmoid()
@@ -194,7 +113,8 @@ class ContinuousBernoulli(Likelihood):
     _TAYLOR_BELOW = 0.05
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        return _sum_per_sample(self._log_normaliser(params) - _cross_entropy(params, x))
+        cross_entropy = F.binary_cross_entropy_with_logits(params, x, reduction="none")
+        return _sum_per_sample(self._log_normaliser(params) - cross_entropy)
 
     def _log_normaliser(self, t: Tensor) -> Tensor:
         use_taylor = t.abs() < self._TAYLOR_BELOW

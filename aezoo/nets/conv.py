@@ -11,12 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
+from aezoo.nets.blocks.narrow_conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from aezoo.nets.build import activation
-from aezoo.speed.conv2d import Conv2d, ConvTranspose2d
-from aezoo.speed.linear import Linear
-from aezoo.speed.memory_format import ChannelsLast, Flatten
-from aezoo.speed.narrow_conv import Conv1d, Conv3d
-from aezoo.speed.transposed_conv import ConvTranspose1d, ConvTranspose3d
 
 CONVS: dict[int, type[nn.Module]] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 TRANSPOSED: dict[int, type[nn.Module]] = {1: ConvTranspose1d, 2: ConvTranspose2d, 3: ConvTranspose3d}
@@ -55,21 +51,14 @@ def head(code_shape: tuple[int, ...], grid_shape: tuple[int, ...], rank: int) ->
     """Layers between the last feature map and the code: linear for a vector, a 1x1 convolution for a map."""
     if len(code_shape) == 1:
         size = math.prod(grid_shape)
-        down = nn.Sequential(Flatten(), Linear(size, code_shape[0]))
-        up = nn.Sequential(Linear(code_shape[0], size), nn.Unflatten(1, grid_shape), ChannelsLast())
+        down = nn.Sequential(nn.Flatten(), nn.Linear(size, code_shape[0]))
+        up = nn.Sequential(nn.Linear(code_shape[0], size), nn.Unflatten(1, grid_shape))
         return down, up
     if tuple(code_shape[1:]) != tuple(grid_shape[1:]):
         raise AezooError(
             f"a code of shape {tuple(code_shape)} does not fit: these stages leave a grid of {tuple(grid_shape[1:])}"
         )
     return CONVS[rank](grid_shape[0], code_shape[0], 1), CONVS[rank](code_shape[0], grid_shape[0], 1)
-
-
-def _among(layers: list[nn.Module]) -> None:
-    """Tell each convolution that other convolutions and activations follow it."""
-    for layer in layers:
-        if isinstance(layer, Conv2d | ConvTranspose2d):
-            layer.among_layers = True
 
 
 class Encoder(nn.Sequential):
@@ -84,7 +73,6 @@ class Encoder(nn.Sequential):
         for width in hidden_dims:
             layers += [CONVS[rank](channels, width, 3, stride=2, padding=1), activation(act)]
             channels = width
-        _among(layers)
         smallest = (channels, *grids(input_shape, len(hidden_dims))[-1])
         super().__init__(*layers, head(code_shape, smallest, rank)[0])
 
@@ -103,7 +91,6 @@ class Decoder(nn.Sequential):
             padding = tuple(1 - n % 2 for n in larger)
             up = TRANSPOSED[rank](widths[i], widths[i + 1], 3, stride=2, padding=1, output_padding=padding)
             layers += [activation(act), up]
-        _among(layers[1:-1])
         super().__init__(*layers)
 
 

@@ -16,7 +16,6 @@ from torch import nn
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, TRANSPOSED, grids, head, map_shape, rank_of
-from aezoo.speed.linear import Linear
 
 __all__ = ["Decoder", "Encoder", "map_shape"]
 
@@ -40,7 +39,7 @@ class Encoder(nn.Sequential):
             super().__init__(*layers, head(code_shape, smallest, rank)[0])
         else:
             down = head((_DENSE,), smallest, rank)[0]
-            super().__init__(*layers, down, activation(act), Linear(_DENSE, code_shape[0]))
+            super().__init__(*layers, down, activation(act), nn.Linear(_DENSE, code_shape[0]))
 
 
 class Decoder(nn.Sequential):

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from aezoo.nets import resnet
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, map_shape
-from aezoo.speed.linear import Linear
 
 __all__ = ["ConvNeXtBlock", "Decoder", "Encoder", "map_shape"]
 
@@ -27,7 +26,9 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.depthwise = CONVS[rank](channels, channels, 7, padding=3, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.pointwise = nn.Sequential(Linear(channels, 4 * channels), activation(act), Linear(4 * channels, channels))
+        self.pointwise = nn.Sequential(
+            nn.Linear(channels, 4 * channels), activation(act), nn.Linear(4 * channels, channels)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         # pointwise layers are linear layers over the channels

@@ -26,8 +26,6 @@ from torch import Tensor, nn
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, grids, head, map_shape, rank_of
 from aezoo.nets.resnet import ResidualBlock
-from aezoo.speed.linear import in_graph
-from aezoo.speed.memory_format import in_order, is_last
 
 __all__ = ["Decoder", "Encoder", "map_shape"]
 
@@ -54,12 +52,10 @@ def shuffle(x: Tensor) -> Tensor:
 
 def spread(x: Tensor, channels: int) -> Tensor:
     """Average groups of channels, or duplicate each channel: (B, C, *grid) -> (B, channels, *grid)."""
-    n, last = x.shape[1], is_last(x) and not in_graph()
-    both, axis = math.lcm(n, channels), x.dim() - 1 if last else 1
-    x = x.movedim(1, -1) if last else x  # in memory order, which the result keeps
-    x = x.repeat_interleave(both // n, axis) if both > n else x
-    x = x.unflatten(axis, (channels, -1)).mean(axis + 1) if both > channels else x
-    return x.movedim(-1, 1) if last else x
+    n = x.shape[1]
+    both = math.lcm(n, channels)
+    x = x.repeat_interleave(both // n, 1) if both > n else x
+    return x.unflatten(1, (channels, -1)).mean(2) if both > channels else x
 
 
 class _Down(nn.Module):
@@ -71,7 +67,7 @@ class _Down(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for axis, side in enumerate(x.shape[2:], start=2):
             if side % 2:
-                x = torch.cat([x, in_order(x).narrow(axis, side - 1, 1)], axis)
+                x = torch.cat([x, x.narrow(axis, side - 1, 1)], axis)
         # if a last cell has more values than there are channels, the first values remain
         return unshuffle(self.conv(x)).narrow(1, 0, self.after) + spread(unshuffle(x), self.after)
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
-from aezoo.speed.linear import Linear
 
 
 class Steps(nn.Module):
@@ -115,9 +114,9 @@ class Encoder(nn.Module):
         super().__init__()
         check_shapes("lstm", code_shape, hidden_dims)
         self.steps, (_, features) = Steps(), steps_of(input_shape)
-        self.embed = nn.Sequential(Linear(features, hidden_dims[0]), activation(act))
+        self.embed = nn.Sequential(nn.Linear(features, hidden_dims[0]), activation(act))
         self.layers = _layers(hidden_dims)
-        self.head = Linear(hidden_dims[-1], code_shape[0])
+        self.head = nn.Linear(hidden_dims[-1], code_shape[0])
 
     def forward(self, x: Tensor, length_B: Tensor | None = None) -> Tensor:
         h_BLH = self.layers(self.embed(self.steps(x)))
@@ -140,10 +139,10 @@ class Decoder(nn.Module):
         super().__init__()
         check_shapes("lstm", code_shape, hidden_dims)
         n_steps, features = steps_of(input_shape)
-        self.embed = nn.Sequential(Linear(code_shape[0], hidden_dims[0]), activation(act))
+        self.embed = nn.Sequential(nn.Linear(code_shape[0], hidden_dims[0]), activation(act))
         self.register_buffer("positions_LH", sinusoids(n_steps, hidden_dims[0]), persistent=False)
         self.layers = _layers(hidden_dims)
-        self.head = nn.Sequential(Linear(hidden_dims[-1], features), FromSteps(input_shape))
+        self.head = nn.Sequential(nn.Linear(hidden_dims[-1], features), FromSteps(input_shape))
 
     def forward(self, z: Tensor) -> Tensor:
         x_hat: Tensor = self.head(self.layers(self.embed(z)[:, None] + self.positions_LH))

@@ -19,13 +19,12 @@ from aezoo.errors import AezooError
 from aezoo.nets import vit
 from aezoo.nets.build import activation
 from aezoo.nets.vit import map_shape
-from aezoo.speed.linear import Linear
 
 __all__ = ["Block", "Decoder", "Encoder", "blocks", "map_shape"]
 
 
 def _branch(n: int, between: int, act: str) -> nn.Sequential:
-    first, last = Linear(n, between), Linear(between, n)
+    first, last = nn.Linear(n, between), nn.Linear(between, n)
     for part, gain in ((first, 1.0), (last, 0.1)):  # initialised like the branches of `vit`
         nn.init.xavier_uniform_(part.weight, gain)
         nn.init.zeros_(part.bias)
@@ -65,10 +64,10 @@ def _heads(code_shape: tuple[int, ...], patchify: vit.Patchify, width: int) -> t
     if not grid:
         tokens = (patchify.n, width)
         size = math.prod(tokens)
-        return [nn.Flatten(), Linear(size, channels)], [Linear(channels, size), nn.Unflatten(1, tokens)]
+        return [nn.Flatten(), nn.Linear(size, channels)], [nn.Linear(channels, size), nn.Unflatten(1, tokens)]
     if tuple(grid) != patchify.grid:
         raise AezooError(f"a code of shape {tuple(code_shape)} does not fit: patches leave a grid of {patchify.grid}")
-    return [Linear(width, channels), vit.ToMap(patchify.grid)], [vit.ToTokens(), Linear(channels, width)]
+    return [nn.Linear(width, channels), vit.ToMap(patchify.grid)], [vit.ToTokens(), nn.Linear(channels, width)]
 
 
 class Encoder(nn.Sequential):
@@ -80,7 +79,7 @@ class Encoder(nn.Sequential):
         patchify = vit.Patchify(input_shape)
         layers: list[nn.Module] = [patchify]
         if hidden_dims:
-            layers += [Linear(patchify.size, hidden_dims[0]), *blocks(patchify.n, hidden_dims, act)]
+            layers += [nn.Linear(patchify.size, hidden_dims[0]), *blocks(patchify.n, hidden_dims, act)]
         else:
             activation(act)  # refuses an unknown name, without blocks too
         width = hidden_dims[-1] if hidden_dims else patchify.size
@@ -97,7 +96,7 @@ class Decoder(nn.Sequential):
         width = hidden_dims[0] if hidden_dims else patchify.size
         layers = _heads(code_shape, patchify, width)[1]
         if hidden_dims:
-            layers += [*blocks(patchify.n, hidden_dims, act), Linear(hidden_dims[-1], patchify.size)]
+            layers += [*blocks(patchify.n, hidden_dims, act), nn.Linear(hidden_dims[-1], patchify.size)]
         else:
             activation(act)
         super().__init__(*layers, vit.Unpatchify(patchify))

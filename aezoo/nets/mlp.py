@@ -11,7 +11,6 @@ from torch import nn
 
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
-from aezoo.speed.linear import Linear
 
 
 def _layers(dims: tuple[int, ...], act: str) -> list[nn.Module]:
@@ -21,10 +20,10 @@ def _layers(dims: tuple[int, ...], act: str) -> list[nn.Module]:
     *hidden, last = pairwise(dims)
     for n_in, n_out in hidden:
         if act == "gated":
-            layers += [Linear(n_in, 2 * n_out), nn.GLU(1)]
+            layers += [nn.Linear(n_in, 2 * n_out), nn.GLU(1)]
         else:
-            layers += [Linear(n_in, n_out), activation(act)]
-    return [*layers, Linear(*last)]
+            layers += [nn.Linear(n_in, n_out), activation(act)]
+    return [*layers, nn.Linear(*last)]
 
 
 class Encoder(nn.Sequential):

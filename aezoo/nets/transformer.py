@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from aezoo.nets.build import activation
 from aezoo.nets.lstm import FromSteps, Steps, check_shapes, map_shape, sinusoids, steps_of
-from aezoo.speed.linear import Linear
 
 __all__ = ["Block", "Decoder", "Encoder", "map_shape"]
 
@@ -32,10 +31,10 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.causal = math.gcd(width, max(1, width // _HEAD_DIM)), causal
         # no bias: the softmax cancels that of the keys, so its gradient is only rounding error, which Adam amplifies
-        self.norm, self.qkv = nn.LayerNorm(width), Linear(width, 3 * width, bias=False)
-        self.out = Linear(width, width)
+        self.norm, self.qkv = nn.LayerNorm(width), nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(
-            nn.LayerNorm(width), Linear(width, 4 * width), activation(act), Linear(4 * width, width)
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), activation(act), nn.Linear(4 * width, width)
         )
 
     def forward(self, h_BLW: Tensor, seen_BL: Tensor | None = None, kept: list[Tensor] | None = None) -> Tensor:
@@ -60,7 +59,7 @@ class _Blocks(nn.ModuleList):
         before = hidden_dims[0]
         for width in hidden_dims:
             if width != before:
-                self.append(Linear(before, width))
+                self.append(nn.Linear(before, width))
             self.append(Block(width, act, causal))
             before = width
         self.append(nn.LayerNorm(before))
@@ -82,10 +81,10 @@ class Encoder(nn.Module):
         super().__init__()
         check_shapes("transformer", code_shape, hidden_dims)
         n_steps, features = steps_of(input_shape)
-        self.embed = nn.Sequential(Steps(), Linear(features, hidden_dims[0]))
+        self.embed = nn.Sequential(Steps(), nn.Linear(features, hidden_dims[0]))
         self.register_buffer("positions_LW", sinusoids(n_steps, hidden_dims[0]), persistent=False)
         self.blocks = _Blocks(hidden_dims, act, causal=False)
-        self.head = Linear(hidden_dims[-1], code_shape[0])
+        self.head = nn.Linear(hidden_dims[-1], code_shape[0])
 
     def forward(self, x: Tensor, length_B: Tensor | None = None) -> Tensor:
         h_BLW = self.embed(x) + self.positions_LW
@@ -109,10 +108,10 @@ class Decoder(nn.Module):
         super().__init__()
         check_shapes("transformer", code_shape, hidden_dims)
         n_steps, features = steps_of(input_shape)
-        self.embed = Linear(code_shape[0], hidden_dims[0])
+        self.embed = nn.Linear(code_shape[0], hidden_dims[0])
         self.register_buffer("positions_LW", sinusoids(n_steps, hidden_dims[0]), persistent=False)
         self.blocks = _Blocks(hidden_dims, act, causal=True)
-        self.head = nn.Sequential(Linear(hidden_dims[-1], features), FromSteps(input_shape))
+        self.head = nn.Sequential(nn.Linear(hidden_dims[-1], features), FromSteps(input_shape))
 
     def forward(self, z: Tensor) -> Tensor:
         x_hat: Tensor = self.head(self.blocks(self.embed(z)[:, None] + self.positions_LW))

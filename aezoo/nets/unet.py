@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, grids, head, map_shape, rank_of
-from aezoo.speed.memory_format import in_order
 
 __all__ = ["Decoder", "Encoder", "UNet", "map_shape"]
 
@@ -45,7 +44,7 @@ class _Doubled(nn.Module):
         self.up = nn.Upsample(scale_factor=2, mode="nearest")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = in_order(self.up(x))
+        x = self.up(x)
         for axis, side in enumerate(self.grid, start=2):
             x = x.narrow(axis, 0, side)
         return x

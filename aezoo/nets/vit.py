@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.nets.conv import head
-from aezoo.speed.linear import Linear, linear
 
 _MAX_PATCHES = 64
 _LARGEST_PATCH = 16
@@ -157,7 +156,7 @@ def embedding(size: int, width: int) -> nn.Linear:
         size: P, values in a patch.
         width: D.
     """
-    embed = Linear(size, width)
+    embed = nn.Linear(size, width)
     nn.init.normal_(embed.weight, std=16 / math.sqrt(size))
     nn.init.zeros_(embed.bias)
     return embed
@@ -174,11 +173,11 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = next(h for h in range(max(1, width // _HEAD_DIM), 0, -1) if width % h == 0)
         # only queries have a bias: one of keys shifts all scores of a query equally, and one of values is that of `out`
-        self.qkv, self.bias_q = Linear(width, 3 * width, bias=False), nn.Parameter(torch.zeros(width))
-        self.out = Linear(width, width)
+        self.qkv, self.bias_q = nn.Linear(width, 3 * width, bias=False), nn.Parameter(torch.zeros(width))
+        self.out = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, visible_BN: Tensor | None = None) -> Tensor:
-        qkv_BNF = linear(x_BND, self.qkv.weight, F.pad(self.bias_q, (0, 2 * len(self.bias_q))))
+        qkv_BNF = F.linear(x_BND, self.qkv.weight, F.pad(self.bias_q, (0, 2 * len(self.bias_q))))
         q_BHNE, k_BHNE, v_BHNE = qkv_BNF.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         visible_B11N = None if visible_BN is None else visible_BN[:, None, None]
         mixed_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, visible_B11N)
@@ -198,7 +197,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm_1, self.attention = nn.LayerNorm(width, eps=1e-6), Attention(width)
         self.norm_2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(Linear(width, 4 * width), activation(act), Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), activation(act), nn.Linear(4 * width, width))
         for part in self.modules():
             if isinstance(part, nn.Linear):
                 # both branches start small: at full size, a short training stays at the mean sample for long
@@ -217,7 +216,7 @@ def blocks(widths: Sequence[int], act: str, block: Callable[[int, str], nn.Modul
     """A block for each width and a last normalisation, with a linear layer between blocks of different widths."""
     layers: list[nn.Module] = []
     for i, width in enumerate(widths):
-        layers += [Linear(widths[i - 1], width)] if i and widths[i - 1] != width else []
+        layers += [nn.Linear(widths[i - 1], width)] if i and widths[i - 1] != width else []
         layers.append(block(width, act))
     return nn.Sequential(*layers, nn.LayerNorm(widths[-1], eps=1e-6))
 
@@ -347,7 +346,7 @@ class Decoder(nn.Sequential):
         layers: list[nn.Module] = [head(code_shape, (width, *patchify.grid), len(patchify.grid))[1], ToTokens()]
         if hidden_dims:
             layers += [Positions(patchify.grid, width), *blocks(hidden_dims, act)]
-            layers.append(Linear(hidden_dims[-1], patchify.size))
+            layers.append(nn.Linear(hidden_dims[-1], patchify.size))
         else:
             activation(act)
         super().__init__(*layers, Unpatchify(patchify))

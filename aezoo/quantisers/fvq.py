@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from aezoo.nets import vit
 from aezoo.quantisers.sim_vq import SharedCodebook
-from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
 
@@ -36,9 +35,9 @@ class Bridge(nn.Module):
         super().__init__()
         at_least(1, group_size=group_size, width=width, depth=depth)
         self.group_size = group_size
-        self.compress = Linear(group_size * dim, width)
+        self.compress = nn.Linear(group_size * dim, width)
         self.blocks = vit.blocks((width,) * depth, "gelu")
-        self.recover = Linear(width, group_size * dim)
+        self.recover = nn.Linear(width, group_size * dim)
 
     def forward(self, code_KD: Tensor) -> Tensor:
         size, dim = code_KD.shape[-2:]

@@ -1,14 +1,15 @@
 """Convolutions of images on a CPU by matrix products, for layers on which oneDNN's convolutions are slow.
 
-`see` is the convolution from a larger grid x (B, H, W, C) to a smaller one y (B, h, w, O), `spread` its transpose from
-y to x, and `weigh` the gradient of <y, see(x)> with respect to the weights (O, rows, columns, C). Channels come last,
-as matrix products need them. Each is linear in both of its arguments, and each is a derivative of the other two.
+`conv_forward` is the convolution from a larger grid x (B, H, W, C) to a smaller one y (B, h, w, O), `conv_input_grad`
+its transpose from y to x, and `conv_weight_grad` the gradient of <y, conv_forward(x)> with respect to the weights
+(O, rows, columns, C). Channels come last, as matrix products need them. Each is linear in both of its arguments, and
+each is a derivative of the other two.
 
-There are three methods; `way_of` selects the fastest on the processor. `factors` multiplies the image itself, one
-kernel row at a time, without copies. `patches` copies everything that points see for a single product, with the zeros
-beyond the border, which are 11 of 36 where a 3x3 kernel sees 4x4 points with stride 2. `parts` copies everything but
-the zeros, for a few products. 16-bit numbers need sums with more bits than they have, so a point's value and a weight's
-gradient each come from one product.
+There are three algorithms; `choose_algorithm` selects the fastest on the processor. `direct_products` multiplies the
+image itself, one kernel row at a time, without copies. `im2col` copies everything that points see for a single product,
+with the zeros beyond the border, which are 11 of 36 where a 3x3 kernel sees 4x4 points with stride 2. `block_products`
+copies everything but the zeros, for a few products. 16-bit numbers need sums with more bits than they have, so a
+point's value and a weight's gradient each come from one product.
 """
 
 import functools
@@ -24,14 +25,13 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from aezoo.speed import linear
-from aezoo.speed.conv_grids import leaves_rest
 from aezoo.speed.memory_format import as_base_tensor
 
 Pair = tuple[int, ...]
 # taps, points, and what these points see through these taps
 Block = tuple[slice, slice, slice]
-Alike = Literal["taps", "points"]
-# `parts` is faster for at most so many points and, with more than one, at least so many products per point and tap
+Grouping = Literal["taps", "points"]
+# `block_products` is faster for at most so many points and, with more than one, from so many products per point and tap
 _FEW_POINTS = 16
 _LARGE = 2**21
 
@@ -46,95 +46,102 @@ class Geometry:
     small: Pair
     large: Pair
 
-    def beyond(self) -> Pair:
+    def overhang(self) -> Pair:
         """How far the last point of the smaller grid sees beyond the larger one; negative if it does not."""
         parts = zip(self.kernel, self.stride, self.padding, self.small, self.large, strict=True)
         return tuple((n - 1) * s + k - p - m for k, s, p, n, m in parts)
 
     def output_padding(self) -> Pair:
         """The output padding of the transposed convolution."""
-        return tuple(p - n for p, n in zip(self.padding, self.beyond(), strict=True))
+        return tuple(p - n for p, n in zip(self.padding, self.overhang(), strict=True))
 
-    def borders(self) -> tuple[int, ...]:
+    def pad_sizes(self) -> tuple[int, ...]:
         """Points to add around the larger grid, as `F.pad` takes them: none for channels, last axis first."""
-        (top, left), (bottom, right) = self.padding, self.beyond()
+        (top, left), (bottom, right) = self.padding, self.overhang()
         return 0, 0, left, right, top, bottom
 
 
-def see(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+def leaves_rest(grid: Pair, stride: Pair) -> bool:
+    """Whether a grid is not a whole number of strides."""
+    return any(n % s for n, s in zip(grid, stride, strict=True))
+
+
+def conv_forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(B, H, W, C), (O, rows, columns, C) -> (B, h, w, O)."""
-    way = way_of(x, weight, geometry)
-    if way == "patches":
-        return _times(patches(x, geometry).flatten(3), weight.flatten(1))
+    algorithm = choose_algorithm(x, weight, geometry)
+    if algorithm == "im2col":
+        return _matmul(im2col(x, geometry).flatten(3), weight.flatten(1))
     y = x.new_zeros(len(x), *geometry.small, len(weight))
-    if way == "parts":
-        for seen, part, out in parts(x, weight, y, geometry, "points"):
-            out.copy_(_times(_rows(seen), _flat(part)).view_as(out))
+    if algorithm == "blocks":
+        for seen, part, out in block_products(x, weight, y, geometry, "points"):
+            out.copy_(_matmul(_flatten_grid(seen), _as_matrix(part)).view_as(out))
     else:
-        for seen, part, out in factors(x, weight, y, geometry):
+        for seen, part, out in direct_products(x, weight, y, geometry):
             torch.addmm(out, seen, part.t(), out=out)
     return y
 
 
-def spread(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+def conv_input_grad(y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(B, h, w, O), (O, rows, columns, C) -> (B, H, W, C)."""
-    way = way_of(y, weight, geometry)
-    if way == "patches":
-        return overlaid(_times(y, weight.flatten(1).t()).unflatten(3, weight.shape[1:]), geometry)
+    algorithm = choose_algorithm(y, weight, geometry)
+    if algorithm == "im2col":
+        return col2im(_matmul(y, weight.flatten(1).t()).unflatten(3, weight.shape[1:]), geometry)
     x = y.new_zeros(len(y), *geometry.large, weight.shape[3])
-    if way == "parts":
-        for seen, part, out in parts(x, weight, y, geometry, "taps"):
-            seen += _times(_rows(out), _flat(part).t()).view_as(seen)
+    if algorithm == "blocks":
+        for seen, part, out in block_products(x, weight, y, geometry, "taps"):
+            seen += _matmul(_flatten_grid(out), _as_matrix(part).t()).view_as(seen)
     else:
-        for seen, part, out in factors(x, weight, y, geometry):
+        for seen, part, out in direct_products(x, weight, y, geometry):
             torch.addmm(seen, out, part, out=seen)
     return x
 
 
-def weigh(x: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
+def conv_weight_grad(x: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
     """(B, H, W, C), (B, h, w, O) -> (O, rows, columns, C)."""
     weight = x.new_empty(y.shape[3], *geometry.kernel, x.shape[3])
-    way = way_of(x, weight, geometry)
-    if way == "patches":
-        return _times(y.flatten(0, 2).t(), patches(x, geometry).flatten(0, 2).flatten(1).t()).view_as(weight)
-    if way == "factors" or not all_taps_see(geometry):
+    algorithm = choose_algorithm(x, weight, geometry)
+    if algorithm == "im2col":
+        return _matmul(y.flatten(0, 2).t(), im2col(x, geometry).flatten(0, 2).flatten(1).t()).view_as(weight)
+    if algorithm == "direct" or not all_taps_used(geometry):
         weight.zero_()
-    if way == "parts":
-        for seen, part, out in parts(x, weight, y, geometry, "taps"):
-            part.copy_(_times(_rows(out).t(), _rows(seen).t()).view_as(part))
+    if algorithm == "blocks":
+        for seen, part, out in block_products(x, weight, y, geometry, "taps"):
+            part.copy_(_matmul(_flatten_grid(out).t(), _flatten_grid(seen).t()).view_as(part))
     else:
-        for seen, part, out in factors(x, weight, y, geometry):
+        for seen, part, out in direct_products(x, weight, y, geometry):
             torch.addmm(part, out.t(), seen, out=part)
     return weight
 
 
-def way_of(x: Tensor, weight: Tensor, geometry: Geometry) -> Literal["factors", "parts", "patches"]:
+def choose_algorithm(x: Tensor, weight: Tensor, geometry: Geometry) -> Literal["direct", "blocks", "im2col"]:
     """The fastest method for a product of either grid with the weights."""
     by_onednn = x.itemsize == 2 or (linear.MKL_HALF_WIDTH and x.dtype == torch.float32)
     # oneDNN cannot multiply empty matrices
     if not by_onednn or x.numel() == 0:
-        return "factors"
+        return "direct"
     points, (out, *_, channels) = math.prod(geometry.small), weight.shape
     large = points == 1 or len(x) * out * channels >= _LARGE
-    return "parts" if large and points <= _FEW_POINTS and not linear.TILES else "patches"
+    return "blocks" if large and points <= _FEW_POINTS and not linear.HAS_AMX else "im2col"
 
 
-def _times(a: Tensor, b: Tensor) -> Tensor:
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
     # autocast would lower float32 here, although the convolution has already handled it
-    return linear.product(a, b) if a.dtype == torch.float32 else a @ b.t()
+    return linear.onednn_linear(a, b) if a.dtype == torch.float32 else a @ b.t()
 
 
-def _rows(x: Tensor) -> Tensor:
+def _flatten_grid(x: Tensor) -> Tensor:
     """(B, h, w, ...) -> (B h w, ...)."""
-    return _flat(x.flatten(0, 2))
+    return _as_matrix(x.flatten(0, 2))
 
 
-def _flat(x: Tensor) -> Tensor:
+def _as_matrix(x: Tensor) -> Tensor:
     """A contiguous matrix; transposing a matrix with gaps takes longer than copying all of it."""
     return x.flatten(1).contiguous()
 
 
-def factors(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def direct_products(
+    x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Views of all three such that y is the sum of the products x weight^T.
 
     For a kernel row and a column of y: (points, columns C) of x, (O, columns C) of the weights, (points, O) of y. The
@@ -159,8 +166,8 @@ def factors(x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -> Iterato
                 yield of_x, part, of_y
 
 
-def parts(
-    x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry, alike: Alike
+def block_products(
+    x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry, group_by: Grouping
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Views of all three such that y is the sum of the products, with nothing beyond the border.
 
@@ -168,26 +175,26 @@ def parts(
     one part, with others that see through the same taps of the kernel; or each tap is, with others through which the
     same points see, and then a part contains no element of x twice.
     """
-    (of_rows, of_columns), (down, right) = _blocks(geometry, alike), geometry.stride
+    (of_rows, of_columns), (down, right) = _blocks(geometry, group_by), geometry.stride
     for (rows, i, high), (columns, j, wide) in itertools.product(of_rows, of_columns):
         seen = x[:, high, wide].unfold(1, rows.stop - rows.start, down).unfold(2, columns.stop - columns.start, right)
         yield seen.permute(0, 1, 2, 4, 5, 3), weight[:, rows, columns], y[:, i, j]
 
 
 @functools.cache
-def _blocks(geometry: Geometry, alike: Alike) -> tuple[list[Block], ...]:
+def _blocks(geometry: Geometry, group_by: Grouping) -> tuple[list[Block], ...]:
     """The blocks of rows, then those of columns."""
     sides = zip(geometry.kernel, geometry.stride, geometry.padding, geometry.small, geometry.large, strict=True)
-    return tuple([*_along(*side, alike)] for side in sides)
+    return tuple([*_along(*side, group_by)] for side in sides)
 
 
-def all_taps_see(geometry: Geometry) -> bool:
+def all_taps_used(geometry: Geometry) -> bool:
     """Whether each tap of the kernel sees a point of the larger grid."""
     sides = zip(_blocks(geometry, "taps"), geometry.kernel, strict=True)
     return all(sum(taps.stop - taps.start for taps, *_ in blocks) == kernel for blocks, kernel in sides)
 
 
-def _along(kernel: int, stride: int, padding: int, small: int, large: int, alike: Alike) -> Iterator[Block]:
+def _along(kernel: int, stride: int, padding: int, small: int, large: int, group_by: Grouping) -> Iterator[Block]:
     """Taps, points, and what these points see through these taps, along one axis."""
 
     def taps(point: int) -> slice:
@@ -196,30 +203,35 @@ def _along(kernel: int, stride: int, padding: int, small: int, large: int, alike
     def points(tap: int) -> slice:
         return slice(max(0, -((tap - padding) // stride)), min(small, (large - 1 + padding - tap) // stride + 1))
 
-    n, others, most = (small, taps, small) if alike == "points" else (kernel, points, stride)
+    n, others, most = (small, taps, small) if group_by == "points" else (kernel, points, stride)
     for within, group in itertools.groupby(range(n), others):
         run = [*group] if within.start < within.stop else []
         for first in run[::most]:
             some = slice(first, min(first + most, run[-1] + 1))
-            tap, point = (within, some) if alike == "points" else (some, within)
+            tap, point = (within, some) if group_by == "points" else (some, within)
             start = point.start * stride + tap.start - padding
             yield tap, point, slice(start, (point.stop - 1) * stride + tap.stop - padding)
 
 
-def patches(x: Tensor, geometry: Geometry) -> Tensor:
+def im2col(x: Tensor, geometry: Geometry) -> Tensor:
     """What each point of the smaller grid sees, with zeros beyond the border: (B, H, W, C) -> (B, h, w, *kernel, C)."""
     (rows, columns), (down, right) = geometry.kernel, geometry.stride
-    seen = F.pad(x, geometry.borders()).unfold(1, rows, down).unfold(2, columns, right)
+    seen = F.pad(x, geometry.pad_sizes()).unfold(1, rows, down).unfold(2, columns, right)
     return seen.permute(0, 1, 2, 4, 5, 3).contiguous()
 
 
-def overlaid(seen: Tensor, geometry: Geometry) -> Tensor:
-    """The transpose of `patches`, which sums overlapping values: (B, h, w, *kernel, C) -> (B, H, W, C)."""
+def col2im(seen: Tensor, geometry: Geometry) -> Tensor:
+    """The transpose of `im2col`, which sums overlapping values: (B, h, w, *kernel, C) -> (B, H, W, C)."""
     (h, w), (rows, columns), (down, right) = geometry.small, geometry.kernel, geometry.stride
     x = seen.new_zeros(len(seen), (h - 1) * down + rows, (w - 1) * right + columns, seen.shape[-1])
     for i, j in itertools.product(range(rows), range(columns)):
         x[:, i : i + h * down : down, j : j + w * right : right] += seen[:, :, :, i, j]
-    return F.pad(x, [-n for n in geometry.borders()]).contiguous()
+    return F.pad(x, [-n for n in geometry.pad_sizes()]).contiguous()
+
+
+def to_layout_of_input(gradient: Tensor, ctx: Any) -> Tensor:
+    """Give a gradient the layout of its input: torch's activations take ten times as long with mixed layouts."""
+    return channels_last(channels_first(gradient).contiguous()) if ctx.channels_first else gradient
 
 
 class _Bilinear(torch.autograd.Function):
@@ -232,35 +244,30 @@ class _Bilinear(torch.autograd.Function):
     by_torch: ClassVar[Callable[..., Tensor]]
 
     @staticmethod
-    def keep(ctx: Any, a: Tensor, b: Tensor, geometry: Geometry) -> None:
+    def save(ctx: Any, a: Tensor, b: Tensor, geometry: Geometry) -> None:
         """Save what the derivatives need; torch requires Python's signature wherever this is a separate step."""
         of_a, of_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(a if of_b else None, b if of_a else None)
         ctx.geometry = geometry
         ctx.channels_first = not a.is_contiguous() and channels_first(a).is_contiguous()
 
-    @staticmethod
-    def lie(gradient: Tensor, ctx: Any) -> Tensor:
-        """Give a gradient the layout of its input: torch's activations take ten times as long with mixed layouts."""
-        return channels_last(channels_first(gradient).contiguous()) if ctx.channels_first else gradient
-
     @classmethod
-    def of(cls, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
+    def apply_or_torch(cls, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """The values, with derivatives of any order; by torch where only torch's own operators have the rules."""
-        if linear.needs_torch(a, b):
+        if linear.needs_torch_autograd(a, b):
             return cls.by_torch(a, b, geometry)
         out: Tensor = cls.apply(a, b, geometry)
         return out
 
 
-class See(_Bilinear):
-    """`see`, with derivatives of any order."""
+class ConvForward(_Bilinear):
+    """`conv_forward`, with derivatives of any order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         """The convolution."""
-        See.keep(ctx, x, weight, geometry)
-        return see(x.contiguous(), weight.contiguous(), geometry)
+        ConvForward.save(ctx, x, weight, geometry)
+        return conv_forward(x.contiguous(), weight.contiguous(), geometry)
 
     @staticmethod
     def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
@@ -272,20 +279,20 @@ class See(_Bilinear):
         """The gradients with respect to x and to the weights."""
         (x, weight), (of_x, of_weight, _) = ctx.saved_tensors, ctx.needs_input_grad
         return (
-            See.lie(Spread.of(gradients[0], weight, ctx.geometry), ctx) if of_x else None,
-            Weigh.of(x, gradients[0], ctx.geometry) if of_weight else None,
+            to_layout_of_input(ConvInputGrad.apply_or_torch(gradients[0], weight, ctx.geometry), ctx) if of_x else None,
+            ConvWeightGrad.apply_or_torch(x, gradients[0], ctx.geometry) if of_weight else None,
             None,
         )
 
 
-class Spread(_Bilinear):
-    """`spread`, with derivatives of any order."""
+class ConvInputGrad(_Bilinear):
+    """`conv_input_grad`, with derivatives of any order."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         """The transposed convolution."""
-        Spread.keep(ctx, y, weight, geometry)
-        return spread(y.contiguous(), weight.contiguous(), geometry)
+        ConvInputGrad.save(ctx, y, weight, geometry)
+        return conv_input_grad(y.contiguous(), weight.contiguous(), geometry)
 
     @staticmethod
     def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
@@ -298,20 +305,20 @@ class Spread(_Bilinear):
         """The gradients with respect to y and to the weights."""
         (y, weight), (of_y, of_weight, _) = ctx.saved_tensors, ctx.needs_input_grad
         return (
-            Spread.lie(See.of(gradients[0], weight, ctx.geometry), ctx) if of_y else None,
-            Weigh.of(gradients[0], y, ctx.geometry) if of_weight else None,
+            to_layout_of_input(ConvForward.apply_or_torch(gradients[0], weight, ctx.geometry), ctx) if of_y else None,
+            ConvWeightGrad.apply_or_torch(gradients[0], y, ctx.geometry) if of_weight else None,
             None,
         )
 
 
-class Weigh(_Bilinear):
-    """`weigh`, with derivatives of any order."""
+class ConvWeightGrad(_Bilinear):
+    """`conv_weight_grad`, with derivatives of any order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
         """The gradient of the weights."""
-        Weigh.keep(ctx, x, y, geometry)
-        return weigh(x.contiguous(), y.contiguous(), geometry)
+        ConvWeightGrad.save(ctx, x, y, geometry)
+        return conv_weight_grad(x.contiguous(), y.contiguous(), geometry)
 
     @staticmethod
     def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
@@ -325,8 +332,8 @@ class Weigh(_Bilinear):
         """The gradients with respect to x and to y."""
         (x, y), (of_x, of_y, _) = ctx.saved_tensors, ctx.needs_input_grad
         return (
-            Spread.of(y, gradients[0], ctx.geometry) if of_x else None,
-            See.of(x, gradients[0], ctx.geometry) if of_y else None,
+            ConvInputGrad.apply_or_torch(y, gradients[0], ctx.geometry) if of_x else None,
+            ConvForward.apply_or_torch(x, gradients[0], ctx.geometry) if of_y else None,
             None,
         )
 
@@ -341,7 +348,7 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def _own(x: Tensor) -> Tensor:
+def _channels_first_copy(x: Tensor) -> Tensor:
     """`channels_first` of a tensor that nothing else uses, contiguous."""
     return as_base_tensor(channels_first(x.contiguous()))
 
@@ -350,14 +357,16 @@ class Convolution(torch.autograd.Function):
     """With a bias, and in torch's layout: grids (B, C, H, W) and (B, O, h, w), weights (O, C, rows, columns)."""
 
     @staticmethod
-    def keep(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry, weighs: bool, transposed: bool) -> None:
+    def save(
+        ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry, weight_by_product: bool, transposed: bool
+    ) -> None:
         """Save what the derivatives need."""
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.weighs, ctx.transposed = geometry, weighs, transposed
+        ctx.geometry, ctx.weight_by_product, ctx.transposed = geometry, weight_by_product, transposed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients with respect to the input, the weights (by `weigh` if requested) and the bias."""
+        """The gradients with respect to the input, the weights (by `conv_weight_grad` if requested) and the bias."""
         g, (x, weight), (of_x, of_weight, of_bias, *_) = gradients[0], ctx.saved_tensors, ctx.needs_input_grad
         by_bias = g.sum((0, 2, 3)) if of_bias else None
         # the gradient that is needed next is computed last, so it is still in the cache
@@ -368,31 +377,39 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def by_weight(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
         """The gradient with respect to the weights, channels last."""
-        if not ctx.weighs:
+        if not ctx.weight_by_product:
             return Convolution.by_torch(ctx, g, x, weight, (False, True, False))[1]
         large, small = (g, x) if ctx.transposed else (x, g)
-        return channels_first(Weigh.of(channels_last(large), channels_last(small), ctx.geometry))
+        return channels_first(ConvWeightGrad.apply_or_torch(channels_last(large), channels_last(small), ctx.geometry))
 
     @staticmethod
     def by_torch(
-        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, asked: tuple[bool, bool, bool]
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, output_mask: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
         """The requested derivatives."""
         extra = ctx.geometry.output_padding() if ctx.transposed else (0, 0)
         settings = ctx.geometry.stride, ctx.geometry.padding, (1, 1), ctx.transposed, extra, 1
-        found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(g, x, weight, None, *settings, asked)
+        found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+            g, x, weight, None, *settings, output_mask
+        )
         return found
 
 
-class Apart(Convolution):
+class SeparateGradients(Convolution):
     """A convolution, transposed or not, whose derivatives are computed separately."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, weighs: bool, transposed: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        weight_by_product: bool,
+        transposed: bool,
     ) -> Tensor:
         """The values; oneDNN adds a bias number by number if the larger grid is not a whole number of strides."""
-        Convolution.keep(ctx, x, weight, geometry, weighs, transposed)
+        Convolution.save(ctx, x, weight, geometry, weight_by_product, transposed)
         if not transposed:
             return F.conv2d(x, weight, bias, geometry.stride, geometry.padding)
         within = None if leaves_rest(geometry.large, geometry.stride) else bias
@@ -401,17 +418,23 @@ class Apart(Convolution):
         return out if bias is None or within is not None else out.add_(bias[:, None, None])
 
 
-class Overlay(Convolution):
+class OverlapAdd(Convolution):
     """A transposed convolution: products of each point with the weights, summed where they overlap."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, weighs: bool, transposed: bool
+        ctx: Any,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        weight_by_product: bool,
+        transposed: bool,
     ) -> Tensor:
         """The values."""
-        Convolution.keep(ctx, y, weight, geometry, weighs, transposed)
-        x = spread(channels_last(y).contiguous(), channels_last(weight).contiguous(), geometry)
-        return _own(x if bias is None else x.add_(bias))
+        Convolution.save(ctx, y, weight, geometry, weight_by_product, transposed)
+        x = conv_input_grad(channels_last(y).contiguous(), channels_last(weight).contiguous(), geometry)
+        return _channels_first_copy(x if bias is None else x.add_(bias))
 
 
 class SubPixel(Convolution):
@@ -422,10 +445,16 @@ class SubPixel(Convolution):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, weighs: bool, transposed: bool
+        ctx: Any,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        weight_by_product: bool,
+        transposed: bool,
     ) -> Tensor:
         """The values."""
-        Convolution.keep(ctx, y, weight, geometry, weighs, transposed)
+        Convolution.save(ctx, y, weight, geometry, weight_by_product, transposed)
         (top, left), (down, right) = geometry.padding, geometry.stride
         # zeros that make the kernel a whole number of strides, and what padding removes as well
         above, before = -top % down, -left % right
@@ -442,4 +471,4 @@ class SubPixel(Convolution):
         height, width = geometry.large
         x = x[:, i : i - (-height // down), j : j - (-width // right)]
         x = x.unflatten(3, (down, right, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return _own(x[:, :height, :width])
+        return _channels_first_copy(x[:, :height, :width])

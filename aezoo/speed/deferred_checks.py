@@ -86,7 +86,7 @@ class _Copy:
 
 
 class Rollback:
-    """Undoes the steps of a light loop that were not finite.
+    """Undoes the steps of a fast loop that were not finite.
 
     A step is trusted, checked by itself, or repeated. The first step of an epoch is checked, because it shows what a
     step changes. Steps after an undone step are also checked.
@@ -100,39 +100,39 @@ class Rollback:
         self._step: FusedStep | None = None
         self._copy: _Copy | None = None
         # (index of the batch, whether it is the epoch's last) of the steps since the copy; None if none is trusted
-        self._taken: list[tuple[int, bool]] | None = None
+        self._unchecked: list[tuple[int, bool]] | None = None
         self._ends_at = 0.0
-        self._unwatch: Callable[[], None] = _nothing
+        self._remove_hook: Callable[[], None] = _nothing
 
     def begin_epoch(self, step: FusedStep | None) -> None:
         """Start an epoch whose steps are trusted, or with None, checked individually."""
-        self._step, self._taken = step, None
+        self._step, self._unchecked = step, None
 
     def prepare_step(self) -> None:
         """Start to trust steps or, after `PERIOD` steps, check the trusted ones; call it between two steps."""
-        if self._taken is not None and len(self._taken) < PERIOD and time.monotonic() < self._ends_at:
+        if self._unchecked is not None and len(self._unchecked) < PERIOD and time.monotonic() < self._ends_at:
             return
-        self.settle()
+        self.finish_checks()
         groups = [] if self._step is None else self._step.groups
         if groups and all(group.left >= _LEAST_MEMORY for group in groups) and self._has_room(groups):
             self._begin()
 
     @property
-    def is_trusting(self) -> bool:
+    def is_deferring(self) -> bool:
         """Whether the current step is taken without checking its gradients."""
-        return self._taken is not None
+        return self._unchecked is not None
 
-    def note(self, loss: Any, batch_idx: int) -> bool:
+    def record(self, loss: Any, batch_idx: int) -> bool:
         """Record the current, trusted step with this loss; return False if it cannot be trusted."""
         plan = self._loop.plan
-        if self._taken is None or plan is None or loss is None or not plan.guard.passes_loss(loss):
+        if self._unchecked is None or plan is None or loss is None or not plan.guard.passes_loss(loss):
             return False
         if self._step is None or self._copy is None or self._step.groups is not self._copy.groups:
             return False  # it changes more than was copied
-        self._taken.append((batch_idx, self._loop.batch_progress.is_last_batch))
+        self._unchecked.append((batch_idx, self._loop.batch_progress.is_last_batch))
         return True
 
-    def settle(self, in_step: bool = False) -> bool:
+    def finish_checks(self, in_step: bool = False) -> bool:
         """End the trust: check the moments, and repeat the steps if they are bad.
 
         Args:
@@ -142,14 +142,14 @@ class Rollback:
             Whether weights, moments and buffers have changed.
         """
         try:
-            return self._settle(in_step)
+            return self._finish_checks(in_step)
         finally:
-            self._unwatch()
+            self._remove_hook()
 
     def close(self) -> None:
         """Forget everything."""
-        self._unwatch()
-        self._step = self._copy = self._taken = None
+        self._remove_hook()
+        self._step = self._copy = self._unchecked = None
 
     def _has_room(self, groups: list[Group]) -> bool:
         if self._copy is None or self._copy.groups is not groups:
@@ -164,13 +164,13 @@ class Rollback:
     def _begin(self) -> None:
         assert self._copy is not None
         self._copy.remember()
-        self._taken, self._ends_at = [], time.monotonic() + SECONDS
-        # all code that saves weights calls state_dict. A hook must not remove itself, so it calls `_settle`
-        watch = self._loop.trainer.lightning_module.register_state_dict_pre_hook(lambda *_: self._settle())
-        self._unwatch = watch.remove
+        self._unchecked, self._ends_at = [], time.monotonic() + SECONDS
+        # all code that saves weights calls state_dict. A hook must not remove itself, so it calls `_finish_checks`
+        watch = self._loop.trainer.lightning_module.register_state_dict_pre_hook(lambda *_: self._finish_checks())
+        self._remove_hook = watch.remove
 
-    def _settle(self, in_step: bool = False) -> bool:
-        taken, self._taken = self._taken, None
+    def _finish_checks(self, in_step: bool = False) -> bool:
+        taken, self._unchecked = self._unchecked, None
         if taken is None or self._copy is None:
             return False
         if self._copy.is_finite(len(taken)) and not (in_step and self._copy.has_buffers):
@@ -178,10 +178,10 @@ class Rollback:
         self._step = None  # for the rest of the epoch
         # the caller of state_dict may have disabled gradients or enabled autocast
         with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-            self._take_again(self._copy, taken)
+            self._replay_steps(self._copy, taken)
         return True
 
-    def _take_again(self, was: _Copy, taken: list[tuple[int, bool]]) -> None:
+    def _replay_steps(self, was: _Copy, taken: list[tuple[int, bool]]) -> None:
         """Repeat the steps; after an error the state is that of the step that raised it."""
         loop = self._loop
         counters = loop.counters()

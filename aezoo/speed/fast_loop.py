@@ -1,4 +1,4 @@
-"""A light training loop: Lightning's own without unused features.
+"""A fast training loop: Lightning's own without unused features.
 
 At 5 ms per step Lightning 2.6 spends 0.4 to 0.5 ms on empty hooks, metrics that were not logged and transfers that move
 nothing. `install_fast_loop` replaces Lightning's epoch loop by one that does the same things in the same order for
@@ -26,10 +26,12 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from aezoo.speed.deferred_checks import Rollback
+from aezoo.speed.denormals import flushed_denormals
 from aezoo.speed.graph_capture import CapturedStep
-from aezoo.speed.joint_backward import Joint
+from aezoo.speed.joint_backward import JointStep
+from aezoo.speed.parts import is_enabled
 from aezoo.speed.step_plan import Plan, is_plain, transfer
-from aezoo.training.compilation import compiled_alike, flushed_denormals, full_batch
+from aezoo.training.compilation import full_batch
 from aezoo.training.optimizers import with_gradients
 
 try:
@@ -38,7 +40,7 @@ try:
 except ImportError:  # pragma: no cover (a Lightning to come)
     _TrainingEpochLoop, ClosureResult = object, None  # type: ignore[assignment,misc]
 
-# private attributes of Lightning that the light loop uses, relative to the trainer
+# private attributes of Lightning that the fast loop uses, relative to the trainer
 _NEEDED = (
     "_logger_connector._first_loop_iter",
     "_logger_connector.on_batch_end",
@@ -89,7 +91,7 @@ _EPSILON = 1e-6
 
 
 def missing(trainer: pl.Trainer) -> str | None:
-    """The first attribute of Lightning that the light loop uses and this version lacks; None if it has all."""
+    """The first attribute of Lightning that the fast loop uses and this version lacks; None if it has all."""
     if ClosureResult is None:
         return "_TrainingEpochLoop or ClosureResult"
     for path in _NEEDED:
@@ -102,7 +104,7 @@ def missing(trainer: pl.Trainer) -> str | None:
 
 
 def install_fast_loop(trainer: pl.Trainer) -> bool:
-    """Use the light loop for this fit if it does the same as Lightning's; call it when training starts.
+    """Use the fast loop for this fit if it does the same as Lightning's; call it when training starts.
 
     Returns:
         Whether it is used.
@@ -123,7 +125,7 @@ def install_fast_loop(trainer: pl.Trainer) -> bool:
 
 
 def plan_of(trainer: pl.Trainer) -> Plan | None:
-    """The plan of a fit; None if the light loop cannot do the same as Lightning's."""
+    """The plan of a fit; None if the fast loop cannot do the same as Lightning's."""
     module, loader, optimizers = trainer.lightning_module, trainer.train_dataloader, trainer.optimizers
     suits = (
         module.automatic_optimization
@@ -146,11 +148,11 @@ def batch_is_private(trainer: pl.Trainer) -> bool:
     return plan is not None and plan.batch_is_private
 
 
-def tell(trainer: pl.Trainer, of_others: Callable[[], None]) -> None:
-    """Call this function when the participants in a step change during this fit, if it uses the light loop."""
+def on_participants_changed(trainer: pl.Trainer, on_change: Callable[[], None]) -> None:
+    """Call this function when the participants in a step change during this fit, if it uses the fast loop."""
     plan = getattr(trainer.fit_loop.epoch_loop, "plan", None)
     if plan is not None:
-        plan.of_others = of_others
+        plan.on_change = on_change
 
 
 def uses_only_torch_rng(trainer: pl.Trainer) -> bool:
@@ -159,8 +161,8 @@ def uses_only_torch_rng(trainer: pl.Trainer) -> bool:
     return plan is not None and plan.uses_only_torch_rng
 
 
-def capture(trainer: pl.Trainer) -> bool:
-    """Use a CUDA graph for the whole step if the light loop's plan allows it; returns whether it does."""
+def capture_steps(trainer: pl.Trainer) -> bool:
+    """Use a CUDA graph for the whole step if the fast loop's plan allows it; returns whether it does."""
     loop = trainer.fit_loop.epoch_loop
     if not isinstance(loop, FastLoop) or loop.plan is None or not loop.plan.can_capture:
         return False
@@ -169,14 +171,14 @@ def capture(trainer: pl.Trainer) -> bool:
     return True
 
 
-def join(trainer: pl.Trainer, joint: Joint) -> None:
-    """Compute a loss and its gradients jointly in each step for which the light loop's plan allows it."""
+def set_joint_step(trainer: pl.Trainer, joint: JointStep) -> None:
+    """Compute a loss and its gradients jointly in each step for which the fast loop's plan allows it."""
     loop = trainer.fit_loop.epoch_loop
     if isinstance(loop, FastLoop) and loop.plan is not None:
         loop.plan.joint = joint
 
 
-def trust(trainer: pl.Trainer) -> bool:
+def defer_checks(trainer: pl.Trainer) -> bool:
     """Let the fault guard check many steps together if the plan allows it; returns whether it does.
 
     Call it for a module whose only state is in its weights, buffers and epoch means, and whose noise is a function of
@@ -194,7 +196,7 @@ class FastLoop(_TrainingEpochLoop):
 
     plan: Plan | None = None
     # whether the guard's hooks are called
-    _loud = True
+    _calls_guard_hooks = True
     # norm of all gradients of the current step, if it is known and needed for clipping
     _norm: Tensor | None = None
 
@@ -206,18 +208,17 @@ class FastLoop(_TrainingEpochLoop):
 
     def run(self, data_fetcher: Any) -> None:
         trainer = self.trainer
-        if self.plan is not None and not self.plan.is_of(trainer):
-            self._plan_anew()
+        if self.plan is not None and not self.plan.matches(trainer):
+            self._renew_plan()
         if self.plan is not None:
             self.plan.begin_epoch(trainer)
             if self.plan.rollback is not None:
                 self.plan.rollback.begin_epoch(self.plan.step if self.plan.can_go_back(trainer) else None)
-        is_compiled = getattr(trainer.lightning_module, "_compiled", None) is not None
-        with flushed_denormals(), compiled_alike() if is_compiled else nullcontext():
+        with flushed_denormals() if is_enabled("denormals") else nullcontext():
             try:
                 super().run(data_fetcher)
             finally:
-                self._settle()
+                self._finish_checks()
 
     def teardown(self) -> None:
         if self.plan is not None and self.plan.rollback is not None:
@@ -226,9 +227,9 @@ class FastLoop(_TrainingEpochLoop):
         super().teardown()
         self.__class__ = _TrainingEpochLoop
 
-    def _plan_anew(self) -> None:
+    def _renew_plan(self) -> None:
         """Make a new plan, since the participants in a step have changed."""
-        self._settle()
+        self._finish_checks()
         old, self.plan = self.plan, None
         assert old is not None
         # another module has not requested this loop
@@ -238,16 +239,16 @@ class FastLoop(_TrainingEpochLoop):
         if new is not None:
             same = new.can_capture and new.optimizer is old.optimizer
             new.captured, new.rollback, new.joint = old.captured if same else None, old.rollback, old.joint
-            new.of_others = old.of_others
+            new.on_change = old.on_change
         elif old.rollback is not None:
             old.rollback.close()
         self.plan = new
-        if old.of_others is not None:
-            old.of_others()
+        if old.on_change is not None:
+            old.on_change()
 
     def advance(self, data_fetcher: Any) -> None:
-        if self.plan is not None and not self.plan.seems_of(self.trainer):
-            self._plan_anew()
+        if self.plan is not None and not self.plan.seems_to_match(self.trainer):
+            self._renew_plan()
         plan = self.plan
         # Lightning's weight averaging passes an epoch without backward
         if plan is None or self.restarting or self.automatic_optimization._skip_backward:
@@ -259,10 +260,10 @@ class FastLoop(_TrainingEpochLoop):
         simple = trainer.accumulate_grad_batches == 1 and not plan.step.is_watched()
         if plan.rollback is not None:
             if not simple:
-                plan.rollback.settle()
+                plan.rollback.finish_checks()
                 plan.rollback.begin_epoch(None)
             plan.rollback.prepare_step()
-        self.val_loop.restarting, self._loud = False, plan.guard is None or not simple
+        self.val_loop.restarting, self._calls_guard_hooks = False, plan.guard is None or not simple
         batch = next(data_fetcher)[0] if plan.prepare is None else self._next(data_fetcher)
         batch_idx = progress.current.ready
         progress.is_last_batch = data_fetcher.done
@@ -275,11 +276,11 @@ class FastLoop(_TrainingEpochLoop):
         if batch is None:
             self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
         else:
-            self._ask("on_train_batch_start", batch, batch_idx)
+            self._call_hooks("on_train_batch_start", batch, batch_idx)
             progress.increment_started()
-            output = self._optimise(batch, batch_idx)
+            output = self._take_step(batch, batch_idx)
         self._end_step()
-        self._ask("on_train_batch_end", output, batch, batch_idx)
+        self._call_hooks("on_train_batch_end", output, batch, batch_idx)
         # logged values stay in the results; only those that are not reset were logged in this epoch
         logged = any(not value.has_reset for value in results.values())
         if logged:
@@ -308,7 +309,7 @@ class FastLoop(_TrainingEpochLoop):
             or trainer.should_stop
             or plan.plateau
         ):
-            self._settle()
+            self._finish_checks()
             super().on_advance_end(data_fetcher)
             return
         if not self._should_accumulate():
@@ -316,10 +317,10 @@ class FastLoop(_TrainingEpochLoop):
         if trainer.received_sigterm and not self._is_training_done:
             raise SIGTERMException
 
-    def _settle(self) -> None:
+    def _finish_checks(self) -> None:
         """Finish pending checks, since weights are about to be read."""
         if self.plan is not None and self.plan.rollback is not None:
-            self.plan.rollback.settle()
+            self.plan.rollback.finish_checks()
 
     @staticmethod
     def _next(data_fetcher: Any) -> Any:
@@ -329,14 +330,15 @@ class FastLoop(_TrainingEpochLoop):
         data_fetcher.done = data_fetcher.fetched >= data_fetcher.length
         return batch
 
-    def _ask(self, hook: str, *args: Any) -> None:
+    def _call_hooks(self, hook: str, *args: Any) -> None:
         trainer, plan = self.trainer, self.planned
         # the guard must remember at its own place among callbacks that may change the state
-        remembers = hook == "on_train_batch_start" and not (plan.rollback is not None and plan.rollback.is_trusting)
-        for method, is_module in (plan.hooks if self._loud or remembers else plan.quiet)[hook]:
-            self._named(hook, method, *args) if is_module else self._named(hook, method, trainer, plan.module, *args)
+        remembers = hook == "on_train_batch_start" and not (plan.rollback is not None and plan.rollback.is_deferring)
+        hooks = plan.hooks if self._calls_guard_hooks or remembers else plan.hooks_without_guard
+        for method, is_module in hooks[hook]:
+            self._call_as(hook, method, *(args if is_module else (trainer, plan.module, *args)))
 
-    def _named(self, name: str, call: Any, *args: Any, **kwargs: Any) -> Any:
+    def _call_as(self, name: str, call: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a hook under this name, from which it logs."""
         attributes = vars(self.planned.module)  # past torch's __setattr__, which looks for parameters
         before = attributes["_current_fx_name"]
@@ -345,12 +347,12 @@ class FastLoop(_TrainingEpochLoop):
         attributes["_current_fx_name"] = before
         return result
 
-    def _optimise(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def _take_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         plan, trainer = self.planned, self.trainer
         watched = plan.own_step or plan.step.is_watched()
         a_graph = plan.captured is not None and not trainer.lr_scheduler_configs and not watched
         if a_graph and trainer.accumulate_grad_batches == 1:
-            return self._replay(batch, batch_idx)
+            return self._replay_graph(batch, batch_idx)
         if trainer.accumulate_grad_batches > 1 and self._should_accumulate():
             return self._forward_and_backward(batch, batch_idx)
         if watched:
@@ -370,13 +372,13 @@ class FastLoop(_TrainingEpochLoop):
         step = self.automatic_optimization.optim_progress.optimizer.step
         step.increment_ready()
         output: dict[str, Any] | None = None
-        if plan.rollback is not None and plan.rollback.is_trusting:
-            output = self._trusted(plan.rollback, batch, batch_idx)
+        if plan.rollback is not None and plan.rollback.is_deferring:
+            output = self._deferred_step(plan.rollback, batch, batch_idx)
             if output is None:
                 plan.guard.remember()
         if output is None:
-            output = self._looked_at(batch, batch_idx)
-        self._ask("on_before_optimizer_step", plan.optimizer)
+            output = self._checked_step(batch, batch_idx)
+        self._call_hooks("on_before_optimizer_step", plan.optimizer)
         if trainer.gradient_clip_val:
             self._clip()
         plan.step()
@@ -385,10 +387,10 @@ class FastLoop(_TrainingEpochLoop):
         step.increment_completed()
         return output
 
-    def _looked_at(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def _checked_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Gradients of a step that the guard checks, directly or by its hooks."""
         plan = self.planned
-        if self._loud:
+        if self._calls_guard_hooks:
             return self._forward_and_backward(batch, batch_idx)
         output = self._forward_and_backward(batch, batch_idx)
         self._norm = None
@@ -396,7 +398,7 @@ class FastLoop(_TrainingEpochLoop):
         if (self.trainer.gradient_clip_val or 0) > 0 and by_norm and plan.clips_by_norm:
             gradients: list[Any] = [parameter.grad for parameter in with_gradients(plan.optimizer)]
             self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
-        self._consult(plan.guard, output)
+        self._check_by_guard(plan.guard, output)
         return output
 
     def _clip(self) -> None:
@@ -408,7 +410,7 @@ class FastLoop(_TrainingEpochLoop):
         elif norm + _EPSILON > most:
             torch.nn.utils.clip_grads_with_norm_(with_gradients(plan.optimizer), float(most), norm)
 
-    def _trusted(self, rollback: Rollback, batch: Any, batch_idx: int) -> dict[str, Any] | None:
+    def _deferred_step(self, rollback: Rollback, batch: Any, batch_idx: int) -> dict[str, Any] | None:
         """Gradients of a trusted step; None if steps before it were bad and have been undone."""
         plan = self.planned
         zero_grad: Any = self.automatic_optimization.optim_progress.optimizer.zero_grad
@@ -417,13 +419,13 @@ class FastLoop(_TrainingEpochLoop):
             output = self._forward_and_backward(batch, batch_idx)
         except Exception:
             # the reason may be weights that are not finite
-            if not rollback.settle(in_step=True):
+            if not rollback.finish_checks(in_step=True):
                 raise
         else:
-            if rollback.note(output.get("loss"), batch_idx):
+            if rollback.record(output.get("loss"), batch_idx):
                 return output
-            if not rollback.settle(in_step=True):
-                self._consult(plan.guard, output)
+            if not rollback.finish_checks(in_step=True):
+                self._check_by_guard(plan.guard, output)
                 return output
         for counts, n in zip((zero_grad.total, zero_grad.current), before, strict=True):
             counts.ready = counts.started = counts.completed = n
@@ -455,27 +457,27 @@ class FastLoop(_TrainingEpochLoop):
         self.batch_progress.is_last_batch = is_last
         batch = plan.prepare(batch, 0)
         self.batch_progress.increment_ready()
-        self._loud = False
+        self._calls_guard_hooks = False
         plan.guard.remember()
         self.batch_progress.increment_started()
-        output = self._optimise(batch, batch_idx)
+        output = self._take_step(batch, batch_idx)
         self._end_step()
-        if self._loud:
+        if self._calls_guard_hooks:
             plan.guard.on_train_batch_end(self.trainer, plan.module, output, batch, batch_idx)
-        self._loud = False
+        self._calls_guard_hooks = False
         self.batch_progress.increment_completed()
         self._batches_that_stepped += 1
 
-    def _consult(self, guard: Any, output: dict[str, Any]) -> None:
+    def _check_by_guard(self, guard: Any, output: dict[str, Any]) -> None:
         """Call the guard's hooks from here on, unless the step passes."""
         plan = self.planned
         loss, known = output.get("loss"), self._norm is not None and math.isfinite(self._norm)
         passes = loss is not None and (guard.passes_loss(loss) if known else guard.passes(loss, plan.optimizer))
-        self._loud = not passes
-        if self._loud and loss is not None:
+        self._calls_guard_hooks = not passes
+        if self._calls_guard_hooks and loss is not None:
             guard.on_before_backward(self.trainer, plan.module, loss)
 
-    def _replay(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def _replay_graph(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """The same step as one CUDA graph; notifies callbacks that were recorded in it."""
         plan, progress = self.planned, self.automatic_optimization.optim_progress.optimizer
         assert plan.captured is not None
@@ -497,10 +499,10 @@ class FastLoop(_TrainingEpochLoop):
         """Forward, backward and update without synchronisation, so that a graph can hold them."""
         plan = self.planned
         optimizer = plan.optimizer
-        terms, values = plan.within(plan.module.step_terms, x, y)
-        self._ask("on_before_backward", terms["loss"])
+        terms, values = plan.in_precision(plan.module.step_terms, x, y)
+        self._call_hooks("on_before_backward", terms["loss"])
         terms["loss"].backward()
-        self._ask("on_before_optimizer_step", optimizer)
+        self._call_hooks("on_before_optimizer_step", optimizer)
         optimizer.step()
         return {name: term.detach() for name, term in terms.items()}, values
 
@@ -510,11 +512,11 @@ class FastLoop(_TrainingEpochLoop):
             with torch.enable_grad():
                 return self._forward_and_backward(batch, batch_idx)
         trainer, plan = self.trainer, self.planned
-        if trainer.accumulate_grad_batches == 1 and plan.can_join_backward(self._loud):
-            return self._at_once(batch, batch_idx)
+        if trainer.accumulate_grad_batches == 1 and plan.can_join_backward(self._calls_guard_hooks):
+            return self._joint_forward_and_backward(batch, batch_idx)
         module, optimizer = plan.module, plan.optimizer
         arguments = (batch, batch_idx) if plan.takes_index else (batch,)
-        output = plan.within(self._named, "training_step", module.training_step, *arguments)
+        output = plan.in_precision(self._call_as, "training_step", module.training_step, *arguments)
         accumulated = trainer.accumulate_grad_batches
         if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
             shared = accumulated == 1 and plan.loss_is_private
@@ -531,23 +533,23 @@ class FastLoop(_TrainingEpochLoop):
         if batch_idx % accumulated == 0:
             zero_grad = self.automatic_optimization.optim_progress.optimizer.zero_grad
             zero_grad.increment_ready()
-            self._ask("on_before_zero_grad", optimizer)
+            self._call_hooks("on_before_zero_grad", optimizer)
             zero_grad.increment_started()
             if plan.own_zero_grad:
                 of_step = trainer.current_epoch, batch_idx, optimizer
-                self._named("optimizer_zero_grad", module.optimizer_zero_grad, *of_step)
+                self._call_as("optimizer_zero_grad", module.optimizer_zero_grad, *of_step)
             else:
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
                         parameter.grad = None
             zero_grad.increment_completed()
         if loss is not None:
-            self._ask("on_before_backward", loss)
-            self._named("backward", module.backward, loss)
-            self._ask("on_after_backward")
+            self._call_hooks("on_before_backward", loss)
+            self._call_as("backward", module.backward, loss)
+            self._call_hooks("on_after_backward")
         return output
 
-    def _at_once(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def _joint_forward_and_backward(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """The same with gradients computed together with the loss."""
         plan, zero_grad = self.planned, self.automatic_optimization.optim_progress.optimizer.zero_grad
         assert plan.joint is not None
@@ -555,6 +557,6 @@ class FastLoop(_TrainingEpochLoop):
         zero_grad.increment_ready()
         zero_grad.increment_started()
         zero_grad.increment_completed()
-        terms, values = plan.within(plan.joint.step, x, y)
+        terms, values = plan.in_precision(plan.joint.step, x, y)
         plan.module.end_step(terms, values, len(x))
         return {"loss": terms["loss"], **terms}

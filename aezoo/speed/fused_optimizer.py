@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
 from torch.optim import optimizer as of_torch
 
+from aezoo.speed.parts import is_enabled
+
 # private to torch: where one is missing, steps are torch's
 _KNOWN = (
     all(hasattr(torch, name) for name in ("_fused_adam_", "_fused_adamw_"))
@@ -130,7 +132,7 @@ class FusedStep:
         self._optimizer, self._alone = optimizer, alone
         # whether its state says all, and whether its kernel is called by itself
         self._suits = type(optimizer) in _MEMORIES and has_step_of_class(optimizer) and _KNOWN
-        self._has_kernel = self._suits and type(optimizer) in (Adam, AdamW)
+        self._has_kernel = self._suits and type(optimizer) in (Adam, AdamW) and is_enabled("fused_optimizer")
         self._state: Any = None
         self._groups: list[Group] = []
 
@@ -147,7 +149,7 @@ class FusedStep:
             return
         if self._state is not optimizer.state or self._has_changed():
             optimizer.step()
-            self._look_up()
+            self._find_hooks()
             return
         given = [[parameter.grad for parameter in group.parameters] for group in self._groups]
         if not self._has_kernel or any(gradient is None for gradients in given for gradient in gradients):
@@ -193,7 +195,7 @@ class FusedStep:
             for group in self._groups
         )
 
-    def _look_up(self) -> None:
+    def _find_hooks(self) -> None:
         optimizer = self._optimizer
         for settings in optimizer.param_groups:
             plain = bool(settings.get("fused")) and not settings.get("capturable")

@@ -16,14 +16,14 @@ from aezoo.speed import linear
 
 
 @cache
-def teach() -> bool:
+def register() -> bool:
     """Register the lowering with inductor in this process; returns whether this is possible."""
     try:
         from torch._inductor import lowering
 
         straight = lowering.fallback_handler(torch.ops.mkldnn._linear_pointwise.default, False)
-        as_any_other = lowering.fallback_handler(linear.as_operator, False)
-        register = lowering.register_lowering(linear.as_operator, type_promotion_kind=None)
+        as_any_other = lowering.fallback_handler(linear.onednn_linear_op, False)
+        register = lowering.register_lowering(linear.onednn_linear_op, type_promotion_kind=None)
     except (AttributeError, ImportError, TypeError):
         return False
 

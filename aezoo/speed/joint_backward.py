@@ -24,7 +24,7 @@ def can_trace() -> bool:
     return hasattr(settings, _SETTING)
 
 
-class Joint(Compiled):
+class JointStep(Compiled):
     """Terms of a loss whose gradients are set on the module's parameters; compiled as in `Compiled`.
 
     A failure to compile is silent: the loss alone may still compile, and warns if it does not.
@@ -91,5 +91,5 @@ class Joint(Compiled):
             gradients = torch.autograd.grad(terms["loss"], trained, allow_unused=True)
         return {name: term.detach() for name, term in terms.items()}, values, trained, gradients
 
-    def _say(self, error: Exception) -> None:
+    def _warn(self, error: Exception) -> None:
         pass

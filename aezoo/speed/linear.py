@@ -14,11 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from aezoo.speed.swapping import Swapped
+from aezoo.training.tracing import is_exporting
+
 # number of multiplications above which the overhead of Python is small, and above which oneDNN is faster
 _LARGE, _ENOUGH = 2**21, 2**18
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def onednn_linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., K), (N, K), (N,) -> (..., N), without derivatives."""
     rows = a if a.dim() == 2 else a.flatten(0, -2)
     # oneDNN multiplies a matrix with gaps number by number, thousands of times slower, and misreads other strides
@@ -30,7 +33,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if a.dim() == 2 else torch.ops.aten._unsafe_view(out, [*a.shape[:-1], n])
 
 
-def _halved() -> bool:
+def _mkl_uses_half_width() -> bool:
     """Whether MKL uses only half of this processor's width; older versions of torch do not know the processor."""
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     # all AMD processors that compute 512 bits at a time have vp2intersect, and none before them
@@ -39,29 +42,19 @@ def _halved() -> bool:
         return False
     one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     try:
-        return product(one, one).item() == 1
+        return onednn_linear(one, one).item() == 1
     except (AttributeError, RuntimeError, TypeError):  # private to torch, and missing in some builds
         return False
 
 
-MKL_HALF_WIDTH = _halved()
+MKL_HALF_WIDTH = _mkl_uses_half_width()
 # whether inductor calls oneDNN directly, see `aezoo.speed.inductor_lowering`
-straight_from_inductor = False
+lowered_by_inductor = False
 # whether the processor has units for products of 16-bit tiles
-TILES = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))
+HAS_AMX = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))
 
 
-def in_graph() -> bool:
-    """Whether a graph is being traced, for inductor or for export."""
-    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
-
-
-def is_exporting() -> bool:
-    """Whether a graph is being exported, which should contain torch's own operators."""
-    return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[attr-defined]
-
-
-def needs_torch(*tensors: Tensor) -> bool:
+def needs_torch_autograd(*tensors: Tensor) -> bool:
     """Whether derivatives are being computed for which only torch's own operators have rules.
 
     These are those of torch.func, forward-mode ones, and batched ones, as in
@@ -84,28 +77,28 @@ def _backward(multiply: Callable[..., Tensor], ctx: Any, g: Tensor) -> tuple[Ten
     )
 
 
-class Product(torch.autograd.Function):
-    """`product`, with derivatives of any order."""
+class OneDNNLinear(torch.autograd.Function):
+    """`onednn_linear`, with derivatives of any order."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         """The values."""
         of_a, of_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(a if of_b else None, b if of_a else None)
-        return product(a, b, bias)
+        return onednn_linear(a, b, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients with respect to both factors and to the bias."""
-        multiply = Product.apply if torch.is_grad_enabled() else product
-        return _backward(F.linear if needs_torch(*gradients) else multiply, ctx, *gradients)
+        multiply = OneDNNLinear.apply if torch.is_grad_enabled() else onednn_linear
+        return _backward(F.linear if needs_torch_autograd(*gradients) else multiply, ctx, *gradients)
 
 
-# the same as a custom operator: inductor uses oneDNN's only for constant weights, and `Product` is faster
+# the same as a custom operator: inductor uses oneDNN's only for constant weights, and `OneDNNLinear` is faster
 _ops = torch.library.Library("aezoo", "FRAGMENT")
 if not hasattr(torch.ops.aezoo, "product"):
     _ops.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
-    _ops.impl("product", product, "CPU")
+    _ops.impl("product", onednn_linear, "CPU")
     # for shapes without values; register_fake would search all of Python's modules
     _ops.impl("product", lambda a, b, bias: a.new_empty(*a.shape[:-1], len(b)), "Meta")
     torch.library.register_autograd(
@@ -114,14 +107,14 @@ if not hasattr(torch.ops.aezoo, "product"):
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
         lib=_ops,
     )
-as_operator = torch.ops.aezoo.product.default
+onednn_linear_op = torch.ops.aezoo.product.default
 
 
 def _flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * a.numel() * b[0]
 
 
-def count(operator: Any, flops: Callable[..., int]) -> None:
+def register_flops(operator: Any, flops: Callable[..., int]) -> None:
     """Register an operator with torch's FLOP counter, if this build of torch has it.
 
     Args:
@@ -132,21 +125,21 @@ def count(operator: Any, flops: Callable[..., int]) -> None:
         register_flop_formula(operator)(flops)
 
 
-count(getattr(torch.ops.mkldnn, "_linear_pointwise", None), _flops)
+register_flops(getattr(torch.ops.mkldnn, "_linear_pointwise", None), _flops)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: (..., K), (N, K), (N,) -> (..., N)."""
-    if MKL_HALF_WIDTH and _suits(x, weight, bias):
+    if MKL_HALF_WIDTH and _is_supported(x, weight, bias):
         if torch.compiler.is_compiling():
-            out: Tensor = as_operator(x, weight, bias)
+            out: Tensor = onednn_linear_op(x, weight, bias)
         else:
-            out = Product.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
+            out = OneDNNLinear.apply(x, weight, bias) if torch.is_grad_enabled() else onednn_linear(x, weight, bias)
         return out
     return F.linear(x, weight, bias)
 
 
-def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _is_supported(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if is_exporting():
         return False
     given = [x, weight] if bias is None else [x, weight, bias]
@@ -155,7 +148,7 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     # torch's error names shapes that do not fit
     matrices = x.dim() > 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
     fits = matrices and (bias is None or bias.shape == weight.shape[:1])
-    return fits and _is_large(x.numel() * len(weight)) and not needs_torch()
+    return fits and _is_large(x.numel() * len(weight)) and not needs_torch_autograd()
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -168,12 +161,14 @@ def _is_large(multiplications: Any) -> bool:
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        return statically_known_true(multiplications >= (_ENOUGH if straight_from_inductor else _LARGE))
+        return statically_known_true(multiplications >= (_ENOUGH if lowered_by_inductor else _LARGE))
     return bool(multiplications >= _LARGE) and torch._C._get_mkldnn_enabled()
 
 
-class Linear(nn.Linear):
+class Linear(Swapped, nn.Linear):
     """`torch.nn.Linear`."""
+
+    plain = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in features) -> (..., out features)."""

@@ -2,7 +2,7 @@
 
 A fit keeps images with channels last. Values and gradients of vectors have layout (C, H, W), and torch's operations
 take ten times as long if the layouts of their inputs differ: a third of a step of the convolutional VAE with one stage.
-Copying is faster. A compiled graph plans its own memory. Some layers use the abreast layout, see
+Copying is faster. A compiled graph plans its own memory. Some layers use the batch-inner layout, see
 `aezoo.speed.batch_inner_conv`; channels are last in it, too.
 """
 
@@ -11,26 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aezoo.speed import linear
+from aezoo.speed.linear import needs_torch_autograd
+from aezoo.speed.swapping import Swapped
+from aezoo.training.tracing import is_tracing
 
 
-class _Laid(torch.autograd.Function):
+class _ConvertLayout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, abreast: bool) -> Tensor:
-        ctx.abreast = is_abreast(x)
-        return lay(x, abreast)
+    def forward(ctx: Any, x: Tensor, batch_inner: bool) -> Tensor:
+        ctx.batch_inner = is_batch_inner(x)
+        return to_layout(x, batch_inner)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return lay(gradients[0], ctx.abreast), None
+        return to_layout(gradients[0], ctx.batch_inner), None
 
 
-def is_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether x is images with several channels and with channels last in memory."""
     return x.dim() == 4 and x.stride(1) == 1 < x.shape[1]
 
 
-def is_abreast(x: Tensor) -> bool:
+def is_batch_inner(x: Tensor) -> bool:
     """Whether x is several images with memory layout (H, W, B, C)."""
     if x.dim() != 4 or len(x) < 2:
         return False
@@ -38,9 +40,9 @@ def is_abreast(x: Tensor) -> bool:
     return x.stride() == (c, 1, w * b * c, b * c)
 
 
-def lay(x: Tensor, abreast: bool) -> Tensor:
+def to_layout(x: Tensor, batch_inner: bool) -> Tensor:
     """Convert images to memory layout (H, W, B, C), or (B, H, W, C); no copy if they already have it."""
-    if abreast:
+    if batch_inner:
         return x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -50,46 +52,57 @@ def as_base_tensor(x: Tensor) -> Tensor:
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
-def in_order(x: Tensor) -> Tensor:
+def keep_grad_layout(x: Tensor) -> Tensor:
     """x, with a gradient in the layout of x if that is channels last."""
-    if not (is_last(x) and x.requires_grad) or linear.in_graph() or linear.needs_torch(x):
+    if not (is_channels_last(x) and x.requires_grad) or is_tracing() or needs_torch_autograd(x):
         return x
-    out: Tensor = _Laid.apply(x, is_abreast(x))
+    out: Tensor = _ConvertLayout.apply(x, is_batch_inner(x))
     return out
 
 
-def laid(x: Tensor, abreast: bool) -> Tensor:
-    """Convert images to the other layout, as `lay` does; their gradient keeps the current layout."""
-    if is_abreast(x) is abreast:
+def convert_layout(x: Tensor, batch_inner: bool) -> Tensor:
+    """Convert images to the other layout, as `to_layout` does; their gradient keeps the current layout."""
+    if is_batch_inner(x) is batch_inner:
         return x
-    out: Tensor = _Laid.apply(x, abreast)
+    out: Tensor = _ConvertLayout.apply(x, batch_inner)
     return out
 
 
-def like(x: Tensor, other: Tensor) -> Tensor:
+def with_layout_of(x: Tensor, other: Tensor) -> Tensor:
     """x, in the layout of another tensor of its shape if that is images with channels last."""
-    last = is_last(other) and not linear.in_graph()
-    return lay(x, is_abreast(other)) if last else x
+    last = is_channels_last(other) and not is_tracing()
+    return to_layout(x, is_batch_inner(other)) if last else x
 
 
-class Flatten(nn.Flatten):
+class Flatten(Swapped, nn.Flatten):
     """`torch.nn.Flatten`."""
+
+    plain = nn.Flatten
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C H W)."""
-        return super().forward(in_order(input))
+        return super().forward(keep_grad_layout(input))
 
 
-class ChannelsLast(nn.Module):
-    """The identity; converts images to channels last if the model's images have them.
+class Unflatten(Swapped, nn.Unflatten):
+    """`torch.nn.Unflatten`, with images in channels last."""
 
-    Attributes:
-        on: whether they have, set by `aezoo.training.compilation.to_channels_last`.
-    """
+    plain = nn.Unflatten
 
-    on = False
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C H W) -> (B, C, H, W)."""
+        x = super().forward(input)
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and not is_tracing() else x
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(...) -> (...)."""
-        images = self.on and x.dim() == 4 and not linear.in_graph()
-        return x.contiguous(memory_format=torch.channels_last) if images else x
+
+def to_channels_last(module: nn.Module) -> bool:
+    """Give 2-D convolutions their faster memory layout, with the same values. Returns whether there are any."""
+    if not any(isinstance(part, nn.Conv2d | nn.ConvTranspose2d) for part in module.modules()):
+        return False
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return True
+
+
+def to_channels_first(module: nn.Module) -> None:
+    """Give weights torch's default memory layout again, with the same values."""
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""A light prediction loop: Lightning's own without unused features, like `aezoo.speed.fast_loop` for training.
+"""A fast prediction loop: Lightning's own without unused features, like `aezoo.speed.fast_loop` for training.
 
 Lightning 2.6 spends 0.1 ms per batch of a prediction, half of it on empty hooks, repeated inspection of signatures and
 transfers that move nothing. If one process predicts on one device, this loop looks up the implemented hooks once, at
@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import move_data_to_device
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from aezoo.speed.step_plan import Hook, asked, in_place, is_plain, transfer
+from aezoo.speed.step_plan import Hook, hooks_of, is_plain, resident_transform, transfer
 
 try:
     from lightning.pytorch.loops.prediction_loop import _PredictionLoop
@@ -26,14 +26,14 @@ _AROUND = ("on_predict_batch_start", "on_predict_batch_end")
 
 
 def install_predict_loop(trainer: pl.Trainer) -> None:
-    """Offer the light loop for this prediction; call it when prediction starts."""
+    """Offer the fast loop for this prediction; call it when prediction starts."""
     loop: Any = trainer.predict_loop
-    if type(loop) in (_PredictionLoop, LightPredictions) and all(hasattr(loop, name) for name in _PRIVATE):
-        loop.__class__ = LightPredictions
+    if type(loop) in (_PredictionLoop, FastPredictionLoop) and all(hasattr(loop, name) for name in _PRIVATE):
+        loop.__class__ = FastPredictionLoop
         loop.hooks = None
 
 
-class LightPredictions(_PredictionLoop):
+class FastPredictionLoop(_PredictionLoop):
     """The prediction loop with its hooks looked up at the first batch.
 
     Attributes:
@@ -44,7 +44,7 @@ class LightPredictions(_PredictionLoop):
     hooks: dict[str, list[tuple[Hook, bool]]] | None = None
     prepare: Hook | None = None
 
-    def _look_up(self) -> None:
+    def _find_hooks(self) -> None:
         trainer = self.trainer
         step = trainer.lightning_module.predict_step
         suits = (
@@ -54,9 +54,9 @@ class LightPredictions(_PredictionLoop):
             and is_param_in_hook_signature(step, "batch_idx", min_args=2)
             and not is_param_in_hook_signature(step, "dataloader_iter", explicit=True)
         )
-        self.hooks = {name: asked(name, trainer) for name in _AROUND} if suits else {}
+        self.hooks = {name: hooks_of(name, trainer) for name in _AROUND} if suits else {}
         assert self._combined_loader is not None
-        self.prepare = in_place(trainer, self._combined_loader.flattened[0]) if suits else None
+        self.prepare = resident_transform(trainer, self._combined_loader.flattened[0]) if suits else None
 
     def teardown(self) -> None:
         self.hooks, self.prepare = {}, None  # only valid for this prediction
@@ -64,26 +64,26 @@ class LightPredictions(_PredictionLoop):
 
     def _predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int, dataloader_iter: Any) -> None:
         if self.hooks is None:
-            self._look_up()
+            self._find_hooks()
         if not self.hooks:
             super()._predict_step(batch, batch_idx, dataloader_idx, dataloader_iter)
             return
         trainer, progress = self.trainer, self.batch_progress
         batch = transfer(trainer, batch) if self.prepare is None else self.prepare(batch, 0)
         progress.increment_ready()
-        self._ask("on_predict_batch_start", batch, batch_idx)
+        self._call_hooks("on_predict_batch_start", batch, batch_idx)
         progress.increment_started()
         with trainer.precision_plugin.predict_step_context():
             found = trainer.lightning_module.predict_step(batch, batch_idx)
         if found is None:
             self._warning_cache.warn("predict returned None if it was on purpose, ignore this warning...")
         progress.increment_processed()
-        self._ask("on_predict_batch_end", found, batch, batch_idx)
+        self._call_hooks("on_predict_batch_end", found, batch, batch_idx)
         progress.increment_completed()
         if self._return_predictions:
             self._predictions[0].append(move_data_to_device(found, torch.device("cpu")))
 
-    def _ask(self, name: str, *args: Any) -> None:
+    def _call_hooks(self, name: str, *args: Any) -> None:
         assert self.hooks is not None
         for hook, is_module in self.hooks[name]:
             if is_module:

@@ -26,7 +26,7 @@ from aezoo.data.resident import ResidentLoader
 from aezoo.speed.deferred_checks import Rollback
 from aezoo.speed.fused_optimizer import FusedStep, has_step_of_class
 from aezoo.speed.graph_capture import CapturedStep
-from aezoo.speed.joint_backward import Joint
+from aezoo.speed.joint_backward import JointStep
 from aezoo.training.projected_weights import Constrained
 
 Hook = Callable[..., Any]
@@ -63,27 +63,27 @@ class Plan:
         module: Any = trainer.lightning_module  # Any, since models of this package have further methods
         self.module = module
         self.optimizer = trainer.optimizers[0]
-        self._parties = _parties(trainer)
+        self._participants = _participants(trainer)
         precision = trainer.precision_plugin
         self.context = None if type(precision) is Precision else precision.train_step_context
-        self.hooks = {name: asked(name, trainer) for name in (*_AROUND_STEP, *_WITHIN_STEP)}
+        self.hooks = {name: hooks_of(name, trainer) for name in (*_AROUND_STEP, *_WITHIN_STEP)}
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         self._callbacks = len(callbacks)
         hooked = [_owner(hook) for name in _AROUND_STEP for hook, _ in self.hooks[name]]
         # callbacks of this package and of Lightning only read a batch's length
         self.batch_is_private = all(_is_ours(who) for who in hooked)
-        layers = all(_is_as_written(part, "aezoo", "torch") for part in module.modules())
+        layers = all(_is_unmodified(part, "aezoo", "torch") for part in module.modules())
         # no foreign code runs
-        self.is_private = layers and all(_is_as_written(callback, *_OURS) for callback in callbacks)
+        self.is_private = layers and all(_is_unmodified(callback, *_OURS) for callback in callbacks)
         # only foreign code draws from NumPy's and Python's generators
         self.uses_only_torch_rng = self.is_private and _data_are_ours(trainer)
         within = [_owner(hook) for name in _WITHIN_STEP for hook, _ in self.hooks[name]]
         # nothing can change the loss between a step and its end
-        self.loss_is_private = all(_is_ours(who) for who in (*hooked, *within)) and _is_ours_too(module, "backward")
+        self.loss_is_private = all(_is_ours(who) for who in (*hooked, *within)) and _has_our_method(module, "backward")
         constrained = isinstance(module, Constrained)
         theirs = Constrained if constrained else pl.LightningModule
         self.own_step = any(is_overridden(name, module, theirs) for name in _OWN_STEP)
-        self.own_step |= not _is_ours_too(module, "clip_gradients") or not _steps_by_itself(self.optimizer)
+        self.own_step |= not _has_our_method(module, "clip_gradients") or not _steps_by_itself(self.optimizer)
         self.after_step: Hook | None = module.after_optimizer_step if constrained else None
         # torch's zero_grad does the same with records for its profiler, at ten times the cost
         self.own_zero_grad = (
@@ -92,11 +92,11 @@ class Plan:
             or "zero_grad" in vars(self.optimizer)
         )
         self.takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        self.prepare = in_place(trainer, trainer.train_dataloader)
+        self.prepare = resident_transform(trainer, trainer.train_dataloader)
         self.captured: CapturedStep | None = None
-        self.joint: Joint | None = None
+        self.joint: JointStep | None = None
         # called when another plan replaces this one
-        self.of_others: Callable[[], None] | None = None
+        self.on_change: Callable[[], None] | None = None
         # callbacks within a step: a graph can hold those with `capturable`
         self.recorded: list[Any] = list({_owner(hook): None for name in _RECORDED for hook, _ in self.hooks[name]})
         a_batch_is_a_step = (
@@ -122,7 +122,7 @@ class Plan:
         has_last_word = len(guards) == 1 and all(others)
         self.guard: Any = guards[0] if has_last_word and a_batch_is_a_step else None
         # the hooks without the guard's, which are not called for a step that passes
-        self.quiet = {
+        self.hooks_without_guard = {
             name: [(hook, own) for hook, own in hooks if _owner(hook) is not self.guard]
             for name, hooks in self.hooks.items()
         }
@@ -130,7 +130,7 @@ class Plan:
         self.clips_by_norm = (
             trainer.strategy.root_device.type == "cpu"
             and type(precision) is Precision
-            and not self.quiet["on_before_optimizer_step"]
+            and not self.hooks_without_guard["on_before_optimizer_step"]
         )
         self.plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
         self.rollback: Rollback | None = None
@@ -146,18 +146,18 @@ class Plan:
             and trainer.val_check_batch in (float("inf"), trainer.num_training_batches)
         )
         self._is_alone = self._has_no_watchers(trainer)
-        by_torch = _is_ours_too(self.module, "backward") and not self.own_zero_grad
+        by_torch = _has_our_method(self.module, "backward") and not self.own_zero_grad
         self._gradients_are_private = by_torch and self._is_alone
         if self.joint is not None:
             self.joint.begin_epoch()
 
-    def is_of(self, trainer: pl.Trainer) -> bool:
+    def matches(self, trainer: pl.Trainer) -> bool:
         """Whether the participants are still those that were looked up."""
-        now = _parties(trainer)
-        return len(now) == len(self._parties) and all(a is b for a, b in zip(now, self._parties, strict=True))
+        now = _participants(trainer)
+        return len(now) == len(self._participants) and all(a is b for a, b in zip(now, self._participants, strict=True))
 
-    def seems_of(self, trainer: pl.Trainer) -> bool:
-        """A cheaper, incomplete version of `is_of` for every step."""
+    def seems_to_match(self, trainer: pl.Trainer) -> bool:
+        """A cheaper, incomplete version of `matches` for every step."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         return self.optimizer is trainer.optimizers[0] and len(callbacks) == self._callbacks
 
@@ -175,8 +175,10 @@ class Plan:
             and not self.plateau
             and _data_are_ours(trainer)
             and self._is_alone
-            and not any(not own for name in _WITHIN_STEP for _, own in self.quiet[name])
-            and all(_reads_no_weights(hook, own) for name in _AROUND_STEP for hook, own in self.quiet[name])
+            and not any(not own for name in _WITHIN_STEP for _, own in self.hooks_without_guard[name])
+            and all(
+                _reads_no_weights(hook, own) for name in _AROUND_STEP for hook, own in self.hooks_without_guard[name]
+            )
         )
 
     def _has_no_watchers(self, trainer: pl.Trainer) -> bool:
@@ -184,23 +186,23 @@ class Plan:
         return (
             trainer.strategy.root_device.type == "cpu"
             and not torch.is_anomaly_enabled()
-            and _is_as_written(self.module, "aezoo")
-            and all(_is_watched_by_nobody(part) for part in self.module.modules())
+            and _is_unmodified(self.module, "aezoo")
+            and all(_has_no_hooks(part) for part in self.module.modules())
             and not any(getattr(of_modules, name) for name in _GLOBAL_HOOKS)
         )
 
-    def can_join_backward(self, loud: bool) -> bool:
+    def can_join_backward(self, calls_guard_hooks: bool) -> bool:
         """Whether a step may compute loss and gradients together, because no hook runs in between.
 
         Args:
-            loud: whether the guard's hooks are called.
+            calls_guard_hooks: whether the guard's hooks are called.
         """
         if self.joint is None or not (self._gradients_are_private and self.joint.works and self.joint.suits):
             return False
-        hooks = self.hooks if loud else self.quiet
+        hooks = self.hooks if calls_guard_hooks else self.hooks_without_guard
         return not any(hooks[name] for name in _BEFORE_GRADIENTS)
 
-    def within(self, call: Callable[..., Any], *arguments: Any) -> Any:
+    def in_precision(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function in the step's precision."""
         if self.context is None:
             return call(*arguments)
@@ -225,15 +227,15 @@ def transfer(trainer: pl.Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def asked(name: str, trainer: pl.Trainer) -> list[tuple[Hook, bool]]:
+def hooks_of(name: str, trainer: pl.Trainer) -> list[tuple[Hook, bool]]:
     """The implementations of a hook: the method, and whether it is the module's, which comes last."""
     module = trainer.lightning_module
-    callbacks = [c for c in trainer.callbacks if _is_written(name, c)]  # type: ignore[attr-defined]
+    callbacks = [c for c in trainer.callbacks if _implements(name, c)]  # type: ignore[attr-defined]
     own = [(getattr(module, name), True)] if is_overridden(name, module) else []
     return [*((getattr(callback, name), False) for callback in callbacks), *own]
 
 
-def in_place(trainer: pl.Trainer, loader: Any) -> Hook | None:
+def resident_transform(trainer: pl.Trainer, loader: Any) -> Hook | None:
     """The only transform of a batch that is already on the device as bytes or float32: the data's own hook.
 
     None if a batch has to be moved, or if a transfer hook is implemented.
@@ -248,10 +250,10 @@ def in_place(trainer: pl.Trainer, loader: Any) -> Hook | None:
     )
     if not lies_there:
         return None
-    return _as_it_is if data is None else data.on_after_batch_transfer
+    return _identity if data is None else data.on_after_batch_transfer
 
 
-def _parties(trainer: pl.Trainer) -> list[Any]:
+def _participants(trainer: pl.Trainer) -> list[Any]:
     module, loader = trainer.lightning_module, trainer.train_dataloader
     own = [vars(module).get(name) for name in (*_OF_MODULE, *_TRANSFER, "optimizer_zero_grad")]
     own += [vars(optimizer).get(name) for optimizer in trainer.optimizers for name in ("step", "zero_grad")]
@@ -267,7 +269,7 @@ def _is_ours(who: Any) -> bool:
     return type(who).__module__.partition(".")[0] in _OURS
 
 
-def _is_ours_too(module: pl.LightningModule, name: str) -> bool:
+def _has_our_method(module: pl.LightningModule, name: str) -> bool:
     """Whether a method of a module is this package's or Lightning's, even if its class is not."""
     return name not in vars(module) and getattr(type(module), name).__module__.partition(".")[0] in _OURS
 
@@ -277,7 +279,7 @@ def _steps_by_itself(optimizer: torch.optim.Optimizer) -> bool:
     return str(type(optimizer).step.__module__).startswith("torch.optim.") and has_step_of_class(optimizer)
 
 
-def _is_as_written(thing: Any, *packages: str) -> bool:
+def _is_unmodified(thing: Any, *packages: str) -> bool:
     """Whether an object's class is of these packages and no method is replaced, as in a LambdaCallback."""
     cls = type(thing)
     return cls.__module__.partition(".")[0] in packages and not any(
@@ -289,18 +291,18 @@ def _data_are_ours(trainer: pl.Trainer) -> bool:
     """Whether no foreign code takes part in making batches."""
     data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
     known = type(loader) is ResidentLoader and loader.transform in (None, resample_batches)
-    return known and (data is None or _is_as_written(data, "aezoo"))
+    return known and (data is None or _is_unmodified(data, "aezoo"))
 
 
-def _is_watched_by_nobody(part: nn.Module) -> bool:
+def _has_no_hooks(part: nn.Module) -> bool:
     """Whether a layer is of this package or torch and has no hooks, which would see bad weights and repeated steps."""
     hooks: list[Any] = [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks]
     for parameter in part.parameters(recurse=False):
         hooks += [parameter._backward_hooks, parameter._post_accumulate_grad_hooks]
-    return _is_as_written(part, "aezoo", "torch") and not any(hooks)
+    return _is_unmodified(part, "aezoo", "torch") and not any(hooks)
 
 
-def _is_written(name: str, callback: pl.Callback) -> bool:
+def _implements(name: str, callback: pl.Callback) -> bool:
     """Whether a callback implements a hook, as a method, a function or any other callable."""
     try:
         return is_overridden(name, callback, parent=pl.Callback)
@@ -319,5 +321,5 @@ def _reads_no_weights(hook: Hook, own: bool) -> bool:
     return not own and (known or bool(vars(type(who)).get("reads_no_weights")))
 
 
-def _as_it_is(batch: Any, dataloader_idx: int) -> Any:
+def _identity(batch: Any, dataloader_idx: int) -> Any:
     return batch

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.bases.quantised import DiscreteAutoencoder
-from aezoo.speed.joint_backward import Joint, can_trace
 from aezoo.testing.ranks import SharedNoise
 from aezoo.testing.subject import (
     BATCH,
@@ -25,6 +24,7 @@ from aezoo.testing.subject import (
     require_terms,
     state_shapes,
 )
+from aezoo.training import speed
 
 
 @as_check
@@ -106,13 +106,16 @@ def _compare_compiled(subject: Subject, backend: str, options: dict[str, Any], d
 
 def _joint(model: Autoencoder, x: Tensor, options: dict[str, Any]) -> dict[str, Tensor] | None:
     """The terms of the loss, whose gradients are the parameters' then; None if they are not taken at once."""
-    if not (model.automatic_optimization and type(model).training_step is Autoencoder.training_step and can_trace()):
+    if not (model.automatic_optimization and type(model).training_step is Autoencoder.training_step):
         return None
     before = copy.deepcopy(model.state_dict())
-    joint = Joint(model, lambda x, _: (model.loss(x), x), "default", lambda: None)
+    step = speed.joint_step(model, lambda x, _: (model.loss(x), x))
+    if step is None:
+        return None
     with torch._inductor.config.patch(options):
-        terms, _ = joint.step(x, None)
-    if joint.works:
+        found = step(x)
+    if found is not None:
+        terms: dict[str, Tensor] = found[0]
         return terms
     model.load_state_dict(before)
     model.zero_grad()

@@ -1,12 +1,8 @@
-"""What makes a training step fast beyond its own mathematics: compilation, memory layout, denormals, malloc."""
+"""Compiling a training step, where that pays."""
 
-import ctypes
-import functools
 import math
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +10,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from aezoo.errors import AezooError
-from aezoo.speed import inductor_lowering, linear
-from aezoo.speed.memory_format import ChannelsLast
 
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
 # compiling may take this many seconds with an empty cache, and saves about this share of a step's arithmetic at this
@@ -26,12 +20,6 @@ _COMPILE_SECONDS = 20.0
 _SAVED_SHARE = 0.15
 _FLOPS_PER_THREAD = 1e11
 _SAVED_LAUNCHES = 5e-4
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# from Linux's mman.h: huge pages from now on, and for existing pages at once
-_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
-_HUGE = 2**21
-# less than malloc keeps
-_ROOM = 3 * 2**28
 
 
 def check_mode(mode: str) -> str:
@@ -49,7 +37,7 @@ def worth_compiling(parameters: int, batch_size: int, positions: int, steps: flo
     """Whether a run of `steps` steps earns back what compiling its step costs.
 
     The estimate uses sizes only, so the same command always decides the same: a resumed run must not differ.
-    Convolutions on a CPU gain nothing, and lose the optimisations of `aezoo.speed.conv2d`.
+    Convolutions on a CPU gain nothing.
 
     Args:
         parameters: number of parameters.
@@ -103,7 +91,6 @@ class Compiled:
         self, function: Callable[..., Any], mode: str, before_retry: Callable[[], None], least: int = 0
     ) -> None:
         self._function, self._before_retry, self._least = function, before_retry, least
-        linear.straight_from_inductor = linear.MKL_HALF_WIDTH and inductor_lowering.teach()
         self._compiled: Callable[..., Any] | None = torch.compile(function, mode=mode, dynamic=False)
         self._size: int | None = None
 
@@ -121,10 +108,10 @@ class Compiled:
             self._compiled = None
             self._before_retry()
             result = self._function(x, *rest)  # a fault of the model itself is raised here
-            self._say(error)
+            self._warn(error)
             return result
 
-    def _say(self, error: Exception) -> None:
+    def _warn(self, error: Exception) -> None:
         lines = [line.strip() for line in str(error).splitlines()]
         # dynamo's first line only names the back end
         cause = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
@@ -155,90 +142,6 @@ def compiled_alike() -> Iterator[None]:
             if hasattr(settings, name):
                 stack.enter_context(settings.patch(name, value))
         yield
-
-
-@contextmanager
-def flushed_denormals() -> Iterator[None]:
-    """Flush denormal numbers to zero inside: processors add them up to 100 times slower."""
-    before = bool((torch.full((1,), 1e-39) * 1.0 == 0).item())
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
-
-
-def to_channels_last(module: nn.Module) -> bool:
-    """Give 2-D convolutions their faster memory layout, with the same values. Returns whether there are any."""
-    if not any(isinstance(part, nn.Conv2d | nn.ConvTranspose2d) for part in module.modules()):
-        return False
-    _lay(module, torch.channels_last)
-    return True
-
-
-def to_channels_first(module: nn.Module) -> None:
-    """Give weights torch's default memory layout again, with the same values."""
-    _lay(module, torch.contiguous_format)
-
-
-def _lay(module: nn.Module, memory_format: torch.memory_format) -> None:
-    module.to(memory_format=memory_format)  # type: ignore[call-overload]
-    for part in module.modules():
-        if isinstance(part, ChannelsLast):
-            part.on = memory_format is torch.channels_last
-
-
-def expect_large_tensors() -> None:
-    """Make glibc's malloc keep up to 64 MiB from step to step, as it does once a tensor of 32 MiB has been freed.
-
-    malloc returns blocks to the system at once if they are larger than any freed before, up to 32 MiB: until a process
-    has freed such a tensor, each step pays for page faults. `keep_pages` keeps more. This changes no setting and never
-    touches the memory.
-    """
-    # not a tensor, which torch fills in deterministic mode
-    torch.UntypedStorage(2**25 - 2**16, device="cpu")
-
-
-def keep_pages() -> bool:
-    """Let glibc's malloc keep the pages of large tensors from step to step, for the rest of the process.
-
-    By default it returns and refetches them, and each step pays for the page faults: 54 % on 3x64x64 convolutions. If
-    the kernel gives huge pages on request, the pages are huge, and the TLB covers a whole step: 2 to 4 % on
-    convolutions. The setting is process-wide, so only the command line makes it. Returns whether it was made.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    # older versions of glibc take no more than 32 MiB
-    kept = all(mallopt(setting, 2**30) or mallopt(setting, 2**25) for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
-    _ask_for_huge_pages()
-    return kept
-
-
-@functools.cache
-def _ask_for_huge_pages() -> None:
-    """For malloc's heap, now and as it grows; a refusal changes nothing."""
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype = ctypes.c_void_p
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    # a block that takes no memory until it is used, and that malloc keeps when it is freed
-    room = libc.malloc(ctypes.c_size_t(_ROOM))
-    for start, end in _heap():
-        if room is not None and start <= room < end:
-            libc.madvise(start, end - start, _MADV_HUGEPAGE)
-            libc.madvise(start, room - room % _HUGE - start, _MADV_COLLAPSE)
-    libc.free(room)
-
-
-def _heap() -> list[tuple[int, int]]:
-    """The address ranges of malloc's heap, if the kernel lists them."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    ranges = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith("[heap]")]
-    return [(int(start, 16), int(end, 16)) for start, end in ranges]
 
 
 def announce(mode: str, chosen: bool, steps_differ: bool = False) -> None:

@@ -1,5 +1,6 @@
 """What a fit of every model does beside its steps: set up, compile, restore and write checkpoints, clean up."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,15 +19,15 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
     """The LightningModule below `aezoo.Autoencoder`: everything that Lightning calls."""
 
     def __init__(self) -> None:
-        compilation.expect_large_tensors()
         super().__init__()
         self._means_before: dict[str, Any] | None = None
         self._compiled_before: bool | None = None
+        self._compiler_settings = ExitStack()  # of this fit
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy belongs to no fit: a compiled function refers to this model's weights, and cannot be pickled
         of_fit: dict[str, Any] = {"_compiled": None, "takes_bytes": False, "_uses_only_torch_rng": False}
-        return {**super().__getstate__(), **of_fit, "_before_start": []}
+        return {**super().__getstate__(), **of_fit, "_before_start": [], "_compiler_settings": ExitStack()}
 
     # ---- begin and end ----------------------------------------------------------------------------------------------
 
@@ -35,14 +36,17 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
         # data may be others now, and an evaluation may have been interrupted
         self._checked.clear()
         self._evaluations.clear()
-        if stage == "fit":
-            if not self.training:
-                self.train()  # Lightning would leave it as load_model gives it
-            speed.set_up_fit(self)
+        if stage == "fit" and not self.training:
+            self.train()  # Lightning would leave it as load_model gives it
+        speed.set_up(self, stage)
+
+    def teardown(self, stage: str) -> None:
+        if stage != "fit":
+            speed.tear_down(self, stage)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         there = any(isinstance(callback, _AfterError) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if there or self.trainer.state.fn != "fit" else [_AfterError()]
+        return [] if there else [_AfterError()]
 
     def on_fit_start(self) -> None:
         self._train_means.reset()
@@ -60,7 +64,9 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
         for held in self.trainer.optimizers:
             optimizers.align(held)
         how = self._compile_arguments()
-        self._compiled = None if how is None else compilation.Compiled(self._terms, **how)
+        if how is not None:
+            self._compiled = compilation.Compiled(self._terms, **how)
+            self._compiler_settings.enter_context(compilation.compiled_alike())
         speed.begin_fit(self, how)
         self._renew_optimizer()
 
@@ -70,7 +76,8 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
     def leave_fit(self) -> None:
         """Undo everything that belongs to one fit, however it ended."""
         self._compiled, self._before_start = None, []
-        speed.end_fit(self)
+        self._compiler_settings.close()
+        speed.tear_down(self, "fit")
 
     def on_predict_start(self) -> None:
         speed.begin_prediction(self)
@@ -126,8 +133,12 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
 
 
 class _AfterError(pl.Callback):
-    """Calls `leave_fit` after Ctrl-C or an error, of which Lightning informs callbacks only."""
+    """Cleans up after Ctrl-C or an error, of which Lightning informs callbacks only."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(pl_module, TrainingModule) and trainer.state.fn == "fit":
+        if not isinstance(pl_module, TrainingModule) or trainer.state.fn is None:
+            return
+        if trainer.state.fn == "fit":
             pl_module.leave_fit()
+        else:
+            pl_module.teardown(trainer.state.fn)

@@ -318,7 +318,7 @@ def test_its_steps_are_those_of_two_optimisers_the_second_from_the_start_on(
 ) -> None:
     """Six steps of the real loop against Adams by hand; before the start the model is a VAE with these terms."""
     monkeypatch.setattr(
-        "aezoo.training.compilation.to_channels_last", lambda model: False
+        "aezoo.speed.memory_format.to_channels_last", lambda model: False
     )  # noise is drawn as codes lie
     model = shifted(small(discriminator_start=start, lr=2e-3, discriminator_lr=5e-3, beta=0.3))
     other, before = copy.deepcopy(model), copy.deepcopy(model.discriminator.state_dict())

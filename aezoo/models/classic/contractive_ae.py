@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.tied import Transposed
-from aezoo.speed.linear import Linear
 from aezoo.training.arguments import TrainingArgs
 
 
@@ -59,9 +58,9 @@ class ContractiveAE(Autoencoder):
         self.contraction = contraction
         self.code_shape = (latent_dim,)
         x_dim = math.prod(self.input_shape)
-        layer = Linear(x_dim, latent_dim)
+        layer = nn.Linear(x_dim, latent_dim)
         self.encoder = nn.Sequential(nn.Flatten(), layer, nn.Sigmoid())
-        back = Transposed(layer, (x_dim,)) if tied else Linear(latent_dim, x_dim)
+        back = Transposed(layer, (x_dim,)) if tied else nn.Linear(latent_dim, x_dim)
         self.decoder = nn.Sequential(back, nn.Unflatten(1, self.input_shape))
         if data_init:
             self.enable_data_init()

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.speed.linear import Linear
 from aezoo.training.arguments import TrainingArgs
 
 
@@ -37,8 +36,8 @@ class LinearAE(Autoencoder, defaults={"likelihood": "gaussian"}):
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         self.code_shape = (latent_dim,)
         x_dim = math.prod(self.input_shape)
-        self.encoder = nn.Sequential(nn.Flatten(), Linear(x_dim, latent_dim))
-        self.decoder = nn.Sequential(Linear(latent_dim, x_dim), nn.Unflatten(1, self.input_shape))
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(x_dim, latent_dim))
+        self.decoder = nn.Sequential(nn.Linear(latent_dim, x_dim), nn.Unflatten(1, self.input_shape))
         # W = V' and V'V = I from the start, as at an optimum: independent random layers linger at saddle points
         with torch.no_grad():
             V_XD = nn.init.orthogonal_(self.decoder.get_parameter("0.weight"))

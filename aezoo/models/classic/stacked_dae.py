@@ -25,7 +25,6 @@ from aezoo import corruptions, nets
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.distributions import likelihoods
 from aezoo.errors import AezooError
-from aezoo.speed.linear import Linear
 from aezoo.training.arguments import TrainingArgs
 from aezoo.training.optimizers import known_steps
 
@@ -72,8 +71,8 @@ class StackedDAE(Autoencoder):
         self.corruption = corruptions.corruption(corruption)
         self.hidden_likelihood = likelihoods.likelihood("bernoulli" if activation == "sigmoid" else "gaussian")
         widths = [*pairwise((math.prod(self.input_shape), *hidden_dims, latent_dim))]
-        down = [nn.Sequential(nn.Flatten(), Linear(*width), nets.activation(activation)) for width in widths]
-        up = [nn.Sequential(Linear(n_out, n_in), nets.activation(activation)) for n_in, n_out in widths]
+        down = [nn.Sequential(nn.Flatten(), nn.Linear(*width), nets.activation(activation)) for width in widths]
+        up = [nn.Sequential(nn.Linear(n_out, n_in), nets.activation(activation)) for n_in, n_out in widths]
         up[0] = nn.Sequential(up[0][0], nn.Unflatten(1, self.input_shape))
         self.encoder, self.decoder = nn.Sequential(*down), nn.Sequential(*up[::-1])
         self.phase = len(down)

@@ -34,7 +34,6 @@ from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, grids, rank_of
 from aezoo.nets.resnet import ResidualBlock
-from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
 LOG_MEAN, LOG_STD, RHO = -1.1, 2.0, 7
@@ -54,7 +53,7 @@ class Block(ResidualBlock):
 
     def __init__(self, rank: int, channels: int, act: str) -> None:
         super().__init__(rank, channels, act)
-        self.film = Linear(_WIDTH, 2 * channels)
+        self.film = nn.Linear(_WIDTH, 2 * channels)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:  # type: ignore[override]
         norm, act, conv, norm_2, act_2, conv_2 = self.body
@@ -88,7 +87,9 @@ class Denoiser(nn.Module):
         widths, conv = (*(dims[:1] or (data,)), *dims), CONVS[rank]
         # the log noise level spans a few units: the slowest wave distinguishes its ends, the fastest tenths of a unit
         self.register_buffer("frequencies", torch.logspace(-1, 1, _WIDTH // 2), persistent=False)
-        self.embed = nn.Sequential(Linear(_WIDTH, _WIDTH), activation(act), Linear(_WIDTH, _WIDTH), activation(act))
+        self.embed = nn.Sequential(
+            nn.Linear(_WIDTH, _WIDTH), activation(act), nn.Linear(_WIDTH, _WIDTH), activation(act)
+        )
         self.enlarge, self.first = nn.Upsample(input_shape[1:]), conv(data + channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList(conv(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
         self.blocks = nn.ModuleList(Block(rank, n, act) for n in (*widths[1:], *widths[::-1]))

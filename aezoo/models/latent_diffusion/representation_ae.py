@@ -29,7 +29,6 @@ from aezoo.errors import AezooError
 from aezoo.nets import vit
 from aezoo.nets.blocks.channel_stats import Standardiser
 from aezoo.nets.conv import head
-from aezoo.speed.linear import Linear
 from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
@@ -88,7 +87,7 @@ class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder, defaults={"l
         self.code_shape = tuple(code_shape) or (64, *patchify.grid)
         down, up = head(self.code_shape, (width, *patchify.grid), len(patchify.grid))
         place, blocks = vit.Positions(patchify.grid, width), vit.blocks((width,) * depth, activation)
-        out = Linear(width, patchify.size), vit.Unpatchify(patchify)
+        out = nn.Linear(width, patchify.size), vit.Unpatchify(patchify)
         self.encoder, self.decoder = nn.Identity(), nn.Sequential(up, vit.ToTokens(), place, *blocks, *out)
         if teacher == "none":
             layers = patchify, vit.embedding(patchify.size, width), place, *vit.blocks((width,) * depth, activation)

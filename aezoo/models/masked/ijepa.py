@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets import vit
-from aezoo.speed.linear import Linear
 from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 from aezoo.training.optimizers import known_steps
@@ -120,9 +119,9 @@ class Predictor(nn.Module):
 
     def __init__(self, grid: tuple[int, ...], dims: tuple[int, int], depth: int, act: str) -> None:
         super().__init__()
-        self.embed, self.positions = Linear(*dims), vit.Positions(grid, dims[1])
+        self.embed, self.positions = nn.Linear(*dims), vit.Positions(grid, dims[1])
         self.mask_token = nn.Parameter(0.02 * torch.randn(dims[1]))
-        self.blocks, self.out = vit.blocks((dims[1],) * depth, act), Linear(dims[1], dims[0])
+        self.blocks, self.out = vit.blocks((dims[1],) * depth, act), nn.Linear(dims[1], dims[0])
 
     def forward(self, tokens_BND: Tensor, seen_BN: Tensor, asked_BKN: Tensor) -> Tensor:
         """Codes at each block's positions from the seen tokens: (B, N, D), (B, N), (B, K, N) -> (B, K, N, D)."""
@@ -192,7 +191,7 @@ class IJEPA(Autoencoder, defaults={"likelihood": "gaussian"}):
         self.context = nn.Sequential(embed, vit.blocks((width,) * depth, activation), vit.ToMap(self.grid))
         self.encoder = Follower(self.context)
         self.predictor = Predictor(self.grid, (width, predictor_width), predictor_depth, activation)
-        narrow, out = Linear(width, decoder_width), Linear(decoder_width, patchify.size)
+        narrow, out = nn.Linear(width, decoder_width), nn.Linear(decoder_width, patchify.size)
         layers = vit.ToTokens(), narrow, vit.blocks((decoder_width,) * decoder_depth, activation), out
         self.decoder = nn.Sequential(*layers, vit.Unpatchify(patchify))
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets import vit
-from aezoo.speed.linear import Linear
 from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
@@ -36,13 +35,13 @@ class LightDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.patchify, self.masked = patchify, masked
-        self.embed, self.positions = Linear(*dims), vit.Positions(patchify.grid, dims[1])
+        self.embed, self.positions = nn.Linear(*dims), vit.Positions(patchify.grid, dims[1])
         self.mask_token = nn.Parameter(0.02 * torch.randn(dims[1]))
         self.blocks = vit.blocks((dims[1],) * depth, act)
-        self.out = Linear(dims[1], patchify.size)
+        self.out = nn.Linear(dims[1], patchify.size)
         nn.init.xavier_uniform_(self.out.weight, 0.1)
         nn.init.xavier_uniform_(self.embed.weight, 0.3)
-        self.scale = Linear(dims[1], 2) if norm_pix else None
+        self.scale = nn.Linear(dims[1], 2) if norm_pix else None
         self.register_buffer("orders_KN", vit.fixed_orders(patchify.n, masked), persistent=False)
 
     def hidden(self, visible_BVD: Tensor, order_BN: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets import mixer, vit
-from aezoo.speed.linear import Linear
 from aezoo.training.arguments import TrainingArgs
 
 
@@ -73,8 +72,8 @@ class SimMIM(Autoencoder, defaults={"likelihood": "laplace"}):
             blocks = mixer.blocks(self.patchify.n, (width,) * depth, activation)
         self.encoder = nn.Sequential(embed, blocks, vit.ToMap(self.patchify.grid))
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
-        self.head = Linear(width, self.patchify.size)
-        readout = Linear(width, self.patchify.size)
+        self.head = nn.Linear(width, self.patchify.size)
+        readout = nn.Linear(width, self.patchify.size)
         self.decoder = nn.Sequential(vit.ToTokens(), readout, vit.Unpatchify(self.patchify))
         self.register_buffer("orders_KN", vit.fixed_orders(self.patchify.n, self.masked), persistent=False)
 

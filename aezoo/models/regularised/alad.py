@@ -31,7 +31,6 @@ from aezoo.nets.blocks.adversarial import (
     discriminator_parameter_groups,
     gradient_only,
 )
-from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
 
@@ -41,7 +40,7 @@ class Judge(nn.Module):
     def __init__(self, body: nn.Module, n_features: int, lift: nn.Module) -> None:
         super().__init__()
         self.body, self.lift = body, lift  # lift maps the second input to the shape of the first
-        self.head = nn.Sequential(nn.LeakyReLU(0.2), Linear(n_features, 1))
+        self.head = nn.Sequential(nn.LeakyReLU(0.2), nn.Linear(n_features, 1))
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         found = self.body(torch.cat([a, self.lift(b)], 1))
@@ -86,7 +85,7 @@ class ALAD(
         self.decoder = self.build_decoder(self.code_shape)
         dims = tuple(discriminator_dims) or tuple(self.hidden_dims) or (64,)
         stages, twice = dims[:-1] if self.net == "mlp" else dims, (2 * self.input_shape[0], *self.input_shape[1:])
-        lift = nn.Sequential(Linear(latent_dim, math.prod(self.input_shape)), nn.Unflatten(1, self.input_shape))
+        lift = nn.Sequential(nn.Linear(latent_dim, math.prod(self.input_shape)), nn.Unflatten(1, self.input_shape))
         self.discriminator = nn.ModuleDict()
         for name, second in (("xz", lift), ("xx", nn.Identity()), ("zz", nn.Identity())):
             of_codes = ("mlp", (2 * latent_dim,), dims[-1:], dims[:-1])

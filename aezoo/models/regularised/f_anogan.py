@@ -32,7 +32,6 @@ from aezoo.nets.blocks.adversarial import (
     discriminator_parameter_groups,
     gradient_only,
 )
-from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
 
@@ -41,7 +40,7 @@ class Critic(nn.Module):
 
     def __init__(self, body: nn.Module, n_features: int) -> None:
         super().__init__()
-        self.body, self.head = nn.Sequential(body, nn.LeakyReLU(0.2)), Linear(n_features, 1)
+        self.body, self.head = nn.Sequential(body, nn.LeakyReLU(0.2)), nn.Linear(n_features, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         f_BF = self.body(x)

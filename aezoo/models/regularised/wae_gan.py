@@ -29,7 +29,6 @@ from aezoo.nets.blocks.adversarial import (
     discriminator_parameter_groups,
     gradient_only,
 )
-from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
 
@@ -70,8 +69,8 @@ class WAEGAN(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=
         layers: list[nn.Module] = []
         dims = (latent_dim, *discriminator_dims)
         for n_in, n_out in pairwise(dims):
-            layers += [Linear(n_in, n_out), nn.ReLU()]
-        self.discriminator = nn.Sequential(*layers, Linear(dims[-1], 1))
+            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+        self.discriminator = nn.Sequential(*layers, nn.Linear(dims[-1], 1))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return discriminator_parameter_groups(self, betas=(0.5, 0.999), for_all=True)  # those of the authors' code

@@ -17,12 +17,12 @@ Shapes: B batch, X data dimensions, N latents.
 from typing import Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.sae_l1 import SAEL1, SAEL1Args
-from aezoo.speed.linear import linear
 
 
 class GatedSAE(SAEL1):
@@ -41,7 +41,7 @@ class GatedSAE(SAEL1):
     def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The pre-activations of the gates and of the magnitudes, (B, *input_shape) -> (B, N), (B, N)."""
         W_NX, b_X = self.encoder.weight, self.decoder.b_X
-        shared_BN = linear(x.flatten(1), W_NX)
+        shared_BN = F.linear(x.flatten(1), W_NX)
         gate_BN = shared_BN - W_NX @ b_X.detach() + self.encoder.bias
         magnitude_BN = self.r_N.exp() * (shared_BN - W_NX @ b_X) + self.b_mag_N
         return gate_BN, magnitude_BN

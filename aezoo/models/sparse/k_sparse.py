@@ -16,13 +16,12 @@ import math
 from typing import Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.dictionary import scatter_code
 from aezoo.nets.blocks.tied import Transposed
-from aezoo.speed.linear import Linear
 from aezoo.training.arguments import TrainingArgs
 
 
@@ -65,7 +64,7 @@ class KSparse(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True
         self.k, self.k_steps, self.start_k = k, k_steps, start_k or k
         self.test_k = max(1, round(alpha * k))
         self.code_shape = (latent_dim,)
-        self.encoder = Linear(math.prod(self.input_shape), latent_dim)
+        self.encoder = nn.Linear(math.prod(self.input_shape), latent_dim)
         self.decoder = Transposed(self.encoder, self.input_shape)
         self.enable_step_counter()
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.dictionary import Dictionary, UnitNorm
-from aezoo.speed.linear import linear
 from aezoo.training.arguments import TrainingArgs
 
 
@@ -66,7 +65,7 @@ class MatchingPursuitSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussia
         W_NX, r_BX, chosen = at_least_float32(self.decoder.W_NX), at_least_float32(r_BX), []
         with torch.autocast(r_BX.device.type, enabled=False):  # rounding could change a close choice
             for _ in range(self.k):
-                chosen.append(linear(r_BX, W_NX).argmax(1))
+                chosen.append(F.linear(r_BX, W_NX).argmax(1))
                 _, r_BX = self.take(r_BX, W_NX[chosen[-1]])
         return torch.stack(chosen, 1)
 

@@ -15,11 +15,11 @@ from itertools import pairwise
 from typing import Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from aezoo.errors import AezooError
 from aezoo.models.sparse.batch_topk_sae import BatchTopKSAE, BatchTopKSAEArgs
-from aezoo.speed.linear import linear
 
 
 class MatryoshkaSAE(BatchTopKSAE):
@@ -49,7 +49,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         self.update_firing(f_BN)
         sum_BX, nlls = torch.zeros((), device=x.device), []
         for start, end in pairwise((0, *self.prefixes)):
-            sum_BX = sum_BX + linear(f_BN[:, start:end], self.decoder.W_NX[start:end].t())
+            sum_BX = sum_BX + F.linear(f_BN[:, start:end], self.decoder.W_NX[start:end].t())
             x_hat = self.decoder.with_bias(sum_BX)
             nlls.append(self.nll(x_hat, x).mean())
         aux = self.aux(x, x_hat, pi_BN).mean()

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.matching_pursuit_sae import MatchingPursuitSAE
-from aezoo.speed.linear import linear
 
 # sine of a direction's angle to the earlier ones; below this, the direction is a mixture of them but for rounding
 _APART = 1e-3
@@ -44,7 +43,7 @@ class OMPSAE(MatchingPursuitSAE):
         basis: list[Tensor] = []
         y: list[Tensor] = []
         for _ in range(self.k):
-            chosen.append(linear(r_BX, W_NX).abs().argmax(1))
+            chosen.append(F.linear(r_BX, W_NX).abs().argmax(1))
             basis.append(self.beyond(W_NX[chosen[-1]], basis))
             y.append((basis[-1] * r_BX).sum(1))
             r_BX = r_BX - y[-1][:, None] * basis[-1]

@@ -20,13 +20,13 @@ Shapes: B batch, X data dimensions, N latents, P points.
 from typing import Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.topk_sae import SparsityArgs, TopKSAE
 from aezoo.nets.blocks.dictionary import Dictionary, project_to_simplex
-from aezoo.speed.linear import linear
 from aezoo.training.limits import at_least
 
 
@@ -61,7 +61,7 @@ class Archetypes(Dictionary):
 
     def directions(self) -> Tensor:
         with torch.autocast(self.shares_NP.device.type, enabled=False):  # rounded shares would not sum to 1
-            return linear(self.shares_NP, self.points_PX.t()) + self.lambda_NX
+            return F.linear(self.shares_NP, self.points_PX.t()) + self.lambda_NX
 
     def with_bias(self, sum_BX: Tensor) -> Tensor:
         return sum_BX.unflatten(1, self.input_shape)

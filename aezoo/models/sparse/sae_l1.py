@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32, from_bytes
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.dictionary import Dictionary, FreeDictionary, UnitNorm, resample_dead
-from aezoo.speed.linear import Linear
 from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
@@ -85,7 +84,7 @@ class SAEL1(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_c
         at_least(0, l1=l1, l1_steps=l1_steps, resample_steps=resample_steps)
         self.unit_norm, self.l1, self.l1_steps, self.resample_steps = form == "unit_norm", l1, l1_steps, resample_steps
         self.code_shape = (latent_dim,)
-        self.encoder = Linear(math.prod(self.input_shape), latent_dim)
+        self.encoder = nn.Linear(math.prod(self.input_shape), latent_dim)
         self.decoder = (Dictionary if self.unit_norm else FreeDictionary)(latent_dim, self.input_shape)
         self.encoder.weight.data.copy_(self.decoder.W_NX)
         nn.init.zeros_(self.encoder.bias)

@@ -32,7 +32,6 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.sparse.topk_sae import TopKSAE, TopKSAEArgs
 from aezoo.nets.blocks.dictionary import Dictionary, scatter_code
-from aezoo.speed.linear import Linear, linear
 
 EPS = 1e-6
 
@@ -58,7 +57,7 @@ class SequenceDictionary(Dictionary):
         self.sample_shape = input_shape
 
     def forward(self, f_BN: Tensor) -> Tensor:
-        x_BTD = linear(f_BN.sum(1), self.directions().t()) + self.b_X
+        x_BTD = F.linear(f_BN.sum(1), self.directions().t()) + self.b_X
         if len(self.sample_shape) < 3:
             return x_BTD if len(self.sample_shape) == 2 else x_BTD[:, 0]
         return x_BTD.unflatten(2, (self.sample_shape[0], *self.sample_shape[2:])).movedim(1, 2)
@@ -85,8 +84,8 @@ class Context(nn.Module):
             )
         self.heads = heads
         # the softmax cancels a bias of the keys, and a bias of the values is equivalent to one of the output
-        self.query, self.key = Linear(latent_dim, key_dim), Linear(latent_dim, key_dim, bias=False)
-        self.value, self.out = Linear(latent_dim, latent_dim, bias=False), Linear(latent_dim, latent_dim)
+        self.query, self.key = nn.Linear(latent_dim, key_dim), nn.Linear(latent_dim, key_dim, bias=False)
+        self.value, self.out = nn.Linear(latent_dim, latent_dim, bias=False), nn.Linear(latent_dim, latent_dim)
         widths = {self.query: key_dim // heads, self.key: key_dim // heads, self.value: latent_dim // heads}
         with torch.no_grad():
             for layer, width in (widths | {self.out: latent_dim}).items():
@@ -139,7 +138,7 @@ class TemporalSAE(TopKSAE, sparse_code=False):
         """What is new before the k largest are taken, pi, and c p, (B, *input_shape) -> (B, T, N), (B, T, N)."""
         r_BTD = positions(x) - self.decoder.b_X
         p_BTN = self.context(self.encoder(r_BTD).relu()).relu()
-        d_BTD, exact_BTD = at_least_float32(linear(p_BTN, self.decoder.W_NX.t())), at_least_float32(r_BTD)
+        d_BTD, exact_BTD = at_least_float32(F.linear(p_BTN, self.decoder.W_NX.t())), at_least_float32(r_BTD)
         c_BT1 = (d_BTD * exact_BTD).sum(2, keepdim=True) / (d_BTD.norm(dim=2, keepdim=True) + EPS).square()
         pi_BTN: Tensor = self.encoder((exact_BTD - c_BT1 * d_BTD).to(r_BTD.dtype))
         return pi_BTN, (c_BT1 * p_BTN).to(pi_BTN.dtype)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.dictionary import Dictionary, UnitNorm, scatter_code, top_k
-from aezoo.speed.linear import Linear, in_graph
 from aezoo.training.arguments import TrainingArgs
+from aezoo.training.tracing import is_tracing
 
 
 class SparsityArgs(TrainingArgs, total=False):
@@ -90,7 +90,7 @@ class TopKSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse
         self.k, self.aux_weight, self.aux_scale, self.multi_weight = k, aux_weight, aux_scale, multi_weight
         self.k_aux = min(k_aux or max(1, math.prod(self.target_shape()) // 2), latent_dim)
         self.code_shape = (latent_dim,)
-        self.encoder = Linear(math.prod(self.target_shape()), latent_dim)
+        self.encoder = nn.Linear(math.prod(self.target_shape()), latent_dim)
         self.decoder = Dictionary(latent_dim, self.target_shape(), decode)
         self.encoder.weight.data.copy_(self.decoder.W_NX)
         nn.init.zeros_(self.encoder.bias)
@@ -115,7 +115,7 @@ class TopKSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse
 
     def aux(self, x: Tensor, x_hat: Tensor, pi_BN: Tensor) -> Tensor:
         """AuxK in the chosen scale, (B, *input_shape), (B, *input_shape), (B, N) -> (B,)."""
-        if pi_BN.device.type == "cpu" and not (in_graph() or self.dead_N.any()):
+        if pi_BN.device.type == "cpu" and not (is_tracing() or self.dead_N.any()):
             return at_least_float32(pi_BN.new_zeros(len(pi_BN)))  # the same value; other devices would have to wait
         e_BX = (x - self.likelihood.mean(x_hat)).detach().flatten(1)
         e_hat_BX = self.decoder.sum_of_directions(*self.active(pi_BN.masked_fill(~self.dead_N, 0), self.k_aux))

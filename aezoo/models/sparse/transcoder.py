@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.models.sparse.sae_l1 import SAEL1, SAEL1Args
-from aezoo.speed.linear import Linear
 
 
 class Transcoder(SAEL1):
@@ -62,7 +61,7 @@ class Transcoder(SAEL1):
         if targets:
             self.sources = tuple(row for row in range(self.n_rows) if row not in targets)
             row_shape = self.input_shape[1:]
-            self.encoder = Linear(len(self.sources) * math.prod(row_shape), self.latent_dim)
+            self.encoder = nn.Linear(len(self.sources) * math.prod(row_shape), self.latent_dim)
             nn.init.zeros_(self.encoder.bias)
             self.decoder = type(self.decoder)(self.latent_dim, (len(targets), *row_shape))
             self.register_buffer("mean_RX", torch.zeros(len(self.sources), *row_shape))

@@ -31,7 +31,6 @@ from aezoo.nets.blocks.adversarial import (
     discriminator_parameter_groups,
     gradient_only,
 )
-from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
 
@@ -62,8 +61,8 @@ class FactorVAE(VAE):
         layers: list[nn.Module] = []
         dims = (self.latent_dim, *discriminator_dims)
         for n_in, n_out in pairwise(dims):
-            layers += [Linear(n_in, n_out), nn.LeakyReLU(0.2)]  # appendix A
-        self.discriminator = nn.Sequential(*layers, Linear(dims[-1], 1))
+            layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(0.2)]  # appendix A
+        self.discriminator = nn.Sequential(*layers, nn.Linear(dims[-1], 1))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return discriminator_parameter_groups(self, betas=(0.5, 0.9))  # appendix A

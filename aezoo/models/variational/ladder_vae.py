@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from aezoo import nets
 from aezoo.models.variational.hierarchical_vae import HierarchicalVAE, HierarchicalVAEArgs
 from aezoo.nets.blocks.levels import GaussianParams, gaussian
-from aezoo.speed.linear import Linear
 
 
 def product(estimate: GaussianParams, prior: GaussianParams) -> GaussianParams:
@@ -67,9 +66,9 @@ class LadderVAE(HierarchicalVAE, defaults={"activation": "leaky_relu"}):
         self.rungs = nn.ModuleList(
             nn.Sequential(
                 nets.activation(self.activation),
-                Linear(self.level_dim, self.level_dim),
+                nn.Linear(self.level_dim, self.level_dim),
                 nets.activation(self.activation),
-                Linear(self.level_dim, size),
+                nn.Linear(self.level_dim, size),
             )
             for size in sizes[1:]
         )

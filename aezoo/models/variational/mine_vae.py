@@ -27,7 +27,6 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.adversarial import check_discriminator, discriminator_parameter_groups, gradient_only
-from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
 
@@ -64,8 +63,8 @@ class MineVAE(VAE):
         layers: list[nn.Module] = []
         dims = (math.prod(self.input_shape) + self.latent_dim, *discriminator_dims)
         for n_in, n_out in pairwise(dims):
-            layers += [Linear(n_in, n_out), nn.ELU()]
-        self.discriminator = nn.Sequential(*layers, Linear(dims[-1], 1))
+            layers += [nn.Linear(n_in, n_out), nn.ELU()]
+        self.discriminator = nn.Sequential(*layers, nn.Linear(dims[-1], 1))
         self.register_buffer("log_average", torch.zeros(()))  # log M; M is 1 where T is 0
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -39,7 +39,6 @@ from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE, BetaArgs
 from aezoo.nets.blocks.levels import ConditionalGaussian, GaussianParams
 from aezoo.nets.build import activation
-from aezoo.speed.linear import Linear
 from aezoo.training.limits import at_least
 
 
@@ -62,10 +61,10 @@ class MessageLevel(nn.Module):
         if not 0 <= dropout <= 1:
             raise AezooError(f"dropout must be from 0 to 1, got {dropout}")
         self.dropout = dropout
-        self.messages = nn.ModuleList(Linear(size, width) for _ in range(n))
+        self.messages = nn.ModuleList(nn.Linear(size, width) for _ in range(n))
         self.node = ConditionalGaussian(width, width, above, act)
         self.downward = nn.ModuleList(
-            nn.Sequential(Linear(above, width), activation(act), Linear(width, size)) for _ in range(n)
+            nn.Sequential(nn.Linear(above, width), activation(act), nn.Linear(width, size)) for _ in range(n)
         )
         self.s_log_var_MP = nn.Parameter(torch.zeros(n, size))
 

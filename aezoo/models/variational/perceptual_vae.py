@@ -30,7 +30,6 @@ from aezoo.io.checkpoint import load_model
 from aezoo.io.hub_files import on_disk
 from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.features import VGG, FeatureNet, random_features, vgg_features
-from aezoo.speed.memory_format import in_order
 
 
 class PerceptualVAE(VAE):
@@ -94,7 +93,7 @@ class PerceptualVAE(VAE):
         with torch.autocast(x.device.type, enabled=False):
             x_hat = self.likelihood.mean(at_least_float32(params))
             pairs = zip(net(x_hat), net(at_least_float32(x)), strict=True)
-            distances = [in_order((a - b) ** 2).flatten(1).mean(1) / 2 for a, b in pairs]
+            distances = [((a - b) ** 2).flatten(1).mean(1) / 2 for a, b in pairs]
             return self.weight * torch.stack(distances).sum(0)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

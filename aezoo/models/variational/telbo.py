@@ -38,7 +38,6 @@ from aezoo.models.variational.mvae import MVAE
 from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.adversarial import call_frozen
 from aezoo.nets.blocks.levels import gaussian
-from aezoo.speed.memory_format import like
 from aezoo.training.limits import at_least
 
 
@@ -78,7 +77,7 @@ class TELBO(Multimodal, VAE):
     def held_nll(self, i: int, z_BD: Tensor, x: Tensor) -> Tensor:
         """-log p(x_i|z), with a gradient for z only: (B, D), (B, *part) -> (B,)."""
         params = call_frozen(self.decoder[i], z_BD.to(x.dtype))
-        log_p_B: Tensor = call_frozen(self.likelihood, at_least_float32(params), like(at_least_float32(x), params))
+        log_p_B: Tensor = call_frozen(self.likelihood, at_least_float32(params), at_least_float32(x))
         return -log_p_B
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
-from aezoo.speed.linear import Linear
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -51,7 +50,7 @@ class Context(nn.Module):
         n_in, n_out = side_channels + 2 * channels, n_params * channels
         wide, narrow = n_in - (n_in - n_out) // 3, n_in - 2 * (n_in - n_out) // 3
         self.fuse = nn.Sequential(
-            *(Linear(n_in, wide), nn.LeakyReLU(), Linear(wide, narrow), nn.LeakyReLU(), Linear(narrow, n_out))
+            *(nn.Linear(n_in, wide), nn.LeakyReLU(), nn.Linear(wide, narrow), nn.LeakyReLU(), nn.Linear(narrow, n_out))
         )
 
     def _masked_weight(self) -> Tensor:

@@ -13,10 +13,10 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
-from aezoo.speed.linear import linear
 from aezoo.training.projected_weights import Constrained
 
 DECODES = ("auto", "dense", "gather")
@@ -51,7 +51,7 @@ class Dictionary(nn.Module):
 
     def forward(self, f_BN: Tensor) -> Tensor:
         """x_hat of a whole code, (B, N) -> (B, *input_shape)."""
-        return self.with_bias(linear(f_BN, self.directions().t()))
+        return self.with_bias(F.linear(f_BN, self.directions().t()))
 
     def decode_sparse(self, values_Bk: Tensor, index_Bk: Tensor) -> Tensor:
         """x_hat of a code given as its active latents, (B, k), (B, k) -> (B, *input_shape)."""
@@ -65,7 +65,7 @@ class Dictionary(nn.Module):
         """sum_j values_j d_{index_j} without b, as for a residual, (B, k), (B, k) -> (B, X)."""
         d_NX = self.directions()
         if not self.uses_gather(index_Bk.shape[1]):
-            return linear(scatter_code(values_Bk, index_Bk, len(d_NX)), d_NX.t())
+            return F.linear(scatter_code(values_Bk, index_Bk, len(d_NX)), d_NX.t())
         # half precision lacks a backward on some devices, and k small numbers must be added exactly
         dtype = torch.promote_types(d_NX.dtype, torch.float32)
         sum_BX = nn.functional.embedding_bag(

@@ -12,8 +12,6 @@ from aezoo.errors import AezooError
 from aezoo.nets.blocks.pretrained import cached_weights
 from aezoo.nets.build import ACTIVATIONS, encoder
 from aezoo.nets.resnet import ResidualBlock
-from aezoo.speed.conv2d import Conv2d
-from aezoo.speed.memory_format import in_order
 from aezoo.training.precision import at_least_float32
 
 VGG = ("vgg16", "vgg19")
@@ -76,7 +74,7 @@ class FeatureDistance:
             return x.new_zeros(len(x))
         with torch.autocast(x.device.type, enabled=False):
             pairs = zip(net(x_hat), net(x), strict=True)
-            return torch.stack([in_order((a - b) ** 2).flatten(1).mean(1) / 2 for a, b in pairs]).sum(0)
+            return torch.stack([((a - b) ** 2).flatten(1).mean(1) / 2 for a, b in pairs]).sum(0)
 
 
 class FeatureNet(nn.Module):
@@ -133,7 +131,7 @@ def vgg_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
         raise AezooError(f"{name} takes images of 1 or 3 channels and at least 4 x 4, got {input_shape}: take random")
     layers: list[nn.Module] = []
     for width, before in ((64, 3), (64, 64), (0, 0), (128, 64), (128, 128), (0, 0), (256, 128)):
-        layers += [Conv2d(before, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
     net = FeatureNet(layers, layer_indices=(1, 6, 11), imagenet=True)
     known, file = (name, None) if name in VGG else ("a VGG network", Path(name))
     with cached_weights(known, "take features random", file) as state:

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
-from aezoo.speed.linear import linear
 from aezoo.training.precision import at_least_float32
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -128,7 +127,7 @@ class MaskedLinear(nn.Linear):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight * self.mask, self.bias)
+        return F.linear(x, self.weight * self.mask, self.bias)
 
 
 class MADE(nn.Module):

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from aezoo.distributions.gaussians import LOG_2PI, kl
 from aezoo.nets.build import activation
-from aezoo.speed.linear import Linear
 from aezoo.training.precision import at_least_float32
 
 GaussianParams = tuple[Tensor, Tensor]
@@ -92,7 +91,7 @@ class ConditionalGaussian(nn.Sequential):
     """
 
     def __init__(self, n_in: int, width: int, n_out: int, act: str) -> None:
-        super().__init__(Linear(n_in, width), activation(act), Linear(width, 2 * n_out))
+        super().__init__(nn.Linear(n_in, width), activation(act), nn.Linear(width, 2 * n_out))
 
     def forward(self, *given: Tensor) -> GaussianParams:
         weight = next(self.parameters())

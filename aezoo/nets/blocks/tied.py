@@ -6,9 +6,8 @@ Shapes: B batch, X data dimensions, N units.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
-from aezoo.speed.linear import linear
 
 
 class Transposed(nn.Module):
@@ -27,4 +26,4 @@ class Transposed(nn.Module):
 
     def forward(self, z_BN: Tensor) -> Tensor:
         """(B, N) -> (B, *input_shape)."""
-        return linear(z_BN, self.weight.T, self.bias).unflatten(1, self.input_shape)
+        return F.linear(z_BN, self.weight.T, self.bias).unflatten(1, self.input_shape)

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.nets import vit
-from aezoo.speed.linear import Linear
 
 # standard deviation over samples below which there is only rounding error, or a single sample
 _LEAST = 1e-4
@@ -76,7 +75,7 @@ class TokenEncoder(nn.Module):
         self.embed, self.position_PW = nn.Sequential(patchify, embed), nn.Parameter(position_PW)
         self.blocks, q_WW, k_WW = _blocks(widths, act)
         self.latent_NW = nn.Parameter(shares(self.n, position_PW) @ k_WW.T @ q_WW)
-        self.out, self.bias_DN = Linear(widths[-1], dim, bias=False), nn.Parameter(torch.zeros(code_shape))
+        self.out, self.bias_DN = nn.Linear(widths[-1], dim, bias=False), nn.Parameter(torch.zeros(code_shape))
 
     def read(self, patches_BPW: Tensor) -> Tensor:
         """Tokens from embedded patches, all or some of them, (B, P, W) -> (B, D, N)."""
@@ -114,12 +113,12 @@ class TokenDecoder(nn.Module):
         dim, self.n = code_shape
         self.patchify = patchify
         position_PW = torch.randn(patchify.n, widths[0])
-        self.embed, self.position_PW = Linear(dim, widths[0]), nn.Parameter(position_PW)
+        self.embed, self.position_PW = nn.Linear(dim, widths[0]), nn.Parameter(position_PW)
         nn.init.normal_(self.embed.weight)
         self.mask_W = nn.Parameter(0.02 * torch.randn(widths[0]))
         self.blocks, q_WW, k_WW = _blocks(widths, act)
         self.place_NW = nn.Parameter(shares(self.n, position_PW) @ q_WW.T @ k_WW)
-        self.out = Linear(widths[-1], patchify.size)
+        self.out = nn.Linear(widths[-1], patchify.size)
 
     def forward(self, code_BDN: Tensor) -> Tensor:
         tokens_BNW = self.embed(code_BDN.transpose(1, 2)) + self.place_NW

@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.nets.blocks.levels import Conditional, GaussianParams, Level
-from aezoo.speed.conv2d import Conv2d
-from aezoo.speed.memory_format import ChannelsLast, in_order
 from aezoo.training.precision import at_least_float32
 
 Grid = tuple[int, int]
@@ -33,7 +31,7 @@ def grids(input_shape: Sequence[int], n: int) -> list[Grid]:
 
 def conv(n_in: int, n_out: int, kernel: int) -> nn.Conv2d:
     """A convolution that keeps the grid; its bias starts at 0."""
-    made = Conv2d(n_in, n_out, kernel, padding=kernel // 2)
+    made = nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2)
     nn.init.zeros_(cast(Tensor, made.bias))
     return made
 
@@ -84,7 +82,7 @@ class BottomUp(nn.Module):
                 y = F.avg_pool2d(y, 2, ceil_mode=True, count_include_pad=False)
             for block in blocks:  # type: ignore[attr-defined]
                 y = y + block(y)
-            found.append(in_order(y))
+            found.append(y)
         return found
 
 
@@ -116,7 +114,7 @@ class TopDownBlock(nn.Module):
         level = Level.from_distributions(prior if a is None else gaussian(self.q(torch.cat([y, a], 1))), prior, z, draw)
         y = y + f + self.of_z(level.z.to(self.of_z.weight.dtype))
         y = y + self.net(y)
-        return y, Level(*(in_order(part).flatten(1) for part in level))
+        return y, Level(*(part.flatten(1) for part in level))
 
 
 def gaussian(values: Tensor) -> GaussianParams:
@@ -150,7 +148,6 @@ class TopDown(nn.Module):
         self.sizes = [size for stage in reversed(sizes) for size in stage]
         self.gain, self.bias = nn.Parameter(torch.ones(width, 1, 1)), nn.Parameter(torch.zeros(width, 1, 1))
         self.last = conv(width, input_shape[0], 1)
-        self.channels_last = ChannelsLast()
 
     def forward(self, z: Tensor) -> Tensor:
         return self.decode_levels(z)[0]
@@ -182,9 +179,9 @@ class TopDown(nn.Module):
         for i in reversed(range(len(self.grids))):
             start, (rows, columns) = self.starts[i][None], self.grids[i]
             if levels:
-                y = in_order(F.interpolate(y, scale_factor=2.0))[:, :, :rows, :columns] + self.channels_last(start)
+                y = F.interpolate(y, scale_factor=2.0)[:, :, :rows, :columns] + start
             else:
-                y = self.channels_last(start.expand(n, -1, rows, columns))
+                y = start.expand(n, -1, rows, columns)
             for block in self.stages[i]:  # type: ignore[attr-defined]
                 z = codes[len(levels)] if len(levels) < len(codes) else None
                 y, level = block(y, None if a is None else a[i], z, draw)

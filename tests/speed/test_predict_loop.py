@@ -1,4 +1,4 @@
-"""The light prediction loop does what Lightning's does: the same calls, predictions and counters, batch for batch."""
+"""The fast prediction loop does what Lightning's does: the same calls, predictions and counters, batch for batch."""
 
 import lightning.pytorch as pl
 import pytest
@@ -209,7 +209,7 @@ def test_a_trainer_goes_on_with_a_module_that_does_not_ask():
     kinds: list[bool] = []
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.predict(DenseAE((1, 8, 8)), digits())
-    assert isinstance(trainer.predict_loop, predict_loop.LightPredictions)
+    assert isinstance(trainer.predict_loop, predict_loop.FastPredictionLoop)
     assert len(trainer.predict(Foreign(), loader())) == 4
     assert kinds == [False] * 4
 

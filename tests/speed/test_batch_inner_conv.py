@@ -1,4 +1,4 @@
-"""Convolutions with the samples of a batch abreast, against torch's own."""
+"""Convolutions with the samples of a batch batch_inner, against torch's own."""
 
 from itertools import product
 
@@ -13,14 +13,22 @@ from torch.utils.flop_counter import FlopCounterMode
 import aezoo
 from aezoo.nets import conv
 from aezoo.speed import batch_inner_conv, conv2d, conv_products, linear
-from aezoo.speed.memory_format import Flatten, is_abreast, is_last, laid, lay, like
-from aezoo.training.compilation import to_channels_last
+from aezoo.speed.layers import swap_in
+from aezoo.speed.memory_format import (
+    Flatten,
+    convert_layout,
+    is_batch_inner,
+    is_channels_last,
+    to_channels_last,
+    to_layout,
+    with_layout_of,
+)
 
 KERNELS, STRIDES, PADDINGS = [(3, 3), (2, 3), (4, 4), (1, 3)], [(1, 1), (2, 2), (2, 1)], [(0, 0), (1, 1), (0, 1)]
 ORDERS = {
     "first": torch.Tensor.contiguous,
-    "last": lambda x: lay(x, abreast=False),
-    "abreast": lambda x: lay(x, abreast=True),
+    "last": lambda x: to_layout(x, batch_inner=False),
+    "batch_inner": lambda x: to_layout(x, batch_inner=True),
 }
 DOWN_AND_UP = [conv2d.Conv2d, conv2d.ConvTranspose2d]
 
@@ -33,23 +41,23 @@ def _seed() -> None:
 @pytest.fixture
 def on(monkeypatch):
     """As on a processor where it pays, for layers of any size."""
-    if not batch_inner_conv.is_known():
+    if not batch_inner_conv.is_available():
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
-    monkeypatch.setattr(linear, "TILES", False)
-    for name, least in (("_ABREAST", 2), ("_LEAST_ABREAST", 1), ("_LARGE_ABREAST", 0)):
+    monkeypatch.setattr(linear, "HAS_AMX", False)
+    for name, least in (("_MIN_SAMPLES", 2), ("_MIN_CHANNELS", 1), ("_MIN_PRODUCTS", 0)):
         monkeypatch.setattr(conv2d, name, least)
 
 
 def order_of(x):
-    return "abreast" if is_abreast(x) else "last" if is_last(x) else "first"
+    return "batch_inner" if is_batch_inner(x) else "last" if is_channels_last(x) else "first"
 
 
 def twins(ours, *args, **kwargs):
     """Our layer among others, and torch's with the same weights in double precision."""
     mine = ours(*args, **kwargs).to(memory_format=torch.channels_last)
-    mine.among_layers = True
-    theirs = ours.__base__(*args, **kwargs).double()
+    mine.feeds_convolutions = True
+    theirs = ours.plain(*args, **kwargs).double()
     theirs.load_state_dict(mine.state_dict())
     return mine, theirs
 
@@ -63,12 +71,12 @@ def assert_same(mine, theirs, x, **near):
     """Values and gradients, and how they lie."""
     ours, wanted = mine(x), theirs(x.double())
     assert_near(ours, wanted, **near)
-    assert order_of(ours) == "abreast"
+    assert order_of(ours) == "batch_inner"
     weight = torch.randn_like(ours)
     found = torch.autograd.grad(ours, [x, *mine.parameters()], weight)
     for a, b in zip(found, torch.autograd.grad(wanted, [x, *theirs.parameters()], weight.double()), strict=True):
         assert_near(a, b, **near)
-    assert found[0].stride() == (lay(x, abreast=False) if order_of(x) == "first" else x).stride()
+    assert found[0].stride() == (to_layout(x, batch_inner=False) if order_of(x) == "first" else x).stride()
     assert found[1].stride() == mine.weight.stride()
 
 
@@ -76,10 +84,10 @@ def assert_same(mine, theirs, x, **near):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_same_values_and_gradients_as_torch_for_any_geometry(on, monkeypatch, kernel, bias, order):
-    monkeypatch.setattr(conv2d, "abreast_pays", lambda *_: True)
+    monkeypatch.setattr(conv2d, "use_batch_inner", lambda *_: True)
     cases = 0
-    for stride, padding, h, w, weighs in product(STRIDES, PADDINGS, (3, 4, 5), (4, 5), (False, True)):
-        monkeypatch.setattr(conv2d, "products_pay", lambda *_, weighs=weighs: weighs)
+    for stride, padding, h, w, weight_by_product in product(STRIDES, PADDINGS, (3, 4, 5), (4, 5), (False, True)):
+        monkeypatch.setattr(conv2d, "use_products", lambda *_, weight_by_product=weight_by_product: weight_by_product)
         x = ORDERS[order](torch.randn(6, 3, h, w)).requires_grad_()
         if all(n + 2 * p >= k for n, p, k in zip((h, w), padding, kernel, strict=True)):
             assert_same(*twins(conv2d.Conv2d, 3, 5, kernel, stride, padding, bias=bias), x)
@@ -92,17 +100,19 @@ def test_same_values_and_gradients_as_torch_for_any_geometry(on, monkeypatch, ke
     assert cases > 150
 
 
-@pytest.mark.parametrize("weighs", [False, True], ids=["by_onednn", "by_products"])
+@pytest.mark.parametrize("weight_by_product", [False, True], ids=["by_onednn", "with_products"])
 @pytest.mark.parametrize("half", [False, True], ids=["autocast", "bfloat16"])
 @pytest.mark.parametrize("kernel", [(3, 3), (4, 4), (2, 3)])
-def test_16_bits_compute_the_same(on, monkeypatch, kernel, half, weighs):
-    monkeypatch.setattr(conv2d, "products_pay", lambda *_: weighs)
-    monkeypatch.setattr(conv2d, "abreast_pays", lambda *_: True)
+def test_16_bits_compute_the_same(on, monkeypatch, kernel, half, weight_by_product):
+    monkeypatch.setattr(conv2d, "use_products", lambda *_: weight_by_product)
+    monkeypatch.setattr(conv2d, "use_batch_inner", lambda *_: True)
     dtype = torch.bfloat16 if half else torch.float32
     taken, weighed = spied(monkeypatch), []
     for module in (batch_inner_conv, conv_products):
-        real = module.weigh
-        monkeypatch.setattr(module, "weigh", lambda *a, m=module, real=real: (weighed.append(m), real(*a))[1])
+        real = module.conv_weight_grad
+        monkeypatch.setattr(
+            module, "conv_weight_grad", lambda *a, m=module, real=real: (weighed.append(m), real(*a))[1]
+        )
     for ours, stride, h, w in product(DOWN_AND_UP, (1, 2), (4, 5, 6), (4, 7)):
         mine, theirs = twins(ours, 6, 8, kernel, stride, 1)
         mine.to(dtype)
@@ -112,7 +122,7 @@ def test_16_bits_compute_the_same(on, monkeypatch, kernel, half, weighs):
         with torch.no_grad():
             for layer in (mine, theirs):
                 layer.load_state_dict({n: p.bfloat16().to(p.dtype) for n, p in layer.state_dict().items()})
-        x = lay(x, abreast=True).requires_grad_()
+        x = to_layout(x, batch_inner=True).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=not half):
             y = mine(x)
         wanted = theirs(x.double())
@@ -126,7 +136,7 @@ def test_16_bits_compute_the_same(on, monkeypatch, kernel, half, weighs):
         ):
             assert a.dtype == dtype
             assert_near(a, b, atol=0.01)
-    assert len(taken) == 24 and weighed == [conv_products if weighs else batch_inner_conv] * 24
+    assert len(taken) == 24 and weighed == [conv_products if weight_by_product else batch_inner_conv] * 24
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -138,7 +148,7 @@ def test_numbers_that_fill_no_register_compute_the_same(on, monkeypatch, batch, 
         mine, theirs = twins(ours, n_in, n_out, 3, 2, 1)
         mine.to(dtype)
         theirs.load_state_dict(mine.state_dict())
-        x = lay(torch.randn(batch, n_in, h, w, dtype=dtype), abreast=False).requires_grad_()
+        x = to_layout(torch.randn(batch, n_in, h, w, dtype=dtype), batch_inner=False).requires_grad_()
         y, wanted = mine(x), theirs(x.double())
         assert_near(y, wanted, atol)
         g = torch.randn_like(y)
@@ -149,11 +159,13 @@ def test_numbers_that_fill_no_register_compute_the_same(on, monkeypatch, batch, 
 
 
 def spied(monkeypatch):
-    """Which layers had samples abreast."""
+    """Which layers had the batch as the innermost dimension."""
     taken = []
     for ours in DOWN_AND_UP:
-        real = ours.abreast
-        monkeypatch.setattr(ours, "abreast", lambda self, *a, real=real: (taken.append(self), real(self, *a))[1])
+        real = ours.with_batch_inner
+        monkeypatch.setattr(
+            ours, "with_batch_inner", lambda self, *a, real=real: (taken.append(self), real(self, *a))[1]
+        )
     return taken
 
 
@@ -163,10 +175,10 @@ def test_all_sums_but_that_of_weights_are_onednns_with_the_batch_as_a_side(on, m
     for name in ("convolve", "transpose"):
         real = getattr(batch_inner_conv, name)
         monkeypatch.setattr(batch_inner_conv, name, lambda *a, n=name, real=real: (made.append(n), real(*a))[1])
-    monkeypatch.setattr(batch_inner_conv, "weigh", lambda *a: pytest.fail("32 bits are weighed with channels last"))
+    monkeypatch.setattr(batch_inner_conv, "conv_weight_grad", lambda *a: pytest.fail("of 16 bits"))
     for layer, wanted in ((down, ["convolve", "transpose"]), (up, ["transpose", "transpose", "convolve"])):
         x = torch.randn(4, 4, 5, 5, requires_grad=True)
-        layer.abreast(x, layer.geometry(x)).sum().backward()
+        layer.with_batch_inner(x, layer.geometry(x)).sum().backward()
         assert made == wanted  # a bias of an uneven grid is added apart
         made.clear()
 
@@ -176,7 +188,7 @@ def test_a_bias_of_an_uneven_grid_is_added_apart(on):
     for extra, apart in ((0, True), (1, False)):
         up.output_padding = (extra, extra)
         with Given() as given:
-            up.abreast(x, up.geometry(x))
+            up.with_batch_inner(x, up.geometry(x))
         assert given.bias == [not apart]
 
 
@@ -198,7 +210,7 @@ def autoencoder(conv, transposed):
 
 
 def both(monkeypatch):
-    monkeypatch.setattr(conv2d, "abreast_pays", lambda *_: True)
+    monkeypatch.setattr(conv2d, "use_batch_inner", lambda *_: True)
     mine, theirs = autoencoder(*DOWN_AND_UP), autoencoder(nn.Conv2d, nn.ConvTranspose2d)
     theirs.load_state_dict(mine.state_dict())
     return mine, theirs
@@ -254,22 +266,24 @@ def test_what_needs_no_gradient_gets_none(on, monkeypatch):
     for name in ("convolve", "transpose"):
         real = getattr(batch_inner_conv, name)
         monkeypatch.setattr(batch_inner_conv, name, lambda *a, n=name, real=real: (made.append(n), real(*a))[1])
-    real_by_weight = batch_inner_conv.Abreast.by_weight
+    real_by_weight = batch_inner_conv.BatchInnerConv.by_weight
     monkeypatch.setattr(
-        batch_inner_conv.Abreast, "by_weight", staticmethod(lambda *a: (made.append("weigh"), real_by_weight(*a))[1])
+        batch_inner_conv.BatchInnerConv,
+        "by_weight",
+        staticmethod(lambda *a: (made.append("weigh"), real_by_weight(*a))[1]),
     )
     down, x = conv2d.Conv2d(2, 4, 3), torch.randn(4, 2, 5, 5)
-    down.abreast(x, down.geometry(x)).sum().backward()
+    down.with_batch_inner(x, down.geometry(x)).sum().backward()
     assert made == ["convolve", "weigh"]
     made.clear()
     down.requires_grad_(False)
     x.requires_grad_()
-    down.abreast(x, down.geometry(x)).sum().backward()
+    down.with_batch_inner(x, down.geometry(x)).sum().backward()
     assert made == ["convolve", "transpose"]
 
 
 def test_autocast_around_the_backward_pass_alone_lowers_nothing(on, monkeypatch):
-    monkeypatch.setattr(conv2d, "abreast_pays", lambda *_: True)
+    monkeypatch.setattr(conv2d, "use_batch_inner", lambda *_: True)
     for ours in DOWN_AND_UP:
         mine, theirs = twins(ours, 8, 16, 3, 2, 1)
         x = torch.randn(5, 8, 4, 4)
@@ -283,14 +297,14 @@ def test_autocast_around_the_backward_pass_alone_lowers_nothing(on, monkeypatch)
 def test_where_it_pays(monkeypatch):
     """What `benchmarks.convolutions` found."""
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
-    monkeypatch.setattr(linear, "TILES", False)
-    monkeypatch.setattr(batch_inner_conv, "is_known", lambda: True)
+    monkeypatch.setattr(linear, "HAS_AMX", False)
+    monkeypatch.setattr(batch_inner_conv, "is_available", lambda: True)
 
     def pays(n_in=64, n_out=128, side=8, kernel=3, stride=2, padding=1, batch=64, among=True, dtype=torch.float32):
         layer = conv2d.Conv2d(n_in, n_out, kernel, stride, padding, dtype=dtype)
-        layer.among_layers = among
+        layer.feeds_convolutions = among
         x = torch.empty(batch, n_in, side, side, dtype=dtype)
-        return conv2d.abreast_pays(layer, layer.geometry(x), x)
+        return conv2d.use_batch_inner(layer, layer.geometry(x), x)
 
     assert pays()
     assert pays(dtype=torch.bfloat16)
@@ -306,10 +320,10 @@ def test_where_it_pays(monkeypatch):
     assert not pays(dtype=torch.float64) and not pays(dtype=torch.float16)
     with torch.autocast("cpu", torch.bfloat16):
         assert pays() and pays(dtype=torch.bfloat16) and not pays(dtype=torch.float64)
-        monkeypatch.setattr(linear, "TILES", True)
+        monkeypatch.setattr(linear, "HAS_AMX", True)
         assert not pays()
     assert pays()
-    for module, name, no in ((linear, "MKL_HALF_WIDTH", False), (batch_inner_conv, "is_known", lambda: False)):
+    for module, name, no in ((linear, "MKL_HALF_WIDTH", False), (batch_inner_conv, "is_available", lambda: False)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, no)
             assert not pays()
@@ -318,11 +332,11 @@ def test_where_it_pays(monkeypatch):
 
 
 def test_builds_of_torch_without_onednn_do_without(monkeypatch):
-    find = batch_inner_conv.is_known.__wrapped__
+    find = batch_inner_conv.is_available.__wrapped__
     assert find() == hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
     torch.set_default_dtype(torch.float64)  # which oneDNN does not know
     try:
-        assert find() == batch_inner_conv.is_known()
+        assert find() == batch_inner_conv.is_available()
     finally:
         torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(batch_inner_conv, "_onednn", object())
@@ -330,7 +344,7 @@ def test_builds_of_torch_without_onednn_do_without(monkeypatch):
 
 
 def test_torchs_counter_counts_the_same(on, monkeypatch):
-    monkeypatch.setattr(conv2d, "abreast_pays", lambda *_: True)
+    monkeypatch.setattr(conv2d, "use_batch_inner", lambda *_: True)
     for ours in DOWN_AND_UP:
         mine, theirs = twins(ours, 4, 6, 3, 2, 1)
         counted = []
@@ -341,19 +355,20 @@ def test_torchs_counter_counts_the_same(on, monkeypatch):
         assert counted[0] == counted[1] > 0
 
 
-def test_a_network_of_convolutions_has_them_abreast_within(on):
+def test_a_network_of_convolutions_uses_the_layout_within(on):
     torch.manual_seed(0)
     made = {"input_shape": (3, 28, 28), "code_shape": (5,)}
     encoder = conv.Encoder(**made, hidden_dims=(8, 16, 32), act="silu")
     decoder = conv.Decoder(**made, hidden_dims=(32, 16, 8), act="gelu")
     net = nn.Sequential(encoder, decoder)
     assert to_channels_last(net)
+    swap_in(net, (3, 28, 28), channels_last=True)
     lies = []
     for layer in [*encoder, *decoder]:
         layer.register_forward_hook(lambda layer, _, y: lies.append((type(layer).__name__, order_of(y))))
-    x = lay(torch.rand(20, 3, 28, 28), abreast=False).requires_grad_()
+    x = to_layout(torch.rand(20, 3, 28, 28), batch_inner=False).requires_grad_()
     y = net(x)
-    small, large = "abreast", "last"
+    small, large = "batch_inner", "last"
     down = [(name, lie) for lie in (large, small, small) for name in ("Conv2d", "SiLU")]
     up = [(name, lie) for lie in (large, small, small) for name in ("GELU", "ConvTranspose2d")]
     up = [("GELU", "last"), ("ConvTranspose2d", small), ("GELU", small), ("ConvTranspose2d", small)]
@@ -367,7 +382,7 @@ def test_a_network_of_convolutions_has_them_abreast_within(on):
     ]
     found = torch.autograd.grad(y.square().sum(), [x, *net.parameters()])
     for layer in net.modules():
-        layer.among_layers = False
+        layer.feeds_convolutions = False
     wanted = net(x)
     torch.testing.assert_close(y, wanted)
     gradients = torch.autograd.grad(wanted.square().sum(), [x, *net.parameters()])
@@ -377,19 +392,20 @@ def test_a_network_of_convolutions_has_them_abreast_within(on):
 
 def test_images_of_a_small_grid_come_out_with_channels_last(on):
     decoder = conv.Decoder((5,), (3, 16, 16), (16, 8), act="relu")
+    swap_in(decoder, (3, 16, 16), channels_last=True)
     lies: list[str] = []
     decoder[2].register_forward_hook(lambda _, __, y: lies.append(order_of(y)))
-    assert order_of(decoder(torch.randn(20, 5))) == "last" and lies == ["abreast"]
+    assert order_of(decoder(torch.randn(20, 5))) == "last" and lies == ["batch_inner"]
 
 
-def test_what_follows_takes_images_abreast_as_others(on):
-    x = lay(torch.randn(6, 8, 4, 4), abreast=True)
+def test_what_follows_takes_this_layout_as_others(on):
+    x = to_layout(torch.randn(6, 8, 4, 4), batch_inner=True)
     for layer in (conv2d.Conv2d(8, 4, 1), conv2d.Conv2d(8, 4, 3, 2, 1), conv2d.ConvTranspose2d(8, 1, 3, 2, 1, 1)):
         x.requires_grad_()
         y = layer(x)
-        torch.testing.assert_close(y, type(layer).__base__.forward(layer, x.detach()))
+        torch.testing.assert_close(y, layer.plain.forward(layer, x.detach()))
         (g,) = torch.autograd.grad(y.square().sum(), x)
-        assert order_of(g) == "abreast"
+        assert order_of(g) == "batch_inner"
 
 
 def test_memory_is_read_as_it_lies():
@@ -398,39 +414,39 @@ def test_memory_is_read_as_it_lies():
         x = make(first)
         assert order_of(x) == order and torch.equal(x, first)
         assert make(x).data_ptr() == x.data_ptr()  # nothing is copied that lies so
-        assert like(first, x).stride() == x.stride()
+        assert with_layout_of(first, x).stride() == x.stride()
         seen: list[torch.Tensor] = []
         image = x.clone().requires_grad_() * 1
         image.register_hook(seen.append)
         Flatten()(image).square().sum().backward()
         assert order_of(seen[0]) == order and torch.equal(seen[0], 2 * first)
-    assert lay(first, abreast=True).permute(2, 3, 0, 1).is_contiguous()
+    assert to_layout(first, batch_inner=True).permute(2, 3, 0, 1).is_contiguous()
     one = torch.randn(4, 3, 1, 5).permute(2, 3, 0, 1)
     for other in (one, first[:1], first[0], torch.randn(6, 5)):
-        assert not is_abreast(other)
-    last = lay(first, abreast=False)
-    assert laid(first, abreast=False) is first and laid(last, abreast=False) is last
-    assert order_of(laid(lay(first, abreast=True), abreast=False)) == "last"
+        assert not is_batch_inner(other)
+    last = to_layout(first, batch_inner=False)
+    assert convert_layout(first, batch_inner=False) is first and convert_layout(last, batch_inner=False) is last
+    assert order_of(convert_layout(to_layout(first, batch_inner=True), batch_inner=False)) == "last"
 
 
 def test_what_is_laid_otherwise_has_its_gradient_as_it_lay():
-    last = lay(torch.randn(6, 5, 4, 3), abreast=False)
-    for abreast_now in (False, True):
-        x = lay(last, abreast=abreast_now).clone().requires_grad_()
-        y = laid(x, abreast=not abreast_now)
-        assert torch.equal(y, x) and is_abreast(y) is not abreast_now
+    last = to_layout(torch.randn(6, 5, 4, 3), batch_inner=False)
+    for inner in (False, True):
+        x = to_layout(last, batch_inner=inner).clone().requires_grad_()
+        y = convert_layout(x, batch_inner=not inner)
+        assert torch.equal(y, x) and is_batch_inner(y) is not inner
         (g,) = torch.autograd.grad(y.square().sum(), x)
-        assert torch.equal(g, 2 * x) and is_abreast(g) is abreast_now
-        assert laid(y, abreast=not abreast_now) is y
+        assert torch.equal(g, 2 * x) and is_batch_inner(g) is inner
+        assert convert_layout(y, batch_inner=not inner) is y
 
 
-def test_of_16_bits_images_are_laid_abreast_once(on, monkeypatch):
+def test_of_16_bits_images_are_converted_once(on, monkeypatch):
     """Weights are weighed with what a layer was computed of, but where products weigh them."""
-    monkeypatch.setattr(conv2d, "abreast_pays", lambda *_: True)
+    monkeypatch.setattr(conv2d, "use_batch_inner", lambda *_: True)
     layer = conv2d.Conv2d(4, 6, 3, 2, 1, dtype=torch.bfloat16)
-    for weighs, wanted in ((False, "abreast"), (True, "last")):
-        monkeypatch.setattr(conv2d, "products_pay", lambda *_, weighs=weighs: weighs)
-        y = layer(lay(torch.randn(5, 4, 6, 6, dtype=torch.bfloat16), abreast=False))
+    for weight_by_product, wanted in ((False, "batch_inner"), (True, "last")):
+        monkeypatch.setattr(conv2d, "use_products", lambda *_, weight_by_product=weight_by_product: weight_by_product)
+        y = layer(to_layout(torch.randn(5, 4, 6, 6, dtype=torch.bfloat16), batch_inner=False))
         assert order_of(y.grad_fn.saved_tensors[0]) == wanted
 
 
@@ -438,10 +454,11 @@ def test_of_16_bits_images_are_laid_abreast_once(on, monkeypatch):
 def test_a_model_learns_the_same(on, precision, monkeypatch):
     grads = {}
     for known in (True, False):
-        monkeypatch.setattr(batch_inner_conv, "is_known", lambda known=known: known)
+        monkeypatch.setattr(batch_inner_conv, "is_available", lambda known=known: known)
         torch.manual_seed(0)
         model = aezoo.create_model("vae", (1, 28, 28), net="conv", hidden_dims=(16, 32, 64), latent_dim=4)
         to_channels_last(model)
+        swap_in(model, model.input_shape, channels_last=True)
         torch.manual_seed(1)
         x = torch.rand(32, 1, 28, 28)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):

@@ -1,4 +1,4 @@
-"""The light loop does what Lightning's does: the same calls, values, weights and counters, batch for batch."""
+"""The fast loop does what Lightning's does: the same calls, values, weights and counters, batch for batch."""
 
 import inspect
 import math
@@ -26,7 +26,7 @@ from aezoo.callbacks import BetaAnnealing, FaultGuard, Interrupt
 from aezoo.data import DataModule
 from aezoo.data.resident import ResidentLoader
 from aezoo.speed import fast_loop
-from aezoo.training.compilation import flushed_denormals
+from aezoo.speed.denormals import flushed_denormals
 
 DenseAE = aezoo.model_class("dense_ae")
 NO_HOOKS = ("state_key", "state_dict", "load_state_dict")
@@ -98,7 +98,7 @@ def recorder(trace):
 
 
 class Lighten(pl.Callback):
-    """Asks for the light loop on behalf of a module that does not know it."""
+    """Asks for the fast loop on behalf of a module that does not know it."""
 
     def on_train_start(self, trainer, pl_module):
         fast_loop.install_fast_loop(trainer)
@@ -351,8 +351,8 @@ def same(a, b, path=""):
 def both(tmp_path, monkeypatch):
     """Runs by both loops; each returns its trainer and its trace."""
     steps = []
-    step = fast_loop.FastLoop._optimise
-    monkeypatch.setattr(fast_loop.FastLoop, "_optimise", lambda *args: steps.append(args[2]) or step(*args))
+    step = fast_loop.FastLoop._take_step
+    monkeypatch.setattr(fast_loop.FastLoop, "_take_step", lambda *args: steps.append(args[2]) or step(*args))
 
     def run(folder=tmp_path, watched=True, **plain):
         runs = []
@@ -520,7 +520,7 @@ def test_a_plan_of_another_module_is_dropped(tmp_path):
         def on_train_start(self, trainer, pl_module):
             fast_loop.install_fast_loop(trainer)
             plan = trainer.fit_loop.epoch_loop.plan
-            plan.module = plan._parties[0] = Foreign()
+            plan.module = plan._participants[0] = Foreign()
 
         def on_train_batch_end(self, trainer, *args):
             assert trainer.fit_loop.epoch_loop.plan is None
@@ -588,7 +588,7 @@ def test_a_signal_to_end_is_heard_between_two_batches(tmp_path):
     assert seen == [0, 1]
 
 
-# ---- code of others that changes what the light loop has looked up --------------------------------------------------
+# ---- code of others that changes what the fast loop has looked up --------------------------------------------------
 
 
 class At(pl.Callback):

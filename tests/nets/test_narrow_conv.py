@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import aezoo
-from aezoo.speed import narrow_conv, transposed_conv
-from aezoo.speed.conv2d import Conv2d, ConvTranspose2d
-from aezoo.speed.conv_grids import larger, smaller
+from aezoo.nets.blocks import narrow_conv
+from aezoo.nets.blocks.conv_grids import larger_grid, smaller_grid
+from aezoo.nets.blocks.narrow_conv import Conv2d, ConvTranspose2d
+from aezoo.speed import conv2d
 
 CONVS = {1: narrow_conv.Conv1d, 2: Conv2d, 3: narrow_conv.Conv3d}
-TRANSPOSED = {1: transposed_conv.ConvTranspose1d, 2: ConvTranspose2d, 3: transposed_conv.ConvTranspose3d}
+TRANSPOSED = {1: narrow_conv.ConvTranspose1d, 2: ConvTranspose2d, 3: narrow_conv.ConvTranspose3d}
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +25,9 @@ def _seed() -> None:
 @pytest.fixture
 def taken(monkeypatch):
     """Whether the layers that are asked are some of those."""
-    found, real = [], narrow_conv.is_narrow
-    for module in (narrow_conv, transposed_conv, __import__("aezoo.speed.conv2d", fromlist=["x"])):
-        monkeypatch.setattr(module, "is_narrow", lambda *args: (found.append(real(*args)), found[-1])[1])
+    found, real = [], narrow_conv.needs_float32
+    for module in (narrow_conv, conv2d):
+        monkeypatch.setattr(module, "needs_float32", lambda *args: (found.append(real(*args)), found[-1])[1])
     return found
 
 
@@ -114,11 +115,11 @@ def test_an_encoder_may_go_on_where_its_grid_is_one_point(net):
         (ConvTranspose2d(8, 8, 4, 3, 2, 1), (4, 2), False),
         (narrow_conv.Conv1d(8, 8, 3, 2, 1), (2,), True),
         (narrow_conv.Conv1d(8, 8, 3, 2, 1), (3,), False),
-        (transposed_conv.ConvTranspose1d(8, 8, 3, 2, 1), (1,), True),
+        (narrow_conv.ConvTranspose1d(8, 8, 3, 2, 1), (1,), True),
         (narrow_conv.Conv3d(8, 8, 3, 2, 1), (3, 3, 3), False),
         (narrow_conv.Conv3d(8, 8, 3, 1, 1), (3, 1, 3), True),
         (narrow_conv.Conv3d(8, 8, 3, 2, 1), (2, 3, 3), True),
-        (transposed_conv.ConvTranspose3d(8, 8, 3, 2, 1), (1, 2, 2), True),
+        (narrow_conv.ConvTranspose3d(8, 8, 3, 2, 1), (1, 2, 2), True),
     ],
     ids=str,
 )
@@ -131,8 +132,8 @@ def test_those_layers_are_found(taken, layer, shape, wanted):
     assert taken == [False, wanted]
     assert lowered.dtype == torch.bfloat16
     torch.testing.assert_close(lowered.float(), exact, rtol=0.05, atol=0.05)
-    assert narrow_conv.is_narrow(layer.bfloat16(), x.bfloat16()) is wanted
-    assert not narrow_conv.is_narrow(layer, x[0].bfloat16())
+    assert narrow_conv.needs_float32(layer.bfloat16(), x.bfloat16()) is wanted
+    assert not narrow_conv.needs_float32(layer, x[0].bfloat16())
 
 
 def test_no_layer_with_a_tap_beyond_the_border_is_missed():
@@ -143,15 +144,15 @@ def test_no_layer_with_a_tap_beyond_the_border_is_missed():
         met = F.conv1d(torch.ones(1, 1, n), torch.eye(kernel)[:, None], stride=stride, padding=padding)[0]
         dead = not met.any(1).all()
         assert narrow_conv._is_narrow(kernel, padding, small, n) or not dead
-        assert smaller(nn.Conv1d(1, 1, kernel, stride, padding), (n,)) == (small,)
+        assert smaller_grid(nn.Conv1d(1, 1, kernel, stride, padding), (n,)) == (small,)
         for extra in range(stride):
             if n == (small - 1) * stride - 2 * padding + kernel + extra:
-                assert larger(nn.ConvTranspose1d(1, 1, kernel, stride, padding, extra), (small,)) == (n,)
+                assert larger_grid(nn.ConvTranspose1d(1, 1, kernel, stride, padding, extra), (small,)) == (n,)
 
 
 def test_graphs_for_elsewhere_say_convolution():
     layer, x = Conv2d(4, 8, 3, 2, 1).bfloat16(), torch.randn(2, 4, 1, 1).bfloat16()
-    assert narrow_conv.is_narrow(layer, x)
+    assert narrow_conv.needs_float32(layer, x)
     ops = [str(node.target) for node in torch.export.export(layer, (x,)).graph.nodes if node.op == "call_function"]
     assert ops == ["aten.conv2d.default"]
     found = torch.compile(layer, backend="aot_eager")(x)

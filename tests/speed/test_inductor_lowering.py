@@ -32,7 +32,7 @@ def _told(monkeypatch):
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
     monkeypatch.setattr(linear, "_LARGE", 0)
     monkeypatch.setattr(linear, "_ENOUGH", 0)
-    assert inductor_lowering.teach()
+    assert inductor_lowering.register()
     with config.patch(fx_graph_cache=False), of_autograd.patch(enable_autograd_cache=False):
         yield
 
@@ -101,18 +101,18 @@ def test_sizes_that_are_not_known_call_the_operator_itself():
 def test_an_inductor_that_lacks_something_is_left_alone(monkeypatch):
     from torch._inductor import lowering
 
-    inductor_lowering.teach.cache_clear()
+    inductor_lowering.register.cache_clear()
     with monkeypatch.context() as m:
         m.delattr(lowering, "register_lowering")
-        assert not inductor_lowering.teach()
-    inductor_lowering.teach.cache_clear()
-    assert inductor_lowering.teach()
+        assert not inductor_lowering.register()
+    inductor_lowering.register.cache_clear()
+    assert inductor_lowering.register()
 
 
 def test_what_is_compiled_has_told_inductor(monkeypatch):
-    monkeypatch.setattr(linear, "straight_from_inductor", False)
+    monkeypatch.setattr(linear, "lowered_by_inductor", False)
     compilation.Compiled(lambda x: x, "default", lambda: None)
-    assert linear.straight_from_inductor
+    assert linear.lowered_by_inductor
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", False)
     compilation.Compiled(lambda x: x, "default", lambda: None)
-    assert not linear.straight_from_inductor
+    assert not linear.lowered_by_inductor

@@ -350,7 +350,7 @@ def test_a_cpu_run_is_not_captured():
 
     class Look(Watch):
         def on_train_epoch_start(self, trainer, pl_module):
-            asked.append(fast_loop.capture(trainer))
+            asked.append(fast_loop.capture_steps(trainer))
             assert isinstance(trainer.train_dataloader, ResidentLoader)
 
     fit(False, Look(), max_epochs=1)

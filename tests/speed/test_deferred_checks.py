@@ -40,13 +40,13 @@ def _short_periods(monkeypatch):
 @pytest.fixture
 def went_back(monkeypatch):
     """How many steps were taken back, for each time."""
-    found, original = [], deferred_checks.Rollback._take_again
+    found, original = [], deferred_checks.Rollback._replay_steps
 
     def noted(self, was, taken):
         found.append(len(taken))
         original(self, was, taken)
 
-    monkeypatch.setattr(deferred_checks.Rollback, "_take_again", noted)
+    monkeypatch.setattr(deferred_checks.Rollback, "_replay_steps", noted)
     return found
 
 
@@ -76,13 +76,13 @@ def fit(trust, faults, *callbacks, model=None, data=None, everywhere=False, **op
     hooks = [end.register_prehook(lambda gradients: (change(gradients[0]),)) for end in ends]
     guard = FaultGuard()
     trainer = quiet_trainer(callbacks=[guard, *callbacks], **{"max_epochs": 2} | options)
-    before = fast_loop.trust
+    before = fast_loop.defer_checks
     if not trust:
-        fast_loop.trust = lambda trainer: False
+        fast_loop.defer_checks = lambda trainer: False
     try:
         trainer.fit(model, data or data_of())
     finally:
-        fast_loop.trust = before
+        fast_loop.defer_checks = before
         for hook in hooks:
             hook.remove()
     return trainer, guard
@@ -181,7 +181,7 @@ def test_images_come_again(n, of_model, of_data, went_back):
 def test_a_compiled_step_is_taken_again(went_back, monkeypatch):
     if not joint_backward.can_trace():
         pytest.skip("this torch compiles no gradients")
-    faults, original, calls = {5: "nan", 38: "overflow"}, joint_backward.Joint.step, []
+    faults, original, calls = {5: "nan", 38: "overflow"}, joint_backward.JointStep.step, []
 
     def step(self, x, y):
         result, weight = original(self, x, y), next(self._module.encoder.parameters())
@@ -190,7 +190,7 @@ def test_a_compiled_step_is_taken_again(went_back, monkeypatch):
             weight.grad = torch.full_like(weight, VALUES[faults[calls[-1]]])
         return result
 
-    monkeypatch.setattr(joint_backward.Joint, "step", step)
+    monkeypatch.setattr(joint_backward.JointStep, "step", step)
     ends = []
     for trust in (False, True):
         model = model_of("dense_ae")
@@ -320,8 +320,8 @@ def of_models():
 @pytest.mark.parametrize("name", [*of_models()])
 def test_any_model_ends_as_with_steps_looked_at_one_by_one(name, went_back, monkeypatch):
     monkeypatch.setattr(deferred_checks, "PERIOD", 4)
-    asked, trust = [], fast_loop.trust
-    monkeypatch.setattr(fast_loop, "trust", lambda trainer: asked.append(trust(trainer)))
+    asked, trust = [], fast_loop.defer_checks
+    monkeypatch.setattr(fast_loop, "defer_checks", lambda trainer: asked.append(trust(trainer)))
     x = torch.randint(0, 256, (10 * 8, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     y = torch.arange(len(x)) % 4
     ends = []
@@ -523,8 +523,8 @@ class OwnThroughput(Throughput):
 )
 def test_steps_that_others_see_are_not_trusted(callbacks, options, trusted, monkeypatch, tmp_path):
     plans = []
-    trust = fast_loop.trust
-    monkeypatch.setattr(fast_loop, "trust", lambda trainer: plans.append(trust(trainer)))
+    trust = fast_loop.defer_checks
+    monkeypatch.setattr(fast_loop, "defer_checks", lambda trainer: plans.append(trust(trainer)))
     made = [callback() for callback in callbacks]
     fit(True, {}, *made, data=data_of(val_fraction=0.2), default_root_dir=tmp_path, max_epochs=1, **options)
     assert plans == [trusted]
@@ -637,8 +637,8 @@ class Plugin(VAE):
 
 def test_models_of_others_and_other_optimisers_are_not_trusted(monkeypatch, went_back):
     asked = []
-    trust = fast_loop.trust
-    monkeypatch.setattr(fast_loop, "trust", lambda trainer: asked.append(trust(trainer)))
+    trust = fast_loop.defer_checks
+    monkeypatch.setattr(fast_loop, "defer_checks", lambda trainer: asked.append(trust(trainer)))
     fit(True, {5: "nan"}, model=Plugin((6,), latent_dim=2, hidden_dims=(5,)))
     assert asked == []
     # asked for, but its momentum tells too little

@@ -29,11 +29,11 @@ SHAPES = [(5,), (2, 3), (2, 1, 4)]
 def taken(monkeypatch):
     """As on a processor of which MKL uses half, for layers of any size; the shapes that oneDNN was given."""
     torch.manual_seed(7)
-    shapes, product = [], linear.product
+    shapes, product = [], linear.onednn_linear
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
     monkeypatch.setattr(linear, "_LARGE", 0)
-    monkeypatch.setattr(linear, "straight_from_inductor", False)
-    monkeypatch.setattr(linear, "product", lambda a, *rest: (shapes.append(tuple(a.shape)), product(a, *rest))[1])
+    monkeypatch.setattr(linear, "lowered_by_inductor", False)
+    monkeypatch.setattr(linear, "onednn_linear", lambda a, *rest: (shapes.append(tuple(a.shape)), product(a, *rest))[1])
     return shapes
 
 
@@ -344,9 +344,9 @@ def test_a_layer_on_another_device_is_torchs(taken):
 def test_halved_are_those_of_amd_that_compute_512_bits(monkeypatch, has, wanted):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert linear._halved() is wanted
+    assert linear._mkl_uses_half_width() is wanted
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not linear._halved()
+    assert not linear._mkl_uses_half_width()
 
 
 def gone(error):
@@ -360,11 +360,11 @@ def gone(error):
 def test_where_torch_has_renamed_its_operator_all_is_torchs(monkeypatch, error):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ZEN_5, raising=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert linear._halved()
-    monkeypatch.setattr(linear, "product", gone(error))
-    assert not linear._halved()
+    assert linear._mkl_uses_half_width()
+    monkeypatch.setattr(linear, "onednn_linear", gone(error))
+    assert not linear._mkl_uses_half_width()
 
 
 def test_older_versions_of_torch_do_not_say(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert not linear._halved()
+    assert not linear._mkl_uses_half_width()

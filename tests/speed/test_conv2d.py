@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from aezoo.speed import conv2d, conv_products, linear, transposed_conv
+from aezoo.speed import conv2d, conv_products, linear
 
 KERNELS, STRIDES, PADDINGS = (
     [(3, 3), (2, 3), (4, 4), (1, 3)],
@@ -62,7 +62,9 @@ def taken(monkeypatch):
     """Which ways were taken."""
     ways: list[str] = []
     for layer in (conv2d.Conv2d, conv2d.ConvTranspose2d):
-        for name in {"by_products", "by_overlay", "by_sub_pixels", "apart"} & set(vars(layer)):
+        for name in {"with_products", "with_overlap_add", "with_sub_pixels", "with_separate_gradients"} & set(
+            vars(layer)
+        ):
             monkeypatch.setattr(layer, name, noted(ways, name, getattr(layer, name)))
     return ways
 
@@ -78,7 +80,7 @@ def noted(ways, name, method):
 def twins(ours, *args, **kwargs):
     """Our layer and torch's with the same weights, in double precision."""
     mine = ours(*args, **kwargs).double()
-    theirs = ours.__base__(*args, **kwargs).double()
+    theirs = ours.plain(*args, **kwargs).double()
     theirs.load_state_dict(mine.state_dict())
     return mine, theirs
 
@@ -111,7 +113,7 @@ def test_same_values_and_gradients_as_torch_for_any_geometry(always, taken, kern
                 assert_same(*twins(conv2d.ConvTranspose2d, 3, 5, kernel, stride, padding, extra, bias=bias), x)
                 cases += 1
     assert cases > 150
-    assert taken == ["by_products"] * cases
+    assert taken == ["with_products"] * cases
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -128,7 +130,7 @@ def test_points_between_are_those_of_torch_for_any_geometry(between, taken, kern
                 assert_same(*twins(conv2d.ConvTranspose2d, 3, 2, kernel, stride, padding, extra, bias=bias), x)
                 cases += 1
     assert cases > 20
-    assert taken == ["by_sub_pixels"] * cases
+    assert taken == ["with_sub_pixels"] * cases
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -145,24 +147,24 @@ def test_one_channel_is_laid_over_by_onednn(halved, between, taken, kernel, bias
                 assert_same(mine, theirs, torch.randn(2, 3, h, w, requires_grad=True))
                 cases += 1
     assert cases > 10
-    assert taken == ["by_overlay"] * cases
+    assert taken == ["with_overlap_add"] * cases
     geometry = conv2d.Conv2d(1, 3, 3, 2, 1).geometry(torch.zeros(1, 1, 28, 28))
-    assert conv2d.overlay_pays(conv2d.ConvTranspose2d(3, 1, 3, 2, 1, 1), geometry)
+    assert conv2d.use_overlap_add(conv2d.ConvTranspose2d(3, 1, 3, 2, 1, 1), geometry)
     for settings in ((3, 2, 3, 2, 1, 1), (3, 1, 3, 1, 1)):
-        assert not conv2d.overlay_pays(conv2d.ConvTranspose2d(*settings), geometry)
+        assert not conv2d.use_overlap_add(conv2d.ConvTranspose2d(*settings), geometry)
     up = conv2d.ConvTranspose2d(3, 1, 2, 2)
-    assert not conv2d.overlay_pays(up, up.geometry(torch.zeros(1, 3, 14, 14)))
+    assert not conv2d.use_overlap_add(up, up.geometry(torch.zeros(1, 3, 14, 14)))
     for settings in ({"dtype": torch.float64}, {"dtype": torch.bfloat16}):
-        assert not conv2d.overlay_pays(conv2d.ConvTranspose2d(3, 1, 3, 2, 1, 1, **settings), geometry)
+        assert not conv2d.use_overlap_add(conv2d.ConvTranspose2d(3, 1, 3, 2, 1, 1, **settings), geometry)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not conv2d.overlay_pays(conv2d.ConvTranspose2d(3, 1, 3, 2, 1, 1), geometry)
+        assert not conv2d.use_overlap_add(conv2d.ConvTranspose2d(3, 1, 3, 2, 1, 1), geometry)
 
 
 def test_a_grid_that_is_no_whole_number_of_strides_gets_its_bias_apart(taken, monkeypatch):
     """Else oneDNN adds it number by number, in bfloat16 at five times the price of all else."""
     layers = [conv2d.ConvTranspose2d(3, n, 3, 2, 1) for n in (5, 6)]
-    assert [conv2d.odd_pays(up, up.geometry(torch.zeros(2, 3, 4, 4)).large) for up in layers] == [False, True]
-    monkeypatch.setattr(transposed_conv, "_MANY", 0)
+    assert [conv2d.has_slow_bias(up, up.geometry(torch.zeros(2, 3, 4, 4)).large) for up in layers] == [False, True]
+    monkeypatch.setattr(conv2d, "_MANY", 0)
     biases, real = [], F.conv_transpose2d
     monkeypatch.setattr(F, "conv_transpose2d", lambda y, w, b, *a: (biases.append(b), real(y, w, b, *a))[1])
     for stride, extra in (((2, 2), (0, 0)), ((2, 2), (1, 0)), ((2, 2), (0, 1)), ((3, 1), (1, 0))):
@@ -173,14 +175,14 @@ def test_a_grid_that_is_no_whole_number_of_strides_gets_its_bias_apart(taken, mo
         assert [b is None for b in biases] == [True, False]
         with torch.no_grad():
             up(x)
-    assert taken == ["apart"] * 8
+    assert taken == ["with_separate_gradients"] * 8
     taken.clear()
     for settings in ({"output_padding": 1}, {"bias": False}):
         conv2d.ConvTranspose2d(3, 5, 3, 2, 1, **settings)(torch.randn(2, 3, 4, 4))
     assert taken == []
     with torch.autocast("cpu", torch.bfloat16):
         found, wanted = up.float()(x.float()), theirs.float()(x.float())
-    assert taken == ["apart"]
+    assert taken == ["with_separate_gradients"]
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
 
@@ -189,7 +191,7 @@ def test_padding_of_the_output_that_no_point_reaches_is_torchs(between, taken):
     up, theirs = twins(conv2d.ConvTranspose2d, 3, 2, 2, 2, 0, 1)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     assert_same(up, theirs, x)
-    assert taken == ["apart"]
+    assert taken == ["with_separate_gradients"]
 
 
 def test_points_between_have_gradients_of_gradients(between):
@@ -205,22 +207,26 @@ def test_no_zeros_beyond_the_border_are_multiplied(stride, padding):
         x, weight = torch.randn(2, h, w, 3), torch.randn(5, *kernel, 3)
         geometry = layer.geometry(x.permute(0, 3, 1, 2))
         y = torch.zeros(2, *geometry.small, 5)
-        work = sum(a.shape[0] * a.shape[1] for a, _, _ in conv_products.factors(x, weight, y, geometry))
+        work = sum(a.shape[0] * a.shape[1] for a, _, _ in conv_products.direct_products(x, weight, y, geometry))
         points = F.conv2d(torch.ones(1, 1, h, w), torch.ones(1, 1, *kernel), stride=stride, padding=padding).sum()
         assert work == 2 * 3 * points
 
 
-@pytest.fixture(params=["parts", "patches"])
+@pytest.fixture(params=["blocks", "im2col"])
 def way(request, monkeypatch):
     """One of the two that copy, for layers of any size."""
-    monkeypatch.setattr(conv_products, "_LARGE", 0 if request.param == "parts" else 10**9)
-    monkeypatch.setattr(conv_products, "_FEW_POINTS", 10**6 if request.param == "parts" else 0)
-    monkeypatch.setattr(linear, "TILES", False)
+    monkeypatch.setattr(conv_products, "_LARGE", 0 if request.param == "blocks" else 10**9)
+    monkeypatch.setattr(conv_products, "_FEW_POINTS", 10**6 if request.param == "blocks" else 0)
+    monkeypatch.setattr(linear, "HAS_AMX", False)
     return request.param
 
 
 def all_three(x, weight, y):
-    return (conv_products.see, x, weight), (conv_products.spread, y, weight), (conv_products.weigh, x, y)
+    return (
+        (conv_products.conv_forward, x, weight),
+        (conv_products.conv_input_grad, y, weight),
+        (conv_products.conv_weight_grad, x, y),
+    )
 
 
 def sizes(kernels=((3, 3), (2, 3), (4, 3))):
@@ -239,8 +245,8 @@ def test_16_bits_compute_the_same(way, stride, padding, dtype):
             found = work(a.to(dtype), b.to(dtype), geometry)
             assert found.dtype == dtype
             torch.testing.assert_close(found.double(), work(a, b, geometry), rtol=0, atol=0)
-        assert conv_products.way_of(x.to(dtype), weight, geometry) == way
-        assert conv_products.way_of(x, weight, geometry) == "factors"
+        assert conv_products.choose_algorithm(x.to(dtype), weight, geometry) == way
+        assert conv_products.choose_algorithm(x, weight, geometry) == "direct"
 
 
 @pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
@@ -251,38 +257,38 @@ def test_by_onednn_compute_the_same(halved, way, stride, padding):
         x, weight, y = (torch.randn(shape) for shape in shapes)
         for work, a, b in all_three(x, weight, y):
             torch.testing.assert_close(work(a, b, geometry), work(a.double(), b.double(), geometry).float())
-        assert conv_products.way_of(x, weight, geometry) == way
+        assert conv_products.choose_algorithm(x, weight, geometry) == way
         assert (
-            conv_products.way_of(x.double(), weight, geometry)
-            == conv_products.way_of(x[:0], weight, geometry)
-            == "factors"
+            conv_products.choose_algorithm(x.double(), weight, geometry)
+            == conv_products.choose_algorithm(x[:0], weight, geometry)
+            == "direct"
         )
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_parts_are_of_large_layers_with_few_points(halved, monkeypatch, n):
     """Else patches are: `benchmarks.convolutions` reads off how many and how large."""
-    monkeypatch.setattr(linear, "TILES", False)
+    monkeypatch.setattr(linear, "HAS_AMX", False)
     ways = {}
     for batch, side, dtype in product((31, 32), (1, 2, 4, 5), (torch.float32, torch.bfloat16)):
         geometry = conv2d.Conv2d(256, 256, 3, n, 1).geometry(torch.empty(0, 256, side * n, side * n))
         x, weight = torch.empty(batch, side * n, side * n, 256, dtype=dtype), torch.empty(256, 3, 3, 256, dtype=dtype)
-        ways[batch, side, dtype] = conv_products.way_of(x, weight, geometry)
-        monkeypatch.setattr(linear, "TILES", True)
-        assert dtype == torch.float32 or conv_products.way_of(x, weight, geometry) == "patches"
-        monkeypatch.setattr(linear, "TILES", False)
-    assert {(b, s) for (b, s, _), way in ways.items() if way == "parts"} == {(31, 1), (32, 1), (32, 2), (32, 4)}
+        ways[batch, side, dtype] = conv_products.choose_algorithm(x, weight, geometry)
+        monkeypatch.setattr(linear, "HAS_AMX", True)
+        assert dtype == torch.float32 or conv_products.choose_algorithm(x, weight, geometry) == "im2col"
+        monkeypatch.setattr(linear, "HAS_AMX", False)
+    assert {(b, s) for (b, s, _), way in ways.items() if way == "blocks"} == {(31, 1), (32, 1), (32, 2), (32, 4)}
     assert len({*ways.values()}) == 2
 
 
-@pytest.mark.parametrize("alike", ["taps", "points"])
+@pytest.mark.parametrize("group_by", ["taps", "points"])
 @pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
-def test_parts_hold_all_within_the_border_once(stride, padding, alike):
+def test_parts_hold_all_within_the_border_once(stride, padding, group_by):
     """No zeros, in as few products as there are kinds of taps or points."""
     for (h, w), kernel in sizes():
         geometry = conv2d.Conv2d(3, 5, kernel, stride, padding).geometry(torch.zeros(1, 3, h, w))
         x, weight, y = torch.zeros(2, h, w, 3), torch.zeros(5, *kernel, 3), torch.zeros(2, *geometry.small, 5)
-        found = [*conv_products.parts(x, weight, y, geometry, alike)]
+        found = [*conv_products.block_products(x, weight, y, geometry, group_by)]
         # [h, w, rows, columns]: what a point sees through a tap
         taps = torch.eye(kernel[0] * kernel[1]).view(-1, 1, *kernel)
         seen = F.conv2d(torch.ones(1, 1, h, w), taps, stride=stride, padding=padding)[0]
@@ -290,30 +296,30 @@ def test_parts_hold_all_within_the_border_once(stride, padding, alike):
         assert sum(out[0, ..., 0].numel() * part[0, ..., 0].numel() for _, part, out in found) == seen.sum()
         for at, part, out in found:
             assert at.shape == (2, *out.shape[1:3], *part.shape[1:3], 3)
-            whole, own = (x, at) if alike == "taps" else (y, out)
+            whole, own = (x, at) if group_by == "taps" else (y, out)
             own += 1
             assert whole.max() == 1
             own -= 1
-            for view in (part, out)[alike == "points" :]:
+            for view in (part, out)[group_by == "points" :]:
                 view += 1
         alone, kinds = (
-            (weight, seen.flatten(0, 1).flatten(1).t()) if alike == "taps" else (y, seen.flatten(2).flatten(0, 1))
+            (weight, seen.flatten(0, 1).flatten(1).t()) if group_by == "taps" else (y, seen.flatten(2).flatten(0, 1))
         )
         assert alone.max() == 1
         assert alone.sum(0)[..., 0].count_nonzero() == kinds.any(1).sum()
-        # runs of neighbours that are alike, on each axis by itself
+        # runs of neighbours that are group_by, on each axis by itself
         runs = [
-            sum(-(-len([*run]) // (stride[axis] if alike == "taps" else n)) for key, run in groupby(of) if any(key))
+            sum(-(-len([*run]) // (stride[axis] if group_by == "taps" else n)) for key, run in groupby(of) if any(key))
             for axis, n in enumerate(geometry.small)
-            for of in [kinds_along(seen, axis, alike)]
+            for of in [kinds_along(seen, axis, group_by)]
         ]
         assert len(found) == runs[0] * runs[1]
 
 
-def kinds_along(seen, axis, alike):
+def kinds_along(seen, axis, group_by):
     """Of each tap, or point, on an axis: those on the other side that it meets within the border."""
     met = seen.any(1 - axis).any(2 - axis)
-    return [tuple(kind) for kind in (met.t() if alike == "taps" else met).tolist()]
+    return [tuple(kind) for kind in (met.t() if group_by == "taps" else met).tolist()]
 
 
 def test_what_points_see_is_rounded_once_in_16_bits(way):
@@ -322,7 +328,7 @@ def test_what_points_see_is_rounded_once_in_16_bits(way):
     x, weight, y = (
         torch.randn(shape, dtype=torch.bfloat16) for shape in ((8, 8, 8, 64), (32, 3, 3, 64), (8, 4, 4, 32))
     )
-    for work, a, b in ((conv_products.see, x, weight), (conv_products.weigh, x, y)):
+    for work, a, b in ((conv_products.conv_forward, x, weight), (conv_products.conv_weight_grad, x, y)):
         wanted = work(a.double(), b.double(), geometry)
         error = (work(a, b, geometry) - wanted).square().mean() / wanted.square().mean()
         assert error.sqrt() < 2**-9
@@ -330,13 +336,13 @@ def test_what_points_see_is_rounded_once_in_16_bits(way):
 
 def test_matrices_lie_without_gaps_where_they_are_multiplied(halved, way, monkeypatch):
     """Of one with gaps oneDNN, or torch before it, makes a copy number by number."""
-    multiplied, real = [], linear.product
-    monkeypatch.setattr(linear, "product", lambda *a: (multiplied.extend(a), real(*a))[1])
+    multiplied, real = [], linear.onednn_linear
+    monkeypatch.setattr(linear, "onednn_linear", lambda *a: (multiplied.extend(a), real(*a))[1])
     geometry = conv2d.Conv2d(4, 8, 3, 2, 1).geometry(torch.zeros(1, 4, 4, 4))
     x, weight, y = torch.randn(6, 4, 4, 4), torch.randn(8, 3, 3, 4), torch.randn(6, 2, 2, 8)
     for work, a, b in all_three(x, weight, y):
         work(a, b, geometry)
-    assert len(multiplied) == 3 * 2 * (4 if way == "parts" else 1)
+    assert len(multiplied) == 3 * 2 * (4 if way == "blocks" else 1)
     assert all(m.flatten(0, -2).is_contiguous() or m.t().is_contiguous() for m in multiplied)
 
 
@@ -346,14 +352,14 @@ def test_by_onednn_a_network_is_torchs(halved, always, taken, bias):
     mine, theirs = (nn.Sequential(*(pair[i](*pair[2], bias=bias) for pair in layers)) for i in (0, 1))
     theirs.load_state_dict(mine.state_dict())
     assert_same(mine, theirs, torch.randn(2, 3, 6, 6, requires_grad=True))
-    assert taken == ["by_products"] * 2
+    assert taken == ["with_products"] * 2
 
 
 def test_points_of_a_batch_are_multiplied_at_once_where_memory_allows():
     """As few products as there can be, each as large: those of half the kernel's rows meet the border."""
     down = conv2d.Conv2d(3, 5, 3, 2, 1)
     x, weight, y = torch.randn(6, 4, 4, 3), torch.randn(5, 3, 3, 3), torch.randn(6, 2, 2, 5)
-    rows = [len(out) for _, _, out in conv_products.factors(x, weight, y, down.geometry(x.permute(0, 3, 1, 2)))]
+    rows = [len(out) for _, _, out in conv_products.direct_products(x, weight, y, down.geometry(x.permute(0, 3, 1, 2)))]
     assert rows == [6, 6, 12, 12, 12, 12]
 
 
@@ -410,7 +416,7 @@ def test_gradients_of_gradients(always, taken):
     mine, _ = both()
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x, *_: mine(x), (x, *mine.parameters()))
-    assert set(taken) == {"by_products"}
+    assert set(taken) == {"with_products"}
 
 
 @pytest.mark.parametrize("ways", ["always", "between", "halved always"])
@@ -436,11 +442,11 @@ def test_many_gradients_at_once(request, taken, ways, extra):
         for net in made
     )
     torch.testing.assert_close(found, wanted)
-    assert {*taken} == ({"by_sub_pixels"} if ways == "between" else {"by_products"})
+    assert {*taken} == ({"with_sub_pixels"} if ways == "between" else {"with_products"})
 
 
 class Asked(TorchDispatchMode):
-    """Which gradients torch's convolutions are asked for."""
+    """Which gradients torch's convolutions are output_mask for."""
 
     def __init__(self):
         super().__init__()
@@ -452,26 +458,29 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("weighs", [False, True], ids=["by_torch", "by_products"])
+@pytest.mark.parametrize("weight_by_product", [False, True], ids=["by_torch", "with_products"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("ours", [conv2d.Conv2d, conv2d.ConvTranspose2d])
-def test_apart_all_derivatives_are_torchs(monkeypatch, ours, bias, weighs):
-    monkeypatch.setattr(conv2d, "apart_pays", lambda *_: True)
-    monkeypatch.setattr(conv2d, "weighing_pays", lambda *_: weighs)
-    weighed, real = [], conv_products.weigh
-    monkeypatch.setattr(conv_products, "weigh", lambda *a: (weighed.append(a), real(*a))[1])
+def test_apart_all_derivatives_are_torchs(monkeypatch, ours, bias, weight_by_product):
+    monkeypatch.setattr(conv2d, "use_separate_gradients", lambda *_: True)
+    monkeypatch.setattr(conv2d, "use_weight_grad_product", lambda *_: weight_by_product)
+    weighed, real = [], conv_products.conv_weight_grad
+    monkeypatch.setattr(conv_products, "conv_weight_grad", lambda *a: (weighed.append(a), real(*a))[1])
     for kernel, stride, padding in product(KERNELS, STRIDES, PADDINGS):
         x = torch.randn(2, 3, 6, 7, dtype=torch.float64, requires_grad=True)
         mine, theirs = twins(ours, 3, 5, kernel, stride, padding, bias=bias)
         weighed.clear()
-        with Asked() as asked:
+        with Asked() as output_mask:
             assert_same(mine, theirs, x)
-        assert len(weighed) == weighs
-        # what products find torch is not asked for, nor ever for the sum that a bias's is; and for the input's last
-        assert asked.of_weight_and_bias == [(True, False)] * (not weighs) + [(False, False), (True, bias)]
+        assert len(weighed) == weight_by_product
+        # torch is not asked for what products find, nor ever for the sum that a bias's is; and for the input's last
+        assert output_mask.of_weight_and_bias == [(True, False)] * (not weight_by_product) + [
+            (False, False),
+            (True, bias),
+        ]
         mine.requires_grad_(False)
         torch.testing.assert_close(torch.autograd.grad(mine(x).sum(), x), torch.autograd.grad(theirs(x).sum(), x))
-        assert len(weighed) == weighs
+        assert len(weighed) == weight_by_product
     mine, theirs = twins(ours, 2, 3, 3, 2, 1, bias=bias)
     x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x, *_: mine(x), (x, *mine.parameters()))
@@ -483,7 +492,7 @@ def test_apart_all_derivatives_are_torchs(monkeypatch, ours, bias, weighs):
 @pytest.mark.parametrize("tiles", [False, True])
 def test_derivatives_are_taken_apart_where_that_pays(monkeypatch, tiles, lowers):
     """What `benchmarks.convolutions` found: for weights of 16 bits without tiles, and where an input fills a cache."""
-    monkeypatch.setattr(linear, "TILES", tiles)
+    monkeypatch.setattr(linear, "HAS_AMX", tiles)
     small = lowers and not tiles
     for layer, side, wanted in [
         (conv2d.Conv2d(64, 128, 3, 2, 1), 16, small),
@@ -500,12 +509,12 @@ def test_derivatives_are_taken_apart_where_that_pays(monkeypatch, tiles, lowers)
     ]:
         x = torch.zeros(1, layer.in_channels, side, side)
         with torch.autocast("cpu", torch.bfloat16, enabled=lowers):
-            assert conv2d.apart_pays(layer, layer.geometry(x), x) is wanted, (layer, side)
+            assert conv2d.use_separate_gradients(layer, layer.geometry(x), x) is wanted, (layer, side)
             with torch.no_grad():
-                assert not conv2d.apart_pays(layer, layer.geometry(x), x)
+                assert not conv2d.use_separate_gradients(layer, layer.geometry(x), x)
 
 
-@pytest.mark.parametrize("way", ["apart", "by_sub_pixels", "by_overlay"])
+@pytest.mark.parametrize("way", ["with_separate_gradients", "with_sub_pixels", "with_overlap_add"])
 def test_many_gradients_at_once_of_other_ways(way):
     up, x = conv2d.ConvTranspose2d(3, 2, 3, 2, 1, 1), torch.randn(1, 3, 3, 3)
     found = jacobian(lambda t: getattr(up, way)(t, up.geometry(t)), x, vectorize=True)
@@ -514,25 +523,25 @@ def test_many_gradients_at_once_of_other_ways(way):
 
 def test_what_needs_no_gradient_gets_none(always, monkeypatch):
     made = []
-    for name in ("see", "spread", "weigh"):
+    for name in ("conv_forward", "conv_input_grad", "conv_weight_grad"):
         work = getattr(conv_products, name)
         monkeypatch.setattr(conv_products, name, lambda *a, n=name, work=work: (made.append(n), work(*a))[1])
     down, up = conv2d.Conv2d(2, 4, 3), conv2d.ConvTranspose2d(2, 4, 3)
     down(torch.randn(2, 2, 4, 4)).sum().backward()
     up(torch.randn(2, 2, 4, 4)).sum().backward()
-    assert made == ["see", "weigh", "spread", "weigh"]
+    assert made == ["conv_forward", "conv_weight_grad", "conv_input_grad", "conv_weight_grad"]
     made.clear()
     for layer in (down, up):
         layer.requires_grad_(False)
         layer(torch.randn(2, 2, 4, 4, requires_grad=True)).sum().backward()
-    assert made == ["see", "spread", "spread", "see"]
+    assert made == ["conv_forward", "conv_input_grad", "conv_input_grad", "conv_forward"]
 
 
 @pytest.mark.parametrize("ways", ["always", "between"])
 def test_by_autocast_as_torch_in_bfloat16(request, taken, monkeypatch, ways):
     request.getfixturevalue(ways)
-    copied, real = [], conv_products.patches
-    monkeypatch.setattr(conv_products, "patches", lambda x, geometry: (copied.append(x.dtype), real(x, geometry))[1])
+    copied, real = [], conv_products.im2col
+    monkeypatch.setattr(conv_products, "im2col", lambda x, geometry: (copied.append(x.dtype), real(x, geometry))[1])
     x, weight = torch.randn(5, 8, 4, 4), torch.randn(5, 8, 4, 4)
     mine, theirs = (
         autoencoder_of_8(conv2d.Conv2d, conv2d.ConvTranspose2d),
@@ -550,7 +559,7 @@ def test_by_autocast_as_torch_in_bfloat16(request, taken, monkeypatch, ways):
     ):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
-    assert taken == (["by_products"] * 2 if ways == "always" else ["by_sub_pixels"])
+    assert taken == (["with_products"] * 2 if ways == "always" else ["with_sub_pixels"])
     # those of the first layer's input, of the second one's gradient twice, and again of the input: half of the bytes
     assert copied == ([torch.bfloat16] * 4 if ways == "always" else [])
 
@@ -583,7 +592,7 @@ def test_only_what_derivatives_take_is_kept(request, way):
             for needs in (False, True):
                 layer.requires_grad_(not frozen)
                 kept = []
-                for forward in (type(layer).forward, type(layer).__base__.forward):
+                for forward in (type(layer).forward, type(layer).plain.forward):
                     seen: list[int] = []
                     keep = lambda t, seen=seen: (seen.append(t.numel()), t)[1]  # noqa: E731
                     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -594,7 +603,7 @@ def test_only_what_derivatives_take_is_kept(request, way):
                     assert kept[0] == [layer.weight.numel()] * needs + [x.numel()] * (not frozen)
 
 
-@pytest.mark.parametrize("way", ["apart", "by_sub_pixels"])
+@pytest.mark.parametrize("way", ["with_separate_gradients", "with_sub_pixels"])
 def test_of_16_bits_a_backward_pass_is_of_16_bits_alone(way):
     """Of float32 and bfloat16 together oneDNN refuses some layers on some processors."""
     layer, x = conv2d.ConvTranspose2d(32, 1, 3, 1, 1), torch.randn(64, 32, 1, 1, requires_grad=True)
@@ -628,8 +637,8 @@ def test_products_where_grids_are_small_and_channels_many():
         (64, 64, 1, False),
         (512, 512, 1, True),
     ]:
-        assert conv2d.products_pay(conv2d.Conv2d(n_in, n_out, 3), (side, side)) is wanted, (n_in, n_out, side)
-    assert not conv2d.products_pay(conv2d.Conv2d(512, 512, 1), (2, 2))
+        assert conv2d.use_products(conv2d.Conv2d(n_in, n_out, 3), (side, side)) is wanted, (n_in, n_out, side)
+    assert not conv2d.use_products(conv2d.Conv2d(512, 512, 1), (2, 2))
 
 
 def test_products_by_onednn_have_to_be_fewer(halved):
@@ -648,7 +657,7 @@ def test_products_by_onednn_have_to_be_fewer(halved):
         (64, 128, 1, 2, True),
         (64, 64, 1, 2, False),
     ]:
-        assert conv2d.products_pay(conv2d.Conv2d(n_in, n_out, 3, stride), (side, side)) is wanted, (n_in, side, stride)
+        assert conv2d.use_products(conv2d.Conv2d(n_in, n_out, 3, stride), (side, side)) is wanted, (n_in, side, stride)
 
 
 def test_a_layer_takes_the_way_that_pays(taken):
@@ -663,25 +672,25 @@ def test_a_layer_takes_the_way_that_pays(taken):
     out(medium)
     assert taken == []
     up(large)
-    assert taken.pop() == "apart"
+    assert taken.pop() == "with_separate_gradients"
     with torch.no_grad():  # the bias costs in the backward pass alone
         up(large)
         assert taken == []
         out(large)
     out(large)
     down(up(small))
-    assert taken == ["by_sub_pixels"] * 2 + ["by_products"] * 2
+    assert taken == ["with_sub_pixels"] * 2 + ["with_products"] * 2
     torch.testing.assert_close(up(large), nn.ConvTranspose2d.forward(up, large))
     torch.testing.assert_close(out(large), nn.ConvTranspose2d.forward(out, large))
-    assert not conv2d.overlay_pays(conv2d.ConvTranspose2d(128, 1, 3, 2, 1, 1), up.geometry(large))
-    assert not conv2d.sub_pixels_pay(conv2d.ConvTranspose2d(128, 5, 3, 2, 1, 1), up.geometry(large))
-    assert not conv2d.sub_pixels_pay(conv2d.ConvTranspose2d(128, 3, 3, 1, 1), up.geometry(large))
+    assert not conv2d.use_overlap_add(conv2d.ConvTranspose2d(128, 1, 3, 2, 1, 1), up.geometry(large))
+    assert not conv2d.use_sub_pixels(conv2d.ConvTranspose2d(128, 5, 3, 2, 1, 1), up.geometry(large))
+    assert not conv2d.use_sub_pixels(conv2d.ConvTranspose2d(128, 3, 3, 1, 1), up.geometry(large))
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["autocast", "bfloat16"])
 @pytest.mark.parametrize("tiles", [False, True], ids=["without", "with"])
 def test_in_16_bits_the_way_that_pays_is_the_processors(taken, monkeypatch, tiles, half):
-    monkeypatch.setattr(linear, "TILES", tiles)
+    monkeypatch.setattr(linear, "HAS_AMX", tiles)
     dtype = torch.bfloat16 if half else None
     plain, strided = conv2d.Conv2d(256, 256, 3, 1, 1, dtype=dtype), conv2d.Conv2d(256, 512, 3, 2, 1, dtype=dtype)
     up = conv2d.ConvTranspose2d(32, 32, 3, 2, 1, 1, dtype=dtype)
@@ -691,18 +700,18 @@ def test_in_16_bits_the_way_that_pays_is_the_processors(taken, monkeypatch, tile
             layer(torch.randn(2, *shape, dtype=dtype))
         return [taken.pop() for _ in taken[:]]
 
-    assert ways(plain, 256, 2, 2) == ["by_products"]
-    assert ways(plain, 256, 5, 5) == (["by_products"] if tiles else [])
-    assert ways(strided, 256, 8, 8) == ["by_products"]
-    assert ways(strided, 256, 10, 10) == (["by_products"] if tiles else ["apart"])
-    assert ways(up, 32, 3, 3) == ([] if tiles else ["apart"])
+    assert ways(plain, 256, 2, 2) == ["with_products"]
+    assert ways(plain, 256, 5, 5) == (["with_products"] if tiles else [])
+    assert ways(strided, 256, 8, 8) == ["with_products"]
+    assert ways(strided, 256, 10, 10) == (["with_products"] if tiles else ["with_separate_gradients"])
+    assert ways(up, 32, 3, 3) == ([] if tiles else ["with_separate_gradients"])
     assert ways(up, 32, 2, 2) == []
 
 
 @pytest.mark.parametrize(("lowers", "few"), [(False, 16), (True, 4)])
 def test_the_bias_of_few_channels_is_left_where_it_is(taken, monkeypatch, lowers, few):
-    monkeypatch.setattr(linear, "TILES", False)
-    for n, wanted in ((few, []), (few + 1, ["apart"])):
+    monkeypatch.setattr(linear, "HAS_AMX", False)
+    for n, wanted in ((few, []), (few + 1, ["with_separate_gradients"])):
         with torch.autocast("cpu", torch.bfloat16, enabled=lowers):
             conv2d.ConvTranspose2d(8, n, 3, 1, 1)(torch.randn(2, 8, 10, 10))
         assert [taken.pop() for _ in taken[:]] == wanted
@@ -773,7 +782,7 @@ def test_what_torch_refuses_is_refused(request, ways):
         (conv2d.ConvTranspose2d(4, 2, 3, 2, 1, 1), torch.zeros(2, 4, 4, 4, dtype=torch.float64)),
     ):
         with pytest.raises(RuntimeError) as wanted:
-            type(layer).__base__.forward(layer, x)
+            type(layer).plain.forward(layer, x)
         with pytest.raises(RuntimeError) as found:
             layer(x)
         assert str(found.value) == str(wanted.value)
@@ -833,10 +842,10 @@ def test_graphs_say_convolution(always, taken):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "extra", "bias", "apart"),
+    ("kernel", "extra", "bias", "separate"),
     [(3, 0, True, True), (4, 1, True, True), (3, 1, True, False), (3, 0, False, False)],
 )
-def test_compiled_graphs_add_a_bias_apart_where_strides_leave_a_rest(kernel, extra, bias, apart):
+def test_compiled_graphs_add_a_bias_apart_where_strides_leave_a_rest(kernel, extra, bias, separate):
     up, x = conv2d.ConvTranspose2d(3, 6, kernel, 2, 1, extra, bias=bias), torch.randn(2, 3, 4, 4)
     graphs = []
     compiled = torch.compile(up, backend=lambda module, _: (graphs.append(module.graph), module.forward)[1])
@@ -845,8 +854,8 @@ def test_compiled_graphs_add_a_bias_apart_where_strides_leave_a_rest(kernel, ext
         assert compiled(x).dtype == torch.bfloat16
     calls = [node for node in graphs[0].nodes if node.op == "call_function"]
     assert calls[0].target.__name__ == "conv_transpose2d"
-    assert len(calls) == 1 or apart
-    assert (calls[0].args[2] is None) is (apart or not bias)
+    assert len(calls) == 1 or separate
+    assert (calls[0].args[2] is None) is (separate or not bias)
     exported = torch.export.export(up, (x,)).graph.nodes
     assert [str(n.target) for n in exported if n.op == "call_function"] == ["aten.conv_transpose2d.input"]
 
@@ -885,8 +894,8 @@ def test_the_benchmark_measures_all_ways(tmp_path, capsys):
         ways = {name.removesuffix("_ms") for name, value in row.items() if name.endswith("_ms") and value}
         more = set()
         if row["layer"] != "conv" and row["stride"] == "2":
-            more = {"sub_pixels", "overlay"} if row["channels"] == "1" else {"sub_pixels"}
-        assert ways == {"torch", "products", "apart", "abreast"} | more
+            more = {"sub_pixels", "overlap_add"} if row["channels"] == "1" else {"sub_pixels"}
+        assert ways == {"torch", "products", "separate_gradients", "batch_inner"} | more
         took = float(row[row["chosen"] + "_ms"])
         assert float(row["speedup"]) == pytest.approx(float(row["torch_ms"]) / took, rel=1e-3)
         assert float(row["lost"]) == pytest.approx(took / min(float(row[f"{way}_ms"]) for way in ways), rel=1e-3)

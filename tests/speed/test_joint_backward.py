@@ -11,7 +11,7 @@ from torch import nn
 import aezoo
 from aezoo.callbacks import FaultGuard
 from aezoo.data import DataModule
-from aezoo.speed.joint_backward import Joint, can_trace
+from aezoo.speed.joint_backward import JointStep, can_trace
 from aezoo.training import compilation
 from aezoo.training.compilation import Compiled, compiled_alike
 
@@ -31,13 +31,13 @@ def _can_trace():
 @pytest.fixture
 def taken(monkeypatch):
     """The numbers of the steps whose gradients came with their loss."""
-    steps, original = [], Joint.step
+    steps, original = [], JointStep.step
 
     def step(self, x, y):
         steps.append(self._module.trainer.global_step)
         return original(self, x, y)
 
-    monkeypatch.setattr(Joint, "step", step)
+    monkeypatch.setattr(JointStep, "step", step)
     return steps
 
 
@@ -59,7 +59,7 @@ class Two(nn.Module):
 
 
 def joint_of(module, **plain):
-    return Joint(module, module.terms, "default", lambda: None, **plain)
+    return JointStep(module, module.terms, "default", lambda: None, **plain)
 
 
 def require_as_by_the_engine(module, x, y, terms, values):
@@ -229,7 +229,7 @@ def test_a_fit_ends_as_by_the_engine(graphs, taken, monkeypatch, case, guarded):
         ends.append(fit(model(**settings), *([FaultGuard()] if guarded else []), **options))
         assert taken == (STEPS if joined else [])
         taken.clear()
-        monkeypatch.setattr("aezoo.speed.fast_loop.join", lambda trainer, joint: None)
+        monkeypatch.setattr("aezoo.speed.fast_loop.set_joint_step", lambda trainer, joint: None)
     require_same_end(*ends)
 
 
@@ -333,7 +333,7 @@ def test_when_it_is_taken(graphs, taken, monkeypatch, build, callbacks, options,
     made = [callback() for callback in callbacks]
     found = fit(build(), *made, **options)
     assert taken == steps
-    monkeypatch.setattr("aezoo.speed.fast_loop.join", lambda trainer, joint: None)
+    monkeypatch.setattr("aezoo.speed.fast_loop.set_joint_step", lambda trainer, joint: None)
     others = [callback() for callback in callbacks]
     require_same_end(found, fit(build(), *others, **options))
     for one, other in zip(made, others, strict=True):
@@ -362,7 +362,7 @@ def test_a_weight_that_takes_anothers_place_in_an_epoch_is_trained(graphs, taken
 
     ends = [fit(model(), Exchanges())]
     assert taken == STEPS
-    monkeypatch.setattr("aezoo.speed.fast_loop.join", lambda trainer, joint: None)
+    monkeypatch.setattr("aezoo.speed.fast_loop.set_joint_step", lambda trainer, joint: None)
     ends.append(fit(model(), Exchanges()))
     weights = [trainer.lightning_module.state_dict().values() for trainer in ends]
     assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
@@ -384,7 +384,7 @@ def test_hooks_on_layers_that_come_and_go_in_an_epoch_are_called(graphs, taken, 
                 self._hook.remove()
 
     if not joined:
-        monkeypatch.setattr("aezoo.speed.fast_loop.join", lambda trainer, joint: None)
+        monkeypatch.setattr("aezoo.speed.fast_loop.set_joint_step", lambda trainer, joint: None)
     ends = [fit(model(mode=mode), Hooks()) for mode in ("default", "off")]
     assert taken == (STEPS if joined else [])
     for one, other in zip(*(end_of(trainer)[0] for trainer in ends), strict=True):
@@ -438,7 +438,7 @@ def test_where_one_graph_cannot_be_compiled_two_are(monkeypatch, recwarn):
     found = fit(model("vae"))
     assert compiled == ["joint", "loss"]
     assert not [one for one in recwarn if "not compiled" in str(one.message)]
-    monkeypatch.setattr("aezoo.speed.fast_loop.join", lambda trainer, joint: None)
+    monkeypatch.setattr("aezoo.speed.fast_loop.set_joint_step", lambda trainer, joint: None)
     # the first step, which has run as it is, is rounded otherwise
     for one, other in zip(end_of(found)[0], end_of(fit(model("vae")))[0], strict=True):
         torch.testing.assert_close(one, other)
@@ -465,7 +465,7 @@ def test_gradients_pass_through_layers_that_double_a_grid():
     x = torch.randn(7, 8, 7, 7)
     loss = net(x).square().sum()
     expected = torch.autograd.grad(loss, [*net.parameters()])
-    joint = Joint(net, lambda x, _: ({"loss": net(x).square().sum()}, x), "default", lambda: None)
+    joint = JointStep(net, lambda x, _: ({"loss": net(x).square().sum()}, x), "default", lambda: None)
     joint.step(x, None)
     assert joint.works
     for p, gradient in zip(net.parameters(), expected, strict=True):

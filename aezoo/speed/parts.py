@@ -1,0 +1,47 @@
+"""Which parts of `aezoo.speed` are used: all, or those that the environment variable AEZOO_SPEED does not leave out."""
+
+import functools
+import os
+
+from aezoo.errors import AezooError
+
+# each with what it does
+PARTS = {
+    "fast_loop": "Lightning's training loop without unused features",
+    "predict_loop": "Lightning's prediction loop without unused features",
+    "deferred_checks": "many steps are checked for finiteness together",
+    "fused_optimizer": "the fused kernel of Adam, called without torch's bookkeeping",
+    "joint_backward": "loss and gradients as one compiled graph",
+    "graph_capture": "a whole step as a CUDA graph",
+    "linear": "matrix products by oneDNN where MKL uses half of the processor",
+    "inductor_lowering": "the same in compiled graphs, without Python",
+    "conv_products": "convolutions on small grids as matrix products",
+    "sub_pixel": "transposed convolutions to few channels as sub-pixel convolutions",
+    "overlap_add": "transposed convolutions to one channel as overlapping products",
+    "separate_gradients": "gradients of a convolution one by one, in the order of their use",
+    "batch_inner": "convolutions with the batch as the innermost spatial dimension",
+    "cross_entropy": "a binary cross-entropy with fewer logarithms",
+    "channels_last": "images with channels last in memory",
+    "denormals": "denormal numbers are flushed to zero",
+    "malloc": "memory of large tensors is kept from step to step, in huge pages",
+}
+
+
+def is_enabled(part: str) -> bool:
+    """Whether a part is used."""
+    return part not in left_out(os.environ.get("AEZOO_SPEED", "auto"))
+
+
+@functools.lru_cache(maxsize=1)
+def left_out(value: str) -> frozenset[str]:
+    """The parts that a value of AEZOO_SPEED leaves out: none for auto, else a list of names with commas.
+
+    Raises:
+        AezooError: there is no such part.
+    """
+    names = frozenset() if value in ("", "auto") else frozenset(name.strip() for name in value.split(","))
+    for name in sorted(names - PARTS.keys()):
+        raise AezooError(
+            f"AEZOO_SPEED leaves out {name!r}, which is no part: give auto, off or some of {', '.join(PARTS)}"
+        )
+    return names

@@ -1,0 +1,34 @@
+"""Layers that stand in for torch's during a fit or a prediction, by `module.__class__`."""
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Swapped:
+    """A faster subclass of a layer's class, with the same attributes and parameters.
+
+    A copy of a layer, by pickle, `copy` or `torch.save`, is of the plain class: it belongs to no fit.
+
+    Attributes:
+        plain: the class that it stands in for.
+        settings: names of attributes that only the faster class has, which a layer may have during a fit.
+    """
+
+    plain: ClassVar[type[nn.Module]]
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__name__ = cls.plain.__name__  # as summaries show it
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        function, (_, *arguments), state, *rest = super().__reduce_ex__(protocol)
+        state = {name: value for name, value in state.items() if name not in self.settings}
+        return function, (self.plain, *arguments), state, *rest
+
+    def swap_out(self) -> None:
+        """Make the layer one of the plain class again."""
+        for name in self.settings:
+            vars(self).pop(name, None)
+        self.__class__ = self.plain  # type: ignore[assignment]

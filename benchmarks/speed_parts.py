@@ -1,0 +1,272 @@
+"""Measure what each part of `aezoo.speed` gains: one CSV row a part and workload, with and without it in one run.
+
+    python -m benchmarks.speed_parts                               all workloads and parts
+    python -m benchmarks.speed_parts --workloads dense_article --kinds train --precision fp32
+    python -m benchmarks.speed_parts --page                        write docs/design/speed.md from the CSVs alone
+
+The workloads are those of `benchmarks.speed`, trained and predicted on one thread. A process repeats all settings in
+turn: everything on, everything off, and each part left out (AEZOO_SPEED). Times are of the process's own processor
+time, which other programs change little, of an epoch after a warm-up epoch. `gain` is the median over the repeats of the
+time without the part divided by the time with it; `gain_low` and `gain_high` are the quartiles. `malloc` cannot be taken back
+within a process: it is measured in pairs of processes. A part without a row was not run: its processor or device was not
+there, or the workload does not use it.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .common import ROOT, Table, at_least, command_line, environment, parser, read_csv, run_script
+from .processes import answer, run_row
+from .speed import KINDS, WORKLOADS
+
+KEY = ("part", "workload", "kind", "compile")
+PAGE = ROOT / "docs" / "design" / "speed.md"
+KEPT = 1.05
+# parts that take effect in the steps of a fit, and in those of a prediction; then those of compiled steps alone
+_OF_FIT = ("fast_loop", "deferred_checks", "fused_optimizer", "cross_entropy", "denormals")
+_OF_CONVOLUTIONS = ("conv_products", "sub_pixel", "separate_gradients")
+_OF_COMPILED = ("joint_backward",)
+# parts of processors of which MKL uses half
+_OF_HALF_WIDTH = ("linear", "inductor_lowering", "batch_inner", "overlap_add")
+_NEITHER_PART = "all"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the requested rows, and write the page."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    made = parser("speed_parts", __doc__)
+    add = made.add_argument
+    add("--workloads", nargs="+", default=[*WORKLOADS], choices=[*WORKLOADS], metavar="W", help=", ".join(WORKLOADS))
+    add("--kinds", nargs="+", default=[*KINDS], choices=KINDS)
+    add("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
+    add("--compile", nargs="+", default=["off", "default"], choices=("off", "default"), help="of dense training")
+    add("--parts", nargs="+", metavar="P", help="these alone")
+    add("--steps", type=at_least(2), default=30, metavar="N", help="batches of an epoch")
+    add("--repeats", type=at_least(1), default=7, metavar="N", help="times that each setting has its turn")
+    add("--timeout", type=float, default=3600.0, help="give up a workload after this many seconds")
+    add("--page", action="store_true", help=f"measure nothing, and write {PAGE.relative_to(ROOT)}")
+    arguments = made.parse_args(words)
+    if not arguments.page:
+        for precision in arguments.precision:
+            path = arguments.results / f"speed-parts-{environment(arguments, precision, 'cpu')}.csv"
+            table = Table(path, KEY, command_line("speed_parts", words), arguments.again)
+            for workload in arguments.workloads:
+                for kind in arguments.kinds:
+                    measure(workload, kind, precision, arguments, table)
+            print(path)
+    if PAGE.parent.is_dir():
+        write_page(arguments.results)
+
+
+def measure(workload: str, kind: str, precision: str, arguments: Namespace, table: Table) -> None:
+    """Measure a workload with and without its parts."""
+    load = WORKLOADS[workload]
+    modes = [mode for mode in arguments.compile if mode == "off" or (kind == "train" and "conv" not in workload)]
+    for mode in modes:
+        first = {"workload": workload, "kind": kind, "compile": mode}
+        parts = [
+            part
+            for part in parts_of(workload, kind, mode)
+            if (not arguments.parts or part in arguments.parts) and table.needs({"part": part, **first})
+        ]
+        if not parts:
+            continue
+        spec = {
+            **first,
+            "name": workload,
+            "model": load.model,
+            "settings": load.settings,
+            "shape": load.shape,
+            "batch": load.batch,
+            "precision": precision,
+            "devices": 1,
+            "accelerator": "cpu",
+            "interface": "on",
+            "memory": "",
+            "steps": arguments.steps,
+            "repeats": arguments.repeats,
+            "parts": [part for part in parts if part != "malloc"],
+        }
+        threads = {"OMP_NUM_THREADS": "1"}
+        found = run_row("speed_parts", spec, arguments.timeout, threads) if spec["parts"] else {"times": {}}
+        times: dict[str, list[float]] = dict(found.get("times", {}))
+        if "malloc" in parts:
+            alone = {**spec, "parts": [], "repeats": 1}
+            pairs: dict[str, list[float]] = {"auto": [], "malloc": []}
+            for _ in range(max(2, arguments.repeats // 2)):
+                for setting in pairs:
+                    made = run_row("speed_parts", {**alone, "setting": setting}, arguments.timeout, threads)
+                    pairs[setting] += made.get("times", {}).get(setting, [])
+        for part in parts:
+            with_it, without = (times.get("auto", []), times.get("off" if part == _NEITHER_PART else part, []))
+            if part == "malloc":
+                with_it, without = pairs["auto"], pairs["malloc"]
+            row = {"part": part, **first, "threads": 1, "steps": arguments.steps}
+            table.put(row | (_gain(with_it, without) if with_it and without else {"error": found.get("error", "none")}))
+            print(f"{precision} {workload} {kind} {mode} {part}: {table.find(row)}", flush=True)
+
+
+def parts_of(workload: str, kind: str, mode: str) -> list[str]:
+    """The parts that a workload may use on this processor."""
+    from aezoo.speed import linear
+
+    convolutional = "conv" in workload
+    half = _OF_HALF_WIDTH if linear.MKL_HALF_WIDTH else ()
+    of_half = [part for part in half if (part in ("batch_inner", "overlap_add")) is convolutional]
+    of_half = [part for part in of_half if part != "inductor_lowering" or mode != "off"]
+    if kind == "infer":
+        own = ["predict_loop", "cross_entropy", *(("conv_products", "sub_pixel") if convolutional else ())]
+    else:
+        own = [*_OF_FIT, *((*_OF_CONVOLUTIONS, "channels_last") if convolutional else ())]
+        own += _OF_COMPILED if mode != "off" else ()
+    return [_NEITHER_PART, *own, *of_half, "malloc"]
+
+
+def _gain(with_it: Sequence[float], without: Sequence[float]) -> dict[str, Any]:
+    gains = sorted(off / on for on, off in zip(with_it, without, strict=True))
+    n = len(gains)
+    return {
+        "repeats": n,
+        "with_ms": 1e3 * statistics.median(with_it),
+        "without_ms": 1e3 * statistics.median(without),
+        "gain": statistics.median(gains),
+        "gain_low": gains[n // 4],
+        "gain_high": gains[-1 - n // 4],
+    }
+
+
+# ---- in the process of a row ----------------------------------------------------------------------------------------
+
+
+def measure_row(spec: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of processor time of a batch, for each setting of AEZOO_SPEED and repeat."""
+    import warnings
+
+    import torch
+
+    from aezoo.training import speed
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    settings = [spec["setting"]] if "setting" in spec else ["auto", *_settings(spec["parts"])]
+    os.environ["AEZOO_SPEED"] = settings[0]
+    speed.keep_memory()
+    times: dict[str, list[float]] = {setting: [] for setting in settings}
+    for turn in range(spec["repeats"]):
+        for setting in settings if turn % 2 else settings[::-1]:
+            os.environ["AEZOO_SPEED"] = setting
+            with tempfile.TemporaryDirectory() as folder:
+                times[setting].append(_seconds(spec, folder))
+    return {"times": times}
+
+
+def _settings(parts: Sequence[str]) -> list[str]:
+    return ["off" if part == _NEITHER_PART else part for part in parts]
+
+
+def _seconds(spec: dict[str, Any], folder: str) -> float:
+    import lightning.pytorch as pl
+    import torch
+
+    import aezoo
+
+    from .speed_row import build, data_module, random_samples, trainer
+
+    class Epochs(pl.Callback):
+        """Processor time of each epoch."""
+
+        seconds: list[float]
+
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.began = time.process_time()
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.seconds.append(time.process_time() - self.began)
+
+        on_predict_epoch_start = on_train_epoch_start
+        on_predict_epoch_end = on_train_epoch_end
+
+    torch.manual_seed(0)
+    epochs, steps = Epochs(), spec["steps"]
+    epochs.seconds = []
+    x = random_samples(spec["shape"], spec["batch"])[: steps * spec["batch"]]
+    steps, model = len(x) // spec["batch"], build(spec)
+    if spec["kind"] == "train":
+        data: aezoo.DataModule = data_module(spec, x)
+        trainer(spec, folder, [epochs], max_epochs=3, limit_train_batches=steps).fit(model, data)
+        return min(epochs.seconds[1:]) / steps
+    data = data_module(spec, x[: spec["batch"]], x_test=x)
+    with torch.no_grad():
+        fit = trainer({**spec, "interface": "off"}, folder, [epochs])
+        for _ in range(3):
+            fit.predict(model, data, return_predictions=False)
+    return min(epochs.seconds[1:]) / steps
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+_HEAD = """# What is only there to be faster
+
+`aezoo/speed/` holds everything that changes no number but the time that it takes. A fit swaps faster layers, likelihoods
+and loops in at its start and takes them out at its end, however it ends; so does a prediction. `aezoo/training/speed.py`
+is the only call site and loads the package by name. `--speed off`, or the environment variable AEZOO_SPEED=off, does
+without, and so does a copy of aezoo from which the folder has been deleted. AEZOO_SPEED also takes a list of parts to
+leave out, such as `AEZOO_SPEED=fast_loop,denormals`.
+
+A part is kept if it gains 5 % or more on one of the workloads of `benchmarks.speed`, measured with and without it in one
+run by `python -m benchmarks.speed_parts`: processor time of a batch on one thread, without the part divided by with it.
+The row `all` compares with AEZOO_SPEED=off. What corrects a wrong result of torch is not here: see
+`aezoo/nets/blocks/narrow_conv.py` and `aezoo.training.compilation.compiled_alike`.
+
+"""
+
+
+def write_page(results: Path) -> None:
+    """Write docs/design/speed.md from the CSVs in a folder."""
+    from aezoo.speed.parts import PARTS
+
+    rows = [
+        {**row, "file": path.stem.removeprefix("speed-parts-")}
+        for path in sorted(results.glob("speed-parts-*.csv"))
+        for row in read_csv(path)[1]
+    ]
+    lines = ["| part | what it does | largest gain | where |", "|---|---|---|---|"]
+    for part, what in {_NEITHER_PART: "everything together", **PARTS}.items():
+        own = [row for row in rows if row["part"] == part and row.get("gain")]
+        best = max(own, key=lambda row: float(row["gain"]), default=None)
+        gain = "not run" if best is None else f"{float(best['gain']):.3f}"
+        lines.append(f"| {part} | {what} | {gain} | {'' if best is None else _where(best)} |")
+    lines += [
+        "",
+        "All rows:",
+        "",
+        "| part | where | with, ms | without, ms | gain | quartiles |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.get("gain"):
+            numbers = [float(row[name]) for name in ("with_ms", "without_ms", "gain", "gain_low", "gain_high")]
+            lines.append(
+                "| {} | {} | {:.3f} | {:.3f} | {:.3f} | {:.3f} to {:.3f} |".format(row["part"], _where(row), *numbers)
+            )
+    PAGE.write_text(_HEAD + "\n".join(lines) + "\n", encoding="utf-8")
+    print(PAGE)
+
+
+def _where(row: Mapping[str, str]) -> str:
+    compiled = ", compiled" if row["compile"] != "off" else ""
+    return f"{row['workload']}, {row['kind']}{compiled}, {row['file']}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1].startswith("{"):
+        answer(measure_row)
+    else:
+        run_script(main)
